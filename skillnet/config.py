@@ -1,0 +1,86 @@
+"""Shape of a SkillNet: widths, depth, where skills sit, sizes of the inputs, tasks."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from skillnet.skills import DEFAULT_SKILLS, Task, check_plan, default_tasks
+
+
+@dataclass
+class SkillNetConfig:
+    """Everything that decides the shape of the weights. Sizes are in tokens, pixels or frames.
+
+    Args:
+        skills: names of all skills; each gets its own weights in every skill module.
+        dim: model width D.
+        depth: number of encoder layers.
+        heads: attention heads; ``dim`` divides by it.
+        hidden: feed-forward width F of one skill.
+        skill_modules: where skills sit: in attention projections (source: SkillNet-X), in the
+            feed-forward layer (source: SkillNet-NLG's code), or both.
+        skill_every: every n-th layer carries skill modules; the others are dense and shared.
+        dropout: probability, on the residual branches.
+        vocab_size: tokens of the shared text and code vocabulary, padding included (id 0).
+        max_tokens: longest text or code sequence.
+        bigram_buckets: rows of the hashed table of token bigrams added by the token stem
+            (the idea of fastText's n-gram features); 0 leaves it out.
+        n_mels: log-mel bins of a frame.
+        mel_stack: consecutive frames joined into one token.
+        max_frames: longest recording, in frames (before stacking).
+        image_size: pixels per side.
+        patch_size: pixels per side of a patch.
+        video_frames: frames of a clip.
+        video_size: pixels per side of a frame.
+        tubelet: (frames, height, width) of one video token.
+        embedding_dim: width of the retrieval space.
+        tasks: name -> task (objective, towers with their plans, outputs).
+    """
+
+    skills: tuple[str, ...] = DEFAULT_SKILLS
+    dim: int = 192
+    depth: int = 4
+    heads: int = 4
+    hidden: int = 384
+    skill_modules: Literal["both", "attention", "feedforward"] = "both"
+    skill_every: int = 1
+    dropout: float = 0.1
+    vocab_size: int = 12000
+    max_tokens: int = 192
+    bigram_buckets: int = 0
+    n_mels: int = 80
+    mel_stack: int = 4
+    max_frames: int = 192
+    image_size: int = 48
+    patch_size: int = 8
+    video_frames: int = 8
+    video_size: int = 32
+    tubelet: tuple[int, int, int] = (2, 8, 8)
+    embedding_dim: int = 192
+    tasks: dict[str, Task] = field(default_factory=default_tasks)
+
+    def __post_init__(self) -> None:
+        self.skills = tuple(self.skills)
+        self.tubelet = (self.tubelet[0], self.tubelet[1], self.tubelet[2])
+        if len(set(self.skills)) != len(self.skills) or not self.skills:
+            raise ValueError(f"model.skills needs distinct names, got {list(self.skills)}")
+        for key in ("dim", "depth", "heads", "hidden", "skill_every", "mel_stack"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
+        if self.dim % self.heads:
+            raise ValueError(f"model.dim {self.dim} must divide by model.heads {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size {self.image_size} must divide by model.patch_size "
+                f"{self.patch_size}"
+            )
+        frames, height, width = self.tubelet
+        if self.video_frames % frames or self.video_size % height or self.video_size % width:
+            raise ValueError(
+                f"model.tubelet {self.tubelet} must divide model.video_frames "
+                f"{self.video_frames} and model.video_size {self.video_size}"
+            )
+        for name, task in self.tasks.items():
+            for tower, plan in task.towers.items():
+                check_plan(plan, self.skills, f"model.tasks.{name}.towers.{tower}")

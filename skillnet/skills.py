@@ -1,0 +1,151 @@
+"""Skills, plans and tasks: which tower of which task activates which skills.
+
+Pure Python, no torch. Source of the defaults, skill by skill: docs/skills.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Modality = Literal["text", "image", "sound", "video", "code"]
+Objective = Literal["classification", "ctc", "retrieval"]
+
+MODALITIES: tuple[Modality, ...] = ("text", "image", "sound", "video", "code")
+
+#: Text and code are both sequences of tokens of one vocabulary and share one stem.
+STEM_OF: dict[str, str] = {
+    "text": "token",
+    "code": "token",
+    "image": "patch",
+    "sound": "log_mel",
+    "video": "tubelet",
+}
+
+DEFAULT_SKILLS: tuple[str, ...] = (
+    "general",
+    "text",
+    "image",
+    "sound",
+    "video",
+    "code",
+    "alignment",
+)
+
+
+@dataclass(frozen=True)
+class SkillPlan:
+    """What one tower activates.
+
+    Args:
+        skills: names of the active skills. Their order does not matter: it is kept sorted,
+            so that equal plans are equal and merged weights are cached once.
+        modality: what the tower reads; names the stem.
+    """
+
+    skills: tuple[str, ...]
+    modality: Modality = "text"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.skills, str):
+            raise ValueError(f"skills is a list of names, not the single name {self.skills!r}")
+        names = tuple(sorted(set(self.skills)))
+        if not names:
+            raise ValueError("a plan activates at least one skill; add 'general'")
+        if len(names) != len(tuple(self.skills)):
+            raise ValueError(f"a skill is named twice in {list(self.skills)}")
+        if self.modality not in MODALITIES:
+            raise ValueError(
+                f"unknown modality {self.modality!r}; expected one of {', '.join(MODALITIES)}"
+            )
+        object.__setattr__(self, "skills", names)
+
+    @property
+    def stem(self) -> str:
+        """Name of the stem that turns this tower's input into tokens."""
+        return STEM_OF[self.modality]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its objective and its towers.
+
+    Classification and CTC have one tower, ``input``. Retrieval has two, ``query`` and
+    ``candidate``, each with a plan of its own.
+
+    Args:
+        objective: what the head computes and how its loss is made.
+        towers: tower name -> plan.
+        outputs: number of classes (classification) or of symbols without the blank (CTC);
+            ignored by retrieval.
+    """
+
+    objective: Objective
+    towers: dict[str, SkillPlan] = field(default_factory=dict)
+    outputs: int = 0
+
+    def __post_init__(self) -> None:
+        expected = {"query", "candidate"} if self.objective == "retrieval" else {"input"}
+        if set(self.towers) != expected:
+            raise ValueError(
+                f"a {self.objective} task has the towers {sorted(expected)}, not {sorted(self.towers)}"
+            )
+        if self.objective != "retrieval" and self.outputs < 1:
+            raise ValueError(f"a {self.objective} task needs outputs >= 1, not {self.outputs}")
+
+    @property
+    def skills(self) -> tuple[str, ...]:
+        """Every skill that some tower of the task activates, sorted."""
+        return tuple(sorted({name for plan in self.towers.values() for name in plan.skills}))
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """Every stem that some tower of the task reads through, sorted."""
+        return tuple(sorted({plan.stem for plan in self.towers.values()}))
+
+
+def _retrieval(modality: Modality) -> Task:
+    return Task(
+        "retrieval",
+        {
+            "query": SkillPlan(("general", "text", "alignment"), "text"),
+            "candidate": SkillPlan(("general", modality, "alignment"), modality),
+        },
+    )
+
+
+def default_tasks() -> dict[str, Task]:
+    """The paper's five tasks with the default plans (docs/skills.md names each source)."""
+    return {
+        "text_classification": Task(
+            "classification", {"input": SkillPlan(("general", "text"), "text")}, outputs=15
+        ),
+        "speech_recognition": Task(
+            "ctc", {"input": SkillPlan(("general", "sound"), "sound")}, outputs=61
+        ),
+        "text_to_image": _retrieval("image"),
+        "text_to_video": _retrieval("video"),
+        "text_to_code": _retrieval("code"),
+    }
+
+
+def check_plan(plan: SkillPlan, skills: Sequence[str], where: str = "plan") -> None:
+    """Raise ValueError, with the nearest right name, if a plan names an unknown skill."""
+    for name in plan.skills:
+        if name not in skills:
+            raise ValueError(f"{where}: unknown skill {name!r}{nearest(name, skills)}")
+
+
+def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
+    """The task of that name; ValueError with the nearest right name otherwise."""
+    if name not in tasks:
+        raise ValueError(f"unknown task {name!r}{nearest(name, list(tasks))}")
+    return tasks[name]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint for a misspelt name: '; did you mean …? Known: …'."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} Known: {', '.join(known)}"
