@@ -1,0 +1,115 @@
+"""What a plan costs: parameters and floating-point operations, total, activated and executed.
+
+The counts are closed formulas over the model's shapes; tests hold them equal to what
+``torch.utils.flop_counter`` counts and to the parameters that a backward pass touches. One
+multiply-add is two operations. Element-wise work (norms, activations, merging of skill
+weights) is left out, as the counter leaves it out.
+"""
+
+from typing import NamedTuple
+
+from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.model import SkillNet
+from skillnet.skills import SkillPlan, check_plan, find_task
+from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem
+
+
+class Account(NamedTuple):
+    """Cost of one plan or task.
+
+    Attributes:
+        total: parameters of the whole model.
+        activated: parameters that the plan reads (and that training it would change).
+        executed: floating-point operations of a forward pass, per token.
+        flops_per_example: the same for one example of ``tokens`` tokens.
+        tokens: length of that example (summed over towers for a task).
+    """
+
+    total: int
+    activated: int
+    executed: float
+    flops_per_example: int
+    tokens: int
+
+
+def account(model: SkillNet, plan: SkillPlan, length: int | None = None) -> Account:
+    """Cost of encoding one example with a plan: stem and encoder, without a head.
+
+    Args:
+        model: the model.
+        plan: the active skills and the modality.
+        length: text and code: tokens; sound: frames. Default: the longest that the model
+            reads. Pictures and clips have one size.
+    """
+    check_plan(plan, model.config.skills)
+    flops, tokens = _flops(model, plan, length)
+    wanted = {"shared", f"stem-{plan.stem}", *(f"skill-{name}" for name in plan.skills)}
+    activated = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if model.owner(name) in wanted and not _other_modality(name, plan)
+    )
+    total = sum(p.numel() for p in model.parameters())
+    return Account(total, activated, flops / tokens, flops, tokens)
+
+
+def account_task(model: SkillNet, task: str, lengths: dict[str, int] | None = None) -> Account:
+    """Cost of one example of a task: all its towers and its head.
+
+    ``lengths`` gives a tower's length (see :func:`account`).
+    """
+    spec = find_task(task, model.config.tasks)
+    config, flops, tokens = model.config, 0, 0
+    for tower, plan in spec.towers.items():
+        tower_flops, tower_tokens = _flops(model, plan, (lengths or {}).get(tower))
+        flops, tokens = flops + tower_flops, tokens + tower_tokens
+        outputs = {
+            "classification": spec.outputs,
+            "ctc": tower_tokens * (spec.outputs + 1),
+            "retrieval": config.embedding_dim,
+        }[spec.objective]
+        flops += 2 * config.dim * outputs
+    activated = sum(p.numel() for _, p in model.active_parameters(task))
+    total = sum(p.numel() for p in model.parameters())
+    return Account(total, activated, flops / tokens, flops, tokens)
+
+
+def _other_modality(name: str, plan: SkillPlan) -> bool:
+    return ".modality." in name and not name.endswith(f".{plan.modality}")
+
+
+def _flops(model: SkillNet, plan: SkillPlan, length: int | None) -> tuple[int, int]:
+    """(operations, tokens) of one example's way through stem, encoder and pooling."""
+    config, stem, dim = model.config, model.stems[plan.stem], model.config.dim
+    if isinstance(stem, TokenStem):
+        tokens, flops = length or config.max_tokens, 0
+    elif isinstance(stem, LogMelStem):
+        frames = length or config.max_frames
+        tokens = -(-frames // config.mel_stack)
+        flops = (
+            2
+            * dim
+            * (
+                frames * config.n_mels * stem.first.kernel_size[0]
+                + tokens * dim * stem.second.kernel_size[0]
+            )
+        )
+    elif isinstance(stem, PatchStem | TubeletStem):
+        tokens = stem.position.shape[0]
+        flops = 2 * tokens * stem.project.in_features * dim
+    else:  # a stem of a third party
+        raise TypeError(f"no cost is known for {type(stem).__name__}")
+    return flops + _encoder_flops(model.encoder, plan, tokens), tokens
+
+
+def _encoder_flops(encoder: Encoder, plan: SkillPlan, tokens: int) -> int:
+    flops = 0
+    for layer in encoder.layers:
+        assert isinstance(layer, EncoderLayer)
+        dim = layer.attention.out.weight.shape[0]
+        hidden = layer.feedforward.up.shape[0]
+        wide = len(plan.skills) if layer.feedforward_skills else 1
+        projections = 4 * dim * dim
+        flops += 2 * tokens * (projections + 2 * dim * hidden * wide)
+        flops += 2 * 2 * tokens * tokens * dim
+    return flops

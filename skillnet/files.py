@@ -1,0 +1,156 @@
+"""A saved model: a folder with a safetensors file per skill, stem and head.
+
+    config.json                 shape of the model
+    shared.safetensors          norms, and layers without skills
+    skill-NAME.safetensors      everything of one skill
+    stem-NAME.safetensors       everything of one stem
+    head-TASK.safetensors       everything of one task's head
+    manifest.json               size and sha256 of each of the above; written last
+
+The manifest makes the folder a model: a folder without one, or with a file that does not fit
+it, is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from skillnet.config import SkillNetConfig
+from skillnet.skills import SkillPlan, Task, find_task
+
+if TYPE_CHECKING:
+    from skillnet.model import SkillNet
+
+FORMAT = 1
+
+
+def config_to_dict(config: SkillNetConfig) -> dict[str, Any]:
+    """Plain types only, ready for JSON or YAML."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
+    """The inverse of :func:`config_to_dict`. ValueError for keys that do not exist."""
+    known = {field.name for field in dataclasses.fields(SkillNetConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown model configuration keys: {', '.join(unknown)}")
+    tasks = {
+        name: Task(
+            objective=task["objective"],
+            towers={
+                tower: SkillPlan(tuple(plan["skills"]), plan["modality"])
+                for tower, plan in task["towers"].items()
+            },
+            outputs=task["outputs"],
+        )
+        for name, task in values.get("tasks", {}).items()
+    }
+    rest = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return SkillNetConfig(**{**rest, "tasks": tasks})
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_parts(model: "SkillNet", folder: Path) -> list[str]:
+    """Write the configuration and all weight files into a folder; returns their names."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    written = ["config.json"]
+    text = json.dumps(config_to_dict(model.config), indent=1, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    for file, names in model.files_of().items():
+        save_file({name: tensors[name] for name in names}, folder / f"{file}.safetensors")
+        written.append(f"{file}.safetensors")
+    return written
+
+
+def write_manifest(folder: Path, files: list[str], **extra: Any) -> None:
+    """Write ``manifest.json`` with size and sha256 of each file; to disk before it returns."""
+    entries = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in sorted(files)
+    }
+    manifest = {"format": FORMAT, **extra, "files": entries}
+    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved model. ValueError if the folder has none or it is damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        what = "does not exist" if not folder.exists() else "has no manifest.json"
+        raise ValueError(f"{folder} is not a whole saved model: it {what}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; restore it or save the model again") from None
+    if manifest.get("format") != FORMAT or not isinstance(files, dict):
+        raise ValueError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}")
+    return manifest
+
+
+def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
+    """Path of a file of a saved model, after its hash was compared with the manifest's."""
+    path = folder / name
+    entry = manifest["files"].get(name)
+    if entry is None or not path.is_file():
+        raise ValueError(f"{folder} is incomplete: {name} is missing")
+    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        raise ValueError(f"{path} was altered or cut short: it does not fit manifest.json")
+    return path
+
+
+def save(model: "SkillNet", path: Path) -> None:
+    """Write a model whole or not at all; an older model at the same path is replaced."""
+    if path.exists() and not (path / "manifest.json").is_file() and any(path.iterdir()):
+        raise ValueError(f"{path} exists and is not a saved model; choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        write_manifest(aside, write_parts(model, aside))
+        if path.exists():
+            old = path.with_name(f"{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            aside.rename(path)
+            shutil.rmtree(old)
+        else:
+            aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def load(path: Path, task: str | None = None) -> "SkillNet":
+    """Read a saved model, or only what one task of it activates."""
+    from skillnet.model import SkillNet
+
+    manifest = read_manifest(path)
+    text = check_file(path, "config.json", manifest).read_text(encoding="utf-8")
+    config = config_from_dict(json.loads(text))
+    if task is not None:
+        spec = find_task(task, config.tasks)
+        kept = tuple(name for name in config.skills if name in spec.skills)
+        config = dataclasses.replace(config, skills=kept, tasks={task: spec})
+    model = SkillNet(config)
+    for file, names in model.files_of().items():
+        tensors = load_file(check_file(path, f"{file}.safetensors", manifest))
+        if sorted(tensors) != sorted(names):
+            raise ValueError(f"{path / file}.safetensors holds other weights than its config says")
+        model.load_state_dict(tensors, strict=False)
+    return model.eval()

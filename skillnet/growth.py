@@ -1,0 +1,53 @@
+"""Grow a trained model: new skills and tasks, while every other weight stays as it is."""
+
+import dataclasses
+
+from skillnet.heads import HEADS
+from skillnet.layers import SkillWeights
+from skillnet.model import SkillNet
+from skillnet.skills import Task, check_plan, nearest
+from skillnet.stems import STEMS
+
+
+def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> SkillNet:
+    """Add a skill in place, to every module that carries skills; returns the model.
+
+    Args:
+        model: a trained model; its existing tensors are not touched.
+        name: the new skill.
+        init_from: an existing skill to copy; None draws fresh weights.
+
+    Raises:
+        ValueError: a name in use, or an unknown ``init_from``.
+    """
+    if name in model.config.skills:
+        raise ValueError(f"the model already has a skill {name!r}; choose another name")
+    if not name.isidentifier() or name == "shared":
+        raise ValueError(f"a skill's name is a Python identifier other than 'shared', not {name!r}")
+    known = model.config.skills
+    if init_from is not None and init_from not in known:
+        raise ValueError(f"init_from: unknown skill {init_from!r}{nearest(init_from, known)}")
+    for module in model.modules():
+        if isinstance(module, SkillWeights) and set(known) <= set(module.weights):
+            module.add(name, init_from)
+    model.config = dataclasses.replace(model.config, skills=(*known, name))
+    return model
+
+
+def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
+    """Add a task in place: its head, and a stem if it reads a modality that is new.
+
+    Raises:
+        ValueError: a name in use, or a plan with an unknown skill.
+    """
+    if name in model.config.tasks:
+        raise ValueError(f"the model already has a task {name!r}; choose another name")
+    for tower, plan in task.towers.items():
+        check_plan(plan, model.config.skills, f"{name}.towers.{tower}")
+    model.config = dataclasses.replace(model.config, tasks={**model.config.tasks, name: task})
+    some = next(model.parameters())
+    for stem in task.stems:
+        if stem not in model.stems:
+            model.stems[stem] = STEMS[stem](model.config).to(some.device, some.dtype)
+    model.heads[name] = HEADS[task.objective](model.config, task).to(some.device, some.dtype)
+    return model

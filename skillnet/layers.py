@@ -1,0 +1,178 @@
+"""The sparse compute: layers that hold one set of weights per skill and run only the active ones.
+
+Shapes: B batch, T tokens, D model width, F hidden width of one skill, K active skills,
+H heads, I and O a projection's input and output width.
+
+The layer's output is the mean of its active skills' outputs (source: the SkillNet-NLG code).
+Two identities make that exact at the cost of one dense layer:
+
+* linear maps: the mean of K products is one product with the mean weight,
+      (x W_1' + ... + x W_K') / K  =  x ((W_1 + ... + W_K) / K)'
+* feed-forward: K hidden layers side by side are one hidden layer K times as wide,
+      sum_k gelu(x U_k') V_k' / K  =  gelu(x [U_1; ...; U_K]') [V_1 ... V_K]' / K
+
+Skills that are not active are never read, so they get no gradient, no weight decay, no
+optimiser state and no traffic.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skillnet.skills import nearest
+
+Skills = tuple[str, ...]
+
+
+class SkillWeights(nn.Module):
+    """One weight matrix per skill, and its merged form for a set of active skills.
+
+    Args:
+        skills: names of the skills.
+        rows, columns: shape of each skill's matrix, (rows, columns).
+        std: standard deviation of the initial values.
+        axis: None merges by the mean; 0 or 1 merges by concatenation along that axis.
+        scale_by_count: divide a concatenation by the number of active skills.
+    """
+
+    def __init__(
+        self,
+        skills: Iterable[str],
+        rows: int,
+        columns: int,
+        *,
+        std: float,
+        axis: int | None = None,
+        scale_by_count: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape = (rows, columns)
+        self.std = std
+        self.axis = axis
+        self.scale_by_count = scale_by_count
+        self.weights = nn.ParameterDict()
+        self._merged: dict[tuple[Skills, torch.dtype], tuple[tuple[int, ...], Tensor]] = {}
+        for name in skills:
+            self.add(name)
+
+    def add(self, name: str, init_from: str | None = None) -> None:
+        """Add a skill, freshly drawn or copied from another. ValueError for a name in use."""
+        if name in self.weights or hasattr(nn.ParameterDict, name):
+            raise ValueError(f"skill name {name!r} is taken; choose another")
+        some = next(iter(self.weights.values()), None)
+        weight = torch.empty(self.shape, device=None if some is None else some.device)
+        if some is not None:
+            weight = weight.to(some.dtype)
+        if init_from is None:
+            nn.init.trunc_normal_(weight, std=self.std, a=-3 * self.std, b=3 * self.std)
+        else:
+            with torch.no_grad():
+                weight.copy_(self._get(init_from))
+        self.weights[name] = nn.Parameter(weight)
+
+    def _get(self, name: str) -> Tensor:
+        try:
+            return self.weights[name]
+        except KeyError:
+            raise ValueError(
+                f"this model has no skill {name!r}{nearest(name, list(self.weights))}"
+            ) from None
+
+    def merged(self, skills: Skills, dtype: torch.dtype) -> Tensor:
+        """The weight that stands for all active skills at once, in ``dtype``.
+
+        Without gradients (inference) it is computed once per plan and kept until a weight
+        changes.
+        """
+        if torch.is_grad_enabled():
+            return self._merge([self._get(name) for name in skills], dtype)
+        parts = [self._get(name) for name in skills]
+        versions = tuple(x for part in parts for x in (part._version, part.data_ptr()))
+        kept = self._merged.get((skills, dtype))
+        if kept is not None and kept[0] == versions:
+            return kept[1]
+        merged = self._merge(parts, dtype)
+        if self.training:
+            return merged
+        self._merged[skills, dtype] = (versions, merged)
+        return merged
+
+    def _merge(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        count = len(parts)
+        if count == 1:
+            return parts[0].to(dtype)
+        if self.axis is None:
+            total = torch.add(parts[0], parts[1])
+            for part in parts[2:]:
+                total = torch.add(total, part)
+            return (total / count).to(dtype)  # summed in full precision, then rounded once
+        # Casting before joining moves half the bytes.
+        joined = torch.cat([part.to(dtype) for part in parts], self.axis)
+        return joined / count if self.scale_by_count else joined
+
+    def train(self, mode: bool = True) -> "SkillWeights":
+        if mode:
+            self._merged.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_merged": {}}
+
+    def extra_repr(self) -> str:
+        merge = "mean" if self.axis is None else f"cat {self.axis}"
+        return f"{self.shape[0]}x{self.shape[1]} per skill, {merge}"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which matrix products with ``x`` run: autocast's where it is on, else x's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class SkillLinear(nn.Module):
+    """Linear projection without bias; the mean of the active skills. (B, T, I) -> (B, T, O)."""
+
+    def __init__(self, skills: Iterable[str], inputs: int, outputs: int, *, std: float) -> None:
+        super().__init__()
+        self.weight = SkillWeights(skills, outputs, inputs, std=std)
+
+    def forward(self, x_BTI: Tensor, skills: Skills) -> Tensor:
+        return F.linear(x_BTI, self.weight.merged(skills, compute_dtype(x_BTI)))
+
+
+class SkillFeedForward(nn.Module):
+    """Two-layer feed-forward network; the mean of the active skills. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, skills: Iterable[str], dim: int, hidden: int, *, std: float, out_std: float):
+        super().__init__()
+        skills = tuple(skills)
+        self.up = SkillWeights(skills, hidden, dim, std=std, axis=0)
+        self.down = SkillWeights(skills, dim, hidden, std=out_std, axis=1, scale_by_count=True)
+
+    def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
+        dtype = compute_dtype(x_BTD)
+        h_BTKF = F.gelu(F.linear(x_BTD, self.up.merged(skills, dtype)), approximate="tanh")
+        return F.linear(h_BTKF, self.down.merged(skills, dtype))
+
+
+class SkillAttention(nn.Module):
+    """Multi-head self-attention whose projections are skill layers. (B, T, D) -> (B, T, D)."""
+
+    def __init__(
+        self, skills: Iterable[str], dim: int, heads: int, *, std: float, out_std: float
+    ) -> None:
+        super().__init__()
+        skills = tuple(skills)
+        self.heads = heads
+        self.qkv = SkillLinear(skills, dim, 3 * dim, std=std)
+        self.out = SkillLinear(skills, dim, dim, std=out_std)
+
+    def forward(self, x_BTD: Tensor, skills: Skills, mask_B11T: Tensor | None = None) -> Tensor:
+        """``mask_B11T`` is True where a key may be attended to; None attends everywhere."""
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(x_BTD, skills).view(B, T, 3, self.heads, D // self.heads)
+        q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask_B11T)
+        return self.out(y_BHTd.transpose(1, 2).reshape(B, T, D), skills)
