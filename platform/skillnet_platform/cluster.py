@@ -1,0 +1,90 @@
+"""Connecting to Ray: a private one on this machine, or the cluster that ``RAY_ADDRESS`` names."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from skillnet_platform.errors import UserError
+
+#: Set before Ray is imported, and only where the user has not set them.
+DEFAULTS = {
+    # The embedded Ray listens on loopback for one user; docs/decisions has the reasons.
+    "RAY_AUTH_MODE": "disabled",
+    # report() waits for the controller's next poll; 2 s by default is most of a short run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def prepare_environment() -> None:
+    """Set Ray's environment where the user has not. Call before the first ``import ray``."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_BYTES) -> Any:
+    """Initialise Ray once and return the ``ray`` module; later calls find it running.
+
+    Args:
+        cpus: CPUs of the embedded Ray, by default all that this process may use. More than
+            the machine has is allowed: it is then a number of slots. Ignored on a cluster.
+        object_store_bytes: shared memory of the embedded Ray.
+
+    Raises:
+        UserError: ``RAY_ADDRESS`` is set but nothing answers there.
+    """
+    prepare_environment()
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
+        except ConnectionError as problem:
+            raise UserError(
+                f"RAY_ADDRESS={address}: no Ray answers there ({problem}). Start the cluster, "
+                "or unset RAY_ADDRESS to use this machine alone."
+            ) from problem
+        return ray
+    ray.init(
+        num_cpus=cpus or len(os.sched_getaffinity(0)),
+        # Tune and Train ask the State API, which lives in the dashboard, to clean up after
+        # themselves; without it sweeps can stall in silence.
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        object_store_memory=max(object_store_bytes, 80 * 2**20),
+        logging_level=logging.ERROR,
+        log_to_driver=True,
+    )
+    return ray
+
+
+def free_cpus() -> float:
+    """CPUs that nothing holds at the moment, on the Ray that is connected."""
+    ray = ensure_ray()
+    return float(ray.available_resources().get("CPU", 0.0))
+
+
+@contextlib.contextmanager
+def session(cpus: int | None = None) -> Iterator[Any]:
+    """Ray for the length of a block; shut down after it only if this block started it."""
+    prepare_environment()
+    import ray
+
+    already = ray.is_initialized()
+    ensure_ray(cpus)
+    try:
+        yield ray
+    finally:
+        if not already:
+            ray.shutdown()

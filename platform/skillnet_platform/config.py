@@ -1,0 +1,428 @@
+"""Typed configuration: dataclasses in, YAML and dotted overrides on top, errors that name the key.
+
+The order is: defaults of the dataclass, each ``--config`` in turn, then overrides. Mappings
+merge by key, so that overriding one entry of a dictionary keeps the others; everything else is
+replaced. jsonargparse checks the types and builds the objects; unknown keys are found here
+first, because here the file and the nearest right key can be named.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+import yaml
+
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, nearest
+
+T = TypeVar("T")
+
+POSITIONAL = "skillnet_positional"
+
+
+def positional(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A dataclass field that may be given without its name: ``skillnet search "a red heart"``.
+
+    A field of type ``list[str]`` takes all bare words, one of type ``str`` takes one. Without a
+    default the command requires it.
+    """
+    marks = {POSITIONAL: True, **metadata}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=marks)
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=marks)
+    return dataclasses.field(default=default, metadata=marks)
+
+
+def parse(
+    cls: type[T],
+    argv: Sequence[str],
+    prog: str,
+    description: str = "",
+    example: str = "",
+) -> T:
+    """Build ``cls`` from the words of a command line.
+
+    Knows ``--config FILE_OR_PRESET`` (repeatable, later ones win), ``--key.sub value`` or
+    ``--key.sub=value`` with YAML values, ``--json``, ``--help``, and bare words for fields made
+    with ``positional``. A boolean's value may be left out: ``--open`` means ``--open true``.
+
+    Args:
+        cls: a dataclass; nested dataclasses and ``dict[str, dataclass]`` are nested keys.
+        prog: what is typed before the arguments, for example "skillnet finetune".
+        description: one paragraph for ``--help``.
+        example: a command that works, for ``--help``.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
+        ValueError: what the dataclass's own ``__post_init__`` says.
+        SystemExit: with 0 after ``--help``.
+    """
+    words = list(argv)
+    if "--help" in words or "-h" in words:
+        from skillnet_platform.help import render
+
+        print(render(cls, prog, description, example))
+        raise SystemExit(0)
+    if "--json" in words:
+        words = [word for word in words if word != "--json"]
+        console.begin_json()
+    tree = defaults(cls)
+    files, overrides, bare = _scan(words, cls)
+    origins: dict[str, str] = {}
+    for given in files:
+        path = find_config(given)
+        layer = _checked(cls, load_yaml(path), str(path))
+        origins |= dict.fromkeys(flatten(layer), str(path))
+        merge(tree, layer)
+    for key, value in overrides:
+        layer = _checked(cls, _nested(key, value), "command line")
+        origins |= dict.fromkeys(flatten(layer), "command line")
+        merge(tree, layer)
+    _place_bare(cls, tree, bare, prog)
+    return build(cls, tree, origins)
+
+
+def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> T:
+    """Check the types of a complete tree and build ``cls`` from it.
+
+    Args:
+        cls: the dataclass.
+        tree: every field, as nested mappings.
+        origins: flat key -> where its value comes from (a file), for the message.
+
+    Raises:
+        UserError: naming the key, what was expected and what was given.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in tree]  # type: ignore[arg-type]
+    if missing:
+        raise UserError(f"missing: {', '.join(missing)} (give --{missing[0]} …)")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, as_group=False)
+    try:
+        made = parser.instantiate(parser.parse_object(dict(tree)))
+    except ArgumentError as problem:
+        raise UserError(_reworded(cls, tree, str(problem), origins or {})) from None
+    return cls(**{f.name: getattr(made, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def load_yaml(path: str | PurePath) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader.
+
+    Raises:
+        UserError: no such file, not YAML (with the line), or not a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected keys and values, got {_kind(loaded)}")
+    return loaded
+
+
+def preset_directories() -> list[Path]:
+    """Where presets are looked for: beside the package once installed, or in the checkout."""
+    here = Path(__file__).resolve().parent
+    places = (Path("configs").absolute(), here / "configs", here.parents[1] / "configs")
+    return [place for place in dict.fromkeys(places) if place.is_dir()]
+
+
+def find_config(name: str) -> Path:
+    """The file of ``--config``: a path, or a preset such as ``tiny`` or ``tasks/five``.
+
+    Raises:
+        UserError: there is neither; names the nearest preset.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known: list[str] = []
+    for folder in preset_directories():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+        known += [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    raise UserError(
+        f"--config {name}: neither a file nor a preset{nearest(name.removesuffix('.yaml'), known)}"
+    )
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The tree of defaults of a dataclass, without the fields that have none."""
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        if f.default is not dataclasses.MISSING:
+            tree[f.name] = _tree(f.default)
+        elif f.default_factory is not dataclasses.MISSING:
+            tree[f.name] = _tree(f.default_factory())
+    return tree
+
+
+def to_dict(obj: Any) -> dict[str, Any]:
+    """The resolved configuration as plain dictionaries, lists and scalars: safe for YAML, JSON."""
+    tree = _tree(obj)
+    if not isinstance(tree, dict):
+        raise TypeError(f"expected a dataclass or a mapping, got {type(obj).__name__}")
+    return tree
+
+
+def to_yaml(obj: Any) -> str:
+    """The resolved configuration as YAML that ``--config`` reads back to an equal object."""
+    return yaml.safe_dump(to_dict(obj), sort_keys=False, allow_unicode=True)
+
+
+def digest(obj: Any) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no spaces) of dataclasses, mappings, lists."""
+    text = json.dumps(_tree(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}} -> {"a.b": 1}``; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def merge(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Put ``new`` over ``tree``, in place: mappings merge by key, anything else is replaced.
+
+    A null over a mapping takes it away: ``tasks: {text_to_code: null}`` leaves that task out.
+    """
+    for key, value in new.items():
+        if value is None and isinstance(tree.get(key), dict):
+            del tree[key]
+        elif isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            merge(tree[key], value)
+        else:
+            tree[key] = value
+    return tree
+
+
+def _tree(obj: Any) -> Any:
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {f.name: _tree(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+    if isinstance(obj, Mapping):
+        return {str(key): _tree(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_tree(value) for value in obj]
+    return str(obj) if isinstance(obj, PurePath) else obj
+
+
+def children(hint: Any) -> dict[str, Any] | None:
+    """The named children of a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
+    hint = without_none(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        hints = typing.get_type_hints(hint)
+        return {f.name: hints[f.name] for f in dataclasses.fields(hint) if f.init}
+    if typing.get_origin(hint) in (dict, Mapping) and len(typing.get_args(hint)) == 2:
+        return {"*": typing.get_args(hint)[1]}
+    return None
+
+
+def without_none(hint: Any) -> Any:
+    """``T`` of ``T | None``; any other type as it is."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        rest = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return rest[0] if len(rest) == 1 else hint
+    return hint
+
+
+def _hint_at(cls: Any, key: str) -> Any:
+    """The type at a dotted key, or None if there is no such key."""
+    hint = cls
+    for part in key.split("."):
+        known = children(hint)
+        if known is None or (part not in known and "*" not in known):
+            return None
+        hint = known.get(part, known.get("*"))
+    return hint
+
+
+def _all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    for name, hint in (children(cls) or {}).items():
+        if name != "*":
+            yield prefix + name
+            yield from _all_keys(hint, f"{prefix}{name}.")
+
+
+def _checked(
+    cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None
+) -> Any:
+    """The same tree, if all of its keys exist; UserError naming the first that does not."""
+    root = root or cls
+    known = children(cls)
+    if known is None:
+        return tree
+    for key, value in tree.items():
+        if key not in known and "*" not in known:
+            full = f"{prefix}{key}"
+            raise UserError(f"{source}: unknown key {full!r}{_hint(full, prefix, known, root)}")
+        if isinstance(value, dict):
+            _checked(known.get(key, known.get("*")), value, source, f"{prefix}{key}.", root)
+    return tree
+
+
+def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
+    name = full.removeprefix(prefix)
+    beside = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    if beside:
+        return f"; did you mean {prefix + beside[0]!r}?"
+    everywhere = list(_all_keys(root))
+    same = [k for k in everywhere if k.rpartition(".")[2] == full.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(full, everywhere, n=1, cutoff=0.75)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    place = prefix.rstrip(".") or "the top level"
+    return f"; {place} has: {', '.join(sorted(known))}"
+
+
+def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]], list[str]]:
+    """Split a command line into --config files, (key, value) overrides and bare words."""
+    files: list[str] = []
+    overrides: list[tuple[str, Any]] = []
+    bare: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word == "--":
+            bare += queue
+            break
+        if not word.startswith("--"):
+            bare.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        hint = _hint_at(cls, key)
+        if key != "config" and hint is None:
+            _checked(cls, _nested(key, None), "command line")
+            raise UserError(f"command line: {key!r} has no keys of its own")
+        if not equals:
+            is_flag = without_none(hint) is bool
+            if is_flag and (not queue or queue[0].lower() not in ("true", "false", "yes", "no")):
+                text = "true"
+            elif not queue or (queue[0].startswith("--") and queue[0] != "--"):
+                raise UserError(f"command line: --{key} needs a value")
+            else:
+                text = queue.pop(0)
+        if key == "config":
+            files.append(text)
+        else:
+            overrides.append((key, _value(text, hint, key)))
+    return files, overrides, bare
+
+
+def _value(text: str, hint: Any, key: str) -> Any:
+    """A word of the command line as a value: strings as they are, the rest read as YAML."""
+    if hint is not str and text in ("null", "None", "~"):
+        return None
+    if without_none(hint) in (str, Path):
+        return text
+    if typing.get_origin(without_none(hint)) in (list, tuple) and not text.startswith("["):
+        return [yaml.safe_load(part) for part in text.split(",")]
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"command line: --{key}: cannot read {text!r} as a value") from None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def _place_bare(cls: Any, tree: dict[str, Any], bare: list[str], prog: str) -> None:
+    hints = typing.get_type_hints(cls)
+    rest = list(bare)
+    for f in dataclasses.fields(cls):
+        if not f.metadata.get(POSITIONAL):
+            continue
+        if typing.get_origin(without_none(hints[f.name])) in (list, tuple):
+            if rest:
+                tree[f.name], rest = rest, []
+        elif rest:
+            tree[f.name] = _value(rest.pop(0), hints[f.name], f.name)
+        if f.name not in tree:
+            raise UserError(f"{prog}: {f.name} is missing; see {prog} --help")
+    if rest:
+        raise UserError(f"{prog}: cannot use {rest[0]!r}; options start with --, see {prog} --help")
+
+
+def _reworded(cls: Any, tree: Mapping[str, Any], message: str, origins: Mapping[str, str]) -> str:
+    """jsonargparse's nested message as one line: key, what was expected, what was given."""
+    path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    key = _deepest(cls, tree, path, message)
+    hint, given = _hint_at(cls, key), _at(tree, key)
+    if hint is None or not key:
+        return " ".join(message.split())
+    source = f"{origins[key]}: " if key in origins else ""
+    return f"{source}{key}: expected {describe(hint)}, got {_shown(given)}"
+
+
+def _deepest(cls: Any, tree: Mapping[str, Any], path: str, message: str) -> str:
+    """jsonargparse leaves dictionary keys out of the path: find the place by its type and value."""
+    if _hint_at(cls, path) is not None and children(_hint_at(cls, path)) is None:
+        return path
+    parts = path.split(".") if path else []
+    last = parts[-1] if parts else ""
+    for key, value in flatten(tree).items():
+        inside = [p for p in key.split(".") if p in parts]
+        if inside == parts and key.rpartition(".")[2] == last:
+            shown = re.search(r"[Gg]iven value: (.*)|Got value: (.*)", message)
+            text = (shown.group(1) or shown.group(2)).strip() if shown else str(value)
+            if str(value) == text:
+                return key
+    return path
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split(".") if key else []:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def describe(hint: Any) -> str:
+    """A type in words: "a whole number", "one of a, b", "a list of text", …"""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in names:
+        return names[hint]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else describe(a) for a in args)
+    if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
+        return f"a list, each {describe(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}: {', '.join(describe(a) for a in args)}"
+    if children(hint) is not None:
+        return "keys and values" if origin is dict else f"the keys of {hint.__name__}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "text", int: "a whole number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = str(value) if isinstance(value, (list, dict)) else repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '…'} ({_kind(value)})"

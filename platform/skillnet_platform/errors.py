@@ -1,0 +1,21 @@
+"""The one exception that means: the user can put this right."""
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A user's mistake. The message is complete: which file or key, what was expected, what to do.
+
+    The command line prints it as it is, without a traceback, and exits with 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint to append to an error: ``; did you mean 'dim'?`` or the list of what is known."""
+    from difflib import get_close_matches
+
+    names = sorted(set(known))
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
