@@ -52,8 +52,8 @@ def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
         )
         for name, task in values.get("tasks", {}).items()
     }
-    rest = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return SkillNetConfig(**{**rest, "tasks": tasks})
+    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return SkillNetConfig(**(rest | {"tasks": tasks}))
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
-from skillnet.heads import HEADS
+from skillnet.heads import HEADS, RetrievalHead
 from skillnet.skills import SkillPlan, find_task
 from skillnet.stems import STEMS, Batch, LogMelStem, token_lengths
 
@@ -70,7 +70,7 @@ class SkillNet(nn.Module):
         """
         spec = find_task(task, self.config.tasks)
         head = self.heads[task]
-        if spec.objective == "retrieval":
+        if isinstance(head, RetrievalHead):
             return {
                 "query": self.embed(task, "query", towers["query"]),
                 "candidate": self.embed(task, "candidate", towers["candidate"]),

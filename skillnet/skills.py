@@ -87,7 +87,8 @@ class Task:
         expected = {"query", "candidate"} if self.objective == "retrieval" else {"input"}
         if set(self.towers) != expected:
             raise ValueError(
-                f"a {self.objective} task has the towers {sorted(expected)}, not {sorted(self.towers)}"
+                f"a {self.objective} task has the towers {sorted(expected)}, "
+                f"not {sorted(self.towers)}"
             )
         if self.objective != "retrieval" and self.outputs < 1:
             raise ValueError(f"a {self.objective} task needs outputs >= 1, not {self.outputs}")
