@@ -1,0 +1,263 @@
+"""Metrics on arrays: classification, sequences, retrieval, and bootstrap intervals for them.
+
+Every metric comes in two steps, so that intervals need nothing new: values per row (hits,
+distances, ranks), and a statistic of rows (mean, ratio of sums, macro-F1, median), which
+:func:`bootstrap_interval` takes as it is. Rates are fractions in [0, 1], not per cent.
+
+Shapes: N rows, Q queries, C candidates, E embedding width, B batch, T tokens, S symbols.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+Statistic = Callable[[NDArray], float]
+
+
+class Interval(NamedTuple):
+    """A figure and the bounds of its bootstrap interval, in the figure's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+
+# -- classification ------------------------------------------------------------------------
+
+
+def accuracy(predictions: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
+    """Share of rows (N,) whose predicted class is the right one."""
+    pairs_N2 = _pairs(predictions, labels)
+    return float(np.mean(pairs_N2[:, 0] == pairs_N2[:, 1]))
+
+
+def macro_f1(predictions: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
+    """Mean F1 over the classes that occur among predictions or labels (as scikit-learn's)."""
+    return macro_f1_of_rows(_pairs(predictions, labels))
+
+
+def macro_f1_of_rows(pairs_N2: NDArray) -> float:
+    """Macro-F1 of rows (predicted class, right class): a statistic for the bootstrap."""
+    predicted, right = pairs_N2[:, 0], pairs_N2[:, 1]
+    size = int(pairs_N2.max()) + 1
+    hits = np.bincount(right[predicted == right], minlength=size)
+    seen = np.bincount(predicted, minlength=size) + np.bincount(right, minlength=size)
+    return float(np.mean(2 * hits[seen > 0] / seen[seen > 0]))
+
+
+def _pairs(predictions: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> NDArray:
+    left, right = _array(predictions), _array(labels)
+    if left.shape != right.shape or left.ndim != 1 or not len(left):
+        raise ValueError(
+            f"predictions and labels are lists of one length and not empty, got the shapes "
+            f"{left.shape} and {right.shape}"
+        )
+    return np.stack([left, right], 1).astype(np.int64)
+
+
+# -- sequences -----------------------------------------------------------------------------
+
+
+def edit_distances(
+    hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]], block: int = 4096
+) -> NDArray[np.int64]:
+    """Levenshtein distance of each pair, in symbols, (N,). ``block`` pairs are done at once."""
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses do not pair {len(references)} references")
+    starts = range(0, len(references), block)
+    parts = [_edit_block(hypotheses[i : i + block], references[i : i + block]) for i in starts]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _edit_block(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]):
+    said, said_lengths = _padded(hypotheses)
+    right, right_lengths = _padded(references)
+    columns = np.arange(right.shape[1] + 1)
+    # One row of each pair's table at a time; tables[n, j] compares with the first j symbols.
+    tables = np.tile(columns, (len(said), 1))
+    for i in range(said.shape[1]):
+        new = np.empty_like(tables)
+        new[:, 0] = i + 1
+        wrong = right != said[:, i : i + 1]
+        np.minimum(tables[:, :-1] + wrong, tables[:, 1:] + 1, out=new[:, 1:])
+        # A run of insertions costs its length: a running minimum stands for the inner loop.
+        new = np.minimum.accumulate(new - columns, axis=1) + columns
+        tables = np.where((i < said_lengths)[:, None], new, tables)
+    return tables[np.arange(len(said)), right_lengths]
+
+
+def _padded(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+    padded = np.full((len(sequences), int(lengths.max(initial=0))), -1, np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = _array(sequence)
+    return padded, lengths
+
+
+def error_rate(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> float:
+    """Sum of edit distances over the number of reference symbols; may exceed 1."""
+    return ratio_of_sums(error_counts(hypotheses, references))
+
+
+def error_counts(
+    hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]
+) -> NDArray[np.int64]:
+    """(distance, reference length) of each pair, (N, 2): rows for :func:`ratio_of_sums`."""
+    lengths = np.array([len(reference) for reference in references], np.int64)
+    return np.stack([edit_distances(hypotheses, references), lengths], 1)
+
+
+def exact_rate(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> float:
+    """Share of sequences without any error."""
+    return float(np.mean(edit_distances(hypotheses, references) == 0))
+
+
+def greedy_symbols(log_probs_BTS: Tensor, lengths_B: Tensor) -> list[list[int]]:
+    """Best path of CTC outputs: the likeliest symbol of each token, repeats merged, no blanks."""
+    paths = zip(log_probs_BTS.argmax(-1).tolist(), lengths_B.tolist(), strict=True)
+    merged = ([symbol for symbol, _ in groupby(path[:length])] for path, length in paths)
+    return [[symbol for symbol in path if symbol] for path in merged]
+
+
+# -- retrieval -----------------------------------------------------------------------------
+
+
+def identities(groups: ArrayLike | Tensor) -> NDArray[np.int64]:
+    """Groups with -1 ("no group") replaced by a negative number of each row's own, (N,)."""
+    array = _array(groups).astype(np.int64)
+    return np.where(array < 0, -1 - np.arange(len(array)), array)
+
+
+def retrieval_ranks(
+    query_QE: Tensor | NDArray,
+    candidate_CE: Tensor | NDArray,
+    query_ids: ArrayLike | Tensor,
+    candidate_ids: ArrayLike | Tensor,
+    block: int = 2048,
+) -> NDArray[np.int64]:
+    """Rank, from 1, of each query's best right candidate among all wrong ones, (Q,).
+
+    A candidate is right if its id equals the query's. Other right candidates do not push the
+    best one down. Ties are counted against us: a wrong candidate with the same similarity
+    stands before the right one, so a model that maps everything to one point ranks last.
+
+    Args:
+        query_QE, candidate_CE: embeddings; similarity is their dot product.
+        query_ids, candidate_ids: integers, (Q,) and (C,). See :func:`identities`.
+        block: at most block x block similarities are held at once.
+
+    Raises:
+        ValueError: a query whose id no candidate carries, NaNs, or sizes that do not fit.
+    """
+    query, candidate = torch.as_tensor(query_QE), torch.as_tensor(candidate_CE)
+    left, right = torch.as_tensor(_array(query_ids)), torch.as_tensor(_array(candidate_ids))
+    if len(left) != len(query) or len(right) != len(candidate):
+        raise ValueError(
+            f"{len(query)} queries and {len(candidate)} candidates do not fit {len(left)} and "
+            f"{len(right)} ids"
+        )
+    if not torch.isfinite(query).all() or not torch.isfinite(candidate).all():
+        raise ValueError("embeddings hold values that are not finite; ranks would mean nothing")
+    alone = ~np.isin(left.numpy(), right.numpy())
+    if alone.any():
+        raise ValueError(f"{alone.sum()} queries have no right candidate, e.g. {left[alone][0]}")
+    ranks = [
+        _rank_block(q, candidate, ids, right, block)
+        for q, ids in zip(query.split(block), left.split(block), strict=True)
+    ]
+    return torch.cat(ranks).numpy() if ranks else np.zeros(0, np.int64)
+
+
+def _rank_block(
+    query: Tensor, candidate: Tensor, left: Tensor, right: Tensor, block: int
+) -> Tensor:
+    """Two passes over the candidates: the best right one's similarity, then who beats it."""
+    best = torch.full((len(query), 1), -torch.inf, dtype=query.dtype)
+    for part, ids in zip(candidate.split(block), right.split(block), strict=True):
+        right_ones = (query @ part.T).masked_fill(left[:, None] != ids, -torch.inf)
+        best = torch.maximum(best, right_ones.amax(1, keepdim=True))
+    rank = torch.ones(len(query), dtype=torch.int64)
+    for part, ids in zip(candidate.split(block), right.split(block), strict=True):
+        rank += ((query @ part.T >= best) & (left[:, None] != ids)).sum(1)
+    return rank
+
+
+def recall_at(ranks: NDArray, k: int) -> float:
+    """Share of queries whose rank is at most ``k``."""
+    return float(np.mean(np.asarray(ranks) <= k))
+
+
+def median_rank(ranks: NDArray) -> float:
+    """Median rank; half a rank is possible with an even number of queries."""
+    return float(np.median(ranks))
+
+
+# -- intervals -----------------------------------------------------------------------------
+
+
+def ratio_of_sums(rows_N2: NDArray) -> float:
+    """Sum of the first column over that of the second: a micro average. NaN for an empty sum."""
+    above, below = rows_N2.sum(0)
+    return float(above / below) if below else float("nan")
+
+
+def bootstrap_interval(
+    values: ArrayLike | Tensor,
+    statistic: Statistic = np.mean,
+    seed: int = 0,
+    samples: int = 1000,
+    level: float = 0.95,
+    clusters: ArrayLike | Tensor | None = None,
+) -> Interval:
+    """A statistic of rows and its percentile bootstrap interval (source: Efron, 1979).
+
+    Args:
+        values: one row per example, (N,) or (N, k).
+        statistic: rows -> figure: ``np.mean`` of hits, :func:`median_rank`,
+            :func:`ratio_of_sums` of :func:`error_counts`, :func:`macro_f1_of_rows`.
+        seed: of the resampling; the same seed gives the same interval.
+        samples: number of resamplings.
+        level: share of resamplings between the bounds.
+        clusters: (N,) labels; rows of one cluster (a speaker, a package) are drawn together,
+            which widens the interval where they resemble each other.
+
+    Raises:
+        ValueError: no rows, or clusters of another length.
+    """
+    rows = _array(values)
+    if not len(rows):
+        raise ValueError("an interval needs at least one row")
+    generator = np.random.default_rng(seed)
+    draw = _drawer(len(rows), clusters)
+    figures = [statistic(rows[draw(generator)]) for _ in range(samples)]
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(figures, [tail, 1 - tail])
+    return Interval(float(statistic(rows)), float(low), float(high))
+
+
+def _drawer(
+    count: int, clusters: ArrayLike | Tensor | None
+) -> Callable[[np.random.Generator], NDArray[np.int64]]:
+    if clusters is None:
+        return lambda generator: generator.integers(0, count, count)
+    labels = _array(clusters)
+    if labels.shape != (count,):
+        raise ValueError(f"{count} rows do not fit clusters of the shape {labels.shape}")
+    _, inverse, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    order = np.argsort(inverse, kind="stable")
+    members = np.split(order, np.cumsum(sizes)[:-1])
+
+    def draw(generator: np.random.Generator) -> NDArray[np.int64]:
+        picks = generator.integers(0, len(members), len(members))
+        return np.concatenate([members[pick] for pick in picks])
+
+    return draw
+
+
+def _array(x: ArrayLike | Tensor) -> NDArray:
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
