@@ -19,7 +19,8 @@ class SkillNetConfig:
         skill_modules: where skills sit: in attention projections (source: SkillNet-X), in the
             feed-forward layer (source: SkillNet-NLG's code), or both.
         skill_every: every n-th layer carries skill modules; the others are dense and shared.
-        dropout: probability, on the residual branches.
+        drop_path: probability of leaving out a residual branch of a row (stochastic depth).
+        dropout: probability, on the tokens that leave a stem.
         vocab_size: tokens of the shared text and code vocabulary, padding included (id 0).
         max_tokens: longest text or code sequence.
         bigram_buckets: rows of the hashed table of token bigrams added by the token stem
@@ -43,7 +44,8 @@ class SkillNetConfig:
     hidden: int = 384
     skill_modules: Literal["both", "attention", "feedforward"] = "both"
     skill_every: int = 1
-    dropout: float = 0.1
+    drop_path: float = 0.1
+    dropout: float = 0.0
     vocab_size: int = 12000
     max_tokens: int = 192
     bigram_buckets: int = 0
@@ -68,8 +70,9 @@ class SkillNetConfig:
                 raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
         if self.dim % self.heads:
             raise ValueError(f"model.dim {self.dim} must divide by model.heads {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must be in [0, 1), got {self.dropout}")
+        for key in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be in [0, 1), got {getattr(self, key)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.image_size {self.image_size} must divide by model.patch_size "

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, D model width.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
@@ -39,17 +38,28 @@ class EncoderLayer(nn.Module):
             std=std,
             out_std=config.hidden**-0.5 * out_std,
         )
-        self.dropout = config.dropout
+        self.drop_path = config.drop_path
 
     def forward(self, x_BTD: Tensor, skills: Skills, mask_B11T: Tensor | None) -> Tensor:
         a_BTD = self.attention(
             self.attention_norm(x_BTD), skills if self.attention_skills else SHARED, mask_B11T
         )
-        x_BTD = x_BTD + F.dropout(a_BTD, self.dropout, self.training)
+        x_BTD = x_BTD + self._drop(a_BTD)
         f_BTD = self.feedforward(
             self.feedforward_norm(x_BTD), skills if self.feedforward_skills else SHARED
         )
-        return x_BTD + F.dropout(f_BTD, self.dropout, self.training)
+        return x_BTD + self._drop(f_BTD)
+
+    def _drop(self, branch_BTD: Tensor) -> Tensor:
+        """Stochastic depth: leaves a row's branch out with probability ``drop_path``.
+
+        One draw a row, where dropout draws one a number: on CPUs that took a tenth of a step.
+        """
+        if not self.training or not self.drop_path:
+            return branch_BTD
+        keep = 1 - self.drop_path
+        kept_B11 = branch_BTD.new_empty(branch_BTD.shape[0], 1, 1).bernoulli_(keep)
+        return branch_BTD * (kept_B11 / keep)
 
 
 class Encoder(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
@@ -45,6 +46,7 @@ class SkillNet(nn.Module):
                 f"loaded for the tasks {', '.join(self.config.tasks)}"
             )
         x_BTD, mask_BT = self.stems[plan.stem](batch, plan.modality)
+        x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         return self.encoder(x_BTD, plan.skills, mask_BT), mask_BT
 
     def encode(self, batch: Batch, plan: SkillPlan) -> Tensor:
