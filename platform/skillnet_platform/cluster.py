@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,19 @@ def prepare_environment() -> None:
     """Set Ray's environment where the user has not. Call before the first ``import ray``."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def _share_import_path() -> None:
+    """Let workers import what this process imports from outside its installation.
+
+    A checkout that is not installed, or pytest's ``pythonpath``, is on ``sys.path`` of the
+    driver only; Ray passes on the environment, not ``sys.path``.
+    """
+    inside = (sys.prefix, sys.base_prefix)
+    own = [os.path.abspath(p) for p in sys.path if os.path.isdir(p or ".")]  # noqa: PTH100, PTH112
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    kept = [p for p in [*own, *given] if p and not p.startswith(inside)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(kept))
 
 
 def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_BYTES) -> Any:
@@ -56,6 +70,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
                 "or unset RAY_ADDRESS to use this machine alone."
             ) from problem
         return ray
+    _share_import_path()
     ray.init(
         num_cpus=cpus or len(os.sched_getaffinity(0)),
         # Tune and Train ask the State API, which lives in the dashboard, to clean up after

@@ -72,7 +72,7 @@ def emit_json(obj: Any) -> None:
     Takes dataclasses, paths and numpy values; NaN and infinities become null.
     """
     stream = _JsonOutput.stream or sys.stdout
-    stream.write(json.dumps(_plain(obj), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    stream.write(json.dumps(plain(obj), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
     stream.flush()
 
 
@@ -221,19 +221,20 @@ def _is_numeric(text: str) -> bool:
     return True
 
 
-def _plain(obj: Any) -> Any:
+def plain(obj: Any) -> Any:
+    """Dataclasses, paths and numpy values as what JSON knows; NaN and infinities as None."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: _plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+        return {f.name: plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, dict):
-        return {str(key): _plain(value) for key, value in obj.items()}
+        return {str(key): plain(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple, set, frozenset)):
         return [
-            _plain(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)
+            plain(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)
         ]
     if isinstance(obj, PurePath):
         return str(obj)
     if hasattr(obj, "tolist") and not isinstance(obj, (str, bytes)):
-        return _plain(obj.tolist())
+        return plain(obj.tolist())
     if isinstance(obj, float) and not math.isfinite(obj):
         return None
     return obj

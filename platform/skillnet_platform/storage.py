@@ -182,7 +182,7 @@ def _free_bytes(path: Path) -> int:
 def _remove_leftovers(final: Path) -> None:
     for left in final.parent.glob(f".{final.name}.*.tmp"):
         pid = left.name.removeprefix(f".{final.name}.").split(".")[0]
-        if pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid)):
+        if pid.isdigit() and int(pid) != os.getpid() and process_is_alive(int(pid)):
             continue
         if left.name.endswith(".old.tmp") and not final.exists():
             left.rename(final)  # killed between the two renames: the old one is still whole
@@ -190,7 +190,8 @@ def _remove_leftovers(final: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def process_is_alive(pid: int) -> bool:
+    """Whether a process of this machine with that id runs, whoever owns it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,0 +1,79 @@
+"""The writes that a run makes to its tracker, as records, and how each is sent."""
+
+from pathlib import Path
+from typing import Any
+
+Operation = dict[str, Any]
+
+PARAMETERS_A_BATCH = 100
+METRICS_A_BATCH = 1000
+
+
+def apply(client: Any, run_id: str, operation: Operation) -> None:
+    """Send one operation through an ``MlflowClient``; raises what that raises.
+
+    Each may be sent twice and leaves what once would have left.
+    """
+    _SENDERS[operation["kind"]](client, run_id, operation)
+
+
+def _metrics(client: Any, run_id: str, operation: Operation) -> None:
+    from mlflow.entities import Metric
+
+    when, step = operation["time"], operation["step"]
+    points = [Metric(name, value, when, step) for name, value in operation["values"].items()]
+    for first in range(0, len(points), METRICS_A_BATCH):
+        client.log_batch(run_id, metrics=points[first : first + METRICS_A_BATCH])
+
+
+def _params(client: Any, run_id: str, operation: Operation) -> None:
+    """New ones are set. Parameters cannot change: one that differs becomes a tag."""
+    from mlflow.entities import Param, RunTag
+
+    known = client.get_run(run_id).data.params
+    values = operation["values"]
+    new = [Param(key, value) for key, value in values.items() if key not in known]
+    for first in range(0, len(new), PARAMETERS_A_BATCH):
+        client.log_batch(run_id, params=new[first : first + PARAMETERS_A_BATCH])
+    changed = {key: value for key, value in values.items() if known.get(key, value) != value}
+    if changed:
+        tags = [RunTag(f"changed.{key}", value) for key, value in changed.items()]
+        client.log_batch(run_id, tags=tags)
+
+
+def _tags(client: Any, run_id: str, operation: Operation) -> None:
+    from mlflow.entities import RunTag
+
+    tags = [RunTag(key, value) for key, value in operation["values"].items()]
+    client.log_batch(run_id, tags=tags)
+
+
+def _input(client: Any, run_id: str, operation: Operation) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    fields = ("name", "digest", "source_type", "source", "schema", "profile")
+    dataset = Dataset(*(operation[name] for name in fields))
+    tag = InputTag("mlflow.data.context", operation["context"])
+    client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
+
+
+def _artifact(client: Any, run_id: str, operation: Operation) -> None:
+    path, folder = Path(operation["path"]), operation["folder"] or None
+    if path.is_dir():
+        client.log_artifacts(run_id, str(path), folder)
+    else:
+        client.log_artifact(run_id, str(path), folder)
+
+
+def _end(client: Any, run_id: str, operation: Operation) -> None:
+    client.set_terminated(run_id, operation["status"], operation["time"])
+
+
+_SENDERS = {
+    "metrics": _metrics,
+    "params": _params,
+    "tags": _tags,
+    "input": _input,
+    "artifact": _artifact,
+    "end": _end,
+}

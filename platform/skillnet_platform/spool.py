@@ -1,0 +1,184 @@
+"""What a run says to its tracker, kept on disk while the tracker is away and sent once it is back.
+
+Every write is a small record (an *operation*). It is tried at once; if the tracker does not
+answer, the record and all that follow it go to a JSON-lines file, in order, and are tried again
+with growing pauses, so that a dead server costs a run a fraction of a second now and then.
+Metrics carry the time at which they were made and MLflow keeps one row for equal (key, step,
+time, value): sending one twice leaves one.
+"""
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from skillnet_platform import console, storage
+from skillnet_platform.operations import Operation
+
+FIRST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 60.0
+
+#: MLflow's error codes that mean "not now", as opposed to "never".
+AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "IO_ERROR"}
+
+
+def spool_root() -> Path:
+    """Where spools are kept: ``<run root>/spool``."""
+    return storage.run_root() / "spool"
+
+
+def is_away(problem: BaseException) -> bool:
+    """Whether this error says that the tracker cannot be reached, rather than that it refuses."""
+    code = getattr(problem, "error_code", None)
+    if code is not None:
+        return code in AWAY
+    return isinstance(problem, OSError) or type(problem).__module__.startswith(
+        ("requests", "urllib3", "sqlalchemy")
+    )
+
+
+class Spool:
+    """The operations of one process for one run.
+
+    Args:
+        run_id: the MLflow run.
+        uri: the tracker that it belongs to.
+        apply: sends one operation; raises what the tracker's client raises.
+    """
+
+    def __init__(self, run_id: str, uri: str, apply: Callable[[Operation], None]) -> None:
+        self.run_id, self.uri = run_id, uri
+        self._apply = apply
+        self._lock = threading.RLock()
+        self._waiting: list[Operation] = []
+        self._pause = FIRST_PAUSE_S
+        self._next_try = 0.0
+        name = f"{run_id}.{_host()}.{os.getpid()}.jsonl"
+        self.path = spool_root() / name
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def send(self, operation: Operation) -> None:
+        """Send now if the tracker is there, otherwise keep it."""
+        with self._lock:
+            if not self._waiting:
+                try:
+                    self._apply_or_reject(operation)
+                except Exception as problem:
+                    if not is_away(problem):
+                        raise
+                    self._keep(operation)
+                    self._away(problem)
+                return
+            self._keep(operation)
+            if time.monotonic() >= self._next_try:
+                self.flush()
+
+    def flush(self) -> bool:
+        """Try to send everything that waits; True if nothing is left."""
+        with self._lock:
+            sent = 0
+            try:
+                for operation in self._waiting:
+                    self._apply_or_reject(operation)
+                    sent += 1
+            except Exception as problem:
+                if not is_away(problem):
+                    raise
+                self._away(problem)
+            if sent or not self._waiting:
+                del self._waiting[:sent]
+                self._rewrite()
+                if not self._waiting:
+                    self._pause = FIRST_PAUSE_S
+                    console.note(f"the tracker is back: {sent} records sent")
+            return not self._waiting
+
+    def adopt(self, path: Path) -> int:
+        """Send what a process that ended left in ``path``; how many records, 0 if still away."""
+        _, operations = read(path)
+        with self._lock:
+            self.path, self._waiting = path, operations
+            return len(operations) if self.flush() else 0
+
+    def _apply_or_reject(self, operation: Operation) -> None:
+        try:
+            self._apply(operation)
+        except Exception as problem:
+            if is_away(problem):
+                raise
+            # A tracker that refuses one record must not end a training run.
+            console.warn(f"the tracker refused {operation['kind']}: {problem}")
+            rejected = self.path.with_suffix(".rejected")
+            rejected.parent.mkdir(parents=True, exist_ok=True)
+            with rejected.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
+
+    def _keep(self, operation: Operation) -> None:
+        if operation["kind"] == "artifact" and Path(operation["path"]).is_file():
+            # The file may be gone, and this process too, before the tracker is back.
+            source = Path(operation["path"])
+            kept = spool_root() / self.run_id / operation["folder"] / source.name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if source != kept:
+                shutil.copyfile(source, kept)
+            operation = {**operation, "path": str(kept)}
+        self._waiting.append(operation)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not self.path.exists()
+        with storage.disk_guard(self.path), self.path.open("a", encoding="utf-8") as stream:
+            if fresh:
+                stream.write(json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n")
+            stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
+
+    def _rewrite(self) -> None:
+        if not self._waiting:
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(spool_root() / self.run_id, ignore_errors=True)
+            return
+        with storage.atomic_write(self.path, "w") as stream:
+            stream.write(json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n")
+            for operation in self._waiting:
+                stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
+
+    def _away(self, problem: BaseException) -> None:
+        if self._pause == FIRST_PAUSE_S:
+            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
+            console.warn(
+                f"the tracker {self.uri} does not answer ({reason}); records wait in {self.path}"
+            )
+        self._next_try = time.monotonic() + self._pause
+        self._pause = min(self._pause * 2, LONGEST_PAUSE_S)
+
+
+def left_behind(uri: str) -> list[Path]:
+    """Spools for this tracker whose process, on this machine, has ended."""
+    found = []
+    for path in sorted(spool_root().glob("*.jsonl")):
+        _, host, pid, _ = path.name.split(".")
+        if host != _host() or storage.process_is_alive(int(pid)):
+            continue
+        if json.loads(path.read_text(encoding="utf-8").splitlines()[0])["uri"] == uri:
+            found.append(path)
+    return found
+
+
+def read(path: Path) -> tuple[str, list[Operation]]:
+    """The run id and the operations in a spool file, without a last line cut short by a kill."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    operations = []
+    for line in lines[1:]:
+        try:
+            operations.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return json.loads(lines[0])["run_id"], operations
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")

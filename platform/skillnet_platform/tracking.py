@@ -1,0 +1,245 @@
+"""Runs in MLflow: who opens and ends them, what they record, and where.
+
+The driver calls ``start``; it alone opens and ends the run. Rank 0, in a worker, writes to it
+through ``Tracker.by_id``. MLflow is imported on first use, not with this module.
+"""
+
+import contextlib
+import getpass
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from skillnet_platform import config as configuration
+from skillnet_platform import console, lifecycle, operations, spool, store
+
+LONGEST_PARAMETER = 6000
+LONGEST_TAG = 5000
+LONGEST_DATASET_DIGEST = 36
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are recorded.
+
+    Args:
+        uri: the MLflow tracker; by default MLFLOW_TRACKING_URI, else a sqlite file in the run root.
+        experiment: the name under which runs are grouped.
+        register: whether the finished model becomes a version in the registry.
+        system_metrics: whether CPU, memory, disk and GPU are recorded along.
+    """
+
+    uri: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
+    experiment: str = "skillnet"
+    register: bool = True
+    system_metrics: bool = True
+
+
+class Tracker:
+    """Writes to one run. Nothing here raises because the tracker is away: see ``spool``."""
+
+    def __init__(self, run_id: str, uri: str, experiment_id: str = "") -> None:
+        self.run_id, self.uri, self.experiment_id = run_id, uri, experiment_id
+        client = store.client(uri)
+        self._spool = spool.Spool(run_id, uri, lambda op: operations.apply(client, run_id, op))
+
+    @classmethod
+    def by_id(cls, run_id: str, uri: str) -> "Tracker":
+        """A tracker for a run that another process opened: for rank 0 in a worker."""
+        return cls(run_id, uri)
+
+    @property
+    def link(self) -> str:
+        """The page of the run for an HTTP tracker; its id otherwise."""
+        if self.uri.startswith("http"):
+            return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return self.run_id
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers at a step; name them ``task/what``, such as ``text_to_image/loss``."""
+        now = int(time.time() * 1000)
+        numbers = {name: float(value) for name, value in values.items()}
+        self._spool.send({"kind": "metrics", "values": numbers, "step": int(step), "time": now})
+
+    def params(self, resolved: Any) -> None:
+        """Record the resolved configuration: flat parameters, and the file ``config.yaml``.
+
+        Parameters cannot change in MLflow: on a resumed run the first values stay, and what
+        differs is kept in tags named ``changed.<key>``.
+        """
+        flat = configuration.flatten(configuration.to_dict(resolved))
+        values = {key: _short(value, LONGEST_PARAMETER) for key, value in flat.items()}
+        self._spool.send({"kind": "params", "values": values})
+        self.text(configuration.to_yaml(resolved), "config.yaml")
+
+    def inputs(self, manifests: Mapping[str, Mapping[str, Any]], context: str = "training") -> None:
+        """Record corpora as dataset inputs.
+
+        Args:
+            manifests: corpus name -> its manifest (``digest``, ``splits``, ``schema`` are read).
+            context: what they were used for.
+        """
+        for name, manifest in manifests.items():
+            digest = str(manifest["digest"])
+            splits = manifest.get("splits", {})
+            rows = {split: body.get("rows") for split, body in splits.items()}
+            profile = {"rows": rows, "digest": digest, "quarantine": manifest.get("quarantine", {})}
+            self._spool.send(
+                {
+                    "kind": "input",
+                    "name": name,
+                    "digest": digest[:LONGEST_DATASET_DIGEST],
+                    "source_type": "local",
+                    "source": json.dumps({"corpus": name, "sources": manifest.get("sources", [])}),
+                    "schema": json.dumps(manifest.get("schema", {})),
+                    "profile": json.dumps(profile),
+                    "context": context,
+                }
+            )
+            self.tags({f"corpus.{name}": digest})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags; a later value replaces an earlier one."""
+        short = {key: _short(value, LONGEST_TAG) for key, value in values.items()}
+        self._spool.send({"kind": "tags", "values": short})
+
+    def note(self, markdown: str) -> None:
+        """Set the description that MLflow shows at the head of the run's page."""
+        self.tags({"mlflow.note.content": markdown})
+
+    def figure(self, figure: Any, name: str) -> None:
+        """Keep a matplotlib figure as the artifact ``name`` (``plots/loss.png``)."""
+        with self._new_artifact(name) as path:
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+
+    def text(self, text: str, name: str) -> None:
+        """Keep a text as the artifact ``name``."""
+        with self._new_artifact(name) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def dict(self, obj: Any, name: str) -> None:
+        """Keep dataclasses, mappings and lists as the JSON artifact ``name``."""
+        with self._new_artifact(name) as path:
+            text = json.dumps(console.plain(obj), ensure_ascii=False, indent=2)
+            path.write_text(text, encoding="utf-8")
+
+    def artifact(self, path: str | os.PathLike[str], folder: str = "") -> None:
+        """Keep a file or a directory as it is, below ``folder``."""
+        local = str(Path(path).absolute())
+        self._spool.send({"kind": "artifact", "path": local, "folder": folder})
+
+    def end(self, status: str = "FINISHED") -> None:
+        """End the run: FINISHED, FAILED or KILLED. Only the driver does."""
+        now = int(time.time() * 1000)
+        self._spool.send({"kind": "end", "status": status, "time": now})
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what waits; True if nothing is left. Rank 0 calls it before it leaves."""
+        return self._spool.flush() if len(self._spool) else True
+
+    @contextlib.contextmanager
+    def _new_artifact(self, name: str) -> Iterator[Path]:
+        folder, _, file = name.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="skillnet-") as place:
+            path = Path(place) / file
+            yield path
+            self.artifact(path, folder)
+
+
+@contextlib.contextmanager
+def start(
+    name: str,
+    config: Any = None,
+    tracking: TrackingConfig | None = None,
+    tags: Mapping[str, Any] | None = None,
+    description: str = "",
+    parent: str | None = None,
+    run_id: str | None = None,
+) -> Iterator[Tracker]:
+    """Open a run for the length of a block, on the driver.
+
+    It ends FINISHED; FAILED with the cause in the tag ``failure`` after an exception; KILLED
+    after an interrupt or SIGTERM. A run left RUNNING by a process that was killed is closed by
+    the next ``start``, and what its spool still holds is sent.
+
+    Args:
+        name: the name of the run, for people.
+        config: the resolved configuration, if it is to be recorded.
+        tracking: where; by default as ``TrackingConfig()``.
+        tags: more tags.
+        description: markdown for the head of the run's page.
+        parent: id of the parent run (a sweep).
+        run_id: go on with this run instead of opening one.
+
+    Raises:
+        UserError: no tracker answers at the URI, or the URI is a file store.
+    """
+    where = tracking or TrackingConfig()
+    place = store.setup(where.uri, where.experiment)
+    client = store.client(place.uri)
+    send_left_behind(place.uri)
+    lifecycle.close_abandoned(client, place.experiment_id)
+    if run_id is None:
+        run = client.create_run(place.experiment_id, run_name=name, tags=_first_tags(parent))
+        run_id = run.info.run_id
+    else:
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, lifecycle.PROCESS_TAG, lifecycle.this_process())
+    tracker = Tracker(run_id, place.uri, place.experiment_id)
+    status = "FINISHED"
+    watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if where.system_metrics:
+        watch = lifecycle.system_metrics(run_id, place.uri, tracker.metrics)
+    try:
+        with lifecycle.terminate_as_interrupt(), watch:
+            if tags:
+                tracker.tags(tags)
+            if description:
+                tracker.note(description)
+            if config is not None:
+                tracker.params(config)
+            yield tracker
+    except (KeyboardInterrupt, GeneratorExit):
+        status = "KILLED"
+        raise
+    except SystemExit as exit_request:
+        status = "FINISHED" if exit_request.code in (0, None) else "FAILED"
+        raise
+    except BaseException as problem:
+        status = "FAILED"
+        tracker.tags({"failure": f"{type(problem).__name__}: {problem}"})
+        raise
+    finally:
+        tracker.end(status)
+
+
+def send_left_behind(uri: str) -> int:
+    """Send what processes that ended left in their spools for this tracker; how many records."""
+    sent = 0
+    for path in spool.left_behind(uri):
+        sent += Tracker(path.name.partition(".")[0], uri)._spool.adopt(path)
+    return sent
+
+
+def _first_tags(parent: str | None) -> dict[str, str]:
+    tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
+        "mlflow.source.type": "LOCAL",
+        lifecycle.PROCESS_TAG: lifecycle.this_process(),
+    }
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    return tags
+
+
+def _short(value: Any, longest: int) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
