@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D model width.
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
-from skillnet.layers import SkillAttention, SkillFeedForward, Skills
+from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype, padding_bias
 
 #: The one "skill" of a layer without skill modules; its weights belong to all tasks.
 SHARED: Skills = ("shared",)
@@ -40,9 +40,9 @@ class EncoderLayer(nn.Module):
         )
         self.drop_path = config.drop_path
 
-    def forward(self, x_BTD: Tensor, skills: Skills, mask_B11T: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
         a_BTD = self.attention(
-            self.attention_norm(x_BTD), skills if self.attention_skills else SHARED, mask_B11T
+            self.attention_norm(x_BTD), skills if self.attention_skills else SHARED, bias_B11T
         )
         x_BTD = x_BTD + self._drop(a_BTD)
         f_BTD = self.feedforward(
@@ -72,7 +72,7 @@ class Encoder(nn.Module):
 
     def forward(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None = None) -> Tensor:
         """``mask_BT`` is True at real tokens; None means that every token is real."""
-        mask_B11T = None if mask_BT is None else mask_BT[:, None, None, :]
+        bias_B11T = None if mask_BT is None else padding_bias(mask_BT, compute_dtype(x_BTD))
         for layer in self.layers:
-            x_BTD = layer(x_BTD, skills, mask_B11T)
+            x_BTD = layer(x_BTD, skills, bias_B11T)
         return self.norm(x_BTD)

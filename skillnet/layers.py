@@ -162,17 +162,28 @@ class SkillFeedForward(nn.Module):
 PLAIN_ATTENTION_TOKENS = 256
 
 
+def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 at real tokens and -10,000 at padding, (B, 1, 1, T).
+
+    exp(-10,000) is 0 in every type, so padding has no weight at all; and, unlike -inf, a row
+    that is all padding gives no NaN. Added once, it costs nothing in the backward pass, where
+    filling by a mask costs as much as a softmax.
+    """
+    return (~mask_BT)[:, None, None, :].to(dtype) * -1e4
+
+
 def attend(
-    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, mask_B11T: Tensor | None = None
+    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, bias_B11T: Tensor | None = None
 ) -> Tensor:
-    """Scaled dot-product attention, (B, H, T, d); ``mask_B11T`` is True at keys to attend to."""
+    """Scaled dot-product attention, (B, H, T, d); the bias is added to every query's scores."""
     T, d = q_BHTd.shape[-2:]
+    if bias_B11T is not None:
+        bias_B11T = bias_B11T.to(q_BHTd.dtype)
     if q_BHTd.device.type != "cpu" or T > PLAIN_ATTENTION_TOKENS:
-        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask_B11T)
+        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
     scores_BHTT = (q_BHTd * d**-0.5) @ k_BHTd.transpose(-1, -2)
-    if mask_B11T is not None:
-        # The lowest finite number, not -inf: a row that is all padding stays free of NaN.
-        scores_BHTT = scores_BHTT.masked_fill(~mask_B11T, torch.finfo(scores_BHTT.dtype).min)
+    if bias_B11T is not None:
+        scores_BHTT = scores_BHTT + bias_B11T
     return scores_BHTT.softmax(-1) @ v_BHTd
 
 
@@ -188,10 +199,10 @@ class SkillAttention(nn.Module):
         self.qkv = SkillLinear(skills, dim, 3 * dim, std=std)
         self.out = SkillLinear(skills, dim, dim, std=out_std)
 
-    def forward(self, x_BTD: Tensor, skills: Skills, mask_B11T: Tensor | None = None) -> Tensor:
-        """``mask_B11T`` is True where a key may be attended to; None attends everywhere."""
+    def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None = None) -> Tensor:
+        """``bias_B11T`` is added to the scores of every query; see :func:`padding_bias`."""
         B, T, D = x_BTD.shape
         qkv = self.qkv(x_BTD, skills).view(B, T, 3, self.heads, D // self.heads)
         q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y_BHTd = attend(q_BHTd, k_BHTd, v_BHTd, mask_B11T)
+        y_BHTd = attend(q_BHTd, k_BHTd, v_BHTd, bias_B11T)
         return self.out(y_BHTd.transpose(1, 2).reshape(B, T, D), skills)
