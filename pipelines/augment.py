@@ -1,0 +1,173 @@
+"""Random changes of training rows, whole batches at once.
+
+Every function takes draws made for its rows (see ``Draws``), so that a row gets the same change
+however the global batch is cut over workers. Shapes: B rows, T tokens, N frames, H height,
+W width, C channels, M mel bins.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.training.mixture import generator
+from pipelines.training.settings import AugmentConfig
+
+MASK_TOKEN = 2
+
+
+class Draws:
+    """Random numbers of one global batch, of which a rank sees those of its rows.
+
+    Args:
+        key: what the numbers hang on: seed, task and step.
+        count: rows of the global batch.
+        mine: this rank's rows among them.
+    """
+
+    def __init__(self, key: Sequence[int | str], count: int, mine: slice) -> None:
+        self._key, self._count, self._mine = tuple(key), count, mine
+
+    def uniform(self, name: str, *shape: int) -> np.ndarray:
+        """(B, *shape) float32 in [0, 1); few numbers a row, drawn for the whole batch."""
+        random = generator(*self._key, name)
+        return random.random((self._count, *shape), dtype=np.float32)[self._mine]
+
+    def normal_rows(self, name: str, *shape: int) -> np.ndarray:
+        """(B, *shape) standard normal float32; many numbers a row, drawn row by row.
+
+        A prefix of ``shape[0]`` has the same numbers whatever ``shape[0]`` is.
+        """
+        rows = range(self._count)[self._mine]
+        out = np.empty((len(rows), *shape), dtype=np.float32)
+        for place, row in enumerate(rows):
+            generator(*self._key, name, row).standard_normal(out=out[place], dtype=np.float32)
+        return out
+
+    def uniform_rows(self, name: str, width: int) -> np.ndarray:
+        """(B, width) float32 in [0, 1), drawn row by row; a prefix hangs not on ``width``."""
+        rows = range(self._count)[self._mine]
+        out = np.empty((len(rows), width), dtype=np.float32)
+        for place, row in enumerate(rows):
+            generator(*self._key, name, row).random(out=out[place], dtype=np.float32)
+        return out
+
+
+def drop_tokens(
+    tokens_BT: np.ndarray, lengths_B: np.ndarray, share: float, draws: Draws, name: str
+) -> np.ndarray:
+    """Replace a share of the tokens by the mask token; a row's last real token stays."""
+    if share <= 0:
+        return tokens_BT
+    chance = draws.uniform_rows(name, tokens_BT.shape[1])
+    place = np.arange(tokens_BT.shape[1])
+    hit = (chance < share) & (place < lengths_B[:, None] - 1)
+    return np.where(hit, MASK_TOKEN, tokens_BT)
+
+
+def pictures(pixels_BHWC: np.ndarray, config: AugmentConfig, draws: Draws) -> Tensor:
+    """Shift, resize and tint pictures. uint8 in, float32 in [0, 1] out."""
+    x_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
+    x_BCHW = _shift_and_scale(x_BCHW, config.image_shift, config.image_scale, draws)
+    if config.image_colour:
+        tint = 1 + config.image_colour * (2 * draws.uniform("colour", 3) - 1)
+        x_BCHW = (x_BCHW * torch.from_numpy(tint)[:, :, None, None]).clamp_(0, 1)
+    return x_BCHW.permute(0, 2, 3, 1).contiguous()
+
+
+def clips(frames_BNHWC: np.ndarray, config: AugmentConfig, draws: Draws) -> Tensor:
+    """Shift and resize clips, all frames alike. uint8 in, float32 in [0, 1] out."""
+    B, N, H, W, C = frames_BNHWC.shape
+    x = torch.from_numpy(frames_BNHWC).permute(0, 1, 4, 2, 3).reshape(B, N * C, H, W).float() / 255
+    x = _shift_and_scale(x, config.video_shift, config.video_scale, draws)
+    return x.view(B, N, C, H, W).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def _shift_and_scale(x_BCHW: Tensor, shift: float, scale: float, draws: Draws) -> Tensor:
+    if not shift and not scale:
+        return x_BCHW
+    B, _, H, W = x_BCHW.shape
+    draw = torch.from_numpy(2 * draws.uniform("place", 3) - 1)
+    theta = torch.zeros(B, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / (1 + scale * draw[:, 0])
+    theta[:, 0, 2] = draw[:, 1] * 2 * shift / W
+    theta[:, 1, 2] = draw[:, 2] * 2 * shift / H
+    grid = F.affine_grid(theta, list(x_BCHW.shape), align_corners=False)
+    return F.grid_sample(x_BCHW, grid, padding_mode="border", align_corners=False)
+
+
+def recordings(
+    log_mel_BNM: np.ndarray,
+    frames_B: np.ndarray,
+    config: AugmentConfig,
+    draws: Draws,
+    longest: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pad with silence, change level, add noise and mask spans of log-mel recordings.
+
+    Noise adds to the power: log(exp(speech) + exp(noise)). Silence is the recording's quietest
+    value per mel bin. Masks are SpecAugment's (Park et al. 2019), filled with silence.
+
+    Args:
+        log_mel_BNM: normalised natural log of power; zero where a row has ended.
+        frames_B: (B,) real frames.
+        config: how much.
+        draws: of these rows.
+        longest: frames that the model reads at most.
+
+    Returns:
+        (B, N', M) float32 and (B,) frames, silence included.
+    """
+    place = np.arange(log_mel_BNM.shape[1])
+    real = place < frames_B[:, None]
+    quiet_BM = np.where(real[..., None], log_mel_BNM, np.inf).min(axis=1)
+    level = draws.uniform("sound", 5)
+    front = np.floor(level[:, 0] * (config.sound_pad + 1)).astype(np.int64)
+    behind = np.floor(level[:, 1] * (config.sound_pad + 1)).astype(np.int64)
+    front = np.minimum(front, np.maximum(longest - frames_B, 0))
+    total = np.minimum(frames_B + front + behind, longest)
+    width = int(total.max())
+    source = np.arange(width) - front[:, None]
+    inside = (source >= 0) & (source < frames_B[:, None])
+    rows = np.arange(len(frames_B))[:, None]
+    x = log_mel_BNM[rows, np.clip(source, 0, log_mel_BNM.shape[1] - 1)]
+    x = np.where(inside[..., None], x, quiet_BM[:, None])
+    if config.sound_gain:
+        x += config.sound_gain * (2 * level[:, 2, None, None] - 1)
+    if config.sound_noise:
+        # The mean over real frames; levels are spread evenly in decibels over 30 dB.
+        power = np.where(inside, x.mean(2), 0).sum(1) / np.maximum(inside.sum(1), 1)
+        loudness = np.log(config.sound_noise) - 6.9 * level[:, 3] + power
+        noise = 0.5 * draws.normal_rows("noise", width, x.shape[2])
+        x = np.logaddexp(x, loudness[:, None, None] + noise)
+    _mask(x, total, config, draws, quiet_BM)
+    x[np.arange(width) >= total[:, None]] = 0
+    return x.astype(np.float32, copy=False), total
+
+
+def _mask(
+    x_BNM: np.ndarray,
+    frames_B: np.ndarray,
+    config: AugmentConfig,
+    draws: Draws,
+    fill_BM: np.ndarray,
+) -> None:
+    """Silence random spans of frames and bands of bins in place."""
+    bins = np.arange(x_BNM.shape[2])
+    frames = np.arange(x_BNM.shape[1])
+    hit = np.zeros(x_BNM.shape, dtype=bool)
+    for index in range(config.time_masks):
+        draw = draws.uniform(f"time{index}", 2)
+        span = draw[:, 0] * np.minimum(config.time_mask_frames, frames_B / 5)
+        start = draw[:, 1] * (frames_B - span)
+        inside = (frames >= start[:, None]) & (frames < np.floor(start + span)[:, None])
+        hit |= inside[..., None]
+    for index in range(config.frequency_masks):
+        draw = draws.uniform(f"frequency{index}", 2)
+        span = draw[:, 0] * config.frequency_mask_bins
+        start = draw[:, 1] * (len(bins) - span)
+        inside = (bins >= start[:, None]) & (bins < np.floor(start + span)[:, None])
+        hit |= inside[:, None]
+    np.copyto(x_BNM, fill_BM[:, None], where=hit)

@@ -1,0 +1,365 @@
+"""The mixed stream: global batches of five modalities as a pure function of (seed, step).
+
+A step has one task, so that all workers activate the same skills. A worker takes its slice of
+the global batch; the order, the captions, the augmentation hang on (seed, step, row) and so on
+no number of workers, and going on needs only the step.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines import augment
+from pipelines.augment import Draws
+from pipelines.collate import Column, Fixed, Nested, Ragged, open_column
+from pipelines.training.mixture import RowOrder, Schedule, task_weights
+from pipelines.training.settings import AugmentConfig, TaskTraining
+from skillnet.config import SkillNetConfig
+from skillnet.skills import SkillPlan, Task, find_task
+from skillnet_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.shards import Corpus
+
+#: Sequences are padded to a multiple of this, for even kernels and few shapes.
+PAD_TO = 8
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Task, its how-manieth batch, and the (global batch,) row numbers of a step."""
+
+    task: str
+    occurrence: int
+    rows: np.ndarray
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    Args:
+        task: name of the task.
+        towers: tower -> tensors that the model reads.
+        targets: ``labels`` (B,), or ``symbols`` (B, L) and ``symbol_lengths`` (B,), or
+            ``groups`` (B,).
+        rows: (B,) row numbers in the split.
+        global_rows: rows of all ranks.
+        ghost: this rank has no rows of its own; it computes the first row of the batch, whose
+            loss counts nothing, so that it takes part in all exchanges.
+    """
+
+    task: str
+    towers: dict[str, dict[str, Tensor]]
+    targets: dict[str, Tensor]
+    rows: np.ndarray
+    global_rows: int
+    ghost: bool = False
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
+        """The batch on a device, its floats in ``dtype``."""
+        if device.type == "cpu" and dtype == torch.float32:
+            return self
+
+        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                key: x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
+                for key, x in tensors.items()
+            }
+
+        towers = {name: move(tensors) for name, tensors in self.towers.items()}
+        return Batch(self.task, towers, move(self.targets), self.rows, self.global_rows, self.ghost)
+
+
+def rank_slice(count: int, rank: int, world: int) -> slice:
+    """Rows of a rank: the first ``count % world`` ranks have one more, as np.array_split."""
+    base, more = divmod(count, world)
+    start = rank * base + min(rank, more)
+    return slice(start, start + base + (rank < more))
+
+
+class TaskRows:
+    """Rows of one task's split as batches: columns, towers and targets.
+
+    Args:
+        name: task name.
+        task: its objective and towers.
+        corpus: where its rows are.
+        model: sizes that rows are cut to.
+        settings: split, longest sequence, choice of captions.
+
+    Raises:
+        UserError: no such split, missing columns, a corpus of another modality.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        corpus: "Corpus",
+        model: SkillNetConfig,
+        settings: TaskTraining,
+    ) -> None:
+        split, max_length = settings.split, settings.max_length
+        if split not in corpus.splits:
+            raise UserError(
+                f"corpus {corpus.name} has no split {split!r}; it has {', '.join(corpus.splits)}"
+            )
+        self.name, self.task, self.where = name, task, f"{corpus.name}/{split}"
+        self.count = int(corpus.splits[split].rows)
+        if not self.count:
+            raise UserError(f"{self.where} has no rows; prepare the corpus again")
+        self._table = corpus.splits[split].table()
+        own = "candidate" if task.objective == "retrieval" else "input"
+        self.plan: SkillPlan = task.towers[own]
+        self.own = own
+        if corpus.modality != self.plan.modality:
+            raise UserError(
+                f"task {name} reads {self.plan.modality}, but corpus {corpus.name} holds "
+                f"{corpus.modality}; set tasks.{name}.corpus to one of that modality"
+            )
+        limit = {"text": model.max_tokens, "code": model.max_tokens, "sound": model.max_frames}
+        self.limit = min(
+            limit.get(self.plan.modality, 1 << 30), max_length if max_length else 1 << 30
+        )
+        self._model, self._first_caption = model, settings.first_caption
+        self._columns: dict[str, Column] = {}
+
+    def lengths(self) -> np.ndarray | None:
+        """(rows,) length of each row's sequence, or none for pictures and clips."""
+        column = {"text": "tokens", "code": "tokens", "sound": "log_mel"}.get(self.plan.modality)
+        if column is None:
+            return None
+        return np.minimum(self._ragged(column).lengths(), self.limit)
+
+    def load(
+        self,
+        rows: np.ndarray,
+        draws: Draws | None = None,
+        config: AugmentConfig | None = None,
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """(towers, targets) of the named rows.
+
+        Args:
+            rows: (B,) row numbers.
+            draws: random numbers of these rows; none takes rows as they are, cropped at their
+                end, with the first caption.
+            config: augmentation; used with ``draws``.
+        """
+        towers = {self.own: self._inputs(rows, draws, config)}
+        if self.task.objective == "retrieval":
+            towers["query"] = self._queries(rows, draws, config)
+            return towers, {"groups": _tensor(self._fixed("group").take(rows))}
+        if self.task.objective == "classification":
+            labels = self._fixed("label").take(rows)
+            if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < self.task.outputs:
+                raise UserError(
+                    f"{self.where}: label {int(labels.max())} does not fit task {self.name} with "
+                    f"model.tasks.{self.name}.outputs {self.task.outputs}"
+                )
+            return towers, {"labels": _tensor(labels)}
+        symbols, lengths = self._ragged("symbols").take(rows)
+        return towers, {"symbols": _tensor(symbols), "symbol_lengths": _tensor(lengths)}
+
+    def _inputs(
+        self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None
+    ) -> dict[str, Tensor]:
+        modality = self.plan.modality
+        if modality in ("image", "video"):
+            name = "pixels" if modality == "image" else "frames"
+            x = self._fixed(name).take(rows)
+            if draws is None or config is None:
+                return {name: torch.from_numpy(x)}
+            change = augment.pictures if modality == "image" else augment.clips
+            return {name: change(x, config, draws)}
+        crop = draws.uniform("crop") if draws is not None else None
+        if modality == "sound":
+            mel, frames = self._ragged("log_mel").take(rows, self.limit, crop)
+            if draws is not None and config is not None:
+                mel, frames = augment.recordings(mel, frames, config, draws, self._model.max_frames)
+            return {"log_mel": torch.from_numpy(mel), "frames": _tensor(frames)}
+        tokens, lengths = self._ragged("tokens").take(rows, self.limit, crop, PAD_TO)
+        if draws is not None and config is not None:
+            share = config.token_dropout if modality == "text" else config.code_dropout
+            tokens = augment.drop_tokens(tokens, lengths, share, draws, "tokens")
+        return {"tokens": _tensor(tokens)}
+
+    def _queries(
+        self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None
+    ) -> dict[str, Tensor]:
+        column = self._nested("caption_tokens")
+        counts, picked = column.counts(rows), column.first(rows)
+        if counts.size and not counts.min():
+            row = int(rows[int(counts.argmin())])
+            raise UserError(f"{self.where}: row {row} has no caption to search with")
+        if draws is not None:
+            chance, choice = draws.uniform("caption", 2).T
+            place = np.floor(choice * counts).astype(np.int64)
+            picked = picked + np.where(chance < self._first_caption, 0, place)
+        tokens, lengths = column.inner.take(picked, self._model.max_tokens, None, PAD_TO)
+        if draws is not None and config is not None:
+            tokens = augment.drop_tokens(tokens, lengths, config.token_dropout, draws, "query")
+        return {"tokens": _tensor(tokens)}
+
+    def _column(self, name: str) -> Column:
+        if name not in self._columns:
+            self._columns[name] = open_column(self._table, name, self.where)
+        return self._columns[name]
+
+    def _fixed(self, name: str) -> Fixed:
+        return self._as(name, Fixed)
+
+    def _ragged(self, name: str) -> Ragged:
+        return self._as(name, Ragged)
+
+    def _nested(self, name: str) -> Nested:
+        return self._as(name, Nested)
+
+    def _as(self, name: str, kind: type) -> "Fixed | Ragged | Nested":  # type: ignore[misc]
+        column = self._column(name)
+        if not isinstance(column, kind):
+            raise UserError(
+                f"{self.where}: column {name!r} holds {self._table.schema.field(name).type}, "
+                f"which task {self.name} cannot read"
+            )
+        return column
+
+
+class MixedStream:
+    """Global batches of all tasks of a run.
+
+    Args:
+        corpora: corpus name -> opened corpus.
+        tasks: task name -> how it takes part.
+        model: shape of the model; its tasks name the towers.
+        seed: of order, captions and augmentation.
+        augmentation: random changes; none for rows as they are.
+        temperature: over the rows of tasks without a weight.
+
+    Raises:
+        UserError: an unknown task, a corpus that is missing or of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        corpora: Mapping[str, "Corpus"],
+        tasks: Mapping[str, TaskTraining],
+        model: SkillNetConfig,
+        seed: int,
+        augmentation: AugmentConfig | None = None,
+        temperature: float = 2.0,
+    ) -> None:
+        if not tasks:
+            raise UserError("no task to train: name at least one under tasks")
+        self.seed, self.tasks, self._augmentation = seed, dict(tasks), augmentation
+        self.rows: dict[str, TaskRows] = {}
+        self._orders: dict[str, RowOrder] = {}
+        for name, settings in tasks.items():
+            task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
+            rows = TaskRows(name, task, corpus, model, settings)
+            self.rows[name] = rows
+            self._orders[name] = RowOrder(
+                rows.count, settings.batch, rows.lengths(), (seed, "order", name)
+            )
+        self.weights = task_weights(
+            {name: settings.weight for name, settings in tasks.items()},
+            {name: rows.count for name, rows in self.rows.items()},
+            temperature,
+        )
+        self._schedule = Schedule(self.weights, seed)
+
+    def plan(self, step: int) -> StepPlan:
+        """Task and rows of the global batch of a step."""
+        task, occurrence = self._schedule.at(step)
+        return StepPlan(task, occurrence, self._orders[task].batch(occurrence))
+
+    def counts(self, steps: int) -> dict[str, int]:
+        """Steps that each task gets of the first ``steps``."""
+        return self._schedule.counts(steps)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """A rank's part of the global batch of a step."""
+        plan = self.plan(step)
+        mine = rank_slice(len(plan.rows), rank, world)
+        ghost = mine.stop == mine.start
+        if ghost:
+            mine = slice(0, 1)
+        draws = Draws((self.seed, "rows", step), len(plan.rows), mine)
+        rows = plan.rows[mine]
+        towers, targets = self.rows[plan.task].load(rows, draws, self._augmentation)
+        return Batch(plan.task, towers, targets, rows, len(plan.rows), ghost)
+
+
+class Prefetcher:
+    """Batches of steps ``start`` to ``stop``, made ahead by a thread.
+
+    Close it, or leave its ``with`` block, to end the thread. An error in the thread is raised
+    where the batch is asked for.
+    """
+
+    def __init__(
+        self,
+        stream: MixedStream,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        world: int = 1,
+        depth: int = 4,
+        pin: bool = False,
+    ) -> None:
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._args = (stream, start, stop, rank, world, pin)
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _fill(self) -> None:
+        stream, start, stop, rank, world, pin = self._args
+        # One thread: the compute threads belong to the model.
+        torch.set_num_threads(1)
+        try:
+            for step in range(start, stop):
+                batch = stream.batch(step, rank, world)
+                if pin:
+                    for tensors in (*batch.towers.values(), batch.targets):
+                        tensors.update({key: x.pin_memory() for key, x in tensors.items()})
+                if not self._put(batch):
+                    return
+            self._put(None)
+        except BaseException as problem:
+            self._put(problem)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+
+def _tensor(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.int64, copy=False))

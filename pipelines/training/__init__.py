@@ -1,0 +1,1 @@
+"""Training: mixture of tasks, loop, gradient synchronisation, optimiser, checkpoints, precision."""

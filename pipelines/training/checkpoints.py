@@ -1,0 +1,178 @@
+"""Checkpoints: written whole or not at all, verified when read, taken up from the newest whole.
+
+    step-00000500/
+      config.json, shared.safetensors, skill-*.safetensors, …   the model, as save_pretrained
+      optimizer-<file>.safetensors                              optimiser state, a file per skill
+      average-<file>.safetensors                                averaged weights, if kept
+      state.json                                                step, seed, configuration digest
+      manifest.json                                             sizes and hashes; written last
+
+There is no generator state: all randomness hangs on (seed, step).
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipelines.training.optimizer import SkillAdamW, WeightAverage
+from skillnet.files import check_file, read_manifest, write_manifest, write_parts
+from skillnet.model import SkillNet
+from skillnet_platform import console, storage
+from skillnet_platform.errors import UserError
+
+PREFIX = "step-"
+
+
+@dataclass
+class Checkpoint:
+    """A whole checkpoint on disk: where, and its ``state.json``."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was written."""
+        return int(self.state["step"])
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: SkillNet,
+    optimizer: SkillAdamW,
+    average: WeightAverage | None,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
+
+    Writing the same step again gives the same files.
+
+    Raises:
+        UserError: the disk is full; what was there before is still whole.
+    """
+    final = folder / f"{PREFIX}{step:08d}"
+    files = model.files_of()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
+    needed = (1 + (average is not None)) * weights + held + (1 << 20)
+    # Half-written files are worthless: refuse before the first byte.
+    storage.require_space(final, needed)
+    with storage.disk_guard(final, needed), storage.staging(final) as aside:
+        written = write_parts(model, aside)
+        for file, names in files.items():
+            tensors = optimizer.tensors(names)
+            if tensors:
+                save_file(_ready(tensors), aside / f"optimizer-{file}.safetensors")
+                written.append(f"optimizer-{file}.safetensors")
+            if average is not None:
+                means = {name: average.values[name] for name in names if name in average.values}
+                if means:
+                    save_file(_ready(means), aside / f"average-{file}.safetensors")
+                    written.append(f"average-{file}.safetensors")
+        full = {"step": step, **state}
+        if average is not None:
+            full["average_updates"] = average.updates
+        text = json.dumps(full, indent=1, sort_keys=True)
+        (aside / "state.json").write_text(text + "\n", encoding="utf-8")
+        write_manifest(aside, [*written, "state.json"])
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, or none. Names those that it has to skip."""
+    for path in _folders(folder):
+        try:
+            return verify(path)
+        except ValueError as problem:
+            console.warn(f"{problem}; trying the checkpoint before it")
+    return None
+
+
+def verify(path: str | Path) -> Checkpoint:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        UserError: it is incomplete or altered; names the file.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        for name in manifest["files"]:
+            check_file(path, name, manifest)
+    except ValueError as problem:
+        raise UserError(f"checkpoint {path} cannot be used: {problem}") from None
+    if "state.json" not in manifest["files"]:
+        raise UserError(
+            f"{path} is a saved model, not a checkpoint: it has no state.json. Start from it with "
+            "init_from, or name a step-* folder"
+        )
+    return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+def load(
+    checkpoint: Checkpoint,
+    model: SkillNet,
+    optimizer: SkillAdamW,
+    average: WeightAverage | None = None,
+) -> None:
+    """Put a verified checkpoint's weights and optimiser state in place.
+
+    Raises:
+        UserError: the checkpoint is of a model of another shape.
+    """
+    device = next(model.parameters()).device
+    load_weights(checkpoint.path, model)
+    for path in sorted(checkpoint.path.glob("optimizer-*.safetensors")):
+        optimizer.load(load_file(path, device=str(device)))
+    if average is not None:
+        for path in sorted(checkpoint.path.glob("average-*.safetensors")):
+            for name, value in load_file(path, device=str(device)).items():
+                average.values[name] = value.clone()
+        average.updates = dict(checkpoint.state.get("average_updates", {}))
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: SkillNet) -> None:
+    """Copy a saved model's weights into a model of the same shape.
+
+    Raises:
+        UserError: a file that is missing or altered, or weights that do not fit.
+    """
+    manifest = read_manifest(path)
+    parameters = dict(model.named_parameters())
+    for file, names in model.files_of().items():
+        tensors = load_file(check_file(path, f"{file}.safetensors", manifest))
+        for name in names:
+            if name not in tensors or tensors[name].shape != parameters[name].shape:
+                found = tuple(tensors[name].shape) if name in tensors else "missing"
+                raise UserError(
+                    f"{path}: {name} is {found}, this model has "
+                    f"{tuple(parameters[name].shape)}; use the model section of that run"
+                )
+            parameters[name].copy_(tensors[name])
+
+
+def _ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Own memory for each: gradients and averages may be views of a shared buffer.
+    return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first, whole or not."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and _number(p) >= 0]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,210 @@
+"""Typed settings of a training run: what `configs/*.yaml` and the command line fill in."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from skillnet.config import SkillNetConfig
+from skillnet_platform.tracking import TrackingConfig
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of training rows, keyed by (seed, step, row). Zero turns a change off.
+
+    Args:
+        image_shift: largest shift of a picture, in pixels, each way.
+        image_scale: largest relative change of a picture's size.
+        image_colour: largest relative change of each colour channel.
+        video_shift: largest shift of a clip, in pixels, the same for all its frames.
+        video_scale: largest relative change of a clip's size.
+        sound_pad: most frames of silence added in front, and as many again behind.
+        sound_gain: largest change of level, in units of the normalised log power.
+        sound_noise: highest level of added noise, as a share of the recording's mean power.
+        time_masks: spans of frames silenced per recording (SpecAugment, Park et al. 2019).
+        time_mask_frames: longest such span, in frames; never above a fifth of the recording.
+        frequency_masks: bands of mel bins silenced per recording.
+        frequency_mask_bins: widest such band.
+        token_dropout: share of text tokens replaced by the mask token.
+        code_dropout: share of code tokens replaced by the mask token.
+    """
+
+    image_shift: float = 3.0
+    image_scale: float = 0.1
+    image_colour: float = 0.1
+    video_shift: float = 1.5
+    video_scale: float = 0.08
+    sound_pad: int = 6
+    sound_gain: float = 0.2
+    sound_noise: float = 0.05
+    time_masks: int = 1
+    time_mask_frames: int = 10
+    frequency_masks: int = 1
+    frequency_mask_bins: int = 12
+    token_dropout: float = 0.1
+    code_dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"training.augment.{key} must not be negative, got {value}")
+        for key in ("image_scale", "video_scale", "token_dropout", "code_dropout"):
+            if getattr(self, key) >= 1:
+                raise ValueError(
+                    f"training.augment.{key} must be below 1, got {getattr(self, key)}"
+                )
+
+
+@dataclass
+class TaskTraining:
+    """How one task takes part in the mixture.
+
+    Args:
+        corpus: name of the corpus, a directory below ``data``.
+        weight: share of the steps relative to the other tasks; none leaves it to
+            ``training.temperature`` over the tasks' numbers of rows.
+        batch: rows of one global batch, over all workers.
+        split: the split it trains on.
+        max_length: longest sequence of the corpus' own modality, in tokens or frames; longer
+            rows are cropped at random. None: as long as the model allows.
+        smoothing: label smoothing, classification only.
+        first_caption: share of the draws that take a row's first caption, the one it is
+            evaluated with; the others take any of its captions. Retrieval only.
+    """
+
+    corpus: str
+    weight: float | None = None
+    batch: int = 64
+    split: str = "train"
+    max_length: int | None = None
+    smoothing: float = 0.0
+    first_caption: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"a task's batch must be at least 1, got {self.batch}")
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(
+                f"a task's weight must be above 0, got {self.weight}; leave the task out instead"
+            )
+
+
+@dataclass
+class TrainingConfig:
+    """Optimisation, parallelism and the run's rhythm.
+
+    Args:
+        steps: global steps; one task each.
+        minutes: stop early after so long, with a checkpoint and a note in the record. The
+            learning rate follows steps, so a run cut short has not decayed.
+        lr: peak learning rate of AdamW (Loshchilov & Hutter 2019).
+        warmup: steps of linear rise; below 1 it is a share of ``steps``.
+        schedule: decay after the rise: ``cosine`` or ``linear`` to ``final_lr`` at the last
+            step; ``wsd`` holds the peak and falls linearly over the last ``decay`` share;
+            ``constant``.
+        final_lr: learning rate at the end, as a share of ``lr``.
+        decay: share of the steps in which ``wsd`` falls.
+        weight_decay: AdamW's, on weight matrices of active skills; none on biases, norms and
+            embeddings.
+        beta1: AdamW's.
+        beta2: AdamW's.
+        clip: largest global norm of the active gradients; 0 does not clip.
+        temperature: tasks without a weight get rows ** (1 / temperature).
+        ema: decay per step of an average of the weights kept beside them and used for
+            evaluation and the final model; 0 keeps none.
+        compile: run the model's forward through torch.compile.
+        workers: Ray workers; 0 trains in this process without Ray.
+        threads_per_worker: compute threads of a worker; 0 shares the machine's cores out.
+        use_gpu: give each worker a GPU.
+        precision: ``auto`` is bf16 autocast where the device multiplies bf16 natively and
+            fp32 elsewhere; fp64 is for tests.
+        checkpoint_every: steps between checkpoints; 0 only at the end.
+        keep: newest checkpoints that stay on disk.
+        evaluate_every: steps between evaluations on the validation split; 0 none.
+        log_every: steps between logged metrics.
+        bucket_mb: size of a gradient bucket on the wire, in MiB.
+        max_failures: restarts after a worker dies.
+        augment: random changes of training rows.
+    """
+
+    steps: int = 2000
+    minutes: float | None = None
+    lr: float = 1e-3
+    warmup: float = 0.05
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    final_lr: float = 0.02
+    decay: float = 0.3
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    temperature: float = 2.0
+    ema: float = 0.0
+    compile: bool = False
+    workers: int = 1
+    threads_per_worker: int = 0
+    use_gpu: bool = False
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    checkpoint_every: int = 500
+    keep: int = 2
+    evaluate_every: int = 0
+    log_every: int = 20
+    bucket_mb: float = 2.0
+    max_failures: int = 1
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "keep", "log_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"training.{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("workers", "threads_per_worker", "checkpoint_every", "evaluate_every", "clip"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"training.{key} must not be negative, got {getattr(self, key)}")
+        if self.lr <= 0:
+            raise ValueError(f"training.lr must be above 0, got {self.lr}")
+        if self.temperature <= 0:
+            raise ValueError(f"training.temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"training.ema must be in [0, 1), got {self.ema}")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"training.minutes must be above 0, got {self.minutes}")
+
+
+def default_tasks_training() -> dict[str, TaskTraining]:
+    """The five built-in corpora with shares that a short run on two cores was tuned to."""
+    return {
+        "text_classification": TaskTraining("headings", weight=0.15, batch=128),
+        "speech_recognition": TaskTraining("syllables", weight=0.2, batch=48),
+        "text_to_image": TaskTraining("drawings", weight=0.25, batch=96),
+        "text_to_video": TaskTraining("strokes", weight=0.25, batch=96),
+        "text_to_code": TaskTraining("functions", weight=0.15, batch=96, max_length=128),
+    }
+
+
+@dataclass
+class FinetuneConfig:
+    """A joint training run.
+
+    Args:
+        name: name of the run and of its directory. The name of an unfinished run goes on from
+            its newest whole checkpoint; none makes a fresh name.
+        run_dir: directory of runs; none takes the run root.
+        seed: of weights, order, augmentation and dropout.
+        data: directory of prepared corpora; none takes ``corpora`` below the run root.
+        init_from: checkpoint or saved model to start from; none starts at random.
+        model: shape of the model.
+        tasks: task name -> how it takes part.
+        training: optimisation, parallelism, rhythm.
+        tracking: where it is recorded.
+        evaluate: evaluate the final model on the test splits.
+    """
+
+    name: str | None = None
+    run_dir: str | None = None
+    seed: int = 0
+    data: str | None = None
+    init_from: str | None = None
+    model: SkillNetConfig = field(default_factory=SkillNetConfig)
+    tasks: dict[str, TaskTraining] = field(default_factory=default_tasks_training)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluate: bool = True

@@ -1,0 +1,168 @@
+"""Tiny corpora in the format of prepared ones, for tests of the stream and of training.
+
+The content is made up but learnable: a label, a caption, a symbol sequence follow from the row.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.training.settings import AugmentConfig, FinetuneConfig, TaskTraining, TrainingConfig
+from skillnet.config import SkillNetConfig
+from skillnet.skills import default_tasks
+from skillnet_platform.tracking import TrackingConfig
+
+VOCABULARY = 64
+MODALITY = {
+    "headings": ("text", "text_classification"),
+    "syllables": ("sound", "speech_recognition"),
+    "drawings": ("image", "text_to_image"),
+    "strokes": ("video", "text_to_video"),
+    "functions": ("code", "text_to_code"),
+}
+
+
+def write_corpora(folder: Path, rows: int = 45, test_rows: int = 14, shards: int = 2) -> Path:
+    """Write all five corpora below ``folder``; the training split in several shards."""
+    for number, name in enumerate(MODALITY):
+        random = np.random.default_rng(number)
+        splits = {"train": (rows, shards), "validation": (test_rows, 1), "test": (test_rows, 1)}
+        _write(folder / name, name, splits, random)
+    return folder
+
+
+def small_config(data: Path, **training: object) -> FinetuneConfig:
+    """A run of a few steps on those corpora in float64, with a model of a few thousand weights."""
+    batches = {
+        "text_classification": TaskTraining("headings", weight=1.0, batch=7),
+        "speech_recognition": TaskTraining("syllables", weight=1.0, batch=5),
+        "text_to_image": TaskTraining("drawings", weight=1.0, batch=6),
+        "text_to_video": TaskTraining("strokes", weight=1.0, batch=3),
+        "text_to_code": TaskTraining("functions", weight=1.0, batch=6, max_length=12),
+    }
+    model = SkillNetConfig(
+        dim=16,
+        depth=2,
+        heads=2,
+        hidden=24,
+        dropout=0.0,
+        vocab_size=VOCABULARY,
+        max_tokens=24,
+        max_frames=40,
+        embedding_dim=8,
+        patch_size=16,
+        tubelet=(4, 16, 16),
+        tasks=default_tasks(),
+    )
+    values = {"steps": 12, "precision": "fp64", "log_every": 5, "workers": 0, "lr": 3e-3}
+    return FinetuneConfig(
+        name="test",
+        data=str(data),
+        model=model,
+        tasks=batches,
+        training=TrainingConfig(**(values | training), augment=AugmentConfig()),  # type: ignore[arg-type]
+        tracking=TrackingConfig(system_metrics=False),
+        evaluate=False,
+    )
+
+
+def _write(
+    folder: Path, name: str, splits: dict[str, tuple[int, int]], random: np.random.Generator
+) -> None:
+    folder.mkdir(parents=True)
+    modality, task = MODALITY[name]
+    described = {}
+    for split, (rows, shards) in splits.items():
+        table = _table(name, split, rows, random)
+        files = []
+        for index, part in enumerate(np.array_split(np.arange(rows), shards)):
+            path = folder / f"{split}-{index:05d}.arrow"
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+                out.write_table(table.slice(int(part[0]), len(part)).combine_chunks())
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            size = path.stat().st_size
+            files.append({"file": path.name, "rows": len(part), "bytes": size, "sha256": digest})
+        described[split] = {"rows": rows, "shards": files}
+    total = sum(rows for rows, _ in splits.values())
+    manifest = {
+        "format_version": 1,
+        "corpus": name,
+        "modality": modality,
+        "task": task,
+        "schema": {field.name: str(field.type) for field in table.schema},
+        "splits": described,
+        "sources": [],
+        "preprocessing": {},
+        "preprocessing_digest": "",
+        "tokenizer": {"file": "../tokenizer.json", "sha256": "", "vocab_size": VOCABULARY},
+        "rows_in": total,
+        "rows_out": total,
+        "quarantine": {},
+        "labels": [f"class {index}" for index in range(15)],
+        "symbols": [f"symbol {index}" for index in range(61)],
+    }
+    text = json.dumps(manifest, sort_keys=True)
+    manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _table(name: str, split: str, rows: int, random: np.random.Generator) -> pa.Table:
+    kind = random.integers(0, 15, rows)
+    columns: dict[str, pa.Array] = {
+        "key": pa.array([f"{split}/{index}" for index in range(rows)]),
+        "group": pa.array(np.where(random.random(rows) < 0.3, kind, -1), pa.int64()),
+    }
+    shapes: dict[str, list[int]] = {}
+    if name == "headings":
+        columns["tokens"] = _tokens(kind, random, 3, 20)
+        columns["label"] = pa.array(kind, pa.int32())
+    elif name == "functions":
+        columns["tokens"] = _tokens(kind, random, 5, 24)
+    elif name == "syllables":
+        frames = random.integers(20, 34, rows)
+        mel = [random.standard_normal((n, 80), dtype=np.float32) + k for n, k in zip(frames, kind)]
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(mel).ravel()), 80)
+        columns["log_mel"] = pa.ListArray.from_arrays(_offsets(frames), flat)
+        columns["frames"] = pa.array(frames, pa.int32())
+        columns["symbols"] = pa.array(
+            [[1 + k, 16 + k] for k in kind.tolist()], pa.list_(pa.int32())
+        )
+    else:
+        field, shape = {
+            "drawings": ("pixels", [48, 48, 3]),
+            "strokes": ("frames", [8, 32, 32, 1]),
+        }[name]
+        width = int(np.prod(shape))
+        pixels = random.integers(0, 40, (rows, width)) + 14 * kind[:, None]
+        columns[field] = pa.FixedSizeListArray.from_arrays(
+            pa.array(pixels.ravel().astype(np.uint8)), width
+        )
+        shapes[field] = shape
+    if name not in ("headings", "syllables"):
+        counts = random.integers(1, 4, rows)
+        inner = _tokens(np.repeat(kind, counts), random, 2, 9)
+        columns["caption_tokens"] = pa.ListArray.from_arrays(_offsets(counts), inner)
+    fields = [
+        pa.field(
+            key,
+            column.type,
+            metadata={b"shape": json.dumps(shapes[key]).encode()} if key in shapes else None,
+        )
+        for key, column in columns.items()
+    ]
+    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+
+
+def _tokens(kind: np.ndarray, random: np.random.Generator, least: int, most: int) -> pa.Array:
+    lengths = random.integers(least, most + 1, len(kind))
+    values = random.integers(20, VOCABULARY, int(lengths.sum()))
+    starts = np.cumsum(lengths) - lengths
+    values[starts] = 4 + kind
+    return pa.ListArray.from_arrays(_offsets(lengths), pa.array(values, pa.int32()))
+
+
+def _offsets(lengths: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
