@@ -1,0 +1,319 @@
+"""What a model reaches on prepared corpora, as tidy rows with bootstrap intervals.
+
+Every row of a split is used exactly once. For retrieval the query of a row is its first caption
+(the name of the thing; further captions are keywords), the candidates are all rows of the split,
+and rows of one group are right answers for one another.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pipelines.shards import Corpus, Split, open_corpus
+
+from pipelines.collate import Fixed, Ragged, open_column
+from pipelines.inference import Inputs, Runner, mean_lengths, split_inputs
+from pipelines.training.settings import default_tasks_training
+from skillnet.accounting import account_task
+from skillnet.metrics import (
+    Interval,
+    bootstrap_interval,
+    error_counts,
+    identities,
+    macro_f1_of_rows,
+    median_rank,
+    ratio_of_sums,
+    retrieval_ranks,
+)
+from skillnet.model import SkillNet
+from skillnet.skills import Task, find_task
+from skillnet_platform.errors import UserError
+
+Figures = dict[str, Interval]
+
+COLUMNS = (
+    "system",
+    "task",
+    "seed",
+    "split",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "activated_params",
+    "flops_per_example",
+    "steps",
+    "date",
+    "machine",
+)
+
+
+def evaluate_model(
+    model: SkillNet,
+    data: str | Path,
+    tasks: Sequence[str] | None = None,
+    splits: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    corpora: Mapping[str, str] | None = None,
+    limits: Mapping[str, int | None] | None = None,
+    system: str = "skillnet",
+    steps: int | None = None,
+    precision: str = "auto",
+    samples: int = 1000,
+    on_split: Callable[[str, str, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure a model on the splits of its tasks' corpora.
+
+    Args:
+        model: on the device on which it shall run; its training mode is left as it was.
+        data: directory of prepared corpora.
+        tasks: names; none takes all tasks of the model.
+        splits: names; none takes every split whose name starts with ``test``. A named split
+            that one of the corpora lacks is skipped there.
+        seed: seed of the run, copied into the rows, and of the bootstrap.
+        corpora: task -> corpus, where it is not the built-in one.
+        limits: task -> longest sequence of the corpus' own modality, as in training.
+        system: name of the system in the rows.
+        steps: training steps, copied into the rows.
+        precision: see :class:`pipelines.inference.Runner`.
+        samples: resamplings of each interval; 0 leaves intervals out.
+        on_split: called with task, split and rows before each split.
+
+    Returns:
+        One dictionary per figure with the keys ``COLUMNS``. Rates lie in [0, 1].
+
+    Raises:
+        UserError: an unknown task, a missing corpus, or a split that no corpus has.
+    """
+    names = list(model.config.tasks) if tasks is None else list(tasks)
+    specs = {name: find_task(name, model.config.tasks) for name in names}
+    runner = Runner(model, precision)
+    rows: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    for name, spec in specs.items():
+        corpus = open_corpus(corpus_path(data, name, corpora))
+        check_outputs(corpus, name, spec)
+        for split_name in chosen_splits(corpus, splits):
+            split = corpus.splits[split_name]
+            seen.add(split_name)
+            if on_split is not None:
+                on_split(name, split_name, split.rows)
+            figures, lengths = measure(
+                runner,
+                name,
+                split,
+                f"{corpus.name}/{split_name}",
+                limit=(limits or {}).get(name),
+                seed=seed,
+                samples=samples,
+            )
+            cost = account_task(model, name, lengths)
+            rows += tidy(
+                figures,
+                system=system,
+                task=name,
+                seed=seed,
+                split=split_name,
+                activated_params=cost.activated,
+                flops_per_example=cost.flops_per_example,
+                steps=steps,
+            )
+    missing = sorted(set(splits or ()) - seen)
+    if missing or not rows:
+        raise UserError(
+            f"no corpus of the tasks {', '.join(names)} below {data} has "
+            + (f"the split {missing[0]!r}" if missing else "a test split")
+        )
+    return rows
+
+
+def measure(
+    runner: Runner,
+    task: str,
+    split: Split,
+    where: str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    samples: int = 1000,
+) -> tuple[Figures, dict[str, int]]:
+    """Figures of one task on one split, and the mean length of its towers' rows.
+
+    ``where`` names the split in messages; see :func:`evaluate_model` for the rest.
+    """
+    config = runner.model.config
+    spec = find_task(task, config.tasks)
+    table = split.table()
+    inputs: dict[str, Inputs] = {
+        tower: split_inputs(
+            table,
+            plan,
+            config,
+            where,
+            captions=tower == "query",
+            limit=None if tower == "query" else limit,
+        )
+        for tower, plan in spec.towers.items()
+    }
+    if spec.objective == "classification":
+        probabilities = runner.classify(task, inputs["input"])
+        labels = fixed_column(table, "label", where)
+        figures = classification_figures(probabilities.argmax(1), labels, seed, samples)
+    elif spec.objective == "ctc":
+        symbols, _ = runner.transcribe(task, inputs["input"])
+        figures = sequence_figures(symbols, ragged_column(table, "symbols", where), seed, samples)
+    else:
+        query = runner.embed(task, "query", inputs["query"])
+        candidate = runner.embed(task, "candidate", inputs["candidate"])
+        groups = identities(fixed_column(table, "group", where))
+        figures = retrieval_figures(query, candidate, groups, groups, seed, samples)
+    return figures, mean_lengths(inputs)
+
+
+def classification_figures(
+    predicted: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 1000
+) -> Figures:
+    """Accuracy and macro-F1 of predicted classes (N,)."""
+    pairs = np.stack([np.asarray(predicted), np.asarray(labels)], 1).astype(np.int64)
+    return {
+        "accuracy": _mean(pairs[:, 0] == pairs[:, 1], seed, samples),
+        "macro_f1": _interval(pairs, macro_f1_of_rows, seed, samples),
+    }
+
+
+def sequence_figures(
+    said: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]],
+    seed: int = 0,
+    samples: int = 1000,
+) -> Figures:
+    """Token error rate (sum of edit distances over symbols) and share without any error."""
+    counts = error_counts(said, references)
+    return {
+        "token_error_rate": _interval(counts, ratio_of_sums, seed, samples),
+        "exact_rate": _mean(counts[:, 0] == 0, seed, samples),
+    }
+
+
+def retrieval_figures(
+    query: np.ndarray,
+    candidate: np.ndarray,
+    query_ids: np.ndarray,
+    candidate_ids: np.ndarray,
+    seed: int = 0,
+    samples: int = 1000,
+    ways: Iterable[str] = ("", "reverse_"),
+) -> Figures:
+    """Recall at 1, 5 and 10 and median rank, of text -> X and (``reverse_``) of X -> text."""
+    figures: Figures = {}
+    for prefix in ways:
+        if prefix:
+            ranks = retrieval_ranks(candidate, query, candidate_ids, query_ids)
+        else:
+            ranks = retrieval_ranks(query, candidate, query_ids, candidate_ids)
+        figures |= rank_figures(ranks, prefix, seed, samples)
+    return figures
+
+
+def rank_figures(
+    ranks: np.ndarray, prefix: str = "", seed: int = 0, samples: int = 1000
+) -> Figures:
+    """Recall at 1, 5 and 10 and median rank of ranks that start at 1."""
+    figures = {f"{prefix}recall_at_{k}": _mean(ranks <= k, seed, samples) for k in (1, 5, 10)}
+    figures[f"{prefix}median_rank"] = _interval(ranks, median_rank, seed, samples)
+    return figures
+
+
+def tidy(figures: Figures, **common: Any) -> list[dict[str, Any]]:
+    """One row per figure, with the keys ``COLUMNS`` in their order."""
+    stamp = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": machine(),
+    }
+    return [
+        {
+            column: (common | stamp | {"metric": metric} | interval._asdict()).get(column)
+            for column in COLUMNS
+        }
+        for metric, interval in figures.items()
+    ]
+
+
+def machine() -> str:
+    """This machine in words: processor, cores that this process may use, accelerator."""
+    model = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    words = [model or os.uname().machine, f"{cores} cores"]
+    import torch
+
+    if torch.cuda.is_available():
+        words.append(torch.cuda.get_device_name())
+    return ", ".join(words)
+
+
+def corpus_path(data: str | Path, task: str, corpora: Mapping[str, str] | None = None) -> Path:
+    """Directory of a task's corpus: the one that ``corpora`` names, or the built-in one."""
+    names = {name: entry.corpus for name, entry in default_tasks_training().items()}
+    names |= corpora or {}
+    if task not in names:
+        raise UserError(f"no corpus is known for the task {task!r}; give --corpora.{task} NAME")
+    return Path(data) / names[task]
+
+
+def chosen_splits(corpus: Corpus, splits: Sequence[str] | None) -> list[str]:
+    """The named splits that a corpus has, or all test sets."""
+    if splits is None:
+        return [name for name in corpus.splits if name.startswith("test")]
+    return [name for name in splits if name in corpus.splits]
+
+
+def check_outputs(corpus: Corpus, task: str, spec: Task) -> None:
+    """Raise UserError if a corpus has another number of classes or symbols than the model."""
+    key = {"classification": "labels", "ctc": "symbols"}.get(spec.objective)
+    if key is None or key not in corpus.manifest:
+        return
+    found = len(corpus.manifest[key])
+    if spec.objective == "ctc" and corpus.manifest[key][:1] == ["<blank>"]:
+        found -= 1
+    if found != spec.outputs:
+        raise UserError(
+            f"{task}: the corpus {corpus.name} has {found} {key}, the model was built for "
+            f"{spec.outputs}; set model.tasks.{task}.outputs to {found} and train again"
+        )
+
+
+def fixed_column(table: Any, name: str, where: str) -> np.ndarray:
+    """All values of a column of numbers."""
+    column = open_column(table, name, where)
+    if not isinstance(column, Fixed):
+        raise UserError(f"{where}: column {name!r} holds lists, expected one number a row")
+    return column.take(np.arange(len(table)))
+
+
+def ragged_column(table: Any, name: str, where: str) -> list[list[int]]:
+    """All values of a column of lists of numbers."""
+    column = open_column(table, name, where)
+    if not isinstance(column, Ragged):
+        raise UserError(f"{where}: column {name!r} holds numbers, expected lists of them")
+    values, lengths = column.take(np.arange(len(table)))
+    return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]
+
+
+def _mean(hits: np.ndarray, seed: int, samples: int) -> Interval:
+    return _interval(np.asarray(hits, dtype=np.float64), np.mean, seed, samples)
+
+
+def _interval(
+    values: np.ndarray, statistic: Callable[..., float], seed: int, samples: int
+) -> Interval:
+    if not samples:
+        return Interval(float(statistic(values)), float("nan"), float("nan"))
+    return bootstrap_interval(values, statistic, seed=seed, samples=samples)
