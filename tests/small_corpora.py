@@ -123,7 +123,10 @@ def _table(name: str, split: str, rows: int, random: np.random.Generator) -> pa.
         columns["tokens"] = _tokens(kind, random, 5, 24)
     elif name == "syllables":
         frames = random.integers(20, 34, rows)
-        mel = [random.standard_normal((n, 80), dtype=np.float32) + k for n, k in zip(frames, kind)]
+        mel = [
+            random.standard_normal((n, 80), dtype=np.float32) + k
+            for n, k in zip(frames, kind, strict=True)
+        ]
         flat = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(mel).ravel()), 80)
         columns["log_mel"] = pa.ListArray.from_arrays(_offsets(frames), flat)
         columns["frames"] = pa.array(frames, pa.int32())

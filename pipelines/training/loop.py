@@ -1,9 +1,8 @@
 """The training loop: one task a step, the same code in this process, under Ray and in tests."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.shards import Corpus, open_corpus
-from pipelines.stream import Batch, MixedStream, Prefetcher
+from pipelines.stream import Batch, Prefetcher
 from pipelines.training import checkpoints
 from pipelines.training.gradient_sync import Gather, GradientSync
+from pipelines.training.meter import Meter
 from pipelines.training.mixture import generator
 from pipelines.training.optimizer import (
     SkillAdamW,
@@ -24,13 +23,12 @@ from pipelines.training.optimizer import (
 )
 from pipelines.training.precision import Precision, choose
 from pipelines.training.settings import FinetuneConfig
+from pipelines.training.setup import build_model, identity_of, open_stream, pick_device, resume
 from skillnet import objectives
 from skillnet.model import SkillNet
 from skillnet.objectives import Gather as Collect
 from skillnet.skills import Task
 from skillnet_platform import config as configuration
-from skillnet_platform import storage
-from skillnet_platform.errors import UserError
 
 #: Steps in a row with a loss or gradient that is not finite before training gives up.
 PATIENCE = 10
@@ -135,7 +133,7 @@ def train(
     identity = configuration.digest(identity_of(config))
     start = resume(run, identity, model, optimizer, average) if run else 0
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
-    meter = _Meter(config, start, world, device)
+    meter = Meter(config, start, world, device)
     stopped, path, failed = None, None, 0
     step = start
 
@@ -271,113 +269,6 @@ def task_loss(
     )
 
 
-def open_stream(config: FinetuneConfig) -> MixedStream:
-    """The mixed stream over the corpora that the tasks name.
-
-    Raises:
-        UserError: a corpus that is missing or does not fit its task.
-    """
-    corpora = open_corpora(config)
-    return MixedStream(
-        corpora,
-        config.tasks,
-        config.model,
-        config.seed,
-        config.training.augment,
-        config.training.temperature,
-    )
-
-
-def open_corpora(config: FinetuneConfig) -> dict[str, Corpus]:
-    """Corpus name -> opened corpus, of all tasks; their vocabularies must fit the model's."""
-    folder = Path(config.data) if config.data else storage.data_root()
-    corpora = {
-        name: open_corpus(folder / name)
-        for name in sorted({settings.corpus for settings in config.tasks.values()})
-    }
-    for name, corpus in corpora.items():
-        size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
-        if size > config.model.vocab_size:
-            raise UserError(
-                f"corpus {name} was prepared with a vocabulary of {size} tokens, "
-                f"model.vocab_size is {config.model.vocab_size}; set it to {size} or more"
-            )
-    return corpora
-
-
-def build_model(config: FinetuneConfig) -> SkillNet:
-    """A model of the configuration's shape: random, keyed by the seed, or from ``init_from``."""
-    torch.manual_seed(config.seed)
-    model = SkillNet(config.model)
-    if config.init_from:
-        checkpoints.load_weights(Path(config.init_from), model)
-    return model
-
-
-def resume(
-    run: Path,
-    identity: str,
-    model: SkillNet,
-    optimizer: SkillAdamW,
-    average: WeightAverage | None,
-) -> int:
-    """Take up the newest whole checkpoint of a run; the number of steps that it had done.
-
-    Raises:
-        UserError: the checkpoint is of a run with another configuration.
-    """
-    found = checkpoints.newest(run / "checkpoints")
-    if found is None:
-        return 0
-    if found.state["config_digest"] != identity:
-        raise UserError(
-            f"{found.path} was written with another configuration than this one; go on with that "
-            f"one ({run / 'config.yaml'}), or give this run another name"
-        )
-    checkpoints.load(found, model, optimizer, average)
-    return found.step
-
-
-def identity_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What decides the weights: the configuration without names, places and rhythm."""
-    training = asdict(config.training)
-    for key in (
-        "minutes",
-        "workers",
-        "threads_per_worker",
-        "use_gpu",
-        "precision",
-        "compile",
-        "checkpoint_every",
-        "keep",
-        "evaluate_every",
-        "log_every",
-        "bucket_mb",
-        "max_failures",
-    ):
-        training.pop(key)
-    return {
-        "seed": config.seed,
-        "init_from": config.init_from,
-        "model": configuration.to_dict(config.model),
-        "tasks": configuration.to_dict(config.tasks),
-        "training": training,
-    }
-
-
-def pick_device(use_gpu: bool) -> torch.device:
-    """The device of this worker.
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    if not use_gpu:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("training.use_gpu is true, but torch finds no GPU on this machine")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout hangs on (seed, step, rank) alone, not on what was drawn before."""
     torch.manual_seed(int(generator(seed, "dropout", step, rank).integers(2**62)))
@@ -395,104 +286,3 @@ def averaged(model: SkillNet, average: WeightAverage | None) -> Iterator[None]:
         model.train()
         if average is not None:
             average.swap(model)
-
-
-class _Meter:
-    """Counts, times and running losses of a loop."""
-
-    def __init__(
-        self, config: FinetuneConfig, start: int, world: int, device: torch.device
-    ) -> None:
-        self._world, self._device = world, device
-        self._names = list(config.tasks)
-        self._start = self._mark = time.monotonic()
-        self._pause = 0.0
-        self.rows = self.skipped = 0
-        self.waited = 0.0
-        self.losses: dict[str, float] = {}
-        self._since = {"rows": 0, "waited": 0.0, "steps": 0}
-        self._sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
-        self._last: dict[str, tuple[Tensor, float]] = {}
-        self._norm = torch.zeros(())
-        self._lr = 0.0
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the loop began, evaluations left out."""
-        return time.monotonic() - self._start - self._pause
-
-    def timed(self, batches: Prefetcher) -> Iterator[Batch]:
-        """The batches; time spent waiting for them is counted."""
-        iterator = iter(batches)
-        while True:
-            begin = time.monotonic()
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            spent = time.monotonic() - begin
-            self.waited += spent
-            self._since["waited"] += spent
-            yield batch
-
-    def add(self, batch: Batch, loss: Tensor, norm: Tensor, lr: float, skipped: bool) -> None:
-        """One step is done. ``loss`` is this rank's share of the global one."""
-        index = self._names.index(batch.task)
-        self._sums[index, 0] += loss
-        self._sums[index, 1] += 1
-        self.rows += batch.global_rows
-        self._since["rows"] += batch.global_rows
-        self._since["steps"] += 1
-        self.skipped += skipped
-        self._norm, self._lr = norm, lr
-
-    def values(self, step: int) -> dict[str, float]:
-        """Metrics since the last call. With several ranks all of them call it together."""
-        sums = self._sums.clone()
-        if self._world > 1:
-            # Each rank holds a share of each loss, but counts every step.
-            dist.all_reduce(sums)
-            sums[:, 1] /= self._world
-        now = time.monotonic()
-        seconds = max(now - self._mark, 1e-9)
-        values: dict[str, float] = {}
-        for name, (total, count) in zip(self._names, sums.tolist(), strict=True):
-            if count:
-                mean = total / count
-                weight = min(0.5, count / 20)
-                known = self.losses.get(name, mean)
-                self.losses[name] = known + weight * (mean - known) if name in self.losses else mean
-                values[f"{name}/loss"] = mean
-        values |= {
-            "training/learning_rate": self._lr,
-            "training/gradient_norm": float(self._norm),
-            "training/rows_per_second": self._since["rows"] / seconds,
-            "training/steps_per_second": self._since["steps"] / seconds,
-            "training/waiting_for_data": self._since["waited"] / seconds,
-        }
-        self._sums.zero_()
-        self._since = {"rows": 0, "waited": 0.0, "steps": 0}
-        self._mark = now
-        return values
-
-    def words(self) -> str:
-        """Running losses, short."""
-        return ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
-
-    def agree(self, flag: bool) -> bool:
-        """Rank 0's opinion, on all ranks."""
-        if self._world == 1:
-            return flag
-        shared = torch.tensor([float(flag)], device=self._device)
-        dist.broadcast(shared, src=0)
-        return bool(shared.item())
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside is not training time."""
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            spent = time.monotonic() - begin
-            self._pause += spent
-            self._mark += spent

@@ -1,0 +1,124 @@
+"""What a run needs before its first step: corpora, stream, model, device, and where to go on."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.shards import Corpus, open_corpus
+from pipelines.stream import MixedStream
+from pipelines.training import checkpoints
+from pipelines.training.optimizer import SkillAdamW, WeightAverage
+from pipelines.training.settings import FinetuneConfig
+from skillnet.model import SkillNet
+from skillnet_platform import config as configuration
+from skillnet_platform import storage
+from skillnet_platform.errors import UserError
+
+
+def open_stream(config: FinetuneConfig) -> MixedStream:
+    """The mixed stream over the corpora that the tasks name.
+
+    Raises:
+        UserError: a corpus that is missing or does not fit its task.
+    """
+    corpora = open_corpora(config)
+    return MixedStream(
+        corpora,
+        config.tasks,
+        config.model,
+        config.seed,
+        config.training.augment,
+        config.training.temperature,
+    )
+
+
+def open_corpora(config: FinetuneConfig) -> dict[str, Corpus]:
+    """Corpus name -> opened corpus, of all tasks; their vocabularies must fit the model's."""
+    folder = Path(config.data) if config.data else storage.data_root()
+    corpora = {
+        name: open_corpus(folder / name)
+        for name in sorted({settings.corpus for settings in config.tasks.values()})
+    }
+    for name, corpus in corpora.items():
+        size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
+        if size > config.model.vocab_size:
+            raise UserError(
+                f"corpus {name} was prepared with a vocabulary of {size} tokens, "
+                f"model.vocab_size is {config.model.vocab_size}; set it to {size} or more"
+            )
+    return corpora
+
+
+def build_model(config: FinetuneConfig) -> SkillNet:
+    """A model of the configuration's shape: random, keyed by the seed, or from ``init_from``."""
+    torch.manual_seed(config.seed)
+    model = SkillNet(config.model)
+    if config.init_from:
+        checkpoints.load_weights(Path(config.init_from), model)
+    return model
+
+
+def resume(
+    run: Path,
+    identity: str,
+    model: SkillNet,
+    optimizer: SkillAdamW,
+    average: WeightAverage | None,
+) -> int:
+    """Take up the newest whole checkpoint of a run; the number of steps that it had done.
+
+    Raises:
+        UserError: the checkpoint is of a run with another configuration.
+    """
+    found = checkpoints.newest(run / "checkpoints")
+    if found is None:
+        return 0
+    if found.state["config_digest"] != identity:
+        raise UserError(
+            f"{found.path} was written with another configuration than this one; go on with that "
+            f"one ({run / 'config.yaml'}), or give this run another name"
+        )
+    checkpoints.load(found, model, optimizer, average)
+    return found.step
+
+
+def identity_of(config: FinetuneConfig) -> dict[str, Any]:
+    """What decides the weights: the configuration without names, places and rhythm."""
+    training = asdict(config.training)
+    for key in (
+        "minutes",
+        "workers",
+        "threads_per_worker",
+        "use_gpu",
+        "precision",
+        "compile",
+        "checkpoint_every",
+        "keep",
+        "evaluate_every",
+        "log_every",
+        "bucket_mb",
+        "max_failures",
+    ):
+        training.pop(key)
+    return {
+        "seed": config.seed,
+        "init_from": config.init_from,
+        "model": configuration.to_dict(config.model),
+        "tasks": configuration.to_dict(config.tasks),
+        "training": training,
+    }
+
+
+def pick_device(use_gpu: bool) -> torch.device:
+    """The device of this worker.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if not use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("training.use_gpu is true, but torch finds no GPU on this machine")
+    return torch.device("cuda", torch.cuda.current_device())
