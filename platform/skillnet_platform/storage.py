@@ -150,7 +150,7 @@ def require_space(path: str | os.PathLike[str], needed: int) -> None:
     Raises:
         UserError: naming the path, the bytes free and the bytes needed.
     """
-    if _free_bytes(Path(path)) < needed:
+    if free_bytes(Path(path)) < needed:
         raise UserError(_full_message(Path(path), needed))
 
 
@@ -164,7 +164,7 @@ def human_bytes(count: float) -> str:
 
 
 def _full_message(path: Path, needed: int | None) -> str:
-    free = human_bytes(_free_bytes(path))
+    free = human_bytes(free_bytes(path))
     takes = f"; it takes {human_bytes(needed)} ({needed} bytes)" if needed is not None else ""
     return (
         f"{path}: the disk is full ({free} free){takes}. Free some space, or set "
@@ -172,7 +172,8 @@ def _full_message(path: Path, needed: int | None) -> str:
     )
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Bytes free where ``path`` is, or would be."""
     place = path.absolute()
     while not place.exists():
         place = place.parent

@@ -25,6 +25,7 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -84,7 +85,7 @@ def setup(uri: str | None = None, experiment: str = "skillnet") -> Place:
     chosen = resolve_uri(uri)
     prepare_environment()
     if chosen.startswith("http"):
-        _require_answer(chosen)
+        require_answer(chosen)
     from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
 
@@ -113,7 +114,12 @@ def _made_meanwhile(mlflow_client: Any, experiment: str, problem: Exception, uri
     raise UserError(f"tracking.uri {uri}: {_first_line(problem)}") from problem
 
 
-def _require_answer(uri: str) -> None:
+def require_answer(uri: str) -> None:
+    """Ask an MLflow server for its health.
+
+    Raises:
+        UserError: nothing answers.
+    """
     import requests
 
     try:

@@ -1,0 +1,231 @@
+"""``skillnet doctor``: what to know about this machine before a run, with what to do about it."""
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from skillnet_platform import cluster, config, console, storage, store
+from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
+
+GIB = 2**30
+Level = Literal["ok", "warning", "error"]
+
+PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "tokenizers", "safetensors", "numpy")
+FREE_DISK_BYTES = 5 * GIB
+FREE_MEMORY_BYTES = 4 * GIB
+SHARED_MEMORY_BYTES = cluster.OBJECT_STORE_BYTES + 2**26
+OPEN_FILES = 4096
+
+
+@dataclass
+class DoctorConfig:
+    """Options of ``skillnet doctor``.
+
+    Args:
+        ray: whether to start Ray, run a task and ask the State API (about 8 s).
+    """
+
+    ray: bool = True
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, how it stands, what was seen, what to do."""
+
+    check: str
+    level: Level
+    seen: str
+    advice: str = ""
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Print the findings; 0 if none is an error, else 1."""
+    options = config.parse(
+        DoctorConfig,
+        argv or [],
+        prog="skillnet doctor",
+        description="Check this machine before a run: versions, CPUs, memory, disk, ports, "
+        "MLflow and Ray.",
+        example="skillnet doctor --ray false",
+    )
+    findings = [finding for check in checks(options.ray) for finding in check()]
+    failed = any(finding.level == "error" for finding in findings)
+    if console.json_wanted():
+        console.emit_json({"ok": not failed, "findings": [asdict(each) for each in findings]})
+    else:
+        rows = [(each.check, each.level, each.seen, each.advice) for each in findings]
+        console.table("This machine", ("check", "state", "seen", "what to do"), rows)
+    return int(failed)
+
+
+def checks(with_ray: bool = True) -> list[Callable[[], list[Finding]]]:
+    """All checks, cheap ones first."""
+    found = [versions, cpus, memory, shared_memory, disk, open_files, loopback, tracker]
+    return [*found, ray_works] if with_ray else found
+
+
+def versions() -> list[Finding]:
+    """Python and the packages that matter."""
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    advice = "" if good else "use Python 3.11, 3.12 or 3.13"
+    found = [Finding("python", "ok" if good else "error", platform.python_version(), advice)]
+    for name in PACKAGES:
+        try:
+            found.append(Finding(name, "ok", version(name)))
+        except PackageNotFoundError:
+            found.append(Finding(name, "error", "not installed", "pip install -e ."))
+    return found
+
+
+def cpus() -> list[Finding]:
+    """CPUs that this process may use, and whether they are already busy."""
+    usable = len(os.sched_getaffinity(0))
+    busy = os.getloadavg()[0]
+    found = [Finding("cpus", "ok", f"{usable} usable, load {busy:.1f}")]
+    quota = _cpu_quota()
+    if quota is not None and quota < usable:
+        advice = f"start with --training.workers {max(int(quota), 1)}"
+        found.append(Finding("cpu quota", "warning", f"{quota:.1f} CPUs allowed", advice))
+    if usable < 2:
+        advice = "Ray Data and a worker share one CPU: expect twice the time"
+        found[0] = Finding("cpus", "warning", f"{usable} usable", advice)
+    return found
+
+
+def memory() -> list[Finding]:
+    """Memory that can be had without swapping."""
+    free = _meminfo("MemAvailable")
+    if free is None or free >= FREE_MEMORY_BYTES:
+        seen = "unknown" if free is None else f"{storage.human_bytes(free)} available"
+        return [Finding("memory", "ok", seen)]
+    advice = f"a worker takes up to {storage.human_bytes(FREE_MEMORY_BYTES)}: close something"
+    return [Finding("memory", "warning", f"{storage.human_bytes(free)} available", advice)]
+
+
+def shared_memory() -> list[Finding]:
+    """/dev/shm, where Ray keeps its objects."""
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        return [Finding("shared memory", "warning", "no /dev/shm", "Ray falls back to /tmp")]
+    free = shutil.disk_usage(place).free
+    if free >= SHARED_MEMORY_BYTES:
+        return [Finding("shared memory", "ok", f"{storage.human_bytes(free)} free")]
+    advice = "give the container more: --shm-size 2g"
+    return [Finding("shared memory", "warning", f"{storage.human_bytes(free)} free", advice)]
+
+
+def disk() -> list[Finding]:
+    """Room, and the right to write, where runs are kept."""
+    root = storage.run_root()
+    free = storage.free_bytes(root)
+    seen = f"{storage.human_bytes(free)} free in {root}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with storage.atomic_write(root / ".doctor") as stream:
+            stream.write(b"x")
+        (root / ".doctor").unlink()
+    except (OSError, UserError) as problem:
+        advice = f"set {storage.HOME_VARIABLE} to a directory that you may write to"
+        return [Finding("disk", "error", f"{root}: {problem}", advice)]
+    if free < FREE_DISK_BYTES:
+        advice = f"set {storage.HOME_VARIABLE} to a larger disk"
+        return [Finding("disk", "warning", seen, advice)]
+    return [Finding("disk", "ok", seen)]
+
+
+def open_files() -> list[Finding]:
+    """How many files a process may open: Ray takes many."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= OPEN_FILES:
+        return [Finding("open files", "ok", f"{soft} allowed")]
+    return [Finding("open files", "warning", f"{soft} allowed", f"ulimit -n {min(hard, 65536)}")]
+
+
+def loopback() -> list[Finding]:
+    """Whether a port can be opened and reached on 127.0.0.1: Ray, gloo and MLflow do."""
+    try:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            with socket.create_connection(server.getsockname(), timeout=2):
+                pass
+    except OSError as problem:
+        return [Finding("loopback", "error", str(problem), "allow connections to 127.0.0.1")]
+    return [Finding("loopback", "ok", "127.0.0.1 answers")]
+
+
+def tracker() -> list[Finding]:
+    """Whether the tracker can be reached."""
+    try:
+        uri = store.resolve_uri()
+        if not uri.startswith("http"):
+            return [Finding("tracker", "ok", uri)]
+        store.require_answer(uri)
+    except UserError as problem:
+        return [Finding("tracker", "error", str(problem), f"correct {store.URI_VARIABLE}")]
+    return [Finding("tracker", "ok", uri)]
+
+
+def ray_works() -> list[Finding]:
+    """Start Ray, or connect to it, run a task and ask the State API."""
+    began = time.monotonic()
+    try:
+        with cluster.session() as ray:
+            answer = ray.get(ray.remote(platform.python_version).remote(), timeout=60)
+            took = f"a task ran after {time.monotonic() - began:.1f} s"
+            found = [Finding("ray", "ok", took)]
+            if answer != platform.python_version():
+                advice = "use the same Python on every node"
+                found = [Finding("ray", "error", f"workers run Python {answer}", advice)]
+            return [*found, _state_api()]
+    except Exception as problem:
+        return [Finding("ray", "error", _first_line(problem), "see the lines above")]
+
+
+def _state_api() -> Finding:
+    from ray.util.state import list_nodes
+
+    try:
+        return Finding("ray state api", "ok", f"{len(list_nodes(timeout=20))} node(s)")
+    except Exception as problem:
+        advice = "sweeps may stall without it: end other Ray processes of this machine"
+        return Finding("ray state api", "warning", _first_line(problem), advice)
+
+
+def _cpu_quota() -> float | None:
+    """CPUs that a container's control group allows; None without a limit."""
+    try:
+        allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(allowed) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,312 @@
+"""Models in MLflow: logged from code, registered as versions, promoted by alias, loaded back.
+
+A model is a Python file that calls ``mlflow.models.set_model`` and artefacts (safetensors, JSON)
+that it reads in ``load_context(self, context)``: nothing is pickled. Two aliases are used,
+``champion`` (the best so far) and ``challenger`` (the latest one that was not better).
+"""
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from skillnet_platform import gate, store
+from skillnet_platform.errors import UserError, nearest
+
+MODEL_NAME = "skillnet"
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+FIGURES_TAG = "figures"
+REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "tokenizers", "pyarrow", "pillow")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry.
+
+    Args:
+        name: of the registered model.
+        version: counted from 1.
+        uri: ``models:/name/version``.
+        run_id: of the run that made it.
+        alias: that it got: champion or challenger.
+        verdict: what the gate said.
+    """
+
+    name: str
+    version: int
+    uri: str
+    run_id: str
+    alias: str
+    verdict: gate.Verdict
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model found: its files, and what the registry knows of it (None for a plain folder)."""
+
+    uri: str
+    path: Path
+    version: int | None = None
+    run_id: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+def register(
+    run_id: str,
+    code_path: str | os.PathLike[str],
+    artifacts: Mapping[str, str | os.PathLike[str]],
+    figures: Mapping[str, gate.Figure],
+    *,
+    uri: str | None = None,
+    name: str = MODEL_NAME,
+    signature: Any = None,
+    input_example: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+    requirements: Sequence[str] | None = None,
+    code_paths: Sequence[str] | None = None,
+    description: str = "",
+    tags: Mapping[str, Any] | None = None,
+) -> Registered:
+    """Log a model under a run, make it a version and let the gate decide which alias it gets.
+
+    The first version becomes champion; a later one only through the gate, else challenger.
+
+    Args:
+        run_id: the run that trained it.
+        code_path: the Python file of the model (ends with ``mlflow.models.set_model``).
+        artifacts: name -> file or directory, copied into the model.
+        figures: task -> its measure; kept in the version's tags for the next comparison.
+        uri: the tracker; by default as in ``store.resolve_uri``.
+        name: of the registered model.
+        signature: an ``mlflow.models.ModelSignature``.
+        input_example: what ``predict`` takes.
+        metadata: kept in the model's MLmodel file.
+        requirements: pip requirements; by default the installed versions of what is needed.
+        code_paths: packages shipped inside the model; by default none.
+        description: markdown for the page of the version.
+        tags: more tags of the version.
+
+    Raises:
+        UserError: a code file or an artefact is missing.
+    """
+    for what in [code_path, *artifacts.values()]:
+        if not Path(what).exists():
+            raise UserError(f"{what}: no such file; a model cannot be registered without it")
+    chosen = store.resolve_uri(uri)
+    client = store.client(chosen)
+    experiment_id = client.get_run(run_id).info.experiment_id
+    with _as_default(chosen, experiment_id) as mlflow:
+        # pyfunc.log_model would open the run anew and end it FINISHED, whatever it was.
+        info = mlflow.models.Model.log(
+            artifact_path=None,
+            name=name,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            python_model=str(code_path),
+            artifacts={key: str(value) for key, value in artifacts.items()},
+            signature=signature,
+            input_example=input_example,
+            metadata=dict(metadata or {}),
+            pip_requirements=list(requirements or installed(REQUIREMENTS)),
+            code_paths=list(code_paths) if code_paths else None,
+        )
+        _ensure_model(client, name)
+        made = client.create_model_version(
+            name,
+            info.model_uri,
+            run_id=run_id,
+            model_id=info.model_id,
+            tags={key: str(value) for key, value in (tags or {}).items()},
+            description=description or None,
+        )
+    number = int(made.version)
+    client.set_model_version_tag(name, made.version, FIGURES_TAG, _pack(figures))
+    verdict = promote(number, name=name, uri=chosen)
+    alias = CHAMPION if verdict.passed else CHALLENGER
+    return Registered(name, number, f"models:/{name}/{number}", run_id, alias, verdict)
+
+
+def promote(
+    number: int, *, name: str = MODEL_NAME, uri: str | None = None, force: bool = False
+) -> gate.Verdict:
+    """Hold a version against the champion and move the alias that it earned.
+
+    Args:
+        number: the version.
+        name: of the registered model.
+        uri: the tracker.
+        force: make it champion whatever the figures say (the verdict records that).
+    """
+    client = store.client(store.resolve_uri(uri))
+    current = champion(name=name, uri=uri)
+    if current is None:
+        verdict = gate.Verdict(True, ("the first version",))
+    elif int(current.version) == number:
+        verdict = gate.Verdict(True, ("already the champion",))
+    else:
+        ours = _unpack(client.get_model_version(name, str(number)))
+        verdict = gate.compare(ours, _unpack(current))
+    if force and not verdict.passed:
+        verdict = gate.Verdict(True, (*verdict.reasons, "promoted by hand"))
+    client.set_model_version_tag(name, str(number), "gate", str(verdict)[:5000])
+    client.set_registered_model_alias(name, CHAMPION if verdict.passed else CHALLENGER, str(number))
+    if verdict.passed:
+        _drop_alias(client, name, CHALLENGER, number)
+    return verdict
+
+
+def champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
+    """The champion as an MLflow ModelVersion, or None if there is none yet."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = store.client(store.resolve_uri(uri))
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as problem:
+        if problem.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def resolve(model: str, uri: str | None = None) -> Resolved:
+    """Find a model's files: a folder, ``models:/skillnet@champion``, ``models:/skillnet/3``,
+    ``models:/m-…`` or ``runs:/RUN_ID/path``.
+
+    Raises:
+        UserError: there is none; says which there are.
+    """
+    if not model.startswith(("models:/", "runs:/")):
+        if Path(model).is_dir():
+            return Resolved(model, Path(model).absolute())
+        raise UserError(
+            f"{model}: no such directory. Give a checkpoint's directory or a registered model "
+            f"such as models:/{MODEL_NAME}@{CHAMPION}"
+        )
+    chosen = store.resolve_uri(uri)
+    client = store.client(chosen)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = _version_of(client, model)
+        with _as_default(chosen) as mlflow:
+            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=model))
+    except (MlflowException, OSError) as problem:
+        raise UserError(f"{model}: not found in {chosen}{_what_there_is(client, model)}") from (
+            problem
+        )
+    metadata = mlflow.models.Model.load(str(path)).metadata if (path / "MLmodel").exists() else {}
+    return Resolved(
+        model,
+        path,
+        int(found.version) if found else None,
+        found.run_id if found else None,
+        metadata,
+    )
+
+
+def load(model: str, uri: str | None = None) -> Any:
+    """The pyfunc model behind a URI (or in a folder with an MLmodel file).
+
+    Raises:
+        UserError: there is none.
+    """
+    resolved = resolve(model, uri)
+    with _as_default(store.resolve_uri(uri)) as mlflow:
+        return mlflow.pyfunc.load_model(str(resolved.path))
+
+
+def installed(names: Sequence[str]) -> list[str]:
+    """``name==version`` of what is installed, for a model's requirements."""
+    found = []
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name}=={version(name).partition('+')[0]}")
+    return found
+
+
+def _ensure_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as problem:
+        if problem.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version_of(client: Any, model: str) -> Any:
+    rest = model.removeprefix("models:/")
+    if model.startswith("runs:/") or rest.startswith("m-"):
+        return None
+    if "@" in rest:
+        return client.get_model_version_by_alias(*rest.split("@", 1))
+    name, _, number = rest.partition("/")
+    if not number.isdigit():
+        raise UserError(
+            f"{model}: give a version or an alias, such as models:/{name}/1 or "
+            f"models:/{name}@{CHAMPION}"
+        )
+    return client.get_model_version(name, number)
+
+
+def _what_there_is(client: Any, model: str) -> str:
+    """What the registry has instead, for the end of an error."""
+    if model.startswith("runs:/"):
+        return ""
+    name = model.removeprefix("models:/").split("@")[0].split("/")[0]
+    models = {each.name: each for each in client.search_registered_models()}
+    if not models:
+        return "; nothing is registered there yet (`skillnet register` does)"
+    if name not in models:
+        return f": no model {name!r}{nearest(name, models)}"
+    aliases = ", ".join(f"@{alias} ({v})" for alias, v in sorted(models[name].aliases.items()))
+    versions = [int(each.version) for each in client.search_model_versions(f"name = '{name}'")]
+    return f"; {name} has versions {sorted(versions)} and aliases {aliases or 'none'}"
+
+
+def _drop_alias(client: Any, name: str, alias: str, number: int) -> None:
+    aliases = client.get_registered_model(name).aliases
+    if str(aliases.get(alias, "")) == str(number):
+        client.delete_registered_model_alias(name, alias)
+
+
+def _pack(figures: Mapping[str, gate.Figure]) -> str:
+    return json.dumps(gate.to_json(figures), separators=(",", ":"))
+
+
+def _unpack(found: Any) -> dict[str, gate.Figure]:
+    return gate.from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
+
+
+@contextlib.contextmanager
+def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
+    """MLflow's functions, as opposed to its client, read process-wide settings: set, put back."""
+    store.prepare_environment()
+    names = (store.URI_VARIABLE, "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ[store.URI_VARIABLE] = uri
+    if experiment_id is not None:
+        os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        with warnings.catch_warnings():
+            # Advice on type hints and integer columns, meant for who writes the model's file.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.")
+            yield mlflow
+    finally:
+        mlflow.set_tracking_uri("")
+        mlflow.set_registry_uri("")
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

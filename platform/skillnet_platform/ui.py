@@ -1,0 +1,152 @@
+"""``skillnet ui``: the MLflow pages of the runs made here."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from dataclasses import dataclass
+from typing import Optional
+
+from skillnet_platform import config, console, lifecycle, store, tracking
+from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
+
+WAIT_S = 60.0
+
+
+@dataclass
+class UiConfig:
+    """Options of ``skillnet ui``.
+
+    Args:
+        port: where to listen; 0 takes a free one.
+        host: which interface to listen on; the pages have no password, so keep it at loopback
+            unless the network is yours.
+        uri: the store to show; by default that of the runs made here.
+        open: whether to open a browser.
+    """
+
+    port: int = 5000
+    host: str = "127.0.0.1"
+    uri: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
+    open: bool = False
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Serve MLflow's pages until interrupted."""
+    options = config.parse(
+        UiConfig,
+        argv or [],
+        prog="skillnet ui",
+        description="Show runs, metrics and registered models in MLflow's pages, on this machine.",
+        example="skillnet ui --port 5001 --open",
+    )
+    uri = store.resolve_uri(options.uri)
+    if uri.startswith("http"):
+        console.note(f"the runs are kept by a server already: {uri}")
+        return 0
+    port = options.port or _free_port(options.host)
+    _require_free(options.host, port)
+    store.setup(uri)
+    tracking.send_left_behind(uri)
+    return _serve(uri, options.host, port, options.open)
+
+
+def server_command(uri: str, host: str, port: int) -> list[str]:
+    """The command line of an MLflow server on that store: one worker, no job runner."""
+    program = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"  # noqa: PTH120
+    artifacts = ["--artifacts-destination", store.artifact_root().as_uri()]
+    where = ["--host", host, "--port", str(port), "--workers", "1"]
+    return [program, "server", "--backend-store-uri", uri, *artifacts, *where]
+
+
+def _serve(uri: str, host: str, port: int, open_browser: bool) -> int:
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop(store.URI_VARIABLE, None)
+    url = f"http://{host}:{port}"
+    server = subprocess.Popen(
+        server_command(uri, host, port),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    said: list[str] = []
+    reader = threading.Thread(target=_drain, args=(server, said), daemon=True)
+    reader.start()
+    try:
+        with lifecycle.terminate_as_interrupt():
+            _wait_until_up(server, url, said)
+            console.note(f"runs of {uri}; Ctrl-C stops")
+            print(url, flush=True)
+            if open_browser:
+                webbrowser.open(url)
+            return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(server)
+
+
+def _drain(server: "subprocess.Popen[str]", said: list[str]) -> None:
+    """Keep the pipe from filling, and the last lines for an error."""
+    assert server.stderr is not None
+    for line in server.stderr:
+        said.append(line.rstrip())
+        del said[:-20]
+
+
+def _wait_until_up(server: "subprocess.Popen[str]", url: str, said: list[str]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"the MLflow server did not start: {' '.join(said[-3:])}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the MLflow server did not answer within {WAIT_S:.0f} s")
+
+
+def _stop(server: "subprocess.Popen[str]") -> None:
+    """The server starts workers of its own: end its whole session."""
+    if server.poll() is not None:
+        return
+    os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as problem:
+            raise UserError(
+                f"--host {host} --port {port}: cannot listen there ({problem.strerror}); give "
+                "another port, or --port 0 for a free one"
+            ) from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
