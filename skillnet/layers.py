@@ -153,7 +153,7 @@ class SkillFeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, skills: Skills) -> Tensor:
         dtype = compute_dtype(x_BTD)
-        h_BTKF = F.gelu(F.linear(x_BTD, self.up.merged(skills, dtype)), approximate="tanh")
+        h_BTKF = F.gelu(F.linear(x_BTD, self.up.merged(skills, dtype)))
         return F.linear(h_BTKF, self.down.merged(skills, dtype))
 
 
