@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``skillnet <command> …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help(_commands()))
+        _say(_help(_commands()))
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
-        print(f"skillnet {__version__}")
+        _say(f"skillnet {__version__}")
         return 0
     commands = _commands()
     name, rest = arguments[0], arguments[1:]
@@ -78,16 +78,17 @@ def run_command(function: Main, argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     ours = (*OUR_PACKAGES, function.__module__.partition(".")[0])
     try:
-        return function(arguments) or 0
+        code = function(arguments) or 0
+        sys.stdout.flush()
+        return code
     except SystemExit as exit_request:
-        code = exit_request.code
-        return code if isinstance(code, int) else int(code is not None)
+        wanted = exit_request.code
+        return wanted if isinstance(wanted, int) else int(wanted is not None)
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _reader_left()
         return 0
     except Exception as problem:
         _traceback_if_wanted()
@@ -177,6 +178,18 @@ def _help(commands: dict[str, EntryPoint]) -> str:
         "--help. Start with `skillnet doctor`, then `skillnet quickstart`.",
     ]
     return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _reader_left()
+
+
+def _reader_left() -> None:
+    """Whoever read our output went away (``| head``): keep Python from complaining at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _debug() -> bool:

@@ -6,14 +6,13 @@ replaced. jsonargparse checks the types and builds the objects; unknown keys are
 first, because here the file and the nearest right key can be named.
 """
 
+import copy
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -21,6 +20,18 @@ import yaml
 
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.typed_tree import (
+    checked,
+    children,
+    describe,
+    hint_at,
+    kind,
+    missing,
+    nested,
+    shown,
+    value_at,
+    without_none,
+)
 
 T = TypeVar("T")
 
@@ -79,11 +90,11 @@ def parse(
     origins: dict[str, str] = {}
     for given in files:
         path = find_config(given)
-        layer = _checked(cls, load_yaml(path), str(path))
+        layer = checked(cls, load_yaml(path), str(path))
         origins |= dict.fromkeys(flatten(layer), str(path))
         merge(tree, layer)
     for key, value in overrides:
-        layer = _checked(cls, _nested(key, value), "command line")
+        layer = checked(cls, nested(key, value), "command line")
         origins |= dict.fromkeys(flatten(layer), "command line")
         merge(tree, layer)
     _place_bare(cls, tree, bare, prog)
@@ -103,13 +114,13 @@ def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | No
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in tree]  # type: ignore[arg-type]
-    if missing:
-        raise UserError(f"missing: {', '.join(missing)} (give --{missing[0]} …)")
+    absent = next(missing(cls, tree), None)
+    if absent:
+        raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None, as_group=False)
     try:
-        made = parser.instantiate(parser.parse_object(dict(tree)))
+        made = parser.instantiate(parser.parse_object(copy.deepcopy(dict(tree))))
     except ArgumentError as problem:
         raise UserError(_reworded(cls, tree, str(problem), origins or {})) from None
     return cls(**{f.name: getattr(made, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
@@ -130,7 +141,7 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected keys and values, got {_kind(loaded)}")
+        raise UserError(f"{path}: expected keys and values, got {kind(loaded)}")
     return loaded
 
 
@@ -225,74 +236,6 @@ def _tree(obj: Any) -> Any:
     return str(obj) if isinstance(obj, PurePath) else obj
 
 
-def children(hint: Any) -> dict[str, Any] | None:
-    """The named children of a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
-    hint = without_none(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        hints = typing.get_type_hints(hint)
-        return {f.name: hints[f.name] for f in dataclasses.fields(hint) if f.init}
-    if typing.get_origin(hint) in (dict, Mapping) and len(typing.get_args(hint)) == 2:
-        return {"*": typing.get_args(hint)[1]}
-    return None
-
-
-def without_none(hint: Any) -> Any:
-    """``T`` of ``T | None``; any other type as it is."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        rest = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return rest[0] if len(rest) == 1 else hint
-    return hint
-
-
-def _hint_at(cls: Any, key: str) -> Any:
-    """The type at a dotted key, or None if there is no such key."""
-    hint = cls
-    for part in key.split("."):
-        known = children(hint)
-        if known is None or (part not in known and "*" not in known):
-            return None
-        hint = known.get(part, known.get("*"))
-    return hint
-
-
-def _all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
-    for name, hint in (children(cls) or {}).items():
-        if name != "*":
-            yield prefix + name
-            yield from _all_keys(hint, f"{prefix}{name}.")
-
-
-def _checked(
-    cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None
-) -> Any:
-    """The same tree, if all of its keys exist; UserError naming the first that does not."""
-    root = root or cls
-    known = children(cls)
-    if known is None:
-        return tree
-    for key, value in tree.items():
-        if key not in known and "*" not in known:
-            full = f"{prefix}{key}"
-            raise UserError(f"{source}: unknown key {full!r}{_hint(full, prefix, known, root)}")
-        if isinstance(value, dict):
-            _checked(known.get(key, known.get("*")), value, source, f"{prefix}{key}.", root)
-    return tree
-
-
-def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
-    name = full.removeprefix(prefix)
-    beside = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    if beside:
-        return f"; did you mean {prefix + beside[0]!r}?"
-    everywhere = list(_all_keys(root))
-    same = [k for k in everywhere if k.rpartition(".")[2] == full.rpartition(".")[2]]
-    close = same or difflib.get_close_matches(full, everywhere, n=1, cutoff=0.75)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    place = prefix.rstrip(".") or "the top level"
-    return f"; {place} has: {', '.join(sorted(known))}"
-
-
 def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]], list[str]]:
     """Split a command line into --config files, (key, value) overrides and bare words."""
     files: list[str] = []
@@ -308,9 +251,9 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
             bare.append(word)
             continue
         key, equals, text = word[2:].partition("=")
-        hint = _hint_at(cls, key)
+        hint = hint_at(cls, key)
         if key != "config" and hint is None:
-            _checked(cls, _nested(key, None), "command line")
+            checked(cls, nested(key, None), "command line")
             raise UserError(f"command line: {key!r} has no keys of its own")
         if not equals:
             is_flag = without_none(hint) is bool
@@ -341,12 +284,6 @@ def _value(text: str, hint: Any, key: str) -> Any:
         raise UserError(f"command line: --{key}: cannot read {text!r} as a value") from None
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return typing.cast(dict[str, Any], value)
-
-
 def _place_bare(cls: Any, tree: dict[str, Any], bare: list[str], prog: str) -> None:
     hints = typing.get_type_hints(cls)
     rest = list(bare)
@@ -368,16 +305,16 @@ def _reworded(cls: Any, tree: Mapping[str, Any], message: str, origins: Mapping[
     """jsonargparse's nested message as one line: key, what was expected, what was given."""
     path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     key = _deepest(cls, tree, path, message)
-    hint, given = _hint_at(cls, key), _at(tree, key)
+    hint, given = hint_at(cls, key), value_at(tree, key)
     if hint is None or not key:
         return " ".join(message.split())
     source = f"{origins[key]}: " if key in origins else ""
-    return f"{source}{key}: expected {describe(hint)}, got {_shown(given)}"
+    return f"{source}{key}: expected {describe(hint)}, got {shown(given)}"
 
 
 def _deepest(cls: Any, tree: Mapping[str, Any], path: str, message: str) -> str:
     """jsonargparse leaves dictionary keys out of the path: find the place by its type and value."""
-    if _hint_at(cls, path) is not None and children(_hint_at(cls, path)) is None:
+    if hint_at(cls, path) is not None and children(hint_at(cls, path)) is None:
         return path
     parts = path.split(".") if path else []
     last = parts[-1] if parts else ""
@@ -389,40 +326,3 @@ def _deepest(cls: Any, tree: Mapping[str, Any], path: str, message: str) -> str:
             if str(value) == text:
                 return key
     return path
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split(".") if key else []:
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
-
-
-def describe(hint: Any) -> str:
-    """A type in words: "a whole number", "one of a, b", "a list of text", …"""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if hint in names:
-        return names[hint]
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, args))}"
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else describe(a) for a in args)
-    if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
-        return f"a list, each {describe(args[0])}"
-    if origin is tuple:
-        return f"a list of {len(args)}: {', '.join(describe(a) for a in args)}"
-    if children(hint) is not None:
-        return "keys and values" if origin is dict else f"the keys of {hint.__name__}"
-    return getattr(hint, "__name__", str(hint))
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "text", int: "a whole number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    text = str(value) if isinstance(value, (list, dict)) else repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '…'} ({_kind(value)})"

@@ -5,7 +5,8 @@ import re
 import textwrap
 from typing import Any
 
-from skillnet_platform.config import POSITIONAL, children, defaults, describe, without_none
+from skillnet_platform.config import POSITIONAL, defaults
+from skillnet_platform.typed_tree import children, describe, without_none
 
 WIDTH = 100
 COLUMN = 34

@@ -1,0 +1,140 @@
+"""Trees of plain values held against dataclasses: which keys exist, of what type, in words."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from skillnet_platform.errors import UserError
+
+
+def children(hint: Any) -> dict[str, Any] | None:
+    """The named children of a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
+    hint = without_none(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        hints = typing.get_type_hints(hint)
+        return {f.name: hints[f.name] for f in dataclasses.fields(hint) if f.init}
+    if typing.get_origin(hint) in (dict, Mapping) and len(typing.get_args(hint)) == 2:
+        return {"*": typing.get_args(hint)[1]}
+    return None
+
+
+def without_none(hint: Any) -> Any:
+    """``T`` of ``T | None``; any other type as it is."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        rest = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return rest[0] if len(rest) == 1 else hint
+    return hint
+
+
+def hint_at(cls: Any, key: str) -> Any:
+    """The type at a dotted key, or None if there is no such key."""
+    hint = cls
+    for part in key.split("."):
+        known = children(hint)
+        if known is None or (part not in known and "*" not in known):
+            return None
+        hint = known.get(part, known.get("*"))
+    return hint
+
+
+def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a dataclass, without those inside dictionaries."""
+    for name, hint in (children(cls) or {}).items():
+        if name != "*":
+            yield prefix + name
+            yield from all_keys(hint, f"{prefix}{name}.")
+
+
+def checked(cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None) -> Any:
+    """The same tree, if all of its keys exist; UserError naming the first that does not."""
+    root = root or cls
+    known = children(cls)
+    if known is None:
+        return tree
+    for key, value in tree.items():
+        if key not in known and "*" not in known:
+            full = f"{prefix}{key}"
+            raise UserError(f"{source}: unknown key {full!r}{_hint(full, prefix, known, root)}")
+        if isinstance(value, dict):
+            checked(known.get(key, known.get("*")), value, source, f"{prefix}{key}.", root)
+    return tree
+
+
+def missing(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
+    """Keys that have no default and no value."""
+    hint, known = without_none(hint), children(hint)
+    if known is None or not isinstance(tree, Mapping):
+        return
+    if dataclasses.is_dataclass(hint):
+        nothing = dataclasses.MISSING
+        for f in dataclasses.fields(hint):
+            required = f.default is nothing and f.default_factory is nothing
+            if f.init and required and f.name not in tree:
+                yield prefix + f.name
+    for key, value in tree.items():
+        yield from missing(known.get(key, known.get("*")), value, f"{prefix}{key}.")
+
+
+def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
+    name = full.removeprefix(prefix)
+    beside = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    if beside:
+        return f"; did you mean {prefix + beside[0]!r}?"
+    everywhere = list(all_keys(root))
+    same = [k for k in everywhere if k.rpartition(".")[2] == full.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(full, everywhere, n=1, cutoff=0.75)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    place = prefix.rstrip(".") or "the top level"
+    return f"; {place} has: {', '.join(sorted(known))}"
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """``("a.b", 1) -> {"a": {"b": 1}}``."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
+    for part in key.split(".") if key else []:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def describe(hint: Any) -> str:
+    """A type in words: "a whole number", "one of a, b", "a list of text", …"""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in names:
+        return names[hint]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else describe(a) for a in args)
+    if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
+        return f"a list, each {describe(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}: {', '.join(describe(a) for a in args)}"
+    if children(hint) is not None:
+        return "keys and values" if origin is dict else f"the keys of {hint.__name__}"
+    return getattr(hint, "__name__", str(hint))
+
+
+def kind(value: Any) -> str:
+    """What sort of value this is, in words."""
+    names = {list: "a list", str: "text", int: "a whole number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: short, with its sort."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = str(value) if isinstance(value, (list, dict)) else repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '…'} ({kind(value)})"

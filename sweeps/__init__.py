@@ -1,0 +1,1 @@
+"""Many runs compared: spaces, trials, studies, statistics."""

@@ -1,0 +1,46 @@
+"""What every test may need: a run root of its own, and one Ray for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch is imported: small tests on few cores lose time with more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
+    os.environ.pop(name, None)
+
+CPUS = 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run root for the session, so that no test writes into the checkout."""
+    root = tmp_path_factory.mktemp("runs")
+    before = os.environ.get("SKILLNET_HOME")
+    os.environ["SKILLNET_HOME"] = str(root)
+    yield root
+    if before is None:
+        os.environ.pop("SKILLNET_HOME", None)
+    else:
+        os.environ["SKILLNET_HOME"] = before
+
+
+@pytest.fixture
+def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty run root for one test. Ray's workers keep the session's: pass them paths."""
+    root = tmp_path / "runs"
+    root.mkdir()
+    monkeypatch.setenv("SKILLNET_HOME", str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_session(session_root: Path) -> Iterator[Any]:
+    """The session's only Ray, with more slots than cores so that two workers always fit."""
+    from skillnet_platform.cluster import session
+
+    with session(cpus=CPUS) as ray:
+        yield ray

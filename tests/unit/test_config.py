@@ -1,0 +1,249 @@
+"""Configuration: layers in order, merging by name, and errors that name key, file and remedy."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from skillnet.config import SkillNetConfig
+from skillnet_platform import config, console
+from skillnet_platform.errors import UserError
+
+
+@dataclass
+class Part:
+    """One part.
+
+    Args:
+        corpus: what it reads.
+        weight: how much of it.
+    """
+
+    corpus: str
+    weight: float | None = None
+    batch: int = 32
+
+
+@dataclass
+class Example:
+    """An example.
+
+    Args:
+        name: for people.
+        lr: the learning rate,
+            at its peak.
+    """
+
+    query: str = config.positional("")
+    name: str = "x"
+    model: SkillNetConfig = field(default_factory=SkillNetConfig)
+    parts: dict[str, Part] = field(default_factory=lambda: {"a": Part("headings")})
+    lr: float = 1e-3
+    open: bool = False
+    precision: Literal["auto", "bf16"] = "auto"
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+
+
+def parse(*argv: str) -> Example:
+    return config.parse(Example, argv, prog="skillnet example", description="Do it.")
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("{lr: 0.1, name: first, model: {dim: 64}}")
+    second.write_text("{name: second}")
+    made = parse("--config", str(first), "--config", str(second), "--model.depth", "2")
+    assert (made.lr, made.name, made.model.dim, made.model.depth) == (0.1, "second", 64, 2)
+    assert made.model.heads == SkillNetConfig().heads
+
+
+def test_overriding_one_task_keeps_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "video.yaml"
+    skills = "[general, image, video, alignment]"
+    file.write_text(
+        f"""
+        model:
+          tasks:
+            text_to_video:
+              towers:
+                candidate: {{skills: {skills}, modality: video}}
+        """
+    )
+    tasks = parse("--config", str(file)).model.tasks
+    expected = SkillNetConfig().tasks
+    assert set(tasks) == set(expected)
+    assert set(tasks["text_to_video"].towers["candidate"].skills) == {
+        "general",
+        "image",
+        "video",
+        "alignment",
+    }
+    assert tasks["text_to_video"].towers["query"] == expected["text_to_video"].towers["query"]
+    assert tasks["text_to_image"] == expected["text_to_image"]
+
+
+def test_dotted_override_reaches_into_a_plan() -> None:
+    key = "--model.tasks.text_to_video.towers.candidate.skills"
+    for text in ("[general,image,alignment]", "general,image,alignment"):
+        plan = parse(key, text).model.tasks["text_to_video"].towers["candidate"]
+        assert plan.skills == ("alignment", "general", "image")
+        assert plan.modality == "video"
+
+
+def test_null_takes_an_entry_away() -> None:
+    tasks = parse("--model.tasks.text_to_code", "null").model.tasks
+    assert "text_to_code" not in tasks
+    assert len(tasks) == 4
+
+
+def test_a_new_entry_of_a_dictionary_gets_its_type() -> None:
+    made = parse("--parts.b.corpus", "drawings", "--parts.b.weight=2")
+    assert made.parts == {"a": Part("headings"), "b": Part("drawings", 2.0)}
+
+
+def test_words_of_the_command_line_become_values() -> None:
+    made = parse("红色的心", "--open", "--lr", "1e-4", "--name", "5", "--sizes", "3,4")
+    assert (made.query, made.open, made.lr, made.name) == ("红色的心", True, 1e-4, "5")
+    assert made.sizes == [3, 4]
+    assert parse("--open", "false").open is False
+    assert parse("--", "--literal").query == "--literal"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--model.dmi", "3"], ["'model.dmi'", "did you mean 'model.dim'"]),
+        (["--dim", "3"], ["'dim'", "did you mean 'model.dim'"]),
+        (["--parts.a.batc", "4"], ["'parts.a.batc'", "did you mean 'parts.a.batch'"]),
+        (["--model.dim", "abc"], ["model.dim", "a whole number", "'abc'"]),
+        (["--model.dim", "2.5"], ["model.dim", "a whole number", "2.5"]),
+        (["--parts.a.batch", "q"], ["parts.a.batch", "a whole number", "'q'"]),
+        (["--precision", "fp7"], ["precision", "auto, bf16", "'fp7'"]),
+        (["--model.tubelet", "[1, 2]"], ["model.tubelet", "a list of 3", "[1, 2]"]),
+        (["--parts.b.batch", "3"], ["parts.b", "corpus"]),
+        (["--parts", "3"], ["parts", "keys and values", "3"]),
+        (["--lr"], ["--lr needs a value"]),
+        (["--lr", "true"], ["lr", "a number", "true"]),
+        (["--lr.x", "1"], ["'lr.x'"]),
+        (["one", "two"], ["'two'"]),
+        (["--config", "absent.yaml"], ["absent.yaml", "neither a file nor a preset"]),
+    ],
+)
+def test_a_mistake_is_named(argv: list[str], expected: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(*argv)
+    message = str(caught.value)
+    assert all(part in message for part in expected), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {dmi: 3}", ["unknown key 'model.dmi'", "did you mean 'model.dim'"]),
+        ("lrate: 1", ["unknown key 'lrate'"]),
+        ("model: {dim: wide}", ["model.dim", "a whole number", "'wide'"]),
+        (
+            "model: {tasks: {text_to_code: {towers: {query: {skill: [general]}}}}}",
+            ["did you mean 'model.tasks.text_to_code.towers.query.skills'"],
+        ),
+        ("model: [", ["not valid YAML", "line 1"]),
+        ("[1, 2]", ["expected keys and values", "a list"]),
+        ("!!python/object/apply:os.getcwd []", ["not valid YAML"]),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected: list[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse("--config", str(file))
+    assert all(part in str(caught.value) for part in [str(file), *expected]), str(caught.value)
+
+
+def test_what_the_dataclass_says_passes_through() -> None:
+    with pytest.raises(ValueError, match=r"model\.dim 192 must divide by model\.heads 5"):
+        parse("--model.heads", "5")
+
+
+def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    made = parse("--model.dim", "64", "--parts.b.corpus", "x", "--name", "名字")
+    file = tmp_path / "resolved.yaml"
+    file.write_text(config.to_yaml(made), encoding="utf-8")
+    again = parse("--config", str(file))
+    assert again == made
+    assert config.digest(again) == config.digest(made)
+    assert config.digest(parse()) != config.digest(made)
+
+
+def test_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert config.digest({"a": 1, "b": [1, 2]}) == config.digest({"b": (1, 2), "a": 1})
+    assert config.digest({"b": [2, 1]}) != config.digest({"b": [1, 2]})
+
+
+def test_flatten_keeps_lists_and_empty_mappings() -> None:
+    flat = config.flatten({"a": {"b": 1, "c": {}}, "d": [1]})
+    assert flat == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+def test_help_shows_keys_types_defaults_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        config.parse(Example, ["--help"], "skillnet example", example="skillnet example 心")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "[QUERY]" in text
+    assert "the learning rate, at its peak. (a number; default 0.001)" in text
+    assert "--model.skill_every" in text
+    assert "--parts.NAME.corpus" in text
+    assert "skillnet example 心" in text
+
+
+def test_a_required_word_is_asked_for() -> None:
+    @dataclass
+    class Needs:
+        text: str = config.positional()
+
+    with pytest.raises(UserError, match="text is missing"):
+        config.parse(Needs, [], prog="skillnet needs")
+
+
+def test_every_bare_word_goes_into_a_list() -> None:
+    @dataclass
+    class Many:
+        names: list[str] = config.positional([])
+
+    assert config.parse(Many, ["a", "b"], prog="x").names == ["a", "b"]
+    assert config.parse(Many, [], prog="x").names == []
+
+
+def test_json_keeps_standard_output_for_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    parse("--json")
+    try:
+        print("noise of a library")
+        console.emit_json({"a": float("nan"), "p": Path("x")})
+    finally:
+        console.end_json()
+    captured = capsys.readouterr()
+    assert yaml.safe_load(captured.out) == {"a": None, "p": "x"}
+    assert "noise" in captured.err
+
+
+def test_presets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs" / "tasks").mkdir(parents=True)
+    (tmp_path / "configs" / "quick.yaml").write_text("lr: 0.5")
+    (tmp_path / "configs" / "tasks" / "two.yaml").write_text("name: two")
+    monkeypatch.chdir(tmp_path)
+    made = parse("--config", "quick", "--config", "tasks/two")
+    assert (made.lr, made.name) == (0.5, "two")
+    with pytest.raises(UserError, match="did you mean 'quick'"):
+        parse("--config", "qiuck")
+
+
+def _tree() -> dict[str, Any]:
+    return {"a": {"x": 1}, "b": [1, 2]}
+
+
+def test_merge_joins_mappings_and_replaces_the_rest() -> None:
+    merged = config.merge(_tree(), {"a": {"y": 2}, "b": [3]})
+    assert merged == {"a": {"x": 1, "y": 2}, "b": [3]}
