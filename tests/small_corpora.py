@@ -3,13 +3,13 @@
 The content is made up but learnable: a label, a caption, a symbol sequence follow from the row.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.shards import manifest_digest, write_shard
 from pipelines.training.settings import AugmentConfig, FinetuneConfig, TaskTraining, TrainingConfig
 from skillnet.config import SkillNetConfig
 from skillnet.skills import default_tasks
@@ -49,6 +49,7 @@ def small_config(data: Path, **training: object) -> FinetuneConfig:
         heads=2,
         hidden=24,
         dropout=0.0,
+        drop_path=0.0,
         vocab_size=VOCABULARY,
         max_tokens=24,
         max_frames=40,
@@ -79,12 +80,8 @@ def _write(
         table = _table(name, split, rows, random)
         files = []
         for index, part in enumerate(np.array_split(np.arange(rows), shards)):
-            path = folder / f"{split}-{index:05d}.arrow"
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-                out.write_table(table.slice(int(part[0]), len(part)).combine_chunks())
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            size = path.stat().st_size
-            files.append({"file": path.name, "rows": len(part), "bytes": size, "sha256": digest})
+            piece = table.slice(int(part[0]), len(part))
+            files.append(write_shard(piece, folder / f"{split}-{index:05d}.arrow"))
         described[split] = {"rows": rows, "shards": files}
     total = sum(rows for rows, _ in splits.values())
     manifest = {
@@ -104,8 +101,7 @@ def _write(
         "labels": [f"class {index}" for index in range(15)],
         "symbols": [f"symbol {index}" for index in range(61)],
     }
-    text = json.dumps(manifest, sort_keys=True)
-    manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 

@@ -1,0 +1,95 @@
+"""A run that stops and goes on ends where one that never stopped ends."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.training.loop import train
+from skillnet_platform.errors import UserError
+from tests.integration.ranks import run_ranks, train_and_save
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def parameters(path: Path) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in load_file(path).items() if ":" not in name and "_" != name[0]}
+
+
+def run_to(
+    data: Path, tmp_path: Path, name: str, parts: list[tuple[int, int | None]], **training: object
+) -> dict[str, torch.Tensor]:
+    """Train in ``parts``, each (number of workers, step to stop before)."""
+    config = small_config(data, **({"steps": 14} | training))
+    out = tmp_path / f"{name}.safetensors"
+    for world, stop in parts:
+        run_ranks(world, train_and_save, config, str(tmp_path / name), str(out), stop)
+    found = parameters(out)
+    found.pop("bytes_reduced")
+    return found
+
+
+@pytest.mark.parametrize("training", [{"precision": "fp32"}, {"precision": "bf16", "ema": 0.9}])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_same_to_the_bit_at_the_same_world_size(
+    data: Path, tmp_path: Path, world: int, training: dict[str, object]
+) -> None:
+    whole = run_to(data, tmp_path, "whole", [(world, None)], **training)
+    parts = run_to(data, tmp_path, "parts", [(world, 5), (world, 9), (world, None)], **training)
+    for name in whole:
+        assert torch.equal(whole[name], parts[name]), name
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (4, 1)])
+def test_the_same_in_float64_at_another_world_size(
+    data: Path, tmp_path: Path, worlds: tuple[int, int]
+) -> None:
+    whole = run_to(data, tmp_path, "whole", [(1, None)])
+    parts = run_to(data, tmp_path, "parts", [(worlds[0], 6), (worlds[1], None)])
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_dropout_does_not_hang_on_where_a_run_stopped(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=8)
+    config.model.dropout = config.model.drop_path = 0.3
+    whole = train(config, run=tmp_path / "whole")
+    train(config, run=tmp_path / "parts", stop_at=3)
+    parts = train(config, run=tmp_path / "parts")
+    assert parts.resumed == 3
+    for (name, one), (_, other) in zip(
+        whole.model.named_parameters(), parts.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:
+    train(small_config(data, steps=4), run=tmp_path, stop_at=2)
+    with pytest.raises(UserError, match="another configuration"):
+        train(small_config(data, steps=4, lr=0.5), run=tmp_path)
+
+
+def test_goes_on_from_the_checkpoint_before_an_altered_one(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(data, steps=9, checkpoint_every=3)
+    whole = train(config, run=tmp_path / "whole")
+    train(config, run=tmp_path / "parts", stop_at=6)
+    damaged = tmp_path / "parts" / "checkpoints" / "step-00000006" / "skill-general.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    parts = train(config, run=tmp_path / "parts")
+    assert parts.resumed == 3
+    assert "skill-general.safetensors" in capsys.readouterr().err
+    for (name, one), (_, other) in zip(
+        whole.model.named_parameters(), parts.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name

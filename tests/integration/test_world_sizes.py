@@ -1,0 +1,53 @@
+"""One, two, three and four workers see the same batches and reach the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.training.settings import FinetuneConfig
+from pipelines.training.setup import build_model, open_stream
+from tests.integration.ranks import run_ranks, train_and_save
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def weights_of(config: FinetuneConfig, world: int, out: Path) -> dict[str, torch.Tensor]:
+    run_ranks(world, train_and_save, config, None, str(out))
+    return load_file(out)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_weights_and_losses_as_one_worker(data: Path, tmp_path: Path, world: int) -> None:
+    # A batch of 3 clips over 4 workers leaves the last one without a row.
+    config = small_config(data, steps=15, bucket_mb=0.004)
+    alone = weights_of(config, 1, tmp_path / "one.safetensors")
+    several = weights_of(config, world, tmp_path / "several.safetensors")
+    assert alone.keys() == several.keys()
+    assert any(name.endswith("text_to_video/loss") for name in alone)
+    for name in alone.keys() - {"bytes_reduced"}:
+        torch.testing.assert_close(several[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
+    torch.manual_seed(config.seed)
+    changed = build_model(config).double()
+    assert any(not torch.equal(p, alone[name]) for name, p in changed.named_parameters())
+
+
+def test_only_active_gradients_go_on_the_wire(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=15)
+    found = weights_of(config, 2, tmp_path / "two.safetensors")
+    model, stream = build_model(config).double(), open_stream(config)
+    expected = sum(
+        8 * parameter.numel()
+        for step in range(15)
+        for _, parameter in model.active_parameters(stream.plan(step).task)
+    )
+    assert int(found["bytes_reduced"]) == expected
+    everything = 15 * 8 * sum(parameter.numel() for parameter in model.parameters())
+    assert expected < 0.6 * everything
