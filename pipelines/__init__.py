@@ -1,0 +1,1 @@
+"""Stages that turn corpora into models, each of them a command."""

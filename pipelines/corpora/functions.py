@@ -1,0 +1,329 @@
+"""Python functions with Chinese docstrings, out of eight published packages; code is only parsed.
+
+The split goes by module, and one package is held out whole. A function of a test or validation
+split that has a near twin in training, or shares its docstring, is set aside. For pretraining:
+the other functions of those packages and of the running Python's standard library.
+"""
+
+import re
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.corpora.archives import Archive
+from pipelines.corpora.base import Corpus, Numbering, Rejected, Row, Sources, draw
+from pipelines.transforms import code as source_code
+from pipelines.transforms import text
+from skillnet_platform.config import digest
+from skillnet_platform.storage import sha256_file
+
+SHORTEST_BODY = 30
+FEWEST_CHINESE = 4
+HELD_OUT_PACKAGE = "nonebot2"
+TEST, VALIDATION = 600, 240
+LARGEST_TEST_MODULE = 40
+#: Two functions are near twins if their sets of token triples overlap this much (Jaccard).
+TWIN = 0.6
+STANDARD_LIBRARY = "python-standard-library"
+
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "idlelib", "turtledemo"}
+_SPLITS = ("test", "validation", "test_unseen_package")
+
+
+def _wheel(file: str, size: int, sha256: str, requirement: str, licence: str) -> Archive:
+    return Archive(file, size, sha256, "pypi", requirement, licence)
+
+
+ARCHIVES = (
+    _wheel(
+        "akshare-1.19.5-py3-none-any.whl",
+        1_254_018,
+        "4c49141dcdc3b27c43cb38cec628683f6803d6316adf8abc8dfc2adcd1e851cf",
+        "akshare==1.19.5",
+        "MIT",
+    ),
+    _wheel(
+        "quantaxis-1.10.19-py3-none-any.whl",
+        1_410_799,
+        "ff62e78184ffe8b4927f3c020ce66634acd42425622225d32e3ae24d79ac4085",
+        "quantaxis==1.10.19",
+        "MIT",
+    ),
+    _wheel(
+        "funboost-55.0-py3-none-any.whl",
+        3_853_336,
+        "aa8f34583fe027110afc5ac4efc8bbd4ed3ebe69349fc2655fe706e009ca2a53",
+        "funboost==55.0",
+        "BSD",
+    ),
+    _wheel(
+        "wechatpy-1.8.18-py2.py3-none-any.whl",
+        159_152,
+        "bfd0457dfd3f4623a490534cc9cb9c29b53f9397b3ebbee0f11ee7925b9b71f6",
+        "wechatpy==1.8.18",
+        "MIT",
+    ),
+    _wheel(
+        "feapder-1.9.3-py3-none-any.whl",
+        224_435,
+        "a576152af07de699046d7590589cf24604b44efdd85b9f33be0de31c775d29b0",
+        "feapder==1.9.3",
+        "MIT",
+    ),
+    _wheel(
+        "nonebot2-2.5.0-py3-none-any.whl",
+        119_117,
+        "12380d396a3d5126eeeae0a1aa53af45e9d99b63896e3e2dd6340ee436869e36",
+        "nonebot2==2.5.0",
+        "MIT",
+    ),
+    _wheel(
+        "jionlp-1.5.31-py2.py3-none-any.whl",
+        16_533_609,
+        "688ba3793c5c0888b166ae1b11aaf6161db661a162019e77ffcf5951427e528f",
+        "jionlp==1.5.31",
+        "Apache-2.0",
+    ),
+    _wheel(
+        "tushare-1.4.29-py3-none-any.whl",
+        142_920,
+        "82554af953ea5ac3d8771d42330493181031c7e68dccce03a491c7356e9ba4b2",
+        "tushare==1.4.29",
+        "BSD",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Found:
+    package: str
+    module: str
+    function: source_code.Function
+
+    @property
+    def key(self) -> str:
+        return f"{self.package}/{self.module}:{self.function.name}:{self.function.line}"
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.package, self.module
+
+
+class Functions(Corpus):
+    """Functions, each with the first paragraph of its docstring as its caption."""
+
+    name = "functions"
+    modality = "code"
+    task = "text_to_code"
+    archives = ARCHIVES
+    raw = pa.schema(
+        [
+            ("code", pa.string()),
+            ("captions", pa.list_(pa.string())),
+            ("package", pa.string()),
+            ("module", pa.string()),
+        ]
+    )
+    columns = pa.schema(
+        [
+            ("tokens", pa.list_(pa.int32())),
+            ("code", pa.string()),
+            ("captions", pa.list_(pa.string())),
+            ("caption_tokens", pa.list_(pa.list_(pa.int32()))),
+            ("package", pa.string()),
+            ("module", pa.string()),
+        ]
+    )
+    left_out = {"pretrain": frozenset({"captions", "caption_tokens"})}
+    text_columns = ("code", "captions")
+    shard_rows = 8_192
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Functions in the order of the packages above, then of the standard library."""
+        found: list[_Found] = []
+        for item in self._read(sources):
+            if isinstance(item, Rejected):
+                yield item
+            else:
+                found.append(item)
+        reasons = _reasons(found)
+        pairs = [f for f in found if f.key not in reasons and _is_pair(f)]
+        split = _split(pairs)
+        held_out = {f.place for f in pairs if split[f.key] != "train"}
+        reasons |= _leaks(pairs, split)
+        number = Numbering()
+        for item in found:
+            key = item.key
+            home = split.get(key, "pretrain")
+            reason = reasons.get(key)
+            if reason is None and home == "pretrain":
+                if item.place in held_out or item.package == HELD_OUT_PACKAGE:
+                    reason = "of a module that is evaluated"
+            if reason is not None:
+                yield Rejected(key, reason)
+                continue
+            caption = item.function.summary
+            yield {
+                "split": home,
+                "key": key,
+                "group": number(caption) if key in split else -1,
+                "code": item.function.code,
+                "captions": [caption] if key in split else [],
+                "package": item.package,
+                "module": item.module,
+            }
+
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """Tokens of code and captions."""
+        tokens = text.encode(tokenizer, block["code"].to_pylist(), text.CODE_TOKENS)
+        captions = block["captions"].to_pylist()
+        return pa.table(
+            {
+                "tokens": tokens,
+                "code": block["code"],
+                "captions": block["captions"],
+                "caption_tokens": text.encode_captions(tokenizer, captions),
+                "package": block["package"],
+                "module": block["module"],
+            }
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Limits of the selection and of the split."""
+        return {
+            "shortest_body": SHORTEST_BODY,
+            "fewest_chinese": FEWEST_CHINESE,
+            "held_out_package": HELD_OUT_PACKAGE,
+            "test": TEST,
+            "validation": VALIDATION,
+            "largest_test_module": LARGEST_TEST_MODULE,
+            "near_twin": TWIN,
+            "code_tokens": text.CODE_TOKENS,
+            "caption_tokens": text.CAPTION_TOKENS,
+            "split_by": "module; package",
+        }
+
+    def other_sources(self) -> list[dict[str, str]]:
+        """The standard library, by a digest over its files."""
+        root, files = _standard_library()
+        content = {path.relative_to(root).as_posix(): sha256_file(path) for path in files}
+        return [{"file": f"{STANDARD_LIBRARY}-{python_version()}", "sha256": digest(content)}]
+
+    def _read(self, sources: Sources) -> Iterator[_Found | Rejected]:
+        for archive in self.archives:
+            package = archive.requirement.split("==")[0]
+            for path, data in sources.members(archive.file, "", ".py"):
+                yield from _module(package, path, data)
+        root, files = _standard_library()
+        for file in files:
+            path = file.relative_to(root).with_suffix("").as_posix()
+            yield from _module(STANDARD_LIBRARY, path, file.read_bytes())
+
+
+def _standard_library() -> tuple[Path, list[Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = (p for p in root.rglob("*.py") if not p.is_symlink())
+    kept = [p for p in found if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
+    # Left out: what the build wrote for this machine.
+    return root, sorted(p for p in kept if not p.name.startswith("_sysconfigdata"))
+
+
+def _module(package: str, path: str, data: bytes) -> Iterator[_Found | Rejected]:
+    parts = path.split("/")
+    module = ".".join(parts)
+    if _SKIPPED_FOLDERS & set(parts) or re.match(r"tests?_|conftest$", parts[-1]):
+        yield Rejected(f"{package}/{module}", "test module")
+        return
+    try:
+        for function in source_code.functions(source_code.decode_source(data)):
+            yield _Found(package, module, function)
+    except ValueError as problem:
+        yield Rejected(f"{package}/{module}", f"module is {problem}")
+
+
+def _reasons(found: list[_Found]) -> dict[str, str]:
+    """Key -> why it is set aside, whatever split it would be in."""
+    reasons: dict[str, str] = {}
+    seen: set[str] = set()
+    # Documented functions first: of two copies the one with a docstring is kept.
+    for item in sorted(found, key=lambda f: not _is_pair(f)):
+        same = re.sub(r"\s+", " ", item.function.code)
+        if len(item.function.body) < SHORTEST_BODY:
+            reasons[item.key] = f"body shorter than {SHORTEST_BODY} characters"
+        elif same in seen:
+            reasons[item.key] = "code repeated"
+        seen.add(same)
+    return reasons
+
+
+def _is_pair(item: _Found) -> bool:
+    if item.package == STANDARD_LIBRARY:
+        return False
+    return source_code.chinese_characters(item.function.summary) >= FEWEST_CHINESE
+
+
+def _split(pairs: list[_Found]) -> dict[str, str]:
+    """Key -> split, by module."""
+    modules = defaultdict(list)
+    for item in pairs:
+        modules[item.place].append(item.key)
+    split = {key: "train" for keys in modules.values() for key in keys}
+    taken = 0
+    for place in sorted(modules, key=lambda place: draw("functions", *place)):
+        keys = modules[place]
+        if place[0] == HELD_OUT_PACKAGE:
+            split |= dict.fromkeys(keys, "test_unseen_package")
+        elif len(keys) <= LARGEST_TEST_MODULE and taken < TEST + VALIDATION:
+            split |= dict.fromkeys(keys, "test" if taken < TEST else "validation")
+            taken += len(keys)
+    return split
+
+
+def _leaks(pairs: list[_Found], split: dict[str, str]) -> dict[str, str]:
+    """Key -> reason, for evaluated functions that training knows already."""
+    train = [item for item in pairs if split[item.key] == "train"]
+    asked = [item for item in pairs if split[item.key] != "train"]
+    captions = {item.function.summary for item in train}
+    reasons = {}
+    for item, overlap in zip(asked, _overlaps(asked, train), strict=True):
+        if overlap >= TWIN:
+            reasons[item.key] = "near twin of a training function"
+        elif item.function.summary in captions:
+            reasons[item.key] = "docstring of a training function"
+    return reasons
+
+
+def _overlaps(asked: list[_Found], train: list[_Found]) -> np.ndarray:
+    """The largest Jaccard overlap of each asked function with a training function."""
+    from scipy import sparse
+
+    number = Numbering()
+
+    def matrix(items: list[_Found]) -> Any:
+        rows, columns = [], []
+        for row, item in enumerate(items):
+            tokens = re.findall(r"\w+|[^\w\s]", item.function.code)
+            triples = {" ".join(tokens[i : i + 3]) for i in range(max(1, len(tokens) - 2))}
+            columns += [number(triple) for triple in sorted(triples)]
+            rows += [row] * len(triples)
+        return np.array(rows), np.array(columns)
+
+    a_rows, a_columns = matrix(asked)
+    b_rows, b_columns = matrix(train)
+    width = len(number.numbers)
+
+    def build(rows: np.ndarray, columns: np.ndarray, height: int) -> Any:
+        values = np.ones(len(rows), np.int32)
+        return sparse.csr_matrix((values, (rows, columns)), shape=(height, width))
+
+    a, b = build(a_rows, a_columns, len(asked)), build(b_rows, b_columns, len(train))
+    shared = (a @ b.T).toarray()
+    union = np.diff(a.indptr)[:, None] + np.diff(b.indptr)[None, :] - shared
+    return (shared / union).max(axis=1)

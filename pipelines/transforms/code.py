@@ -1,0 +1,106 @@
+"""Python source to functions: code without its docstring, and the docstring's first paragraph."""
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_URL = re.compile(r"(?:https?|ftp)://[^\s，。；、）)>\]\"']+|www\.[^\s，。；、）)>\]\"']+")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function or method.
+
+    Args:
+        name: with the classes and functions around it, joined by dots.
+        line: where its ``def`` stands, from 1.
+        code: its source without the docstring, indented from the margin.
+        body: ``code`` from after the signature.
+        summary: first paragraph of the docstring, on one line, without web addresses; "" if
+            there is none.
+    """
+
+    name: str
+    line: int
+    code: str
+    body: str
+    summary: str
+
+
+def decode_source(data: bytes) -> str:
+    """A Python file's text. A byte order mark is passed over.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"not UTF-8 ({problem.reason})") from None
+
+
+def functions(source: str) -> Iterator[Function]:
+    """Every function of a module, in the order of the text. Parsed, never executed.
+
+    Raises:
+        ValueError: it is not Python.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
+        raise ValueError(f"not Python of this version ({type(problem).__name__})") from None
+    lines = source.encode("utf-8").splitlines(keepends=True)
+    yield from _walk(tree, "", lines)
+
+
+def summary(docstring: str) -> str:
+    """The first paragraph on one line, web addresses and markup colons removed."""
+    first = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
+    return re.sub(r"\s+", " ", _URL.sub(" ", first)).strip(" \t:：-—*#=")
+
+
+def chinese_characters(text: str) -> int:
+    """How many Chinese characters it holds."""
+    return len(_CHINESE.findall(text))
+
+
+def _walk(node: ast.AST, around: str, lines: list[bytes]) -> Iterator[Function]:
+    for child in ast.iter_child_nodes(node):
+        name = around
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{around}.{child.name}" if around else child.name
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield _function(child, name, lines)
+        yield from _walk(child, name, lines)
+
+
+def _function(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, lines: list[bytes]
+) -> Function:
+    first = node.body[0]
+    docstring = ast.get_docstring(node)
+    start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
+    if docstring is None:
+        head = _cut(lines, start, (first.lineno, first.col_offset))
+        body = _cut(lines, (first.lineno, first.col_offset), end)
+    else:
+        head = _cut(lines, start, (first.lineno, first.col_offset))
+        body = _cut(lines, (first.end_lineno or 0, first.end_col_offset or 0), end)
+    margin = " " * node.col_offset
+    code = textwrap.dedent(margin + head.rstrip(" \t") + body.lstrip("; \t"))
+    code = re.sub(r"\n(?:[ \t]*\n)+", "\n", code).strip()
+    return Function(name, node.lineno, code, body.strip("; \t\n"), summary(docstring or ""))
+
+
+def _cut(lines: list[bytes], start: tuple[int, int], end: tuple[int, int]) -> str:
+    (first, left), (last, right) = start, end
+    if first == last:
+        return lines[first - 1][left:right].decode("utf-8")
+    parts = [lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]]
+    return b"".join(parts).decode("utf-8")

@@ -1,0 +1,80 @@
+"""Pictures to pixels: square, on white, 8 bits a channel."""
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIZE = 48
+#: An SVG is drawn this many times larger and then reduced, as a photograph would be.
+SVG_SCALE = 2
+MAX_PIXELS = 64 * 2**20
+
+
+def decode_image(data: bytes, size: int = SIZE) -> Any:
+    """Read a PNG, JPEG (or whatever Pillow reads) or SVG file.
+
+    Args:
+        data: the file's bytes.
+        size: the side wanted later, in pixels: an SVG is drawn ``SVG_SCALE`` times as large.
+
+    Returns:
+        A Pillow image, mode RGBA.
+
+    Raises:
+        ValueError: the bytes are no picture, or one of more than 64 million pixels.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if _is_svg(data):
+        data = _draw_svg(data, size * SVG_SCALE)
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"a picture of {image.width} x {image.height} pixels is too large")
+        return image.convert("RGBA")
+    except UnidentifiedImageError:
+        raise ValueError("not a picture (PNG, JPEG or SVG expected)") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as problem:
+        raise ValueError(f"a damaged picture ({problem})") from None
+
+
+def pixels(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
+    """Fit a Pillow image into a white square: uint8 (size, size, 3).
+
+    The aspect ratio stays; what is transparent becomes white.
+    """
+    from PIL import Image
+
+    scale = size / max(image.width, image.height)
+    width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    # Premultiplied alpha keeps the colour of transparent pixels out of the edges.
+    small = image.convert("RGBa").resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")
+    canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
+    place = ((size - width) // 2, (size - height) // 2)
+    canvas.alpha_composite(small, place)
+    return np.asarray(canvas.convert("RGB"))
+
+
+def load_pixels(data: bytes, size: int = SIZE) -> NDArray[np.uint8]:
+    """A picture file's bytes to uint8 (size, size, 3).
+
+    Raises:
+        ValueError: the bytes are no picture.
+    """
+    return pixels(decode_image(data, size), size)
+
+
+def _is_svg(data: bytes) -> bool:
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    return head.startswith((b"<svg", b"<?xml")) or b"<svg" in head
+
+
+def _draw_svg(data: bytes, side: int) -> bytes:
+    import resvg_py
+
+    try:
+        return bytes(resvg_py.svg_to_bytes(svg_string=data.decode("utf-8"), width=side))
+    except (ValueError, UnicodeDecodeError) as problem:
+        raise ValueError(f"a damaged SVG ({problem})") from None

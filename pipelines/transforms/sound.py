@@ -1,0 +1,121 @@
+"""Recordings to log-mel frames: 16 kHz, windows of 25 ms every 10 ms, 80 mel bins.
+
+The scale is HTK's (mel = 2595 log10(1 + f / 700)), triangles of unit peak between 20 Hz and
+8 kHz, as in the filterbanks of Kaldi-style recognisers.
+"""
+
+import io
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+RATE = 16_000
+WINDOW = 400
+HOP = 160
+FFT = 512
+MELS = 80
+LOW, HIGH = 20.0, 8_000.0
+#: Speech is what lies within this many decibels of the loudest frame.
+TRIM_DB = 25.0
+#: Root mean square that speech is scaled to.
+LEVEL = 0.1
+#: Added to the power before the logarithm.
+FLOOR = 1e-5
+#: Of log-mel values of the training recordings of ``syllables``; one pair for all bins, the
+#: same for every corpus, so that one stem can read them all.
+MEAN, DEVIATION = -3.0, 3.0
+MAX_FRAMES = 192
+MAX_SECONDS = 600
+
+
+def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
+    """Read an MP3, WAV (or whatever FFmpeg reads) file: float32 samples, mono, at ``rate`` Hz.
+
+    Raises:
+        ValueError: the bytes are no recording, it is empty, or longer than ten minutes.
+    """
+    import av
+
+    if data[:256].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError("a web page, not a recording")
+    try:
+        with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
+            if not container.streams.audio:
+                raise ValueError("no sound in the file")
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            parts, samples = [], 0
+            for frame in container.decode(audio=0):
+                parts += [out.to_ndarray()[0] for out in resampler.resample(frame)]
+                samples += parts[-1].size if parts else 0
+                if samples > MAX_SECONDS * rate:
+                    raise ValueError(f"longer than {MAX_SECONDS} seconds")
+            parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
+    except av.FFmpegError as problem:
+        raise ValueError(f"not a recording that can be read ({problem.strerror})") from None
+    if not parts or not sum(part.size for part in parts):
+        raise ValueError("an empty recording")
+    return np.concatenate(parts).astype(np.float32)
+
+
+def log_mel(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Trim to speech, scale to one level, and take normalised log-mel frames.
+
+    Args:
+        wave: samples at 16 kHz, mono.
+
+    Returns:
+        float32 (F, 80), at most ``MAX_FRAMES`` frames.
+
+    Raises:
+        ValueError: the recording is silent.
+    """
+    speech = trim(wave)
+    level = float(np.sqrt(np.mean(speech.astype(np.float64) ** 2)))
+    if level <= 1e-6:
+        raise ValueError("a silent recording")
+    power = _power(speech * (LEVEL / level))[:MAX_FRAMES]
+    # A plain loop over bins would sum in an order of its own; einsum without optimisation is
+    # the same on every machine, whatever BLAS there is.
+    mel = np.einsum("ft,mt->fm", power, _filters(), optimize=False)
+    return ((np.log(mel + FLOOR) - MEAN) / DEVIATION).astype(np.float32)
+
+
+def load_log_mel(data: bytes) -> NDArray[np.float32]:
+    """A recording's bytes to frames, float32 (F, 80).
+
+    Raises:
+        ValueError: the bytes are no recording, or it is silent.
+    """
+    return log_mel(decode_audio(data))
+
+
+def trim(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cut what lies before and after the frames within ``TRIM_DB`` of the loudest one."""
+    if wave.size <= WINDOW:
+        return np.pad(wave, (0, WINDOW - wave.size))
+    energy = (_windows(wave).astype(np.float64) ** 2).mean(axis=1)
+    loud = np.flatnonzero(energy >= energy.max() * 10 ** (-TRIM_DB / 10))
+    return wave[loud[0] * HOP : loud[-1] * HOP + WINDOW]
+
+
+def _windows(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.lib.stride_tricks.sliding_window_view(wave, WINDOW)[::HOP]
+
+
+def _power(wave: NDArray[np.float32]) -> NDArray[np.float64]:
+    shaped = _windows(wave).astype(np.float64) * np.hanning(WINDOW)
+    spectrum = np.fft.rfft(shaped, FFT)
+    return spectrum.real**2 + spectrum.imag**2
+
+
+@cache
+def _filters() -> NDArray[np.float64]:
+    def mel(hertz: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        return 2595.0 * np.log10(1.0 + np.asarray(hertz) / 700.0)
+
+    edges = np.linspace(mel(LOW), mel(HIGH), MELS + 2)
+    bins = mel(np.arange(FFT // 2 + 1) * RATE / FFT)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    return np.maximum(0.0, np.minimum(rising, falling))
