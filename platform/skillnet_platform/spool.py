@@ -14,13 +14,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from skillnet_platform import console, storage
 from skillnet_platform.operations import Operation
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
+PROBE_S = 0.5
+
+_COUNTER = count()
 
 #: MLflow's error codes that mean "not now", as opposed to "never".
 AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "IO_ERROR"}
@@ -57,8 +62,14 @@ class Spool:
         self._waiting: list[Operation] = []
         self._pause = FIRST_PAUSE_S
         self._next_try = 0.0
-        name = f"{run_id}.{_host()}.{os.getpid()}.jsonl"
+        # Two trackers of one run may live in one process: the driver, and rank 0 in it.
+        name = f"{run_id}.{_host()}.{os.getpid()}-{next(_COUNTER)}.jsonl"
         self.path = spool_root() / name
+
+    @property
+    def _files(self) -> Path:
+        """Copies of artifacts that wait."""
+        return self.path.with_suffix("")
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -84,6 +95,8 @@ class Spool:
         with self._lock:
             sent = 0
             try:
+                if self._waiting:
+                    _require_listener(self.uri)
                 for operation in self._waiting:
                     self._apply_or_reject(operation)
                     sent += 1
@@ -103,7 +116,7 @@ class Spool:
         """Send what a process that ended left in ``path``; how many records, 0 if still away."""
         _, operations = read(path)
         with self._lock:
-            self.path, self._waiting = path, operations
+            self.path, self._waiting = path, list(operations)
             return len(operations) if self.flush() else 0
 
     def _apply_or_reject(self, operation: Operation) -> None:
@@ -123,7 +136,7 @@ class Spool:
         if operation["kind"] == "artifact" and Path(operation["path"]).is_file():
             # The file may be gone, and this process too, before the tracker is back.
             source = Path(operation["path"])
-            kept = spool_root() / self.run_id / operation["folder"] / source.name
+            kept = self._files / operation["folder"] / source.name
             kept.parent.mkdir(parents=True, exist_ok=True)
             if source != kept:
                 shutil.copyfile(source, kept)
@@ -139,7 +152,7 @@ class Spool:
     def _rewrite(self) -> None:
         if not self._waiting:
             self.path.unlink(missing_ok=True)
-            shutil.rmtree(spool_root() / self.run_id, ignore_errors=True)
+            shutil.rmtree(self._files, ignore_errors=True)
             return
         with storage.atomic_write(self.path, "w") as stream:
             stream.write(json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n")
@@ -160,7 +173,8 @@ def left_behind(uri: str) -> list[Path]:
     """Spools for this tracker whose process, on this machine, has ended."""
     found = []
     for path in sorted(spool_root().glob("*.jsonl")):
-        _, host, pid, _ = path.name.split(".")
+        _, host, process, _ = path.name.split(".")
+        pid = process.partition("-")[0]
         if host != _host() or storage.process_is_alive(int(pid)):
             continue
         if json.loads(path.read_text(encoding="utf-8").splitlines()[0])["uri"] == uri:
@@ -178,6 +192,18 @@ def read(path: Path) -> tuple[str, list[Operation]]:
         except json.JSONDecodeError:
             break
     return json.loads(lines[0])["run_id"], operations
+
+
+def _require_listener(uri: str) -> None:
+    """A request to a host that is gone takes seconds to fail; a connection is quicker to try.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=PROBE_S).close()
 
 
 def _host() -> str:

@@ -44,6 +44,7 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     for logger in ("mlflow", "alembic"):
         logging.getLogger(logger).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def resolve_uri(uri: str | None = None) -> str:
