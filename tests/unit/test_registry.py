@@ -1,0 +1,183 @@
+"""Versions, aliases and the gate between them; and models found again, or a message why not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillnet_platform import gate, registry, store, tracking
+from skillnet_platform.errors import UserError
+from skillnet_platform.gate import Figure
+
+CODE = """
+import json
+import mlflow
+
+class Counter(mlflow.pyfunc.PythonModel):
+    def load_context(self, context):
+        with open(context.artifacts["model"] + "/offset.json") as stream:
+            self.offset = json.load(stream)
+
+    def predict(self, context, model_input, params=None):
+        return [len(text) + self.offset for text in model_input["text"]]
+
+mlflow.models.set_model(Counter())
+"""
+
+
+def accuracy(value: float, half: float = 0.02, **more: Any) -> Figure:
+    return Figure("accuracy", value, value - half, value + half, **more)
+
+
+def error(value: float, half: float = 0.02) -> Figure:
+    return Figure("token_error_rate", value, value - half, value + half, higher_is_better=False)
+
+
+@pytest.mark.parametrize(
+    ("challenger", "passes", "says"),
+    [
+        ({"a": accuracy(0.6), "b": error(0.2)}, True, "a: better"),
+        ({"a": accuracy(0.5), "b": error(0.1)}, True, "b: better"),
+        ({"a": accuracy(0.49), "b": error(0.1)}, True, "a: no difference"),
+        ({"a": accuracy(0.5), "b": error(0.2)}, False, "better on no task"),
+        ({"a": accuracy(0.6), "b": error(0.3)}, False, "b: worse"),
+        ({"a": accuracy(0.9)}, False, "b: missing"),
+        ({"a": accuracy(0.5), "b": error(0.2), "c": accuracy(0.1)}, True, "c: new"),
+        ({"a": accuracy(0.9, data="other"), "b": error(0.2)}, False, "another data"),
+        ({"a": error(0.1), "b": error(0.2)}, False, "another metric"),
+        ({"a": accuracy(0.525), "b": error(0.2)}, False, "a: no difference"),
+    ],
+)
+def test_the_gate(challenger: dict[str, Figure], passes: bool, says: str) -> None:
+    champion = {"a": accuracy(0.5), "b": error(0.2)}
+    verdict = gate.compare(challenger, champion)
+    assert verdict.passed is passes
+    assert says in str(verdict)
+
+
+def test_an_interval_that_leans_is_used_on_the_side_that_counts() -> None:
+    old = Figure("accuracy", 0.50, 0.49, 0.59)
+    assert not gate.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": old}).passed
+    mirrored = Figure("accuracy", 0.50, 0.41, 0.51)
+    assert gate.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": mirrored}).passed
+
+
+def test_figures_survive_json() -> None:
+    figures = {"a": accuracy(0.5, data="d"), "b": error(0.1)}
+    assert gate.from_json(gate.to_json(figures)) == figures
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    (place / "serving.py").write_text(CODE)
+    (place / "weights").mkdir()
+    (place / "weights" / "offset.json").write_text("5")
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(session_root: Path) -> Iterator[tracking.Tracker]:
+    where = tracking.TrackingConfig(experiment="registry", system_metrics=False)
+    with tracking.start("trained", None, where) as tracker:
+        yield tracker
+
+
+def put(run: tracking.Tracker, files: Path, name: str, value: float) -> registry.Registered:
+    return registry.register(
+        run.run_id,
+        files / "serving.py",
+        {"model": files / "weights"},
+        {"a": accuracy(value)},
+        uri=run.uri,
+        name=name,
+        metadata={"tasks": ["a"]},
+        tags={"seed": 1},
+        description="**trained** on a",
+    )
+
+
+def aliases(run: tracking.Tracker, name: str) -> dict[str, int]:
+    found = store.client(run.uri).get_registered_model(name).aliases
+    return {alias: int(version) for alias, version in found.items()}
+
+
+def test_versions_earn_their_alias(run: tracking.Tracker, files: Path) -> None:
+    name = "aliases"
+    first = put(run, files, name, 0.50)
+    assert (first.version, first.alias, first.uri) == (1, "champion", "models:/aliases/1")
+    second = put(run, files, name, 0.51)
+    assert (second.version, second.alias) == (2, "challenger")
+    assert aliases(run, name) == {"champion": 1, "challenger": 2}
+    third = put(run, files, name, 0.60)
+    assert third.alias == "champion"
+    assert aliases(run, name) == {"champion": 3, "challenger": 2}
+    client = store.client(run.uri)
+    tags = client.get_model_version(name, "2").tags
+    assert "better on no task" in tags["gate"]
+    assert tags["seed"] == "1"
+    assert not registry.promote(1, name=name, uri=run.uri).passed
+    assert registry.promote(2, name=name, uri=run.uri, force=True).passed
+    assert aliases(run, name) == {"champion": 2, "challenger": 1}
+    assert client.get_run(run.run_id).info.status == "RUNNING", "registering does not end the run"
+
+
+def test_what_is_loaded_predicts_as_what_was_put(run: tracking.Tracker, files: Path) -> None:
+    import pandas as pd
+
+    made = put(run, files, "loaded", 0.5)
+    rows = pd.DataFrame({"text": ["abc", "红色的心"]})
+    for uri in ("models:/loaded@champion", made.uri):
+        assert registry.load(uri, run.uri).predict(rows) == [8, 9]
+    resolved = registry.resolve("models:/loaded@champion", run.uri)
+    assert resolved.version == 1
+    assert resolved.run_id == run.run_id
+    assert resolved.metadata == {"tasks": ["a"]}
+    pickles = [path for path in resolved.path.rglob("*") if path.suffix in (".pkl", ".pickle")]
+    assert pickles == []
+    assert (resolved.path / "MLmodel").is_file()
+
+
+def test_a_folder_is_a_model_too(files: Path) -> None:
+    found = registry.resolve(str(files))
+    assert (found.path, found.version) == (files, None)
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("models:/present/9", "present has versions [1] and aliases @champion (1)"),
+        ("models:/present@chmpion", "aliases @champion (1)"),
+        ("models:/presemt@champion", "did you mean 'present'?"),
+        ("models:/present", "models:/present@champion"),
+        ("runs:/0123456789abcdef0123456789abcdef/model", "not found"),
+        ("no/such/folder", "no such directory"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(
+    run: tracking.Tracker, files: Path, uri: str, says: str
+) -> None:
+    if registry.champion(name="present", uri=run.uri) is None:
+        put(run, files, "present", 0.5)
+    with pytest.raises(UserError) as caught:
+        registry.resolve(uri, run.uri)
+    assert says in str(caught.value)
+    assert uri in str(caught.value)
+
+
+def test_a_missing_artefact_is_named_before_anything_is_logged(run: tracking.Tracker) -> None:
+    with pytest.raises(UserError, match=r"absent\.py: no such file"):
+        registry.register(run.run_id, "absent.py", {}, {}, uri=run.uri, name="never")
+    assert registry.champion(name="never", uri=run.uri) is None
+
+
+def test_the_process_keeps_its_own_mlflow_settings(
+    run: tracking.Tracker, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "123")
+    put(run, files, "settings", 0.5)
+    assert os.environ["MLFLOW_EXPERIMENT_ID"] == "123"
+    assert "MLFLOW_TRACKING_URI" not in os.environ
