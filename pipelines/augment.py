@@ -6,6 +6,7 @@ W width, C channels, M mel bins.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -31,39 +32,23 @@ class Draws:
         self._key, self._count, self._mine = tuple(key), count, mine
 
     def uniform(self, name: str, *shape: int) -> np.ndarray:
-        """(B, *shape) float32 in [0, 1); few numbers a row, drawn for the whole batch."""
+        """(B, *shape) float32 in [0, 1). ``shape`` must not hang on the rank's rows."""
         random = generator(*self._key, name)
         return random.random((self._count, *shape), dtype=np.float32)[self._mine]
 
-    def normal_rows(self, name: str, *shape: int) -> np.ndarray:
-        """(B, *shape) standard normal float32; many numbers a row, drawn row by row.
-
-        A prefix of ``shape[0]`` has the same numbers whatever ``shape[0]`` is.
-        """
-        rows = range(self._count)[self._mine]
-        out = np.empty((len(rows), *shape), dtype=np.float32)
-        for place, row in enumerate(rows):
-            generator(*self._key, name, row).standard_normal(out=out[place], dtype=np.float32)
-        return out
-
-    def uniform_rows(self, name: str, width: int) -> np.ndarray:
-        """(B, width) float32 in [0, 1), drawn row by row; a prefix hangs not on ``width``."""
-        rows = range(self._count)[self._mine]
-        out = np.empty((len(rows), width), dtype=np.float32)
-        for place, row in enumerate(rows):
-            generator(*self._key, name, row).random(out=out[place], dtype=np.float32)
-        return out
-
 
 def drop_tokens(
-    tokens_BT: np.ndarray, lengths_B: np.ndarray, share: float, draws: Draws, name: str
+    tokens_BT: np.ndarray, lengths_B: np.ndarray, share: float, draws: Draws, longest: int
 ) -> np.ndarray:
-    """Replace a share of the tokens by the mask token; a row's last real token stays."""
+    """Replace a share of the tokens by the mask token; a row's last real token stays.
+
+    ``longest`` is the most tokens that any row may have; it does not hang on the batch.
+    """
     if share <= 0:
         return tokens_BT
-    chance = draws.uniform_rows(name, tokens_BT.shape[1])
-    place = np.arange(tokens_BT.shape[1])
-    hit = (chance < share) & (place < lengths_B[:, None] - 1)
+    width = tokens_BT.shape[1]
+    chance = draws.uniform("tokens", longest)[:, :width]
+    hit = (chance < share) & (np.arange(width) < lengths_B[:, None] - 1)
     return np.where(hit, MASK_TOKEN, tokens_BT)
 
 
@@ -90,11 +75,13 @@ def _shift_and_scale(x_BCHW: Tensor, shift: float, scale: float, draws: Draws) -
         return x_BCHW
     B, _, H, W = x_BCHW.shape
     draw = torch.from_numpy(2 * draws.uniform("place", 3) - 1)
-    theta = torch.zeros(B, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / (1 + scale * draw[:, 0])
-    theta[:, 0, 2] = draw[:, 1] * 2 * shift / W
-    theta[:, 1, 2] = draw[:, 2] * 2 * shift / H
-    grid = F.affine_grid(theta, list(x_BCHW.shape), align_corners=False)
+    size = (1 + scale * draw[:, :1]).reciprocal()
+    # Pixel centres in [-1, 1], as grid_sample counts them with align_corners=False.
+    across_BW = size * ((2 * torch.arange(W) + 1) / W - 1) + draw[:, 1:2] * 2 * shift / W
+    down_BH = size * ((2 * torch.arange(H) + 1) / H - 1) + draw[:, 2:] * 2 * shift / H
+    grid = torch.stack(
+        [across_BW[:, None].expand(B, H, W), down_BH[:, :, None].expand(B, H, W)], dim=-1
+    )
     return F.grid_sample(x_BCHW, grid, padding_mode="border", align_corners=False)
 
 
@@ -104,6 +91,7 @@ def recordings(
     config: AugmentConfig,
     draws: Draws,
     longest: int,
+    deviation: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pad with silence, change level, add noise and mask spans of log-mel recordings.
 
@@ -111,18 +99,19 @@ def recordings(
     value per mel bin. Masks are SpecAugment's (Park et al. 2019), filled with silence.
 
     Args:
-        log_mel_BNM: normalised natural log of power; zero where a row has ended.
+        log_mel_BNM: natural log of power over ``deviation``, less a constant; zero where a row
+            has ended.
         frames_B: (B,) real frames.
         config: how much.
         draws: of these rows.
         longest: frames that the model reads at most.
+        deviation: what the corpus divided the log of power by.
 
     Returns:
         (B, N', M) float32 and (B,) frames, silence included.
     """
-    place = np.arange(log_mel_BNM.shape[1])
-    real = place < frames_B[:, None]
-    quiet_BM = np.where(real[..., None], log_mel_BNM, np.inf).min(axis=1)
+    real = np.arange(log_mel_BNM.shape[1]) < frames_B[:, None]
+    quiet_BM = np.min(log_mel_BNM, axis=1, where=real[..., None], initial=np.inf)
     level = draws.uniform("sound", 5)
     front = np.floor(level[:, 0] * (config.sound_pad + 1)).astype(np.int64)
     behind = np.floor(level[:, 1] * (config.sound_pad + 1)).astype(np.int64)
@@ -133,18 +122,34 @@ def recordings(
     inside = (source >= 0) & (source < frames_B[:, None])
     rows = np.arange(len(frames_B))[:, None]
     x = log_mel_BNM[rows, np.clip(source, 0, log_mel_BNM.shape[1] - 1)]
-    x = np.where(inside[..., None], x, quiet_BM[:, None])
+    np.copyto(x, quiet_BM[:, None], where=~inside[..., None])
     if config.sound_gain:
         x += config.sound_gain * (2 * level[:, 2, None, None] - 1)
     if config.sound_noise:
-        # The mean over real frames; levels are spread evenly in decibels over 30 dB.
-        power = np.where(inside, x.mean(2), 0).sum(1) / np.maximum(inside.sum(1), 1)
-        loudness = np.log(config.sound_noise) - 6.9 * level[:, 3] + power
-        noise = 0.5 * draws.normal_rows("noise", width, x.shape[2])
-        x = np.logaddexp(x, loudness[:, None, None] + noise)
+        # A window of a fixed piece of noise, at one of levels spread evenly over 30 dB below
+        # the loudest, relative to the recording's mean log power.
+        mean_B = np.where(inside, x.mean(2), 0).sum(1) / np.maximum(inside.sum(1), 1)
+        loudness_B = mean_B * deviation + np.log(config.sound_noise) - 6.9 * level[:, 3]
+        bank = _noise(x.shape[2])
+        start_B = np.floor(level[:, 4] * (len(bank) - longest)).astype(np.int64)
+        noise = bank[start_B[:, None] + np.arange(width)] + loudness_B[:, None, None]
+        x = _add_powers(x, noise.astype(np.float32), deviation)
     _mask(x, total, config, draws, quiet_BM)
     x[np.arange(width) >= total[:, None]] = 0
     return x.astype(np.float32, copy=False), total
+
+
+@lru_cache(maxsize=4)
+def _noise(bins: int) -> np.ndarray:
+    """(4096, bins) natural log of the power of white noise of mean power 1."""
+    power = generator("noise").standard_exponential((4096, bins), dtype=np.float32)
+    return np.log(power + 1e-3)
+
+
+def _add_powers(x: np.ndarray, noise: np.ndarray, deviation: float) -> np.ndarray:
+    # torch's kernel is ten times as fast as numpy's.
+    total = torch.logaddexp(torch.from_numpy(x) * deviation, torch.from_numpy(noise))
+    return (total / deviation).numpy()
 
 
 def _mask(

@@ -128,6 +128,7 @@ class TaskRows:
         self.limit = min(
             limit.get(self.plan.modality, 1 << 30), max_length if max_length else 1 << 30
         )
+        self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._model, self._first_caption = model, settings.first_caption
         self._columns: dict[str, Column] = {}
 
@@ -187,7 +188,7 @@ class TaskRows:
         tokens, lengths = self._ragged("tokens").take(rows, self.limit, crop, PAD_TO)
         if draws is not None and config is not None:
             share = config.token_dropout if modality == "text" else config.code_dropout
-            tokens = augment.drop_tokens(tokens, lengths, share, draws, "tokens")
+            tokens = augment.drop_tokens(tokens, lengths, share, draws, self.limit)
         return {"tokens": _tensor(tokens)}
 
     def _queries(
@@ -204,7 +205,8 @@ class TaskRows:
             picked = picked + np.where(chance < self._first_caption, 0, place)
         tokens, lengths = column.inner.take(picked, self._model.max_tokens, None, PAD_TO)
         if draws is not None and config is not None:
-            tokens = augment.drop_tokens(tokens, lengths, config.token_dropout, draws, "query")
+            longest = self._model.max_tokens
+            tokens = augment.drop_tokens(tokens, lengths, config.token_dropout, draws, longest)
         return {"tokens": _tensor(tokens)}
 
     def _column(self, name: str) -> Column:

@@ -26,7 +26,7 @@ def test_nothing_changes_when_all_is_off() -> None:
     assert np.array_equal(out, mel)
     assert lengths.tolist() == [5, 3]
     tokens = np.array([[4, 5, 6]])
-    assert np.array_equal(drop_tokens(tokens, np.array([3]), 0.0, draws(1), "t"), tokens)
+    assert np.array_equal(drop_tokens(tokens, np.array([3]), 0.0, draws(1), 20), tokens)
 
 
 def test_a_picture_moves_as_far_as_it_says() -> None:
@@ -52,12 +52,12 @@ def test_share_of_dropped_tokens_and_the_last_one_stays() -> None:
     tokens = np.full((400, 20), 9)
     lengths = np.full(400, 15)
     tokens[:, 15:] = 0
-    found = drop_tokens(tokens, lengths, 0.2, draws(400), "t")
+    found = drop_tokens(tokens, lengths, 0.2, draws(400), 20)
     assert set(np.unique(found)) == {0, MASK_TOKEN, 9}
     assert (found[:, 15:] == 0).all()
     assert (found[:, 14] == 9).all()
     assert abs((found[:, :14] == MASK_TOKEN).mean() - 0.2) < 0.02
-    single = drop_tokens(np.array([[7]]), np.array([1]), 0.99, draws(1), "t")
+    single = drop_tokens(np.array([[7]]), np.array([1]), 0.99, draws(1), 20)
     assert single.tolist() == [[7]]
 
 
