@@ -298,9 +298,7 @@ def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
-        with warnings.catch_warnings():
-            # Advice on type hints and integer columns, meant for who writes the model's file.
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\.")
+        with _without_advice():
             yield mlflow
     finally:
         mlflow.set_tracking_uri("")
@@ -310,3 +308,20 @@ def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Hold back MLflow's advice to who writes a model's file: type hints, integer columns.
+
+    MLflow puts a filter of its own before any of ours, so what is shown is filtered instead.
+    """
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_others(message: Any, category: Any, filename: str, *more: Any) -> None:
+            if f"{os.sep}mlflow{os.sep}" not in filename:
+                show(message, category, filename, *more)
+
+        warnings.showwarning = show_others  # type: ignore[assignment]
+        yield
