@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.shards import Corpus
+
+Kind = TypeVar("Kind", Fixed, Ragged, Nested)
 
 #: Sequences are padded to a multiple of this, for even kernels and few shapes.
 PAD_TO = 8
@@ -223,7 +225,7 @@ class TaskRows:
     def _nested(self, name: str) -> Nested:
         return self._as(name, Nested)
 
-    def _as(self, name: str, kind: type) -> "Fixed | Ragged | Nested":  # type: ignore[misc]
+    def _as(self, name: str, kind: type[Kind]) -> Kind:
         column = self._column(name)
         if not isinstance(column, kind):
             raise UserError(

@@ -37,6 +37,9 @@ PATIENCE = 10
 class Reporter:
     """What the loop tells on rank 0. This one keeps silent; others override what they need."""
 
+    def start(self, step: int) -> None:
+        """Training begins after so many steps done before."""
+
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Numbers for the record, named ``task/what``."""
 
@@ -150,6 +153,7 @@ def train(
             reporter.checkpoint(written, step)
         return written
 
+    reporter.start(start)
     model.train()
     with Prefetcher(stream, start, last, rank, world, pin=device.type == "cuda") as prefetcher:
         for batch in meter.timed(prefetcher):

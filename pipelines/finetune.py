@@ -1,0 +1,316 @@
+"""``skillnet finetune``: train the tasks jointly, from a checked configuration to a model on disk.
+
+<run root>/<name>/
+  config.yaml      the resolved configuration
+  run.json         the MLflow run
+  checkpoints/     the newest ones; a run that stopped goes on from there
+  progress.jsonl   every logged metric
+  model/           the final model
+  trained.json     steps, time, throughput
+  result.json      what the command gives; written last
+"""
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform import console, tracking
+from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write, data_root, read_json, run_root, write_json
+
+if TYPE_CHECKING:
+    from skillnet.model import SkillNet
+    from skillnet_platform.tracking import Tracker
+
+CONFIG = "config.yaml"
+RUN = "run.json"
+RESULT = "result.json"
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Train the tasks of a configuration jointly, evaluate and record the model.
+
+    The name of an unfinished run goes on with it; that of a finished one gives its result.
+
+    Returns:
+        Name, folder, steps, seconds, throughput, model and checkpoint paths, MLflow run id, and
+        ``evaluation``: tidy rows.
+
+    Raises:
+        UserError: a name that another run has, corpora that are missing or do not fit, …
+    """
+    config = _resolved(config)
+    assert config.name is not None
+    run = Path(str(config.run_dir)) / config.name
+    finished = _open_run(config, run)
+    if finished is not None:
+        console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
+        return finished
+    manifests = _check(config)
+    known = read_json(run / RUN) if (run / RUN).is_file() else {}
+    with tracking.start(
+        config.name,
+        config,
+        config.tracking,
+        tags={"run_dir": str(run), "stage": "finetune"},
+        run_id=known.get("run_id"),
+    ) as tracker:
+        write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
+        tracker.inputs(manifests)
+        begin = time.monotonic()
+        _train(config, run, tracker)
+        result = {
+            "name": config.name,
+            "run": str(run),
+            "run_id": tracker.run_id,
+            "model": str(run / "model"),
+            **read_json(run / "trained.json"),
+            "wall_seconds": time.monotonic() - begin,
+        }
+        result["evaluation"] = _conclude(config, run, tracker, result)
+    result["registered"] = _register(config, run, result["evaluation"])
+    write_json(run / RESULT, result)
+    return result
+
+
+def _resolved(config: FinetuneConfig) -> FinetuneConfig:
+    """With a name and absolute paths: workers have working directories of their own."""
+    folder = Path(config.run_dir).expanduser().absolute() if config.run_dir else run_root()
+    data = Path(config.data).expanduser().absolute() if config.data else data_root()
+    name = config.name or time.strftime("finetune-%Y%m%d-%H%M%S")
+    if "/" in name or name in ("", ".", ".."):
+        raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
+    start = str(Path(config.init_from).expanduser().absolute()) if config.init_from else None
+    return replace(config, name=name, run_dir=str(folder), data=str(data), init_from=start)
+
+
+def _open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
+    """Make the run's folder, or take up an unfinished run; the result of a finished one."""
+    from pipelines.training.setup import identity_of
+
+    stored = run / CONFIG
+    if not stored.is_file():
+        if run.exists() and any(run.iterdir()):
+            raise UserError(f"{run} exists and is no run; give another --name")
+        with atomic_write(stored, "w") as stream:
+            stream.write(configuration.to_yaml(config))
+        return None
+    before = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+    old = configuration.flatten(identity_of(before))
+    new = configuration.flatten(identity_of(config))
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        key = differing[0]
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"the run {config.name} has {key} {old.get(key)}, not {new.get(key)}{more}; give "
+            f"another --name, or --config {stored} to go on with it"
+        )
+    if (run / RESULT).is_file():
+        result: dict[str, Any] = read_json(run / RESULT)
+        if result["step"] >= config.training.steps:
+            return result
+    return None
+
+
+def _check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
+    """Find what does not fit before anything starts; the manifests of the corpora."""
+    from pipelines.evaluation import check_outputs
+    from pipelines.training.setup import open_corpora, open_stream, pick_device
+    from skillnet.skills import find_task
+
+    corpora = open_corpora(config)
+    open_stream(config)
+    for name, settings in config.tasks.items():
+        check_outputs(corpora[settings.corpus], name, find_task(name, config.model.tasks))
+    pick_device(config.training.use_gpu)
+    words = {
+        name: corpus.manifest["tokenizer"]["sha256"]
+        for name, corpus in corpora.items()
+        if corpus.manifest.get("tokenizer")
+    }
+    if len(set(words.values())) > 1:
+        raise UserError(
+            f"the corpora {', '.join(words)} were prepared with different tokenizers; prepare "
+            "them together: skillnet prepare"
+        )
+    return {name: corpus.manifest for name, corpus in corpora.items()}
+
+
+def _train(config: FinetuneConfig, run: Path, tracker: "Tracker") -> None:
+    from pipelines.training.worker import PROGRESS, fit_on_ray, work
+
+    tracked = (tracker.run_id, tracker.uri)
+    with _followed(run / PROGRESS, config.training.steps):
+        if config.training.workers == 0:
+            work(config, run, tracked=tracked)
+        else:
+            fit_on_ray(config, run, tracked)
+    # What Ray keeps of a fit is of no use after it: checkpoints and logs are ours.
+    shutil.rmtree(run / "ray", ignore_errors=True)
+    trained = read_json(run / "trained.json")
+    if trained["stopped_early"]:
+        console.warn(trained["stopped_early"])
+        tracker.tags({"stopped_early": trained["stopped_early"]})
+
+
+@contextlib.contextmanager
+def _followed(path: Path, steps: int) -> Iterator[None]:
+    """Show the lines that rank 0 appends to the progress file, while a block runs."""
+    ended = threading.Event()
+    # Lines of an earlier part of this run are not news.
+    place = path.stat().st_size if path.is_file() else 0
+
+    def follow() -> None:
+        position, bar, shown = place, None, contextlib.ExitStack()
+        with shown:
+            while True:
+                last = ended.is_set()
+                lines, position = _new_lines(path, position)
+                for line in lines:
+                    if "words" not in line:
+                        continue
+                    if bar is None:
+                        first = max(line["step"] - line.get("since", 0), 0)
+                        bar = shown.enter_context(
+                            console.progress("training", steps, "steps", done=first)
+                        )
+                    bar.advance(line["step"] - bar.done, line["words"])
+                if last:
+                    return
+                ended.wait(0.3)
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines after a position, and the position after them."""
+    if not path.is_file():
+        return [], position
+    with path.open("rb") as stream:
+        stream.seek(position)
+        content = stream.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], position + len(whole)
+
+
+def _conclude(
+    config: FinetuneConfig, run: Path, tracker: "Tracker", result: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Evaluate the final model, and record figures, plots, costs and a description."""
+    from pipelines import reporting
+    from pipelines.training.worker import PROGRESS
+    from skillnet.accounting import account_task
+    from skillnet.model import SkillNet
+
+    model = SkillNet.from_pretrained(run / "model")
+    costs = {task: account_task(model, task) for task in config.tasks}
+    tracker.metrics(
+        {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
+        | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
+        | {"training/total_params": sum(p.numel() for p in model.parameters())}
+    )
+    for name, figure in reporting.training_figures(history(run / PROGRESS), config.model).items():
+        tracker.figure(figure, name)
+    rows = _evaluate(config, model, result["step"]) if config.evaluate else []
+    if rows:
+        from pipelines.evaluate import write_csv
+
+        tracker.metrics(reporting.flat_metrics(rows), result["step"])
+        write_csv(rows, run / "evaluation.csv")
+        tracker.artifact(run / "evaluation.csv", "evaluation")
+    facts = {
+        "steps": result["step"],
+        "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
+        "rows per second": f"{result['rows_per_second']:.0f}",
+        "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
+        "seed": config.seed,
+        "folder": f"`{run}`",
+    }
+    total = sum(p.numel() for p in model.parameters())
+    tracker.note(reporting.description(rows, [], config.model, total, facts))
+    return rows
+
+
+def _evaluate(config: FinetuneConfig, model: "SkillNet", step: int) -> list[dict[str, Any]]:
+    from pipelines.evaluation import evaluate_model
+
+    with console.progress("evaluating", None, "rows") as bar:
+        return evaluate_model(
+            model,
+            str(config.data),
+            list(config.tasks),
+            seed=config.seed,
+            corpora={name: task.corpus for name, task in config.tasks.items()},
+            limits={name: task.max_length for name, task in config.tasks.items()},
+            steps=step,
+            on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
+        )
+
+
+def _register(
+    config: FinetuneConfig, run: Path, rows: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    if not config.tracking.register or not rows:
+        return None
+    from pipelines import sources
+    from pipelines.register import register_model
+
+    source = sources.find(str(run), config.tracking.uri)
+    made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
+    return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
+
+
+def history(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (step, value) of a progress file; of a step written twice the later one."""
+    found: dict[str, dict[int, float]] = {}
+    for line in _new_lines(path, 0)[0]:
+        for name, value in line.get("metrics", {}).items():
+            found.setdefault(name, {})[line["step"]] = value
+    return {name: sorted(points.items()) for name, points in found.items()}
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``skillnet finetune``."""
+    config = configuration.parse(
+        FinetuneConfig,
+        argv or [],
+        "skillnet finetune",
+        description="Train all tasks jointly: one sparse model, one task a step, only the "
+        "skills of that task computed, updated and exchanged.",
+        example="skillnet finetune --name first --training.steps 2000\n"
+        "skillnet finetune --config tiny --training.workers 2 --json",
+    )
+    result = finetune(config)
+    if console.json_wanted():
+        console.emit_json(result)
+        return 0
+    if result["evaluation"]:
+        from pipelines.reporting import result_cells
+
+        console.table(result["name"], *result_cells(result["evaluation"]))
+    console.note(
+        f"{result['step']} steps in {result['seconds'] / 60:.1f} min; the model is in "
+        f"{result['model']}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

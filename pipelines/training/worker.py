@@ -1,0 +1,169 @@
+"""What each worker of a run does, with and without Ray, and how it tells the driver.
+
+Rank 0 writes metrics to MLflow by run id, and each line of progress to ``progress.jsonl`` in the
+run's folder, which the driver follows: so the driver shows the same with any number of workers.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.training.loop import Reporter, train
+from pipelines.training.settings import FinetuneConfig
+from skillnet.model import SkillNet
+from skillnet_platform import config as configuration
+from skillnet_platform.storage import write_json
+from skillnet_platform.tracking import Tracker
+
+PROGRESS = "progress.jsonl"
+TRAINED = "trained.json"
+MODEL = "model"
+
+
+class RunReporter(Reporter):
+    """Writes metrics to MLflow and to the run's progress file.
+
+    Args:
+        config: of the run, with absolute paths.
+        run: folder of the run.
+        tracker: of the run, or none.
+    """
+
+    def __init__(self, config: FinetuneConfig, run: Path, tracker: Tracker | None) -> None:
+        self._config, self._run, self._tracker = config, run, tracker
+        self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
+        self._told = 0
+
+    def start(self, step: int) -> None:
+        self._told = step
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self._say(step=step, metrics=values)
+        if self._tracker is not None:
+            self._tracker.metrics(values, step)
+
+    def progress(self, step: int, words: str) -> None:
+        self._say(step=step, words=words, since=step - self._told)
+        self._told = step
+
+    def evaluate(self, model: SkillNet, step: int) -> None:
+        from pipelines.evaluation import evaluate_model
+        from pipelines.reporting import flat_metrics
+
+        tasks = self._config.tasks
+        rows = evaluate_model(
+            model,
+            str(self._config.data),
+            list(tasks),
+            ["validation"],
+            seed=self._config.seed,
+            corpora={name: task.corpus for name, task in tasks.items()},
+            limits={name: task.max_length for name, task in tasks.items()},
+            precision=self._config.training.precision,
+            samples=0,
+        )
+        self.metrics(flat_metrics(rows), step)
+
+    def close(self) -> None:
+        """Send what waits and close the file."""
+        if self._tracker is not None:
+            self._tracker.flush()
+        self._file.close()
+
+    def _say(self, **values: Any) -> None:
+        self._file.write(json.dumps({"time": time.time(), **values}) + "\n")
+
+
+def work(
+    config: FinetuneConfig,
+    run: Path,
+    rank: int = 0,
+    world: int = 1,
+    tracked: tuple[str, str] | None = None,
+) -> None:
+    """Train as one of ``world`` workers; rank 0 leaves the model and a summary in the run.
+
+    Args:
+        config: of the run, with absolute paths.
+        run: folder of the run.
+        rank: this worker.
+        world: number of workers.
+        tracked: MLflow run id and URI.
+    """
+    if rank:
+        train(config, rank=rank, world=world, run=run)
+        return
+    tracker = Tracker.by_id(*tracked) if tracked else None
+    reporter = RunReporter(config, run, tracker)
+    try:
+        done = train(config, rank=rank, world=world, run=run, reporter=reporter)
+        done.model.save_pretrained(run / MODEL)
+        write_json(run / TRAINED, done.summary() | {"world": world, "seed": config.seed})
+    finally:
+        reporter.close()
+
+
+def ray_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's loop function: takes plain values, so that any worker can read them."""
+    import ray.train
+
+    config = configuration.build(FinetuneConfig, settings["config"])
+    context = ray.train.get_context()
+    torch.set_num_threads(settings["threads"])
+    if config.training.use_gpu:
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
+    tracked = settings["tracked"]
+    work(
+        config,
+        Path(settings["run"]),
+        context.get_world_rank(),
+        context.get_world_size(),
+        (tracked[0], tracked[1]) if tracked else None,
+    )
+
+
+def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | None) -> None:
+    """Train on ``training.workers`` Ray workers.
+
+    A worker that dies takes the others with it; Ray starts them again, up to
+    ``training.max_failures`` times, and they go on from the newest whole checkpoint.
+    """
+    from skillnet_platform import cluster
+
+    workers = config.training.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = config.training.threads_per_worker or max(1, (cores or 1) // workers)
+    with cluster.session(cpus=max(workers, cores or 1)):
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        trainer = TorchTrainer(
+            ray_worker,
+            train_loop_config={
+                "config": configuration.to_dict(config),
+                "run": str(run),
+                "threads": threads,
+                "tracked": list(tracked) if tracked else None,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=config.training.use_gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if config.training.use_gpu else {})},
+            ),
+            torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
+            run_config=RunConfig(
+                # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
+                name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                storage_path=str(run / "ray"),
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=config.training.max_failures, controller_failure_limit=3
+                ),
+            ),
+        )
+        trainer.fit()
