@@ -1,0 +1,93 @@
+"""The machine's checks say what to do, and the pages of the runs come up and go down."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import preflight, store, ui
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_doctor_reports_as_json(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preflight.main(["--ray", "false", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is True
+    found = {each["check"]: each for each in told["findings"]}
+    assert {"python", "torch", "ray", "cpus", "memory", "disk", "loopback"} <= set(found)
+    assert str(run_root) in found["disk"]["seen"]
+    assert list(run_root.iterdir()) == [], "it leaves nothing behind"
+
+
+def test_doctor_fails_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SKILLNET_HOME", str(tmp_path / "file"))
+    assert preflight.main(["--ray", "false"]) == 1
+    text = capsys.readouterr().out
+    assert "error" in text
+    assert "SKILLNET_HOME" in text
+
+
+def test_doctor_names_a_tracker_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    (finding,) = preflight.tracker()
+    assert finding.level == "error"
+    assert "no MLflow server answers" in finding.seen
+
+
+@pytest.mark.integration
+def test_doctor_runs_a_task_and_asks_the_state_api(ray_session: object) -> None:
+    findings = {each.check: each for each in preflight.ray_works()}
+    assert findings["ray"].level == "ok", findings["ray"]
+    assert "ray state api" in findings
+
+
+def test_ui_refuses_a_port_in_use(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert ui.main(["--port", str(port)]) == 2
+    assert "cannot listen there" in capsys.readouterr().err
+
+
+def test_ui_points_to_the_server_that_has_the_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.invalid:5000")
+    assert ui.main([]) == 0
+    assert "http://mlflow.invalid:5000" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_ui_serves_the_runs_and_leaves_no_process(run_root: Path) -> None:
+    store.setup(experiment="shown")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    assert url.startswith("http://127.0.0.1:")
+    request = urllib.request.Request(
+        f"{url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=shown"
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert json.load(answer)["experiment"]["name"] == "shown"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    process.stdout.close()
+    with socket.socket() as probe:
+        host, _, port = url.removeprefix("http://").partition(":")
+        assert probe.connect_ex((host, int(port))) != 0
