@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pipelines.shards import Corpus, Split, open_corpus
 
 from pipelines.collate import Fixed, Ragged, open_column
 from pipelines.inference import Inputs, Runner, mean_lengths, split_inputs
+from pipelines.shards import Corpus, Split, open_corpus
 from pipelines.training.settings import default_tasks_training
 from skillnet.accounting import account_task
 from skillnet.metrics import (
@@ -281,8 +281,6 @@ def check_outputs(corpus: Corpus, task: str, spec: Task) -> None:
     if key is None or key not in corpus.manifest:
         return
     found = len(corpus.manifest[key])
-    if spec.objective == "ctc" and corpus.manifest[key][:1] == ["<blank>"]:
-        found -= 1
     if found != spec.outputs:
         raise UserError(
             f"{task}: the corpus {corpus.name} has {found} {key}, the model was built for "

@@ -20,7 +20,7 @@ from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, find_task
 
 #: Positions (rows x tokens) of one batch: large enough to fill two cores, small in memory.
-POSITIONS = 8192
+POSITIONS = 4096
 MOST_ROWS = 512
 
 #: Column of a prepared corpus that holds a modality's input.

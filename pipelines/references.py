@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pipelines.shards import Corpus, open_corpus
 
 from pipelines.collate import Fixed, open_column
 from pipelines.evaluation import (
@@ -32,6 +31,7 @@ from pipelines.evaluation import (
     sequence_figures,
     tidy,
 )
+from pipelines.shards import Corpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import Interval, identities
 from skillnet.skills import Task, find_task
@@ -42,7 +42,7 @@ from skillnet_platform.storage import read_json, write_json
 VERSION = 1
 
 NEIGHBOURS = 5
-FEATURES = 8192
+FEATURES = 4096
 
 
 def references(
@@ -125,8 +125,8 @@ def _classes(
     from sklearn.linear_model import LogisticRegression
 
     known, right = fixed_column(train, "label", where), fixed_column(test, "label", where)
-    vectors = _tfidf((1, 3), 60_000)
-    model = LogisticRegression(C=10.0, max_iter=60, tol=1e-3)
+    vectors = _tfidf((1, 2), 60_000)
+    model = LogisticRegression(C=3.0, max_iter=200, tol=1e-3)
     model.fit(vectors.fit_transform(_strings(train, "text")), known)
     said = model.predict(vectors.transform(_strings(test, "text")))
     commonest = np.full(len(right), np.bincount(known).argmax())
