@@ -134,8 +134,7 @@ def _run(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = ray.data.from_arrow_refs(blocks.refs)
-    dataset = dataset.map_batches(
+    dataset = ray.data.from_arrow_refs(blocks.refs).map_batches(
         partial(transform_block, corpus, tokenizer),
         batch_format="pyarrow",
         batch_size=None,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -141,7 +141,7 @@ class Functions(Corpus):
             ("module", pa.string()),
         ]
     )
-    left_out = {"pretrain": frozenset({"captions", "caption_tokens"})}
+    left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
     text_columns = ("code", "captions")
     shard_rows = 8_192
 
@@ -162,12 +162,12 @@ class Functions(Corpus):
         for item in found:
             key = item.key
             home = split.get(key, "pretrain")
-            reason = reasons.get(key)
-            if reason is None and home == "pretrain":
-                if item.place in held_out or item.package == HELD_OUT_PACKAGE:
-                    reason = "of a module that is evaluated"
-            if reason is not None:
-                yield Rejected(key, reason)
+            evaluated = item.place in held_out or item.package == HELD_OUT_PACKAGE
+            if key in reasons:
+                yield Rejected(key, reasons[key])
+                continue
+            if home == "pretrain" and evaluated:
+                yield Rejected(key, "of a module that is evaluated")
                 continue
             caption = item.function.summary
             yield {

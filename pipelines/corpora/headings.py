@@ -7,7 +7,7 @@ For pretraining, definitions of 278,369 words out of cnchar-data.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -63,7 +63,7 @@ class Headings(Corpus):
     columns = pa.schema(
         [("text", pa.string()), ("tokens", pa.list_(pa.int32())), ("label", pa.int32())]
     )
-    left_out = {"pretrain": frozenset({"label"})}
+    left_out: ClassVar = {"pretrain": frozenset({"label"})}
     text_columns = ("text",)
     shard_rows = 32_768
 

@@ -8,7 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +57,7 @@ class Strokes(Corpus):
             pa.field("caption_tokens", pa.list_(pa.list_(pa.int32()))),
         ]
     )
-    left_out = {"pretrain": frozenset({"captions", "caption_tokens"})}
+    left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
     text_columns = ("captions",)
     #: One token a stroke: a name such as 横折钩 means one movement, not three.
     terms = (

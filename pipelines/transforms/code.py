@@ -70,14 +70,22 @@ def chinese_characters(text: str) -> int:
     return len(_CHINESE.findall(text))
 
 
+#: Where statements stand inside statements; functions are never found inside expressions.
+_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
+
+
 def _walk(node: ast.AST, around: str, lines: list[bytes]) -> Iterator[Function]:
-    for child in ast.iter_child_nodes(node):
-        name = around
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{around}.{child.name}" if around else child.name
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield _function(child, name, lines)
-        yield from _walk(child, name, lines)
+    for block in _BLOCKS:
+        statements = getattr(node, block, ())
+        if not isinstance(statements, list):
+            continue  # a lambda's body
+        for child in statements:
+            name = around
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                name = f"{around}.{child.name}" if around else child.name
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield _function(child, name, lines)
+            yield from _walk(child, name, lines)
 
 
 def _function(

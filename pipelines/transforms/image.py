@@ -43,10 +43,12 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
 def pixels(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     """Fit a Pillow image into a white square: uint8 (size, size, 3).
 
-    The aspect ratio stays; what is transparent becomes white.
+    What is transparent becomes white, and a transparent margin is cut off: how much of it there
+    is tells the artist, not what is drawn. The aspect ratio stays.
     """
     from PIL import Image
 
+    image = image.crop(image.getchannel("A").getbbox())
     scale = size / max(image.width, image.height)
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     # Premultiplied alpha keeps the colour of transparent pixels out of the edges.

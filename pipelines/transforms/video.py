@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ def decode_video(data: bytes) -> NDArray[np.uint8]:
     import av
 
     try:
-        with av.open(io.BytesIO(data), metadata_errors="ignore") as container:
+        with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise ValueError("no pictures in the file")
             frames = []
@@ -109,7 +111,7 @@ def draw_paths(paths: Sequence[Path], count: int = FRAMES, size: int = SIZE) -> 
     """
     from PIL import Image, ImageDraw
 
-    pieces = [(a, b) for path in paths for a, b in zip(path, path[1:], strict=False)]
+    pieces = [(a, b) for path in paths for a, b in pairwise(path)]
     lengths = np.array([np.hypot(b[0] - a[0], b[1] - a[1]) for a, b in pieces])
     total = float(lengths.sum()) if pieces else 0.0
     if total <= 0:
@@ -137,13 +139,13 @@ def draw_paths(paths: Sequence[Path], count: int = FRAMES, size: int = SIZE) -> 
 class _Pen:
     """Draws round-ended lines given on the unit square."""
 
-    def __init__(self, canvas: "object", side: int) -> None:
+    def __init__(self, canvas: Any, side: int) -> None:
         self.canvas, self.side, self.width = canvas, side, max(1, round(PEN * side))
 
     def line(self, a: tuple[float, float], b: tuple[float, float]) -> None:
         ends = [(x * self.side, y * self.side) for x, y in (a, b)]
-        self.canvas.line(ends, fill=255, width=self.width)  # type: ignore[attr-defined]
+        self.canvas.line(ends, fill=255, width=self.width)
         radius = self.width / 2
         for x, y in ends:
             box = (x - radius, y - radius, x + radius, y + radius)
-            self.canvas.ellipse(box, fill=255)  # type: ignore[attr-defined]
+            self.canvas.ellipse(box, fill=255)
