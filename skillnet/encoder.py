@@ -5,8 +5,9 @@ Shapes: B batch, T tokens, D model width.
 
 from torch import Tensor, nn
 
+from skillnet.attention import padding_bias
 from skillnet.config import SkillNetConfig
-from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype, padding_bias
+from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype
 
 #: The one "skill" of a layer without skill modules; its weights belong to all tasks.
 SHARED: Skills = ("shared",)

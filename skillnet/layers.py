@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skillnet.attention import attend
 from skillnet.skills import nearest
 
 Skills = tuple[str, ...]
@@ -157,36 +158,6 @@ class SkillFeedForward(nn.Module):
         return F.linear(h_BTKF, self.down.merged(skills, dtype))
 
 
-#: On CPUs and up to this length plain products beat torch's fused attention, whose backward pass
-#: took 5 to 10 times as long (measured at T 12 to 96; ours).
-PLAIN_ATTENTION_TOKENS = 256
-
-
-def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 at real tokens and -10,000 at padding, (B, 1, 1, T).
-
-    exp(-10,000) is 0 in every type, so padding has no weight at all; and, unlike -inf, a row
-    that is all padding gives no NaN. Added once, it costs nothing in the backward pass, where
-    filling by a mask costs as much as a softmax.
-    """
-    return (~mask_BT)[:, None, None, :].to(dtype) * -1e4
-
-
-def attend(
-    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, bias_B11T: Tensor | None = None
-) -> Tensor:
-    """Scaled dot-product attention, (B, H, T, d); the bias is added to every query's scores."""
-    T, d = q_BHTd.shape[-2:]
-    if bias_B11T is not None:
-        bias_B11T = bias_B11T.to(q_BHTd.dtype)
-    if q_BHTd.device.type != "cpu" or T > PLAIN_ATTENTION_TOKENS:
-        return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=bias_B11T)
-    scores_BHTT = (q_BHTd * d**-0.5) @ k_BHTd.transpose(-1, -2)
-    if bias_B11T is not None:
-        scores_BHTT = scores_BHTT + bias_B11T
-    return scores_BHTT.softmax(-1) @ v_BHTd
-
-
 class SkillAttention(nn.Module):
     """Multi-head self-attention whose projections are skill layers. (B, T, D) -> (B, T, D)."""
 
@@ -200,9 +171,5 @@ class SkillAttention(nn.Module):
         self.out = SkillLinear(skills, dim, dim, std=out_std)
 
     def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None = None) -> Tensor:
-        """``bias_B11T`` is added to the scores of every query; see :func:`padding_bias`."""
-        B, T, D = x_BTD.shape
-        qkv = self.qkv(x_BTD, skills).view(B, T, 3, self.heads, D // self.heads)
-        q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y_BHTd = attend(q_BHTd, k_BHTd, v_BHTd, bias_B11T)
-        return self.out(y_BHTd.transpose(1, 2).reshape(B, T, D), skills)
+        """``bias_B11T`` is added to the scores of every query; see ``padding_bias``."""
+        return self.out(attend(self.qkv(x_BTD, skills), self.heads, bias_B11T), skills)
