@@ -218,6 +218,8 @@ def start(
         raise
     finally:
         tracker.end(status)
+        if len(tracker._spool) == 0:
+            send_left_behind(place.uri)  # what a worker of this run could not send
 
 
 def send_left_behind(uri: str) -> int:
