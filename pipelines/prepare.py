@@ -99,54 +99,42 @@ def prepare(
 def _prepare(
     corpora: list[Corpus], data: Path, archives: Path, cpus: int | None
 ) -> dict[str, dict[str, Any]]:
-    teachers = _teachers(corpora)
-    known: dict[str, list[dict[str, str]]] = {}
-    for corpus in [*corpora, *teachers]:
-        if corpus.name not in known:
-            known[corpus.name] = _sources(corpus, archives)
+    known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
     tokenizer = data / TOKENIZER_FILE
-    lesson = {
-        "version": tokenizers.VERSION,
-        "engine": VERSION,
-        "learnt_from": {
-            corpus.name: [known[corpus.name], corpus.version, corpus.preprocessing()]
-            for corpus in teachers
-        },
-    }
+    teachers = _teachers(corpora, tokenizer, archives)
+    lesson = _lesson(teachers, archives, known)
     learnt = not teachers or _is_learnt(tokenizer, lesson)
     done: dict[str, dict[str, Any]] = {}
-    waiting: list[Corpus] = []
     for corpus in corpora:
-        manifest = None
         if learnt or not corpus.text_columns:
-            manifest = _unchanged(corpus, data, known[corpus.name])
-        if manifest is None:
-            waiting.append(corpus)
-        else:
-            done[corpus.name] = _summary(manifest, "unchanged")
-    if waiting:
-        cluster.ensure_ray(cpus)
-        readers = {c.name: c for c in [*([] if learnt else teachers), *waiting]}
-        tasks = {n: preparation.start_reading(c, archives) for n, c in readers.items()}
-        blocks: dict[str, preparation.Blocks] = {}
-        if not learnt:
-            blocks = {c.name: preparation.finish_reading(tasks[c.name]) for c in teachers}
-            preparation.train_tokenizer([(c, blocks[c.name]) for c in teachers], tokenizer)
-            storage.write_json(
-                data / TOKENIZER_MANIFEST,
-                {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)},
-            )
-        for corpus in waiting:
-            read = blocks.pop(corpus.name, None) or preparation.finish_reading(tasks[corpus.name])
-            identity = identity_of(corpus, known[corpus.name], data)
-            manifest = preparation.write_corpus(
-                corpus,
-                read,
-                data / corpus.name,
-                identity,
-                tokenizer if corpus.text_columns else None,
-            )
-            done[corpus.name] = _summary(manifest, "prepared")
+            _note_unchanged(corpus, data, known[corpus.name], done)
+    if len(done) == len(corpora):
+        return {corpus.name: done[corpus.name] for corpus in corpora}
+    cluster.ensure_ray(cpus)
+    blocks: dict[str, preparation.Blocks] = {}
+    if not learnt:
+        started = {c.name: preparation.start_reading(c, archives) for c in teachers}
+        blocks = {name: preparation.finish_reading(task) for name, task in started.items()}
+        preparation.train_tokenizer([(c, blocks[c.name]) for c in teachers], tokenizer)
+        storage.write_json(
+            data / TOKENIZER_MANIFEST,
+            {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)},
+        )
+        for corpus in corpora:  # a new lesson may have given the same tokenizer
+            if corpus.name not in done:
+                _note_unchanged(corpus, data, known[corpus.name], done)
+    waiting = [corpus for corpus in corpora if corpus.name not in done]
+    reading = {
+        c.name: preparation.start_reading(c, archives) for c in waiting if c.name not in blocks
+    }
+    for corpus in waiting:
+        read = blocks.pop(corpus.name, None)
+        read = read or preparation.finish_reading(reading[corpus.name])
+        identity = identity_of(corpus, known[corpus.name], data)
+        text = tokenizer if corpus.text_columns else None
+        manifest = preparation.write_corpus(corpus, read, data / corpus.name, identity, text)
+        done[corpus.name] = _summary(manifest, "prepared")
+        console.note(f"{corpus.name}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
 
 
@@ -166,12 +154,34 @@ def identity_of(corpus: Corpus, sources: list[dict[str, str]], data: Path) -> di
     }
 
 
-def _teachers(corpora: list[Corpus]) -> list[Corpus]:
+def _teachers(corpora: list[Corpus], tokenizer: Path, archives: Path) -> list[Corpus]:
     """Corpora that the tokenizer learns from: the same whichever of them are asked for, so that
-    preparing one now and another later gives what preparing both at once gives."""
+    preparing one now and another later gives what preparing both at once gives.
+
+    None if no corpus needs a tokenizer, or if one is there and what it was learnt from is not:
+    a corpus of the user's own is prepared with the tokenizer that a model may know already.
+    """
     if not any(corpus.text_columns for corpus in corpora):
         return []
-    return [corpus for name in BUILT_IN if (corpus := find_corpus(name)).text_columns]
+    teachers = [c for name in BUILT_IN if (c := find_corpus(name)).text_columns]
+    files = [archives / archive.file for corpus in teachers for archive in corpus.archives]
+    if tokenizer.is_file() and not all(file.is_file() for file in files):
+        return []
+    return teachers
+
+
+def _lesson(
+    teachers: list[Corpus], archives: Path, known: dict[str, list[dict[str, str]]]
+) -> dict[str, Any]:
+    """All that decides the tokenizer."""
+    return {
+        "version": tokenizers.VERSION,
+        "engine": VERSION,
+        "learnt_from": {
+            c.name: [known.get(c.name) or _sources(c, archives), c.version, c.preprocessing()]
+            for c in teachers
+        },
+    }
 
 
 def _sources(corpus: Corpus, archives: Path) -> list[dict[str, str]]:
@@ -190,14 +200,17 @@ def _is_learnt(tokenizer: Path, lesson: dict[str, Any]) -> bool:
         return False
 
 
-def _unchanged(corpus: Corpus, data: Path, sources: list[dict[str, str]]) -> dict[str, Any] | None:
-    """The manifest, if the corpus is there, whole, and what would be prepared now."""
+def _note_unchanged(
+    corpus: Corpus, data: Path, sources: list[dict[str, str]], done: dict[str, dict[str, Any]]
+) -> None:
+    """Add the corpus to ``done`` if it is there, whole, and what would be prepared now."""
     try:
         manifest = verify_corpus(data / corpus.name)
     except UserError:
-        return None
+        return
     identity = identity_of(corpus, sources, data)
-    return manifest if all(manifest.get(k) == v for k, v in identity.items()) else None
+    if all(manifest.get(key) == value for key, value in identity.items()):
+        done[corpus.name] = _summary(manifest, "unchanged")
 
 
 def _tokenizer_entry(path: Path) -> dict[str, Any]:

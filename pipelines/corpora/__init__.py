@@ -1,5 +1,6 @@
 """Corpora by name: the built-in ones, and those that other packages add by entry point."""
 
+from importlib import import_module
 from importlib.metadata import entry_points
 
 from pipelines.corpora.base import Corpus
@@ -19,20 +20,23 @@ BUILT_IN = {
 
 
 def find_corpus(name: str) -> Corpus:
-    """The corpus of that name.
+    """The corpus of that name, or the class that "package.module:Class" names.
 
     Raises:
         UserError: nobody provides it; with the nearest name.
     """
-    from importlib import import_module
-
-    if name in BUILT_IN:
-        module, _, attribute = BUILT_IN[name].partition(":")
-        return getattr(import_module(module), attribute)()
-    others = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in others:
+    others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    place = BUILT_IN.get(name) or others.get(name) or (name if ":" in name else None)
+    if place is None:
         raise UserError(f"unknown corpus {name!r}{nearest(name, [*BUILT_IN, *others])}")
-    return others[name].load()()
+    module, _, attribute = place.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as problem:
+        raise UserError(f"corpus {name!r}: {place} cannot be loaded: {problem}") from problem
+    if not (isinstance(found, type) and issubclass(found, Corpus)):
+        raise UserError(f"corpus {name!r}: {place} is not a subclass of pipelines.corpora.Corpus")
+    return found()
 
 
 __all__ = ["BUILT_IN", "Corpus", "find_corpus"]

@@ -75,6 +75,7 @@ class Drawings(Corpus):
     name = "drawings"
     modality = "image"
     task = "text_to_image"
+    version = 2
     archives = (TWEMOJI, OPENMOJI, NAMES, KEYWORDS)
     raw = pa.schema(
         [("image", pa.binary()), ("captions", pa.list_(pa.string())), ("source", pa.string())]
