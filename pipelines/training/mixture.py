@@ -62,7 +62,8 @@ class Schedule:
     """
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:
-        self.names: tuple[str, ...] = tuple(weights)
+        # Sorted: the order in which a file names the tasks does not count.
+        self.names: tuple[str, ...] = tuple(sorted(weights))
         self._shares = np.array([weights[name] for name in self.names])
         self._seed = seed
         self._tasks = np.zeros(0, dtype=np.int64)

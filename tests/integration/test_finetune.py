@@ -1,0 +1,133 @@
+"""``skillnet finetune`` from the command line to the model, with and without Ray."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.finetune import finetune, history, main
+from pipelines.training.settings import FinetuneConfig
+from skillnet import SkillNet
+from skillnet_platform import config as configuration
+from skillnet_platform import store
+from skillnet_platform.errors import UserError
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def config_for(data: Path, **training: object) -> FinetuneConfig:
+    config = small_config(data, **({"steps": 6, "log_every": 2} | training))
+    config.tracking.register = False
+    return config
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    return dict(SkillNet.from_pretrained(path).named_parameters())
+
+
+def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
+    config = config_for(data, evaluate_every=4)
+    config.evaluate = True
+    result = finetune(config)
+    assert result["step"] == 6
+    run = Path(result["run"])
+    assert run == run_root / "test"
+    stored = configuration.build(FinetuneConfig, configuration.load_yaml(run / "config.yaml"))
+    assert configuration.digest(stored.model) == configuration.digest(config.model)
+    assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
+
+    recorded = store.client(store.resolve_uri()).get_run(result["run_id"])
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.params["model.dim"] == "16"
+    metrics = recorded.data.metrics
+    for task in config.tasks:
+        assert f"{task}/activated_params" in metrics
+    assert "text_to_image/test_recall_at_10" in metrics
+    assert "text_to_image/validation_recall_at_10" in metrics
+    assert "training/learning_rate" in metrics
+    assert {entry.dataset.name for entry in recorded.inputs.dataset_inputs} == {
+        task.corpus for task in config.tasks.values()
+    }
+    assert len(history(run / "progress.jsonl")["training/learning_rate"]) == 3
+
+    again = finetune(config)
+    assert again["run_id"] == result["run_id"]
+    config.training.lr = 0.5
+    with pytest.raises(UserError, match=r"the run test has training\.lr 0\.003, not 0\.5"):
+        finetune(config)
+
+
+def test_going_on_by_name_keeps_the_mlflow_run(data: Path, run_root: Path) -> None:
+    whole = finetune(config_for(data))
+    config = config_for(data, minutes=1e-9, log_every=3)
+    config.name = "parts"
+    first = finetune(config)
+    assert first["step"] == 3
+    assert "minutes" in first["stopped_early"]
+    config.training.minutes = None
+    second = finetune(config)
+    assert (second["step"], second["resumed"]) == (6, 3)
+    assert second["run_id"] == first["run_id"]
+    one, other = weights(whole["model"]), weights(second["model"])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_ray_workers_reach_the_same_weights(
+    data: Path, run_root: Path, ray_session: Any
+) -> None:
+    alone = finetune(config_for(data))
+    config = config_for(data, workers=2)
+    config.name = "two"
+    two = finetune(config)
+    assert two["world"] == 2
+    one, other = weights(alone["model"]), weights(two["model"])
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-9, atol=1e-9, msg=name)
+    expected, found = (
+        history(Path(run["run"]) / "progress.jsonl")["text_to_image/loss"] for run in (alone, two)
+    )
+    assert found == pytest.approx(expected)
+    assert not (Path(two["run"]) / "ray").exists()
+
+
+def test_command_line(
+    data: Path, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(configuration.to_yaml(config_for(data)), encoding="utf-8")
+    assert main(["--config", str(path), "--training.steps", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 2
+    assert main(["--config", str(path), "--name", "x", "--training.step", "2"]) == 2
+    assert "training.steps" in capsys.readouterr().err
+    assert main(["--config", str(path), "--name", "a/b"]) == 2
+    assert "cannot be a folder's name" in capsys.readouterr().err
+    assert main(["--config", str(path), "--name", "x", "--data", str(tmp_path)]) == 2
+    assert "skillnet prepare" in capsys.readouterr().err
+    assert not (run_root / "x" / "model").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(data: Path, run_root: Path) -> None:
+    (run_root / "test").mkdir()
+    (run_root / "test" / "diary.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is no run"):
+        finetune(config_for(data))
+
+
+def test_a_failed_run_is_recorded_as_failed(data: Path, run_root: Path) -> None:
+    config = config_for(data, steps=40, lr=1e300, clip=0.0, weight_decay=0.0)
+    with pytest.raises(FloatingPointError, match=r"lower training\.lr"):
+        finetune(config)
+    client = store.client(store.resolve_uri())
+    experiment = client.get_experiment_by_name("skillnet")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
+    assert "not finite" in run.data.tags["failure"]

@@ -1,0 +1,106 @@
+"""Gradients over ranks: sums, buckets, rows gathered with gradients."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipelines.stream import rank_slice
+from pipelines.training.gradient_sync import Gather, GradientSync
+from skillnet.objectives import info_nce
+from tests.integration.ranks import run_ranks
+
+pytestmark = pytest.mark.integration
+
+
+class Two(nn.Module):
+    """Two skills; each call uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        self.right = nn.Linear(6, 3).double()
+        self.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+
+def sums_of_gradients(rank: int, world: int, bucket_bytes: float) -> None:
+    model = Two()
+    active = {
+        "left": [*model.left.named_parameters(), ("unused", model.unused)],
+        "right": list(model.right.named_parameters()),
+    }
+    sync = GradientSync(active, world, bucket_bytes)
+    x = torch.arange(60, dtype=torch.float64).view(10, 6).sin()
+    for repeat, task in enumerate(("left", "right", "left", "left")):
+        rows = x[rank_slice(10 - repeat, rank, world)]
+        module = getattr(model, task)
+        sync.begin(task)
+        (module(rows).square().sum() / 10).backward()
+        sync.finish()
+        reference = Two()
+        (getattr(reference, task)(x[: 10 - repeat]).square().sum() / 10).backward()
+        found = dict(model.named_parameters())
+        for name, parameter in reference.named_parameters():
+            grad = found[name].grad
+            if name == "unused" and task == "left":
+                assert grad is not None
+                assert not grad.any()
+            elif parameter.grad is None:
+                assert grad is None, name
+            else:
+                torch.testing.assert_close(grad, parameter.grad, rtol=1e-12, atol=1e-12)
+        for parameter in model.parameters():
+            parameter.grad = None
+    left = 8 * sum(p.numel() for _, p in active["left"])
+    right = 8 * sum(p.numel() for _, p in active["right"])
+    assert sync.bytes_reduced == 3 * left + right
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 200, 1e9])
+def test_sums_are_those_of_one_process(bucket_bytes: float) -> None:
+    run_ranks(3, sums_of_gradients, bucket_bytes)
+
+
+def outside_the_plan(rank: int, world: int) -> None:
+    model = Two()
+    active = {name: list(getattr(model, name).named_parameters()) for name in ("left", "right")}
+    sync = GradientSync(active, world, 1e6)
+    sync.begin("left")
+    with pytest.raises(AssertionError, match="outside the plan of left"):
+        model.right(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
+
+
+def test_a_gradient_outside_the_plan_is_a_defect() -> None:
+    run_ranks(2, outside_the_plan)
+
+
+def contrastive(rank: int, world: int, count: int) -> None:
+    torch.manual_seed(1)
+    query = nn.functional.normalize(torch.randn(count, 4, dtype=torch.float64), dim=-1)
+    candidate = nn.functional.normalize(torch.randn(count, 4, dtype=torch.float64), dim=-1)
+    groups = torch.tensor([7, -1, 3, 7, -1, 3, 7])[:count]
+    scale = torch.tensor(5.0, dtype=torch.float64)
+    whole = [x.clone().requires_grad_() for x in (query, candidate, scale)]
+    expected = info_nce(*whole, groups, count)
+    expected.backward()
+    mine = rank_slice(count, rank, world)
+    parts = [x[mine].clone().requires_grad_() for x in (query, candidate)]
+    own_scale = scale.clone().requires_grad_()
+    loss = info_nce(*parts, own_scale, groups[mine], count, Gather(count, rank, world))
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total, expected.detach(), rtol=1e-12, atol=1e-12)
+    for part, reference in zip(parts, whole, strict=False):
+        assert reference.grad is not None
+        torch.testing.assert_close(part.grad, reference.grad[mine], rtol=1e-12, atol=1e-12)
+    assert own_scale.grad is not None
+    dist.all_reduce(own_scale.grad)
+    torch.testing.assert_close(own_scale.grad, whole[2].grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("world", "count"), [(2, 7), (3, 7), (4, 3)])
+def test_contrastive_loss_is_that_of_one_process(world: int, count: int) -> None:
+    """Uneven slices, also an empty one."""
+    run_ranks(world, contrastive, count)
