@@ -208,7 +208,7 @@ class TaskRows:
         tokens, lengths = column.inner.take(picked, self._model.max_tokens, None, PAD_TO)
         if draws is not None and config is not None:
             longest = self._model.max_tokens
-            tokens = augment.drop_tokens(tokens, lengths, config.token_dropout, draws, longest)
+            tokens = augment.drop_tokens(tokens, lengths, config.caption_dropout, draws, longest)
         return {"tokens": _tensor(tokens)}
 
     def _column(self, name: str) -> Column:

@@ -33,6 +33,7 @@ class SkillNetConfig:
         video_frames: frames of a clip.
         video_size: pixels per side of a frame.
         tubelet: (frames, height, width) of one video token.
+        video_motion: give each frame its difference to the one before as further channels.
         embedding_dim: width of the retrieval space.
         tasks: name -> task (objective, towers with their plans, outputs).
     """
@@ -57,6 +58,7 @@ class SkillNetConfig:
     video_frames: int = 8
     video_size: int = 32
     tubelet: tuple[int, int, int] = (2, 8, 8)
+    video_motion: bool = True
     embedding_dim: int = 192
     tasks: dict[str, Task] = field(default_factory=default_tasks)
 

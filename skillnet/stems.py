@@ -92,7 +92,11 @@ class PatchStem(nn.Module):
 
 
 class TubeletStem(nn.Module):
-    """Clips. Batch: ``frames`` (B, N, H, W, C), C 1 or 3. T = (N/f)(H/h)(W/w)."""
+    """Clips. Batch: ``frames`` (B, N, H, W, C), C 1 or 3. T = (N/f)(H/h)(W/w).
+
+    With ``video_motion`` each frame carries, as three more channels, its difference to the one
+    before (ours), so that a tubelet sees what changed across its own border in time.
+    """
 
     def __init__(self, config: SkillNetConfig) -> None:
         super().__init__()
@@ -100,12 +104,13 @@ class TubeletStem(nn.Module):
         self.tubelet = config.tubelet
         f, h, w = self.tubelet
         tokens = (self.count // f) * (self.size // h) * (self.size // w)
-        self.project = nn.Linear(3 * f * h * w, config.dim)
+        self.motion = config.video_motion
+        self.project = nn.Linear((6 if self.motion else 3) * f * h * w, config.dim)
         self.position = _positions(tokens, config.dim)
         self.norm = nn.LayerNorm(config.dim)
 
     def tubelets(self, frames_BNHWC: Tensor) -> Tensor:
-        """(B, N, H, W, C) -> (B, T, f*h*w*3), values in [-1, 1]; grey becomes three channels."""
+        """(B, N, H, W, C) -> (B, T, f*h*w*3 or 6), values in [-1, 1]; grey becomes 3 channels."""
         B, N, H, W, C = frames_BNHWC.shape
         if (N, H, W) != (self.count, self.size, self.size) or C not in (1, 3):
             raise ValueError(
@@ -115,8 +120,12 @@ class TubeletStem(nn.Module):
             )
         f, h, w = self.tubelet
         x = _signed(frames_BNHWC, self.position.dtype).expand(B, N, H, W, 3)
-        x = x.reshape(B, N // f, f, H // h, h, W // w, w, 3)
-        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, -1, f * h * w * 3)
+        if self.motion:
+            before = torch.cat([x[:, :1], x[:, :-1]], 1)
+            x = torch.cat([x, x - before], -1)
+        channels = x.shape[-1]
+        x = x.reshape(B, N // f, f, H // h, h, W // w, w, channels)
+        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, -1, f * h * w * channels)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BTD = self.project(self.tubelets(batch["frames"])) + self.position

@@ -24,7 +24,9 @@ class AugmentConfig:
         time_mask_frames: longest such span, in frames; never above a fifth of the recording.
         frequency_masks: bands of mel bins silenced per recording.
         frequency_mask_bins: widest such band.
-        token_dropout: share of text tokens replaced by the mask token.
+        token_dropout: share of tokens of a text to classify replaced by the mask token.
+        caption_dropout: the same for captions. A caption has few tokens, and without one of
+            them it may be another row's.
         code_dropout: share of code tokens replaced by the mask token.
     """
 
@@ -41,13 +43,15 @@ class AugmentConfig:
     frequency_masks: int = 1
     frequency_mask_bins: int = 12
     token_dropout: float = 0.1
+    caption_dropout: float = 0.0
     code_dropout: float = 0.05
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
             if value < 0:
                 raise ValueError(f"training.augment.{key} must not be negative, got {value}")
-        for key in ("image_scale", "video_scale", "token_dropout", "code_dropout"):
+        shares = ("image_scale", "video_scale", "token_dropout", "caption_dropout", "code_dropout")
+        for key in shares:
             if getattr(self, key) >= 1:
                 raise ValueError(
                     f"training.augment.{key} must be below 1, got {getattr(self, key)}"
