@@ -1,10 +1,10 @@
 """The shell: quick help, entry points, nearest names, exit codes."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -33,11 +33,14 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     best = 99.0
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = python("-c", code)
-        best = min(best, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0
         assert "heavy set()" in done.stderr
+        # CPU seconds: on a busy machine the wall clock measures the others.
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        best = min(best, spent)
     assert "quickstart" in done.stdout
     assert best < 0.3, f"skillnet --help took {best:.2f} s"
 
