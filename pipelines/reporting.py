@@ -161,13 +161,27 @@ def description(
         parts += ["#### Test results", markdown(*summary_cells(rows, others, config.tasks, total))]
         parts += [
             "*active*: share of the parameters that the task reads. Intervals: bootstrap over "
-            "test rows. Every figure, with the other test sets and the reverse direction: "
-            "`evaluation/results.csv` under Artifacts."
+            "test rows. Every figure, with the other test sets and the reverse direction: the CSV "
+            "files in `evaluation/` under Artifacts."
         ]
     parts += ["#### Who activates what", markdown(*activation_cells(config))]
     if facts:
         parts += ["#### Facts", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts)
+
+
+def run_facts(result: Mapping[str, Any]) -> dict[str, str]:
+    """Facts of a finished training run, from what ``finetune`` gives."""
+    facts = {
+        "steps": f"{result['step']}",
+        "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
+        "rows per second": f"{result['rows_per_second']:.0f}",
+        "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
+        "folder": f"`{result['run']}`",
+    }
+    if result.get("stopped_early"):
+        facts["stopped early"] = str(result["stopped_early"])
+    return facts
 
 
 def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]]:

@@ -182,10 +182,10 @@ def _with_run(weights: Path, run: Path | None, given: str) -> Source:
         settings = load_yaml(run / "config.yaml")
     if run is not None and (run / "run.json").is_file():
         run_id = read_json(run / "run.json").get("run_id")
-    state = weights / "state.json"
-    steps = read_json(state).get("step") if state.is_file() else None
-    if steps is None and settings:
-        steps = (settings.get("training") or {}).get("steps")
+    steps = None
+    for told in (weights / "state.json", *([run / "trained.json"] if run else [])):
+        if steps is None and told.is_file():
+            steps = read_json(told).get("step")
     return Source(given, weights, None, run, run_id, None, settings, steps)
 
 

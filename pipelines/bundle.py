@@ -1,0 +1,200 @@
+"""A bundle: all that predictions need, in one folder, and the hashes to check it by.
+
+    model/                     weights, as save_pretrained writes them
+    tokenizer.json             of the corpora that the model was trained on
+    captions-TASK.safetensors  vectors of known captions, one row each
+    captions-TASK.json         those captions
+    serving.json               names of classes and symbols, limits, how inputs were prepared,
+                               digests of the corpora, hashes of all other files
+
+This is what the registry keeps of a model. It opens without the corpora and without a network.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file, save_file
+
+from pipelines import tokenizer as tokenizers
+from pipelines.evaluation import check_outputs, corpus_path
+from pipelines.predictor import CaptionBank, Predictor
+from pipelines.shards import Corpus, open_corpus
+from pipelines.sources import Source
+from pipelines.sources import load as load_model
+from skillnet.files import config_from_dict
+from skillnet.model import SkillNet
+from skillnet.skills import Task
+from skillnet_platform import __version__
+from skillnet_platform.config import digest
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import (
+    read_json,
+    run_root,
+    sha256_file,
+    staging,
+    write_json,
+)
+
+FORMAT = 1
+ABOUT = "serving.json"
+TOKENIZER = "tokenizer.json"
+
+
+def build(source: Source, data: str | Path, target: Path) -> Path:
+    """Write a model's bundle, whole or not at all; returns its folder.
+
+    Raises:
+        UserError: the corpora of the model's tasks are missing or do not fit it.
+    """
+    model = load_model(source)
+    corpora = {
+        task: open_corpus(corpus_path(data, task, source.corpora)) for task in model.config.tasks
+    }
+    words = tokenizer_of(corpora, Path(data))
+    specs = model.config.tasks
+    for task, corpus in corpora.items():
+        check_outputs(corpus, task, specs[task])
+    names = {task: names_of(corpus, specs[task]) for task, corpus in corpora.items()}
+    predictor = Predictor(model, tokenizers.load(words), names, limits=source.limits)
+    with staging(target) as folder:
+        model.save_pretrained(folder / "model")
+        shutil.copyfile(words, folder / TOKENIZER)
+        for task, corpus in corpora.items():
+            if specs[task].objective == "retrieval":
+                captions = known_captions(corpus)
+                vectors = predictor.embed_texts(task, captions)
+                save_file({"embeddings": vectors}, folder / f"captions-{task}.safetensors")
+                write_json(folder / f"captions-{task}.json", captions)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        about = {
+            "format": FORMAT,
+            "package": __version__,
+            "weights_digest": source.digest,
+            "run_id": source.run_id,
+            "steps": source.steps,
+            "settings": source.settings,
+            "tasks": {
+                task: {
+                    "corpus": corpus.name,
+                    "corpus_digest": corpus.digest,
+                    "names": names[task],
+                    "limit": source.limits.get(task),
+                    "preprocessing": corpus.manifest.get("preprocessing", {}),
+                }
+                for task, corpus in corpora.items()
+            },
+            "files": {str(path.relative_to(folder)): sha256_file(path) for path in files},
+        }
+        write_json(folder / ABOUT, about)
+    return target
+
+
+def open_bundle(folder: str | Path, precision: str = "auto") -> Predictor:
+    """A predictor from a bundle. Every file is hashed first.
+
+    Raises:
+        UserError: a file is missing or was altered; names it.
+    """
+    folder = Path(folder)
+    about = check(folder)
+    model = SkillNet.from_pretrained(folder / "model")
+    banks = {}
+    for task, spec in model.config.tasks.items():
+        if spec.objective == "retrieval" and f"captions-{task}.json" in about["files"]:
+            vectors = load_file(folder / f"captions-{task}.safetensors")["embeddings"]
+            banks[task] = CaptionBank(read_json(folder / f"captions-{task}.json"), vectors)
+    return Predictor(
+        model,
+        tokenizers.load(folder / TOKENIZER),
+        {task: entry["names"] for task, entry in about["tasks"].items()},
+        banks,
+        {task: entry["limit"] for task, entry in about["tasks"].items()},
+        precision,
+    )
+
+
+def check(folder: str | Path) -> dict[str, Any]:
+    """Hash every file of a bundle; returns what ``serving.json`` says.
+
+    Raises:
+        UserError: a file is missing or was altered, or the bundle is of another format.
+    """
+    folder = Path(folder)
+    about = read_json(folder / ABOUT)
+    if about.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / ABOUT}: format {about.get('format')!r}, this program reads {FORMAT}; "
+            f"it was written by skillnet-platform {about.get('package')}"
+        )
+    for name, expected in about["files"].items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; register the model again")
+        if sha256_file(folder / name) != expected:
+            raise UserError(f"{folder / name} was altered after the model was registered")
+    return about
+
+
+def open_predictor(source: Source, data: str | Path | None, precision: str = "auto") -> Predictor:
+    """A predictor for any model: from its bundle, or from one made now and kept for next time.
+
+    Args:
+        source: the model.
+        data: prepared corpora; needed for a checkpoint, which has no tokenizer of its own.
+        precision: see :class:`pipelines.inference.Runner`.
+
+    Raises:
+        UserError: as :func:`build` and :func:`open_bundle`.
+    """
+    if source.bundle is not None:
+        return open_bundle(source.bundle, precision)
+    if data is None:
+        raise UserError(f"{source.name} is a checkpoint: give --data, the prepared corpora")
+    tasks = config_from_dict(read_json(source.weights / "config.json")).tasks
+    digests = [open_corpus(corpus_path(data, task, source.corpora)).digest for task in tasks]
+    key = digest([FORMAT, __version__, source.digest, digests, source.limits])
+    kept = run_root() / "cache" / "bundles" / key[:16]
+    if not (kept / ABOUT).is_file():
+        build(source, data, kept)
+    return open_bundle(kept, precision)
+
+
+def names_of(corpus: Corpus, spec: Task) -> list[str]:
+    """Names of a task's classes, or of its symbols from 1 on; [] for retrieval."""
+    key = {"classification": "labels", "ctc": "symbols"}.get(spec.objective)
+    return list(corpus.manifest.get(key, [])) if key else []
+
+
+def known_captions(corpus: Corpus) -> list[str]:
+    """The distinct first captions of all splits but pretraining, in order."""
+    found: dict[str, None] = {}
+    for name, split in corpus.splits.items():
+        if name != "pretrain":
+            captions = split.column("captions").to_pylist()
+            found |= dict.fromkeys(row[0] for row in captions if row)
+    return list(found)
+
+
+def tokenizer_of(corpora: Mapping[str, Corpus], data: Path) -> Path:
+    """The tokenizer file of some corpora, checked against their manifests.
+
+    Raises:
+        UserError: it is missing or another one than the corpora were prepared with.
+    """
+    entries = {
+        name: corpus.manifest["tokenizer"]
+        for name, corpus in corpora.items()
+        if corpus.manifest.get("tokenizer")
+    }
+    path = data / TOKENIZER
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run `skillnet prepare`")
+    found = sha256_file(path)
+    for task, entry in entries.items():
+        if entry["sha256"] != found:
+            raise UserError(
+                f"{path} is not the tokenizer that {corpora[task].name} was prepared with; run "
+                "`skillnet prepare`"
+            )
+    return path

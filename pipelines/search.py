@@ -1,0 +1,296 @@
+"""``skillnet search``: rank pictures, clips or functions for a Chinese text."""
+
+import re
+import time
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+
+from skillnet_platform import console
+from skillnet_platform.cli import command
+from skillnet_platform.config import digest, parse, positional
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write, data_root, run_root
+
+if TYPE_CHECKING:
+    from pipelines.predictor import Predictor
+    from pipelines.shards import Corpus
+    from pipelines.sources import Source
+
+#: Goes up whenever the index changes, so that a kept one is not taken for a new one.
+VERSION = 1
+
+
+@dataclass
+class SearchConfig:
+    """Search a prepared corpus with a text.
+
+    Args:
+        query: what to look for, in Chinese; several words are one query.
+        task: text_to_image, text_to_video or text_to_code.
+        model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
+        data: directory of prepared corpora; by default corpora below the run root.
+        splits: which splits to search; by default all but pretraining.
+        top: how many results.
+        html: the page to write; by default below searches in the run root.
+        open: open the page in a browser.
+        precision: auto, bf16, fp32 or fp64.
+        tracking_uri: MLflow tracking URI; by default as in training.
+    """
+
+    query: list[str] = positional()
+    task: str = "text_to_image"
+    model: str = "models:/skillnet@champion"
+    data: Optional[str] = None  # noqa: UP045
+    splits: Optional[list[str]] = None  # noqa: UP045
+    top: int = 12
+    html: Optional[str] = None  # noqa: UP045
+    open: bool = False
+    precision: str = "auto"
+    tracking_uri: Optional[str] = None  # noqa: UP045
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"top must be at least 1, got {self.top}")
+        if not " ".join(self.query).strip():
+            raise UserError("the query is empty; say what to look for")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result: rank from 1, cosine similarity, and the row of the corpus."""
+
+    rank: int
+    score: float
+    key: str
+    split: str
+    caption: str
+    captions: list[str]
+    row: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gives.
+
+    Args:
+        query: the text.
+        task: the task whose space was searched.
+        model: the model, with its version if it has one.
+        searched: number of candidates.
+        seconds: of embedding the query and ranking, without loading.
+        hits: best first; a row for each distinct key.
+        page: the HTML file.
+    """
+
+    query: str
+    task: str
+    model: str
+    searched: int
+    seconds: float
+    hits: list[Hit]
+    page: Path
+
+
+def search(config: SearchConfig) -> Found:
+    """Rank the rows of a task's corpus for a text and write the page.
+
+    Raises:
+        UserError: no such model, task, corpus or split.
+    """
+    from pipelines import sources
+    from pipelines.bundle import open_predictor
+    from pipelines.evaluation import corpus_path
+    from pipelines.shards import open_corpus
+    from skillnet.skills import find_task
+
+    source = sources.find(config.model, config.tracking_uri)
+    data = Path(config.data) if config.data else data_root()
+    predictor = open_predictor(source, data, config.precision)
+    tasks = predictor.model.config.tasks
+    if find_task(config.task, tasks).objective != "retrieval":
+        searchable = [name for name, spec in tasks.items() if spec.objective == "retrieval"]
+        raise UserError(
+            f"{config.task} ranks nothing; search with one of {', '.join(searchable) or 'none'}"
+        )
+    corpus = open_corpus(corpus_path(data, config.task, source.corpora))
+    splits = _splits(corpus, config.splits)
+    vectors = index(predictor, source, config.task, corpus, splits)
+    begin = time.monotonic()
+    query = " ".join(config.query).strip()
+    scores = vectors @ predictor.embed_texts(config.task, [query])[0]
+    hits = _hits(corpus, splits, scores, config.top)
+    seconds = time.monotonic() - begin
+    name = source.name if source.version is None else f"{source.name} (version {source.version})"
+    page = Path(config.html) if config.html else _page_path(query, config.task)
+    write_page(page, query, config.task, name, corpus, hits, len(vectors))
+    return Found(query, config.task, name, len(vectors), seconds, hits, page.absolute())
+
+
+def index(
+    predictor: "Predictor", source: "Source", task: str, corpus: "Corpus", splits: Sequence[str]
+) -> np.ndarray:
+    """Vectors of all rows of some splits, (N, E); kept by the digests of model and corpus."""
+    from safetensors.numpy import load_file, save
+
+    from pipelines.inference import split_inputs
+
+    precision = predictor.runner.precision.name
+    limit = predictor.limits.get(task)
+    key = digest([VERSION, source.digest, corpus.digest, task, list(splits), precision, limit])
+    kept = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
+    if kept.is_file():
+        return load_file(kept)["embeddings"]
+    config = predictor.model.config
+    parts = []
+    with console.progress(f"embedding {corpus.name}", None, "rows") as bar:
+        for name in splits:
+            inputs = split_inputs(
+                corpus.splits[name].table(),
+                config.tasks[task].towers["candidate"],
+                config,
+                f"{corpus.name}/{name}",
+                limit=limit,
+            )
+            parts.append(predictor.runner.embed(task, "candidate", inputs))
+            bar.advance(len(inputs), name)
+    vectors = np.concatenate(parts)
+    with atomic_write(kept) as stream:
+        stream.write(save({"embeddings": vectors}))
+    return vectors
+
+
+def write_page(
+    path: Path,
+    query: str,
+    task: str,
+    model: str,
+    corpus: "Corpus",
+    hits: Sequence[Hit],
+    searched: int,
+) -> None:
+    """Write the result as one HTML page with its pictures inside."""
+    from pipelines.gallery import Card, page
+
+    facts = [
+        ("task", task),
+        ("model", model),
+        ("searched", f"{searched:,} rows of {corpus.name}"),
+        ("on", time.strftime("%Y-%m-%d")),
+    ]
+    cards = []
+    for hit in hits:
+        more = [caption for caption in hit.captions if caption != hit.caption]
+        details = ([" · ".join(more)] if more else []) + [f"{hit.key} · {hit.split}"]
+        media, code = _shown(corpus, hit)
+        cards.append(Card(hit.rank, hit.score, hit.caption, details, media, code))
+    with atomic_write(path, "w") as stream:
+        stream.write(page(query, cards, facts, credit(corpus)))
+
+
+def credit(corpus: "Corpus") -> str:
+    """Who made what a built-in corpus shows, and its licences; "" for others."""
+    from pipelines.corpora import BUILT_IN, find_corpus
+
+    if corpus.name not in BUILT_IN:
+        return ""
+    archives = find_corpus(corpus.name).archives
+    return f"From {'; '.join(f'{a.requirement}: {a.licence}' for a in archives)}."
+
+
+def show(found: Found) -> None:
+    """Print the ranked table."""
+    rows = [
+        [hit.rank, f"{hit.score:.3f}", _short(hit.caption), hit.key, hit.split]
+        for hit in found.hits
+    ]
+    columns = ["", "similarity", "caption", "key", "split"]
+    console.table(f"{found.query} · {found.task} · {found.model}", columns, rows)
+    console.note(
+        f"{found.searched:,} rows ranked in {1000 * found.seconds:.0f} ms; page: {found.page}"
+    )
+
+
+def _splits(corpus: "Corpus", wanted: Sequence[str] | None) -> list[str]:
+    if wanted is None:
+        return [name for name in corpus.splits if name != "pretrain"]
+    for name in wanted:
+        if name not in corpus.splits:
+            raise UserError(
+                f"corpus {corpus.name} has no split {name!r}; it has {', '.join(corpus.splits)}"
+            )
+    return list(dict.fromkeys(wanted))
+
+
+def _hits(corpus: "Corpus", splits: Sequence[str], scores: np.ndarray, top: int) -> list[Hit]:
+    ends = np.cumsum([corpus.splits[name].rows for name in splits])
+    hits: list[Hit] = []
+    for place in np.argsort(-scores, kind="stable")[:top]:
+        number = int(np.searchsorted(ends, place, side="right"))
+        name = splits[number]
+        row = int(place) - int(ends[number]) + corpus.splits[name].rows
+        split = corpus.splits[name]
+        captions = split.column("captions")[row].as_py()
+        key = split.column("key")[row].as_py()
+        caption = captions[0] if captions else key
+        hits.append(
+            Hit(len(hits) + 1, float(scores[place]), key, name, caption, list(captions), row)
+        )
+    return hits
+
+
+def _shown(corpus: "Corpus", hit: Hit) -> tuple[np.ndarray | None, str | None]:
+    """The picture or clip of a hit, or its code."""
+    from pipelines.collate import Fixed, open_column
+
+    table: Any = corpus.splits[hit.split].table()
+    for name in ("pixels", "frames"):
+        if name in table.column_names:
+            column = open_column(table, name, corpus.name)
+            if isinstance(column, Fixed):
+                media = column.take(np.array([hit.row]))[0]
+                # Clips are white on black for the model; on paper it is the other way round.
+                return (255 - media if corpus.modality == "video" else media), None
+    code = table.column("code")[hit.row].as_py() if "code" in table.column_names else None
+    return None, code
+
+
+def _page_path(query: str, task: str) -> Path:
+    stem = re.sub(r"[^\w]+", "-", query).strip("-")[:40] or "query"
+    return run_root() / "searches" / f"{task}-{stem}.html"
+
+
+def _short(text: str, longest: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``skillnet search``."""
+    config = parse(
+        SearchConfig,
+        argv or [],
+        "skillnet search",
+        description="Rank the pictures, clips or functions of a prepared corpus for a Chinese "
+        "text, as a table and as an HTML page with thumbnails.",
+        example='skillnet search "红色的心" --open\n'
+        'skillnet search "横、竖、撇、捺" --task text_to_video\n'
+        'skillnet search "发送消息给用户" --task text_to_code --top 5',
+    )
+    found = search(config)
+    if console.json_wanted():
+        console.emit_json(found)
+    else:
+        show(found)
+    if config.open and not webbrowser.open(found.page.as_uri()):
+        console.warn(f"no browser could be started; open {found.page} by hand")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

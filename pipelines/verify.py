@@ -1,0 +1,239 @@
+"""``skillnet verify``: hash everything again, from the weights back to the downloads.
+
+    registry version ─ tag ─> serving.json ─> weights, tokenizer, captions
+                                    │
+                                    ├─> corpora (manifest digest) ─> shards ─> archives
+                                    └─> MLflow run (digests of its dataset inputs)
+
+Each arrow is a recorded hash that is compared with the bytes it stands for.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+from skillnet_platform import console
+from skillnet_platform.cli import command
+from skillnet_platform.config import parse, positional
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import archive_root, data_root, sha256_file
+
+if TYPE_CHECKING:
+    from pipelines.sources import Source
+
+State = Literal["ok", "altered", "absent"]
+
+
+@dataclass
+class VerifyConfig:
+    """Verify a model and what it was made from.
+
+    Args:
+        model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
+        data: directory of prepared corpora; by default corpora below the run root.
+        archives: directory of the downloads; by default archives below the run root.
+        tracking_uri: MLflow tracking URI; by default as in training.
+    """
+
+    model: str = positional("models:/skillnet@champion")
+    data: Optional[str] = None  # noqa: UP045
+    archives: Optional[str] = None  # noqa: UP045
+    tracking_uri: Optional[str] = None  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared. ``absent``: it is not on this machine, nothing to compare."""
+
+    what: str
+    state: State
+    detail: str
+
+
+def verify(config: VerifyConfig) -> list[Check]:
+    """Compare every hash that is recorded for a model with the bytes it stands for.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from pipelines import sources
+
+    try:
+        source = sources.find(config.model, config.tracking_uri)
+    except UserError as problem:
+        if "altered" not in str(problem):
+            raise
+        return [Check("model", "altered", str(problem))]
+    data = Path(config.data) if config.data else data_root()
+    archives = Path(config.archives) if config.archives else archive_root()
+    checks = [_guarded("weights", lambda: _weights(source))]
+    recorded: dict[str, str] = {}
+    if source.bundle is not None:
+        checks += _bundle(source, config.tracking_uri)
+        from pipelines.bundle import ABOUT
+        from skillnet_platform.storage import read_json
+
+        about = read_json(source.bundle / ABOUT)
+        recorded = {e["corpus"]: e["corpus_digest"] for e in about["tasks"].values()}
+    names = list(recorded) or sorted(set(source.corpora.values()))
+    if source.run_id is not None:
+        checks += _run(source, recorded, config.tracking_uri)
+    for name in names:
+        checks += _corpus(data / name, recorded.get(name), archives)
+    if source.bundle is not None:
+        checks.append(_tokenizer(source.bundle, data))
+    return checks
+
+
+def _weights(source: "Source") -> str:
+    from skillnet.files import check_file, read_manifest
+
+    manifest = read_manifest(source.weights)
+    total = 0
+    for name, entry in manifest["files"].items():
+        check_file(source.weights, name, manifest)
+        total += entry["bytes"]
+    return f"{len(manifest['files'])} files, {total / 2**20:.1f} MiB in {source.weights}"
+
+
+def _bundle(source: "Source", uri: str | None) -> Iterator[Check]:
+    from pipelines import bundle
+
+    assert source.bundle is not None
+    folder = source.bundle
+
+    def files() -> str:
+        about = bundle.check(folder)
+        return f"{len(about['files'])} files, written by skillnet-platform {about['package']}"
+
+    yield _guarded("bundle", files)
+    if source.version is None:
+        return
+    from skillnet_platform import registry, store
+
+    def tag() -> str:
+        client = store.client(store.resolve_uri(uri))
+        name = source.name.removeprefix("models:/").split("@")[0].split("/")[0]
+        tags = client.get_model_version(name or registry.MODEL_NAME, str(source.version)).tags
+        _equal("serving.json", sha256_file(folder / bundle.ABOUT), tags.get("serving_sha256"))
+        _equal("weights", source.digest, tags.get("weights_digest"))
+        return f"version {source.version} names these files"
+
+    yield _guarded("registry", tag)
+
+
+def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterator[Check]:
+    from mlflow.exceptions import MlflowException
+
+    from skillnet.files import read_manifest
+    from skillnet_platform import store
+
+    try:
+        run = store.client(store.resolve_uri(uri)).get_run(str(source.run_id))
+    except MlflowException:
+        yield Check("run", "absent", f"no run {source.run_id} in this tracker")
+        return
+    tags = run.data.tags
+
+    def corpora() -> str:
+        for name, digest in recorded.items():
+            if f"corpus.{name}" in tags:
+                _equal(f"corpus {name} of the run", tags[f"corpus.{name}"], digest)
+        return f"{run.info.run_name}: trained on the corpora that the model names"
+
+    yield _guarded("run", corpora)
+    model = Path(tags.get("run_dir", "")) / "model"
+    if "run_dir" in tags and (model / "manifest.json").is_file() and model != source.weights:
+
+        def same() -> str:
+            theirs, ours = read_manifest(model)["files"], read_manifest(source.weights)["files"]
+            for name, entry in ours.items():
+                _equal(f"{name} of the run", theirs.get(name, {}).get("sha256"), entry["sha256"])
+            return f"the weights are those of {model}"
+
+        yield _guarded("run's model", same)
+
+
+def _corpus(folder: Path, digest: str | None, archives: Path) -> Iterator[Check]:
+    from pipelines.shards import verify_corpus
+
+    if not folder.is_dir():
+        yield Check(f"corpus {folder.name}", "absent", f"{folder} does not exist")
+        return
+    manifest: dict[str, Any] = {}
+
+    def shards() -> str:
+        manifest.update(verify_corpus(folder))
+        if digest is not None:
+            _equal(f"{folder}, the digest of its manifest", manifest["digest"], digest)
+        listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        size = sum(shard["bytes"] for shard in listed) / 2**20
+        return f"{len(listed)} shards, {manifest['rows_out']} rows, {size:.1f} MiB"
+
+    yield _guarded(f"corpus {folder.name}", shards)
+    for entry in manifest.get("sources", []):
+        path = archives / entry["file"]
+        if not path.is_file():
+            yield Check(f"archive {entry['file']}", "absent", f"not in {archives}")
+        else:
+            yield _guarded(
+                f"archive {entry['file']}",
+                lambda path=path, entry=entry: _equal(  # type: ignore[misc]
+                    str(path), sha256_file(path), entry["sha256"]
+                ),
+            )
+
+
+def _tokenizer(bundle: Path, data: Path) -> Check:
+    path = data / "tokenizer.json"
+    if not path.is_file():
+        return Check("tokenizer", "absent", f"{path} does not exist")
+    return _guarded(
+        "tokenizer",
+        lambda: _equal(str(path), sha256_file(path), sha256_file(bundle / "tokenizer.json")),
+    )
+
+
+def _equal(what: str, found: str | None, expected: str | None) -> str:
+    """The hash, if both are the same; ValueError naming ``what`` otherwise."""
+    if found != expected or found is None:
+        raise UserError(f"{what} was altered: sha256 {found}, recorded is {expected}")
+    return f"sha256 {found[:16]}…"
+
+
+def _guarded(what: str, compare: Callable[[], str]) -> Check:
+    try:
+        return Check(what, "ok", compare())
+    except ValueError as problem:
+        return Check(what, "altered", str(problem))
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``skillnet verify``."""
+    config = parse(
+        VerifyConfig,
+        argv or [],
+        "skillnet verify",
+        description="Hash everything again, from the weights back to the downloads, and compare "
+        "with what was recorded. Exits with 1 if anything was altered.",
+        example="skillnet verify models:/skillnet@champion",
+    )
+    checks = verify(config)
+    altered = [check for check in checks if check.state == "altered"]
+    if console.json_wanted():
+        console.emit_json({"whole": not altered, "checks": checks})
+    else:
+        rows = [[check.what, check.state, check.detail] for check in checks]
+        console.table(f"verify {config.model}", ["what", "state", ""], rows)
+    for check in altered:
+        console.error(f"{check.what}: {check.detail}")
+    absent = sum(check.state == "absent" for check in checks)
+    if absent:
+        console.note(f"{absent} of {len(checks)} are not on this machine and were not compared")
+    return 1 if altered else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,271 @@
+"""``skillnet predict`` and ``skillnet search`` from a registered model, without its corpora."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import predict, search
+from pipelines.predictor import modality_of
+from pipelines.transforms import video
+from skillnet.model import SkillNet
+from skillnet_platform.errors import UserError
+from tests.readable_corpora import STROKES, SUBJECTS, config
+from tests.registered import Place, registered
+
+pytestmark = pytest.mark.integration
+
+
+def tone() -> bytes:
+    """Half a second of a 440 Hz tone as MP3."""
+    wave = (0.3 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)).astype(np.float32)
+    target = io.BytesIO()
+    with av.open(target, mode="w", format="mp3") as container:
+        stream = container.add_stream("libmp3lame", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return target.getvalue()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    yield from registered(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file of each kind."""
+    folder = tmp_path_factory.mktemp("files")
+    picture = np.full((60, 80, 3), 255, np.uint8)
+    picture[20:40, 30:50] = (220, 40, 50)
+    Image.fromarray(picture).save(folder / "square.png")
+    clip = video.draw_paths([STROKES["横"], STROKES["竖"]])
+    (folder / "clip.mp4").write_bytes(video.encode_video(clip))
+    (folder / "tone.mp3").write_bytes(tone())
+    (folder / "module.py").write_text(
+        'def read_file(file):\n    """读取文件"""\n    return client.read(file)\n\n\n'
+        "class Sender:\n    def send(self, message):\n        return self.post(message)\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str], command=predict) -> list | dict:
+    capsys.readouterr()
+    assert command.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def no_corpora(place: Place):
+    """The corpora are moved away: a registered model must not miss them."""
+    away = place.data.with_name("away")
+    place.data.rename(away)
+    yield
+    away.rename(place.data)
+
+
+@pytest.mark.usefixtures("no_corpora")
+class TestPredict:
+    def test_every_kind_of_input_finds_its_task(self, place: Place, files: Path, capsys):
+        names = ["square.png", "tone.mp3", "clip.mp4", "module.py"]
+        files = [str(files / name) for name in names]
+        answers = run(["--text", "历史研究", *files, "--top", "3"], capsys)
+        assert [a["task"] for a in answers] == [
+            "text_classification",
+            "text_to_image",
+            "speech_recognition",
+            "text_to_video",
+            "text_to_code",
+            "text_to_code",
+        ]
+        text, picture, sound, clip, *functions = answers
+        assert text["answer"] in SUBJECTS
+        assert len(text["alternatives"]) == 3
+        assert 0 < text["score"] < 1
+        assert "的" in picture["answer"]
+        assert all(part in {f"p{i}" for i in range(1, 62)} for part in sound["answer"].split())
+        assert set(clip["answer"].split("、")) <= set(STROKES)
+        assert [f["input"].rpartition(":")[2] for f in functions] == [
+            "1 read_file",
+            "7 Sender.send",
+        ]
+        for answer in (picture, clip, *functions):
+            assert len(answer["embedding"]) == config().embedding_dim
+            assert np.linalg.norm(answer["embedding"]) == pytest.approx(1, abs=1e-3)
+
+    def test_rows_of_a_file(self, place: Place, files: Path, capsys, tmp_path: Path):
+        rows = files / "rows.jsonl"
+        rows.write_text(
+            '{"text": "数学教程"}\n\n{"file": "square.png"}\n'
+            '{"text": "红色", "task": "text_to_image"}\n',
+            encoding="utf-8",
+        )
+        out = tmp_path / "predictions.jsonl"
+        answers = run([str(rows), "--output", str(out)], capsys)
+        assert [a["task"] for a in answers] == ["text_classification"] + ["text_to_image"] * 2
+        assert answers[2]["answer"] == ""
+        assert answers[2]["score"] is None
+        assert len(answers[2]["embedding"]) == config().embedding_dim
+        lines = out.read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == answers
+
+    def test_a_table_for_people(self, place: Place, files: Path, capsys):
+        words = ["--text", "经济手册", str(files / "square.png")]
+        assert predict.main(words) == 0
+        printed = capsys.readouterr().out
+        assert "text_classification" in printed
+        assert "经济手册" in printed
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "nothing to predict for"),
+            (["{files}/none.png"], "no such file"),
+            (["{files}/broken.png"], "broken.png: a damaged picture"),
+            (["{files}/broken.mp3"], "broken.mp3: not a recording"),
+            (["{files}/empty.py"], "the file is empty"),
+            (["{files}/unknown.xyz"], "cannot tell what it is"),
+            (["{files}/bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+            (["{files}/square.png", "--task", "speech_recognition"], "reads sound, this is image"),
+            (["--text", "x", "--task", "text_to_imag"], "did you mean 'text_to_image'"),
+            (["--text", "   "], "the text is empty"),
+            (["--text", "x", "--model", "models:/skillnet@champoin"], "aliases @champion"),
+            (["--text", "x", "--top", "0"], "top must be at least 1"),
+        ],
+    )
+    def test_mistakes_have_one_message(self, place: Place, files: Path, capsys, words, message):
+        (files / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+        (files / "broken.mp3").write_bytes(b"nonsense" * 400)
+        (files / "empty.py").write_bytes(b"")
+        (files / "unknown.xyz").write_bytes(b"nonsense")
+        (files / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+        capsys.readouterr()
+        assert predict.main([word.format(files=files) for word in words]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+def test_a_checkpoint_gives_the_same_and_needs_the_corpora(
+    place: Place, files: Path, capsys, tmp_path
+):
+    words = ["--text", "法律概论", str(files / "clip.mp4")]
+    registered = run(words, capsys)
+    assert run([*words, "--model", str(place.saved)], capsys) == registered
+    assert predict.main([*words, "--model", str(place.saved), "--data", str(tmp_path)]) == 2
+    assert "skillnet prepare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "modality"),
+    [
+        ("a.PNG", b"", "image"),
+        ("upload", b"\x89PNG\r\n\x1a\n", "image"),
+        ("upload", b"RIFF\0\0\0\0WAVEfmt ", "sound"),
+        ("upload", b"RIFF\0\0\0\0WEBPVP8 ", "image"),
+        ("upload", b"\0\0\0\x20ftypisom", "video"),
+        ("upload", b"ID3\x04", "sound"),
+    ],
+)
+def test_what_a_file_is(name, data, modality):
+    assert modality_of(name, data) == modality
+
+
+class TestSearch:
+    def test_ranks_every_row_by_similarity(self, place: Place, capsys, tmp_path: Path):
+        page = tmp_path / "page.html"
+        found = run(["红色的", "方块", "--html", str(page), "--top", "50"], capsys, search)
+        assert found["query"] == "红色的 方块"
+        assert found["searched"] == 48
+        assert len(found["hits"]) == 48
+        scores = [hit["score"] for hit in found["hits"]]
+        assert scores == sorted(scores, reverse=True)
+        assert [hit["rank"] for hit in found["hits"]] == list(range(1, 49))
+        assert len({hit["key"] for hit in found["hits"]}) == 48
+        html = page.read_text(encoding="utf-8")
+        assert html.count("<img src=") == 48
+        assert "红色的 方块" in html
+
+    def test_scores_are_those_of_the_model(self, place: Place, capsys):
+        found = run(["蓝色的圆圈", "--top", "3", "--precision", "fp32"], capsys, search)
+        from pipelines import tokenizer
+        from pipelines.shards import open_corpus
+
+        model = SkillNet.from_pretrained(place.saved)
+        words = tokenizer.load(place.data / "tokenizer.json")
+        corpus = open_corpus(place.data / "drawings")
+        with torch.no_grad():
+            tokens = torch.tensor([words.encode("蓝色的圆圈").ids])
+            query = model.embed("text_to_image", "query", {"tokens": tokens})[0]
+            for hit in found["hits"]:
+                row = corpus.splits[hit["split"]].table().slice(hit["row"], 1).to_pylist()[0]
+                assert row["key"] == hit["key"]
+                assert row["captions"][0] == hit["caption"]
+                pixels = torch.tensor(row["pixels"], dtype=torch.uint8).view(1, 48, 48, 3)
+                vector = model.embed("text_to_image", "candidate", {"pixels": pixels})[0]
+                assert float(query @ vector) == pytest.approx(hit["score"], abs=1e-5)
+
+    @pytest.mark.parametrize(
+        ("task", "searched", "shown"),
+        [("text_to_video", 64, "<img src="), ("text_to_code", 25, "<pre")],
+    )
+    def test_other_tasks(self, place: Place, capsys, task, searched, shown):
+        found = run(["读取文件", "--task", task, "--top", "4"], capsys, search)
+        assert found["searched"] == searched
+        assert Path(found["page"]).read_text(encoding="utf-8").count(shown) == 4
+
+    def test_the_index_is_kept_until_model_or_corpus_change(self, place: Place, capsys, tmp_path):
+        indexes = Path(search.run_root()) / "cache" / "indexes"
+        words = ["黑色", "--top", "1", "--splits", "validation"]
+        run(words, capsys, search)
+        before = {path: path.stat().st_mtime_ns for path in indexes.iterdir()}
+        run(words, capsys, search)
+        assert {path: path.stat().st_mtime_ns for path in indexes.iterdir()} == before
+        torch.manual_seed(1)
+        SkillNet(config()).save_pretrained(tmp_path / "other")
+        run([*words, "--model", str(tmp_path / "other")], capsys, search)
+        assert len(list(indexes.iterdir())) == len(before) + 1
+
+    def test_the_users_text_cannot_break_the_page(self, place: Place, capsys):
+        found = run(['<script>alert("x")</script>红'], capsys, search)
+        assert "<script" not in Path(found["page"]).read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "query is missing"),
+            ([" "], "the query is empty"),
+            (["心", "--task", "text_classification"], "ranks nothing"),
+            (["心", "--splits", "tset"], "has no split 'tset'"),
+            (["心", "--data", "/nowhere"], "missing. Run `skillnet prepare drawings`"),
+        ],
+    )
+    def test_mistakes_have_one_message(self, place: Place, capsys, words, message):
+        capsys.readouterr()
+        assert search.main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_damaged_bundle_in_the_cache_is_refused(place: Place, capsys):
+    run(["--text", "农业", "--model", str(place.saved)], capsys)
+    cache = Path(search.run_root()) / "cache" / "bundles"
+    for bundle in cache.iterdir():
+        (bundle / "tokenizer.json").write_text("{}")
+    assert predict.main(["--text", "农业", "--model", str(place.saved)]) == 2
+    assert "altered" in capsys.readouterr().err
+    shutil.rmtree(cache)
+
+
+def test_user_errors_are_user_errors():
+    with pytest.raises(UserError):
+        modality_of("x", b"")

@@ -1,0 +1,126 @@
+"""``skillnet quickstart`` from prepared corpora to a registered model, in one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines import quickstart, search, verify
+from skillnet.skills import default_tasks
+from skillnet_platform import registry, store
+from tests.readable_corpora import write_corpora
+
+pytestmark = pytest.mark.integration
+
+SMALL = {
+    "training.steps": 12,
+    "training.workers": 0,
+    "training.log_every": 4,
+    "training.threads_per_worker": 1,
+    "model.dim": 16,
+    "model.depth": 1,
+    "model.heads": 2,
+    "model.hidden": 16,
+    "model.embedding_dim": 8,
+    "model.patch_size": 16,
+    "model.tubelet": "[4,16,16]",
+    "model.vocab_size": 1200,
+    "tracking.system_metrics": "false",
+    "skip": "[fetch,prepare]",
+    **{f"tasks.{task}.batch": 8 for task in default_tasks()},
+}
+
+
+def words(data: Path, **more: object) -> list[str]:
+    given = {**SMALL, "data": data, **more}
+    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("root")
+        patch.setenv("SKILLNET_HOME", str(root))
+        write_corpora(root / "corpora")
+        yield root
+
+
+@pytest.fixture(scope="module")
+def done(place: Path, tmp_path_factory):
+    """One run by ``--json``; its document and what it said beside it."""
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = quickstart.main([*words(place / "corpora", name="first"), "--json"])
+    assert code == 0, err.getvalue()
+    return json.loads(out.getvalue()), err.getvalue()
+
+
+def test_the_document_tells_everything(done, place: Path):
+    document, _ = done
+    assert document["steps"] == 12
+    assert document["model"] == "models:/skillnet/1"
+    assert document["alias"] == "champion"
+    assert set(document["stages"]) == {"references", "train", "register"}
+    tasks = {row["task"] for row in document["evaluation"]}
+    assert len(tasks) == 5
+    assert {row["system"] for row in document["references"]} == {"chance", "reference"}
+    assert {row["task"] for row in document["references"]} == tasks
+    assert all(row["steps"] == 12 for row in document["evaluation"])
+    assert (place / "first" / "model" / "manifest.json").is_file()
+
+
+def test_stages_are_numbered_and_timed(done):
+    _, said = done
+    for number, name in enumerate(["references", "train", "register"], 1):
+        assert f"[{number}/3] {name}: " in said
+
+
+def test_the_run_is_recorded_with_the_references(done):
+    document, _ = done
+    run = store.client(store.resolve_uri()).get_run(document["run_id"])
+    assert run.info.status == "FINISHED"
+    note = run.data.tags["mlflow.note.content"]
+    assert "simple reference" in note
+    assert "| text_to_image |" in note
+    row = next(r for r in document["references"] if r["system"] == "reference")
+    assert f"{100 * row['value']:.1f} %" in note
+    assert run.data.metrics["text_to_code/test_recall_at_10"] >= 0
+
+
+def test_its_model_searches_and_verifies(done, place: Path):
+    found = search.search(search.SearchConfig(["红色的方块"], data=str(place / "corpora"), top=3))
+    assert len(found.hits) == 3
+    checks = verify.verify(verify.VerifyConfig(data=str(place / "corpora")))
+    assert {check.state for check in checks} == {"ok"}
+    assert {"run", "run's model"} <= {check.what for check in checks}
+
+
+def test_the_table_for_people_and_a_second_version(done, place: Path, capsys):
+    capsys.readouterr()
+    assert quickstart.main(words(place / "corpora", name="second", seed=1)) == 0
+    printed = capsys.readouterr()
+    for name in ("chance", "simple reference", "SkillNet", "active", "text_to_video"):
+        assert name in printed.out
+    assert 'skillnet search "红色的心"' in printed.err
+    assert registry.resolve("models:/skillnet/2").version == 2
+
+
+def test_a_wrong_key_is_named(capsys):
+    assert quickstart.main(["--training.step", "3"]) == 2
+    assert "did you mean 'training.steps'" in capsys.readouterr().err
+
+
+def test_missing_archives_are_named(tmp_path: Path, run_root, capsys, monkeypatch):
+    # A folder that pip and npm cannot fill: no index answers there.
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9/")
+    monkeypatch.setenv("npm_config_fetch_retries", "0")
+    task = {"tasks.text_classification": "null", "tasks.speech_recognition": "null"}
+    given = {**task, "tasks.text_to_image": "null", "tasks.text_to_video": "null"}
+    line = [part for key, value in given.items() for part in (f"--{key}", value)]
+    assert quickstart.main(line) == 2
+    assert "pip download" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""From a checkpoint into the registry and back: the same answers, nothing else needed."""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from pipelines import evaluate, register, sources, verify
+from pipelines.evaluation import evaluate_model
+from pipelines.inference import Runner, memory_inputs
+from pipelines.shards import open_corpus
+from pipelines.transforms import image
+from skillnet.model import SkillNet
+from skillnet_platform import registry, store
+from skillnet_platform.errors import UserError
+from tests.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
+from tests.registered import Place, registered
+
+pytestmark = pytest.mark.integration
+CHAMPION = "models:/skillnet@champion"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    yield from registered(tmp_path_factory)
+
+
+def heart() -> bytes:
+    picture = np.full((60, 80, 3), 255, np.uint8)
+    picture[20:40, 30:50] = (220, 40, 50)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_the_first_version_is_champion(place: Place):
+    assert place.made.uri == "models:/skillnet/1"
+    assert place.made.alias == "champion"
+    version = registry.champion()
+    assert int(version.version) == 1
+    assert "A first try." in version.description
+    assert "text_to_image" in version.description
+    assert version.tags["corpus.drawings"] == open_corpus(place.data / "drawings").digest
+
+
+def test_predictions_equal_those_of_the_checkpoint(place: Place):
+    """The whole way (MLflow, bundle, tokenizer, transforms) against the bare model."""
+    loaded = registry.load(CHAMPION)
+    texts = ["古代文学研究", "数学教程"]
+    answers = loaded.predict(pd.DataFrame([{"text": t} for t in texts] + [{"file": heart()}]))
+
+    model = SkillNet.from_pretrained(place.saved)
+    runner = Runner(model)
+    from pipelines import tokenizer
+
+    words = tokenizer.load(place.data / "tokenizer.json")
+    rows = [np.array(words.encode(t).ids, np.int32) for t in texts]
+    plan = model.config.tasks["text_classification"].towers["input"]
+    expected = runner.classify("text_classification", memory_inputs(rows, plan, model.config))
+    for number in range(2):
+        order = np.argsort(-expected[number], kind="stable")[:5]
+        assert answers["alternatives"][number] == [SUBJECTS[i] for i in order]
+        np.testing.assert_array_equal(
+            np.array(answers["scores"][number], np.float32), expected[number][order]
+        )
+    plan = model.config.tasks["text_to_image"].towers["candidate"]
+    vector = runner.embed(
+        "text_to_image",
+        "candidate",
+        memory_inputs([image.load_pixels(heart())], plan, model.config),
+    )[0]
+    np.testing.assert_array_equal(np.array(answers["embedding"][2], np.float32), vector)
+    assert answers["answer"][2] in {f"{c}的{s}" for c in COLOURS for s in SHAPES}
+
+
+def test_the_number_of_alternatives_is_a_parameter(place: Place):
+    loaded = registry.load(CHAMPION)
+    answer = loaded.predict(pd.DataFrame([{"text": "历史年鉴"}]), params={"top": 2})
+    assert len(answer["alternatives"][0]) == 2
+
+
+def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place, capsys):
+    assert evaluate.main(["--data", str(place.data), "--samples", "50", "--json"]) == 0
+    through = json.loads(capsys.readouterr().out)["rows"]
+    direct = evaluate_model(SkillNet.from_pretrained(place.saved), place.data, samples=50)
+    assert [r["value"] for r in through] == [r["value"] for r in direct]
+    run = store.client(store.resolve_uri()).get_run(place.made.run_id)
+    logged = run.data.metrics
+    for row in direct:
+        name = f"{row['task']}/{row['split']}_{row['metric']}"
+        assert logged[name] == pytest.approx(row["value"])
+    assert run.info.status == "FINISHED"
+
+
+def test_nothing_is_pickled_and_the_package_is_named(place: Place):
+    folder = registry.resolve(CHAMPION).path
+    suffixes = {p.suffix for p in folder.rglob("*") if p.is_file()}
+    assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
+    assert "skillnet-platform==" in (folder / "requirements.txt").read_text()
+    assert (folder / "MLmodel").is_file()
+
+
+def test_an_equal_model_stays_challenger(place: Place):
+    again = register.register_model(sources.find(str(place.saved)), place.data, samples=50)
+    assert again.alias == "challenger"
+    assert "better on no task" in str(again.verdict)
+    assert int(registry.champion().version) == 1
+    forced = register.register_model(
+        sources.find(str(place.saved)), place.data, samples=50, force=True
+    )
+    assert forced.alias == "champion"
+    assert int(registry.champion().version) == forced.version
+
+
+def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):
+    other = config()
+    task = other.tasks["text_classification"]
+    other.tasks["text_classification"] = type(task)("classification", task.towers, outputs=9)
+    SkillNet(other).save_pretrained(tmp_path / "nine")
+    with pytest.raises(UserError, match="has 15 labels, the model was built for 9"):
+        register.register_model(sources.find(str(tmp_path / "nine")), place.data, rows=[])
+
+
+def states(place: Place, data: Path | None = None) -> dict[str, str]:
+    checks = verify.verify(verify.VerifyConfig(CHAMPION, str(data or place.data)))
+    return {check.what: check.state for check in checks}
+
+
+def test_verify_passes_and_says_what_is_absent(place: Place, tmp_path: Path):
+    found = states(place)
+    assert set(found.values()) == {"ok"}
+    assert {"weights", "bundle", "registry", "run", "corpus strokes", "tokenizer"} <= set(found)
+    found = states(place, tmp_path)
+    assert {what for what, state in found.items() if state == "absent"} == {
+        "corpus headings", "corpus syllables", "corpus drawings", "corpus strokes",
+        "corpus functions", "tokenizer",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("strokes/train-00000.arrow", "corpus strokes"),
+        ("headings/manifest.json", "corpus headings"),
+        ("tokenizer.json", "tokenizer"),
+    ],
+)
+def test_verify_finds_an_altered_byte_of_the_data(place: Place, tmp_path: Path, file, what):
+    copy = tmp_path / "corpora"
+    shutil.copytree(place.data, copy)
+    flip(copy / file)
+    found = states(place, copy)
+    assert [name for name, state in found.items() if state == "altered"] == [what]
+
+
+@pytest.mark.parametrize(
+    "file", ["model/skill-text.safetensors", "tokenizer.json", "captions-text_to_code.safetensors"]
+)
+def test_an_altered_bundle_is_found_and_refused(place: Place, capsys, file):
+    bundle = registry.resolve(CHAMPION).path / "artifacts" / sources.BUNDLE
+    original = (bundle / file).read_bytes()
+    flip(bundle / file)
+    try:
+        assert verify.main([CHAMPION, "--data", str(place.data)]) == 1
+        assert "altered" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="altered"):
+            registry.load(CHAMPION)
+    finally:
+        (bundle / file).write_bytes(original)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
