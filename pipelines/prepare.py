@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import preparation
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import BUILT_IN, Corpus, find_corpus
 from pipelines.corpora.archives import check_archive
@@ -111,6 +110,8 @@ def _prepare(
     if len(done) == len(corpora):
         return {corpus.name: done[corpus.name] for corpus in corpora}
     cluster.ensure_ray(cpus)
+    from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
+
     blocks: dict[str, preparation.Blocks] = {}
     if not learnt:
         started = {c.name: preparation.start_reading(c, archives) for c in teachers}

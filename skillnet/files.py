@@ -57,6 +57,7 @@ def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
