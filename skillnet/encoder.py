@@ -3,6 +3,9 @@
 Shapes: B batch, T tokens, D model width.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from skillnet.attention import padding_bias
@@ -11,6 +14,9 @@ from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dt
 
 #: The one "skill" of a layer without skill modules; its weights belong to all tasks.
 SHARED: Skills = ("shared",)
+
+
+Branch = Callable[[Tensor, Skills, Tensor | None], Tensor]
 
 
 class EncoderLayer(nn.Module):
@@ -42,25 +48,34 @@ class EncoderLayer(nn.Module):
         self.drop_path = config.drop_path
 
     def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
-        a_BTD = self.attention(
-            self.attention_norm(x_BTD), skills if self.attention_skills else SHARED, bias_B11T
-        )
-        x_BTD = x_BTD + self._drop(a_BTD)
-        f_BTD = self.feedforward(
-            self.feedforward_norm(x_BTD), skills if self.feedforward_skills else SHARED
-        )
-        return x_BTD + self._drop(f_BTD)
+        x_BTD = self._add(self._attend, x_BTD, skills, bias_B11T)
+        return self._add(self._feed, x_BTD, skills, bias_B11T)
 
-    def _drop(self, branch_BTD: Tensor) -> Tensor:
-        """Stochastic depth: leaves a row's branch out with probability ``drop_path``.
+    def _attend(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
+        active = skills if self.attention_skills else SHARED
+        return self.attention(self.attention_norm(x_BTD), active, bias_B11T)
 
-        One draw a row, where dropout draws one a number: on CPUs that took a tenth of a step.
+    def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
+        active = skills if self.feedforward_skills else SHARED
+        return self.feedforward(self.feedforward_norm(x_BTD), active)
+
+    def _add(
+        self, branch: Branch, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None
+    ) -> Tensor:
+        """Add a residual branch; in training only to a random share of the rows.
+
+        Stochastic depth (Huang et al. 2016) in the form of DINOv2: the rows to leave out are
+        drawn first, so their branch costs nothing, and those kept count B / kept times.
         """
-        if not self.training or not self.drop_path:
-            return branch_BTD
-        keep = 1 - self.drop_path
-        kept_B11 = branch_BTD.new_empty(branch_BTD.shape[0], 1, 1).bernoulli_(keep)
-        return branch_BTD * (kept_B11 / keep)
+        B = x_BTD.shape[0]
+        kept = max(round(B * (1 - self.drop_path)), 1) if self.training else B
+        if kept == B:
+            return x_BTD + branch(x_BTD, skills, bias_B11T)
+        rows = torch.randperm(B, device=x_BTD.device)[:kept]
+        if bias_B11T is not None:
+            bias_B11T = bias_B11T.index_select(0, rows)
+        y_BTD = branch(x_BTD.index_select(0, rows), skills, bias_B11T)
+        return x_BTD.index_add(0, rows, y_BTD.to(x_BTD.dtype), alpha=B / kept)
 
 
 class Encoder(nn.Module):
