@@ -3,7 +3,25 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from skillnet.skills import DEFAULT_SKILLS, Task, check_plan, default_tasks
+from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
+
+_AT_LEAST_ONE = (
+    "dim",
+    "depth",
+    "heads",
+    "hidden",
+    "skill_every",
+    "vocab_size",
+    "max_tokens",
+    "n_mels",
+    "mel_stack",
+    "max_frames",
+    "image_size",
+    "patch_size",
+    "video_frames",
+    "video_size",
+    "embedding_dim",
+)
 
 
 @dataclass
@@ -64,12 +82,24 @@ class SkillNetConfig:
 
     def __post_init__(self) -> None:
         self.skills = tuple(self.skills)
+        if len(self.tubelet) != 3 or min(self.tubelet) < 1:
+            raise ValueError(
+                f"model.tubelet is (frames, height, width), each at least 1, got {self.tubelet}"
+            )
         self.tubelet = (self.tubelet[0], self.tubelet[1], self.tubelet[2])
-        if len(set(self.skills)) != len(self.skills) or not self.skills:
-            raise ValueError(f"model.skills needs distinct names, got {list(self.skills)}")
-        for key in ("dim", "depth", "heads", "hidden", "skill_every", "mel_stack"):
+        if not self.skills:
+            raise ValueError("model.skills is empty; a model needs at least one skill")
+        check_names(self.skills, "model.skills")
+        check_names(tuple(self.tasks), "model.tasks")
+        for key in _AT_LEAST_ONE:
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
+        if self.bigram_buckets < 0:
+            raise ValueError(f"model.bigram_buckets must be 0 or more, got {self.bigram_buckets}")
+        if self.skill_modules not in ("both", "attention", "feedforward"):
+            raise ValueError(
+                f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"
+            )
         if self.dim % self.heads:
             raise ValueError(f"model.dim {self.dim} must divide by model.heads {self.heads}")
         for key in ("drop_path", "dropout"):

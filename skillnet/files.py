@@ -97,9 +97,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged; restore it or save the model again") from None
-    if manifest.get("format") != FORMAT or not isinstance(files, dict):
+        whole = all({"bytes", "sha256"} <= set(entry) for entry in files.values())
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged; restore it or save the model again")
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}")
     return manifest
 
@@ -117,7 +120,8 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
 
 def save(model: "SkillNet", path: Path) -> None:
     """Write a model whole or not at all; an older model at the same path is replaced."""
-    if path.exists() and not (path / "manifest.json").is_file() and any(path.iterdir()):
+    foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
+    if foreign or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} exists and is not a saved model; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
@@ -128,7 +132,11 @@ def save(model: "SkillNet", path: Path) -> None:
         if path.exists():
             old = path.with_name(f"{path.name}.old-{os.getpid()}")
             path.rename(old)
-            aside.rename(path)
+            try:
+                aside.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             aside.rename(path)
@@ -153,5 +161,11 @@ def load(path: Path, task: str | None = None) -> "SkillNet":
         tensors = load_file(check_file(path, f"{file}.safetensors", manifest))
         if sorted(tensors) != sorted(names):
             raise ValueError(f"{path / file}.safetensors holds other weights than its config says")
-        model.load_state_dict(tensors, strict=False)
+        model.to(next(iter(tensors.values())).dtype)
+        try:
+            model.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:  # torch names the tensor and both shapes
+            raise ValueError(
+                f"{path / file}.safetensors does not fit its config: {error}"
+            ) from None
     return model.eval()

@@ -3,9 +3,9 @@
 import dataclasses
 
 from skillnet.heads import HEADS
-from skillnet.layers import SkillWeights
+from skillnet.layers import SkillWeights, check_free
 from skillnet.model import SkillNet
-from skillnet.skills import Task, check_plan, nearest
+from skillnet.skills import Task, check_names, check_plan, nearest
 from skillnet.stems import STEMS
 
 
@@ -22,9 +22,8 @@ def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> Skill
     """
     if name in model.config.skills:
         raise ValueError(f"the model already has a skill {name!r}; choose another name")
-    if not name.isidentifier() or name == "shared":
-        raise ValueError(f"a skill's name is a Python identifier other than 'shared', not {name!r}")
     known = model.config.skills
+    check_names((*known, name), "add_skill")
     if init_from is not None and init_from not in known:
         raise ValueError(f"init_from: unknown skill {init_from!r}{nearest(init_from, known)}")
     for module in model.modules():
@@ -42,12 +41,15 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
     """
     if name in model.config.tasks:
         raise ValueError(f"the model already has a task {name!r}; choose another name")
+    check_names((*model.config.tasks, name), "add_task")
+    check_free(model.heads, name, "task")
     for tower, plan in task.towers.items():
         check_plan(plan, model.config.skills, f"{name}.towers.{tower}")
-    model.config = dataclasses.replace(model.config, tasks={**model.config.tasks, name: task})
     some = next(model.parameters())
+    head = HEADS[task.objective](model.config, task).to(some.device, some.dtype)
+    model.config = dataclasses.replace(model.config, tasks={**model.config.tasks, name: task})
     for stem in task.stems:
         if stem not in model.stems:
             model.stems[stem] = STEMS[stem](model.config).to(some.device, some.dtype)
-    model.heads[name] = HEADS[task.objective](model.config, task).to(some.device, some.dtype)
+    model.heads[name] = head
     return model

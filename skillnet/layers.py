@@ -27,6 +27,12 @@ from skillnet.skills import nearest
 Skills = tuple[str, ...]
 
 
+def check_free(container: nn.Module, name: str, what: str) -> None:
+    """Raise ValueError if a container has an attribute of that name, such as ``keys``."""
+    if hasattr(container, name):
+        raise ValueError(f"the {what} name {name!r} is taken; choose another")
+
+
 class SkillWeights(nn.Module):
     """One weight matrix per skill, and its merged form for a set of active skills.
 
@@ -60,8 +66,7 @@ class SkillWeights(nn.Module):
 
     def add(self, name: str, init_from: str | None = None) -> None:
         """Add a skill, freshly drawn or copied from another. ValueError for a name in use."""
-        if name in self.weights or hasattr(nn.ParameterDict, name):
-            raise ValueError(f"skill name {name!r} is taken; choose another")
+        check_free(self.weights, name, "skill")
         some = next(iter(self.weights.values()), None)
         weight = torch.empty(self.shape, device=None if some is None else some.device)
         if some is not None:
@@ -90,6 +95,8 @@ class SkillWeights(nn.Module):
         if torch.is_grad_enabled():
             return self._merge([self._get(name) for name in skills], dtype)
         parts = [self._get(name) for name in skills]
+        if any(part.is_inference() for part in parts):  # made where torch counts no changes
+            return self._merge(parts, dtype)
         versions = tuple(x for part in parts for x in (part._version, part.data_ptr()))
         kept = self._merged.get((skills, dtype))
         if kept is not None and kept[0] == versions:

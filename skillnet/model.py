@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
 from skillnet.heads import HEADS, RetrievalHead
+from skillnet.layers import check_free
 from skillnet.skills import SkillPlan, find_task
 from skillnet.stems import STEMS, Batch, LogMelStem, token_lengths
 
@@ -32,9 +33,10 @@ class SkillNet(nn.Module):
         needed = {plan.stem for task in config.tasks.values() for plan in task.towers.values()}
         self.stems = nn.ModuleDict({n: make(config) for n, make in STEMS.items() if n in needed})
         self.encoder = Encoder(config)
-        self.heads = nn.ModuleDict(
-            {name: HEADS[task.objective](config, task) for name, task in config.tasks.items()}
-        )
+        self.heads = nn.ModuleDict()
+        for name, task in config.tasks.items():
+            check_free(self.heads, name, "task")
+            self.heads[name] = HEADS[task.objective](config, task)
 
     # -- running ---------------------------------------------------------------------------
 

@@ -77,9 +77,11 @@ def info_nce(
         positive_BG = groups_G[offset : offset + B, None] == groups_G[None]
         target_BG = positive_BG.to(scale.dtype) / positive_BG.sum(1, keepdim=True)
     loss = query_BE.new_zeros(())
-    for own, others in ((query_BE, all_candidate_GE), (candidate_BE, all_query_GE)):
-        logits_BG = scale * own @ others.T
-        loss = loss - (target_BG * F.log_softmax(logits_BG, 1)).sum()
+    # Times the scale, bf16's rounding of similarities would be as large as what separates them.
+    with torch.autocast(query_BE.device.type, enabled=False):
+        for own, others in ((query_BE, all_candidate_GE), (candidate_BE, all_query_GE)):
+            logits_BG = scale * own @ others.T
+            loss = loss - (target_BG * F.log_softmax(logits_BG, 1)).sum()
     return loss / (2 * count)
 
 

@@ -5,7 +5,7 @@ Pure Python, no torch. Source of the defaults, skill by skill: docs/skills.md.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Modality = Literal["text", "image", "sound", "video", "code"]
 Objective = Literal["classification", "ctc", "retrieval"]
@@ -84,6 +84,9 @@ class Task:
     outputs: int = 0
 
     def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            hint = nearest(self.objective, get_args(Objective))
+            raise ValueError(f"unknown objective {self.objective!r}{hint}")
         expected = {"query", "candidate"} if self.objective == "retrieval" else {"input"}
         if set(self.towers) != expected:
             raise ValueError(
@@ -127,6 +130,26 @@ def default_tasks() -> dict[str, Task]:
         "text_to_video": _retrieval("video"),
         "text_to_code": _retrieval("code"),
     }
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise ValueError unless every name can name a file and an attribute, and all differ.
+
+    Names become parts of file names and of parameter names: letters, digits and underscores,
+    no digit first, at most 64, distinct also where a file system ignores case.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or name[0] == "_" or len(name) > 64:
+            raise ValueError(
+                f"{where}: {name!r} is not a name; use letters, digits and underscores, a "
+                "letter first, at most 64"
+            )
+        if name == "shared":
+            raise ValueError(f"{where}: 'shared' means the weights of all tasks; choose another")
+    folded = [name.casefold() for name in names]
+    for name, key in zip(names, folded, strict=True):
+        if folded.count(key) > 1:
+            raise ValueError(f"{where}: {name!r} occurs twice (upper and lower case are the same)")
 
 
 def check_plan(plan: SkillPlan, skills: Sequence[str], where: str = "plan") -> None:
