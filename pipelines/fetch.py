@@ -163,13 +163,25 @@ def _one(archive: Archive, npm: list[str], target: Path) -> str:
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q"]
 
 
+#: One more try after a failure, soon: who has no network should hear of it now.
+_PATIENCE = {
+    "PIP_RETRIES": "1",
+    "npm_config_fetch_retries": "1",
+    "npm_config_fetch_retry_mintimeout": "1000",
+}
+
+
 def _run(words: list[str]) -> str:
     """Run a package manager; returns the last line of what it complained about, or ""."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=TIMEOUT, check=False,
-            env={**os.environ, "PIP_RETRIES": "1", "npm_config_fetch_retries": "1"},
-        )  # fmt: skip
+            words,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+            env={**_PATIENCE, **os.environ},
+        )
     except FileNotFoundError:
         return f"{words[0]} cannot be run"
     except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ unknown. Ids: 0 padding, 1 unknown, 2 mask, 3 class, then 256 bytes, characters,
 
 import json
 import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[MASK]", "[CLS]")
 VOCABULARY = 12_000
 #: A Chinese character that only pretraining text holds gets a token from this many occurrences.
 RARE = 10
+_ALWAYS = string.ascii_lowercase + string.digits + string.punctuation
 _CJK = (
     r"\u2e80-\u2fdf\u3007\u31c0-\u31ef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
@@ -118,7 +120,7 @@ def _chunks(texts: Iterable[str], size: int = 1 << 16) -> Iterable[str]:
 
 def _alphabet(task: Counter[str], other: Counter[str]) -> list[str]:
     both = task + other
-    kept = {c for c, n in both.items() if n >= RARE} | set(task)
+    kept = {c for c, n in both.items() if n >= RARE} | set(task) | set(_ALWAYS)
     return sorted(c for c in kept if not c.isspace() and c.isprintable())
 
 

@@ -122,6 +122,7 @@ class Functions(Corpus):
     name = "functions"
     modality = "code"
     task = "text_to_code"
+    version = 2
     archives = ARCHIVES
     raw = pa.schema(
         [

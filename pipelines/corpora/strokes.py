@@ -77,7 +77,7 @@ class Strokes(Corpus):
         named = {
             name: "、".join(captions[name])
             for name, paths in found
-            if len(captions.get(name, ())) == len(paths)
+            if name in captions and len(captions[name]) == len(paths)
         }
         split = _split(named)
         for name, paths in found:

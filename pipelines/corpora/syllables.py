@@ -135,7 +135,7 @@ def spell(pinyin: str) -> list[str]:
         raise ValueError(f"{pinyin!r} is not pinyin with a tone from 1 to 4")
     letters, tone = found.groups()
     initial, final = _parts(letters)
-    if final not in _NUMBER or final in TONES:
+    if final not in FINALS:
         raise ValueError(f"{pinyin!r} has no final of standard Mandarin")
     return [*([initial] if initial else []), final, tone]
 

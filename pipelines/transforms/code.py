@@ -94,14 +94,14 @@ def _function(
     first = node.body[0]
     docstring = ast.get_docstring(node)
     start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
-    if docstring is None:
-        head = _cut(lines, start, (first.lineno, first.col_offset))
-        body = _cut(lines, (first.lineno, first.col_offset), end)
-    else:
-        head = _cut(lines, start, (first.lineno, first.col_offset))
-        body = _cut(lines, (first.end_lineno or 0, first.end_col_offset or 0), end)
     margin = " " * node.col_offset
-    code = textwrap.dedent(margin + head.rstrip(" \t") + body.lstrip("; \t"))
+    if docstring is None:
+        body = _cut(lines, (first.lineno, first.col_offset), end)
+        code = textwrap.dedent(margin + _cut(lines, start, end))
+    else:
+        head = _cut(lines, start, (first.lineno, first.col_offset)).rstrip(" \t")
+        body = _cut(lines, (first.end_lineno or 0, first.end_col_offset or 0), end)
+        code = textwrap.dedent(margin + head + body.lstrip("; \t"))
     code = re.sub(r"\n(?:[ \t]*\n)+", "\n", code).strip()
     return Function(name, node.lineno, code, body.strip("; \t\n"), summary(docstring or ""))
 

@@ -1,0 +1,149 @@
+"""Shards open in three libraries, and nothing altered is taken for whole."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import polars
+import pyarrow as pa
+import pytest
+
+from pipelines.corpora.base import shaped
+from pipelines.shards import (
+    manifest_digest,
+    open_corpus,
+    shard_bytes,
+    verify_corpus,
+    write_shard,
+)
+from skillnet_platform.errors import UserError
+
+ROWS = 5
+
+
+def table() -> pa.Table:
+    pixels = np.arange(ROWS * 12, dtype=np.uint8)
+    mel = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(2.0 * ROWS, dtype=np.float32)), 2)
+    schema = pa.schema(
+        [
+            pa.field("key", pa.string()),
+            shaped("pixels", pa.uint8(), (2, 2, 3)),
+            pa.field("log_mel", pa.list_(pa.list_(pa.float32(), 2))),
+            pa.field("caption_tokens", pa.list_(pa.list_(pa.int32()))),
+        ]
+    )
+    columns = [
+        pa.array([f"字{n}" for n in range(ROWS)]),
+        pa.FixedSizeListArray.from_arrays(pa.array(pixels), 12),
+        pa.ListArray.from_arrays(pa.array([0, 1, 1, 2, 4, 5], pa.int32()), mel),
+        pa.array([[[1], [2, 3]], [], [[]], [[4]], [[5]]], pa.list_(pa.list_(pa.int32()))),
+    ]
+    return pa.table(columns, schema=schema)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A corpus of two shards in one split."""
+    directory = tmp_path / "made"
+    directory.mkdir()
+    shards = [write_shard(table(), directory / f"train-0000{n}.arrow") for n in range(2)]
+    manifest = {
+        "format_version": 1,
+        "corpus": "made",
+        "modality": "image",
+        "task": "text_to_image",
+        "splits": {"train": {"rows": 2 * ROWS, "shards": shards}},
+        "made_with": {"pyarrow": "any"},
+    }
+    manifest["digest"] = manifest_digest(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return directory
+
+
+def test_a_shard_opens_in_pyarrow_polars_and_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "x.arrow"
+    write_shard(table(), path)
+    want = table().to_pylist()
+    with pa.memory_map(str(path)) as source:
+        assert pa.ipc.open_file(source).read_all().to_pylist() == want
+    assert polars.read_ipc(path)["caption_tokens"].to_list() == [r["caption_tokens"] for r in want]
+    assert polars.read_ipc(path)["pixels"].to_list() == [r["pixels"] for r in want]
+    assert datasets.Dataset.from_file(str(path)).to_list() == want
+
+
+def test_the_shape_stands_in_the_metadata_of_the_field(corpus: Path) -> None:
+    field = open_corpus(corpus).schema.field("pixels")
+    assert json.loads(field.metadata[b"shape"]) == [2, 2, 3]
+    assert field.type == pa.list_(pa.uint8(), 12)
+
+
+def test_rows_are_memory_mapped_not_copied(corpus: Path) -> None:
+    before = pa.total_allocated_bytes()
+    split = open_corpus(corpus).splits["train"]
+    assert split.rows == split.table().num_rows == 2 * ROWS
+    pixels = split.column("pixels").chunk(1).flatten().to_numpy(zero_copy_only=True)
+    assert pixels[13] == 13
+    assert pa.total_allocated_bytes() - before < 1024
+
+
+def test_equal_tables_give_equal_bytes_however_they_are_chunked() -> None:
+    pieces = pa.concat_tables([table().slice(0, 2), table().slice(2)])
+    assert shard_bytes(pieces) == shard_bytes(table())
+
+
+def test_an_unknown_column_is_named(corpus: Path) -> None:
+    with pytest.raises(UserError, match=r"no column 'pixel'.*pixels"):
+        open_corpus(corpus).splits["train"].column("pixel")
+
+
+def test_a_changed_byte_is_found_by_verification(corpus: Path) -> None:
+    shard = corpus / "train-00001.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    open_corpus(corpus)  # sizes are right: only hashing tells
+    with pytest.raises(UserError, match=r"train-00001\.arrow: this shard was altered: sha256"):
+        verify_corpus(corpus)
+
+
+def test_a_cut_shard_is_refused_when_opened(corpus: Path) -> None:
+    shard = corpus / "train-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"train-00000\.arrow: this shard was altered: \d+ bytes"):
+        open_corpus(corpus)
+
+
+def test_a_missing_shard_is_named(corpus: Path) -> None:
+    (corpus / "train-00001.arrow").unlink()
+    with pytest.raises(UserError, match=r"train-00001\.arrow: this shard is missing"):
+        open_corpus(corpus)
+
+
+def test_a_directory_without_a_manifest_is_not_a_corpus(corpus: Path) -> None:
+    (corpus / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"not a prepared corpus.*skillnet prepare made"):
+        open_corpus(corpus)
+    with pytest.raises(UserError, match="missing"):
+        open_corpus(corpus.with_name("nothing"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format_version", 99, "format version 99"),
+        ("task", "another", "changed after it was written"),
+    ],
+)
+def test_an_edited_manifest_is_refused(corpus: Path, key: str, value: object, message: str) -> None:
+    path = corpus / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**manifest, key: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        open_corpus(corpus)
+
+
+def test_versions_of_libraries_do_not_count_for_the_digest(corpus: Path) -> None:
+    manifest = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest_digest({**manifest, "made_with": {}}) == manifest["digest"]
+    assert manifest_digest({**manifest, "corpus": "other"}) != manifest["digest"]

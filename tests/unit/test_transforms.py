@@ -1,0 +1,205 @@
+"""Media files at the border, and what becomes of them."""
+
+import io
+import wave
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.transforms import code, image, sound, video
+
+
+def picture(kind: str, size: tuple[int, int] = (60, 30)) -> bytes:
+    """A red rectangle as a file."""
+    target = io.BytesIO()
+    Image.new("RGB", size, (220, 20, 30)).save(target, kind)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_picture_keeps_its_aspect_on_white(kind: str) -> None:
+    pixels = image.load_pixels(picture(kind))
+    assert pixels.shape == (48, 48, 3)
+    assert pixels.dtype == np.uint8
+    assert (pixels[:11] == 255).all()
+    assert (pixels[37:] == 255).all()
+    assert np.abs(pixels[13:35].astype(int) - [220, 20, 30]).max() < 6
+
+
+def test_an_svg_is_drawn_and_its_margin_cut_off() -> None:
+    svg = (
+        b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
+        b'<rect x="30" y="30" width="12" height="12" fill="#0000ff"/></svg>'
+    )
+    pixels = image.load_pixels(svg)
+    assert (pixels[4:44, 4:44] == [0, 0, 255]).all()
+
+
+def test_transparent_pixels_become_white_not_black() -> None:
+    target = io.BytesIO()
+    drawn = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
+    drawn.paste((0, 200, 0, 255), (0, 0, 48, 24))
+    drawn.putpixel((47, 47), (0, 200, 0, 255))
+    drawn.save(target, "PNG")
+    pixels = image.load_pixels(target.getvalue())
+    assert (pixels[30, 5] == 255).all()
+    assert tuple(pixels[5, 5]) == (0, 200, 0)
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", picture("PNG")[:60], b"<svg><rect"])
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"picture|SVG"):
+        image.load_pixels(data)
+
+
+def tone(seconds: float = 0.5, rate: int = 32_000, hertz: float = 1000.0) -> np.ndarray:
+    """A sine between silences, with a constant offset as some recorders leave it."""
+    time = np.arange(int(seconds * rate)) / rate
+    quiet = np.zeros(rate // 2)
+    return np.concatenate([quiet, 0.5 * np.sin(2 * np.pi * hertz * time), quiet]) + 0.1
+
+
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    """Samples as a WAV file."""
+    target = io.BytesIO()
+    with wave.open(target, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes((samples * 32767).astype("<i2").tobytes())
+    return target.getvalue()
+
+
+def mp3(samples: np.ndarray, rate: int) -> bytes:
+    """Samples as an MP3 file."""
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp3") as container:
+        stream = container.add_stream("mp3", rate=rate)
+        stream.layout = "mono"
+        data = (samples * 32767).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(data, format="s16p", layout="mono")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("encode", [wav, mp3])
+def test_a_recording_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None:  # type: ignore[no-untyped-def]
+    decoded = sound.decode_audio(encode(tone(), 32_000))
+    assert abs(len(decoded) - 24_000) < 1_600
+    mel = sound.log_mel(decoded)
+    assert mel.dtype == np.float32
+    assert mel.shape[1] == 80
+    assert 46 <= len(mel) <= 56  # the half second of tone, without the silence on either side
+    edges = np.linspace(2595 * np.log10(1 + 20 / 700), 2595 * np.log10(1 + 8000 / 700), 82)
+    centre = 700 * (10 ** (edges[1:-1] / 2595) - 1)
+    assert abs(centre[mel[20].argmax()] - 1000) < 60
+
+
+def test_level_does_not_matter() -> None:
+    loud = sound.log_mel(sound.decode_audio(wav(tone(), 32_000)))
+    quiet = sound.log_mel(sound.decode_audio(wav(tone() * 0.25, 32_000)))
+    assert np.abs(loud[5:45] - quiet[5:45]).max() < 0.15
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"<!DOCTYPE HTML><title>404 Not Found</title>", "web page"),
+        (b"not sound at all", "not a recording"),
+        (b"", "not a recording"),
+    ],
+)
+def test_what_is_no_recording_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sound.decode_audio(data)
+
+
+def test_silence_is_refused() -> None:
+    with pytest.raises(ValueError, match="silent"):
+        sound.log_mel(np.zeros(16_000, np.float32))
+
+
+PATHS = [[(0.1, 0.2), (0.9, 0.2)], [(0.5, 0.3), (0.5, 0.9)]]
+
+
+def test_pen_paths_appear_in_order_and_stay() -> None:
+    frames = video.draw_paths(PATHS)
+    assert frames.shape == (8, 32, 32, 1)
+    ink = frames.reshape(8, -1).astype(int)
+    assert (np.diff(ink, axis=0) >= 0).all()
+    assert (np.diff(ink.sum(axis=1)) > 0).all()
+    first, last = frames[3, ..., 0], frames[7, ..., 0]
+    assert first[6, 10] == 255
+    assert first[20, 16] == 0  # the second path has not begun: 4 / 8 of the length is in the first
+    assert last[20, 16] == 255
+
+
+def test_without_a_path_there_is_nothing_to_draw() -> None:
+    with pytest.raises(ValueError, match="no pen path"):
+        video.draw_paths([[(0.5, 0.5)]])
+
+
+def test_a_clip_survives_an_mp4_file() -> None:
+    frames = video.draw_paths(PATHS)
+    read = video.load_clip(video.encode_video(frames))
+    assert read.shape == frames.shape
+    assert np.abs(read.astype(int) - frames.astype(int)).mean() < 6
+
+
+def test_a_longer_video_is_thinned_to_its_end() -> None:
+    frames = np.zeros((31, 40, 60, 3), np.uint8)
+    frames += np.arange(31, dtype=np.uint8)[:, None, None, None] * 8
+    out = video.clip(frames)
+    assert out.shape == (8, 32, 32, 1)
+    assert out[:, 0, 0, 0].tolist() == [24, 56, 88, 120, 152, 184, 216, 240]
+
+
+def test_what_is_no_video_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a video"):
+        video.decode_video(b"\0" * 400)
+
+
+SOURCE = '''
+import os
+
+class Box:
+    @property
+    def size(self):
+        """返回盒子的大小，见 https://example.org/a?b=1 说明
+
+        更多。
+        """
+        # 注释
+        return self._size + 1
+
+    async def open(self, name="x"): """打开一个盒子"""; return os.open(name)
+
+def outer():
+    if True:
+        def inner(): return 1
+    return inner
+'''
+
+
+def test_functions_lose_their_docstring_and_keep_the_rest() -> None:
+    found = {f.name: f for f in code.functions(SOURCE)}
+    assert list(found) == ["Box.size", "Box.open", "outer", "outer.inner"]
+    size = found["Box.size"]
+    assert size.summary == "返回盒子的大小，见 说明"
+    assert size.code == "def size(self):\n    # 注释\n    return self._size + 1"
+    assert found["Box.open"].summary == "打开一个盒子"
+    assert "打开" not in found["Box.open"].code
+    assert found["outer.inner"].summary == ""
+    for function in found.values():
+        compile(function.code, "f", "exec")
+
+
+def test_what_is_not_python_is_refused() -> None:
+    with pytest.raises(ValueError, match="not Python"):
+        list(code.functions("def f(:"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        code.decode_source("中文".encode("gbk"))
