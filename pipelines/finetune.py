@@ -148,10 +148,12 @@ def _check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
 
 def _train(config: FinetuneConfig, run: Path, tracker: "Tracker") -> None:
     from pipelines.training.worker import PROGRESS, fit_on_ray, work
+    from skillnet.memory import keep_freed_memory
 
     tracked = (tracker.run_id, tracker.uri)
     with _followed(run / PROGRESS, config.training.steps):
         if config.training.workers == 0:
+            keep_freed_memory()
             work(config, run, tracked=tracked)
         else:
             fit_on_ray(config, run, tracked)

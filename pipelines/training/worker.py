@@ -14,6 +14,7 @@ import torch
 
 from pipelines.training.loop import Reporter, train
 from pipelines.training.settings import FinetuneConfig
+from skillnet.memory import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.storage import write_json
@@ -22,6 +23,9 @@ from skillnet_platform.tracking import Tracker
 PROGRESS = "progress.jsonl"
 TRAINED = "trained.json"
 MODEL = "model"
+
+#: Threads of a worker that wait do not spin: the one that makes the batches needs the core.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
 
 
 class RunReporter(Reporter):
@@ -161,6 +165,7 @@ def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | Non
                 # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
                 name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                 storage_path=str(run / "ray"),
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
                 failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=config.training.max_failures, controller_failure_limit=3
                 ),
