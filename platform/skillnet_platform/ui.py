@@ -18,7 +18,7 @@ from skillnet_platform import config, console, lifecycle, store, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 @dataclass
