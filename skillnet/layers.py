@@ -79,12 +79,9 @@ class SkillWeights(nn.Module):
         self.weights[name] = nn.Parameter(weight)
 
     def _get(self, name: str) -> Tensor:
-        try:
-            return self.weights[name]
-        except KeyError:
-            raise ValueError(
-                f"this model has no skill {name!r}{nearest(name, list(self.weights))}"
-            ) from None
+        if name not in self.weights:
+            raise ValueError(f"this model has no skill {name!r}{nearest(name, list(self.weights))}")
+        return self.weights[name]
 
     def merged(self, skills: Skills, dtype: torch.dtype) -> Tensor:
         """The weight that stands for all active skills at once, in ``dtype``.
