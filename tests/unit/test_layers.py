@@ -20,7 +20,7 @@ SKILLS = ("general", "text", "image", "sound", "video", "code", "alignment")
 PLANS = (("text",), ("general", "text"), ("alignment", "code", "general"), SKILLS)
 
 
-# -- the reference: one skill after the other -----------------------------------------------
+# -- the reference: one skill after the other ----------------------------------
 
 
 def loop_linear(layer: SkillLinear, x: Tensor, skills: Skills) -> Tensor:
@@ -80,7 +80,7 @@ def encoder_of(config: SkillNetConfig) -> Encoder:
     return encoder
 
 
-# -- equal to the loop ------------------------------------------------------------------------
+# -- equal to the loop ----------------------------------
 
 
 @pytest.mark.parametrize("skills", PLANS, ids=len)
@@ -129,7 +129,7 @@ def test_autocast_stays_near_float64(dtype: torch.dtype) -> None:
     assert error < (2e-5 if dtype == torch.float32 else 0.15)
 
 
-# -- attention --------------------------------------------------------------------------------
+# -- attention ----------------------------------
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, 40, PLAIN_TOKENS + 1])
@@ -172,7 +172,7 @@ def test_a_row_of_padding_gives_no_nan(dtype: torch.dtype) -> None:
     assert torch.isfinite(gradient).all()
 
 
-# -- inactive skills ----------------------------------------------------------------------------
+# -- inactive skills ----------------------------------
 
 
 def test_inactive_skills_stay_as_they_are_under_adamw_with_weight_decay() -> None:
@@ -195,7 +195,7 @@ def test_inactive_skills_stay_as_they_are_under_adamw_with_weight_decay() -> Non
             assert parameter in optimizer.state, name
 
 
-# -- merged weights -----------------------------------------------------------------------------
+# -- merged weights ----------------------------------
 
 
 def _weights(axis: int | None = None) -> SkillWeights:
@@ -294,7 +294,7 @@ def test_names_that_torch_needs_are_refused(name: str) -> None:
         _weights().add(name)
 
 
-# -- stochastic depth -----------------------------------------------------------------------------
+# -- stochastic depth ----------------------------------
 
 
 def test_drop_path_leaves_out_a_share_of_the_rows_and_scales_the_rest() -> None:

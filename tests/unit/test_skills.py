@@ -1,0 +1,135 @@
+"""Plans, tasks and names: what is accepted, and what a mistake is told."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skillnet.config import SkillNetConfig
+from skillnet.skills import (
+    DEFAULT_SKILLS,
+    MODALITIES,
+    SkillPlan,
+    Task,
+    check_names,
+    check_plan,
+    default_tasks,
+    find_task,
+)
+
+
+@given(st.permutations(DEFAULT_SKILLS), st.integers(1, 7), st.sampled_from(MODALITIES))
+def test_a_plan_is_the_set_of_its_skills(order: list[str], count: int, modality) -> None:
+    chosen = order[:count]
+    plan = SkillPlan(tuple(chosen), modality)
+    assert plan == SkillPlan(tuple(reversed(chosen)), modality)
+    assert hash(plan) == hash(SkillPlan(tuple(reversed(chosen)), modality))
+    assert plan.skills == tuple(sorted(chosen))
+
+
+@pytest.mark.parametrize(
+    ("skills", "modality", "message"),
+    [
+        ((), "text", "at least one skill"),
+        (("text", "text"), "text", "named twice"),
+        ("text", "text", "not the single name 'text'"),
+        (("text",), "smell", "unknown modality 'smell'; expected one of text, image"),
+    ],
+)
+def test_plans_that_cannot_be(skills, modality, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SkillPlan(skills, modality)
+
+
+def test_a_plan_is_checked_against_the_models_skills() -> None:
+    with pytest.raises(ValueError, match=r"here: unknown skill 'imgae'; did you mean 'image'"):
+        check_plan(SkillPlan(("general", "imgae")), DEFAULT_SKILLS, "here")
+
+
+@pytest.mark.parametrize(
+    ("objective", "towers", "outputs", "message"),
+    [
+        ("clasification", ("input",), 3, "unknown objective .*did you mean 'classification'"),
+        ("retrieval", ("input",), 0, r"has the towers \['candidate', 'query'\], not \['input'\]"),
+        ("ctc", ("query", "candidate"), 3, r"has the towers \['input'\]"),
+        ("ctc", ("input",), 0, "needs outputs >= 1"),
+    ],
+)
+def test_tasks_that_cannot_be(objective, towers, outputs: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(objective, {name: SkillPlan(("text",)) for name in towers}, outputs)
+
+
+def test_the_default_tasks_use_the_default_skills() -> None:
+    tasks = default_tasks()
+    assert sorted(tasks) == [
+        "speech_recognition",
+        "text_classification",
+        "text_to_code",
+        "text_to_image",
+        "text_to_video",
+    ]
+    for task in tasks.values():
+        assert set(task.skills) <= set(DEFAULT_SKILLS)
+        assert "general" in task.skills
+    assert tasks["text_to_image"].skills == ("alignment", "general", "image", "text")
+    assert tasks["text_to_image"].stems == ("patch", "token")
+    assert tasks["text_to_code"].stems == ("token",)
+
+
+def test_an_unknown_task_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"'text_to_imgae'; did you mean 'text_to_image'"):
+        find_task("text_to_imgae", default_tasks())
+
+
+BAD_NAMES = ["", " ", "a.b", "../x", "a/b", "a b", "1a", "_keys", "shared", "x" * 65, "a-b", "a\n"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_cannot_name_files_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.skills: "):
+        SkillNetConfig(skills=(*DEFAULT_SKILLS, name))
+    with pytest.raises(ValueError, match=r"model\.tasks: "):
+        SkillNetConfig(tasks={**default_tasks(), name: default_tasks()["text_to_code"]})
+
+
+def test_names_that_a_file_system_may_confuse_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'\w+' occurs twice"):
+        SkillNetConfig(skills=(*DEFAULT_SKILLS, "Text"))
+    with pytest.raises(ValueError, match="occurs twice"):
+        SkillNetConfig(skills=(*DEFAULT_SKILLS, "text"))
+
+
+@pytest.mark.parametrize("name", ["depth", "weights", "标题", "Text2", "norm_3"])
+def test_names_in_any_script_are_welcome(name: str) -> None:
+    check_names((name,), "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"skills": ()}, r"model\.skills is empty"),
+        ({"dim": 10, "heads": 4}, r"model\.dim 10 must divide by model\.heads 4"),
+        ({"depth": 0}, r"model\.depth must be at least 1, got 0"),
+        ({"patch_size": 0}, r"model\.patch_size must be at least 1"),
+        ({"vocab_size": -1}, r"model\.vocab_size must be at least 1"),
+        ({"patch_size": 7}, r"model\.image_size 48 must divide by model\.patch_size\s+7"),
+        ({"tubelet": (3, 8, 8)}, r"model\.tubelet \(3, 8, 8\) must divide"),
+        ({"tubelet": (2, 0, 8)}, r"each at least 1"),
+        ({"tubelet": (2, 8)}, r"\(frames, height, width\)"),
+        ({"dropout": 1.0}, r"model\.dropout must be in \[0, 1\)"),
+        ({"drop_path": -0.1}, r"model\.drop_path must be in \[0, 1\)"),
+        ({"skill_modules": "all"}, r"both, attention or feedforward, not 'all'"),
+        ({"bigram_buckets": -1}, r"model\.bigram_buckets must be 0 or more"),
+        ({"skills": ("general", "text")}, r"model\.tasks\.\w+\.towers\.\w+: unknown skill"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SkillNetConfig(**changes)
+
+
+def test_plans_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SkillPlan(("text",)).skills = ("image",)  # type: ignore[misc]
