@@ -1,8 +1,10 @@
 """Texts to token ids."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 TEXT_TOKENS = 64
@@ -13,7 +15,9 @@ CODE_TOKENS = 192
 def encode(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
     """Token ids of each text, cut after ``limit``: one list<int32> for each text."""
     ids = [row.ids[:limit] for row in tokenizer.encode_batch_fast(list(texts))]
-    return pa.array(ids, pa.list_(pa.int32()))
+    ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
 
 
 def encode_captions(
