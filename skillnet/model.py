@@ -176,6 +176,6 @@ def _mean(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Mean over real tokens, (B, D). A row without a real token gives zeros."""
     if mask_BT is None:
         return x_BTD.mean(1)
-    weights_BT = mask_BT.to(x_BTD.dtype)
-    total_BD = torch.einsum("btd,bt->bd", x_BTD, weights_BT)
-    return total_BD / weights_BT.sum(1, keepdim=True).clamp(min=1)
+    weights_BT1 = mask_BT[..., None].to(x_BTD.dtype)
+    # No matrix product: autocast would round what is pooled to bf16.
+    return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)

@@ -265,7 +265,7 @@ def configs(draw: st.DrawFn) -> SkillNetConfig:
     two = st.builds(
         Task,
         st.just("retrieval"),
-        st.tuples(plan, plan).map(lambda p: dict(query=p[0], candidate=p[1])),
+        st.tuples(plan, plan).map(lambda p: {"query": p[0], "candidate": p[1]}),
     )
     names = st.sampled_from(("first", "second", "标题"))
     return small_config(

@@ -1,0 +1,172 @@
+"""Losses against their definitions, and the ranks' losses against that of one process."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skillnet.objectives import cross_entropy, ctc, info_nce
+
+
+def unit(rows: int, width: int = 5, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=g, dtype=torch.float64)
+    return F.normalize(x, dim=1).requires_grad_()
+
+
+# -- classification and speech ------------------------------------------------------------------
+
+
+def test_cross_entropy_is_the_mean_over_the_global_count() -> None:
+    logits, labels = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 4
+    whole = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    parts = [cross_entropy(logits[i : i + 2], labels[i : i + 2], 6, 0.1) for i in (0, 2, 4)]
+    torch.testing.assert_close(sum(parts), whole)
+    assert cross_entropy(logits[:0], labels[:0], 6) == 0
+
+
+def test_cross_entropy_of_bf16_is_computed_in_float32() -> None:
+    logits = torch.randn(4, 8).bfloat16()
+    loss = cross_entropy(logits, torch.arange(4), 4)
+    assert loss.dtype == torch.float32
+    assert loss == F.cross_entropy(logits.float(), torch.arange(4))
+
+
+def ctc_inputs(rows: int = 4) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    scores = torch.randn(rows, 6, 4, dtype=torch.float64, requires_grad=True)
+    return (
+        scores,
+        torch.tensor([6, 5, 6, 3])[:rows],
+        torch.tensor([[1, 2, 0], [3, 3, 1], [1, 0, 0], [2, 1, 0]])[:rows],
+        torch.tensor([2, 3, 1, 2])[:rows],
+    )
+
+
+def test_ctc_divides_each_row_by_its_symbols_and_sums_over_ranks() -> None:
+    scores, lengths, targets, sizes = ctc_inputs()
+    log_probs = scores.log_softmax(-1)
+    each = [
+        F.ctc_loss(log_probs[i, :n, None].squeeze(1), targets[i, :k], n, k, reduction="none") / k
+        for i, (n, k) in enumerate(zip(lengths, sizes, strict=True))
+    ]
+    whole = ctc(log_probs, lengths, targets, sizes, 4)
+    torch.testing.assert_close(whole, torch.stack(each).mean())
+    parts = [
+        ctc(log_probs[i : i + 2], lengths[i : i + 2], targets[i : i + 2], sizes[i : i + 2], 4)
+        for i in (0, 2)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_ctc_leaves_out_what_cannot_be_aligned() -> None:
+    scores, lengths, targets, sizes = ctc_inputs()
+    lengths = torch.tensor([6, 3, 6, 3])  # row 1 needs four tokens: two equal symbols in a row
+    loss = ctc(scores.log_softmax(-1), lengths, targets, sizes, 4)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.equal(scores.grad[1], torch.zeros_like(scores.grad[1]))
+    assert scores.grad[0].abs().sum() > 0
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_ctc_of_silence_is_finite() -> None:
+    scores, lengths, targets, _ = ctc_inputs()
+    loss = ctc(scores.log_softmax(-1), lengths, targets, torch.zeros(4, dtype=torch.int64), 4)
+    assert torch.isfinite(loss)
+
+
+# -- retrieval ------------------------------------------------------------------------------------
+
+
+def naive_info_nce(query: Tensor, candidate: Tensor, scale: Tensor, groups: list[int]) -> Tensor:
+    total = query.new_zeros(())
+    rows = len(groups)
+    for a, b in ((query, candidate), (candidate, query)):
+        for i in range(rows):
+            log_p = (scale * b @ a[i]).log_softmax(0)
+            same = [j for j in range(rows) if j == i or groups[i] == groups[j] >= 0]
+            total = total - sum(log_p[j] for j in same) / len(same)
+    return total / (2 * rows)
+
+
+GROUPS = [[-1] * 6, [3, 3, -1, 5, -1, 3], [0, 1, 2, 3, 4, 5], [7] * 6]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_info_nce_equals_its_definition(groups: list[int]) -> None:
+    query, candidate = unit(6), unit(6, seed=1)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    ours = info_nce(query, candidate, scale, torch.tensor(groups), 6)
+    theirs = naive_info_nce(query, candidate, scale, groups)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    inputs = (query, candidate, scale)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class FakeGather:
+    """Stands for a rank: calls meet what the other ranks would have sent."""
+
+    def __init__(self, whole: dict[int, Tensor], start: int) -> None:
+        self.whole, self.start = whole, start
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return next(w for w in self.whole.values() if _starts(w, x, self.start))
+
+    def offset(self, rows: int) -> int:
+        return self.start
+
+
+def _starts(whole: Tensor, part: Tensor, start: int) -> bool:
+    same = whole.shape[1:] == part.shape[1:] and whole.dtype == part.dtype
+    return same and torch.equal(whole[start : start + len(part)], part)
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+@pytest.mark.parametrize("cuts", [(0, 3, 6), (0, 1, 3, 6), (0, 6, 6)])
+def test_info_nce_of_ranks_adds_up_to_that_of_one(groups: list[int], cuts: tuple) -> None:
+    query, candidate, number = unit(6), unit(6, seed=1), torch.tensor(groups)
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    whole = info_nce(query, candidate, scale, number, 6)
+    parts = query.new_zeros(())
+    for start, stop in itertools.pairwise(cuts):
+        gather = FakeGather({0: query, 1: candidate, 2: number}, start)
+        part = slice(start, stop)
+        parts = parts + info_nce(query[part], candidate[part], scale, number[part], 6, gather)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    inputs = (query, candidate, scale)
+    for a, b in zip(
+        torch.autograd.grad(parts, inputs), torch.autograd.grad(whole, inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_info_nce_does_not_hang_on_the_order_of_rows() -> None:
+    query, candidate, groups = unit(6), unit(6, seed=1), torch.tensor([3, 3, -1, 5, -1, 3])
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    one = info_nce(query, candidate, scale, groups, 6)
+    two = info_nce(query[order], candidate[order], scale, groups[order], 6)
+    torch.testing.assert_close(one, two)
+
+
+def test_info_nce_under_autocast_keeps_its_precision() -> None:
+    query, candidate, groups = unit(6).float(), unit(6, seed=1).float(), torch.arange(6)
+    scale = torch.tensor(100.0)
+    exact = info_nce(query, candidate, scale, groups, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert info_nce(query, candidate, scale, groups, 6) == exact
+
+
+def test_info_nce_of_the_right_pairs_is_near_zero_and_falls_with_the_scale() -> None:
+    same = torch.eye(6, dtype=torch.float64)
+    low, high = (
+        info_nce(same, same, torch.tensor(s, dtype=torch.float64), torch.arange(6), 6)
+        for s in (5.0, 50.0)
+    )
+    assert high < 1e-12 < low
