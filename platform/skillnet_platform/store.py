@@ -29,6 +29,19 @@ DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
+#: MLflow's pages open on traces of language models otherwise.
+TRAINING_VIEW = "workflowType=machine_learning"
+
+#: So that MLflow's pages show training runs first, and say what they show.
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": (
+        "Runs of SkillNet Platform. Metrics are grouped by task (`text_to_image/loss`); a run's "
+        "page has its description, its corpora as datasets (digests of their manifests), its "
+        "resolved configuration as parameters and as `config.yaml`, and its plots as artifacts."
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -96,7 +109,7 @@ def setup(uri: str | None = None, experiment: str = "skillnet") -> Place:
             found = mlflow_client.get_experiment_by_name(experiment)
             if found is None:
                 location = artifact_root().as_uri() if chosen.startswith("sqlite") else None
-                identity = mlflow_client.create_experiment(experiment, location)
+                identity = mlflow_client.create_experiment(experiment, location, EXPERIMENT_TAGS)
                 return Place(chosen, identity)
         except MlflowException as problem:
             found = _made_meanwhile(mlflow_client, experiment, problem, chosen)

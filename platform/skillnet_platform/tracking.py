@@ -21,7 +21,8 @@ from skillnet_platform import console, lifecycle, operations, spool, store
 
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 5000
-LONGEST_DATASET_DIGEST = 36
+#: MLflow shows it beside the name, and keeps at most 36; the whole one is in the profile.
+DATASET_DIGEST = 12
 
 
 @dataclass
@@ -58,7 +59,8 @@ class Tracker:
     def link(self) -> str:
         """The page of the run for an HTTP tracker; its id otherwise."""
         if self.uri.startswith("http"):
-            return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+            page = f"experiments/{self.experiment_id}/runs/{self.run_id}"
+            return f"{self.uri}/#/{page}?{store.TRAINING_VIEW}"
         return self.run_id
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
@@ -94,7 +96,7 @@ class Tracker:
                 {
                     "kind": "input",
                     "name": name,
-                    "digest": digest[:LONGEST_DATASET_DIGEST],
+                    "digest": digest[:DATASET_DIGEST],
                     "source_type": "local",
                     "source": json.dumps({"corpus": name, "sources": manifest.get("sources", [])}),
                     "schema": json.dumps(manifest.get("schema", {})),

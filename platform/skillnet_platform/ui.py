@@ -30,12 +30,14 @@ class UiConfig:
         host: which interface to listen on; the pages have no password, so keep it at loopback
             unless the network is yours.
         uri: the store to show; by default that of the runs made here.
+        experiment: whose runs are shown first.
         open: whether to open a browser.
     """
 
     port: int = 5000
     host: str = "127.0.0.1"
     uri: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
+    experiment: str = "skillnet"
     open: bool = False
 
 
@@ -55,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     port = options.port or _free_port(options.host)
     _require_free(options.host, port)
-    store.setup(uri)
+    place = store.setup(uri, options.experiment)
     tracking.send_left_behind(uri)
-    return _serve(uri, options.host, port, options.open)
+    return _serve(place, options.host, port, options.open)
 
 
 def server_command(uri: str, host: str, port: int) -> list[str]:
@@ -68,12 +70,12 @@ def server_command(uri: str, host: str, port: int) -> list[str]:
     return [program, "server", "--backend-store-uri", uri, *artifacts, *where]
 
 
-def _serve(uri: str, host: str, port: int, open_browser: bool) -> int:
+def _serve(place: store.Place, host: str, port: int, open_browser: bool) -> int:
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop(store.URI_VARIABLE, None)
     url = f"http://{host}:{port}"
     server = subprocess.Popen(
-        server_command(uri, host, port),
+        server_command(place.uri, host, port),
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -86,10 +88,11 @@ def _serve(uri: str, host: str, port: int, open_browser: bool) -> int:
     try:
         with lifecycle.terminate_as_interrupt():
             _wait_until_up(server, url, said)
-            console.note(f"runs of {uri}; Ctrl-C stops")
-            print(url, flush=True)
+            console.note(f"runs of {place.uri}; Ctrl-C stops")
+            page = f"{url}/#/experiments/{place.experiment_id}/runs?{store.TRAINING_VIEW}"
+            print(page, flush=True)
             if open_browser:
-                webbrowser.open(url)
+                webbrowser.open(page)
             return server.wait()
     except KeyboardInterrupt:
         return 0

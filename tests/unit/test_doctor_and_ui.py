@@ -78,7 +78,8 @@ def test_ui_serves_the_runs_and_leaves_no_process(run_root: Path) -> None:
         text=True,
     )
     assert process.stdout is not None
-    url = process.stdout.readline().strip()
+    url, _, page = process.stdout.readline().strip().partition("/#/")
+    assert page.startswith("experiments/")
     assert url.startswith("http://127.0.0.1:")
     request = urllib.request.Request(
         f"{url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=shown"
