@@ -209,7 +209,7 @@ def _note_unchanged(
         manifest = verify_corpus(data / corpus.name)
     except UserError:
         return
-    identity = identity_of(corpus, sources, data)
+    identity = identity_of(corpus, sources, data) | corpus.facts()
     if all(manifest.get(key) == value for key, value in identity.items()):
         done[corpus.name] = _summary(manifest, "unchanged")
 

@@ -68,12 +68,26 @@ class Made(Corpus):
         return {"every": 10}
 
 
-class Changed(Made):
+class OtherSettings(Made):
     """The same with another number among its settings."""
 
     def preprocessing(self) -> dict[str, Any]:
         """Another number."""
         return {"every": 11}
+
+
+class OtherCode(Made):
+    """The same after a change of its code."""
+
+    version = 2
+
+
+class OtherLabels(Made):
+    """The same with names for its labels."""
+
+    def facts(self) -> dict[str, Any]:
+        """One name."""
+        return {"labels": ["line"]}
 
 
 def put_archive(directory: Path) -> Path:

@@ -22,7 +22,7 @@ from pipelines.transforms import sound
 VALIDATION_EVERY = 4
 WEB_PAGE = "not a recording: a saved web page"
 
-INITIALS = [*"bpmfdtnlgkhjqx", "zh", "ch", "sh", *"rzcs"]
+INITIALS = [*"bpmfdtnlgkhjqxrzcs", "zh", "ch", "sh"]
 FINALS = [
     "a", "o", "e", "ai", "ei", "ao", "ou", "an", "en", "ang", "eng", "ong", "er",
     "i", "ia", "ie", "iao", "iou", "ian", "in", "iang", "ing", "iong",

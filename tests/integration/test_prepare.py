@@ -98,10 +98,13 @@ def test_an_altered_shard_is_prepared_again(tmp_path: Path, ray_session: Any) ->
     assert shard.read_bytes() == whole
 
 
-def test_other_settings_are_prepared_again(tmp_path: Path, ray_session: Any) -> None:
+@pytest.mark.parametrize("kind", ["OtherSettings", "OtherCode", "OtherLabels"])
+def test_what_would_come_out_otherwise_is_prepared_again(
+    tmp_path: Path, ray_session: Any, kind: str
+) -> None:
     archives = put_archive(tmp_path / "archives")
     first = prepare([MADE], tmp_path / "data", archives)["made"]
-    second = prepare(["tests.made_corpora:Changed"], tmp_path / "data", archives)["made"]
+    second = prepare([f"tests.made_corpora:{kind}"], tmp_path / "data", archives)["made"]
     assert second["state"] == "prepared"
     assert second["digest"] != first["digest"]
 
