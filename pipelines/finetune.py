@@ -182,9 +182,8 @@ def _followed(path: Path, steps: int) -> Iterator[None]:
                     if "words" not in line:
                         continue
                     if bar is None:
-                        first = max(line["step"] - line.get("since", 0), 0)
                         bar = shown.enter_context(
-                            console.progress("training", steps, "steps", done=first)
+                            console.progress("training", steps, "steps", done=line["step"])
                         )
                     bar.advance(line["step"] - bar.done, line["words"])
                 if last:

@@ -40,10 +40,9 @@ class RunReporter(Reporter):
     def __init__(self, config: FinetuneConfig, run: Path, tracker: Tracker | None) -> None:
         self._config, self._run, self._tracker = config, run, tracker
         self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
-        self._told = 0
 
     def start(self, step: int) -> None:
-        self._told = step
+        self.progress(step, "")
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self._say(step=step, metrics=values)
@@ -51,8 +50,7 @@ class RunReporter(Reporter):
             self._tracker.metrics(values, step)
 
     def progress(self, step: int, words: str) -> None:
-        self._say(step=step, words=words, since=step - self._told)
-        self._told = step
+        self._say(step=step, words=words)
 
     def evaluate(self, model: SkillNet, step: int) -> None:
         from pipelines.evaluation import evaluate_model
