@@ -94,13 +94,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     from pipelines import sources
     from pipelines.evaluation import evaluate_model
     from pipelines.references import references
+    from pipelines.reporting import in_order
     from skillnet.skills import find_task
 
     source = sources.find(config.source, config.tracking_uri)
     model = sources.load(source)
     data = Path(config.data) if config.data else data_root()
     corpora = source.corpora | config.corpora
-    chosen = config.tasks or list(model.config.tasks)
+    chosen = config.tasks or in_order(model.config.tasks)
     specs = {name: find_task(name, model.config.tasks) for name in chosen}
     begin = time.monotonic()
     with console.progress("evaluating", None, "rows") as bar:

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.collate import Fixed, Ragged, open_column
 from pipelines.inference import Inputs, Runner, mean_lengths, split_inputs
+from pipelines.reporting import in_order
 from pipelines.shards import Corpus, Split, open_corpus
 from pipelines.training.settings import default_tasks_training
 from skillnet.accounting import account_task
@@ -89,7 +90,7 @@ def evaluate_model(
     Raises:
         UserError: an unknown task, a missing corpus, or a split that no corpus has.
     """
-    names = list(model.config.tasks) if tasks is None else list(tasks)
+    names = in_order(model.config.tasks) if tasks is None else list(tasks)
     specs = {name: find_task(name, model.config.tasks) for name in names}
     runner = Runner(model, precision)
     rows: list[dict[str, Any]] = []

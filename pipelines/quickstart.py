@@ -103,7 +103,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         result = finetune(training)
     rows = result["evaluation"]
     with stages.stage("register", f"registering the model as {config.registered}"):
-        made = _register(config, data, result, rows)
+        made = _register(config, data, result, rows, others)
         total = _tell(config, result, rows, others)
     return {
         "name": result["name"],
@@ -148,14 +148,18 @@ def _references(config: QuickstartConfig, data: Path) -> list[dict[str, Any]]:
 
 
 def _register(
-    config: QuickstartConfig, data: Path, result: dict[str, Any], rows: list[dict[str, Any]]
+    config: QuickstartConfig,
+    data: Path,
+    result: dict[str, Any],
+    rows: list[dict[str, Any]],
+    others: list[dict[str, Any]],
 ) -> Any:
     from pipelines import sources
     from pipelines.register import register_model
 
     uri = config.tracking.uri
     source = sources.find(result["run"], uri)
-    return register_model(source, data, rows=rows, name=config.registered, uri=uri)
+    return register_model(source, data, rows=rows, others=others, name=config.registered, uri=uri)
 
 
 def _tell(

@@ -48,6 +48,7 @@ def register_model(
     data: str | Path,
     *,
     rows: Sequence[dict[str, Any]] | None = None,
+    others: Sequence[dict[str, Any]] = (),
     name: str = "skillnet",
     uri: str | None = None,
     samples: int = 1000,
@@ -60,6 +61,7 @@ def register_model(
         source: the trained model.
         data: directory of prepared corpora.
         rows: its evaluation on the test splits; none evaluates it now.
+        others: rows of chance and the simple references, for the page of the version.
         name: of the registered model.
         uri: MLflow tracking URI.
         samples: resamplings, where it is evaluated now.
@@ -98,9 +100,7 @@ def register_model(
                 *registry.installed(registry.REQUIREMENTS),
             ],
             description="\n\n".join(
-                part
-                for part in (description, describe(rows, (), model.config, total, None))
-                if part
+                part for part in (description, describe(rows, others, model.config, total)) if part
             ),
             tags={
                 "weights_digest": source.digest,

@@ -1,12 +1,12 @@
 """What people see of a run: figures, tables and the description on its MLflow page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from skillnet.config import SkillNetConfig
-from skillnet.skills import Task
+from skillnet.skills import Task, default_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +19,9 @@ HEADLINE = {
     "ctc": ("token_error_rate", False),
     "retrieval": ("recall_at_10", True),
 }
+
+#: What a model is held against, in words.
+SYSTEMS = {"chance": "chance", "reference": "simple reference"}
 
 #: Metrics in words, for tables.
 WORDS = {
@@ -86,24 +89,33 @@ def summary_cells(
         tasks: name -> task.
         total: parameters of the whole model.
     """
-    columns = ["task", "metric", "chance", "simple reference", "SkillNet (95 % interval)", "active"]
+    beside = ("chance", "reference") if others else ()
+    columns = ["task", "metric", *(SYSTEMS[name] for name in beside)]
+    columns += ["SkillNet (95 % interval)", "active"]
     cells = []
-    for task, spec in tasks.items():
-        metric, more = HEADLINE[spec.objective]
+    for task in in_order(tasks):
+        metric, more = HEADLINE[tasks[task].objective]
         own = find(rows, task, metric)
         if own is None:
             continue
-        beside = [find(others, task, metric, system) for system in ("chance", "reference")]
+        found = [find(others, task, metric, system) for system in beside]
         cells.append(
             [
                 task,
                 words_of(metric) + (" ↑" if more else " ↓"),
-                *(shown(metric, row["value"]) if row else "–" for row in beside),
+                *(shown(metric, row["value"]) if row else "–" for row in found),
                 shown_interval(own),
                 f"{100 * own['activated_params'] / total:.0f} %",
             ]
         )
     return columns, cells
+
+
+def in_order(tasks: Iterable[str]) -> list[str]:
+    """The paper's five tasks in its order, then the others as they come."""
+    names = list(tasks)
+    known = [name for name in default_tasks() if name in names]
+    return known + [name for name in names if name not in known]
 
 
 def find(
@@ -120,17 +132,20 @@ def find(
 
 
 def flat_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Rows as MLflow metrics: ``text_to_image/test_recall_at_10``, intervals beside them.
+    """Rows as MLflow metrics: ``text_to_image/test_recall_at_10``.
 
-    A bound is named after its figure, so that MLflow lists the three together.
+    The bounds of a task's headline on ``test`` stand beside it; those of all other figures are
+    in the CSV file only, or they would crowd the page.
     """
+    headlines = {metric for metric, _ in HEADLINE.values()}
     flat: dict[str, float] = {}
     for row in rows:
         name = f"{row['task']}/{row['split']}_{row['metric']}"
         flat[name] = float(row["value"])
-        for bound in ("low", "high"):
-            if row.get(bound) is not None and not np.isnan(row[bound]):
-                flat[f"{name}_{bound}"] = float(row[bound])
+        if row["metric"] in headlines and row["split"] == "test":
+            for bound in ("low", "high"):
+                if row.get(bound) is not None and not np.isnan(row[bound]):
+                    flat[f"{name}_{bound}"] = float(row[bound])
     return flat
 
 
@@ -187,8 +202,10 @@ def run_facts(result: Mapping[str, Any]) -> dict[str, str]:
 def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the activation table: a line per tower, a dot per active skill."""
     cells = []
-    for name, task in config.tasks.items():
-        for tower, plan in task.towers.items():
+    for name in in_order(config.tasks):
+        towers = config.tasks[name].towers
+        for tower in sorted(towers, key=["input", "query", "candidate"].index):
+            plan = towers[tower]
             label = name if tower == "input" else f"{name}, {tower}"
             cells.append([label, *("●" if s in plan.skills else "" for s in config.skills)])
     return ["tower", *config.skills], cells
@@ -217,10 +234,13 @@ def training_figures(history: History, config: SkillNetConfig) -> "dict[str, Fig
 
 def loss_figure(history: History) -> "Figure":
     """A small panel per task: the losses have different units and do not share an axis."""
-    names = [name for name in history if name.endswith("/loss") and history[name]]
-    figure = _figure(2.6 * len(names), 2.7)
+    losses = [name for name in history if name.endswith("/loss") and history[name]]
+    names = [f"{task}/loss" for task in in_order(n.removesuffix("/loss") for n in losses)]
+    across = min(len(names), 3)
+    down = -(-len(names) // across)
+    figure = _figure(3.2 * across, 2.4 * down)
     for index, name in enumerate(names):
-        axes = figure.add_subplot(1, len(names), index + 1)
+        axes = figure.add_subplot(down, across, index + 1)
         steps, values = np.array(sorted(history[name]), dtype=float).T
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
@@ -228,7 +248,7 @@ def loss_figure(history: History) -> "Figure":
         axes.set_title(name.removesuffix("/loss").replace("_", " "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylim(bottom=0)
-        if index == 0:
+        if index % across == 0:
             axes.set_ylabel("training loss", fontsize=8)
         _quiet(axes)
     return figure
@@ -255,7 +275,7 @@ def activation_figure(config: SkillNetConfig) -> "Figure":
     figure = _figure(2.6 + 0.75 * columns, 0.9 + 0.36 * rows)
     axes = figure.add_subplot()
     for row in range(rows):
-        task = list(config.tasks).index(cells[row][0].partition(",")[0])
+        task = in_order(config.tasks).index(cells[row][0].partition(",")[0])
         for column in range(columns):
             colour = COLOURS[task % len(COLOURS)] if active[row, column] else "#eceae6"
             axes.add_patch(_square(column, row, colour))

@@ -1,0 +1,115 @@
+"""What people read of a run: tables say what the rows say, figures show every task and skill."""
+
+import numpy as np
+import pytest
+
+from pipelines import reporting
+from skillnet.config import SkillNetConfig
+from skillnet.skills import SkillPlan, Task, default_tasks
+
+
+def row(task: str, metric: str, value: float, system: str = "skillnet", **more) -> dict:
+    base = {"split": "test", "low": value - 0.02, "high": value + 0.02, "activated_params": 25}
+    return {"task": task, "metric": metric, "value": value, "system": system} | base | more
+
+
+ROWS = [
+    row("text_to_image", "recall_at_10", 0.4),
+    row("text_to_image", "recall_at_10", 0.2, split="test_unseen_concept"),
+    row("text_to_image", "reverse_recall_at_10", 0.3),
+    row("text_to_image", "median_rank", 17.5, low=12.0, high=20.0),
+    row("text_classification", "accuracy", 0.6),
+    row("text_classification", "macro_f1", 0.55),
+]
+OTHERS = [
+    row("text_to_image", "recall_at_10", 0.026, "chance", low=float("nan"), high=float("nan")),
+    row("text_to_image", "recall_at_10", 0.35, "reference"),
+]
+
+
+def test_the_summary_holds_one_line_per_task_in_the_papers_order():
+    columns, cells = reporting.summary_cells(ROWS, OTHERS, default_tasks(), total=100)
+    assert columns[2:4] == ["chance", "simple reference"]
+    assert cells == [
+        ["text_classification", "accuracy ↑", "–", "–", "60.0 % (58.0–62.0)", "25 %"],
+        ["text_to_image", "R@10 ↑", "2.6 %", "35.0 %", "40.0 % (38.0–42.0)", "25 %"],
+    ]
+    columns, cells = reporting.summary_cells(ROWS, [], default_tasks(), total=100)
+    assert columns == ["task", "metric", "SkillNet (95 % interval)", "active"]
+    assert [len(line) for line in cells] == [4, 4]
+
+
+def test_results_keep_splits_and_directions_apart():
+    _, cells = reporting.result_cells(ROWS)
+    assert [line[:2] for line in cells] == [
+        ["text_to_image", "test"],
+        ["text_to_image", "test_unseen_concept"],
+        ["text_to_image", "test, reverse"],
+        ["text_classification", "test"],
+    ]
+    assert "median rank 17.5 (12–20)" in cells[0][2]
+    assert "accuracy 60.0 % (58.0–62.0)" in cells[3][2]
+
+
+def test_metrics_are_grouped_by_task_and_only_headlines_have_bounds():
+    flat = reporting.flat_metrics(ROWS)
+    assert flat["text_to_image/test_recall_at_10"] == 0.4
+    assert flat["text_to_image/test_recall_at_10_low"] == pytest.approx(0.38)
+    assert flat["text_to_image/test_unseen_concept_recall_at_10"] == 0.2
+    assert {name for name in flat if name.endswith(("_low", "_high"))} == {
+        f"{name}_{bound}"
+        for name in ("text_to_image/test_recall_at_10", "text_classification/test_accuracy")
+        for bound in ("low", "high")
+    }
+
+
+def test_markdown_cells_cannot_break_the_table():
+    text = reporting.markdown(["a", "b"], [["x|y", "z"]])
+    assert [line.replace("\\|", "").count("|") for line in text.splitlines()] == [3, 3, 3]
+
+
+def test_the_description_names_results_activation_and_facts():
+    text = reporting.description(ROWS, OTHERS, SkillNetConfig(), 11_300_000, {"steps": 150})
+    assert "11.3 M parameters in 7 skills" in text
+    assert "40.0 % (38.0–42.0)" in text
+    assert "- steps: 150" in text
+    line = next(x for x in text.splitlines() if x.startswith("| text_to_video, candidate"))
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["●", "", "", "", "●", "", "●"]
+
+
+def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
+    tasks = default_tasks() | {
+        "own": Task("classification", {"input": SkillPlan(("general", "code"), "code")}, outputs=2)
+    }
+    config = SkillNetConfig(tasks=tasks)
+    (axes,) = reporting.activation_figure(config).axes
+    assert len(axes.patches) == 9 * 7
+    grey = sum(patch.get_facecolor()[:3] > (0.9, 0.9, 0.9) for patch in axes.patches)
+    active = sum(len(plan.skills) for task in tasks.values() for plan in task.towers.values())
+    assert len(axes.patches) - grey == active
+
+
+def test_the_loss_picture_has_a_panel_per_task():
+    history = {f"{task}/loss": [(20, 3.0), (10, 4.0), (30, 2.0)] for task in default_tasks()}
+    history["training/learning_rate"] = [(10, 1e-3), (20, 5e-4)]
+    figures = reporting.training_figures(history, SkillNetConfig())
+    assert set(figures) == {
+        "plots/activation.png",
+        "plots/loss_by_task.png",
+        "plots/learning_rate.png",
+    }
+    loss = figures["plots/loss_by_task.png"]
+    assert [axes.get_title() for axes in loss.axes] == [
+        t.replace("_", " ") for t in default_tasks()
+    ]
+    np.testing.assert_array_equal(loss.axes[0].lines[0].get_xdata(), [10, 20, 30])
+    assert set(reporting.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
+
+
+def test_smoothing_keeps_a_constant_and_the_length():
+    np.testing.assert_allclose(reporting.smooth(np.full(50, 2.5)), 2.5)
+    values = np.random.default_rng(0).standard_normal(200)
+    smoothed = reporting.smooth(values)
+    assert len(smoothed) == 200
+    assert smoothed.std() < values.std()
+    np.testing.assert_allclose(smoothed[100], values[95:106].mean())
