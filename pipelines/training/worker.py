@@ -141,8 +141,10 @@ def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | Non
     workers = config.training.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = config.training.threads_per_worker or max(1, (cores or 1) // workers)
+    # It looks out for notices of cloud machines, and logs an error about itself.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with cluster.session(cpus=max(workers, cores or 1)):
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         trainer = TorchTrainer(
@@ -163,6 +165,7 @@ def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | Non
                 # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
                 name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                 storage_path=str(run / "ray"),
+                logging_config=LoggingConfig(log_level="WARNING"),
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
                 failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=config.training.max_failures, controller_failure_limit=3
