@@ -220,7 +220,7 @@ def _conclude(
     from skillnet.model import SkillNet
 
     model = SkillNet.from_pretrained(run / "model")
-    costs = {task: account_task(model, task) for task in config.tasks}
+    costs = {task: account_task(model, task) for task in config.measured}
     tracker.metrics(
         {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
@@ -244,7 +244,7 @@ def _conclude(
         "folder": f"`{run}`",
     }
     total = sum(p.numel() for p in model.parameters())
-    tracker.note(reporting.description(rows, [], config.model, total, facts))
+    tracker.note(reporting.description(rows, [], model.config, total, facts))
     return rows
 
 
@@ -255,10 +255,10 @@ def _evaluate(config: FinetuneConfig, model: "SkillNet", step: int) -> list[dict
         return evaluate_model(
             model,
             str(config.data),
-            list(config.tasks),
+            list(config.measured),
             seed=config.seed,
-            corpora={name: task.corpus for name, task in config.tasks.items()},
-            limits={name: task.max_length for name, task in config.tasks.items()},
+            corpora={name: task.corpus for name, task in config.measured.items()},
+            limits={name: task.max_length for name, task in config.measured.items()},
             steps=step,
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
         )

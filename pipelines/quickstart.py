@@ -141,8 +141,8 @@ def _references(config: QuickstartConfig, data: Path) -> list[dict[str, Any]]:
     from pipelines.references import references
     from skillnet.skills import find_task
 
-    tasks = {name: find_task(name, config.model.tasks) for name in config.tasks}
-    corpora = {name: task.corpus for name, task in config.tasks.items()}
+    tasks = {name: find_task(name, config.model.tasks) for name in config.measured}
+    corpora = {name: task.corpus for name, task in config.measured.items()}
     with console.progress("simple references", len(tasks), "tasks") as bar:
         return references(data, tasks, corpora=corpora, on_task=lambda name: bar.advance(1, name))
 

@@ -1,11 +1,11 @@
-"""Grow a trained model: new skills and tasks, while every other weight stays as it is."""
+"""Grow a trained model, or take a task off it, while every other weight stays as it is."""
 
 import dataclasses
 
 from skillnet.heads import HEADS
 from skillnet.layers import SkillWeights, check_free
 from skillnet.model import SkillNet
-from skillnet.skills import Task, check_names, check_plan, nearest
+from skillnet.skills import Task, check_names, check_plan, find_task, nearest
 from skillnet.stems import STEMS
 
 
@@ -52,4 +52,17 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
         if stem not in model.stems:
             model.stems[stem] = STEMS[stem](model.config).to(some.device, some.dtype)
     model.heads[name] = head
+    return model
+
+
+def remove_task(model: SkillNet, name: str) -> SkillNet:
+    """Take a task and its head off, in place; skills and stems stay. Returns the model.
+
+    Raises:
+        ValueError: a task that the model does not have.
+    """
+    find_task(name, model.config.tasks)
+    tasks = {task: spec for task, spec in model.config.tasks.items() if task != name}
+    model.config = dataclasses.replace(model.config, tasks=tasks)
+    del model.heads[name]
     return model

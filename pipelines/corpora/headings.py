@@ -1,7 +1,7 @@
 """Chinese Library Classification: headings of the subject tree, classified by top class.
 
 Siblings share words, so the split goes by the heading's ancestor at level 3, never by heading.
-For pretraining, definitions of 278,369 words out of cnchar-data.
+For pretraining, definitions of 278,369 words out of cnchar-data; each row's caption is its word.
 """
 
 import json
@@ -59,12 +59,24 @@ class Headings(Corpus):
     modality = "text"
     task = "text_classification"
     archives = (CLASSIFICATION, CNCHAR_DATA)
-    raw = pa.schema([("text", pa.string()), ("label", pa.int32())])
-    columns = pa.schema(
-        [("text", pa.string()), ("tokens", pa.list_(pa.int32())), ("label", pa.int32())]
+    version = 2
+    raw = pa.schema(
+        [("text", pa.string()), ("label", pa.int32()), ("captions", pa.list_(pa.string()))]
     )
-    left_out: ClassVar = {"pretrain": frozenset({"label"})}
-    text_columns = ("text",)
+    columns = pa.schema(
+        [
+            ("text", pa.string()),
+            ("tokens", pa.list_(pa.int32())),
+            ("label", pa.int32()),
+            ("captions", pa.list_(pa.string())),
+            ("caption_tokens", pa.list_(pa.list_(pa.int32()))),
+        ]
+    )
+    left_out: ClassVar = {
+        "pretrain": frozenset({"label"}),
+        **{s: frozenset({"captions", "caption_tokens"}) for s in ("train", "validation", "test")},
+    }
+    text_columns = ("text", "captions")
     shard_rows = 32_768
 
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
@@ -74,9 +86,16 @@ class Headings(Corpus):
         yield from _definitions(sources)
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """Tokens of each text."""
-        tokens = text.encode(tokenizer, block["text"].to_pylist(), text.TEXT_TOKENS)
-        return pa.table({"text": block["text"], "tokens": tokens, "label": block["label"]})
+        """Tokens of each text, and of the word that a definition is of."""
+        return pa.table(
+            {
+                "text": block["text"],
+                "tokens": text.encode(tokenizer, block["text"].to_pylist(), text.TEXT_TOKENS),
+                "label": block["label"],
+                "captions": block["captions"],
+                "caption_tokens": text.encode_captions(tokenizer, block["captions"].to_pylist()),
+            }
+        )
 
     def preprocessing(self) -> dict[str, Any]:
         """Limits of the selection and of the split."""
@@ -134,6 +153,7 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | Rejected]:
             "group": -1,
             "text": entry["name"],
             "label": LABEL_OF[top[code]],
+            "captions": [],
         }
 
 
@@ -171,6 +191,8 @@ def _definitions(sources: Sources) -> Iterator[Row | Rejected]:
                 "split": "pretrain",
                 "key": key,
                 "group": -1,
-                "text": f"{word}：{definition.removeprefix('1.')}",
+                # A dictionary's swung dash: or the pair would be matched by the word alone.
+                "text": definition.removeprefix("1.").strip().replace(word, "～"),
                 "label": None,
+                "captions": [word],
             }

@@ -73,6 +73,8 @@ class TaskTraining:
         smoothing: label smoothing, classification only.
         first_caption: share of the draws that take a row's first caption, the one it is
             evaluated with; the others take any of its captions. Retrieval only.
+        auxiliary: it only helps the others to learn: it is not evaluated, and the final model
+            does without its head.
     """
 
     corpus: str
@@ -82,6 +84,7 @@ class TaskTraining:
     max_length: int | None = None
     smoothing: float = 0.0
     first_caption: float = 0.0
+    auxiliary: bool = False
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -212,3 +215,8 @@ class FinetuneConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: bool = True
+
+    @property
+    def measured(self) -> dict[str, TaskTraining]:
+        """The tasks that are evaluated: all but the auxiliary ones."""
+        return {name: task for name, task in self.tasks.items() if not task.auxiliary}

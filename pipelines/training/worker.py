@@ -14,6 +14,7 @@ import torch
 
 from pipelines.training.loop import Reporter, train
 from pipelines.training.settings import FinetuneConfig
+from skillnet.growth import remove_task
 from skillnet.memory import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet
 from skillnet_platform import config as configuration
@@ -56,7 +57,7 @@ class RunReporter(Reporter):
         from pipelines.evaluation import evaluate_model
         from pipelines.reporting import flat_metrics
 
-        tasks = self._config.tasks
+        tasks = self._config.measured
         rows = evaluate_model(
             model,
             str(self._config.data),
@@ -103,6 +104,8 @@ def work(
     reporter = RunReporter(config, run, tracker)
     try:
         done = train(config, rank=rank, world=world, run=run, reporter=reporter)
+        for name in config.tasks.keys() - config.measured.keys():
+            remove_task(done.model, name)
         done.model.save_pretrained(run / MODEL)
         write_json(run / TRAINED, done.summary() | {"world": world, "seed": config.seed})
     finally:

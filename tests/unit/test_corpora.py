@@ -72,7 +72,7 @@ def tree() -> dict[str, dict]:  # type: ignore[type-arg]
 def test_headings_of_one_subtree_stay_together_and_traps_are_set_aside(tmp_path: Path) -> None:
     corpus = headings.Headings()
     put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
-    words = {"一定": "1.必然。", "二": " "}
+    words = {"一定": "1.必然，如一定要去。", "二": " "}
     put(
         tmp_path,
         "cnchar",
@@ -86,7 +86,9 @@ def test_headings_of_one_subtree_stay_together_and_traps_are_set_aside(tmp_path:
     assert "repeated" in rejected["heading/F100.2"]
     assert "largest" in rejected["heading/Z100.2"]
     assert rejected["definition/一/二"] == "definition is empty"
-    assert rows["definition/一/一定"]["text"] == "一定：必然。"
+    # The word is the caption; its definition must not give it away.
+    assert rows["definition/一/一定"]["text"] == "必然，如～要去。"
+    assert rows["definition/一/一定"]["captions"] == ["一定"]
     assert len(rows) + len(rejected) == len(tree()) + 2
     homes = defaultdict(set)
     labels = defaultdict(set)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skillnet import SkillNet, SkillPlan
-from skillnet.growth import add_skill, add_task
+from skillnet.growth import add_skill, add_task, remove_task
 from skillnet.skills import Task
 from tests.small_models import PLANS, batch_of, loss_of, small_config, small_model
 
@@ -142,3 +142,17 @@ def test_tasks_that_cannot_be_added_change_nothing(
         add_task(model, name, Task("classification", {"input": SkillPlan(skills)}, 3))
     assert model.config == small_config()
     assert set(model.heads) == set(small_config().tasks)
+
+
+def test_a_task_taken_off_leaves_the_others_as_they_were() -> None:
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    remove_task(model, "text_to_code")
+    after = dict(model.named_parameters())
+    gone = {name for name in before if name.startswith("heads.text_to_code.")}
+    assert gone
+    assert after.keys() == before.keys() - gone
+    assert all(torch.equal(p, before[name]) for name, p in after.items())
+    assert "head-text_to_code" not in model.files_of()
+    with pytest.raises(ValueError, match="unknown task 'text_to_code'"):
+        remove_task(model, "text_to_code")
