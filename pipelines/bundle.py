@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipelines import tokenizer as tokenizers
 from pipelines.evaluation import check_outputs, corpus_path
+from pipelines.inference import best_device
 from pipelines.predictor import CaptionBank, Predictor
 from pipelines.shards import Corpus, open_corpus
 from pipelines.sources import Source
@@ -99,7 +100,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> Predictor:
     """
     folder = Path(folder)
     about = check(folder)
-    model = SkillNet.from_pretrained(folder / "model")
+    model = SkillNet.from_pretrained(folder / "model").to(best_device())
     banks = {}
     for task, spec in model.config.tasks.items():
         if spec.objective == "retrieval" and f"captions-{task}.json" in about["files"]:

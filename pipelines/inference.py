@@ -199,6 +199,11 @@ class Runner:
             self.model.train(was_training)
 
 
+def best_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def batches_by_length(lengths: np.ndarray, positions: int) -> Iterator[np.ndarray]:
     """Row numbers in batches of like length, longest first; every row exactly once."""
     order = np.argsort(-lengths, kind="stable")

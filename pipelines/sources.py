@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipelines.inference import best_device
 from skillnet.files import check_file, read_manifest
 from skillnet.model import SkillNet
 from skillnet_platform.config import load_yaml
@@ -100,7 +101,8 @@ def find(given: str, uri: str | None = None) -> Source:
 
 
 def load(source: Source, task: str | None = None) -> SkillNet:
-    """The model in evaluation mode; with ``task`` only what that task activates.
+    """The model in evaluation mode, on the GPU if there is one; with ``task`` only what that
+    task activates.
 
     A checkpoint of a run that keeps averaged weights gives those.
 
@@ -119,7 +121,7 @@ def load(source: Source, task: str | None = None) -> SkillNet:
 
             for key, value in load_file(check_file(source.weights, name, manifest)).items():
                 own[key].copy_(value)
-    return model
+    return model.to(best_device())
 
 
 def _registered(given: str, uri: str | None) -> Source:
