@@ -144,7 +144,7 @@ def signature() -> Any:
     inputs = Schema(
         [
             ColSpec(text, "text", required=False),
-            ColSpec(DataType.binary, "file", required=False),
+            ColSpec(text, "file", required=False),
             ColSpec(text, "name", required=False),
             ColSpec(text, "task", required=False),
         ]

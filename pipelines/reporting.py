@@ -118,6 +118,17 @@ def in_order(tasks: Iterable[str]) -> list[str]:
     return known + [name for name in names if name not in known]
 
 
+def headlines(rows: Sequence[Row], tasks: Mapping[str, Task]) -> str:
+    """The headline of each task in one line."""
+    said = []
+    for task in in_order(tasks):
+        metric, _ = HEADLINE[tasks[task].objective]
+        row = find(rows, task, metric)
+        if row is not None:
+            said.append(f"{task} {words_of(metric)} **{shown(metric, row['value'])}**")
+    return ", ".join(said)
+
+
 def find(
     rows: Sequence[Row], task: str, metric: str, system: str | None = None, split: str = "test"
 ) -> Row | None:
@@ -173,6 +184,8 @@ def description(
         f"trained jointly on {len(config.tasks)} tasks."
     ]
     if rows:
+        # MLflow folds the note after a few lines: the figures come first.
+        parts.append(f"On held-out data: {headlines(rows, config.tasks)}.")
         parts += ["#### Test results", markdown(*summary_cells(rows, others, config.tasks, total))]
         parts += [
             "*active*: share of the parameters that the task reads. Intervals: bootstrap over "

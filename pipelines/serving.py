@@ -7,6 +7,7 @@ the version named in the model's requirements.
       curl -s -H 'Content-Type: application/json' -d @- http://127.0.0.1:5001/invocations
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,11 @@ DEFAULT_TOP = 5
 
 
 class SkillNetModel(PythonModel):
-    """Rows of text or file bytes in, answers out.
+    """Rows of text or files in, answers out.
 
     Columns of the input, all of them optional, one of ``text`` and ``file`` in each row:
-    ``text``; ``file``, a media file's bytes (base64 in JSON); ``name``, its file name; ``task``,
-    by default the one that reads such an input. Columns of the output: see
+    ``text``; ``file``, a media file's bytes in base64; ``name``, its file name; ``task``, by
+    default the one that reads such an input. Columns of the output: see
     :class:`pipelines.predictor.Prediction`; a Python file gives one row for each function.
     """
 
@@ -71,8 +72,14 @@ def _item(row: Mapping[str, Any], number: int) -> Item:
     text, data = row.get("text"), row.get("file")
     if (text is None) == (data is None):
         raise UserError(f"row {number}: give either text or file")
-    name = row.get("name") or (text if text is not None else f"row {number}")
-    return Item(str(name), text, None if data is None else bytes(data), row.get("task") or None)
+    name = str(row.get("name") or (text if text is not None else f"row {number}"))
+    if data is None:
+        return Item(name, text, None, row.get("task") or None)
+    try:
+        content = base64.b64decode(data, validate=True)
+    except ValueError:
+        raise UserError(f"row {number}: file is not base64") from None
+    return Item(name, None, content, row.get("task") or None)
 
 
 mlflow.models.set_model(SkillNetModel())

@@ -1,5 +1,6 @@
 """From a checkpoint into the registry and back: the same answers, nothing else needed."""
 
+import base64
 import io
 import json
 import shutil
@@ -52,8 +53,8 @@ def test_the_first_version_is_champion(place: Place):
 def test_predictions_equal_those_of_the_checkpoint(place: Place):
     """The whole way (MLflow, bundle, tokenizer, transforms) against the bare model."""
     loaded = registry.load(CHAMPION)
-    texts = ["古代文学研究", "数学教程"]
-    answers = loaded.predict(pd.DataFrame([{"text": t} for t in texts] + [{"file": heart()}]))
+    texts, encoded = ["古代文学研究", "数学教程"], base64.b64encode(heart()).decode()
+    answers = loaded.predict(pd.DataFrame([{"text": t} for t in texts] + [{"file": encoded}]))
 
     model = SkillNet.from_pretrained(place.saved)
     runner = Runner(model)
@@ -83,6 +84,20 @@ def test_the_number_of_alternatives_is_a_parameter(place: Place):
     loaded = registry.load(CHAMPION)
     answer = loaded.predict(pd.DataFrame([{"text": "历史年鉴"}]), params={"top": 2})
     assert len(answer["alternatives"][0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x", "task": "text_to_imag"}, "did you mean 'text_to_image'"),
+        ({"file": "no base64!"}, "row 0: file is not base64"),
+        ({"name": "a.png"}, "row 0: give either text or file"),
+        ({"text": "x", "file": "eA=="}, "row 0: give either text or file"),
+    ],
+)
+def test_what_a_served_model_refuses(place: Place, row, message):
+    with pytest.raises(ValueError, match=message):
+        registry.load(CHAMPION).predict(pd.DataFrame([row]))
 
 
 def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place, capsys):

@@ -72,9 +72,11 @@ def test_the_description_names_results_activation_and_facts():
     text = reporting.description(ROWS, OTHERS, SkillNetConfig(), 11_300_000, {"steps": 150})
     assert "11.3 M parameters in 7 skills" in text
     assert "40.0 % (38.0–42.0)" in text
+    assert text.index("text_to_image R@10 **40.0 %**") < text.index("| task")
     assert "- steps: 150" in text
     line = next(x for x in text.splitlines() if x.startswith("| text_to_video, candidate"))
-    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["●", "", "", "", "●", "", "●"]
+    cells = [cell.replace("&emsp;", "").strip() for cell in line.split("|")[2:-1]]
+    assert cells == ["●", "", "", "", "●", "", "●"]
 
 
 def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
