@@ -88,9 +88,13 @@ def _split(number: int) -> str:
 
 
 def _headings() -> list[Row]:
-    return [
+    headings: list[Row] = [
         {"split": _split(i), "text": f"{subject}{ending}", "label": SUBJECTS.index(subject)}
         for i, (subject, ending) in enumerate(product(SUBJECTS, ENDINGS))
+    ]
+    return headings + [
+        {"split": "pretrain", "text": f"关于{subject}的{ending}", "captions": [subject]}
+        for subject, ending in product(SUBJECTS, ENDINGS[:2])
     ]
 
 

@@ -27,7 +27,7 @@ SMALL = {
     "model.vocab_size": 1200,
     "tracking.system_metrics": "false",
     "skip": "[fetch,prepare]",
-    **{f"tasks.{task}.batch": 8 for task in default_tasks()},
+    **{f"tasks.{task}.batch": 8 for task in (*default_tasks(), "text_to_definition")},
 }
 
 
