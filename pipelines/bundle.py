@@ -153,7 +153,11 @@ def open_predictor(source: Source, data: str | Path | None, precision: str = "au
     if data is None:
         raise UserError(f"{source.name} is a checkpoint: give --data, the prepared corpora")
     tasks = config_from_dict(read_json(source.weights / "config.json")).tasks
-    digests = [open_corpus(corpus_path(data, task, source.corpora)).digest for task in tasks]
+    digests = [
+        open_corpus(corpus_path(data, task, source.corpora)).digest
+        for task in tasks
+        if task not in source.auxiliary
+    ]
     key = digest([FORMAT, __version__, source.digest, digests, source.limits])
     kept = run_root() / "cache" / "bundles" / key[:16]
     if not (kept / ABOUT).is_file():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.inference import Runner, memory_inputs
+from pipelines.reporting import in_order
 from pipelines.transforms import code, image, sound, text, video
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, find_task
@@ -156,10 +157,11 @@ class Predictor:
             raise UserError(
                 f"{item.name}: {item.task} reads {' or '.join(reads)}, this is {modality}"
             )
-        for name, spec in tasks.items():
+        for name in in_order(tasks):
+            towers = tasks[name].towers
             for tower in ("input", "candidate"):
-                if tower in spec.towers and spec.towers[tower].modality == modality:
-                    return name, tower, spec.towers[tower]
+                if tower in towers and towers[tower].modality == modality:
+                    return name, tower, towers[tower]
         raise UserError(
             f"{item.name}: no task of this model reads {modality}; it has {', '.join(tasks)}"
         )

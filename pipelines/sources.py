@@ -15,6 +15,7 @@ import torch
 
 from pipelines.inference import best_device
 from skillnet.files import check_file, read_manifest
+from skillnet.growth import remove_task
 from skillnet.model import SkillNet
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
@@ -74,6 +75,12 @@ class Source:
         tasks = self.settings.get("tasks") or {}
         return {name: task.get("max_length") for name, task in tasks.items() if task}
 
+    @property
+    def auxiliary(self) -> set[str]:
+        """Tasks that only helped the others to learn."""
+        tasks = self.settings.get("tasks") or {}
+        return {name for name, task in tasks.items() if task and task.get("auxiliary")}
+
 
 def find(given: str, uri: str | None = None) -> Source:
     """Find a model; see the head of this file for what may be given.
@@ -104,7 +111,8 @@ def load(source: Source, task: str | None = None) -> SkillNet:
     """The model in evaluation mode, on the GPU if there is one; with ``task`` only what that
     task activates.
 
-    A checkpoint of a run that keeps averaged weights gives those.
+    A checkpoint of a run that keeps averaged weights gives those, and does without the heads of
+    auxiliary tasks.
 
     Raises:
         ValueError: files that are missing or altered.
@@ -121,6 +129,9 @@ def load(source: Source, task: str | None = None) -> SkillNet:
 
             for key, value in load_file(check_file(source.weights, name, manifest)).items():
                 own[key].copy_(value)
+    if task is None:
+        for name in source.auxiliary & set(model.config.tasks):
+            remove_task(model, name)
     return model.to(best_device())
 
 

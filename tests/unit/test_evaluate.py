@@ -184,3 +184,30 @@ def test_command_refuses_what_is_no_model(data: Path, run_root: Path, capsys, tm
     assert "holds no whole model" in capsys.readouterr().err
     assert command.main(["--checkpoint", "a", "--run", "b"]) == 2
     assert "not both" in capsys.readouterr().err
+
+
+def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, run_root: Path):
+    from pipelines import sources
+    from pipelines.evaluate import EvaluateConfig, evaluate
+    from skillnet.growth import add_task
+    from skillnet.skills import SkillPlan, Task
+
+    plan = SkillPlan(("general", "text"), "text")
+    helper = Task("retrieval", {"query": plan, "candidate": plan})
+    torch.manual_seed(0)
+    model = add_task(SkillNet(config()), "text_to_definition", helper)
+    run = tmp_path / "run"
+    model.save_pretrained(run / "checkpoints" / "step-00000001")
+    (run / "config.yaml").write_text(
+        "seed: 5\ntasks:\n  text_to_definition: {corpus: headings, auxiliary: true}\n"
+        "  text_to_code: {corpus: functions, max_length: 9}\n",
+        encoding="utf-8",
+    )
+    source = sources.find(str(run / "checkpoints" / "step-00000001"))
+    assert source.auxiliary == {"text_to_definition"}
+    assert source.limits["text_to_code"] == 9
+    result = evaluate(
+        EvaluateConfig(checkpoint=str(source.weights), data=str(data), samples=0, references=False)
+    )
+    assert {row["task"] for row in result.rows} == set(config().tasks)
+    assert {row["seed"] for row in result.rows} == {5}

@@ -75,7 +75,7 @@ def test_the_description_names_results_activation_and_facts():
     assert text.index("text_to_image R@10 **40.0 %**") < text.index("| task")
     assert "- steps: 150" in text
     line = next(x for x in text.splitlines() if x.startswith("| text_to_video, candidate"))
-    cells = [cell.replace("&emsp;", "").strip() for cell in line.split("|")[2:-1]]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
     assert cells == ["●", "", "", "", "●", "", "●"]
 
 
