@@ -1,7 +1,7 @@
 """The training loop: one task a step, the same code in this process, under Ray and in tests."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,6 @@ def train(
     if world > 1:
         for parameter in model.parameters():
             dist.broadcast(parameter.data, src=0)
-    forward: Callable[..., dict[str, Tensor]] = (
-        torch.compile(model, dynamic=True) if settings.compile else model
-    )
     optimizer = SkillAdamW(settings.weight_decay, (settings.beta1, settings.beta2))
     average = WeightAverage(settings.ema) if settings.ema else None
     active = {name: list(model.active_parameters(name)) for name in config.tasks}
@@ -163,7 +160,7 @@ def train(
             seed_dropout(config.seed, step, rank)
 
             sync.begin(batch.task)
-            loss = step_loss(forward, task, batch, precision, config, rank, world)
+            loss = step_loss(model, task, batch, precision, config, rank, world)
             loss.backward()
             sync.finish()
             norm = clip_by_norm(active[batch.task], settings.clip)
@@ -223,7 +220,7 @@ def train(
 
 
 def step_loss(
-    forward: Callable[..., dict[str, Tensor]],
+    model: SkillNet,
     task: Task,
     batch: Batch,
     precision: Precision,
@@ -233,7 +230,7 @@ def step_loss(
 ) -> Tensor:
     """This rank's share of the loss of a global batch: the ranks' losses add up to it."""
     with precision.autocast():
-        outputs = forward(batch.task, batch.towers)
+        outputs = model(batch.task, batch.towers)
     gather = Gather(batch.global_rows, rank, world) if world > 1 else None
     smoothing = config.tasks[batch.task].smoothing
     return task_loss(task, outputs, batch, gather, smoothing)

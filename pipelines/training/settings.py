@@ -118,7 +118,6 @@ class TrainingConfig:
         temperature: tasks without a weight get rows ** (1 / temperature).
         ema: decay per step of an average of the weights kept beside them and used for
             evaluation and the final model; 0 keeps none.
-        compile: run the model's forward through torch.compile.
         workers: Ray workers; 0 trains in this process without Ray.
         threads_per_worker: compute threads of a worker; 0 shares the machine's cores out.
         use_gpu: give each worker a GPU.
@@ -146,7 +145,6 @@ class TrainingConfig:
     clip: float = 1.0
     temperature: float = 2.0
     ema: float = 0.0
-    compile: bool = False
     workers: int = 1
     threads_per_worker: int = 0
     use_gpu: bool = False

@@ -93,7 +93,6 @@ def identity_of(config: FinetuneConfig) -> dict[str, Any]:
         "threads_per_worker",
         "use_gpu",
         "precision",
-        "compile",
         "checkpoint_every",
         "keep",
         "evaluate_every",
