@@ -1,0 +1,134 @@
+"""Ratios of times, measured side by side, and the dated CSV that keeps them.
+
+Absolute times hang on the machine and on who else uses it. So contenders run in turns in one
+process, each round gives one ratio, and what is reported is the median of the ratios with the
+smallest and the largest. With one thread the clock is the process' CPU time, which others on
+the machine disturb least; with more threads it is the wall's.
+"""
+
+import csv
+import datetime
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+
+Clock = Callable[[], float]
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of some rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass
+class Result:
+    """One measured figure, one row of a CSV.
+
+    Args:
+        measured: what was measured.
+        against: what stands below the fraction bar; empty for a plain figure.
+        unit: ``ratio`` or the figure's unit.
+        value, low, high: median, smallest and largest of the rounds.
+        target: what the figure should be, as ``<= 1.05`` or ``>= 2.5``; empty without one.
+        rounds: number of rounds.
+        setting: sizes, in words.
+        note: what a reader must know.
+    """
+
+    measured: str
+    against: str
+    unit: str
+    value: float
+    low: float
+    high: float
+    target: str = ""
+    rounds: int = 1
+    setting: str = ""
+    note: str = ""
+    met: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        if self.target:
+            sign, bound = self.target.split()
+            good = self.value <= float(bound) if sign == "<=" else self.value >= float(bound)
+            self.met = "yes" if good else "no"
+
+
+def clock_for(threads: int) -> Clock:
+    """CPU time of the process for one thread, wall time for several."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; every other round runs in reverse order."""
+    names = list(runs)
+    for name in names * warmup:
+        runs[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            begin = clock()
+            runs[name]()
+            seconds[name].append(clock() - begin)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, smallest and largest."""
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Spread of the rounds' own ratios."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def machine() -> str:
+    """The processor's name and the number of cores that this process may use."""
+    name = "unknown processor"
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {count} cores"
+
+
+def write(name: str, results: Sequence[Result], threads: int, folder: Path = RESULTS) -> Path:
+    """Write ``<date>-<name>.csv``; an older one of the same day is replaced."""
+    import torch
+
+    date = datetime.date.today().isoformat()
+    common = {
+        "date": date,
+        "machine": machine(),
+        "threads": threads,
+        "clock": "cpu" if threads == 1 else "wall",
+        "load": round(os.getloadavg()[0], 1),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{date}-{name}.csv"
+    rows = [_rounded(asdict(result)) | common for result in results]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _rounded(row: dict[str, object]) -> dict[str, object]:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
