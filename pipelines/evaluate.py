@@ -158,9 +158,14 @@ def log(
 ) -> None:
     """Record figures and the CSV file in an MLflow run."""
     from pipelines.reporting import flat_metrics
+    from pipelines.sources import knows_run
     from skillnet_platform import store
     from skillnet_platform.tracking import Tracker
 
+    store.setup(uri)
+    if not knows_run(run_id, uri):
+        console.note(f"run {run_id} is not in this tracker; the figures are in {path} only")
+        return
     tracker = Tracker.by_id(run_id, store.resolve_uri(uri))
     tracker.metrics(flat_metrics(rows), step or 0)
     tracker.artifact(path, "evaluation")

@@ -181,16 +181,20 @@ def _evaluate(source: "Source", model: Any, data: str | Path, samples: int) -> l
 @contextlib.contextmanager
 def _run_of(source: "Source", uri: str | None) -> Iterator[str]:
     """Id of the run that made the model; a run for this registration if it has none."""
-    if source.run_id is not None:
+    from pipelines.sources import knows_run
+    from skillnet_platform import store, tracking
+
+    store.setup(uri)
+    if source.run_id is not None and knows_run(source.run_id, uri):
         yield source.run_id
         return
-    from skillnet_platform import tracking
 
     settings = tracking.TrackingConfig(uri=uri, system_metrics=False)
     with tracking.start(
         f"register {Path(source.name).name}",
         tracking=settings,
         description=f"Registered from `{source.weights}`, which belongs to no run here.",
+        tags={"trained_as": source.run_id} if source.run_id else None,
     ) as tracker:
         yield tracker.run_id
 

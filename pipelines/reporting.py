@@ -48,7 +48,7 @@ def shown(metric: str, value: float | None) -> str:
     """A figure as people read it: rates in per cent, ranks as they are."""
     if value is None or np.isnan(value):
         return "–"
-    return f"{value:g}" if metric.endswith("rank") else f"{100 * value:.1f} %"
+    return f"{value:.4g}" if metric.endswith("rank") else f"{100 * value:.1f} %"
 
 
 def shown_interval(row: Mapping[str, Any]) -> str:
@@ -58,7 +58,9 @@ def shown_interval(row: Mapping[str, Any]) -> str:
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return text
     rank = row["metric"].endswith("rank")
-    return f"{text} ({low:g}–{high:g})" if rank else f"{text} ({100 * low:.1f}–{100 * high:.1f})"
+    return (
+        f"{text} ({low:.4g}–{high:.4g})" if rank else f"{text} ({100 * low:.1f}–{100 * high:.1f})"
+    )
 
 
 def result_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

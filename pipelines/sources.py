@@ -135,6 +135,19 @@ def load(source: Source, task: str | None = None) -> SkillNet:
     return model.to(best_device())
 
 
+def knows_run(run_id: str, uri: str | None) -> bool:
+    """False if the tracker answers that it has no such run (a folder copied from elsewhere)."""
+    from mlflow.exceptions import MlflowException
+
+    from skillnet_platform import store
+
+    try:
+        store.client(store.resolve_uri(uri)).get_run(run_id)
+    except MlflowException as problem:
+        return bool(problem.error_code != "RESOURCE_DOES_NOT_EXIST")
+    return True
+
+
 def _registered(given: str, uri: str | None) -> Source:
     from skillnet_platform import registry
 

@@ -142,6 +142,19 @@ def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):
         register.register_model(sources.find(str(tmp_path / "nine")), place.data, rows=[])
 
 
+def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, capsys):
+    run = tmp_path / "from-elsewhere"
+    shutil.copytree(place.saved, run / "model")
+    (run / "config.yaml").write_text("seed: 1\n")
+    (run / "run.json").write_text('{"run_id": "' + 32 * "0" + '"}')
+    assert evaluate.main(["--run", str(run), "--data", str(place.data), "--samples", "20"]) == 0
+    assert "is not in this tracker" in capsys.readouterr().err
+    made = register.register_model(sources.find(str(run)), place.data, name="other", samples=20)
+    recorded = store.client(store.resolve_uri()).get_run(made.run_id)
+    assert recorded.data.tags["trained_as"] == 32 * "0"
+    assert recorded.info.status == "FINISHED"
+
+
 def states(place: Place, data: Path | None = None) -> dict[str, str]:
     checks = verify.verify(verify.VerifyConfig(CHAMPION, str(data or place.data)))
     return {check.what: check.state for check in checks}
