@@ -201,10 +201,9 @@ def _run_of(source: "Source", uri: str | None) -> Iterator[str]:
 
 def show(made: "Registered") -> None:
     """Print what was registered, under which alias, and why."""
-    rows = [
-        [reason.partition(": ")[0], reason.partition(": ")[2]] for reason in made.verdict.reasons
-    ]
-    console.table(f"{made.uri} is now @{made.alias}", ["gate", ""], rows)
+    console.note(f"{made.uri} is now @{made.alias}")
+    rows = [reason.partition(": ")[::2] for reason in made.verdict.reasons]
+    console.table("the gate", ["task", "verdict"], rows)
     console.note(f"try: skillnet predict --model models:/{made.name}@{made.alias} --text …")
 
 

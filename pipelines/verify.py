@@ -79,10 +79,16 @@ def verify(config: VerifyConfig) -> list[Check]:
     names = list(recorded) or sorted(set(source.corpora.values()))
     if source.run_id is not None:
         checks += _run(source, recorded, config.tracking_uri)
-    for name in names:
-        checks += _corpus(data / name, recorded.get(name), archives)
     if source.bundle is not None:
         checks.append(_tokenizer(source.bundle, data))
+    made_from: dict[tuple[str, str], dict[str, str]] = {}
+    for name in names:
+        check, entries = _corpus(data / name, recorded.get(name))
+        checks.append(check)
+        # Corpora share downloads: each is hashed once.
+        made_from |= {(entry["file"], entry["sha256"]): entry for entry in entries}
+    others = _other_sources(names) if made_from else {}
+    checks += [_source(entry, archives, others) for entry in made_from.values()]
     return checks
 
 
@@ -155,12 +161,13 @@ def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterato
         yield _guarded("run's model", same)
 
 
-def _corpus(folder: Path, digest: str | None, archives: Path) -> Iterator[Check]:
+def _corpus(folder: Path, digest: str | None) -> tuple[Check, list[dict[str, str]]]:
+    """The check of a corpus, and the sources that its manifest names."""
     from pipelines.shards import verify_corpus
 
+    what = f"corpus {folder.name}"
     if not folder.is_dir():
-        yield Check(f"corpus {folder.name}", "absent", f"{folder} does not exist")
-        return
+        return Check(what, "absent", f"{folder} does not exist"), []
     manifest: dict[str, Any] = {}
 
     def shards() -> str:
@@ -171,18 +178,26 @@ def _corpus(folder: Path, digest: str | None, archives: Path) -> Iterator[Check]
         size = sum(shard["bytes"] for shard in listed) / 2**20
         return f"{len(listed)} shards, {manifest['rows_out']} rows, {size:.1f} MiB"
 
-    yield _guarded(f"corpus {folder.name}", shards)
-    for entry in manifest.get("sources", []):
-        path = archives / entry["file"]
-        if not path.is_file():
-            yield Check(f"archive {entry['file']}", "absent", f"not in {archives}")
-        else:
-            yield _guarded(
-                f"archive {entry['file']}",
-                lambda path=path, entry=entry: _equal(  # type: ignore[misc]
-                    str(path), sha256_file(path), entry["sha256"]
-                ),
-            )
+    return _guarded(what, shards), manifest.get("sources", [])
+
+
+def _source(entry: dict[str, str], archives: Path, others: dict[str, str]) -> Check:
+    """One download of a corpus, or another source that this machine has at hand."""
+    name = entry["file"]
+    path = archives / name
+    if path.is_file():
+        return _guarded(name, lambda: _equal(str(path), sha256_file(path), entry["sha256"]))
+    if name in others:
+        return _guarded(name, lambda: _equal(name, others[name], entry["sha256"]))
+    return Check(name, "absent", f"not in {archives}")
+
+
+def _other_sources(names: list[str]) -> dict[str, str]:
+    """Sources of built-in corpora that are not downloads (the standard library): name -> hash."""
+    from pipelines.corpora import BUILT_IN, find_corpus
+
+    listed = [find_corpus(name).other_sources() for name in names if name in BUILT_IN]
+    return {entry["file"]: entry["sha256"] for entries in listed for entry in entries}
 
 
 def _tokenizer(bundle: Path, data: Path) -> Check:
