@@ -26,7 +26,15 @@ def run(rounds: int, threads: int) -> list[Result]:
         (Sizes(rows=96, dim=192), 2),
     ):
         step = skillnet_step(sizes, active)
-        results.append(_share(f"SkillNet, {active} active", step, sizes, rounds, threads))
+        results.append(
+            _share(
+                f"SkillNet, {active} active, {sizes.rows}x{sizes.tokens}x{sizes.dim}",
+                step,
+                sizes,
+                rounds,
+                threads,
+            )
+        )
     return [*results, *_compiled(rounds, threads)]
 
 

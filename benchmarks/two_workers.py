@@ -23,13 +23,14 @@ from benchmarks.measure import Result, ratio, spread
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.optimizer import SkillAdamW, clip_by_norm
 from pipelines.training.precision import native_bf16
+from pipelines.training.settings import TrainingConfig
 from skillnet.config import SkillNetConfig
 from skillnet.memory import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 
 TASK = "text_classification"
-SHAPES = ((16, 32), (32, 64))
+SHAPES = ((16, 16), (16, 32), (32, 64))
 
 
 def run(rounds: int, threads: int) -> list[Result]:
@@ -50,15 +51,28 @@ def run(rounds: int, threads: int) -> list[Result]:
                 value = found[name] / found["bytes activated"]
                 results.append(Result(name, against, "ratio", *spread([value]), target, 1, setting))
         results += [
-            _times(kind, found["ours"][kind], found["ddp"][kind], rounds, setting)
+            _times(kind, shape, found["ours"][kind], found["ddp"][kind], rounds, setting)
             for kind in ("wall", "cpu")
         ]
+        alone = ratio(found["alone"]["wall"], found["ddp"]["wall"])
+        name = f"step of {shape[0]}x{shape[1]} tokens without any exchange"
+        against = "DDP with find_unused_parameters"
+        note = "no exchange can be faster"
+        results.append(Result(name, against, "ratio of times", *alone, "", rounds, setting, note))
     return results
 
 
-def _times(kind: str, ours: list[float], theirs: list[float], rounds: int, setting: str) -> Result:
+def _times(
+    kind: str,
+    shape: tuple[int, int],
+    ours: list[float],
+    theirs: list[float],
+    rounds: int,
+    setting: str,
+) -> Result:
+    rows, tokens = shape
     return Result(
-        f"step with sums of active skills, {kind} time",
+        f"step of {rows}x{tokens} tokens a worker, {kind} time",
         "DDP with find_unused_parameters",
         "ratio of times",
         *ratio(ours, theirs),
@@ -92,7 +106,7 @@ def _worker(rank: int, folder: str, shape: tuple[int, int], rounds: int) -> None
     labels = torch.randint(0, 15, shape[:1])
 
     named = list(model.active_parameters(TASK))
-    sync = GradientSync({TASK: named}, 2, 2 * 2**20)
+    sync = GradientSync({TASK: named}, 2, TrainingConfig().bucket_mb * 2**20)
     optimizer = SkillAdamW(0.05)
 
     def ours() -> None:
@@ -109,7 +123,11 @@ def _worker(rank: int, folder: str, shape: tuple[int, int], rounds: int) -> None
         _backward(ddp, towers, labels)
         _update(twins, other)
 
-    seconds = _in_turns({"ours": ours, "ddp": theirs}, rounds)
+    def alone() -> None:
+        _backward(model, towers, labels)
+        _update(named, optimizer)
+
+    seconds = _in_turns({"ours": ours, "ddp": theirs, "alone": alone}, rounds)
     before = sync.bytes_reduced
     ours()
     found: dict[str, Any] = seconds | {

@@ -153,7 +153,7 @@ class TrainingConfig:
     keep: int = 2
     evaluate_every: int = 0
     log_every: int = 20
-    bucket_mb: float = 2.0
+    bucket_mb: float = 8.0
     max_failures: int = 1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
