@@ -16,6 +16,7 @@ from pipelines import tokenizer
 from pipelines.shards import manifest_digest, write_shard
 from pipelines.transforms import text, video
 from skillnet.config import SkillNetConfig
+from tests.small_corpora import shaped_table
 
 COLOURS = {
     "红色": (220, 40, 50),
@@ -220,12 +221,4 @@ def _table(rows: list[Row], split: str, words: Any) -> pa.Table:
             flat = np.stack([row[name] for row in rows]).ravel()
             width = int(np.prod(shapes[name]))
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat), width)
-    fields = [
-        pa.field(
-            name,
-            column.type,
-            metadata={b"shape": json.dumps(shapes[name]).encode()} if name in shapes else None,
-        )
-        for name, column in columns.items()
-    ]
-    return pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+    return shaped_table(columns, shapes)

@@ -4,6 +4,7 @@ The content is made up but learnable: a label, a caption, a symbol sequence foll
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,11 @@ def _table(name: str, split: str, rows: int, random: np.random.Generator) -> pa.
         counts = random.integers(1, 4, rows)
         inner = _tokens(np.repeat(kind, counts), random, 2, 9)
         columns["caption_tokens"] = pa.ListArray.from_arrays(_offsets(counts), inner)
+    return shaped_table(columns, shapes)
+
+
+def shaped_table(columns: dict[str, pa.Array], shapes: Mapping[str, Sequence[int]]) -> pa.Table:
+    """A table whose flat tensor columns carry their shape, as prepared shards do."""
     fields = [
         pa.field(
             key,

@@ -27,7 +27,6 @@ class Meter:
         self.losses: dict[str, float] = {}
         self._since = {"rows": 0, "waited": 0.0, "steps": 0}
         self._sums = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
-        self._last: dict[str, tuple[Tensor, float]] = {}
         self._norm = torch.zeros(())
         self._lr = 0.0
 

@@ -84,12 +84,6 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     return ray
 
 
-def free_cpus() -> float:
-    """CPUs that nothing holds at the moment, on the Ray that is connected."""
-    ray = ensure_ray()
-    return float(ray.available_resources().get("CPU", 0.0))
-
-
 @contextlib.contextmanager
 def session(cpus: int | None = None) -> Iterator[Any]:
     """Ray for the length of a block; shut down after it only if this block started it."""
