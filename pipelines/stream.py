@@ -185,7 +185,9 @@ class TaskRows:
         if modality == "sound":
             mel, frames = self._ragged("log_mel").take(rows, self.limit, crop)
             if draws is not None and config is not None:
-                mel, frames = augment.recordings(mel, frames, config, draws, self._model.max_frames)
+                mel, frames = augment.recordings(
+                    mel, frames, config, draws, self._model.max_frames, self._deviation
+                )
             return {"log_mel": torch.from_numpy(mel), "frames": _tensor(frames)}
         tokens, lengths = self._ragged("tokens").take(rows, self.limit, crop, PAD_TO)
         if draws is not None and config is not None:

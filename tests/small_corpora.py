@@ -71,6 +71,27 @@ def small_config(data: Path, **training: object) -> FinetuneConfig:
     )
 
 
+def write_scaled_sound(source: Path, folder: Path, deviation: float) -> None:
+    """Write a corpus of recordings again, its log-mel values divided by ``deviation``."""
+    folder.mkdir(parents=True)
+    manifest = json.loads((source / "manifest.json").read_text(encoding="utf-8"))
+    for split in manifest["splits"].values():
+        files = []
+        for shard in split["shards"]:
+            table = pa.ipc.open_file(source / shard["file"]).read_all()
+            (old,) = table.column("log_mel").chunks
+            scaled = old.values.flatten().to_numpy() / np.float32(deviation)
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(scaled), 80)
+            new = pa.ListArray.from_arrays(old.offsets, flat)
+            place = table.schema.get_field_index("log_mel")
+            table = table.set_column(place, "log_mel", new)
+            files.append(write_shard(table, folder / shard["file"]))
+        split["shards"] = files
+    manifest["preprocessing"] = {"deviation": deviation}
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
 def _write(
     folder: Path, name: str, splits: dict[str, tuple[int, int]], random: np.random.Generator
 ) -> None:

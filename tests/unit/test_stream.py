@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from pipelines.stream import Batch, MixedStream, Prefetcher, rank_slice
+from pipelines.training.settings import AugmentConfig
 from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
-from tests.small_corpora import small_config, write_corpora
+from tests.small_corpora import small_config, write_corpora, write_scaled_sound
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,20 @@ def test_captions_of_a_row_are_all_used(stream: MixedStream) -> None:
             tokens = stream.batch(step).towers["query"]["tokens"][place]
             seen[tuple(tokens[tokens > 0].tolist())] += 1
     assert set(seen) == {tuple(tokens) for tokens in captions[row]}
+
+
+def test_noise_is_as_loud_whatever_the_corpus_divided_by(data: Path, tmp_path: Path) -> None:
+    """Log power is stored divided by a deviation; noise adds to the power itself."""
+    config = small_config(data)
+    config.tasks = {"speech_recognition": config.tasks["speech_recognition"]}
+    config.training.augment = AugmentConfig(sound_noise=0.5, sound_gain=0.0)
+    plain = open_stream(config)
+    config.data = str(tmp_path)
+    write_scaled_sound(data / "syllables", tmp_path / "syllables", 3.2)
+    scaled = open_stream(config)
+    for step in range(4):
+        one, other = (x.batch(step).towers["input"]["log_mel"] for x in (plain, scaled))
+        torch.testing.assert_close(other * 3.2, one, rtol=1e-4, atol=1e-4)
 
 
 def test_prefetcher_gives_the_same_batches_in_order(stream: MixedStream) -> None:
