@@ -24,8 +24,8 @@ from pipelines.predictor import CaptionBank, Predictor
 from pipelines.shards import Corpus, open_corpus
 from pipelines.sources import Source
 from pipelines.sources import load as load_model
-from skillnet.files import config_from_dict
-from skillnet.model import SkillNet
+from skillnet import systems
+from skillnet.files import read_config, read_manifest
 from skillnet.skills import Task
 from skillnet_platform import __version__
 from skillnet_platform.config import digest
@@ -100,7 +100,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> Predictor:
     """
     folder = Path(folder)
     about = check(folder)
-    model = SkillNet.from_pretrained(folder / "model").to(best_device())
+    model = systems.load(folder / "model").to(best_device())
     banks = {}
     for task, spec in model.config.tasks.items():
         if spec.objective == "retrieval" and f"captions-{task}.json" in about["files"]:
@@ -152,7 +152,7 @@ def open_predictor(source: Source, data: str | Path | None, precision: str = "au
         return open_bundle(source.bundle, precision)
     if data is None:
         raise UserError(f"{source.name} is a checkpoint: give --data, the prepared corpora")
-    tasks = config_from_dict(read_json(source.weights / "config.json")).tasks
+    tasks = read_config(source.weights, read_manifest(source.weights))[0].tasks
     digests = [
         open_corpus(corpus_path(data, task, source.corpora)).digest
         for task in tasks

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.collate import Fixed, Ragged, open_column
 from pipelines.inference import Inputs, Runner, mean_lengths, split_inputs
+from pipelines.outcomes import Outcomes
 from pipelines.reporting import in_order
 from pipelines.shards import Corpus, Split, open_corpus
 from pipelines.training.settings import default_tasks_training
@@ -29,8 +30,8 @@ from skillnet.metrics import (
     ratio_of_sums,
     retrieval_ranks,
 )
-from skillnet.model import SkillNet
 from skillnet.skills import Task, find_task
+from skillnet.task_model import TaskModel
 from skillnet_platform.errors import UserError
 
 Figures = dict[str, Interval]
@@ -53,7 +54,7 @@ COLUMNS = (
 
 
 def evaluate_model(
-    model: SkillNet,
+    model: TaskModel,
     data: str | Path,
     tasks: Sequence[str] | None = None,
     splits: Sequence[str] | None = None,
@@ -66,6 +67,7 @@ def evaluate_model(
     precision: str = "auto",
     samples: int = 1000,
     on_split: Callable[[str, str, int], None] | None = None,
+    outcomes: Outcomes | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a model on the splits of its tasks' corpora.
 
@@ -83,6 +85,7 @@ def evaluate_model(
         precision: see :class:`pipelines.inference.Runner`.
         samples: resamplings of each interval; 0 leaves intervals out.
         on_split: called with task, split and rows before each split.
+        outcomes: is given what became of every row, if it is wanted.
 
     Returns:
         One dictionary per figure with the keys ``COLUMNS``. Rates lie in [0, 1].
@@ -111,6 +114,7 @@ def evaluate_model(
                 limit=(limits or {}).get(name),
                 seed=seed,
                 samples=samples,
+                outcomes=outcomes,
             )
             cost = account_task(model, name, lengths)
             rows += tidy(
@@ -141,6 +145,7 @@ def measure(
     limit: int | None = None,
     seed: int = 0,
     samples: int = 1000,
+    outcomes: Outcomes | None = None,
 ) -> tuple[Figures, dict[str, int]]:
     """Figures of one task on one split, and the mean length of its towers' rows.
 
@@ -148,6 +153,7 @@ def measure(
     """
     config = runner.model.config
     spec = find_task(task, config.tasks)
+    kept = Outcomes() if outcomes is None else outcomes
     table = split.table()
     inputs: dict[str, Inputs] = {
         tower: split_inputs(
@@ -163,15 +169,23 @@ def measure(
     if spec.objective == "classification":
         probabilities = runner.classify(task, inputs["input"])
         labels = fixed_column(table, "label", where)
-        figures = classification_figures(probabilities.argmax(1), labels, seed, samples)
+        predicted = probabilities.argmax(1)
+        figures = classification_figures(predicted, labels, seed, samples)
+        kept.hits(task, split.name, predicted == labels)
     elif spec.objective == "ctc":
         symbols, _ = runner.transcribe(task, inputs["input"])
-        figures = sequence_figures(symbols, ragged_column(table, "symbols", where), seed, samples)
+        counts = error_counts(symbols, ragged_column(table, "symbols", where))
+        figures = count_figures(counts, seed, samples)
+        kept.add(task, split.name, counts[:, 0], counts[:, 1])
     else:
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])
         groups = identities(fixed_column(table, "group", where))
-        figures = retrieval_figures(query, candidate, groups, groups, seed, samples)
+        ranks = retrieval_ranks(query, candidate, groups, groups)
+        figures = rank_figures(ranks, "", seed, samples) | retrieval_figures(
+            query, candidate, groups, groups, seed, samples, ways=("reverse_",)
+        )
+        kept.ranks(task, split.name, ranks)
     return figures, mean_lengths(inputs)
 
 
@@ -193,7 +207,11 @@ def sequence_figures(
     samples: int = 1000,
 ) -> Figures:
     """Token error rate (sum of edit distances over symbols) and share without any error."""
-    counts = error_counts(said, references)
+    return count_figures(error_counts(said, references), seed, samples)
+
+
+def count_figures(counts: np.ndarray, seed: int = 0, samples: int = 1000) -> Figures:
+    """The same of (distance, symbols) of each row, (N, 2)."""
     return {
         "token_error_rate": _interval(counts, ratio_of_sums, seed, samples),
         "exact_rate": _mean(counts[:, 0] == 0, seed, samples),

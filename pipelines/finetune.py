@@ -7,6 +7,7 @@
   progress.jsonl   every logged metric
   model/           the final model
   trained.json     steps, time, throughput
+  evaluation.csv   figures on the test sets, and outcomes.parquet, what became of each test row
   result.json      what the command gives; written last
 """
 
@@ -28,7 +29,8 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, data_root, read_json, run_root, write_json
 
 if TYPE_CHECKING:
-    from skillnet.model import SkillNet
+    from pipelines.outcomes import Outcomes
+    from skillnet.task_model import TaskModel
     from skillnet_platform.tracking import Tracker
 
 CONFIG = "config.yaml"
@@ -215,11 +217,13 @@ def _conclude(
 ) -> list[dict[str, Any]]:
     """Evaluate the final model, and record figures, plots, costs and a description."""
     from pipelines import reporting
+    from pipelines.outcomes import FILE as OUTCOMES
+    from pipelines.outcomes import Outcomes, write_outcomes
     from pipelines.training.worker import PROGRESS
+    from skillnet import systems
     from skillnet.accounting import account_task
-    from skillnet.model import SkillNet
 
-    model = SkillNet.from_pretrained(run / "model")
+    model = systems.load(run / "model")
     costs = {task: account_task(model, task) for task in config.measured}
     tracker.metrics(
         {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
@@ -228,13 +232,16 @@ def _conclude(
     )
     for name, figure in reporting.training_figures(history(run / PROGRESS), config.model).items():
         tracker.figure(figure, name)
-    rows = _evaluate(config, model, result["step"]) if config.evaluate else []
+    outcomes = Outcomes()
+    rows = _evaluate(config, model, result["step"], outcomes) if config.evaluate else []
     if rows:
         from pipelines.evaluate import write_csv
 
         tracker.metrics(reporting.flat_metrics(rows), result["step"])
         write_csv(rows, run / "evaluation.csv")
-        tracker.artifact(run / "evaluation.csv", "evaluation")
+        write_outcomes(outcomes, run / OUTCOMES)
+        for file in ("evaluation.csv", OUTCOMES):
+            tracker.artifact(run / file, "evaluation")
     facts = {
         "steps": result["step"],
         "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
@@ -248,7 +255,9 @@ def _conclude(
     return rows
 
 
-def _evaluate(config: FinetuneConfig, model: "SkillNet", step: int) -> list[dict[str, Any]]:
+def _evaluate(
+    config: FinetuneConfig, model: "TaskModel", step: int, outcomes: "Outcomes"
+) -> list[dict[str, Any]]:
     from pipelines.evaluation import evaluate_model
 
     with console.progress("evaluating", None, "rows") as bar:
@@ -261,6 +270,7 @@ def _evaluate(config: FinetuneConfig, model: "SkillNet", step: int) -> list[dict
             limits={name: task.max_length for name, task in config.measured.items()},
             steps=step,
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
+            outcomes=outcomes,
         )
 
 

@@ -16,8 +16,8 @@ from pipelines.collate import Nested, Ragged, open_column
 from pipelines.training.precision import choose
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import greedy_symbols
-from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, find_task
+from skillnet.task_model import TaskModel
 
 #: Positions (rows x tokens) of one batch: large enough to fill two cores, small in memory.
 POSITIONS = 4096
@@ -140,7 +140,7 @@ class Runner:
     """
 
     def __init__(
-        self, model: SkillNet, precision: str = "auto", positions: int = POSITIONS
+        self, model: TaskModel, precision: str = "auto", positions: int = POSITIONS
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device

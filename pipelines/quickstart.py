@@ -26,6 +26,8 @@ class QuickstartConfig(FinetuneConfig):
         seed: of weights, order, augmentation and dropout.
         data: directory of prepared corpora; by default corpora below the run root.
         init_from: checkpoint or saved model to start from; none starts at random.
+        system: what to train: skillnet, a baseline, or a third party's system.
+        options: options of that system.
         model: shape of the model.
         tasks: task name -> how it takes part.
         training: optimisation, parallelism, rhythm.
@@ -171,11 +173,11 @@ def _tell(
     """Put the references into the run's record; the number of parameters of the model."""
     from pipelines.evaluate import write_csv
     from pipelines.reporting import description, run_facts
-    from skillnet.model import SkillNet
+    from skillnet import systems
     from skillnet_platform import store
     from skillnet_platform.tracking import Tracker
 
-    model = SkillNet.from_pretrained(result["model"])
+    model = systems.load(result["model"])
     total = sum(p.numel() for p in model.parameters())
     if others:
         tracker = Tracker.by_id(result["run_id"], store.resolve_uri(config.tracking.uri))

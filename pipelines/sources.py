@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from pipelines.inference import best_device
+from skillnet import systems
 from skillnet.files import check_file, read_manifest
 from skillnet.growth import remove_task
-from skillnet.model import SkillNet
+from skillnet.task_model import TaskModel
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, run_root
@@ -31,7 +32,7 @@ class Source:
 
     Args:
         name: as the user gave it, or in words.
-        weights: folder that ``SkillNet.from_pretrained`` reads.
+        weights: folder that ``skillnet.systems.load`` reads.
         bundle: folder with tokenizer and labels beside the weights, or none.
         run: the run's folder, or none.
         run_id: of its MLflow run, or none.
@@ -107,7 +108,7 @@ def find(given: str, uri: str | None = None) -> Source:
     )
 
 
-def load(source: Source, task: str | None = None) -> SkillNet:
+def load(source: Source, task: str | None = None) -> TaskModel:
     """The model in evaluation mode, on the GPU if there is one; with ``task`` only what that
     task activates.
 
@@ -117,7 +118,7 @@ def load(source: Source, task: str | None = None) -> SkillNet:
     Raises:
         ValueError: files that are missing or altered.
     """
-    model = SkillNet.from_pretrained(source.weights, task)
+    model = systems.load(source.weights, task)
     manifest = read_manifest(source.weights)
     own = dict(model.named_parameters())
     with torch.no_grad():

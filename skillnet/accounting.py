@@ -6,12 +6,17 @@ multiply-add is two operations. Element-wise work (norms, activations, merging o
 weights) is left out, as the counter leaves it out.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, check_plan, find_task
 from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem
+from skillnet.task_model import TaskModel
 
 
 class Account(NamedTuple):
@@ -53,11 +58,21 @@ def account(model: SkillNet, plan: SkillPlan, length: int | None = None) -> Acco
     return Account(total, activated, flops / tokens, flops, tokens)
 
 
-def account_task(model: SkillNet, task: str, lengths: dict[str, int] | None = None) -> Account:
-    """Cost of one example of a task: all its towers and its head.
+def account_task(model: TaskModel, task: str, lengths: Mapping[str, int] | None = None) -> Account:
+    """Cost of one example of a task, for any system: all its towers and its head.
 
     ``lengths`` gives a tower's length (see :func:`account`).
     """
+    find_task(task, model.config.tasks)
+    flops, tokens = model.flops(task, lengths)
+    total = sum(p.numel() for p in model.parameters())
+    return Account(total, model.activated_parameters(task), flops / tokens, flops, tokens)
+
+
+def task_flops(
+    model: SkillNet, task: str, lengths: Mapping[str, int] | None = None
+) -> tuple[int, int]:
+    """(operations, tokens) of one example of a SkillNet's task."""
     spec = find_task(task, model.config.tasks)
     config, flops, tokens = model.config, 0, 0
     for tower, plan in spec.towers.items():
@@ -69,9 +84,51 @@ def account_task(model: SkillNet, task: str, lengths: dict[str, int] | None = No
             "retrieval": config.embedding_dim,
         }[spec.objective]
         flops += 2 * config.dim * outputs
-    activated = sum(p.numel() for _, p in model.active_parameters(task))
-    total = sum(p.numel() for p in model.parameters())
-    return Account(total, activated, flops / tokens, flops, tokens)
+    return flops, tokens
+
+
+def count_flops(
+    model: TaskModel, task: str, lengths: Mapping[str, int] | None = None
+) -> tuple[int, int]:
+    """(operations, tokens) of one example of a task of any system, counted by torch.
+
+    Runs the task once on an example of the given lengths.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec = find_task(task, model.config.tasks)
+    towers = {
+        tower: _example(model, plan, (lengths or {}).get(tower))
+        for tower, plan in spec.towers.items()
+    }
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(task, towers)
+    tokens = 0
+    with torch.no_grad():
+        for tower, batch in towers.items():
+            tokens += model.tower_tokens(task, tower, batch)[0].shape[1]
+    model.train(training)
+    return counter.get_total_flops(), tokens
+
+
+def _example(model: TaskModel, plan: SkillPlan, length: int | None) -> dict[str, Tensor]:
+    """A batch of one row that a plan can read; its values do not matter."""
+    config, device = model.config, next(model.parameters()).device
+    if plan.modality in ("text", "code"):
+        return {"tokens": torch.ones(1, length or config.max_tokens, dtype=torch.long).to(device)}
+    if plan.modality == "sound":
+        frames = length or config.max_frames
+        return {
+            "log_mel": torch.zeros(1, frames, config.n_mels, device=device),
+            "frames": torch.tensor([frames], device=device),
+        }
+    if plan.modality == "image":
+        size = config.image_size
+        return {"pixels": torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)}
+    shape = (1, config.video_frames, config.video_size, config.video_size, 1)
+    return {"frames": torch.zeros(shape, dtype=torch.uint8, device=device)}
 
 
 def _other_modality(name: str, plan: SkillPlan) -> bool:

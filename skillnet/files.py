@@ -7,6 +7,8 @@
     head-TASK.safetensors       everything of one task's head
     manifest.json               size and sha256 of each of the above; written last
 
+Other systems than SkillNet cut their weights into files in their own way (``owner``).
+
 The manifest makes the folder a model: a folder without one, or with a file that does not fit
 it, is refused.
 """
@@ -22,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from skillnet.config import SkillNetConfig
-from skillnet.skills import SkillPlan, Task, find_task
+from skillnet.skills import SkillPlan, Task
 
 if TYPE_CHECKING:
-    from skillnet.model import SkillNet
+    from skillnet.task_model import TaskModel
 
 FORMAT = 1
 
@@ -62,11 +64,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_parts(model: "SkillNet", folder: Path) -> list[str]:
+def write_parts(model: "TaskModel", folder: Path) -> list[str]:
     """Write the configuration and all weight files into a folder; returns their names."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     written = ["config.json"]
-    text = json.dumps(config_to_dict(model.config), indent=1, sort_keys=True, ensure_ascii=False)
+    about = config_to_dict(model.config) | {"system": model.system, "options": model.options}
+    text = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     for file, names in model.files_of().items():
         save_file({name: tensors[name] for name in names}, folder / f"{file}.safetensors")
@@ -118,7 +121,7 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     return path
 
 
-def save(model: "SkillNet", path: Path) -> None:
+def save(model: "TaskModel", path: Path) -> None:
     """Write a model whole or not at all; an older model at the same path is replaced."""
     foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
     if foreign or (path.exists() and not path.is_dir()):
@@ -145,18 +148,24 @@ def save(model: "SkillNet", path: Path) -> None:
         raise
 
 
-def load(path: Path, task: str | None = None) -> "SkillNet":
-    """Read a saved model, or only what one task of it activates."""
-    from skillnet.model import SkillNet
+def read_config(path: Path, manifest: dict[str, Any]) -> tuple[SkillNetConfig, str, dict[str, Any]]:
+    """(configuration, name of the system, its options) of a saved model."""
+    text = check_file(path, "config.json", manifest).read_text(encoding="utf-8")
+    values = json.loads(text)
+    system, options = values.pop("system", "skillnet"), values.pop("options", {})
+    return config_from_dict(values), system, options
+
+
+def load(path: Path, task: str | None = None) -> "TaskModel":
+    """Read a saved model of any system, or only what one task of it touches."""
+    from skillnet.systems import find_system
 
     manifest = read_manifest(path)
-    text = check_file(path, "config.json", manifest).read_text(encoding="utf-8")
-    config = config_from_dict(json.loads(text))
+    config, name, options = read_config(path, manifest)
+    system = find_system(name)
     if task is not None:
-        spec = find_task(task, config.tasks)
-        kept = tuple(name for name in config.skills if name in spec.skills)
-        config = dataclasses.replace(config, skills=kept, tasks={task: spec})
-    model = SkillNet(config)
+        config = system.model.config_for(config, task)
+    model = system.model(config, system.read_options(options))
     for file, names in model.files_of().items():
         tensors = load_file(check_file(path, f"{file}.safetensors", manifest))
         if sorted(tensors) != sorted(names):

@@ -7,6 +7,7 @@ from skillnet.layers import SkillWeights, check_free
 from skillnet.model import SkillNet
 from skillnet.skills import Task, check_names, check_plan, find_task, nearest
 from skillnet.stems import STEMS
+from skillnet.task_model import TaskModel
 
 
 def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> SkillNet:
@@ -55,8 +56,8 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
     return model
 
 
-def remove_task(model: SkillNet, name: str) -> SkillNet:
-    """Take a task and its head off, in place; skills and stems stay. Returns the model.
+def remove_task(model: TaskModel, name: str) -> TaskModel:
+    """Take a task and its head off, in place; returns the model. Skills and stems stay.
 
     Raises:
         ValueError: a task that the model does not have.
@@ -64,5 +65,5 @@ def remove_task(model: SkillNet, name: str) -> SkillNet:
     find_task(name, model.config.tasks)
     tasks = {task: spec for task, spec in model.config.tasks.items() if task != name}
     model.config = dataclasses.replace(model.config, tasks=tasks)
-    del model.heads[name]
+    model.forget(name)
     return model

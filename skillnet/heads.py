@@ -1,6 +1,7 @@
 """Heads: what a task computes from the encoder's tokens.
 
-Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the retrieval space.
+Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the retrieval space,
+M masked tokens, V tokens of the vocabulary, P values of a token.
 """
 
 import math
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.skills import Task
+from skillnet.stems import values_of_token
 
 
 class ClassificationHead(nn.Module):
@@ -62,8 +64,35 @@ class RetrievalHead(nn.Module):
         return self.log_scale.exp().clamp(max=100.0)
 
 
+class MaskedHead(nn.Module):
+    """Masked tokens (M, D) -> what stood there.
+
+    Text and code: logits (M, V), by BERT's head (Devlin et al. 2019), whose output matrix is the
+    model's token embedding. Pictures, clips and sound: values (M, P) by one linear layer, as
+    SimMIM's (Xie et al. 2022).
+    """
+
+    def __init__(self, config: SkillNetConfig, task: Task) -> None:
+        super().__init__()
+        plan = task.towers["input"]
+        self.tied = plan.stem == "token"
+        if self.tied:
+            self.transform = nn.Linear(config.dim, config.dim)
+            self.norm = nn.LayerNorm(config.dim)
+            self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        else:
+            self.project = nn.Linear(config.dim, values_of_token(config, plan.modality))
+
+    def forward(self, x_MD: Tensor, embedding_VD: Tensor | None = None) -> Tensor:
+        if not self.tied:
+            return self.project(x_MD)
+        assert embedding_VD is not None
+        return F.linear(self.norm(F.gelu(self.transform(x_MD))), embedding_VD, self.bias)
+
+
 HEADS: dict[str, type[nn.Module]] = {
     "classification": ClassificationHead,
     "ctc": CTCHead,
     "retrieval": RetrievalHead,
+    "masked": MaskedHead,
 }

@@ -1,7 +1,8 @@
 """Losses on tensors. Each is a sum over the rows at hand divided by the *global* row count,
 so that the losses (and gradients) of all ranks add up to those of one process.
 
-Shapes: B rows of this rank, G rows of all ranks, C classes, T tokens, S symbols, E embedding.
+Shapes: B rows of this rank, G rows of all ranks, C classes, T tokens, S symbols, E embedding,
+M masked tokens of this rank's rows, V tokens of the vocabulary, P values of a token.
 """
 
 from typing import Protocol
@@ -83,6 +84,38 @@ def info_nce(
             logits_BG = scale * own @ others.T
             loss = loss - (target_BG * F.log_softmax(logits_BG, 1)).sum()
     return loss / (2 * count)
+
+
+def masked_tokens(logits_MV: Tensor, tokens_M: Tensor, masked_BT: Tensor, count: int) -> Tensor:
+    """Cross entropy at masked tokens (BERT, Devlin et al. 2019); each row by its masked tokens.
+
+    Args:
+        logits_MV: at the masked tokens, in row-major order.
+        tokens_M: what stood there.
+        masked_BT: which tokens are masked, at least one a row.
+        count: rows of the global batch.
+    """
+    losses_M = F.cross_entropy(_full(logits_MV), tokens_M, reduction="none")
+    return (losses_M * _shares(masked_BT, losses_M)).sum() / count
+
+
+def masked_values(predicted_MP: Tensor, values_MP: Tensor, masked_BT: Tensor, count: int) -> Tensor:
+    """Mean squared error at masked tokens (MAE, He et al. 2022); each row by its masked tokens.
+
+    Args:
+        predicted_MP: at the masked tokens, in row-major order.
+        values_MP: what stood there: pixels of a patch, frames of a stack.
+        masked_BT: which tokens are masked, at least one a row.
+        count: rows of the global batch.
+    """
+    losses_M = (_full(predicted_MP) - values_MP).square().mean(1)
+    return (losses_M * _shares(masked_BT, losses_M)).sum() / count
+
+
+def _shares(masked_BT: Tensor, like: Tensor) -> Tensor:
+    """(M,) one over the number of masked tokens in a masked token's row."""
+    counts_B1 = masked_BT.sum(1, keepdim=True).clamp(min=1)
+    return (masked_BT / counts_B1)[masked_BT].to(like.dtype)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Modality = Literal["text", "image", "sound", "video", "code"]
-Objective = Literal["classification", "ctc", "retrieval"]
+Objective = Literal["classification", "ctc", "retrieval", "masked"]
 
 MODALITIES: tuple[Modality, ...] = ("text", "image", "sound", "video", "code")
 
@@ -69,14 +69,14 @@ class SkillPlan:
 class Task:
     """A task: its objective and its towers.
 
-    Classification and CTC have one tower, ``input``. Retrieval has two, ``query`` and
-    ``candidate``, each with a plan of its own.
+    Classification, CTC and masked modelling have one tower, ``input``. Retrieval has two,
+    ``query`` and ``candidate``, each with a plan of its own.
 
     Args:
         objective: what the head computes and how its loss is made.
         towers: tower name -> plan.
         outputs: number of classes (classification) or of symbols without the blank (CTC);
-            ignored by retrieval.
+            ignored by retrieval and masked modelling.
     """
 
     objective: Objective
@@ -93,7 +93,7 @@ class Task:
                 f"a {self.objective} task has the towers {sorted(expected)}, "
                 f"not {sorted(self.towers)}"
             )
-        if self.objective != "retrieval" and self.outputs < 1:
+        if self.objective in ("classification", "ctc") and self.outputs < 1:
             raise ValueError(f"a {self.objective} task needs outputs >= 1, not {self.outputs}")
 
     @property
@@ -129,6 +129,14 @@ def default_tasks() -> dict[str, Task]:
         "text_to_image": _retrieval("image"),
         "text_to_video": _retrieval("video"),
         "text_to_code": _retrieval("code"),
+    }
+
+
+def masked_tasks() -> dict[str, Task]:
+    """Self-supervised tasks, ``masked_<modality>``: each activates general and its modality."""
+    return {
+        f"masked_{name}": Task("masked", {"input": SkillPlan(("general", name), name)})
+        for name in MODALITIES
     }
 
 

@@ -76,15 +76,13 @@ class PatchStem(nn.Module):
 
     def patches(self, pixels_BHWC: Tensor) -> Tensor:
         """(B, H, W, 3) -> (B, T, p*p*3), values in [-1, 1]."""
-        B, H, W, C = pixels_BHWC.shape
+        H, W, C = pixels_BHWC.shape[1:]
         if (H, W, C) != (self.size, self.size, 3):
             raise ValueError(
                 f"pictures are {H}x{W}x{C}, the model reads {self.size}x{self.size}x3; "
                 "prepare them at model.image_size"
             )
-        p = self.patch
-        x = _signed(pixels_BHWC, self.position.dtype).view(B, H // p, p, W // p, p, C)
-        return x.transpose(2, 3).reshape(B, -1, p * p * C)
+        return patchify(signed(pixels_BHWC, self.position.dtype), self.patch)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BTD = self.project(self.patches(batch["pixels"])) + self.position
@@ -118,14 +116,11 @@ class TubeletStem(nn.Module):
                 f"{self.size}x{self.size} with 1 or 3 channels; prepare them at "
                 "model.video_frames and model.video_size"
             )
-        f, h, w = self.tubelet
-        x = _signed(frames_BNHWC, self.position.dtype).expand(B, N, H, W, 3)
+        x = signed(frames_BNHWC, self.position.dtype).expand(B, N, H, W, 3)
         if self.motion:
             before = torch.cat([x[:, :1], x[:, :-1]], 1)
             x = torch.cat([x, x - before], -1)
-        channels = x.shape[-1]
-        x = x.reshape(B, N // f, f, H // h, h, W // w, w, channels)
-        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, -1, f * h * w * channels)
+        return tubelify(x, self.tubelet)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BTD = self.project(self.tubelets(batch["frames"])) + self.position
@@ -173,7 +168,57 @@ def token_lengths(frames_B: Tensor, stack: int) -> Tensor:
     return (frames_B + stack - 1) // stack
 
 
-def _signed(x: Tensor, dtype: torch.dtype) -> Tensor:
+def patchify(x_BHWC: Tensor, side: int) -> Tensor:
+    """Pictures cut into squares of ``side`` pixels, row by row: (B, H, W, C) -> (B, T, p*p*C)."""
+    B, H, W, C = x_BHWC.shape
+    x = x_BHWC.reshape(B, H // side, side, W // side, side, C)
+    return x.transpose(2, 3).reshape(B, -1, side * side * C)
+
+
+def unpatchify(x_BTP: Tensor, side: int, size: int) -> Tensor:
+    """The inverse of :func:`patchify` for pictures of ``size`` pixels a side."""
+    B, across = x_BTP.shape[0], size // side
+    x = x_BTP.reshape(B, across, across, side, side, -1)
+    return x.transpose(2, 3).reshape(B, size, size, -1)
+
+
+def tubelify(x_BNHWC: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
+    """Clips cut into tubelets, frame by frame: (B, N, H, W, C) -> (B, T, f*h*w*C)."""
+    B, N, H, W, C = x_BNHWC.shape
+    f, h, w = tubelet
+    x = x_BNHWC.reshape(B, N // f, f, H // h, h, W // w, w, C)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, -1, f * h * w * C)
+
+
+def untubelify(x_BTP: Tensor, tubelet: tuple[int, int, int], frames: int, size: int) -> Tensor:
+    """The inverse of :func:`tubelify` for clips of so many frames of ``size`` pixels a side."""
+    f, h, w = tubelet
+    x = x_BTP.reshape(x_BTP.shape[0], frames // f, size // h, size // w, f, h, w, -1)
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], frames, size, size, -1)
+
+
+def stack_frames(x_BNM: Tensor, stack: int) -> Tensor:
+    """Consecutive frames joined: (B, N, M) -> (B, T, stack*M), zeros after the last frame."""
+    B, N, M = x_BNM.shape
+    return F.pad(x_BNM, (0, 0, 0, -N % stack)).reshape(B, -1, stack * M)
+
+
+def unstack_frames(x_BTP: Tensor, stack: int, frames: int) -> Tensor:
+    """The inverse of :func:`stack_frames` for recordings of so many frames."""
+    return x_BTP.reshape(x_BTP.shape[0], x_BTP.shape[1] * stack, -1)[:, :frames]
+
+
+def values_of_token(config: SkillNetConfig, modality: str) -> int:
+    """Numbers that one token of pictures, clips (3 channels) or sound stands for."""
+    f, h, w = config.tubelet
+    return {
+        "image": 3 * config.patch_size**2,
+        "video": 3 * f * h * w,
+        "sound": config.mel_stack * config.n_mels,
+    }[modality]
+
+
+def signed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Pixels, uint8 or floats in [0, 1], as floats in [-1, 1]."""
     if x.dtype == torch.uint8:
         return x.to(dtype) * (2 / 255) - 1

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from skillnet.files import check_file, read_manifest, write_manifest, write_parts
-from skillnet.model import SkillNet
+from skillnet.task_model import TaskModel
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 
@@ -45,7 +45,7 @@ class Checkpoint:
 def save(
     folder: Path,
     step: int,
-    model: SkillNet,
+    model: TaskModel,
     optimizer: SkillAdamW,
     average: WeightAverage | None,
     state: dict[str, Any],
@@ -121,7 +121,7 @@ def verify(path: str | Path) -> Checkpoint:
 
 def load(
     checkpoint: Checkpoint,
-    model: SkillNet,
+    model: TaskModel,
     optimizer: SkillAdamW,
     average: WeightAverage | None = None,
 ) -> None:
@@ -142,7 +142,7 @@ def load(
 
 
 @torch.no_grad()
-def load_weights(path: Path, model: SkillNet) -> None:
+def load_weights(path: Path, model: TaskModel) -> None:
     """Copy a saved model's weights into a model of the same shape.
 
     Raises:

@@ -25,9 +25,9 @@ from pipelines.training.precision import Precision, choose
 from pipelines.training.settings import FinetuneConfig
 from pipelines.training.setup import build_model, identity_of, open_stream, pick_device, resume
 from skillnet import objectives
-from skillnet.model import SkillNet
 from skillnet.objectives import Gather as Collect
 from skillnet.skills import Task
+from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 
 #: Steps in a row with a loss or gradient that is not finite before training gives up.
@@ -46,7 +46,7 @@ class Reporter:
     def progress(self, step: int, words: str) -> None:
         """``step`` steps are done."""
 
-    def evaluate(self, model: SkillNet, step: int) -> None:
+    def evaluate(self, model: TaskModel, step: int) -> None:
         """Measure the model; the loop goes on when this returns."""
 
     def checkpoint(self, path: Path, step: int) -> None:
@@ -71,7 +71,7 @@ class Trained:
         checkpoint: the last checkpoint, if a run directory was given.
     """
 
-    model: SkillNet
+    model: TaskModel
     step: int
     resumed: int
     stopped_early: str | None
@@ -183,7 +183,7 @@ def train(
             step += 1
             meter.add(batch, loss.detach(), norm, lr, skipped=failed > 0)
             if step % settings.log_every == 0 or step == last:
-                values = meter.values(step)
+                values = meter.values(step) | model.statistics()
                 reporter.metrics(values, step)
                 reporter.progress(step, meter.words())
                 if settings.minutes and meter.agree(meter.elapsed > 60 * settings.minutes):
@@ -220,7 +220,7 @@ def train(
 
 
 def step_loss(
-    model: SkillNet,
+    model: TaskModel,
     task: Task,
     batch: Batch,
     precision: Precision,
@@ -233,7 +233,12 @@ def step_loss(
         outputs = model(batch.task, batch.towers)
     gather = Gather(batch.global_rows, rank, world) if world > 1 else None
     smoothing = config.tasks[batch.task].smoothing
-    return task_loss(task, outputs, batch, gather, smoothing)
+    loss = task_loss(task, outputs, batch, gather, smoothing)
+    # What the model adds is a mean over this rank's rows: it counts by their share.
+    share = 0.0 if batch.ghost else len(batch.rows) / batch.global_rows
+    for extra in model.auxiliary_losses().values():
+        loss = loss + share * extra
+    return loss
 
 
 def task_loss(
@@ -276,7 +281,7 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def averaged(model: SkillNet, average: WeightAverage | None) -> Iterator[None]:
+def averaged(model: TaskModel, average: WeightAverage | None) -> Iterator[None]:
     """The model with its averaged weights, in evaluation mode, for the length of a block."""
     if average is not None:
         average.swap(model)

@@ -1,7 +1,7 @@
 """Typed settings of a training run: what `configs/*.yaml` and the command line fill in."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from skillnet.config import SkillNetConfig
 from skillnet_platform.tracking import TrackingConfig
@@ -196,6 +196,8 @@ class FinetuneConfig:
         seed: of weights, order, augmentation and dropout.
         data: directory of prepared corpora; none takes ``corpora`` below the run root.
         init_from: checkpoint or saved model to start from; none starts at random.
+        system: what to train: ``skillnet``, a baseline, or a third party's system.
+        options: options of that system.
         model: shape of the model.
         tasks: task name -> how it takes part.
         training: optimisation, parallelism, rhythm.
@@ -208,6 +210,8 @@ class FinetuneConfig:
     seed: int = 0
     data: str | None = None
     init_from: str | None = None
+    system: str = "skillnet"
+    options: dict[str, Any] = field(default_factory=dict)
     model: SkillNetConfig = field(default_factory=SkillNetConfig)
     tasks: dict[str, TaskTraining] = field(default_factory=default_tasks_training)
     training: TrainingConfig = field(default_factory=TrainingConfig)

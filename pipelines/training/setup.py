@@ -11,7 +11,8 @@ from pipelines.stream import MixedStream
 from pipelines.training import checkpoints
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from pipelines.training.settings import FinetuneConfig
-from skillnet.model import SkillNet
+from skillnet.systems import build_system
+from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
@@ -51,10 +52,10 @@ def open_corpora(config: FinetuneConfig) -> dict[str, Corpus]:
     return corpora
 
 
-def build_model(config: FinetuneConfig) -> SkillNet:
+def build_model(config: FinetuneConfig) -> TaskModel:
     """A model of the configuration's shape: random, keyed by the seed, or from ``init_from``."""
     torch.manual_seed(config.seed)
-    model = SkillNet(config.model)
+    model = build_system(config.system, config.model, config.options)
     if config.init_from:
         checkpoints.load_weights(Path(config.init_from), model)
     return model
@@ -63,7 +64,7 @@ def build_model(config: FinetuneConfig) -> SkillNet:
 def resume(
     run: Path,
     identity: str,
-    model: SkillNet,
+    model: TaskModel,
     optimizer: SkillAdamW,
     average: WeightAverage | None,
 ) -> int:
@@ -104,6 +105,8 @@ def identity_of(config: FinetuneConfig) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "init_from": config.init_from,
+        "system": config.system,
+        "options": config.options,
         "model": configuration.to_dict(config.model),
         "tasks": configuration.to_dict(config.tasks),
         "training": training,

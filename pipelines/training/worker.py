@@ -16,7 +16,7 @@ from pipelines.training.loop import Reporter, train
 from pipelines.training.settings import FinetuneConfig
 from skillnet.growth import remove_task
 from skillnet.memory import KEEP_FREED_MEMORY
-from skillnet.model import SkillNet
+from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
@@ -53,7 +53,7 @@ class RunReporter(Reporter):
     def progress(self, step: int, words: str) -> None:
         self._say(step=step, words=words)
 
-    def evaluate(self, model: SkillNet, step: int) -> None:
+    def evaluate(self, model: TaskModel, step: int) -> None:
         from pipelines.evaluation import evaluate_model
         from pipelines.reporting import flat_metrics
 
