@@ -18,6 +18,11 @@ BUILT_IN = {
     "functions": "pipelines.corpora.functions:Functions",
 }
 
+#: Made of the same archives for tasks that a model is grown by: fetched and prepared by name only.
+FURTHER = {
+    "stroke_counts": "pipelines.corpora.stroke_counts:StrokeCounts",
+}
+
 
 def find_corpus(name: str) -> Corpus:
     """The corpus of that name, or the class that "package.module:Class" names.
@@ -26,9 +31,10 @@ def find_corpus(name: str) -> Corpus:
         UserError: nobody provides it; with the nearest name.
     """
     others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
-    place = BUILT_IN.get(name) or others.get(name) or (name if ":" in name else None)
+    known = others | FURTHER | BUILT_IN
+    place = known.get(name) or (name if ":" in name else None)
     if place is None:
-        raise UserError(f"unknown corpus {name!r}{nearest(name, [*BUILT_IN, *others])}")
+        raise UserError(f"unknown corpus {name!r}{nearest(name, [*BUILT_IN, *FURTHER, *others])}")
     module, _, attribute = place.partition(":")
     try:
         found = getattr(import_module(module), attribute)
@@ -39,4 +45,4 @@ def find_corpus(name: str) -> Corpus:
     return found()
 
 
-__all__ = ["BUILT_IN", "Corpus", "find_corpus"]
+__all__ = ["BUILT_IN", "FURTHER", "Corpus", "find_corpus"]

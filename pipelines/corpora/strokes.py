@@ -96,23 +96,14 @@ class Strokes(Corpus):
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """Frames and tokens."""
-        size = video.FRAMES * video.SIZE * video.SIZE
-        drawn = np.zeros((block.num_rows, size), np.uint8)
-        rejected: list[str | None] = []
-        rows = zip(block["points"].to_pylist(), block["counts"].to_pylist(), strict=True)
-        for index, (points, counts) in enumerate(rows):
-            try:
-                drawn[index] = video.draw_paths(_paths(points, counts)).reshape(-1)
-                rejected.append(None)
-            except ValueError as problem:
-                rejected.append(str(problem))
         captions = block["captions"].to_pylist()
+        frames, rejected = drawn_clips(block)
         return pa.table(
             {
-                "frames": pa.FixedSizeListArray.from_arrays(pa.array(drawn.reshape(-1)), size),
+                "frames": frames,
                 "captions": block["captions"],
                 "caption_tokens": text.encode_captions(tokenizer, captions, CAPTION_TOKENS),
-                "rejected": pa.array(rejected, pa.string()),
+                "rejected": rejected,
             }
         )
 
@@ -128,6 +119,22 @@ class Strokes(Corpus):
             "caption_tokens": CAPTION_TOKENS,
             "split_by": "stroke sequence",
         }
+
+
+def drawn_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """The clips of a block of raw rows, and why a row cannot be drawn (null where it is)."""
+    size = video.FRAMES * video.SIZE * video.SIZE
+    drawn = np.zeros((block.num_rows, size), np.uint8)
+    rejected: list[str | None] = []
+    rows = zip(block["points"].to_pylist(), block["counts"].to_pylist(), strict=True)
+    for index, (points, counts) in enumerate(rows):
+        try:
+            drawn[index] = video.draw_paths(_paths(points, counts)).reshape(-1)
+            rejected.append(None)
+        except ValueError as problem:
+            rejected.append(str(problem))
+    frames = pa.FixedSizeListArray.from_arrays(pa.array(drawn.reshape(-1)), size)
+    return frames, pa.array(rejected, pa.string())
 
 
 def _captions(sources: Sources) -> dict[str, list[str]]:
