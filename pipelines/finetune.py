@@ -16,7 +16,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,14 @@ from skillnet_platform.storage import atomic_write, data_root, read_json, run_ro
 
 if TYPE_CHECKING:
     from pipelines.outcomes import Outcomes
+    from pipelines.training.worker import Nested, OnEvaluation
     from skillnet.task_model import TaskModel
     from skillnet_platform.tracking import Tracker
 
 CONFIG = "config.yaml"
 RUN = "run.json"
 RESULT = "result.json"
+PROGRESS = "progress.jsonl"  #: also said in pipelines.training.worker, which imports torch
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -50,14 +52,14 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     Raises:
         UserError: a name that another run has, corpora that are missing or do not fit, …
     """
-    config = _resolved(config)
+    config = resolved(config)
     assert config.name is not None
     run = Path(str(config.run_dir)) / config.name
-    finished = _open_run(config, run)
+    finished = open_run(config, run)
     if finished is not None:
         console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
         return finished
-    manifests = _check(config)
+    manifests = check(config)
     known = read_json(run / RUN) if (run / RUN).is_file() else {}
     with tracking.start(
         config.name,
@@ -67,24 +69,55 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         run_id=known.get("run_id"),
     ) as tracker:
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
-        tracker.inputs(manifests)
-        begin = time.monotonic()
-        _train(config, run, tracker)
-        result = {
-            "name": config.name,
-            "run": str(run),
-            "run_id": tracker.run_id,
-            "model": str(run / "model"),
-            **read_json(run / "trained.json"),
-            "wall_seconds": time.monotonic() - begin,
-        }
-        result["evaluation"] = _conclude(config, run, tracker, result)
+        with followed(run / PROGRESS, config.training.steps):
+            result = execute(config, run, tracker, manifests)
     result["registered"] = _register(config, run, result["evaluation"])
     write_json(run / RESULT, result)
     return result
 
 
-def _resolved(config: FinetuneConfig) -> FinetuneConfig:
+def execute(
+    config: FinetuneConfig,
+    run: Path,
+    tracker: "Tracker",
+    manifests: Mapping[str, Mapping[str, Any]],
+    *,
+    splits: Sequence[str] | None = None,
+    on_evaluation: "OnEvaluation | None" = None,
+    nested: "Nested | None" = None,
+) -> dict[str, Any]:
+    """Train and evaluate in a run that is open: on disk, and in MLflow, whose end is not ours.
+
+    Args:
+        config: with a name and absolute paths (:func:`resolved`), checked (:func:`check`).
+        run: its folder (:func:`open_run`).
+        tracker: of its MLflow run.
+        manifests: of its corpora, from :func:`check`.
+        splits: on which the final model is evaluated; none takes the test splits if
+            ``config.evaluate`` is set.
+        on_evaluation: called with the rows of each evaluation during training, and the step; of
+            several workers all call it, and those but the first with no rows.
+        nested: how several workers run inside a trial of Ray Tune.
+
+    Returns:
+        The result of :func:`finetune` before registration; the caller writes it to the run.
+    """
+    tracker.inputs(manifests)
+    begin = time.monotonic()
+    _train(config, run, tracker, on_evaluation, nested)
+    result = {
+        "name": config.name,
+        "run": str(run),
+        "run_id": tracker.run_id,
+        "model": str(run / "model"),
+        **read_json(run / "trained.json"),
+        "wall_seconds": time.monotonic() - begin,
+    }
+    result["evaluation"] = _conclude(config, run, tracker, result, splits)
+    return result
+
+
+def resolved(config: FinetuneConfig) -> FinetuneConfig:
     """With a name and absolute paths: workers have working directories of their own."""
     folder = Path(config.run_dir).expanduser().absolute() if config.run_dir else run_root()
     data = Path(config.data).expanduser().absolute() if config.data else data_root()
@@ -95,7 +128,7 @@ def _resolved(config: FinetuneConfig) -> FinetuneConfig:
     return replace(config, name=name, run_dir=str(folder), data=str(data), init_from=start)
 
 
-def _open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
+def open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
     """Make the run's folder, or take up an unfinished run; the result of a finished one."""
     from pipelines.training.setup import identity_of
 
@@ -124,7 +157,7 @@ def _open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
     return None
 
 
-def _check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
+def check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
     """Find what does not fit before anything starts; the manifests of the corpora."""
     from pipelines.evaluation import check_outputs
     from pipelines.training.setup import open_corpora, open_stream, pick_device
@@ -148,17 +181,22 @@ def _check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
     return {name: corpus.manifest for name, corpus in corpora.items()}
 
 
-def _train(config: FinetuneConfig, run: Path, tracker: "Tracker") -> None:
-    from pipelines.training.worker import PROGRESS, fit_on_ray, work
+def _train(
+    config: FinetuneConfig,
+    run: Path,
+    tracker: "Tracker",
+    on_evaluation: "OnEvaluation | None",
+    nested: "Nested | None",
+) -> None:
+    from pipelines.training.worker import fit_on_ray, work
     from skillnet.memory import keep_freed_memory
 
     tracked = (tracker.run_id, tracker.uri)
-    with _followed(run / PROGRESS, config.training.steps):
-        if config.training.workers == 0:
-            keep_freed_memory()
-            work(config, run, tracked=tracked)
-        else:
-            fit_on_ray(config, run, tracked)
+    if config.training.workers == 0:
+        keep_freed_memory()
+        work(config, run, tracked=tracked, on_evaluation=on_evaluation)
+    else:
+        fit_on_ray(config, run, tracked, on_evaluation, nested)
     # What Ray keeps of a fit is of no use after it: checkpoints and logs are ours.
     shutil.rmtree(run / "ray", ignore_errors=True)
     trained = read_json(run / "trained.json")
@@ -168,7 +206,7 @@ def _train(config: FinetuneConfig, run: Path, tracker: "Tracker") -> None:
 
 
 @contextlib.contextmanager
-def _followed(path: Path, steps: int) -> Iterator[None]:
+def followed(path: Path, steps: int) -> Iterator[None]:
     """Show the lines that rank 0 appends to the progress file, while a block runs."""
     ended = threading.Event()
     # Lines of an earlier part of this run are not news.
@@ -213,13 +251,16 @@ def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def _conclude(
-    config: FinetuneConfig, run: Path, tracker: "Tracker", result: dict[str, Any]
+    config: FinetuneConfig,
+    run: Path,
+    tracker: "Tracker",
+    result: dict[str, Any],
+    splits: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     """Evaluate the final model, and record figures, plots, costs and a description."""
     from pipelines import reporting
     from pipelines.outcomes import FILE as OUTCOMES
     from pipelines.outcomes import Outcomes, write_outcomes
-    from pipelines.training.worker import PROGRESS
     from skillnet import systems
     from skillnet.accounting import account_task
 
@@ -233,7 +274,8 @@ def _conclude(
     for name, figure in reporting.training_figures(history(run / PROGRESS), config.model).items():
         tracker.figure(figure, name)
     outcomes = Outcomes()
-    rows = _evaluate(config, model, result["step"], outcomes) if config.evaluate else []
+    wanted = config.evaluate or splits is not None
+    rows = _evaluate(config, model, result["step"], splits, outcomes) if wanted else []
     if rows:
         from pipelines.evaluate import write_csv
 
@@ -256,7 +298,11 @@ def _conclude(
 
 
 def _evaluate(
-    config: FinetuneConfig, model: "TaskModel", step: int, outcomes: "Outcomes"
+    config: FinetuneConfig,
+    model: "TaskModel",
+    step: int,
+    splits: Sequence[str] | None,
+    outcomes: "Outcomes",
 ) -> list[dict[str, Any]]:
     from pipelines.evaluation import evaluate_model
 
@@ -265,6 +311,7 @@ def _evaluate(
             model,
             str(config.data),
             list(config.measured),
+            splits,
             seed=config.seed,
             corpora={name: task.corpus for name, task in config.measured.items()},
             limits={name: task.max_length for name, task in config.measured.items()},

@@ -24,6 +24,7 @@ from pipelines.training.optimizer import (
 from pipelines.training.precision import Precision, choose
 from pipelines.training.settings import FinetuneConfig
 from pipelines.training.setup import build_model, identity_of, open_stream, pick_device, resume
+from pipelines.training.trainable import trainable_parameters
 from skillnet import objectives
 from skillnet.objectives import Gather as Collect
 from skillnet.skills import Task
@@ -106,7 +107,7 @@ def train(
         world: number of processes.
         run: directory of the run: checkpoints go there, and the newest whole one is taken up.
             None keeps nothing on disk.
-        reporter: told about metrics and progress on rank 0.
+        reporter: told about metrics and progress.
         stop_at: end before this step as if interrupted, with a checkpoint.
 
     Raises:
@@ -114,7 +115,7 @@ def train(
         FloatingPointError: the loss stays not finite.
     """
     settings = config.training
-    reporter = reporter if reporter is not None and rank == 0 else Reporter()
+    reporter = reporter or Reporter()
     device = pick_device(settings.use_gpu)
     precision = choose(settings.precision, device)
     if settings.threads_per_worker:
@@ -127,7 +128,7 @@ def train(
             dist.broadcast(parameter.data, src=0)
     optimizer = SkillAdamW(settings.weight_decay, (settings.beta1, settings.beta2))
     average = WeightAverage(settings.ema) if settings.ema else None
-    active = {name: list(model.active_parameters(name)) for name in config.tasks}
+    active = trainable_parameters(model, config)
     sync = GradientSync(active, world, settings.bucket_mb * 2**20)
 
     identity = configuration.digest(identity_of(config))
@@ -255,6 +256,14 @@ def task_loss(
         return objectives.cross_entropy(
             outputs["logits"][real], targets["labels"][real], count, smoothing
         )
+    if task.objective == "masked":
+        loss_of = (
+            objectives.masked_values
+            if targets["values"].is_floating_point()
+            else objectives.masked_tokens
+        )
+        loss = loss_of(outputs["predicted"], targets["values"], targets["masked"], count)
+        return loss * 0 if batch.ghost else loss
     if task.objective == "ctc":
         loss = objectives.ctc(
             outputs["log_probs"],

@@ -7,6 +7,8 @@ run's folder, which the driver follows: so the driver shows the same with any nu
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,24 @@ PROGRESS = "progress.jsonl"
 TRAINED = "trained.json"
 MODEL = "model"
 
+#: Called with the tidy rows of an evaluation during training, and the step.
+OnEvaluation = Callable[[list[dict[str, Any]], int], None]
+
 #: Threads of a worker that wait do not spin: the one that makes the batches needs the core.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
+
+
+@dataclass
+class Nested:
+    """How a fit on Ray runs inside a trial of Ray Tune.
+
+    Args:
+        resources: of one worker, such as ``{"CPU": 1}``.
+        callbacks: of Ray Train, such as the one that passes reports on to Tune.
+    """
+
+    resources: dict[str, float]
+    callbacks: list[Any]
 
 
 class RunReporter(Reporter):
@@ -36,10 +54,18 @@ class RunReporter(Reporter):
         config: of the run, with absolute paths.
         run: folder of the run.
         tracker: of the run, or none.
+        on_evaluation: told about each evaluation, or none.
     """
 
-    def __init__(self, config: FinetuneConfig, run: Path, tracker: Tracker | None) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        run: Path,
+        tracker: Tracker | None,
+        on_evaluation: OnEvaluation | None = None,
+    ) -> None:
         self._config, self._run, self._tracker = config, run, tracker
+        self._on_evaluation = on_evaluation
         self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
 
     def start(self, step: int) -> None:
@@ -70,6 +96,8 @@ class RunReporter(Reporter):
             samples=0,
         )
         self.metrics(flat_metrics(rows), step)
+        if self._on_evaluation is not None:
+            self._on_evaluation(rows, step)
 
     def close(self) -> None:
         """Send what waits and close the file."""
@@ -81,12 +109,24 @@ class RunReporter(Reporter):
         self._file.write(json.dumps({"time": time.time(), **values}) + "\n")
 
 
+class _Others(Reporter):
+    """Ranks but the first: they only take part in what all ranks do after an evaluation."""
+
+    def __init__(self, on_evaluation: OnEvaluation | None) -> None:
+        self._on_evaluation = on_evaluation
+
+    def evaluate(self, model: TaskModel, step: int) -> None:
+        if self._on_evaluation is not None:
+            self._on_evaluation([], step)
+
+
 def work(
     config: FinetuneConfig,
     run: Path,
     rank: int = 0,
     world: int = 1,
     tracked: tuple[str, str] | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> None:
     """Train as one of ``world`` workers; rank 0 leaves the model and a summary in the run.
 
@@ -96,12 +136,13 @@ def work(
         rank: this worker.
         world: number of workers.
         tracked: MLflow run id and URI.
+        on_evaluation: called after each evaluation: with its rows on rank 0, with none elsewhere.
     """
     if rank:
-        train(config, rank=rank, world=world, run=run)
+        train(config, rank=rank, world=world, run=run, reporter=_Others(on_evaluation))
         return
     tracker = Tracker.by_id(*tracked) if tracked else None
-    reporter = RunReporter(config, run, tracker)
+    reporter = RunReporter(config, run, tracker, on_evaluation)
     try:
         done = train(config, rank=rank, world=world, run=run, reporter=reporter)
         for name in config.tasks.keys() - config.measured.keys():
@@ -130,14 +171,28 @@ def ray_worker(settings: dict[str, Any]) -> None:
         context.get_world_rank(),
         context.get_world_size(),
         (tracked[0], tracked[1]) if tracked else None,
+        settings["on_evaluation"],
     )
 
 
-def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | None) -> None:
+def fit_on_ray(
+    config: FinetuneConfig,
+    run: Path,
+    tracked: tuple[str, str] | None,
+    on_evaluation: OnEvaluation | None = None,
+    nested: Nested | None = None,
+) -> None:
     """Train on ``training.workers`` Ray workers.
 
     A worker that dies takes the others with it; Ray starts them again, up to
     ``training.max_failures`` times, and they go on from the newest whole checkpoint.
+
+    Args:
+        config: of the run, with absolute paths.
+        run: folder of the run.
+        tracked: MLflow run id and URI.
+        on_evaluation: see :func:`work`; called in the workers, so it must be picklable.
+        nested: how to run inside a trial of Ray Tune.
     """
     from skillnet_platform import cluster
 
@@ -150,6 +205,7 @@ def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | Non
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        one = {"CPU": 1.0} | ({"GPU": 1.0} if config.training.use_gpu else {})
         trainer = TorchTrainer(
             ray_worker,
             train_loop_config={
@@ -157,11 +213,12 @@ def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | Non
                 "run": str(run),
                 "threads": threads,
                 "tracked": list(tracked) if tracked else None,
+                "on_evaluation": on_evaluation,
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=config.training.use_gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if config.training.use_gpu else {})},
+                resources_per_worker=nested.resources if nested else one,
             ),
             torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
             run_config=RunConfig(
@@ -170,6 +227,7 @@ def fit_on_ray(config: FinetuneConfig, run: Path, tracked: tuple[str, str] | Non
                 storage_path=str(run / "ray"),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                callbacks=nested.callbacks if nested else None,
                 failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=config.training.max_failures, controller_failure_limit=3
                 ),
