@@ -75,6 +75,8 @@ class TaskTraining:
             evaluated with; the others take any of its captions. Retrieval only.
         auxiliary: it only helps the others to learn: it is not evaluated, and the final model
             does without its head.
+        measured_only: it takes no steps and is evaluated beside the others, as are the tasks
+            that a model had before it was grown.
     """
 
     corpus: str
@@ -85,8 +87,11 @@ class TaskTraining:
     smoothing: float = 0.0
     first_caption: float = 0.0
     auxiliary: bool = False
+    measured_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.auxiliary and self.measured_only:
+            raise ValueError("a task is auxiliary or measured_only, not both: it would do nothing")
         if self.batch < 1:
             raise ValueError(f"a task's batch must be at least 1, got {self.batch}")
         if self.weight is not None and self.weight <= 0:
@@ -129,6 +134,8 @@ class TrainingConfig:
         log_every: steps between logged metrics.
         bucket_mb: size of a gradient bucket on the wire, in MiB.
         max_failures: restarts after a worker dies.
+        only: files of the model that train (skill-NAME, head-TASK, stem-NAME, shared); all
+            others are read and stay as they are to the bit. Empty trains all that a task activates.
         augment: random changes of training rows.
     """
 
@@ -155,6 +162,7 @@ class TrainingConfig:
     log_every: int = 20
     bucket_mb: float = 8.0
     max_failures: int = 1
+    only: list[str] = field(default_factory=list)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -217,6 +225,11 @@ class FinetuneConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: bool = True
+
+    @property
+    def trained(self) -> dict[str, TaskTraining]:
+        """The tasks that take steps: all but those that are only measured."""
+        return {name: task for name, task in self.tasks.items() if not task.measured_only}
 
     @property
     def measured(self) -> dict[str, TaskTraining]:

@@ -27,7 +27,7 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
     corpora = open_corpora(config)
     return MixedStream(
         corpora,
-        config.tasks,
+        config.trained,
         config.model,
         config.seed,
         config.training.augment,
