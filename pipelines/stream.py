@@ -8,18 +8,19 @@ no number of workers, and going on needs only the step.
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines import augment
+from pipelines import augment, masking
 from pipelines.augment import Draws
 from pipelines.collate import Column, Fixed, Nested, Ragged, open_column
 from pipelines.training.mixture import RowOrder, Schedule, task_weights
-from pipelines.training.settings import AugmentConfig, TaskTraining
+from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet_platform.errors import UserError
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from pipelines.shards import Corpus
 
 Kind = TypeVar("Kind", Fixed, Ragged, Nested)
+
+#: A task's split of this name stands for the splits that a corpus allows for pretraining.
+PRETRAINING = "pretraining"
 
 #: Sequences are padded to a multiple of this, for even kernels and few shapes.
 PAD_TO = 8
@@ -50,7 +54,7 @@ class Batch:
         task: name of the task.
         towers: tower -> tensors that the model reads.
         targets: ``labels`` (B,), or ``symbols`` (B, L) and ``symbol_lengths`` (B,), or
-            ``groups`` (B,).
+            ``groups`` (B,), or ``masked`` (B, T) and what stood there, ``values`` (M, …).
         rows: (B,) row numbers in the split.
         global_rows: rows of all ranks.
         ghost: this rank has no rows of its own; it computes the first row of the batch, whose
@@ -86,6 +90,36 @@ def rank_slice(count: int, rank: int, world: int) -> slice:
     return slice(start, start + base + (rank < more))
 
 
+def splits_of(corpus: "Corpus", named: str) -> tuple[str, ...]:
+    """Splits that a task's ``split`` names: itself, or what pretraining may read of the corpus.
+
+    Raises:
+        UserError: the corpus has no such split, or allows none for pretraining.
+    """
+    if named == PRETRAINING:
+        allowed = corpus.manifest.get("pretraining", ())
+        found = tuple(name for name in allowed if name in corpus.splits)
+        if not found:
+            raise UserError(
+                f"corpus {corpus.name} names no split for pretraining in its manifest; prepare it "
+                f"again, or name one of {', '.join(corpus.splits)}"
+            )
+        return found
+    if named not in corpus.splits:
+        raise UserError(
+            f"corpus {corpus.name} has no split {named!r}; it has {', '.join(corpus.splits)}"
+        )
+    return (named,)
+
+
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    """The rows of several splits and the columns that they all have; nothing is copied."""
+    if len(tables) == 1:
+        return tables[0]
+    shared = [n for n in tables[0].column_names if all(n in t.column_names for t in tables)]
+    return pa.concat_tables([table.select(shared) for table in tables])
+
+
 class TaskRows:
     """Rows of one task's split as batches: columns, towers and targets.
 
@@ -95,6 +129,7 @@ class TaskRows:
         corpus: where its rows are.
         model: sizes that rows are cut to.
         settings: split, longest sequence, choice of captions.
+        masks: what a masked task hides.
 
     Raises:
         UserError: no such split, missing columns, a corpus of another modality.
@@ -107,17 +142,15 @@ class TaskRows:
         corpus: "Corpus",
         model: SkillNetConfig,
         settings: TaskTraining,
+        masks: MaskConfig | None = None,
     ) -> None:
-        split, max_length = settings.split, settings.max_length
-        if split not in corpus.splits:
-            raise UserError(
-                f"corpus {corpus.name} has no split {split!r}; it has {', '.join(corpus.splits)}"
-            )
-        self.name, self.task, self.where = name, task, f"{corpus.name}/{split}"
-        self.count = int(corpus.splits[split].rows)
+        max_length = settings.max_length
+        splits = splits_of(corpus, settings.split)
+        self.name, self.task, self.where = name, task, f"{corpus.name}/{'+'.join(splits)}"
+        self.count = sum(corpus.splits[split].rows for split in splits)
         if not self.count:
             raise UserError(f"{self.where} has no rows; prepare the corpus again")
-        self._table = corpus.splits[split].table()
+        self._table = _joined([corpus.splits[split].table() for split in splits])
         own = "candidate" if task.objective == "retrieval" else "input"
         self.plan: SkillPlan = task.towers[own]
         self.own = own
@@ -132,6 +165,9 @@ class TaskRows:
         )
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._model, self._first_caption = model, settings.first_caption
+        tokenizer = corpus.manifest.get("tokenizer") or {}
+        words = int(tokenizer.get("vocab_size", model.vocab_size))
+        self._hide = masking.Hider(model, masks or MaskConfig(), words, self.limit)
         self._columns: dict[str, Column] = {}
 
     def lengths(self) -> np.ndarray | None:
@@ -155,6 +191,8 @@ class TaskRows:
                 end, with the first caption.
             config: augmentation; used with ``draws``.
         """
+        if self.task.objective == "masked":
+            return self._masked(rows, draws or Draws(("masks",), len(rows), slice(None)), config)
         towers = {self.own: self._inputs(rows, draws, config)}
         if self.task.objective == "retrieval":
             towers["query"] = self._queries(rows, draws, config)
@@ -194,6 +232,19 @@ class TaskRows:
             share = config.token_dropout if modality == "text" else config.code_dropout
             tokens = augment.drop_tokens(tokens, lengths, share, draws, self.limit)
         return {"tokens": _tensor(tokens)}
+
+    def _masked(
+        self, rows: np.ndarray, draws: Draws, config: AugmentConfig | None
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Augmented rows with a part of them hidden, and what was there."""
+        if config is not None:
+            # What hides a part of the input itself would be asked for as if it were there.
+            config = replace(
+                config, time_masks=0, frequency_masks=0, token_dropout=0.0, code_dropout=0.0
+            )
+        inputs = self._inputs(rows, draws, config)
+        inputs, targets = self._hide(self.plan.modality, inputs, draws)
+        return {self.own: inputs}, targets
 
     def _queries(
         self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None
@@ -247,6 +298,7 @@ class MixedStream:
         seed: of order, captions and augmentation.
         augmentation: random changes; none for rows as they are.
         temperature: over the rows of tasks without a weight.
+        masks: what masked tasks hide.
 
     Raises:
         UserError: an unknown task, a corpus that is missing or of the wrong kind.
@@ -260,6 +312,7 @@ class MixedStream:
         seed: int,
         augmentation: AugmentConfig | None = None,
         temperature: float = 2.0,
+        masks: MaskConfig | None = None,
     ) -> None:
         if not tasks:
             raise UserError("no task to train: name at least one under tasks")
@@ -268,7 +321,7 @@ class MixedStream:
         self._orders: dict[str, RowOrder] = {}
         for name, settings in tasks.items():
             task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
-            rows = TaskRows(name, task, corpus, model, settings)
+            rows = TaskRows(name, task, corpus, model, settings, masks)
             self.rows[name] = rows
             self._orders[name] = RowOrder(
                 rows.count, settings.batch, rows.lengths(), (seed, "order", name)

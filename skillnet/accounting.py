@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, check_plan, find_task
-from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem
+from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem, values_of_token
 from skillnet.task_model import TaskModel
 
 
@@ -82,9 +83,17 @@ def task_flops(
             "classification": spec.outputs,
             "ctc": tower_tokens * (spec.outputs + 1),
             "retrieval": config.embedding_dim,
+            "masked": tower_tokens * _masked_outputs(config, plan),
         }[spec.objective]
         flops += 2 * config.dim * outputs
     return flops, tokens
+
+
+def _masked_outputs(config: SkillNetConfig, plan: SkillPlan) -> int:
+    """Outputs of the layers of a masked task's head, at one token; counted at every token."""
+    if plan.stem == "token":
+        return config.dim + config.vocab_size
+    return values_of_token(config, plan.modality)
 
 
 def count_flops(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
 from skillnet.skills import SkillPlan, Task, find_task
-from skillnet.stems import STEMS
+from skillnet.stems import STEMS, TokenStem
 from skillnet.task_model import Batch, TaskModel, Tokens, mean
 
 
@@ -49,6 +49,12 @@ class SkillNet(TaskModel):
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
         """Encoded tokens of a task's tower, with that tower's plan; see :meth:`tokens`."""
         return self.tokens(batch, find_task(task, self.config.tasks).towers[tower])
+
+    def token_embedding(self, task: str, tower: str) -> Tensor:
+        """Embedding (V, D) of the token stem that the tower reads through."""
+        stem = self.stems[find_task(task, self.config.tasks).towers[tower].stem]
+        assert isinstance(stem, TokenStem)
+        return stem.embedding.weight
 
     def encode(self, batch: Batch, plan: SkillPlan) -> Tensor:
         """Mean of the encoded real tokens, (B, D).

@@ -3,7 +3,8 @@
 SkillNet, the dense and mixture-of-experts baselines and the specialists are each one module of
 this kind, so that they share the stream, the training loop, checkpoints and evaluation.
 
-Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the retrieval space.
+Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the retrieval space,
+M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
-from skillnet.heads import HEADS, RetrievalHead
+from skillnet.heads import HEADS, MaskedHead, RetrievalHead
 from skillnet.skills import find_task
 
 Batch = dict[str, Tensor]
@@ -69,6 +70,8 @@ class TaskModel(nn.Module):
         Returns:
             classification: ``logits`` (B, C). ctc: ``log_probs`` (B, T, S + 1) and ``lengths``
             (B,). retrieval: ``query`` and ``candidate`` (B, E), unit length, and ``scale`` ().
+            masked: ``predicted`` (M, V) for text and code, else (M, P), at the tokens that the
+            batch's ``masked`` (B, T) names, row by row; without it, at every real token.
         """
         spec = find_task(task, self.config.tasks)
         head = self.heads[task]
@@ -81,6 +84,11 @@ class TaskModel(nn.Module):
         x_BTD, mask_BT = self.tower_tokens(task, "input", towers["input"])
         if spec.objective == "classification":
             return {"logits": head(mean(x_BTD, mask_BT))}
+        if isinstance(head, MaskedHead):
+            masked_BT = towers["input"].get("masked", mask_BT)
+            x_MD = x_BTD.flatten(0, 1) if masked_BT is None else x_BTD[masked_BT]
+            tied = self.token_embedding(task, "input") if head.tied else None
+            return {"predicted": head(x_MD, tied)}
         if mask_BT is not None:
             lengths_B = mask_BT.sum(1)
         else:
@@ -95,6 +103,14 @@ class TaskModel(nn.Module):
         if tower not in spec.towers:
             raise ValueError(f"{task} has the towers query and candidate, not {tower!r}")
         return self.heads[task](mean(*self.tower_tokens(task, tower, batch)), tower)
+
+    def token_embedding(self, task: str, tower: str) -> Tensor:
+        """Embedding (V, D) of the tokens that a tower reads; masked tokens are predicted by it.
+
+        Raises:
+            ValueError: this system has none that it can give.
+        """
+        raise ValueError(f"the system {self.system!r} cannot predict masked tokens ({task})")
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Losses, besides the task's, of the last forward pass; added to it in training."""

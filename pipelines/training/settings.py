@@ -59,6 +59,41 @@ class AugmentConfig:
 
 
 @dataclass
+class MaskConfig:
+    """What masked tasks hide of a row: shares of its tokens, keyed by (seed, step, row).
+
+    Args:
+        text: share of the tokens of a text (BERT, Devlin et al. 2019: 0.15).
+        code: the same for code.
+        image: share of a picture's patches (SimMIM, Xie et al. 2022: 0.6 with small patches).
+        video: share of a clip's tubelets (VideoMAE, Tong et al. 2022: 0.75 to 0.9).
+        video_tubes: hide the same places in all frames, as VideoMAE does; else any tubelets.
+        sound: share of a recording (wav2vec 2.0, Baevski et al. 2020: about a half).
+        sound_span: tokens of one hidden span of sound. A token is ``model.mel_stack`` frames of
+            10 ms; wav2vec 2.0's spans last 200 ms.
+    """
+
+    text: float = 0.15
+    code: float = 0.15
+    image: float = 0.6
+    video: float = 0.75
+    video_tubes: bool = True
+    sound: float = 0.5
+    sound_span: int = 5
+
+    def __post_init__(self) -> None:
+        for key in ("text", "code", "image", "video", "sound"):
+            if not 0 < getattr(self, key) < 1:
+                raise ValueError(
+                    f"training.masking.{key} must be above 0 and below 1, got {getattr(self, key)}"
+                )
+        if self.sound_span < 1:
+            raise ValueError(
+                f"training.masking.sound_span must be at least 1, got {self.sound_span}"
+            )
+
+
+@dataclass
 class TaskTraining:
     """How one task takes part in the mixture.
 
@@ -67,7 +102,8 @@ class TaskTraining:
         weight: share of the steps relative to the other tasks; none leaves it to
             ``training.temperature`` over the tasks' numbers of rows.
         batch: rows of one global batch, over all workers.
-        split: the split it trains on.
+        split: the split it trains on; ``pretraining`` stands for all splits that the corpus'
+            manifest allows for pretraining.
         max_length: longest sequence of the corpus' own modality, in tokens or frames; longer
             rows are cropped at random. None: as long as the model allows.
         smoothing: label smoothing, classification only.
@@ -137,6 +173,7 @@ class TrainingConfig:
         only: files of the model that train (skill-NAME, head-TASK, stem-NAME, shared); all
             others are read and stay as they are to the bit. Empty trains all that a task activates.
         augment: random changes of training rows.
+        masking: what masked tasks hide.
     """
 
     steps: int = 2000
@@ -164,6 +201,7 @@ class TrainingConfig:
     max_failures: int = 1
     only: list[str] = field(default_factory=list)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    masking: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
         for key in ("steps", "keep", "log_every"):

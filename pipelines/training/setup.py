@@ -32,6 +32,7 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
         config.seed,
         config.training.augment,
         config.training.temperature,
+        config.training.masking,
     )
 
 

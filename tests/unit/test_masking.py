@@ -1,0 +1,155 @@
+"""Masks: how much they hide, where, and that they hang on the row alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.augment import MASK_TOKEN, Draws
+from pipelines.masking import FIRST_WORD, GREY, Hider, normalised, pick, pick_spans, pick_tubes
+from pipelines.training.settings import MaskConfig
+from skillnet.config import SkillNetConfig
+from skillnet.stems import patchify, stack_frames, tubelify
+
+MODEL = SkillNetConfig(
+    dim=16, heads=2, vocab_size=60, max_tokens=24, max_frames=40, patch_size=8, tubelet=(2, 8, 8)
+)
+
+
+def draws(count: int, step: int = 0) -> Draws:
+    return Draws((0, step), count, slice(0, count))
+
+
+def hider(**changes: object) -> Hider:
+    return Hider(MODEL, MaskConfig(**changes), words=60, longest=24)  # type: ignore[arg-type]
+
+
+def test_pick_hides_the_share_and_nothing_after_the_end() -> None:
+    lengths = np.array([1, 2, 3, 10, 20])
+    masked = pick(np.random.default_rng(0).random((5, 20)), lengths, 0.15)
+    assert masked.sum(1).tolist() == [1, 1, 1, 2, 3]
+    assert not (masked & (np.arange(20) >= lengths[:, None])).any()
+    many = pick(np.random.default_rng(0).random((5, 20)), lengths, 0.99)
+    assert many.sum(1).tolist() == [1, 1, 2, 9, 19]
+
+
+def test_every_place_is_picked_alike() -> None:
+    masked = pick(np.random.default_rng(0).random((4000, 10)), np.full(4000, 10), 0.3)
+    assert np.abs(masked.mean(0) - 0.3).max() < 0.04
+
+
+def runs(row: np.ndarray) -> list[int]:
+    """Lengths of the runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
+    return (edges[1::2] - edges[::2]).tolist()
+
+
+def test_spans_hide_the_share_in_runs() -> None:
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 41, 300)
+    masked = pick_spans(random.random((300, 40)), lengths, 0.5, 5)
+    assert not (masked & (np.arange(40) >= lengths[:, None])).any()
+    wanted = np.clip(np.rint(0.5 * lengths), 1, np.maximum(lengths - 1, 1))
+    assert (masked.sum(1) == wanted).all()
+    # One span of a row is cut where the share is reached; the others are whole or joined.
+    long = [sorted(runs(row)) for row, n in zip(masked, lengths, strict=True) if n > 10]
+    assert all(each >= 5 for found in long for each in found[1:])
+    single = pick_spans(random.random((50, 40)), np.full(50, 40), 0.5, 1)
+    assert np.mean([len(runs(row)) for row in single]) > 8
+
+
+def test_tubes_hide_the_same_places_at_all_times() -> None:
+    masked = pick_tubes(np.random.default_rng(0).random((20, 16)), 4, 0.75).reshape(20, 4, 16)
+    assert (masked == masked[:, :1]).all()
+    assert (masked.sum(2) == 12).all()
+    assert len({tuple(row[0]) for row in masked}) > 10
+
+
+def test_tokens_as_bert_hides_them() -> None:
+    B, T = 600, 20
+    tokens = torch.full((B, T), 9)
+    tokens[:, 16:] = 0
+    shown, targets = hider(text=0.25)("text", {"tokens": tokens}, draws(B))
+    masked = targets["masked"]
+    assert torch.equal(shown["masked"], masked)
+    assert (masked.sum(1) == 4).all()
+    assert not masked[:, 16:].any()
+    assert (targets["values"] == 9).all()
+    assert len(targets["values"]) == int(masked.sum())
+    assert torch.equal(shown["tokens"][~masked], tokens[~masked])
+    hidden = shown["tokens"][masked]
+    assert abs((hidden == MASK_TOKEN).float().mean() - 0.8) < 0.03
+    other = (hidden != MASK_TOKEN) & (hidden != 9)
+    assert abs(other.float().mean() - 0.1) < 0.03
+    assert int(hidden[other].min()) >= FIRST_WORD
+    assert int(hidden[other].max()) < 60
+
+
+def test_patches_turn_grey_and_their_pixels_are_asked_for() -> None:
+    pixels = torch.randint(0, 256, (5, 48, 48, 3), dtype=torch.uint8)
+    shown, targets = hider(image=0.5)("image", {"pixels": pixels}, draws(5))
+    masked = targets["masked"]
+    assert masked.shape == (5, 36)
+    assert (masked.sum(1) == 18).all()
+    cut = patchify(shown["pixels"], 8)
+    assert (cut[masked] == GREY).all()
+    whole = patchify(pixels.float() / 255, 8)
+    assert torch.equal(cut[~masked], whole[~masked])
+    expected = normalised(whole * 2 - 1)[masked]
+    torch.testing.assert_close(targets["values"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_normalised_patches_have_no_mean_and_flat_ones_stay_flat() -> None:
+    x = torch.cat([torch.randn(1, 3, 40) * 0.7 + 0.2, torch.full((1, 1, 40), 0.9)], 1)
+    x[0, 3, 0] += 1e-3
+    found = normalised(x)
+    assert found.mean(-1).abs().max() < 1e-5
+    assert (found[0, :3].std(-1, unbiased=False) - 1).abs().max() < 0.01
+    assert found[0, 3].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("tubes", [True, False])
+def test_tubelets_turn_grey_and_their_pixels_are_asked_for(tubes: bool) -> None:
+    frames = torch.randint(0, 256, (6, 8, 32, 32, 1), dtype=torch.uint8)
+    shown, targets = hider(video_tubes=tubes)("video", {"frames": frames}, draws(6))
+    masked = targets["masked"]
+    assert masked.shape == (6, 64)
+    assert (masked.sum(1) == 48).all()
+    places = masked.view(6, 4, 16)
+    assert bool((places == places[:, :1]).all()) == tubes
+    cut = tubelify(shown["frames"], (2, 8, 8))
+    assert (cut[masked] == GREY).all()
+    whole = tubelify(frames.float() / 255, (2, 8, 8))
+    assert torch.equal(cut[~masked], whole[~masked])
+    assert targets["values"].shape == (6 * 48, 2 * 8 * 8 * 3)
+
+
+def test_frames_are_hidden_by_stacks_and_a_cut_stack_is_left() -> None:
+    mel, frames = torch.randn(4, 27, 80) + 5, torch.tensor([27, 17, 3, 8])
+    mel[torch.arange(27) >= frames[:, None]] = 0
+    shown, targets = hider(sound_span=2)("sound", {"log_mel": mel, "frames": frames}, draws(4))
+    masked = targets["masked"]
+    assert masked.shape == (4, 7)
+    assert masked.sum(1).tolist() == [3, 2, 1, 1]
+    assert not masked[:, 6].any()
+    assert not masked[1, 4]
+    whole, cut = stack_frames(mel, 4), stack_frames(shown["log_mel"], 4)
+    assert (cut[masked] == 0).all()
+    assert torch.equal(cut[~masked], whole[~masked])
+    assert torch.equal(targets["values"], whole[masked])
+    assert torch.equal(shown["frames"], frames)
+
+
+def test_a_rows_mask_hangs_on_no_other_row() -> None:
+    frames = torch.tensor([16, 40, 24, 9])
+    mel = torch.randn(4, 40, 80)
+    whole = hider()("sound", {"log_mel": mel, "frames": frames}, draws(4))[1]["masked"]
+    mine = Draws((0, 0), 4, slice(2, 4))
+    part = hider()("sound", {"log_mel": mel[2:, :24], "frames": frames[2:]}, mine)[1]["masked"]
+    assert torch.equal(part, whole[2:, :6])
+
+
+@pytest.mark.parametrize("key", ["text", "image", "sound"])
+def test_a_share_of_nothing_or_all_is_refused(key: str) -> None:
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"training\.masking\.{key}"):
+            MaskConfig(**{key: share})  # type: ignore[arg-type]
