@@ -1,0 +1,339 @@
+"""One trial: a training run that a sweep or a study starts, and what became of it.
+
+<folder>/<trial>/        a run's folder, as ``skillnet finetune`` makes it, and beside its files
+  trial.json             what the process that runs it needs to know; written by the driver
+  reports.jsonl          one line per evaluation: step, score, the tasks' scores, cost
+  log.txt                what the trial said
+  error.txt              traceback, if it failed
+  outcome.json           what became of it, written by the driver; the ledger of the sweep
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.storage import read_json, write_json
+
+if TYPE_CHECKING:
+    from pipelines.training.worker import Nested
+
+TRIAL = "trial.json"
+REPORTS = "reports.jsonl"
+LOG = "log.txt"
+ERROR = "error.txt"
+OUTCOME = "outcome.json"
+
+#: The primary figure of a task, and whether more of it is better.
+PRIMARY = {"accuracy": True, "token_error_rate": False, "recall_at_10": True}
+
+Status = Literal["finished", "stopped", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run to make.
+
+    Args:
+        name: of its folder and of its MLflow run.
+        config: what to train; its ``name`` and ``run_dir`` are the engine's.
+        pretrain: a pretraining that comes first and whose model the run starts from. Trials
+            with equal pretrainings share one.
+        splits: splits that the final model is measured on; none takes the test splits if
+            ``config.evaluate`` is set.
+        group: trials of one group are repeats of one configuration; none: the name.
+        settings: flat key -> value of what sets it apart, for tables and tags.
+    """
+
+    name: str
+    config: FinetuneConfig
+    pretrain: FinetuneConfig | None = None
+    splits: tuple[str, ...] | None = None
+    group: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrialOutcome:
+    """What became of a trial.
+
+    Args:
+        name: of the trial.
+        group: of the trial; repeats of one configuration share it.
+        folder: of the run.
+        status: ``finished`` with a result; ``stopped`` early by the scheduler; ``failed``;
+            ``interrupted`` before its end, to be gone on with.
+        result: as ``pipelines.finetune.finetune`` returns it; none unless finished.
+        reports: evaluations during training and the final one, in the order of steps.
+        error: last line of the exception that ended it.
+        log: file with the traceback, or with what the trial said.
+        run_id: of its MLflow run.
+        settings: of the trial.
+        seed: of the trial.
+    """
+
+    name: str
+    group: str
+    folder: Path
+    status: Status
+    result: dict[str, Any] | None = None
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    log: Path | None = None
+    run_id: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def score(self) -> float | None:
+        """The score of the last evaluation; none without any."""
+        return self.reports[-1]["score"] if self.reports else None
+
+    @property
+    def step(self) -> int:
+        """Steps done, as far as is known."""
+        if self.result is not None:
+            return int(self.result["step"])
+        return int(self.reports[-1]["step"]) if self.reports else 0
+
+    @property
+    def seconds(self) -> float | None:
+        """Time in the training loop; none unless finished."""
+        return float(self.result["seconds"]) if self.result is not None else None
+
+
+@dataclass
+class ScoreConfig:
+    """How the figures of a trial's evaluation become one number; more is better.
+
+    A task's plain score is its accuracy, 1 − token error rate, or recall at 10.
+
+    Args:
+        kind: ``plain`` is the mean over tasks of the plain scores; ``relative`` divides each
+            by its reference first.
+        split: the split that is scored.
+        tasks: the tasks that count; empty takes all that are evaluated.
+        references: task -> plain score that counts as 1, for ``relative``.
+    """
+
+    kind: Literal["plain", "relative"] = "plain"
+    split: str = "validation"
+    tasks: list[str] = field(default_factory=list)
+    references: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.split.startswith("test"):
+            raise UserError(
+                f"score.split {self.split}: a sweep chooses by the validation split; test splits "
+                "are for what was chosen"
+            )
+        for task, value in self.references.items():
+            if value <= 0:
+                raise UserError(f"score.references.{task} must be above 0, got {value}")
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Raise UserError if a task of the score is not evaluated, or lacks its reference."""
+        for name in [*self.tasks, *self.references]:
+            if name not in tasks:
+                raise UserError(f"score: {name!r} is no evaluated task{nearest(name, tasks)}")
+        if self.kind == "relative":
+            absent = [name for name in self.tasks or tasks if name not in self.references]
+            if absent:
+                raise UserError(
+                    f"score.kind relative needs score.references.{absent[0]}: the plain score "
+                    "that counts as 1"
+                )
+
+    def of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, dict[str, float]]:
+        """The score, and each task's, of tidy evaluation rows."""
+        scores: dict[str, float] = {}
+        for row in rows:
+            if row["split"] == self.split and row["metric"] in PRIMARY:
+                value = float(row["value"])
+                scores[row["task"]] = value if PRIMARY[row["metric"]] else 1.0 - value
+        if self.tasks:
+            scores = {name: scores[name] for name in self.tasks}
+        if self.kind == "relative":
+            scores = {name: value / self.references[name] for name, value in scores.items()}
+        if not scores:
+            raise UserError(f"no evaluated task has a figure on the split {self.split!r}")
+        return sum(scores.values()) / len(scores), scores
+
+
+def run_one(
+    trial: Trial,
+    folder: Path,
+    *,
+    tracked: tuple[str, str],
+    score: ScoreConfig | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    nested: "Nested | None" = None,
+) -> dict[str, Any]:
+    """Train and evaluate a trial: in this process, or on several nested Ray workers.
+
+    It leaves what every finished run leaves; ``result.json`` is written last. A trial with a
+    result gives it; an unfinished one goes on from its newest whole checkpoint.
+
+    Args:
+        trial: what to run. Its pretraining is not run here: ``config.init_from`` names its model.
+        folder: of the run.
+        tracked: MLflow run id and URI. The run is open, and its end is the driver's.
+        score: how evaluations are scored; none reports nothing.
+        report: told about each evaluation: step, score, each task's score, cost. With several
+            workers it is called on each of them, with {} on all but the first.
+        nested: how ``training.workers`` above 1 run below a trial of Ray Tune.
+
+    Returns:
+        As ``pipelines.finetune.finetune``.
+    """
+    from pipelines import finetune
+    from skillnet_platform.tracking import Tracker
+
+    execute = executor(trial.config)
+    config = finetune.resolved(placed(trial.config, folder))
+    finished = finetune.open_run(config, folder)
+    if finished is not None:
+        return finished
+    manifests = finetune.check(config)
+    alone = config.training.workers <= 1
+    if alone:
+        config = replace(config, training=replace(config.training, workers=0))
+    tracker = Tracker.by_id(*tracked)
+    watch = Evaluations(folder, score, report) if score is not None else None
+    try:
+        result = execute(
+            config,
+            folder,
+            tracker,
+            manifests,
+            splits=trial.splits,
+            on_evaluation=watch,
+            nested=None if alone else nested,
+        )
+    finally:
+        tracker.flush()
+    result["registered"] = None
+    if watch is not None and result["evaluation"]:
+        replace_report = watch.record(result["evaluation"], result["step"])
+        tracker.metrics({"score": replace_report["score"]}, result["step"])
+    write_json(folder / finetune.RESULT, result)
+    return result
+
+
+def executor(config: FinetuneConfig) -> Callable[..., dict[str, Any]]:
+    """What executes a run of that sort of configuration in a run that is open."""
+    from pipelines import finetune
+
+    if type(config) is FinetuneConfig:
+        return finetune.execute
+    from pipelines import pretrain
+
+    return getattr(pretrain, "execute", finetune.execute)
+
+
+def placed(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
+    """The configuration of a run in that very folder, which registers no model."""
+    tracking = replace(config.tracking, register=False)
+    return replace(config, name=folder.name, run_dir=str(folder.parent), tracking=tracking)
+
+
+class Evaluations:
+    """Scores the evaluations of a run, keeps them in ``reports.jsonl``, and passes them on.
+
+    Picklable: with several workers each has its own copy, and only the first gets rows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        score: ScoreConfig,
+        report: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self._folder, self._score, self._report = folder, score, report
+
+    def __call__(self, rows: list[dict[str, Any]], step: int) -> None:
+        """An evaluation at ``step``. One that was reported before a crash is not said twice."""
+        made = self.record(rows, step) if rows else {}
+        if self._report is not None:
+            self._report(made)
+
+    def record(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
+        """Score rows and keep the line of that step, once."""
+        score, scores = self._score.of(rows)
+        line = {
+            "step": step,
+            "score": score,
+            "scores": scores,
+            **costs_of(rows),
+            "time": time.time(),
+        }
+        if step not in {known["step"] for known in reports_of(self._folder)}:
+            with (self._folder / REPORTS).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        return line
+
+
+def costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean over tasks of activated parameters and of FLOPs per example, from tidy rows."""
+    by_task = {row["task"]: row for row in rows}
+    costs = {}
+    for key in ("activated_params", "flops_per_example"):
+        values = [float(row[key]) for row in by_task.values() if row.get(key) is not None]
+        if values:
+            costs[key] = sum(values) / len(values)
+    return costs
+
+
+def reports_of(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a trial so far, in the order of steps; a line cut short is left out."""
+    path = folder / REPORTS
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return sorted(lines, key=lambda line: line["step"])
+
+
+def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: Any) -> None:
+    """Leave in the trial's folder what the process that runs it needs."""
+    kind = "finetune" if type(trial.config) is FinetuneConfig else "pretrain"
+    write_json(
+        folder / TRIAL,
+        {
+            "name": trial.name,
+            "kind": kind,
+            "config": configuration.to_dict(trial.config),
+            "splits": list(trial.splits) if trial.splits is not None else None,
+            "group": trial.group,
+            "settings": dict(trial.settings),
+            "score": configuration.to_dict(score) if score is not None else None,
+            **more,
+        },
+    )
+
+
+def read_trial(folder: Path) -> tuple[Trial, ScoreConfig | None, dict[str, Any]]:
+    """The trial of a folder, its score, and everything that was written with them."""
+    told = read_json(folder / TRIAL)
+    cls: type[FinetuneConfig] = FinetuneConfig
+    if told["kind"] == "pretrain":
+        from pipelines.training.settings import PretrainConfig
+
+        cls = PretrainConfig
+    trial = Trial(
+        told["name"],
+        configuration.build(cls, told["config"]),
+        splits=tuple(told["splits"]) if told["splits"] is not None else None,
+        group=told["group"],
+        settings=told["settings"],
+    )
+    score = configuration.build(ScoreConfig, told["score"]) if told["score"] is not None else None
+    return trial, score, told
