@@ -1,0 +1,230 @@
+"""Intervals and tests over seeds and test rows together, for a few seeds and many rows.
+
+A figure of a study hangs on two draws: the seeds that were run and the rows that were tested.
+Every seed answers every row, so the two are crossed. The model is the two-way random-effects
+model y[s, n] = mean + seed[s] + row[n] + rest[s, n], whose variance of the mean is
+
+    (MS_seed + max(MS_row - MS_rest, 0)) / (S N)
+
+with Satterthwaite's degrees of freedom: the analysis of several readers and many cases
+(source: Dorfman, Berbaum & Metz 1992; degrees of freedom: Hillis 2007). A plain crossed
+bootstrap draws 2 or 3 seeds from 2 or 3 and covers too little where seeds differ; see
+``docs/comparison.md`` for the measured coverage of both.
+
+A :class:`Sample` is any figure that every run has, together with what each row adds to it. Means
+over tasks, ratios to a baseline and differences are again samples, so one estimator serves all.
+Differences pair by row and seed.
+
+Shapes: S seeds, N test rows of one split.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and rows and what is known of it.
+
+    Args:
+        value: the mean over seeds.
+        low: lower bound of the interval.
+        high: upper bound of the interval.
+        error: standard error.
+        freedom: degrees of freedom of the error.
+        seeds: number of seeds. With one, error and interval are over test rows only.
+    """
+
+    value: float
+    low: float
+    high: float
+    error: float
+    freedom: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A figure of every run of one system, and the rows behind it.
+
+    Args:
+        seeds: of the runs, ascending.
+        values: (S,) the figure of each run.
+        rows: split -> (S, N): how much row n moves the run's figure, times N; each run's row
+            sums to 0 (an influence function). Splits are independent of each other.
+    """
+
+    seeds: tuple[int, ...]
+    values: NDArray[np.float64]
+    rows: Mapping[Hashable, NDArray[np.float64]]
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("a sample needs at least one run")
+        for key, part in self.rows.items():
+            if part.shape[0] != len(self.seeds) or part.ndim != 2 or part.shape[1] < 2:
+                raise ValueError(
+                    f"{key}: rows of {len(self.seeds)} runs have the shape (seeds, at least 2 "
+                    f"rows), not {part.shape}"
+                )
+
+    def of(self, places: Sequence[int]) -> "Sample":
+        """The runs at some places."""
+        chosen = list(places)
+        rows = {key: part[chosen] for key, part in self.rows.items()}
+        return Sample(tuple(self.seeds[i] for i in chosen), self.values[chosen], rows)
+
+
+def sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hashable) -> Sample:
+    """The ratio sum(amount) / sum(weight) of each run over a split's rows.
+
+    Args:
+        amounts: seed -> (N,).
+        weight: (N,), the same for every run.
+        key: names the split; samples with the same key pair by row.
+    """
+    seeds = tuple(sorted(amounts))
+    amount_SN = np.stack([np.asarray(amounts[seed], np.float64) for seed in seeds])
+    weight_N = np.asarray(weight, np.float64)
+    if weight_N.sum() <= 0:
+        raise ValueError(f"{key}: the weights of the rows sum to nothing")
+    values_S = amount_SN.sum(1) / weight_N.sum()
+    rows_SN = (amount_SN - values_S[:, None] * weight_N) / weight_N.mean()
+    return Sample(seeds, values_S, {key: rows_SN})
+
+
+# -- samples of samples --------------------------------------------------------------------
+
+
+def mean(parts: Sequence[Sample]) -> Sample:
+    """Mean of several figures, seed by seed."""
+    parts = _on_common_seeds(parts)
+    values = np.mean([part.values for part in parts], axis=0)
+    return Sample(parts[0].seeds, values, _sum_rows([(part, 1 / len(parts)) for part in parts]))
+
+
+def difference(left: Sample, right: Sample) -> Sample:
+    """``left - right``, run by run."""
+    left, right = paired(left, right)
+    return Sample(left.seeds, left.values - right.values, _sum_rows([(left, 1.0), (right, -1.0)]))
+
+
+def ratio(above: Sample, below: Sample) -> Sample:
+    """``above / below``, run by run; rows by the delta method. NaN where ``below`` is 0."""
+    above, below = paired(above, below)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.where(below.values == 0, np.nan, above.values / below.values)
+        scale = np.where(below.values == 0, np.nan, 1 / below.values)
+    return Sample(above.seeds, values, _sum_rows([(above, scale), (below, -values * scale)]))
+
+
+def paired(left: Sample, right: Sample) -> tuple[Sample, Sample]:
+    """Two samples on the seeds that both have.
+
+    Runs without two common seeds pair in the order of their seeds: seeds are exchangeable, so
+    any fixed pairing gives a valid test.
+    """
+    if left.seeds == right.seeds:
+        return left, right
+    common = sorted(set(left.seeds) & set(right.seeds))
+    if len(common) >= 2 or len(common) == min(len(left.seeds), len(right.seeds)):
+        return (
+            left.of([left.seeds.index(seed) for seed in common]),
+            right.of([right.seeds.index(seed) for seed in common]),
+        )
+    count = min(len(left.seeds), len(right.seeds))
+    return left.of(range(count)), right.of(range(count))
+
+
+def _on_common_seeds(parts: Sequence[Sample]) -> list[Sample]:
+    if not parts:
+        raise ValueError("a mean needs at least one figure")
+    common = sorted(set.intersection(*(set(part.seeds) for part in parts)))
+    return [part.of([part.seeds.index(seed) for seed in common]) for part in parts]
+
+
+def _sum_rows(
+    terms: Sequence[tuple[Sample, float | NDArray]],
+) -> dict[Hashable, NDArray[np.float64]]:
+    rows: dict[Hashable, NDArray[np.float64]] = {}
+    for part, factor in terms:
+        for key, own in part.rows.items():
+            scaled = own * np.reshape(factor, (-1, 1))
+            if key in rows and rows[key].shape != scaled.shape:
+                raise ValueError(
+                    f"{key}: {rows[key].shape[1]} rows do not pair with {scaled.shape[1]}"
+                )
+            rows[key] = rows[key] + scaled if key in rows else scaled
+    return rows
+
+
+# -- estimates and tests -------------------------------------------------------------------
+
+
+def estimate(
+    of: Sample,
+    level: float = LEVEL,
+    least: float = -np.inf,
+    most: float = np.inf,
+) -> Estimate:
+    """Mean over seeds with its interval; bounds are cut at ``least`` and ``most``."""
+    value, error, freedom = _error(of)
+    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error if error else 0.0 * error
+    low, high = (float(np.clip(x, least, most)) for x in (value - half, value + half))
+    return Estimate(value, low, high, error, freedom, len(of.seeds))
+
+
+def p_value(of: Sample, null: float = 0.0) -> float:
+    """Two-sided p-value of "the mean is ``null``" (Student's t)."""
+    value, error, freedom = _error(of)
+    if np.isnan(value) or np.isnan(error):
+        return float("nan")
+    if error == 0:
+        return 1.0 if value == null else 0.0
+    return float(2 * stats.t.sf(abs(value - null) / error, freedom))
+
+
+def _error(of: Sample) -> tuple[float, float, float]:
+    """Mean, standard error, degrees of freedom."""
+    count = len(of.seeds)
+    value = float(of.values.mean())
+    variances, squares = [], []
+    if count > 1:
+        # A float's rounding is no spread: equal seeds shall give exactly none.
+        spread = 0.0 if np.ptp(of.values) == 0 else float(of.values.var(ddof=1))
+        variances.append(spread / count)
+        squares.append(variances[-1] ** 2 / (count - 1))
+    for part in of.rows.values():
+        rows = part.shape[1]
+        mean_N = part.mean(0)
+        variance = float(mean_N.var(ddof=1)) / rows
+        if count > 1:
+            rest = float(((part - mean_N) ** 2).sum()) / ((count - 1) * (rows - 1))
+            variance = max(variance - rest / (count * rows), 0.0)
+        variances.append(variance)
+        squares.append(variance**2 / (rows - 1))
+    total = sum(variances)
+    freedom = total**2 / sum(squares) if sum(squares) > 0 else np.inf
+    return value, float(np.sqrt(total)), float(freedom)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (source: Holm 1979); NaN stays and does not count.
+
+    Rejecting those that are at most alpha keeps the chance of any false rejection below alpha,
+    however the tests depend on each other.
+    """
+    p = np.asarray(p_values, np.float64)
+    order = [int(i) for i in np.argsort(p) if not np.isnan(p[i])]
+    adjusted = np.full(len(p), np.nan)
+    highest = 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - place) * p[index]))
+        adjusted[index] = highest
+    return [float(x) for x in adjusted]

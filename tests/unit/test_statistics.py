@@ -1,0 +1,218 @@
+"""Intervals and tests over seeds and rows: coverage, size, power and what happens at the edges."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sweeps import statistics as st
+
+ROWS = 150
+
+
+def world(random, seeds, rows=ROWS, shift=0.0, by_seed=0.1, by_row=1.0, rest=0.7, row_N=None):
+    """Right or wrong answers (S, N) of a system, from a probit model with crossed effects."""
+    row_N = random.normal(0, by_row, rows) if row_N is None else row_N
+    seed_S1 = random.normal(0, by_seed, (seeds, 1))
+    return (0.5 + shift + seed_S1 + row_N + random.normal(0, rest, (seeds, rows)) > 0) * 1.0
+
+
+def truth(shift=0.0, by_seed=0.1, by_row=1.0, rest=0.7):
+    return stats.norm.cdf((0.5 + shift) / np.sqrt(by_seed**2 + by_row**2 + rest**2))
+
+
+def as_sample(answers_SN, key="test", weight=None):
+    weight = np.ones(answers_SN.shape[1]) if weight is None else weight
+    return st.sample(dict(enumerate(answers_SN)), weight, key)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("by_seed", [0.0, 0.1])
+def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int, by_seed: float):
+    random = np.random.default_rng(seeds)
+    right, trials = truth(by_seed=by_seed), 400
+    hits = 0
+    for _ in range(trials):
+        found = st.estimate(as_sample(world(random, seeds, by_seed=by_seed)))
+        hits += found.low <= right <= found.high
+    # Four standard errors of 400 trials below, and not so wide that they say nothing.
+    assert 0.95 - 4 * np.sqrt(0.95 * 0.05 / trials) <= hits / trials <= 0.99
+
+
+def test_intervals_over_rows_alone_would_be_too_short():
+    """Why seeds must count: the same answers, with seeds taken for fixed, cover far less."""
+    random = np.random.default_rng(0)
+    right, both, alone = truth(by_seed=0.4), 0, 0
+    for _ in range(200):
+        answers = world(random, 3, rows=300, by_seed=0.4)
+        found = st.estimate(as_sample(answers))
+        both += found.low <= right <= found.high
+        rows = answers.mean(0)
+        half = 1.96 * rows.std(ddof=1) / np.sqrt(300)
+        alone += abs(rows.mean() - right) <= half
+    assert both / 200 > 0.87
+    assert alone / 200 < 0.6
+
+
+def p_values(trials: int, shift: float, seeds: int = 4, start: int = 0) -> np.ndarray:
+    random = np.random.default_rng(start)
+    found = []
+    for _ in range(trials):
+        row_N = random.normal(0, 1, ROWS)
+        one, other = world(random, seeds, row_N=row_N), world(random, seeds, row_N=row_N)
+        if shift:
+            one = world(random, seeds, shift=shift, row_N=row_N)
+        found.append(st.p_value(st.difference(as_sample(one), as_sample(other))))
+    return np.array(found)
+
+
+def test_p_values_are_uniform_without_an_effect():
+    p = p_values(500, 0.0)
+    for share in (0.05, 0.2, 0.5):
+        assert np.mean(p <= share) == pytest.approx(share, abs=4 * np.sqrt(share / 500))
+    assert stats.kstest(p, "uniform").pvalue > 1e-3
+
+
+def test_a_large_effect_is_found_and_pairing_by_row_helps():
+    assert np.mean(p_values(60, 0.6) < 0.05) > 0.9
+    random = np.random.default_rng(5)
+    row_N = random.normal(0, 2, ROWS)
+    one = as_sample(world(random, 4, shift=0.2, rest=0.3, row_N=row_N))
+    other = as_sample(world(random, 4, rest=0.3, row_N=row_N))
+    paired = st.estimate(st.difference(one, other)).error
+    apart = np.hypot(st.estimate(one).error, st.estimate(other).error)
+    assert paired < 0.7 * apart
+
+
+def test_one_estimate_by_hand():
+    """Two seeds, three rows: the mean squares of the two-way table, worked out."""
+    answers = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
+    found = st.estimate(as_sample(answers))
+    assert found.value == pytest.approx(4 / 6)
+    # Both seeds reach 2/3: MS_seed 0. Rows: 1, 1/2, 1/2, so MS_row = 2 * var = 1/6;
+    # MS_rest = 1 / (1 * 2) = 1/2 is above it, so nothing is left but zero.
+    assert found.error == 0
+    unequal = np.array([[1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    mean_N, mean_S = unequal.mean(0), unequal.mean(1)
+    ms_seed = 4 * mean_S.var(ddof=1)
+    ms_row = 2 * mean_N.var(ddof=1)
+    rest = unequal - mean_N - mean_S[:, None] + unequal.mean()
+    ms_rest = (rest**2).sum() / 3
+    variance = (ms_seed + max(ms_row - ms_rest, 0)) / 8
+    found = st.estimate(as_sample(unequal))
+    assert found.error == pytest.approx(np.sqrt(variance))
+    freedom = variance**2 / ((ms_seed / 8) ** 2 / 1 + (max(ms_row - ms_rest, 0) / 8) ** 2 / 3)
+    assert found.freedom == pytest.approx(freedom)
+
+
+def test_weighted_rows_give_the_ratio_of_sums():
+    amount = np.array([[1.0, 0.0, 4.0, 2.0], [0.0, 1.0, 3.0, 2.0]])
+    weight = np.array([2.0, 3.0, 10.0, 5.0])
+    found = as_sample(amount, weight=weight)
+    assert found.values.tolist() == [7 / 20, 6 / 20]
+    assert np.abs(found.rows["test"].sum(1)).max() < 1e-12
+    with pytest.raises(ValueError, match="sum to nothing"):
+        as_sample(amount, weight=np.zeros(4))
+
+
+def test_ratios_and_means_agree_with_a_bootstrap_of_rows():
+    random = np.random.default_rng(2)
+    seeds, systems = 3, {}
+    for name, shift in (("a", 0.5), ("b", 0.0)):
+        systems[name] = {
+            key: world(random, seeds, rows=400, shift=shift, by_seed=0.0) for key in ("x", "y")
+        }
+    relative = st.mean(
+        [
+            st.ratio(as_sample(systems["a"][key], key), as_sample(systems["b"][key], key))
+            for key in ("x", "y")
+        ]
+    )
+    direct = np.mean(
+        [systems["a"][k].mean(1) / systems["b"][k].mean(1) for k in ("x", "y")], axis=0
+    )
+    assert relative.values == pytest.approx(direct)
+    draws = []
+    for _ in range(800):
+        value = 0.0
+        for key in ("x", "y"):
+            rows = random.integers(0, 400, 400)
+            a, b = (systems[name][key][:, rows].mean(1) for name in ("a", "b"))
+            value += np.mean(a / b) / 2
+        draws.append(value)
+    mean_rows = {key: part.mean(0) for key, part in relative.rows.items()}
+    by_rows = np.sqrt(sum(part.var(ddof=1) / len(part) for part in mean_rows.values()))
+    assert by_rows == pytest.approx(np.std(draws), rel=0.12)
+
+
+def test_equal_systems_do_not_differ():
+    random = np.random.default_rng(0)
+    answers = as_sample(world(random, 3))
+    none = st.difference(answers, answers)
+    assert st.p_value(none) == 1.0
+    assert st.estimate(none)[:4] == (0, 0, 0, 0)
+
+
+def test_all_right_and_all_wrong():
+    right, wrong = as_sample(np.ones((3, 5))), as_sample(np.zeros((3, 5)))
+    assert st.estimate(right, least=0, most=1)[:3] == (1, 1, 1)
+    assert st.p_value(st.difference(right, wrong)) == 0.0
+    assert np.isnan(st.p_value(st.ratio(right, wrong)))
+    assert np.isnan(st.estimate(st.ratio(right, wrong)).low)
+
+
+def test_one_seed_counts_rows_only():
+    random = np.random.default_rng(0)
+    answers = world(random, 1)
+    found = st.estimate(as_sample(answers))
+    assert found.seeds == 1
+    assert found.error == pytest.approx(answers.std(ddof=1) / np.sqrt(ROWS))
+
+
+def test_bounds_are_cut_at_the_ends_of_the_scale():
+    answers = np.zeros((3, 20))
+    answers[0, 0] = 1
+    found = st.estimate(as_sample(answers), least=0.0, most=1.0)
+    assert found.low == 0.0 < found.value < found.high
+
+
+def test_pairs_take_common_seeds_or_else_the_order():
+    random = np.random.default_rng(0)
+    answers = world(random, 3)
+    one = st.sample({1: answers[0], 2: answers[1], 3: answers[2]}, np.ones(ROWS), "t")
+    two = st.sample({2: answers[1], 3: answers[2], 9: answers[0]}, np.ones(ROWS), "t")
+    assert st.difference(one, two).seeds == (2, 3)
+    assert st.p_value(st.difference(one, two)) == 1.0
+    other = st.sample({7: answers[0], 8: answers[1]}, np.ones(ROWS), "t")
+    assert st.difference(one, other).seeds == (1, 2)
+    assert st.p_value(st.difference(one, other)) == 1.0
+
+
+def test_other_rows_are_refused():
+    random = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="150 rows do not pair with 149"):
+        st.difference(as_sample(world(random, 2)), as_sample(world(random, 2, rows=149)))
+    with pytest.raises(ValueError, match="at least one run"):
+        st.Sample((), np.zeros(0), {})
+    with pytest.raises(ValueError, match="at least 2"):
+        st.sample({0: [1.0]}, [1.0], "t")
+    with pytest.raises(ValueError, match="at least one figure"):
+        st.mean([])
+
+
+def test_holm_against_known_values():
+    # R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
+    assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert st.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert st.holm([]) == []
+    with_gap = st.holm([0.01, float("nan"), 0.04])
+    assert with_gap[0] == pytest.approx(0.02)
+    assert np.isnan(with_gap[1])
+    assert with_gap[2] == pytest.approx(0.04)
+
+
+def test_holm_keeps_the_chance_of_any_false_rejection():
+    random = np.random.default_rng(0)
+    shared = random.normal(size=(1500, 1))
+    p = 2 * stats.norm.sf(abs(0.6 * shared + 0.8 * random.normal(size=(1500, 10))))
+    rejected = [min(st.holm(list(row))) <= 0.05 for row in p]
+    assert np.mean(rejected) <= 0.065
