@@ -102,14 +102,21 @@ def execute(
     Returns:
         The result of :func:`finetune` before registration; the caller writes it to the run.
     """
+    from pipelines.training.start import preview
+
     tracker.inputs(manifests)
     begin = time.monotonic()
+    started = preview(config)
+    if started is not None:
+        console.note(started.words())
+        tracker.tags({"init_from": started.source, "init_from_digest": started.digest})
     _train(config, run, tracker, on_evaluation, nested)
     result = {
         "name": config.name,
         "run": str(run),
         "run_id": tracker.run_id,
         "model": str(run / "model"),
+        "init_from": started.plain() if started else None,
         **read_json(run / "trained.json"),
         "wall_seconds": time.monotonic() - begin,
     }
@@ -124,7 +131,11 @@ def resolved(config: FinetuneConfig) -> FinetuneConfig:
     name = config.name or time.strftime("finetune-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
-    start = str(Path(config.init_from).expanduser().absolute()) if config.init_from else None
+    start = None
+    if config.init_from:
+        from pipelines.training.start import locate
+
+        start = locate(config.init_from, config.tracking.uri, str(folder))
     return replace(config, name=name, run_dir=str(folder), data=str(data), init_from=start)
 
 
@@ -161,6 +172,7 @@ def check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
     """Find what does not fit before anything starts; the manifests of the corpora."""
     from pipelines.evaluation import check_outputs
     from pipelines.training.setup import open_corpora, open_stream, pick_device
+    from pipelines.training.start import preview
     from skillnet.skills import find_task
 
     corpora = open_corpora(config)
@@ -168,6 +180,7 @@ def check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
     for name, settings in config.tasks.items():
         check_outputs(corpora[settings.corpus], name, find_task(name, config.model.tasks))
     pick_device(config.training.use_gpu)
+    preview(config)
     words = {
         name: corpus.manifest["tokenizer"]["sha256"]
         for name, corpus in corpora.items()

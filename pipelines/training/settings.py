@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from skillnet.config import SkillNetConfig
+from skillnet_platform.config import aliased
 from skillnet_platform.tracking import TrackingConfig
 
 
@@ -241,7 +242,8 @@ class FinetuneConfig:
         run_dir: directory of runs; none takes the run root.
         seed: of weights, order, augmentation and dropout.
         data: directory of prepared corpora; none takes ``corpora`` below the run root.
-        init_from: checkpoint or saved model to start from; none starts at random.
+        init_from: trained model of the same system to start from: the name or folder of a run,
+            a checkpoint, a saved model or a registered version; none starts at random.
         system: what to train: ``skillnet``, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model.
@@ -255,7 +257,7 @@ class FinetuneConfig:
     run_dir: str | None = None
     seed: int = 0
     data: str | None = None
-    init_from: str | None = None
+    init_from: str | None = aliased(None, "from")
     system: str = "skillnet"
     options: dict[str, Any] = field(default_factory=dict)
     model: SkillNetConfig = field(default_factory=SkillNetConfig)

@@ -11,6 +11,7 @@ from pipelines.stream import MixedStream
 from pipelines.training import checkpoints
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from pipelines.training.settings import FinetuneConfig
+from pipelines.training.start import digest_of, start_model
 from skillnet.systems import build_system
 from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
@@ -57,8 +58,7 @@ def build_model(config: FinetuneConfig) -> TaskModel:
     """A model of the configuration's shape: random, keyed by the seed, or from ``init_from``."""
     torch.manual_seed(config.seed)
     model = build_system(config.system, config.model, config.options)
-    if config.init_from:
-        checkpoints.load_weights(Path(config.init_from), model)
+    start_model(config, model)
     return model
 
 
@@ -105,7 +105,7 @@ def identity_of(config: FinetuneConfig) -> dict[str, Any]:
         training.pop(key)
     return {
         "seed": config.seed,
-        "init_from": config.init_from,
+        "init_from": digest_of(config.init_from),
         "system": config.system,
         "options": config.options,
         "model": configuration.to_dict(config.model),

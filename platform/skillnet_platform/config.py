@@ -36,6 +36,7 @@ from skillnet_platform.typed_tree import (
 T = TypeVar("T")
 
 POSITIONAL = "skillnet_positional"
+ALIAS = "skillnet_alias"
 
 
 def positional(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
@@ -50,6 +51,11 @@ def positional(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=marks)
     return dataclasses.field(default=default, metadata=marks)
+
+
+def aliased(default: Any, alias: str) -> Any:
+    """A dataclass field that the command line also knows by another name, such as ``--from``."""
+    return dataclasses.field(default=default, metadata={ALIAS: alias})
 
 
 def parse(
@@ -241,6 +247,7 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
     files: list[str] = []
     overrides: list[tuple[str, Any]] = []
     bare: list[str] = []
+    aliases = {f.metadata[ALIAS]: f.name for f in dataclasses.fields(cls) if ALIAS in f.metadata}
     queue = list(words)
     while queue:
         word = queue.pop(0)
@@ -251,6 +258,7 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
             bare.append(word)
             continue
         key, equals, text = word[2:].partition("=")
+        key = aliases.get(key, key)
         hint = hint_at(cls, key)
         if key != "config" and hint is None:
             checked(cls, nested(key, None), "command line")

@@ -5,7 +5,7 @@ import re
 import textwrap
 from typing import Any
 
-from skillnet_platform.config import POSITIONAL, defaults
+from skillnet_platform.config import ALIAS, POSITIONAL, defaults
 from skillnet_platform.typed_tree import children, describe, without_none
 
 WIDTH = 100
@@ -52,6 +52,8 @@ def _tree_of(cls: type) -> dict[str, Any]:
 
 def _section(cls: Any, prefix: str, tree: Any) -> list[str]:
     notes = argument_notes(cls)
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    aliases = {f.name: f"--{f.metadata[ALIAS]}, " for f in fields if ALIAS in f.metadata}
     plain: list[str] = []
     nested: list[str] = []
     for name, hint in (children(cls) or {}).items():
@@ -59,7 +61,7 @@ def _section(cls: Any, prefix: str, tree: Any) -> list[str]:
         below = children(hint)
         if below is None:
             text = f"{notes.get(name, '')} ({describe(hint)}{_default(tree, name)})".strip()
-            plain += _entry(f"--{prefix}{name}", text)
+            plain += _entry(f"{aliases.get(name, '')}--{prefix}{name}", text)
         elif "*" in below:
             nested += ["", f"{prefix}{name}: {notes.get(name, '')}".rstrip(": ")]
             known = ", ".join(value) if isinstance(value, dict) else ""

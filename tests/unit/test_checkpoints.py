@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines import sources
 from pipelines.training import checkpoints
 from pipelines.training.loop import train
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
@@ -130,8 +131,13 @@ def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
     config = small_config(data)
     config.init_from = str(run / "checkpoints" / "step-00000008")
     start = dict(build_model(config).named_parameters())
-    for name, saved in SkillNet.from_pretrained(config.init_from).named_parameters():
-        assert torch.equal(start[name], saved.to(start[name].dtype)), name
+    saved = SkillNet.from_pretrained(config.init_from).named_parameters()
+    average = sources.load(sources.find(config.init_from)).named_parameters()
+    moved = 0
+    for (name, last), (_, mean) in zip(saved, average, strict=True):
+        assert torch.equal(start[name], mean.to(start[name].dtype)), name
+        moved += not torch.equal(last, mean)
+    assert moved > 20
 
 
 SCRIPT = """
