@@ -4,13 +4,16 @@ The ledger is the trials' folders (docs/decisions/0030): a trial with an outcome
 again, an unfinished one goes on from its newest whole checkpoint.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import fcntl
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker
-from sweeps.trial import ScoreConfig, Trial, TrialOutcome
+from sweeps.trial import ScoreConfig, Trial, TrialOutcome, placed
 
 
 @dataclass
@@ -28,6 +31,16 @@ class ResourceConfig:
     gpus: float = 0.0
     parallel: int = 0
 
+    def __post_init__(self) -> None:
+        if self.cpus <= 0:
+            raise UserError(f"resources.cpus must be above 0, got {self.cpus}")
+        if self.gpus < 0:
+            raise UserError(f"resources.gpus must not be negative, got {self.gpus}")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise UserError(f"resources.gpus above 1 must be whole, got {self.gpus}")
+        if self.parallel < 0:
+            raise UserError(f"resources.parallel must not be negative, got {self.parallel}")
+
 
 @dataclass
 class AshaConfig:
@@ -41,11 +54,39 @@ class AshaConfig:
     grace: int = 0
     reduction: float = 3.0
 
+    def __post_init__(self) -> None:
+        if self.grace < 0:
+            raise UserError(f"asha.grace must not be negative, got {self.grace}")
+        if self.reduction <= 1:
+            raise UserError(f"asha.reduction must be above 1, got {self.reduction}")
+
+    def first_rung(self, trial: Trial) -> int:
+        """The step at which trials are first compared.
+
+        Raises:
+            UserError: trials are not evaluated while they train, or end before it.
+        """
+        every, steps = trial.config.training.evaluate_every, trial.config.training.steps
+        if not 0 < every < steps:
+            raise UserError(
+                "asha stops trials by their evaluations: set training.evaluate_every between 1 "
+                f"and training.steps - 1 ({steps - 1}), not {every}"
+            )
+        if self.grace > steps:
+            raise UserError(f"asha.grace {self.grace} is more than training.steps {steps}")
+        return self.grace or every
+
 
 class Source(Protocol):
-    """Where trials come from, one after the other."""
+    """Where trials come from, one after the other.
+
+    Attributes:
+        total: how many trials there will be.
+        example: a trial like them, for what all have in common.
+    """
 
     total: int
+    example: Trial
 
     def next(self) -> Trial | None:
         """The next trial; none if there is none now."""
@@ -55,6 +96,25 @@ class Source(Protocol):
 
     def tell(self, outcome: TrialOutcome) -> None:
         """A trial has ended, now or in an earlier part of the sweep."""
+
+
+class Listed:
+    """A source of trials that are known from the start."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        self.total, self.example = len(trials), trials[0]
+        self._waiting = list(trials)
+
+    def next(self) -> Trial | None:
+        """The next of the list."""
+        return self._waiting.pop(0) if self._waiting else None
+
+    def ended(self) -> bool:
+        """Whether the list is at its end."""
+        return not self._waiting
+
+    def tell(self, outcome: TrialOutcome) -> None:
+        """Nothing hangs on outcomes."""
 
 
 def run_trials(
@@ -95,4 +155,67 @@ def run_trials(
             under their names; before anything starts.
         KeyboardInterrupt: after an orderly stop, on the first Ctrl-C or SIGTERM.
     """
-    raise NotImplementedError("being written")
+    folder = folder.absolute()
+    used = resources or ResourceConfig()
+    with _only_driver(folder):
+        if isinstance(trials, Sequence):
+            if not trials:
+                return []
+            listed = [_absolute(trial) for trial in trials]
+            _check_names(listed)
+            for trial in listed:
+                _check(trial, folder, score, asha)
+            source: Source = Listed(listed)
+        else:
+            source = trials
+            _check(source.example, None, score, asha)
+        from sweeps.driver import Driver
+
+        return Driver(source, folder, parent, score, used, asha, keep, max_failures, label).go()
+
+
+def _absolute(trial: Trial) -> Trial:
+    from pipelines.finetune import resolved
+
+    return replace(trial, config=resolved(replace(trial.config, name=trial.name)))
+
+
+def _check_names(trials: Sequence[Trial]) -> None:
+    seen: set[str] = set()
+    for trial in trials:
+        if trial.name in seen:
+            raise UserError(f"two trials are named {trial.name!r}")
+        seen.add(trial.name)
+
+
+def _check(
+    trial: Trial, folder: Path | None, score: ScoreConfig | None, asha: AshaConfig | None
+) -> None:
+    """Raise UserError for what is known not to work, before anything starts."""
+    from pipelines import finetune
+
+    try:
+        finetune.check(finetune.resolved(trial.config))
+        if folder is not None:
+            place = folder / trial.name
+            finetune.open_run(finetune.resolved(placed(trial.config, place)), place)
+    except UserError as problem:
+        raise UserError(f"trial {trial.name}: {problem}") from None
+    if score is not None:
+        score.check(list(trial.config.measured))
+    if asha is not None:
+        asha.first_rung(trial)
+        if score is None:
+            raise UserError("asha needs a score to stop trials by")
+
+
+@contextlib.contextmanager
+def _only_driver(folder: Path) -> Iterator[None]:
+    """One driver at a time: two would run the same trials in the same folders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process runs these trials") from None
+        yield

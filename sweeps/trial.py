@@ -185,8 +185,9 @@ def run_one(
         folder: of the run.
         tracked: MLflow run id and URI. The run is open, and its end is the driver's.
         score: how evaluations are scored; none reports nothing.
-        report: told about each evaluation: step, score, each task's score, cost. With several
-            workers it is called on each of them, with {} on all but the first.
+        report: told about each evaluation during training: step, score, each task's score,
+            cost; {} if it was reported before a crash. With several workers it is called on each
+            of them, with {} on all but the first.
         nested: how ``training.workers`` above 1 run below a trial of Ray Tune.
 
     Returns:
@@ -220,8 +221,7 @@ def run_one(
         tracker.flush()
     result["registered"] = None
     if watch is not None and result["evaluation"]:
-        replace_report = watch.record(result["evaluation"], result["step"])
-        tracker.metrics({"score": replace_report["score"]}, result["step"])
+        watch.record(result["evaluation"], result["step"])
     write_json(folder / finetune.RESULT, result)
     return result
 
@@ -259,12 +259,12 @@ class Evaluations:
 
     def __call__(self, rows: list[dict[str, Any]], step: int) -> None:
         """An evaluation at ``step``. One that was reported before a crash is not said twice."""
-        made = self.record(rows, step) if rows else {}
+        made = self.record(rows, step) if rows else None
         if self._report is not None:
-            self._report(made)
+            self._report(made or {})
 
-    def record(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
-        """Score rows and keep the line of that step, once."""
+    def record(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
+        """Score rows and keep the line of that step; none if it is known already."""
         score, scores = self._score.of(rows)
         line = {
             "step": step,
@@ -273,9 +273,10 @@ class Evaluations:
             **costs_of(rows),
             "time": time.time(),
         }
-        if step not in {known["step"] for known in reports_of(self._folder)}:
-            with (self._folder / REPORTS).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+        if step in {known["step"] for known in reports_of(self._folder)}:
+            return None
+        with (self._folder / REPORTS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
         return line
 
 

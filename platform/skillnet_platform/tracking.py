@@ -224,6 +224,43 @@ def start(
             send_left_behind(place.uri)  # what a worker of this run could not send
 
 
+def child(
+    parent: Tracker,
+    name: str,
+    config: Any = None,
+    tags: Mapping[str, Any] | None = None,
+    run_id: str | None = None,
+) -> Tracker:
+    """Open a run nested in another, on the driver, which has to ``end`` it.
+
+    If the driver is killed, the next ``start`` closes it, as any other.
+
+    Args:
+        parent: of the open run above it.
+        name: the name of the run, for people.
+        config: the resolved configuration, if it is to be recorded.
+        tags: more tags.
+        run_id: go on with this run instead of opening one.
+
+    Raises:
+        MlflowException: the tracker is away (:func:`skillnet_platform.spool.is_away`).
+    """
+    client = store.client(parent.uri)
+    if run_id is None:
+        first = _first_tags(parent.run_id)
+        run = client.create_run(parent.experiment_id, run_name=name, tags=first)
+        run_id = run.info.run_id
+    else:
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, lifecycle.PROCESS_TAG, lifecycle.this_process())
+    tracker = Tracker(run_id, parent.uri, parent.experiment_id)
+    if tags:
+        tracker.tags(tags)
+    if config is not None:
+        tracker.params(config)
+    return tracker
+
+
 def send_left_behind(uri: str) -> int:
     """Send what processes that ended left in their spools for this tracker; how many records."""
     sent = 0

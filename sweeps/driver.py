@@ -1,0 +1,247 @@
+"""The driver of a sweep: gives trials to Ray Tune, opens and ends their MLflow runs, keeps the
+ledger, and shows how far it is.
+"""
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from skillnet_platform import console, tracking
+from skillnet_platform.errors import UserError
+from skillnet_platform.spool import is_away
+from skillnet_platform.storage import write_json
+from skillnet_platform.tracking import Tracker
+from sweeps.engine import AshaConfig, ResourceConfig, Source
+from sweeps.ledger import Entry, last_line, mean_scores, prune, prune_trial
+from sweeps.trial import ERROR, ScoreConfig, TrialOutcome, placed, reports_of, write_trial
+
+#: MLflow's word for the end of a run, by what became of its trial.
+ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
+
+
+class Driver:
+    """One call of :func:`sweeps.engine.run_trials`."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        parent: Tracker,
+        score: ScoreConfig | None,
+        resources: ResourceConfig,
+        asha: AshaConfig | None,
+        keep: int | None,
+        max_failures: int,
+        label: str,
+    ) -> None:
+        self.source, self.folder, self.parent = source, folder, parent
+        self.score, self.resources, self.asha = score, resources, asha
+        self.keep, self.max_failures, self.label = keep, max_failures, label
+        self.entries: dict[str, Entry] = {}
+        self._halving: Any = None
+        self._warned = False
+        #: Trials whose run could not be opened yet: the tracker was away.
+        self._waiting: list[Entry] = []
+
+    # -- trials in ----------------------------------------------------------------------------
+
+    def give(self) -> tuple[str, dict[str, Any]] | None:
+        """The next trial that is to be run, as Tune gets it; those already settled are told."""
+        while (entry := self._next()) is not None:
+            settled = entry.settled()
+            if self._halving is not None:
+                self._halving.remember(entry.trial.name, reports_of(entry.folder))
+            if settled is not None:
+                entry.outcome = settled
+                self.source.tell(settled)
+                continue
+            try:
+                self._open(entry)
+            except UserError as problem:
+                self._settle(entry, "failed", str(problem))
+                continue
+            except Exception as problem:
+                if not is_away(problem):
+                    raise
+                self._wait_for_tracker(entry)
+                return None
+            used = {"cpus": self.resources.cpus, "gpus": self.resources.gpus}
+            workers = entry.trial.config.training.workers
+            return entry.trial.name, {"folder": str(entry.folder), "workers": workers, **used}
+        return None
+
+    def ended(self) -> bool:
+        """Whether all trials have been given."""
+        return not self._waiting and self.source.ended()
+
+    def _next(self) -> Entry | None:
+        if self._waiting:
+            return self._waiting.pop(0)
+        trial = self.source.next()
+        if trial is None:
+            return None
+        entry = Entry(trial, self.folder / trial.name)
+        self.entries[trial.name] = entry
+        return entry
+
+    def _open(self, entry: Entry) -> None:
+        """The trial's folder, and its run in MLflow."""
+        from pipelines import finetune
+
+        entry.reopen()
+        config = finetune.resolved(placed(entry.trial.config, entry.folder))
+        finetune.open_run(config, entry.folder)
+        known = entry.describe("interrupted").run_id
+        tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
+        tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
+        entry.tracker = tracking.child(self.parent, entry.trial.name, config, tags, run_id=known)
+        told = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
+        write_json(entry.folder / finetune.RUN, told)
+        tracked = [entry.tracker.run_id, entry.tracker.uri]
+        write_trial(entry.trial, entry.folder, self.score, tracked=tracked)
+
+    def _wait_for_tracker(self, entry: Entry) -> None:
+        self._waiting.append(entry)
+        if not self._warned:
+            console.warn("the tracker is away: trials that have not begun wait for it")
+        self._warned = True
+
+    # -- trials out ---------------------------------------------------------------------------
+
+    def on_end(self, name: str, error: str | None) -> None:
+        """Tune is done with a trial."""
+        entry = self.entries[name]
+        written = entry.folder / ERROR
+        if entry.outcome is not None:
+            return
+        if entry.describe("finished").result is not None:
+            self._settle(entry, "finished")
+        elif written.is_file():
+            self._settle(entry, "failed", last_line(written.read_text(encoding="utf-8")))
+        elif error is not None:
+            written.write_text(error + "\n", encoding="utf-8")
+            self._settle(entry, "failed", error.strip().splitlines()[0])
+        elif self._interrupt.wanted:
+            self._settle(entry, "interrupted")
+        elif self.asha is not None and reports_of(entry.folder):
+            self._settle(entry, "stopped")
+        else:
+            self._settle(entry, "failed", "it ended without a result and without an error")
+
+    def _settle(self, entry: Entry, status: Any, error: str | None = None) -> None:
+        outcome = entry.settle(status, error)
+        if entry.tracker is not None:
+            tags = {"outcome": status}
+            if error:
+                tags["failure"] = error
+            if status == "stopped":
+                tags["stopped_early"] = f"by successive halving at step {outcome.step}"
+            entry.tracker.tags(tags)
+            if outcome.score is not None:
+                entry.tracker.metrics({"score": outcome.score}, outcome.step)
+            entry.tracker.end(ENDS[status])
+        if status == "stopped":
+            prune_trial(entry.folder)
+        if status == "failed":
+            console.warn(f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})")
+        if status != "interrupted":
+            self.source.tell(outcome)
+
+    # -- the whole ----------------------------------------------------------------------------
+
+    def go(self) -> list[TrialOutcome]:
+        """Run, and leave nothing open."""
+        from skillnet_platform import cluster
+        from sweeps import tuning
+
+        self._interrupt = tuning.Interrupt()
+        if self.asha is not None:
+            example = self.source.example
+            last, grace = example.config.training.steps, self.asha.first_rung(example)
+            self._halving = tuning.Halving(last, grace, self.asha.reduction)
+        try:
+            with cluster.session() as ray, tuning.quiet_environment(), self._shown():
+                with self._interrupt.listening():
+                    tuning.fit(
+                        tuning.Hand(self.give, self.ended, self._parallel(ray)),
+                        tuning.Listener(self.on_end),
+                        self._interrupt,
+                        self._halving.scheduler if self._halving else None,
+                        self.folder / "tune",
+                        nested=self.source.example.config.training.workers > 1,
+                        max_failures=self.max_failures,
+                    )
+                tuning.leave_no_placement_group(ray)
+        finally:
+            for entry in self.entries.values():
+                if entry.outcome is None and entry.tracker is not None:
+                    # An error of the sweep itself: the trial goes on next time.
+                    self._settle(entry, "interrupted")
+            shutil.rmtree(self.folder / "tune", ignore_errors=True)
+        if self._interrupt.wanted:
+            raise KeyboardInterrupt
+        prune(list(self.entries.values()), self.keep)
+        return [entry.outcome for entry in self.entries.values() if entry.outcome is not None]
+
+    def _parallel(self, ray: Any) -> int:
+        """Trials at the same time: what is asked for, and no more than fit.
+
+        Raises:
+            UserError: not even one fits.
+        """
+        workers = max(self.source.example.config.training.workers, 1)
+        have = ray.cluster_resources()
+        fit = self.source.total
+        for name, each in (("CPU", self.resources.cpus), ("GPU", self.resources.gpus)):
+            if each:
+                fit = min(fit, int(have.get(name, 0) / (each * workers) + 1e-6))
+                if not fit:
+                    raise UserError(
+                        f"a trial takes {each * workers:g} {name}s ({workers} worker(s) of "
+                        f"{each:g}), Ray has {have.get(name, 0):g}; lower "
+                        f"resources.{name.lower()}s or training.workers"
+                    )
+        return min(fit, self.resources.parallel or fit)
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        """One line that counts the steps of all trials, while a block runs."""
+        steps = self.source.example.config.training.steps
+        over = threading.Event()
+
+        def watch() -> None:
+            with console.progress(self.label, self.source.total * steps, "steps") as bar:
+                while True:
+                    last = over.wait(0.5)
+                    entries = list(self.entries.values())
+                    done = sum(steps if e.outcome else min(e.steps_done(), steps) for e in entries)
+                    bar.advance(max(done - bar.done, 0), self._words(entries))
+                    if last:
+                        return
+
+        thread = threading.Thread(target=watch, name="sweep-progress", daemon=True)
+        thread.start()
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(timeout=10 + time.monotonic() - begin)
+
+    def _words(self, entries: Sequence[Entry]) -> str:
+        outcomes = [entry.outcome for entry in entries if entry.outcome is not None]
+        counts = {
+            "done": sum(each.status == "finished" for each in outcomes),
+            "stopped": sum(each.status == "stopped" for each in outcomes),
+            "failed": sum(each.status == "failed" for each in outcomes),
+            "running": sum(
+                entry.outcome is None and entry.tracker is not None for entry in entries
+            ),
+        }
+        words = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        best = next(iter(mean_scores(outcomes).items()), None)
+        return f"{words}, best {best[1]:.4f} ({best[0]})" if best else words
