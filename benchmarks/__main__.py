@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-NAMES = ("training_step", "matrix_rate", "stream", "two_workers")
+NAMES = ("training_step", "matrix_rate", "stream", "two_workers", "moe")
 
 
 def main(argv: list[str] | None = None) -> int:

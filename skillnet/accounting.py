@@ -173,9 +173,9 @@ def _encoder_flops(encoder: Encoder, plan: SkillPlan, tokens: int) -> int:
     for layer in encoder.layers:
         assert isinstance(layer, EncoderLayer)
         dim = layer.attention.out.weight.shape[0]
-        hidden = layer.feedforward.up.shape[0]
-        wide = len(plan.skills) if layer.feedforward_skills else 1
-        projections = 4 * dim * dim
-        flops += 2 * tokens * (projections + 2 * dim * hidden * wide)
+        flops += 2 * tokens * 4 * dim * dim
         flops += 2 * 2 * tokens * tokens * dim
+        flops += layer.feedforward.flops(
+            tokens, len(plan.skills) if layer.feedforward_skills else 1
+        )
     return flops

@@ -161,6 +161,11 @@ class SkillFeedForward(nn.Module):
         h_BTKF = F.gelu(F.linear(x_BTD, self.up.merged(skills, dtype)))
         return F.linear(h_BTKF, self.down.merged(skills, dtype))
 
+    def flops(self, tokens: int, active: int) -> int:
+        """Operations for so many tokens and active skills."""
+        hidden, dim = self.up.shape
+        return 2 * tokens * 2 * dim * hidden * active
+
 
 class SkillAttention(nn.Module):
     """Multi-head self-attention whose projections are skill layers. (B, T, D) -> (B, T, D)."""

@@ -1,0 +1,65 @@
+"""Dense: one model for all tasks, of which everything is always active.
+
+SkillNet with a single skill, whose feed-forward layers are as wide as the comparison wants; stems,
+heads, depth, attention and regularisation are SkillNet's own.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from skillnet.baselines import matching
+from skillnet.config import SkillNetConfig
+from skillnet.model import SkillNet
+from skillnet.systems import System
+
+SKILL = "dense"
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """How large the model is.
+
+    Args:
+        size: what it has in common with the study's SkillNet. ``activated``: as many parameters
+            as a task of SkillNet activates, on average over tasks; ``total``: as many as
+            SkillNet has; ``executed``: as many operations per example, on average.
+        hidden: feed-forward width; none follows from ``size``.
+    """
+
+    size: Literal["activated", "total", "executed"] = "activated"
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size not in ("activated", "total", "executed"):
+            raise ValueError(f"options.size is activated, total or executed, not {self.size!r}")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"options.hidden must be at least 1, got {self.hidden}")
+
+
+class Dense(SkillNet):
+    """SkillNet with one skill."""
+
+    system = "dense"
+
+
+def configure(config: SkillNetConfig, options: DenseOptions) -> SkillNetConfig:
+    """The study's configuration with one skill, as wide as the options say."""
+    return matching.one_skill(config, SKILL, options.hidden or _width(config, options))
+
+
+def _width(config: SkillNetConfig, options: DenseOptions) -> int:
+    if options.size == "executed":
+        return matching.rounded(matching.executed_width(config))
+    measure: Any = matching.total if options.size == "total" else matching.activated
+    each = 2 * config.dim * config.depth
+    narrow = matching.total(matching.one_skill(config, SKILL, 1))
+    return matching.solve_width(measure(config), narrow - each, each, "options.hidden")
+
+
+DENSE = System(
+    "dense",
+    Dense,
+    configure,
+    DenseOptions,
+    summary="one model for all tasks, everything always active",
+)

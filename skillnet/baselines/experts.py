@@ -1,0 +1,198 @@
+"""A feed-forward layer of experts, of which each token is sent to a few: only those are computed.
+
+    router      top-k of a softmax in float32 (Shazeer et al. 2017), the chosen renormalised to 1
+                (GShard, Lepikhin et al. 2021; Mixtral, Jiang et al. 2024)
+    balance     E sum_e f_e P_e, with the share f_e of assignments and the mean probability P_e of
+                an expert (Switch Transformer, Fedus et al. 2022); 1 where the load is even
+    z           mean of the squared logsumexp of the logits (ST-MoE, Zoph et al. 2022)
+
+No expert has a capacity, so no token is dropped (MegaBlocks, Gale et al. 2023): tokens are sorted
+by expert and each expert runs on its slice. Padding is not routed.
+
+Shapes: B batch, T tokens, N real tokens of the batch, k experts of a token, S = N k pairs of token
+and expert, E experts, D model width, F hidden width of an expert, I and O widths of a product.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from skillnet.layers import compute_dtype
+
+
+class Routing(NamedTuple):
+    """Where a batch's tokens went.
+
+    Attributes:
+        logits_NE: of the router.
+        weights_Nk: of a token's experts; they sum to 1.
+        experts_Nk: the chosen ones, the best first.
+    """
+
+    logits_NE: Tensor
+    weights_Nk: Tensor
+    experts_Nk: Tensor
+
+
+class Router(nn.Module):
+    """Tokens (N, D) -> their experts. Computes in the type of its weights, whatever autocast says.
+
+    Args:
+        dim: width of a token.
+        experts: number of experts.
+        top_k: experts of a token.
+        jitter: in training the tokens are multiplied by noise from [1 - jitter, 1 + jitter]
+            before they are scored (Switch Transformer).
+    """
+
+    def __init__(self, dim: int, experts: int, top_k: int, jitter: float = 0.0) -> None:
+        super().__init__()
+        self.top_k, self.jitter = top_k, jitter
+        # Switch Transformer: a small start keeps the first choices close to even.
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.06, b=0.06)
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        # In bf16 near ties would be decided by rounding.
+        with torch.autocast(x_ND.device.type, enabled=False):
+            x_ND = x_ND.to(self.weight.dtype)
+            if self.training and self.jitter:
+                x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits_NE = F.linear(x_ND, self.weight)
+            chosen_Nk, experts_Nk = logits_NE.topk(self.top_k, dim=-1)
+            # The softmax of the chosen is the softmax of all, renormalised.
+            return Routing(logits_NE, chosen_Nk.softmax(-1), experts_Nk)
+
+
+class ExpertFeedForward(nn.Module):
+    """Two-layer feed-forward experts behind a router. (B, T, D) -> (B, T, D), 0 at padding.
+
+    Args:
+        dim: model width.
+        hidden: hidden width of one expert.
+        experts: number of experts.
+        top_k: experts of a token.
+        jitter: see :class:`Router`.
+        std, out_std: standard deviations of the initial values of the two layers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        experts: int,
+        top_k: int,
+        *,
+        std: float,
+        out_std: float,
+        jitter: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.router = Router(dim, experts, top_k, jitter)
+        self.up = nn.Parameter(torch.empty(experts, hidden, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, hidden))
+        nn.init.trunc_normal_(self.up, std=std, a=-3 * std, b=3 * std)
+        nn.init.trunc_normal_(self.down, std=out_std, a=-3 * out_std, b=3 * out_std)
+
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """``mask_BT`` is True at real tokens; None means that every token is real."""
+        x_ND = x_BTD.flatten(0, 1)
+        if mask_BT is None:
+            y_ND, routing = self.run(x_ND)
+            return y_ND.view(x_BTD.shape), routing
+        real_N = mask_BT.flatten().nonzero()[:, 0]
+        y_ND, routing = self.run(x_ND.index_select(0, real_N))
+        padded = y_ND.new_zeros(x_ND.shape).index_copy(0, real_N, y_ND)
+        return padded.view(x_BTD.shape), routing
+
+    def flops(self, tokens: int, active: int = 1) -> int:
+        """Operations for so many real tokens: the router, and the chosen experts."""
+        experts, hidden, dim = self.up.shape
+        return 2 * tokens * dim * (experts + 2 * hidden * self.router.top_k)
+
+    def run(self, x_ND: Tensor) -> tuple[Tensor, Routing]:
+        """Real tokens through their experts: (N, D) -> (N, D)."""
+        routing = self.router(x_ND)
+        dtype, (N, k) = compute_dtype(x_ND), routing.experts_Nk.shape
+        experts_S, order_S = routing.experts_Nk.flatten().sort(stable=True)
+        counts_E = torch.bincount(experts_S, minlength=len(self.up))
+        x_SD = x_ND.to(dtype).index_select(0, order_S.div(k, rounding_mode="floor"))
+        h_SF = F.gelu(grouped_linear(x_SD, self.up.to(dtype), counts_E))
+        y_SD = grouped_linear(h_SF, self.down.to(dtype), counts_E)
+        # Back into the order of tokens; a sum of k, not an addition in place, so that a GPU too
+        # always adds in the same order.
+        y_NkD = y_SD.index_select(0, order_S.argsort()).view(N, k, x_ND.shape[1])
+        return (y_NkD * routing.weights_Nk[..., None].to(dtype)).sum(1), routing
+
+
+def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Each expert's product on its slice of the rows: (S, I) -> (S, O).
+
+    Args:
+        x_SI: rows, those of the first expert first.
+        weight_EOI: an expert's matrix each.
+        counts_E: rows of each expert.
+    """
+    if x_SI.is_cuda and x_SI.dtype == torch.bfloat16:
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        return torch._grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
+    return _GroupedLinear.apply(x_SI, weight_EOI, counts_E.tolist())
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """A loop over experts that writes into one tensor, both ways: no slices to be joined."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x_SI, weight_EOI)
+        ctx.counts = counts
+        y_SO = x_SI.new_empty(len(x_SI), weight_EOI.shape[1])
+        parts = zip(x_SI.split(counts), weight_EOI, y_SO.split(counts), strict=True)
+        for x, weight, y in parts:
+            if len(x):
+                torch.mm(x, weight.T, out=y)
+        return y_SO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_SI, weight_EOI = ctx.saved_tensors
+        # Zeros: an expert without a token has a gradient too, so that ranks agree who has one.
+        to_x, to_weight = torch.empty_like(x_SI), torch.zeros_like(weight_EOI)
+        g_SO = grads[0].contiguous()
+        for index, (x, g, out) in enumerate(
+            zip(x_SI.split(ctx.counts), g_SO.split(ctx.counts), to_x.split(ctx.counts), strict=True)
+        ):
+            if len(x):
+                torch.mm(g, weight_EOI[index], out=out)
+                torch.mm(g.T, x, out=to_weight[index])
+        return to_x, to_weight, None
+
+
+def load(routing: Routing) -> Tensor:
+    """Share of the assignments that each expert got, (E,); they sum to 1."""
+    experts = routing.logits_NE.shape[1]
+    counts_E = torch.bincount(routing.experts_Nk.flatten(), minlength=experts)
+    return counts_E.to(routing.logits_NE.dtype) / max(routing.experts_Nk.numel(), 1)
+
+
+def balance_loss(routing: Routing) -> Tensor:
+    """E sum_e f_e P_e, a scalar: 1 where load or probabilities are even, E at the worst."""
+    experts = routing.logits_NE.shape[1]
+    # A batch of nothing but padding has no mean.
+    mean_E = routing.logits_NE.softmax(-1).sum(0) / max(len(routing.logits_NE), 1)
+    return experts * (load(routing) * mean_E).sum()
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Mean of logsumexp(logits) squared, a scalar."""
+    return routing.logits_NE.logsumexp(-1).square().sum() / max(len(routing.logits_NE), 1)
+
+
+def entropy(routing: Routing) -> Tensor:
+    """Mean entropy of the router's probabilities, in nats, at most log E."""
+    log_p = routing.logits_NE.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum() / max(len(log_p), 1)

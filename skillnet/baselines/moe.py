@@ -1,0 +1,216 @@
+"""Mixture of experts: a router chooses per token what SkillNet's plans choose per task.
+
+Stems, heads, attention and depth are SkillNet's; its feed-forward layers become experts
+(:mod:`skillnet.baselines.experts`), in every n-th layer.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skillnet.baselines import experts, matching
+from skillnet.baselines.experts import ExpertFeedForward, Routing
+from skillnet.config import SkillNetConfig
+from skillnet.encoder import Encoder, EncoderLayer
+from skillnet.layers import Skills
+from skillnet.model import SkillNet
+from skillnet.systems import System
+from skillnet.task_model import Batch, Outputs
+
+SKILL = "moe"
+
+
+@dataclass(frozen=True)
+class MoEOptions:
+    """Experts and how tokens find them.
+
+    Args:
+        experts: experts of a layer.
+        top_k: experts that a token is sent to.
+        hidden: feed-forward width of one expert; none makes ``top_k`` experts and the rest of
+            the layers as large as what a task of SkillNet activates, on average over tasks.
+        every: every n-th layer has experts; the others' feed-forward is one of ``top_k`` times
+            the width.
+        balance: weight of the load balancing loss of a layer.
+        z: weight of the router's z-loss of a layer.
+        jitter: noise on the router's input in training, see ``Router``.
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    hidden: int | None = None
+    every: int = 1
+    balance: float = 0.01
+    z: float = 0.001
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("top_k", "hidden", "every"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"options.{key} must be at least 1, got {value}")
+        if self.experts <= self.top_k:
+            raise ValueError(
+                f"options.experts must be more than options.top_k {self.top_k}, got {self.experts}"
+            )
+        for key in ("balance", "z"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"options.{key} must not be negative, got {getattr(self, key)}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"options.jitter must be in [0, 1), got {self.jitter}")
+
+
+class ExpertLayer(EncoderLayer):
+    """A layer whose feed-forward part are experts. Keeps its last routings in training.
+
+    ``config.hidden`` is the width of a token's experts together.
+    """
+
+    def __init__(self, config: SkillNetConfig, index: int, options: MoEOptions) -> None:
+        super().__init__(config, index)
+        hidden = config.hidden // options.top_k
+        std = config.dim**-0.5
+        self.feedforward = ExpertFeedForward(  # type: ignore[assignment]
+            config.dim,
+            hidden,
+            options.experts,
+            options.top_k,
+            std=std,
+            out_std=hidden**-0.5 * (2 * config.depth) ** -0.5,
+            jitter=options.jitter,
+        )
+        self.routings: list[Routing] = []
+
+    def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
+        # The bias of attention is 0 at real tokens; its rows follow those that drop path keeps.
+        mask_BT = None if bias_B11T is None else bias_B11T[:, 0, 0] == 0
+        y_BTD, routing = self.feedforward(self.feedforward_norm(x_BTD), mask_BT)
+        if self.training:
+            self.routings.append(routing)
+        return y_BTD
+
+
+class ExpertEncoder(Encoder):
+    """An encoder whose every n-th layer has experts."""
+
+    def __init__(self, config: SkillNetConfig, options: MoEOptions) -> None:
+        super().__init__(config)
+        for index in range(options.every - 1, config.depth, options.every):
+            self.layers[index] = ExpertLayer(config, index, options)
+
+
+class MoE(SkillNet):
+    """SkillNet with one skill and experts for feed-forward layers."""
+
+    system = "moe"
+
+    def __init__(self, config: SkillNetConfig, options: MoEOptions | None = None) -> None:
+        options = options or MoEOptions()
+        super().__init__(config, options)
+        self.coefficients = {"balance": options.balance, "z": options.z}
+        self.encoder = ExpertEncoder(config, options)
+
+    @property
+    def expert_layers(self) -> list[ExpertLayer]:
+        """The layers that have experts."""
+        return [layer for layer in self.encoder.layers if isinstance(layer, ExpertLayer)]
+
+    def forward(self, task: str, towers: dict[str, Batch]) -> Outputs:
+        """As every :class:`TaskModel`; forgets the routings of the pass before."""
+        for layer in self.expert_layers:
+            layer.routings.clear()
+        return super().forward(task, towers)
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """Weighted balance and z loss: the sum over layers of the mean over towers."""
+        losses = {"balance": experts.balance_loss, "z": experts.z_loss}
+        found = {}
+        for name, weight in self.coefficients.items():
+            layers = [
+                _over(layer.routings, losses[name])
+                for layer in self.expert_layers
+                if layer.routings
+            ]
+            if weight and layers:
+                found[name] = weight * torch.stack(layers).sum()
+        return found
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """Router entropy (share of its maximum) and the experts' loads (times an even share).
+
+        ``moe/…`` are means over layers, or the extreme of all layers; ``moe/layer_<n>/…`` are
+        single layers, counted from 0.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for index, layer in enumerate(self.encoder.layers):
+            if not isinstance(layer, ExpertLayer) or not layer.routings:
+                continue
+            loads_E = _over(layer.routings, experts.load)
+            count = len(loads_E)
+            found[f"layer_{index}"] = {
+                "router_entropy": float(_over(layer.routings, experts.entropy)) / math.log(count),
+                "load_max": float(loads_E.max()) * count,
+                "load_min": float(loads_E.min()) * count,
+                "balance": float(_over(layer.routings, experts.balance_loss)),
+                "z": float(_over(layer.routings, experts.z_loss)),
+            }
+        if not found:
+            return {}
+        over: dict[str, Any] = {"load_max": max, "load_min": min}
+        values = {
+            f"moe/{what}": over.get(what, _mean)([layer[what] for layer in found.values()])
+            for what in next(iter(found.values()))
+        }
+        return values | {
+            f"moe/{layer}/{what}": value
+            for layer, figures in found.items()
+            for what, value in figures.items()
+        }
+
+    def activated_parameters(self, task: str) -> int:
+        """Of the experts only as many as a token is sent to."""
+        everything = super().activated_parameters(task)
+        idle = 0
+        for layer in self.expert_layers:
+            feedforward = layer.feedforward
+            assert isinstance(feedforward, ExpertFeedForward)
+            each = feedforward.up[0].numel() + feedforward.down[0].numel()
+            idle += (len(feedforward.up) - feedforward.router.top_k) * each
+        return everything - idle
+
+
+def configure(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig:
+    """The study's configuration with one skill, and the width of a token's experts together."""
+    hidden = options.hidden or _width(config, options)
+    return matching.one_skill(config, SKILL, hidden * options.top_k)
+
+
+def _width(config: SkillNetConfig, options: MoEOptions) -> int:
+    each = 2 * config.dim * config.depth
+    routers = config.depth // options.every * options.experts * config.dim
+    fixed = matching.total(matching.one_skill(config, SKILL, 1)) - each + routers
+    wanted = matching.activated(config)
+    return matching.solve_width(wanted, fixed, each * options.top_k, "options.hidden")
+
+
+def _over(routings: list[Routing], what: Callable[[Routing], Tensor]) -> Tensor:
+    """Mean over the passes of a task's towers."""
+    return torch.stack([what(routing) for routing in routings]).mean(0)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+MOE = System(
+    "moe",
+    MoE,
+    configure,
+    MoEOptions,
+    summary="feed-forward layers of experts, two for each token",
+)

@@ -1,0 +1,72 @@
+"""Every system trains through ``finetune``, is saved, found again by its name, and evaluated."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.finetune import finetune, history
+from pipelines.training.loop import train
+from pipelines.training.settings import FinetuneConfig
+from skillnet.systems import build_system, load
+from skillnet_platform.errors import UserError
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dense": {"size": "total"},
+    "moe": {"experts": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def config_for(data: Path, system: str, **training: object) -> FinetuneConfig:
+    config = small_config(data, **({"steps": 6, "log_every": 2} | training))
+    config.tracking.register = False
+    config.system, config.options = system, OPTIONS.get(system, {})
+    return config
+
+
+@pytest.mark.parametrize("system", sorted(OPTIONS))
+def test_a_run_of_each_system(system: str, data: Path, run_root: Path) -> None:
+    config = config_for(data, system, precision="fp32")
+    config.evaluate = True
+    result = finetune(config)
+    assert result["step"] == 6
+    assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
+    costs = {row["task"]: row["activated_params"] for row in result["evaluation"]}
+    model = load(result["model"])
+    assert model.system == system
+    assert costs == {task: model.activated_parameters(task) for task in config.tasks}
+    torch.manual_seed(config.seed)
+    start = dict(build_system(system, config.model, config.options).named_parameters())
+    trained = set(history(Path(result["run"]) / "progress.jsonl"))
+    seen = {name.partition("/")[0] for name in trained if name.endswith("/loss")}
+    for task in seen:
+        changed = [not torch.equal(p, start[n]) for n, p in model.active_parameters(task)]
+        assert any(changed)
+    assert ("moe/router_entropy" in trained) == (system == "moe")
+
+
+@pytest.mark.parametrize("system", sorted(OPTIONS))
+def test_going_on_after_an_interruption_is_exact(system: str, data: Path, tmp_path: Path) -> None:
+    config = config_for(data, system)
+    whole = train(config)
+    assert train(config, run=tmp_path, stop_at=3).step == 3
+    parts = train(config, run=tmp_path)
+    assert parts.resumed == 3
+    one, other = (dict(run.model.named_parameters()) for run in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_unknown_systems_and_options_are_named(data: Path, run_root: Path) -> None:
+    config = config_for(data, "dense")
+    config.options = {"sise": "total"}
+    with pytest.raises((UserError, ValueError), match="did you mean 'size'"):
+        finetune(config)
