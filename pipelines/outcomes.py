@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
+from skillnet.metrics import Interval, bootstrap_interval, ratio_of_sums
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write
 
@@ -154,3 +155,20 @@ def read_outcomes(path: str | Path) -> Outcomes:
             raise UserError(f"{path}: {task} {split}: rows are missing or there twice")
         found.add(task, split, amount[place], weight[place], rank[place])
     return found
+
+
+def paired_difference(
+    one: RowOutcomes, other: RowOutcomes, seed: int = 0, samples: int = 1000
+) -> Interval:
+    """Primary metric of ``one`` less that of ``other`` on the same rows.
+
+    The interval comes from drawing rows, both models' outcomes of a row together: what is hard
+    for both does not count as a difference between them.
+
+    Raises:
+        ValueError: they are not of the same rows.
+    """
+    if len(one) != len(other) or not np.array_equal(one.weight, other.weight):
+        raise ValueError(f"{len(one)} and {len(other)} outcomes are not of the same rows")
+    rows_N2 = np.stack([one.amount - other.amount, one.weight], 1)
+    return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=samples)

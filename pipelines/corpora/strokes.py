@@ -58,9 +58,9 @@ class Strokes(Corpus):
         ]
     )
     left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
-    text_columns = ("captions",)
+    text_columns: ClassVar[tuple[str, ...]] = ("captions",)
     #: One token a stroke: a name such as 横折钩 means one movement, not three.
-    terms = (
+    terms: ClassVar[tuple[str, ...]] = (
         "横折折折钩", "横折折撇", "横折折折", "横斜钩", "横折钩", "横折提", "竖折撇", "竖折折钩",
         "竖弯钩", "横折折", "横折", "横撇", "竖弯", "竖钩", "竖提", "撇折", "撇点", "弯钩", "斜钩",
     )  # fmt: skip

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from pipelines.evaluation import evaluate_model
-from pipelines.outcomes import SCHEMA, Outcomes, read_outcomes, write_outcomes
+from pipelines.outcomes import (
+    SCHEMA,
+    Outcomes,
+    RowOutcomes,
+    paired_difference,
+    read_outcomes,
+    write_outcomes,
+)
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.readable_corpora import config, write_corpora
@@ -74,3 +81,16 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path):
     pq.write_table(_table([0]).drop_columns(["weight"]), path)
     with pytest.raises(UserError, match="the column weight is missing"):
         read_outcomes(path)
+
+
+def test_a_paired_difference_is_narrower_than_what_rows_alone_would_give() -> None:
+    random = np.random.default_rng(0)
+    hard = random.random(400)
+    one = RowOutcomes((hard < 0.6).astype(float), np.ones(400), np.full(400, np.nan))
+    other = RowOutcomes((hard < 0.5).astype(float), np.ones(400), np.full(400, np.nan))
+    found = paired_difference(one, other)
+    assert found.value == pytest.approx(one.value - other.value)
+    assert 0 < found.low < found.value < found.high < 0.15
+    assert paired_difference(one, one) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="not of the same rows"):
+        paired_difference(one, RowOutcomes(one.amount[1:], one.weight[1:], one.rank[1:]))

@@ -1,0 +1,192 @@
+"""``skillnet grow``: add a skill and a task to a trained model, and train nothing else.
+
+<run root>/<name>/          a run as finetune leaves it, and
+  grow.yaml                 the resolved configuration of the growth
+  references/               the runs that the new task is held against
+  growth.json, growth.md    the report: what stayed the same, and what the new skill is worth
+
+It is a run on the ordinary loop that starts from the grown model (below ``.starts`` beside the
+runs) and whose ``training.only`` names the new files, so it goes on after a kill as any run does.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.growth.settings import GrowConfig
+from skillnet_platform import config as configuration
+from skillnet_platform import console
+from skillnet_platform.cli import command
+from skillnet_platform.storage import atomic_write, read_json, write_json
+
+if TYPE_CHECKING:
+    from pipelines.growth.report import Growth
+    from pipelines.sources import Source
+    from pipelines.training.settings import FinetuneConfig
+    from skillnet_platform.tracking import Tracker
+
+
+def grow(config: GrowConfig) -> dict[str, Any]:
+    """Grow a model, train the new part, and prove that the rest stayed as it was.
+
+    Returns:
+        What :func:`pipelines.finetune.finetune` gives, and ``growth``: the report.
+
+    Raises:
+        UserError: no such model or corpus, names in use, a name that another run has.
+        RuntimeError: something else than the new files changed; the report says what.
+    """
+    from pipelines import finetune, sources
+    from pipelines.growth import proof, runs
+
+    source = sources.find(config.source, config.tracking.uri)
+    before = runs.load(source)
+    settings = finetune.resolved(runs.as_run(config, source, before))
+    assert settings.name is not None
+    run = Path(str(settings.run_dir)) / settings.name
+    grown = runs.grown_model(config, before, settings.model.tasks[config.task.name])
+    settings.training.only = proof.new_files(before, grown)
+    settings.init_from = runs.keep_start(grown, str(settings.run_dir))
+    proof.require_same(proof.compare_files(source, before, Path(settings.init_from)))
+    finished = finetune.open_run(settings, run)
+    if finished is not None and "growth" in finished:
+        console.note(f"{settings.name} is finished ({finished['step']} steps); give another name")
+        return finished
+    with atomic_write(run / "grow.yaml", "w") as stream:
+        stream.write(configuration.to_yaml(config))
+    manifests = finetune.check(settings)
+    with _tracked(settings, run, {"grown_from": source.digest}) as tracker:
+        if finished is None:
+            with finetune.followed(run / finetune.PROGRESS, settings.training.steps):
+                finished = finetune.execute(settings, run, tracker, manifests)
+            write_json(run / finetune.RESULT, finished | {"registered": None})
+        result: dict[str, Any] = dict(finished)
+        others = _references(config, settings, source, run, tracker)
+        report = proof.conclude(
+            source, before, settings, run, result, others, (config.skill.name, config.task.name)
+        )
+        _record(report, run, tracker)
+    proof.require_untouched(report)
+    result["registered"] = _register(config, settings, run, result, report)
+    result["growth"] = report.to_dict()
+    write_json(run / finetune.RESULT, result)
+    return result
+
+
+def _references(
+    config: GrowConfig, settings: "FinetuneConfig", source: "Source", run: Path, tracker: "Tracker"
+) -> dict[str, dict[str, Any]]:
+    """Name -> result of the runs that the new task is held against, each a child in MLflow."""
+    from pipelines import finetune
+    from pipelines.growth import runs
+
+    done: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(config.references):
+        other = runs.reference_run(name, config, settings, source, run)
+        if other is None:
+            console.note(f"{name}: without the new skill the task has none; left out")
+            continue
+        assert other.name is not None
+        folder = run / "references" / other.name
+        finished = finetune.open_run(other, folder)
+        if finished is None:
+            console.note(f"reference {name}")
+            manifests = finetune.check(other)
+            with (
+                _tracked(other, folder, {"reference": name}, tracker.run_id) as child,
+                finetune.followed(folder / finetune.PROGRESS, other.training.steps),
+            ):
+                finished = finetune.execute(other, folder, child, manifests)
+            write_json(folder / finetune.RESULT, finished)
+        done[name] = finished
+    return done
+
+
+@contextlib.contextmanager
+def _tracked(
+    settings: "FinetuneConfig", run: Path, tags: dict[str, str], parent: str | None = None
+) -> "Iterator[Tracker]":
+    """The MLflow run of a folder: that of an earlier part of it, or a new one."""
+    from pipelines.finetune import RUN
+    from skillnet_platform import tracking
+
+    assert settings.name is not None
+    known = read_json(run / RUN) if (run / RUN).is_file() else {}
+    with tracking.start(
+        settings.name,
+        settings,
+        settings.tracking,
+        tags={"run_dir": str(run), "stage": "grow", **tags},
+        run_id=known.get("run_id"),
+        parent=parent,
+    ) as tracker:
+        write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
+        yield tracker
+
+
+def _record(report: "Growth", run: Path, tracker: "Tracker") -> None:
+    from pipelines.growth.report import JSON, MARKDOWN
+
+    write_json(run / JSON, console.plain(report.to_dict()))
+    with atomic_write(run / MARKDOWN, "w") as stream:
+        stream.write(report.markdown() + "\n")
+    for name in (JSON, MARKDOWN):
+        tracker.artifact(run / name, "growth")
+    tracker.note(report.markdown())
+    tracker.tags({"growth.untouched": str(report.untouched).lower()})
+
+
+def _register(
+    config: GrowConfig,
+    settings: "FinetuneConfig",
+    run: Path,
+    result: dict[str, Any],
+    report: "Growth",
+) -> dict[str, Any] | None:
+    if not config.tracking.register:
+        return None
+    from pipelines import sources
+    from pipelines.register import register_model
+
+    made = register_model(
+        sources.find(str(run), config.tracking.uri),
+        str(settings.data),
+        rows=result["evaluation"],
+        uri=config.tracking.uri,
+        description=report.headline(),
+    )
+    return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``skillnet grow``."""
+    config = configuration.parse(
+        GrowConfig,
+        argv or [],
+        "skillnet grow",
+        description="Add a skill and a task to a trained model and train only them. The report "
+        "shows, by hash, that every other file is the same to the byte, that every figure of the "
+        "old tasks is the same to the digit, and what the new skill is worth.",
+        example="skillnet prepare stroke_counts\n"
+        "skillnet grow my-run --config grow/stroke-count --name counting",
+    )
+    result = grow(config)
+    if console.json_wanted():
+        console.emit_json(result)
+        return 0
+    from pipelines.growth.report import Growth
+
+    report = Growth.from_dict(result["growth"])
+    for title, columns, cells in report.tables():
+        console.table(title, columns, cells)
+    console.note(report.headline())
+    console.note(f"the model is in {result['model']}")
+    if result.get("registered"):
+        console.note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

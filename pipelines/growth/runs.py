@@ -1,0 +1,147 @@
+"""The runs of a growth on the ordinary loop: the growth itself, and what it is held against."""
+
+import copy
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipelines import sources
+from pipelines.evaluation import corpus_path
+from pipelines.growth.settings import GrowConfig, Reference
+from pipelines.shards import open_corpus
+from pipelines.sources import Source
+from pipelines.training.settings import FinetuneConfig, TaskTraining
+from pipelines.training.start import digest_of
+from skillnet.growth import add_skill, add_task
+from skillnet.model import SkillNet
+from skillnet.skills import SkillPlan, Task
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import commit_directory, data_root
+
+
+def load(source: Source) -> SkillNet:
+    """The model that grows, on the CPU.
+
+    Raises:
+        UserError: a model of another system, or weights that training would rewrite.
+    """
+    model = sources.load(source).cpu()
+    if not isinstance(model, SkillNet):
+        raise UserError(f"{source.name} is a {model.system} model; only a skillnet has skills")
+    if next(model.parameters()).dtype != torch.float32:
+        raise UserError(f"{source.name} has float64 weights, which training would rewrite")
+    return model
+
+
+def grown_model(config: GrowConfig, before: SkillNet, task: Task) -> SkillNet:
+    """A copy of the model with the new skill and task; what is drawn hangs on the seed."""
+    grown = copy.deepcopy(before)
+    torch.manual_seed(config.seed)
+    add_skill(grown, config.skill.name, config.skill.init_from)
+    return add_task(grown, config.task.name, task)
+
+
+def keep_start(model: SkillNet, run_dir: str) -> str:
+    """Write what a run starts from, under its own digest: the same again is the same folder."""
+    aside = Path(run_dir) / ".starts" / f".growing-{os.getpid()}"
+    model.save_pretrained(aside)
+    kept = aside.with_name(str(digest_of(str(aside)))[:16])
+    if kept.is_dir():
+        shutil.rmtree(aside)
+    else:
+        commit_directory(aside, kept)
+    return str(kept)
+
+
+def as_run(config: GrowConfig, source: Source, before: SkillNet) -> FinetuneConfig:
+    """The growth as a run of the ordinary loop; old tasks are measured and take no steps.
+
+    Raises:
+        UserError: a name in use, or a corpus that is missing or not known.
+    """
+    task, skill = config.task, config.skill
+    if skill.name in before.config.skills:
+        raise UserError(f"skill.name: {source.name} already has a skill {skill.name!r}")
+    if task.name in before.config.tasks:
+        raise UserError(f"task.name: {source.name} already has a task {task.name!r}")
+    name = config.name or time.strftime("grow-%Y%m%d-%H%M%S")
+    shape = replace(
+        before.config,
+        skills=(*before.config.skills, skill.name),
+        tasks=before.config.tasks | {task.name: spec_of(config)},
+    )
+    old = {each: old_training(each, config, source) for each in before.config.tasks}
+    return FinetuneConfig(
+        name=name,
+        run_dir=config.run_dir,
+        seed=config.seed,
+        data=config.data,
+        model=shape,
+        tasks=old | {task.name: task.training},
+        training=replace(config.training),
+        tracking=replace(config.tracking, register=False),
+    )
+
+
+def spec_of(config: GrowConfig) -> Task:
+    """The new task, with as many outputs as its corpus has classes or symbols."""
+    task, outputs = config.task, config.task.outputs
+    if not outputs and task.objective in ("classification", "ctc"):
+        folder = Path(config.data).expanduser() if config.data else data_root()
+        key = "labels" if task.objective == "classification" else "symbols"
+        names = open_corpus(folder / task.training.corpus).manifest.get(key)
+        if not names:
+            raise UserError(
+                f"the corpus {task.training.corpus} names no {key}; give --task.outputs"
+            )
+        outputs = len(names)
+    return Task(task.objective, dict(task.towers), outputs)
+
+
+def old_training(task: str, config: GrowConfig, source: Source) -> TaskTraining:
+    """How an old task is measured: as in the training of the source."""
+    known = (source.settings.get("tasks") or {}).get(task) or {}
+    corpora = {task: known["corpus"]} if known else {}
+    corpus = corpus_path("", task, corpora | config.corpora).name
+    return TaskTraining(corpus, max_length=known.get("max_length"), measured_only=True)
+
+
+def reference_run(
+    name: Reference, config: GrowConfig, settings: FinetuneConfig, source: Source, run: Path
+) -> FinetuneConfig | None:
+    """The run of a reference; None where the task has no skill but the new one."""
+    task = config.task.name
+    spec = settings.model.tasks[task]
+    base = replace(settings, name=f"{settings.name}-{name}", run_dir=str(run / "references"))
+    alone = {task: settings.tasks[task]}
+    if name == "everything":
+        return replace(base, training=replace(settings.training, only=[]))
+    if name == "fresh":
+        return replace(
+            base,
+            init_from=None,
+            tasks=alone,
+            model=replace(settings.model, tasks={task: spec}),
+            training=replace(settings.training, only=[]),
+        )
+    left = {
+        tower: tuple(skill for skill in plan.skills if skill != config.skill.name)
+        for tower, plan in spec.towers.items()
+    }
+    if not all(left.values()):
+        return None
+    towers = {t: SkillPlan(left[t], plan.modality) for t, plan in spec.towers.items()}
+    torch.manual_seed(config.seed)
+    model = add_task(load(source), task, replace(spec, towers=towers))
+    kept = [file for file in settings.training.only if file != f"skill-{config.skill.name}"]
+    return replace(
+        base,
+        init_from=keep_start(model, str(settings.run_dir)),
+        tasks=alone,
+        model=model.config,
+        training=replace(settings.training, only=kept),
+    )
