@@ -18,6 +18,21 @@ from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
+#: Keys of ``training`` that decide where and how often, not what.
+RHYTHM = (
+    "minutes",
+    "workers",
+    "threads_per_worker",
+    "use_gpu",
+    "precision",
+    "checkpoint_every",
+    "keep",
+    "evaluate_every",
+    "log_every",
+    "bucket_mb",
+    "max_failures",
+)
+
 
 def open_stream(config: FinetuneConfig) -> MixedStream:
     """The mixed stream over the corpora that the tasks name.
@@ -88,21 +103,7 @@ def resume(
 
 def identity_of(config: FinetuneConfig) -> dict[str, Any]:
     """What decides the weights: the configuration without names, places and rhythm."""
-    training = asdict(config.training)
-    for key in (
-        "minutes",
-        "workers",
-        "threads_per_worker",
-        "use_gpu",
-        "precision",
-        "checkpoint_every",
-        "keep",
-        "evaluate_every",
-        "log_every",
-        "bucket_mb",
-        "max_failures",
-    ):
-        training.pop(key)
+    training = {k: v for k, v in asdict(config.training).items() if k not in RHYTHM}
     return {
         "seed": config.seed,
         "init_from": digest_of(config.init_from),

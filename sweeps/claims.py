@@ -1,0 +1,290 @@
+"""Named claims about SkillNet, each with a rule and a verdict: holds, does not hold, not decided.
+
+A claim has parts. It holds if every part is shown, does not hold if one is refuted, and is not
+decided otherwise: then the study had too few seeds or rows. A conjunction of parts that are each
+tested at one level keeps that level (source: Berger 1982, intersection-union tests); p-values of
+differences are Holm's nevertheless, as they stand in the tables.
+
+Few seeds: below three, nothing is decided.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from skillnet_platform.errors import UserError
+from sweeps.comparison import MEAN, Comparison, Test, variant
+from sweeps.runs import PRETRAINED
+
+Verdict = Literal["holds", "does not hold", "not decided"]
+
+LEAST_SEEDS = 3
+IMAGE = "text_to_image"
+
+
+@dataclass
+class ClaimsConfig:
+    """Thresholds of the claims.
+
+    Args:
+        relative: mean relative score to the specialists that SkillNet shall reach.
+        margin: a score counts as "at or above" another if the interval of their difference
+            lies above minus this, in fractions (0.01 is one point).
+        equal_cost: activated parameters count as equal within this share.
+    """
+
+    relative: float = 1.02
+    margin: float = 0.01
+    equal_cost: float = 0.1
+
+    def __post_init__(self) -> None:
+        for key in ("relative", "margin", "equal_cost"):
+            if getattr(self, key) < 0:
+                raise UserError(f"claims.{key} must not be negative, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One condition of a claim; ``shown`` is None if it is neither shown nor refuted."""
+
+    words: str
+    shown: bool | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and what the study says of it.
+
+    Args:
+        name: short.
+        words: the claim as a sentence.
+        rule: when it holds.
+        parts: its conditions, with numbers.
+        winner: label of the system that wins what the claim is about, or none.
+        why: why nothing can be decided, if so.
+    """
+
+    name: str
+    words: str
+    rule: str
+    parts: Sequence[Part]
+    winner: str | None = None
+    why: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the parts come to."""
+        if self.why or not self.parts:
+            return "not decided"
+        if any(part.shown is False for part in self.parts):
+            return "does not hold"
+        return "holds" if all(part.shown for part in self.parts) else "not decided"
+
+
+def claims(of: Comparison, config: ClaimsConfig | None = None) -> list[Claim]:
+    """All claims, in the order of the report; one that lacks its systems says which."""
+    rules = config or ClaimsConfig()
+    makers: list[Callable[[Comparison, ClaimsConfig], Claim]] = [
+        lambda c, r: _specialists(c, r, ""),
+        lambda c, r: _specialists(c, r, PRETRAINED),
+        _pretraining,
+        _image,
+        lambda c, r: _equal_cost(c, r, ("dense", "moe")),
+    ]
+    found = [make(of, rules) for make in makers]
+    if of.seeds < LEAST_SEEDS:
+        why = f"{of.seeds} seed(s) per system; a verdict takes at least {LEAST_SEEDS}"
+        found = [
+            claim
+            if claim.why
+            else Claim(claim.name, claim.words, claim.rule, claim.parts, None, why)
+            for claim in found
+        ]
+    return found
+
+
+# -- the claims ----------------------------------------------------------------------------
+
+
+def _specialists(of: Comparison, rules: ClaimsConfig, suffix: str) -> Claim:
+    own, other = of.reference + suffix, of.specialist + suffix
+    pretrained = bool(suffix)
+    name = "the specialists, pretrained" if pretrained else "the specialists"
+    points = f"{100 * rules.margin:g}"
+    words = (
+        f"One {of.reference} reaches the specialists on every task"
+        + (", both pretrained" if pretrained else ", neither pretrained")
+        + f", and {rules.relative:g} of their mean relative score."
+    )
+    rule = (
+        f"on each task the 95 % interval of the difference lies above −{points} points, and that "
+        f"of the mean relative score above {rules.relative:g}; refuted by a significant loss or an "
+        f"interval below"
+    )
+    missing = _missing(of, own, other)
+    if missing:
+        return Claim(name, words, rule, (), None, missing)
+    parts = []
+    for task in of.common:
+        change, test = _change(of, own, other, task)
+        words_of = f"{task}: {_points(change)}"
+        if change[1] >= -rules.margin:
+            parts.append(Part(words_of, True))
+        else:
+            lost = test is not None and test.significant and change[0] < 0
+            parts.append(Part(words_of, False if lost else None))
+    value = of.relative[own].value
+    shown = True if value.low >= rules.relative else False if value.high < rules.relative else None
+    parts.append(
+        Part(
+            f"mean relative score {value.value:.3f} ({value.low:.3f} to {value.high:.3f}), wanted "
+            f"{rules.relative:g}",
+            shown,
+        )
+    )
+    return Claim(name, words, rule, parts, _winner(of, [(own, other)], MEAN))
+
+
+def _pretraining(of: Comparison, rules: ClaimsConfig) -> Claim:
+    own, other = of.reference + PRETRAINED, of.reference
+    words = f"Pretraining lifts {of.reference} on all {len(of.common)} tasks."
+    rule = "each difference is above 0 and significant after Holm's correction"
+    missing = _missing(of, own, other)
+    if missing:
+        return Claim("pretraining", words, rule, (), None, missing)
+    parts = [_ahead(of, own, other, task) for task in of.common]
+    return Claim("pretraining", words, rule, parts, _winner(of, [(own, other)], MEAN))
+
+
+def _image(of: Comparison, rules: ClaimsConfig) -> Claim:
+    name, base = "text to image", of.reference
+    words = (
+        f"On {IMAGE} {base} is ahead of every baseline of the same pretraining, and activates no "
+        "more parameters."
+    )
+    rule = (
+        "against each baseline the difference is above 0, significantly after Holm's correction, "
+        f"and {base} activates at most {1 + rules.equal_cost:g} of its parameters"
+    )
+    if _best(of, base) is None:
+        return Claim(name, words, rule, (), None, f"no {base} was run")
+    parts, pairs = [], []
+    for other in of.systems:
+        own = variant(base, other, list(of.systems))
+        known = (other, IMAGE) in of.costs and (own, IMAGE) in of.costs
+        if own is None or other.removesuffix(PRETRAINED) == base or not known:
+            continue
+        pairs.append((own, other))
+        ahead = _ahead(of, own, other, IMAGE)
+        share = of.costs[own, IMAGE].activated / of.costs[other, IMAGE].activated
+        numbers = ahead.words.removeprefix(f"{IMAGE}: ")
+        parts.append(
+            Part(
+                f"{own} − {other}: {numbers}; {share:.2f} of its activated parameters",
+                ahead.shown if share <= 1 + rules.equal_cost else False,
+            )
+        )
+    if not parts:
+        return Claim(name, words, rule, (), None, f"no baseline was trained on {IMAGE}")
+    return Claim(name, words, rule, parts, _winner(of, pairs, IMAGE))
+
+
+def _equal_cost(of: Comparison, rules: ClaimsConfig, systems: Sequence[str]) -> Claim:
+    words = f"Dense and mixture-of-experts models of {of.reference}'s activated size are behind it."
+    rule = (
+        f"for each of the same pretraining: activated parameters within "
+        f"{100 * rules.equal_cost:g} % (mean over tasks), and the mean score is below, "
+        "significantly after Holm's correction"
+    )
+    name = "equal activated cost"
+    if _best(of, of.reference) is None:
+        return Claim(name, words, rule, (), None, f"no {of.reference} was run")
+    parts, seen, pairs = [], set(), []
+    for label, runs in of.systems.items():
+        own = variant(of.reference, label, list(of.systems))
+        if runs[0].system not in systems or own is None:
+            continue
+        share = of.costs[label, MEAN].activated / of.costs[own, MEAN].activated
+        if abs(share - 1) > rules.equal_cost:
+            continue
+        seen.add(runs[0].system)
+        pairs.append((own, label))
+        ahead = _ahead(of, own, label, MEAN)
+        words_of = f"{own} − {label}, {ahead.words}; {share:.2f} of its activated parameters"
+        parts.append(Part(words_of, ahead.shown))
+    absent = [system for system in systems if system not in seen]
+    if absent:
+        size = f"within {100 * rules.equal_cost:g} % of the activated size"
+        return Claim(name, words, rule, parts, None, f"no {' and no '.join(absent)} {size} was run")
+    return Claim(name, words, rule, parts, _winner(of, pairs, MEAN))
+
+
+# -- parts ---------------------------------------------------------------------------------
+
+
+def _missing(of: Comparison, *labels: str) -> str:
+    absent = [label for label in labels if label not in of.systems]
+    return f"{' and '.join(absent)} not run" if absent else ""
+
+
+def _best(of: Comparison, base: str) -> str | None:
+    """The pretrained variant if there is one, else the plain one."""
+    return next((name for name in (base + PRETRAINED, base) if name in of.systems), None)
+
+
+def _ahead(of: Comparison, own: str, other: str, task: str) -> Part:
+    """``own`` has the higher score: shown, refuted, or neither."""
+    change, test = _change(of, own, other, task)
+    shown = None
+    if test is not None and test.significant:
+        shown = change[0] > 0
+    corrected = "" if test is None else f", {_p(test.corrected)}"
+    return Part(f"{task}: {_points(change)}{corrected}", shown)
+
+
+def _change(
+    of: Comparison, own: str, other: str, task: str
+) -> tuple[tuple[float, float, float], Test | None]:
+    """(difference, low, high) of ``own`` less ``other``, and the test behind it."""
+    test = of.test(own, other, task)
+    if test is not None:
+        return (test.change.value, test.change.low, test.change.high), test
+    test = of.test(other, own, task)
+    if test is not None:
+        return (-test.change.value, -test.change.high, -test.change.low), test
+    from sweeps import statistics
+
+    left, right = of.samples[own, task, "test"], of.samples[other, task, "test"]
+    value = statistics.estimate(statistics.difference(left, right))
+    return (value.value, value.low, value.high), None
+
+
+def _winner(of: Comparison, pairs: Sequence[tuple[str, str]], task: str) -> str | None:
+    """The reference if it beats each baseline of its pair; the best that beats it; else none."""
+    if of.seeds < LEAST_SEEDS:
+        return None
+    beaten, better = 0, {}
+    for own, other in pairs:
+        part = _ahead(of, own, other, task)
+        beaten += part.shown is True
+        if part.shown is False:
+            better[other] = of.scores[other, task, "test"].value
+    if better:
+        return max(better, key=lambda label: better[label])
+    if beaten < len(pairs):
+        return None
+    own = pairs[0][0]
+    return own if len(pairs) == 1 else own.removesuffix(PRETRAINED)
+
+
+def _points(change: tuple[float, float, float]) -> str:
+    value, low, high = (100 * x for x in change)
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def _p(value: float) -> str:
+    if np.isnan(value):
+        return "p unknown"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -1,0 +1,264 @@
+"""Finished runs, read back from their folders for a comparison, and gathered by system."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.outcomes import FILE as OUTCOMES
+from pipelines.outcomes import Outcomes, read_outcomes
+from skillnet_platform import config as configuration
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import read_json, run_root
+
+#: Keys of a run's configuration that say where and for whom it ran, not what was trained.
+PLACES = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
+
+PRETRAINED = "-pretrained"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One seed of one system.
+
+    Args:
+        label: the system's name in the report.
+        folder: of the run.
+        seed: of the training.
+        settings: its resolved configuration as plain values.
+        rows: its ``evaluation.csv``, numbers as numbers.
+        outcomes: what became of each test row.
+        trained: its ``trained.json``.
+        total_params: parameters of the whole saved model; 0 if it is gone.
+        run_id: of its MLflow run, or none.
+        digests: corpus -> digest of what it was trained and measured on, as far as is known.
+    """
+
+    label: str
+    folder: Path
+    seed: int
+    settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    outcomes: Outcomes
+    trained: Mapping[str, Any]
+    total_params: int
+    run_id: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def system(self) -> str:
+        """Name of the system, as configured."""
+        return str(self.settings.get("system", "skillnet"))
+
+    @property
+    def seconds(self) -> float:
+        """Time in the training loop; of a run that was taken up again the whole, at the rate
+        of its last part."""
+        done = int(self.trained["step"])
+        own = done - int(self.trained.get("resumed") or 0)
+        return float(self.trained["seconds"]) * (done / own if own > 0 else 1.0)
+
+
+def find_run(given: str, uri: str | None = None) -> Path:
+    """Folder of a run: a path, a name below the run root, or an MLflow run id.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in (Path(given).expanduser(), run_root() / given):
+        if (path / "config.yaml").is_file():
+            return path.absolute()
+    from pipelines import sources
+
+    found = sources.find(given, uri)
+    if found.run is None:
+        raise UserError(f"{given} is a model without its run's folder; give the run")
+    return found.run
+
+
+def read_run(folder: Path, label: str | None = None) -> FinishedRun:
+    """Read a finished run.
+
+    Args:
+        folder: of the run.
+        label: its system's name in the report; none makes one of the configured system.
+
+    Raises:
+        UserError: a run that is not finished, was not evaluated, or whose files are not whole.
+    """
+    settings = configuration.load_yaml(folder / "config.yaml")
+    for name in ("trained.json", "evaluation.csv", OUTCOMES):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} has no {name}: the run is not finished, or was not evaluated; run it "
+                "to its end with evaluate: true"
+            )
+    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    digests = result.get("corpora") or corpora_of(settings)
+    return FinishedRun(
+        label or label_of(settings),
+        folder,
+        int(settings.get("seed", 0)),
+        settings,
+        read_rows(folder / "evaluation.csv"),
+        read_outcomes(folder / OUTCOMES),
+        read_json(folder / "trained.json"),
+        count_parameters(folder / "model"),
+        result.get("run_id"),
+        digests,
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of an ``evaluation.csv``; empty numbers are NaN.
+
+    Raises:
+        UserError: a column is missing or holds no number.
+    """
+    from pipelines.evaluation import COLUMNS
+
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    for number, row in enumerate(rows, 2):
+        absent = [name for name in COLUMNS if row.get(name) is None]
+        if absent:
+            raise UserError(f"{path}: line {number} has no {absent[0]}")
+        for name in ("value", "low", "high", "activated_params", "flops_per_example"):
+            try:
+                row[name] = float(row[name]) if row[name] else np.nan
+            except ValueError:
+                raise UserError(
+                    f"{path}: line {number}: {name} is {row[name]!r}, no number"
+                ) from None
+    return rows
+
+
+def label_of(settings: Mapping[str, Any]) -> str:
+    """``moe``, or ``moe-pretrained`` if the run started from another model."""
+    system = str(settings.get("system", "skillnet"))
+    return system + (PRETRAINED if settings.get("init_from") else "")
+
+
+def count_parameters(model: Path) -> int:
+    """Parameters of a saved model, from the headers of its files; 0 without a model."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, "numpy") as tensors:
+            total += sum(
+                int(np.prod(tensors.get_slice(name).get_shape()))
+                for name in tensors.keys()  # noqa: SIM118
+            )
+    return total
+
+
+def corpora_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Corpus -> digest now, of the prepared corpora that a run names; what is gone is left out."""
+    tasks = settings.get("tasks") or {}
+    found = {}
+    for corpus in sorted({task["corpus"] for task in tasks.values() if task}):
+        path = Path(str(settings.get("data") or "")) / corpus / "manifest.json"
+        if path.is_file():
+            found[corpus] = str(read_json(path).get("digest", ""))
+    return found
+
+
+def gather(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[FinishedRun]:
+    """Give runs of one configuration one label, and different configurations different ones.
+
+    Args:
+        runs: as read.
+        names: labels of the configurations, in the order in which they first appear; none
+            leaves those that the runs came with, numbered where two would be the same.
+
+    Raises:
+        UserError: another number of names than of configurations, or two runs of one
+            configuration with one seed.
+    """
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        groups.setdefault(_identity(run), []).append(run)
+    if names and len(names) != len(groups):
+        told = ", ".join(f"{members[0].label} ({len(members)} runs)" for members in groups.values())
+        raise UserError(
+            f"{len(names)} names for {len(groups)} configurations: {told}; give one for each"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"names must differ, got {', '.join(names)}")
+    labels: list[str] = []
+    named: list[FinishedRun] = []
+    for place, members in enumerate(groups.values()):
+        label = names[place] if names else _free(members[0].label, labels)
+        labels.append(label)
+        seeds = [run.seed for run in members]
+        for seed in seeds:
+            if seeds.count(seed) > 1:
+                twice = [str(run.folder) for run in members if run.seed == seed]
+                raise UserError(
+                    f"{label}: the seed {seed} is there twice ({' and '.join(twice[:2])}); "
+                    "leave one out"
+                )
+        named += [replace(run, label=label) for run in sorted(members, key=lambda r: r.seed)]
+        if not names and label != members[0].label:
+            console.note(f"{label}: {members[0].label} with other settings; --names renames")
+    return named
+
+
+def check_comparable(runs: Sequence[FinishedRun]) -> None:
+    """Raise UserError unless all runs were measured on the same rows of the same corpora."""
+    corpora: dict[str, tuple[str, FinishedRun]] = {}
+    weights: dict[tuple[str, str], tuple[np.ndarray, FinishedRun]] = {}
+    for run in runs:
+        for name, digest in run.digests.items():
+            known, other = corpora.setdefault(name, (digest, run))
+            if known != digest:
+                raise UserError(
+                    f"{run.folder} and {other.folder} used different states of the corpus {name} "
+                    f"({digest[:12]} and {known[:12]}); compare runs of one state"
+                )
+        for key in run.outcomes:
+            own = run.outcomes[key].weight
+            weight, first = weights.setdefault(key, (own, run))
+            if not np.array_equal(own, weight):
+                raise UserError(
+                    f"{run.folder} and {first.folder} were measured on different rows of "
+                    f"{key[0]} {key[1]} ({len(own)} and {len(weight)}); compare runs of one state"
+                )
+
+
+def differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
+    """Flat key -> label -> value, of the settings in which the systems differ."""
+    flat: dict[str, dict[str, str]] = {}
+    for run in runs:
+        tree = {key: value for key, value in run.settings.items() if key not in PLACES}
+        flat[run.label] = {
+            key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+            for key, value in configuration.flatten(tree).items()
+        }
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    return {
+        key: {label: values.get(key, "–") for label, values in flat.items()}
+        for key in keys
+        if len({values.get(key, "–") for values in flat.values()}) > 1
+    }
+
+
+def _identity(run: FinishedRun) -> str:
+    """Equal for runs that differ in nothing but their seed, their places and their rhythm."""
+    from pipelines.training.setup import RHYTHM
+
+    tree = {key: value for key, value in run.settings.items() if key not in PLACES}
+    training = {k: v for k, v in (tree.get("training") or {}).items() if k not in RHYTHM}
+    return configuration.digest({"label": run.label, "settings": tree | {"training": training}})
+
+
+def _free(label: str, taken: Sequence[str]) -> str:
+    if label not in taken:
+        return label
+    return next(f"{label}-{n}" for n in range(2, len(taken) + 3) if f"{label}-{n}" not in taken)
