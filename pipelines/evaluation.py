@@ -15,10 +15,11 @@ import numpy as np
 
 from pipelines.collate import Fixed, Ragged, open_column
 from pipelines.inference import Inputs, Runner, mean_lengths, split_inputs
+from pipelines.masked_evaluation import masked_losses, mean_length
 from pipelines.outcomes import Outcomes
 from pipelines.reporting import in_order
 from pipelines.shards import Corpus, Split, open_corpus
-from pipelines.training.settings import default_tasks_training
+from pipelines.training.settings import MaskConfig, default_tasks_training
 from skillnet.accounting import account_task
 from skillnet.metrics import (
     Interval,
@@ -68,6 +69,7 @@ def evaluate_model(
     samples: int = 1000,
     on_split: Callable[[str, str, int], None] | None = None,
     outcomes: Outcomes | None = None,
+    masks: MaskConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a model on the splits of its tasks' corpora.
 
@@ -75,8 +77,8 @@ def evaluate_model(
         model: on the device on which it shall run; its training mode is left as it was.
         data: directory of prepared corpora.
         tasks: names; none takes all tasks of the model.
-        splits: names; none takes every split whose name starts with ``test``. A named split
-            that one of the corpora lacks is skipped there.
+        splits: names; none takes every split whose name starts with ``test``, and
+            ``validation`` for masked tasks. A named split that a corpus lacks is skipped there.
         seed: seed of the run, copied into the rows, and of the bootstrap.
         corpora: task -> corpus, where it is not the built-in one.
         limits: task -> longest sequence of the corpus' own modality, as in training.
@@ -86,6 +88,7 @@ def evaluate_model(
         samples: resamplings of each interval; 0 leaves intervals out.
         on_split: called with task, split and rows before each split.
         outcomes: is given what became of every row, if it is wanted.
+        masks: what masked tasks hide, as in training.
 
     Returns:
         One dictionary per figure with the keys ``COLUMNS``. Rates lie in [0, 1].
@@ -101,21 +104,34 @@ def evaluate_model(
     for name, spec in specs.items():
         corpus = open_corpus(corpus_path(data, name, corpora))
         check_outputs(corpus, name, spec)
-        for split_name in chosen_splits(corpus, splits):
+        masked = spec.objective == "masked"
+        for split_name in chosen_splits(
+            corpus, ["validation"] if masked and not splits else splits
+        ):
             split = corpus.splits[split_name]
             seen.add(split_name)
             if on_split is not None:
                 on_split(name, split_name, split.rows)
-            figures, lengths = measure(
-                runner,
-                name,
-                split,
-                f"{corpus.name}/{split_name}",
-                limit=(limits or {}).get(name),
-                seed=seed,
-                samples=samples,
-                outcomes=outcomes,
-            )
+            limit = (limits or {}).get(name)
+            if masked:
+                figures = {
+                    metric: _mean(values, seed, samples)
+                    for metric, values in masked_losses(
+                        runner, name, corpus, split_name, masks, limit
+                    ).items()
+                }
+                lengths = mean_length(model, name, corpus, split_name, limit)
+            else:
+                figures, lengths = measure(
+                    runner,
+                    name,
+                    split,
+                    f"{corpus.name}/{split_name}",
+                    limit=limit,
+                    seed=seed,
+                    samples=samples,
+                    outcomes=outcomes,
+                )
             cost = account_task(model, name, lengths)
             rows += tidy(
                 figures,

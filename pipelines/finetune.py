@@ -52,7 +52,21 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     Raises:
         UserError: a name that another run has, corpora that are missing or do not fit, …
     """
-    config = resolved(config)
+    return carry_out(config, "finetune")
+
+
+def carry_out(
+    config: FinetuneConfig, stage: str, splits: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """A run from its folder to its registration; see :func:`finetune`.
+
+    Args:
+        config: of the run.
+        stage: what it is, for its tags and for a fresh name.
+        splits: on which the final model is evaluated; none takes the test splits. Without
+            ``config.evaluate`` there is no evaluation.
+    """
+    config = resolved(config, stage)
     assert config.name is not None
     run = Path(str(config.run_dir)) / config.name
     finished = open_run(config, run)
@@ -65,12 +79,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         config.name,
         config,
         config.tracking,
-        tags={"run_dir": str(run), "stage": "finetune"},
+        tags={"run_dir": str(run), "stage": stage},
         run_id=known.get("run_id"),
     ) as tracker:
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         with followed(run / PROGRESS, config.training.steps):
-            result = execute(config, run, tracker, manifests)
+            chosen = splits if config.evaluate else None
+            result = execute(config, run, tracker, manifests, splits=chosen)
     result["registered"] = _register(config, run, result["evaluation"])
     write_json(run / RESULT, result)
     return result
@@ -124,11 +139,11 @@ def execute(
     return result
 
 
-def resolved(config: FinetuneConfig) -> FinetuneConfig:
+def resolved(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
     """With a name and absolute paths: workers have working directories of their own."""
     folder = Path(config.run_dir).expanduser().absolute() if config.run_dir else run_root()
     data = Path(config.data).expanduser().absolute() if config.data else data_root()
-    name = config.name or time.strftime("finetune-%Y%m%d-%H%M%S")
+    name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
     start = None
@@ -271,7 +286,7 @@ def _conclude(
     splits: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     """Evaluate the final model, and record figures, plots, costs and a description."""
-    from pipelines import reporting
+    from pipelines import reconstructions, reporting
     from pipelines.outcomes import FILE as OUTCOMES
     from pipelines.outcomes import Outcomes, write_outcomes
     from skillnet import systems
@@ -286,6 +301,7 @@ def _conclude(
     )
     for name, figure in reporting.training_figures(history(run / PROGRESS), config.model).items():
         tracker.figure(figure, name)
+    reconstructions.record(config, model, run, tracker, result["step"])
     outcomes = Outcomes()
     wanted = config.evaluate or splits is not None
     rows = _evaluate(config, model, result["step"], splits, outcomes) if wanted else []
@@ -331,6 +347,7 @@ def _evaluate(
             steps=step,
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
             outcomes=outcomes,
+            masks=config.training.masking,
         )
 
 

@@ -18,7 +18,11 @@ HEADLINE = {
     "classification": ("accuracy", True),
     "ctc": ("token_error_rate", False),
     "retrieval": ("recall_at_10", True),
+    "masked": ("masked_loss", False),
 }
+
+#: Endings of metrics that are no rates: they are shown as they are.
+PLAIN = ("rank", "loss")
 
 #: What a model is held against, in words.
 SYSTEMS = {"chance": "chance", "reference": "simple reference"}
@@ -33,6 +37,8 @@ WORDS = {
     "recall_at_5": "R@5",
     "recall_at_10": "R@10",
     "median_rank": "median rank",
+    "masked_loss": "masked loss",
+    "masked_accuracy": "masked tokens right",
 }
 
 COLOURS = ("#2f6f5e", "#c2603a", "#4a6fa5", "#9a5ba6", "#b08a1e", "#5c5f66", "#1f8fa3")
@@ -48,7 +54,7 @@ def shown(metric: str, value: float | None) -> str:
     """A figure as people read it: rates in per cent, ranks as they are."""
     if value is None or np.isnan(value):
         return "–"
-    return f"{value:.4g}" if metric.endswith("rank") else f"{100 * value:.1f} %"
+    return f"{value:.4g}" if metric.endswith(PLAIN) else f"{100 * value:.1f} %"
 
 
 def shown_interval(row: Mapping[str, Any]) -> str:
@@ -57,9 +63,9 @@ def shown_interval(row: Mapping[str, Any]) -> str:
     low, high = row.get("low"), row.get("high")
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return text
-    rank = row["metric"].endswith("rank")
+    plain = row["metric"].endswith(PLAIN)
     return (
-        f"{text} ({low:.4g}–{high:.4g})" if rank else f"{text} ({100 * low:.1f}–{100 * high:.1f})"
+        f"{text} ({low:.4g}–{high:.4g})" if plain else f"{text} ({100 * low:.1f}–{100 * high:.1f})"
     )
 
 

@@ -193,7 +193,7 @@ class TaskRows:
         """
         if self.task.objective == "masked":
             return self._masked(rows, draws or Draws(("masks",), len(rows), slice(None)), config)
-        towers = {self.own: self._inputs(rows, draws, config)}
+        towers = {self.own: self.inputs(rows, draws, config)}
         if self.task.objective == "retrieval":
             towers["query"] = self._queries(rows, draws, config)
             return towers, {"groups": _tensor(self._fixed("group").take(rows))}
@@ -208,9 +208,10 @@ class TaskRows:
         symbols, lengths = self._ragged("symbols").take(rows)
         return towers, {"symbols": _tensor(symbols), "symbol_lengths": _tensor(lengths)}
 
-    def _inputs(
-        self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None
+    def inputs(
+        self, rows: np.ndarray, draws: Draws | None = None, config: AugmentConfig | None = None
     ) -> dict[str, Tensor]:
+        """What the tower of the corpus' own modality reads of the named rows; see ``load``."""
         modality = self.plan.modality
         if modality in ("image", "video"):
             name = "pixels" if modality == "image" else "frames"
@@ -242,7 +243,7 @@ class TaskRows:
             config = replace(
                 config, time_masks=0, frequency_masks=0, token_dropout=0.0, code_dropout=0.0
             )
-        inputs = self._inputs(rows, draws, config)
+        inputs = self.inputs(rows, draws, config)
         inputs, targets = self._hide(self.plan.modality, inputs, draws)
         return {self.own: inputs}, targets
 

@@ -86,36 +86,28 @@ def info_nce(
     return loss / (2 * count)
 
 
-def masked_tokens(logits_MV: Tensor, tokens_M: Tensor, masked_BT: Tensor, count: int) -> Tensor:
-    """Cross entropy at masked tokens (BERT, Devlin et al. 2019); each row by its masked tokens.
+def masked(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor, count: int) -> Tensor:
+    """Masked modelling: :func:`masked_rows` summed over B and divided by ``count``."""
+    return masked_rows(predicted_M, values_M, masked_BT).sum() / count
+
+
+def masked_rows(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor) -> Tensor:
+    """Loss (B,) of each row: the mean over its masked tokens, so that rows count alike.
 
     Args:
-        logits_MV: at the masked tokens, in row-major order.
-        tokens_M: what stood there.
+        predicted_M: at the masked tokens, in row-major order: logits (M, V), or values (M, P).
+        values_M: what stood there: tokens (M,), by cross entropy (BERT, Devlin et al. 2019); or
+            pixels of a patch, frames of a stack (M, P), by squared error (MAE, He et al. 2022).
         masked_BT: which tokens are masked, at least one a row.
-        count: rows of the global batch.
     """
-    losses_M = F.cross_entropy(_full(logits_MV), tokens_M, reduction="none")
-    return (losses_M * _shares(masked_BT, losses_M)).sum() / count
-
-
-def masked_values(predicted_MP: Tensor, values_MP: Tensor, masked_BT: Tensor, count: int) -> Tensor:
-    """Mean squared error at masked tokens (MAE, He et al. 2022); each row by its masked tokens.
-
-    Args:
-        predicted_MP: at the masked tokens, in row-major order.
-        values_MP: what stood there: pixels of a patch, frames of a stack.
-        masked_BT: which tokens are masked, at least one a row.
-        count: rows of the global batch.
-    """
-    losses_M = (_full(predicted_MP) - values_MP).square().mean(1)
-    return (losses_M * _shares(masked_BT, losses_M)).sum() / count
-
-
-def _shares(masked_BT: Tensor, like: Tensor) -> Tensor:
-    """(M,) one over the number of masked tokens in a masked token's row."""
-    counts_B1 = masked_BT.sum(1, keepdim=True).clamp(min=1)
-    return (masked_BT / counts_B1)[masked_BT].to(like.dtype)
+    predicted_M = _full(predicted_M)
+    if values_M.is_floating_point():
+        losses_M = (predicted_M - values_M).square().mean(1)
+    else:
+        losses_M = F.cross_entropy(predicted_M, values_M, reduction="none")
+    counts_B = masked_BT.sum(1)
+    rows_M = masked_BT.nonzero()[:, 0]
+    return losses_M.new_zeros(len(counts_B)).index_add(0, rows_M, losses_M) / counts_B.clamp(min=1)
 
 
 def _full(x: Tensor) -> Tensor:

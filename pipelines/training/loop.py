@@ -257,12 +257,7 @@ def task_loss(
             outputs["logits"][real], targets["labels"][real], count, smoothing
         )
     if task.objective == "masked":
-        loss_of = (
-            objectives.masked_values
-            if targets["values"].is_floating_point()
-            else objectives.masked_tokens
-        )
-        loss = loss_of(outputs["predicted"], targets["values"], targets["masked"], count)
+        loss = objectives.masked(outputs["predicted"], targets["values"], targets["masked"], count)
         return loss * 0 if batch.ghost else loss
     if task.objective == "ctc":
         loss = objectives.ctc(

@@ -1,9 +1,10 @@
 """Typed settings of a training run: what `configs/*.yaml` and the command line fill in."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from skillnet.config import SkillNetConfig
+from skillnet.skills import SkillPlan, Task, default_tasks, masked_tasks
 from skillnet_platform.config import aliased
 from skillnet_platform.tracking import TrackingConfig
 
@@ -275,3 +276,69 @@ class FinetuneConfig:
     def measured(self) -> dict[str, TaskTraining]:
         """The tasks that are evaluated: all but the auxiliary ones."""
         return {name: task for name, task in self.tasks.items() if not task.auxiliary}
+
+
+def default_masked_training() -> dict[str, TaskTraining]:
+    """The masked tasks on the pretraining part of the built-in corpora."""
+    return {
+        "masked_text": TaskTraining("headings", 0.3, 128, "pretraining", max_length=32),
+        "masked_sound": TaskTraining("syllables", 0.15, 48, "pretraining"),
+        "masked_image": TaskTraining("drawings", 0.2, 96, "pretraining"),
+        "masked_video": TaskTraining("strokes", 0.2, 64, "pretraining"),
+        "masked_code": TaskTraining("functions", 0.15, 64, "pretraining", max_length=96),
+    }
+
+
+def contrastive_training() -> dict[str, TaskTraining]:
+    """Pairs that the corpora hold: captions with what they name, words with their definitions."""
+    return {
+        "text_to_definition": TaskTraining(
+            "headings", 0.3, 128, "pretrain", max_length=24, auxiliary=True
+        ),
+        "text_to_image": TaskTraining("drawings", 0.2, 96, first_caption=0.5),
+        "text_to_video": TaskTraining("strokes", 0.2, 64),
+        "text_to_code": TaskTraining("functions", 0.15, 64, max_length=96),
+    }
+
+
+def _pretraining_model() -> SkillNetConfig:
+    plan = SkillPlan(("general", "text", "alignment"), "text")
+    words = Task("retrieval", {"query": plan, "candidate": plan})
+    return SkillNetConfig(tasks=masked_tasks() | default_tasks() | {"text_to_definition": words})
+
+
+@dataclass
+class PretrainConfig(FinetuneConfig):
+    """Self-supervised pretraining of the skills on unlabelled rows.
+
+    Args:
+        name: name of the run and of its directory. The name of an unfinished run goes on from
+            its newest whole checkpoint; none makes a fresh name.
+        run_dir: directory of runs; none takes the run root.
+        seed: of weights, order, augmentation, masks and dropout.
+        data: directory of prepared corpora; none takes ``corpora`` below the run root.
+        init_from: trained model of the same system to start from: the name or folder of a run,
+            a checkpoint, a saved model or a registered version; none starts at random.
+        system: what to train: ``skillnet``, a baseline, or a third party's system.
+        options: options of that system.
+        model: shape of the model. Of its tasks those count that ``tasks`` names.
+        tasks: task name -> how it takes part.
+        training: optimisation, parallelism, rhythm, and what is masked.
+        tracking: where it is recorded; the model is registered only if asked.
+        evaluate: measure the final model on the validation splits.
+        contrastive: train on the pairs that corpora hold as well: captions with drawings, clips
+            and functions of the training splits, words with their definitions.
+    """
+
+    model: SkillNetConfig = field(default_factory=_pretraining_model)
+    tasks: dict[str, TaskTraining] = field(default_factory=default_masked_training)
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(register=False))
+    contrastive: bool = False
+
+    def joint(self) -> FinetuneConfig:
+        """The joint training run that this is: its tasks, and a model of only these."""
+        tasks = (contrastive_training() if self.contrastive else {}) | self.tasks
+        known = {name: task for name, task in self.model.tasks.items() if name in tasks}
+        model = replace(self.model, tasks=known)
+        kept = {f.name: getattr(self, f.name) for f in fields(FinetuneConfig)}
+        return FinetuneConfig(**(kept | {"model": model, "tasks": tasks}))

@@ -80,6 +80,7 @@ class RunReporter(Reporter):
         self._say(step=step, words=words)
 
     def evaluate(self, model: TaskModel, step: int) -> None:
+        from pipelines import reconstructions
         from pipelines.evaluation import evaluate_model
         from pipelines.reporting import flat_metrics
 
@@ -94,8 +95,10 @@ class RunReporter(Reporter):
             limits={name: task.max_length for name, task in tasks.items()},
             precision=self._config.training.precision,
             samples=0,
+            masks=self._config.training.masking,
         )
         self.metrics(flat_metrics(rows), step)
+        reconstructions.record(self._config, model, self._run, self._tracker, step)
         if self._on_evaluation is not None:
             self._on_evaluation(rows, step)
 

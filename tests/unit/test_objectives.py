@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skillnet.objectives import cross_entropy, ctc, info_nce, masked_tokens, masked_values
+from skillnet.objectives import cross_entropy, ctc, info_nce, masked, masked_rows
 
 
 def unit(rows: int, width: int = 5, seed: int = 0) -> Tensor:
@@ -178,46 +178,41 @@ def test_info_nce_of_the_right_pairs_is_near_zero_and_falls_with_the_scale() -> 
 def masked_inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Masks (B, T) with one to three tokens a row, predictions and values (M, P) for them."""
     torch.manual_seed(0)
-    masked = torch.tensor(
-        [[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 1]], dtype=torch.bool
-    )
-    M = int(masked.sum())
-    return masked, torch.randn(M, 5, dtype=torch.float64), torch.randn(M, 5, dtype=torch.float64)
+    places = [[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 1]]
+    hidden = torch.tensor(places, dtype=torch.bool)
+    M = int(hidden.sum())
+    return hidden, torch.randn(M, 5, dtype=torch.float64), torch.randn(M, 5, dtype=torch.float64)
 
 
-def naive(masked: Tensor, loss_of_place: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Mean over rows of the mean over a row's masked places."""
-    rows = []
-    for row in range(len(masked)):
-        places = [loss_of_place[row, int(t)] for t in masked[row].nonzero()[:, 0]]
-        rows.append(sum(places) / len(places))
-    return torch.stack(rows).mean()
+def naive(hidden: Tensor, losses_M: list[Tensor]) -> Tensor:
+    """Loss of each row: the mean over its masked places, met one by one."""
+    remaining, rows = list(losses_M), []
+    for row in hidden:
+        found = [remaining.pop(0) for place in row if place]
+        rows.append(sum(found[1:], found[0]) / len(found))
+    return torch.stack(rows)
 
 
 def test_masked_values_weigh_rows_alike_whatever_they_hide() -> None:
-    masked, predicted, values = masked_inputs()
-    at = [(int(row), int(t)) for row, t in masked.nonzero()]
-    losses = {place: ((predicted[i] - values[i]) ** 2).sum() / 5 for i, place in enumerate(at)}
-    torch.testing.assert_close(masked_values(predicted, values, masked, 4), naive(masked, losses))
+    hidden, predicted, values = masked_inputs()
+    losses = [((p - v) ** 2).sum() / 5 for p, v in zip(predicted, values, strict=True)]
+    torch.testing.assert_close(masked_rows(predicted, values, hidden), naive(hidden, losses))
+    torch.testing.assert_close(masked(predicted, values, hidden, 4), naive(hidden, losses).mean())
 
 
 def test_masked_tokens_weigh_rows_alike_whatever_they_hide() -> None:
-    masked, logits, _ = masked_inputs()
+    hidden, logits, _ = masked_inputs()
     tokens = torch.arange(len(logits)) % 5
-    at = [(int(row), int(t)) for row, t in masked.nonzero()]
-    losses = {p: logits[i].logsumexp(0) - logits[i, tokens[i]] for i, p in enumerate(at)}
-    torch.testing.assert_close(masked_tokens(logits, tokens, masked, 4), naive(masked, losses))
+    losses = [x.logsumexp(0) - x[t] for x, t in zip(logits, tokens, strict=True)]
+    torch.testing.assert_close(masked_rows(logits, tokens, hidden), naive(hidden, losses))
+    assert masked_rows(logits.bfloat16(), tokens, hidden).dtype == torch.float32
 
 
 def test_masked_losses_of_ranks_add_up() -> None:
-    masked, predicted, values = masked_inputs()
-    whole = masked_values(predicted, values, masked, 4)
-    first = int(masked[:1].sum())
-    parts = masked_values(predicted[:first], values[:first], masked[:1], 4) + masked_values(
-        predicted[first:], values[first:], masked[1:], 4
+    hidden, predicted, values = masked_inputs()
+    first = int(hidden[:1].sum())
+    parts = masked(predicted[:first], values[:first], hidden[:1], 4) + masked(
+        predicted[first:], values[first:], hidden[1:], 4
     )
-    torch.testing.assert_close(parts, whole)
-    assert masked_values(predicted[:0], values[:0], masked[:0], 4) == 0
-    assert (
-        masked_tokens(predicted.bfloat16(), torch.zeros(7).long(), masked, 4).dtype == torch.float32
-    )
+    torch.testing.assert_close(parts, masked(predicted, values, hidden, 4))
+    assert masked(predicted[:0], values[:0], hidden[:0], 4) == 0
