@@ -6,7 +6,8 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,55 @@ from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
 from sweeps.engine import AshaConfig, ResourceConfig, Source
 from sweeps.ledger import Entry, last_line, mean_scores, prune, prune_trial
-from sweeps.trial import ERROR, ScoreConfig, TrialOutcome, placed, reports_of, write_trial
+from sweeps.trial import ERROR, ScoreConfig, Trial, TrialOutcome, placed, reports_of, write_trial
 
 #: MLflow's word for the end of a run, by what became of its trial.
 ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
+@dataclass(frozen=True)
+class Options:
+    """How trials are run; see :func:`sweeps.engine.run_trials` for each."""
+
+    folder: Path
+    parent: Tracker
+    score: ScoreConfig | None
+    resources: ResourceConfig
+    asha: AshaConfig | None
+    keep: int | None
+    max_failures: int
+    label: str
+
+
 class Driver:
-    """One call of :func:`sweeps.engine.run_trials`."""
+    """Runs what a source gives.
+
+    Args:
+        source: of trials.
+        options: how they are run.
+        start: what a trial starts from, put into its configuration when its turn comes.
+    """
 
     def __init__(
-        self,
-        source: Source,
-        folder: Path,
-        parent: Tracker,
-        score: ScoreConfig | None,
-        resources: ResourceConfig,
-        asha: AshaConfig | None,
-        keep: int | None,
-        max_failures: int,
-        label: str,
+        self, source: Source, options: Options, start: Callable[[Trial], Trial] | None = None
     ) -> None:
-        self.source, self.folder, self.parent = source, folder, parent
-        self.score, self.resources, self.asha = score, resources, asha
-        self.keep, self.max_failures, self.label = keep, max_failures, label
+        self.source, self.options = source, options
         self.entries: dict[str, Entry] = {}
+        self._start = start or (lambda trial: trial)
         self._halving: Any = None
         self._warned = False
         #: Trials whose run could not be opened yet: the tracker was away.
         self._waiting: list[Entry] = []
+        self._first: tuple[str, dict[str, Any]] | None = None
 
     # -- trials in ----------------------------------------------------------------------------
 
     def give(self) -> tuple[str, dict[str, Any]] | None:
         """The next trial that is to be run, as Tune gets it; those already settled are told."""
+        given, self._first = self._first, None
+        return given or self._look()
+
+    def _look(self) -> tuple[str, dict[str, Any]] | None:
         while (entry := self._next()) is not None:
             settled = entry.settled()
             if self._halving is not None:
@@ -69,14 +85,14 @@ class Driver:
                     raise
                 self._wait_for_tracker(entry)
                 return None
-            used = {"cpus": self.resources.cpus, "gpus": self.resources.gpus}
+            used = {"cpus": self.options.resources.cpus, "gpus": self.options.resources.gpus}
             workers = entry.trial.config.training.workers
             return entry.trial.name, {"folder": str(entry.folder), "workers": workers, **used}
         return None
 
     def ended(self) -> bool:
         """Whether all trials have been given."""
-        return not self._waiting and self.source.ended()
+        return not self._waiting and self._first is None and self.source.ended()
 
     def _next(self) -> Entry | None:
         if self._waiting:
@@ -84,7 +100,7 @@ class Driver:
         trial = self.source.next()
         if trial is None:
             return None
-        entry = Entry(trial, self.folder / trial.name)
+        entry = Entry(trial, self.options.folder / trial.name)
         self.entries[trial.name] = entry
         return entry
 
@@ -93,16 +109,19 @@ class Driver:
         from pipelines import finetune
 
         entry.reopen()
+        entry.trial = self._start(entry.trial)
         config = finetune.resolved(placed(entry.trial.config, entry.folder))
         finetune.open_run(config, entry.folder)
         known = entry.describe("interrupted").run_id
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
-        entry.tracker = tracking.child(self.parent, entry.trial.name, config, tags, run_id=known)
+        entry.tracker = tracking.child(
+            self.options.parent, entry.trial.name, config, tags, run_id=known
+        )
         told = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
         write_json(entry.folder / finetune.RUN, told)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
-        write_trial(entry.trial, entry.folder, self.score, tracked=tracked)
+        write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)
 
     def _wait_for_tracker(self, entry: Entry) -> None:
         self._waiting.append(entry)
@@ -127,7 +146,7 @@ class Driver:
             self._settle(entry, "failed", error.strip().splitlines()[0])
         elif self._interrupt.wanted:
             self._settle(entry, "interrupted")
-        elif self.asha is not None and reports_of(entry.folder):
+        elif self.options.asha is not None and reports_of(entry.folder):
             self._settle(entry, "stopped")
         else:
             self._settle(entry, "failed", "it ended without a result and without an error")
@@ -155,37 +174,44 @@ class Driver:
 
     def go(self) -> list[TrialOutcome]:
         """Run, and leave nothing open."""
-        from skillnet_platform import cluster
         from sweeps import tuning
 
         self._interrupt = tuning.Interrupt()
-        if self.asha is not None:
+        if self.options.asha is not None:
             example = self.source.example
-            last, grace = example.config.training.steps, self.asha.first_rung(example)
-            self._halving = tuning.Halving(last, grace, self.asha.reduction)
+            last, grace = example.config.training.steps, self.options.asha.first_rung(example)
+            self._halving = tuning.Halving(last, grace, self.options.asha.reduction)
         try:
-            with cluster.session() as ray, tuning.quiet_environment(), self._shown():
-                with self._interrupt.listening():
-                    tuning.fit(
-                        tuning.Hand(self.give, self.ended, self._parallel(ray)),
-                        tuning.Listener(self.on_end),
-                        self._interrupt,
-                        self._halving.scheduler if self._halving else None,
-                        self.folder / "tune",
-                        nested=self.source.example.config.training.workers > 1,
-                        max_failures=self.max_failures,
-                    )
-                tuning.leave_no_placement_group(ray)
+            self._first = self._look()
+            if self._first is not None or not self.ended():
+                self._run()
         finally:
             for entry in self.entries.values():
                 if entry.outcome is None and entry.tracker is not None:
                     # An error of the sweep itself: the trial goes on next time.
                     self._settle(entry, "interrupted")
-            shutil.rmtree(self.folder / "tune", ignore_errors=True)
+            shutil.rmtree(self.options.folder / "tune", ignore_errors=True)
         if self._interrupt.wanted:
             raise KeyboardInterrupt
-        prune(list(self.entries.values()), self.keep)
+        prune(list(self.entries.values()), self.options.keep)
         return [entry.outcome for entry in self.entries.values() if entry.outcome is not None]
+
+    def _run(self) -> None:
+        from skillnet_platform import cluster
+        from sweeps import tuning
+
+        with cluster.session() as ray, tuning.quiet_environment(), self._shown():
+            with self._interrupt.listening():
+                tuning.fit(
+                    tuning.Hand(self.give, self.ended, self._parallel(ray)),
+                    tuning.Listener(self.on_end),
+                    self._interrupt,
+                    self._halving.scheduler if self._halving else None,
+                    self.options.folder / "tune",
+                    nested=self.source.example.config.training.workers > 1,
+                    max_failures=self.options.max_failures,
+                )
+            tuning.leave_no_placement_group(ray)
 
     def _parallel(self, ray: Any) -> int:
         """Trials at the same time: what is asked for, and no more than fit.
@@ -196,7 +222,10 @@ class Driver:
         workers = max(self.source.example.config.training.workers, 1)
         have = ray.cluster_resources()
         fit = self.source.total
-        for name, each in (("CPU", self.resources.cpus), ("GPU", self.resources.gpus)):
+        for name, each in (
+            ("CPU", self.options.resources.cpus),
+            ("GPU", self.options.resources.gpus),
+        ):
             if each:
                 fit = min(fit, int(have.get(name, 0) / (each * workers) + 1e-6))
                 if not fit:
@@ -205,7 +234,7 @@ class Driver:
                         f"{each:g}), Ray has {have.get(name, 0):g}; lower "
                         f"resources.{name.lower()}s or training.workers"
                     )
-        return min(fit, self.resources.parallel or fit)
+        return min(fit, self.options.resources.parallel or fit)
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:
@@ -214,7 +243,7 @@ class Driver:
         over = threading.Event()
 
         def watch() -> None:
-            with console.progress(self.label, self.source.total * steps, "steps") as bar:
+            with console.progress(self.options.label, self.source.total * steps, "steps") as bar:
                 while True:
                     last = over.wait(0.5)
                     entries = list(self.entries.values())

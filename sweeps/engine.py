@@ -155,8 +155,13 @@ def run_trials(
             under their names; before anything starts.
         KeyboardInterrupt: after an orderly stop, on the first Ctrl-C or SIGTERM.
     """
+    from skillnet_platform import cluster
+    from sweeps.driver import Driver, Options
+    from sweeps.pretraining import Pretrainings
+
     folder = folder.absolute()
     used = resources or ResourceConfig()
+    options = Options(folder, parent, score, used, asha, keep, max_failures, label)
     with _only_driver(folder):
         if isinstance(trials, Sequence):
             if not trials:
@@ -167,11 +172,17 @@ def run_trials(
                 _check(trial, folder, score, asha)
             source: Source = Listed(listed)
         else:
-            source = trials
+            source, listed = trials, [trials.example]
             _check(source.example, None, score, asha)
-        from sweeps.driver import Driver
-
-        return Driver(source, folder, parent, score, used, asha, keep, max_failures, label).go()
+        before = Pretrainings(listed, folder)
+        first = before.trials()
+        with cluster.session() if first else contextlib.nullcontext():
+            if first:
+                for trial in first:
+                    _check(trial, folder, None, None)
+                alone = replace(options, score=None, asha=None, keep=None)
+                before.tell(Driver(Listed(first), replace(alone, label="pretraining")).go())
+            return Driver(source, options, before.start).go()
 
 
 def _absolute(trial: Trial) -> Trial:
@@ -196,7 +207,7 @@ def _check(
 
     try:
         finetune.check(finetune.resolved(trial.config))
-        if folder is not None:
+        if folder is not None and trial.pretrain is None:
             place = folder / trial.name
             finetune.open_run(finetune.resolved(placed(trial.config, place)), place)
     except UserError as problem:

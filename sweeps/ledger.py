@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipelines.finetune import PROGRESS, RESULT, RUN
+from pipelines.finetune import CONFIG, PROGRESS, RESULT, RUN
 from skillnet_platform.storage import read_json, write_json
 from skillnet_platform.tracking import Tracker
 from sweeps.trial import (
@@ -76,7 +76,7 @@ class Entry:
     def settle(self, status: Status, error: str | None = None) -> TrialOutcome:
         """Write down what became of it. An interrupted trial stays open in the ledger."""
         self.outcome = self.describe(status, error)
-        if status != "interrupted":
+        if status != "interrupted" and (self.folder / CONFIG).is_file():
             told = {"status": status, "error": error, "score": self.outcome.score}
             write_json(self.folder / OUTCOME, told | {"step": self.outcome.step})
         return self.outcome

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.training.settings import FinetuneConfig
+from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.storage import read_json, write_json
@@ -53,7 +53,7 @@ class Trial:
 
     name: str
     config: FinetuneConfig
-    pretrain: FinetuneConfig | None = None
+    pretrain: PretrainConfig | None = None
     splits: tuple[str, ...] | None = None
     group: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -196,7 +196,6 @@ def run_one(
     from pipelines import finetune
     from skillnet_platform.tracking import Tracker
 
-    execute = executor(trial.config)
     config = finetune.resolved(placed(trial.config, folder))
     finished = finetune.open_run(config, folder)
     if finished is not None:
@@ -208,7 +207,7 @@ def run_one(
     tracker = Tracker.by_id(*tracked)
     watch = Evaluations(folder, score, report) if score is not None else None
     try:
-        result = execute(
+        result = finetune.execute(
             config,
             folder,
             tracker,
@@ -224,17 +223,6 @@ def run_one(
         watch.record(result["evaluation"], result["step"])
     write_json(folder / finetune.RESULT, result)
     return result
-
-
-def executor(config: FinetuneConfig) -> Callable[..., dict[str, Any]]:
-    """What executes a run of that sort of configuration in a run that is open."""
-    from pipelines import finetune
-
-    if type(config) is FinetuneConfig:
-        return finetune.execute
-    from pipelines import pretrain
-
-    return getattr(pretrain, "execute", finetune.execute)
 
 
 def placed(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
@@ -305,12 +293,10 @@ def reports_of(folder: Path) -> list[dict[str, Any]]:
 
 def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: Any) -> None:
     """Leave in the trial's folder what the process that runs it needs."""
-    kind = "finetune" if type(trial.config) is FinetuneConfig else "pretrain"
     write_json(
         folder / TRIAL,
         {
             "name": trial.name,
-            "kind": kind,
             "config": configuration.to_dict(trial.config),
             "splits": list(trial.splits) if trial.splits is not None else None,
             "group": trial.group,
@@ -324,14 +310,9 @@ def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: A
 def read_trial(folder: Path) -> tuple[Trial, ScoreConfig | None, dict[str, Any]]:
     """The trial of a folder, its score, and everything that was written with them."""
     told = read_json(folder / TRIAL)
-    cls: type[FinetuneConfig] = FinetuneConfig
-    if told["kind"] == "pretrain":
-        from pipelines.training.settings import PretrainConfig
-
-        cls = PretrainConfig
     trial = Trial(
         told["name"],
-        configuration.build(cls, told["config"]),
+        configuration.build(FinetuneConfig, told["config"]),
         splits=tuple(told["splits"]) if told["splits"] is not None else None,
         group=told["group"],
         settings=told["settings"],
