@@ -115,9 +115,8 @@ class Driver:
         known = entry.describe("interrupted").run_id
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
-        entry.tracker = tracking.child(
-            self.options.parent, entry.trial.name, config, tags, run_id=known
-        )
+        parent = self.options.parent
+        entry.tracker = tracking.child(parent, entry.trial.name, config, tags, run_id=known)
         told = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
         write_json(entry.folder / finetune.RUN, told)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
@@ -220,12 +219,9 @@ class Driver:
             UserError: not even one fits.
         """
         workers = max(self.source.example.config.training.workers, 1)
-        have = ray.cluster_resources()
+        have, used = ray.cluster_resources(), self.options.resources
         fit = self.source.total
-        for name, each in (
-            ("CPU", self.options.resources.cpus),
-            ("GPU", self.options.resources.gpus),
-        ):
+        for name, each in (("CPU", used.cpus), ("GPU", used.gpus)):
             if each:
                 fit = min(fit, int(have.get(name, 0) / (each * workers) + 1e-6))
                 if not fit:
@@ -234,7 +230,7 @@ class Driver:
                         f"{each:g}), Ray has {have.get(name, 0):g}; lower "
                         f"resources.{name.lower()}s or training.workers"
                     )
-        return min(fit, self.options.resources.parallel or fit)
+        return min(fit, used.parallel or fit)
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:

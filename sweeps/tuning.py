@@ -87,6 +87,7 @@ def _report_nested(made: dict[str, Any]) -> None:
     """In each of several workers, together: Ray Train passes the first one's on to Tune."""
     import ray.train
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     ray.train.report({STEP: made[STEP], METRIC: made[METRIC]} if made else {})
 
 

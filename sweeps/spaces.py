@@ -1,0 +1,280 @@
+"""Search spaces: which keys of a run vary, and over what; checked before anything starts.
+
+    space:
+      training.lr: {loguniform: [3.0e-4, 3.0e-3]}
+      model.skill_every: {choice: [1, 2]}
+      model.tasks.text_to_video.towers.candidate.skills:
+        choice: [[general, video, alignment], [general, image, video, alignment]]
+      text tower:
+        options:
+          shared: {}
+          own:
+            model.skills: [general, text, image, sound, video, code, alignment, picture_text]
+            model.tasks.text_to_image.towers.query.skills: [general, picture_text, alignment]
+
+A dimension with ``options`` is a name of its own; each option sets several keys together.
+"""
+
+import itertools
+import json
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.typed_tree import checked, children, hint_at, nested, without_none
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: A value per dimension; of a dimension with options the option's name.
+Point = dict[str, Any]
+
+#: Keys that a sweep sets itself, and what to use instead.
+NOT_SEARCHED = {
+    "name": "trials are named by the sweep",
+    "run_dir": "trials lie in the sweep's folder",
+    "seed": "repeats are asked for with seeds",
+    "data": "give run.data once for all trials",
+    "evaluate": "trials are measured on the validation split",
+    "tracking": "give tracking once for the sweep",
+    "training.workers": "give run.training.workers once for all trials",
+    "training.use_gpu": "give run.training.use_gpu once for all trials",
+}
+
+Range = list[float]
+
+
+@dataclass
+class Dimension:
+    """What one key takes; exactly one of these is given.
+
+    Args:
+        choice: values, one of which is drawn.
+        grid: values, each of which is tried with everything that is drawn for the others.
+        options: name -> keys that are set together; one of them is drawn.
+        uniform: [low, high], a number between them.
+        loguniform: [low, high], a number between them whose logarithm is uniform.
+        integer: [low, high], a whole number, both included.
+        log_integer: [low, high], a whole number whose logarithm is uniform.
+    """
+
+    choice: list[Any] = field(default_factory=list)
+    grid: list[Any] = field(default_factory=list)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    uniform: list[float] = field(default_factory=list)
+    loguniform: list[float] = field(default_factory=list)
+    integer: list[int] = field(default_factory=list)
+    log_integer: list[int] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """Which of them is given."""
+        return next((f.name for f in fields(self) if getattr(self, f.name)), "")
+
+    @property
+    def range(self) -> tuple[Any, Any] | None:
+        """(low, high) of a range; none for a list of values."""
+        kind = self.kind
+        if kind in ("choice", "grid", "options"):
+            return None
+        low, high = getattr(self, kind)
+        return low, high
+
+    @property
+    def values(self) -> list[Any]:
+        """The values of a list, or the names of options."""
+        return list(self.options) if self.options else list(self.grid or self.choice)
+
+    def draw(self, random: "np.random.Generator") -> Any:
+        """One value."""
+        if self.range is None:
+            return self.values[int(random.integers(len(self.values)))]
+        low, high = self.range
+        if self.kind == "integer":
+            return int(random.integers(low, high + 1))
+        if self.kind == "uniform":
+            return float(random.uniform(low, high))
+        if self.kind == "loguniform":
+            return float(math.exp(random.uniform(math.log(low), math.log(high))))
+        # Each whole number owns the stretch around it, so that both ends are as likely as others.
+        drawn = math.exp(random.uniform(math.log(low - 0.5), math.log(high + 0.5)))
+        return min(max(round(drawn), low), high)
+
+    def check(self, where: str) -> None:
+        """Raise UserError unless exactly one kind is given, and well formed."""
+        given = [f.name for f in fields(self) if getattr(self, f.name)]
+        known = ", ".join(f.name for f in fields(self))
+        if len(given) != 1:
+            what = " and ".join(given) if given else "nothing"
+            raise UserError(f"{where}: give one of {known}, not {what}")
+        if self.range is None:
+            seen = [json.dumps(value, sort_keys=True) for value in self.values]
+            twice = next((each for each in seen if seen.count(each) > 1), None)
+            if twice is not None:
+                raise UserError(f"{where}.{self.kind}: {twice} is there twice")
+            return
+        ends = getattr(self, self.kind)
+        if len(ends) != 2 or not ends[0] < ends[1]:
+            raise UserError(f"{where}.{self.kind}: expected [low, high], low < high, got {ends}")
+        if self.kind.startswith("log") and ends[0] <= 0:
+            raise UserError(f"{where}.{self.kind}: low must be above 0, got {ends[0]}")
+
+
+class Space:
+    """The dimensions of a sweep over a base run.
+
+    Args:
+        dimensions: key (or name, for options) -> what it takes.
+        base: the run that they vary.
+
+    Raises:
+        UserError: an unknown key, a value of a wrong type, a range that is none; names the key.
+    """
+
+    def __init__(self, dimensions: Mapping[str, Dimension], base: FinetuneConfig) -> None:
+        self.dimensions, self.base = dict(dimensions), base
+        self._tree = configuration.to_dict(base)
+        self._owners: dict[str, str] = {}
+        for name, dimension in self.dimensions.items():
+            dimension.check(f"space.{name}")
+            self._check(name, dimension)
+
+    # -- points ---------------------------------------------------------------------------------
+
+    def crossed(self) -> Iterator[Point]:
+        """Every combination of the listed values."""
+        names = list(self.dimensions)
+        for name, dimension in self.dimensions.items():
+            if dimension.range is not None:
+                raise UserError(
+                    f"space.{name}.{dimension.kind} is a range: search grid tries listed values; "
+                    "give choice, or search: random"
+                )
+        for values in itertools.product(*(self.dimensions[name].values for name in names)):
+            yield dict(zip(names, values, strict=True))
+
+    def drawn(self, count: int, seed: int) -> Iterator[Point]:
+        """``count`` random points, all different, each with every value of the grids.
+
+        Fewer come if the space has no more.
+        """
+        import numpy as np
+
+        grids = {n: d.values for n, d in self.dimensions.items() if d.grid}
+        rest = {n: d for n, d in self.dimensions.items() if not d.grid}
+        random = np.random.default_rng(seed)
+        seen: set[str] = set()
+        for _ in range(max(count, 1)):
+            for _ in range(200):
+                point = {name: dimension.draw(random) for name, dimension in rest.items()}
+                mark = json.dumps(point, sort_keys=True)
+                if mark not in seen:
+                    break
+            else:
+                return
+            seen.add(mark)
+            for values in itertools.product(*grids.values()):
+                whole = point | dict(zip(grids, values, strict=True))
+                yield {name: whole[name] for name in self.dimensions}
+
+    def assignments(self, point: Point) -> dict[str, Any]:
+        """The keys that a point sets, and to what."""
+        found: dict[str, Any] = {}
+        for name, value in point.items():
+            options = self.dimensions[name].options
+            found |= options[value] if options else {name: value}
+        return found
+
+    def apply(self, point: Point) -> FinetuneConfig:
+        """The run of a point.
+
+        Raises:
+            UserError: the values do not go together; names them.
+        """
+        tree = json.loads(json.dumps(self._tree))
+        for key, value in self.assignments(point).items():
+            _put(tree, key, value)
+        try:
+            return configuration.build(FinetuneConfig, tree)
+        except ValueError as problem:
+            words = ", ".join(f"{name} {shown(value)}" for name, value in point.items())
+            raise UserError(f"{problem} (with {words})") from None
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check(self, name: str, dimension: Dimension) -> None:
+        if not dimension.options:
+            self._check_key(name, name)
+            hint = without_none(hint_at(FinetuneConfig, name))
+            low_high = dimension.range
+            if low_high is not None:
+                self._check_range(name, dimension, hint)
+            for value in dimension.values if low_high is None else low_high:
+                self._check_value(f"space.{name}.{dimension.kind}", {name: value})
+            return
+        if hint_at(FinetuneConfig, name) is not None and "." in name:
+            raise UserError(f"space.{name}: options need a name of their own, not that of a key")
+        for option, keys in dimension.options.items():
+            for key in keys:
+                self._check_key(key, name, f"space.{name}.options.{option}")
+            self._check_value(f"space.{name}.options.{option}", keys)
+
+    def _check_key(self, key: str, owner: str, where: str = "space") -> None:
+        for parent, instead in NOT_SEARCHED.items():
+            if key == parent or key.startswith(parent + "."):
+                raise UserError(f"{where}: {key} cannot be searched: {instead}")
+        # Names the nearest key where a dataclass lacks one; what dictionaries hold comes below.
+        checked(FinetuneConfig, nested(key, None), where)
+        hint = hint_at(FinetuneConfig, key)
+        below = children(hint)
+        if hint is None or (below is not None and "*" not in below):
+            names = f": {', '.join(below)}" if below else ""
+            raise UserError(f"{where}: {key} is no single value; name a key of it{names}")
+        place: Any = self._tree
+        for part in key.split(".")[: None if hint is not typing.Any else -1]:
+            if not isinstance(place, dict) or part not in place:
+                known = list(place) if isinstance(place, dict) else []
+                near = nearest(part, known)
+                raise UserError(f"{where}: {key!r}: there is no {part!r} there{near}")
+            place = place[part]
+        if self._owners.setdefault(key, owner) != owner:
+            raise UserError(f"space: {key} is set by both {self._owners[key]!r} and {owner!r}")
+
+    def _check_range(self, name: str, dimension: Dimension, hint: Any) -> None:
+        where = f"space.{name}.{dimension.kind}"
+        if hint not in (int, float, typing.Any):
+            raise UserError(f"{where}: {name} does not take numbers; give choice")
+        if hint is int and not dimension.kind.endswith("integer"):
+            other = "log_integer" if dimension.kind.startswith("log") else "integer"
+            raise UserError(f"{where}: {name} takes whole numbers; use {other}")
+
+    def _check_value(self, where: str, assignments: Mapping[str, Any]) -> None:
+        """A wrong type is found here; whether values go together shows with whole points."""
+        tree = json.loads(json.dumps(self._tree))
+        for key, value in assignments.items():
+            _put(tree, key, value)
+        try:
+            configuration.build(FinetuneConfig, tree)
+        except UserError as problem:
+            raise UserError(f"{where}: {problem}") from None
+        except ValueError:
+            return
+
+
+def shown(value: Any) -> str:
+    """A value in one word, for names and tables: lists joined with +."""
+    if isinstance(value, list | tuple):
+        return "+".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree[part]
+    tree[last] = value
