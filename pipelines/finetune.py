@@ -132,6 +132,7 @@ def execute(
         "run_id": tracker.run_id,
         "model": str(run / "model"),
         "init_from": started.plain() if started else None,
+        "corpora": {name: manifest["digest"] for name, manifest in manifests.items()},
         **read_json(run / "trained.json"),
         "wall_seconds": time.monotonic() - begin,
     }

@@ -7,7 +7,6 @@ objective        amount                                   weight
 classification   1 if the class is right                  1
 ctc              edit distance to the right symbols       number of right symbols
 retrieval        1 if the rank is at most 10              1
-masked           summed loss of the masked tokens         number of masked tokens
 
 Rows are numbered as in the prepared split, so that two systems pair by (task, split, row).
 """

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from skillnet_platform.errors import UserError
 from sweeps.comparison import MEAN, Comparison, Test, variant
 from sweeps.runs import PRETRAINED
+from sweeps.tables import p_text, points
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 
@@ -62,7 +61,7 @@ class Claim:
         words: the claim as a sentence.
         rule: when it holds.
         parts: its conditions, with numbers.
-        winner: label of the system that wins what the claim is about, or none.
+        ahead: label of the system that is ahead in what the claim is about, or none.
         why: why nothing can be decided, if so.
     """
 
@@ -70,8 +69,13 @@ class Claim:
     words: str
     rule: str
     parts: Sequence[Part]
-    winner: str | None = None
+    ahead: str | None = None
     why: str = ""
+
+    @property
+    def winner(self) -> str | None:
+        """The system that is ahead, once the claim is decided; none otherwise."""
+        return None if self.verdict == "not decided" else self.ahead
 
     @property
     def verdict(self) -> Verdict:
@@ -114,9 +118,9 @@ def _specialists(of: Comparison, rules: ClaimsConfig, suffix: str) -> Claim:
     name = "the specialists, pretrained" if pretrained else "the specialists"
     points = f"{100 * rules.margin:g}"
     words = (
-        f"One {of.reference} reaches the specialists on every task"
-        + (", both pretrained" if pretrained else ", neither pretrained")
-        + f", and {rules.relative:g} of their mean relative score."
+        f"One {_said(of)} is at or above the specialists on every task, and reaches "
+        f"{rules.relative:g} of their mean relative score ("
+        + ("both pretrained)." if pretrained else "neither pretrained).")
     )
     rule = (
         f"on each task the 95 % interval of the difference lies above −{points} points, and that "
@@ -129,7 +133,7 @@ def _specialists(of: Comparison, rules: ClaimsConfig, suffix: str) -> Claim:
     parts = []
     for task in of.common:
         change, test = _change(of, own, other, task)
-        words_of = f"{task}: {_points(change)}"
+        words_of = f"{task}: {_in_points(change)}"
         if change[1] >= -rules.margin:
             parts.append(Part(words_of, True))
         else:
@@ -149,7 +153,7 @@ def _specialists(of: Comparison, rules: ClaimsConfig, suffix: str) -> Claim:
 
 def _pretraining(of: Comparison, rules: ClaimsConfig) -> Claim:
     own, other = of.reference + PRETRAINED, of.reference
-    words = f"Pretraining lifts {of.reference} on all {len(of.common)} tasks."
+    words = f"Pretraining lifts {_said(of)} on all {len(of.common)} tasks."
     rule = "each difference is above 0 and significant after Holm's correction"
     missing = _missing(of, own, other)
     if missing:
@@ -161,8 +165,8 @@ def _pretraining(of: Comparison, rules: ClaimsConfig) -> Claim:
 def _image(of: Comparison, rules: ClaimsConfig) -> Claim:
     name, base = "text to image", of.reference
     words = (
-        f"On {IMAGE} {base} is ahead of every baseline of the same pretraining, and activates no "
-        "more parameters."
+        f"On {IMAGE} {_said(of)} is ahead of every baseline of the same pretraining, and "
+        "activates no more parameters."
     )
     rule = (
         "against each baseline the difference is above 0, significantly after Holm's correction, "
@@ -192,7 +196,7 @@ def _image(of: Comparison, rules: ClaimsConfig) -> Claim:
 
 
 def _equal_cost(of: Comparison, rules: ClaimsConfig, systems: Sequence[str]) -> Claim:
-    words = f"Dense and mixture-of-experts models of {of.reference}'s activated size are behind it."
+    words = f"Dense and mixture-of-experts models of {_said(of)}'s activated size are behind it."
     rule = (
         f"for each of the same pretraining: activated parameters within "
         f"{100 * rules.equal_cost:g} % (mean over tasks), and the mean score is below, "
@@ -224,6 +228,10 @@ def _equal_cost(of: Comparison, rules: ClaimsConfig, systems: Sequence[str]) -> 
 # -- parts ---------------------------------------------------------------------------------
 
 
+def _said(of: Comparison) -> str:
+    return "SkillNet" if of.reference == "skillnet" else of.reference
+
+
 def _missing(of: Comparison, *labels: str) -> str:
     absent = [label for label in labels if label not in of.systems]
     return f"{' and '.join(absent)} not run" if absent else ""
@@ -240,8 +248,8 @@ def _ahead(of: Comparison, own: str, other: str, task: str) -> Part:
     shown = None
     if test is not None and test.significant:
         shown = change[0] > 0
-    corrected = "" if test is None else f", {_p(test.corrected)}"
-    return Part(f"{task}: {_points(change)}{corrected}", shown)
+    corrected = "" if test is None else f", p {_equals(test.corrected)}"
+    return Part(f"{task}: {_in_points(change)}{corrected}", shown)
 
 
 def _change(
@@ -279,12 +287,10 @@ def _winner(of: Comparison, pairs: Sequence[tuple[str, str]], task: str) -> str 
     return own if len(pairs) == 1 else own.removesuffix(PRETRAINED)
 
 
-def _points(change: tuple[float, float, float]) -> str:
-    value, low, high = (100 * x for x in change)
-    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+def _in_points(change: tuple[float, float, float]) -> str:
+    return points(change).replace(" (", " points (", 1)
 
 
-def _p(value: float) -> str:
-    if np.isnan(value):
-        return "p unknown"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+def _equals(p: float) -> str:
+    text = p_text(p)
+    return text if text.startswith("<") else f"= {text}"

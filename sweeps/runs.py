@@ -63,6 +63,17 @@ class FinishedRun:
         own = done - int(self.trained.get("resumed") or 0)
         return float(self.trained["seconds"]) * (done / own if own > 0 else 1.0)
 
+    @property
+    def pretraining_seconds(self) -> float | None:
+        """Time in the loop of the run that this one started from; none if that is unknown."""
+        if not self.settings.get("init_from"):
+            return None
+        start = Path(str(self.settings["init_from"]))
+        for path in (start / "trained.json", start.parent / "trained.json"):
+            if path.is_file():
+                return float(read_json(path)["seconds"])
+        return None
+
 
 def find_run(given: str, uri: str | None = None) -> Path:
     """Folder of a run: a path, a name below the run root, or an MLflow run id.
