@@ -36,6 +36,9 @@ from skillnet_platform.typed_tree import (
 T = TypeVar("T")
 
 POSITIONAL = "skillnet_positional"
+
+#: Key of a mapping in a YAML file that starts from another file.
+INCLUDE = "include"
 ALIAS = "skillnet_alias"
 
 
@@ -67,7 +70,8 @@ def parse(
 ) -> T:
     """Build ``cls`` from the words of a command line.
 
-    Knows ``--config FILE_OR_PRESET`` (repeatable, later ones win), ``--key.sub value`` or
+    Knows ``--config FILE_OR_PRESET`` (repeatable, later ones win; see :func:`load_layer`),
+    ``--key.sub value`` or
     ``--key.sub=value`` with YAML values, ``--json``, ``--help``, and bare words for fields made
     with ``positional``. A boolean's value may be left out: ``--open`` means ``--open true``.
 
@@ -96,7 +100,7 @@ def parse(
     origins: dict[str, str] = {}
     for given in files:
         path = find_config(given)
-        layer = checked(cls, load_yaml(path), str(path))
+        layer = checked(cls, load_layer(path), str(path))
         origins |= dict.fromkeys(flatten(layer), str(path))
         merge(tree, layer)
     for key, value in overrides:
@@ -149,6 +153,36 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected keys and values, got {kind(loaded)}")
     return loaded
+
+
+def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a file of ``--config``. In it, a mapping may start from another file or preset.
+
+    ``run: {include: small, training: {steps: 100}}`` is all of ``small`` with other steps.
+
+    Args:
+        path: the file.
+        inside: files that include this one.
+
+    Raises:
+        UserError: as :func:`load_yaml`, or a file that includes itself.
+    """
+    chain = [*inside, Path(path).resolve()]
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        own = {key: whole(below) for key, below in value.items() if key != INCLUDE}
+        if not isinstance(value.get(INCLUDE), str):
+            return own if INCLUDE not in value else own | {INCLUDE: value[INCLUDE]}
+        beside = Path(path).parent / value[INCLUDE]
+        other = beside if beside.is_file() else find_config(value[INCLUDE])
+        if other.resolve() in chain:
+            raise UserError(f"{path}: {INCLUDE}: {value[INCLUDE]} includes itself")
+        return _over(load_layer(other, chain), own)
+
+    layer: dict[str, Any] = whole(load_yaml(path))
+    return layer
 
 
 def preset_directories() -> list[Path]:
@@ -230,6 +264,17 @@ def merge(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         else:
             tree[key] = value
     return tree
+
+
+def _over(layer: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`merge`, but a null stays: what it takes away lies in a layer further below."""
+    for key, value in new.items():
+        below = layer.get(key)
+        if isinstance(value, Mapping) and isinstance(below, dict):
+            _over(below, value)
+        else:
+            layer[key] = value
+    return layer
 
 
 def _tree(obj: Any) -> Any:

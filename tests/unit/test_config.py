@@ -59,6 +59,26 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert made.model.heads == SkillNetConfig().heads
 
 
+def test_a_mapping_starts_from_another_file(tmp_path: Path) -> None:
+    (tmp_path / "sizes.yaml").write_text("{dim: 64, depth: 3, tasks: {text_to_code: null}}")
+    outer = tmp_path / "outer.yaml"
+    outer.write_text("model: {include: sizes.yaml, depth: 2, tasks: {text_to_image: null}}")
+    made = parse("--config", str(outer), "--model.heads", "2")
+    assert (made.model.dim, made.model.depth, made.model.heads) == (64, 2, 2)
+    assert not {"text_to_code", "text_to_image"} & made.model.tasks.keys()
+    outer.write_text("{include: tiny, training: {steps: 7}}")
+    layer = config.load_layer(outer)
+    assert layer["training"]["steps"] == 7
+    assert layer["model"] == config.load_yaml(config.find_config("tiny"))["model"]
+    (tmp_path / "sizes.yaml").write_text("{include: outer.yaml}")
+    outer.write_text("model: {include: sizes.yaml}")
+    with pytest.raises(UserError, match=r"include: outer.yaml includes itself"):
+        parse("--config", str(outer))
+    outer.write_text("model: {include: sizs}")
+    with pytest.raises(UserError, match="neither a file nor a preset"):
+        parse("--config", str(outer))
+
+
 def test_overriding_one_task_keeps_the_others(tmp_path: Path) -> None:
     file = tmp_path / "video.yaml"
     skills = "[general, image, video, alignment]"
