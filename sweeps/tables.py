@@ -1,6 +1,6 @@
 """The tables of a comparison: made once, shown on the terminal and on the page alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -274,17 +274,6 @@ def p_text(p: float) -> str:
     if np.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def settings_text(settings: Mapping[str, object]) -> str:
-    """``training.lr 0.002, training.weight_decay 0.1``; a dash for none."""
-    return (
-        ", ".join(
-            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in settings.items()
-        )
-        or "–"
-    )
 
 
 def _metric(of: Comparison, task: str) -> str:

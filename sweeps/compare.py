@@ -1,0 +1,187 @@
+"""``skillnet compare``: systems held against each other, by a study or from finished runs."""
+
+import time
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skillnet_platform import config as configuration
+from skillnet_platform import console, tracking
+from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import read_json, run_root, write_json
+from sweeps.study_settings import StudyConfig
+
+if TYPE_CHECKING:
+    from skillnet_platform.tracking import Tracker
+    from sweeps.report import Report
+    from sweeps.runs import FinishedRun
+    from sweeps.study import Tuned
+
+RUN = "run.json"
+
+
+def compare(config: StudyConfig) -> tuple["Report", int]:
+    """Run a study, or read finished runs; write, record and give the report.
+
+    Returns:
+        The report, and the number of final runs of the study that failed.
+
+    Raises:
+        UserError: runs that do not exist, are not finished or cannot be compared; a study that
+            does not fit.
+    """
+    if config.runs:
+        return _of_runs(config), 0
+    if not config.systems:
+        raise UserError(
+            "nothing to compare: name finished runs (skillnet compare RUN RUN …), or a study "
+            "(--config studies/headline)"
+        )
+    if not config.name:
+        raise UserError("a study needs a name, so that it can be gone on with: give --name")
+    return _of_study(config)
+
+
+def _of_study(config: StudyConfig) -> tuple["Report", int]:
+    from sweeps.runs import read_run
+    from sweeps.study import run_study, say_failures
+
+    folder = config.folder
+    known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    with tracking.start(
+        str(config.name),
+        config,
+        config.tracking,
+        tags={"run_dir": str(folder), "stage": "study"},
+        run_id=known.get("run_id"),
+    ) as tracker:
+        write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
+        study = run_study(config, tracker)
+        say_failures(study)
+        runs = [
+            read_run(outcome.folder, outcome.group)
+            for outcome in study.outcomes
+            if outcome.status == "finished"
+        ]
+        if not runs:
+            raise UserError(f"no run of the study finished; see {folder / 'runs'}")
+        report = _report(config, runs, study.tuned)
+        report.facts["configuration"] = f"study.yaml, digest {configuration.digest(config)[:12]}"
+        report.texts["Configuration of the study"] = configuration.to_yaml(config)
+        if study.failed:
+            told = [f"{each.name}: {each.error or each.status}" for each in study.failed]
+            report.facts["without a result"] = "; ".join(told)
+        _keep(report, Path(config.output) if config.output else folder, tracker)
+    return report, len(study.failed)
+
+
+def _of_runs(config: StudyConfig) -> "Report":
+    from sweeps.runs import find_run, gather, read_run
+    from sweeps.study import LEDGER, read_ledger
+
+    runs: list[FinishedRun] = []
+    tuned: dict[str, Tuned] = {}
+    for given in config.runs:
+        for path in (Path(given).expanduser(), run_root() / given):
+            if (path / LEDGER).is_file():
+                told, members = read_ledger(path.absolute())
+                tuned |= told
+                runs += [read_run(folder, label) for label, folder in members]
+                break
+        else:
+            runs.append(read_run(find_run(given, config.tracking.uri)))
+    runs = gather(runs, config.names)
+    name = config.name or time.strftime("compare-%Y%m%d-%H%M%S")
+    folder = Path(config.output) if config.output else run_root() / "comparisons" / name
+    with tracking.start(
+        name,
+        None,
+        replace(config.tracking, system_metrics=False),
+        tags={"run_dir": str(folder.absolute()), "stage": "compare"},
+    ) as tracker:
+        report = _report(replace(config, name=name), runs, tuned)
+        _keep(report, folder, tracker)
+    return report
+
+
+def _report(
+    config: StudyConfig, runs: Sequence["FinishedRun"], tuned: dict[str, "Tuned"]
+) -> "Report":
+    from sweeps import comparison, report
+    from sweeps.tuning_tables import tuning_tables
+
+    of = comparison.compare(runs, config.reference, config.specialist)
+    made = report.make(of, str(config.name), config.claims)
+    made.tables += tuning_tables(tuned)
+    return made
+
+
+def _keep(report: "Report", folder: Path, tracker: "Tracker") -> None:
+    from sweeps import report as reporting
+
+    reporting.write(report, folder)
+    reporting.record(report, tracker)
+
+
+def spread(argv: Sequence[str]) -> list[str]:
+    """``--runs A B`` as bare words: ``A B``. The names of systems likewise join with commas."""
+    words: list[str] = []
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
+        if word not in ("--runs", "--names"):
+            words.append(word)
+            continue
+        following: list[str] = []
+        while queue and not queue[0].startswith("--"):
+            following.append(queue.pop(0))
+        if word == "--names" and following:
+            words += ["--names", ",".join(following)]
+        else:
+            words += following
+    return words
+
+
+def show(report: "Report") -> None:
+    """Print the claims and the main tables."""
+    from sweeps import report as reporting
+
+    reporting.show(report)
+    assert report.folder is not None
+    console.note(f"the page is {report.folder / 'report.html'}; its figures lie beside it as CSV")
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``skillnet compare``."""
+    config = configuration.parse(
+        StudyConfig,
+        spread(argv or []),
+        "skillnet compare",
+        description="Compare systems with intervals over seeds and test rows, paired tests with "
+        "one correction, and claims that hold, do not hold or are not decided: by running a "
+        "study, which goes on where it ended, or from finished runs.",
+        example="skillnet compare --config studies/headline\n"
+        "skillnet compare --runs skillnet-0 skillnet-1 dense-0 dense-1 --open\n"
+        "skillnet compare headline --json",
+    )
+    report, failed = compare(config)
+    if console.json_wanted():
+        from sweeps.report import plain
+
+        document: dict[str, Any] = plain(report)
+        console.emit_json(document)
+    else:
+        show(report)
+    if config.open and report.folder is not None:
+        page = (report.folder / "report.html").absolute().as_uri()
+        if not webbrowser.open(page):
+            console.warn(f"no browser could be started; open {page} by hand")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,132 @@
+"""Typed settings of a study and of ``skillnet compare``: what ``configs/studies`` fill in."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from pipelines.training.settings import FinetuneConfig, PretrainConfig
+from skillnet_platform.config import positional
+from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.storage import run_root
+from skillnet_platform.tracking import TrackingConfig
+from sweeps.claims import ClaimsConfig
+from sweeps.engine import ResourceConfig
+from sweeps.spaces import Dimension
+
+
+@dataclass
+class SystemConfig:
+    """One system of a study.
+
+    Args:
+        system: what is trained: ``skillnet``, a baseline, or a third party's system.
+        options: options of that system.
+        pretrain: start each run from a pretraining of its own, with the run's seed.
+        set: flat key -> value, over the study's ``run``, for this system alone.
+        tuned_as: take the settings that were chosen for that system in place of trials of its
+            own.
+    """
+
+    system: str
+    options: dict[str, Any] = field(default_factory=dict)
+    pretrain: bool = False
+    set: dict[str, Any] = field(default_factory=dict)
+    tuned_as: Optional[str] = None  # noqa: UP045
+
+
+@dataclass
+class TuningConfig:
+    """The search for training settings that every system gets before its final runs.
+
+    The first trial is the run as configured, the others are drawn: the same for all systems.
+
+    Args:
+        trials: per system; 0 tunes nothing.
+        space: key -> what it takes, as in a sweep.
+        seed: of the trials, and of the drawing; none of the study's seeds.
+        share: steps of a trial, as a share of the run's.
+    """
+
+    trials: int = 0
+    space: dict[str, Dimension] = field(default_factory=dict)
+    seed: int = 1000
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.trials < 0:
+            raise UserError(f"tuning.trials must not be negative, got {self.trials}")
+        if not 0 < self.share <= 1:
+            raise UserError(f"tuning.share must be above 0 and at most 1, got {self.share}")
+        if self.trials > 1 and not self.space:
+            raise UserError("tuning.trials without a tuning.space: name what is to be tuned")
+
+
+@dataclass
+class StudyConfig:
+    """Compare systems: run a study, or take finished runs.
+
+    Args:
+        runs: finished runs, or folders of studies, to compare; nothing is trained then.
+        names: names of their systems in the report, one per configuration, in their order.
+        name: of the study and of its folder below the run root; of the report.
+        seeds: of the final runs of every system.
+        run: what all systems share: data, model, tasks, training.
+        pretraining: how systems with ``pretrain`` are pretrained; the sizes of the model are
+            those of ``run``.
+        systems: name in the report -> system. A name that ends in ``-pretrained`` is held
+            against other pretrained ones.
+        tuning: the search for training settings that each system gets.
+        resources: of one run.
+        reference: name of the system that the others are tested against.
+        specialist: name of the system whose scores count as 1.
+        claims: thresholds of the claims.
+        interpret: also show what the skills of the reference do: knock-outs, similarity,
+            gradients.
+        output: folder of the report; by default the study's own.
+        open: open the page in a browser.
+        tracking: where it is recorded.
+    """
+
+    runs: list[str] = positional([])
+    names: list[str] = field(default_factory=list)
+    name: Optional[str] = None  # noqa: UP045
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    run: FinetuneConfig = field(default_factory=FinetuneConfig)
+    pretraining: PretrainConfig = field(default_factory=PretrainConfig)
+    systems: dict[str, SystemConfig] = field(default_factory=dict)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+    reference: str = "skillnet"
+    specialist: str = "specialist"
+    claims: ClaimsConfig = field(default_factory=ClaimsConfig)
+    interpret: bool = True
+    output: Optional[str] = None  # noqa: UP045
+    open: bool = False
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.runs:
+            return
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise UserError(f"seeds must differ and not be empty, got {self.seeds}")
+        if self.tuning.trials and self.tuning.seed in self.seeds:
+            raise UserError(
+                f"tuning.seed {self.tuning.seed} is also one of seeds: what is chosen by a seed "
+                "must not be judged by it"
+            )
+        for label, entry in self.systems.items():
+            if "/" in label or label.startswith(".") or not label:
+                raise UserError(f"systems: {label!r} cannot be a folder's name")
+            other = entry.tuned_as
+            if other is not None and (other == label or other not in self.systems):
+                raise UserError(
+                    f"systems.{label}.tuned_as: {other!r} is no other system"
+                    f"{nearest(other, self.systems)}"
+                )
+            if other is not None and self.systems[other].tuned_as is not None:
+                raise UserError(f"systems.{label}.tuned_as: {other} is not tuned itself")
+
+    @property
+    def folder(self) -> Path:
+        """Of the study."""
+        return run_root() / str(self.name or "study")
