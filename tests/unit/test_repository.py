@@ -138,8 +138,9 @@ def test_presets_parse(path: Path) -> None:
     """The folder of a preset says which command reads it."""
     from pipelines.growth.settings import GrowConfig
     from pipelines.training.settings import FinetuneConfig
+    from sweeps.settings import SweepConfig
 
-    kinds: dict[str, type] = {"grow": GrowConfig}
+    kinds: dict[str, type] = {"grow": GrowConfig, "sweeps": SweepConfig}
     kind = kinds.get(path.parent.name, FinetuneConfig)
     made = config.parse(kind, ["--config", str(path)], prog="skillnet")
     if isinstance(made, FinetuneConfig):

@@ -1,0 +1,258 @@
+"""``skillnet sweep``: many runs over a space of settings, ranked on the validation split.
+
+<run root>/<name>/
+  sweep.yaml       the resolved configuration
+  run.json         the MLflow run, above those of the trials
+  trials/<trial>/  a run's folder each; see sweeps/trial.py
+  trials.csv       one row per trial
+  best.yaml        the best configuration: `skillnet finetune --config …/best.yaml`
+  score.png        score against activated FLOPs and parameters
+  result.json      what the command gives
+
+The test splits are not looked at: they are for what was chosen.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform import console, tracking
+from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write, read_json, run_root, write_json
+from skillnet_platform.tracking import Tracker
+from sweeps.settings import SweepConfig
+from sweeps.trial import TrialOutcome
+
+CONFIG = "sweep.yaml"
+RUN = "run.json"
+RESULT = "result.json"
+
+#: What may change between two parts of a sweep.
+FREE = ("name", "run_dir", "resources", "keep", "max_failures", "tracking")
+
+
+def sweep(config: SweepConfig) -> dict[str, Any]:
+    """Run a sweep to its end, or go on with one; rank its configurations.
+
+    Returns:
+        Name, folder, MLflow run id, ``best`` (name, score, settings, file), ``configurations``
+        best first, ``trials`` with how each ended, files, seconds.
+
+    Raises:
+        UserError: a space, values or corpora that do not fit, before anything starts; or no
+            trial has a score, after all were tried.
+    """
+    from sweeps.engine import run_trials
+
+    begin = time.monotonic()
+    config, folder = _resolved(config)
+    source, run = _source(config, folder)
+    _open(config, folder)
+    known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    with tracking.start(
+        folder.name,
+        config,
+        config.tracking,
+        tags={"run_dir": str(folder), "stage": "sweep"},
+        run_id=known.get("run_id"),
+    ) as parent:
+        write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
+        outcomes = run_trials(
+            source,
+            folder=folder / "trials",
+            parent=parent,
+            score=config.score,
+            resources=config.resources,
+            asha=config.asha if config.scheduler == "asha" else None,
+            keep=config.keep,
+            max_failures=config.max_failures,
+            label="sweep",
+        )
+        result = _conclude(config, run, folder, parent, outcomes)
+    result["seconds"] = time.monotonic() - begin
+    write_json(folder / RESULT, console.plain(result))
+    return result
+
+
+def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path]:
+    name = config.name or time.strftime("sweep-%Y%m%d-%H%M%S")
+    if "/" in name or name in ("", ".", ".."):
+        raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
+    root = Path(config.run_dir).expanduser().absolute() if config.run_dir else run_root()
+    return replace(config, name=name, run_dir=str(root)), root / name
+
+
+def _open(config: SweepConfig, folder: Path) -> None:
+    """Keep the configuration, or compare it with that of the sweep that is gone on with."""
+    stored = folder / CONFIG
+    if not stored.is_file():
+        if (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is a run, not a sweep; give another --name")
+        with atomic_write(stored, "w") as stream:
+            stream.write(configuration.to_yaml(config))
+        return
+    old, new = (_identity(tree) for tree in (configuration.load_yaml(stored), config))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"the sweep {folder.name} has {key} {old.get(key)}, not {new.get(key)}; give "
+                f"another --name, or --config {stored} to go on with it"
+            )
+
+
+def _identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
+    tree = dict(config) if isinstance(config, Mapping) else configuration.to_dict(config)
+    return configuration.flatten({key: v for key, v in tree.items() if key not in FREE})
+
+
+def _source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
+    """The trials, or what makes them, and the run that they vary."""
+    from pipelines.finetune import resolved
+    from sweeps.cost import at_fixed_cost, cost_of
+    from sweeps.search import Guided, listed
+    from sweeps.spaces import Space
+
+    named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
+    run = resolved(replace(named, run_dir=config.run_dir))
+    if not config.space:
+        raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
+    space = Space(config.space, run)
+    if f"model.{config.fixed_cost.adjust}" in config.space:
+        raise UserError(
+            f"fixed_cost.adjust sets model.{config.fixed_cost.adjust}: not in the space"
+        )
+    target = 0.0
+    if config.fixed_cost.adjust is not None:
+        target = config.fixed_cost.target or cost_of(run, config.fixed_cost.by)
+
+    def finish(made: FinetuneConfig) -> FinetuneConfig:
+        return at_fixed_cost(made, target, config.fixed_cost)
+
+    if config.search == "optuna":
+        guided = Guided(
+            space, config.samples, config.seeds, config.search_seed, finish, folder / "trials"
+        )
+        return guided, run
+    points = (
+        space.crossed()
+        if config.search == "grid"
+        else space.drawn(config.samples, config.search_seed)
+    )
+    made = listed(space, points, finish)
+    return [trial for each in made for trial in each.trials(config.seeds)], run
+
+
+def _conclude(
+    config: SweepConfig,
+    run: FinetuneConfig,
+    folder: Path,
+    parent: Tracker,
+    outcomes: Sequence[TrialOutcome],
+) -> dict[str, Any]:
+    """Rank, write the files, and record them under the parent run."""
+    from sweeps import results
+    from sweeps.ledger import plain
+
+    configurations = results.ranked(outcomes)
+    results.write_trials(outcomes, folder / "trials.csv")
+    parent.artifact(folder / "trials.csv")
+    figure = results.cost_figure(configurations)
+    if figure is not None:
+        figure.savefig(folder / "score.png", dpi=120)
+        parent.artifact(folder / "score.png", "plots")
+    counts = {state: sum(o.status == state for o in outcomes) for state in results.STATES}
+    parent.metrics({f"trials/{state}": count for state, count in counts.items()})
+    best = configurations[0]
+    if best.score is None:
+        first = next(outcome for outcome in outcomes if outcome.error)
+        raise UserError(
+            f"none of the {len(outcomes)} trials has a score; {first.name}: {first.error} "
+            f"(see {first.log or first.folder})"
+        )
+    path = _write_best(config, folder, best.trials[0])
+    parent.artifact(path)
+    parent.metrics({"score": best.score})
+    parent.tags({"best": best.name})
+    columns, cells = results.table(configurations)
+    parent.note(_markdown(folder.name, columns, cells))
+    return {
+        "name": folder.name,
+        "folder": str(folder),
+        "run_id": parent.run_id,
+        "best": {
+            "name": best.name,
+            "score": best.score,
+            "settings": best.settings,
+            "config": str(path),
+        },
+        "counts": counts,
+        "configurations": configurations,
+        "trials": [plain(outcome) for outcome in outcomes],
+        "files": {"trials": str(folder / "trials.csv"), "best": str(path)},
+    }
+
+
+def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
+    """The best configuration as a run of its own, with evaluation on the test splits."""
+    stored = configuration.load_yaml(folder / "trials" / trial / "config.yaml")
+    made = configuration.build(FinetuneConfig, stored)
+    made = replace(
+        made,
+        name=None,
+        run_dir=config.run.run_dir,
+        seed=config.run.seed,
+        data=config.run.data,
+        evaluate=True,
+        tracking=config.run.tracking,
+    )
+    path = folder / "best.yaml"
+    with atomic_write(path, "w") as stream:
+        stream.write(f"# The best configuration of the sweep {folder.name}, by validation score.\n")
+        stream.write(configuration.to_yaml(made))
+    return path
+
+
+def _markdown(name: str, columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
+    lines = [f"Sweep **{name}**, best first, on the validation split.", ""]
+    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in cells:
+        shown = ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row)
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``skillnet sweep``."""
+    config = configuration.parse(
+        SweepConfig,
+        argv or [],
+        "skillnet sweep",
+        description="Run many trainings over a space of settings, on Ray: every combination, "
+        "random draws or Optuna, with or without stopping bad ones early. Ranks by the validation "
+        "split; the test splits are not looked at.",
+        example="skillnet sweep --config sweeps/plans\n"
+        "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json",
+    )
+    result = sweep(config)
+    if console.json_wanted():
+        console.emit_json(result)
+        return 0
+    from sweeps import results
+
+    console.table(result["name"], *results.table(result["configurations"]))
+    best = result["best"]
+    console.note(
+        f"best: {best['name']} with {best['score']:.4f}; train it with\n"
+        f"  skillnet finetune --config {best['config']}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
