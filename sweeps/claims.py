@@ -12,36 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from skillnet_platform.errors import UserError
 from sweeps.comparison import MEAN, Comparison, Test, variant
 from sweeps.runs import PRETRAINED
+from sweeps.study_settings import ClaimsConfig
 from sweeps.tables import p_text, points
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 
 LEAST_SEEDS = 3
 IMAGE = "text_to_image"
-
-
-@dataclass
-class ClaimsConfig:
-    """Thresholds of the claims.
-
-    Args:
-        relative: mean relative score to the specialists that SkillNet shall reach.
-        margin: a score counts as "at or above" another if the interval of their difference
-            lies above minus this, in fractions (0.01 is one point).
-        equal_cost: activated parameters count as equal within this share.
-    """
-
-    relative: float = 1.02
-    margin: float = 0.01
-    equal_cost: float = 0.1
-
-    def __post_init__(self) -> None:
-        for key in ("relative", "margin", "equal_cost"):
-            if getattr(self, key) < 0:
-                raise UserError(f"claims.{key} must not be negative, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
 from skillnet_platform.storage import atomic_write, write_json
-from sweeps.claims import Claim, ClaimsConfig, claims
+from sweeps.claims import Claim, claims
 from sweeps.comparison import MEAN, SPLIT, Comparison
 from sweeps.plots import plots
+from sweeps.study_settings import ClaimsConfig
 from sweeps.tables import Table, tables
 
 if TYPE_CHECKING:

@@ -9,9 +9,29 @@ from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.storage import run_root
 from skillnet_platform.tracking import TrackingConfig
-from sweeps.claims import ClaimsConfig
 from sweeps.engine import ResourceConfig
 from sweeps.spaces import Dimension
+
+
+@dataclass
+class ClaimsConfig:
+    """Thresholds of the claims.
+
+    Args:
+        relative: mean relative score to the specialists that SkillNet shall reach.
+        margin: a score counts as "at or above" another if the interval of their difference
+            lies above minus this, in fractions (0.01 is one point).
+        equal_cost: activated parameters count as equal within this share.
+    """
+
+    relative: float = 1.02
+    margin: float = 0.01
+    equal_cost: float = 0.1
+
+    def __post_init__(self) -> None:
+        for key in ("relative", "margin", "equal_cost"):
+            if getattr(self, key) < 0:
+                raise UserError(f"claims.{key} must not be negative, got {getattr(self, key)}")
 
 
 @dataclass

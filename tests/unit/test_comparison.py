@@ -11,6 +11,7 @@ from skillnet_platform.errors import UserError
 from sweeps import claims as cl
 from sweeps.comparison import MEAN, Comparison, compare
 from sweeps.runs import differing_settings, find_run, gather, read_run
+from sweeps.study_settings import ClaimsConfig
 from tests.made_runs import TASKS, write_run, write_study
 
 
@@ -32,7 +33,7 @@ def clear(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compared(tmp_path_factory.mktemp("clear"), systems)
 
 
-def verdicts(of: Comparison, config: cl.ClaimsConfig | None = None) -> dict[str, str]:
+def verdicts(of: Comparison, config: ClaimsConfig | None = None) -> dict[str, str]:
     return {claim.name: claim.verdict for claim in cl.claims(of, config)}
 
 
@@ -93,7 +94,7 @@ def test_claims_hold_where_the_difference_is_large(clear: Comparison):
         "equal activated cost": "holds",
     }
     assert {claim.winner for claim in cl.claims(clear)} == {"skillnet", "skillnet-pretrained"}
-    assert verdicts(clear, cl.ClaimsConfig(relative=5.0))["the specialists"] == "does not hold"
+    assert verdicts(clear, ClaimsConfig(relative=5.0))["the specialists"] == "does not hold"
 
 
 def test_claims_are_refuted_by_a_clear_loss(tmp_path: Path):
@@ -111,9 +112,7 @@ def test_claims_are_refuted_by_a_clear_loss(tmp_path: Path):
 
 def test_nothing_is_decided_between_equals_or_with_two_seeds(tmp_path: Path):
     found = compared(tmp_path / "equal", {"skillnet": 0.0, "specialist": 0.0, "dense": 0.0})
-    told = {
-        claim.name: claim for claim in cl.claims(found, cl.ClaimsConfig(relative=1.0, margin=0.0))
-    }
+    told = {claim.name: claim for claim in cl.claims(found, ClaimsConfig(relative=1.0, margin=0.0))}
     assert told["the specialists"].verdict == "not decided"
     assert told["the specialists"].winner is None
     assert told["equal activated cost"].why.startswith("no moe within 10 %")
