@@ -22,7 +22,7 @@ from sweeps.trial import Trial, TrialOutcome
 PROPOSED = "proposed.jsonl"
 
 #: Points that are tried for fit before Optuna starts.
-PROBES = 16
+PROBES = 8
 
 SPLITS = ("validation",)
 

@@ -140,6 +140,7 @@ class Space:
         self.dimensions, self.base = dict(dimensions), base
         self._tree = configuration.to_dict(base)
         self._owners: dict[str, str] = {}
+        self._applied: dict[str, FinetuneConfig] = {}
         for name, dimension in self.dimensions.items():
             dimension.check(f"space.{name}")
             self._check(name, dimension)
@@ -196,14 +197,18 @@ class Space:
         Raises:
             UserError: the values do not go together; names them.
         """
+        mark = json.dumps(point, sort_keys=True)
+        if mark in self._applied:
+            return self._applied[mark]
         tree = json.loads(json.dumps(self._tree))
         for key, value in self.assignments(point).items():
             _put(tree, key, value)
         try:
-            return configuration.build(FinetuneConfig, tree)
+            made = self._applied[mark] = configuration.build(FinetuneConfig, tree)
         except ValueError as problem:
             words = ", ".join(f"{name} {shown(value)}" for name, value in point.items())
             raise UserError(f"{problem} (with {words})") from None
+        return made
 
     # -- checks ---------------------------------------------------------------------------------
 
