@@ -19,7 +19,11 @@ from pipelines.masked_evaluation import masked_losses, mean_length
 from pipelines.outcomes import Outcomes
 from pipelines.reporting import in_order
 from pipelines.shards import Corpus, Split, open_corpus
-from pipelines.training.settings import MaskConfig, default_tasks_training
+from pipelines.training.settings import (
+    MaskConfig,
+    default_masked_training,
+    default_tasks_training,
+)
 from skillnet.accounting import account_task
 from skillnet.metrics import (
     Interval,
@@ -296,8 +300,8 @@ def machine() -> str:
 
 def corpus_path(data: str | Path, task: str, corpora: Mapping[str, str] | None = None) -> Path:
     """Directory of a task's corpus: the one that ``corpora`` names, or the built-in one."""
-    names = {name: entry.corpus for name, entry in default_tasks_training().items()}
-    names |= corpora or {}
+    known = default_tasks_training() | default_masked_training()
+    names = {name: entry.corpus for name, entry in known.items()} | dict(corpora or {})
     if task not in names:
         raise UserError(f"no corpus is known for the task {task!r}; give --corpora.{task} NAME")
     return Path(data) / names[task]

@@ -95,7 +95,9 @@ def restorations(config: FinetuneConfig, model: TaskModel, task: str) -> Three:
     predicted_MP = restored(runner, batch).float().cpu()
     masked_BT = batch.targets["masked"].cpu()
     source = source_of(model, task, corpus, split, masks, settings.max_length)
-    whole = source.inputs(rows)
+    whole = {
+        key: x.float() if x.is_floating_point() else x for key, x in source.inputs(rows).items()
+    }
     hidden = {key: x.float().cpu() for key, x in batch.towers["input"].items()}
     restore = {"image": _pictures, "video": _clips, "sound": _recordings}
     modality = config.model.tasks[task].towers["input"].modality

@@ -5,13 +5,21 @@ The content is made up but learnable: a label, a caption, a symbol sequence foll
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.shards import manifest_digest, write_shard
-from pipelines.training.settings import AugmentConfig, FinetuneConfig, TaskTraining, TrainingConfig
+from pipelines.training.settings import (
+    AugmentConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TaskTraining,
+    TrainingConfig,
+    default_masked_training,
+)
 from skillnet.config import SkillNetConfig
 from skillnet.skills import default_tasks
 from skillnet_platform.tracking import TrackingConfig
@@ -26,11 +34,19 @@ MODALITY = {
 }
 
 
-def write_corpora(folder: Path, rows: int = 45, test_rows: int = 14, shards: int = 2) -> Path:
-    """Write all five corpora below ``folder``; the training split in several shards."""
+def write_corpora(
+    folder: Path, rows: int = 45, test_rows: int = 14, shards: int = 2, pretrain: int = 0
+) -> Path:
+    """Write all five corpora below ``folder``; the training split in several shards.
+
+    With ``pretrain`` rows all but the recordings have a split of that name, whose pictures, clips
+    and functions have no captions, and whose texts have one and no label, as the real ones.
+    """
     for number, name in enumerate(MODALITY):
         random = np.random.default_rng(number)
         splits = {"train": (rows, shards), "validation": (test_rows, 1), "test": (test_rows, 1)}
+        if pretrain and name != "syllables":
+            splits["pretrain"] = (pretrain, 1)
         _write(folder / name, name, splits, random)
     return folder
 
@@ -92,6 +108,19 @@ def write_scaled_sound(source: Path, folder: Path, deviation: float) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
+def small_pretraining(data: Path, **training: object) -> PretrainConfig:
+    """The masked tasks at those sizes."""
+    config = small_config(data, **training)
+    lengths = {"masked_text": 16, "masked_code": 16}
+    tasks = {
+        name: TaskTraining(task.corpus, 1.0, 5, "pretraining", max_length=lengths.get(name))
+        for name, task in default_masked_training().items()
+    }
+    model = replace(config.model, tasks=PretrainConfig().model.tasks)
+    kept = {f.name: getattr(config, f.name) for f in fields(FinetuneConfig)}
+    return PretrainConfig(**(kept | {"model": model, "tasks": tasks, "name": "pretraining"}))
+
+
 def _write(
     folder: Path, name: str, splits: dict[str, tuple[int, int]], random: np.random.Generator
 ) -> None:
@@ -111,6 +140,7 @@ def _write(
         "corpus": name,
         "modality": modality,
         "task": task,
+        "pretraining": ["train"] if name == "syllables" else ["pretrain", "train"],
         "schema": {field.name: str(field.type) for field in table.schema},
         "splits": described,
         "sources": [],
@@ -136,7 +166,8 @@ def _table(name: str, split: str, rows: int, random: np.random.Generator) -> pa.
     shapes: dict[str, list[int]] = {}
     if name == "headings":
         columns["tokens"] = _tokens(kind, random, 3, 20)
-        columns["label"] = pa.array(kind, pa.int32())
+        if split != "pretrain":
+            columns["label"] = pa.array(kind, pa.int32())
     elif name == "functions":
         columns["tokens"] = _tokens(kind, random, 5, 24)
     elif name == "syllables":
@@ -162,7 +193,7 @@ def _table(name: str, split: str, rows: int, random: np.random.Generator) -> pa.
             pa.array(pixels.ravel().astype(np.uint8)), width
         )
         shapes[field] = shape
-    if name not in ("headings", "syllables"):
+    if name != "syllables" and (name == "headings") == (split == "pretrain"):
         counts = random.integers(1, 4, rows)
         inner = _tokens(np.repeat(kind, counts), random, 2, 9)
         columns["caption_tokens"] = pa.ListArray.from_arrays(_offsets(counts), inner)

@@ -1,0 +1,216 @@
+"""``skillnet pretrain`` from the command line to a fine-tuning that starts from it."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines import sources
+from pipelines.finetune import finetune
+from pipelines.pretrain import joint_run, main, pretrain
+from pipelines.training.loop import train
+from pipelines.training.settings import FinetuneConfig
+from pipelines.training.setup import build_model, identity_of
+from pipelines.training.start import locate
+from skillnet import SkillNet
+from skillnet_platform import config as configuration
+from skillnet_platform import store
+from skillnet_platform.errors import UserError
+from tests.integration.ranks import run_ranks, train_and_save
+from tests.readable_corpora import config as readable_config
+from tests.registered import Place, registered
+from tests.small_corpora import small_config, small_pretraining, write_corpora
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data", pretrain=20)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    yield from registered(tmp_path_factory)
+
+
+def saved(path: str | Path) -> dict[str, torch.Tensor]:
+    return dict(SkillNet.from_pretrained(path).named_parameters())
+
+
+# -- the stream over workers and time -------------------------------------------------------------
+
+
+def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> None:
+    config = small_pretraining(data, steps=12, bucket_mb=0.004)
+    # A batch of one leaves the second worker without a row.
+    config.tasks["masked_video"].batch = config.tasks["masked_text"].batch = 1
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.safetensors"
+        run_ranks(world, train_and_save, joint_run(config), None, str(out))
+        found.append(load_file(out))
+    alone, two = found
+    assert any(name.endswith("masked_text/loss") for name in alone)
+    for name in alone.keys() - {"bytes_reduced"}:
+        torch.testing.assert_close(two[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
+    config = joint_run(small_pretraining(data, steps=11, precision="bf16", ema=0.9))
+    config.model.drop_path = 0.3
+    whole = train(config, run=tmp_path / "whole")
+    train(config, run=tmp_path / "parts", stop_at=4)
+    parts = train(config, run=tmp_path / "parts")
+    assert parts.resumed == 4
+    for (name, one), (_, other) in zip(
+        whole.model.named_parameters(), parts.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def test_command_line(
+    data: Path, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    config = small_pretraining(data, steps=6, evaluate_every=3, log_every=3)
+    config.evaluate, config.tracking.register = True, False
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    assert main(["--config", str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 6
+    assert {(row["task"], row["split"]) for row in result["evaluation"]} == {
+        (task, "validation") for task in config.tasks
+    }
+    run = Path(result["run"])
+    heads = {file.name for file in Path(result["model"]).glob("head-*")}
+    assert heads == {f"head-{task}.safetensors" for task in config.tasks}
+    pictures = sorted(file.name for file in (run / "reconstructions").iterdir())
+    assert pictures == ["step-00000003.png", "step-00000006.png"]
+    recorded = store.client(store.resolve_uri()).get_run(result["run_id"])
+    assert recorded.data.tags["stage"] == "pretrain"
+    assert {f"{task}/validation_masked_loss" for task in config.tasks} <= set(recorded.data.metrics)
+    listed = store.client(store.resolve_uri()).list_artifacts(result["run_id"], "reconstructions")
+    assert len(listed) == 2
+    assert result["registered"] is None
+
+    assert main(["--config", str(path), "--tasks.masked_text.split", "test", "--name", "x"]) == 2
+    assert "allows pretrain, train for pretraining, not test" in capsys.readouterr().err
+    assert not (run_root / "x").exists()
+
+
+def test_two_ray_workers(data: Path, run_root: Path, ray_session: Any) -> None:
+    alone = pretrain(small_pretraining(data, steps=5))
+    config = small_pretraining(data, steps=5, workers=2)
+    config.name = "two"
+    two = pretrain(config)
+    assert two["world"] == 2
+    one, other = saved(alone["model"]), saved(two["model"])
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-9, atol=1e-9, msg=name)
+    assert two["losses"] == pytest.approx(alone["losses"])
+
+
+# -- fine-tuning from it --------------------------------------------------------------------------
+
+
+def tuning(data: Path, start: str | None, name: str = "tuned") -> FinetuneConfig:
+    config = replace(small_config(data, steps=3), name=name, init_from=start)
+    config.tracking.register = False
+    return config
+
+
+def test_from_a_run_a_folder_and_a_checkpoint(data: Path, run_root: Path) -> None:
+    made = pretrain(small_pretraining(data, steps=5))
+    start = saved(made["model"])
+    for given in ("pretraining", made["run"], made["model"], made["checkpoint"]):
+        here = replace(tuning(data, given), run_dir=str(run_root))
+        here.init_from = locate(given, None, str(run_root))
+        model = dict(build_model(here).named_parameters())
+        same = {name for name in model if name in start}
+        assert all(torch.equal(model[name], start[name].float()) for name in same)
+        assert {name.split(".")[0] for name in model.keys() - same} == {"heads"}
+
+    result = finetune(tuning(data, "pretraining"))
+    told = result["init_from"]
+    assert told["digest"] == sources.find(made["run"]).digest
+    assert {f"head-{task}" for task in small_config(data).tasks} == set(told["fresh"])
+    assert {"shared", "skill-general", "skill-sound", "stem-token"} <= set(told["taken"])
+    # The same weights from another place are the same run; other weights are not.
+    shutil.copytree(made["model"], run_root / "copy")
+    again = finetune(tuning(data, str(run_root / "copy")))
+    assert again["run_id"] == result["run_id"]
+    with pytest.raises(UserError, match="the run tuned has init_from"):
+        finetune(tuning(data, None))
+
+
+def test_from_a_registered_version(place: Place, tmp_path: Path) -> None:
+    folder = locate("models:/skillnet@champion", None, str(tmp_path))
+    assert Path(folder).is_relative_to(tmp_path)
+    assert locate("models:/skillnet/1", None, str(tmp_path)) == folder
+    config = FinetuneConfig(data=str(place.data), model=readable_config(), init_from=folder)
+    model, expected = build_model(config), saved(place.saved)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert identity_of(config)["init_from"] == sources.find(str(place.saved)).digest
+
+
+def refusal(config: FinetuneConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        build_model(config)
+    return str(caught.value)
+
+
+def test_what_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
+    joint = joint_run(small_pretraining(data))
+    build_model(joint).save_pretrained(tmp_path / "model")
+    start = str(tmp_path / "model")
+    config = tuning(data, start)
+    config.model.patch_size = 8
+    message = refusal(config)
+    assert "stems.patch.project.weight" in message or "stems.patch.position" in message
+    assert "model.patch_size 16 there and 8 here" in message
+    config = tuning(data, start)
+    config.model.vocab_size = 80
+    assert "model.vocab_size 64, this run 80" in refusal(config)
+    config = tuning(data, start)
+    config.model.depth = 3
+    assert "model.depth 2, this run 3" in refusal(config)
+    about = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"system": "moe"}), "utf-8")
+    with pytest.raises(ValueError, match="altered"):
+        build_model(tuning(data, start))
+
+
+def test_a_model_of_another_system_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SkillNet, "system", "moe")
+    build_model(joint_run(small_pretraining(data))).save_pretrained(tmp_path / "model")
+    monkeypatch.undo()
+    assert "system 'moe', this run trains 'skillnet'" in refusal(
+        tuning(data, str(tmp_path / "model"))
+    )
+
+
+def test_a_start_without_stems_of_a_task_leaves_them_fresh(data: Path, tmp_path: Path) -> None:
+    config = small_pretraining(data)
+    config.tasks = {"masked_sound": config.tasks["masked_sound"]}
+    build_model(joint_run(config)).save_pretrained(tmp_path / "model")
+    from pipelines.training.start import preview
+
+    start = preview(tuning(data, str(tmp_path / "model")))
+    assert start is not None
+    assert "stem-log_mel" in start.taken
+    assert "skill-sound" in start.taken
+    assert "stem-patch" in start.fresh
+    assert "fresh: " in start.words()
