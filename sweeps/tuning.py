@@ -284,7 +284,7 @@ def quiet_environment() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def leave_no_placement_group(ray: Any, patience_s: float = 30.0) -> int:
+def leave_no_placement_group(ray: Any, patience_s: float = 15.0) -> int:
     """Wait until no placement group of this driver is left; remove those that stay. How many.
 
     Tune removes its own, Ray Train's controllers theirs, some seconds after they end.
@@ -304,9 +304,12 @@ def placement_groups(ray: Any) -> list[str]:
     """Ids of the placement groups of this driver that hold or wait for resources."""
     from ray.util.state import list_placement_groups
 
-    job = ray.get_runtime_context().get_job_id()
+    here = ray.get_runtime_context()
+    # Without the address it refuses to answer when several Rays run on one machine.
     groups = list_placement_groups(
-        filters=[("creator_job_id", "=", job), ("state", "!=", "REMOVED")], limit=1000
+        address=here.gcs_address,
+        filters=[("creator_job_id", "=", here.get_job_id()), ("state", "!=", "REMOVED")],
+        limit=1000,
     )
     return [group.placement_group_id for group in groups]
 
