@@ -11,16 +11,14 @@
   result.json      what the command gives; written last
 """
 
-import contextlib
-import json
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.training.progress import PROGRESS, followed, history
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 RUN = "run.json"
 RESULT = "result.json"
-PROGRESS = "progress.jsonl"  #: also said in pipelines.training.worker, which imports torch
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -234,51 +231,6 @@ def _train(
         tracker.tags({"stopped_early": trained["stopped_early"]})
 
 
-@contextlib.contextmanager
-def followed(path: Path, steps: int) -> Iterator[None]:
-    """Show the lines that rank 0 appends to the progress file, while a block runs."""
-    ended = threading.Event()
-    # Lines of an earlier part of this run are not news.
-    place = path.stat().st_size if path.is_file() else 0
-
-    def follow() -> None:
-        position, bar, shown = place, None, contextlib.ExitStack()
-        with shown:
-            while True:
-                last = ended.is_set()
-                lines, position = _new_lines(path, position)
-                for line in lines:
-                    if "words" not in line:
-                        continue
-                    if bar is None:
-                        bar = shown.enter_context(
-                            console.progress("training", steps, "steps", done=line["step"])
-                        )
-                    bar.advance(line["step"] - bar.done, line["words"])
-                if last:
-                    return
-                ended.wait(0.3)
-
-    thread = threading.Thread(target=follow, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    """Whole lines after a position, and the position after them."""
-    if not path.is_file():
-        return [], position
-    with path.open("rb") as stream:
-        stream.seek(position)
-        content = stream.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], position + len(whole)
-
-
 def _conclude(
     config: FinetuneConfig,
     run: Path,
@@ -363,15 +315,6 @@ def _register(
     source = sources.find(str(run), config.tracking.uri)
     made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
-
-
-def history(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (step, value) of a progress file; of a step written twice the later one."""
-    found: dict[str, dict[int, float]] = {}
-    for line in _new_lines(path, 0)[0]:
-        for name, value in line.get("metrics", {}).items():
-            found.setdefault(name, {})[line["step"]] = value
-    return {name: sorted(points.items()) for name, points in found.items()}
 
 
 @command

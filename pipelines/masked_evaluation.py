@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pipelines.augment import Draws
 from pipelines.inference import Runner
-from pipelines.stream import Batch, TaskRows
+from pipelines.stream import Batch
+from pipelines.task_rows import TaskRows
 from pipelines.training.settings import MaskConfig, TaskTraining
 from skillnet.objectives import masked_rows
 from skillnet.skills import find_task

@@ -83,7 +83,7 @@ def check_unlabelled(config: FinetuneConfig) -> None:
 
 def check_splits(config: FinetuneConfig, corpora: "Mapping[str, Corpus]") -> None:
     """Refuse splits that a corpus' manifest does not allow for pretraining: test, validation."""
-    from pipelines.stream import PRETRAINING, splits_of
+    from pipelines.task_rows import PRETRAINING, splits_of
 
     for name, settings in config.tasks.items():
         corpus = corpora[settings.corpus]

@@ -8,33 +8,23 @@ no number of workers, and going on needs only the step.
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines import augment, masking
 from pipelines.augment import Draws
-from pipelines.collate import Column, Fixed, Nested, Ragged, open_column
+from pipelines.task_rows import TaskRows
 from pipelines.training.mixture import RowOrder, Schedule, task_weights
 from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
 from skillnet.config import SkillNetConfig
-from skillnet.skills import SkillPlan, Task, find_task
+from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.shards import Corpus
-
-Kind = TypeVar("Kind", Fixed, Ragged, Nested)
-
-#: A task's split of this name stands for the splits that a corpus allows for pretraining.
-PRETRAINING = "pretraining"
-
-#: Sequences are padded to a multiple of this, for even kernels and few shapes.
-PAD_TO = 8
 
 
 @dataclass(frozen=True)
@@ -88,205 +78,6 @@ def rank_slice(count: int, rank: int, world: int) -> slice:
     base, more = divmod(count, world)
     start = rank * base + min(rank, more)
     return slice(start, start + base + (rank < more))
-
-
-def splits_of(corpus: "Corpus", named: str) -> tuple[str, ...]:
-    """Splits that a task's ``split`` names: itself, or what pretraining may read of the corpus.
-
-    Raises:
-        UserError: the corpus has no such split, or allows none for pretraining.
-    """
-    if named == PRETRAINING:
-        allowed = corpus.manifest.get("pretraining", ())
-        found = tuple(name for name in allowed if name in corpus.splits)
-        if not found:
-            raise UserError(
-                f"corpus {corpus.name} names no split for pretraining in its manifest; prepare it "
-                f"again, or name one of {', '.join(corpus.splits)}"
-            )
-        return found
-    if named not in corpus.splits:
-        raise UserError(
-            f"corpus {corpus.name} has no split {named!r}; it has {', '.join(corpus.splits)}"
-        )
-    return (named,)
-
-
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    """The rows of several splits and the columns that they all have; nothing is copied."""
-    if len(tables) == 1:
-        return tables[0]
-    shared = [n for n in tables[0].column_names if all(n in t.column_names for t in tables)]
-    return pa.concat_tables([table.select(shared) for table in tables])
-
-
-class TaskRows:
-    """Rows of one task's split as batches: columns, towers and targets.
-
-    Args:
-        name: task name.
-        task: its objective and towers.
-        corpus: where its rows are.
-        model: sizes that rows are cut to.
-        settings: split, longest sequence, choice of captions.
-        masks: what a masked task hides.
-
-    Raises:
-        UserError: no such split, missing columns, a corpus of another modality.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        task: Task,
-        corpus: "Corpus",
-        model: SkillNetConfig,
-        settings: TaskTraining,
-        masks: MaskConfig | None = None,
-    ) -> None:
-        max_length = settings.max_length
-        splits = splits_of(corpus, settings.split)
-        self.name, self.task, self.where = name, task, f"{corpus.name}/{'+'.join(splits)}"
-        self.count = sum(corpus.splits[split].rows for split in splits)
-        if not self.count:
-            raise UserError(f"{self.where} has no rows; prepare the corpus again")
-        self._table = _joined([corpus.splits[split].table() for split in splits])
-        own = "candidate" if task.objective == "retrieval" else "input"
-        self.plan: SkillPlan = task.towers[own]
-        self.own = own
-        if corpus.modality != self.plan.modality:
-            raise UserError(
-                f"task {name} reads {self.plan.modality}, but corpus {corpus.name} holds "
-                f"{corpus.modality}; set tasks.{name}.corpus to one of that modality"
-            )
-        limit = {"text": model.max_tokens, "code": model.max_tokens, "sound": model.max_frames}
-        self.limit = min(
-            limit.get(self.plan.modality, 1 << 30), max_length if max_length else 1 << 30
-        )
-        self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
-        self._model, self._first_caption = model, settings.first_caption
-        tokenizer = corpus.manifest.get("tokenizer") or {}
-        words = int(tokenizer.get("vocab_size", model.vocab_size))
-        self._hide = masking.Hider(model, masks or MaskConfig(), words, self.limit)
-        self._columns: dict[str, Column] = {}
-
-    def lengths(self) -> np.ndarray | None:
-        """(rows,) length of each row's sequence, or none for pictures and clips."""
-        column = {"text": "tokens", "code": "tokens", "sound": "log_mel"}.get(self.plan.modality)
-        if column is None:
-            return None
-        return np.minimum(self._ragged(column).lengths(), self.limit)
-
-    def load(
-        self,
-        rows: np.ndarray,
-        draws: Draws | None = None,
-        config: AugmentConfig | None = None,
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """(towers, targets) of the named rows.
-
-        Args:
-            rows: (B,) row numbers.
-            draws: random numbers of these rows; none takes rows as they are, cropped at their
-                end, with the first caption.
-            config: augmentation; used with ``draws``.
-        """
-        if self.task.objective == "masked":
-            return self._masked(rows, draws or Draws(("masks",), len(rows), slice(None)), config)
-        towers = {self.own: self.inputs(rows, draws, config)}
-        if self.task.objective == "retrieval":
-            towers["query"] = self._queries(rows, draws, config)
-            return towers, {"groups": _tensor(self._fixed("group").take(rows))}
-        if self.task.objective == "classification":
-            labels = self._fixed("label").take(rows)
-            if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < self.task.outputs:
-                raise UserError(
-                    f"{self.where}: label {int(labels.max())} does not fit task {self.name} with "
-                    f"model.tasks.{self.name}.outputs {self.task.outputs}"
-                )
-            return towers, {"labels": _tensor(labels)}
-        symbols, lengths = self._ragged("symbols").take(rows)
-        return towers, {"symbols": _tensor(symbols), "symbol_lengths": _tensor(lengths)}
-
-    def inputs(
-        self, rows: np.ndarray, draws: Draws | None = None, config: AugmentConfig | None = None
-    ) -> dict[str, Tensor]:
-        """What the tower of the corpus' own modality reads of the named rows; see ``load``."""
-        modality = self.plan.modality
-        if modality in ("image", "video"):
-            name = "pixels" if modality == "image" else "frames"
-            x = self._fixed(name).take(rows)
-            if draws is None or config is None:
-                return {name: torch.from_numpy(x)}
-            change = augment.pictures if modality == "image" else augment.clips
-            return {name: change(x, config, draws)}
-        crop = draws.uniform("crop") if draws is not None else None
-        if modality == "sound":
-            mel, frames = self._ragged("log_mel").take(rows, self.limit, crop)
-            if draws is not None and config is not None:
-                mel, frames = augment.recordings(
-                    mel, frames, config, draws, self._model.max_frames, self._deviation
-                )
-            return {"log_mel": torch.from_numpy(mel), "frames": _tensor(frames)}
-        tokens, lengths = self._ragged("tokens").take(rows, self.limit, crop, PAD_TO)
-        if draws is not None and config is not None:
-            share = config.token_dropout if modality == "text" else config.code_dropout
-            tokens = augment.drop_tokens(tokens, lengths, share, draws, self.limit)
-        return {"tokens": _tensor(tokens)}
-
-    def _masked(
-        self, rows: np.ndarray, draws: Draws, config: AugmentConfig | None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """Augmented rows with a part of them hidden, and what was there."""
-        if config is not None:
-            # What hides a part of the input itself would be asked for as if it were there.
-            config = replace(
-                config, time_masks=0, frequency_masks=0, token_dropout=0.0, code_dropout=0.0
-            )
-        inputs = self.inputs(rows, draws, config)
-        inputs, targets = self._hide(self.plan.modality, inputs, draws)
-        return {self.own: inputs}, targets
-
-    def _queries(
-        self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None
-    ) -> dict[str, Tensor]:
-        column = self._nested("caption_tokens")
-        counts, picked = column.counts(rows), column.first(rows)
-        if counts.size and not counts.min():
-            row = int(rows[int(counts.argmin())])
-            raise UserError(f"{self.where}: row {row} has no caption to search with")
-        if draws is not None:
-            chance, choice = draws.uniform("caption", 2).T
-            place = np.floor(choice * counts).astype(np.int64)
-            picked = picked + np.where(chance < self._first_caption, 0, place)
-        tokens, lengths = column.inner.take(picked, self._model.max_tokens, None, PAD_TO)
-        if draws is not None and config is not None:
-            longest = self._model.max_tokens
-            tokens = augment.drop_tokens(tokens, lengths, config.caption_dropout, draws, longest)
-        return {"tokens": _tensor(tokens)}
-
-    def _column(self, name: str) -> Column:
-        if name not in self._columns:
-            self._columns[name] = open_column(self._table, name, self.where)
-        return self._columns[name]
-
-    def _fixed(self, name: str) -> Fixed:
-        return self._as(name, Fixed)
-
-    def _ragged(self, name: str) -> Ragged:
-        return self._as(name, Ragged)
-
-    def _nested(self, name: str) -> Nested:
-        return self._as(name, Nested)
-
-    def _as(self, name: str, kind: type[Kind]) -> Kind:
-        column = self._column(name)
-        if not isinstance(column, kind):
-            raise UserError(
-                f"{self.where}: column {name!r} holds {self._table.schema.field(name).type}, "
-                f"which task {self.name} cannot read"
-            )
-        return column
 
 
 class MixedStream:
@@ -419,7 +210,3 @@ class Prefetcher:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
-
-
-def _tensor(x: np.ndarray) -> Tensor:
-    return torch.from_numpy(x.astype(np.int64, copy=False))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipelines.training.loop import Reporter, train
+from pipelines.training.progress import PROGRESS
 from pipelines.training.settings import FinetuneConfig
 from skillnet.growth import remove_task
 from skillnet.memory import KEEP_FREED_MEMORY
@@ -23,7 +24,6 @@ from skillnet_platform import config as configuration
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
 
-PROGRESS = "progress.jsonl"
 TRAINED = "trained.json"
 MODEL = "model"
 

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.pretrain import joint_run
 from pipelines.shards import open_corpus
-from pipelines.stream import splits_of
+from pipelines.task_rows import splits_of
 from pipelines.training.loop import task_loss, train
 from pipelines.training.settings import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.training.setup import build_model, open_corpora, open_stream
