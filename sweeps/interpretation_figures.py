@@ -216,16 +216,7 @@ def _say(
     red, green, blue, _ = image.cmap(image.norm(value))
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
     colour = "white" if dark else "#1a1a1a"
-    axes.text(
-        place[1],
-        place[0],
-        text,
-        ha="center",
-        va="center",
-        fontsize=size,
-        color=colour,
-        weight=weight,
-    )
+    _write(axes, place, text, fontsize=size, color=colour, weight=weight)
 
 
 def _nothing(axes: Any, place: tuple[int, ...], text: str) -> None:
@@ -234,7 +225,13 @@ def _nothing(axes: Any, place: tuple[int, ...], text: str) -> None:
     axes.add_patch(
         Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, color="#f1efec", linewidth=0, zorder=0)
     )
-    axes.text(place[1], place[0], text, ha="center", va="center", fontsize=7, color="#8a8a8a")
+    _write(axes, place, text, fontsize=7, color="#8a8a8a")
+
+
+def _write(axes: Any, place: tuple[int, ...], text: str, **style: Any) -> None:
+    words = axes.text(place[1], place[0], text, ha="center", va="center", **style)
+    # Thousands of numbers inside their cells: the layout need not measure them.
+    words.set_in_layout(False)
 
 
 def _frame(

@@ -31,6 +31,7 @@ SUMMARIES = {
     "verify": "re-hash everything from shard to weights",
     "sweep": "compare many runs of a space of settings",
     "compare": "compare systems, with statistics",
+    "interpret": "show what the skills of a trained model do",
     "submit": "send a command to a Ray cluster",
     "doctor": "check this machine before a run",
     "ui": "open the MLflow pages of the runs here",

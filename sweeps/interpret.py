@@ -1,0 +1,182 @@
+"""``skillnet interpret``: what the skills of a trained model do."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Optional
+
+from skillnet_platform import console
+from skillnet_platform.cli import command
+from skillnet_platform.config import parse, positional
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import data_root, run_root
+
+if TYPE_CHECKING:
+    from pipelines.sources import Source
+    from sweeps.interpretation import Interpretation
+
+
+@dataclass
+class InterpretConfig:
+    """Interpret a trained model.
+
+    Args:
+        model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
+        data: directory of prepared corpora; by default corpora below the run root.
+        tasks: which tasks; by default all that the model has.
+        split: that knock-outs are measured and outputs compared on.
+        corpora: task -> corpus, where it is not the one of the training run.
+        swaps: also put each other skill in the place of each active one; most of the work.
+        tokens: of each modality, that skills' outputs are compared on.
+        batches: training batches of each task for the gradient.
+        samples: resamplings of each interval.
+        seed: of the choice of rows and of resampling.
+        precision: auto is bf16 where the machine multiplies it natively.
+        output: folder; by default interpretation in the run's folder, or below the run root.
+        log: also record it in the model's MLflow run.
+        tracking_uri: MLflow tracking URI; by default as in training.
+    """
+
+    model: str = positional("models:/skillnet@champion")
+    data: Optional[str] = None  # noqa: UP045
+    tasks: Optional[list[str]] = None  # noqa: UP045
+    split: str = "test"
+    corpora: dict[str, str] = field(default_factory=dict)
+    swaps: bool = True
+    tokens: int = 2048
+    batches: int = 8
+    samples: int = 1000
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    output: Optional[str] = None  # noqa: UP045
+    log: bool = True
+    tracking_uri: Optional[str] = None  # noqa: UP045
+
+    def __post_init__(self) -> None:
+        for key in ("tokens", "batches", "samples"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
+
+
+def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Path]]:
+    """Interpret a model, write it down and record it in the model's MLflow run.
+
+    Returns:
+        The interpretation, and the files; the page comes first.
+
+    Raises:
+        UserError: no such model, a model without skills, corpora that do not fit.
+    """
+    from pipelines import sources
+    from pipelines.evaluation import machine
+    from skillnet.model import SkillNet
+    from sweeps.interpretation import interpret
+
+    source = sources.find(config.model, config.tracking_uri)
+    model = sources.load(source)
+    if not isinstance(model, SkillNet):
+        raise UserError(f"{config.model} is a {model.system} model; only a skillnet has skills")
+    begin = time.monotonic()
+    with console.progress("interpreting", None, "rows") as bar:
+        made = interpret(
+            model,
+            Path(config.data) if config.data else data_root(),
+            config.tasks,
+            config.split,
+            name=config.model,
+            corpora=source.corpora | config.corpora,
+            limits=source.limits,
+            swaps=config.swaps,
+            tokens=config.tokens,
+            batches=config.batches,
+            seed=config.seed,
+            samples=config.samples,
+            precision=config.precision,
+            on_progress=lambda words, count: bar.advance(count, words),
+        )
+    made.facts.update(
+        {
+            "weights": source.digest,
+            "steps of training": str(source.steps or "unknown"),
+            "seed": str(config.seed),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "seconds": f"{time.monotonic() - begin:.0f}",
+        }
+    )
+    files = made.write(_folder(config, source))
+    if config.log and source.run_id:
+        _log(files, source.run_id, config.tracking_uri)
+    return made, files
+
+
+def _folder(config: InterpretConfig, source: "Source") -> Path:
+    if config.output:
+        return Path(config.output)
+    if source.run is not None:
+        return source.run / "interpretation"
+    return run_root() / "interpretations" / source.digest[:12]
+
+
+def _log(files: list[Path], run_id: str, uri: str | None) -> None:
+    from pipelines.sources import knows_run
+    from skillnet_platform import store
+    from skillnet_platform.tracking import Tracker
+
+    if not knows_run(run_id, uri):
+        console.note(f"the run {run_id} is not in this tracker: the files are on disk only")
+        return
+    tracker = Tracker.by_id(run_id, store.resolve_uri(uri))
+    for path in files:
+        tracker.artifact(path, "interpretation")
+    tracker.flush()
+
+
+def knockout_cells(
+    rows: list[dict[str, Any]], skills: tuple[str, ...]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells for the terminal: points lost, a skill that is put in marked with +."""
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        line = cells.setdefault(row["task"], [row["task"], *[""] * len(skills)])
+        if row["change"] == "swapped":
+            continue
+        mark = "+" if row["change"] == "put in" else ""
+        text = "n/a" if row["lost"] is None else f"{100 * row['lost']:.1f}"
+        sure = row["lost"] is not None and (row["low"] > 0 or row["high"] < 0)
+        line[1 + skills.index(row["skill"])] = mark + text + ("*" if sure else "")
+    return ["task", *skills], list(cells.values())
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``skillnet interpret``."""
+    config = parse(
+        InterpretConfig,
+        argv or [],
+        "skillnet interpret",
+        description="Show what the skills of a model do: what every task loses when a skill is "
+        "left out, put in or swapped for another; how alike skills are, layer by layer; where the "
+        "gradient goes. Writes a page, CSV files and pictures.",
+        example="skillnet interpret my-run --split validation",
+    )
+    made, files = interpret_source(config)
+    if console.json_wanted():
+        console.emit_json({"files": files, **{k: v[1] for k, v in _rows(made).items()}})
+        return 0
+    console.table(
+        f"{made.model}: points lost on {config.split}",
+        *knockout_cells(made.knockout, made.skills),
+        caption="plain: an active skill is left out; +: another is put in; *: the 95 % interval "
+        "excludes 0",
+    )
+    console.note(f"the page is {files[0]}")
+    return 0
+
+
+def _rows(made: "Interpretation") -> dict[str, Any]:
+    return {name.removesuffix(".csv"): table for name, table in made.tables().items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
