@@ -145,7 +145,7 @@ def _image(of: Comparison, rules: ClaimsConfig) -> Claim:
     name, base = "text to image", of.reference
     words = (
         f"On {IMAGE} {_said(of)} is ahead of every baseline of the same pretraining, and "
-        "activates no more parameters."
+        f"activates no more parameters (within {100 * rules.equal_cost:g} %)."
     )
     rule = (
         "against each baseline the difference is above 0, significantly after Holm's correction, "

@@ -116,7 +116,42 @@ def _report(
     of = comparison.compare(runs, config.reference, config.specialist)
     made = report.make(of, str(config.name), config.claims)
     made.tables += tuning_tables(tuned)
+    if config.interpret:
+        _add_skills(made, config)
     return made
+
+
+def _add_skills(report: "Report", config: StudyConfig) -> None:
+    """Pictures of what the skills of one run of the reference do, if it has skills."""
+    from sweeps.runs import PRETRAINED
+
+    of = report.comparison
+    for label in (of.reference + PRETRAINED, of.reference):
+        for run in of.systems.get(label, ()):
+            if run.system == "skillnet" and (run.folder / "model").is_dir():
+                break
+        else:
+            continue
+        break
+    else:
+        return
+    from sweeps.interpret import InterpretConfig, interpret_source
+    from sweeps.interpretation import caption_of
+
+    asked = InterpretConfig(
+        model=str(run.folder),
+        data=run.settings.get("data"),
+        # The test rows are for the comparison alone.
+        split="validation",
+        log=False,
+        tracking_uri=config.tracking.uri,
+    )
+    made, files = interpret_source(asked)
+    report.skills = made.figures()
+    report.captions |= {name: caption_of(name) for name in report.skills}
+    report.skills_note = (
+        f"Of {label}, seed {run.seed}, on the validation rows. Written to {files[0].parent}."
+    )
 
 
 def _keep(report: "Report", folder: Path, tracker: "Tracker") -> None:

@@ -4,21 +4,35 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sweeps.plots import svg_uri
+from sweeps.plots import png_uri, svg_uri
 
 if TYPE_CHECKING:
     from sweeps.report import Report
 
-SECTIONS = ("Claims", "Results", "Plots", "Details", "How it was made")
+SECTIONS = {
+    "claims": "Claims",
+    "results": "Results",
+    "plots": "Plots",
+    "skills": "What the skills do",
+    "details": "Details",
+    "made": "How it was made",
+}
 
 
 def page(report: "Report") -> str:
     """The page as text."""
-    pictures = [
-        {"name": name, "uri": svg_uri(figure), "caption": report.captions.get(name, name)}
-        for name, figure in report.figures.items()
-    ]
-    return render("report.html", {"report": report, "pictures": pictures, "sections": SECTIONS})
+    values: dict[str, Any] = {"report": report}
+    for key, figures, uri in (
+        ("pictures", report.figures, svg_uri),
+        # As outlines, the many numbers in these would make a heavy page.
+        ("skills", report.skills, png_uri),
+    ):
+        values[key] = [
+            {"name": name, "uri": uri(figure), "caption": report.captions.get(name, name)}
+            for name, figure in figures.items()
+        ]
+    shown = {id: name for id, name in SECTIONS.items() if id != "skills" or report.skills}
+    return render("report.html", values | {"sections": shown})
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ def score_figure(of: Comparison) -> "Figure":
                 **_style(label, labels),
             )
         panel.set_title(_title(of, task), fontsize=9)
+        panel.set_xlim(*_at_least(panel.get_xlim()))
         panel.set_yticks(range(len(labels)), labels, fontsize=8)
         panel.set_ylim(len(labels) - 0.5, -0.5)
         _quiet(panel)
@@ -81,6 +82,7 @@ def cost_figure(of: Comparison) -> "Figure":
                 x, y = zip(*sorted(members), strict=True)
                 panel.plot(x, y, color="#999999", linewidth=0.8, zorder=1)
         panel.set_title(_title(of, task), fontsize=9)
+        panel.set_ylim(*_at_least(panel.get_ylim()))
         panel.set_xscale("log")
         _log_ticks(panel)
         _quiet(panel)
@@ -170,6 +172,13 @@ def svg_uri(figure: "Figure") -> str:
     text = buffer.getvalue()
     body = text[text.index("<svg") :].encode()
     return "data:image/svg+xml;base64," + base64.b64encode(body).decode()
+
+
+def png_uri(figure: "Figure") -> str:
+    """A figure as pixels inside a data URI."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # -- parts ---------------------------------------------------------------------------------
@@ -267,15 +276,28 @@ def _mean_curve(
 
 
 def _log_ticks(panel: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     from sweeps.tables import count
 
     low, high = panel.get_xlim()
-    narrow = high / low < 8
-    panel.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if narrow else (1,)))
+    if high / low < 20:
+        # Powers of ten would leave one tick, or none.
+        panel.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        panel.xaxis.set_minor_locator(NullLocator())
+    else:
+        panel.xaxis.set_major_locator(LogLocator(base=10))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _at_least(limits: tuple[float, float], span: float = 2.0) -> tuple[float, float]:
+    """Limits of an axis in per cent that do not blow up what is no difference."""
+    low, high = limits
+    if high - low >= span:
+        return limits
+    middle = (low + high) / 2
+    return middle - span / 2, middle + span / 2
 
 
 def _quiet(panel: Any) -> None:

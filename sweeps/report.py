@@ -65,6 +65,8 @@ class Report:
         tables: in order.
         figures: name -> figure, in order.
         captions: name -> words below the figure.
+        skills: name -> figure, of what the skills of the reference do.
+        skills_note: which model that is.
         facts: how it was made: name -> value.
         texts: longer texts about that: name -> text.
         folder: where it lies, once written.
@@ -76,6 +78,8 @@ class Report:
     tables: list[Table]
     figures: "dict[str, Figure]"
     captions: dict[str, str] = field(default_factory=lambda: dict(CAPTIONS))
+    skills: "dict[str, Figure]" = field(default_factory=dict)
+    skills_note: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
@@ -86,10 +90,13 @@ class Report:
         of = self.comparison
         seeds = sorted({len(runs) for runs in of.systems.values()})
         told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        return (
-            f"{len(of.systems)} systems, {told} seed(s) each, {len(of.tasks)} tasks, "
-            f"{len(of.runs)} runs"
-        )
+        counts = [
+            _counted(len(of.systems), "system"),
+            f"{told} {'seed' if seeds == [1] else 'seeds'} each",
+            _counted(len(of.tasks), "task"),
+            _counted(len(of.runs), "run"),
+        ]
+        return ", ".join(counts)
 
 
 def make(
@@ -155,7 +162,7 @@ def show(report: Report) -> None:
     console.table(report.title, columns, cells)
     for table in report.tables:
         if not table.aside:
-            lines = [[cell.line() for cell in row] for row in table.rows]
+            lines = [[cell.lines() for cell in row] for row in table.rows]
             console.table(table.title, list(table.columns), lines, table.caption)
 
 
@@ -194,17 +201,17 @@ def record(report: Report, tracker: "Tracker") -> None:
     for path in sorted(report.folder.iterdir()):
         if path.suffix in (".html", ".csv", ".json", ".parquet", ".yaml"):
             tracker.artifact(path, "comparison")
-    for name, figure in report.figures.items():
-        tracker.figure(figure, f"plots/{name.replace(' ', '_')}.png")
+    for name, figure in (report.figures | report.skills).items():
+        tracker.figure(figure, f"plots/{name.removesuffix('.png').replace(' ', '_')}.png")
     of = report.comparison
     values = {}
     for (label, task, split), found in of.scores.items():
         if split == SPLIT:
-            values[metric_name(f"{label}/{task}_score")] = found.value
+            values[tracked(f"{label}/{task}_score")] = found.value
     for label, relative in of.relative.items():
-        values[metric_name(f"{label}/relative_score")] = relative.value.value
+        values[tracked(f"{label}/relative_score")] = relative.value.value
     tracker.metrics(values)
-    tracker.tags({f"claim.{claim.name}": claim.verdict for claim in report.claims})
+    tracker.tags({tracked(f"claim.{claim.name}"): claim.verdict for claim in report.claims})
     tracker.note(markdown(report))
 
 
@@ -312,9 +319,13 @@ def claim_rows(told: Sequence[Claim]) -> list[dict[str, Any]]:
     ]
 
 
-def metric_name(text: str) -> str:
-    """A name that MLflow takes: other letters become underscores."""
+def tracked(text: str) -> str:
+    """A name that MLflow takes for a metric or a tag: other letters become underscores."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in text)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _write_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: Path) -> None:

@@ -23,6 +23,10 @@ class Cell:
     mark: str = ""
     best: bool = False
 
+    def lines(self) -> str:
+        """The interval in a line of its own, which keeps columns narrow."""
+        return f"{self.text}{self.mark}" + (f"\n{self.small}" if self.small else "")
+
     def line(self) -> str:
         """All of it in one line of plain text."""
         interval = f" ({self.small})" if self.small else ""
