@@ -169,17 +169,17 @@ def run_trials(
             listed = [_absolute(trial) for trial in trials]
             _check_names(listed)
             for trial in listed:
-                _check(trial, folder, score, asha)
+                check_trial(trial, folder, score, asha)
             source: Source = Listed(listed)
         else:
             source, listed = trials, [trials.example]
-            _check(source.example, None, score, asha)
+            check_trial(source.example, None, score, asha)
         before = Pretrainings(listed, folder)
         first = before.trials()
         with cluster.session() if first else contextlib.nullcontext():
             if first:
                 for trial in first:
-                    _check(trial, folder, None, None)
+                    check_trial(trial, folder, None, None)
                 alone = replace(options, score=None, asha=None, keep=None)
                 before.tell(Driver(Listed(first), replace(alone, label="pretraining")).go())
             return Driver(source, options, before.start).go()
@@ -199,7 +199,7 @@ def _check_names(trials: Sequence[Trial]) -> None:
         seen.add(trial.name)
 
 
-def _check(
+def check_trial(
     trial: Trial, folder: Path | None, score: ScoreConfig | None, asha: AshaConfig | None
 ) -> None:
     """Raise UserError for what is known not to work, before anything starts."""

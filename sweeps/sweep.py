@@ -47,11 +47,14 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         UserError: a space, values or corpora that do not fit, before anything starts; or no
             trial has a score, after all were tried.
     """
-    from sweeps.engine import run_trials
+    from sweeps.engine import check_trial, run_trials
 
     begin = time.monotonic()
     config, folder = _resolved(config)
     source, run = _source(config, folder)
+    asha = config.asha if config.scheduler == "asha" else None
+    # A mistake that all trials share shows before anything is written or recorded.
+    check_trial(source[0] if isinstance(source, list) else source.example, None, config.score, asha)
     _open(config, folder)
     known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     with tracking.start(
@@ -68,7 +71,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             parent=parent,
             score=config.score,
             resources=config.resources,
-            asha=config.asha if config.scheduler == "asha" else None,
+            asha=asha,
             keep=config.keep,
             max_failures=config.max_failures,
             label="sweep",

@@ -1,0 +1,341 @@
+"""Sweeps through Ray Tune: halving, failures, a killed driver, nested workers, and what is left."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.finetune import finetune
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform import store, tracking
+from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import TrackingConfig
+from sweeps import tuning
+from sweeps.engine import AshaConfig, ResourceConfig, run_trials
+from sweeps.sweep import main
+from sweeps.trial import ScoreConfig, Trial, TrialOutcome
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+TASKS = ("text_classification", "text_to_image")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def base(data: Path, **training: object) -> FinetuneConfig:
+    """A run of two tasks, a second long."""
+    config = small_config(data, **({"steps": 6, "log_every": 2, "precision": "fp32"} | training))
+    tasks = {name: config.tasks[name] for name in TASKS}
+    model = replace(config.model, tasks={name: config.model.tasks[name] for name in TASKS})
+    return replace(config, model=model, tasks=tasks)
+
+
+def trial(name: str, config: FinetuneConfig, **more: Any) -> Trial:
+    return Trial(name, config, splits=("validation",), **more)
+
+
+def runs_below(run_id: str) -> dict[str, Any]:
+    """Name -> run of the children of a run."""
+    client = store.client(store.resolve_uri())
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    return {run.info.run_name: run for run in found}
+
+
+@pytest.fixture
+def parent(run_root: Path) -> Iterator[tracking.Tracker]:
+    with tracking.start("parent", tracking=TrackingConfig(system_metrics=False)) as tracker:
+        yield tracker
+
+
+def test_halving_a_failure_and_a_sweep_gone_on_with(
+    data: Path,
+    parent: tracking.Tracker,
+    run_root: Path,
+    ray_session: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = base(data, evaluate_every=2)
+    trials = [
+        trial("good", good),
+        trial("broken", replace(good, data=str(data.parent / "gone"))),
+        *(
+            trial(f"lame{n}", replace(good, training=replace(good.training, lr=1e-9, clip=1e-9)))
+            for n in range(2)
+        ),
+    ]
+    with pytest.raises(UserError, match=r"trial broken: .*skillnet prepare"):
+        run_trials(trials, folder=run_root / "early", parent=parent)
+    assert runs_below(parent.run_id) == {}, "nothing has started"
+
+    # What only shows while it trains does not end the others.
+    trials[1] = trial("broken", replace(good, training=replace(good.training, lr=1e300, clip=0.0)))
+    settings: dict[str, Any] = {
+        "folder": run_root / "sweep",
+        "parent": parent,
+        "score": ScoreConfig(),
+        "asha": AshaConfig(reduction=2),
+        "resources": ResourceConfig(parallel=2),
+        "keep": 1,
+    }
+    outcomes = {outcome.name: outcome for outcome in run_trials(trials, **settings)}
+    assert list(outcomes) == [each.name for each in trials]
+    assert outcomes["good"].status == "finished"
+    assert outcomes["good"].step == 6
+    assert [line["step"] for line in outcomes["good"].reports] == [2, 4, 6]
+    assert {outcomes["lame0"].status, outcomes["lame1"].status} <= {"stopped", "finished"}
+    broken = outcomes["broken"]
+    assert broken.status == "failed"
+    assert broken.error is not None
+    assert "not finite" in broken.error
+    assert broken.log is not None
+    assert "Traceback" in broken.log.read_text(encoding="utf-8")
+    assert f"trial broken: {broken.error}" in capsys.readouterr().err
+
+    said = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+    children = runs_below(parent.run_id)
+    for name, outcome in outcomes.items():
+        assert children[name].info.status == said[outcome.status]
+        assert children[name].info.run_id == outcome.run_id
+    assert children["broken"].data.tags["failure"] == broken.error
+    assert children["good"].data.metrics["score"] == pytest.approx(outcomes["good"].score)
+    assert children["good"].data.params["training.lr"] == "0.003"
+    assert tuning.placement_groups(ray_session) == []
+
+    best = max((o for o in outcomes.values() if o.status == "finished"), key=lambda o: o.score or 0)
+    for outcome in outcomes.values():
+        kept = outcome is best
+        assert (outcome.folder / "model").is_dir() == kept, outcome.name
+        assert (outcome.folder / "evaluation.csv").is_file() == (outcome.status == "finished")
+
+    # Again: only the failed one is tried again, now that what made it fail is gone.
+    before = {name: (o.folder / "outcome.json").stat().st_mtime for name, o in outcomes.items()}
+    again = {outcome.name: outcome for outcome in run_trials(trials, **settings)}
+    for name, outcome in again.items():
+        assert outcome.status == outcomes[name].status
+        assert outcome.score == outcomes[name].score
+        written = (outcome.folder / "outcome.json").stat().st_mtime
+        assert (written > before[name]) == (name == "broken"), name
+    with pytest.raises(UserError, match=r"trial good: the run good has training\.lr 0\.003, not"):
+        run_trials(
+            [trial("good", replace(good, training=replace(good.training, lr=0.5)))], **settings
+        )
+
+
+def test_workers_of_a_trial_give_what_one_process_gives(
+    data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
+) -> None:
+    config = base(data, evaluate_every=3, workers=2, precision="fp64")
+    (two,) = run_trials(
+        [trial("two", config)],
+        folder=run_root / "nested",
+        parent=parent,
+        score=ScoreConfig(),
+        resources=ResourceConfig(cpus=0.5),
+    )
+    assert two.status == "finished", two.error
+    assert two.result is not None
+    assert two.result["world"] == 2
+    alone = finetune(replace(config, name="alone", training=replace(config.training, workers=0)))
+    assert two.result["losses"] == pytest.approx(alone["losses"])
+    assert [line["step"] for line in two.reports] == [3, 6]
+    assert runs_below(parent.run_id)["two"].info.status == "FINISHED"
+    assert tuning.placement_groups(ray_session) == []
+    with pytest.raises(UserError, match=r"a trial takes 18 CPUs .*lower resources\.cpus"):
+        run_trials(
+            [trial("wide", config)],
+            folder=run_root / "wide",
+            parent=parent,
+            resources=ResourceConfig(cpus=9),
+        )
+
+
+def test_trials_share_a_pretraining(
+    data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
+) -> None:
+    from pipelines.training.settings import PretrainConfig, TaskTraining
+
+    config = base(data, steps=2)
+    before = PretrainConfig(
+        data=str(data),
+        model=replace(config.model, tasks=PretrainConfig().model.tasks),
+        tasks={"masked_text": TaskTraining("headings", batch=4, split="train")},
+        training=replace(config.training, steps=3),
+    )
+    outcomes = run_trials(
+        [
+            trial("one", config, pretrain=before),
+            trial("other", replace(config, seed=1), pretrain=replace(before)),
+            trial("fresh", config),
+        ],
+        folder=run_root / "pretrained",
+        parent=parent,
+    )
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 3, outcomes
+    pretrained = [name for name in runs_below(parent.run_id) if name.startswith("pretraining-")]
+    assert len(pretrained) == 1
+    starts = [outcome.result["init_from"] for outcome in outcomes if outcome.result]
+    assert starts[0] == starts[1]
+    assert starts[0]["source"].endswith(f"{pretrained[0]}/model")
+    assert starts[2] is None
+
+
+def sweep_file(path: Path, run: FinetuneConfig, **more: Any) -> Path:
+    body = {
+        "run": configuration.to_dict(run),
+        "tracking": {"system_metrics": False},
+        **more,
+    }
+    path.write_text(json.dumps(body), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def test_optuna_with_seeds_from_the_command_line(
+    data: Path,
+    run_root: Path,
+    ray_session: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = sweep_file(
+        tmp_path / "sweep.yaml",
+        base(data, steps=3),
+        name="guided",
+        space={
+            "training.lr": {"loguniform": [1e-4, 1e-2]},
+            "model.skill_modules": {"choice": ["both", "feedforward"]},
+        },
+        search="optuna",
+        samples=2,
+        seeds=[0, 1],
+        fixed_cost={"adjust": "hidden", "tolerance": 0.05},
+    )
+    assert main(["--config", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["counts"] == {"finished": 4, "stopped": 0, "failed": 0}
+    first, second = told["configurations"]
+    assert first["score"] >= second["score"]
+    assert len(first["trials"]) == 2
+    costs = [each["activated_params"] for each in told["configurations"]]
+    assert costs[0] == pytest.approx(costs[1], rel=0.1)
+    with Path(told["files"]["trials"]).open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["seed"] for row in rows] == ["0", "1", "0", "1"]
+    assert all(row["status"] == "finished" and row["training.lr"] for row in rows)
+
+    best = configuration.parse(FinetuneConfig, ["--config", told["best"]["config"]], "skillnet")
+    assert best.training.lr == pytest.approx(told["best"]["settings"]["training.lr"])
+    assert best.evaluate
+    run = store.client(store.resolve_uri()).get_run(told["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["score"] == pytest.approx(first["score"])
+    assert {child.info.status for child in runs_below(told["run_id"]).values()} == {"FINISHED"}
+    # The test splits were not looked at.
+    for outcome in told["trials"]:
+        text = (Path(outcome["folder"]) / "evaluation.csv").read_text(encoding="utf-8")
+        assert ",validation," in text
+        assert ",test," not in text
+
+    assert main(["--config", str(path), "--samples", "3"]) == 2
+    assert "the sweep guided has samples 2, not 3" in capsys.readouterr().err
+
+
+def test_a_wrong_sweep_is_refused_before_anything_starts(
+    data: Path, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = base(data)
+    wrong = sweep_file(tmp_path / "wrong.yaml", run, space={"model.dimm": {"choice": [16]}})
+    assert main(["--config", str(wrong), "--name", "x"]) == 2
+    assert "did you mean 'model.dim'" in capsys.readouterr().err
+    space = {"training.lr": {"choice": [0.1, 0.2]}}
+    asha = sweep_file(tmp_path / "asha.yaml", run, space=space, scheduler="asha")
+    assert main(["--config", str(asha), "--name", "x"]) == 2
+    assert "set training.evaluate_every between 1 and training.steps" in capsys.readouterr().err
+    assert not (run_root / "mlflow.db").exists()
+
+
+DRIVER = """
+import sys
+from skillnet_platform import cluster
+from sweeps.sweep import main
+with cluster.session(cpus=2):
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_driver_and_an_interrupted_one(data: Path, run_root: Path, tmp_path: Path) -> None:
+    path = sweep_file(
+        tmp_path / "sweep.yaml",
+        base(data, steps=150, checkpoint_every=5, log_every=5),
+        name="killed",
+        space={"training.lr": {"choice": [1e-3, 2e-3, 3e-3]}},
+        resources={"parallel": 1},
+    )
+    trials = run_root / "killed" / "trials"
+
+    def drive() -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", DRIVER, "--config", str(path), "--json"]
+        return subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def until(found: Any, what: str) -> None:
+        end = time.monotonic() + 120
+        while not found():
+            assert time.monotonic() < end, f"no {what}"
+            time.sleep(0.1)
+
+    def step_of(name: str) -> int:
+        done = sorted((trials / name / "checkpoints").glob("step-*/manifest.json"))
+        return int(done[-1].parent.name.removeprefix("step-")) if done else 0
+
+    first = drive()
+    until(lambda: (trials / "000-seed0" / "outcome.json").is_file(), "first trial")
+    until(lambda: step_of("001-seed0") > 0, "checkpoint of the second")
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert not (trials / "001-seed0" / "result.json").is_file()
+    finished = (trials / "000-seed0" / "result.json").stat().st_mtime
+    client = store.client(store.resolve_uri())
+    identity = json.loads((run_root / "killed" / "run.json").read_text(encoding="utf-8"))["run_id"]
+    assert client.get_run(identity).info.status == "RUNNING"
+
+    second = drive()
+    until(lambda: (trials / "001-seed0" / "outcome.json").is_file(), "second trial")
+    until(lambda: step_of("002-seed0") > 0, "checkpoint of the third")
+    os.kill(second.pid, signal.SIGINT)
+    _, said = second.communicate(timeout=90)
+    assert second.returncode == 130, said
+    told = json.loads((trials / "001-seed0" / "result.json").read_text(encoding="utf-8"))
+    assert told["resumed"] > 0, "it went on from its checkpoint"
+    assert (trials / "000-seed0" / "result.json").stat().st_mtime == finished, "not run again"
+    states = {name: run.info.status for name, run in runs_below(identity).items()}
+    assert states == {"000-seed0": "FINISHED", "001-seed0": "FINISHED", "002-seed0": "KILLED"}
+    assert client.get_run(identity).info.status == "KILLED"
+
+    out, said = drive().communicate(timeout=120)
+    result = json.loads(out)
+    assert result["counts"] == {"finished": 3, "stopped": 0, "failed": 0}, said
+    assert {r.info.status for r in runs_below(identity).values()} == {"FINISHED"}
+    assert len(runs_below(identity)) == 3, "each trial keeps its run"
+    assert client.get_run(identity).info.status == "FINISHED"
+
+
+def test_outcomes_tell_their_last_score() -> None:
+    reports = [{"step": 2, "score": 0.1}, {"step": 4, "score": 0.3}]
+    outcome = TrialOutcome("a", "a", Path(), "stopped", reports=reports)
+    assert (outcome.score, outcome.step, outcome.seconds) == (0.3, 4, None)
