@@ -128,7 +128,7 @@ def _add_skills(report: "Report", config: StudyConfig) -> None:
     of = report.comparison
     for label in (of.reference + PRETRAINED, of.reference):
         for run in of.systems.get(label, ()):
-            if run.system == "skillnet" and (run.folder / "model").is_dir():
+            if run.system == "skillnet" and (run.folder / "model" / "manifest.json").is_file():
                 break
         else:
             continue
@@ -146,11 +146,16 @@ def _add_skills(report: "Report", config: StudyConfig) -> None:
         log=False,
         tracking_uri=config.tracking.uri,
     )
-    made, files = interpret_source(asked)
+    try:
+        made, files = interpret_source(asked)
+    except UserError as problem:
+        console.warn(f"no pictures of what the skills do: {problem}")
+        return
     report.skills = made.figures()
     report.captions |= {name: caption_of(name) for name in report.skills}
     report.skills_note = (
-        f"Of {label}, seed {run.seed}, on the validation rows. Written to {files[0].parent}."
+        f"Of {label}, seed {run.seed}, on the validation rows. The numbers are in "
+        f"{run.folder.name}/{files[0].parent.name}."
     )
 
 

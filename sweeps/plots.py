@@ -21,12 +21,16 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 def plots(of: Comparison) -> "dict[str, Figure]":
     """Name -> figure, in the order of the report."""
-    made = {"scores": score_figure(of), "score against FLOPs": cost_figure(of)}
-    if any(test.kind == "pretraining" for test in of.tests):
-        made["what pretraining added"] = pretraining_figure(of)
-    learning = learning_figure(of)
-    if learning is not None:
-        made["learning"] = learning
+    import matplotlib
+
+    # A dollar sign in a system's name is no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        made = {"scores": score_figure(of), "score against FLOPs": cost_figure(of)}
+        if any(test.kind == "pretraining" for test in of.tests):
+            made["what pretraining added"] = pretraining_figure(of)
+        learning = learning_figure(of)
+        if learning is not None:
+            made["learning"] = learning
     return made
 
 
@@ -120,7 +124,7 @@ def pretraining_figure(of: Comparison) -> "Figure":
 
 
 def learning_figure(of: Comparison) -> "Figure | None":
-    """Validation score over steps where runs kept it, else the training loss; mean over seeds."""
+    """Validation metric over steps where runs kept it, else the training loss; mean over seeds."""
     from pipelines.finetune import PROGRESS, history
     from pipelines.reporting import smooth
 
@@ -149,9 +153,11 @@ def learning_figure(of: Comparison) -> "Figure | None":
                 linewidth=1.2,
             )
             drawn = True
+        what = f"{words_of(of.metrics[task])}, per cent" if kept else "training loss"
         panel.set_title(task.replace("_", " "), fontsize=9)
-        what = f"validation {words_of(of.metrics[task])}, per cent" if kept else "training loss"
         panel.set_ylabel(what, fontsize=8)
+        if kept:
+            panel.set_ylim(*_at_least(panel.get_ylim()))
         _quiet(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("step", fontsize=8)

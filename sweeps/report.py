@@ -50,7 +50,8 @@ CAPTIONS = {
     "example. Sizes of one system are joined.",
     "what pretraining added": "Score with pretraining less score without, with the paired 95 % "
     "interval.",
-    "learning": "Mean over seeds while the systems train. Solid: pretrained; dashed: not.",
+    "learning": "The task's metric on the validation rows where runs kept it, else the training "
+    "loss; mean over seeds. Solid: pretrained; dashed: not.",
 }
 
 
