@@ -117,10 +117,7 @@ class TubeletStem(nn.Module):
                 "model.video_frames and model.video_size"
             )
         x = signed(frames_BNHWC, self.position.dtype).expand(B, N, H, W, 3)
-        if self.motion:
-            before = torch.cat([x[:, :1], x[:, :-1]], 1)
-            x = torch.cat([x, x - before], -1)
-        return tubelify(x, self.tubelet)
+        return tubelify(with_motion(x) if self.motion else x, self.tubelet)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BTD = self.project(self.tubelets(batch["frames"])) + self.position
@@ -216,6 +213,12 @@ def values_of_token(config: SkillNetConfig, modality: str) -> int:
         "video": 3 * f * h * w,
         "sound": config.mel_stack * config.n_mels,
     }[modality]
+
+
+def with_motion(x_BNHWC: Tensor) -> Tensor:
+    """Each frame and, as further channels, its difference to the one before: (B, N, H, W, 2 C)."""
+    before = torch.cat([x_BNHWC[:, :1], x_BNHWC[:, :-1]], 1)
+    return torch.cat([x_BNHWC, x_BNHWC - before], -1)
 
 
 def signed(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,8 @@ No expert has a capacity, so no token is dropped (MegaBlocks, Gale et al. 2023):
 by expert and each expert runs on its slice. Padding is not routed.
 
 Shapes: B batch, T tokens, N real tokens of the batch, k experts of a token, S = N k pairs of token
-and expert, E experts, D model width, F hidden width of an expert, I and O widths of a product.
+and expert, R rows that experts compute (S, or a few more), E experts, D model width, F hidden width
+of an expert, I and O widths of a product.
 """
 
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from skillnet.layers import compute_dtype
+
+ROWS = 32
 
 
 class Routing(NamedTuple):
@@ -117,54 +120,86 @@ class ExpertFeedForward(nn.Module):
         """Real tokens through their experts: (N, D) -> (N, D)."""
         routing = self.router(x_ND)
         dtype, (N, k) = compute_dtype(x_ND), routing.experts_Nk.shape
-        experts_S, order_S = routing.experts_Nk.flatten().sort(stable=True)
-        counts_E = torch.bincount(experts_S, minlength=len(self.up))
-        x_SD = x_ND.to(dtype).index_select(0, order_S.div(k, rounding_mode="floor"))
-        h_SF = F.gelu(grouped_linear(x_SD, self.up.to(dtype), counts_E))
-        y_SD = grouped_linear(h_SF, self.down.to(dtype), counts_E)
+        counts_E, tokens_R, rows_S = _slices(
+            routing.experts_Nk, len(self.up), _multiple(x_ND, dtype)
+        )
+        x_RD = x_ND.to(dtype).index_select(0, tokens_R)
+        h_RF = F.gelu(grouped_linear(x_RD, self.up.to(dtype), counts_E))
+        y_RD = grouped_linear(h_RF, self.down.to(dtype), counts_E)
         # Back into the order of tokens; a sum of k, not an addition in place, so that a GPU too
         # always adds in the same order.
-        y_NkD = y_SD.index_select(0, order_S.argsort()).view(N, k, x_ND.shape[1])
+        y_NkD = y_RD.index_select(0, rows_S).view(N, k, x_ND.shape[1])
         return (y_NkD * routing.weights_Nk[..., None].to(dtype)).sum(1), routing
 
 
-def grouped_linear(x_SI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Each expert's product on its slice of the rows: (S, I) -> (S, O).
+def _slices(experts_Nk: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in which each expert's tokens lie one after the other.
+
+    Returns:
+        (E,) rows of each expert, a multiple of ``multiple``; (R,) the token of each row; (S,) the
+        row of each pair of token and expert. Rows that no pair has repeat some token: nobody
+        reads what becomes of them.
+    """
+    S, k, device = experts_Nk.numel(), experts_Nk.shape[1], experts_Nk.device
+    experts_S, order_S = experts_Nk.flatten().sort(stable=True)
+    counts_E = torch.bincount(experts_S, minlength=experts)
+    rows_E = (counts_E + multiple - 1) // multiple * multiple
+    shift_E = (rows_E.cumsum(0) - rows_E) - (counts_E.cumsum(0) - counts_E)
+    sorted_S = torch.arange(S, device=device) + shift_E[experts_S]
+    total = S if multiple == 1 else int(rows_E.sum())
+    tokens_R = torch.zeros(total, dtype=torch.long, device=device)
+    tokens_R[sorted_S] = order_S.div(k, rounding_mode="floor")
+    rows_S = torch.empty_like(order_S)
+    rows_S[order_S] = sorted_S
+    return rows_E, tokens_R, rows_S
+
+
+def _multiple(x: Tensor, dtype: torch.dtype) -> int:
+    """Of which a slice's number of rows is a multiple.
+
+    On CPUs oneDNN compiles a kernel for each shape of a bf16 product, which takes several times as
+    long as the product; with steps of 32 rows shapes soon repeat.
+    """
+    return ROWS if dtype == torch.bfloat16 and not x.is_cuda else 1
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Each expert's product on its slice of the rows: (R, I) -> (R, O).
 
     Args:
-        x_SI: rows, those of the first expert first.
+        x_RI: rows, those of the first expert first.
         weight_EOI: an expert's matrix each.
         counts_E: rows of each expert.
     """
-    if x_SI.is_cuda and x_SI.dtype == torch.bfloat16:
+    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        return torch._grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends_E)
-    return _GroupedLinear.apply(x_SI, weight_EOI, counts_E.tolist())
+        return torch._grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+    return _GroupedLinear.apply(x_RI, weight_EOI, counts_E.tolist())
 
 
 class _GroupedLinear(torch.autograd.Function):
     """A loop over experts that writes into one tensor, both ways: no slices to be joined."""
 
     @staticmethod
-    def forward(ctx: Any, x_SI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x_SI, weight_EOI)
+    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_EOI)
         ctx.counts = counts
-        y_SO = x_SI.new_empty(len(x_SI), weight_EOI.shape[1])
-        parts = zip(x_SI.split(counts), weight_EOI, y_SO.split(counts), strict=True)
+        y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])
+        parts = zip(x_RI.split(counts), weight_EOI, y_RO.split(counts), strict=True)
         for x, weight, y in parts:
             if len(x):
                 torch.mm(x, weight.T, out=y)
-        return y_SO
+        return y_RO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_SI, weight_EOI = ctx.saved_tensors
+        x_RI, weight_EOI = ctx.saved_tensors
         # Zeros: an expert without a token has a gradient too, so that ranks agree who has one.
-        to_x, to_weight = torch.empty_like(x_SI), torch.zeros_like(weight_EOI)
-        g_SO = grads[0].contiguous()
+        to_x, to_weight = torch.empty_like(x_RI), torch.zeros_like(weight_EOI)
+        g_RO = grads[0].contiguous()
         for index, (x, g, out) in enumerate(
-            zip(x_SI.split(ctx.counts), g_SO.split(ctx.counts), to_x.split(ctx.counts), strict=True)
+            zip(x_RI.split(ctx.counts), g_RO.split(ctx.counts), to_x.split(ctx.counts), strict=True)
         ):
             if len(x):
                 torch.mm(g, weight_EOI[index], out=out)

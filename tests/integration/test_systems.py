@@ -18,6 +18,7 @@ pytestmark = pytest.mark.integration
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"size": "total"},
     "moe": {"experts": 3},
+    "specialist": {"hidden": 8},
 }
 
 
