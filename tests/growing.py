@@ -1,0 +1,64 @@
+"""A sixth corpus for tests of growth: the clips of ``strokes``, each with a class."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.growth.settings import GrowConfig, NewSkill, NewTask
+from pipelines.shards import manifest_digest, open_corpus, write_shard
+from pipelines.training.settings import TaskTraining, TrainingConfig
+from skillnet.skills import SkillPlan
+from skillnet_platform.tracking import TrackingConfig
+
+CLASSES = 3
+
+
+def write_labelled_clips(data: Path, name: str = "counts", named: bool = True) -> Path:
+    """Write the corpus beside ``strokes``; a class is a third of the clips by their ink.
+
+    ``named`` gives the classes names.
+    """
+    strokes = open_corpus(data / "strokes")
+    folder = data / name
+    folder.mkdir()
+    splits = {}
+    for split in ("train", "validation", "test"):
+        table = strokes.splits[split].table().combine_chunks()
+        frames = table["frames"].combine_chunks()
+        ink = frames.flatten().to_numpy().reshape(len(table), -1).mean(1)
+        label = np.argsort(np.argsort(ink)) * CLASSES // len(table)
+        fields = [table.schema.field("key"), table.schema.field("group")]
+        fields += [table.schema.field("frames"), pa.field("label", pa.int32())]
+        columns = [table["key"], table["group"], frames, pa.array(label, pa.int32())]
+        made = pa.Table.from_arrays(columns, schema=pa.schema(fields))
+        splits[split] = {
+            "rows": len(made),
+            "shards": [write_shard(made, folder / f"{split}-00000.arrow")],
+        }
+    manifest = {key: value for key, value in strokes.manifest.items() if key != "symbols"}
+    manifest |= {"corpus": name, "task": "counting", "splits": splits, "tokenizer": None}
+    manifest |= {"labels": ["little", "some", "much"] if named else []}
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
+def grow_config(source: str, data: Path, **training: object) -> GrowConfig:
+    """Grow by a skill ``ink`` and a task ``counting``, in this process, in a few steps."""
+    values = {"steps": 6, "log_every": 2, "workers": 0, "precision": "fp32", "lr": 1e-2}
+    return GrowConfig(
+        skill=NewSkill("ink", init_from="video"),
+        task=NewTask(
+            "counting",
+            {"input": SkillPlan(("general", "video", "ink"), "video")},
+            TaskTraining("counts", batch=4),
+        ),
+        source=source,
+        name="grown",
+        data=str(data),
+        training=TrainingConfig(**(values | training)),  # type: ignore[arg-type]
+        references=[],
+        tracking=TrackingConfig(register=False, system_metrics=False),
+    )

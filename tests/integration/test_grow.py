@@ -1,0 +1,264 @@
+"""``skillnet grow``: only what is new trains, and the report shows it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines import grow as growing
+from pipelines import sources
+from pipelines.finetune import finetune
+from pipelines.grow import grow
+from pipelines.growth import proof
+from pipelines.growth.report import Growth
+from pipelines.growth.settings import NewSkill
+from pipelines.training.worker import RunReporter
+from skillnet.model import SkillNet
+from skillnet.skills import SkillPlan
+from skillnet_platform import config as configuration
+from skillnet_platform import registry, store
+from skillnet_platform.errors import UserError
+from tests.growing import CLASSES, grow_config, write_labelled_clips
+from tests.registered import Place
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+NEW = {"skill-ink", "head-counting"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory):
+    """A run root with small corpora, the sixth among them, and a trained run ``base``."""
+    root = tmp_path_factory.mktemp("root")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(root))
+        data = write_corpora(root / "corpora", rows=20, test_rows=8)
+        write_labelled_clips(data)
+        write_labelled_clips(data, "unnamed", named=False)
+        config = small_config(data, precision="fp32", steps=6)
+        config.tasks["text_to_code"].max_length = 9
+        config.tracking.register = False
+        finetune(replace(config, name="base"))
+        yield root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.stem: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def grown(place: Path) -> dict[str, Any]:
+    config = grow_config("base", place / "corpora")
+    config.references = ["without_skill", "fresh", "everything"]
+    return grow(config)
+
+
+def test_every_old_file_is_the_same_to_the_byte(place: Path, grown: dict[str, Any]) -> None:
+    before, after = files(place / "base" / "model"), files(place / "grown" / "model")
+    assert after.keys() - before.keys() == NEW
+    assert all(after[name] == content for name, content in before.items())
+    start = files(Path(str(configuration.load_yaml(place / "grown" / "config.yaml")["init_from"])))
+    assert all(start[name] != after[name] for name in NEW), "what is new has trained"
+    report = grown["growth"]
+    assert report["untouched"]
+    assert {f["file"]: f["state"] for f in report["files"]} == {
+        **dict.fromkeys(before, "same"),
+        **dict.fromkeys(NEW, "new"),
+    }
+
+
+def test_every_figure_of_old_tasks_is_the_same(place: Path, grown: dict[str, Any]) -> None:
+    report = Growth.from_dict(grown["growth"])
+    tasks = {each.task for each in report.tasks}
+    assert tasks == set(small_config(place).tasks)
+    assert all(each.same and each.before == each.after for each in report.tasks)
+    assert (report.rows_compared, report.rows_differing) == (5 * 8, 0)
+    new = [row for row in grown["evaluation"] if row["task"] == "counting"]
+    assert {row["metric"] for row in new} == {"accuracy", "macro_f1"}
+    # The limit of the old run still holds, so that a later evaluation gives the same.
+    assert sources.find("grown").limits["text_to_code"] == 9
+    assert sources.find("grown").corpora["counting"] == "counts"
+
+
+def test_frozen_files_have_no_optimiser_state(place: Path, grown: dict[str, Any]) -> None:
+    (folder,) = (place / "grown" / "checkpoints").iterdir()
+    kept = {path.stem.removeprefix("optimizer-") for path in folder.glob("optimizer-*")}
+    assert kept == set(grown["growth"]["optimiser"]) == NEW
+
+
+def test_references_are_trained_as_they_are_called(place: Path, grown: dict[str, Any]) -> None:
+    worth = {each["system"]: each for each in grown["growth"]["worth"]}
+    assert list(worth) == ["grown", "without_skill", "fresh", "everything"]
+    model = SkillNet.from_pretrained(grown["model"])
+    sizes = {
+        file: sum(model.get_parameter(name).numel() for name in names)
+        for file, names in model.files_of().items()
+    }
+    assert worth["grown"]["trained"] == sizes["skill-ink"] + sizes["head-counting"]
+    assert worth["without_skill"]["trained"] == sizes["head-counting"]
+    assert worth["fresh"]["trained"] == model.activated_parameters("counting")
+    assert worth["everything"]["trained"] == model.activated_parameters("counting")
+    assert worth["grown"]["behind"] == []
+    for name in ("without_skill", "fresh", "everything"):
+        difference, low, high = worth[name]["behind"]
+        assert difference == pytest.approx(worth["grown"]["value"] - worth[name]["value"])
+        assert low <= difference <= high
+    references = place / "grown" / "references"
+    fresh = SkillNet.from_pretrained(references / "grown-fresh" / "model")
+    assert list(fresh.config.tasks) == ["counting"]
+    changed = files(references / "grown-everything" / "model")
+    assert changed["shared"] != files(place / "base" / "model")["shared"]
+    assert set(worth["everything"]["lost"]) >= set(small_config(place).tasks)
+
+
+def test_it_is_recorded_with_its_references_below_it(place: Path, grown: dict[str, Any]) -> None:
+    client = store.client(store.resolve_uri())
+    run = client.get_run(grown["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["growth.untouched"] == "true"
+    assert "what the new skill is worth" in run.data.tags["mlflow.note.content"]
+    kept = {entry.path for entry in client.list_artifacts(grown["run_id"], "growth")}
+    assert kept == {"growth/growth.json", "growth/growth.md"}
+    below = client.search_runs(
+        [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{grown['run_id']}'"
+    )
+    assert {each.info.run_name for each in below} == {
+        "grown-without_skill", "grown-fresh", "grown-everything",
+    }  # fmt: skip
+    assert {each.info.status for each in below} == {"FINISHED"}
+
+
+def test_a_finished_growth_gives_its_result_again(place: Path, grown: dict[str, Any]) -> None:
+    config = grow_config("base", place / "corpora")
+    assert grow(config)["run_id"] == grown["run_id"]
+    config.training.lr = 0.5
+    with pytest.raises(UserError, match=r"the run grown has training\.lr 0\.01, not 0\.5"):
+        grow(config)
+
+
+def test_a_killed_growth_goes_on_and_ends_the_same(
+    place: Path, grown: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(grow_config("base", place / "corpora", checkpoint_every=2), name="killed")
+    with monkeypatch.context() as patch:
+
+        def kill(self: RunReporter, path: Path, step: int) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+
+        patch.setattr(RunReporter, "checkpoint", kill)
+        with pytest.raises(KeyboardInterrupt):
+            grow(config)
+    assert not (place / "killed" / "model").exists()
+    done = grow(config)
+    assert (done["resumed"], done["step"]) == (4, 6)
+    assert done["growth"]["untouched"]
+    assert files(place / "killed" / "model") == files(place / "grown" / "model")
+
+
+def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "grow.yaml"
+    path.write_text(configuration.to_yaml(grow_config("base", place / "corpora", steps=2)))
+    assert growing.main(["--config", str(path), "--name", "typed", "--from", "base"]) == 0
+    said = capsys.readouterr()
+    assert "skill-ink" in said.out
+    assert "untouched" in said.err
+    assert growing.main(["--config", str(path), "--name", "typed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["growth"]["task"] == "counting"
+    assert growing.main(["base", "--config", str(path), "--skill.nam", "x"]) == 2
+    assert "skill.name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "nowhere"}, "nowhere: there is no such folder"),
+        ({"skill": NewSkill("ink", init_from="vidoe")}, "unknown skill 'vidoe'; did you mean 'vid"),
+        ({"skill": NewSkill("code")}, "base already has a skill 'code'"),
+        ({"task.name": "text_to_code"}, "base already has a task 'text_to_code'"),
+        ({"corpus": "cuonts"}, "cuonts: missing. Run `skillnet prepare cuonts`"),
+        ({"corpus": "unnamed"}, "the corpus unnamed names no labels; give --task.outputs"),
+        ({"corpus": "headings"}, "counting reads video, but corpus headings holds text"),
+        ({"skills": ("ink", "genral")}, "unknown skill 'genral'"),
+        ({"data": "nodata"}, "nodata/counts: missing"),
+    ],
+)
+def test_what_cannot_grow_is_said_before_anything_is_made(
+    place: Path, change: dict[str, Any], message: str
+) -> None:
+    config = replace(grow_config("base", place / "corpora"), name="wrong")
+    task = config.task
+    if "task.name" in change:
+        change = {"task": replace(task, name=change["task.name"])}
+    elif "corpus" in change:
+        change = {"task": replace(task, training=replace(task.training, corpus=change["corpus"]))}
+    elif "skills" in change:
+        change = {"task": replace(task, towers={"input": SkillPlan(change["skills"], "video")})}
+    elif change.get("skill") == NewSkill("code"):
+        towers = {"input": SkillPlan(("general", "code"), "video")}
+        change = change | {"task": replace(task, towers=towers)}
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        grow(replace(config, **change))
+    assert not (place / "wrong" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"skill": NewSkill("colour")}, "no tower of task.towers activates the new skill 'colour'"),
+        ({"training": "only"}, "training.only is what grow fills in"),
+        ({"training": "fp64"}, "fp64 would rewrite every file"),
+    ],
+)
+def test_configurations_that_contradict_themselves(
+    place: Path, change: dict[str, Any], message: str
+) -> None:
+    config = grow_config("base", place / "corpora")
+    if change.get("training") == "only":
+        change = {"training": replace(config.training, only=["shared"])}
+    elif change.get("training") == "fp64":
+        change = {"training": replace(config.training, precision="fp64")}
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)
+
+
+def test_a_change_to_an_old_file_is_found(place: Path, tmp_path: Path) -> None:
+    source = sources.find("base")
+    before = sources.load(source)
+    assert isinstance(before, SkillNet)
+    assert {each.state for each in proof.compare_files(source, before, source.weights)} == {"same"}
+    with torch.no_grad():
+        before.get_parameter("encoder.norm.weight")[0] += 1e-7
+    before.save_pretrained(tmp_path / "altered")
+    states = proof.compare_files(source, before, tmp_path / "altered")
+    assert [each.file for each in states if each.state == "changed"] == ["shared"]
+    with pytest.raises(RuntimeError, match="shared is changed"):
+        proof.require_same(states)
+    (tmp_path / "altered" / "stem-patch.safetensors").unlink()
+    states = proof.compare_files(source, before, tmp_path / "altered")
+    assert [each.file for each in states if each.state == "gone"] == ["stem-patch"]
+
+
+def test_a_registered_model_grows_into_its_next_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
+    made = Place(tmp_path)
+    write_labelled_clips(made.data)
+    config = grow_config("models:/skillnet@champion", made.data, steps=2)
+    config.tracking.register = True
+    done = grow(config)
+    assert done["registered"]["version"] == made.made.version + 1
+    bundle = sources.find(done["registered"]["uri"])
+    model = sources.load(bundle)
+    assert model.config.tasks["counting"].outputs == CLASSES
+    before = files(sources.find(made.made.uri).weights)
+    assert all(files(bundle.weights)[name] == content for name, content in before.items())
+    page = store.client(store.resolve_uri()).get_model_version("skillnet", "2").description
+    assert "old files" in page
+    # As good on all old tasks, to the digit, and one task more.
+    assert done["registered"]["alias"] == registry.CHAMPION
