@@ -1,9 +1,10 @@
 """What simple methods reach on the same splits: the lines a model has to be held against.
 
-* ``chance``: what is known without looking at the input. Text: the commonest class of the
-  training rows. Sound: the commonest symbol at each place. Retrieval: candidates in random
+* ``chance``: what is known without looking at the input. Classes: the commonest one of the
+  training rows. Speech: the commonest symbol at each place. Retrieval: candidates in random
   order (the exact expectation, so without an interval).
-* ``reference``: text: logistic regression on TF-IDF of character n-grams. Sound: the
+* ``reference``: classes: logistic regression, on TF-IDF of character n-grams or on what a
+  picture, clip or recording is like when it is made small. Speech: the
   transcript of the nearest training recording. Pictures and clips: the training items whose
   captions are nearest by TF-IDF stand in for the query, and candidates are ranked by how much
   they look like them. Code: TF-IDF of character n-grams, docstring against code.
@@ -100,7 +101,7 @@ def _both(spec: Task, corpus: Corpus, split: str, seed: int, samples: int) -> di
     train, test = corpus.splits["train"].table(), corpus.splits[split].table()
     where = f"{corpus.name}/{split}"
     if spec.objective == "classification":
-        return _classes(train, test, where, seed, samples)
+        return _classes(train, test, corpus.modality, where, seed, samples)
     if spec.objective == "ctc":
         return _transcripts(train, test, where, seed, samples)
     groups = identities(fixed_column(test, "group", where))
@@ -116,19 +117,26 @@ def _both(spec: Task, corpus: Corpus, split: str, seed: int, samples: int) -> di
     return {"chance": random_order(groups), "reference": there | back}
 
 
-# -- text ----------------------------------------------------------------------------------
+# -- classes -------------------------------------------------------------------------------
 
 
 def _classes(
-    train: pa.Table, test: pa.Table, where: str, seed: int, samples: int
+    train: pa.Table, test: pa.Table, modality: str, where: str, seed: int, samples: int
 ) -> dict[str, Figures]:
     from sklearn.linear_model import LogisticRegression
 
     known, right = fixed_column(train, "label", where), fixed_column(test, "label", where)
-    vectors = _tfidf((1, 2), 60_000)
+    if modality in ("text", "code"):
+        vectors = _tfidf((1, 2), 60_000)
+        features = vectors.fit_transform(_strings(train, modality))
+        asked = vectors.transform(_strings(test, modality))
+    elif modality == "sound":
+        features, asked = (_recordings(table, where) for table in (train, test))
+    else:
+        name = "pixels" if modality == "image" else "frames"
+        features, asked = (_coarse(_all(table, name, where)) / 255 for table in (train, test))
     model = LogisticRegression(C=3.0, max_iter=200, tol=1e-3)
-    model.fit(vectors.fit_transform(_strings(train, "text")), known)
-    said = model.predict(vectors.transform(_strings(test, "text")))
+    said = model.fit(features, known).predict(asked)
     commonest = np.full(len(right), np.bincount(known).argmax())
     return {
         "chance": classification_figures(commonest, right, seed, samples),
@@ -226,16 +234,21 @@ def random_order(groups: np.ndarray) -> Figures:
     }
 
 
-def _small(x: np.ndarray, side: int = 12) -> np.ndarray:
+def _small(x: np.ndarray) -> np.ndarray:
     """Pictures (N, H, W, C) or clips (N, F, H, W, C) -> unit vectors of coarse brightness."""
+    coarse = _coarse(x)
+    return _unit(coarse - coarse.mean(1, keepdims=True))
+
+
+def _coarse(x: np.ndarray, side: int = 12) -> np.ndarray:
+    """Pictures or clips as vectors of coarse brightness, 0 … 255, (N, E)."""
     if x.ndim == 4:
         x = x[:, None]
     N, F, H, W, C = x.shape
     step = max(H // side, 1)
     h, w = H // step, W // step
     blocks = x[:, :, : h * step, : w * step].reshape(N, F, h, step, w, step, C)
-    coarse = blocks.mean((3, 5), dtype=np.float32).reshape(N, -1)
-    return _unit(coarse - coarse.mean(1, keepdims=True))
+    return blocks.mean((3, 5), dtype=np.float32).reshape(N, -1)
 
 
 def _nearest(x_NE: np.ndarray, known_ME: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

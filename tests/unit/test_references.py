@@ -9,6 +9,8 @@ from pipelines.evaluation import COLUMNS
 from pipelines.references import random_order, references
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import retrieval_ranks
+from skillnet.skills import SkillPlan, Task
+from tests.growing import write_labelled_clips
 from tests.readable_corpora import write_corpora
 
 
@@ -42,6 +44,22 @@ def test_they_beat_chance_where_the_rule_is_simple(rows, task, metric, sign):
         if (row["task"], row["metric"], row["split"]) == (task, metric, "test")
     }
     assert sign * by["reference"] > sign * by["chance"]
+
+
+def test_clips_with_classes_have_a_reference_too(data: Path, tmp_path: Path):
+    import shutil
+
+    copy = tmp_path / "corpora"
+    shutil.copytree(data, copy)
+    write_labelled_clips(copy)
+    tasks = {"counting": Task("classification", {"input": SkillPlan(("video",), "video")}, 3)}
+    found = references(copy, tasks, corpora={"counting": "counts"}, samples=0, keep=False)
+    value = {
+        row["system"]: row["value"]
+        for row in found
+        if (row["split"], row["metric"]) == ("test", "accuracy")
+    }
+    assert value["reference"] > value["chance"]
 
 
 def test_rows_have_the_form_of_evaluations(rows):
