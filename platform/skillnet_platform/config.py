@@ -24,6 +24,7 @@ from skillnet_platform.typed_tree import (
     checked,
     children,
     describe,
+    drop_removed,
     hint_at,
     kind,
     missing,
@@ -107,6 +108,7 @@ def parse(
         layer = checked(cls, nested(key, value), "command line")
         origins |= dict.fromkeys(flatten(layer), "command line")
         merge(tree, layer)
+    drop_removed(cls, tree)
     _place_bare(cls, tree, bare, prog)
     return build(cls, tree, origins)
 

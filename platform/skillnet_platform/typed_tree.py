@@ -79,6 +79,20 @@ def missing(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
         yield from missing(known.get(key, known.get("*")), value, f"{prefix}{key}.")
 
 
+def drop_removed(hint: Any, tree: Any) -> None:
+    """Take out, in place, the entries of dictionaries of dataclasses that are null: a null takes
+    an entry away, also where no layer below has it."""
+    known = children(hint)
+    if known is None or not isinstance(tree, dict):
+        return
+    for key, value in list(tree.items()):
+        below = known.get(key, known.get("*"))
+        if value is None and key not in known and dataclasses.is_dataclass(below):
+            del tree[key]
+        else:
+            drop_removed(below, value)
+
+
 def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
     name = full.removeprefix(prefix)
     beside = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

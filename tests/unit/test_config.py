@@ -66,6 +66,9 @@ def test_a_mapping_starts_from_another_file(tmp_path: Path) -> None:
     made = parse("--config", str(outer), "--model.heads", "2")
     assert (made.model.dim, made.model.depth, made.model.heads) == (64, 2, 2)
     assert not {"text_to_code", "text_to_image"} & made.model.tasks.keys()
+    (tmp_path / "sizes.yaml").write_text("{tasks: {own: {objective: ctc, towers: {}}}}")
+    outer.write_text("{model: {include: sizes.yaml, tasks: {own: null, text_to_code: null}}}")
+    assert not {"text_to_code", "own"} & parse("--config", str(outer)).model.tasks.keys()
     outer.write_text("{include: tiny, training: {steps: 7}}")
     layer = config.load_layer(outer)
     assert layer["training"]["steps"] == 7
