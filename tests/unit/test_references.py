@@ -10,6 +10,7 @@ from pipelines.references import random_order, references
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import retrieval_ranks
 from skillnet.skills import SkillPlan, Task
+from tests import small_corpora
 from tests.growing import write_labelled_clips
 from tests.readable_corpora import write_corpora
 
@@ -46,14 +47,11 @@ def test_they_beat_chance_where_the_rule_is_simple(rows, task, metric, sign):
     assert sign * by["reference"] > sign * by["chance"]
 
 
-def test_clips_with_classes_have_a_reference_too(data: Path, tmp_path: Path):
-    import shutil
-
-    copy = tmp_path / "corpora"
-    shutil.copytree(data, copy)
-    write_labelled_clips(copy)
+def test_clips_with_classes_have_a_reference_too(tmp_path: Path):
+    clips = small_corpora.write_corpora(tmp_path / "corpora", test_rows=30)
+    write_labelled_clips(clips)
     tasks = {"counting": Task("classification", {"input": SkillPlan(("video",), "video")}, 3)}
-    found = references(copy, tasks, corpora={"counting": "counts"}, samples=0, keep=False)
+    found = references(clips, tasks, corpora={"counting": "counts"}, samples=0, keep=False)
     value = {
         row["system"]: row["value"]
         for row in found
