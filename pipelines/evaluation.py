@@ -67,7 +67,7 @@ def evaluate_model(
     seed: int = 0,
     corpora: Mapping[str, str] | None = None,
     limits: Mapping[str, int | None] | None = None,
-    system: str = "skillnet",
+    system: str | None = None,
     steps: int | None = None,
     precision: str = "auto",
     samples: int = 1000,
@@ -86,7 +86,7 @@ def evaluate_model(
         seed: seed of the run, copied into the rows, and of the bootstrap.
         corpora: task -> corpus, where it is not the built-in one.
         limits: task -> longest sequence of the corpus' own modality, as in training.
-        system: name of the system in the rows.
+        system: name of the system in the rows; none takes the model's.
         steps: training steps, copied into the rows.
         precision: see :class:`pipelines.inference.Runner`.
         samples: resamplings of each interval; 0 leaves intervals out.
@@ -139,7 +139,7 @@ def evaluate_model(
             cost = account_task(model, name, lengths)
             rows += tidy(
                 figures,
-                system=system,
+                system=system or model.system,
                 task=name,
                 seed=seed,
                 split=split_name,

@@ -187,7 +187,10 @@ def check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
     from pipelines.training.setup import open_corpora, open_stream, pick_device
     from pipelines.training.start import preview
     from skillnet.skills import find_task
+    from skillnet.systems import find_system
 
+    system = find_system(config.system)
+    system.configure(config.model, system.read_options(config.options))
     corpora = open_corpora(config)
     open_stream(config)
     for name, settings in config.tasks.items():

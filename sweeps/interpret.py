@@ -74,7 +74,7 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
 
     source = sources.find(config.model, config.tracking_uri)
     model = sources.load(source)
-    if not isinstance(model, SkillNet):
+    if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(f"{config.model} is a {model.system} model; only a skillnet has skills")
     begin = time.monotonic()
     with console.progress("interpreting", None, "rows") as bar:

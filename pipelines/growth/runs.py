@@ -30,7 +30,7 @@ def load(source: Source) -> SkillNet:
         UserError: a model of another system, or weights that training would rewrite.
     """
     model = sources.load(source).cpu()
-    if not isinstance(model, SkillNet):
+    if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(f"{source.name} is a {model.system} model; only a skillnet has skills")
     if next(model.parameters()).dtype != torch.float32:
         raise UserError(f"{source.name} has float64 weights, which training would rewrite")

@@ -16,12 +16,17 @@ from pipelines.training.settings import TrainingConfig
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
+#: What timm and transformers call position vectors and class tokens.
+_OF_LIBRARIES = ("pos_embed", "cls_token", "distillation_token")
+
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: weight matrices only; no biases, norms or embeddings."""
     parts = name.split(".")
     kept = parts[:-1] if "weights" in parts[-2:-1] else parts  # a skill may be called anything
-    skip = ("embedding", "bigram", "norm", "bias", "position", "modality")
+    if "patch_embeddings" in kept:  # transformers' name for the projection of patches
+        kept = kept[kept.index("patch_embeddings") + 1 :]
+    skip = ("embedding", "bigram", "norm", "bias", "position", "modality", *_OF_LIBRARIES)
     return parameter.ndim >= 2 and not any(word in part for part in kept for word in skip)
 
 

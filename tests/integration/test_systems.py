@@ -1,5 +1,8 @@
 """Every system trains through ``finetune``, is saved, found again by its name, and evaluated."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,7 @@ import torch
 from pipelines.finetune import finetune, history
 from pipelines.training.loop import train
 from pipelines.training.settings import FinetuneConfig
-from skillnet.systems import build_system, load
-from skillnet_platform.errors import UserError
+from skillnet.systems import build_system, load, system_names
 from tests.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
@@ -41,6 +43,7 @@ def test_a_run_of_each_system(system: str, data: Path, run_root: Path) -> None:
     result = finetune(config)
     assert result["step"] == 6
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
+    assert {row["system"] for row in result["evaluation"]} == {system}
     costs = {row["task"]: row["activated_params"] for row in result["evaluation"]}
     model = load(result["model"])
     assert model.system == system
@@ -66,8 +69,45 @@ def test_going_on_after_an_interruption_is_exact(system: str, data: Path, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_unknown_systems_and_options_are_named(data: Path, run_root: Path) -> None:
-    config = config_for(data, "dense")
-    config.options = {"sise": "total"}
-    with pytest.raises((UserError, ValueError), match="did you mean 'size'"):
+@pytest.mark.parametrize(
+    ("system", "options", "words"),
+    [
+        ("dens", {}, "did you mean 'dense'"),
+        ("dense", {"sise": "total"}, "did you mean 'size'"),
+        ("specialist", {"checkpoints": {"text": "/none"}}, "neither a folder nor in the cache"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(
+    system: str, options: dict[str, Any], words: str, data: Path, run_root: Path
+) -> None:
+    config = config_for(data, system)
+    config.options = options
+    with pytest.raises(ValueError, match=words):
+        finetune(config)
+    assert [path.name for path in (run_root / "test").iterdir()] == ["config.yaml"]
+
+
+@pytest.fixture
+def bag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of a third party, installed as any other, whose entry point names a system."""
+    source = tmp_path / "source"  # pip leaves its traces beside what it builds
+    shutil.copytree(Path(__file__).parents[1] / "systems_package", source)
+    target = tmp_path / "installed"
+    what = ("--no-deps", "--no-build-isolation", "--no-index", "--target", str(target), str(source))
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *what], check=True)
+    monkeypatch.syspath_prepend(target)
+
+
+@pytest.mark.usefixtures("bag")
+def test_a_system_of_a_third_party_is_trained_by_its_name(data: Path, run_root: Path) -> None:
+    assert "bag" in system_names()
+    config = config_for(data, "bag", steps=5)
+    config.options, config.evaluate = {"layers": 2}, True
+    result = finetune(config)
+    assert {row["system"] for row in result["evaluation"]} == {"bag"}
+    assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
+    model = load(result["model"], "text_to_video")
+    assert model.options == {"layers": 2}
+    config.name, config.options = "other", {"layer": 2}
+    with pytest.raises(ValueError, match="system bag: unknown option 'layer'; did you mean"):
         finetune(config)

@@ -107,6 +107,11 @@ def test_state_only_for_skills_that_were_used(data: Path) -> None:
         ("stems.token.embedding.weight", (4, 4), False),
         ("stems.patch.position", (4, 4), False),
         ("encoder.norm.weight", (4,), False),
+        ("encoder.layers.0.feedforward.up", (3, 4, 4), True),
+        ("towers.a.input.model.pos_embed", (1, 4, 4), False),
+        ("towers.a.input.model.embeddings.word_embeddings.weight", (4, 4), False),
+        ("towers.a.input.model.embeddings.patch_embeddings.projection.weight", (4, 4), True),
+        ("towers.a.input.model.embeddings.cls_token", (1, 1, 4), False),
         ("heads.text_classification.project.bias", (4,), False),
     ],
 )

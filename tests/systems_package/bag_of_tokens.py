@@ -1,0 +1,56 @@
+"""Tokens without order or context: SkillNet's stems, and layers that see one token at a time."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from skillnet.config import SkillNetConfig
+from skillnet.skills import find_task
+from skillnet.stems import STEMS
+from skillnet.systems import System
+from skillnet.task_model import Batch, TaskModel, Tokens
+
+
+@dataclass(frozen=True)
+class BagOptions:
+    """How deep it is.
+
+    Args:
+        layers: number of layers.
+    """
+
+    layers: int = 1
+
+
+class Bag(TaskModel):
+    """All tasks share the layers; stems are those of SkillNet."""
+
+    system = "bag"
+
+    def __init__(self, config: SkillNetConfig, options: Any = None) -> None:
+        super().__init__(config, options)
+        needed = {stem for task in config.tasks.values() for stem in task.stems}
+        self.stems = nn.ModuleDict({name: STEMS[name](config) for name in sorted(needed)})
+        layer = [nn.Linear(config.dim, config.dim), nn.GELU()]
+        self.layers = nn.Sequential(*(layer * (options or BagOptions()).layers))
+        self.add_heads()
+
+    def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
+        plan = find_task(task, self.config.tasks).towers[tower]
+        x_BTD, mask_BT = self.stems[plan.stem](batch, plan.modality)
+        return x_BTD + self.layers(x_BTD), mask_BT
+
+    def owner(self, name: str) -> str:
+        parts = name.split(".")
+        return {"stems": f"stem-{parts[1]}", "heads": f"head-{parts[1]}"}.get(parts[0], "shared")
+
+    def touches(self, name: str, task: str) -> bool:
+        spec, parts = self.config.tasks[task], name.split(".")
+        if parts[0] == "stems" and parts[2] == "modality":
+            return parts[3] in {plan.modality for plan in spec.towers.values()}
+        read = {"shared", f"head-{task}", *(f"stem-{stem}" for stem in spec.stems)}
+        return self.owner(name) in read
+
+
+BAG = System("bag", Bag, options=BagOptions, summary="tokens without order or context")
