@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-NAMES = ("training_step", "matrix_rate", "stream", "two_workers", "moe")
+NAMES = ("training_step", "matrix_rate", "stream", "two_workers", "moe", "sweep_overhead")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a comparison")
     parser.add_argument("--threads", type=int, default=1, help="threads; with 1 CPU time counts")
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
+    parser.add_argument("--seconds", type=float, help="of a trial of sweep_overhead (default: 60)")
     parser.add_argument("--output", type=Path, help="folder of the CSVs")
     options = parser.parse_args(argv)
     unknown = sorted(set(options.names) - set(NAMES))
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     if options.data:
         os.environ["SKILLNET_BENCHMARK_DATA"] = str(options.data.absolute())
+    if options.seconds:
+        os.environ["SKILLNET_BENCHMARK_SECONDS"] = str(options.seconds)
     for name in options.names or NAMES:
         console.note(f"{name} …")
         module = importlib.import_module(f"benchmarks.{name}")

@@ -234,16 +234,22 @@ class Driver:
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[None]:
-        """One line that counts the steps of all trials, while a block runs."""
-        steps = self.source.example.config.training.steps
+        """One line that counts the steps of all trials, while a block runs; or the trials, if
+        time ends them.
+        """
+        training = self.source.example.config.training
+        steps, unit = (1, "trials") if training.minutes else (training.steps, "steps")
         over = threading.Event()
 
         def watch() -> None:
-            with console.progress(self.options.label, self.source.total * steps, "steps") as bar:
+            with console.progress(self.options.label, self.source.total * steps, unit) as bar:
                 while True:
                     last = over.wait(0.5)
                     entries = list(self.entries.values())
-                    done = sum(steps if e.outcome else min(e.steps_done(), steps) for e in entries)
+                    done = sum(
+                        steps if e.outcome else min(e.steps_done(), steps) * (unit == "steps")
+                        for e in entries
+                    )
                     bar.advance(max(done - bar.done, 0), self._words(entries))
                     if last:
                         return

@@ -112,7 +112,8 @@ class TrialOutcome:
 class ScoreConfig:
     """How the figures of a trial's evaluation become one number; more is better.
 
-    A task's plain score is its accuracy, 1 − token error rate, or recall at 10.
+    A task's plain score is its accuracy, its recall at 10, or 1 − token error rate; at least 0: a
+    model that says far too much, as untrained ones do, counts as one that says nothing.
 
     Args:
         kind: ``plain`` is the mean over tasks of the plain scores; ``relative`` divides each
@@ -156,7 +157,7 @@ class ScoreConfig:
         for row in rows:
             if row["split"] == self.split and row["metric"] in PRIMARY:
                 value = float(row["value"])
-                scores[row["task"]] = value if PRIMARY[row["metric"]] else 1.0 - value
+                scores[row["task"]] = value if PRIMARY[row["metric"]] else max(1.0 - value, 0.0)
         if self.tasks:
             scores = {name: scores[name] for name in self.tasks}
         if self.kind == "relative":

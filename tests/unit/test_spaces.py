@@ -205,6 +205,7 @@ def test_scores() -> None:
         {"text_classification": 0.6, "speech_recognition": 0.2, "text_to_image": 0.1}
     )
     assert plain == pytest.approx(0.3)
+    assert ScoreConfig().of([row("speech_recognition", "token_error_rate", 7.0)])[0] == 0.0
     relative = ScoreConfig(
         "relative",
         tasks=["text_classification", "text_to_image"],

@@ -1,0 +1,77 @@
+"""What the platform adds to a sweep: `skillnet sweep` on eight trials against their bare training.
+
+The shipped sweep ``plans`` runs as a user starts it, in a process of its own, each trial for the
+same time. Its wall time, from the start of the interpreter to the end of the command (Ray,
+MLflow, evaluation of each trial on the validation splits, report), stands over the sum of the
+trials' time in the training loop divided by the number that ran at once.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measure import Result, spread
+from skillnet_platform import console
+from skillnet_platform.storage import data_root
+
+CONFIG = "sweeps/plans"
+
+#: Seconds of training of each trial.
+SECONDS = 60.0
+SECONDS_VARIABLE = "SKILLNET_BENCHMARK_SECONDS"
+
+
+def run(rounds: int, threads: int) -> list[Result]:
+    """One sweep; ``rounds`` and ``threads`` do not apply: a trial takes one core."""
+    del rounds, threads
+    data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root())
+    if not (data / "headings" / "manifest.json").is_file():
+        console.warn(f"sweep_overhead needs prepared corpora; there are none in {data}")
+        return []
+    seconds = float(os.environ.get(SECONDS_VARIABLE) or SECONDS)
+    with tempfile.TemporaryDirectory(prefix="skillnet-") as home:
+        told, wall = _sweep(data, seconds, Path(home))
+    trained = [trial["seconds"] for trial in told["trials"] if trial["status"] == "finished"]
+    assert len(trained) == len(told["trials"]), "every trial has to finish"
+    parallel = min(len(os.sched_getaffinity(0)), len(trained))
+    bare = sum(trained) / parallel
+    note = f"{wall:.0f} s against {bare:.0f} s; load before it {told['load']:.1f}"
+    setting = f"{len(trained)} trials of {seconds:g} s, {parallel} at once, one core each"
+    ratio = spread([wall / bare])
+    return [
+        Result(
+            "wall time of the sweep",
+            "sum of the trials' training time / trials at once",
+            "ratio of times",
+            *ratio,
+            "<= 1.25",
+            1,
+            setting,
+            note,
+        )
+    ]
+
+
+def _sweep(data: Path, seconds: float, home: Path) -> tuple[dict, float]:
+    """The document of the command, and its wall time."""
+    words = [sys.executable, "-m", "sweeps.sweep", "--config", CONFIG, "--json", "--name", "bench"]
+    # Time decides when a trial ends, not its steps.
+    words += ["--run.training.steps", "1000000", "--run.training.minutes", str(seconds / 60)]
+    words += ["--run.training.log_every", "5", "--run.training.checkpoint_every", "100"]
+    words += ["--run.data", str(data)]
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    load = os.getloadavg()[0]
+    begin = time.perf_counter()
+    done = subprocess.run(
+        words,
+        env=environment | {"SKILLNET_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    wall = time.perf_counter() - begin
+    return json.loads(done.stdout) | {"load": load}, wall
