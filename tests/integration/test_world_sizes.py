@@ -51,3 +51,23 @@ def test_only_active_gradients_go_on_the_wire(data: Path, tmp_path: Path) -> Non
     assert int(found["bytes_reduced"]) == expected
     everything = 15 * 8 * sum(parameter.numel() for parameter in model.parameters())
     assert expected < 0.6 * everything
+
+
+def test_workers_exchange_only_the_gradients_of_files_that_train(
+    data: Path, tmp_path: Path
+) -> None:
+    only = ["skill-video", "head-text_to_video"]
+    config = small_config(data, steps=6, only=only)
+    config.tasks = {"text_to_video": config.tasks["text_to_video"]}
+    alone = weights_of(config, 1, tmp_path / "one.safetensors")
+    two = weights_of(config, 2, tmp_path / "two.safetensors")
+    fresh = build_model(config).double()
+    size = 0
+    for name, parameter in fresh.named_parameters():
+        if fresh.owner(name) in only:
+            size += parameter.numel()
+            torch.testing.assert_close(two[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
+            assert not torch.equal(two[name], parameter)
+        else:
+            assert torch.equal(two[name], parameter), name
+    assert int(two["bytes_reduced"]) == 6 * 8 * size
