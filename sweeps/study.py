@@ -124,14 +124,17 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
 
 def tuning_trials(config: StudyConfig) -> list[Trial]:
     """The tuning trials of all systems, measured on the validation splits."""
-    trials = []
+    trials: list[Trial] = []
+    if not config.tuning.trials:
+        return trials
+    drawn = points(config)
     for label, entry in config.systems.items():
-        if not config.tuning.trials or entry.tuned_as is not None:
+        if entry.tuned_as is not None:
             continue
         base = base_run(config, label, config.tuning.seed)
         steps = math.ceil(config.tuning.share * base.training.steps)
         base = replace(base, evaluate=False, training=replace(base.training, steps=steps))
-        for place, settings in enumerate(points(config, base)):
+        for place, settings in enumerate(drawn):
             made = overridden(base, settings, "tuning.space")
             trials.append(
                 Trial(
@@ -146,9 +149,9 @@ def tuning_trials(config: StudyConfig) -> list[Trial]:
     return trials
 
 
-def points(config: StudyConfig, base: FinetuneConfig) -> list[dict[str, Any]]:
-    """Settings of the tuning trials: first none, then the drawn ones, the same for any base."""
-    space = Space(config.tuning.space, base)
+def points(config: StudyConfig) -> list[dict[str, Any]]:
+    """Settings of every system's tuning trials: first none, then what is drawn."""
+    space = Space(config.tuning.space, config.run)
     drawn = space.drawn(config.tuning.trials - 1, config.tuning.seed) if space.dimensions else ()
     made = [{}, *(space.assignments(point) for point in drawn)]
     return made[: config.tuning.trials]

@@ -183,9 +183,20 @@ def test_words():
 
 
 def test_finished_runs_from_the_command_line(
-    folders: list[Path], run_root: Path, tmp_path: Path, capsys
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    words = ["--runs", *map(str, folders), "--output", str(tmp_path / "out"), "--json"]
+    # Twelve runs by the folder of their study, three by their names.
+    names = [folder.name for folder in folders]
+    entries = [
+        {"system": name.rpartition("-seed")[0], "folder": name, "status": "finished"}
+        for name in names[:-3]
+    ]
+    trial = {"settings": {}, "status": "finished", "score": 0.5, "steps": 6, "seconds": 2.0}
+    tuned = {"dense": {"label": "dense", "score": 0.5, "trials": [trial]}}
+    study = folders[0].parent
+    (study / "study.json").write_text(json.dumps({"tuning": tuned, "runs": entries}))
+    monkeypatch.setenv("SKILLNET_HOME", str(study))
+    words = ["--runs", str(study), *names[-3:], "--output", str(tmp_path / "out"), "--json"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert command.main([*words, "--tracking.uri", uri, "--name", "again"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -195,7 +206,8 @@ def test_finished_runs_from_the_command_line(
     means = [r for r in told["summary"] if (r["system"], r["task"]) == ("skillnet", MEAN)]
     assert means[0]["low"] < means[0]["score"] < means[0]["high"]
     assert told["relative"]["skillnet-pretrained"]["against"] == "specialist-pretrained"
-    assert (tmp_path / "out" / "report.html").is_file()
+    page = Links((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "Every system got 1 trial(s) of 6 steps" in page.text
     client = store.client(uri)
     experiment = client.get_experiment_by_name(tracking.TrackingConfig().experiment)
     runs = client.search_runs([experiment.experiment_id])

@@ -1,0 +1,92 @@
+"""A study end to end: tuned, run, reported, and gone on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.outcomes import read_outcomes
+from pipelines.training.settings import PretrainConfig, TaskTraining
+from skillnet_platform import config as configuration
+from skillnet_platform import store
+from sweeps import compare as command
+from sweeps.spaces import Dimension
+from sweeps.study_settings import StudyConfig, SystemConfig, TuningConfig
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+
+def study(root: Path) -> StudyConfig:
+    run = small_config(write_corpora(root / "corpora"), steps=4, precision="fp32", log_every=2)
+    pretraining = PretrainConfig(
+        tasks={"masked_text": TaskTraining("headings", batch=4, split="train", max_length=16)},
+        training=run.training,
+    )
+    return StudyConfig(
+        name="study",
+        seeds=[0, 1],
+        run=run,
+        pretraining=pretraining,
+        systems={
+            "skillnet": SystemConfig("skillnet"),
+            "skillnet-pretrained": SystemConfig("skillnet", pretrain=True, tuned_as="skillnet"),
+        },
+        tuning=TuningConfig(2, {"training.lr": Dimension(choice=[0.01])}, seed=9),
+        interpret=False,
+    )
+
+
+def test_a_study_and_its_report(ray_session: Any, run_root: Path, tmp_path: Path, capsys):
+    config = study(tmp_path)
+    path = tmp_path / "study.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    assert command.main(["--config", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    labels = list(config.systems)
+    assert {(run["system"], run["seed"]) for run in told["runs"]} == {
+        (label, seed) for label in labels for seed in (0, 1)
+    }
+    folder = run_root / "study"
+    ledger = json.loads((folder / "study.json").read_text())
+    assert [len(ledger["tuning"][label]["trials"]) for label in labels] == [2, 0]
+    chosen = ledger["tuning"]["skillnet"]["settings"]
+    for label in labels:
+        run = folder / "runs" / f"{label}-seed1"
+        settings = configuration.load_yaml(run / "config.yaml")
+        assert settings["training"]["lr"] == chosen.get("training.lr", config.run.training.lr)
+        assert {split for _, split in read_outcomes(run / "outcomes.parquet")} == {"test"}
+    # Tuning never saw the test rows.
+    for trial in (folder / "tuning").glob("skillnet-t*"):
+        assert {split for _, split in read_outcomes(trial / "outcomes.parquet")} == {"validation"}
+        assert not (trial / "model").exists()
+    starts = {
+        configuration.load_yaml(
+            folder / "runs" / f"skillnet-pretrained-seed{seed}" / "config.yaml"
+        )["init_from"]
+        for seed in (0, 1)
+    }
+    assert len(starts) == 2
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Tuning" in page
+    assert "What pretraining added" in page
+
+    # One parent, its children, none of them left running.
+    client = store.client(store.resolve_uri(None))
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    parent = next(run for run in runs if run.info.run_name == "study")
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == len(runs) - 1 == 2 + 2 + 4
+    files = {entry.path for entry in client.list_artifacts(parent.info.run_id, "comparison")}
+    assert {"comparison/report.html", "comparison/results.csv"} <= files
+
+    # Again: nothing is trained a second time, and the figures are the same.
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/*/result.json")}
+    assert command.main(["--config", str(path), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("*/*/result.json")} == before
+    assert again["summary"] == told["summary"]
+    assert len(client.search_runs([experiment.experiment_id])) == len(runs)
