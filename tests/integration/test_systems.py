@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipelines.finetune import finetune, history
+from pipelines.pretrain import joint_run
 from pipelines.training.loop import train
 from pipelines.training.settings import FinetuneConfig
+from pipelines.training.setup import build_model
+from pipelines.training.start import preview
 from skillnet.systems import build_system, load, system_names
-from tests.small_corpora import small_config, write_corpora
+from tests.integration.ranks import run_ranks, train_and_save
+from tests.small_corpora import small_config, small_pretraining, write_corpora
 
 pytestmark = pytest.mark.integration
 
@@ -26,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data", pretrain=20)
 
 
 def config_for(data: Path, system: str, **training: object) -> FinetuneConfig:
@@ -67,6 +72,45 @@ def test_going_on_after_an_interruption_is_exact(system: str, data: Path, tmp_pa
     assert parts.resumed == 3
     one, other = (dict(run.model.named_parameters()) for run in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> None:
+    config = config_for(data, "moe", bucket_mb=0.004)
+    # The balancing loss is that of a worker's own tokens: it alone hangs on their number.
+    config.options = {"experts": 9, "hidden": 8, "balance": 0.0, "z": 0.0}
+    config.tasks["text_to_video"].batch = 1  # leaves the second worker without a row
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.safetensors"
+        run_ranks(world, train_and_save, config, None, str(out))
+        found.append(load_file(out))
+    alone, two = found
+    for name in alone.keys() - {"bytes_reduced"}:
+        torch.testing.assert_close(two[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("system", sorted(OPTIONS))
+def test_pretrained_and_started_from(system: str, data: Path, tmp_path: Path) -> None:
+    config = small_pretraining(data, steps=5, precision="fp32")
+    config.system, config.options = system, OPTIONS[system]
+    trained = train(joint_run(config)).model
+    trained.save_pretrained(tmp_path / "pretrained")
+    after = config_for(data, system)
+    after.init_from = str(tmp_path / "pretrained")
+    start = preview(after)
+    assert start is not None
+    assert all(file.startswith("head-") for file in start.fresh)
+    source = dict(trained.named_parameters())
+    for name, parameter in build_model(after).named_parameters():
+        if not name.startswith("heads."):
+            own = name if name in source else ".".join(_masked(name, after))
+            assert torch.equal(parameter, source[own]), name
+
+
+def _masked(name: str, config: FinetuneConfig) -> list[str]:
+    towers, task, tower, *rest = name.split(".")
+    modality = config.model.tasks[task].towers[tower].modality
+    return [towers, f"masked_{modality}", "input", *rest]
 
 
 @pytest.mark.parametrize(
