@@ -67,6 +67,38 @@ def test_equals_the_block_of_transformers(way: str) -> None:
     torch.testing.assert_close(made(x)[0], block(x), rtol=1e-5, atol=1e-6)
 
 
+def test_torchs_grouped_product_computes_the_same() -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor([3, 0, 5, 2])
+    x = torch.randn(10, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    probe = torch.randn(10, 16, dtype=torch.bfloat16)
+    found = []
+    for product in (experts.grouped_linear, experts.one_kernel):
+        y = product(x, weight, counts)
+        found.append((y, *torch.autograd.grad((y * probe).sum(), (x, weight))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_slices_of_whole_steps_of_rows_change_nothing() -> None:
+    made = layer(4, dtype=torch.float32)
+    x = torch.randn(3, 7, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = made(x)[0]
+    torch.testing.assert_close(rounded.float(), made(x)[0], rtol=0.05, atol=0.05)
+    chosen = made(x)[1].experts_Nk
+    rows_E, tokens_R, rows_S = experts.slices(chosen, 4, 8)
+    assert (rows_E % 8 == 0).all()
+    assert int(rows_E.sum()) == len(tokens_R)
+    # Row r of the pair (n, j) holds token n and lies in the slice of that pair's expert.
+    expected = torch.arange(21).repeat_interleave(2)
+    assert torch.equal(tokens_R[rows_S], expected)
+    ends = rows_E.cumsum(0)
+    assert torch.equal(torch.searchsorted(ends, rows_S, right=True), chosen.flatten())
+    assert len(set(rows_S.tolist())) == 42
+
+
 def test_padding_is_not_routed() -> None:
     made = layer()
     x = torch.randn(2, 4, 8, dtype=torch.float64)
