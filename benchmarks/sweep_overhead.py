@@ -1,9 +1,10 @@
 """What the platform adds to a sweep: `skillnet sweep` on eight trials against their bare training.
 
-The shipped sweep ``plans`` runs as a user starts it, in a process of its own, each trial for the
-same time. Its wall time, from the start of the interpreter to the end of the command (Ray,
-MLflow, evaluation of each trial on the validation splits, report), stands over the sum of the
-trials' time in the training loop divided by the number that ran at once.
+The shipped sweep ``plans`` runs as a user starts it, in a process of its own, each trial for as
+many steps as take a core the given time; a short training before it finds out how many. Its wall
+time, from the start of the interpreter to the end of the command (Ray, MLflow, evaluation of each
+trial on the validation splits, report), stands over the sum of the trials' time in the training
+loop divided by the number that ran at once.
 """
 
 import json
@@ -33,14 +34,15 @@ def run(rounds: int, threads: int) -> list[Result]:
         console.warn(f"sweep_overhead needs prepared corpora; there are none in {data}")
         return []
     seconds = float(os.environ.get(SECONDS_VARIABLE) or SECONDS)
+    steps = max(round(seconds / _seconds_per_step(data)), 2)
     with tempfile.TemporaryDirectory(prefix="skillnet-") as home:
-        told, wall = _sweep(data, seconds, Path(home))
+        told, wall = _sweep(data, steps, Path(home))
     trained = [trial["seconds"] for trial in told["trials"] if trial["status"] == "finished"]
     assert len(trained) == len(told["trials"]), "every trial has to finish"
     parallel = min(len(os.sched_getaffinity(0)), len(trained))
     bare = sum(trained) / parallel
     note = f"{wall:.0f} s against {bare:.0f} s; load before it {told['load']:.1f}"
-    setting = f"{len(trained)} trials of {seconds:g} s, {parallel} at once, one core each"
+    setting = f"{len(trained)} trials of {steps} steps, {parallel} at once, one core each"
     ratio = spread([wall / bare])
     return [
         Result(
@@ -56,13 +58,27 @@ def run(rounds: int, threads: int) -> list[Result]:
     ]
 
 
-def _sweep(data: Path, seconds: float, home: Path) -> tuple[dict, float]:
+def _seconds_per_step(data: Path, steps: int = 40) -> float:
+    """CPU seconds of a step of the sweep's run in this process, one thread."""
+    import torch
+
+    from pipelines.training.loop import train
+    from skillnet_platform import config as configuration
+    from sweeps.settings import SweepConfig
+
+    torch.set_num_threads(1)
+    words = ["--config", CONFIG, "--run.data", str(data), "--run.training.steps", str(steps)]
+    run = configuration.parse(SweepConfig, words, "skillnet sweep").run
+    train(run, stop_at=5)
+    begin = time.process_time()
+    train(run)
+    return (time.process_time() - begin) / steps
+
+
+def _sweep(data: Path, steps: int, home: Path) -> tuple[dict, float]:
     """The document of the command, and its wall time."""
     words = [sys.executable, "-m", "sweeps.sweep", "--config", CONFIG, "--json", "--name", "bench"]
-    # Time decides when a trial ends, not its steps.
-    words += ["--run.training.steps", "1000000", "--run.training.minutes", str(seconds / 60)]
-    words += ["--run.training.log_every", "5", "--run.training.checkpoint_every", "100"]
-    words += ["--run.data", str(data)]
+    words += ["--run.training.steps", str(steps), "--run.data", str(data)]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     load = os.getloadavg()[0]
     begin = time.perf_counter()

@@ -18,7 +18,16 @@ from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
 from sweeps.engine import AshaConfig, ResourceConfig, Source
 from sweeps.ledger import Entry, last_line, mean_scores, prune, prune_trial
-from sweeps.trial import ERROR, ScoreConfig, Trial, TrialOutcome, placed, reports_of, write_trial
+from sweeps.trial import (
+    ERROR,
+    STOP,
+    ScoreConfig,
+    Trial,
+    TrialOutcome,
+    placed,
+    reports_of,
+    write_trial,
+)
 
 #: MLflow's word for the end of a run, by what became of its trial.
 ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -140,11 +149,11 @@ class Driver:
             self._settle(entry, "finished")
         elif written.is_file():
             self._settle(entry, "failed", last_line(written.read_text(encoding="utf-8")))
+        elif self._interrupt.wanted:
+            self._settle(entry, "interrupted")
         elif error is not None:
             written.write_text(error + "\n", encoding="utf-8")
             self._settle(entry, "failed", error.strip().splitlines()[0])
-        elif self._interrupt.wanted:
-            self._settle(entry, "interrupted")
         elif self.options.asha is not None and reports_of(entry.folder):
             self._settle(entry, "stopped")
         else:
@@ -169,13 +178,18 @@ class Driver:
         if status != "interrupted":
             self.source.tell(outcome)
 
+    def _stop_trials(self) -> None:
+        for entry in list(self.entries.values()):
+            if entry.outcome is None and entry.tracker is not None:
+                (entry.folder / STOP).touch()
+
     # -- the whole ----------------------------------------------------------------------------
 
     def go(self) -> list[TrialOutcome]:
         """Run, and leave nothing open."""
         from sweeps import tuning
 
-        self._interrupt = tuning.Interrupt()
+        self._interrupt = tuning.Interrupt(self._stop_trials)
         if self.options.asha is not None:
             example = self.source.example
             last, grace = example.config.training.steps, self.options.asha.first_rung(example)
@@ -210,7 +224,8 @@ class Driver:
                     nested=self.source.example.config.training.workers > 1,
                     max_failures=self.options.max_failures,
                 )
-            tuning.leave_no_placement_group(ray)
+            patience = 5.0 if self._interrupt.wanted else 15.0
+            tuning.leave_no_placement_group(ray, patience)
 
     def _parallel(self, ray: Any) -> int:
         """Trials at the same time: what is asked for, and no more than fit.

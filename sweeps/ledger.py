@@ -19,6 +19,7 @@ from sweeps.trial import (
     ERROR,
     LOG,
     OUTCOME,
+    STOP,
     Status,
     Trial,
     TrialOutcome,
@@ -83,7 +84,7 @@ class Entry:
 
     def reopen(self) -> None:
         """Forget an earlier failure before it is run again."""
-        for name in (OUTCOME, ERROR):
+        for name in (OUTCOME, ERROR, STOP):
             (self.folder / name).unlink(missing_ok=True)
 
     def steps_done(self) -> int:

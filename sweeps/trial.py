@@ -29,6 +29,8 @@ REPORTS = "reports.jsonl"
 LOG = "log.txt"
 ERROR = "error.txt"
 OUTCOME = "outcome.json"
+#: The driver puts it there to have the trial stop at once.
+STOP = "stop"
 
 #: The primary figure of a task, and whether more of it is better.
 PRIMARY = {"accuracy": True, "token_error_rate": False, "recall_at_10": True}

@@ -6,6 +6,7 @@ restored by Tune: the trials' folders are the ledger.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from skillnet_platform import console
-from sweeps.trial import ERROR, LOG, read_trial, reports_of, run_one
+from sweeps.trial import ERROR, LOG, STOP, read_trial, reports_of, run_one
 
 METRIC, STEP = "score", "step"
 
@@ -52,6 +53,7 @@ def trial_process(told: dict[str, Any]) -> None:
         (folder / LOG).open("a", encoding="utf-8", buffering=1) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
+        _stoppable(folder / STOP),
     ):
         try:
             trial, score, more = read_trial(folder)
@@ -73,9 +75,40 @@ def trial_process(told: dict[str, Any]) -> None:
             (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
             tune.report({STEP: 0, "failed": f"{type(problem).__name__}: {problem}"})
             return
+        except _Stopped:
+            return
     made = reports_of(folder)
     last = {METRIC: made[-1][METRIC]} if made and made[-1][STEP] == result["step"] else {}
     tune.report({STEP: result["step"], **last})
+
+
+class _Stopped(BaseException):
+    """The driver has asked this trial to end."""
+
+
+@contextlib.contextmanager
+def _stoppable(path: Path) -> Iterator[None]:
+    """Raise ``_Stopped`` in this thread when the driver puts the file ``path`` there.
+
+    Tune asks a trial to stop only when it reports, and kills its process ten seconds later. Here
+    it leaves what it does at once and in order: checkpoints are whole or not there at any moment.
+    """
+    over, target = threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if path.exists():
+                raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                raise_in(ctypes.c_ulong(target), ctypes.py_object(_Stopped))
+                return
+
+    thread = threading.Thread(target=watch, name="stop-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _report(made: dict[str, Any]) -> None:
@@ -171,10 +204,18 @@ class Listener(tune.Callback):
 
 
 class Interrupt(Stopper):
-    """Ends a sweep in order on the first Ctrl-C or SIGTERM; a second one ends it at once."""
+    """Ends a sweep in order on the first Ctrl-C or SIGTERM; a second one ends it at once.
 
-    def __init__(self) -> None:
+    Args:
+        on_ask: called on the first one, in the signal handler.
+    """
+
+    def __init__(self, on_ask: Callable[[], None]) -> None:
         self.wanted = False
+        self._on_ask = on_ask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"wanted": self.wanted}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -195,6 +236,7 @@ class Interrupt(Stopper):
                 raise KeyboardInterrupt
             self.wanted = True
             console.note("stopping the trials; the same command goes on with them")
+            self._on_ask()
 
         before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -284,7 +326,7 @@ def quiet_environment() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def leave_no_placement_group(ray: Any, patience_s: float = 15.0) -> int:
+def leave_no_placement_group(ray: Any, patience_s: float) -> int:
     """Wait until no placement group of this driver is left; remove those that stay. How many.
 
     Tune removes its own, Ray Train's controllers theirs, some seconds after they end.
@@ -302,15 +344,25 @@ def leave_no_placement_group(ray: Any, patience_s: float = 15.0) -> int:
 
 def placement_groups(ray: Any) -> list[str]:
     """Ids of the placement groups of this driver that hold or wait for resources."""
+    from ray.util.placement_group import placement_group_table
     from ray.util.state import list_placement_groups
+    from ray.util.state.exception import RayStateApiException
 
     here = ray.get_runtime_context()
-    # Without the address it refuses to answer when several Rays run on one machine.
-    groups = list_placement_groups(
-        address=here.gcs_address,
-        filters=[("creator_job_id", "=", here.get_job_id()), ("state", "!=", "REMOVED")],
-        limit=1000,
-    )
+    try:
+        # Without the address it refuses to answer when several Rays run on one machine.
+        groups = list_placement_groups(
+            address=here.gcs_address,
+            filters=[("creator_job_id", "=", here.get_job_id()), ("state", "!=", "REMOVED")],
+            limit=1000,
+        )
+    except RayStateApiException:
+        # A Ctrl-C in a terminal also ends the dashboard of an embedded Ray, which is ours alone.
+        if os.environ.get("RAY_ADDRESS"):
+            console.warn("Ray does not say which placement groups are left: its dashboard is away")
+            return []
+        table = placement_group_table()
+        return [name for name, group in table.items() if group["state"] != "REMOVED"]
     return [group.placement_group_id for group in groups]
 
 
