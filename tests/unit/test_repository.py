@@ -137,11 +137,18 @@ def test_the_help_of_a_command_imports_nothing_heavy(name: str) -> None:
 def test_presets_parse(path: Path) -> None:
     """The folder of a preset says which command reads it."""
     from pipelines.growth.settings import GrowConfig
-    from pipelines.training.settings import FinetuneConfig
+    from pipelines.training.settings import FinetuneConfig, PretrainConfig
     from sweeps.settings import SweepConfig
+    from sweeps.study_settings import StudyConfig
 
-    kinds: dict[str, type] = {"grow": GrowConfig, "sweeps": SweepConfig}
-    kind = kinds.get(path.parent.name, FinetuneConfig)
+    kinds: dict[str, type] = {
+        "grow": GrowConfig,
+        "pretrain": PretrainConfig,
+        "studies": StudyConfig,
+        "sweeps": SweepConfig,
+    }
+    place = path.relative_to(ROOT / "configs")
+    kind = kinds.get(place.parts[0].removesuffix(".yaml"), FinetuneConfig)
     made = config.parse(kind, ["--config", str(path)], prog="skillnet")
     if isinstance(made, FinetuneConfig):
         assert set(made.tasks) <= set(made.model.tasks)
