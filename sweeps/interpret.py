@@ -135,16 +135,18 @@ def _log(files: list[Path], run_id: str, uri: str | None) -> None:
 def knockout_cells(
     rows: list[dict[str, Any]], skills: tuple[str, ...]
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells for the terminal: points lost, a skill that is put in marked with +."""
+    """Columns and cells for the terminal: points lost, in brackets where a skill is put in."""
+    from sweeps.knockout import PUT_IN, SWAPPED
+
     cells: dict[str, list[str]] = {}
     for row in rows:
         line = cells.setdefault(row["task"], [row["task"], *[""] * len(skills)])
-        if row["change"] == "swapped":
+        if row["change"] == SWAPPED:
             continue
-        mark = "+" if row["change"] == "put in" else ""
         text = "n/a" if row["lost"] is None else f"{100 * row['lost']:.1f}"
         sure = row["lost"] is not None and (row["low"] > 0 or row["high"] < 0)
-        line[1 + skills.index(row["skill"])] = mark + text + ("*" if sure else "")
+        text += "*" if sure else ""
+        line[1 + skills.index(row["skill"])] = f"({text})" if row["change"] == PUT_IN else text
     return ["task", *skills], list(cells.values())
 
 
@@ -167,8 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     console.table(
         f"{made.model}: points lost on {config.split}",
         *knockout_cells(made.knockout, made.skills),
-        caption="plain: an active skill is left out; +: another is put in; *: the 95 % interval "
-        "excludes 0",
+        caption="an active skill is left out, (another is put in); *: the interval excludes 0",
     )
     console.note(f"the page is {files[0]}")
     return 0

@@ -122,7 +122,7 @@ def gradient_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
             if np.isnan(values[place]):
                 _nothing(axes, place, "")
             else:
-                text = f"{100 * values[place]:.3g} %" if values[place] >= 0.01 else "< 1 %"
+                text = f"{100 * values[place]:.1f} %" if values[place] >= 0.01 else "< 1 %"
                 _say(axes, place, text, image, float(values[place]))
     _frame(left, [_plain(task) for task in tasks], skills)
     _frame(right, [""] * len(tasks), ["all skills", "shared", "stems", "head"])

@@ -1,6 +1,7 @@
 """What skills do, on models where the answer is known beforehand."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 from sweeps.gradient_share import gradient_share
+from sweeps.interpret import knockout_cells, main
 from sweeps.interpretation import caption_of, interpret
 from sweeps.knockout import LEFT_OUT, PUT_IN, SWAPPED, changes, knockout_table
 from sweeps.similarity import CKA, UNTRAINED, WEIGHTS, linear_cka, skill_similarity
@@ -245,3 +247,24 @@ def test_everything_is_written_and_drawn(data: Path, model: SkillNet, tmp_path: 
     lines = (tmp_path / "out" / "knockout.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + len(made.knockout)
     assert lines[0].startswith("task,split,change,skill,other,metric")
+
+
+def test_command_line(
+    data: Path, model: SkillNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), "--data", str(data), "--output", str(tmp_path / "out")]
+    words += ["--tasks", "text_classification", "--swaps", "false"]
+    words += ["--tokens", "40", "--batches", "1", "--samples", "5"]
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {row["change"] for row in said["knockout"]} == {LEFT_OUT, PUT_IN}
+    assert said["files"][0].endswith("interpretation.html")
+    assert main([*words, "--split", "tset"]) == 2
+    assert "split 'tset'" in capsys.readouterr().err
+    assert main([*words, "--samples", "0"]) == 2
+    columns, cells = knockout_cells(said["knockout"], model.config.skills)
+    assert columns == ["task", *model.config.skills]
+    (line,) = cells
+    bracketed = {skill for skill, cell in zip(columns[1:], line[1:], strict=True) if "(" in cell}
+    assert bracketed == set(model.config.skills) - {"general", "text"}
