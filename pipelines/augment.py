@@ -31,6 +31,10 @@ class Draws:
     def __init__(self, key: Sequence[int | str], count: int, mine: slice) -> None:
         self._key, self._count, self._mine = tuple(key), count, mine
 
+    def branch(self, name: str) -> "Draws":
+        """Further draws of the same rows, for a second change of them."""
+        return Draws((*self._key, name), self._count, self._mine)
+
     def uniform(self, name: str, *shape: int) -> np.ndarray:
         """(B, *shape) float32 in [0, 1). ``shape`` must not hang on the rank's rows."""
         random = generator(*self._key, name)

@@ -108,7 +108,16 @@ class TaskRows:
         self._model, self._first_caption = model, settings.first_caption
         tokenizer = corpus.manifest.get("tokenizer") or {}
         words = int(tokenizer.get("vocab_size", model.vocab_size))
-        self._hide = masking.Hider(model, masks or MaskConfig(), words, self.limit)
+        self.views = settings.views
+        if self.views and {plan.modality for plan in task.towers.values()} != {self.plan.modality}:
+            raise UserError(
+                f"tasks.{name}.views needs a retrieval task whose towers both read "
+                f"{self.plan.modality}: a row is compared with itself"
+            )
+        masks = masks or MaskConfig()
+        if self.views:
+            masks = masks.for_views()
+        self._hide = masking.Hider(model, masks, words, self.limit)
         self._columns: dict[str, Column] = {}
 
     def lengths(self) -> np.ndarray | None:
@@ -132,6 +141,8 @@ class TaskRows:
                 end, with the first caption.
             config: augmentation; used with ``draws``.
         """
+        if self.views:
+            return self._two_views(rows, draws or Draws(("views",), len(rows), slice(None)), config)
         if self.task.objective == "masked":
             return self._masked(rows, draws or Draws(("masks",), len(rows), slice(None)), config)
         towers = {self.own: self.inputs(rows, draws, config)}
@@ -187,6 +198,21 @@ class TaskRows:
         inputs = self.inputs(rows, draws, config)
         inputs, targets = self._hide(self.plan.modality, inputs, draws)
         return {self.own: inputs}, targets
+
+    def _two_views(
+        self, rows: np.ndarray, draws: Draws, config: AugmentConfig | None
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Each row twice, changed and hidden in part by draws of its own."""
+        towers = {}
+        for tower in ("query", "candidate"):
+            own = draws.branch(tower)
+            hidden, _ = self._hide(self.plan.modality, self.inputs(rows, own, config), own)
+            del hidden["masked"]
+            towers[tower] = hidden
+        groups = np.full(len(rows), -1)
+        if "group" in self._table.column_names:
+            groups = self._fixed("group").take(rows)
+        return towers, {"groups": _tensor(groups)}
 
     def _queries(
         self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None

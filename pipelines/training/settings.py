@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from skillnet.config import SkillNetConfig
-from skillnet.skills import SkillPlan, Task, default_tasks, masked_tasks
+from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
 from skillnet_platform.config import aliased
 from skillnet_platform.tracking import TrackingConfig
 
@@ -71,6 +71,7 @@ class MaskConfig:
         video: share of a clip's tubelets (VideoMAE, Tong et al. 2022: 0.75 to 0.9).
         video_tubes: hide the same places in all frames, as VideoMAE does; else any tubelets.
         sound: share of a recording (wav2vec 2.0, Baevski et al. 2020: about a half).
+        views: share of the tokens hidden of each of the two views of a row.
         sound_span: tokens of one hidden span of sound. A token is ``model.mel_stack`` frames of
             10 ms; wav2vec 2.0's spans last 200 ms.
     """
@@ -82,9 +83,10 @@ class MaskConfig:
     video_tubes: bool = True
     sound: float = 0.5
     sound_span: int = 5
+    views: float = 0.25
 
     def __post_init__(self) -> None:
-        for key in ("text", "code", "image", "video", "sound"):
+        for key in ("text", "code", "image", "video", "sound", "views"):
             if not 0 < getattr(self, key) < 1:
                 raise ValueError(
                     f"training.masking.{key} must be above 0 and below 1, got {getattr(self, key)}"
@@ -93,6 +95,13 @@ class MaskConfig:
             raise ValueError(
                 f"training.masking.sound_span must be at least 1, got {self.sound_span}"
             )
+
+    def for_views(self) -> "MaskConfig":
+        """The same small share of every modality, anywhere: what two views hide."""
+        share = self.views
+        return replace(
+            self, text=share, code=share, image=share, video=share, sound=share, video_tubes=False
+        )
 
 
 @dataclass
@@ -113,6 +122,9 @@ class TaskTraining:
             evaluated with; the others take any of its captions. Retrieval only.
         auxiliary: it only helps the others to learn: it is not evaluated, and the final model
             does without its head.
+        views: the query is no caption but the row itself, as is the candidate; each is changed
+            and hidden in part anew (SimCLR, Chen et al. 2020). Retrieval only, towers of the
+            corpus' modality.
         measured_only: it takes no steps and is evaluated beside the others, as are the tasks
             that a model had before it was grown.
     """
@@ -125,6 +137,7 @@ class TaskTraining:
     smoothing: float = 0.0
     first_caption: float = 0.0
     auxiliary: bool = False
+    views: bool = False
     measured_only: bool = False
 
     def __post_init__(self) -> None:
@@ -301,10 +314,24 @@ def contrastive_training() -> dict[str, TaskTraining]:
     }
 
 
+def views_training() -> dict[str, TaskTraining]:
+    """Two views of a row as a pair, on the pretraining part of the built-in corpora."""
+    more: dict[str, Any] = {"split": "pretraining", "auxiliary": True, "views": True}
+    return {
+        "views_image": TaskTraining("drawings", 0.2, 96, **more),
+        "views_video": TaskTraining("strokes", 0.2, 64, **more),
+        "views_code": TaskTraining("functions", 0.15, 64, max_length=96, **more),
+    }
+
+
 def _pretraining_model() -> SkillNetConfig:
-    plan = SkillPlan(("general", "text", "alignment"), "text")
-    words = Task("retrieval", {"query": plan, "candidate": plan})
-    return SkillNetConfig(tasks=masked_tasks() | default_tasks() | {"text_to_definition": words})
+    def alike(modality: Modality) -> Task:
+        plan = SkillPlan(("general", modality, "alignment"), modality)
+        return Task("retrieval", {"query": plan, "candidate": plan})
+
+    pairs = {f"views_{modality}": alike(modality) for modality in MODALITIES}
+    pairs["text_to_definition"] = alike("text")
+    return SkillNetConfig(tasks=masked_tasks() | default_tasks() | pairs)
 
 
 @dataclass
@@ -328,16 +355,22 @@ class PretrainConfig(FinetuneConfig):
         evaluate: measure the final model on the validation splits.
         contrastive: train on the pairs that corpora hold as well: captions with drawings, clips
             and functions of the training splits, words with their definitions.
+        views: tell rows of drawings, clips and functions from one another by two changed views of
+            each, with the plans of the retrieval tasks.
     """
 
     model: SkillNetConfig = field(default_factory=_pretraining_model)
     tasks: dict[str, TaskTraining] = field(default_factory=default_masked_training)
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(register=False))
     contrastive: bool = False
+    views: bool = False
 
     def joint(self) -> FinetuneConfig:
         """The joint training run that this is: its tasks, and a model of only these."""
-        tasks = (contrastive_training() if self.contrastive else {}) | self.tasks
+        more = (contrastive_training() if self.contrastive else {}) | (
+            views_training() if self.views else {}
+        )
+        tasks = more | self.tasks
         known = {name: task for name, task in self.model.tasks.items() if name in tasks}
         model = replace(self.model, tasks=known)
         kept = {f.name: getattr(self, f.name) for f in fields(FinetuneConfig)}

@@ -2,6 +2,9 @@
 
 They live in one module, but no two tasks share a parameter, and clipping, weight decay and the
 optimiser act on a step's own parameters: each is trained exactly as if it were alone.
+
+Self-supervised tasks are no tasks of a specialist but its pretraining: all those of a modality
+train one encoder, from which the towers of that modality later start.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ from skillnet.baselines.families import FAMILIES
 from skillnet.baselines.towers import Tower
 from skillnet.config import SkillNetConfig
 from skillnet.layers import check_free
-from skillnet.skills import MODALITIES, Modality, find_task, nearest
+from skillnet.skills import MODALITIES, Modality, Task, find_task, nearest
 from skillnet.systems import System
 from skillnet.task_model import Batch, TaskModel, Tokens
 
@@ -78,8 +81,20 @@ class SpecialistOptions:
         return FAMILIES[getattr(self, modality)]
 
 
+def pretrains(task: Task) -> Modality | None:
+    """The modality whose encoder a self-supervised task trains; none for the task of a specialist.
+
+    Self-supervised are masked modelling and pairs within one modality: two views of a row, a word
+    and its definition.
+    """
+    modalities = {plan.modality for plan in task.towers.values()}
+    if task.objective in ("masked", "retrieval") and len(modalities) == 1:
+        return modalities.pop()
+    return None
+
+
 class Specialist(TaskModel):
-    """An encoder of a library for each tower of each task."""
+    """An encoder of a library for each tower of each task, and one a modality in pretraining."""
 
     system = "specialist"
 
@@ -87,7 +102,13 @@ class Specialist(TaskModel):
         options = options or SpecialistOptions()
         super().__init__(config, options)
         self.towers = nn.ModuleDict()
+        self.pretrained = nn.ModuleDict()
         for name, task in config.tasks.items():
+            modality = pretrains(task)
+            if modality is not None:
+                if modality not in self.pretrained:
+                    self.pretrained[modality] = self._tower(modality, options)
+                continue
             check_free(self.towers, name, "task")
             self.towers[name] = nn.ModuleDict(
                 {t: self._tower(plan.modality, options) for t, plan in task.towers.items()}
@@ -109,9 +130,9 @@ class Specialist(TaskModel):
 
     def tower(self, task: str, tower: str) -> Tower:
         """The encoder of a task's tower."""
-        find_task(task, self.config.tasks)
-        found: Any = self.towers[task]
-        return found[tower]
+        modality = pretrains(find_task(task, self.config.tasks))
+        found: Any = self.towers[task][tower] if modality is None else self.pretrained[modality]  # type: ignore[index]
+        return found
 
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
         """Encoded tokens (B, T, D) on the grid of SkillNet's stem for that modality."""
@@ -124,26 +145,35 @@ class Specialist(TaskModel):
     # -- ownership -------------------------------------------------------------------------
 
     def owner(self, name: str) -> str:
-        """File of a parameter: ``specialist-TASK-TOWER`` or ``head-TASK``."""
+        """File: ``specialist-TASK-TOWER``, ``pretrained-MODALITY`` or ``head-TASK``."""
         parts = name.split(".")
-        return f"head-{parts[1]}" if parts[0] == "heads" else f"specialist-{parts[1]}-{parts[2]}"
+        if parts[0] == "towers":
+            return f"specialist-{parts[1]}-{parts[2]}"
+        return f"head-{parts[1]}" if parts[0] == "heads" else f"pretrained-{parts[1]}"
 
     def touches(self, name: str, task: str) -> bool:
-        """True for what is the task's own: nothing is shared."""
-        return name.split(".")[1] == task
+        """True for what is the task's own, or what it pretrains: tasks share nothing."""
+        kind, of = name.split(".")[:2]
+        if kind == "pretrained":
+            return pretrains(find_task(task, self.config.tasks)) == of
+        return of == task
 
     def forget(self, task: str) -> None:
-        """Drop the task's encoders and head."""
+        """Drop the task's encoders and head, and an encoder that no task pretrains any more."""
         super().forget(task)
-        del self.towers[task]
+        if task in self.towers:
+            del self.towers[task]
+        kept = {pretrains(other) for other in self.config.tasks.values()}
+        for modality in set(self.pretrained) - kept:
+            del self.pretrained[modality]
 
     def counterpart(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """The same parameter, or the one of the encoder pretrained on masks of the modality."""
+        """The same parameter, or the one of the encoder that was pretrained for the modality."""
         parts = name.split(".")
         if parts[0] != "towers" or name in tensors:
             return name
         plan = self.config.tasks[parts[1]].towers[parts[2]]
-        return ".".join(["towers", f"masked_{plan.modality}", "input", *parts[3:]])
+        return ".".join(["pretrained", plan.modality, *parts[3:]])
 
 
 def configure(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetConfig:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.augment import Draws
 from pipelines.pretrain import joint_run
 from pipelines.shards import open_corpus
 from pipelines.task_rows import splits_of
@@ -172,6 +173,38 @@ def test_the_switch_adds_pairs_of_training_rows(data: Path) -> None:
         }
     without = joint_run(small_pretraining(data))
     assert set(without.model.tasks) == set(TASKS)
+
+
+def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
+    config = small_pretraining(data)
+    config.views = True
+    joint = joint_run(config)
+    names = {"views_image", "views_video", "views_code"}
+    assert set(joint.tasks) == set(TASKS) | names
+    assert names.isdisjoint(joint.measured)
+    stream = open_stream(joint)
+    for name in names:
+        rows = stream.rows[name]
+        assert rows.where.endswith("pretrain+train")
+        picked, draws = np.arange(6), Draws((0, "rows", 3), 6, slice(None))
+        towers, targets = rows.load(picked, draws, joint.training.augment)
+        (key,) = towers["query"]
+        query, candidate = towers["query"][key], towers["candidate"][key]
+        assert query.shape == candidate.shape
+        assert (query.flatten(1) != candidate.flatten(1)).any(1).all()
+        assert len(targets["groups"]) == 6
+        again, _ = rows.load(
+            picked[2:4], Draws((0, "rows", 3), 6, slice(2, 4)), joint.training.augment
+        )
+        width = again["query"][key].shape[1]  # sequences are padded to the longest of their batch
+        assert torch.equal(again["query"][key], query[2:4, :width])
+
+
+def test_views_of_captions_are_refused(data: Path) -> None:
+    config = small_pretraining(data)
+    config.tasks["text_to_image"] = TaskTraining("drawings", views=True)
+    with pytest.raises(UserError, match=r"tasks\.text_to_image\.views .* both read image"):
+        open_stream(joint_run(config))
 
 
 def test_a_configuration_comes_back_from_yaml() -> None:

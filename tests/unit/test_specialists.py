@@ -16,7 +16,7 @@ from skillnet.accounting import account_task
 from skillnet.baselines import matching
 from skillnet.baselines.specialists import SPECIALIST, Specialist, SpecialistOptions
 from skillnet.growth import remove_task
-from skillnet.skills import masked_tasks
+from skillnet.skills import SkillPlan, Task, masked_tasks
 from skillnet.systems import build_system, load
 from tests.small_corpora import small_config as small_run
 from tests.small_corpora import write_corpora
@@ -123,17 +123,31 @@ def test_towers_start_from_the_encoder_pretrained_on_their_modality() -> None:
     for name, parameter in model.named_parameters():
         if name.startswith("towers.text_to_image.query."):
             assert torch.equal(
-                parameter, source[name.replace("text_to_image.query", "masked_text.input")]
+                parameter, source[name.replace("towers.text_to_image.query", "pretrained.text")]
             )
         if name.startswith("towers.text_to_code.candidate."):
             assert torch.equal(
-                parameter, source[name.replace("text_to_code.candidate", "masked_code.input")]
+                parameter, source[name.replace("towers.text_to_code.candidate", "pretrained.code")]
             )
         if name in fresh:
             assert torch.equal(parameter, before[name])
     other = specialist(tasks=masked_tasks(), options={"hidden": 12})
     with pytest.raises(ValueError, match="give both the same model section"):
         model.adopt(dict(other.named_parameters()))
+
+
+def test_self_supervised_tasks_of_a_modality_train_one_encoder() -> None:
+    plan = SkillPlan(("general", "image", "alignment"), "image")
+    views = Task("retrieval", {"query": plan, "candidate": plan})
+    model = specialist(tasks=masked_tasks() | {"views_image": views})
+    files = {task: set(model.files_of(task)) for task in model.config.tasks}
+    assert files["views_image"] == {"pretrained-image", "head-views_image"}
+    assert files["masked_image"] == {"pretrained-image", "head-masked_image"}
+    assert model.tower("views_image", "query") is model.tower("masked_image", "input")
+    remove_task(model, "views_image")
+    assert "pretrained-image" in model.files_of()
+    remove_task(model, "masked_image")
+    assert "pretrained-image" not in model.files_of()
 
 
 @pytest.mark.parametrize("modality", ["text", "code", "image", "sound", "video"])
