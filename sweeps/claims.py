@@ -116,7 +116,7 @@ def _specialists(of: Comparison, rules: ClaimsConfig, suffix: str) -> Claim:
         if change[1] >= -rules.margin:
             parts.append(Part(words_of, True))
         else:
-            lost = test is not None and test.significant and change[0] < 0
+            lost = test.significant and change[0] < 0
             parts.append(Part(words_of, False if lost else None))
     value = of.relative[own].value
     shown = True if value.low >= rules.relative else False if value.high < rules.relative else None
@@ -224,28 +224,20 @@ def _best(of: Comparison, base: str) -> str | None:
 def _ahead(of: Comparison, own: str, other: str, task: str) -> Part:
     """``own`` has the higher score: shown, refuted, or neither."""
     change, test = _change(of, own, other, task)
-    shown = None
-    if test is not None and test.significant:
-        shown = change[0] > 0
-    corrected = "" if test is None else f", p {_equals(test.corrected)}"
-    return Part(f"{task}: {_in_points(change)}{corrected}", shown)
+    shown = change[0] > 0 if test.significant else None
+    return Part(f"{task}: {_in_points(change)}, p {_equals(test.corrected)}", shown)
 
 
 def _change(
     of: Comparison, own: str, other: str, task: str
-) -> tuple[tuple[float, float, float], Test | None]:
+) -> tuple[tuple[float, float, float], Test]:
     """(difference, low, high) of ``own`` less ``other``, and the test behind it."""
     test = of.test(own, other, task)
     if test is not None:
         return (test.change.value, test.change.low, test.change.high), test
     test = of.test(other, own, task)
-    if test is not None:
-        return (-test.change.value, -test.change.high, -test.change.low), test
-    from sweeps import statistics
-
-    left, right = of.samples[own, task, "test"], of.samples[other, task, "test"]
-    value = statistics.estimate(statistics.difference(left, right))
-    return (value.value, value.low, value.high), None
+    assert test is not None, f"{own} and {other} were not tested on {task}"
+    return (-test.change.value, -test.change.high, -test.change.low), test
 
 
 def _winner(of: Comparison, pairs: Sequence[tuple[str, str]], task: str) -> str | None:

@@ -14,7 +14,7 @@ from pipelines.reporting import in_order
 from skillnet_platform.errors import UserError
 from sweeps import statistics
 from sweeps.runs import PRETRAINED, FinishedRun, check_comparable
-from sweeps.statistics import Estimate, Sample
+from sweeps.statistics import Estimate, Sample, Spread
 from sweeps.trial import PRIMARY
 
 SPLIT = "test"
@@ -145,6 +145,8 @@ def compare(
     """
     if not runs:
         raise UserError("there are no finished runs to compare")
+    if reference == specialist:
+        raise UserError(f"reference and specialist are both {reference!r}; name two systems")
     check_comparable(runs)
     systems: dict[str, list[FinishedRun]] = {}
     for run in runs:
@@ -163,12 +165,19 @@ def compare(
         raise UserError("the systems have no task in common that was measured on the split test")
     for label in systems:
         samples[label, MEAN, SPLIT] = statistics.mean([samples[label, t, SPLIT] for t in common])
-    most = {"least": 0.0, "most": 1.0}
+    spreads = {
+        key: statistics.pool([sample for own, sample in samples.items() if own[1:] == key])
+        for key in dict.fromkeys(key[1:] for key in samples)
+    }
     scores = {
-        key: statistics.estimate(
-            sample, **(most if metrics.get(key[1]) != "token_error_rate" else {"most": 1.0})
+        (label, task, split): statistics.estimate(
+            sample,
+            spreads[task, split],
+            # More symbols may be wrong than there are: that score has no lower end.
+            least=-np.inf if metrics.get(task) == "token_error_rate" else 0.0,
+            most=1.0,
         )
-        for key, sample in samples.items()
+        for (label, task, split), sample in samples.items()
     }
     return Comparison(
         systems,
@@ -181,7 +190,7 @@ def compare(
         samples,
         scores,
         _relative(samples, list(systems), common, specialist),
-        _tests(samples, list(systems), [*tasks, MEAN], reference),
+        _tests(samples, spreads, list(systems), [*tasks, MEAN], reference),
         _costs(systems, tasks, common),
     )
 
@@ -225,7 +234,7 @@ def _relative(
     common: Sequence[str],
     specialist: str,
 ) -> dict[str, Relative]:
-    found = {}
+    means: dict[str, tuple[str, Sample]] = {}
     for label in labels:
         against = variant(specialist, label, labels)
         if against is None:
@@ -234,12 +243,17 @@ def _relative(
             statistics.ratio(samples[label, task, SPLIT], samples[against, task, SPLIT])
             for task in common
         ]
-        found[label] = Relative(against, statistics.estimate(statistics.mean(ratios)))
-    return found
+        means[label] = (against, statistics.mean(ratios))
+    spread = statistics.pool([own for label, (against, own) in means.items() if label != against])
+    return {
+        label: Relative(against, statistics.estimate(own, spread if label != against else None))
+        for label, (against, own) in means.items()
+    }
 
 
 def _tests(
     samples: Mapping[tuple[str, str, str], Sample],
+    spreads: Mapping[tuple[str, str], Spread | None],
     labels: Sequence[str],
     tasks: Sequence[str],
     reference: str,
@@ -259,8 +273,11 @@ def _tests(
             if left is None or right is None:
                 continue
             change = statistics.difference(left, right)
-            estimate = statistics.estimate(change)
-            found.append((kind, label, against, task, estimate, statistics.p_value(change)))
+            pooled = spreads[task, SPLIT]
+            spread = pooled.of_difference() if pooled else None
+            estimate = statistics.estimate(change, spread)
+            p = statistics.p_value(change, spread)
+            found.append((kind, label, against, task, estimate, p))
     corrected = statistics.holm([p for *_, p in found])
     return [Test(*values, both) for values, both in zip(found, corrected, strict=True)]
 

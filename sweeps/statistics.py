@@ -7,9 +7,13 @@ model y[s, n] = mean + seed[s] + row[n] + rest[s, n], whose variance of the mean
     (MS_seed + max(MS_row - MS_rest, 0)) / (S N)
 
 with Satterthwaite's degrees of freedom: the analysis of several readers and many cases
-(source: Dorfman, Berbaum & Metz 1992; degrees of freedom: Hillis 2007). A plain crossed
-bootstrap draws 2 or 3 seeds from 2 or 3 and covers too little where seeds differ; see
-``docs/comparison.md`` for the measured coverage of both.
+(source: Dorfman, Berbaum & Metz 1992; degrees of freedom: Hillis 2007).
+
+Two or three seeds say little of how much seeds matter: by chance they may agree, and a test would
+be sure of itself for no reason. So the spread over seeds is pooled over the systems of a study
+(:class:`Spread`), as in any analysis of variance, and a system's own spread counts where it is
+larger. ``docs/comparison.md`` has the measured coverage and false alarms of this, of each
+system's own spread, and of a crossed bootstrap.
 
 A :class:`Sample` is any figure that every run has, together with what each row adds to it. Means
 over tasks, ratios to a baseline and differences are again samples, so one estimator serves all.
@@ -38,7 +42,8 @@ class Estimate(NamedTuple):
         high: upper bound of the interval.
         error: standard error.
         freedom: degrees of freedom of the error.
-        seeds: number of seeds. With one, error and interval are over test rows only.
+        seeds: number of seeds. With one, and no spread known from other systems, error and
+            interval are over test rows only.
     """
 
     value: float
@@ -47,6 +52,22 @@ class Estimate(NamedTuple):
     error: float
     freedom: float
     seeds: int
+
+
+class Spread(NamedTuple):
+    """How much one run's figure varies over seeds, from the runs of several systems.
+
+    Args:
+        variance: of one run's figure.
+        freedom: degrees of freedom behind it.
+    """
+
+    variance: float
+    freedom: float
+
+    def of_difference(self) -> "Spread":
+        """The spread of the difference of two systems' runs."""
+        return Spread(2 * self.variance, self.freedom)
 
 
 @dataclass(frozen=True)
@@ -167,22 +188,39 @@ def _sum_rows(
 # -- estimates and tests -------------------------------------------------------------------
 
 
+def pool(samples: Sequence[Sample]) -> Spread | None:
+    """The spread over seeds that systems have in common; none without repeated runs."""
+    parts = [(_variance(each.values), len(each.seeds) - 1) for each in samples]
+    freedom = sum(own for _, own in parts)
+    if not freedom:
+        return None
+    return Spread(sum(variance * own for variance, own in parts if own) / freedom, freedom)
+
+
 def estimate(
     of: Sample,
+    spread: Spread | None = None,
     level: float = LEVEL,
     least: float = -np.inf,
     most: float = np.inf,
 ) -> Estimate:
-    """Mean over seeds with its interval; bounds are cut at ``least`` and ``most``."""
-    value, error, freedom = _error(of)
+    """Mean over seeds with its interval; bounds are cut at ``least`` and ``most``.
+
+    Args:
+        of: the figure of each run.
+        spread: over seeds, pooled; none takes the sample's own.
+        level: share of intervals that shall hold the truth.
+        least, most: ends of the figure's scale.
+    """
+    value, error, freedom = _error(of, spread)
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * error if error else 0.0 * error
     low, high = (float(np.clip(x, least, most)) for x in (value - half, value + half))
     return Estimate(value, low, high, error, freedom, len(of.seeds))
 
 
-def p_value(of: Sample, null: float = 0.0) -> float:
-    """Two-sided p-value of "the mean is ``null``" (Student's t)."""
-    value, error, freedom = _error(of)
+def p_value(of: Sample, spread: Spread | None = None, null: float = 0.0) -> float:
+    """Two-sided p-value of "the mean is ``null``" (Student's t); see :func:`estimate`."""
+    value, error, freedom = _error(of, spread)
     if np.isnan(value) or np.isnan(error):
         return float("nan")
     if error == 0:
@@ -190,16 +228,22 @@ def p_value(of: Sample, null: float = 0.0) -> float:
     return float(2 * stats.t.sf(abs(value - null) / error, freedom))
 
 
-def _error(of: Sample) -> tuple[float, float, float]:
+def _variance(values_S: NDArray[np.float64]) -> float:
+    # A float's rounding is no spread: equal seeds shall give exactly none.
+    if len(values_S) < 2 or np.ptp(values_S) == 0:
+        return 0.0
+    return float(values_S.var(ddof=1))
+
+
+def _error(of: Sample, spread: Spread | None) -> tuple[float, float, float]:
     """Mean, standard error, degrees of freedom."""
     count = len(of.seeds)
     value = float(of.values.mean())
     variances, squares = [], []
-    if count > 1:
-        # A float's rounding is no spread: equal seeds shall give exactly none.
-        spread = 0.0 if np.ptp(of.values) == 0 else float(of.values.var(ddof=1))
-        variances.append(spread / count)
-        squares.append(variances[-1] ** 2 / (count - 1))
+    if count > 1 or spread is not None:
+        known = spread or Spread(0.0, count - 1)
+        variances.append(max(_variance(of.values), known.variance) / count)
+        squares.append(variances[-1] ** 2 / known.freedom)
     for part in of.rows.values():
         rows = part.shape[1]
         mean_N = part.mean(0)

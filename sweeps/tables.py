@@ -77,7 +77,8 @@ def score_table(of: Comparison) -> Table:
         "Results on held-out rows",
         columns,
         rows,
-        f"Mean over seeds with the 95 % interval over seeds and test rows; per cent. {MORE} and "
+        "Mean over seeds with the 95 % interval over seeds and test rows, the spread over seeds "
+        f"pooled over systems; per cent. {MORE} and "
         f"{LESS}: significantly better or worse than {of.reference} of the same pretraining "
         f"(paired over rows and seeds, Holm's correction over {len(of.tests)} tests, 5 %). Bold: "
         "best of its column. Score: accuracy, 1 − token error rate, recall at 10; the mean is "
@@ -204,7 +205,8 @@ def test_table(of: Comparison) -> Table:
         "All tests",
         ["system", "less", "task", "points (95 % interval)", "p", "p, corrected", "significant"],
         rows,
-        "Difference of scores, paired over rows and seeds; Student's t with Satterthwaite's "
+        "Difference of scores, paired over rows and seeds; Student's t, spread over seeds pooled "
+        "over systems, Satterthwaite's "
         f"degrees of freedom; Holm's correction over these {len(of.tests)} tests.",
         aside=True,
     )
@@ -325,8 +327,8 @@ def _pretraining_time(runs: Sequence[FinishedRun]) -> str:
 
 
 def _seeds_warning(of: Comparison) -> str:
-    if of.seeds == 1:
+    if all(len(runs) == 1 for runs in of.systems.values()):
         return " One seed: intervals are over test rows only and say nothing about other seeds."
-    if of.seeds == 2:
-        return " Two seeds: intervals are too short where seeds differ much."
+    if of.seeds < 3:
+        return " Below three seeds nothing is decided: their spread is hardly known."
     return ""

@@ -83,6 +83,43 @@ def test_a_large_effect_is_found_and_pairing_by_row_helps():
     assert paired < 0.7 * apart
 
 
+def false_alarms(level: float, pooled: bool, trials: int = 400) -> float:
+    """Share of tests of equal systems, three seeds each, that a study of six calls significant."""
+    random = np.random.default_rng(3)
+    alarms = []
+    for _ in range(trials):
+        row_N = random.normal(0, 1, ROWS)
+        study = [as_sample(world(random, 3, by_seed=0.15, row_N=row_N)) for _ in range(6)]
+        spread = st.pool(study)
+        assert spread is not None
+        told = spread.of_difference() if pooled else None
+        alarms += [st.p_value(st.difference(x, study[0]), told) <= level for x in study[1:]]
+    return float(np.mean(alarms))
+
+
+def test_pooling_the_spread_over_seeds_ends_false_certainty():
+    """A correction for many tests looks at small p-values: these must be right."""
+    assert false_alarms(0.002, pooled=True) <= 0.004
+    assert false_alarms(0.05, pooled=True) <= 0.06
+    assert false_alarms(0.002, pooled=False) >= 0.008
+
+
+def test_a_pooled_spread_by_hand():
+    rows = {"t": np.zeros((3, 4))}
+    one = st.Sample((0, 1, 2), np.array([0.1, 0.2, 0.3]), rows)
+    two = st.Sample((0, 1), np.array([0.5, 0.5]), {"t": np.zeros((2, 4))})
+    alone = st.Sample((0,), np.array([0.7]), {"t": np.zeros((1, 4))})
+    spread = st.pool([one, two, alone])
+    assert spread == pytest.approx((2 * 0.01 / 3, 3))
+    assert st.pool([alone]) is None
+    # A system that varies more counts with its own variance, one that varies less with the pool's.
+    assert st.estimate(one, spread).error == pytest.approx(np.sqrt(0.01 / 3))
+    assert st.estimate(two, spread).error == pytest.approx(np.sqrt(0.02 / 3 / 2))
+    assert st.estimate(alone, spread).error == pytest.approx(np.sqrt(0.02 / 3))
+    assert st.estimate(two, spread).freedom == 3
+    assert spread.of_difference().variance == 2 * spread.variance
+
+
 def test_one_estimate_by_hand():
     """Two seeds, three rows: the mean squares of the two-way table, worked out."""
     answers = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
