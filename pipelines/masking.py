@@ -3,7 +3,7 @@
 Masks hang on draws made for their rows (see ``pipelines.augment.Draws``), so on (seed, step, row)
 and on no number of workers. They lie on the model's own grid of tokens; hiding is done to the
 *input*, so that it is the same for every system: tokens as BERT's 80/10/10, patches and tubelets
-become mid grey, frames become 0, the mean of the corpus.
+take the mean colour of what is left of their row, frames become 0, the mean of the corpus.
 
 Shapes: B rows, T tokens, N frames, M masked tokens of all rows, P values of a token.
 """
@@ -29,7 +29,6 @@ from skillnet.stems import (
 FIRST_WORD = 4
 #: Of the chosen tokens so many become the mask token, and so many another word (BERT).
 TO_MASK, TO_RANDOM = 0.8, 0.1
-GREY = 0.5
 #: Added to a patch's variance, of values in [-1, 1], before it is divided out. MAE's 1e-6 is for
 #: photographs: in a drawing's flat patch it would blow rounding up to full size.
 FLAT = 1e-3
@@ -123,17 +122,17 @@ class Hider:
         return _together({"tokens": torch.from_numpy(shown)}, flags, tokens_BT)
 
     def patches(self, pixels_BHWC: Tensor, draws: Draws) -> Masked:
-        """Random patches of pictures turned grey; values are their normalised pixels."""
+        """Random patches of pictures blanked; values are their normalised pixels."""
         x, size, side = _floats(pixels_BHWC), self._model.image_size, self._model.patch_size
         B, T = len(x), (size // side) ** 2
         masked = pick(draws.uniform("mask", T), np.full(B, T), self._config.image)
         flags = torch.from_numpy(masked)
         cover = unpatchify(_spread(flags, side * side), side, size)
         values = normalised(patchify(signed(x, x.dtype), side))
-        return _together({"pixels": x.masked_fill(cover, GREY)}, flags, values)
+        return _together({"pixels": _blanked(x, cover)}, flags, values)
 
     def tubelets(self, frames_BNHWC: Tensor, draws: Draws) -> Masked:
-        """Tubelets of clips turned grey; values are their normalised pixels, 3 channels."""
+        """Tubelets of clips blanked; values are their normalised pixels, 3 channels."""
         x, size, count = _floats(frames_BNHWC), self._model.video_size, self._model.video_frames
         tubelet, B = self._model.tubelet, len(x)
         f, h, w = tubelet
@@ -147,7 +146,7 @@ class Hider:
         cover = untubelify(_spread(flags, f * h * w), tubelet, count, size)
         three = signed(x, x.dtype).expand(*x.shape[:-1], 3)
         values = normalised(tubelify(three, tubelet))
-        return _together({"frames": x.masked_fill(cover, GREY)}, flags, values)
+        return _together({"frames": _blanked(x, cover)}, flags, values)
 
     def frames(self, log_mel_BNM: Tensor, frames_B: Tensor, draws: Draws) -> Masked:
         """Spans of recordings set to 0; values are their frames as they were.
@@ -182,8 +181,20 @@ def _spread(masked_BT: Tensor, count: int) -> Tensor:
     return masked_BT[..., None].expand(-1, -1, count)
 
 
+def _blanked(x: Tensor, cover: Tensor) -> Tensor:
+    """``x`` (B, …, C) at the covered places as the mean of its row's other places, by channel.
+
+    Mid grey, which no row has, would make brightness the sign of what is hidden: the stem learns
+    it before all else, and all rows that hide nothing look alike to what is built on them.
+    """
+    places = tuple(range(1, x.ndim - 1))
+    left = (~cover).to(x.dtype)
+    mean = (x * left).sum(places, keepdim=True) / left.sum(places, keepdim=True).clamp(min=1)
+    return torch.where(cover, mean, x)
+
+
 def _floats(x: Tensor) -> Tensor:
-    """Pixels as floats in [0, 1]: grey is no whole number of 255."""
+    """Pixels as floats in [0, 1]: a mean is no whole number of 255."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
