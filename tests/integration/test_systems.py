@@ -103,14 +103,13 @@ def test_pretrained_and_started_from(system: str, data: Path, tmp_path: Path) ->
     source = dict(trained.named_parameters())
     for name, parameter in build_model(after).named_parameters():
         if not name.startswith("heads."):
-            own = name if name in source else ".".join(_masked(name, after))
+            own = name if name in source else ".".join(_pretrained(name, after))
             assert torch.equal(parameter, source[own]), name
 
 
-def _masked(name: str, config: FinetuneConfig) -> list[str]:
-    towers, task, tower, *rest = name.split(".")
-    modality = config.model.tasks[task].towers[tower].modality
-    return [towers, f"masked_{modality}", "input", *rest]
+def _pretrained(name: str, config: FinetuneConfig) -> list[str]:
+    _, task, tower, *rest = name.split(".")
+    return ["pretrained", config.model.tasks[task].towers[tower].modality, *rest]
 
 
 @pytest.mark.parametrize(
