@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from sweeps.comparison import MEAN, Comparison, Test, variant
 from sweeps.runs import PRETRAINED
 from sweeps.study_settings import ClaimsConfig
@@ -78,7 +80,8 @@ def claims(of: Comparison, config: ClaimsConfig | None = None) -> list[Claim]:
     ]
     found = [make(of, rules) for make in makers]
     if of.seeds < LEAST_SEEDS:
-        why = f"{of.seeds} seed(s) per system; a verdict takes at least {LEAST_SEEDS}"
+        have = "1 seed" if of.seeds == 1 else f"{of.seeds} seeds"
+        why = f"{have} per system; a verdict takes at least {LEAST_SEEDS}"
         found = [
             claim
             if claim.why
@@ -120,13 +123,10 @@ def _specialists(of: Comparison, rules: ClaimsConfig, suffix: str) -> Claim:
             parts.append(Part(words_of, False if lost else None))
     value = of.relative[own].value
     shown = True if value.low >= rules.relative else False if value.high < rules.relative else None
-    parts.append(
-        Part(
-            f"mean relative score {value.value:.3f} ({value.low:.3f} to {value.high:.3f}), wanted "
-            f"{rules.relative:g}",
-            shown,
-        )
-    )
+    said = f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
+    if np.isnan(value.value):
+        said = "unknown, as a specialist scores 0"
+    parts.append(Part(f"mean relative score {said}, wanted {rules.relative:g}", shown))
     return Claim(name, words, rule, parts, _winner(of, [(own, other)], MEAN))
 
 

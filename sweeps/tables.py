@@ -64,10 +64,12 @@ def score_table(of: Comparison) -> Table:
     rows = []
     for label, runs in of.systems.items():
         row = [Cell(label), Cell(str(len(runs)))]
-        row += [_score_cell(of, label, task, label == best[task]) for task in [*of.tasks, MEAN]]
+        row += [_score_cell(of, label, task, label in best[task]) for task in [*of.tasks, MEAN]]
         relative = of.relative.get(label)
-        if relative is None or relative.against == label:
-            row.append(Cell("1" if relative else "–"))
+        if relative is None or np.isnan(relative.value.value):
+            row.append(Cell("–"))
+        elif relative.against == label:
+            row.append(Cell("1"))
         else:
             value = relative.value
             row.append(Cell(f"{value.value:.3f}", f"{value.low:.3f}–{value.high:.3f}"))
@@ -266,7 +268,8 @@ def duration(seconds: float) -> str:
 
 def signed(value: float) -> str:
     """A difference in points, with its sign: ``0.0123 -> "+1.2"``."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    # Minus nothing is nothing.
+    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def points(change: Sequence[float]) -> str:
@@ -287,11 +290,13 @@ def _metric(of: Comparison, task: str) -> str:
     return f"{words_of(metric)} {'↓' if metric == 'token_error_rate' else '↑'}"
 
 
-def _best(of: Comparison, task: str) -> str | None:
+def _best(of: Comparison, task: str) -> set[str]:
+    """Those with the highest score; none if all have it."""
     known = {
         label: found.value for label in of.systems if (found := of.score(label, task)) is not None
     }
-    return max(known, key=lambda label: known[label]) if len(known) > 1 else None
+    top = {label for label, value in known.items() if value == max(known.values())}
+    return top if len(top) < len(known) else set()
 
 
 def _score_cell(of: Comparison, label: str, task: str, best: bool) -> Cell:

@@ -12,6 +12,7 @@ from sweeps import claims as cl
 from sweeps.comparison import MEAN, Comparison, compare
 from sweeps.runs import differing_settings, find_run, gather, read_run
 from sweeps.study_settings import ClaimsConfig
+from sweeps.tables import score_table, signed, tables
 from tests.made_runs import TASKS, write_run, write_study
 
 
@@ -119,8 +120,21 @@ def test_nothing_is_decided_between_equals_or_with_two_seeds(tmp_path: Path):
     two = compared(tmp_path / "two", {"skillnet": 1.5, "specialist": 0.0}, seeds=(0, 1))
     claim = cl.claims(two)[0]
     assert claim.verdict == "not decided"
-    assert claim.why.startswith("2 seed(s)")
+    assert claim.why.startswith("2 seeds per system")
     assert len(claim.parts) == len(TASKS) + 1
+
+
+def test_a_specialist_that_scores_nothing_leaves_the_relative_score_open(tmp_path: Path):
+    found = compared(tmp_path, {"skillnet": 0.5, "specialist": {"text_to_code": -50.0}})
+    assert np.isnan(found.relative["skillnet"].value.value)
+    claim = cl.claims(found)[0]
+    assert claim.verdict == "not decided"
+    assert claim.parts[-1].words.startswith("mean relative score unknown")
+    rows = score_table(found).rows
+    assert [row[-1].text for row in rows] == ["–", "–"]
+    assert "nan" not in "".join(
+        cell.text for table in tables(found) for r in table.rows for cell in r
+    )
 
 
 def test_a_larger_model_does_not_win_at_equal_cost(tmp_path: Path):
@@ -145,6 +159,10 @@ def test_a_missing_task_leaves_the_others(tmp_path: Path):
         write_run(tmp_path / "other", "moe", tasks=TASKS[3:])
         runs = [read_run(tmp_path / "other"), read_run(tmp_path / "dense-seed0")]
         compare(gather(runs))
+
+
+def test_signs_of_differences():
+    assert [signed(x) for x in (0.0123, -0.0123, -0.0, -0.0001)] == ["+1.2", "−1.2", "+0.0", "+0.0"]
 
 
 def test_one_seed_and_one_system_still_give_a_table(tmp_path: Path):
