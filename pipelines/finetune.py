@@ -36,6 +36,9 @@ CONFIG = "config.yaml"
 RUN = "run.json"
 RESULT = "result.json"
 
+#: Resamplings of an interval.
+SAMPLES = 1000
+
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Train the tasks of a configuration jointly, evaluate and record the model.
@@ -97,6 +100,7 @@ def execute(
     splits: Sequence[str] | None = None,
     on_evaluation: "OnEvaluation | None" = None,
     nested: "Nested | None" = None,
+    brief: bool = False,
 ) -> dict[str, Any]:
     """Train and evaluate in a run that is open: on disk, and in MLflow, whose end is not ours.
 
@@ -110,6 +114,7 @@ def execute(
         on_evaluation: called with the rows of each evaluation during training, and the step; of
             several workers all call it, and those but the first with no rows.
         nested: how several workers run inside a trial of Ray Tune.
+        brief: no pictures and no intervals: for a run that is only ranked among others.
 
     Returns:
         The result of :func:`finetune` before registration; the caller writes it to the run.
@@ -133,7 +138,7 @@ def execute(
         **read_json(run / "trained.json"),
         "wall_seconds": time.monotonic() - begin,
     }
-    result["evaluation"] = _conclude(config, run, tracker, result, splits)
+    result["evaluation"] = _conclude(config, run, tracker, result, splits, brief)
     return result
 
 
@@ -240,6 +245,7 @@ def _conclude(
     tracker: "Tracker",
     result: dict[str, Any],
     splits: Sequence[str] | None,
+    brief: bool,
 ) -> list[dict[str, Any]]:
     """Evaluate the final model, and record figures, plots, costs and a description."""
     from pipelines import reconstructions, reporting
@@ -255,12 +261,15 @@ def _conclude(
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
         | {"training/total_params": sum(p.numel() for p in model.parameters())}
     )
-    for name, figure in reporting.training_figures(history(run / PROGRESS), config.model).items():
-        tracker.figure(figure, name)
-    reconstructions.record(config, model, run, tracker, result["step"])
+    if not brief:
+        past = history(run / PROGRESS)
+        for name, figure in reporting.training_figures(past, config.model).items():
+            tracker.figure(figure, name)
+        reconstructions.record(config, model, run, tracker, result["step"])
     outcomes = Outcomes()
     wanted = config.evaluate or splits is not None
-    rows = _evaluate(config, model, result["step"], splits, outcomes) if wanted else []
+    samples = 0 if brief else SAMPLES
+    rows = _evaluate(config, model, result["step"], splits, outcomes, samples) if wanted else []
     if rows:
         from pipelines.evaluate import write_csv
 
@@ -288,6 +297,7 @@ def _evaluate(
     step: int,
     splits: Sequence[str] | None,
     outcomes: "Outcomes",
+    samples: int,
 ) -> list[dict[str, Any]]:
     from pipelines.evaluation import evaluate_model
 
@@ -301,6 +311,7 @@ def _evaluate(
             corpora={name: task.corpus for name, task in config.measured.items()},
             limits={name: task.max_length for name, task in config.measured.items()},
             steps=step,
+            samples=samples,
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
             outcomes=outcomes,
             masks=config.training.masking,

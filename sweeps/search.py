@@ -52,6 +52,7 @@ class Configuration:
                 splits=SPLITS,
                 group=self.name,
                 settings=self.settings,
+                brief=True,
             )
             for seed in seeds
         ]

@@ -51,6 +51,7 @@ class Trial:
             ``config.evaluate`` is set.
         group: trials of one group are repeats of one configuration; none: the name.
         settings: flat key -> value of what sets it apart, for tables and tags.
+        brief: it is only ranked: no pictures and no intervals.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Trial:
     splits: tuple[str, ...] | None = None
     group: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    brief: bool = False
 
 
 @dataclass
@@ -218,6 +220,7 @@ def run_one(
             splits=trial.splits,
             on_evaluation=watch,
             nested=None if alone else nested,
+            brief=trial.brief,
         )
     finally:
         tracker.flush()
@@ -304,6 +307,7 @@ def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: A
             "splits": list(trial.splits) if trial.splits is not None else None,
             "group": trial.group,
             "settings": dict(trial.settings),
+            "brief": trial.brief,
             "score": configuration.to_dict(score) if score is not None else None,
             **more,
         },
@@ -319,6 +323,7 @@ def read_trial(folder: Path) -> tuple[Trial, ScoreConfig | None, dict[str, Any]]
         splits=tuple(told["splits"]) if told["splits"] is not None else None,
         group=told["group"],
         settings=told["settings"],
+        brief=told["brief"],
     )
     score = configuration.build(ScoreConfig, told["score"]) if told["score"] is not None else None
     return trial, score, told

@@ -36,6 +36,8 @@ ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its snapshots are of no use to us
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_RESULT_BUFFER_LENGTH": "0",
+    # It would ask for a second trial only when the first has begun; Hand says how many at a time.
+    "TUNE_MAX_PENDING_TRIALS_PG": "64",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
