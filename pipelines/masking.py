@@ -2,8 +2,8 @@
 
 Masks hang on draws made for their rows (see ``pipelines.augment.Draws``), so on (seed, step, row)
 and on no number of workers. They lie on the model's own grid of tokens; hiding is done to the
-*input*, so that it is the same for every system: tokens as BERT's 80/10/10, patches and tubelets
-take the mean colour of what is left of their row, frames become 0, the mean of the corpus.
+*input*, so that it is the same for every system: tokens as BERT's 80/10/10; patches, tubelets and
+frames take the mean of what is left of their row, by channel or mel bin.
 
 Shapes: B rows, T tokens, N frames, M masked tokens of all rows, P values of a token.
 """
@@ -29,7 +29,7 @@ from skillnet.stems import (
 FIRST_WORD = 4
 #: Of the chosen tokens so many become the mask token, and so many another word (BERT).
 TO_MASK, TO_RANDOM = 0.8, 0.1
-#: Added to a patch's variance, of values in [-1, 1], before it is divided out. MAE's 1e-6 is for
+#: Added to a token's variance, of values of the order of 1, before it is divided out. MAE's 1e-6 is for
 #: photographs: in a drawing's flat patch it would blow rounding up to full size.
 FLAT = 1e-3
 
@@ -149,7 +149,7 @@ class Hider:
         return _together({"frames": _blanked(x, cover)}, flags, values)
 
     def frames(self, log_mel_BNM: Tensor, frames_B: Tensor, draws: Draws) -> Masked:
-        """Spans of recordings set to 0; values are their frames as they were.
+        """Spans of recordings blanked; values are their frames, normalised stack by stack.
 
         A token whose stack of frames the end of the recording cuts short is hidden only where
         it is the only one.
@@ -160,8 +160,9 @@ class Hider:
         masked = pick_spans(chance, whole_B, self._config.sound, self._config.sound_span)
         flags = torch.from_numpy(masked)
         cover = unstack_frames(_spread(flags, stack), stack, N)
-        shown = {"log_mel": log_mel_BNM.masked_fill(cover, 0.0), "frames": frames_B}
-        return _together(shown, flags, stack_frames(log_mel_BNM, stack))
+        left = ~cover & (torch.arange(N) < frames_B[:, None])[..., None]
+        shown = {"log_mel": _blanked(log_mel_BNM, cover, left), "frames": frames_B}
+        return _together(shown, flags, normalised(stack_frames(log_mel_BNM, stack)))
 
 
 def normalised(x_BTP: Tensor) -> Tensor:
@@ -181,14 +182,14 @@ def _spread(masked_BT: Tensor, count: int) -> Tensor:
     return masked_BT[..., None].expand(-1, -1, count)
 
 
-def _blanked(x: Tensor, cover: Tensor) -> Tensor:
-    """``x`` (B, …, C) at the covered places as the mean of its row's other places, by channel.
+def _blanked(x: Tensor, cover: Tensor, left: Tensor | None = None) -> Tensor:
+    """``x`` (B, …, C) with covered places at the mean of those that are left, by row and channel.
 
     Mid grey, which no row has, would make brightness the sign of what is hidden: the stem learns
     it before all else, and all rows that hide nothing look alike to what is built on them.
     """
     places = tuple(range(1, x.ndim - 1))
-    left = (~cover).to(x.dtype)
+    left = (~cover if left is None else left).to(x.dtype)
     mean = (x * left).sum(places, keepdim=True) / left.sum(places, keepdim=True).clamp(min=1)
     return torch.where(cover, mean, x)
 

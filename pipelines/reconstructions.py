@@ -1,8 +1,8 @@
 """A picture of what a model restores: rows of validation whole, with a part hidden, and restored.
 
-Only hidden tokens are restored; the others are shown as they were read. Patches and tubelets are
-predicted without their brightness and contrast (see ``pipelines.masking.normalised``): those are
-taken from the original, as MAE's own pictures do.
+Only hidden tokens are restored; the others are shown as they were read. Tokens are predicted without
+their mean and deviation (see ``pipelines.masking.normalised``): those are taken from the original,
+as MAE's own pictures do.
 """
 
 from pathlib import Path
@@ -139,8 +139,7 @@ def _recordings(
     predicted_MP: Tensor,
 ) -> Three:
     x = whole["log_mel"]
-    cut = stack_frames(x, config.mel_stack)
-    cut[masked_BT] = predicted_MP
+    cut = _filled(stack_frames(x, config.mel_stack), masked_BT, predicted_MP)
     out = unstack_frames(cut, config.mel_stack, x.shape[1])
     ended = torch.arange(x.shape[1]) >= whole["frames"][:, None]
     shown = [y.masked_fill(ended[..., None], torch.nan) for y in (x, hidden["log_mel"], out)]
