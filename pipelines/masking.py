@@ -29,8 +29,8 @@ from skillnet.stems import (
 FIRST_WORD = 4
 #: Of the chosen tokens so many become the mask token, and so many another word (BERT).
 TO_MASK, TO_RANDOM = 0.8, 0.1
-#: Added to a token's variance, of values of the order of 1, before it is divided out. MAE's 1e-6 is for
-#: photographs: in a drawing's flat patch it would blow rounding up to full size.
+#: Added to a token's variance, of values of the order of 1, before it is divided out. MAE's 1e-6
+#: is for photographs: in a drawing's flat patch it would blow rounding up to full size.
 FLAT = 1e-3
 
 Inputs = dict[str, Tensor]

@@ -1,8 +1,8 @@
 """A picture of what a model restores: rows of validation whole, with a part hidden, and restored.
 
-Only hidden tokens are restored; the others are shown as they were read. Tokens are predicted without
-their mean and deviation (see ``pipelines.masking.normalised``): those are taken from the original,
-as MAE's own pictures do.
+Only hidden tokens are restored; the others are shown as they were read. Tokens are predicted
+without their mean and deviation (see ``pipelines.masking.normalised``): those are taken from the
+original, as MAE's own pictures do.
 """
 
 from pathlib import Path
