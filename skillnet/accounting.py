@@ -112,7 +112,9 @@ def count_flops(
     }
     training = model.training
     model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Without gradients the counter's tracker stumbles over a weight that a module is given as an
+    # argument, as the head of masked tokens is given the embedding.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(task, towers)
     tokens = 0
     with torch.no_grad():

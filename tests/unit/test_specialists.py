@@ -73,6 +73,9 @@ def test_costs_are_counted() -> None:
     assert (short.tokens, long.tokens) == (4, 8)
     assert long.flops_per_example > 1.9 * short.flops_per_example
     assert account_task(model, "speech_recognition").tokens == 5
+    pretrained = specialist(tasks=masked_tasks())
+    for task in pretrained.config.tasks:
+        assert account_task(pretrained, task).flops_per_example > 0
 
 
 def test_a_round_trip_and_one_task_of_it(tmp_path: Path) -> None:
