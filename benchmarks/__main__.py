@@ -44,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         if not results:
             continue
         path = measure.write(
-            name.replace("_", "-"), results, options.threads, options.output or measure.RESULTS
+            name.replace("_", "-"),
+            results,
+            options.threads,
+            options.output or measure.RESULTS,
+            getattr(module, "CLOCK", ""),
         )
         rows = [
             (

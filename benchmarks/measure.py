@@ -106,8 +106,13 @@ def machine() -> str:
     return f"{name}, {count} cores"
 
 
-def write(name: str, results: Sequence[Result], threads: int, folder: Path = RESULTS) -> Path:
-    """Write ``<date>-<name>.csv``; an older one of the same day is replaced."""
+def write(
+    name: str, results: Sequence[Result], threads: int, folder: Path = RESULTS, clock: str = ""
+) -> Path:
+    """Write ``<date>-<name>.csv``; an older one of the same day is replaced.
+
+    ``clock`` names the one that was read, where the number of threads does not say it.
+    """
     import torch
 
     date = datetime.date.today().isoformat()
@@ -115,7 +120,7 @@ def write(name: str, results: Sequence[Result], threads: int, folder: Path = RES
         "date": date,
         "machine": machine(),
         "threads": threads,
-        "clock": "cpu" if threads == 1 else "wall",
+        "clock": clock or ("cpu" if threads == 1 else "wall"),
         "load": round(os.getloadavg()[0], 1),
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": torch.__version__,

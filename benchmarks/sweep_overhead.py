@@ -20,6 +20,7 @@ from skillnet_platform import console
 from skillnet_platform.storage import data_root
 
 CONFIG = "sweeps/plans"
+CLOCK = "wall"
 
 #: Seconds of training of each trial.
 SECONDS = 60.0
