@@ -209,10 +209,8 @@ class TaskRows:
             hidden, _ = self._hide(self.plan.modality, self.inputs(rows, own, config), own)
             del hidden["masked"]
             towers[tower] = hidden
-        groups = np.full(len(rows), -1)
-        if "group" in self._table.column_names:
-            groups = self._fixed("group").take(rows)
-        return towers, {"groups": _tensor(groups)}
+        # A corpus' groups say which rows are alike, as labels do: here a row is alike to itself.
+        return towers, {"groups": _tensor(rows)}
 
     def _queries(
         self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None
