@@ -64,6 +64,12 @@ class RetrievalHead(nn.Module):
         return self.log_scale.exp().clamp(max=100.0)
 
 
+#: What the bias of masked tokens counts by. It has to learn how frequent each token is, several nats;
+#: at one learning rate a step apiece it would come too late, and the embeddings, which are shared
+#: with the input, would learn it by a direction common to all (Gao et al. 2019 saw them do so).
+BIAS_SCALE = 30.0
+
+
 class MaskedHead(nn.Module):
     """Masked tokens (M, D) -> what stood there.
 
@@ -87,7 +93,8 @@ class MaskedHead(nn.Module):
         if not self.tied:
             return self.project(x_MD)
         assert embedding_VD is not None
-        return F.linear(self.norm(F.gelu(self.transform(x_MD))), embedding_VD, self.bias)
+        h_MD = self.norm(F.gelu(self.transform(x_MD)))
+        return F.linear(h_MD, embedding_VD, BIAS_SCALE * self.bias)
 
 
 HEADS: dict[str, type[nn.Module]] = {
