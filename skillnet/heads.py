@@ -64,9 +64,9 @@ class RetrievalHead(nn.Module):
         return self.log_scale.exp().clamp(max=100.0)
 
 
-#: What the bias of masked tokens counts by. It has to learn how frequent each token is, several nats;
-#: at one learning rate a step apiece it would come too late, and the embeddings, which are shared
-#: with the input, would learn it by a direction common to all (Gao et al. 2019 saw them do so).
+#: What the bias of masked tokens counts by. It has to learn how frequent each token is, several
+#: nats; at one learning rate a step it would come too late, and the embeddings, shared with the
+#: input, would learn it by a direction common to all (Gao et al. 2019 saw them do so).
 BIAS_SCALE = 30.0
 
 
