@@ -1,5 +1,6 @@
 """Sweeps through Ray Tune: halving, failures, a killed driver, nested workers, and what is left."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines.finetune import finetune
@@ -308,7 +310,11 @@ def test_a_killed_driver_and_an_interrupted_one(
         until(lambda: (trials / "000-seed0" / "outcome.json").is_file(), "first trial")
         until(lambda: checkpoint_of("001-seed0"), "checkpoint of the second")
     finally:
-        driver.kill()
+        # With all it started: a worker left alone may reach the trial's end before Ray ends it.
+        family = [driver, *psutil.Process(driver.pid).children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         driver.wait()
     assert not (trials / "001-seed0" / "result.json").is_file()
     finished = (trials / "000-seed0" / "result.json").stat().st_mtime
