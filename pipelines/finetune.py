@@ -331,6 +331,18 @@ def _register(
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
 
 
+def tell(result: dict[str, Any], words: str) -> None:
+    """Print the result of a run: its figures, and a line that ends in ``words``; or as JSON."""
+    if console.json_wanted():
+        console.emit_json(result)
+        return
+    if result["evaluation"]:
+        from pipelines.reporting import result_cells
+
+        console.table(result["name"], *result_cells(result["evaluation"]))
+    console.note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {words}")
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``skillnet finetune``."""
@@ -344,17 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         "skillnet finetune --config tiny --training.workers 2 --json",
     )
     result = finetune(config)
-    if console.json_wanted():
-        console.emit_json(result)
-        return 0
-    if result["evaluation"]:
-        from pipelines.reporting import result_cells
-
-        console.table(result["name"], *result_cells(result["evaluation"]))
-    console.note(
-        f"{result['step']} steps in {result['seconds'] / 60:.1f} min; the model is in "
-        f"{result['model']}"
-    )
+    tell(result, f"the model is in {result['model']}")
     return 0
 
 

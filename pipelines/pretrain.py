@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pipelines import finetune as training
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
@@ -110,17 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         "skillnet finetune --config quickstart --from first-pretraining",
     )
     result = pretrain(config)
-    if console.json_wanted():
-        console.emit_json(result)
-        return 0
-    if result["evaluation"]:
-        from pipelines.reporting import result_cells
-
-        console.table(result["name"], *result_cells(result["evaluation"]))
-    console.note(
-        f"{result['step']} steps in {result['seconds'] / 60:.1f} min; go on with: "
-        f"skillnet finetune --from {result['name']}"
-    )
+    training.tell(result, f"go on with: skillnet finetune --from {result['name']}")
     return 0
 
 
