@@ -19,6 +19,7 @@ from ray.data.block import BlockMetadata
 from pipelines.blocks import Block, Summary, read_blocks
 from pipelines.corpora.base import Corpus, Sources
 from pipelines.partial import REJECTED_ROWS, stem_of
+from skillnet_platform.cli import users_mistake
 
 #: Of a unit of work; ``bad`` counts rows found bad so far. The last unit of a corpus has no split:
 #: its ``raw`` is the summary, and ``bad`` the number of units before it.
@@ -32,6 +33,8 @@ UNIT = pa.schema(
         ("raw", pa.large_binary()),
     ]
 )
+#: The shard of a unit that tells of a user's mistake.
+MISTAKE = -1
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,21 @@ class CorpusBlocks(Datasource):
 
 
 def units(number: int, job: Job) -> Iterator[pa.Table]:
-    """The blocks of a corpus that are not finished, as units of work, and its summary."""
+    """The blocks of a corpus that are not finished, as units of work, and its summary.
+
+    A user's mistake in the sources is a unit too: Ray would wrap an exception beyond recognition.
+    """
+    try:
+        yield from _units(number, job)
+    except Exception as problem:
+        message = users_mistake(problem)
+        if message is None:
+            raise
+        row = {"corpus": number, "shard": MISTAKE, "raw": message.encode()}
+        yield pa.Table.from_pylist([row], schema=UNIT)
+
+
+def _units(number: int, job: Job) -> Iterator[pa.Table]:
     given = 0
     for unit in _spooled(job) if job.spool is not None else _read(job):
         split, shard, keys = (unit[name][0].as_py() for name in ("split", "shard", "keys"))

@@ -28,9 +28,10 @@ from pipelines import guard, partial
 from pipelines import tokenizer as tokenizers
 from pipelines.blocks import PLACES, Summary
 from pipelines.corpora.base import Corpus, Sources
-from pipelines.datasource import CorpusBlocks, Job, texts, unpack, write_spool
+from pipelines.datasource import MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
 from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet_platform import console
+from skillnet_platform.cli import users_mistake
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, require_space, write_json
 
@@ -115,6 +116,8 @@ def write_corpora(
             contextlib.closing(_run(jobs, session)) as work,
         ):
             for done in work:
+                if "mistake" in done:
+                    raise UserError(done["mistake"])
                 state = states[done["corpus"]]
                 bar.advance(state.count(done), state.order.corpus.name)
                 state.judge(max_bad)
@@ -124,11 +127,23 @@ def write_corpora(
 
 def write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> pa.Table:
     """Do a unit of work: transform its block and write its shard. Returns what was done."""
+    try:
+        return pa.table({"done": [json.dumps(_write_block(jobs, session, unit))]})
+    except Exception as problem:
+        message = users_mistake(problem)  # Ray would wrap it beyond recognition
+        if message is None:
+            raise
+        return pa.table({"done": [json.dumps({"mistake": message})]})
+
+
+def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str, Any]:
     number, split, shard = (unit[name][0].as_py() for name in ("corpus", "split", "shard"))
     job = jobs[number]
+    if shard == MISTAKE:
+        return {"mistake": unit["raw"][0].as_py().decode()}
     if split is None:
         summary = json.loads(unit["raw"][0].as_py())
-        return _told({"corpus": number, "summary": summary, "units": unit["bad"][0].as_py()})
+        return {"corpus": number, "summary": summary, "units": unit["bad"][0].as_py()}
     block = unpack(unit)
     with guard.watched(session, f"{number}-{partial.stem_of(split, shard)}"):
         made = transform_block(job.corpus, job.tokenizer, block)
@@ -137,15 +152,13 @@ def write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> pa.Table:
     table = good.select(schema.names).cast(schema)
     keys = unit["keys"][0].as_py()
     partial.write_entry(job.folder, split, shard, table, rejected, keys)
-    return _told(
-        {
-            "corpus": number,
-            "stem": partial.stem_of(split, shard),
-            "rows": block.num_rows,
-            "bad_read": unit["bad"][0].as_py(),
-            "bad": Counter(row["reason"] for row in rejected),
-        }
-    )
+    return {
+        "corpus": number,
+        "stem": partial.stem_of(split, shard),
+        "rows": block.num_rows,
+        "bad_read": unit["bad"][0].as_py(),
+        "bad": Counter(row["reason"] for row in rejected),
+    }
 
 
 def transform_block(corpus: Corpus, tokenizer: Path | None, block: pa.Table) -> pa.Table:
@@ -294,14 +307,15 @@ def _run(jobs: Sequence[Job], session: str) -> Iterator[dict[str, Any]]:
     context.print_on_execution_start = False
     # A row is the work of a shard: it never waits for another one to join it in a block.
     context.target_max_block_size = 1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What fails is raised here and told once, by the command.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with ray.data.DataContext.current(context):
         # A reading task waits most of the time: it holds no CPU.
         read = ray.data.read_datasource(
             CorpusBlocks(jobs),
             num_cpus=0,
             override_num_blocks=len(jobs),
-            concurrency=max(2, int(ray.cluster_resources().get("CPU", 1))),
+            concurrency=min(len(jobs), max(2, int(ray.cluster_resources().get("CPU", 1)))),
         )
         dataset = read.map_batches(
             bound(write_block, jobs, session),
@@ -312,10 +326,6 @@ def _run(jobs: Sequence[Job], session: str) -> Iterator[dict[str, Any]]:
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from map(json.loads, block["done"].to_pylist())
-
-
-def _told(done: dict[str, Any]) -> pa.Table:
-    return pa.table({"done": [json.dumps(done)]})
 
 
 def _places(block: pa.Table) -> list[str]:
