@@ -18,10 +18,12 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Rejected:
     """A row that is set aside before it is transformed. ``reason`` is short: rows are counted
-    by it."""
+    by it. ``expected`` rows (copies, what a choice leaves out) say nothing about the corpus' state
+    and do not count against ``max_bad``."""
 
     key: str
     reason: str
+    expected: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Sources:
 
     directory: Path
     archives: tuple[Archive, ...]
+
+    @classmethod
+    def none(cls) -> "Sources":
+        """No archives: for a corpus that the user has."""
+        return cls(Path(), ())
 
     def path(self, start: str) -> Path:
         """Path of the archive whose file name starts so."""
@@ -52,32 +59,32 @@ class Sources:
 
 
 class Corpus(ABC):
-    """One source of rows. Subclasses are stateless: Ray copies them to its workers.
+    """One source of rows. Ray copies it to its workers: it holds settings, never rows.
 
     A row is read by ``rows`` (cheap, in order, every decision that needs the whole corpus:
     duplicates, splits, groups) and finished by ``transform`` (costly, a block at a time, in
     parallel).
     """
 
-    name: ClassVar[str]
-    modality: ClassVar[str]
-    task: ClassVar[str]
+    name: str
+    modality: str
+    task: str
     archives: ClassVar[tuple[Archive, ...]]
     #: Count it up when a change of the code changes what is prepared.
     version: ClassVar[int] = 1
     #: Raw columns that ``rows`` yields, beside split, key and group.
-    raw: ClassVar[pa.Schema]
+    raw: pa.Schema
     #: Columns of the finished shards after key and group, of every split together.
-    columns: ClassVar[pa.Schema]
+    columns: pa.Schema
     #: Columns left out in a split, where they would be empty.
     left_out: ClassVar[dict[str, frozenset[str]]] = {}
     #: Raw columns whose text of the splits "pretrain" and "train" the tokenizer learns from.
-    text_columns: ClassVar[tuple[str, ...]] = ()
+    text_columns: tuple[str, ...] = ()
     #: Words that the tokenizer keeps whole.
     terms: ClassVar[tuple[str, ...]] = ()
     #: Splits that pretraining of the modality reads.
     pretraining: ClassVar[tuple[str, ...]] = ("pretrain", "train")
-    shard_rows: ClassVar[int] = 1024
+    shard_rows: int = 1024
 
     @abstractmethod
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
