@@ -11,8 +11,8 @@ from pipelines.corpora.base import Corpus
 from pipelines.corpora.placed import PlacedCorpus
 from pipelines.places import Place
 from skillnet_platform import config
-from skillnet_platform.typed_tree import checked
 from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.typed_tree import checked
 
 GROUP = "skillnet.corpora"
 
