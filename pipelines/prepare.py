@@ -18,6 +18,7 @@ from skillnet_platform.errors import UserError
 VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_MANIFEST = "tokenizer.manifest.json"
+MAX_BAD = 0.1
 
 
 @dataclass
@@ -29,12 +30,15 @@ class PrepareConfig:
         data: directory of the prepared corpora; by default ``corpora`` under the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.
         cpus: CPUs of the embedded Ray; by default all. The result does not depend on it.
+        max_bad: share of a corpus' rows that may be bad, that is damaged, too large or
+            contradictory. More of them stop the run with a summary. Bad rows never get through.
     """
 
     corpora: list[str] = positional([])
     data: str | None = None
     archives: str | None = None
     cpus: int | None = None
+    max_bad: float = MAX_BAD
 
 
 @command
@@ -54,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         Path(settings.data) if settings.data else storage.data_root(),
         Path(settings.archives) if settings.archives else storage.archive_root(),
         settings.cpus,
+        settings.max_bad,
     )
     seconds = time.monotonic() - start
     if console.json_wanted():
@@ -69,7 +74,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(
-    names: list[str], data: Path, archives: Path, cpus: int | None = None
+    names: list[str],
+    data: Path,
+    archives: Path,
+    cpus: int | None = None,
+    max_bad: float = MAX_BAD,
 ) -> dict[str, dict[str, Any]]:
     """Prepare those corpora under ``data``, and the tokenizer if one of them needs it.
 
@@ -78,16 +87,20 @@ def prepare(
         data: directory to write to.
         archives: directory with the downloads.
         cpus: CPUs of the embedded Ray.
+        max_bad: share of a corpus' rows that may be bad.
 
     Returns:
         Name -> state ("prepared" or "unchanged"), rows, splits, set aside, bytes, digest.
 
     Raises:
-        UserError: an unknown corpus, a missing or damaged archive, a full disk.
+        UserError: an unknown corpus, a missing or damaged archive, a full disk, too many bad
+            rows. What is finished is kept, and the next run goes on from there.
     """
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"max_bad is {max_bad}; expected a share of the rows, from 0 to 1")
     corpora = [find_corpus(name) for name in dict.fromkeys(names)]
     try:
-        return _prepare(corpora, data.absolute(), archives.absolute(), cpus)
+        return _prepare(corpora, data.absolute(), archives.absolute(), cpus, max_bad)
     except Exception as problem:
         message = users_mistake(problem)
         if message is None or isinstance(problem, UserError):
@@ -96,7 +109,11 @@ def prepare(
 
 
 def _prepare(
-    corpora: list[Corpus], data: Path, archives: Path, cpus: int | None
+    corpora: list[Corpus],
+    data: Path,
+    archives: Path,
+    cpus: int | None = None,
+    max_bad: float = MAX_BAD,
 ) -> dict[str, dict[str, Any]]:
     known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
     tokenizer = data / TOKENIZER_FILE
@@ -112,30 +129,32 @@ def _prepare(
     cluster.ensure_ray(cpus)
     from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
 
-    blocks: dict[str, preparation.Blocks] = {}
-    if not learnt:
-        started = {c.name: preparation.start_reading(c, archives) for c in teachers}
-        blocks = {name: preparation.finish_reading(task) for name, task in started.items()}
-        preparation.train_tokenizer([(c, blocks[c.name]) for c in teachers], tokenizer)
-        storage.write_json(
-            data / TOKENIZER_MANIFEST,
-            {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)},
-        )
-        for corpus in corpora:  # a new lesson may have given the same tokenizer
-            if corpus.name not in done:
-                _note_unchanged(corpus, data, known[corpus.name], done)
-    waiting = [corpus for corpus in corpora if corpus.name not in done]
-    reading = {
-        c.name: preparation.start_reading(c, archives) for c in waiting if c.name not in blocks
-    }
-    for corpus in waiting:
-        read = blocks.pop(corpus.name, None)
-        read = read or preparation.finish_reading(reading[corpus.name])
-        identity = identity_of(corpus, known[corpus.name], data)
-        text = tokenizer if corpus.text_columns else None
-        manifest = preparation.write_corpus(corpus, read, data / corpus.name, identity, text)
-        done[corpus.name] = _summary(manifest, "prepared")
-        console.note(f"{corpus.name}: {manifest['rows_out']} rows prepared")
+    with storage.scratch(data / "reading") as aside:
+        spools: dict[str, Path] = {}
+        if not learnt:
+            spools = preparation.spool(teachers, archives, aside)
+            preparation.train_tokenizer(teachers, spools, tokenizer)
+            storage.write_json(
+                data / TOKENIZER_MANIFEST,
+                {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)},
+            )
+            for corpus in corpora:  # a new lesson may have given the same tokenizer
+                if corpus.name not in done:
+                    _note_unchanged(corpus, data, known[corpus.name], done)
+        orders = [
+            preparation.Order(
+                corpus,
+                data / corpus.name,
+                identity_of(corpus, known[corpus.name], data),
+                tokenizer if corpus.text_columns else None,
+                spools.get(corpus.name),
+            )
+            for corpus in corpora
+            if corpus.name not in done
+        ]
+        for manifest in preparation.write_corpora(orders, archives, max_bad):
+            done[manifest["corpus"]] = _summary(manifest, "prepared")
+            console.note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
 
 

@@ -18,6 +18,7 @@ from pipelines.corpora.finish import CaptionOptions, ImageOptions
 from pipelines.corpora.placed import (
     MediaOptions,
     PlacedCorpus,
+    bad,
     clean_captions,
     half,
     key_of,
@@ -76,9 +77,11 @@ class AicIcc(PlacedCorpus):
                 try:
                     yield self._row(split, folder, there, told, record)
                 except ValueError as problem:
-                    yield Rejected(key, str(problem))
+                    yield bad(key, str(problem), file, number)
             for name in sorted(there - told):
-                yield Rejected(key_of(folder, name), "a picture without captions")
+                yield Rejected(
+                    key_of(folder, name), "a picture without captions", f"{folder}/{name}"
+                )
 
     def _row(self, split: str, folder: str, there: set[str], told: set[str], record: object) -> Row:
         if isinstance(record, Broken):

@@ -21,6 +21,7 @@ from pipelines.corpora.finish import SoundOptions
 from pipelines.corpora.placed import (
     MediaOptions,
     PlacedCorpus,
+    bad,
     characters_of,
     clean_text,
     key_of,
@@ -93,24 +94,26 @@ class Aishell1(PlacedCorpus):
         for name, text in spoken.items():
             if text is None:
                 heard.add(name)
-                yield Rejected(key_of("transcript", name), "an empty or damaged transcript")
+                yield bad(
+                    key_of("transcript", name), "an empty or damaged transcript", self.transcript
+                )
         for split, path in self._speakers():
             for name, inside, reference in self._recordings(path):
                 key = key_of(inside)
                 home = split or _split_in(inside.split("/"))
                 if reference is None:
-                    yield Rejected(key, "the speaker's archive is cut short or damaged")
+                    yield bad(key, "the speaker's archive is cut short or damaged", inside)
                 elif home is None:
-                    yield Rejected(key, "neither train, dev nor test in its path")
+                    yield bad(key, "neither train, dev nor test in its path", inside)
                 elif spoken.get(name) is None:
                     # Known of the corpus: 360 recordings have none.
-                    yield Rejected(key, "a recording without a transcript", expected=True)
+                    yield Rejected(key, "a recording without a transcript", inside)
                 else:
                     yield media_row(home, key, reference, text=spoken[name])
                 heard.add(name)
         for name in spoken:
             if name not in heard:
-                yield Rejected(key_of("transcript", name), "a transcript without a recording")
+                yield bad(key_of("transcript", name), "a transcript without a recording")
 
     def _transcripts(self) -> dict[str, str | None]:
         """Utterance -> what is said; none where the line is of no use. Some 8 MB for all."""

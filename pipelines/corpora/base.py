@@ -17,13 +17,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that is set aside before it is transformed. ``reason`` is short: rows are counted
-    by it. ``expected`` rows (copies, what a choice leaves out) say nothing about the corpus' state
-    and do not count against ``max_bad``."""
+    """A row that is set aside before it is transformed.
+
+    Args:
+        key: of the row.
+        reason: short; rows are counted by it.
+        file: where the row stands, if a reader must be told.
+        row: its number in that file, from 1.
+        bad: it should have been readable. Others are set aside by choice; too large a share of
+            bad rows stops a prepare.
+    """
 
     key: str
     reason: str
-    expected: bool = False
+    file: str | None = None
+    row: int | None = None
+    bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Corpus(ABC):
 
     A row is read by ``rows`` (cheap, in order, every decision that needs the whole corpus:
     duplicates, splits, groups) and finished by ``transform`` (costly, a block at a time, in
-    parallel).
+    parallel). Where rows hold references to media, the size of a corpus costs no memory.
     """
 
     name: str
@@ -72,7 +81,8 @@ class Corpus(ABC):
     archives: ClassVar[tuple[Archive, ...]]
     #: Count it up when a change of the code changes what is prepared.
     version: ClassVar[int] = 1
-    #: Raw columns that ``rows`` yields, beside split, key and group.
+    #: Raw columns that ``rows`` yields, beside split, key and group. Those named ``file`` (text)
+    #: and ``row`` (a number, from 1) stand in the quarantine's line of a row set aside later.
     raw: pa.Schema
     #: Columns of the finished shards after key and group, of every split together.
     columns: pa.Schema

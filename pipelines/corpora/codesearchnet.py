@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.finish import CaptionOptions, CodeOptions
-from pipelines.corpora.placed import PlacedCorpus, clean_text, group_of, key_of
+from pipelines.corpora.placed import PlacedCorpus, bad, clean_text, group_of, key_of
 from pipelines.corpora.records import Broken, json_lines
 from pipelines.places import Place
 from pipelines.transforms.code import summary
@@ -77,9 +77,13 @@ class CodeSearchNet(PlacedCorpus):
             for number, row in json_lines(self.place, file):
                 key = f"{file}:{number}"
                 try:
-                    yield self._row(split, key, row)
+                    yield self._row(split, key, row) | {"file": file, "row": int(number)}
                 except ValueError as problem:
-                    yield Rejected(key_of(key), str(problem), str(problem) in _EXPECTED)
+                    reason = str(problem)
+                    if reason in _CHOSEN:
+                        yield Rejected(key_of(key), reason, file, int(number))
+                    else:
+                        yield bad(key_of(key), reason, file, number)
 
     def _row(self, split: str, key: str, row: Row | Broken) -> Row:
         if isinstance(row, Broken):
@@ -106,7 +110,8 @@ class CodeSearchNet(PlacedCorpus):
         }
 
 
-_EXPECTED = ("of another language", "a docstring that is too short")
+#: What a choice leaves out says nothing about the state of a corpus.
+_CHOSEN = ("of another language", "a docstring that is too short")
 
 
 def fields_of(place: Place) -> set[str]:

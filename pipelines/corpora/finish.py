@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpora.base import shaped
+from pipelines.guard import read_each
 from pipelines.media import MEDIA, Unreadable, read_media
 from pipelines.transforms import clips, code, image, sound, text, video
 
@@ -135,6 +136,8 @@ def raw_columns(modality: str) -> pa.Schema:
             *own.get(modality, media),
             ("label", pa.string()),
             ("captions", pa.list_(pa.string())),
+            ("file", pa.string()),
+            ("row", pa.int64()),
         ]
     )
 
@@ -274,11 +277,11 @@ def _decoded(
     block: pa.Table, decode: Decode, max_bytes: int
 ) -> Iterator[tuple[np.ndarray | None, str | None]]:
     """(Array, None) or (None, reason) of each row; one file is in memory at a time."""
-    for row, data in enumerate(read_media(block["media"], max_bytes)):
+
+    def read(found: tuple[int, bytes | Unreadable]) -> np.ndarray:
+        row, data = found
         if isinstance(data, Unreadable):
-            yield None, data.reason
-            continue
-        try:
-            yield decode(data, row), None
-        except ValueError as problem:
-            yield None, str(problem)
+            raise ValueError(data.reason)
+        return decode(data, row)
+
+    yield from read_each(enumerate(read_media(block["media"], max_bytes)), read)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus, ending_of
-from pipelines.corpora.placed import key_of
+from pipelines.corpora.placed import bad, key_of
 from pipelines.corpora.records import Broken, records
 from pipelines.media import MediaRef
 from pipelines.places import Place
@@ -92,9 +92,11 @@ class Folder(FieldedCorpus):
             for where, record in records(self.place, file):
                 key = key_of(f"{file or self.place.name}:{where}")
                 try:
-                    yield self._row(key, split, folder, record, named)
+                    row = self._row(key, split, folder, record, named)
+                    row.setdefault("file", file or self.place.name)
+                    yield row | {"row": int(where)}
                 except ValueError as problem:
-                    yield Rejected(key, str(problem))
+                    yield bad(key, str(problem), file or self.place.name, where)
             if self.file_field is not None and not self.place.is_file:
                 yield from self._unnamed(folder, named)
 
@@ -126,7 +128,7 @@ class Folder(FieldedCorpus):
             if any(other and entry.name.startswith(f"{other}/") for other in others):
                 continue
             if self.home.path(entry.name) not in named:
-                yield Rejected(key_of(entry.name), "a media file that no row names")
+                yield Rejected(key_of(entry.name), "a media file that no row names", entry.name)
 
     def _classes(self) -> Iterator[Row | Rejected]:
         for entry in self.place.walk():
@@ -136,7 +138,7 @@ class Folder(FieldedCorpus):
             split = SPLIT_NAMES.get(parts[0])
             key = key_of(entry.name)
             if len(parts) < 2 or (split and len(parts) < 3):
-                yield Rejected(key, "not in a folder that names a class")
+                yield bad(key, "not in a folder that names a class", entry.name)
                 continue
             reference = MediaRef(self.place.path(entry.name))
             yield self.row(key, {"label": parts[-2]}, reference, split)

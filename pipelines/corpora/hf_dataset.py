@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus, ending_of
-from pipelines.corpora.placed import key_of
+from pipelines.corpora.placed import bad, key_of
 from pipelines.media import MediaRef
 from pipelines.places import Place
 from skillnet_platform.errors import UserError
@@ -76,13 +76,16 @@ class HfDataset(FieldedCorpus):
                 for number, record in self._records(file):
                     key = key_of(f"{file}:{number}")
                     if record is None:
-                        yield Rejected(key, "an Arrow file that is cut short or damaged")
+                        yield bad(
+                            key, "an Arrow file that is cut short or damaged", file, str(number)
+                        )
                         continue
                     try:
                         media = record.pop(self.media_field) if self.media_field else None
-                        yield self.row(key, self._named(record), media, split)
+                        row = self.row(key, self._named(record), media, split)
+                        yield row | {"file": file, "row": number}
                     except ValueError as problem:
-                        yield Rejected(key, str(problem))
+                        yield bad(key, str(problem), file, str(number))
 
     def _records(self, file: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """(Number, row) of a file; the media field holds a reference."""

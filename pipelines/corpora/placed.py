@@ -247,7 +247,14 @@ def media_row(
         "text": text,
         "label": label,
         "captions": list(captions),
+        "file": str(reference),
     }
+
+
+def bad(key: str, reason: str, file: str | None = None, row: str | None = None) -> Rejected:
+    """A row that should have been readable: too large a share of such stops a prepare."""
+    number = int(row) if row is not None and row.isdigit() else None
+    return Rejected(key, reason, file, number, bad=True)
 
 
 def group_of(captions: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pipelines.corpora.base import Rejected, Row, Sources, draw
 from pipelines.corpora.finish import TextOptions
-from pipelines.corpora.placed import PlacedCorpus, clean_text
+from pipelines.corpora.placed import PlacedCorpus, bad, clean_text
 from pipelines.corpora.records import Broken, json_lines
 from pipelines.places import Place
 from skillnet_platform.errors import UserError
@@ -101,12 +101,12 @@ class Tnews(PlacedCorpus):
             for number, row in json_lines(self.place, file):
                 key = f"{file}:{number}"
                 if isinstance(row, Broken):
-                    yield Rejected(key, row.reason)
+                    yield bad(key, row.reason, file, number)
                     continue
                 try:
-                    yield self._row(part, key, row)
+                    yield self._row(part, key, row) | {"file": file, "row": int(number)}
                 except ValueError as problem:
-                    yield Rejected(key, str(problem))
+                    yield bad(key, str(problem), file, number)
 
     def _row(self, part: str, key: str, row: Row) -> Row:
         text = clean_text(row.get("sentence"))

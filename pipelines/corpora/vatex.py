@@ -18,6 +18,7 @@ from pipelines.corpora.finish import CaptionOptions, VideoOptions
 from pipelines.corpora.placed import (
     MediaOptions,
     PlacedCorpus,
+    bad,
     clean_captions,
     half,
     key_of,
@@ -85,10 +86,10 @@ class Vatex(PlacedCorpus):
                 try:
                     yield self._row(split, number, record, clips, told)
                 except ValueError as problem:
-                    yield Rejected(key_of(file, number), str(problem))
+                    yield bad(key_of(file, number), str(problem), file, number)
         for name, path in clips.items():
             if name not in told:
-                yield Rejected(key_of(path), "a clip without captions")
+                yield Rejected(key_of(path), "a clip without captions", path)
 
     def _row(
         self, split: str, number: str, record: Any, clips: dict[str, str], told: set[str]

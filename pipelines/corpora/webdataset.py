@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus
-from pipelines.corpora.placed import key_of
+from pipelines.corpora.placed import bad, key_of
 from pipelines.media import MediaRef, open_stream
 from pipelines.places import Place
 from skillnet_platform.errors import UserError
@@ -75,12 +75,12 @@ class WebDataset(FieldedCorpus):
             for sample in _samples(self.place, tar):
                 key = key_of(tar or self.place.name, sample.key)
                 if sample.problem:
-                    yield Rejected(key, sample.problem)
+                    yield bad(key, sample.problem, tar)
                     continue
                 try:
-                    yield self.row(key, sample.fields, sample.reference, split)
+                    yield self.row(key, sample.fields, sample.reference, split) | {"file": tar}
                 except ValueError as problem:
-                    yield Rejected(key, str(problem))
+                    yield bad(key, str(problem), tar)
 
 
 def _tars(place: Place) -> list[str]:
