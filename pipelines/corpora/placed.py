@@ -150,8 +150,8 @@ class PlacedCorpus(Corpus):
         """Every row, in an order that only the corpus decides; see ``Corpus.rows``."""
         raise NotImplementedError
 
-    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """The finished columns of a block, row for row."""
+    def finish(self, block: pa.Table, tokenizer: Any = None) -> dict[str, Any]:
+        """What the modality's stem reads of a block, and why a row cannot be finished."""
         limit = getattr(self.options, "max_megabytes", 0) * 2**20 or MAX_BYTES
         made: dict[str, Any] = {
             "text": lambda: finish.finish_text(block, tokenizer, self.options),
@@ -160,7 +160,12 @@ class PlacedCorpus(Corpus):
             "image": lambda: finish.finish_image(block, self.options, limit),
             "video": lambda: finish.finish_video(block, self.options, limit),
         }[self.modality]()
-        rejected = made.pop("rejected", pa.nulls(block.num_rows, pa.string())).to_pylist()
+        return {"rejected": pa.nulls(block.num_rows, pa.string())} | made
+
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """The finished columns of a block, row for row."""
+        made = self.finish(block, tokenizer)
+        rejected = made.pop("rejected").to_pylist()
         if "captions" in self.has:
             made |= finish.finish_captions(block, tokenizer, self.options)
         if "transcripts" in self.has:
