@@ -75,12 +75,18 @@ def spool(teachers: Sequence[Corpus], archives: Path, folder: Path) -> dict[str,
     return files
 
 
-def train_tokenizer(teachers: Sequence[Corpus], spools: dict[str, Path], path: Path) -> None:
-    """Learn the tokenizer from the spooled blocks of those corpora, and write it."""
+def train_tokenizer(
+    teachers: Sequence[Corpus],
+    spools: dict[str, Path],
+    path: Path,
+    size: int = tokenizers.VOCABULARY,
+) -> None:
+    """Learn the tokenizer of that many tokens from the spooled blocks of those corpora, and write
+    it."""
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=0)(_train_tokenizer)
-    learnt = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in teachers]))
+    learnt = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in teachers], size))
     with atomic_write(path, "w") as stream:
         stream.write(learnt)
 
@@ -332,11 +338,11 @@ def _places(block: pa.Table) -> list[str]:
     return ["key", *(name for name in PLACES if name in block.column_names)]
 
 
-def _train_tokenizer(parts: list[tuple[Corpus, Path]]) -> str:
+def _train_tokenizer(parts: list[tuple[Corpus, Path]], size: int) -> str:
     terms = [term for corpus, _ in parts for term in corpus.terms]
 
     def of(*splits: str) -> Iterator[str]:
         for corpus, path in parts:
             yield from texts(corpus, path, splits)
 
-    return tokenizers.train(of("train"), of("pretrain"), terms)
+    return tokenizers.train(of("train"), of("pretrain"), terms, size)

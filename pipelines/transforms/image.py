@@ -65,6 +65,19 @@ def _refusal(problem: Exception) -> ValueError:
     return ValueError(f"a damaged picture ({told})")
 
 
+def cropped(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
+    """The middle square of a photograph, on white, reduced: uint8 (size, size, 3)."""
+    from PIL import Image
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).convert("RGBa")
+    small = square.resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
+    canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
+    canvas.alpha_composite(small)
+    return np.asarray(canvas.convert("RGB"))
+
+
 def pixels(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     """Fit a Pillow image into a white square: uint8 (size, size, 3).
 
@@ -84,13 +97,19 @@ def pixels(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     return np.asarray(canvas.convert("RGB"))
 
 
-def load_pixels(data: bytes, size: int = SIZE) -> NDArray[np.uint8]:
+def load_pixels(data: bytes, size: int = SIZE, fit: str = "pad") -> NDArray[np.uint8]:
     """A picture file's bytes to uint8 (size, size, 3).
+
+    Args:
+        data: the file's bytes.
+        size: side of the square, in pixels.
+        fit: "pad" shows all of it on white, "crop" its middle square.
 
     Raises:
         ValueError: the bytes are no picture.
     """
-    return pixels(decode_image(data, size), size)
+    image = decode_image(data, size)
+    return cropped(image, size) if fit == "crop" else pixels(image, size)
 
 
 def _is_svg(data: bytes) -> bool:

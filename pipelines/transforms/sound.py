@@ -105,36 +105,43 @@ def _wav_is_cut(data: bytes) -> bool:
     return len(data) < said < _UNKNOWN  # who writes to a pipe cannot know, and writes the most
 
 
-def log_mel(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def log_mel(
+    wave: NDArray[np.float32], max_frames: int = MAX_FRAMES, trimmed: bool = True
+) -> NDArray[np.float32]:
     """Trim to speech, scale to one level, and take normalised log-mel frames.
 
     Args:
         wave: samples at 16 kHz, mono.
+        max_frames: what lies beyond is cut off.
+        trimmed: cut the silence before and after; see ``trim``.
 
     Returns:
-        float32 (F, 80), at most ``MAX_FRAMES`` frames.
+        float32 (F, 80), at most ``max_frames`` frames.
 
     Raises:
         ValueError: the recording is silent.
     """
-    speech = trim(emphasise(wave))
+    speech = emphasise(wave)
+    speech = trim(speech) if trimmed else np.pad(speech, (0, max(0, WINDOW - speech.size)))
     level = float(np.sqrt(np.mean(speech.astype(np.float64) ** 2)))
     if level <= 1e-6:
         raise ValueError("a silent recording")
-    power = _power(speech * (LEVEL / level))[:MAX_FRAMES]
+    power = _power(speech * (LEVEL / level))[:max_frames]
     # A plain loop over bins would sum in an order of its own; einsum without optimisation is
     # the same on every machine, whatever BLAS there is.
     mel = np.einsum("ft,mt->fm", power, _filters(), optimize=False)
     return ((np.log(mel + FLOOR) - MEAN) / DEVIATION).astype(np.float32)
 
 
-def load_log_mel(data: bytes) -> NDArray[np.float32]:
+def load_log_mel(
+    data: bytes, max_frames: int = MAX_FRAMES, trimmed: bool = True
+) -> NDArray[np.float32]:
     """A recording's bytes to frames, float32 (F, 80).
 
     Raises:
         ValueError: the bytes are no recording, or it is silent.
     """
-    return log_mel(decode_audio(data))
+    return log_mel(decode_audio(data), max_frames, trimmed)
 
 
 def emphasise(wave: NDArray[np.float32]) -> NDArray[np.float32]:
