@@ -35,8 +35,8 @@ DEADLY = f"decoding ended {STRIKES} workers"
 TOO_LARGE = "decoding needs more memory than there is"
 
 
-class TooSlow(Exception):
-    """Raised in the midst of a decoder whose time is up."""
+class TooSlow(BaseException):
+    """Raised in the midst of a decoder whose time is up; nothing that means errors catches it."""
 
 
 def read_each(
