@@ -183,7 +183,8 @@ def _facts(modality: str, data: bytes) -> dict[str, float]:
 
 
 def _example(row: Row) -> dict[str, Any]:
-    shown = {k: v for k, v in row.items() if v not in (None, [], -1)}
+    hidden = {"group", "file"} if "media" in row else {"group"}
+    shown = {k: v for k, v in row.items() if k not in hidden and v not in (None, [])}
     if "media" in shown:
         shown["media"] = {k: v for k, v in shown["media"].items() if v is not None}
     return {key: _short(value) for key, value in shown.items()}
