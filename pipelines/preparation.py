@@ -1,235 +1,348 @@
-"""Preparing corpora with Ray: read rows to blocks, transform blocks, write shards, commit.
+"""Preparing corpora with Ray Data: blocks of raw rows flow in, finished shards stay on the disk.
 
-    archives --read (a task a corpus)--> blocks --map_batches--> blocks --ArrowShards--> shards
-                                           |                        |
-                                           +--> tokenizer           +--> rejected rows
+    a task a corpus: rows -> blocks  ==>  tasks: transform a block, write its shard  ==>  driver
+         |                 (as many as the object store holds)      |                  |
+         +--> rows set aside                     shard and entry <--+      manifest <--+
 
-A block holds rows of one split in the order of the corpus, ``shard_rows`` of them: how rows fall
-into shards is settled before anything runs in parallel.
+Nothing but a few blocks is in memory at any time, however large a corpus is. A shard is whole
+once its entry lies beside it, and a prepare that was killed goes on with the shards that are
+whole (``pipelines/partial.py``). The driver counts, stops if too many rows are bad, and puts a
+corpus in place, manifest last, as soon as all of its blocks are done.
 """
 
+import contextlib
 import json
 import logging
-from collections import Counter, defaultdict
+import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial as bound
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from pipelines import guard, partial
 from pipelines import tokenizer as tokenizers
-from pipelines.corpora.base import Corpus, Rejected, Row, Sources
-from pipelines.datasink import REJECTED, SHARD, SPLIT, ArrowShards
-from pipelines.shards import FORMAT_VERSION, MANIFEST, QUARANTINE, manifest_digest
-from skillnet_platform.storage import atomic_write, require_space, staging, write_json
+from pipelines.blocks import PLACES, Summary
+from pipelines.corpora.base import Corpus, Sources
+from pipelines.datasource import MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
+from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
+from skillnet_platform import console
+from skillnet_platform.cli import users_mistake
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write, require_space, write_json
 
 MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")
+#: The column of a transform that says why a row goes nowhere.
+REJECTED = "rejected"
+#: Fewer bytes free than this, and nothing is begun.
+LEAST_FREE = 2**20
+#: So many rows are looked at before their share of bad ones says something.
+FEWEST_TO_JUDGE = 100
+#: A manifest counts so many reasons by name, the most frequent.
+MOST_REASONS = 100
 
 
 @dataclass
-class Blocks:
-    """What reading a corpus gave: blocks in Ray's store, and the rows set aside while reading."""
+class Order:
+    """A corpus to be prepared.
 
-    refs: list[Any]
-    rejected: list[dict[str, str]]
-    counts: dict[str, int]
+    Args:
+        corpus: it.
+        final: its directory.
+        identity: the part of the manifest that is known before: see ``prepare.identity_of``.
+        tokenizer: file of the tokenizer, if it needs one.
+        spool: file of its blocks, if they were read before.
+    """
+
+    corpus: Corpus
+    final: Path
+    identity: dict[str, Any]
+    tokenizer: Path | None = None
+    spool: Path | None = None
 
 
-def start_reading(corpus: Corpus, directory: Path) -> Any:
-    """Start a task that reads the corpus; give what it returns to ``finish_reading``."""
+def spool(teachers: Sequence[Corpus], archives: Path, folder: Path) -> dict[str, Path]:
+    """Read those corpora in parallel, each into a file of blocks; returns name -> file."""
     import ray
 
-    task = ray.remote(num_cpus=1, num_returns="streaming", max_retries=0)(read_blocks)
-    return task.remote(corpus, Sources(directory, corpus.archives))
+    task = ray.remote(num_cpus=1, max_retries=0)(write_spool)
+    files = {corpus.name: folder / f"{corpus.name}.arrows" for corpus in teachers}
+    ray.get([task.remote(c, Sources(archives, c.archives), files[c.name]) for c in teachers])
+    return files
 
 
-def finish_reading(generator: Any) -> Blocks:
-    """Wait for a reading task."""
-    import ray
-
-    refs = list(generator)
-    summary = ray.get(refs[-1])
-    return Blocks(refs[:-1], summary["rejected"], summary["counts"])
-
-
-def read_blocks(corpus: Corpus, sources: Sources) -> Iterator[pa.Table | dict[str, Any]]:
-    """Blocks of raw rows, and last a summary: rows rejected while reading, blocks' counts."""
-    waiting: dict[str, list[Row]] = defaultdict(list)
-    shards, counts = Counter[str](), Counter[str]()
-    rejected: list[dict[str, str]] = []
-    keys: set[str] = set()
-    for row in corpus.rows(sources):
-        key = row.key if isinstance(row, Rejected) else row["key"]
-        assert key not in keys, f"{corpus.name}: the key {key} comes twice"
-        keys.add(key)
-        if isinstance(row, Rejected):
-            rejected.append({"key": row.key, "reason": row.reason})
-            continue
-        split = row["split"]
-        waiting[split].append(row)
-        counts[split] += 1
-        if len(waiting[split]) == corpus.shard_rows:
-            yield _block(corpus, split, shards[split], waiting.pop(split))
-            shards[split] += 1
-    for split in sorted(waiting):
-        yield _block(corpus, split, shards[split], waiting[split])
-    yield {"rejected": rejected, "counts": dict(counts)}
-
-
-def train_tokenizer(parts: Sequence[tuple[Corpus, Blocks]], path: Path) -> None:
-    """Learn the tokenizer from the blocks of those corpora, and write it."""
+def train_tokenizer(
+    teachers: Sequence[Corpus],
+    spools: dict[str, Path],
+    path: Path,
+    size: int = tokenizers.VOCABULARY,
+) -> None:
+    """Learn the tokenizer of that many tokens from the spooled blocks of those corpora, and write
+    it."""
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=0)(_train_tokenizer)
-    plain = [(corpus, blocks.refs) for corpus, blocks in parts]
-    learnt = ray.get(task.remote(plain))
+    learnt = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in teachers], size))
     with atomic_write(path, "w") as stream:
         stream.write(learnt)
 
 
-def write_corpus(
-    corpus: Corpus,
-    blocks: Blocks,
-    final: Path,
-    identity: dict[str, Any],
-    tokenizer: Path | None,
-) -> dict[str, Any]:
-    """Transform blocks, write shards and manifest aside, and put the directory in place.
+def write_corpora(
+    orders: Sequence[Order], archives: Path, max_bad: float
+) -> Iterator[dict[str, Any]]:
+    """Prepare corpora, all at once; yields the manifest of each when it is in place.
 
     Args:
-        corpus: what to prepare.
-        blocks: its raw rows.
-        final: the corpus directory.
-        identity: the part of the manifest that was known before: see ``prepare.identity_of``.
-        tokenizer: file of the tokenizer, if the corpus needs one.
-
-    Returns:
-        The manifest.
+        orders: what to prepare.
+        archives: directory of the downloads.
+        max_bad: share of a corpus' rows that may be bad.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full; too many bad rows; another process prepares one of them.
     """
-    splits = sorted(blocks.counts)
-    schemas = {split: corpus.schema(split) for split in splits}
-    require_space(final, _estimate(blocks))
-    with staging(final) as aside:
-        results = _run(corpus, blocks, ArrowShards(aside, schemas), tokenizer)
-        manifest = _manifest(corpus, blocks, schemas, results, identity)
-        _write_quarantine(aside / QUARANTINE, manifest.pop("_set_aside"))
-        manifest["digest"] = manifest_digest(manifest)
-        write_json(aside / MANIFEST, manifest)
-    return manifest
+    session = secrets.token_hex(8)
+    with contextlib.ExitStack() as stack:
+        stack.callback(guard.forget, session)
+        states, jobs = [], []
+        for order in orders:
+            require_space(order.final, LEAST_FREE)
+            folder = stack.enter_context(partial.partial(order.final, order.identity))
+            states.append(_State(order, folder, partial.finished(folder)))
+            if states[-1].before:
+                console.note(f"{order.corpus.name}: {len(states[-1].before)} shards are there")
+            job = Job(order.corpus, Sources(archives, order.corpus.archives), folder)
+            job = replace(job, tokenizer=order.tokenizer, spool=order.spool)
+            jobs.append(replace(job, finished={k: e["keys"] for k, e in states[-1].before.items()}))
+        with (
+            console.progress("preparing", unit="rows") as bar,
+            contextlib.closing(_run(jobs, session)) as work,
+        ):
+            for done in work:
+                if "mistake" in done:
+                    raise UserError(done["mistake"])
+                state = states[done["corpus"]]
+                bar.advance(state.count(done), state.order.corpus.name)
+                state.judge(max_bad)
+                if state.is_complete():
+                    yield state.finish()
 
 
-def _run(
-    corpus: Corpus, blocks: Blocks, sink: ArrowShards, tokenizer: Path | None
-) -> list[dict[str, Any]]:
-    import ray
+def write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> pa.Table:
+    """Do a unit of work: transform its block and write its shard. Returns what was done."""
+    try:
+        return pa.table({"done": [json.dumps(_write_block(jobs, session, unit))]})
+    except Exception as problem:
+        message = users_mistake(problem)  # Ray would wrap it beyond recognition
+        if message is None:
+            raise
+        return pa.table({"done": [json.dumps({"mistake": message})]})
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = ray.data.from_arrow_refs(blocks.refs).map_batches(
-        partial(transform_block, corpus, tokenizer),
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-    )
-    dataset.write_datasink(sink)
-    return sink.results
+
+def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str, Any]:
+    number, split, shard = (unit[name][0].as_py() for name in ("corpus", "split", "shard"))
+    job = jobs[number]
+    if shard == MISTAKE:
+        return {"mistake": unit["raw"][0].as_py().decode()}
+    if split is None:
+        summary = json.loads(unit["raw"][0].as_py())
+        return {"corpus": number, "summary": summary, "units": unit["bad"][0].as_py()}
+    block = unpack(unit)
+    with guard.watched(session, f"{number}-{partial.stem_of(split, shard)}"):
+        made = transform_block(job.corpus, job.tokenizer, block)
+    good, rejected = split_rejected(made, block)
+    schema = job.corpus.schema(split)
+    table = good.select(schema.names).cast(schema)
+    keys = unit["keys"][0].as_py()
+    partial.write_entry(job.folder, split, shard, table, rejected, keys)
+    return {
+        "corpus": number,
+        "stem": partial.stem_of(split, shard),
+        "rows": block.num_rows,
+        "bad_read": unit["bad"][0].as_py(),
+        "bad": Counter(row["reason"] for row in rejected),
+    }
 
 
 def transform_block(corpus: Corpus, tokenizer: Path | None, block: pa.Table) -> pa.Table:
-    """The finished block: the columns of the corpus and those that the sink reads."""
+    """The finished block: the columns of the corpus, key, group, and why a row is rejected."""
     made = corpus.transform(block, tokenizers.load(tokenizer) if tokenizer else None)
     assert made.num_rows == block.num_rows, f"{corpus.name}: the transform lost rows"
     if REJECTED not in made.column_names:
         made = made.append_column(REJECTED, pa.nulls(made.num_rows, pa.string()))
-    for name in ("key", "group", SPLIT, SHARD):
+    for name in ("key", "group"):
         made = made.append_column(name, block[name])
     return made
 
 
-def _block(corpus: Corpus, split: str, shard: int, rows: list[Row]) -> pa.Table:
-    schema = pa.schema([("key", pa.string()), ("group", pa.int64()), *corpus.raw])
-    table = pa.Table.from_pylist(rows, schema=schema)
-    table = table.append_column(SPLIT, pa.repeat(pa.scalar(split), len(rows)))
-    return table.append_column(SHARD, pa.repeat(pa.scalar(shard, pa.int32()), len(rows)))
+def split_rejected(made: pa.Table, block: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """The good rows of a finished block, and a line of the quarantine for each other one."""
+    bad = pa.compute.is_valid(made[REJECTED])
+    if not pa.compute.any(bad).as_py():
+        return made, []
+    rows = block.select(_places(block)).filter(bad).to_pylist()
+    reasons = made[REJECTED].filter(bad).to_pylist()
+    lines = [
+        {key: value for key, value in row.items() if value is not None} | {"reason": reason}
+        for row, reason in zip(rows, reasons, strict=True)
+    ]
+    return made.filter(pa.compute.invert(bad)), lines
 
 
-def _train_tokenizer(parts: list[tuple[Corpus, list[Any]]]) -> str:
+@dataclass
+class _State:
+    """How far a corpus is.
+
+    Args:
+        order: the corpus.
+        folder: of its shards.
+        before: entries of shards that an earlier run finished, by stem.
+    """
+
+    order: Order
+    folder: Path
+    before: dict[str, dict[str, Any]]
+    summary: Summary | None = None
+    units: int = 0
+    done: set[str] = field(default_factory=set)
+    rows: int = 0
+    bad_read: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        for entry in self.before.values():
+            self.rows += len(entry["rejected"]) + (entry["file"] or {"rows": 0})["rows"]
+            self.bad.update(row["reason"] for row in entry["rejected"])
+
+    def count(self, done: dict[str, Any]) -> int:
+        """Take note of what a task did; returns how many rows that were."""
+        if "summary" in done:
+            self.summary, self.units = Summary(**done["summary"]), done["units"]
+            return 0
+        self.done.add(done["stem"])
+        self.rows += done["rows"]
+        self.bad_read = max(self.bad_read, done["bad_read"])
+        self.bad.update(done["bad"])
+        return int(done["rows"])
+
+    def is_complete(self) -> bool:
+        """Whether all blocks were read and all of them are done."""
+        return self.summary is not None and len(self.done) == self.units
+
+    def judge(self, max_bad: float) -> None:
+        """Stop if more than that share of the rows is bad.
+
+        Raises:
+            UserError: saying how many, and why.
+        """
+        reasons = self.bad + Counter(self.summary.bad if self.summary else {})
+        bad = reasons.total() if self.summary else reasons.total() + self.bad_read
+        seen = self.summary.rows if self.summary else self.rows + self.bad_read
+        if bad <= max_bad * seen or (seen < FEWEST_TO_JUDGE and not self.is_complete()):
+            return
+        name = self.order.corpus.name
+        most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
+        with atomic_write(self.told, "w") as stream:
+            stream.writelines(partial.rejected_lines(self.folder))
+        raise UserError(
+            f"{name}: {bad} of {seen} rows cannot be used, {bad / seen:.1%}; at most {max_bad:.1%} "
+            f"may be (max_bad). {most or 'All were found while reading'}. Each of them stands in "
+            f"{self.told}. Mend them, or go on without them: --max_bad {bad / seen + 0.005:.2f}"
+        )
+
+    @property
+    def told(self) -> Path:
+        """Where a person finds the bad rows of a corpus that was not prepared."""
+        return self.order.final.with_name(f"{self.order.corpus.name}.rejected.jsonl")
+
+    def finish(self) -> dict[str, Any]:
+        """Write the manifest and put the corpus in place; returns the manifest."""
+        assert self.summary is not None
+        corpus, splits = self.order.corpus, sorted(self.summary.counts)
+        parts, reasons, set_aside = partial.gather(self.folder, self.summary.shards)
+        rows_in = self.summary.rows
+        rows_out = sum(entry["rows"] for entry in parts.values())
+        if rows_in != rows_out + set_aside:
+            raise RuntimeError(
+                f"{corpus.name}: {rows_in} rows in, but {rows_out} out and {set_aside} set aside; "
+                "nothing was put in place"
+            )
+        reasons.update(self.summary.reasons)
+        schemas = [corpus.schema(split) for split in splits]
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "corpus": corpus.name,
+            "modality": corpus.modality,
+            "task": corpus.task,
+            "pretraining": [name for name in corpus.pretraining if name in parts],
+            "schema": {f.name: str(f.type) for schema in schemas for f in schema},
+            "splits": parts,
+            **self.order.identity,
+            **corpus.facts(),
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "quarantine": counted(reasons),
+            "made_with": {name: version(name) for name in MADE_WITH},
+        }
+        manifest["digest"] = manifest_digest(manifest)
+        write_json(self.folder / MANIFEST, manifest)
+        partial.commit(self.folder, self.order.final)
+        self.told.unlink(missing_ok=True)
+        return manifest
+
+
+def counted(reasons: Counter[str]) -> dict[str, int]:
+    """Reasons by name, each with its number of rows; rare ones together if there are many."""
+    if len(reasons) <= MOST_REASONS:
+        return dict(sorted(reasons.items()))
+    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MOST_REASONS]
+    rest = reasons.total() - sum(count for _, count in most)
+    return dict(sorted([*most, ("other reasons", rest)]))
+
+
+def _run(jobs: Sequence[Job], session: str) -> Iterator[dict[str, Any]]:
+    """What each task did, in the order in which they end."""
     import ray
 
-    terms = [term for corpus, _ in parts for term in corpus.terms]
-    task: list[str] = []
-    other: list[str] = []
-    for corpus, refs in parts:
-        for block in ray.get(refs):
-            split = block[SPLIT][0].as_py()
-            if split not in ("pretrain", "train"):
-                continue
-            for name in corpus.text_columns:
-                values = block[name]
-                flat = pa.compute.list_flatten(values) if _is_list(values.type) else values
-                (task if split == "train" else other).extend(flat.to_pylist())
-    return tokenizers.train(task, other, terms)
-
-
-def _is_list(dtype: pa.DataType) -> bool:
-    return pa.types.is_list(dtype) or pa.types.is_large_list(dtype)
-
-
-def _manifest(
-    corpus: Corpus,
-    blocks: Blocks,
-    schemas: dict[str, pa.Schema],
-    results: list[dict[str, Any]],
-    identity: dict[str, Any],
-) -> dict[str, Any]:
-    splits: dict[str, Any] = {name: {"rows": 0, "shards": []} for name in schemas}
-    set_aside = list(blocks.rejected)
-    for entry in results:
-        if entry["file"] is not None:
-            splits[entry["split"]]["rows"] += entry["file"]["rows"]
-            splits[entry["split"]]["shards"].append(entry["file"])
-        set_aside += [{"key": r["key"], "reason": r[REJECTED]} for r in entry["rejected"]]
-    rows_in = sum(blocks.counts.values()) + len(blocks.rejected)
-    rows_out = sum(entry["rows"] for entry in splits.values())
-    if rows_in != rows_out + len(set_aside):
-        raise RuntimeError(
-            f"{corpus.name}: {rows_in} rows in, but {rows_out} out and {len(set_aside)} set "
-            "aside; nothing was written"
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = False  # names and bytes hang on blocks alone
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A row is the work of a shard: it never waits for another one to join it in a block.
+    context.target_max_block_size = 1
+    # What fails is raised here and told once, by the command.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    with ray.data.DataContext.current(context):
+        # A reading task waits most of the time: it holds no CPU.
+        read = ray.data.read_datasource(
+            CorpusBlocks(jobs),
+            num_cpus=0,
+            override_num_blocks=len(jobs),
+            concurrency=min(len(jobs), max(2, int(ray.cluster_resources().get("CPU", 1)))),
         )
-    columns = {field.name: str(field.type) for schema in schemas.values() for field in schema}
-    return {
-        "format_version": FORMAT_VERSION,
-        "corpus": corpus.name,
-        "modality": corpus.modality,
-        "task": corpus.task,
-        "pretraining": [name for name in corpus.pretraining if name in splits],
-        "schema": columns,
-        "splits": splits,
-        **identity,
-        **corpus.facts(),
-        "rows_in": rows_in,
-        "rows_out": rows_out,
-        "quarantine": dict(sorted(Counter(r["reason"] for r in set_aside).items())),
-        "made_with": {name: version(name) for name in MADE_WITH},
-        "_set_aside": set_aside,
-    }
+        dataset = read.map_batches(
+            bound(write_block, jobs, session),
+            batch_format="pyarrow",
+            batch_size=None,
+            zero_copy_batch=True,
+            num_cpus=1,
+        )
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from map(json.loads, block["done"].to_pylist())
 
 
-def _write_quarantine(path: Path, set_aside: list[dict[str, str]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in set_aside]
-    with atomic_write(path, "w") as stream:
-        stream.writelines(lines)
+def _places(block: pa.Table) -> list[str]:
+    return ["key", *(name for name in PLACES if name in block.column_names)]
 
 
-def _estimate(blocks: Blocks) -> int:
-    """A lower bound of the bytes that the shards take."""
-    return 2**20 + 64 * sum(blocks.counts.values())
+def _train_tokenizer(parts: list[tuple[Corpus, Path]], size: int) -> str:
+    terms = [term for corpus, _ in parts for term in corpus.terms]
+
+    def of(*splits: str) -> Iterator[str]:
+        for corpus, path in parts:
+            yield from texts(corpus, path, splits)
+
+    return tokenizers.train(of("train"), of("pretrain"), terms, size)

@@ -1,12 +1,15 @@
-"""``skillnet prepare``: turn downloaded archives into verified Arrow shards."""
+"""``skillnet prepare``: turn downloads, and corpora that the user has, into Arrow shards."""
 
+import re
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines import lessons
 from pipelines import tokenizer as tokenizers
-from pipelines.corpora import BUILT_IN, Corpus, find_corpus
+from pipelines.corpora import BUILT_IN, Corpus, PlacedCorpus, find_corpus, place_corpus
 from pipelines.corpora.archives import check_archive
 from pipelines.shards import verify_corpus
 from skillnet_platform import cluster, config, console, storage
@@ -18,6 +21,7 @@ from skillnet_platform.errors import UserError
 VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_MANIFEST = "tokenizer.manifest.json"
+MAX_BAD = 0.1
 
 
 @dataclass
@@ -25,16 +29,34 @@ class PrepareConfig:
     """What to prepare, from where, to where.
 
     Args:
-        corpora: names of corpora; none means all built-in ones.
+        corpora: names of corpora; none means all built-in ones, or only those of ``corpus``.
+        corpus: name=path of a corpus that you have, a folder or a URI; may be given again. The
+            name is that of its format, or your own with the format before the path:
+            ``--corpus mine=folder:/data/mine``. Formats: tnews, aishell1, aic_icc, vatex,
+            pytorrent, codesearchnet, folder, webdataset, hf_dataset.
+        options: name of a corpus -> options of its format, listed in docs/own-corpora.md.
+        tokenizer: tokenizer.json, or the folder of a saved transformers tokenizer, for your
+            corpora; ``learn`` learns one from them anew. By default the one that is there, else
+            a learnt one.
+        vocabulary: tokens of a tokenizer that is learnt from your corpora.
+        describe: say what a folder or URI holds, and prepare nothing.
         data: directory of the prepared corpora; by default ``corpora`` under the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.
         cpus: CPUs of the embedded Ray; by default all. The result does not depend on it.
+        max_bad: share of a corpus' rows that may be bad, that is damaged, too large or
+            contradictory. More of them stop the run with a summary. Bad rows never get through.
     """
 
     corpora: list[str] = positional([])
+    corpus: dict[str, str] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tokenizer: str | None = None
+    vocabulary: int = tokenizers.VOCABULARY
+    describe: str | None = None
     data: str | None = None
     archives: str | None = None
     cpus: int | None = None
+    max_bad: float = MAX_BAD
 
 
 @command
@@ -42,18 +64,40 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare corpora; see ``--help``."""
     settings = config.parse(
         PrepareConfig,
-        argv or [],
+        named_corpora(argv or []),
         prog="skillnet prepare",
-        description="Turn the downloaded archives into Arrow shards, each corpus with a manifest. "
-        "A corpus that is there and unchanged is left as it is.",
-        example="skillnet prepare headings syllables",
+        description="Turn downloaded archives, or corpora that you have, into Arrow shards, each "
+        "with a manifest. A corpus that is there and unchanged is left as it is.",
+        example="skillnet prepare headings syllables\n"
+        "skillnet prepare --corpus tnews=/data/tnews_public --corpus vatex=s3://bucket/vatex\n"
+        "skillnet prepare --corpus mine=folder:/data/mine --options.mine.max_seconds 12\n"
+        "skillnet prepare --describe /data/unknown",
     )
+    if settings.describe is not None:
+        from pipelines.describe import describe, show
+
+        found = describe(settings.describe, settings.options)
+        if console.json_wanted():
+            console.emit_json(found)
+        else:
+            show(found)
+        return 0
     start = time.monotonic()
+    if unknown := sorted(set(settings.options) - set(settings.corpus)):
+        raise UserError(f"options.{unknown[0]}: no such corpus is given with --corpus")
+    placed = [
+        place_corpus(name, place, settings.options.get(name))
+        for name, place in settings.corpus.items()
+    ]
     done = prepare(
-        settings.corpora or list(BUILT_IN),
+        settings.corpora or ([] if placed else list(BUILT_IN)),
         Path(settings.data) if settings.data else storage.data_root(),
         Path(settings.archives) if settings.archives else storage.archive_root(),
         settings.cpus,
+        settings.max_bad,
+        placed,
+        settings.tokenizer,
+        settings.vocabulary,
     )
     seconds = time.monotonic() - start
     if console.json_wanted():
@@ -68,8 +112,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def named_corpora(words: Sequence[str]) -> list[str]:
+    """``--corpus tnews=PATH`` as ``--corpus.tnews PATH``, which the configuration reads."""
+    out: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--corpus" and rest:
+            word = f"--corpus={rest.pop(0)}"
+        if word.startswith("--corpus="):
+            name, equals, place = word.removeprefix("--corpus=").partition("=")
+            if not equals or not place or not re.fullmatch(r"[\w-]+", name):
+                raise UserError(
+                    f"command line: --corpus {name}: expected NAME=PATH, for example "
+                    "--corpus tnews=/data/tnews_public"
+                )
+            out += [f"--corpus.{name}", place]
+        else:
+            out.append(word)
+    return out
+
+
 def prepare(
-    names: list[str], data: Path, archives: Path, cpus: int | None = None
+    names: list[str],
+    data: Path,
+    archives: Path,
+    cpus: int | None = None,
+    max_bad: float = MAX_BAD,
+    placed: Sequence[PlacedCorpus] = (),
+    tokenizer: str | None = None,
+    vocabulary: int = tokenizers.VOCABULARY,
 ) -> dict[str, dict[str, Any]]:
     """Prepare those corpora under ``data``, and the tokenizer if one of them needs it.
 
@@ -78,16 +150,34 @@ def prepare(
         data: directory to write to.
         archives: directory with the downloads.
         cpus: CPUs of the embedded Ray.
+        max_bad: share of a corpus' rows that may be bad.
+        placed: corpora that the user has.
+        tokenizer: see ``PrepareConfig``.
+        vocabulary: tokens of a tokenizer that is learnt from ``placed``.
 
     Returns:
         Name -> state ("prepared" or "unchanged"), rows, splits, set aside, bytes, digest.
 
     Raises:
-        UserError: an unknown corpus, a missing or damaged archive, a full disk.
+        UserError: an unknown corpus, a missing or damaged archive, a full disk, too many bad
+            rows. What is finished is kept, and the next run goes on from there.
     """
-    corpora = [find_corpus(name) for name in dict.fromkeys(names)]
+    if not 0 <= max_bad <= 1:
+        raise UserError(f"max_bad is {max_bad}; expected a share of the rows, from 0 to 1")
+    corpora: list[Corpus] = [find_corpus(name) for name in dict.fromkeys(names)]
+    if twice := {corpus.name for corpus in corpora} & {corpus.name for corpus in placed}:
+        raise UserError(f"the corpus {min(twice)} is named twice")
+    data = data.absolute()
     try:
-        return _prepare(corpora, data.absolute(), archives.absolute(), cpus)
+        for corpus in placed:
+            corpus.survey()
+        if tokenizer not in (None, lessons.LEARN):
+            asked = {corpus.name for corpus in [*corpora, *placed]}
+            manifest = data / TOKENIZER_MANIFEST
+            lessons.take(tokenizer, data / TOKENIZER_FILE, manifest, asked)
+        lesson = Lesson(tokenizer == lessons.LEARN, vocabulary)
+        corpora += placed
+        return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson)
     except Exception as problem:
         message = users_mistake(problem)
         if message is None or isinstance(problem, UserError):
@@ -95,13 +185,33 @@ def prepare(
         raise UserError(message) from problem
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """How the user's corpora get a tokenizer.
+
+    Args:
+        anew: learn one from them whatever is there.
+        vocabulary: its number of tokens.
+    """
+
+    anew: bool = False
+    vocabulary: int = tokenizers.VOCABULARY
+
+
 def _prepare(
-    corpora: list[Corpus], data: Path, archives: Path, cpus: int | None
+    corpora: list[Corpus],
+    data: Path,
+    archives: Path,
+    cpus: int | None = None,
+    max_bad: float = MAX_BAD,
+    own: Lesson | None = None,
 ) -> dict[str, dict[str, Any]]:
+    own = own or Lesson()
     known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
     tokenizer = data / TOKENIZER_FILE
-    teachers = _teachers(corpora, tokenizer, archives)
-    lesson = _lesson(teachers, archives, known)
+    teachers = _teachers(corpora, tokenizer, archives, own.anew)
+    size = own.vocabulary if any(isinstance(c, PlacedCorpus) for c in teachers) else None
+    lesson = _lesson(teachers, archives, known) | ({"vocabulary": size} if size else {})
     learnt = not teachers or _is_learnt(tokenizer, lesson)
     done: dict[str, dict[str, Any]] = {}
     for corpus in corpora:
@@ -112,30 +222,33 @@ def _prepare(
     cluster.ensure_ray(cpus)
     from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
 
-    blocks: dict[str, preparation.Blocks] = {}
-    if not learnt:
-        started = {c.name: preparation.start_reading(c, archives) for c in teachers}
-        blocks = {name: preparation.finish_reading(task) for name, task in started.items()}
-        preparation.train_tokenizer([(c, blocks[c.name]) for c in teachers], tokenizer)
-        storage.write_json(
-            data / TOKENIZER_MANIFEST,
-            {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)},
-        )
-        for corpus in corpora:  # a new lesson may have given the same tokenizer
-            if corpus.name not in done:
-                _note_unchanged(corpus, data, known[corpus.name], done)
-    waiting = [corpus for corpus in corpora if corpus.name not in done]
-    reading = {
-        c.name: preparation.start_reading(c, archives) for c in waiting if c.name not in blocks
-    }
-    for corpus in waiting:
-        read = blocks.pop(corpus.name, None)
-        read = read or preparation.finish_reading(reading[corpus.name])
-        identity = identity_of(corpus, known[corpus.name], data)
-        text = tokenizer if corpus.text_columns else None
-        manifest = preparation.write_corpus(corpus, read, data / corpus.name, identity, text)
-        done[corpus.name] = _summary(manifest, "prepared")
-        console.note(f"{corpus.name}: {manifest['rows_out']} rows prepared")
+    with storage.scratch(data / "reading") as aside:
+        spools: dict[str, Path] = {}
+        if not learnt:
+            if size is not None:
+                lessons.keep_spelling(tokenizer, {corpus.name for corpus in corpora})
+            spools = preparation.spool(teachers, archives, aside)
+            preparation.train_tokenizer(teachers, spools, tokenizer, size or tokenizers.VOCABULARY)
+            told = {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)}
+            whose = {lessons.OF: [corpus.name for corpus in teachers]} if size else {}
+            storage.write_json(data / TOKENIZER_MANIFEST, whose | told)
+            for corpus in corpora:  # a new lesson may have given the same tokenizer
+                if corpus.name not in done:
+                    _note_unchanged(corpus, data, known[corpus.name], done)
+        orders = [
+            preparation.Order(
+                corpus,
+                data / corpus.name,
+                identity_of(corpus, known[corpus.name], data),
+                tokenizer if corpus.text_columns else None,
+                spools.get(corpus.name),
+            )
+            for corpus in corpora
+            if corpus.name not in done
+        ]
+        for manifest in preparation.write_corpora(orders, archives, max_bad):
+            done[manifest["corpus"]] = _summary(manifest, "prepared")
+            console.note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
 
 
@@ -155,14 +268,21 @@ def identity_of(corpus: Corpus, sources: list[dict[str, str]], data: Path) -> di
     }
 
 
-def _teachers(corpora: list[Corpus], tokenizer: Path, archives: Path) -> list[Corpus]:
-    """Corpora that the tokenizer learns from: the same whichever of them are asked for, so that
-    preparing one now and another later gives what preparing both at once gives.
+def _teachers(
+    corpora: list[Corpus], tokenizer: Path, archives: Path, anew: bool = False
+) -> list[Corpus]:
+    """Corpora that the tokenizer learns from. Built-in ones: the same whichever of them are asked
+    for, so that preparing one now and another later gives what preparing both at once gives.
 
-    None if no corpus needs a tokenizer, or if one is there and what it was learnt from is not:
-    a corpus of the user's own is prepared with the tokenizer that a model may know already.
+    None if no corpus needs a tokenizer, or if one is there and what it was learnt from is not, or
+    it is the user's: corpora that come later are prepared with the tokenizer that a model may
+    know already. The user's corpora teach one only where there is none, or if they shall.
     """
-    if not any(corpus.text_columns for corpus in corpora):
+    readers = [corpus for corpus in corpora if corpus.text_columns]
+    placed: list[Corpus] = [corpus for corpus in readers if isinstance(corpus, PlacedCorpus)]
+    if anew or (placed and len(placed) == len(readers)):
+        return placed if anew or not tokenizer.is_file() else []
+    if not readers or lessons.is_the_users(tokenizer.with_name(TOKENIZER_MANIFEST)):
         return []
     teachers = [c for name in BUILT_IN if (c := find_corpus(name)).text_columns]
     files = [archives / archive.file for corpus in teachers for archive in corpus.archives]

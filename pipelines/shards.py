@@ -8,8 +8,8 @@ eight bytes become the length prefix of the schema message, and eight bytes of p
 metadata keep every offset of the footer right.
 """
 
-import hashlib
 import json
+import os
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,30 +35,51 @@ _CONTINUATION = b"\xff\xff\xff\xff"
 def shard_bytes(table: pa.Table) -> bytes:
     """One record batch as Arrow IPC, file and stream form in one. Equal tables, equal bytes."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks(), max_chunksize=max(table.num_rows, 1))
-    data = sink.getvalue().to_pybytes()
-    (length,) = struct.unpack_from("<i", data, 12)
-    assert data[:12] == _MAGIC + _CONTINUATION, "pyarrow wrote an unexpected file header"
-    metadata = data[16 : 16 + length]
-    return _CONTINUATION + struct.pack("<i", length + 8) + metadata + bytes(8) + data[16 + length :]
+    _write(table, sink)
+    data = bytearray(sink.getvalue())
+    head = _stream_head(memoryview(data))
+    data[: len(head)] = head
+    return bytes(data)
 
 
 def write_shard(table: pa.Table, path: Path) -> dict[str, Any]:
     """Write a shard; returns its entry in the manifest: file, rows, bytes, sha256.
 
+    The bytes are those of ``shard_bytes``. They go to the disk as they are made, and the hash is
+    of what can be read there.
+
     Raises:
         UserError: the disk is full.
     """
-    data = shard_bytes(table)
-    with disk_guard(path, len(data)):
-        path.write_bytes(data)
+    with disk_guard(path):
+        with pa.OSFile(str(path), "wb") as sink:
+            _write(table, sink)
+        with path.open("r+b") as stream:
+            (length,) = struct.unpack_from("<i", stream.read(16), 12)
+            stream.seek(0)
+            head = _stream_head(memoryview(stream.read(16 + length)))
+            stream.seek(0)
+            stream.write(head)
+            stream.flush()
+            os.fsync(stream.fileno())
     return {
         "file": path.name,
         "rows": table.num_rows,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
     }
+
+
+def _write(table: pa.Table, sink: Any) -> None:
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), max_chunksize=max(table.num_rows, 1))
+
+
+def _stream_head(data: memoryview) -> bytes:
+    """The first bytes of a file, changed so that it reads as a stream too: as many as before."""
+    (length,) = struct.unpack_from("<i", data, 12)
+    assert data[:12] == _MAGIC + _CONTINUATION, "pyarrow wrote an unexpected file header"
+    return _CONTINUATION + struct.pack("<i", length + 8) + data[16 : 16 + length] + bytes(8)
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:

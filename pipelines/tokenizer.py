@@ -40,7 +40,8 @@ def train(
         task_texts: texts whose Chinese characters all get a token.
         other_texts: texts of pretraining.
         terms: words that stay whole wherever they stand.
-        size: tokens in all.
+        size: tokens in all. Where the characters alone would take more than three quarters of
+            them, the rarest are spelt in bytes.
     """
     from tokenizers import Tokenizer, models, trainers
 
@@ -54,8 +55,8 @@ def train(
             characters.update(normal)
             # Chinese characters never join, so pairs are learnt from the rest alone.
             words.update(re.findall(_WORDS, cjk.sub(" ", normal)))
-    alphabet = _alphabet(task, other)
     room = size - len(set(terms))
+    alphabet = _alphabet(task, other, (room - len(SPECIAL) - 256) * 3 // 4)
     trainer = trainers.BpeTrainer(
         vocab_size=room,
         min_frequency=2,
@@ -118,10 +119,15 @@ def _chunks(texts: Iterable[str], size: int = 1 << 16) -> Iterable[str]:
     yield "\n".join(waiting)
 
 
-def _alphabet(task: Counter[str], other: Counter[str]) -> list[str]:
+def _alphabet(task: Counter[str], other: Counter[str], most: int) -> list[str]:
+    """Characters that get a token; if they are more than ``most``, the commonest of them."""
     both = task + other
     kept = {c for c, n in both.items() if n >= RARE} | set(task) | set(_ALWAYS)
-    return sorted(c for c in kept if not c.isspace() and c.isprintable())
+    kept = {c for c in kept if not c.isspace() and c.isprintable()}
+    if len(kept) > most:
+        rest = sorted(kept - set(_ALWAYS), key=lambda c: (-both[c], c))
+        kept = {*_ALWAYS, *rest[: max(0, most - len(_ALWAYS))]}
+    return sorted(kept)
 
 
 def _repeated(words: Sequence[tuple[str, int]]) -> Iterable[str]:

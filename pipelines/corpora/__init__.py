@@ -1,10 +1,18 @@
-"""Corpora by name: the built-in ones, and those that other packages add by entry point."""
+"""Corpora by name: the built-in ones, formats of the user's own, and those that other packages
+add by entry point."""
 
+import re
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from pipelines.corpora.base import Corpus
+from pipelines.corpora.placed import PlacedCorpus
+from pipelines.places import Place
+from skillnet_platform import config
 from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.typed_tree import checked
 
 GROUP = "skillnet.corpora"
 
@@ -24,17 +32,90 @@ FURTHER = {
 }
 
 
+#: Formats of corpora that the user has: ``skillnet prepare --corpus tnews=PATH``. In the order in
+#: which a folder's format is guessed: the particular ones first.
+READERS = {
+    "tnews": "pipelines.corpora.tnews:Tnews",
+    "aishell1": "pipelines.corpora.aishell1:Aishell1",
+    "aic_icc": "pipelines.corpora.aic_icc:AicIcc",
+    "vatex": "pipelines.corpora.vatex:Vatex",
+    "pytorrent": "pipelines.corpora.pytorrent:PyTorrent",
+    "codesearchnet": "pipelines.corpora.codesearchnet:CodeSearchNet",
+    "hf_dataset": "pipelines.corpora.hf_dataset:HfDataset",
+    "webdataset": "pipelines.corpora.webdataset:WebDataset",
+    "folder": "pipelines.corpora.folder:Folder",
+}
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+#: ``reader:path``, but not ``s3://path``.
+_READER = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_.]+:[A-Za-z0-9_]+)?):(?!//)(.+)")
+
+
 def find_corpus(name: str) -> Corpus:
     """The corpus of that name, or the class that "package.module:Class" names.
 
     Raises:
-        UserError: nobody provides it; with the nearest name.
+        UserError: nobody provides it; with the nearest name. Or it needs to be given a place.
     """
+    found = _find_class(name)
+    if issubclass(found, PlacedCorpus):
+        raise UserError(f"corpus {name} is read from your disk: give --corpus {name}=PATH")
+    return found()
+
+
+def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None) -> PlacedCorpus:
+    """A corpus of the user's: ``place_corpus("tnews", "/data/tnews")``.
+
+    Args:
+        name: what to call it; names the format too, unless ``place`` does.
+        place: path or URI, or ``reader:path`` where the name is the user's own.
+        options: of the reader, by name.
+
+    Raises:
+        UserError: an unknown reader or option, or a place that does not hold the format.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--corpus {name}: a name has letters, digits, - and _, at most 64 of them")
+    if name in BUILT_IN or name in FURTHER:
+        raise UserError(f"--corpus {name}: that is a built-in corpus; choose another name")
+    given = _READER.fullmatch(place)
+    reader, place = (given.group(1), given.group(2)) if given else (name, place)
+    found = _find_class(reader, READERS)
+    if not issubclass(found, PlacedCorpus):
+        raise UserError(f"corpus {reader} is not read from a place: name it alone")
+    where = f"options.{name}"
+    try:
+        tree = checked(found.Options, dict(options or {}), where)
+        whole = config.merge(config.defaults(found.Options), tree)
+        chosen = config.build(found.Options, whole, dict.fromkeys(whole, where))
+        return found(place, chosen, name)
+    except UserError:
+        raise
+    except ValueError as problem:
+        raise UserError(f"{where}: {problem}") from None
+
+
+def guess_reader(place: Place) -> tuple[str, str] | None:
+    """(Reader, what shows it) of a place that holds a known format."""
     others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
-    known = others | FURTHER | BUILT_IN
+    for name in {**READERS, **others}:
+        try:
+            found = _find_class(name)
+            evidence = found.guess(place) if issubclass(found, PlacedCorpus) else None
+        except (UserError, ValueError, OSError):
+            continue  # not that one: a reader may stumble over another's files
+        if evidence is not None:
+            return name, evidence
+    return None
+
+
+def _find_class(name: str, first: Mapping[str, str] | None = None) -> type[Corpus]:
+    others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    known = others | FURTHER | READERS | BUILT_IN
     place = known.get(name) or (name if ":" in name else None)
     if place is None:
-        raise UserError(f"unknown corpus {name!r}{nearest(name, [*BUILT_IN, *FURTHER, *others])}")
+        listed = [*(first or {**BUILT_IN, **FURTHER, **READERS}), *others]
+        raise UserError(f"unknown corpus {name!r}{nearest(name, listed)}")
     module, _, attribute = place.partition(":")
     try:
         found = getattr(import_module(module), attribute)
@@ -42,7 +123,16 @@ def find_corpus(name: str) -> Corpus:
         raise UserError(f"corpus {name!r}: {place} cannot be loaded: {problem}") from problem
     if not (isinstance(found, type) and issubclass(found, Corpus)):
         raise UserError(f"corpus {name!r}: {place} is not a subclass of pipelines.corpora.Corpus")
-    return found()
+    return found
 
 
-__all__ = ["BUILT_IN", "FURTHER", "Corpus", "find_corpus"]
+__all__ = [
+    "BUILT_IN",
+    "FURTHER",
+    "READERS",
+    "Corpus",
+    "PlacedCorpus",
+    "find_corpus",
+    "guess_reader",
+    "place_corpus",
+]

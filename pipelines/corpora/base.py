@@ -17,11 +17,22 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that is set aside before it is transformed. ``reason`` is short: rows are counted
-    by it."""
+    """A row that is set aside before it is transformed.
+
+    Args:
+        key: of the row.
+        reason: short; rows are counted by it.
+        file: where the row stands, if a reader must be told.
+        row: its number in that file, from 1.
+        bad: it should have been readable. Others are set aside by choice; too large a share of
+            bad rows stops a prepare.
+    """
 
     key: str
     reason: str
+    file: str | None = None
+    row: int | None = None
+    bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,11 @@ class Sources:
 
     directory: Path
     archives: tuple[Archive, ...]
+
+    @classmethod
+    def none(cls) -> "Sources":
+        """No archives: for a corpus that the user has."""
+        return cls(Path(), ())
 
     def path(self, start: str) -> Path:
         """Path of the archive whose file name starts so."""
@@ -52,32 +68,33 @@ class Sources:
 
 
 class Corpus(ABC):
-    """One source of rows. Subclasses are stateless: Ray copies them to its workers.
+    """One source of rows. Ray copies it to its workers: it holds settings, never rows.
 
     A row is read by ``rows`` (cheap, in order, every decision that needs the whole corpus:
     duplicates, splits, groups) and finished by ``transform`` (costly, a block at a time, in
-    parallel).
+    parallel). Where rows hold references to media, the size of a corpus costs no memory.
     """
 
-    name: ClassVar[str]
-    modality: ClassVar[str]
-    task: ClassVar[str]
+    name: str
+    modality: str
+    task: str
     archives: ClassVar[tuple[Archive, ...]]
     #: Count it up when a change of the code changes what is prepared.
     version: ClassVar[int] = 1
-    #: Raw columns that ``rows`` yields, beside split, key and group.
-    raw: ClassVar[pa.Schema]
+    #: Raw columns that ``rows`` yields, beside split, key and group. Those named ``file`` (text)
+    #: and ``row`` (a number, from 1) stand in the quarantine's line of a row set aside later.
+    raw: pa.Schema
     #: Columns of the finished shards after key and group, of every split together.
-    columns: ClassVar[pa.Schema]
+    columns: pa.Schema
     #: Columns left out in a split, where they would be empty.
     left_out: ClassVar[dict[str, frozenset[str]]] = {}
     #: Raw columns whose text of the splits "pretrain" and "train" the tokenizer learns from.
-    text_columns: ClassVar[tuple[str, ...]] = ()
+    text_columns: tuple[str, ...] = ()
     #: Words that the tokenizer keeps whole.
     terms: ClassVar[tuple[str, ...]] = ()
     #: Splits that pretraining of the modality reads.
     pretraining: ClassVar[tuple[str, ...]] = ("pretrain", "train")
-    shard_rows: ClassVar[int] = 1024
+    shard_rows: int = 1024
 
     @abstractmethod
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:

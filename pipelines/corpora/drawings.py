@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipelines.corpora.archives import Archive
 from pipelines.corpora.base import Corpus, Numbering, Rejected, Row, Sources, draw, shaped
+from pipelines.guard import read_each
 from pipelines.transforms import image, text
 
 TEST, VALIDATION, UNSEEN_CONCEPTS = 380, 120, 150
@@ -135,14 +136,9 @@ class Drawings(Corpus):
         blank = np.full((image.SIZE, image.SIZE, 3), 255, np.uint8)
         rejected: list[str | None] = []
         drawn = []
-        for data in block["image"]:
-            try:
-                drawn.append(image.load_pixels(data.as_py()))
-                empty = not (drawn[-1] != 255).any()
-                rejected.append("nothing is drawn" if empty else None)
-            except ValueError as problem:
-                drawn.append(blank)
-                rejected.append(str(problem))
+        for pixels, reason in read_each(block["image"], _load):
+            drawn.append(blank if pixels is None else pixels)
+            rejected.append(reason)
         captions = block["captions"].to_pylist()
         return pa.table(
             {
@@ -170,6 +166,13 @@ class Drawings(Corpus):
             "caption_tokens": text.CAPTION_TOKENS,
             "split_by": "family of concepts; artist of a known concept",
         }
+
+
+def _load(data: pa.BinaryScalar) -> np.ndarray:
+    pixels = image.load_pixels(data.as_py())
+    if not (pixels != 255).any():
+        raise ValueError("nothing is drawn")
+    return pixels
 
 
 def family(code: str) -> str:

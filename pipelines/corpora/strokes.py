@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipelines.corpora.archives import Archive
 from pipelines.corpora.base import Corpus, Numbering, Rejected, Row, Sources, draw, shaped
 from pipelines.corpora.pins import CNCHAR_DATA
+from pipelines.guard import read_each
 from pipelines.transforms import text, video
 from skillnet_platform.errors import UserError
 
@@ -58,7 +59,7 @@ class Strokes(Corpus):
         ]
     )
     left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
-    text_columns: ClassVar[tuple[str, ...]] = ("captions",)
+    text_columns = ("captions",)
     #: One token a stroke: a name such as 横折钩 means one movement, not three.
     terms: ClassVar[tuple[str, ...]] = (
         "横折折折钩", "横折折撇", "横折折折", "横斜钩", "横折钩", "横折提", "竖折撇", "竖折折钩",
@@ -127,12 +128,10 @@ def drawn_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
     drawn = np.zeros((block.num_rows, size), np.uint8)
     rejected: list[str | None] = []
     rows = zip(block["points"].to_pylist(), block["counts"].to_pylist(), strict=True)
-    for index, (points, counts) in enumerate(rows):
-        try:
-            drawn[index] = video.draw_paths(_paths(points, counts)).reshape(-1)
-            rejected.append(None)
-        except ValueError as problem:
-            rejected.append(str(problem))
+    for clip, reason in read_each(rows, lambda row: video.draw_paths(_paths(*row))):
+        if clip is not None:
+            drawn[len(rejected)] = clip.reshape(-1)
+        rejected.append(reason)
     frames = pa.FixedSizeListArray.from_arrays(pa.array(drawn.reshape(-1)), size)
     return frames, pa.array(rejected, pa.string())
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
 from pipelines.corpora.pins import CNCHAR_DATA
+from pipelines.guard import read_each
 from pipelines.transforms import sound
 
 #: One syllable in so many gives a second tone to validation.
@@ -76,13 +77,10 @@ class Syllables(Corpus):
         """Log-mel frames; a file that cannot be decoded is set aside."""
         mels: list[np.ndarray] = []
         rejected: list[str | None] = []
-        for data in block["audio"]:
-            try:
-                mels.append(sound.load_log_mel(data.as_py()))
-                rejected.append(None)
-            except ValueError as problem:
-                mels.append(np.zeros((0, sound.MELS), np.float32))
-                rejected.append(str(problem))
+        empty = np.zeros((0, sound.MELS), np.float32)
+        for mel, reason in read_each(block["audio"], lambda x: sound.load_log_mel(x.as_py())):
+            mels.append(empty if mel is None else mel)
+            rejected.append(reason)
         frames = [len(mel) for mel in mels]
         flat = pa.array(np.concatenate(mels).reshape(-1))
         per_frame = pa.FixedSizeListArray.from_arrays(flat, sound.MELS)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _URL = re.compile(r"(?:https?|ftp)://[^\s，。；、）)>\]\"']+|www\.[^\s，。；、）)>\]\"']+")
+_LOOSE_DOCSTRING = re.compile(r"\n[ \t]*[uUrRbB]{0,2}(\"\"\"|\'\'\')[\s\S]*?\1[ \t]*(?=\n|$)")
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -57,6 +58,21 @@ def functions(source: str) -> Iterator[Function]:
         raise ValueError(f"not Python of this version ({type(problem).__name__})") from None
     lines = source.encode("utf-8").splitlines(keepends=True)
     yield from _walk(tree, "", lines)
+
+
+def without_docstring(source: str) -> str:
+    """The source of one function without its docstring, indented from the margin.
+
+    Source that does not parse (of another Python, cut short) loses the first text that stands on
+    lines of its own.
+    """
+    try:
+        found = next(functions(textwrap.dedent(source)), None)
+    except ValueError:
+        found = None
+    if found is not None:
+        return found.code
+    return _LOOSE_DOCSTRING.sub("", source, count=1).strip()
 
 
 def summary(docstring: str) -> str:

@@ -6,6 +6,7 @@ The scale is HTK's (mel = 2595 log10(1 + f / 700)), triangles of unit peak betwe
 
 import io
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,67 +31,117 @@ FLOOR = 1e-4
 MEAN, DEVIATION = -2.8, 3.2
 MAX_FRAMES = 192
 MAX_SECONDS = 600
+TOO_LONG = f"longer than {MAX_SECONDS} seconds"
+CUT_SHORT = "cut short: the file ends before its recording does"
+_UNKNOWN = 0x7FFFFFF0
 
 
 def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
     """Read an MP3, WAV (or whatever FFmpeg reads) file: float32 samples, mono, at ``rate`` Hz.
 
     Raises:
-        ValueError: the bytes are no recording, it is empty, or longer than ten minutes.
+        ValueError: the bytes are no recording, it is empty, cut short, longer than ten minutes,
+            or holds values that are no numbers.
     """
     import av
 
     if data[:256].lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ValueError("a web page, not a recording")
+    if _wav_is_cut(data):
+        raise ValueError(CUT_SHORT)
     try:
         with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise ValueError("no sound in the file")
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            parts, samples = [], 0
-            for frame in container.decode(audio=0):
-                parts += [out.to_ndarray()[0] for out in resampler.resample(frame)]
-                samples += parts[-1].size if parts else 0
-                if samples > MAX_SECONDS * rate:
-                    raise ValueError(f"longer than {MAX_SECONDS} seconds")
-            parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
+            said = _seconds_said(container, data)
+            if said > MAX_SECONDS:
+                raise ValueError(TOO_LONG)
+            wave = _decode(container, rate)
     except av.FFmpegError as problem:
         raise ValueError(f"not a recording that can be read ({problem.strerror})") from None
-    if not parts or not sum(part.size for part in parts):
+    if not wave.size:
         raise ValueError("an empty recording")
-    return np.concatenate(parts).astype(np.float32)
+    if wave.size / rate < 0.95 * said - 0.25:
+        raise ValueError(CUT_SHORT)
+    if not np.isfinite(wave).all():
+        raise ValueError("samples that are no numbers (NaN or infinite)")
+    return wave
 
 
-def log_mel(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def _decode(container: Any, rate: int) -> NDArray[np.float32]:
+    import av
+
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+    parts: list[NDArray[np.float32]] = []
+    samples = 0
+    for frame in container.decode(audio=0):
+        for out in resampler.resample(frame):
+            parts.append(out.to_ndarray()[0])
+            samples += parts[-1].size
+        if samples > MAX_SECONDS * rate:
+            raise ValueError(TOO_LONG)
+    parts += [out.to_ndarray()[0] for out in resampler.resample(None)]
+    return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.zeros(0, "f")
+
+
+def _seconds_said(container: Any, data: bytes) -> float:
+    """How long the recording is by its own account; 0 if it does not say."""
+    stream = container.streams.audio[0]
+    if container.format.name == "mp3":
+        # Without a header of its own the length is FFmpeg's guess from the first bit rate.
+        head = data[: 1 << 16]
+        if not any(mark in head for mark in (b"Xing", b"Info", b"VBRI")):
+            return 0.0
+    if stream.duration is None or stream.time_base is None:
+        return 0.0
+    return float(stream.duration * stream.time_base)
+
+
+def _wav_is_cut(data: bytes) -> bool:
+    """Whether a WAV file ends before its head says; FFmpeg takes what is there."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return False
+    said = int.from_bytes(data[4:8], "little") + 8
+    return len(data) < said < _UNKNOWN  # who writes to a pipe cannot know, and writes the most
+
+
+def log_mel(
+    wave: NDArray[np.float32], max_frames: int = MAX_FRAMES, trimmed: bool = True
+) -> NDArray[np.float32]:
     """Trim to speech, scale to one level, and take normalised log-mel frames.
 
     Args:
         wave: samples at 16 kHz, mono.
+        max_frames: what lies beyond is cut off.
+        trimmed: cut the silence before and after; see ``trim``.
 
     Returns:
-        float32 (F, 80), at most ``MAX_FRAMES`` frames.
+        float32 (F, 80), at most ``max_frames`` frames.
 
     Raises:
         ValueError: the recording is silent.
     """
-    speech = trim(emphasise(wave))
+    speech = emphasise(wave)
+    speech = trim(speech) if trimmed else np.pad(speech, (0, max(0, WINDOW - speech.size)))
     level = float(np.sqrt(np.mean(speech.astype(np.float64) ** 2)))
     if level <= 1e-6:
         raise ValueError("a silent recording")
-    power = _power(speech * (LEVEL / level))[:MAX_FRAMES]
+    power = _power(speech * (LEVEL / level))[:max_frames]
     # A plain loop over bins would sum in an order of its own; einsum without optimisation is
     # the same on every machine, whatever BLAS there is.
     mel = np.einsum("ft,mt->fm", power, _filters(), optimize=False)
     return ((np.log(mel + FLOOR) - MEAN) / DEVIATION).astype(np.float32)
 
 
-def load_log_mel(data: bytes) -> NDArray[np.float32]:
+def load_log_mel(
+    data: bytes, max_frames: int = MAX_FRAMES, trimmed: bool = True
+) -> NDArray[np.float32]:
     """A recording's bytes to frames, float32 (F, 80).
 
     Raises:
         ValueError: the bytes are no recording, or it is silent.
     """
-    return log_mel(decode_audio(data))
+    return log_mel(decode_audio(data), max_frames, trimmed)
 
 
 def emphasise(wave: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -13,8 +13,17 @@ CODE_TOKENS = 192
 
 
 def encode(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
-    """Token ids of each text, cut after ``limit``: one list<int32> for each text."""
-    ids = [row.ids[:limit] for row in tokenizer.encode_batch_fast(list(texts))]
+    """Token ids of each text, cut after ``limit``: one list<int32> for each text.
+
+    What the tokenizer calls unknown is spelt in bytes, if it has tokens for them.
+    """
+    ids = [row.ids for row in tokenizer.encode_batch_fast(list(texts))]
+    unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
+    if unknown is not None and first is not None:
+        for place, row in enumerate(ids):
+            if unknown in row:
+                ids[place] = _in_bytes(tokenizer, texts[place], unknown, first)
+    ids = [row[:limit] for row in ids]
     ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
@@ -31,3 +40,15 @@ def encode_captions(
         end += len(row)
         ends.append(end)
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), tokens)
+
+
+def _in_bytes(tokenizer: Any, text: str, unknown: int, first: int) -> list[int]:
+    """Token ids of a text, those of its bytes in the place of each unknown token."""
+    encoded = tokenizer.encode(text)
+    ids: list[int] = []
+    for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+        if number == unknown:
+            ids += [first + byte for byte in text[start:end].encode("utf-8")]
+        else:
+            ids.append(number)
+    return ids

@@ -1,7 +1,8 @@
 """Clips to frames: a fixed number of them, square, grey; and drawing pen paths as clips."""
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,14 @@ SIZE = 32
 SUPERSAMPLE = 4
 #: Pen width as a share of the picture's side.
 PEN = 0.055
-MAX_FRAMES_READ = 4096
+#: Ten minutes at 30 frames a second.
+MAX_FRAMES_READ = 18_000
+TOO_LONG = f"more than {MAX_FRAMES_READ} frames"
+#: Of a frame; 8K has 33 million.
+MAX_PIXELS = 36 * 2**20
+#: Of all frames, where all are asked for.
+MAX_BYTES = 2**30
+CUT_SHORT = "cut short: the file ends before its clip does"
 
 #: A pen path: points (x, y) on a square of side 1, y downward.
 Path = Sequence[tuple[float, float]]
@@ -24,24 +32,75 @@ def decode_video(data: bytes) -> NDArray[np.uint8]:
     """Read an MP4 (or whatever FFmpeg reads) file: uint8 (N, H, W, 3), all frames.
 
     Raises:
-        ValueError: the bytes are no video, or one of more than 4,096 frames.
+        ValueError: the bytes are no video, or more frames than fit into ``MAX_BYTES``.
     """
+    frames: list[NDArray[np.uint8]] = []
+    for frame in _frames(data):
+        frames.append(frame.to_ndarray(format="rgb24"))
+        if len(frames) * frames[0].nbytes > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES // 2**20} MiB of frames")
+    if not frames:
+        raise ValueError("a video without frames")
+    return np.stack(frames)
+
+
+def count_frames(data: bytes) -> int:
+    """Number of frames of a video file, found without decoding them.
+
+    Raises:
+        ValueError: the bytes are no video, it is cut short, or one of too many or too large frames.
+    """
+    import av
+
+    count, end = 0, 0.0
+    with _opened(data) as container:
+        stream = container.streams.video[0]
+        said, seconds = stream.frames, (container.duration or 0) / av.time_base
+        if said > MAX_FRAMES_READ:
+            raise ValueError(TOO_LONG)
+        with contextlib.suppress(av.FFmpegError):  # where it breaks off, it is cut
+            for packet in container.demux():
+                if packet.size and packet.stream is stream:
+                    count += 1
+                if packet.pts is not None:
+                    end = max(end, float(packet.pts * packet.time_base))
+                if count > MAX_FRAMES_READ:
+                    raise ValueError(TOO_LONG)
+    if count < 0.95 * said - 1 or (not said and end < 0.95 * seconds - 0.5):
+        raise ValueError(CUT_SHORT)
+    if not count:
+        raise ValueError("a video without frames")
+    return count
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
+    """The container of a video, its sizes within limits. FFmpeg's errors become ours."""
     import av
 
     try:
         with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise ValueError("no pictures in the file")
-            frames = []
-            for frame in container.decode(video=0):
-                frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) > MAX_FRAMES_READ:
-                    raise ValueError(f"more than {MAX_FRAMES_READ} frames")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                raise ValueError(f"frames of more than {MAX_PIXELS // 10**6} million pixels")
+            # A worker has a core of its own: more threads only get in each other's way.
+            stream.codec_context.thread_count = 1
+            yield container
     except av.FFmpegError as problem:
         raise ValueError(f"not a video that can be read ({problem.strerror})") from None
-    if not frames:
-        raise ValueError("a video without frames")
-    return np.stack(frames)
+
+
+def _frames(data: bytes) -> Iterator[Any]:
+    """Decoded frames, one at a time."""
+    with _opened(data) as container:
+        for count, frame in enumerate(container.decode(video=0)):
+            if count == MAX_FRAMES_READ:
+                raise ValueError(TOO_LONG)
+            if frame.width * frame.height > MAX_PIXELS:  # it may change on the way
+                raise ValueError(f"frames of more than {MAX_PIXELS // 10**6} million pixels")
+            yield frame
 
 
 def encode_video(frames: NDArray[np.uint8], rate: int = 4, scale: int = 4) -> bytes:
@@ -75,29 +134,60 @@ def clip(frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE) -> ND
     Args:
         frames: uint8 (N, H, W, 1) or (N, H, W, 3), N at least 1.
     """
-    from PIL import Image
-
-    chosen = np.ceil(np.arange(1, count + 1) * len(frames) / count).astype(int) - 1
-    out = []
-    for index in chosen:
-        frame = frames[max(index, 0)]
-        image = Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).convert("L")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        if side != size:
-            square = square.resize((size, size), Image.Resampling.BOX if side > size else 3)
-        out.append(np.asarray(square))
-    return np.stack(out)[..., None]
+    return np.stack([_square(frames[i], size) for i in _chosen(len(frames), count)])[..., None]
 
 
 def load_clip(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:
-    """A video file's bytes to uint8 (count, size, size, 1).
+    """A video file's bytes to uint8 (count, size, size, 1), as ``clip`` would choose them.
+
+    Frames that are not taken are decoded, as later ones build on them, and dropped at once:
+    memory holds one frame, however long the video is.
 
     Raises:
-        ValueError: the bytes are no video.
+        ValueError: the bytes are no video, it is cut short, or one of too many or too large frames.
     """
-    return clip(decode_video(data), count, size)
+    expected = count_frames(data)
+    found, taken = _take(data, expected, count, size)
+    if found != expected:
+        # Some packets are no frames to be shown: now their number is known.
+        if found < 0.9 * expected - 2:
+            raise ValueError(CUT_SHORT)
+        found, taken = _take(data, found, count, size)
+    return np.stack(taken)[..., None]
+
+
+def _take(data: bytes, length: int, count: int, size: int) -> tuple[int, list[NDArray[np.uint8]]]:
+    """The number of frames, and those chosen of ``length``, made square and grey."""
+    wanted = _chosen(length, count)
+    taken: list[NDArray[np.uint8]] = []
+    found = 0
+    for frame in _frames(data):
+        while len(taken) < count and wanted[len(taken)] == found:
+            same = len(taken) > 0 and wanted[len(taken) - 1] == found
+            taken.append(taken[-1] if same else _square(frame.to_ndarray(format="rgb24"), size))
+        found += 1
+    if not found:
+        raise ValueError("a video without frames")
+    return found, taken
+
+
+def _chosen(length: int, count: int) -> list[int]:
+    """Which of ``length`` frames are taken."""
+    chosen = np.ceil(np.arange(1, count + 1) * length / count).astype(int) - 1
+    return [max(index, 0) for index in chosen.tolist()]
+
+
+def _square(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The middle of a frame, grey: uint8 (size, size)."""
+    from PIL import Image
+
+    image = Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).convert("L")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    if side != size:
+        square = square.resize((size, size), Image.Resampling.BOX if side > size else 3)
+    return np.asarray(square)
 
 
 def draw_paths(paths: Sequence[Path], count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:

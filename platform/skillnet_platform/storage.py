@@ -104,6 +104,23 @@ def staging(final: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give an empty directory beside ``path``; it is removed when the block ends, however.
+
+    What killed processes left of theirs is removed first.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
     """Put the finished directory ``tmp`` in place as ``final``, replacing one that is there.
 

@@ -132,7 +132,7 @@ def test_a_defect_in_a_transform_leaves_no_corpus(
     monkeypatch.setattr(preparing, "find_corpus", lambda name: corpus)
     with pytest.raises(Exception, match="a defect"):
         prepare(["broken"], tmp_path / "data", archives)
-    assert list((tmp_path / "data").iterdir()) == []
+    assert list((tmp_path / "data").iterdir()) == []  # not even its folder: no shard was finished
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
@@ -141,7 +141,7 @@ def test_a_full_disk_is_named_and_leaves_no_corpus(
 ) -> None:
     """Seen before the work where that is possible, else where a worker meets it."""
     if not foreseen:
-        monkeypatch.setattr(preparation, "_estimate", lambda blocks: 0)
+        monkeypatch.setattr(preparation, "LEAST_FREE", 0)
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -154,20 +154,23 @@ def test_a_full_disk_is_named_and_leaves_no_corpus(
     try:
         with pytest.raises(UserError, match=r"made.*the disk is full"):
             prepare([MADE], small, put_archive(tmp_path / "archives"))
-        assert list(small.iterdir()) == []
+        with pytest.raises(UserError, match="missing"):
+            open_corpus(small / "made")
+        assert [path.name.split("-")[0] for path in small.iterdir()] in ([], [".made.partial"])
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_bytes_do_not_depend_on_cpus_nor_on_a_crash(
+def test_a_killed_prepare_goes_on_with_its_finished_shards(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """One process with one CPU is killed half-way; the next, with three, finishes."""
+    """One process with one CPU is killed half-way; the next, with three, finishes its work. One
+    of the shards was altered meanwhile: it is made again."""
     data, archives = tmp_path / "data", made[1]
     first = command(data, archives, "--cpus", "1", **{SLOW: "700"})
     deadline = time.monotonic() + 300
     try:
-        while not list(data.glob(".made.*/*.arrow")):
+        while len(list(data.glob(".made.partial-*/*-?????.json"))) < 4:
             assert first.poll() is None, first.stderr.read() if first.stderr else ""
             assert time.monotonic() < deadline, "no shard was written"
             time.sleep(0.05)
@@ -177,12 +180,71 @@ def test_bytes_do_not_depend_on_cpus_nor_on_a_crash(
     assert not (data / "made").exists()
     with pytest.raises(UserError, match="missing"):
         open_corpus(data / "made")
+    kept = {p.name: p.stat().st_ino for p in data.glob(".made.partial-*/*.arrow")}
+    whole = {p.with_suffix(".arrow").name for p in data.glob(".made.partial-*/*-?????.json")}
+    altered = min(whole)
+    (shard,) = data.glob(f".made.partial-*/{altered}")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     second = command(data, archives, "--cpus", "3")
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
     assert json.loads(out)["corpora"]["made"]["state"] == "prepared"
-    assert sorted(p.name for p in data.iterdir()) == ["made"]  # what the killed one left is gone
+    assert sorted(p.name for p in data.iterdir()) == ["made"]  # nothing else is left
     assert files_of(data / "made") == files_of(made[0] / "made")
+    same = {name for name in kept if (data / "made" / name).stat().st_ino == kept[name]}
+    assert altered not in same
+    assert len(same) >= 3  # they were not written again
+
+
+def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
+    made: tuple[Path, Path], tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prepare that stopped leaves its shards; one with other settings removes them."""
+    archives = made[1]
+    monkeypatch.setattr(preparation.partial, "gather", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([MADE], tmp_path, archives)
+    (left,) = tmp_path.iterdir()
+    assert len(list(left.glob("*.arrow"))) == 12
+    monkeypatch.undo()
+    prepare(["tests.made_corpora:OtherSettings"], tmp_path, archives)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert open_corpus(tmp_path / "made").manifest["preprocessing"]["every"] == 11
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
+    with (
+        preparation.partial.partial(tmp_path / "made", {"a": 1}) as folder,
+        pytest.raises(UserError, match=r"made: another process prepares this corpus now"),
+        preparation.partial.partial(tmp_path / "made", {"a": 1}),
+    ):
+        raise AssertionError(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("share", [0.005, 0.2])
+def test_too_many_bad_rows_stop_with_a_summary(
+    made: tuple[Path, Path], tmp_path: Path, ray_session: Any, share: float
+) -> None:
+    """Of the hundred lines one is bad; the ten that are set aside by choice are not."""
+    if share > 0.01:
+        assert prepare([MADE], tmp_path, made[1], max_bad=share)["made"]["rows_out"] == 89
+        return
+    with pytest.raises(
+        UserError, match=r"made: 1 of 100 rows.*1 × unlucky.*--max_bad 0\.0"
+    ) as told:
+        prepare([MADE], tmp_path, made[1], max_bad=share)
+    listed = (tmp_path / "made.rejected.jsonl").read_text(encoding="utf-8")
+    assert str(tmp_path / "made.rejected.jsonl") in str(told.value)
+    assert '{"key": "line 33", "reason": "unlucky"}' in listed
+    assert not (tmp_path / "made").exists()
+    prepare([MADE], tmp_path, made[1])  # goes on, and the list is gone with its reason
+    assert files_of(tmp_path / "made") == files_of(made[0] / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_recordings_and_error_pages_end_where_they_belong(tmp_path: Path, ray_session: Any) -> None:

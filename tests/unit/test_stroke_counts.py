@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.blocks import to_table
 from pipelines.corpora import BUILT_IN, FURTHER, find_corpus, strokes
 from pipelines.corpora.base import Rejected, Sources
 from pipelines.corpora.stroke_counts import LABELS, StrokeCounts, label_of
 from pipelines.corpora.strokes import Strokes
-from pipelines.preparation import _block, transform_block
+from pipelines.preparation import transform_block
 from tests.packing import tarred
 
 ORDER = {"一": "j", "十": "js", "三": "jjj", "田": "sjjss", "二": "jj"}
@@ -71,8 +72,9 @@ def test_rows_and_splits_are_those_of_strokes(tmp_path: Path, monkeypatch) -> No
 def test_clips_are_those_of_strokes_to_the_byte(tmp_path: Path) -> None:
     corpus = StrokeCounts()
     rows = [r for r in corpus.rows(archives(tmp_path)) if not isinstance(r, Rejected)]
-    made = transform_block(corpus, None, _block(corpus, "train", 0, rows))
-    drawn = strokes.drawn_clips(_block(corpus, "train", 0, rows))[0]
+    block, _ = to_table(corpus, rows)
+    made = transform_block(corpus, None, block)
+    drawn = strokes.drawn_clips(block)[0]
     assert made["frames"].combine_chunks().equals(drawn)
     assert np.asarray(drawn.flatten()).any()
     assert set(made.column_names) >= {field.name for field in corpus.schema("train")}

@@ -1,0 +1,221 @@
+"""What ``folder``, ``webdataset`` and ``hf_dataset`` share: any modality, fields found by name."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipelines.corpora.base import Row, draw
+from pipelines.corpora.finish import (
+    CaptionOptions,
+    CodeOptions,
+    ImageOptions,
+    SoundOptions,
+    SplitOptions,
+    TextOptions,
+    VideoOptions,
+)
+from pipelines.corpora.placed import (
+    MediaOptions,
+    PlacedCorpus,
+    characters_of,
+    clean_captions,
+    clean_text,
+    group_of,
+    half,
+    made_split,
+    media_row,
+)
+from pipelines.media import MediaRef
+from pipelines.transforms.code import summary
+from skillnet_platform.errors import UserError
+
+#: Endings of media files, and what they are.
+ENDINGS = {
+    "sound": ("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac"),
+    "image": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "svg"),
+    "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v"),
+}
+MODALITY_OF = {ending: modality for modality, each in ENDINGS.items() for ending in each}
+#: Usual names of fields, the likeliest first.
+CODE = ("code", "function", "func_code_string", "original_string")
+CAPTION = ("captions", "caption", "sentences", "docstring", "description", "text", "txt")
+TRANSCRIPT = ("transcription", "transcript", "sentence", "text", "txt")
+TEXT = ("text", "sentence", "txt", "content")
+LABEL = ("label", "labels", "cls", "class", "category", "intent")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+
+
+@dataclass
+class FieldedOptions(
+    SplitOptions,
+    TextOptions,
+    CaptionOptions,
+    SoundOptions,
+    ImageOptions,
+    VideoOptions,
+    CodeOptions,
+    MediaOptions,
+):
+    """A corpus of any modality.
+
+    Args:
+        modality: text, sound, image, video or code; by default what the first row shows.
+        text: field of the text, the transcript or the captions; by default a usual name.
+        label: field of the class, for classification; by default a usual name.
+        split: field that names each row's split.
+        split_by: field whose values stay on one side of a split that is made: the speaker,
+            the source of a clip.
+        task: "labels" to classify, "captions" or "transcripts" to pair with texts, where rows
+            have both.
+    """
+
+    modality: Literal["text", "sound", "image", "video", "code"] | None = None
+    text: str | None = None
+    label: str | None = None
+    split: str | None = None
+    split_by: str | None = None
+    task: Literal["labels", "captions", "transcripts"] | None = None
+
+
+class FieldedCorpus(PlacedCorpus):
+    """Rows are mappings of fields, beside a media file or without one."""
+
+    Options = FieldedOptions
+    #: Splits that the corpus names.
+    given: frozenset[str] = frozenset()
+    field: str | None = None
+    label: str | None = None
+
+    def decide(self, fields: Iterable[str], ending: str | None) -> None:
+        """Choose modality and fields by one row's field names and the ending of its media file.
+
+        Raises:
+            UserError: the row shows no modality, or has no field to learn from.
+        """
+        names, options = list(fields), self.options
+        own = "code" if _first(names, CODE) and ending is None else "text"
+        self.modality = options.modality or (MODALITY_OF.get(ending, "") if ending else own)
+        if not self.modality:
+            raise UserError(
+                f"{self.place.uri}: cannot tell the modality of .{ending} files; give "
+                f"--options.{self.name}.modality"
+            )
+        usual = {"text": TEXT, "sound": TRANSCRIPT}.get(self.modality, CAPTION)
+        self.field = _named(names, options.text, usual, f"options.{self.name}.text")
+        self.label = _named(names, options.label, LABEL, f"options.{self.name}.label")
+        pair = "transcripts" if self.modality == "sound" else "captions"
+        found = [pair] * (self.modality != "text" and self.field is not None)
+        found += ["labels"] * (self.label is not None)
+        if options.task is not None:
+            if options.task not in found:
+                raise UserError(
+                    f"options.{self.name}.task: rows have no {options.task}; they have "
+                    f"{', '.join(names) or 'no fields'}"
+                )
+            found = [options.task]
+        if self.modality == "text" and self.field is None:
+            raise UserError(
+                f"{self.place.uri}: no field of texts among {', '.join(names) or 'none'}; give "
+                f"--options.{self.name}.text"
+            )
+        self.has = tuple(found)
+
+    def row(
+        self,
+        key: str,
+        fields: Mapping[str, Any],
+        reference: MediaRef | None,
+        split: str | None,
+    ) -> Row:
+        """A raw row.
+
+        Args:
+            key: of the row.
+            fields: its fields.
+            reference: its media file, unless it is text or code.
+            split: the split that the corpus names for it.
+
+        Raises:
+            ValueError: a field is missing or of no use.
+        """
+        label = self._label(fields) if "labels" in self.has else None
+        home = self.home_of(split or self._named_split(fields), key, fields)
+        if self.modality in ("text", "code"):
+            return self._written(home, key, fields, label)
+        if reference is None:
+            raise ValueError("no media file")
+        captions: list[str] = []
+        text = None
+        if "captions" in self.has:
+            captions = clean_captions(_listed(fields.get(self.field or "")))
+        if "transcripts" in self.has:
+            text = characters_of(clean_text(fields.get(self.field or "")))
+        return media_row(home, key, reference, captions, text, label)
+
+    def home_of(self, split: str | None, key: str, fields: Mapping[str, Any]) -> str:
+        """The split of a row: as named; what the corpus lacks is made of the others."""
+        options = self.options
+        if options.split_by is not None:
+            key = str(fields.get(options.split_by))
+        if split is None or self.given <= {"train"}:
+            return made_split(key, options)
+        if split == "validation" and "test" not in self.given:
+            return half(key)
+        if split == "train" and "validation" not in self.given:
+            share = draw("split", key) / 2**64
+            return "validation" if share < options.validation else "train"
+        return split
+
+    def _named_split(self, fields: Mapping[str, Any]) -> str | None:
+        if self.options.split is None:
+            return None
+        named = str(fields.get(self.options.split, "")).lower()
+        if named not in SPLIT_NAMES:
+            raise ValueError("a split that is none of train, validation, test")
+        return SPLIT_NAMES[named]
+
+    def _label(self, fields: Mapping[str, Any]) -> str:
+        value = fields.get(self.label or "")
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        if value is None or isinstance(value, list | dict):
+            raise ValueError("no label")
+        return clean_text(str(value))
+
+    def _written(self, split: str, key: str, fields: Mapping[str, Any], label: str | None) -> Row:
+        row: Row = {"split": split, "key": key, "group": -1, "label": label, "captions": []}
+        if self.modality == "text":
+            return row | {"text": clean_text(fields.get(self.field or ""))}
+        name = _first(list(fields), CODE)
+        row["code"] = clean_text(fields.get(name or ""))
+        if "captions" in self.has:
+            captions = [summary(c) for c in clean_captions(_listed(fields.get(self.field or "")))]
+            row["captions"] = clean_captions(captions)
+            row["group"] = group_of(row["captions"])
+        return row
+
+
+def _listed(value: Any) -> Any:
+    """Captions, however they are written: ``[{"raw": …}]`` occurs."""
+    if isinstance(value, list):
+        return [v.get("raw", v.get("text")) if isinstance(v, dict) else v for v in value]
+    return value
+
+
+def _first(names: list[str], usual: Iterable[str]) -> str | None:
+    return next((name for name in usual if name in names), None)
+
+
+def _named(names: list[str], wanted: str | None, usual: Iterable[str], where: str) -> str | None:
+    if wanted is not None and wanted not in names:
+        raise UserError(f"{where}: no field {wanted!r}; rows have {', '.join(names) or 'none'}")
+    return wanted or _first(names, usual)
+
+
+def ending_of(name: str) -> str:
+    """``"a/b.JPG" -> "jpg"``."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower()

@@ -1,0 +1,185 @@
+"""A Hugging Face dataset that was saved with ``save_to_disk``; the library is not needed.
+
+    dataset_dict.json  train/  test/        or the folder of one split alone
+    train/state.json  train/dataset_info.json  train/data-00000-of-00002.arrow
+
+Its Arrow files are mapped, not loaded. Pictures and recordings whose bytes stand in them are
+referred to by their place in the file; those that only have a path are read from below the folder.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus, ending_of
+from pipelines.corpora.placed import bad, key_of
+from pipelines.media import MediaRef
+from pipelines.places import Place
+from skillnet_platform.errors import UserError
+
+#: Features of the library that hold media.
+MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
+
+
+class HfDataset(FieldedCorpus):
+    """Rows of a saved dataset."""
+
+    name = "hf_dataset"
+
+    @classmethod
+    def guess(cls, place: Place) -> str | None:
+        """The files that ``save_to_disk`` writes."""
+        if place.is_file:
+            return None
+        for name in ("dataset_dict.json", "state.json"):
+            if place.exists(name):
+                return f"{name} is written by save_to_disk"
+        return None
+
+    def locate(self) -> None:
+        """Find its splits; see what its features are."""
+        if self.place.remote:
+            raise UserError(
+                f"{self.place.uri}: a saved dataset is mapped into memory, which needs a local "
+                "disk; copy it there"
+            )
+        self.home = Place(self.options.media) if self.options.media else self.place
+        self.folders = _splits(self.place)
+        if not self.folders:
+            raise UserError(
+                f"{self.place.uri}: neither dataset_dict.json nor state.json in it; it is made by "
+                "save_to_disk"
+            )
+        self.given = frozenset(split for split, _ in self.folders if split)
+        features = _json(self.place, f"{self.folders[0][1]}dataset_info.json").get("features") or {}
+        kinds = {
+            name: MEDIA_FEATURES[about["_type"]]
+            for name, about in features.items()
+            if isinstance(about, dict) and about.get("_type") in MEDIA_FEATURES
+        }
+        self.media_field = next(iter(kinds), None)
+        fields = [name for name in features if name != self.media_field]
+        if self.media_field is not None and self.options.modality is None:
+            self.options.modality = kinds[self.media_field]
+        self.decide(fields, "" if self.media_field is not None else None)
+        named = features.get(self.label or "", {})
+        if "labels" in self.has and isinstance(named, dict) and named.get("names"):
+            self.labels = tuple(named["names"])
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Rows in the order of splits and files."""
+        for split, folder in self.folders:
+            for file in _files(self.place, folder):
+                for number, record in self._records(file):
+                    key = key_of(f"{file}:{number}")
+                    if record is None:
+                        yield bad(
+                            key, "an Arrow file that is cut short or damaged", file, str(number)
+                        )
+                        continue
+                    try:
+                        media = record.pop(self.media_field) if self.media_field else None
+                        row = self.row(key, self._named(record), media, split)
+                        yield row | {"file": file, "row": number}
+                    except ValueError as problem:
+                        yield bad(key, str(problem), file, str(number))
+
+    def _records(self, file: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """(Number, row) of a file; the media field holds a reference."""
+        path, number = self.place.path(file), 0
+        try:
+            with pa.memory_map(path) as mapped:
+                whole = mapped.read_buffer()
+                for batch in pa.ipc.open_stream(pa.BufferReader(whole)):
+                    for row in _rows(batch, self.media_field, path, whole, self.home):
+                        yield number, row
+                        number += 1
+        except (pa.ArrowInvalid, OSError):
+            yield number, None
+
+    def _named(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Class numbers by their names."""
+        value = record.get(self.label or "")
+        if self.labels and isinstance(value, int) and 0 <= value < len(self.labels):
+            record[self.label or ""] = self.labels[value]
+        return record
+
+
+def _rows(
+    batch: pa.RecordBatch, media: str | None, path: str, whole: pa.Buffer, home: Place
+) -> Iterator[dict[str, Any]]:
+    names = [name for name in batch.schema.names if name != media]
+    plain = batch.select(names)
+    found = _references(batch.column(media), path, whole, home) if media else None
+    for place in range(batch.num_rows):
+        (row,) = plain.slice(place, 1).to_pylist()
+        if found is not None:
+            row[media or ""] = found[place]
+        yield row
+
+
+def _references(
+    column: pa.Array, path: str, whole: pa.Buffer, home: Place
+) -> list[MediaRef | None]:
+    """Where the bytes of each value of ``struct<bytes, path>`` stand in the mapped file."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    files = column.field("path").to_pylist() if "path" in _fields(column) else [None] * len(column)
+    data = column.field("bytes") if "bytes" in _fields(column) else pa.nulls(len(column))
+    found: list[MediaRef | None] = []
+    wide = pa.types.is_large_binary(data.type)
+    for place, file in enumerate(files):
+        if not column[place].is_valid:
+            found.append(None)
+        elif data.null_count < len(data) and data[place].is_valid:
+            _, ends, values = data.buffers()
+            numbers = memoryview(ends).cast("q" if wide else "i")
+            start, end = numbers[data.offset + place], numbers[data.offset + place + 1]
+            offset = values.address - whole.address + start
+            found.append(MediaRef(path, offset, end - start))
+        else:
+            found.append(_beside(home, file))
+    return found
+
+
+def _beside(home: Place, file: str | None) -> MediaRef | None:
+    """A file that the dataset only names: below its folder, or below ``media``."""
+    try:
+        if file and ending_of(file) in MODALITY_OF:
+            return MediaRef(home.path(file))
+    except ValueError:
+        pass  # it leads out of the folder: a saved dataset may come from anywhere
+    return None
+
+
+def _fields(column: pa.Array) -> list[str]:
+    return [field.name for field in column.type] if pa.types.is_struct(column.type) else []
+
+
+def _splits(place: Place) -> list[tuple[str | None, str]]:
+    """(Split, folder with a slash behind it or "")."""
+    if place.is_file:
+        return []
+    if place.exists("state.json"):
+        return [(None, "")]
+    if not place.exists("dataset_dict.json"):
+        return []
+    names = _json(place, "dataset_dict.json").get("splits") or []
+    return [(SPLIT_NAMES.get(str(name).lower(), str(name)), f"{name}/") for name in names]
+
+
+def _files(place: Place, folder: str) -> list[str]:
+    listed = _json(place, f"{folder}state.json").get("_data_files") or []
+    return [f"{folder}{entry['filename']}" for entry in listed]
+
+
+def _json(place: Place, file: str) -> dict[str, Any]:
+    try:
+        with place.open(file) as stream:
+            value = json.loads(stream.read().decode("utf-8"))
+    except ValueError as problem:
+        raise UserError(f"{place.path(file)}: not JSON ({problem})") from None
+    return value if isinstance(value, dict) else {}

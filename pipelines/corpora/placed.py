@@ -1,0 +1,336 @@
+"""Corpora that the user has: given a place, with options, read in one pass without their media.
+
+A subclass reads one format. Its ``rows`` is cheap and holds no more than a record (and, where files
+are looked up by name, their names): it decides keys, splits and groups, and yields references to
+media. Decoding happens in ``transform``, on workers, a block at a time.
+
+A further format joins through the entry point group ``skillnet.corpora``; docs/own-corpora.md
+shows one.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from pipelines.corpora import finish
+from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
+from pipelines.media import MAX_BYTES, MediaRef
+from pipelines.places import Place, listing_digest
+from pipelines.transforms import sound
+from skillnet_platform.config import to_dict
+from skillnet_platform.errors import UserError
+
+#: Stands for characters that the training transcripts do not hold.
+UNKNOWN_SYMBOL = "<unk>"
+#: Bytes of a shard, about: how many rows it holds follows from it.
+SHARD_BYTES = 32 * 2**20
+SPLITS = ("train", "validation", "test")
+TASKS = {
+    ("text", "labels"): "text_classification",
+    ("sound", "transcripts"): "speech_recognition",
+    ("image", "captions"): "text_to_image",
+    ("video", "captions"): "text_to_video",
+    ("code", "captions"): "text_to_code",
+}
+_CHINESE = r"\u2e80-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+_SPACE = re.compile(rf"(?<=[{_CHINESE}])\s+|\s+(?=[{_CHINESE}])")
+
+
+@dataclass
+class MediaOptions:
+    """Media files.
+
+    Args:
+        media: folder of the media, where it is another than the corpus' own.
+        max_megabytes: a larger media file is set aside without being read.
+    """
+
+    media: str | None = None
+    max_megabytes: int = MAX_BYTES // 2**20
+
+
+class PlacedCorpus(Corpus):
+    """One format of the user's corpora.
+
+    Args:
+        place: path or URI of the corpus.
+        options: of the type ``Options``; none takes the defaults.
+        name: what to call the prepared corpus; by default the format's name.
+
+    Raises:
+        UserError: the place does not exist, or does not hold this format.
+    """
+
+    archives = ()
+    #: Dataclass of what the user may choose.
+    Options: ClassVar[type]
+    #: What a row brings beside its media: of "labels", "captions", "transcripts".
+    has: tuple[str, ...] = ()
+    #: Splits whose rows have nothing of that: for prediction, or for pretraining.
+    bare: tuple[str, ...] = ()
+    #: Names of the classes, in the order of their numbers.
+    labels: Sequence[str] = ()
+    #: CTC symbols, number 1 first.
+    symbols: Sequence[str] = ()
+
+    def __init__(self, place: str, options: Any = None, name: str | None = None) -> None:
+        self.name = name or type(self).name
+        self.place = Place(place)
+        self.options = options if options is not None else type(self).Options()
+        self.locate()
+        self.settle()
+
+    @classmethod
+    def guess(cls, place: Place) -> str | None:
+        """What in a folder shows that it holds this format, in words; none if nothing does."""
+        return None
+
+    def locate(self) -> None:
+        """Find the corpus' parts in ``place``.
+
+        Raises:
+            UserError: something without which there is nothing to read is not there.
+        """
+
+    def settle(self) -> None:
+        """What follows from modality, options and what rows bring."""
+        self.raw = finish.raw_columns(self.modality)
+        self.columns = finish.finished_columns(self.modality, self.has, self.options)
+        self.text_columns = tuple(
+            [self.modality] * (self.modality in ("text", "code"))
+            + ["captions"] * ("captions" in self.has)
+        )
+        size = finish.bytes_of_row(self.modality, self.options)
+        self.shard_rows = min(max(SHARD_BYTES // size, 64), 8192)
+        found = [TASKS[self.modality, what] for what in self.has if (self.modality, what) in TASKS]
+        other = f"{self.modality}_classification" if "labels" in self.has else None
+        self.task = found[0] if found else other or f"masked_{self.modality}"
+
+    def survey(self) -> None:
+        """Learn what rows alone can tell, before they are prepared: classes and symbols.
+
+        One pass over ``rows``, only where it is needed.
+        """
+        wants_labels = "labels" in self.has and not self.labels
+        wants_symbols = "transcripts" in self.has and not self.symbols
+        if not wants_labels and not wants_symbols:
+            return
+        labels: set[str] = set()
+        characters: set[str] = set()
+        for row in self.rows(Sources.none()):
+            if isinstance(row, Rejected) or row["split"] != "train":
+                continue
+            if wants_labels and row.get("label") is not None:
+                labels.add(row["label"])
+            if wants_symbols:
+                characters.update(row.get("text") or "")
+        by_number = all(label.isdigit() for label in labels)
+        self.keep(sorted(labels, key=int if by_number else str), sorted(characters))
+
+    def keep(self, labels: Sequence[str], characters: Sequence[str]) -> None:
+        """Take classes and the characters of the training transcripts.
+
+        Raises:
+            UserError: there are none, so that there is nothing to train for.
+        """
+        if "labels" in self.has and not self.labels:
+            if not labels:
+                raise UserError(f"{self.place.uri}: no training row has a label")
+            self.labels = tuple(labels)
+        if "transcripts" in self.has and not self.symbols:
+            if not characters:
+                raise UserError(f"{self.place.uri}: no training row has a transcript")
+            self.symbols = (UNKNOWN_SYMBOL, *characters)
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Every row, in an order that only the corpus decides; see ``Corpus.rows``."""
+        raise NotImplementedError
+
+    def finish(self, block: pa.Table, tokenizer: Any = None) -> dict[str, Any]:
+        """What the modality's stem reads of a block, and why a row cannot be finished."""
+        limit = getattr(self.options, "max_megabytes", 0) * 2**20 or MAX_BYTES
+        made: dict[str, Any] = {
+            "text": lambda: finish.finish_text(block, tokenizer, self.options),
+            "code": lambda: finish.finish_code(block, tokenizer, self.options),
+            "sound": lambda: finish.finish_sound(block, self.options, limit),
+            "image": lambda: finish.finish_image(block, self.options, limit),
+            "video": lambda: finish.finish_video(block, self.options, limit),
+        }[self.modality]()
+        return {"rejected": pa.nulls(block.num_rows, pa.string())} | made
+
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """The finished columns of a block, row for row."""
+        made = self.finish(block, tokenizer)
+        rejected = made.pop("rejected").to_pylist()
+        if "captions" in self.has:
+            made |= finish.finish_captions(block, tokenizer, self.options)
+        if "transcripts" in self.has:
+            made["text"] = block["text"]
+            made["symbols"] = self._numbers(block["text"].to_pylist())
+        if "labels" in self.has:
+            number = {name: place for place, name in enumerate(self.labels)}
+            found = block["label"].to_pylist()
+            made["label"] = pa.array([number.get(label) for label in found], pa.int32())
+            for place, label in enumerate(found):
+                if label is not None and label not in number and rejected[place] is None:
+                    rejected[place] = "a label that no training row has"
+        return pa.table(made | {"rejected": pa.array(rejected, pa.string())})
+
+    def schema(self, split: str) -> pa.Schema:
+        """Columns of the shards of a split; ``bare`` splits have no labels and captions."""
+        whole = super().schema(split)
+        if split not in self.bare:
+            return whole
+        absent = {"label", "captions", "caption_tokens", "symbols"}
+        absent |= {"text"} if self.modality != "text" else set()
+        return pa.schema([field for field in whole if field.name not in absent])
+
+    def preprocessing(self) -> dict[str, Any]:
+        """The reader and its options, and what a sound corpus' frames are scaled by."""
+        chosen = {k: v for k, v in to_dict(self.options).items() if k != "media"}
+        more = {"mean": sound.MEAN, "deviation": sound.DEVIATION, "rate": sound.RATE}
+        return {
+            "reader": type(self).name,
+            **chosen,
+            **(more if self.modality == "sound" else {}),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Names of classes and symbols."""
+        made: dict[str, Any] = {"labels": list(self.labels)} if "labels" in self.has else {}
+        if "transcripts" in self.has:
+            made |= {"symbols": list(self.symbols), "blank": 0}
+        return made
+
+    def annotations(self) -> list[str]:
+        """Files that hold rows rather than media: told by their content."""
+        return []
+
+    def other_sources(self) -> list[dict[str, str]]:
+        """Annotations by their content; media by names and sizes."""
+        if self.place.is_file:
+            return [{"file": self.place.name, "sha256": self.place.digest("")}]
+        annotations = sorted(self.annotations())
+        told = set(annotations)
+        found = [{"file": name, "sha256": self.place.digest(name)} for name in annotations]
+        files, size, digest = listing_digest(
+            entry for entry in self.place.walk() if entry.name not in told
+        )
+        if files:
+            found.append({"file": f"{files} files, {size} bytes", "sha256": digest})
+        other = getattr(self.options, "media", None)
+        if other:
+            files, size, digest = listing_digest(Place(other).walk())
+            found.append({"file": f"media: {files} files, {size} bytes", "sha256": digest})
+        return found
+
+    def _numbers(self, transcripts: Sequence[str | None]) -> pa.Array:
+        number = {symbol: place for place, symbol in enumerate(self.symbols, start=1)}
+        unknown = number.get(UNKNOWN_SYMBOL, 0)
+        rows = [[number.get(c, unknown) for c in text or ""] for text in transcripts]
+        return pa.array(rows, pa.list_(pa.int32()))
+
+
+def media_row(
+    split: str,
+    key: str,
+    reference: MediaRef,
+    captions: Sequence[str] = (),
+    text: str | None = None,
+    label: str | None = None,
+) -> Row:
+    """A raw row of a picture, recording or clip."""
+    return {
+        "split": split,
+        "key": key,
+        "group": group_of(captions),
+        "media": reference.row(),
+        "text": text,
+        "label": label,
+        "captions": list(captions),
+        "file": str(reference),
+    }
+
+
+def bad(key: str, reason: str, file: str | None = None, row: str | None = None) -> Rejected:
+    """A row that should have been readable: too large a share of such stops a prepare."""
+    number = int(row) if row is not None and row.isdigit() else None
+    return Rejected(key, reason, file, number, bad=True)
+
+
+def group_of(captions: Sequence[str]) -> int:
+    """A number that rows with the same first caption share: they are right answers to it alike."""
+    return draw("caption", captions[0]) >> 2 if captions else -1
+
+
+def made_split(key: str, options: Any) -> str:
+    """The split that a key falls into, by a hash of it: the same whatever else there is."""
+    share = draw("split", key) / 2**64
+    if share < options.test:
+        return "test"
+    return "validation" if share < options.test + options.validation else "train"
+
+
+def half(key: str) -> str:
+    """Validation or test, half and half, by a hash of the key."""
+    return "test" if draw("half", key) % 2 else "validation"
+
+
+def clean_text(value: Any) -> str:
+    """A text without white space around it.
+
+    Raises:
+        ValueError: it is no text, empty, or holds what UTF-8 has no bytes for; says which.
+    """
+    if not isinstance(value, str):
+        raise ValueError("a text is missing")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("not UTF-8") from None
+    if "\ufffd" in value:
+        raise ValueError("not UTF-8")
+    if not value.strip():
+        raise ValueError("an empty text")
+    return value.strip()
+
+
+def clean_captions(value: Any) -> list[str]:
+    """The usable ones of some captions (a list, or one), each once.
+
+    Raises:
+        ValueError: none is usable.
+    """
+    listed = value if isinstance(value, list | tuple) else [value]
+    found = []
+    for caption in listed:
+        try:
+            found.append(clean_text(caption))
+        except ValueError as problem:
+            if str(problem) == "not UTF-8":
+                raise
+    if not found:
+        raise ValueError("no caption")
+    return list(dict.fromkeys(found))
+
+
+def characters_of(transcript: str) -> str:
+    """A transcript as CTC spells it: white space only between words of other scripts."""
+    return _SPACE.sub("", " ".join(transcript.split()))
+
+
+def key_of(*parts: object) -> str:
+    """A key that a person can find the row by, short whatever a file name holds."""
+    key = "/".join(str(part) for part in parts).encode("utf-8", "replace").decode()
+    if len(key) <= 512:
+        return key
+    return f"{key[:400]}…{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def option_names(kind: type) -> list[str]:
+    """Names of the options of a corpus' format."""
+    return [f.name for f in fields(kind)]

@@ -1,0 +1,202 @@
+"""Records out of JSON, JSON lines, CSV and Parquet files, one at a time, bad ones by themselves.
+
+A record that cannot be read comes as ``Broken`` in its place, and the ones after it still come:
+one bad line does not cost a corpus. Memory holds a record, never a file.
+"""
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.places import DAMAGED, Place
+
+#: A single entry of a JSON array beyond this many characters is taken for damage.
+LONGEST_ENTRY = 64 * 2**20
+_BLOCK = 1 << 18
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stands for a record that cannot be read; ``reason`` is short: rows are counted by it."""
+
+    reason: str
+
+
+#: (Where it stands in its file, the record).
+Found = tuple[str, "dict[str, Any] | Broken"]
+
+
+def records(place: Place, file: str) -> Iterator[Found]:
+    """The records of a file of any of those kinds, by its name; ``.gz`` is unpacked."""
+    name = (file or place.name).removesuffix(".gz").lower()
+    if name.endswith((".csv", ".tsv")):
+        return csv_rows(place, file, "\t" if name.endswith(".tsv") else ",")
+    if name.endswith(".parquet"):
+        return parquet_rows(place, file)
+    if name.endswith(".json") and _starts_with(place, file, b"["):
+        return ((where, _mapping(value)) for where, value in entries(place, file))
+    return json_lines(place, file)
+
+
+def json_lines(place: Place, file: str) -> Iterator[Found]:
+    """The objects of a file with one a line; named by the number of their line."""
+    number = 0
+    try:
+        for number, line in place.lines(file):
+            try:
+                value: Any = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                value = Broken("not UTF-8")
+            except (ValueError, RecursionError):
+                value = Broken("not JSON")
+            yield str(number), _mapping(value)
+    except DAMAGED:
+        yield str(number + 1), Broken("the compressed file is cut short or damaged")
+
+
+def entries(place: Place, file: str) -> Iterator[tuple[str, Any]]:
+    """Entries of a JSON array, or of a JSON object of objects, as they come.
+
+    Named by their number from 0, or by their key. After damage there is no telling where the
+    next entry begins: it ends with one ``Broken``.
+    """
+    with place.open(file) as stream:
+        text = _Text(stream)
+        opening = text.next_character()
+        if opening not in ("[", "{"):
+            yield "0", Broken("neither a JSON array nor a JSON object")
+            return
+        number, closing = 0, "]" if opening == "[" else "}"
+        while (following := text.next_character(eat=False)) != closing:
+            name = str(number)
+            try:
+                if following == ",":
+                    text.next_character()
+                    continue
+                if opening == "{":
+                    name = text.value()
+                    if text.next_character() != ":" or not isinstance(name, str):
+                        raise ValueError("no key")
+                value = text.value()
+            except ValueError:
+                cut = " (cut short)" if text.ended else ""
+                yield str(number), Broken(f"JSON damaged from here on{cut}")
+                return
+            yield name, value
+            number += 1
+
+
+def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
+    """Rows of a CSV file with a head line; named by the number of their last line."""
+    with place.open(file) as stream:
+        # "replace" and not an error: the reader goes on, and the row is told by the mark.
+        text = codecs.getreader("utf-8-sig")(stream, errors="replace")
+        reader = csv.DictReader(text, delimiter=separator)
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as problem:
+                yield str(reader.line_num), Broken(f"not CSV ({problem})")
+                continue
+            except DAMAGED:
+                yield str(reader.line_num + 1), Broken("the compressed file is cut short")
+                return
+            where = str(reader.line_num)
+            if None in row or None in row.values():
+                yield where, Broken("another number of fields than the head line")
+            elif any("\ufffd" in value for value in row.values()):
+                yield where, Broken("not UTF-8")
+            else:
+                yield where, dict(row)
+
+
+def parquet_rows(place: Place, file: str) -> Iterator[Found]:
+    """Rows of a Parquet file, a small batch at a time; named by their number from 0."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    with place.open(file) as stream:
+        try:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    yield str(number), row
+                    number += 1
+        except (pa.ArrowInvalid, OSError):
+            yield str(number), Broken("Parquet damaged from here on")
+
+
+def _mapping(value: Any) -> "dict[str, Any] | Broken":
+    if isinstance(value, dict | Broken):
+        return value
+    return Broken("not a JSON object")
+
+
+def _starts_with(place: Place, file: str, mark: bytes) -> bool:
+    with place.open(file) as stream:
+        try:
+            return stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == mark
+        except (OSError, *DAMAGED):
+            return False
+
+
+class _Text:
+    """The text of a stream, decoded and taken value by value."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.ended = stream, False
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self.buffer, self.at = "", 0
+        self.json = json.JSONDecoder()
+
+    def next_character(self, eat: bool = True) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            while self.at < len(self.buffer) and self.buffer[self.at].isspace():
+                self.at += 1
+            if self.at < len(self.buffer):
+                found = self.buffer[self.at]
+                self.at += eat
+                return found
+            if not self._more(_BLOCK):
+                return ""
+
+    def value(self) -> Any:
+        """The next JSON value.
+
+        Raises:
+            ValueError: it is damaged, or the text ends in it.
+        """
+        self.next_character(eat=False)
+        block = _BLOCK
+        while True:
+            try:
+                value, end = self.json.raw_decode(self.buffer, self.at)
+                # A number at the very end of the buffer may go on.
+                if end < len(self.buffer) or self.ended:
+                    self.at = end
+                    return value
+            except RecursionError:
+                raise ValueError("nested too deep") from None
+            except ValueError:
+                if self.ended or len(self.buffer) - self.at > LONGEST_ENTRY:
+                    raise
+            # Twice as much each time, so that a long entry is not parsed over and over.
+            self._more(block)
+            block *= 2
+
+    def _more(self, size: int) -> bool:
+        try:
+            data = self.stream.read(size)
+        except (OSError, *DAMAGED):
+            data = b""
+        self.ended = not data
+        self.buffer = self.buffer[self.at :] + self.decoder.decode(data, final=self.ended)
+        self.at = 0
+        return not self.ended

@@ -1,0 +1,152 @@
+"""VATEX: ten-second clips with ten English and ten Chinese captions each.
+
+    vatex_training_v1.0.json, vatex_validation_v1.0.json, vatex_public_test_english_v1.1.json
+    <videoID>.mp4 anywhere below the folder
+
+The files are an array of ``{"videoID": "<youtube id>_000122_000132", "enCap": […], "chCap": […]}``,
+or an object keyed by videoID. The public test has no Chinese: with Chinese captions the validation
+clips are parted in halves by their YouTube video, one of them the test; with English ones the
+public test is the test. A YouTube id may hold ``_`` and ``-``: it ends before the last two numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.finish import CaptionOptions, VideoOptions
+from pipelines.corpora.placed import (
+    MediaOptions,
+    PlacedCorpus,
+    bad,
+    clean_captions,
+    half,
+    key_of,
+    media_row,
+)
+from pipelines.corpora.records import Broken, entries
+from pipelines.media import MediaRef
+from pipelines.places import Place
+from skillnet_platform.errors import UserError
+
+CLIPS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
+FIELDS = {"chinese": ("chCap",), "english": ("enCap",), "both": ("chCap", "enCap")}
+
+
+@dataclass
+class VatexOptions(CaptionOptions, VideoOptions, MediaOptions):
+    """VATEX.
+
+    Args:
+        captions: "chinese", "english" or "both", Chinese ones first.
+    """
+
+    captions: Literal["chinese", "english", "both"] = "chinese"
+
+
+class Vatex(PlacedCorpus):
+    """Clips, each with all of its captions."""
+
+    name = "vatex"
+    modality = "video"
+    Options = VatexOptions
+    has = ("captions",)
+
+    @classmethod
+    def guess(cls, place: Place) -> str | None:
+        """A file of annotations."""
+        found = list(_annotations(place))
+        return f"{found[0][1]} is an annotation file of VATEX" if found else None
+
+    def locate(self) -> None:
+        """Find the files of annotations."""
+        self.files = list(_annotations(self.place))
+        if not self.files:
+            raise UserError(
+                f"{self.place.uri}: no vatex_training_v1.0.json in it or up to three folders "
+                "below; VATEX is such files and clips named by videoID"
+            )
+        self.home = Place(self.options.media) if self.options.media else self.place
+        # The public test is of use only if it holds the captions that are asked for.
+        self.files = [
+            (split, file) for split, file in self.files if split != "test" or self._captioned(file)
+        ]
+        self.halved = not any(split == "test" for split, _ in self.files)
+
+    def annotations(self) -> list[str]:
+        """The files of annotations."""
+        return [file for _, file in self.files]
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Clips in the order of the annotations, then those that nobody describes."""
+        clips = self._clips()
+        told: set[str] = set()
+        for split, file in self.files:
+            for number, record in entries(self.place, file):
+                try:
+                    yield self._row(split, number, record, clips, told)
+                except ValueError as problem:
+                    yield bad(key_of(file, number), str(problem), file, number)
+        for name, path in clips.items():
+            if name not in told:
+                yield Rejected(key_of(path), "a clip without captions", path)
+
+    def _row(
+        self, split: str, number: str, record: Any, clips: dict[str, str], told: set[str]
+    ) -> Row:
+        if isinstance(record, Broken):
+            raise ValueError(record.reason)
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        name = record.get("videoID", number)
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError("no videoID")
+        youtube = youtube_id(name)
+        clip = next((known for known in (name, youtube) if known in clips), None)
+        if clip is not None:
+            told.add(clip)
+        captions = clean_captions(
+            [c for key in FIELDS[self.options.captions] for c in record.get(key) or ()]
+        )
+        if clip is None:
+            raise ValueError("captions without a clip")
+        if split == "validation" and self.halved:
+            split = half(youtube)
+        return media_row(split, key_of(name), MediaRef(self.home.path(clips[clip])), captions)
+
+    def _clips(self) -> dict[str, str]:
+        """Name without its ending -> path, of every clip below the folder."""
+        found: dict[str, str] = {}
+        for entry in self.home.walk():
+            name, dot, ending = entry.name.rpartition("/")[2].rpartition(".")
+            if dot + ending.lower() in CLIPS:
+                found.setdefault(name, entry.name)
+        return found
+
+    def _captioned(self, file: str) -> bool:
+        for _, record in entries(self.place, file):
+            if isinstance(record, dict):
+                return any(record.get(key) for key in FIELDS[self.options.captions])
+        return False
+
+
+def youtube_id(name: str) -> str:
+    """``"a_b-c_000122_000132" -> "a_b-c"``: what stands before the last two numbers."""
+    parts = name.rsplit("_", 2)
+    return parts[0] if len(parts) == 3 and all(p.isdigit() for p in parts[1:]) else name
+
+
+def _annotations(place: Place) -> Iterator[tuple[str, str]]:
+    """(Split, file) of every file of annotations: training first."""
+    if place.is_file:
+        return
+    found: dict[str, str] = {}
+    for folder in place.folders(depth=3):
+        for entry in place.entries(folder):
+            name = entry.name.lower()
+            if entry.is_folder or not (name.startswith("vatex_") and name.endswith(".json")):
+                continue
+            part = next((p for p in ("train", "validation", "test") if p in name), None)
+            if part and "private" not in name:
+                found.setdefault(part, f"{folder}/{entry.name}" if folder else entry.name)
+    yield from found.items()

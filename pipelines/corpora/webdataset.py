@@ -1,0 +1,169 @@
+"""WebDataset: tars whose members share a name up to its first dot and belong together.
+
+    train-000000.tar    0001.jpg  0001.txt  0002.jpg  0002.txt …
+                        0001.wav  0001.json {"transcription": …}      0001.jpg  0001.cls
+
+Media are not unpacked: a row refers to a range of bytes of its tar (a compressed one is read front
+to back). The split is named by the tar or its folder, else made.
+"""
+
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus
+from pipelines.corpora.placed import bad, key_of
+from pipelines.media import MediaRef, open_stream
+from pipelines.places import Place
+from skillnet_platform.errors import UserError
+
+TARS = (".tar", ".tar.gz", ".tgz")
+WRITTEN = ("txt", "text", "caption", "transcript", "transcription", "cls", "label", "code", "py")
+#: Texts beyond this are not read into the row.
+LONGEST_TEXT = 16 * 2**20
+
+
+@dataclass
+class Sample:
+    """Members of a tar that belong together."""
+
+    key: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    reference: MediaRef | None = None
+    ending: str | None = None
+    problem: str = ""
+
+
+class WebDataset(FieldedCorpus):
+    """Samples of tars, in their order."""
+
+    name = "webdataset"
+
+    @classmethod
+    def guess(cls, place: Place) -> str | None:
+        """Tars with media and texts that share names."""
+        for tar in _tars(place)[:1]:
+            for sample in islice(_samples(place, tar), 1):
+                if sample.reference is not None or sample.fields:
+                    return f"{tar or place.name} holds samples of several members"
+        return None
+
+    def locate(self) -> None:
+        """Find the tars; see what the first sample has."""
+        self.tars = _tars(self.place)
+        if not self.tars:
+            raise UserError(f"{self.place.uri}: no .tar in it or up to three folders below")
+        self.given = frozenset(split for tar in self.tars if (split := _split_of(tar)))
+        if self.options.split is not None:
+            self.given = frozenset(SPLIT_NAMES.values())
+        for tar in self.tars:
+            for sample in islice(_samples(self.place, tar), 100):
+                if not sample.problem:
+                    self.decide(sample.fields, sample.ending)
+                    return
+        raise UserError(f"{self.place.uri}: no readable sample in its tars")
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Samples in the order of tars and members."""
+        for tar in self.tars:
+            split = _split_of(tar)
+            for sample in _samples(self.place, tar):
+                key = key_of(tar or self.place.name, sample.key)
+                if sample.problem:
+                    yield bad(key, sample.problem, tar)
+                    continue
+                try:
+                    yield self.row(key, sample.fields, sample.reference, split) | {"file": tar}
+                except ValueError as problem:
+                    yield bad(key, str(problem), tar)
+
+
+def _tars(place: Place) -> list[str]:
+    if place.is_file:
+        return [""] if place.name.endswith(TARS) else []
+    return [
+        f"{folder}/{entry.name}" if folder else entry.name
+        for folder in place.folders(depth=3)
+        for entry in place.entries(folder)
+        if not entry.is_folder and entry.name.endswith(TARS)
+    ]
+
+
+def _split_of(tar: str) -> str | None:
+    """The split that a tar's name or folder begins with."""
+    for part in reversed(tar.lower().split("/")):
+        for name, split in SPLIT_NAMES.items():
+            if part == name or part.startswith((f"{name}-", f"{name}_", f"{name}.")):
+                return split
+    return None
+
+
+def _samples(place: Place, tar: str) -> Iterator[Sample]:
+    """Samples of a tar; the last one tells of damage."""
+    path = place.path(tar)
+    packed = not path.endswith(".tar")
+    current: Sample | None = None
+    try:
+        with (
+            open_stream(path) as stream,
+            tarfile.open(fileobj=stream, mode="r|*" if packed else "r:") as archive,
+        ):
+            while (entry := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]
+                if not entry.isreg():
+                    continue
+                folder, _, name = entry.name.removeprefix("./").rpartition("/")
+                stem, _, ending = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if current is None or current.key != key:
+                    if current is not None:
+                        yield current
+                    current = Sample(key)
+                _add(current, archive, entry, ending.lower(), path, packed)
+        if current is not None:
+            yield current
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
+        if current is not None:
+            current.problem = "the archive is cut short or damaged from here on"
+        yield current or Sample("", problem="the archive is cut short or damaged")
+
+
+def _add(
+    sample: Sample,
+    archive: tarfile.TarFile,
+    entry: tarfile.TarInfo,
+    ending: str,
+    path: str,
+    packed: bool,
+) -> None:
+    last = ending.rpartition(".")[2]
+    if last in MODALITY_OF:
+        if sample.reference is None:
+            if packed:
+                sample.reference = MediaRef(path, member=entry.name)
+            else:
+                sample.reference = MediaRef(path, entry.offset_data, entry.size)
+            sample.ending = last
+        return
+    if last not in (*WRITTEN, "json"):
+        return
+    if entry.size > LONGEST_TEXT:
+        sample.problem = "a text longer than 16 MiB"
+        return
+    found = archive.extractfile(entry)
+    try:
+        text = (found.read() if found else b"").decode("utf-8-sig")
+        if last == "json":
+            value = json.loads(text)
+            sample.fields |= value if isinstance(value, dict) else {"captions": value}
+        else:
+            sample.fields[{"py": "code", "label": "cls"}.get(last, last)] = text
+    except UnicodeDecodeError:
+        sample.problem = "not UTF-8"
+    except (ValueError, RecursionError):
+        sample.problem = "not JSON"

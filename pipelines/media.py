@@ -1,0 +1,294 @@
+"""References to media, and reading them where and when their bytes are needed.
+
+A corpus of the user's own does not carry pictures, recordings and clips through the tasks that
+read its rows: ``Corpus.rows`` yields *references*, a few words each, in a raw column of the type
+``MEDIA``; ``Corpus.transform`` calls ``read_media`` on a block's column and decodes one file after
+the other, on workers in parallel. A reference names
+
+* a file: ``MediaRef("/corpora/clips/a.mp4")``, or by any URI that fsspec or pyarrow opens;
+* a range of bytes of one, such as a member of an uncompressed tar: ``MediaRef(tar, 512, 9_310)``;
+* a member of a compressed tar, which has no ranges: ``MediaRef(tar_gz, member="S0002/a.wav")``.
+  Rows in the order of the archive are read front to back, once a block.
+"""
+
+import io
+import os
+import stat
+import tarfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import human_bytes
+
+#: Type of a raw column of references: ``pa.field("media", MEDIA)``. A null is a row without any.
+MEDIA = pa.struct(
+    [
+        pa.field("path", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("member", pa.string()),
+    ]
+)
+#: Larger files are set aside unless a corpus says otherwise.
+MAX_BYTES = 256 * 2**20
+#: A bucket that does not answer is asked again after so many seconds.
+PAUSES = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class MediaRef:
+    """Where the bytes of a picture, recording or clip lie.
+
+    Args:
+        path: an absolute local path, or a URI.
+        offset: first byte, from 0; none is the start.
+        length: number of bytes; none is all of them.
+        member: name in the tar archive ``path``, instead of ``offset``.
+    """
+
+    path: str
+    offset: int | None = None
+    length: int | None = None
+    member: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """The value for a column of the type ``MEDIA``."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}" if self.member else self.path
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for bytes that could not be had. ``reason`` is short: rows are counted by it."""
+
+    reason: str
+
+
+def read_media(
+    references: pa.Array | pa.ChunkedArray | Iterable[dict[str, Any] | None],
+    max_bytes: int = MAX_BYTES,
+) -> Iterator[bytes | Unreadable]:
+    """The bytes of each reference, in order and one at a time, so that memory holds one file.
+
+    Args:
+        references: a column of the type ``MEDIA``, or its values.
+        max_bytes: a longer file is not read.
+
+    Yields:
+        The bytes, or why this row has none: missing, empty, too large, cut short, not a file.
+
+    Raises:
+        UserError: a store that fails in another way, three times: that is not the row's fault.
+    """
+    values = references.to_pylist() if hasattr(references, "to_pylist") else references
+    with _Archives() as archives:
+        for value in values:
+            if value is None or value.get("path") is None:
+                yield Unreadable("no media file")
+                continue
+            reference = MediaRef(**value)
+            try:
+                if reference.member is not None:
+                    data = archives.read(reference, max_bytes)
+                else:
+                    data = _read(reference, max_bytes)
+            except _Refused as problem:
+                yield Unreadable(str(problem))
+                continue
+            yield data if data else Unreadable("an empty file")
+
+
+@lru_cache(maxsize=32)
+def filesystem(root: str) -> Any:
+    """The fsspec file system of a URI's scheme and host ("s3://bucket").
+
+    fsspec's own driver is taken where it is installed, else that of pyarrow (S3, GCS, HDFS).
+
+    Raises:
+        UserError: nobody opens such a URI.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(root)[0]
+    except (ImportError, ValueError) as problem:
+        from fsspec.implementations.arrow import ArrowFSWrapper
+        from pyarrow.fs import FileSystem
+
+        try:
+            return ArrowFSWrapper(FileSystem.from_uri(root)[0])
+        except (pa.ArrowInvalid, OSError):
+            raise UserError(f"{root}: cannot be opened ({problem})") from None
+
+
+def is_remote(path: str) -> bool:
+    """Whether it is a URI of something else than a local file."""
+    scheme, mark, _ = path.partition("://")
+    return bool(mark) and scheme not in ("file", "local")
+
+
+def local_path(path: str) -> str:
+    """A local path without the scheme that it may carry."""
+    return path.partition("://")[2] if "://" in path else path
+
+
+def open_stream(path: str) -> IO[bytes]:
+    """Open a local file or a URI to be read front to back.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: nobody opens such a URI.
+    """
+    if not is_remote(path):
+        return Path(local_path(path)).open("rb")
+    system = filesystem(_root(path))
+    stream: IO[bytes] = system.open(system._strip_protocol(path), "rb")
+    return stream
+
+
+class _Refused(Exception):
+    """Why one row has no bytes."""
+
+
+def _read(reference: MediaRef, max_bytes: int) -> bytes:
+    if is_remote(reference.path):
+        return _read_remote(reference, max_bytes)
+    try:
+        return _read_local(reference, max_bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _Refused("the media file is missing") from None
+    except PermissionError:
+        raise _Refused("no permission to read the media file") from None
+    except (OSError, ValueError) as problem:
+        why = problem.strerror if isinstance(problem, OSError) else str(problem)
+        raise _Refused(f"the media file cannot be read ({why})") from None
+
+
+def _read_local(reference: MediaRef, max_bytes: int) -> bytes:
+    path = local_path(reference.path)
+    about = os.stat(path)  # noqa: PTH116 - a hot path
+    if not stat.S_ISREG(about.st_mode):
+        raise _Refused("not a regular file")  # opening a named pipe would wait for ever
+    start = reference.offset or 0
+    length = about.st_size - start if reference.length is None else reference.length
+    _limit(length, max_bytes)
+    with open(path, "rb", buffering=0) as stream:  # noqa: PTH123 - a hot path
+        stream.seek(start)
+        data = _exactly(stream, length)
+    if len(data) < length:
+        raise _Refused("cut short: the file ends before the media")
+    return data
+
+
+def _exactly(stream: IO[bytes], length: int) -> bytes:
+    """Up to ``length`` bytes: an unbuffered file may give fewer at once."""
+    parts = [stream.read(length)]
+    while (left := length - sum(map(len, parts))) > 0 and parts[-1]:
+        parts.append(stream.read(left))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_remote(reference: MediaRef, max_bytes: int) -> bytes:
+    system = filesystem(_root(reference.path))
+    path = system._strip_protocol(reference.path)
+    start, length = reference.offset or 0, reference.length
+    for attempt in range(len(PAUSES) + 1):
+        try:
+            if length is None:
+                length = system.info(path)["size"] - start
+            _limit(length, max_bytes)
+            if length <= 0:
+                return b""
+            data: bytes = system.cat_file(path, start=start, end=start + length)
+            break
+        except (FileNotFoundError, IsADirectoryError):
+            raise _Refused("the media file is missing") from None
+        except PermissionError:
+            raise _Refused("no permission to read the media file") from None
+        except _Refused:
+            raise
+        except Exception as problem:
+            if attempt == len(PAUSES):
+                raise UserError(
+                    f"{reference}: cannot be read ({type(problem).__name__}: {problem}); tried "
+                    f"{attempt + 1} times"
+                ) from problem
+            time.sleep(PAUSES[attempt])
+    if len(data) < length:
+        raise _Refused("cut short: the file ends before the media")
+    return data
+
+
+class _Archives:
+    """Reads members of compressed tars front to back, keeping one archive open."""
+
+    def __init__(self) -> None:
+        self.path = ""
+        self.archive: tarfile.TarFile | None = None
+        self.stream: IO[bytes] | None = None
+
+    def __enter__(self) -> "_Archives":
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._close()
+
+    def read(self, reference: MediaRef, max_bytes: int) -> bytes:
+        """The bytes of a member; one that lies further back is looked for from the start."""
+        fresh = reference.path != self.path or self.archive is None
+        for _ in range(1 if fresh else 2):
+            try:
+                if fresh:
+                    self._open(reference.path)
+                data = self._next(reference.member, max_bytes)
+            except FileNotFoundError:
+                raise _Refused("the archive is missing") from None
+            except (tarfile.TarError, EOFError, OSError, ValueError) as problem:
+                self._close()
+                raise _Refused(f"the archive is damaged ({type(problem).__name__})") from None
+            if data is not None:
+                return data
+            fresh = True
+        self._close()
+        raise _Refused("not in its archive")
+
+    def _open(self, path: str) -> None:
+        self._close()
+        self.path, self.stream = path, open_stream(path)
+        self.archive = tarfile.open(fileobj=self.stream, mode="r|*")  # noqa: SIM115
+
+    def _next(self, member: str | None, max_bytes: int) -> bytes | None:
+        assert self.archive is not None
+        while (entry := self.archive.next()) is not None:
+            self.archive.members = []  # type: ignore[attr-defined]  # or it keeps all it passed
+            if entry.name == member and entry.isreg():
+                _limit(entry.size, max_bytes)
+                found = self.archive.extractfile(entry) or io.BytesIO()
+                return found.read()
+        return None
+
+    def _close(self) -> None:
+        for opened in (self.archive, self.stream):
+            if opened is not None:
+                opened.close()
+        self.path, self.archive, self.stream = "", None, None
+
+
+def _limit(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise _Refused(f"a media file larger than {human_bytes(max_bytes)}")
+
+
+def _root(path: str) -> str:
+    """Scheme and host: what a file system is kept by."""
+    scheme, _, rest = path.partition("://")
+    return f"{scheme}://{rest.split('/', 1)[0]}"

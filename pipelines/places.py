@@ -1,0 +1,195 @@
+"""A folder of the user's, on a disk or behind a URI: what is in it, in an order that is always
+the same, and its files opened. Nothing is written, nothing outside it is reached by a name."""
+
+import codecs
+import gzip
+import hashlib
+import os
+import posixpath
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipelines.media import filesystem, is_remote, local_path, open_stream
+from skillnet_platform.errors import UserError
+
+#: What a compressed file that is cut short or damaged raises while it is read.
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+#: A line beyond this is no line of a corpus.
+LONGEST_LINE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something in a folder: its name, and its size in bytes if it is a file."""
+
+    name: str
+    size: int | None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it holds others."""
+        return self.size is None
+
+
+class Place:
+    """A folder, or one file, by path or URI.
+
+    Args:
+        uri: a local path, or any URI that fsspec or pyarrow opens ("s3://bucket/tnews").
+
+    Raises:
+        UserError: it does not exist, or nobody opens such a URI.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.remote = is_remote(uri)
+        uri = uri if self.remote else str(Path(local_path(uri)).expanduser().absolute())
+        self.uri = uri.rstrip("/") if len(uri) > 1 else uri
+        self.is_file = False
+        if not self._exists(self.uri):
+            raise UserError(f"{uri}: no such file or folder")
+        if self.remote:
+            self.is_file = bool(self._system.isfile(self._plain(self.uri)))
+        else:
+            self.is_file = Path(self.uri).is_file()
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return posixpath.basename(self.uri)
+
+    def path(self, relative: str) -> str:
+        """Path or URI of what stands at ``relative`` below the folder ("" is the folder itself).
+
+        Raises:
+            ValueError: an absolute path, or one that leads out of the folder.
+        """
+        parts = relative.replace("\\", "/").split("/")
+        if relative.startswith(("/", "\\")) or "://" in relative or ".." in parts:
+            raise ValueError("a path that leads out of the folder")
+        if "\0" in relative:
+            raise ValueError("a path with a null character")
+        clean = "/".join(part for part in parts if part not in ("", "."))
+        return f"{self.uri}/{clean}" if clean else self.uri
+
+    def exists(self, relative: str) -> bool:
+        """Whether there is such a file or folder."""
+        return self._exists(self.path(relative))
+
+    def entries(self, relative: str = "") -> list[Entry]:
+        """What is in a folder, sorted by name; hidden files are passed over."""
+        folder = self.path(relative)
+        if self.remote:
+            found = [
+                Entry(
+                    posixpath.basename(about["name"].rstrip("/")),
+                    None if about["type"] == "directory" else int(about["size"] or 0),
+                )
+                for about in self._system.ls(self._plain(folder), detail=True)
+                if about["name"].rstrip("/") != self._plain(folder).rstrip("/")
+            ]
+        else:
+            with os.scandir(folder) as each:
+                found = [e for entry in each if (e := _entry(entry)) is not None]
+        return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+
+    def walk(self, relative: str = "", depth: int = 16) -> Iterator[Entry]:
+        """All files below a folder, in order; each one's name is its path from this place."""
+        try:
+            entries = self.entries(relative)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return
+        for entry in entries:
+            below = f"{relative}/{entry.name}" if relative else entry.name
+            if not entry.is_folder:
+                yield Entry(below, entry.size)
+            elif depth > 0:  # links may go round in circles
+                yield from self.walk(below, depth - 1)
+
+    def folders(self, relative: str = "", depth: int = 4) -> Iterator[str]:
+        """The folder itself and all below it, down to a depth; each before those inside it."""
+        yield relative
+        if depth > 0:
+            try:
+                entries = self.entries(relative)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                return
+            for entry in entries:
+                if entry.is_folder:
+                    below = f"{relative}/{entry.name}" if relative else entry.name
+                    yield from self.folders(below, depth - 1)
+
+    def open(self, relative: str = "") -> IO[bytes]:
+        """Open a file to be read front to back; one whose name ends in ``.gz`` is unpacked.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        path = self.path(relative)
+        try:
+            stream = open_stream(path)
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"{path}: no such file") from None
+        return gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream  # type: ignore[return-value]
+
+    def lines(self, relative: str = "") -> Iterator[tuple[int, bytes]]:
+        """Lines of a file with their numbers, from 1; empty ones and a byte order mark are left
+        out.
+
+        Raises:
+            EOFError, zlib.error, OSError: ``DAMAGED``: the compressed file ends or breaks there.
+        """
+        with self.open(relative) as stream:
+            number = 0
+            while line := stream.readline(LONGEST_LINE):
+                number += 1
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                line = line.strip(b"\r\n")
+                if line.strip():
+                    yield number, line
+
+    def digest(self, relative: str) -> str:
+        """SHA-256 of a file as it lies there, not unpacked."""
+        with open_stream(self.path(relative)) as stream:
+            found = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                found.update(block)
+        return found.hexdigest()
+
+    def _exists(self, path: str) -> bool:
+        if self.remote:
+            return bool(self._system.exists(self._plain(path)))
+        return os.path.exists(path)  # noqa: PTH110 - called for every row
+
+    @property
+    def _system(self) -> Any:
+        scheme, _, rest = self.uri.partition("://")
+        return filesystem(f"{scheme}://{rest.split('/', 1)[0]}")
+
+    def _plain(self, path: str) -> str:
+        return str(self._system._strip_protocol(path))
+
+
+def listing_digest(entries: Iterable[Entry]) -> tuple[int, int, str]:
+    """(files, bytes, SHA-256) of names and sizes: what tells that media were added or replaced.
+
+    Their content is not read: of a large corpus that would take as long as preparing it.
+    """
+    files, total, found = 0, 0, hashlib.sha256()
+    for entry in entries:
+        files, total = files + 1, total + (entry.size or 0)
+        found.update(f"{entry.name}\0{entry.size}\n".encode("utf-8", "surrogateescape"))
+    return files, total, found.hexdigest()
+
+
+def _entry(entry: "os.DirEntry[str]") -> Entry | None:
+    try:
+        return Entry(entry.name, None if entry.is_dir() else entry.stat().st_size)
+    except FileNotFoundError:
+        return Entry(entry.name, 0)  # a link to nothing: reading it will say so
+    except OSError:
+        return None

@@ -1,0 +1,71 @@
+"""Keys that came before, exactly, in memory that does not grow with their number."""
+
+import sqlite3
+import tempfile
+from hashlib import blake2b
+from pathlib import Path
+
+#: So many digests are kept in memory; the rest lies in a file.
+IN_MEMORY = 1 << 16
+
+
+class Seen:
+    """A set of keys of any size. Close it, or leave its ``with`` block, to remove its file.
+
+    Kept are digests of 128 bits: among 100 million keys two that differ share one with a
+    probability below 1e-22.
+    """
+
+    def __init__(self, in_memory: int = IN_MEMORY) -> None:
+        self._recent: set[bytes] = set()
+        self._in_memory = in_memory
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._table: sqlite3.Connection | None = None
+
+    def __enter__(self) -> "Seen":
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        if self._table is not None:
+            self._table.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def add(self, key: str) -> bool:
+        """Add a key; False if it came before."""
+        digest = _digest(key)
+        if digest in self._recent or self._is_filed(digest):
+            return False
+        self._recent.add(digest)
+        if len(self._recent) >= self._in_memory:
+            self._file()
+        return True
+
+    def __contains__(self, key: str) -> bool:
+        digest = _digest(key)
+        return digest in self._recent or self._is_filed(digest)
+
+    def _is_filed(self, digest: bytes) -> bool:
+        if self._table is None:
+            return False
+        found = self._table.execute("SELECT 1 FROM seen WHERE key = ?", (digest,))
+        return found.fetchone() is not None
+
+    def _file(self) -> None:
+        if self._table is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="skillnet-keys-")
+            # No journal: the file is worth nothing after this process.
+            self._table = sqlite3.connect(Path(self._folder.name) / "keys", isolation_level=None)
+            self._table.execute("PRAGMA journal_mode = OFF")
+            self._table.execute("PRAGMA synchronous = OFF")
+            self._table.execute("PRAGMA cache_size = -16384")
+            self._table.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._table.execute("BEGIN")
+        rows = ((digest,) for digest in sorted(self._recent))
+        self._table.executemany("INSERT INTO seen VALUES (?)", rows)
+        self._table.execute("COMMIT")
+        self._recent.clear()
+
+
+def _digest(key: str) -> bytes:
+    return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()

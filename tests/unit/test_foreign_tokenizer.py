@@ -1,0 +1,135 @@
+"""Tokenizers of the user's own: any kind, nothing unknown, four ids where the model has them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from pipelines import tokenizer as tokenizers
+from pipelines.foreign_tokenizer import BYTES, adopt
+from pipelines.transforms import text
+from skillnet_platform.errors import UserError
+
+TEXTS = ["红色的心和蓝色的圆圈", "The reader reads the file", "def read_file(file):"] * 5
+#: Rare characters, one of extension B, one of the compatibility block, emoji with a joiner.
+STRANGE = ["龘靐齉", "\U00020000\U0002a6d6", "\uf900", "👩‍👩‍👧", "é Ω ≈", "\x00a"]
+
+
+def word_piece() -> Tokenizer:
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # BERT's own order: padding, then others, the rest far behind.
+    special = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made.train_from_iterator(TEXTS, trainers.WordPieceTrainer(special_tokens=special))
+    return made
+
+
+def byte_level() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    return made
+
+
+def unigram() -> Tokenizer:
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    return made
+
+
+KINDS = {"WordPiece": word_piece, "byte-level BPE": byte_level, "Unigram": unigram}
+
+
+@pytest.fixture(params=KINDS)
+def adopted(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Tokenizer, Tokenizer]:
+    """(As it was, as adopted)."""
+    before = KINDS[request.param]()
+    before.save(str(tmp_path / "tokenizer.json"))
+    return before, Tokenizer.from_str(adopt(tmp_path))
+
+
+def test_the_four_and_the_bytes_come_first(adopted: tuple[Tokenizer, Tokenizer]) -> None:
+    _, made = adopted
+    names = [*tokenizers.SPECIAL, *BYTES]
+    assert [made.token_to_id(name) for name in names] == list(range(260))
+    assert sorted(made.get_vocab().values()) == list(range(made.get_vocab_size()))
+
+
+def test_known_texts_are_cut_as_before(adopted: tuple[Tokenizer, Tokenizer]) -> None:
+    before, made = adopted
+    for each in TEXTS[:3]:
+        assert made.encode(each).tokens == before.encode(each).tokens
+        assert min(made.encode(each).ids) >= 260
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_nothing_is_unknown_and_different_characters_stay_different(
+    adopted: tuple[Tokenizer, Tokenizer], strange: str
+) -> None:
+    _, made = adopted
+    ids, other = text.encode(made, [strange, strange[:-1] + "齾"], 64).to_pylist()
+    assert ids
+    assert tokenizers.UNKNOWN not in ids
+    assert ids != other
+
+
+def test_a_folder_of_transformers(tmp_path: Path) -> None:
+    from transformers import BertTokenizer
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "红", "色", "read", "##er"]
+    BertTokenizer(vocab={token: n for n, token in enumerate(vocabulary)}).save_pretrained(tmp_path)
+    made = Tokenizer.from_str(adopt(tmp_path))
+    assert made.encode("红色reader").tokens == ["红", "色", "read", "##er"]
+    (row,) = text.encode(made, ["红龘"], 9).to_pylist()
+    assert row == [made.token_to_id("红"), *(4 + byte for byte in "龘".encode())]
+
+
+def test_one_of_ours_is_taken_as_it_is(tmp_path: Path) -> None:
+    ours = tokenizers.train(TEXTS, [], size=500)
+    (tmp_path / "ours.json").write_text(ours, encoding="utf-8")
+    assert adopt(tmp_path / "ours.json") == ours
+
+
+def test_every_kind_of_chinese_character_is_spelt_by_a_learnt_one() -> None:
+    learnt = Tokenizer.from_str(tokenizers.train(TEXTS, [], size=500))
+    rows = text.encode(learnt, STRANGE, 64).to_pylist()
+    assert all(row and tokenizers.UNKNOWN not in row for row in rows)
+    assert len({tuple(row) for row in rows}) == len(STRANGE)
+
+
+def test_a_corpus_of_more_characters_than_tokens_keeps_the_commonest() -> None:
+    many = "".join(chr(0x4E00 + n) for n in range(2000))
+    learnt = json.loads(tokenizers.train([many, "的" * 50], [], size=1000))["model"]["vocab"]
+    assert len(learnt) <= 1000
+    assert "的" in learnt
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none", None, "no tokenizer there"),
+        ("bad.json", "{}", "not a tokenizer"),
+        ("folder/x.txt", "x", "reads no tokenizer there"),
+    ],
+)
+def test_what_is_no_tokenizer_is_named(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        adopt(path.parent if "folder" in name else path)

@@ -1,0 +1,135 @@
+"""References to media: bytes come in order, and what has none says why."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from pipelines import media
+from pipelines.media import MEDIA, MediaRef, Unreadable, read_media
+from skillnet_platform.errors import UserError
+from tests.packing import tarred
+
+
+def read(*references: MediaRef, max_bytes: int = media.MAX_BYTES) -> list[bytes | str]:
+    """What a column of those references gives: bytes, or the reason."""
+    column = pa.array([reference.row() for reference in references], MEDIA)
+    return [
+        found.reason if isinstance(found, Unreadable) else found
+        for found in read_media(column, max_bytes)
+    ]
+
+
+def test_files_and_ranges_come_in_order(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    (tmp_path / "b").write_bytes(b"b")
+    a, b = str(tmp_path / "a"), f"file://{tmp_path / 'b'}"
+    found = read(MediaRef(a, 2, 3), MediaRef(b), MediaRef(a), MediaRef(a, 8))
+    assert found == [b"234", b"b", b"0123456789", b"89"]
+
+
+def test_a_member_of_a_plain_tar_is_a_range(tmp_path: Path) -> None:
+    path = tmp_path / "clips.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in (("x.jpg", b"xx" * 500), ("y.jpg", b"y")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    with tarfile.open(path) as archive:
+        ranges = [MediaRef(str(path), e.offset_data, e.size) for e in archive]
+    assert read(*reversed(ranges)) == [b"y", b"xx" * 500]
+
+
+def test_members_of_a_compressed_tar_in_any_order(tmp_path: Path) -> None:
+    path = tmp_path / "S0002.tar.gz"
+    path.write_bytes(tarred({f"S0002/{n}.wav": bytes([n]) * 9 for n in range(1, 6)}))
+    names = ["S0002/2.wav", "S0002/4.wav", "S0002/1.wav", "S0002/9.wav", "S0002/5.wav"]
+    found = read(*(MediaRef(str(path), member=name) for name in names))
+    assert found == [b"\2" * 9, b"\4" * 9, b"\1" * 9, "not in its archive", b"\5" * 9]
+
+
+def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "large").write_bytes(b"1" * 2000)
+    (tmp_path / "cut.tar.gz").write_bytes(tarred({"a": os.urandom(5000)})[:-2000])
+    os.mkfifo(tmp_path / "pipe")
+    found = read(
+        MediaRef(str(tmp_path / "none")),
+        MediaRef(str(tmp_path / "large" / "none")),
+        MediaRef(str(tmp_path / "empty")),
+        MediaRef(str(tmp_path / "large")),
+        MediaRef(str(tmp_path / "large"), 1990, 20),
+        MediaRef(str(tmp_path / "pipe")),
+        MediaRef(str(tmp_path)),
+        MediaRef(str(tmp_path / "cut.tar.gz"), member="a"),
+        MediaRef(str(tmp_path / "none.tar.gz"), member="a"),
+        MediaRef(str(tmp_path / "large"), 0, 4),
+        max_bytes=1024,
+    )
+    assert found == [
+        "the media file is missing",
+        "the media file is missing",
+        "an empty file",
+        "a media file larger than 1.0 KiB",
+        "cut short: the file ends before the media",
+        "not a regular file",
+        "not a regular file",
+        "a media file larger than 1.0 KiB",
+        "the archive is missing",
+        b"1111",
+    ]
+    (damaged,) = read(MediaRef(str(tmp_path / "cut.tar.gz"), member="a"))
+    assert str(damaged).startswith("the archive is damaged")
+    assert [x.reason for x in read_media(pa.array([None], MEDIA)) if x] == ["no media file"]  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def bucket() -> str:
+    """A place that only a URI leads to."""
+    store = fsspec.filesystem("memory")
+    store.pipe({"/bucket/a.wav": b"0123456789", "/bucket/s.tar.gz": tarred({"m.wav": b"mm"})})
+    return "memory://bucket"
+
+
+def test_uris_are_read_alike(bucket: str) -> None:
+    found = read(
+        MediaRef(f"{bucket}/a.wav"),
+        MediaRef(f"{bucket}/a.wav", 4, 2),
+        MediaRef(f"{bucket}/s.tar.gz", member="m.wav"),
+        MediaRef(f"{bucket}/none.wav"),
+        MediaRef(f"{bucket}/a.wav", 9, 5),
+    )
+    assert found == [
+        b"0123456789",
+        b"45",
+        b"mm",
+        "the media file is missing",
+        "cut short: the file ends before the media",
+    ]
+    assert read(MediaRef(f"{bucket}/a.wav"), max_bytes=9) == ["a media file larger than 9 bytes"]
+
+
+def test_a_store_that_fails_is_not_the_rows_fault(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked again, and then the whole preparation stops: no row is set aside for it."""
+    asked = []
+
+    def broken(self: object, path: str, **range_of: int) -> bytes:
+        asked.append(path)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(media, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", broken)
+    with pytest.raises(UserError, match=r"a\.wav: cannot be read \(TimeoutError: no answer\)"):
+        read(MediaRef(f"{bucket}/a.wav"))
+    assert len(asked) == 3
+
+
+def test_an_unknown_scheme_is_named() -> None:
+    with pytest.raises(UserError, match="nowhere://x: cannot be opened"):
+        read(MediaRef("nowhere://x/y"))

@@ -1,0 +1,254 @@
+"""Folders with metadata, WebDataset tars and saved Hugging Face datasets of any modality."""
+
+import csv
+import shutil
+import tarfile
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.corpora import guess_reader, place_corpus
+from pipelines.places import Place
+from skillnet_platform.errors import UserError
+from tests import user_corpora
+from tests.packing import tarred
+from tests.unit.test_readers import media, read, sizes
+
+
+class TestFolder:
+    def test_recordings_with_metadata(self, tmp_path: Path) -> None:
+        folder = user_corpora.media_folder(tmp_path)
+        (folder / "data" / "extra.wav").write_bytes(user_corpora.wav(1))
+        (folder / "data" / "3.wav").unlink()
+        corpus = place_corpus("mine", f"folder:{folder}", {"test": 0.2})
+        assert (corpus.modality, corpus.task) == ("sound", "speech_recognition")
+        rows, reasons = read(corpus)
+        assert reasons == {"the media file is missing": 1, "a media file that no row names": 1}
+        assert sum(sizes(rows).values()) == 11
+        assert media(rows["train"][0])[:4] == b"RIFF"
+
+    def test_a_made_split_keeps_speakers_together(self, tmp_path: Path) -> None:
+        folder = user_corpora.media_folder(tmp_path, rows=24)
+        options = {"split_by": "speaker", "test": 0.4, "validation": 0.3}
+        rows, _ = read(place_corpus("mine", f"folder:{folder}", options))
+        homes: dict[str, set[str]] = {}
+        for split, each in rows.items():
+            for row in each:
+                number = int(row["key"].rpartition(":")[2]) - 1
+                homes.setdefault(f"s{number % 3}", set()).add(split)
+        assert all(len(home) == 1 for home in homes.values())
+
+    @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+    def test_pictures_in_folders_of_splits(self, tmp_path: Path, kind: str) -> None:
+        for place, (split, count) in enumerate((("train", 40), ("validation", 20))):
+            home = tmp_path / split
+            home.mkdir()
+            lines = []
+            for number in range(count):
+                (home / f"{number}.jpg").write_bytes(user_corpora.jpg(number + place))
+                lines.append({"file_name": f"{number}.jpg", "text": f"图{number + 100 * place}"})
+            if kind == "csv":
+                with (home / "metadata.csv").open("w", newline="", encoding="utf-8-sig") as out:
+                    writer = csv.DictWriter(out, ["file_name", "text"])
+                    writer.writeheader()
+                    writer.writerows(lines)
+            elif kind == "parquet":
+                pq.write_table(pa.Table.from_pylist(lines), home / "metadata.parquet")
+            else:
+                user_corpora.write_lines(home / "metadata.jsonl", lines)
+        corpus = place_corpus("folder", str(tmp_path))
+        assert corpus.task == "text_to_image"
+        rows, reasons = read(corpus)
+        assert not reasons
+        assert len(rows["train"]) == 40
+        # What is not given is made: the validation rows are parted, the test is one half.
+        assert len(rows["test"]) + len(rows["validation"]) == 20
+        assert min(len(rows["test"]), len(rows["validation"])) > 2
+
+    def test_folders_that_name_classes(self, tmp_path: Path) -> None:
+        for split, count in (("train", 6), ("test", 2)):
+            for name in ("cat", "dog"):
+                (tmp_path / split / name).mkdir(parents=True)
+                for number in range(count):
+                    data = user_corpora.jpg(number)
+                    (tmp_path / split / name / f"{number}.jpg").write_bytes(data)
+        (tmp_path / "train" / "loose.jpg").write_bytes(user_corpora.jpg(1))
+        corpus = place_corpus("animals", f"folder:{tmp_path}", {"validation": 0.0})
+        corpus.survey()
+        assert corpus.task == "image_classification"
+        assert corpus.facts() == {"labels": ["cat", "dog"]}
+        rows, reasons = read(corpus)
+        assert sizes(rows) == {"test": 4, "train": 12}
+        assert reasons == {"not in a folder that names a class": 1}
+
+    def test_one_file_of_texts(self, tmp_path: Path) -> None:
+        lines = [f'{n},{"好" if n % 2 else "坏"},"第{n}条, 新闻"' for n in range(20)]
+        (tmp_path / "rows.csv").write_text("id,label,text\n" + "\n".join(lines) + "\nx\n", "utf-8")
+        corpus = place_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
+        assert corpus.task == "text_classification"
+        rows, reasons = read(corpus)
+        assert reasons == {"another number of fields than the head line": 1}
+        assert rows["train"][0]["text"].endswith("条, 新闻")
+
+    def test_functions_and_a_field_for_splits(self, tmp_path: Path) -> None:
+        lines = user_corpora.code_rows(9)
+        for number, line in enumerate(lines):
+            line["part"] = ("train", "dev", "test")[number % 3]
+        lines.append(lines[0] | {"part": "nowhere"})
+        user_corpora.write_lines(tmp_path / "functions.jsonl", lines)
+        options = {"split": "part", "text": "docstring"}
+        corpus = place_corpus("mine", f"folder:{tmp_path / 'functions.jsonl'}", options)
+        assert corpus.task == "text_to_code"
+        rows, reasons = read(corpus)
+        assert sizes(rows) == {"test": 3, "train": 3, "validation": 3}
+        assert reasons == {"a split that is none of train, validation, test": 1}
+
+    def test_paths_that_lead_out_are_set_aside(self, tmp_path: Path) -> None:
+        folder = user_corpora.media_folder(tmp_path / "in", rows=3)
+        names = ["/etc/passwd", "../../x.wav", "data/../../x.wav", "file:///etc/passwd", "a\0b", ""]
+        with (folder / "metadata.jsonl").open("a") as out:
+            for name in names:
+                out.write(f'{{"file_name": {__import__("json").dumps(name)}}}\n')
+        _, reasons = read(place_corpus("folder", str(folder)))
+        assert reasons == {
+            "a path that leads out of the folder": 4,
+            "a path with a null character": 1,
+            "no file name": 1,
+        }
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"text": "nothing"}, r"options\.folder\.text: no field 'nothing'"),
+            ({"task": "labels"}, r"options\.folder\.task: rows have no labels"),
+            ({"modality": "smell"}, "modality: expected one of text, sound"),
+        ],
+    )
+    def test_fields_that_are_not_there(self, tmp_path: Path, options: dict, message: str) -> None:
+        user_corpora.media_folder(tmp_path)
+        with pytest.raises(UserError, match=message):
+            place_corpus("folder", str(tmp_path), options)
+
+
+class TestWebDataset:
+    def test_members_are_ranges_of_their_tar(self, tmp_path: Path) -> None:
+        corpus = place_corpus("webdataset", str(user_corpora.webdataset(tmp_path)))
+        assert corpus.task == "text_to_image"
+        rows, reasons = read(corpus)
+        assert not reasons
+        assert len(rows["test"]) == 12
+        assert len(rows["train"]) + len(rows.get("validation", [])) == 24
+        assert all(media(row)[:2] == b"\xff\xd8" for row in rows["test"])
+        assert all(row["media"]["length"] for row in rows["train"])
+
+    def test_compressed_tars_and_json(self, tmp_path: Path) -> None:
+        files = {}
+        for n in range(10):
+            files[f"a/{n}.wav"] = user_corpora.wav(n)
+            files[f"a/{n}.json"] = f'{{"transcription": "第{n}句"}}'.encode()
+        files["a/3.json"] = b'{"transcription": '
+        (tmp_path / "x.tar.gz").write_bytes(tarred(files))
+        corpus = place_corpus("webdataset", str(tmp_path / "x.tar.gz"))
+        assert corpus.task == "speech_recognition"
+        rows, reasons = read(corpus)
+        assert reasons == {"not JSON": 1}
+        assert all(media(row)[:4] == b"RIFF" for each in rows.values() for row in each)
+
+    def test_a_tar_cut_short_costs_its_end(self, tmp_path: Path) -> None:
+        folder = user_corpora.webdataset(tmp_path)
+        tar = folder / "train-000000.tar"
+        with tarfile.open(tar) as archive:
+            cut = archive.getmembers()[10].offset_data + 5
+        tar.write_bytes(tar.read_bytes()[:cut])
+        rows, reasons = read(place_corpus("webdataset", str(folder)))
+        assert reasons == {"the archive is cut short or damaged from here on": 1}
+        assert len(rows["train"]) + len(rows.get("validation", [])) == 17
+
+
+class TestSavedDataset:
+    def test_bytes_are_read_in_place(self, tmp_path: Path) -> None:
+        texts = [f"图{n}" for n in range(12)]
+        pictures = [{"bytes": user_corpora.jpg(n), "path": None} for n in range(12)]
+        features = datasets.Features(
+            {"image": datasets.Image(), "caption": datasets.Value("string")}
+        )
+        whole = datasets.Dataset.from_dict({"image": pictures, "caption": texts}, features)
+        parts = datasets.DatasetDict({"train": whole, "test": whole.select(range(3, 7))})
+        parts.save_to_disk(str(tmp_path / "saved"))
+        found = guess_reader(Place(str(tmp_path / "saved")))
+        assert found is not None
+        assert found[0] == "hf_dataset"
+        corpus = place_corpus("pictures", f"hf_dataset:{tmp_path / 'saved'}", {"validation": 0.0})
+        assert (corpus.modality, corpus.task) == ("image", "text_to_image")
+        rows, reasons = read(corpus)
+        assert not reasons
+        assert sizes(rows) == {"test": 4, "train": 12}
+        assert [media(row) for row in rows["train"]] == [p["bytes"] for p in pictures]
+        assert media(rows["test"][0]) == pictures[3]["bytes"]
+
+    def test_class_names_and_one_split(self, tmp_path: Path) -> None:
+        features = datasets.Features(
+            {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["坏", "好"])}
+        )
+        rows = {"text": [f"第{n}条" for n in range(30)], "label": [n % 2 for n in range(30)]}
+        datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
+        corpus = place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}")
+        assert corpus.facts() == {"labels": ["坏", "好"]}
+        found, _ = read(corpus)
+        assert {row["label"] for row in found["train"]} == {"坏", "好"}
+        assert set(found) == {"train", "validation", "test"}
+
+    def test_recordings(self, tmp_path: Path) -> None:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        sounds = [{"bytes": user_corpora.wav(n), "path": f"{n}.wav"} for n in range(4)]
+        outside = tmp_path / "outside.wav"
+        outside.write_bytes(user_corpora.wav(9))
+        sounds += [{"bytes": None, "path": str(outside)}]
+        table = pa.table(
+            {"audio": pa.array(sounds, kind), "sentence": [f"第{n}句" for n in range(5)]}
+        )
+        saved = datasets.Dataset(table).cast_column("audio", datasets.Audio(decode=False))
+        saved.save_to_disk(str(tmp_path / "saved"))
+        place = f"hf_dataset:{tmp_path / 'saved'}"
+        rows, reasons = read(place_corpus("mine", place))
+        read_back = [media(row) for each in rows.values() for row in each]
+        # Whether the library puts the outside file's bytes in is its own affair; a path is not
+        # followed out of the folder.
+        assert reasons in ({}, {"no media file": 1})
+        assert {s["bytes"] for s in sounds[:4]} <= set(read_back)
+
+
+def test_a_corpus_in_a_bucket_is_read_alike(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for name in ("vatex", "aishell1", "webdataset", "pytorrent"):
+        builder = getattr(user_corpora, name)
+        local = builder(tmp_path / name)
+        store.put(str(local), f"/bucket/{name}", recursive=True)
+        here = place_corpus(name, str(local))
+        there = place_corpus(name, f"memory://bucket/{name}")
+        (rows, reasons), (far, far_reasons) = read(here), read(there)
+        assert reasons == far_reasons
+        assert sizes(rows) == sizes(far)
+        assert [row["key"] for row in rows["train"]] == [row["key"] for row in far["train"]]
+        assert here.other_sources() == there.other_sources()
+        if "media" in rows["train"][0]:
+            assert [media(row) for row in rows["train"]] == [media(row) for row in far["train"]]
+        shutil.rmtree(local)
+
+
+def test_samples_are_finished_as_the_model_reads_them(tmp_path: Path) -> None:
+    corpus = place_corpus("webdataset", str(user_corpora.webdataset(tmp_path)), {"size": 32})
+    from pipelines import tokenizer
+
+    rows, _ = read(corpus)
+    block = pa.Table.from_pylist(rows["test"], schema=corpus.raw)
+    (tmp_path / "t.json").write_text(tokenizer.train(["红色的方块"], [], size=600), "utf-8")
+    made = corpus.transform(block, tokenizer.load(tmp_path / "t.json"))
+    assert made["rejected"].null_count == 12
+    assert np.array(made["pixels"][0].as_py()).size == 32 * 32 * 3
+    assert made.schema.names == [*corpus.columns.names, "rejected"]
