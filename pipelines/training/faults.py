@@ -41,7 +41,7 @@ class Fault:
         rank: the worker that does it; none: all of them.
         victim: whom a signal goes to: this ``worker``; the ``driver`` of the run; the
             ``controller`` of the fit, or the ``raylet``, of this worker on this machine; or
-            another process, by its id.
+            another process, by its id; or all of its group, by its id with a minus.
         place: of the bit to flip, as a share of the checkpoint's bytes.
     """
 
@@ -52,7 +52,7 @@ class Fault:
     place: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.victim.isdigit() and self.victim not in _VICTIMS:
+        if not _is_number(self.victim) and self.victim not in _VICTIMS:
             raise ValueError(f"victim {self.victim!r}: {', '.join(_VICTIMS)}, or a process id")
         if not 0 <= self.place < 1:
             raise ValueError(f"place must be in [0, 1), got {self.place}")
@@ -179,7 +179,11 @@ def fill_disk(run: Path) -> Path:
 
 def _process_of(victim: str) -> int:
     """The process id of a victim on this machine."""
-    return int(victim) if victim.isdigit() else _VICTIMS[victim]()
+    return int(victim) if _is_number(victim) else _VICTIMS[victim]()
+
+
+def _is_number(victim: str) -> bool:
+    return victim.removeprefix("-").isdigit()
 
 
 def _driver() -> int:
