@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from pipelines.training import faults
 from pipelines.training.loop import train
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
+from skillnet_platform import store
 from skillnet_platform.errors import Terminated
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.small_corpora import small_config, write_corpora
@@ -70,6 +73,10 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch
     run = tmp_path_factory.mktemp("two")
     run_ranks(2, train_and_save, config_for(data, run, "two"), str(run), str(run / "out"))
     return weights(run)
+
+
+def run_id(run: Path) -> str:
+    return str(json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"])
 
 
 def order(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> None:
@@ -143,3 +150,115 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     result = finetune(config)
     assert result["resumed"] == int(kept.name.removeprefix("step-"))
     assert same(weights(run), two)
+
+
+def test_a_driver_killed_and_one_asked_to_leave(
+    data: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    two: dict[str, torch.Tensor],
+) -> None:
+    config = config_for(data, tmp_path, "driver", workers=2, steps=STEPS)
+    run = tmp_path / "driver"
+    fault = {"rank": 0, "step": 3, "kind": "kill", "victim": "driver"}
+    code, _ = ended(command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault)))
+    assert code == -signal.SIGKILL
+    assert not (run / "model").exists()
+    fault |= {"kind": "term", "step": 6}
+    code, said = ended(command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault)))
+    assert code == 143
+    assert "ended by SIGTERM after step" in said
+    assert f"--name {config.name}" in said
+    assert "Traceback" not in said
+    status = store.client(config.tracking.uri).get_run(run_id(run)).info.status
+    assert status == "KILLED"
+    result = finetune(config)
+    assert result["step"] == STEPS
+    assert result["resumed"] > 6
+    assert same(weights(run), two)
+
+
+APART = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
+
+HEAD = """
+set -u
+mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray
+start() { ray start --head --port 6399 --num-cpus 2 --disable-usage-stats >&2 || exit 90; }
+start
+RAY_ADDRESS=127.0.0.1:6399 "$@"; echo first $?
+ray stop --force >&2
+start
+RAY_ADDRESS=127.0.0.1:6399 "$@"; echo second $?
+"""
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="needs root and unshare: it mounts, and ends every Ray of its process namespace",
+)
+
+
+@needs_root
+def test_the_raylet_killed_and_the_head_started_again(
+    data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
+) -> None:
+    config = config_for(data, tmp_path, "head", workers=2)
+    fault = {"rank": 1, "step": 5, "kind": "kill", "victim": "raylet"}
+    said = apart(HEAD, config, tmp_path, fault, RAY_AUTH_MODE="disabled")
+    assert "second 0" in said, said
+    assert "first 0" not in said, said
+    assert same(weights(tmp_path / "head"), two)
+
+
+FULL = """
+mount -t tmpfs -o size=24m tmpfs "$RUN"
+"$@"; echo first $?
+ls "$RUN/checkpoints"
+rm "$RUN/faults/ballast"
+"$@"; echo second $?
+cp -r "$RUN/checkpoints" "$RUN/model" "$KEPT"
+"""
+
+
+@needs_root
+def test_a_disk_that_is_full_at_a_checkpoint(
+    data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    config = config_for(data, tmp_path, "full")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "kept").mkdir()
+    fault = {"step": 5, "kind": "full"}
+    places = {"RUN": str(tmp_path / "full"), "KEPT": str(tmp_path / "kept")}
+    said = apart(FULL, config, tmp_path, fault, **places)
+    lines = said.splitlines()
+    codes = [line for line in lines if line.startswith(("first", "second"))]
+    assert codes == ["first 2", "second 0"], said
+    (error,) = [line for line in lines if line.startswith("error:")]
+    assert "the disk is full" in error
+    assert "run the same command again" in error
+    assert "step-00000004" in lines
+    assert same(weights(tmp_path / "kept"), alone)
+
+
+def apart(
+    script: str, config: FinetuneConfig, root: Path, fault: dict[str, Any], **environment: str
+) -> str:
+    """What a script says in namespaces of its own; its arguments are the command of a run."""
+    path = root / f"{config.name}.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    words = [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*APART, "bash", "-c", script, "-", *words],
+        env={
+            **os.environ,
+            "PATH": programs,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
+            faults.VARIABLE: json.dumps(fault),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return done.stdout
