@@ -34,6 +34,7 @@ SUMMARIES = {
     "interpret": "show what the skills of a trained model do",
     "submit": "send a command to a Ray cluster",
     "doctor": "check this machine before a run",
+    "tracker": "run an MLflow server for several machines",
     "ui": "open the MLflow pages of the runs here",
 }
 
