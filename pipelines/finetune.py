@@ -23,7 +23,7 @@ from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import Terminated, UserError
 from skillnet_platform.storage import atomic_write, data_root, read_json, run_root, write_json
 
 if TYPE_CHECKING:
@@ -222,13 +222,15 @@ def _train(
     on_evaluation: "OnEvaluation | None",
     nested: "Nested | None",
 ) -> None:
+    from pipelines.training import notice
     from pipelines.training.worker import fit_on_ray, work
     from skillnet.memory import keep_freed_memory
 
     tracked = (tracker.run_id, tracker.uri)
     if config.training.workers == 0:
         keep_freed_memory()
-        work(config, run, tracked=tracked, on_evaluation=on_evaluation)
+        with notice.listening():
+            work(config, run, tracked=tracked, on_evaluation=on_evaluation)
     else:
         fit_on_ray(config, run, tracked, on_evaluation, nested)
     # What Ray keeps of a fit is of no use after it: checkpoints and logs are ours.
@@ -237,6 +239,12 @@ def _train(
     if trained["stopped_early"]:
         console.warn(trained["stopped_early"])
         tracker.tags({"stopped_early": trained["stopped_early"]})
+    if trained["left"]:
+        raise Terminated(
+            f"ended by SIGTERM after step {trained['step']} of {config.training.steps}, with the "
+            f"checkpoint {trained['checkpoint']}; the same command, with --name {config.name}, "
+            "goes on"
+        )
 
 
 def _conclude(

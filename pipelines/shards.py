@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.shard_check import check_shards
 from skillnet_platform.config import digest as digest_of
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import disk_guard, sha256_file
@@ -104,7 +105,7 @@ class Split:
         """All rows, memory-mapped: nothing is copied, a chunk for each shard.
 
         Raises:
-            UserError: a shard is missing or not an Arrow file.
+            UserError: a shard is missing, was altered, or is not an Arrow file.
         """
         return self._table
 
@@ -123,6 +124,7 @@ class Split:
 
     @cached_property
     def _table(self) -> pa.Table:
+        check_shards(self.directory, self.shards)
         return pa.concat_tables([_open_shard(self.directory, shard) for shard in self.shards])
 
 

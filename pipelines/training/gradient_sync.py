@@ -19,16 +19,15 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class _Bucket:
-    """Some parameters' gradients side by side in one flat tensor."""
+    """Some parameters' gradients side by side in one flat tensor; in the last one, a flag."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], flagged: bool) -> None:
         self.parameters = parameters
         first = parameters[0]
-        self.flat = torch.zeros(
-            sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device
-        )
         sizes = [p.numel() for p in parameters]
-        pieces = zip(self.flat.split(sizes), parameters, strict=True)
+        self.flat = torch.zeros(sum(sizes) + flagged, dtype=first.dtype, device=first.device)
+        self.flag = self.flat[sum(sizes) :]
+        pieces = zip(self.flat[: sum(sizes)].split(sizes), parameters, strict=True)
         self.views = [piece.view_as(p) for piece, p in pieces]
 
     def fill(self) -> None:
@@ -53,6 +52,9 @@ class GradientSync:
     each bucket's reduction when its last gradient is there, always in the same order, so that
     ranks agree without talking. With one rank it does nothing.
 
+    A flag of each rank rides along as one number more in the last bucket: what one rank wants,
+    all know after the step.
+
     Args:
         active: task -> its (name, parameter) pairs in forward order.
         world: number of ranks.
@@ -68,28 +70,35 @@ class GradientSync:
         self._waiting: list[int] = []
         self._next = 0
         self._handles: list[Any] = []
+        self._flag = False
         if world == 1:
             return
         for task, named in active.items():
             # Backward meets parameters in the reverse of their first use.
             groups = _cut([p for _, p in reversed(named) if p.requires_grad], bucket_bytes)
-            self._buckets[task] = [_Bucket(group) for group in groups]
+            last = len(groups) - 1
+            self._buckets[task] = [_Bucket(group, i == last) for i, group in enumerate(groups)]
             self._where[task] = {p: i for i, group in enumerate(groups) for p in group}
         every = {p for where in self._where.values() for p in where}
         for parameter in every:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
-    def begin(self, task: str) -> None:
-        """Prepare for a backward pass of the task."""
+    def begin(self, task: str, flag: bool = False) -> None:
+        """Prepare for a backward pass of the task, and take this rank's flag."""
+        self._flag = flag
         if self._world == 1:
             return
         self._task, self._next = task, 0
         self._waiting = [len(bucket.parameters) for bucket in self._buckets[task]]
 
-    def finish(self) -> None:
-        """Reduce what is left, wait for all, and put the sums in place of the gradients."""
+    def finish(self) -> bool:
+        """Reduce what is left, wait for all, and put the sums in place of the gradients.
+
+        Returns:
+            Whether any rank's flag was set: the same on all of them.
+        """
         if self._world == 1 or self._task is None:
-            return
+            return self._flag
         buckets = self._buckets[self._task]
         while self._next < len(buckets):
             self._launch()
@@ -98,6 +107,7 @@ class GradientSync:
             bucket.drain()
         self._handles.clear()
         self._task = None
+        return bool(buckets[-1].flag.item() > 0) if buckets else self._flag
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         if self._task is None:
@@ -113,6 +123,7 @@ class GradientSync:
         assert self._task is not None
         bucket = self._buckets[self._task][self._next]
         bucket.fill()
+        bucket.flag.fill_(float(self._flag))
         self._handles.append(dist.all_reduce(bucket.flat, async_op=True))
         self.bytes_reduced += bucket.flat.numel() * bucket.flat.element_size()
         self._next += 1

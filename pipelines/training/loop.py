@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.stream import Batch, Prefetcher
-from pipelines.training import checkpoints
+from pipelines.training import checkpoints, faults, notice
 from pipelines.training.gradient_sync import Gather, GradientSync
 from pipelines.training.meter import Meter
 from pipelines.training.mixture import generator
@@ -63,6 +63,7 @@ class Trained:
         step: steps done.
         resumed: step at which this call took up, 0 for a fresh start.
         stopped_early: why it ended before its last step, or none.
+        left: it was asked to leave (:mod:`pipelines.training.notice`): a checkpoint lies there.
         seconds: time in the loop.
         rows_per_second: training rows over that time.
         waiting: share of that time spent waiting for data.
@@ -83,6 +84,7 @@ class Trained:
     skipped: int
     losses: dict[str, float] = field(default_factory=dict)
     checkpoint: Path | None = None
+    left: bool = False
 
     def summary(self) -> dict[str, Any]:
         """Everything but the model, in plain types."""
@@ -135,7 +137,8 @@ def train(
     start = resume(run, identity, model, optimizer, average) if run else 0
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = Meter(config, start, world, device)
-    stopped, path, failed = None, None, 0
+    stopped, path, failed, leaving = None, None, 0, False
+    breaks = faults.ordered(run, rank)
     step = start
 
     def keep() -> Path | None:
@@ -159,11 +162,13 @@ def train(
             task = config.model.tasks[batch.task]
             lr = learning_rate(settings, step)
             seed_dropout(config.seed, step, rank)
+            if breaks is not None:
+                breaks.at(step)
 
-            sync.begin(batch.task)
+            sync.begin(batch.task, notice.asked())
             loss = step_loss(model, task, batch, precision, config, rank, world)
             loss.backward()
-            sync.finish()
+            leaving = sync.finish()
             norm = clip_by_norm(active[batch.task], settings.clip)
             if torch.isfinite(norm):
                 optimizer.step(active[batch.task], lr)
@@ -183,12 +188,15 @@ def train(
 
             step += 1
             meter.add(batch, loss.detach(), norm, lr, skipped=failed > 0)
-            if step % settings.log_every == 0 or step == last:
+            if step % settings.log_every == 0 or step == last or leaving:
                 values = meter.values(step) | model.statistics()
                 reporter.metrics(values, step)
                 reporter.progress(step, meter.words())
                 if settings.minutes and meter.agree(meter.elapsed > 60 * settings.minutes):
                     stopped = f"training.minutes {settings.minutes} were over at step {step}"
+            if leaving and step < last:
+                stopped = f"asked to leave (SIGTERM) at step {step}"
+                break
             if settings.evaluate_every and step % settings.evaluate_every == 0 and step < last:
                 with averaged(model, average), meter.paused():
                     reporter.evaluate(model, step)
@@ -217,6 +225,7 @@ def train(
         skipped=meter.skipped,
         losses=dict(meter.losses),
         checkpoint=path,
+        left=leaving and step < settings.steps,
     )
 
 

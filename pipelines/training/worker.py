@@ -4,16 +4,19 @@ Rank 0 writes metrics to MLflow by run id, and each line of progress to ``progre
 run's folder, which the driver follows: so the driver shows the same with any number of workers.
 """
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipelines.training import faults, notice
 from pipelines.training.loop import Reporter, train
 from pipelines.training.progress import PROGRESS
 from pipelines.training.settings import FinetuneConfig
@@ -21,11 +24,18 @@ from skillnet.growth import remove_task
 from skillnet.memory import KEEP_FREED_MEMORY
 from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
+from skillnet_platform import console
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
 
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
 TRAINED = "trained.json"
 MODEL = "model"
+
+#: Numbers of the fits of this process, for their names.
+_FITS = count()
 
 #: Called with the tidy rows of an evaluation during training, and the step.
 OnEvaluation = Callable[[list[dict[str, Any]], int], None]
@@ -148,9 +158,10 @@ def work(
     reporter = RunReporter(config, run, tracker, on_evaluation)
     try:
         done = train(config, rank=rank, world=world, run=run, reporter=reporter)
-        for name in config.tasks.keys() - config.measured.keys():
-            remove_task(done.model, name)
-        done.model.save_pretrained(run / MODEL)
+        if not done.left:
+            for name in config.tasks.keys() - config.measured.keys():
+                remove_task(done.model, name)
+            done.model.save_pretrained(run / MODEL)
         write_json(run / TRAINED, done.summary() | {"world": world, "seed": config.seed})
     finally:
         reporter.close()
@@ -167,15 +178,16 @@ def ray_worker(settings: dict[str, Any]) -> None:
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
-    tracked = settings["tracked"]
-    work(
-        config,
-        Path(settings["run"]),
-        context.get_world_rank(),
-        context.get_world_size(),
-        (tracked[0], tracked[1]) if tracked else None,
-        settings["on_evaluation"],
-    )
+    tracked, run, rank = settings["tracked"], Path(settings["run"]), context.get_world_rank()
+    with notice.looking_for(run / notice.FILE) if rank == 0 else contextlib.nullcontext():
+        work(
+            config,
+            run,
+            rank,
+            context.get_world_size(),
+            (tracked[0], tracked[1]) if tracked else None,
+            settings["on_evaluation"],
+        )
 
 
 def fit_on_ray(
@@ -188,7 +200,8 @@ def fit_on_ray(
     """Train on ``training.workers`` Ray workers.
 
     A worker that dies takes the others with it; Ray starts them again, up to
-    ``training.max_failures`` times, and they go on from the newest whole checkpoint.
+    ``training.max_failures`` times, and they go on from the newest whole checkpoint. So often, too,
+    a controller that died is started again.
 
     Args:
         config: of the run, with absolute paths.
@@ -204,36 +217,61 @@ def fit_on_ray(
     threads = config.training.threads_per_worker or max(1, (cores or 1) // workers)
     # It looks out for notices of cloud machines, and logs an error about itself.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    loop = {
+        "config": configuration.to_dict(config),
+        "run": str(run),
+        "threads": threads,
+        "tracked": list(tracked) if tracked else None,
+        "on_evaluation": on_evaluation,
+    }
     with cluster.session(cpus=max(workers, cores or 1)):
-        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.exceptions import RayActorError
 
-        one = {"CPU": 1.0} | ({"GPU": 1.0} if config.training.use_gpu else {})
-        trainer = TorchTrainer(
-            ray_worker,
-            train_loop_config={
-                "config": configuration.to_dict(config),
-                "run": str(run),
-                "threads": threads,
-                "tracked": list(tracked) if tracked else None,
-                "on_evaluation": on_evaluation,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=config.training.use_gpu,
-                resources_per_worker=nested.resources if nested else one,
+        for left in range(config.training.max_failures, -1, -1):
+            trainer = _trainer(config, run, loop, nested)
+            try:
+                # Not before Ray is up: it takes the signal for itself.
+                with notice.listening(run / notice.FILE):
+                    trainer.fit()
+                return
+            except RayActorError as problem:
+                # Not a worker: those are the controller's matter. Its workers end with it.
+                if not left:
+                    raise
+                words = str(problem).strip().splitlines()[0]
+                console.warn(f"Ray Train's controller is gone ({words}); starting it again")
+            except SystemExit:
+                # What Ray Train makes of Ctrl-C would be taken for an ordinary end.
+                raise KeyboardInterrupt from None
+
+
+def _trainer(
+    config: FinetuneConfig, run: Path, loop: dict[str, Any], nested: Nested | None
+) -> "TorchTrainer":
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.training.ray_notice import ListenInWorker
+
+    one = {"CPU": 1.0} | ({"GPU": 1.0} if config.training.use_gpu else {})
+    return TorchTrainer(
+        ray_worker,
+        train_loop_config=loop,
+        scaling_config=ScalingConfig(
+            num_workers=config.training.workers,
+            use_gpu=config.training.use_gpu,
+            resources_per_worker=nested.resources if nested else one,
+        ),
+        torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
+        run_config=RunConfig(
+            # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
+            name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",
+            storage_path=str(run / "ray"),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | faults.environment()},
+            callbacks=[ListenInWorker(), *(nested.callbacks if nested else [])],
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=config.training.max_failures, controller_failure_limit=3
             ),
-            torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
-            run_config=RunConfig(
-                # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
-                name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-                storage_path=str(run / "ray"),
-                logging_config=LoggingConfig(log_level="WARNING"),
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
-                callbacks=nested.callbacks if nested else None,
-                failure_config=FailureConfig(  # type: ignore[call-arg]
-                    max_failures=config.training.max_failures, controller_failure_limit=3
-                ),
-            ),
-        )
-        trainer.fit()
+        ),
+    )

@@ -1,7 +1,7 @@
 """The ``skillnet`` command: a thin shell over entry points, and the error handling of commands.
 
 Commands are entry points of the group ``skillnet.commands`` and are imported only when called.
-Exit codes: 0 done, 2 the user's mistake, 130 interrupted, 1 anything else.
+Exit codes: 0 done, 2 the user's mistake, 130 interrupted, 143 ended by SIGTERM, 1 anything else.
 """
 
 import functools
@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from skillnet_platform import __version__, console
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.errors import Terminated, UserError, nearest
 
 GROUP = "skillnet.commands"
 
@@ -34,6 +34,7 @@ SUMMARIES = {
     "interpret": "show what the skills of a trained model do",
     "submit": "send a command to a Ray cluster",
     "doctor": "check this machine before a run",
+    "tracker": "run an MLflow server for several machines",
     "ui": "open the MLflow pages of the runs here",
 }
 
@@ -85,6 +86,9 @@ def run_command(function: Main, argv: list[str] | None = None) -> int:
     except SystemExit as exit_request:
         wanted = exit_request.code
         return wanted if isinstance(wanted, int) else int(wanted is not None)
+    except Terminated as notice:
+        console.error(str(notice))
+        return 143
     except KeyboardInterrupt:
         console.error("interrupted")
         return 130

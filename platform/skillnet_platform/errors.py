@@ -1,4 +1,4 @@
-"""The one exception that means: the user can put this right."""
+"""The exceptions that carry a message for people."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,13 @@ class UserError(ValueError):
     """A user's mistake. The message is complete: which file or key, what was expected, what to do.
 
     The command line prints it as it is, without a traceback, and exits with 2.
+    """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the run in good order. The message says what was kept and how to go on.
+
+    The command line prints it, and exits with 143 (128 + SIGTERM).
     """
 
 

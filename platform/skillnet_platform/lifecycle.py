@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from skillnet_platform.errors import Terminated
+
 PROCESS_TAG = "skillnet.process"
 
 
@@ -33,13 +35,13 @@ def close_abandoned(client: Any, experiment_id: str) -> int:
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside the block, so that what is open gets closed."""
+    """SIGTERM raises an interrupt inside the block, so that what is open gets closed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated("ended by SIGTERM; the same command goes on")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -27,8 +27,14 @@ PROBE_S = 0.5
 
 _COUNTER = count()
 
-#: MLflow's error codes that mean "not now", as opposed to "never".
-AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "IO_ERROR"}
+#: MLflow's error codes that mean "not now", as opposed to "never". A password may be set right.
+AWAY = {
+    "INTERNAL_ERROR",
+    "TEMPORARILY_UNAVAILABLE",
+    "REQUEST_LIMIT_EXCEEDED",
+    "IO_ERROR",
+    "UNAUTHENTICATED",
+}
 
 
 def spool_root() -> Path:

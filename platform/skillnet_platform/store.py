@@ -123,8 +123,14 @@ def setup(uri: str | None = None, experiment: str = "skillnet") -> Place:
 
 def _made_meanwhile(mlflow_client: Any, experiment: str, problem: Exception, uri: str) -> Any:
     """The experiment, if another machine made it between our look and our try."""
-    if getattr(problem, "error_code", "") == "RESOURCE_ALREADY_EXISTS":
+    code = getattr(problem, "error_code", "")
+    if code == "RESOURCE_ALREADY_EXISTS":
         return mlflow_client.get_experiment_by_name(experiment)
+    if code == "UNAUTHENTICATED":
+        raise UserError(
+            f"tracking.uri {uri}: the server asks for a password; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        ) from None
     raise UserError(f"tracking.uri {uri}: {_first_line(problem)}") from problem
 
 

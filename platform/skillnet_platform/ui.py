@@ -56,18 +56,20 @@ def main(argv: list[str] | None = None) -> int:
         console.note(f"the runs are kept by a server already: {uri}")
         return 0
     port = options.port or _free_port(options.host)
-    _require_free(options.host, port)
+    require_free(options.host, port)
     place = store.setup(uri, options.experiment)
     tracking.send_left_behind(uri)
     return _serve(place, options.host, port, options.open)
 
 
-def server_command(uri: str, host: str, port: int) -> list[str]:
-    """The command line of an MLflow server on that store: one worker, no job runner."""
+def server_command(
+    uri: str, host: str, port: int, artifacts: str | None = None, workers: int = 1
+) -> list[str]:
+    """The command line of an MLflow server on that store; artifacts by default in the run root."""
     program = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"  # noqa: PTH120
-    artifacts = ["--artifacts-destination", store.artifact_root().as_uri()]
-    where = ["--host", host, "--port", str(port), "--workers", "1"]
-    return [program, "server", "--backend-store-uri", uri, *artifacts, *where]
+    kept = ["--artifacts-destination", artifacts or store.artifact_root().as_uri()]
+    where = ["--host", host, "--port", str(port), "--workers", str(workers)]
+    return [program, "server", "--backend-store-uri", uri, *kept, *where]
 
 
 def _serve(place: store.Place, host: str, port: int, open_browser: bool) -> int:
@@ -139,7 +141,12 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _require_free(host: str, port: int) -> None:
+def require_free(host: str, port: int) -> None:
+    """Refuse a port on which nothing can listen.
+
+    Raises:
+        UserError: another program has it, or the interface is not there.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,0 +1,425 @@
+"""Chaos: faults, victims and steps drawn by seed, in small real runs of two workers.
+
+    python -m benchmarks.chaos --runs 54 --seed 0
+
+Each run trains the same few steps on prepared corpora, is disturbed once, goes on by itself or by
+the same command, and its last checkpoint, optimiser state included, is compared with that of an
+undisturbed run. A row of the CSV is one run; rows that it has already are not run again. As root it
+moves into namespaces of its own, so that it may fill a disk and Ray finds no other Ray.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS, machine
+from benchmarks.tracking_server import Server
+
+STEPS = 24
+#: A fault comes after one of these steps: late enough for a checkpoint to lie there, early enough
+#: for the run not to be over before a signal has gone round.
+WHEN = range(3, STEPS - 8)
+#: One disturbance each; those that end the driver run as a command of their own.
+FAULTS = (
+    "worker killed",
+    "all workers killed",
+    "controller killed",
+    "worker raises",
+    "worker asked to leave",
+    "bit of a checkpoint flipped",
+    "killed while writing a checkpoint",
+    "bit of a shard flipped",
+    "disk full",
+    "tracker killed",
+    "driver killed",
+    "driver asked to leave",
+    "raylet killed",
+)
+ALONE = ("tracker killed", "driver killed", "driver asked to leave", "raylet killed")
+DISK = "64m"
+INSIDE = "SKILLNET_CHAOS_INSIDE"
+
+
+@dataclass
+class Row:
+    """One run.
+
+    Args:
+        date, machine, load: when, where, and how busy it was.
+        seed, run: which; they decide all that follows.
+        fault: what happened.
+        victim: to whom.
+        step: after how many steps.
+        exits: exit codes of the commands that it took, in order.
+        recovered: "by itself" or "same command".
+        lost_steps: steps done again.
+        lost_bytes: of committed checkpoints that could not be used.
+        lost_metrics: points that the progress file has and the tracker has not.
+        doubled_metrics: points that the tracker has twice without their step being done again.
+        recovery_seconds: from the last step before the fault until the run is there again, starts
+            of processes included.
+        equal_weights: whether the last checkpoint is that of the undisturbed run, to the bit.
+    """
+
+    date: str
+    machine: str
+    load: float
+    seed: int
+    run: int
+    fault: str
+    victim: str
+    step: int
+    exits: str = ""
+    recovered: str = ""
+    lost_steps: int = 0
+    lost_bytes: int = 0
+    lost_metrics: int = 0
+    doubled_metrics: int = 0
+    recovery_seconds: float = 0.0
+    equal_weights: bool = False
+
+
+def drawn(seed: int, run: int, kinds: tuple[str, ...]) -> tuple[Row, dict[str, Any]]:
+    """What happens in a run, and the fault to order; each round of runs has every kind once."""
+    turn, place = divmod(run, len(kinds))
+    order = sorted(kinds, key=lambda kind: random.Random(f"{seed}/{turn}/{kind}").random())
+    kind = order[place]
+    pick = random.Random(f"{seed}/{run}")
+    step, rank = pick.choice(WHEN), pick.randrange(2)
+    victim, fault = f"rank {rank}", {"rank": rank, "step": step, "kind": "kill"}
+    if kind == "all workers killed":
+        victim, fault["rank"] = "ranks 0 and 1", None
+    elif kind in ("controller killed", "driver killed", "raylet killed"):
+        victim = fault["victim"] = kind.split()[0]
+    elif kind == "driver asked to leave":
+        victim = fault["victim"] = "driver"
+        fault["kind"] = "term"
+    elif kind == "worker asked to leave":
+        fault["kind"] = "term"
+    elif kind == "worker raises":
+        fault["kind"] = "raise"
+    elif kind == "killed while writing a checkpoint":
+        victim, fault["rank"], fault["kind"] = "rank 0", 0, "tear"
+    elif kind == "bit of a checkpoint flipped":
+        fault |= {"kind": "flip", "place": round(pick.random(), 4)}
+        victim = f"newest checkpoint, at {fault['place']:.0%}"
+    elif kind == "disk full":
+        victim, fault["kind"] = "disk of the run", "full"
+    elif kind == "tracker killed":
+        victim = "MLflow server"
+    elif kind == "bit of a shard flipped":
+        victim = "drawings"
+    row = Row(
+        datetime.date.today().isoformat(),
+        machine(),
+        round(os.getloadavg()[0], 1),
+        seed,
+        run,
+        kind,
+        victim,
+        step,
+    )
+    return row, fault
+
+
+class Lane:
+    """Runs disturbed trainings below a folder, on one Ray.
+
+    Args:
+        folder: of the runs.
+        data: prepared corpora; copied, since a bit of a shard is turned over.
+    """
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self.data = folder / "corpora"
+        for name in ("headings", "drawings"):
+            shutil.copytree(data / name, self.data / name, dirs_exist_ok=True)
+        self.server = Server(folder / "server.db", folder / "server")
+        self._expected: dict[str, Any] = {}
+
+    def expected(self) -> dict[str, Any]:
+        """Tensors of the undisturbed run."""
+        if not self._expected:
+            self._finetune(self.config("undisturbed"))
+            self._expected = tensors(self.folder / "undisturbed")
+        return self._expected
+
+    def config(self, name: str, uri: str | None = None) -> Any:
+        """A tiny model on two of the corpora."""
+        from pipelines.training.settings import FinetuneConfig, TaskTraining, TrainingConfig
+        from skillnet.config import SkillNetConfig
+        from skillnet_platform.tracking import TrackingConfig
+
+        return FinetuneConfig(
+            name=name,
+            run_dir=str(self.folder),
+            data=str(self.data),
+            model=SkillNetConfig(
+                dim=64, depth=3, heads=2, hidden=128, embedding_dim=32, vocab_size=12000
+            ),
+            tasks={
+                "text_classification": TaskTraining("headings", weight=1.0, batch=64),
+                "text_to_image": TaskTraining("drawings", weight=1.0, batch=48),
+            },
+            training=TrainingConfig(
+                steps=STEPS,
+                workers=2,
+                threads_per_worker=1,
+                precision="fp32",
+                log_every=1,
+                checkpoint_every=3,
+                keep=3,
+                max_failures=2,
+                ema=0.9,
+            ),
+            tracking=TrackingConfig(
+                uri=uri or f"sqlite:///{self.folder}/mlflow.db",
+                register=False,
+                system_metrics=False,
+            ),
+            evaluate=False,
+        )
+
+    def disturb(self, row: Row, fault: dict[str, Any]) -> Row:
+        """Do one run and fill its row in."""
+        expected = self.expected()
+        name = f"run-{row.seed}-{row.run}"
+        run = self.folder / name
+        config = self.config(name)
+        exits: list[int] = []
+        with contextlib.ExitStack() as stack:
+            if row.fault == "tracker killed":
+                stack.enter_context(self.server.running())
+                config = self.config(name, self.server.uri)
+                fault["victim"] = f"-{self.server.pid}"
+            if row.fault == "disk full":
+                stack.enter_context(small_disk(run))
+            if row.fault == "bit of a shard flipped":
+                exits.append(self._with_flipped_shard(config, row))
+            else:
+                with ordered(fault):
+                    exits.append(self._attempt(config, row.fault in ALONE))
+            if row.fault == "bit of a checkpoint flipped":
+                row.lost_bytes = size_of(max((run / "checkpoints").glob("step-*")))
+            if row.fault == "disk full":
+                (run / "faults" / "ballast").unlink()
+            if row.fault == "tracker killed":
+                self.server.start()
+            if exits[-1] != 0:
+                exits.append(self._attempt(config, False))
+            row.exits = " ".join(map(str, exits))
+            row.recovered = "same command" if len(exits) > 1 else "by itself"
+            row.lost_steps, row.recovery_seconds = recovery(run / "progress.jsonl")
+            row.lost_metrics, row.doubled_metrics = metrics(config, run, row.lost_steps)
+            found = tensors(run)
+        row.equal_weights = same(found, expected)
+        shutil.rmtree(run, ignore_errors=True)
+        return row
+
+    def _attempt(self, config: Any, alone: bool) -> int:
+        """The command, in a process of its own if it may die; its exit code."""
+        from pipelines.training.settings import FinetuneConfig
+        from skillnet_platform import cli
+        from skillnet_platform import config as configuration
+
+        if not alone:
+            return cli.run_command(lambda _: self._finetune(config), [])
+        path = self.folder / f"{config.name}.yaml"
+        absent = [name for name in FinetuneConfig().tasks if name not in config.tasks]
+        told = configuration.to_yaml(config)
+        told = told.replace(
+            "\ntasks:\n", "\ntasks:\n" + "".join(f"  {name}: null\n" for name in absent)
+        )
+        path.write_text(told, encoding="utf-8")
+        command = [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
+        return subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
+
+    def _finetune(self, config: Any) -> int:
+        from pipelines.finetune import finetune
+        from skillnet_platform import cluster
+
+        cluster.ensure_ray(cpus=2)
+        finetune(config)
+        return 0
+
+    def _with_flipped_shard(self, config: Any, row: Row) -> int:
+        """The command while a bit of a shard is the other way round."""
+        path = self.data / "drawings" / "train-00000.arrow"
+        place = random.Random(f"{row.seed}/{row.run}/shard").randrange(path.stat().st_size)
+        row.victim, row.step = f"{path.name} of drawings, byte {place}", 0
+        for attempt in (1, 2):
+            with path.open("r+b") as stream:
+                stream.seek(place)
+                (byte,) = stream.read(1)
+                stream.seek(place)
+                stream.write(bytes([byte ^ 1]))
+            if attempt == 1:
+                code = self._attempt(config, False)
+        return code
+
+
+@contextlib.contextmanager
+def ordered(fault: dict[str, Any]) -> Iterator[None]:
+    """Order a fault for the length of a block."""
+    os.environ["SKILLNET_FAULTS"] = json.dumps(fault)
+    try:
+        yield
+    finally:
+        del os.environ["SKILLNET_FAULTS"]
+
+
+@contextlib.contextmanager
+def small_disk(run: Path) -> Iterator[None]:
+    """A small disk of its own for a run's folder."""
+    run.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "chaos", run], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", run], check=True)
+
+
+def tensors(run: Path) -> dict[str, Any]:
+    """All tensors of a run's last checkpoint: weights, their averages, optimiser state."""
+    from safetensors.torch import load_file
+
+    last = run / "checkpoints" / f"step-{STEPS:08d}"
+    return {
+        f"{path.name}:{name}": value
+        for path in sorted(last.glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Equal names, and equal tensors to the bit."""
+    import torch
+
+    return (
+        bool(one)
+        and one.keys() == other.keys()
+        and all(torch.equal(one[name], other[name]) for name in one)
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def recovery(progress: Path) -> tuple[int, float]:
+    """(Steps done again, seconds until the run was where it had been) of a disturbed run."""
+    lost, seconds, reached, last, since = 0, 0.0, -1, 0.0, 0.0
+    for line in progress.read_text(encoding="utf-8").splitlines():
+        told = json.loads(line)
+        if "words" not in told:
+            continue
+        if told["words"] == "" and last:
+            lost += max(reached - told["step"], 0)
+            since = last
+        if since and told["step"] >= reached:
+            seconds, since = seconds + told["time"] - since, 0.0
+        reached, last = max(reached, told["step"]), told["time"]
+    return lost, round(seconds, 1)
+
+
+def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
+    """(Points that the tracker lacks, points too many) of a run."""
+    from pipelines.finetune import history
+    from skillnet_platform import store, tracking
+
+    uri = config.tracking.uri
+    tracking.send_left_behind(uri)
+    run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
+    client = store.client(uri)
+    lost = doubled = 0
+    for name, points in history(run / "progress.jsonl").items():
+        told = [point.step for point in client.get_metric_history(run_id, name)]
+        lost += len({step for step, _ in points} - set(told))
+        # A step that is done again is told again, with its own time.
+        doubled += max(len(told) - len(set(told)) - again, 0)
+    return lost, doubled
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the lane; 1 if a run did not end as the undisturbed one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--runs", type=int, default=len(FAULTS), help="runs in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
+    parser.add_argument("--folder", type=Path, help="of the runs (default: in the run root)")
+    parser.add_argument("--only", choices=FAULTS, help="only this fault")
+    parser.add_argument("--output", type=Path, help="the CSV")
+    options = parser.parse_args(argv)
+    root = os.geteuid() == 0
+    if root and INSIDE not in os.environ and shutil.which("unshare"):
+        os.environ[INSIDE] = "1"
+        apart = ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc"]
+        words = sys.argv[1:] if argv is None else argv
+        os.execvp("unshare", [*apart, sys.executable, "-m", "benchmarks.chaos", *words])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path.cwd()), str(Path.cwd() / "platform"), os.environ.get("PYTHONPATH", "")]
+    )
+
+    from skillnet_platform import console, storage
+
+    kinds = tuple(kind for kind in FAULTS if root or kind != "disk full")
+    output = options.output or RESULTS / f"{datetime.date.today().isoformat()}-chaos.csv"
+    done = {(int(row["seed"]), int(row["run"])) for row in read(output)}
+    folder = options.folder or storage.run_root() / f"chaos-{time.strftime('%Y%m%d-%H%M%S')}"
+    lane = Lane(folder, options.data or storage.data_root())
+    bad = 0
+    for number in range(options.runs):
+        row, fault = drawn(options.seed, number, kinds)
+        if (options.seed, number) in done or options.only not in (None, row.fault):
+            continue
+        began = time.monotonic()
+        row = lane.disturb(row, fault)
+        took = time.monotonic() - began
+        bad += not row.equal_weights or row.lost_metrics > 0
+        append(output, row)
+        console.note(
+            f"{number}: {row.fault} ({row.victim}) after step {row.step}: exits {row.exits}, "
+            f"{row.lost_steps} steps again, {row.lost_metrics} metrics lost, "
+            f"{row.doubled_metrics} twice, {row.recovery_seconds} s, "
+            f"{'equal' if row.equal_weights else 'NOT EQUAL'}; {took:.0f} s in all"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    return int(bad > 0)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; none if there is none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row to a CSV."""
+    fresh = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [each.name for each in fields(Row)], lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""``skillnet tracker``: an MLflow server for several machines, on PostgreSQL, behind a password.
+
+A thin shell around ``mlflow server``. What it adds: the schemas are made before the server's
+workers start, which race on an empty database; it listens on loopback, and elsewhere only with
+MLflow's own authentication, whose first password it makes itself and keeps in a file of mode 600.
+"""
+
+import contextlib
+import ipaddress
+import os
+import secrets
+import signal
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from skillnet_platform import config, console, lifecycle, storage, store, ui
+from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
+
+ADMIN = "admin"
+AUTH_CONFIG = "auth.ini"
+PASSWORD = "admin-password"
+SECRET = "session-key"
+AUTHORIZATION = "mlflow.server.auth:authenticate_request_basic_auth"
+
+
+@dataclass
+class TrackerConfig:
+    """Options of ``skillnet tracker``.
+
+    Args:
+        store: the database: ``postgresql://USER@HOST/DATABASE``, or sqlite for one machine; by
+            default the sqlite file of the run root.
+        artifacts: where the server keeps artifacts: a folder, or a URI such as
+            ``s3://BUCKET/PATH``; by default in the run root.
+        host: which interface to listen on; any but loopback needs ``auth``.
+        port: where to listen.
+        auth: ask for a user and a password.
+        workers: processes that answer.
+        allowed_hosts: names by which clients call this host, beyond localhost and private
+            addresses (MLflow's guard against DNS rebinding).
+    """
+
+    store: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
+    artifacts: Optional[str] = None  # noqa: UP045
+    host: str = "127.0.0.1"
+    port: int = 5000
+    auth: bool = False
+    workers: int = 2
+    allowed_hosts: list[str] = field(default_factory=list)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Serve until interrupted."""
+    options = config.parse(
+        TrackerConfig,
+        argv or [],
+        prog="skillnet tracker",
+        description="Run an MLflow server that several machines record to. Clients name it by "
+        "MLFLOW_TRACKING_URI, and with --auth by MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD.",
+        example="skillnet tracker --store postgresql://mlflow@/mlflow\n"
+        "skillnet tracker --store postgresql://mlflow@db/mlflow --artifacts s3://runs/mlflow "
+        "--host 10.0.0.5 --auth true",
+    )
+    require_safe(options.host, options.auth)
+    ui.require_free(options.host, options.port)
+    uri = resolve_store(options.store)
+    prepare(uri)
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop(store.URI_VARIABLE, None)
+    if options.auth:
+        environment |= prepare_auth(uri, auth_folder())
+        console.note(f"user {ADMIN}, password in {auth_folder() / PASSWORD}")
+    server = subprocess.Popen(server_command(options, uri), env=environment, start_new_session=True)
+    try:
+        with lifecycle.terminate_as_interrupt():
+            return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def require_safe(host: str, auth: bool) -> None:
+    """Refuse to listen beyond this machine without a password.
+
+    Raises:
+        UserError: ``host`` is not loopback, and there is no authentication.
+    """
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and not auth:
+        raise UserError(
+            f"--host {host} lets others read and change every run: give --auth true as well, or "
+            "keep to 127.0.0.1 and reach it through ssh -L"
+        )
+
+
+def resolve_store(given: str | None) -> str:
+    """The database's URI.
+
+    Raises:
+        UserError: it is no database, or its driver is not installed.
+    """
+    uri = store.resolve_uri(given) if given is None or "://" not in given else given
+    if uri.startswith(("http:", "https:", "file:")):
+        raise UserError(
+            f"--store {uri}: give the database that the server is to keep runs in, "
+            "postgresql://… or sqlite:///…"
+        )
+    if uri.startswith("sqlite:"):
+        return store.resolve_uri(uri)
+    if uri.startswith("postgresql:"):
+        from importlib.util import find_spec
+
+        if find_spec("psycopg") is None:
+            raise UserError(
+                "--store postgresql://…: the driver is not installed; "
+                "pip install 'skillnet-platform[tracker]'"
+            )
+        # Whatever SQLAlchemy takes the plain name for: we install psycopg 3.
+        return uri.replace("postgresql:", "postgresql+psycopg:", 1)
+    return uri
+
+
+def prepare(uri: str) -> None:
+    """Make the schemas of runs and of the registry, in this one process.
+
+    Raises:
+        UserError: the database cannot be reached, or refuses.
+    """
+    store.prepare_environment()
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as Runs
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # MLflow would try for a minute and a half, in silence.
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_MAX_RETRIES", "2")
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Runs(uri, "mlflow-artifacts:/")
+        Registry(uri)
+    except (SQLAlchemyError, MlflowException) as problem:
+        line = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise UserError(f"--store {_without_password(uri)}: {line[:200]}") from None
+
+
+def prepare_auth(uri: str, folder: Path) -> dict[str, str]:
+    """Make the users' tables and the first user; what the server needs in its environment.
+
+    Args:
+        uri: of the database; users are kept in it too.
+        folder: of the configuration and the secrets.
+
+    Raises:
+        UserError: Flask-WTF, which MLflow's authentication needs, is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("flask_wtf") is None:
+        raise UserError("--auth true needs Flask-WTF: pip install 'skillnet-platform[tracker]'")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    password = _secret(folder / PASSWORD)
+    ini = folder / AUTH_CONFIG
+    _write_private(
+        ini,
+        "[mlflow]\n"
+        "default_permission = READ\n"
+        # A % is the format's own sign.
+        f"database_uri = {uri.replace('%', '%%')}\n"
+        f"admin_username = {ADMIN}\n"
+        f"authorization_function = {AUTHORIZATION}\n",
+    )
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore as Users
+
+    users = Users()
+    users.init_db(uri)
+    if not users.has_user(ADMIN):
+        users.create_user(ADMIN, password, is_admin=True)
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(ini),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": _secret(folder / SECRET),
+    }
+
+
+def server_command(options: TrackerConfig, uri: str) -> list[str]:
+    """The command line of the server."""
+    artifacts = options.artifacts or store.artifact_root().as_uri()
+    words = ui.server_command(uri, options.host, options.port, artifacts, options.workers)
+    if options.auth:
+        words += ["--app-name", "basic-auth"]
+    if options.allowed_hosts:
+        words += ["--allowed-hosts", ",".join(options.allowed_hosts)]
+    return words
+
+
+def auth_folder() -> Path:
+    """Where the server's secrets are kept: ``<run root>/tracker``."""
+    return storage.run_root() / "tracker"
+
+
+def _secret(path: Path) -> str:
+    """The secret in a file, made at the first call."""
+    if not path.is_file():
+        _write_private(path, secrets.token_urlsafe(24) + "\n")
+    return path.read_text(encoding="ascii").strip()
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, and was never readable to others."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(text)
+
+
+def _without_password(uri: str) -> str:
+    head, at, tail = uri.rpartition("@")
+    if not at or ":" not in head.partition("://")[2]:
+        return uri
+    return f"{head.rpartition(':')[0]}:…@{tail}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,264 @@
+"""Killing any part of a run costs time, never work: what is left equals an undisturbed run's."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.finetune import finetune, history
+from pipelines.training import faults
+from pipelines.training.loop import train
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform import store
+from skillnet_platform.errors import Terminated
+from tests.integration.ranks import run_ranks, train_and_save
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+STEPS = 12
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def config_for(data: Path, root: Path, name: str, **training: Any) -> FinetuneConfig:
+    values = {"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "precision": "fp32"}
+    values |= {"threads_per_worker": 1, "max_failures": 4}
+    config = small_config(data, **(values | training))
+    config.name, config.run_dir = name, str(root)
+    config.tracking.uri = f"sqlite:///{root}/mlflow.db"
+    config.tracking.register = False
+    return config
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint: model, optimiser and all."""
+    (last,) = (run / "checkpoints").glob(f"step-{STEPS:08d}")
+    return {
+        f"{path.name}:{name}": value
+        for path in last.glob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
+
+
+def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What an undisturbed run in one process ends with."""
+    run = tmp_path_factory.mktemp("alone")
+    train(config_for(data, run, "alone"), run=run)
+    return weights(run)
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What an undisturbed run of two ranks ends with."""
+    run = tmp_path_factory.mktemp("two")
+    run_ranks(2, train_and_save, config_for(data, run, "two"), str(run), str(run / "out"))
+    return weights(run)
+
+
+def run_id(run: Path) -> str:
+    return str(json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"])
+
+
+def order(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> None:
+    monkeypatch.setenv(faults.VARIABLE, json.dumps(each))
+
+
+def command(config: FinetuneConfig, root: Path, **environment: str) -> "subprocess.Popen[str]":
+    """The run as a user starts it."""
+    path = root / f"{config.name}.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.finetune", "--config", str(path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: "subprocess.Popen[str]", seconds: float = 300) -> tuple[int, str]:
+    """Exit code and what it said; whatever it started is gone after it."""
+    try:
+        _, said = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def test_workers_and_the_controller_killed_in_one_run(
+    data: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    two: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order(
+        monkeypatch,
+        {"rank": 1, "step": 3, "kind": "kill"},
+        {"rank": None, "step": 5, "kind": "kill"},
+        {"rank": 0, "step": 7, "kind": "kill", "victim": "controller"},
+        {"rank": 0, "step": 9, "kind": "raise"},
+    )
+    config = config_for(data, tmp_path, "killed", workers=2)
+    result = finetune(config)
+    run = Path(result["run"])
+    done = {path.name for path in (run / "faults").iterdir()}
+    assert done == {"0-kill-3", "1-kill-5", "2-kill-7", "3-raise-9"}
+    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 8)
+    assert same(weights(run), two)
+    steps = [step for step, _ in history(run / "progress.jsonl")["training/learning_rate"]]
+    assert steps == list(range(1, STEPS + 1)), "each step is on record"
+
+
+def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
+    data: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    two: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_for(data, tmp_path, "asked", workers=2, checkpoint_every=0)
+    order(monkeypatch, {"rank": 1, "step": 5, "kind": "term"})
+    with pytest.raises(Terminated, match="the same command"):
+        finetune(config)
+    run = tmp_path / "asked"
+    (kept,) = (run / "checkpoints").iterdir()
+    # Ray hands a signal on within its poll of a tenth of a second: the steps here are shorter.
+    assert 5 < int(kept.name.removeprefix("step-")) < STEPS
+    assert not (run / "model").exists()
+    result = finetune(config)
+    assert result["resumed"] == int(kept.name.removeprefix("step-"))
+    assert same(weights(run), two)
+
+
+def test_a_driver_killed_and_one_asked_to_leave(
+    data: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    two: dict[str, torch.Tensor],
+) -> None:
+    config = config_for(data, tmp_path, "driver", workers=2, steps=STEPS)
+    run = tmp_path / "driver"
+    fault = {"rank": 0, "step": 3, "kind": "kill", "victim": "driver"}
+    code, _ = ended(command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault)))
+    assert code == -signal.SIGKILL
+    assert not (run / "model").exists()
+    fault |= {"kind": "term", "step": 6}
+    code, said = ended(command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault)))
+    assert code == 143
+    assert "ended by SIGTERM after step" in said
+    assert f"--name {config.name}" in said
+    assert "Traceback" not in said
+    status = store.client(config.tracking.uri).get_run(run_id(run)).info.status
+    assert status == "KILLED"
+    result = finetune(config)
+    assert result["step"] == STEPS
+    assert result["resumed"] > 6
+    assert same(weights(run), two)
+
+
+APART = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
+
+HEAD = """
+set -u
+mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray
+start() { ray start --head --port 6399 --num-cpus 2 --disable-usage-stats >&2 || exit 90; }
+start
+RAY_ADDRESS=127.0.0.1:6399 "$@"; echo first $?
+ray stop --force >&2
+start
+RAY_ADDRESS=127.0.0.1:6399 "$@"; echo second $?
+"""
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="needs root and unshare: it mounts, and ends every Ray of its process namespace",
+)
+
+
+@needs_root
+def test_the_raylet_killed_and_the_head_started_again(
+    data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
+) -> None:
+    config = config_for(data, tmp_path, "head", workers=2)
+    fault = {"rank": 1, "step": 5, "kind": "kill", "victim": "raylet"}
+    said = apart(HEAD, config, tmp_path, fault, RAY_AUTH_MODE="disabled")
+    assert "second 0" in said, said
+    assert "first 0" not in said, said
+    assert same(weights(tmp_path / "head"), two)
+
+
+FULL = """
+mount -t tmpfs -o size=24m tmpfs "$RUN"
+"$@"; echo first $?
+ls "$RUN/checkpoints"
+rm "$RUN/faults/ballast"
+"$@"; echo second $?
+cp -r "$RUN/checkpoints" "$RUN/model" "$KEPT"
+"""
+
+
+@needs_root
+def test_a_disk_that_is_full_at_a_checkpoint(
+    data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    config = config_for(data, tmp_path, "full")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "kept").mkdir()
+    fault = {"step": 5, "kind": "full"}
+    places = {"RUN": str(tmp_path / "full"), "KEPT": str(tmp_path / "kept")}
+    said = apart(FULL, config, tmp_path, fault, **places)
+    lines = said.splitlines()
+    codes = [line for line in lines if line.startswith(("first", "second"))]
+    assert codes == ["first 2", "second 0"], said
+    (error,) = [line for line in lines if line.startswith("error:")]
+    assert "the disk is full" in error
+    assert "run the same command again" in error
+    assert "step-00000004" in lines
+    assert same(weights(tmp_path / "kept"), alone)
+
+
+def apart(
+    script: str, config: FinetuneConfig, root: Path, fault: dict[str, Any], **environment: str
+) -> str:
+    """What a script says in namespaces of its own; its arguments are the command of a run."""
+    path = root / f"{config.name}.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    words = [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*APART, "bash", "-c", script, "-", *words],
+        env={
+            **os.environ,
+            "PATH": programs,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
+            faults.VARIABLE: json.dumps(fault),
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return done.stdout
