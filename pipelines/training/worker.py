@@ -222,6 +222,7 @@ def fit_on_ray(
                 num_workers=workers,
                 use_gpu=config.training.use_gpu,
                 resources_per_worker=nested.resources if nested else one,
+                placement_strategy=config.training.placement.upper(),
             ),
             torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
             run_config=RunConfig(

@@ -27,14 +27,14 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
-NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter", "mount")
+NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "unshare", "nsenter", "mount")
 NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts")
 PREFIX = "10.77.0."
 #: What all hosts see: a folder of this machine, in the place of a network file system.
 SHARED = "/mnt/skillnet"
 
 #: Waits for the end of its input. A shell, because the first process must reap what others leave.
-KEEP = 'echo ready; cat >/dev/null; :'
+KEEP = "echo ready; cat >/dev/null; :"
 
 
 def missing() -> str:
@@ -45,7 +45,7 @@ def missing() -> str:
         return "making namespaces needs root"
     absent = [name for name in NEEDED if shutil.which(name, path=SEARCH) is None]
     if absent:
-        return f"not installed: {', '.join(absent)} (openssh-server, rsync, iproute2, util-linux)"
+        return f"not installed: {', '.join(absent)} (openssh-server, rsync, iproute2, curl)"
     tried = subprocess.run(
         ["unshare", *NAMESPACES, "--fork", "--mount-proc", "mount", "-t", "tmpfs", "none", "/tmp"],
         capture_output=True,
@@ -62,9 +62,9 @@ class Namespaces:
 
     def __init__(self, script: str, outer: "Namespaces | None" = None, **environment: str) -> None:
         enter = outer.enter() if outer else []
+        new = [*NAMESPACES, "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
         self._holder = subprocess.Popen(
-            [*enter, "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-            + ["--propagation", "private", "bash", "-euc", f"{script}\n{KEEP}"],
+            [*enter, "unshare", *new, "bash", "-euc", f"{script}\n{KEEP}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PATH": SEARCH, **environment},
