@@ -43,29 +43,27 @@ find_python() {
         "SKILLNET_PYTHON"
 }
 
-# A fresh cloud image still installs its own updates: wait for them, then bring what is missing.
-system_packages() {
-    local missing=()
-    command -v rsync >/dev/null || missing+=(rsync)
-    command -v ip >/dev/null || missing+=(iproute2)
-    if [ ! -x "$venv/bin/python" ] && ! "$(find_python)" -c 'import ensurepip' 2>/dev/null; then
-        missing+=("$(basename "$(find_python)")-venv")
+# Debian's and Ubuntu's Python comes without venv. A fresh cloud image still installs its own
+# updates: wait for them.
+make_venv() {
+    local python package root=()
+    python="$(find_python)"
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+        package="$(basename "$python")-venv"
+        command -v apt-get >/dev/null || fail "install $package on $(hostname)"
+        [ "$(id -u)" = 0 ] || root=(sudo)
+        "${root[@]}" apt-get -o DPkg::Lock::Timeout=300 update -qq
+        "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
+            install -y -qq --no-install-recommends "$package"
     fi
-    [ ${#missing[@]} -gt 0 ] || return 0
-    command -v apt-get >/dev/null || fail "install ${missing[*]} on $(hostname)"
-    local root=()
-    [ "$(id -u)" = 0 ] || root=(sudo)
-    "${root[@]}" apt-get -o DPkg::Lock::Timeout=300 update -qq
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "${missing[@]}"
+    "$python" -m venv "$venv"
 }
 
 install_dependencies() {
     [ -f "$requirements" ] ||
         fail "no $requirements; make it with: python -m skillnet_platform.environment"
     venv="${SKILLNET_VENV:-$state/venv}"
-    system_packages
-    [ -x "$venv/bin/python" ] || "$(find_python)" -m venv "$venv"
+    [ -x "$venv/bin/python" ] || make_venv
     # Nothing is fetched where all is there already: a second `ray up` takes seconds.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
         --requirement "$requirements"
@@ -78,10 +76,12 @@ write_environment() {
 # the same in every process of the cluster.
 case ":\$PATH:" in *":$venv/bin:"*) ;; *) export PATH="$venv/bin:\$PATH" ;; esac
 export RAY_AUTH_MODE=token
-export RAY_AUTH_TOKEN_PATH="$token"
 export RAY_USAGE_STATS_ENABLED=0
 export SKILLNET_HOME="$SKILLNET_HOME"
 END
+    if [ -n "${RAY_AUTH_TOKEN_PATH:-}" ]; then
+        echo "export RAY_AUTH_TOKEN_PATH=\"$RAY_AUTH_TOKEN_PATH\"" >>"$state/env.sh"
+    fi
     if [ -n "${MLFLOW_TRACKING_URI:-}" ]; then
         echo "export MLFLOW_TRACKING_URI=\"$MLFLOW_TRACKING_URI\"" >>"$state/env.sh"
     fi
@@ -113,9 +113,11 @@ install() {
 # interface instead. On a worker it is the one that reaches the head (RAY_HEAD_IP, set by
 # `ray up`); on the head the one on which `ray up` came in, else the one of the default route.
 settings() {
+    command -v ip >/dev/null || fail "install iproute2 on $(hostname)"
     local interface="${SKILLNET_INTERFACE:-}" address="" route came_in
     if [ -n "$interface" ]; then
-        address="$(ip -o -4 addr show dev "$interface" | awk '{split($4, a, "/"); print a[1]; exit}')"
+        address="$(ip -o -4 addr show dev "$interface" 2>/dev/null | awk '{split($4, a, "/"); print a[1]; exit}')" ||
+            true
         [ -n "$address" ] || fail "SKILLNET_INTERFACE=$interface has no IPv4 address"
     elif [ -n "${RAY_HEAD_IP:-}" ]; then
         route="$(ip -o route get "$RAY_HEAD_IP")" || fail "no route to the head, $RAY_HEAD_IP"

@@ -29,8 +29,18 @@ SKILLNET = (sys.executable, "-m", "skillnet_platform.cli")
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Host]]:
-    folder = tmp_path_factory.mktemp("lab") / "lab"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lab") / "lab"
+
+
+@pytest.fixture(scope="module")
+def shared(hosts: dict[str, Host], folder: Path) -> Path:
+    """The folder that all hosts see at SHARED, as this process sees it."""
+    return folder / "shared"
+
+
+@pytest.fixture(scope="module")
+def hosts(folder: Path) -> Iterator[dict[str, Host]]:
     with lab(folder, ["head", "worker"]) as made:
         client = made["client"]
         client.environment |= {
@@ -43,13 +53,6 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Host]]
         client.run("ray", "get-auth-token", "--generate")
         write_cluster_file(folder, made)
         yield made
-
-
-@pytest.fixture(scope="module")
-def shared(hosts: dict[str, Host], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that all hosts see at SHARED, as this process sees it."""
-    (folder,) = tmp_path_factory.getbasetemp().glob("lab*/lab/shared")
-    return folder
 
 
 def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:
