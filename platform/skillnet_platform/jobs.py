@@ -297,6 +297,8 @@ async def _print_log(client: Any, job: str, stream: Any) -> None:
             problem = f"{type(lost).__name__}: {lost}"
         with contextlib.suppress(Exception):
             if client.get_job_status(job).is_terminal():
+                if problem:  # cut off before the last words
+                    stream.write(client.get_job_logs(job)[printed:])
                 return
         if time.monotonic() > deadline:
             raise UserError(
