@@ -89,9 +89,8 @@ def test_the_autoscaler_may_start_what_the_file_says(
 
 def test_a_node_that_asks_for_no_token_is_named() -> None:
     (finding,) = checks.authentication([ONE, replace(TWO, auth_mode="disabled")])
-    assert (finding.level, "10.0.0.2" in finding.seen) == ("warning", True)
-    (finding,) = checks.authentication([replace(ONE, auth_mode="(not set)")])
-    assert finding.level == "error"
+    assert (finding.level, finding.seen[-8:]) == ("warning", "10.0.0.2")
+    assert "RAY_AUTH_MODE=token" in finding.advice
 
 
 @pytest.mark.parametrize(
@@ -152,6 +151,6 @@ def test_a_real_node_is_looked_at(run_root: Path, ray_session: object) -> None:
     assert found["versions"].level == "ok", found["versions"]
     assert found["resources"].level == "ok"
     assert "on 1 nodes" in found["resources"].seen
-    assert found["authentication"].level == "error", "the embedded Ray has no token"
+    assert found["authentication"].level == "warning", "the embedded Ray has no token"
     assert found["storage"].level == "ok"
     assert not list(Path(found["storage"].seen.split(":")[0]).glob(".doctor-*")), "cleaned up"
