@@ -103,7 +103,7 @@ class Host:
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(
-        self, *words: str, seconds: float = 60, check: bool = True, **environment: str
+        self, *words: str, seconds: float = 180, check: bool = True, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end; a failure, or a command that is late, shows what it said."""
         done = subprocess.run(
