@@ -5,16 +5,20 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 PYTEST_ARGS ?=
 
-.PHONY: demo test check format bench clean help
+.PHONY: demo test test-cluster check format bench clean help
 
 help:  ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one model on five corpora
 	$(BIN)/skillnet quickstart
 
 test: $(VENV)/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Ends with this command, however that ends; skipped, with the reason, where it cannot run.
+test-cluster: $(VENV)/.installed-dev  ## walk docs/cluster.md on hosts made of namespaces (root)
+	timeout --kill-after=30 1200 $(BIN)/python -m pytest -m cluster -rs tests/cluster $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## rules of style, format, types and imports
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ through the entry point group ``skillnet.systems``, whose entries name a :class:
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from skillnet.skills import nearest
 from skillnet.task_model import NoOptions, TaskModel
 
 GROUP = "skillnet.systems"
+
+#: The baselines. Also entry points; named here too so that a checkout works where the package is
+#: not installed, as in a job on a cluster.
+BUILT_IN = {
+    "dense": "skillnet.baselines.dense:DENSE",
+    "moe": "skillnet.baselines.moe:MOE",
+    "specialist": "skillnet.baselines.specialists:SPECIALIST",
+}
 
 
 def _unchanged(config: SkillNetConfig, options: Any) -> SkillNetConfig:
@@ -62,7 +70,12 @@ SKILLNET = System("skillnet", SkillNet, summary="one encoder, its skills activat
 
 def system_names() -> list[str]:
     """Names of all systems that are installed."""
-    return sorted({entry.name for entry in entry_points(group=GROUP)} | {SKILLNET.name})
+    return sorted({SKILLNET.name, *_entries()})
+
+
+def _entries() -> dict[str, EntryPoint]:
+    others = {entry.name: entry for entry in entry_points(group=GROUP)}
+    return others | {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
 
 
 def find_system(name: str) -> System:
@@ -74,12 +87,12 @@ def find_system(name: str) -> System:
     """
     if name == SKILLNET.name:
         return SKILLNET
-    for entry in entry_points(group=GROUP):
-        if entry.name == name:
-            found = entry.load()
-            if not isinstance(found, System):
-                raise ValueError(f"the entry point {GROUP}:{name} names no System: {entry.value}")
-            return found
+    entry = _entries().get(name)
+    if entry is not None:
+        found = entry.load()
+        if not isinstance(found, System):
+            raise ValueError(f"the entry point {GROUP}:{name} names no System: {entry.value}")
+        return found
     raise ValueError(f"unknown system {name!r}{nearest(name, system_names())}")
 
 

@@ -177,6 +177,8 @@ class TrainingConfig:
         workers: Ray workers; 0 trains in this process without Ray.
         threads_per_worker: compute threads of a worker; 0 shares the machine's cores out.
         use_gpu: give each worker a GPU.
+        placement: where workers start on a cluster: ``pack`` together if they fit, ``spread``
+            over hosts if there are enough, ``strict_spread`` each on a host of its own.
         precision: ``auto`` is bf16 autocast where the device multiplies bf16 natively and
             fp32 elsewhere; fp64 is for tests.
         checkpoint_every: steps between checkpoints; 0 only at the end.
@@ -207,6 +209,7 @@ class TrainingConfig:
     workers: int = 1
     threads_per_worker: int = 0
     use_gpu: bool = False
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     checkpoint_every: int = 500
     keep: int = 2

@@ -24,6 +24,7 @@ RHYTHM = (
     "workers",
     "threads_per_worker",
     "use_gpu",
+    "placement",
     "precision",
     "checkpoint_every",
     "keep",

@@ -261,6 +261,7 @@ def _trainer(
             num_workers=config.training.workers,
             use_gpu=config.training.use_gpu,
             resources_per_worker=nested.resources if nested else one,
+            placement_strategy=config.training.placement.upper(),
         ),
         torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
         run_config=RunConfig(

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from skillnet_platform import __version__, console
@@ -48,18 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``skillnet <command> …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _say(_help(_commands()))
+        _say(_help(commands()))
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         _say(f"skillnet {__version__}")
         return 0
-    commands = _commands()
+    known = commands()
     name, rest = arguments[0], arguments[1:]
-    if name not in commands:
+    if name not in known:
         what = "option" if name.startswith("-") else "command"
-        console.error(f"unknown {what} {name!r}{nearest(name, commands)}")
+        console.error(f"unknown {what} {name!r}{nearest(name, known)}")
         return 2
-    return _load_and_run(commands[name], rest)
+    return _load_and_run(known[name], rest)
 
 
 def command(function: Main) -> Callable[..., int]:
@@ -152,8 +153,21 @@ def _raised_in(problem: BaseException) -> str:
     return str(name).partition(".")[0]
 
 
-def _commands() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+def commands() -> dict[str, EntryPoint]:
+    """Commands by name: those of installed packages, and those of the checkout that this is.
+
+    A job on a cluster has our code and none of our metadata: the checkout's own pyproject.toml,
+    which comes with the code, names them there.
+    """
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if project.is_file():
+        import tomllib
+
+        told = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        named = told.get("entry-points", {}).get(GROUP, {})
+        found |= {name: EntryPoint(name, value, GROUP) for name, value in named.items()}
+    return found
 
 
 def _load_and_run(entry: EntryPoint, arguments: list[str]) -> int:

@@ -1,4 +1,5 @@
-"""``skillnet doctor``: what to know about this machine before a run, with what to do about it."""
+"""``skillnet doctor``: what to know before a run about this machine, or about the cluster of
+``RAY_ADDRESS``, with what to do about it."""
 
 import os
 import platform
@@ -10,16 +11,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from skillnet_platform import cluster, config, console, storage, store
 from skillnet_platform.cli import command
+from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.needs import needs, split
+from skillnet_platform.versions import PACKAGES
 
 GIB = 2**30
 Level = Literal["ok", "warning", "error"]
 
-PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "tokenizers", "safetensors", "numpy")
 FREE_DISK_BYTES = 5 * GIB
 FREE_MEMORY_BYTES = 4 * GIB
 SHARED_MEMORY_BYTES = cluster.OBJECT_STORE_BYTES + 2**26
@@ -28,13 +31,17 @@ OPEN_FILES = 4096
 
 @dataclass
 class DoctorConfig:
-    """Options of ``skillnet doctor``.
+    """Options of ``skillnet doctor``; they stand before the command.
 
     Args:
+        entry: a command with its options: whether the cluster has what it asks for.
         ray: whether to start Ray, run a task and ask the State API (about 8 s).
+        only: ``all`` findings, or ``problems``.
     """
 
+    entry: list[str] = positional([])
     ray: bool = True
+    only: Literal["all", "problems"] = "all"
 
 
 @dataclass(frozen=True)
@@ -50,22 +57,65 @@ class Finding:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Print the findings; 0 if none is an error, else 1."""
+    own, words = split(_named(argv or []))
     options = config.parse(
         DoctorConfig,
-        argv or [],
+        [*own, "--", *words],
         prog="skillnet doctor",
         description="Check this machine before a run: versions, CPUs, memory, disk, ports, "
-        "MLflow and Ray.",
-        example="skillnet doctor --ray false",
+        "MLflow and Ray. With RAY_ADDRESS set, check every node of that cluster, and whether it "
+        "has what a command asks for.",
+        example="skillnet doctor --ray false\n"
+        "skillnet doctor finetune --config small --training.workers 4",
     )
-    findings = [finding for check in checks(options.ray) for finding in check()]
-    failed = any(finding.level == "error" for finding in findings)
-    if console.json_wanted():
-        console.emit_json({"ok": not failed, "findings": [asdict(each) for each in findings]})
+    asked = needs(options.entry)
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")) and options.ray:
+        title, findings = f"The cluster of {address}", _from_inside(options.entry)
     else:
-        rows = [(each.check, each.level, each.seen, each.advice) for each in findings]
-        console.table("This machine", ("check", "state", "seen", "what to do"), rows)
+        title = f"The cluster of {address}" if address else "This machine"
+        listed = checks(options.ray and not address)
+        if address and options.ray:
+            listed.append(lambda: _cluster(asked))
+        findings = [finding for check in listed for finding in check()]
+    failed = any(finding.level == "error" for finding in findings)
+    shown = [f for f in findings if options.only == "all" or f.level != "ok"]
+    if console.json_wanted():
+        console.emit_json({"ok": not failed, "findings": [asdict(each) for each in shown]})
+    elif shown:
+        rows = [(each.check, each.level, each.seen, each.advice) for each in shown]
+        console.table(title, ("check", "state", "seen", "what to do"), rows)
+    if not failed and not shown:
+        console.note(f"checked: {len(findings)} findings, none of them a problem")
     return int(failed)
+
+
+def _named(argv: list[str]) -> list[str]:
+    """``--config FILE`` without a command asks about ``finetune``."""
+    before, words = split(argv)
+    given = "--config" in before or any(word.startswith("--config=") for word in before)
+    if not given or words:
+        return argv
+    place = next(n for n, word in enumerate(argv) if word.split("=")[0] == "--config")
+    return [*argv[:place], "finetune", *argv[place:]]
+
+
+def _from_inside(entry: list[str]) -> list[Finding]:
+    """Findings of the same command, run as a job on the cluster."""
+    from skillnet_platform import jobs
+
+    told = jobs.ask(["doctor", "--json", *entry])
+    return [Finding(**each) for each in told["findings"]]
+
+
+def _cluster(asked: Any) -> list[Finding]:
+    from skillnet_platform.cluster_checks import cluster_findings
+
+    try:
+        with cluster.session() as ray:
+            return [_state_api(), *cluster_findings(ray, asked)]
+    except UserError as problem:
+        return [Finding("cluster", "error", str(problem), "see the lines above")]
 
 
 def checks(with_ray: bool = True) -> list[Callable[[], list[Finding]]]:

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Makes one machine ready to be a node of the cluster. Called by ray_cluster.yaml, on_prem.yaml and
+# kuberay.yaml, and by the tests: what they try is what a cloud runs.
+#
+#   setup_node.sh install    the dependencies, and ~/.skillnet/env.sh, which every shell reads
+#   setup_node.sh settings   prints what a shell must set before `ray start`: the address and
+#                            interface by which this node meets the others, and the open files
+#
+# Only dependencies are installed, never our own code: that comes with each job, and a worker that
+# had both would mix them. Files are looked for beside this script; settings come from the
+# environment:
+#   SKILLNET_HOME        where runs are kept: a path that all nodes see, or a URI (needed)
+#   MLFLOW_TRACKING_URI  the MLflow server, if there is one
+#   SKILLNET_VENV        the virtual environment (~/.skillnet/venv); one that is there is used
+#   SKILLNET_PYTHON      the interpreter that makes it
+#   SKILLNET_INTERFACE   the network interface, where the route does not tell
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+state="$HOME/.skillnet"
+token="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+requirements="$here/requirements.txt"
+
+fail() {
+    echo "setup_node.sh: $*" >&2
+    exit 1
+}
+
+# Versions were pinned under one Python: "# python 3.12" in the first line of the requirements.
+pinned_python() {
+    sed -n '1s/^# python \([0-9.]*\).*/\1/p' "$requirements"
+}
+
+find_python() {
+    local wanted
+    for wanted in "${SKILLNET_PYTHON:-}" "python$(pinned_python)" python3.12 python3.13 python3.11; do
+        if [ -n "$wanted" ] && command -v "$wanted" >/dev/null; then
+            command -v "$wanted"
+            return
+        fi
+    done
+    fail "no Python 3.11 to 3.13 here; install python3.12 and python3.12-venv, or name one with" \
+        "SKILLNET_PYTHON"
+}
+
+# Debian's and Ubuntu's Python comes without venv. A fresh cloud image still installs its own
+# updates: wait for them.
+make_venv() {
+    local python package root=()
+    python="$(find_python)"
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+        package="$(basename "$python")-venv"
+        command -v apt-get >/dev/null || fail "install $package on $(hostname)"
+        [ "$(id -u)" = 0 ] || root=(sudo)
+        "${root[@]}" apt-get -o DPkg::Lock::Timeout=300 update -qq
+        "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
+            install -y -qq --no-install-recommends "$package"
+    fi
+    "$python" -m venv "$venv"
+}
+
+install_dependencies() {
+    [ -f "$requirements" ] ||
+        fail "no $requirements; make it with: python -m skillnet_platform.environment"
+    venv="${SKILLNET_VENV:-$state/venv}"
+    [ -x "$venv/bin/python" ] || make_venv
+    # Nothing is fetched where all is there already: a second `ray up` takes seconds.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
+        --requirement "$requirements"
+}
+
+write_environment() {
+    mkdir -p "$state"
+    cat >"$state/env.sh" <<END
+# Written by setup_node.sh. Ray runs the first python on PATH; its mode of authentication must be
+# the same in every process of the cluster.
+case ":\$PATH:" in *":$venv/bin:"*) ;; *) export PATH="$venv/bin:\$PATH" ;; esac
+export RAY_AUTH_MODE=token
+export RAY_USAGE_STATS_ENABLED=0
+export SKILLNET_HOME="$SKILLNET_HOME"
+END
+    if [ -n "${RAY_AUTH_TOKEN_PATH:-}" ]; then
+        echo "export RAY_AUTH_TOKEN_PATH=\"$RAY_AUTH_TOKEN_PATH\"" >>"$state/env.sh"
+    fi
+    if [ -n "${MLFLOW_TRACKING_URI:-}" ]; then
+        echo "export MLFLOW_TRACKING_URI=\"$MLFLOW_TRACKING_URI\"" >>"$state/env.sh"
+    fi
+    if [ -n "${SKILLNET_INTERFACE:-}" ]; then
+        echo "export SKILLNET_INTERFACE=\"$SKILLNET_INTERFACE\"" >>"$state/env.sh"
+    fi
+    # First, because many a .bashrc returns early in shells that nobody types into.
+    touch "$HOME/.bashrc"
+    # shellcheck disable=SC2016 # it is for the shell that reads it
+    grep -qF '.skillnet/env.sh' "$HOME/.bashrc" ||
+        sed -i '1{h;s/.*/. "$HOME\/.skillnet\/env.sh"/;G}' "$HOME/.bashrc"
+    # shellcheck disable=SC2016
+    grep -qF '.skillnet/env.sh' "$HOME/.bashrc" ||
+        echo '. "$HOME/.skillnet/env.sh"' >>"$HOME/.bashrc" # sed has no first line in an empty file
+}
+
+install() {
+    [ -n "${SKILLNET_HOME:-}" ] ||
+        fail "SKILLNET_HOME is not set: give the path or URI where all nodes keep their runs"
+    install_dependencies
+    write_environment
+    if [ -z "${RAY_AUTH_TOKEN:-}" ]; then
+        [ -s "$token" ] || fail "no token in $token; make one with: ray get-auth-token --generate"
+        chmod 600 "$token"
+    fi
+}
+
+# A host's name often means 127.0.1.1, and gloo would announce that to the other hosts: name the
+# interface instead. On a worker it is the one that reaches the head (RAY_HEAD_IP, set by
+# `ray up`); on the head the one on which `ray up` came in, else the one of the default route.
+settings() {
+    command -v ip >/dev/null || fail "install iproute2 on $(hostname)"
+    local interface="${SKILLNET_INTERFACE:-}" address="" route came_in
+    if [ -n "$interface" ]; then
+        address="$(ip -o -4 addr show dev "$interface" 2>/dev/null | awk '{split($4, a, "/"); print a[1]; exit}')" ||
+            true
+        [ -n "$address" ] || fail "SKILLNET_INTERFACE=$interface has no IPv4 address"
+    elif [ -n "${RAY_HEAD_IP:-}" ]; then
+        route="$(ip -o route get "$RAY_HEAD_IP")" || fail "no route to the head, $RAY_HEAD_IP"
+        interface="$(sed -n 's/.* dev \([^ ]*\).*/\1/p' <<<"$route")"
+        address="$(sed -n 's/.* src \([^ ]*\).*/\1/p' <<<"$route")"
+    else
+        came_in="$(awk '{print $3}' <<<"${SSH_CONNECTION:-}")"
+        if [ -z "$came_in" ]; then
+            route="$(ip -o route get 192.0.2.1 2>/dev/null)" ||
+                fail "no default route; name the interface with SKILLNET_INTERFACE"
+            came_in="$(sed -n 's/.* src \([^ ]*\).*/\1/p' <<<"$route")"
+        fi
+        address="$came_in"
+        interface="$(ip -o -4 addr show | awk -v a="$address" \
+            '{split($4, b, "/"); if (b[1] == a) {print $2; exit}}')"
+    fi
+    [ -n "$interface" ] || fail "no interface has the address $address; set SKILLNET_INTERFACE"
+    echo "export SKILLNET_NODE_IP=$address"
+    echo "export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface"
+    # Ray opens many files and sockets; where the administrator allows fewer, take those.
+    local files
+    files="$(ulimit -H -n)"
+    if [ "$files" = unlimited ] || [ "$files" -gt 65536 ]; then files=65536; fi
+    echo "ulimit -S -n $files"
+}
+
+case "${1:-}" in
+install | settings) "$1" ;;
+*) fail "say what: install or settings" ;;
+esac

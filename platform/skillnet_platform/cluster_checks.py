@@ -1,0 +1,329 @@
+"""Checks of a cluster, made from inside it: one task on each node looks around and tells.
+
+Each finding names what was seen, and what to do about it.
+"""
+
+import math
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from skillnet_platform import storage, store, versions
+from skillnet_platform.needs import Needs
+from skillnet_platform.preflight import FREE_DISK_BYTES, Finding
+
+#: Where `ray up` leaves the cluster's file on the head: what the autoscaler may still start.
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+NODE_TIMEOUT_S = 90.0
+AGAIN = "run `ray up` again: it runs platform/deploy/setup_node.sh on every node"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one node saw; plain values, because it crosses the cluster."""
+
+    node: str
+    versions: dict[str, str]
+    auth_mode: str
+    interfaces: dict[str, str]
+    addresses: dict[str, str]
+    name_resolves_to: str
+    home: str
+    write_problem: str
+    files_seen: list[str]
+    free_bytes: int | None
+    tracker_problem: str
+
+
+def cluster_findings(ray: Any, asked: Needs) -> list[Finding]:
+    """All checks of the cluster that ``ray`` is connected to, for a run that asks for that."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    seen, silent = _look_everywhere(ray, nodes)
+    found = [*silent, *same_versions(seen), *enough(nodes, asked, _growth())]
+    found += [*authentication(seen), *shared_storage(seen), *room(seen)]
+    return [*found, *trackers(seen, asked), *meeting(seen, asked)]
+
+
+def _look_everywhere(
+    ray: Any, nodes: Sequence[Mapping[str, Any]]
+) -> tuple[list[Seen], list[Finding]]:
+    """One task a node: first each leaves a file in the storage, then each says what it sees."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    folder = f".doctor-{secrets.token_hex(4)}"
+
+    def everywhere(function: Any) -> tuple[dict[str, Any], list[Finding]]:
+        tasks = {}
+        for node in nodes:
+            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(function)
+            tasks[task.remote(folder, node["NodeManagerAddress"])] = node["NodeManagerAddress"]
+        done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
+        answers, problems = {}, []
+        for task in done:
+            try:
+                answers[tasks[task]] = ray.get(task)
+            except Exception as problem:
+                text = str(problem).strip().splitlines()[-1][:200]
+                problems.append(Finding("node", "error", f"{tasks[task]}: {text}", AGAIN))
+        for task in late:
+            advice = "see `ray status`, and the logs of its raylet"
+            seen = f"{tasks[task]} did not answer within {NODE_TIMEOUT_S:.0f} s"
+            problems.append(Finding("node", "error", seen, advice))
+        return answers, problems
+
+    written, problems = everywhere(_leave_file)
+    seen, more = everywhere(_look_around)
+    _clean_up(folder)
+    told = [Seen(**answer, write_problem=written.get(node, "")) for node, answer in seen.items()]
+    return sorted(told, key=lambda each: each.node), problems or more
+
+
+def _leave_file(folder: str, address: str) -> str:
+    """Write a file named after this node into the storage; what went wrong, or nothing."""
+    try:
+        files, root = _storage()
+        files.create_dir(f"{root}/{folder}", recursive=True)
+        with files.open_output_stream(f"{root}/{folder}/{address}") as stream:
+            stream.write(address.encode())
+    except Exception as problem:
+        return _short(problem)
+    return ""
+
+
+def _look_around(folder: str, address: str) -> dict[str, Any]:
+    import psutil
+
+    addresses = {
+        name: next((each.address for each in have if each.family == socket.AF_INET), "")
+        for name, have in psutil.net_if_addrs().items()
+    }
+    try:
+        resolved = socket.gethostbyname(socket.gethostname())
+    except OSError as problem:
+        resolved = str(problem)
+    return {
+        "node": address,
+        "versions": versions.installed(),
+        "auth_mode": os.environ.get("RAY_AUTH_MODE", "(not set)"),
+        "interfaces": {name: os.environ.get(name, "") for name in INTERFACES},
+        "addresses": addresses,
+        "name_resolves_to": resolved,
+        "home": os.environ.get(storage.HOME_VARIABLE, ""),
+        "files_seen": _files_in(folder),
+        "free_bytes": _free(),
+        "tracker_problem": _tracker_problem(),
+    }
+
+
+def _storage() -> tuple[Any, str]:
+    """The file system that runs are kept in, and the folder in it."""
+    from pyarrow import fs
+
+    home = os.environ.get(storage.HOME_VARIABLE, "")
+    if "://" in home:
+        return fs.FileSystem.from_uri(home)
+    return fs.LocalFileSystem(), str(storage.run_root())
+
+
+def _files_in(folder: str) -> list[str]:
+    from pyarrow import fs
+
+    try:
+        files, root = _storage()
+        found = []
+        for info in files.get_file_info(fs.FileSelector(f"{root}/{folder}")):
+            with files.open_input_stream(info.path) as stream:
+                found.append(stream.read().decode())
+        return sorted(found)
+    except Exception:  # told by the node that could not write, or as a file that is not seen
+        return []
+
+
+def _clean_up(folder: str) -> None:
+    try:
+        files, root = _storage()
+        files.delete_dir(f"{root}/{folder}")
+    except Exception:  # a finding already
+        return
+
+
+def _free() -> int | None:
+    """Bytes free where runs are kept; an object store has no end, its cache is below /tmp."""
+    home = os.environ.get(storage.HOME_VARIABLE, "")
+    if "://" in home:
+        return shutil.disk_usage("/tmp").free
+    return storage.free_bytes(storage.run_root())
+
+
+def _tracker_problem() -> str:
+    try:
+        uri = store.resolve_uri()
+        if uri.startswith("http"):
+            store.require_answer(uri)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def same_versions(seen: Sequence[Seen]) -> list[Finding]:
+    """All nodes have the versions of the node that runs this, and those of the sender."""
+    found = []
+    sent, here = versions.expected(), versions.installed()
+    for each in seen:
+        for name, version in each.versions.items():
+            if version != here[name]:
+                what = f"{name} {version or 'is missing'} on {each.node}, {here[name]} on the head"
+                found.append(Finding("versions", "error", what, AGAIN))
+    for name, version in sent.items():
+        have = here.get(name, "")
+        if version == have or (name == "python" and _minor(version) == _minor(have)):
+            continue
+        what = f"{name} {have or 'is missing'} on the cluster, {version} where the job was sent"
+        advice = "pin anew (python -m skillnet_platform.environment), then `ray up`"
+        found.append(Finding("versions", "warning", what, advice))
+    if not found:
+        some = ", ".join(f"{name} {here[name]}" for name in ("python", "ray", "torch"))
+        found.append(Finding("versions", "ok", f"{some} on {len(seen)} nodes"))
+    return found
+
+
+def enough(
+    nodes: Sequence[Mapping[str, Any]], asked: Needs, growth: Sequence[Mapping[str, float]]
+) -> list[Finding]:
+    """CPUs and GPUs for the run: now, or once the autoscaler has started what it may."""
+    now = [dict(node.get("Resources", {})) for node in nodes]
+    cpus, gpus = (sum(each.get(key, 0) for each in now) for key in ("CPU", "GPU"))
+    have = f"{cpus:g} CPUs, {gpus:g} GPUs on {len(nodes)} nodes; asked: {asked.words()}"
+    if _fits(now, asked):
+        return [Finding("resources", "ok", have)]
+    if _fits([*now, *growth], asked):
+        advice = "nothing: the autoscaler starts more nodes, which takes minutes"
+        return [Finding("resources", "warning", have, advice)]
+    if asked.spread and _fits([*now, *growth], Needs(asked.workers, asked.gpus)):
+        advice = f"use placement pack or spread, or have {asked.workers} nodes"
+        return [Finding("resources", "error", f"too few nodes: {have}", advice)]
+    advice = "lower --training.workers, or raise max_workers in the cluster's file"
+    return [Finding("resources", "error", f"never enough: {have}", advice)]
+
+
+def _fits(nodes: Sequence[Mapping[str, float]], asked: Needs) -> bool:
+    """Whether so many workers of one CPU, and a GPU if asked for, have a place at once."""
+    places = [
+        int(min(node.get("CPU", 0), node.get("GPU", 0) if asked.gpus else math.inf))
+        for node in nodes
+    ]
+    return sum(min(count, 1) if asked.spread else count for count in places) >= asked.workers
+
+
+def _growth() -> list[dict[str, float]]:
+    """Resources of the nodes that the autoscaler may start, from the file `ray up` left here."""
+    try:
+        told = yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    if told["provider"]["type"] == "local":
+        return []  # machines one owns are there or not
+    kinds = told.get("available_node_types", {})
+    most = [
+        (kind.get("resources", {}), kind.get("max_workers", 0))
+        for name, kind in kinds.items()
+        if name != told.get("head_node_type")
+    ]
+    return [dict(resources) for resources, count in most for _ in range(count)]
+
+
+def authentication(seen: Sequence[Seen]) -> list[Finding]:
+    """Every node asks for the token."""
+    open_ = [each.node for each in seen if each.auth_mode != "token"]
+    if not open_:
+        return [Finding("authentication", "ok", "by token on every node")]
+    advice = f"RAY_AUTH_MODE=token belongs into every node's environment; {AGAIN}"
+    what = f"whoever reaches these nodes may run code there: {', '.join(open_)}"
+    return [Finding("authentication", "warning", what, advice)]
+
+
+def shared_storage(seen: Sequence[Seen]) -> list[Finding]:
+    """Every node writes to the storage and reads what the others wrote."""
+    homes = {each.home for each in seen}
+    advice = f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount, "
+    advice += "or to a bucket"
+    if "" in homes or len(homes) > 1:
+        told = ", ".join(f"{each.node}: {each.home or '(not set)'}" for each in seen)
+        return [Finding("storage", "error", told, advice)]
+    (home,) = homes or {"(no node answered)"}
+    failed = [each for each in seen if each.write_problem]
+    if failed:
+        first = failed[0]
+        what = f"{home} cannot be written from {first.node}: {first.write_problem}"
+        return [Finding("storage", "error", what, advice)]
+    wanted = {each.node for each in seen}
+    for each in seen:
+        lacking = sorted(wanted - set(each.files_seen))
+        if lacking:
+            what = f"{home}: {each.node} does not see what {lacking[0]} wrote there"
+            return [Finding("storage", "error", what, advice)]
+    return [Finding("storage", "ok", f"{home}: each of {len(seen)} nodes reads what all wrote")]
+
+
+def room(seen: Sequence[Seen]) -> list[Finding]:
+    """Space for checkpoints."""
+    tight = [e for e in seen if e.free_bytes is not None and e.free_bytes < FREE_DISK_BYTES]
+    if tight:
+        free = storage.human_bytes(tight[0].free_bytes or 0)
+        advice = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk"
+        return [Finding("checkpoints", "warning", f"{free} free on {tight[0].node}", advice)]
+    least = min((each.free_bytes for each in seen if each.free_bytes is not None), default=0)
+    return [Finding("checkpoints", "ok", f"at least {storage.human_bytes(least)} free")]
+
+
+def trackers(seen: Sequence[Seen], asked: Needs) -> list[Finding]:
+    """Every node reaches the MLflow server."""
+    for each in seen:
+        if each.tracker_problem:
+            advice = f"{store.URI_VARIABLE} must name an address that every node reaches"
+            what = f"{each.node}: {each.tracker_problem}"
+            return [Finding("tracker on nodes", "error", what, advice)]
+    uri = store.resolve_uri()
+    if len(seen) > 1 and not uri.startswith("http"):
+        advice = f"start `mlflow server` and set {store.URI_VARIABLE} in the cluster's file"
+        what = f"{uri}: a file, to which several nodes would write"
+        return [Finding("tracker on nodes", "warning", what, advice)]
+    return [Finding("tracker on nodes", "ok", uri)]
+
+
+def meeting(seen: Sequence[Seen], asked: Needs) -> list[Finding]:
+    """Workers on different nodes find each other: gloo and NCCL need the right interface."""
+    if len(seen) < 2:
+        return []
+    wanted = INTERFACES if asked.gpus else INTERFACES[:1]
+    for each in seen:
+        for name in wanted:
+            interface = each.interfaces.get(name, "")
+            if not interface and each.name_resolves_to.startswith("127."):
+                what = f"{each.node}: its name leads to {each.name_resolves_to}, {name} is not set"
+                advice = f"the workers would wait for each other for ever; {AGAIN}"
+                return [Finding("interface", "error", what, advice)]
+            if interface and each.addresses.get(interface) != each.node:
+                known = f"{name}={interface} has {each.addresses.get(interface) or 'no address'}"
+                what = f"{each.node}: {known}, the cluster knows it as {each.node}"
+                advice = "set SKILLNET_INTERFACE on that node to the interface of that address"
+                return [Finding("interface", "error", what, advice)]
+    told = ", ".join(f"{e.node} by {e.interfaces.get(wanted[0]) or 'its name'}" for e in seen)
+    return [Finding("interface", "ok", told)]
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _short(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]

@@ -1,0 +1,123 @@
+"""What the nodes of a cluster install: the project's dependencies at the versions used here.
+
+    python -m skillnet_platform.environment        # writes platform/deploy/requirements.txt
+
+The names come from ``pyproject.toml``, the versions from the environment that runs this, so that
+a node runs what was tried here and two nodes started days apart run the same. Our own code is not
+among them: it is shipped with each job.
+"""
+
+import sys
+from collections import deque
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+from skillnet_platform import console, storage
+from skillnet_platform.cli import command
+from skillnet_platform.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+REQUIREMENTS = Path("platform/deploy/requirements.txt")
+
+#: Ray's launcher needs it on the head of a cluster on AWS; its autoscaler starts the workers.
+HEAD_OF_AWS = "boto3"
+
+
+def direct_dependencies(project: Path = PROJECT) -> list[str]:
+    """The requirements of ``pyproject.toml``, as they stand there.
+
+    Raises:
+        UserError: no such file: this is an installation, not a checkout.
+    """
+    import tomllib
+
+    try:
+        told = tomllib.loads(project.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{project}: no such file; a cluster gets its code from a checkout of the repository"
+        ) from None
+    return [str(line) for line in told["project"]["dependencies"]]
+
+
+def pins(requirements: list[str]) -> dict[str, str]:
+    """Those packages and all that they need, name -> version, as installed here.
+
+    Raises:
+        UserError: a package that is not installed, or not at a version that is asked for.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found: dict[str, str] = {}
+    done: set[tuple[str, str]] = set()
+    waiting = deque((Requirement(line), True) for line in requirements)
+    while waiting:
+        wanted, direct = waiting.popleft()
+        name = canonicalize_name(wanted.name)
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            if direct:
+                raise UserError(f"{wanted} is not installed here; pip install -e .") from None
+            continue  # a need of another platform, or one that its owner left to choice
+        if direct and not wanted.specifier.contains(installed.version, prereleases=True):
+            raise UserError(f"{wanted} is needed, {installed.version} is installed here")
+        found[name] = installed.version.partition("+")[0]  # +cpu, +cu128: the node's own choice
+        for extra in ["", *sorted(wanted.extras)]:
+            if (name, extra) not in done:
+                done.add((name, extra))
+                waiting.extend((need, False) for need in _needs(installed, extra))
+    return dict(sorted(found.items()))
+
+
+def requirements_text(project: Path = PROJECT) -> str:
+    """The content of ``requirements.txt``: pinned, with the Python under which it was pinned."""
+    lines = [*direct_dependencies(project)]
+    if _is_installed(HEAD_OF_AWS):
+        lines.append(HEAD_OF_AWS)
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    head = [
+        f"# python {python}",
+        "# Written by python -m skillnet_platform.environment; names from pyproject.toml, versions",
+        "# from the environment that wrote it.",
+    ]
+    pinned = [f"{name}=={version}" for name, version in pins(lines).items()]
+    return "\n".join([*head, *pinned]) + "\n"
+
+
+def _needs(installed: Distribution, extra: str) -> list["Requirement"]:  # type: ignore[name-defined]  # noqa: F821
+    from packaging.requirements import Requirement
+
+    needs = [Requirement(line) for line in installed.requires or []]
+    if not extra:
+        return [need for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+    return [need for need in needs if need.marker and need.marker.evaluate({"extra": extra})]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Write the pinned requirements of a node: to ``platform/deploy``, or to the path given."""
+    words = list(argv or [])
+    if "--help" in words or "-h" in words or len(words) > 1:
+        print("usage: python -m skillnet_platform.environment [FILE]\n")
+        print(f"Pin what the nodes of a cluster install, by default to {REQUIREMENTS}.")
+        return 2 if len(words) > 1 else 0
+    path = Path(words[0]) if words else PROJECT.parent / REQUIREMENTS
+    text = requirements_text()
+    with storage.atomic_write(path, "w") as stream:
+        stream.write(text)
+    console.note(f"{path}: {text.count('==')} packages pinned")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,243 @@
+"""Hosts made of Linux namespaces: each with its own network, mounts, processes, name and sshd.
+
+    test process ── lab: a process namespace, in it a bridge ──┬── client   10.77.0.1
+                                                               ├── head     10.77.0.2
+                                                               └── worker   10.77.0.3
+
+A host sees this machine's files, except that its home, /tmp, /dev/shm, /run and /etc/hosts are its
+own, that the checkout is not there (its virtual environment is, without our package: what
+``setup_node.sh`` would have installed), and that one folder is shared by all hosts: it stands for
+a network file system.
+
+Each namespace lives as long as its first process, which waits for the end of a pipe that the test
+holds. So everything (processes, mounts, interfaces) ends with the test, however that ends.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "unshare", "nsenter", "mount")
+NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts")
+PREFIX = "10.77.0."
+#: What all hosts see: a folder of this machine, in the place of a network file system.
+SHARED = "/mnt/skillnet"
+
+#: Waits for the end of its input. A shell, because the first process must reap what others leave.
+KEEP = "echo ready; cat >/dev/null; :"
+
+
+def missing() -> str:
+    """Why hosts cannot be built here; empty if they can."""
+    if sys.platform != "linux":
+        return "hosts are made of Linux namespaces"
+    if os.geteuid() != 0:
+        return "making namespaces needs root"
+    absent = [name for name in NEEDED if shutil.which(name, path=SEARCH) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (openssh-server, rsync, iproute2, curl)"
+    tried = subprocess.run(
+        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "mount", "-t", "tmpfs", "none", "/tmp"],
+        capture_output=True,
+        text=True,
+    )
+    return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
+class Namespaces:
+    """A set of new namespaces, inside those of another set or of this process."""
+
+    def __init__(self, script: str, outer: "Namespaces | None" = None, **environment: str) -> None:
+        enter = outer.enter() if outer else []
+        new = [*NAMESPACES, "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
+        self._holder = subprocess.Popen(
+            [*enter, "unshare", *new, "bash", "-euc", f"{script}\n{KEEP}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PATH": SEARCH, **environment},
+            text=True,
+        )
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != "ready\n":
+            raise RuntimeError("a namespace could not be set up; its message is above")
+        below = psutil.Process(self._holder.pid).children(recursive=True)
+        self.pid = next(each.pid for each in below if each.name() == "bash")
+
+    def enter(self) -> list[str]:
+        """Words before a command that is to run inside."""
+        return ["nsenter", "--target", str(self.pid), *NAMESPACES, "--"]
+
+    def close(self) -> None:
+        """End the first process, and with it all others inside."""
+        assert self._holder.stdin is not None
+        assert self._holder.stdout is not None
+        self._holder.stdin.close()
+        try:
+            self._holder.wait(10)
+        except subprocess.TimeoutExpired:
+            os.kill(self.pid, 9)
+            self._holder.wait(10)
+        self._holder.stdout.close()
+
+
+@dataclass
+class Host:
+    """One host of the lab."""
+
+    name: str
+    address: str
+    inside: Namespaces
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(
+        self, *words: str, seconds: float = 180, check: bool = True, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command to its end; a failure, or a command that is late, shows what it said."""
+        done = subprocess.run(
+            [*self._enter(), "timeout", "--kill-after=5", str(seconds), *words],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+        )
+        if check and done.returncode:
+            raise AssertionError(
+                f"{self.name}: {' '.join(words)} ended with {done.returncode}\n"
+                f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+            )
+        return done
+
+    def start(self, *words: str, **options: object) -> "subprocess.Popen[str]":
+        """Start a command and leave it running; it ends with the lab at the latest."""
+        return subprocess.Popen(
+            [*self._enter(), *words],
+            env=self.environment,
+            text=True,
+            **options,  # type: ignore[call-overload]
+        )
+
+    def _enter(self) -> list[str]:
+        where = ROOT if self.name == "client" else "/root"
+        return [*self.inside.enter(), "env", f"--chdir={where}"]
+
+
+@contextlib.contextmanager
+def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
+    """A client and hosts of those names, joined by a bridge; the client can log in to all.
+
+    Args:
+        folder: for keys and what the hosts share; ``folder/shared`` is seen by all at one path.
+        names: of the hosts beside ``client``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = folder / "shared"
+    shared.mkdir()
+    _make_keys(folder)
+    with contextlib.ExitStack() as opened:
+        bridge = Namespaces("ip link add lab type bridge; ip link set lab up; ip link set lo up")
+        opened.callback(bridge.close)
+        hosts = {}
+        for number, name in enumerate(["client", *names], 1):
+            address = f"{PREFIX}{number}"
+            inside = Namespaces(_host_script(name, folder), bridge)
+            opened.callback(inside.close)
+            _plug_in(bridge, inside, number, address)
+            home = {"HOME": "/root", "USER": "root", "SHELL": "/bin/bash", "LANG": "C.UTF-8"}
+            binaries = f"{Path(sys.executable).parent}:{SEARCH}" if name == "client" else SEARCH
+            hosts[name] = Host(name, address, inside, {**home, "PATH": binaries})
+        _wait_for_ssh(hosts)
+        yield hosts
+
+
+def _make_keys(folder: Path) -> None:
+    for name in ("client_key", "host_key"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True
+        )
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/client_key.pub\n"
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nStrictModes no\n"
+        "UsePAM no\nUseDNS no\nPidFile none\nAcceptEnv none\n"
+    )
+    (folder / "ssh_config").write_text(
+        "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+    )
+    (folder / "hosts").mkdir()
+
+
+def _host_script(name: str, folder: Path) -> str:
+    """What the first process of a host does: names, mounts, and the ssh server."""
+    etc = folder / "hosts" / name
+    # As Debian has it: the name leads to loopback, where the other hosts never meet it.
+    etc.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+    client = name == "client"
+    own = [Path("/tmp"), Path("/root"), Path("/run")]
+    kept = {Path(sys.base_prefix), Path(sys.prefix), folder}
+    if client:
+        kept.add(ROOT)
+    else:
+        own.append(ROOT)
+    again = sorted(path for path in kept if any(path.is_relative_to(top) for top in own))
+    lines = [f"hostname {name}", "ip link set lo up", f"mount --bind {etc} /etc/hosts"]
+    lines += ["mount -t tmpfs none /mnt"]
+    for number, path in enumerate(again):
+        lines += [f"mkdir /mnt/{number}", f"mount --rbind {path} /mnt/{number}"]
+    lines += [f"mount -t tmpfs -o mode=0755 none {top}" for top in own]
+    lines += ["mount -t tmpfs none /dev/shm", "chmod 1777 /tmp /dev/shm"]
+    for number, path in enumerate(again):
+        lines += [f"mkdir -p {path}", f"mount --rbind /mnt/{number} {path}"]
+        lines += [f"umount --lazy /mnt/{number}"]
+    lines += [f"mkdir {SHARED}", f"mount --bind {folder}/shared {SHARED}"]
+    if client:
+        lines += ["mkdir -m 700 /root/.ssh", f"cp {folder}/client_key /root/.ssh/id_ed25519"]
+        lines += [f"cp {folder}/ssh_config /root/.ssh/config"]
+    else:
+        lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
+        lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
+        lines += ["mkdir /run/sshd", f"$(command -v sshd) -f {folder}/sshd_config"]
+    return "\n".join(lines)
+
+
+def _own_package(pattern: str) -> list[Path]:
+    """Traces of our own package in the virtual environment that the hosts borrow."""
+    packages = Path(sysconfig.get_path("purelib"))
+    return [path for path in packages.glob(pattern) if "skillnet_platform" in path.name]
+
+
+def _plug_in(bridge: Namespaces, host: Namespaces, number: int, address: str) -> None:
+    def net(where: Namespaces, *words: str) -> None:
+        subprocess.run(
+            ["nsenter", "--target", str(where.pid), "--net", "ip", *words],
+            check=True,
+            env={**os.environ, "PATH": SEARCH},
+        )
+
+    end = f"host{number}"
+    net(bridge, "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
+    net(bridge, "link", "set", end, "master", "lab", "up")
+    net(host, "addr", "add", f"{address}/24", "dev", "eth0")
+    net(host, "link", "set", "eth0", "up")
+
+
+def _wait_for_ssh(hosts: dict[str, Host]) -> None:
+    for host in hosts.values():
+        if host.name == "client":
+            continue
+        for _ in range(100):
+            if hosts["client"].run("ssh", host.address, "true", check=False).returncode == 0:
+                break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(f"{host.name}: no ssh server answers at {host.address}")

@@ -1,0 +1,156 @@
+"""What the nodes saw becomes findings that name the node, the cause and what to do."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import cluster_checks as checks
+from skillnet_platform import preflight, versions
+from skillnet_platform.cluster_checks import Seen
+from skillnet_platform.needs import Needs
+from skillnet_platform.preflight import GIB
+
+ONE = Seen(
+    node="10.0.0.1",
+    versions=versions.installed(),
+    auth_mode="token",
+    interfaces={"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"},
+    addresses={"lo": "127.0.0.1", "eth0": "10.0.0.1"},
+    name_resolves_to="127.0.1.1",
+    home="/mnt/runs",
+    write_problem="",
+    files_seen=["10.0.0.1", "10.0.0.2"],
+    free_bytes=100 * GIB,
+    tracker_problem="",
+)
+TWO = replace(ONE, node="10.0.0.2", addresses={"lo": "127.0.0.1", "eth0": "10.0.0.2"})
+
+
+def node(cpus: float, gpus: float = 0) -> dict[str, dict[str, float]]:
+    return {"Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+def test_a_sound_cluster_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    for check in (checks.same_versions, checks.authentication, checks.shared_storage, checks.room):
+        assert [each.level for each in check([ONE, TWO])] == ["ok"], check
+    for check in (checks.trackers, checks.meeting):
+        assert [each.level for each in check([ONE, TWO], Needs(2))] == ["ok"], check
+
+
+def test_another_version_on_a_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(TWO, versions=TWO.versions | {"torch": "2.0.0"})
+    (finding,) = checks.same_versions([ONE, other])
+    assert finding.level == "error"
+    assert "torch 2.0.0 on 10.0.0.2" in finding.seen
+    assert "ray up" in finding.advice
+    monkeypatch.setenv(versions.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
+    told = checks.same_versions([ONE, TWO])
+    assert [each.level for each in told] == ["warning", "warning"]
+    assert "9.9 where the job was sent" in told[1].seen
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "growth", "level"),
+    [
+        ([node(2), node(2)], Needs(4), [], "ok"),
+        ([node(2), node(2)], Needs(5), [], "error"),
+        ([node(2), node(2)], Needs(2, spread=True), [], "ok"),
+        ([node(8)], Needs(2, spread=True), [], "error"),
+        ([node(0)], Needs(2, 2), [{"CPU": 8, "GPU": 1}] * 2, "warning"),
+        ([node(0)], Needs(3, 3), [{"CPU": 8, "GPU": 1}] * 2, "error"),
+        ([node(8)], Needs(1, 1), [], "error"),
+    ],
+)
+def test_resources(
+    nodes: list[dict[str, dict[str, float]]],
+    asked: Needs,
+    growth: list[dict[str, float]],
+    level: str,
+) -> None:
+    (finding,) = checks.enough(nodes, asked, growth)
+    assert finding.level == level
+    assert asked.words() in finding.seen
+
+
+def test_the_autoscaler_may_start_what_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    monkeypatch.setattr(checks, "BOOTSTRAP", file)
+    assert checks._growth() == []
+    source = Path(__file__).parents[2] / "ray_cluster.yaml"
+    file.write_bytes(source.read_bytes())
+    assert sorted(map(str, checks._growth())) == sorted(
+        ["{'CPU': 8, 'GPU': 1}"] * 4 + ["{'CPU': 8}"] * 4
+    )
+
+
+def test_a_node_that_asks_for_no_token_is_named() -> None:
+    (finding,) = checks.authentication([ONE, replace(TWO, auth_mode="disabled")])
+    assert (finding.level, finding.seen[-8:]) == ("warning", "10.0.0.2")
+    assert "RAY_AUTH_MODE=token" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"home": ""}, "10.0.0.2: (not set)"),
+        ({"home": "/other"}, "10.0.0.2: /other"),
+        ({"write_problem": "permission denied"}, "from 10.0.0.2: permission denied"),
+        ({"files_seen": ["10.0.0.2"]}, "10.0.0.2 does not see what 10.0.0.1 wrote"),
+    ],
+)
+def test_storage_that_is_not_shared_is_an_error(change: dict[str, object], words: str) -> None:
+    (finding,) = checks.shared_storage([ONE, replace(TWO, **change)])  # type: ignore[arg-type]
+    assert finding.level == "error"
+    assert words in finding.seen
+    assert "SKILLNET_HOME" in finding.advice
+
+
+def test_little_room_and_lost_trackers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = checks.room([ONE, replace(TWO, free_bytes=GIB)])
+    assert (finding.level, "10.0.0.2" in finding.seen) == ("warning", True)
+    lost = replace(TWO, tracker_problem="no MLflow server answers there")
+    (finding,) = checks.trackers([ONE, lost], Needs())
+    assert (finding.level, finding.seen[:8]) == ("error", "10.0.0.2")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (finding,) = checks.trackers([ONE, TWO], Needs())
+    assert finding.level == "warning"
+    assert "mlflow server" in finding.advice
+
+
+def test_workers_that_would_not_meet() -> None:
+    silent = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": ""})
+    (finding,) = checks.meeting([ONE, silent], Needs(2))
+    assert finding.level == "error"
+    assert "127.0.1.1" in finding.seen
+    (finding,) = checks.meeting([ONE, replace(silent, name_resolves_to="10.0.0.2")], Needs(2))
+    assert finding.level == "ok"
+    wrong = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"})
+    (finding,) = checks.meeting([ONE, wrong], Needs(2))
+    assert "GLOO_SOCKET_IFNAME=lo has 127.0.0.1" in finding.seen
+    assert checks.meeting([ONE], Needs(2)) == []
+
+
+def test_config_without_a_command_asks_about_finetune() -> None:
+    assert preflight._named(["--json", "--config", "tiny"]) == [
+        "--json",
+        "finetune",
+        "--config",
+        "tiny",
+    ]
+    assert preflight._named(["sweep", "--config", "x"]) == ["sweep", "--config", "x"]
+    assert preflight._named(["--ray", "false"]) == ["--ray", "false"]
+
+
+@pytest.mark.integration
+def test_a_real_node_is_looked_at(run_root: Path, ray_session: object) -> None:
+    found = {each.check: each for each in checks.cluster_findings(ray_session, Needs(2))}
+    assert found["versions"].level == "ok", found["versions"]
+    assert found["resources"].level == "ok"
+    assert "on 1 nodes" in found["resources"].seen
+    assert found["authentication"].level == "warning", "the embedded Ray has no token"
+    assert found["storage"].level == "ok"
+    assert not list(Path(found["storage"].seen.split(":")[0]).glob(".doctor-*")), "cleaned up"

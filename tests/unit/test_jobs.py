@@ -1,0 +1,203 @@
+"""Jobs: what is sent, how a job is found and followed, and what each mistake is told as."""
+
+import asyncio
+import json
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from skillnet_platform import jobs, upload, versions
+from skillnet_platform.errors import UserError
+from skillnet_platform.needs import Needs, needs, split
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (*jobs.ADDRESSES, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_own_options_end_where_the_command_begins() -> None:
+    words = ["--detach", "--env.A", "b", "--json", "finetune", "--config", "tiny", "--json"]
+    assert split(words) == (words[:4], words[4:])
+    assert split(["--check=false", "--", "prepare"]) == (["--check=false"], ["prepare"])
+    assert split(["--attach"]) == (["--attach"], [])
+
+
+def test_what_a_command_asks_for(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text("training: {workers: 3, use_gpu: true}\n")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"run: {{include: {run}, training: {{placement: strict_spread}}}}\n")
+    assert needs([]) == needs(["prepare", "--config", str(run)]) == Needs()
+    assert needs(["finetune", "--config", str(run)]) == Needs(3, 3)
+    assert needs(["finetune", "--config", str(run), "--training.workers=2"]) == Needs(2, 2)
+    assert needs(["sweep", "--config", str(sweep)]) == Needs(3, 3, spread=True)
+    assert needs(["sweep", "--run.training.workers", "4"]) == Needs(4)
+    assert Needs(2, 2, True).words() == "2 workers with a GPU each on 2 hosts"
+    with pytest.raises(UserError, match="neither a file nor a preset"):
+        needs(["finetune", "--config", "tinny"])
+
+
+def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    for name in (
+        "skillnet/model.py",
+        "run.sh",
+        ".git/config",
+        "my-env/pyvenv.cfg",
+        "my-env/lib/huge.so",
+        "skillnet/__pycache__/model.pyc",
+        "runs/model.safetensors",
+        "secret/id.pem",
+        ".env",
+        "big/data.bin",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "run.sh").chmod(0o755)
+    (root / "outside").symlink_to("/etc/hostname")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(root / "runs"))
+        first = upload.pack(root, tmp_path / "one.zip", ["big"])
+        (root / "skillnet/model.py").touch()
+        again = upload.pack(root, tmp_path / "two.zip", ["big/*"])
+    with zipfile.ZipFile(first.path) as package:
+        assert package.namelist() == ["run.sh", "skillnet/model.py"]
+        assert package.getinfo("run.sh").external_attr >> 16 == 0o755
+    assert (first.files, first.size) == (2, first.path.stat().st_size)
+    assert again.path.read_bytes() == first.path.read_bytes(), "same content, same bytes"
+    assert first.largest[0] == ("skillnet/model.py", 17)
+
+
+def test_too_large_a_package_names_what_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
+    monkeypatch.setattr(upload, "LARGEST", 10)
+    with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); leave some here with --excl"):
+        upload.pack(tmp_path / "code", tmp_path / "code.zip")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ({}, ["prepare"], "RAY_ADDRESS is not set"),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, ["prepare"], "the http:// address of the dashboard"),
+        ({"RAY_ADDRESS": "http://127.0.0.1:9"}, ["prepare"], "no token in "),
+        (
+            {"RAY_ADDRESS": "http://127.0.0.1:9", "RAY_AUTH_TOKEN": "a" * 64},
+            ["prepare"],
+            "no cluster answers there",
+        ),
+        ({}, [], "give a command"),
+        ({}, ["--attach", "--json", "prepare"], "give a command"),
+    ],
+)
+def test_what_is_missing_is_said(
+    environment: dict[str, str],
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert jobs.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+class Server:
+    """Stands for the job server: jobs by id, and a log that breaks off ``cuts`` times."""
+
+    def __init__(self, log: str = "", status: str = "SUCCEEDED", code: int = 0, cuts: int = 0):
+        self.log, self.cuts, self.status, self.code = log, cuts, status, code
+        self.sent: dict[str, Any] = {}
+
+    def get_job_status(self, job: str) -> Any:
+        ended = self.cuts <= 0
+        return SimpleNamespace(value=self.status, is_terminal=lambda: ended)
+
+    def get_job_info(self, job: str) -> Any:
+        status = SimpleNamespace(value=self.status)
+        return SimpleNamespace(status=status, driver_exit_code=self.code, message="")
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        half = len(self.log) // 2
+        yield self.log[:half]
+        await asyncio.sleep(0)
+        self.cuts -= 1
+        if self.cuts >= 0:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield self.log[half:]
+
+    def get_job_logs(self, job: str) -> str:
+        return self.log
+
+    def list_jobs(self) -> list[Any]:
+        def job(name: str, start: int, **metadata: str) -> Any:
+            return SimpleNamespace(submission_id=name, start_time=start, metadata=metadata)
+
+        return [
+            job("finetune-1", 1, skillnet="finetune"),
+            job("finetune-2", 2, skillnet="finetune"),
+            job("raysubmit_x", 3),
+        ]
+
+    def submit_job(self, **given: Any) -> str:
+        with zipfile.ZipFile(given["runtime_env"]["working_dir"]) as package:
+            self.sent = given | {"files": package.namelist()}
+        return str(given["submission_id"])
+
+
+@pytest.mark.parametrize("cuts", [0, 1, 2])
+def test_a_lost_connection_loses_and_doubles_nothing(
+    cuts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.follow(Server("one\ntwo\nthree\n", cuts=cuts), "job") == ("SUCCEEDED", 0)
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize(("code", "given"), [(2, 2), (1, 1), (139, 1), (None, 1)])
+def test_the_exit_code_is_the_jobs(code: int, given: int) -> None:
+    assert jobs.follow(Server(status="FAILED", code=code), "job") == ("FAILED", given)
+
+
+def test_jobs_are_found_again() -> None:
+    assert jobs.find_job(Server(), jobs.NEWEST) == "finetune-2"
+    assert jobs.find_job(Server(), "raysubmit_x") == "raysubmit_x"
+    with pytest.raises(UserError, match="no such job on the cluster; did you mean 'finetune-2'"):
+        jobs.find_job(Server(), "finetune-22")
+
+
+def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    server = Server()
+    options = jobs.SubmitConfig(["finetune", "--config", "tiny"], env={"SKILLNET_HOME": "s3://b"})
+    job, package = jobs.send(server, options)
+    sent = server.sent
+    assert sent["submission_id"] == job
+    assert job.startswith("finetune-")
+    assert {"pyproject.toml", "skillnet/model.py", "platform/skillnet_platform/jobs.py"} <= set(
+        sent["files"]
+    )
+    assert not [name for name in sent["files"] if name.startswith((".git/", "runs/"))]
+    assert package.files == len(sent["files"])
+    variables = sent["runtime_env"]["env_vars"]
+    assert (variables["PYTHONPATH"], variables["SKILLNET_HOME"]) == ("platform", "s3://b")
+    assert json.loads(variables[versions.VARIABLE])["ray"] == versions.installed()["ray"]
+    check, run = sent["entrypoint"].split(" && ")
+    assert "skillnet_platform.preflight --only problems finetune --config tiny" in check
+    assert run.endswith("skillnet_platform.cli finetune --config tiny")
+    with pytest.raises(UserError, match="unknown command 'finetun'; did you mean 'finetune'"):
+        jobs.send(server, jobs.SubmitConfig(["finetun"]))
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="not the root of the repository"):
+        jobs.send(server, options)
