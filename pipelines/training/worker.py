@@ -206,7 +206,9 @@ def fit_on_ray(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with cluster.session(cpus=max(workers, cores or 1)):
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from pipelines.training import rendezvous
 
         one = {"CPU": 1.0} | ({"GPU": 1.0} if config.training.use_gpu else {})
         trainer = TorchTrainer(
@@ -223,7 +225,7 @@ def fit_on_ray(
                 use_gpu=config.training.use_gpu,
                 resources_per_worker=nested.resources if nested else one,
             ),
-            torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
+            torch_config=rendezvous.torch_config(config.training.use_gpu),
             run_config=RunConfig(
                 # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
                 name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
