@@ -37,7 +37,7 @@ def refused(folder: Path, data: bytes, why: str) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a test reaches in no time."""
-    monkeypatch.setattr(archives, "LIMITS", Limits(5000, 30_000, 20, 50, 20_000, 3000))
+    monkeypatch.setattr(archives, "LIMITS", Limits(5000, 30_000, 20, 50, 20_000, 12_000))
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
