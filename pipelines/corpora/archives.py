@@ -1,17 +1,31 @@
 """Reading zip and tar archives in place, with limits, and checking them against their pins."""
 
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.corpora.untrusted import Limits, tar_members, zip_members
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import sha256_file
 
-MAX_MEMBER_BYTES = 64 * 2**20
-MAX_TOTAL_BYTES = 2 * 2**30
-MAX_MEMBERS = 200_000
+LIMITS = Limits()
+
+#: What Python's readers raise over an archive that is damaged.
+DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -70,17 +84,20 @@ def check_archive(archive: Archive, directory: Path) -> Path:
 def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of the wanted regular files of a zip or tar, in the archive's order.
 
-    Nothing is extracted: links, devices and directories are passed over, and sizes are limited.
+    Nothing is extracted.
 
     Raises:
-        UserError: the archive is damaged, or larger than any corpus of ours.
+        UserError: the archive is damaged; or it has links, devices, names that lead outside of
+            it, or more in it than any corpus of ours.
     """
     try:
         if zipfile.is_zipfile(path):
-            yield from _zip_members(path, wanted)
+            yield from zip_members(path, wanted, LIMITS)
         else:
-            yield from _tar_members(path, wanted)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as problem:
+            yield from tar_members(path, wanted, LIMITS)
+    except UserError:
+        raise
+    except DAMAGE as problem:
         if isinstance(problem, OSError) and problem.errno is not None:
             raise
         raise UserError(
@@ -98,39 +115,3 @@ def read_member(path: Path, name: str) -> bytes:
     for _, data in members(path, lambda found: found == name):
         return data
     raise UserError(f"{path}: holds no {name}; is it another version of the archive?")
-
-
-def _zip_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        _limit(path, "members", len(entries), MAX_MEMBERS)
-        total = 0
-        for entry in entries:
-            if entry.is_dir() or not wanted(entry.filename):
-                continue
-            _limit(path, f"bytes in {entry.filename}", entry.file_size, MAX_MEMBER_BYTES)
-            total += entry.file_size
-            _limit(path, "bytes", total, MAX_TOTAL_BYTES)
-            # read() stops at the size the directory declares and checks the CRC.
-            yield entry.filename, archive.read(entry)
-
-
-def _tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    # "r|*" reads once, front to back: a gzip stream cannot be searched cheaply.
-    with tarfile.open(path, mode="r|*") as archive:
-        total = 0
-        for count, entry in enumerate(archive, start=1):
-            _limit(path, "members", count, MAX_MEMBERS)
-            total += entry.size
-            _limit(path, "bytes", total, MAX_TOTAL_BYTES)
-            if not entry.isreg() or not wanted(entry.name):
-                continue
-            _limit(path, f"bytes in {entry.name}", entry.size, MAX_MEMBER_BYTES)
-            stream = archive.extractfile(entry)
-            if stream is not None:
-                yield entry.name, stream.read()
-
-
-def _limit(path: Path, what: str, value: int, most: int) -> None:
-    if value > most:
-        raise UserError(f"{path}: {value} {what}, more than the limit of {most}; not read further")

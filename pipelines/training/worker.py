@@ -249,8 +249,9 @@ def _trainer(
     config: FinetuneConfig, run: Path, loop: dict[str, Any], nested: Nested | None
 ) -> "TorchTrainer":
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from pipelines.training import rendezvous
     from pipelines.training.ray_notice import ListenInWorker
 
     one = {"CPU": 1.0} | ({"GPU": 1.0} if config.training.use_gpu else {})
@@ -263,7 +264,7 @@ def _trainer(
             resources_per_worker=nested.resources if nested else one,
             placement_strategy=config.training.placement.upper(),
         ),
-        torch_config=TorchConfig(backend="nccl" if config.training.use_gpu else "gloo"),
+        torch_config=rendezvous.torch_config(config.training.use_gpu),
         run_config=RunConfig(
             # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",

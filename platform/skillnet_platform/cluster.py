@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from skillnet_platform import loopback
 from skillnet_platform.errors import UserError
 
 #: Set before Ray is imported, and only where the user has not set them.
 DEFAULTS = {
-    # The embedded Ray listens on loopback for one user; docs/decisions has the reasons.
-    "RAY_AUTH_MODE": "disabled",
     # report() waits for the controller's next poll; 2 s by default is most of a short run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -27,6 +26,9 @@ def prepare_environment() -> None:
     """Set Ray's environment where the user has not. Call before the first ``import ray``."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        # Processes that differ in it cannot talk; the embedded Ray chooses for itself.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 def _share_import_path() -> None:
@@ -71,16 +73,18 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
             ) from problem
         return ray
     _share_import_path()
-    ray.init(
-        num_cpus=cpus or len(os.sched_getaffinity(0)),
-        # Tune and Train ask the State API, which lives in the dashboard, to clean up after
-        # themselves; without it sweeps can stall in silence.
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        object_store_memory=max(object_store_bytes, 80 * 2**20),
-        logging_level=logging.ERROR,
-        log_to_driver=True,
-    )
+    with loopback.starting():
+        ray.init(
+            num_cpus=cpus or len(os.sched_getaffinity(0)),
+            # Tune and Train ask the State API, which lives in the dashboard, to clean up after
+            # themselves; without it sweeps can stall in silence.
+            include_dashboard=True,
+            dashboard_host=loopback.ADDRESS,
+            object_store_memory=max(object_store_bytes, 80 * 2**20),
+            logging_level=logging.ERROR,
+            log_to_driver=True,
+        )
+    loopback.require(ray)
     return ray
 
 

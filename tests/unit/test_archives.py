@@ -1,12 +1,11 @@
-"""Downloads that are missing, damaged or hostile."""
+"""Downloads that are missing or damaged."""
 
 import hashlib
-import tarfile
 from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import archives, find_corpus
+from pipelines.corpora import find_corpus
 from pipelines.corpora.archives import Archive, check_archive, members, read_member
 from pipelines.corpora.base import Sources
 from skillnet_platform.errors import UserError
@@ -45,31 +44,13 @@ def test_anything_else_is_refused_with_what_to_do(
 @pytest.mark.parametrize("pack", [zipped, tarred])
 def test_members_are_read_in_place(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "x"
-    path.write_bytes(pack({"p/一.json": b"1", "p/b.txt": b"2", "../../evil.json": b"3"}))
+    path.write_bytes(pack({"p/一.json": b"1", "p/b.txt": b"2"}))
     found = dict(members(path, lambda name: name.endswith(".json")))
-    assert found == {"p/一.json": b"1", "../../evil.json": b"3"}
+    assert found == {"p/一.json": b"1"}
     assert read_member(path, "p/b.txt") == b"2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]  # nothing was extracted
     with pytest.raises(UserError, match=r"holds no p/z\.txt"):
         read_member(path, "p/z.txt")
-
-
-def test_links_in_a_tar_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    with tarfile.open(path, "w:gz") as out:
-        link = tarfile.TarInfo("passwd.json")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        out.addfile(link)
-    assert list(members(path, lambda name: True)) == []
-
-
-@pytest.mark.parametrize("pack", [zipped, tarred])
-def test_a_member_beyond_the_limit_is_not_read(tmp_path: Path, pack, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    path = tmp_path / "bomb"
-    path.write_bytes(pack({"zeros": bytes(5000)}))
-    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 4999)
-    with pytest.raises(UserError, match="5000 bytes in zeros, more than the limit of 4999"):
-        list(members(path, lambda name: True))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""By default nothing listens beyond loopback, and the embedded Ray asks for its token."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillnet_platform import cluster, loopback, store
+from tests.sockets import Listening, listening, reachable, watched
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.integration
+
+
+def test_the_watch_sees_a_socket_that_others_can_reach() -> None:
+    before = listening()
+    with socket.socket() as open_to_all:
+        open_to_all.bind(("0.0.0.0", 0))  # noqa: S104 - what must not happen
+        open_to_all.listen()
+        (found,) = reachable(listening() - before)
+        assert found.port == open_to_all.getsockname()[1]
+    assert Listening("", "::ffff:127.0.0.1", 1).is_loopback
+    assert not Listening("", "::ffff:10.0.0.1", 1).is_loopback
+
+
+def _together(settings: dict[str, Any]) -> None:
+    """A training function: a process group that works, and that another rank waits for."""
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == dist.get_world_size() == 2
+    dist.barrier()
+    ray.train.report({})
+
+
+def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_path: Path) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from pipelines.training import rendezvous
+
+    with watched() as seen:
+        TorchTrainer(
+            _together,
+            scaling_config=ScalingConfig(num_workers=2),
+            torch_config=rendezvous.torch_config(use_gpu=False),
+            run_config=RunConfig(storage_path=str(tmp_path)),
+        ).fit()
+    whole = " ".join(each.process for each in seen)
+    for part in ("gcs_server", "raylet", "dashboard.py", "RayTrainWorker"):
+        assert part in whole, f"{part} was not looked at"
+    assert reachable(seen) == []
+
+
+def test_the_embedded_ray_asks_for_its_token(ray_session: Any) -> None:
+    """Other users of the machine can open its loopback ports."""
+    from ray._private.worker import get_dashboard_url
+
+    jobs = f"http://{get_dashboard_url()}/api/jobs/"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(jobs, timeout=30)
+    told = {"Authorization": "Bearer " + loopback._own_token()}
+    with urllib.request.urlopen(urllib.request.Request(jobs, headers=told), timeout=30) as answer:
+        assert answer.status == 200
+
+    knocking = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+    for theirs in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        refused = subprocess.run(
+            [sys.executable, "-c", knocking, ray_session.get_runtime_context().gcs_address],
+            env={**os.environ, **theirs},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert refused.returncode != 0
+        assert "Authentication token is missing or incorrect" in refused.stderr
+
+
+def test_the_token_is_not_left_lying_about(ray_session: Any) -> None:
+    token = loopback._own_token().encode()
+    session = Path(ray_session._private.worker._global_node.get_session_dir_path())
+    files = [path for path in session.rglob("*") if path.is_file()]
+    assert files
+    assert [path for path in files if token in path.read_bytes()] == []
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ, "a cluster may follow"
+
+
+def test_a_ray_that_listens_elsewhere_is_ended(
+    ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere:
+        """What ``require`` asks of Ray, on a version whose address is chosen in another way."""
+
+        __version__ = "9"
+        ended = False
+        util = type("util", (), {"get_node_ip_address": staticmethod(lambda: "192.0.2.1")})
+
+        @classmethod
+        def shutdown(cls) -> None:
+            cls.ended = True
+
+    loopback.require(ray_session)
+    with pytest.raises(RuntimeError, match=r"Ray 9 listens on 192\.0\.2\.1 instead of 127"):
+        loopback.require(Elsewhere)
+    assert Elsewhere.ended
+
+
+def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> None:
+    store.setup(experiment="shown")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("http://127.0.0.1:")
+        sockets = listening(process.pid)
+        assert len(sockets) >= 1
+        assert reachable(sockets) == []
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        process.stdout.close()
+
+
+def test_on_a_cluster_the_mode_is_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    cluster.prepare_environment()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    cluster.prepare_environment()
+    assert os.environ["RAY_AUTH_MODE"] == "token"
