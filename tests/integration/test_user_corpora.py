@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import evaluate, finetune, prepare
+from pipelines import evaluate, finetune, predict, prepare
 from pipelines.corpora import place_corpus
+from pipelines.corpora.tnews import LABELS
 from pipelines.shards import Corpus, open_corpus
 from skillnet_platform.errors import UserError
 from tests import user_corpora
@@ -122,6 +123,13 @@ def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
     figures = output.read_text(encoding="utf-8")
     for task in TASK.values():
         assert task in figures
+    test, told = place.given / "tnews" / "test.json", run_root / "tnews_predict.json"
+    words = ["--model", "five", "--data", str(place.data), "--task", "text_classification"]
+    words += ["--input", str(test), "--output", str(told), "--format", "clue"]
+    assert predict.main(words) == 0
+    lines = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines()]
+    assert [line["id"] for line in lines] == list(range(15))
+    assert all(LABELS[line["label"]] == line["label_desc"] for line in lines)
 
 
 def test_too_many_missing_clips_stop_with_a_summary(place: Place, tmp_path: Path) -> None:
