@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,10 +158,10 @@ def _clean_up(folder: str) -> None:
 
 
 def _free() -> int | None:
-    """Bytes free where runs are kept; an object store has no end, its cache is below /tmp."""
+    """Bytes free where runs are kept; an object store has no end, its cache is in the temporary folder."""
     home = os.environ.get(storage.HOME_VARIABLE, "")
     if "://" in home:
-        return shutil.disk_usage("/tmp").free
+        return shutil.disk_usage(tempfile.gettempdir()).free
     return storage.free_bytes(storage.run_root())
 
 

@@ -21,8 +21,8 @@ from skillnet_platform.errors import UserError
 
 ADMIN = "admin"
 AUTH_CONFIG = "auth.ini"
-PASSWORD = "admin-password"
-SECRET = "session-key"
+PASSWORD = "admin-password"  # noqa: S105 - a file's name
+SECRET = "session-key"  # noqa: S105 - a file's name
 AUTHORIZATION = "mlflow.server.auth:authenticate_request_basic_auth"
 
 
