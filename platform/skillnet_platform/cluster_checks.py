@@ -7,8 +7,8 @@ import math
 import os
 import secrets
 import shutil
-import tempfile
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,7 @@ def _clean_up(folder: str) -> None:
 
 
 def _free() -> int | None:
-    """Bytes free where runs are kept; an object store has no end, its cache is in the temporary folder."""
+    """Bytes free where runs are kept; an object store has no end: of its cache."""
     home = os.environ.get(storage.HOME_VARIABLE, "")
     if "://" in home:
         return shutil.disk_usage(tempfile.gettempdir()).free
