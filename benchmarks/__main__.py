@@ -6,7 +6,16 @@ import os
 import sys
 from pathlib import Path
 
-NAMES = ("training_step", "matrix_rate", "stream", "two_workers", "moe", "sweep_overhead")
+NAMES = (
+    "training_step",
+    "matrix_rate",
+    "stream",
+    "two_workers",
+    "moe",
+    "sweep_overhead",
+    "prepare_speed",
+    "reading",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,13 +74,17 @@ def one(folder: Path, kind: str, shard_rows: int, cpus: int) -> dict[str, Any]:
     """Prepare a corpus in this process and say what it took."""
     from pipelines.corpora.folder import Folder
     from pipelines.prepare import prepare
-    from skillnet_platform.cluster import ensure_ray
+    from skillnet_platform.cluster import OBJECT_STORE_BYTES, prepare_environment
 
     corpus = Folder(str(folder), Folder.Options(validation=0.0, test=0.0, **SIZES[kind]))
     corpus.shard_rows = shard_rows  # type: ignore[misc]  # small: a tenth of the rows is many
     peaks = Peaks()
     with tempfile.TemporaryDirectory(dir=folder.parent) as data:
-        ensure_ray(cpus)
+        prepare_environment()
+        import ray
+
+        # Without the dashboard, whose memory is of no interest here.
+        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
         peaks.start()
         begin = time.monotonic()
         done = prepare([], Path(data), Path(data), cpus, 0.0, [corpus])["folder"]
