@@ -4,10 +4,12 @@ Shards are memory-mapped: a column is a view of the file, and taking rows copies
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.encoded import ENCODING, JPEG, decode
 from skillnet_platform.errors import UserError
 
 
@@ -36,6 +38,30 @@ class Fixed:
         for index, mine, local in _by_chunk(rows, self._starts):
             out[mine] = self._chunks[index][local]
         return out
+
+
+class Encoded(Fixed):
+    """A column of pictures or clips kept as JPEG; taking rows decodes them.
+
+    Args:
+        column: the Arrow column, of binary.
+        shape: shape of a row, from the field's metadata.
+        where: names it in messages.
+    """
+
+    def __init__(self, column: pa.ChunkedArray, shape: Sequence[int], where: str) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._cells, self._starts = chunks, _starts(chunks)
+        self._shape, self._where = tuple(shape), where
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), *shape) decoded pixels of the named rows."""
+        cells: list[Any] = [None] * len(rows)
+        for index, mine, local in _by_chunk(rows, self._starts):
+            places = range(len(rows)) if isinstance(mine, slice) else mine
+            for place, row in zip(places, local, strict=True):
+                cells[place] = self._cells[index][int(row)]
+        return decode(cells, self._shape, self._where)
 
 
 class Ragged:
@@ -161,6 +187,8 @@ def open_column(table: pa.Table, name: str, where: str) -> Column:
     if column.null_count:
         raise UserError(f"{where}: column {name!r} has {column.null_count} empty cells")
     kind = field.type
+    if (field.metadata or {}).get(ENCODING) == JPEG:
+        return Encoded(column, _shape(field), f"{where}: column {name!r}")
     if _is_list(kind):
         return Nested(column) if _is_list(kind.value_type) else Ragged(column)
     if pa.types.is_fixed_size_list(kind):

@@ -33,13 +33,17 @@ class Seen:
 
     def add(self, key: str) -> bool:
         """Add a key; False if it came before."""
-        digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        digest = _digest(key)
         if digest in self._recent or self._is_filed(digest):
             return False
         self._recent.add(digest)
         if len(self._recent) >= self._in_memory:
             self._file()
         return True
+
+    def __contains__(self, key: str) -> bool:
+        digest = _digest(key)
+        return digest in self._recent or self._is_filed(digest)
 
     def _is_filed(self, digest: bytes) -> bool:
         if self._table is None:
@@ -61,3 +65,7 @@ class Seen:
         self._table.executemany("INSERT INTO seen VALUES (?)", rows)
         self._table.execute("COMMIT")
         self._recent.clear()
+
+
+def _digest(key: str) -> bytes:
+    return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()

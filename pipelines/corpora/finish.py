@@ -7,12 +7,13 @@ place, with a reason.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.corpora.base import shaped
+from pipelines.encoded import Storage, encode, encoded_field, is_encoded
 from pipelines.guard import read_each
 from pipelines.media import MEDIA, Unreadable, read_media
 from pipelines.transforms import code, image, sound, text, video
@@ -90,10 +91,12 @@ class ImageOptions:
     Args:
         size: pixels per side; the field's usual is 224. Set model.image_size to the same.
         fit: "crop" takes the middle square, as is usual; "pad" shows all of it on white.
+        storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
     """
 
     size: int = image.SIZE
     fit: Literal["crop", "pad"] = "crop"
+    storage: Storage = "auto"
 
 
 @dataclass
@@ -103,10 +106,12 @@ class VideoOptions:
     Args:
         frames: frames of a clip; the field's usual is 8 to 32. Set model.video_frames alike.
         video_size: pixels per side of a frame; set model.video_size alike.
+        storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
     """
 
     frames: int = video.FRAMES
     video_size: int = video.SIZE
+    storage: Storage = "auto"
 
 
 @dataclass
@@ -153,10 +158,8 @@ def finished_columns(modality: str, has: Sequence[str], options: Any) -> pa.Sche
             ("log_mel", pa.list_(pa.list_(pa.float32(), sound.MELS))),
             ("frames", pa.int32()),
         ],
-        "image": lambda: [shaped("pixels", pa.uint8(), (options.size, options.size, 3))],
-        "video": lambda: [
-            shaped("frames", pa.uint8(), (options.frames, *[options.video_size] * 2, 1))
-        ],
+        "image": lambda: [_pixels("pixels", _picture(options), options.storage)],
+        "video": lambda: [_pixels("frames", _clip(options), options.storage)],
     }[modality]()
     if "transcripts" in has:
         fields += [("symbols", tokens), ("text", pa.string())]
@@ -169,10 +172,10 @@ def finished_columns(modality: str, has: Sequence[str], options: Any) -> pa.Sche
 
 def bytes_of_row(modality: str, options: Any) -> int:
     """Roughly what a finished row takes: decides how many go into a shard."""
-    if modality == "image":
-        return int(options.size**2 * 3)
-    if modality == "video":
-        return int(options.frames * options.video_size**2)
+    if modality in ("image", "video"):
+        shape = _picture(options) if modality == "image" else _clip(options)
+        raw = int(np.prod(shape))
+        return raw // 6 if is_encoded(shape, options.storage) else raw
     return 5 * FRAME_RATE * sound.MELS * 4 if modality == "sound" else 1024
 
 
@@ -235,48 +238,74 @@ def finish_sound(block: pa.Table, options: SoundOptions, max_bytes: int) -> Fini
 
 def finish_image(block: pa.Table, options: ImageOptions, max_bytes: int) -> Finished:
     """Pixels of pictures."""
-    size = options.size
 
     def decode(data: bytes, row: int) -> np.ndarray:
-        return image.load_pixels(data, size, options.fit)
+        return image.load_pixels(data, options.size, options.fit)
 
-    return _fixed(block, "pixels", (size, size, 3), decode, max_bytes)
+    return _stored(block, "pixels", _picture(options), options.storage, decode, max_bytes)
 
 
 def finish_video(block: pa.Table, options: VideoOptions, max_bytes: int) -> Finished:
     """Frames of clips."""
-    count, size = options.frames, options.video_size
 
     def decode(data: bytes, row: int) -> np.ndarray:
-        return video.load_clip(data, count, size)
+        return video.load_clip(data, options.frames, options.video_size)
 
-    return _fixed(block, "frames", (count, size, size, 1), decode, max_bytes)
+    return _stored(block, "frames", _clip(options), options.storage, decode, max_bytes)
+
+
+def _picture(options: ImageOptions) -> tuple[int, ...]:
+    return options.size, options.size, 3
+
+
+def _clip(options: VideoOptions) -> tuple[int, ...]:
+    return options.frames, options.video_size, options.video_size, 1
+
+
+def _pixels(name: str, shape: tuple[int, ...], storage: Storage) -> pa.Field:
+    if is_encoded(shape, storage):
+        return encoded_field(name, shape)
+    return shaped(name, pa.uint8(), shape)
 
 
 #: A file's bytes, and the number of its row in the block.
 Decode = Callable[[bytes, int], np.ndarray]
+Result = TypeVar("Result")
 
 
-def _fixed(
-    block: pa.Table, name: str, shape: tuple[int, ...], decode: Decode, max_bytes: int
+def _stored(
+    block: pa.Table,
+    name: str,
+    shape: tuple[int, ...],
+    storage: Storage,
+    decode: Decode,
+    max_bytes: int,
 ) -> Finished:
+    """A column of pixels, raw or encoded row by row, and why a row has none."""
+    rejected: list[str | None] = []
+    if is_encoded(shape, storage):
+        cells: list[bytes] = []
+        decoded = _decoded(block, lambda data, row: encode(decode(data, row)), max_bytes)
+        for value, reason in decoded:
+            cells.append(value or b"")
+            rejected.append(reason)
+        return {name: pa.array(cells, pa.binary()), "rejected": pa.array(rejected, pa.string())}
     width = int(np.prod(shape))
     made = np.zeros((block.num_rows, width), np.uint8)
-    rejected: list[str | None] = []
-    for place, (value, reason) in enumerate(_decoded(block, decode, max_bytes)):
-        if value is not None:
-            made[place] = value.reshape(-1)
+    for place, (pixels, reason) in enumerate(_decoded(block, decode, max_bytes)):
+        if pixels is not None:
+            made[place] = pixels.reshape(-1)
         rejected.append(reason)
     column = pa.FixedSizeListArray.from_arrays(pa.array(made.reshape(-1)), width)
     return {name: column, "rejected": pa.array(rejected, pa.string())}
 
 
 def _decoded(
-    block: pa.Table, decode: Decode, max_bytes: int
-) -> Iterator[tuple[np.ndarray | None, str | None]]:
-    """(Array, None) or (None, reason) of each row; one file is in memory at a time."""
+    block: pa.Table, decode: Callable[[bytes, int], Result], max_bytes: int
+) -> Iterator[tuple[Result | None, str | None]]:
+    """(Result, None) or (None, reason) of each row; one file is in memory at a time."""
 
-    def read(found: tuple[int, bytes | Unreadable]) -> np.ndarray:
+    def read(found: tuple[int, bytes | Unreadable]) -> Result:
         row, data = found
         if isinstance(data, Unreadable):
             raise ValueError(data.reason)

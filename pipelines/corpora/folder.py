@@ -17,6 +17,7 @@ from pipelines.corpora.placed import bad, key_of
 from pipelines.corpora.records import Broken, records
 from pipelines.media import MediaRef
 from pipelines.places import Place
+from pipelines.seen import Seen
 from skillnet_platform.errors import UserError
 
 NAMES = tuple(
@@ -88,20 +89,20 @@ class Folder(FieldedCorpus):
             return
         for split, file in self.files:
             folder = file.rpartition("/")[0]
-            named: set[str] = set()
-            for where, record in records(self.place, file):
-                key = key_of(f"{file or self.place.name}:{where}")
-                try:
-                    row = self._row(key, split, folder, record, named)
-                    row.setdefault("file", file or self.place.name)
-                    yield row | {"row": int(where)}
-                except ValueError as problem:
-                    yield bad(key, str(problem), file or self.place.name, where)
-            if self.file_field is not None and not self.place.is_file:
-                yield from self._unnamed(folder, named)
+            with Seen() as named:
+                for where, record in records(self.place, file):
+                    key = key_of(f"{file or self.place.name}:{where}")
+                    try:
+                        row = self._row(key, split, folder, record, named)
+                        row.setdefault("file", file or self.place.name)
+                        yield row | {"row": int(where)}
+                    except ValueError as problem:
+                        yield bad(key, str(problem), file or self.place.name, where)
+                if self.file_field is not None and not self.place.is_file:
+                    yield from self._unnamed(folder, named)
 
     def _row(
-        self, key: str, split: str | None, folder: str, record: Row | Broken, named: set[str]
+        self, key: str, split: str | None, folder: str, record: Row | Broken, named: Seen
     ) -> Row:
         if isinstance(record, Broken):
             raise ValueError(record.reason)
@@ -119,7 +120,7 @@ class Folder(FieldedCorpus):
             raise ValueError("the media file is missing")
         return row
 
-    def _unnamed(self, folder: str, named: set[str]) -> Iterator[Rejected]:
+    def _unnamed(self, folder: str, named: Seen) -> Iterator[Rejected]:
         """Media files below a metadata file that it does not name."""
         others = {file.rpartition("/")[0] for _, file in self.files} - {folder}
         for entry in self.home.walk(folder if not self.options.media else ""):
