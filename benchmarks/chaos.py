@@ -1,6 +1,7 @@
 """Chaos: faults, victims and steps drawn by seed, in small real runs of two workers.
 
-    python -m benchmarks.chaos --runs 54 --seed 0
+    python -m benchmarks.chaos --runs 45 --seed 0 --launcher ranks
+    python -m benchmarks.chaos --runs 13 --seed 0
 
 Each run trains the same few steps on prepared corpora, is disturbed once, goes on by itself or by
 the same command, and its last checkpoint, optimiser state included, is compared with that of an
@@ -47,8 +48,10 @@ FAULTS = (
     "driver asked to leave",
     "raylet killed",
 )
+#: Those that Ray has a part in; without Ray the others are left.
+OF_RAY = ("controller killed", "driver killed", "driver asked to leave", "raylet killed")
 ALONE = ("tracker killed", "driver killed", "driver asked to leave", "raylet killed")
-DISK = "64m"
+DISK = "200m"
 INSIDE = "SKILLNET_CHAOS_INSIDE"
 
 
@@ -58,6 +61,7 @@ class Row:
 
     Args:
         date, machine, load: when, where, and how busy it was.
+        launcher: what started the workers: ``ray``, or ``ranks`` (:mod:`benchmarks.ranks`).
         seed, run: which; they decide all that follows.
         fault: what happened.
         victim: to whom.
@@ -76,6 +80,7 @@ class Row:
     date: str
     machine: str
     load: float
+    launcher: str
     seed: int
     run: int
     fault: str
@@ -91,7 +96,7 @@ class Row:
     equal_weights: bool = False
 
 
-def drawn(seed: int, run: int, kinds: tuple[str, ...]) -> tuple[Row, dict[str, Any]]:
+def drawn(launcher: str, seed: int, run: int, kinds: tuple[str, ...]) -> tuple[Row, dict[str, Any]]:
     """What happens in a run, and the fault to order; each round of runs has every kind once."""
     turn, place = divmod(run, len(kinds))
     order = sorted(kinds, key=lambda kind: random.Random(f"{seed}/{turn}/{kind}").random())
@@ -125,6 +130,7 @@ def drawn(seed: int, run: int, kinds: tuple[str, ...]) -> tuple[Row, dict[str, A
         datetime.date.today().isoformat(),
         machine(),
         round(os.getloadavg()[0], 1),
+        launcher,
         seed,
         run,
         kind,
@@ -140,10 +146,11 @@ class Lane:
     Args:
         folder: of the runs.
         data: prepared corpora; copied, since a bit of a shard is turned over.
+        launcher: of the workers.
     """
 
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, data: Path, launcher: str) -> None:
+        self.folder, self._launcher = folder, launcher
         self.data = folder / "corpora"
         for name in ("headings", "drawings"):
             shutil.copytree(data / name, self.data / name, dirs_exist_ok=True)
@@ -168,11 +175,11 @@ class Lane:
             run_dir=str(self.folder),
             data=str(self.data),
             model=SkillNetConfig(
-                dim=64, depth=3, heads=2, hidden=128, embedding_dim=32, vocab_size=12000
+                dim=32, depth=3, heads=2, hidden=128, embedding_dim=32, vocab_size=12000
             ),
             tasks={
-                "text_classification": TaskTraining("headings", weight=1.0, batch=64),
-                "text_to_image": TaskTraining("drawings", weight=1.0, batch=48),
+                "text_classification": TaskTraining("headings", weight=1.0, batch=12),
+                "text_to_image": TaskTraining("drawings", weight=1.0, batch=8),
             },
             training=TrainingConfig(
                 steps=STEPS,
@@ -196,13 +203,13 @@ class Lane:
     def disturb(self, row: Row, fault: dict[str, Any]) -> Row:
         """Do one run and fill its row in."""
         expected = self.expected()
-        name = f"run-{row.seed}-{row.run}"
+        name = f"{row.launcher}-{row.seed}-{row.run}"
         run = self.folder / name
         config = self.config(name)
         exits: list[int] = []
         with contextlib.ExitStack() as stack:
             if row.fault == "tracker killed":
-                stack.enter_context(self.server.running())
+                self.server.start()
                 config = self.config(name, self.server.uri)
                 fault["victim"] = f"-{self.server.pid}"
             if row.fault == "disk full":
@@ -235,7 +242,7 @@ class Lane:
         from skillnet_platform import cli
         from skillnet_platform import config as configuration
 
-        if not alone:
+        if not alone or self._launcher == "ranks":
             return cli.run_command(lambda _: self._finetune(config), [])
         path = self.folder / f"{config.name}.yaml"
         absent = [name for name in FinetuneConfig().tasks if name not in config.tasks]
@@ -249,9 +256,16 @@ class Lane:
 
     def _finetune(self, config: Any) -> int:
         from pipelines.finetune import finetune
-        from skillnet_platform import cluster
 
-        cluster.ensure_ray(cpus=2)
+        if self._launcher == "ranks":
+            from benchmarks.ranks import fit_on_ranks
+            from pipelines.training import worker
+
+            worker.fit_on_ray = fit_on_ranks
+        else:
+            from skillnet_platform import cluster
+
+            cluster.ensure_ray(cpus=2)
         finetune(config)
         return 0
 
@@ -361,6 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--folder", type=Path, help="of the runs (default: in the run root)")
+    parser.add_argument("--launcher", choices=("ray", "ranks"), default="ray", help="of workers")
     parser.add_argument("--only", choices=FAULTS, help="only this fault")
     parser.add_argument("--output", type=Path, help="the CSV")
     options = parser.parse_args(argv)
@@ -377,15 +392,19 @@ def main(argv: list[str] | None = None) -> int:
 
     from skillnet_platform import console, storage
 
-    kinds = tuple(kind for kind in FAULTS if root or kind != "disk full")
+    absent = (() if root else ("disk full",)) + (OF_RAY if options.launcher == "ranks" else ())
+    kinds = tuple(kind for kind in FAULTS if kind not in absent)
     output = options.output or RESULTS / f"{datetime.date.today().isoformat()}-chaos.csv"
-    done = {(int(row["seed"]), int(row["run"])) for row in read(output)}
+    done = {(row["launcher"], int(row["seed"]), int(row["run"])) for row in read(output)}
     folder = options.folder or storage.run_root() / f"chaos-{time.strftime('%Y%m%d-%H%M%S')}"
-    lane = Lane(folder, options.data or storage.data_root())
+    lane = Lane(folder, options.data or storage.data_root(), options.launcher)
     bad = 0
     for number in range(options.runs):
-        row, fault = drawn(options.seed, number, kinds)
-        if (options.seed, number) in done or options.only not in (None, row.fault):
+        row, fault = drawn(options.launcher, options.seed, number, kinds)
+        if (options.launcher, options.seed, number) in done or options.only not in (
+            None,
+            row.fault,
+        ):
             continue
         began = time.monotonic()
         row = lane.disturb(row, fault)
@@ -398,6 +417,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row.doubled_metrics} twice, {row.recovery_seconds} s, "
             f"{'equal' if row.equal_weights else 'NOT EQUAL'}; {took:.0f} s in all"
         )
+    lane.server.stop()
     shutil.rmtree(folder, ignore_errors=True)
     return int(bad > 0)
 

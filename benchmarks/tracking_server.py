@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from skillnet_platform import store, ui
@@ -69,12 +68,3 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Running for the length of a block, if nobody kills it."""
-        self.start()
-        try:
-            yield
-        finally:
-            self.stop()

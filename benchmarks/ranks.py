@@ -1,0 +1,103 @@
+"""Two workers without Ray: forked in milliseconds, joined by gloo, started again as Ray does it.
+
+For the many runs of the chaos lane: driver, workers, checkpoints and records are the real ones, and
+only what starts the workers is replaced. What Ray itself does is tried in fewer runs, and slower.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipelines.training import faults, notice
+from pipelines.training.settings import FinetuneConfig
+from pipelines.training.worker import work
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+
+#: Seconds for the others to end after one has; gloo tells them at once.
+PATIENCE_S = 20.0
+
+
+def fit_on_ranks(
+    config: FinetuneConfig,
+    run: Path,
+    tracked: tuple[str, str] | None,
+    on_evaluation: Any = None,
+    nested: Any = None,
+) -> None:
+    """What ``pipelines.training.worker.fit_on_ray`` does, with processes of this machine.
+
+    Raises:
+        UserError: a worker met a user's mistake, such as a full disk.
+        RuntimeError: workers died more often than ``training.max_failures``.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "mlflow.tracking"])
+    with notice.listening(run / notice.FILE), tempfile.TemporaryDirectory() as place:
+        for attempt in range(config.training.max_failures + 1):
+            words = Path(place) / f"words-{attempt}"
+            args = (config, run, tracked, f"{place}/store-{attempt}", words, faults.environment())
+            group = [
+                context.Process(target=_worker, args=(rank, *args))
+                for rank in range(config.training.workers)
+            ]
+            for process in group:
+                process.start()
+            codes = _ended(group)
+            if not any(codes):
+                return
+            if words.is_file():
+                raise UserError(words.read_text(encoding="utf-8"))
+            console.warn(f"workers ended with {codes}; starting them again")
+    raise RuntimeError(f"the workers died {config.training.max_failures + 1} times")
+
+
+def _ended(group: list[Any]) -> list[int]:
+    """Exit codes, once all have ended; the death of one is the end of all."""
+    multiprocessing.connection.wait([process.sentinel for process in group])
+    for process in group:
+        process.join(PATIENCE_S if not any(other.exitcode for other in group) else 1.0)
+    while any(process.is_alive() for process in group):
+        if any(process.exitcode for process in group):
+            for process in group:
+                process.kill()
+        for process in group:
+            process.join(1.0)
+    return [int(process.exitcode) for process in group]
+
+
+def _worker(
+    rank: int,
+    config: FinetuneConfig,
+    run: Path,
+    tracked: tuple[str, str] | None,
+    store: str,
+    words: Path,
+    environment: dict[str, str],
+) -> None:
+    os.environ.pop(faults.VARIABLE, None)
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", **environment}
+    world = config.training.workers
+    torch.set_num_threads(1)
+    notice.listen_in_worker()
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    try:
+        if rank:
+            work(config, run, rank, world, tracked)
+        else:
+            with notice.looking_for(run / notice.FILE):
+                work(config, run, rank, world, tracked)
+    except UserError as problem:
+        words.write_text(str(problem), encoding="utf-8")
+        os._exit(2)
+    except BaseException as problem:
+        console.warn(f"rank {rank}: {type(problem).__name__}: {problem}"[:200])
+        # Not in order: what is left of the group would wait for this rank.
+        os._exit(1)
+    dist.destroy_process_group()
