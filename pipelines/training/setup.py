@@ -17,6 +17,8 @@ from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
+from skillnet_platform.file_cache import GB, shared_cache
+from skillnet_platform.places import below, place
 
 #: Keys of ``training`` that decide where and how often, not what.
 RHYTHM = (
@@ -33,6 +35,9 @@ RHYTHM = (
     "max_failures",
 )
 
+#: Keys that came later, with what was done before: checkpoints from then are still of the same run.
+LATER = {"shuffle_gb": 4.0}
+
 
 def open_stream(config: FinetuneConfig) -> MixedStream:
     """The mixed stream over the corpora that the tasks name.
@@ -41,7 +46,7 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
         UserError: a corpus that is missing or does not fit its task.
     """
     corpora = open_corpora(config)
-    return MixedStream(
+    stream = MixedStream(
         corpora,
         config.trained,
         config.model,
@@ -49,14 +54,25 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
         config.training.augment,
         config.training.temperature,
         config.training.masking,
+        config.training.shuffle_gb * GB,
     )
+    needed, limit = stream.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
+    if needed > limit:
+        raise UserError(
+            f"storage.cache_gb: the shards that training uses at once may take "
+            f"{needed / GB:.2g} GB, and the cache holds {limit / GB:.2g} GB; set it to "
+            f"{needed / GB:.2g} or more, or training.shuffle_gb "
+            f"({config.training.shuffle_gb}) lower"
+        )
+    return stream
 
 
 def open_corpora(config: FinetuneConfig) -> dict[str, Corpus]:
     """Corpus name -> opened corpus, of all tasks; their vocabularies must fit the model's."""
-    folder = Path(config.data) if config.data else storage.data_root()
+    data = place(config.data, storage.data_root())
+    cache = shared_cache(config.storage.cache_gb)
     corpora = {
-        name: open_corpus(folder / name)
+        name: open_corpus(below(data, name), cache=cache)
         for name in sorted({settings.corpus for settings in config.tasks.values()})
     }
     for name, corpus in corpora.items():
@@ -104,6 +120,9 @@ def resume(
 def identity_of(config: FinetuneConfig) -> dict[str, Any]:
     """What decides the weights: the configuration without names, places and rhythm."""
     training = {k: v for k, v in asdict(config.training).items() if k not in RHYTHM}
+    for key, default in LATER.items():
+        if training.get(key) == default:
+            del training[key]
     return {
         "seed": config.seed,
         "init_from": digest_of(config.init_from),
