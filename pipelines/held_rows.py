@@ -89,12 +89,12 @@ class HeldRows:
             UserError: there is no such column, it has empty cells, or it does not hold numbers.
         """
         if name not in self._columns:
-            self._columns[name] = open_column(self._table(), name, self.where)
+            self._columns[name] = open_column(self.table(), name, self.where)
         return self._columns[name]
 
     def kind(self, name: str) -> pa.DataType:
         """What a column holds."""
-        return self._table().schema.field(name).type
+        return self.table().schema.field(name).type
 
     def local(self, rows: np.ndarray) -> np.ndarray:
         """(B,) numbers of these rows among those of the open shards, which must hold them."""
@@ -114,7 +114,8 @@ class HeldRows:
                 split, shard = self._shards[number]
                 split.files.prefetch([shard])
 
-    def _table(self) -> pa.Table:
+    def table(self) -> pa.Table:
+        """The rows of the open shards; of all, if none is open yet."""
         if not self._open:
             self.hold()
         if self._names is None:

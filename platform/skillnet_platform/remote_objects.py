@@ -221,6 +221,12 @@ def remove_file(uri: str) -> None:
 
 
 def info_of(uri: str) -> dict[str, Any] | None:
+    """What the store tells of an object, or none if there is none.
+
+    Raises:
+        UserError: the bucket is not there; see also :func:`remote_errors.steadily`.
+    """
+
     def ask() -> dict[str, Any] | None:
         system, path = _system(uri)
         system.invalidate_cache(path)
@@ -264,6 +270,7 @@ def _require_bucket(uri: str) -> None:
 
 
 def is_local(uri: str) -> bool:
+    """Whether a URI names a place on this machine's disk."""
     return urlsplit(uri).scheme in ("file", "local")
 
 

@@ -111,7 +111,7 @@ def test_sequences_of_a_batch_are_of_like_length(data: Path) -> None:
 
 def test_captions_of_a_row_are_all_used(stream: MixedStream) -> None:
     stream.rows["text_to_image"]._first_caption = 0.0
-    table = stream.rows["text_to_image"].held._table()
+    table = stream.rows["text_to_image"].held.table()
     captions = table.column("caption_tokens").to_pylist()
     row = next(index for index, found in enumerate(captions) if len(found) == 3)
     config = stream._augmentation
