@@ -1,5 +1,6 @@
 """Sending a run to its store from a thread, so that training never waits for the store."""
 
+import fcntl
 import shutil
 import threading
 import time
@@ -7,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipelines.mirror import Mirror, snapshot
+from pipelines.mirror import CHECKPOINTS, Mirror, mirror_of, snapshot
 from pipelines.training import checkpoints
+from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote import StoreUnavailable
@@ -44,21 +46,26 @@ class Uploads:
         with self._changed:
             overtaken, self._waiting = self._waiting, kept
             self._changed.notify_all()
-        if overtaken is not None and overtaken != kept:
-            shutil.rmtree(overtaken, ignore_errors=True)
+        if overtaken is not None:
+            _remove(overtaken)
 
     def close(self, patience: float) -> str | None:
-        """Wait for what is not yet sent; words on what is missing after that time, or none."""
+        """Wait while what is left goes out, and ``patience`` seconds while it does not.
+
+        Returns:
+            Words on what is missing after that, or none.
+        """
+        end = time.monotonic() + patience
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            self._changed.wait_for(self._is_idle, patience)
-            left = self._waiting
+            while not self._is_idle() and (self._problem is None or time.monotonic() < end):
+                self._changed.wait(0.2)
             if self._is_idle():
                 shutil.rmtree(self._outbox, ignore_errors=True)
                 return None
-        name = left.name if left else "a checkpoint"
-        return f"checkpoint {name} ({self._problem or 'on its way'})"
+            name = self._waiting.name if self._waiting else "a checkpoint"
+        return f"{name} ({self._problem})"
 
     def _is_idle(self) -> bool:
         return self._waiting is None and not self._busy
@@ -77,7 +84,7 @@ class Uploads:
                 if self._problem is not None:
                     console.note(f"{self._mirror.uri}: the store is back; {path.name} is there")
                 self._problem, pause = None, FIRST_PAUSE_S
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             except TROUBLE as problem:
                 if self._problem is None:
                     console.warn(
@@ -89,7 +96,7 @@ class Uploads:
                     if self._waiting is None:
                         self._waiting = path
                     else:
-                        shutil.rmtree(path, ignore_errors=True)
+                        _remove(path)
                     # A newer checkpoint is no reason to try again sooner.
                     self._busy = False
                 time.sleep(pause)
@@ -98,6 +105,42 @@ class Uploads:
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
+
+
+def _remove(snapshot: Path) -> None:
+    shutil.rmtree(snapshot.parent, ignore_errors=True)
+
+
+def bring(mirror: Mirror) -> None:
+    """Have the newest whole checkpoint of the store in the run's folder, unless a newer one is.
+
+    All workers of a machine may call it at once.
+
+    Raises:
+        UserError: the store refuses.
+    """
+    folder = mirror.run / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".bring.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        mine = checkpoints.newest(folder)
+        try:
+            mirror.newest(mine.step if mine else -1)
+        except StoreUnavailable as problem:
+            here = f"step {mine.step}" if mine else "nothing"
+            console.warn(f"{problem}. Going on from what is on this machine: {here}")
+
+
+def send_trained(mirror: Mirror, uploads: Uploads, patience: float, apart: bool) -> None:
+    """At the end of rank 0: see its checkpoints off, and send the driver the model if it is apart.
+
+    What does not get through is told by the driver, which tries again.
+    """
+    missing = uploads.close(patience if apart else 0)
+    if apart:
+        missing = send("the final model", mirror.put_trained, patience) or missing
+    if missing:
+        console.warn(f"{mirror.uri} lacks {missing}")
 
 
 def send(what: str, action: Callable[[], Any], patience: float) -> str | None:
@@ -119,12 +162,45 @@ def send(what: str, action: Callable[[], Any], patience: float) -> str | None:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def send_rest(mirror: Mirror, keep: int) -> None:
-    """Send the newest whole checkpoint of the run unless the store has it or a newer one.
+def deliver(mirror: Mirror, keep: int, patience: float) -> None:
+    """Send what the store lacks of a finished run.
+
+    Args:
+        mirror: of the run.
+        keep: whole checkpoints that stay in the store.
+        patience: seconds to wait for a store that cannot be used.
 
     Raises:
-        UserError, StoreUnavailable: see :func:`remote.put_directory`.
+        StoreUnavailable: names what is not there. Nothing is lost: it is all on this machine.
     """
-    mine = checkpoints.newest(mirror.run / "checkpoints")
-    if mine is not None:
-        mirror.put_checkpoint(mine.path, keep)
+    begin = time.monotonic()
+
+    def checkpoint() -> None:
+        mine = checkpoints.newest(mirror.run / CHECKPOINTS)
+        if mine is not None:
+            mirror.put_checkpoint(mine.path, keep)
+
+    missing = [send("its last checkpoint", checkpoint, patience)]
+    left = max(0.0, patience - (time.monotonic() - begin))
+    missing += [send("its results", mirror.put_results, left)]
+    if any(missing):
+        raise StoreUnavailable(
+            f"the run is finished and whole in {mirror.run}, but {mirror.uri} lacks "
+            f"{' and '.join(words for words in missing if words)}. Run the same command again to "
+            "send it"
+        )
+
+
+def fit_storage(config: FinetuneConfig, run: Path) -> dict[str, Any]:
+    """Where Ray Train keeps its own few files of a fit: the run's folder, or its mirror if
+    workers may run on machines that do not see that folder. They are removed after the fit."""
+    import ray
+
+    mirror = mirror_of(config, run)
+    if mirror is None or sum(node["Alive"] for node in ray.nodes()) < 2:
+        return {"storage_path": str(run / "ray")}
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    system, path = fsspec.url_to_fs(mirror.place("ray"))
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(system))}

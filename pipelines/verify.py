@@ -18,7 +18,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import Place, below, content, folder, place
+from skillnet_platform.places import Place, below, content, local_folder, place
 from skillnet_platform.storage import archive_root, data_root, sha256_file
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def verify(config: VerifyConfig) -> list[Check]:
             raise
         return [Check("model", "altered", str(problem))]
     data = place(config.data, data_root())
-    archives = folder(config.archives, archive_root(), "archives")
+    archives = local_folder(config.archives, archive_root(), "archives")
     checks = [_guarded("weights", lambda: _weights(source))]
     recorded: dict[str, str] = {}
     if source.bundle is not None:

@@ -1,10 +1,12 @@
 """What a run needs before its first step: corpora, stream, model, device, and where to go on."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipelines.shards import Corpus, open_corpus
 from pipelines.stream import MixedStream
@@ -99,13 +101,15 @@ def resume(
     model: TaskModel,
     optimizer: SkillAdamW,
     average: WeightAverage | None,
+    world: int = 1,
 ) -> int:
     """Take up the newest whole checkpoint of a run; the number of steps that it had done.
 
     Raises:
-        UserError: the checkpoint is of a run with another configuration.
+        UserError: the checkpoint is of a run with another configuration, or not all of ``world``
+            ranks see one.
     """
-    found = checkpoints.newest(run / "checkpoints")
+    found = agreed(run / "checkpoints", world)
     if found is None:
         return 0
     if found.state["config_digest"] != identity:
@@ -115,6 +119,35 @@ def resume(
         )
     checkpoints.load(found, model, optimizer, average)
     return found.step
+
+
+def agreed(folder: Path, world: int) -> checkpoints.Checkpoint | None:
+    """The newest whole checkpoint that all ranks can read; of each rank's own, on its own disk.
+
+    Raises:
+        UserError: some see checkpoints and others none.
+    """
+    found = checkpoints.newest(folder)
+    while world > 1:
+        steps: list[Any] = [None] * world
+        dist.all_gather_object(steps, found.step if found else None)
+        if len(set(steps)) == 1:
+            break
+        if None in steps:
+            seen = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(steps))
+            raise UserError(
+                f"{folder}: the workers see different checkpoints ({seen}). They are on machines "
+                "that share no disk: give --run_dir a folder that all of them see, or a URI such "
+                "as s3://bucket/runs. What is on one machine only was not sent to it in time; "
+                "start there to go on from it"
+            )
+        least = min(steps)
+        if found is not None and found.step > least:
+            # It will be made again, to the bit; beside newer ones it would be taken for old.
+            for name in [p.name for p in folder.glob("*") if checkpoints.step_of(p.name) > least]:
+                shutil.rmtree(folder / name, ignore_errors=True)
+            found = checkpoints.newest(folder)
+    return found
 
 
 def identity_of(config: FinetuneConfig) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from pipelines.mirror import mirror_of
 from pipelines.training.loop import Reporter, train
 from pipelines.training.progress import PROGRESS
 from pipelines.training.settings import FinetuneConfig
+from pipelines.uploads import Uploads, bring, fit_storage, send_trained
 from skillnet.growth import remove_task
 from skillnet.memory import KEEP_FREED_MEMORY
 from skillnet.task_model import TaskModel
@@ -55,6 +57,7 @@ class RunReporter(Reporter):
         run: folder of the run.
         tracker: of the run, or none.
         on_evaluation: told about each evaluation, or none.
+        uploads: sends checkpoints to a store, or none.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class RunReporter(Reporter):
         run: Path,
         tracker: Tracker | None,
         on_evaluation: OnEvaluation | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
+        self._uploads = uploads
         self._config, self._run, self._tracker = config, run, tracker
         self._on_evaluation = on_evaluation
         self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
@@ -102,6 +107,10 @@ class RunReporter(Reporter):
         if self._on_evaluation is not None:
             self._on_evaluation(rows, step)
 
+    def checkpoint(self, path: Path, step: int) -> None:
+        if self._uploads is not None:
+            self._uploads.checkpoint(path)
+
     def close(self) -> None:
         """Send what waits and close the file."""
         if self._tracker is not None:
@@ -130,6 +139,7 @@ def work(
     world: int = 1,
     tracked: tuple[str, str] | None = None,
     on_evaluation: OnEvaluation | None = None,
+    apart: bool = False,
 ) -> None:
     """Train as one of ``world`` workers; rank 0 leaves the model and a summary in the run.
 
@@ -140,12 +150,18 @@ def work(
         world: number of workers.
         tracked: MLflow run id and URI.
         on_evaluation: called after each evaluation: with its rows on rank 0, with none elsewhere.
+        apart: the driver does not see this worker's disk: rank 0 sends it the final model
+            through the run's mirror.
     """
+    mirror = mirror_of(config, run)
+    if mirror is not None:
+        bring(mirror)
     if rank:
         train(config, rank=rank, world=world, run=run, reporter=_Others(on_evaluation))
         return
     tracker = Tracker.by_id(*tracked) if tracked else None
-    reporter = RunReporter(config, run, tracker, on_evaluation)
+    uploads = Uploads(mirror, config.training.keep) if mirror is not None else None
+    reporter = RunReporter(config, run, tracker, on_evaluation, uploads)
     try:
         done = train(config, rank=rank, world=world, run=run, reporter=reporter)
         for name in config.tasks.keys() - config.measured.keys():
@@ -154,6 +170,8 @@ def work(
         write_json(run / TRAINED, done.summary() | {"world": world, "seed": config.seed})
     finally:
         reporter.close()
+    if mirror is not None and uploads is not None:
+        send_trained(mirror, uploads, config.storage.patience, apart)
 
 
 def ray_worker(settings: dict[str, Any]) -> None:
@@ -175,6 +193,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
         context.get_world_size(),
         (tracked[0], tracked[1]) if tracked else None,
         settings["on_evaluation"],
+        apart=settings["driver_node"] != ray.get_runtime_context().get_node_id(),
     )
 
 
@@ -205,6 +224,7 @@ def fit_on_ray(
     # It looks out for notices of cloud machines, and logs an error about itself.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with cluster.session(cpus=max(workers, cores or 1)):
+        import ray
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -217,6 +237,7 @@ def fit_on_ray(
                 "threads": threads,
                 "tracked": list(tracked) if tracked else None,
                 "on_evaluation": on_evaluation,
+                "driver_node": ray.get_runtime_context().get_node_id(),
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -227,7 +248,7 @@ def fit_on_ray(
             run_config=RunConfig(
                 # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
                 name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-                storage_path=str(run / "ray"),
+                **fit_storage(config, run),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
                 callbacks=nested.callbacks if nested else None,

@@ -47,7 +47,7 @@ def content(where: Place) -> bytes | None:
         return None
 
 
-def folder(given: str | Path | None, default: Path, key: str) -> Path:
+def local_folder(given: str | Path | None, default: Path, key: str) -> Path:
     """The folder on this machine that was given, or the default.
 
     Raises:
