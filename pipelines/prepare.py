@@ -8,11 +8,13 @@ from typing import Any
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import BUILT_IN, Corpus, find_corpus
 from pipelines.corpora.archives import check_archive
+from pipelines.prepared_store import staged
 from pipelines.shards import verify_corpus
 from skillnet_platform import cluster, config, console, storage
 from skillnet_platform.cli import command, users_mistake
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import local_folder, place
 
 #: Count it up when the engine (not one corpus) changes what is prepared.
 VERSION = 1
@@ -26,7 +28,7 @@ class PrepareConfig:
 
     Args:
         corpora: names of corpora; none means all built-in ones.
-        data: directory of the prepared corpora; by default ``corpora`` under the run root.
+        data: directory or URI of the prepared corpora; by default ``corpora`` under the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.
         cpus: CPUs of the embedded Ray; by default all. The result does not depend on it.
     """
@@ -49,12 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         example="skillnet prepare headings syllables",
     )
     start = time.monotonic()
-    done = prepare(
-        settings.corpora or list(BUILT_IN),
-        Path(settings.data) if settings.data else storage.data_root(),
-        Path(settings.archives) if settings.archives else storage.archive_root(),
-        settings.cpus,
-    )
+    with staged(place(settings.data, storage.data_root())) as data:
+        done = prepare(
+            settings.corpora or list(BUILT_IN),
+            data,
+            local_folder(settings.archives, storage.archive_root(), "archives"),
+            settings.cpus,
+        )
     seconds = time.monotonic() - start
     if console.json_wanted():
         console.emit_json({"seconds": round(seconds, 2), "corpora": done})

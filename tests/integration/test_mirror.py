@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,16 +28,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is away is noticed soon."""
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
     monkeypatch.setattr("pipelines.uploads.LONGEST_PAUSE_S", 1.0)
-    yield
 
 
 def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneConfig:
     config = small_config(data, **({"steps": 12, "checkpoint_every": 4, "keep": 2} | training))
-    return replace(config, name="a", run_dir=store.uri, storage=StorageConfig(patience=60.0))
+    tasks = {name: config.tasks[name] for name in ("text_classification", "text_to_image")}
+    model = replace(config.model, tasks={name: config.model.tasks[name] for name in tasks})
+    storage = StorageConfig(patience=60.0)
+    return replace(config, name="a", run_dir=store.uri, storage=storage, tasks=tasks, model=model)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -122,7 +123,7 @@ def test_an_empty_disk_goes_on_to_the_bit(
     )
     stop_at(monkeypatch, None)
     result = finetune.finetune(config)
-    assert result["resumed"] == 5
+    assert result["resumed"] == 8
     assert weights(Path(result["model"])) == expected
     assert remote.list_folders(place) == ["step-00000008", "step-00000012"]
 
