@@ -136,7 +136,9 @@ class Mirror:
                 "could not send it. Run the same command again"
             )
         for name in FOLDERS:
-            remote.get_directory(self.place(name), self.run / name, check=_check_model)
+            # A worker that was asked to leave has made no model.
+            if remote.is_committed(self.place(name)):
+                remote.get_directory(self.place(name), self.run / name, check=_check_model)
         for name in (*STATE[1:], RESULTS[0]):
             if remote.exists(self.place(name)):
                 remote.get_file(self.place(name), self.run / name)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from pipelines.shards import MANIFEST
@@ -61,7 +62,9 @@ def send_corpora(folder: Path, uri: str) -> None:
         size = storage.human_bytes(sum(path.stat().st_size for path in files))
         place = remote.join(uri, corpus.name)
         with console.progress(f"sending {corpus.name}", len(files) - 1, "files") as bar:
-            sent = remote.put_directory(
-                corpus, place, on_file=lambda name, _, bar=bar: bar.advance(1, name)
-            )
+            sent = remote.put_directory(corpus, place, on_file=partial(_advance, bar))
         console.note(f"{place}: {'sent' if sent else 'unchanged'}, {size}")
+
+
+def _advance(bar: console.Progress, name: str, _: int) -> None:
+    bar.advance(1, name)
