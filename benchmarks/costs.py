@@ -68,9 +68,10 @@ def _lengths(config: Any, task: str) -> dict[str, int]:
     """Mean length of the rows of a task's test split, by tower."""
     from pipelines.inference import mean_lengths, split_inputs
     from pipelines.shards import open_corpus
+    from skillnet_platform.places import below, place
 
     settings, spec = config.tasks[task], config.model.tasks[task]
-    corpus = open_corpus(Path(config.data) / settings.corpus)
+    corpus = open_corpus(below(place(config.data, Path()), settings.corpus))
     return mean_lengths(
         {
             tower: split_inputs(

@@ -10,7 +10,7 @@
 This is what the registry keeps of a model. It opens without the corpora and without a network.
 """
 
-import shutil
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from skillnet.skills import Task
 from skillnet_platform import __version__
 from skillnet_platform.config import digest
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import Place, below, content, place
 from skillnet_platform.storage import (
     read_json,
     run_root,
@@ -53,15 +54,17 @@ def build(source: Source, data: str | Path, target: Path) -> Path:
     corpora = {
         task: open_corpus(corpus_path(data, task, source.corpora)) for task in model.config.tasks
     }
-    words = tokenizer_of(corpora, Path(data))
+    words = tokenizer_of(corpora, place(data, Path()))
     specs = model.config.tasks
     for task, corpus in corpora.items():
         check_outputs(corpus, task, specs[task])
     names = {task: names_of(corpus, specs[task]) for task, corpus in corpora.items()}
-    predictor = Predictor(model, tokenizers.load(words), names, limits=source.limits)
     with staging(target) as folder:
         model.save_pretrained(folder / "model")
-        shutil.copyfile(words, folder / TOKENIZER)
+        (folder / TOKENIZER).write_bytes(words)
+        predictor = Predictor(
+            model, tokenizers.load(folder / TOKENIZER), names, limits=source.limits
+        )
         for task, corpus in corpora.items():
             if specs[task].objective == "retrieval":
                 captions = known_captions(corpus)
@@ -182,7 +185,7 @@ def known_captions(corpus: Corpus) -> list[str]:
     return list(found)
 
 
-def tokenizer_of(corpora: Mapping[str, Corpus], data: Path) -> Path:
+def tokenizer_of(corpora: Mapping[str, Corpus], data: Place) -> bytes:
     """The tokenizer file of some corpora, checked against their manifests.
 
     Raises:
@@ -193,14 +196,15 @@ def tokenizer_of(corpora: Mapping[str, Corpus], data: Path) -> Path:
         for name, corpus in corpora.items()
         if corpus.manifest.get("tokenizer")
     }
-    path = data / TOKENIZER
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run `skillnet prepare`")
-    found = sha256_file(path)
+    where = below(data, TOKENIZER)
+    found = content(where)
+    if found is None:
+        raise UserError(f"{where} is missing; run `skillnet prepare`")
+    sha256 = hashlib.sha256(found).hexdigest()
     for task, entry in entries.items():
-        if entry["sha256"] != found:
+        if entry["sha256"] != sha256:
             raise UserError(
-                f"{path} is not the tokenizer that {corpora[task].name} was prepared with; run "
+                f"{where} is not the tokenizer that {corpora[task].name} was prepared with; run "
                 "`skillnet prepare`"
             )
-    return path
+    return found

@@ -11,6 +11,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root, run_root
 
 
@@ -23,7 +24,7 @@ class EvaluateConfig:
             checkpoint, or a saved model; by default the champion.
         checkpoint: the folder of a checkpoint or saved model; the same as --model.
         run: a run's name, id or folder; the same as --model.
-        data: directory of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default corpora below the run root.
         tasks: which tasks; by default all that the model has.
         splits: which splits; by default every test set of each corpus.
         corpora: task -> corpus, where it is not the one of the training run.
@@ -99,7 +100,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     source = sources.find(config.source, config.tracking_uri)
     model = sources.load(source)
-    data = Path(config.data) if config.data else data_root()
+    data = place(config.data, data_root())
     corpora = source.corpora | config.corpora
     chosen = config.tasks or in_order(model.config.tasks)
     specs = {name: find_task(name, model.config.tasks) for name in chosen}

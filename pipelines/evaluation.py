@@ -39,6 +39,7 @@ from skillnet.metrics import (
 from skillnet.skills import Task, find_task
 from skillnet.task_model import TaskModel
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import Place, below, place
 
 Figures = dict[str, Interval]
 
@@ -322,13 +323,13 @@ def machine() -> str:
     return ", ".join(words)
 
 
-def corpus_path(data: str | Path, task: str, corpora: Mapping[str, str] | None = None) -> Path:
-    """Directory of a task's corpus: the one that ``corpora`` names, or the built-in one."""
+def corpus_path(data: str | Path, task: str, corpora: Mapping[str, str] | None = None) -> Place:
+    """Place of a task's corpus: the one that ``corpora`` names, or the built-in one."""
     known = default_tasks_training() | default_masked_training()
     names = {name: entry.corpus for name, entry in known.items()} | dict(corpora or {})
     if task not in names:
         raise UserError(f"no corpus is known for the task {task!r}; give --corpora.{task} NAME")
-    return Path(data) / names[task]
+    return below(place(data, Path()), names[task])
 
 
 def chosen_splits(corpus: Corpus, splits: Sequence[str] | None) -> list[str]:

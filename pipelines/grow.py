@@ -11,6 +11,7 @@ runs) and whose ``training.only`` names the new files, so it goes on after a kil
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from pipelines.growth.settings import GrowConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.storage import atomic_write, read_json, write_json
+from skillnet_platform.places import local_folder
+from skillnet_platform.storage import atomic_write, read_json, run_root, write_json
 
 if TYPE_CHECKING:
     from pipelines.growth.report import Growth
@@ -40,6 +42,9 @@ def grow(config: GrowConfig) -> dict[str, Any]:
     from pipelines import finetune, sources
     from pipelines.growth import proof, runs
 
+    config = replace(
+        config, run_dir=str(local_folder(config.run_dir, run_root(), "run_dir of grow"))
+    )
     source = sources.find(config.source, config.tracking.uri)
     before = runs.load(source)
     settings = finetune.resolved(runs.as_run(config, source, before))

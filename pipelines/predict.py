@@ -9,6 +9,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def predict(config: PredictConfig) -> "list[Prediction]":
 
     items = gather(config)
     source = sources.find(config.model, config.tracking_uri)
-    data = Path(config.data) if config.data else data_root()
+    data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     return predictor.predict(items, config.top)
 

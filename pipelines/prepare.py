@@ -11,11 +11,13 @@ from pipelines import lessons
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import BUILT_IN, Corpus, PlacedCorpus, find_corpus, place_corpus
 from pipelines.corpora.archives import check_archive
+from pipelines.prepared_store import staged
 from pipelines.shards import verify_corpus
 from skillnet_platform import cluster, config, console, storage
 from skillnet_platform.cli import command, users_mistake
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import local_folder, place
 
 #: Count it up when the engine (not one corpus) changes what is prepared.
 VERSION = 1
@@ -40,7 +42,7 @@ class PrepareConfig:
             a learnt one.
         vocabulary: tokens of a tokenizer that is learnt from your corpora.
         describe: say what a folder or URI holds, and prepare nothing.
-        data: directory of the prepared corpora; by default ``corpora`` under the run root.
+        data: directory or URI of the prepared corpora; by default ``corpora`` under the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.
         cpus: CPUs of the embedded Ray; by default all. The result does not depend on it.
         max_bad: share of a corpus' rows that may be bad, that is damaged, too large or
@@ -89,16 +91,17 @@ def main(argv: list[str] | None = None) -> int:
         place_corpus(name, place, settings.options.get(name))
         for name, place in settings.corpus.items()
     ]
-    done = prepare(
-        settings.corpora or ([] if placed else list(BUILT_IN)),
-        Path(settings.data) if settings.data else storage.data_root(),
-        Path(settings.archives) if settings.archives else storage.archive_root(),
-        settings.cpus,
-        settings.max_bad,
-        placed,
-        settings.tokenizer,
-        settings.vocabulary,
-    )
+    with staged(place(settings.data, storage.data_root())) as data:
+        done = prepare(
+            settings.corpora or ([] if placed else list(BUILT_IN)),
+            data,
+            local_folder(settings.archives, storage.archive_root(), "archives"),
+            settings.cpus,
+            settings.max_bad,
+            placed,
+            settings.tokenizer,
+            settings.vocabulary,
+        )
     seconds = time.monotonic() - start
     if console.json_wanted():
         console.emit_json({"seconds": round(seconds, 2), "corpora": done})

@@ -11,6 +11,7 @@ from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse
+from skillnet_platform.places import local_folder
 from skillnet_platform.storage import archive_root, data_root
 
 PRESET = "quickstart"
@@ -78,8 +79,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         UserError: whatever the stages raise; what was done before stays and is taken up again.
     """
     _warn_of_slow_arithmetic(config)
-    data = Path(config.data).absolute() if config.data else data_root()
-    archives = Path(config.archives).absolute() if config.archives else archive_root()
+    data = local_folder(config.data, data_root(), "data of quickstart")
+    archives = local_folder(config.archives, archive_root(), "archives")
     names = sorted({task.corpus for task in config.tasks.values()})
     stages = Stages(5 - len(set(config.skip)))
     # Each stage is imported when it starts: the first line appears at once.

@@ -34,7 +34,8 @@ from skillnet.task_model import TaskModel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from skillnet_platform.tracking import Tracker
+    from skillnet_platform.places import below, place
+from skillnet_platform.tracking import Tracker
 
 FOLDER = "reconstructions"
 ROWS = 4
@@ -89,7 +90,7 @@ def restorations(config: FinetuneConfig, model: TaskModel, task: str) -> Three:
         bins, frames), not a number where a recording has ended.
     """
     settings, masks = config.tasks[task], config.training.masking
-    corpus = open_corpus(Path(str(config.data)) / settings.corpus)
+    corpus = open_corpus(below(place(config.data, Path()), settings.corpus))
     split = "validation" if "validation" in corpus.splits else next(iter(corpus.splits))
     rows = _evenly(corpus, split)
     runner = Runner(model, config.training.precision)

@@ -39,7 +39,8 @@ from skillnet.config import SkillNetConfig
 from skillnet.metrics import Interval, identities
 from skillnet.skills import Task, find_task
 from skillnet_platform.config import digest
-from skillnet_platform.storage import read_json, write_json
+from skillnet_platform.places import place
+from skillnet_platform.storage import read_json, run_root, write_json
 
 #: Goes up whenever a method here changes, so that kept results are not taken for new ones.
 VERSION = 1
@@ -79,13 +80,16 @@ def references(
     """
     specs = dict(SkillNetConfig().tasks if tasks is None else tasks)
     opened = {name: open_corpus(corpus_path(data, name, corpora)) for name in specs}
+    where = place(data, Path())
+    # Beside corpora in a store there is no room for what can be computed again.
+    beside = where if isinstance(where, Path) else run_root() / "cache" / "references"
     rows: list[dict[str, Any]] = []
     for name, corpus in opened.items():
         spec = find_task(name, specs)
         check_outputs(corpus, name, spec)
         wanted = chosen_splits(corpus, splits)
         key = digest([VERSION, name, corpus.digest, spec.objective, wanted, seed, samples])
-        kept = Path(data) / f"references-{corpus.name}-{key[:12]}.json"
+        kept = beside / f"references-{corpus.name}-{key[:12]}.json"
         if keep and kept.is_file():
             rows += read_json(kept)
             continue

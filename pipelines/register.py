@@ -10,6 +10,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import place
 from skillnet_platform.storage import data_root, run_root, sha256_file
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class RegisterConfig:
     Args:
         source: a run's name, id or folder, a checkpoint, or a saved model.
         name: of the registered model.
-        data: directory of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default corpora below the run root.
         samples: resamplings of the intervals that the gate compares.
         force: make it champion whatever the gate says.
         description: added to the page of the version.
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         source = replace(source, settings={**source.settings, "tasks": {**tasks, **named}})
     made = register_model(
         source,
-        Path(config.data) if config.data else data_root(),
+        place(config.data, data_root()),
         name=config.name,
         uri=config.tracking_uri,
         samples=config.samples,

@@ -14,6 +14,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import digest, parse, positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root, run_root
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class SearchConfig:
         query: what to look for, in Chinese; several words are one query.
         task: text_to_image, text_to_video or text_to_code.
         model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
-        data: directory of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default corpora below the run root.
         splits: which splits to search; by default all but pretraining.
         top: how many results.
         html: the page to write; by default below searches in the run root.
@@ -109,7 +110,7 @@ def search(config: SearchConfig) -> Found:
     from skillnet.skills import find_task
 
     source = sources.find(config.model, config.tracking_uri)
-    data = Path(config.data) if config.data else data_root()
+    data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     tasks = predictor.model.config.tasks
     if find_task(config.task, tasks).objective != "retrieval":
@@ -229,16 +230,16 @@ def _splits(corpus: "Corpus", wanted: Sequence[str] | None) -> list[str]:
 def _hits(corpus: "Corpus", splits: Sequence[str], scores: np.ndarray, top: int) -> list[Hit]:
     ends = np.cumsum([corpus.splits[name].rows for name in splits])
     hits: list[Hit] = []
-    for place in np.argsort(-scores, kind="stable")[:top]:
-        number = int(np.searchsorted(ends, place, side="right"))
+    for rank in np.argsort(-scores, kind="stable")[:top]:
+        number = int(np.searchsorted(ends, rank, side="right"))
         name = splits[number]
-        row = int(place) - int(ends[number]) + corpus.splits[name].rows
+        row = int(rank) - int(ends[number]) + corpus.splits[name].rows
         split = corpus.splits[name]
         captions = split.column("captions")[row].as_py()
         key = split.column("key")[row].as_py()
         caption = captions[0] if captions else key
         hits.append(
-            Hit(len(hits) + 1, float(scores[place]), key, name, caption, list(captions), row)
+            Hit(len(hits) + 1, float(scores[rank]), key, name, caption, list(captions), row)
         )
     return hits
 

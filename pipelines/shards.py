@@ -18,9 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.shard_check import check_shards
+from pipelines.shard_files import Opened, ShardFiles, shard_files
 from skillnet_platform.config import digest as digest_of
 from skillnet_platform.errors import UserError
+from skillnet_platform.file_cache import FileCache
+from skillnet_platform.places import Place, below, place
 from skillnet_platform.storage import disk_guard, sha256_file
 
 FORMAT_VERSION = 1
@@ -93,7 +95,7 @@ class Split:
     """Some shards of a corpus, in order."""
 
     name: str
-    directory: Path
+    files: ShardFiles
     shards: tuple[dict[str, Any], ...]
 
     @property
@@ -101,13 +103,21 @@ class Split:
         """Number of rows."""
         return sum(shard["rows"] for shard in self.shards)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of its shards."""
+        return sum(shard["bytes"] for shard in self.shards)
+
     def table(self) -> pa.Table:
         """All rows, memory-mapped: nothing is copied, a chunk for each shard.
+
+        Of a corpus in a store all shards are downloaded first, and stay in the cache as long as
+        this split is in use.
 
         Raises:
             UserError: a shard is missing, was altered, or is not an Arrow file.
         """
-        return self._table
+        return pa.concat_tables([shard.table for shard in self._opened])
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of ``table()``.
@@ -115,24 +125,30 @@ class Split:
         Raises:
             UserError: there is no such column.
         """
-        if name not in self._table.column_names:
+        table = self.table()
+        if name not in table.column_names:
             raise UserError(
-                f"{self.directory}: split {self.name} has no column {name!r}; "
-                f"known: {', '.join(self._table.column_names)}"
+                f"{self.files.where}: split {self.name} has no column {name!r}; "
+                f"known: {', '.join(table.column_names)}"
             )
-        return self._table.column(name)
+        return table.column(name)
 
     @cached_property
-    def _table(self) -> pa.Table:
-        check_shards(self.directory, self.shards)
-        return pa.concat_tables([_open_shard(self.directory, shard) for shard in self.shards])
+    def schema(self) -> pa.Schema:
+        """The columns of its rows; opens one shard."""
+        return self.files.open(self.shards[0]).table.schema
+
+    @cached_property
+    def _opened(self) -> list[Opened]:
+        self.files.prefetch(self.shards)
+        return [self.files.open(shard) for shard in self.shards]
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A prepared corpus, opened."""
 
-    path: Path
+    path: Place
     manifest: dict[str, Any]
     splits: dict[str, Split] = field(default_factory=dict)
 
@@ -164,32 +180,36 @@ class Corpus:
     @property
     def schema(self) -> pa.Schema:
         """The columns of the training split (of the first one, without training)."""
-        split = self.splits.get("train") or next(iter(self.splits.values()))
-        return split.table().schema
+        return (self.splits.get("train") or next(iter(self.splits.values()))).schema
 
 
-def open_corpus(path: str | Path, verify: bool = False) -> Corpus:
+def open_corpus(path: str | Path, verify: bool = False, cache: FileCache | None = None) -> Corpus:
     """Open a prepared corpus.
 
+    One in a store is opened by its manifest alone; shards come through the cache when they are
+    read.
+
     Args:
-        path: its directory.
-        verify: hash every shard first.
+        path: its directory, or its URI in a store.
+        verify: hash every shard first, where it lies.
+        cache: for a corpus in a store; none takes the host's.
 
     Raises:
         UserError: there is no manifest, it has another version or was edited, or a shard is
             missing, has another size or (with ``verify``) another content.
+        StoreUnavailable: the store does not answer.
     """
-    directory = Path(path)
-    manifest = _read_manifest(directory)
-    for shard in _all_shards(manifest):
-        _check_size(directory, shard)
+    files = shard_files(place(path, Path()), cache)
+    manifest = _read_manifest(files)
+    shards = _all_shards(manifest)
+    files.check_sizes(shards)
     if verify:
-        _check_digests(directory, manifest)
+        files.check_digests(shards)
     splits = {
-        name: Split(name, directory, tuple(entry["shards"]))
+        name: Split(name, files, tuple(entry["shards"]))
         for name, entry in manifest["splits"].items()
     }
-    return Corpus(directory, manifest, splits)
+    return Corpus(files.where, manifest, splits)
 
 
 def verify_corpus(path: str | Path) -> dict[str, Any]:
@@ -201,63 +221,26 @@ def verify_corpus(path: str | Path) -> dict[str, Any]:
     return open_corpus(path, verify=True).manifest
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    again = f"Run `skillnet prepare {directory.name}`."
+def _read_manifest(files: ShardFiles) -> dict[str, Any]:
+    named = below(files.where, MANIFEST)
+    name = str(files.where).rsplit("/", 1)[-1]
+    again = files.again if files.remote else f"Run `skillnet prepare {name}`."
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(files.manifest(MANIFEST).decode("utf-8"))
     except FileNotFoundError:
-        state = "not a prepared corpus (no manifest.json)" if directory.is_dir() else "missing"
-        raise UserError(f"{directory}: {state}. {again}") from None
+        state = "not a prepared corpus (no manifest.json)" if files.is_there() else "missing"
+        raise UserError(f"{files.where}: {state}. {again}") from None
     except ValueError as problem:
-        raise UserError(f"{path}: not JSON ({problem}). Delete {directory}. {again}") from None
+        raise UserError(f"{named}: not JSON ({problem}). {files.again}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version}, this program reads {FORMAT_VERSION}. {again}"
+            f"{named}: format version {version}, this program reads {FORMAT_VERSION}. {again}"
         )
     if manifest_digest(manifest) != manifest.get("digest"):
-        raise UserError(f"{path}: changed after it was written. Delete {directory}. {again}")
+        raise UserError(f"{named}: changed after it was written. {files.again}")
     return manifest
 
 
 def _all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [shard for entry in manifest["splits"].values() for shard in entry["shards"]]
-
-
-def _check_size(directory: Path, shard: dict[str, Any]) -> None:
-    path = directory / shard["file"]
-    again = f"Delete {directory} and run `skillnet prepare {directory.name}`."
-    if not path.is_file():
-        raise UserError(f"{path}: this shard is missing. {again}")
-    size = path.stat().st_size
-    if size != shard["bytes"]:
-        raise UserError(
-            f"{path}: this shard was altered: {size} bytes, expected {shard['bytes']}. {again}"
-        )
-
-
-def _check_digests(directory: Path, manifest: dict[str, Any]) -> None:
-    for shard in _all_shards(manifest):
-        path = directory / shard["file"]
-        found = sha256_file(path)
-        if found != shard["sha256"]:
-            raise UserError(
-                f"{path}: this shard was altered: sha256 {found}, expected {shard['sha256']}. "
-                f"Delete {directory} and run `skillnet prepare {directory.name}`."
-            )
-
-
-def _open_shard(directory: Path, shard: dict[str, Any]) -> pa.Table:
-    path = directory / shard["file"]
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: this shard is missing. Run `skillnet prepare {directory.name}`."
-        ) from None
-    except pa.ArrowInvalid as problem:
-        raise UserError(
-            f"{path}: not a readable shard ({problem}). Delete {directory} and run "
-            f"`skillnet prepare {directory.name}`."
-        ) from None

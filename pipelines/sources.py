@@ -4,6 +4,7 @@ models:/skillnet@champion       a registered version (its folder holds a bundle)
 runs/2026-…/                    a run's folder: its final model, else its newest checkpoint
 runs/2026-…/checkpoints/step-…  a checkpoint
 some/folder                     what save_pretrained wrote, or a bundle
+s3://bucket/runs/2026-…         any of these in a store: copied to this machine first
 2026-…  or an MLflow run id     a run by its name below the run root, or by its id
 """
 
@@ -20,6 +21,7 @@ from skillnet.growth import remove_task
 from skillnet.task_model import TaskModel
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
+from skillnet_platform.remote_objects import is_uri
 from skillnet_platform.storage import read_json, run_root
 
 DEFAULT = "models:/skillnet@champion"
@@ -95,6 +97,10 @@ def find(given: str, uri: str | None = None) -> Source:
     """
     if given.startswith(("models:/", "runs:/")):
         return _registered(given, uri)
+    if is_uri(given):
+        from pipelines.mirror import fetch_model
+
+        return _folder(fetch_model(given), given)
     path = Path(given).expanduser()
     if path.is_dir():
         return _folder(path.absolute(), given)

@@ -19,6 +19,7 @@ from pipelines.augment import Draws
 from pipelines.task_rows import TaskRows
 from pipelines.training.mixture import RowOrder, Schedule, task_weights
 from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
+from pipelines.training.windows import WindowOrder
 from skillnet.config import SkillNetConfig
 from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
@@ -91,6 +92,8 @@ class MixedStream:
         augmentation: random changes; none for rows as they are.
         temperature: over the rows of tasks without a weight.
         masks: what masked tasks hide.
+        shuffle: bytes of shards up to which a task's rows are shuffled whole; beyond, in windows
+            of so many bytes.
 
     Raises:
         UserError: an unknown task, a corpus that is missing or of the wrong kind.
@@ -105,19 +108,18 @@ class MixedStream:
         augmentation: AugmentConfig | None = None,
         temperature: float = 2.0,
         masks: MaskConfig | None = None,
+        shuffle: float = float("inf"),
     ) -> None:
         if not tasks:
             raise UserError("no task to train: name at least one under tasks")
         self.seed, self.tasks, self._augmentation = seed, dict(tasks), augmentation
         self.rows: dict[str, TaskRows] = {}
-        self._orders: dict[str, RowOrder] = {}
+        self._orders: dict[str, RowOrder | WindowOrder] = {}
         for name, settings in tasks.items():
             task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
             rows = TaskRows(name, task, corpus, model, settings, masks)
             self.rows[name] = rows
-            self._orders[name] = RowOrder(
-                rows.count, settings.batch, rows.lengths(), (seed, "order", name)
-            )
+            self._orders[name] = _order(rows, settings.batch, (seed, "order", name), shuffle)
         self.weights = task_weights(
             {name: settings.weight for name, settings in tasks.items()},
             {name: rows.count for name, rows in self.rows.items()},
@@ -130,6 +132,19 @@ class MixedStream:
         task, occurrence = self._schedule.at(step)
         return StepPlan(task, occurrence, self._orders[task].batch(occurrence))
 
+    def bytes_in_use(self) -> int:
+        """Bytes of shards in a store that are needed on this machine at once, at most."""
+        sizes: dict[tuple[str, str], int] = {}
+        for name, rows in self.rows.items():
+            if rows.held.remote:
+                order = self._orders[name]
+                if isinstance(order, WindowOrder):
+                    sizes[rows.where, name] = order.largest()
+                else:
+                    # Tasks that read the same rows whole share the files.
+                    sizes[rows.where, ""] = sum(rows.held.bytes)
+        return sum(sizes.values())
+
     def counts(self, steps: int) -> dict[str, int]:
         """Steps that each task gets of the first ``steps``."""
         return self._schedule.counts(steps)
@@ -137,6 +152,11 @@ class MixedStream:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """A rank's part of the global batch of a step."""
         plan = self.plan(step)
+        order, held = self._orders[plan.task], self.rows[plan.task].held
+        if isinstance(order, WindowOrder):
+            held.hold(order.shards(plan.occurrence), order.ahead(plan.occurrence))
+        elif held.remote:
+            held.fetch()
         mine = rank_slice(len(plan.rows), rank, world)
         ghost = mine.stop == mine.start
         if ghost:
@@ -145,6 +165,19 @@ class MixedStream:
         rows = plan.rows[mine]
         towers, targets = self.rows[plan.task].load(rows, draws, self._augmentation)
         return Batch(plan.task, towers, targets, rows, len(plan.rows), ghost)
+
+
+def _order(
+    rows: TaskRows, batch: int, key: tuple[int | str, ...], shuffle: float
+) -> RowOrder | WindowOrder:
+    held = rows.held
+    if sum(held.bytes) > shuffle and len(held.bytes) > 1:
+        return WindowOrder(held.rows, held.bytes, batch, shuffle, key, rows.lengths)
+    if held.remote:
+        return RowOrder(rows.count, batch, rows.lengths, key)
+    # On a disk opening costs nothing, and what is missing is best found now.
+    held.hold()
+    return RowOrder(rows.count, batch, rows.lengths(), key)
 
 
 class Prefetcher:

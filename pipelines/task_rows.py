@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipelines import augment, masking
 from pipelines.augment import Draws
-from pipelines.collate import Column, Fixed, Nested, Ragged, open_column
+from pipelines.collate import Fixed, Nested, Ragged
+from pipelines.held_rows import HeldRows
 from pipelines.sound_units import SoundUnits, units_of
 from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
 from skillnet.config import SkillNetConfig
@@ -54,14 +54,6 @@ def splits_of(corpus: "Corpus", named: str) -> tuple[str, ...]:
     return (named,)
 
 
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    """The rows of several splits and the columns that they all have; nothing is copied."""
-    if len(tables) == 1:
-        return tables[0]
-    shared = [n for n in tables[0].column_names if all(n in t.column_names for t in tables)]
-    return pa.concat_tables([table.select(shared) for table in tables])
-
-
 class TaskRows:
     """Rows of one task's split as batches: columns, towers and targets.
 
@@ -92,8 +84,7 @@ class TaskRows:
         self.count = sum(corpus.splits[split].rows for split in splits)
         if not self.count:
             raise UserError(f"{self.where} has no rows; prepare the corpus again")
-        self._columns: dict[str, Column] = {}
-        self._table = _joined([corpus.splits[split].table() for split in splits])
+        self.held = HeldRows([corpus.splits[split] for split in splits], self.where)
         own = "candidate" if task.objective == "retrieval" else "input"
         self.plan: SkillPlan = task.towers[own]
         self.own = own
@@ -125,6 +116,9 @@ class TaskRows:
 
     def _refuse_cropping(self, corpus: "Corpus") -> None:
         """A transcript asks for all of its recording: raise UserError where the end is cut off."""
+        if 100 * float(corpus.manifest["preprocessing"]["max_seconds"]) <= self.limit:
+            return  # none is longer: nothing has to be read for it
+        self.held.hold()
         longest = int(self._ragged("log_mel").lengths().max())
         if longest > self.limit:
             raise UserError(
@@ -140,12 +134,17 @@ class TaskRows:
             return None
         return units_of(corpus, splits_of(corpus, PRETRAINING), self._model.mel_stack, count)
 
-    def lengths(self) -> np.ndarray | None:
-        """(rows,) length of each row's sequence, or none for pictures and clips."""
+    def lengths(self, rows: np.ndarray | None = None) -> np.ndarray | None:
+        """(rows,) length of the sequence of each of these rows, or of all; none for pictures and
+        clips. Opens the shards that it needs."""
         column = {"text": "tokens", "code": "tokens", "sound": "log_mel"}.get(self.plan.modality)
         if column is None:
             return None
-        return np.minimum(self._ragged(column).lengths(), self.limit)
+        if rows is None:
+            self.held.hold()
+            return np.minimum(self._ragged(column).lengths(), self.limit)
+        self.held.add(rows)
+        return np.minimum(self._ragged(column).lengths(self.held.local(rows)), self.limit)
 
     def load(
         self,
@@ -161,6 +160,7 @@ class TaskRows:
                 end, with the first caption.
             config: augmentation; used with ``draws``.
         """
+        self.held.add(rows)
         if self.views:
             return self._two_views(rows, draws or Draws(("views",), len(rows), slice(None)), config)
         if self.task.objective == "masked":
@@ -168,16 +168,16 @@ class TaskRows:
         towers = {self.own: self.inputs(rows, draws, config)}
         if self.task.objective == "retrieval":
             towers["query"] = self._queries(rows, draws, config)
-            return towers, {"groups": _tensor(self._fixed("group").take(rows))}
+            return towers, {"groups": _tensor(self._fixed("group").take(self.held.local(rows)))}
         if self.task.objective == "classification":
-            labels = self._fixed("label").take(rows)
+            labels = self._fixed("label").take(self.held.local(rows))
             if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < self.task.outputs:
                 raise UserError(
                     f"{self.where}: label {int(labels.max())} does not fit task {self.name} with "
                     f"model.tasks.{self.name}.outputs {self.task.outputs}"
                 )
             return towers, {"labels": _tensor(labels)}
-        symbols, lengths = self._ragged("symbols").take(rows)
+        symbols, lengths = self._ragged("symbols").take(self.held.local(rows))
         return towers, {"symbols": _tensor(symbols), "symbol_lengths": _tensor(lengths)}
 
     def inputs(
@@ -185,6 +185,8 @@ class TaskRows:
     ) -> dict[str, Tensor]:
         """What the tower of the corpus' own modality reads of the named rows; see ``load``."""
         modality = self.plan.modality
+        self.held.add(rows)
+        rows = self.held.local(rows)
         if modality in ("image", "video"):
             name = "pixels" if modality == "image" else "frames"
             x = self._fixed(name).take(rows)
@@ -236,7 +238,8 @@ class TaskRows:
         self, rows: np.ndarray, draws: Draws | None, config: AugmentConfig | None
     ) -> dict[str, Tensor]:
         column = self._nested("caption_tokens")
-        counts, picked = column.counts(rows), column.first(rows)
+        local = self.held.local(rows)
+        counts, picked = column.counts(local), column.first(local)
         if counts.size and not counts.min():
             row = int(rows[int(counts.argmin())])
             raise UserError(f"{self.where}: row {row} has no caption to search with")
@@ -250,11 +253,6 @@ class TaskRows:
             tokens = augment.drop_tokens(tokens, lengths, config.caption_dropout, draws, longest)
         return {"tokens": _tensor(tokens)}
 
-    def _column(self, name: str) -> Column:
-        if name not in self._columns:
-            self._columns[name] = open_column(self._table, name, self.where)
-        return self._columns[name]
-
     def _fixed(self, name: str) -> Fixed:
         return self._as(name, Fixed)
 
@@ -265,10 +263,10 @@ class TaskRows:
         return self._as(name, Nested)
 
     def _as(self, name: str, kind: type[Kind]) -> Kind:
-        column = self._column(name)
+        column = self.held.column(name)
         if not isinstance(column, kind):
             raise UserError(
-                f"{self.where}: column {name!r} holds {self._table.schema.field(name).type}, "
+                f"{self.where}: column {name!r} holds {self.held.kind(name)}, "
                 f"which task {self.name} cannot read"
             )
         return column

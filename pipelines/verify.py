@@ -8,6 +8,7 @@
 Each arrow is a recorded hash that is compared with the bytes it stands for.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import Place, below, content, local_folder, place
 from skillnet_platform.storage import archive_root, data_root, sha256_file
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class VerifyConfig:
 
     Args:
         model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
-        data: directory of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default corpora below the run root.
         archives: directory of the downloads; by default archives below the run root.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
@@ -65,8 +67,8 @@ def verify(config: VerifyConfig) -> list[Check]:
         if "altered" not in str(problem):
             raise
         return [Check("model", "altered", str(problem))]
-    data = Path(config.data) if config.data else data_root()
-    archives = Path(config.archives) if config.archives else archive_root()
+    data = place(config.data, data_root())
+    archives = local_folder(config.archives, archive_root(), "archives")
     checks = [_guarded("weights", lambda: _weights(source))]
     recorded: dict[str, str] = {}
     if source.bundle is not None:
@@ -83,7 +85,7 @@ def verify(config: VerifyConfig) -> list[Check]:
         checks.append(_tokenizer(source.bundle, data))
     made_from: dict[tuple[str, str], dict[str, str]] = {}
     for name in names:
-        check, entries = _corpus(data / name, recorded.get(name))
+        check, entries = _corpus(below(data, name), recorded.get(name))
         checks.append(check)
         # Corpora share downloads: each is hashed once.
         made_from |= {(entry["file"], entry["sha256"]): entry for entry in entries}
@@ -161,19 +163,20 @@ def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterato
         yield _guarded("run's model", same)
 
 
-def _corpus(folder: Path, digest: str | None) -> tuple[Check, list[dict[str, str]]]:
+def _corpus(where: Place, digest: str | None) -> tuple[Check, list[dict[str, str]]]:
     """The check of a corpus, and the sources that its manifest names."""
+    from pipelines.shard_files import shard_files
     from pipelines.shards import verify_corpus
 
-    what = f"corpus {folder.name}"
-    if not folder.is_dir():
-        return Check(what, "absent", f"{folder} does not exist"), []
+    what = f"corpus {Path(where).name}"
+    if not shard_files(where).is_there():
+        return Check(what, "absent", f"{where} does not exist"), []
     manifest: dict[str, Any] = {}
 
     def shards() -> str:
-        manifest.update(verify_corpus(folder))
+        manifest.update(verify_corpus(where))
         if digest is not None:
-            _equal(f"{folder}, the digest of its manifest", manifest["digest"], digest)
+            _equal(f"{where}, the digest of its manifest", manifest["digest"], digest)
         listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         size = sum(shard["bytes"] for shard in listed) / 2**20
         return f"{len(listed)} shards, {manifest['rows_out']} rows, {size:.1f} MiB"
@@ -200,13 +203,14 @@ def _other_sources(names: list[str]) -> dict[str, str]:
     return {entry["file"]: entry["sha256"] for entries in listed for entry in entries}
 
 
-def _tokenizer(bundle: Path, data: Path) -> Check:
-    path = data / "tokenizer.json"
-    if not path.is_file():
-        return Check("tokenizer", "absent", f"{path} does not exist")
+def _tokenizer(bundle: Path, data: Place) -> Check:
+    there = below(data, "tokenizer.json")
+    found = content(there)
+    if found is None:
+        return Check("tokenizer", "absent", f"{there} does not exist")
+    mine = sha256_file(bundle / "tokenizer.json")
     return _guarded(
-        "tokenizer",
-        lambda: _equal(str(path), sha256_file(path), sha256_file(bundle / "tokenizer.json")),
+        "tokenizer", lambda: _equal(str(there), hashlib.sha256(found).hexdigest(), mine)
     )
 
 

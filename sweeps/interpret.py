@@ -9,6 +9,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import place
 from skillnet_platform.storage import data_root, run_root
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class InterpretConfig:
 
     Args:
         model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
-        data: directory of prepared corpora; by default corpora below the run root.
+        data: directory or URI of prepared corpora; by default corpora below the run root.
         tasks: which tasks; by default all that the model has.
         split: that knock-outs are measured and outputs compared on.
         corpora: task -> corpus, where it is not the one of the training run.
@@ -80,7 +81,7 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
     with console.progress("interpreting", None, "rows") as bar:
         made = interpret(
             model,
-            Path(config.data) if config.data else data_root(),
+            place(config.data, data_root()),
             config.tasks,
             config.split,
             name=config.model,

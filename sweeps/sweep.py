@@ -23,6 +23,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import local_folder
 from skillnet_platform.storage import atomic_write, read_json, run_root, write_json
 from skillnet_platform.tracking import Tracker
 from sweeps.settings import SweepConfig
@@ -86,7 +87,10 @@ def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path]:
     name = config.name or time.strftime("sweep-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
-    root = Path(config.run_dir).expanduser().absolute() if config.run_dir else run_root()
+    # Trials are told apart by files that their processes and the driver share.
+    root = local_folder(config.run_dir, run_root(), "run_dir of a sweep")
+    if config.run.storage.mirror:
+        raise UserError("run.storage.mirror: trials of a sweep are kept in its folder only")
     return replace(config, name=name, run_dir=str(root)), root / name
 
 

@@ -44,3 +44,24 @@ def ray_session(session_root: Path) -> Iterator[Any]:
 
     with session(cpus=CPUS) as ray:
         yield ray
+
+
+@pytest.fixture(scope="session")
+def object_store_server() -> Iterator[Any]:
+    """The session's only S3-compatible server; ask for ``object_store``."""
+    from tests.object_store import ObjectStore
+
+    store = ObjectStore()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def object_store(object_store_server: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """An S3-compatible server, found through the environment; ``uri`` is the test's folder."""
+    from tests.object_store import BUCKET, in_environment
+
+    place = "".join(c if c.isalnum() else "-" for c in request.node.nodeid)
+    object_store_server.uri = f"s3://{BUCKET}/{place}"
+    with in_environment({**object_store_server.environment, "SKILLNET_STORE_PATIENCE": "60"}):
+        yield object_store_server

@@ -20,6 +20,7 @@ from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import below, place
 from skillnet_platform.storage import commit_directory, data_root
 
 
@@ -91,9 +92,9 @@ def spec_of(config: GrowConfig) -> Task:
     """The new task, with as many outputs as its corpus has classes or symbols."""
     task, outputs = config.task, config.task.outputs
     if not outputs and task.objective in ("classification", "ctc"):
-        folder = Path(config.data).expanduser() if config.data else data_root()
+        data = place(config.data, data_root())
         key = "labels" if task.objective == "classification" else "symbols"
-        names = open_corpus(folder / task.training.corpus).manifest.get(key)
+        names = open_corpus(below(data, task.training.corpus)).manifest.get(key)
         if not names:
             raise UserError(
                 f"the corpus {task.training.corpus} names no {key}; give --task.outputs"
@@ -106,7 +107,7 @@ def old_training(task: str, config: GrowConfig, source: Source) -> TaskTraining:
     """How an old task is measured: as in the training of the source."""
     known = (source.settings.get("tasks") or {}).get(task) or {}
     corpora = {task: known["corpus"]} if known else {}
-    corpus = corpus_path("", task, corpora | config.corpora).name
+    corpus = Path(corpus_path("", task, corpora | config.corpora)).name
     return TaskTraining(corpus, max_length=known.get("max_length"), measured_only=True)
 
 

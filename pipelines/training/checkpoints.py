@@ -88,9 +88,16 @@ def save(
     return final
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or none. Names those that it has to skip."""
+def newest(folder: Path, most: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, or none. Names those that it has to skip.
+
+    Args:
+        folder: of the checkpoints.
+        most: look at none of more steps than this.
+    """
     for path in _folders(folder):
+        if most is not None and step_of(path.name) > most:
+            continue
         try:
             return verify(path)
         except ValueError as problem:
@@ -169,10 +176,11 @@ def _ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, whole or not."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and _number(p) >= 0]
-    return sorted(found, key=_number, reverse=True)
+    found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and step_of(p.name) >= 0]
+    return sorted(found, key=lambda path: step_of(path.name), reverse=True)
 
 
-def _number(path: Path) -> int:
-    digits = path.name.removeprefix(PREFIX)
-    return int(digits) if digits.isdigit() else -1
+def step_of(name: str) -> int:
+    """The step that a checkpoint's folder is named after, or -1."""
+    digits = name.removeprefix(PREFIX)
+    return int(digits) if digits.isdigit() and digits != name else -1

@@ -134,7 +134,7 @@ def train(
     sync = GradientSync(active, world, settings.bucket_mb * 2**20)
 
     identity = configuration.digest(identity_of(config))
-    start = resume(run, identity, model, optimizer, average) if run else 0
+    start = resume(run, identity, model, optimizer, average, world) if run else 0
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = Meter(config, start, world, device)
     stopped, path, failed, leaving = None, None, 0, False

@@ -4,7 +4,7 @@ Nothing here depends on the number of workers or on what ran before, so resuming
 the step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -110,7 +110,8 @@ class RowOrder:
     Args:
         rows: rows of the split.
         batch: rows of a global batch.
-        lengths: (rows,) length of each row for bucketing, or none.
+        lengths: (rows,) length of each row for bucketing, what gives them when they are first
+            needed, or none.
         key: seed and names that the order hangs on.
         window: batches in a window.
     """
@@ -119,7 +120,7 @@ class RowOrder:
         self,
         rows: int,
         batch: int,
-        lengths: np.ndarray | None,
+        lengths: np.ndarray | Callable[[], np.ndarray | None] | None,
         key: Sequence[int | str],
         window: int = 16,
     ) -> None:
@@ -150,20 +151,43 @@ class RowOrder:
     def _permutation(self, epoch: int) -> np.ndarray:
         random = generator(*self._key, epoch)
         order = random.permutation(self._rows)
+        if callable(self._lengths):
+            self._lengths = self._lengths()
         if self._lengths is None:
             return order
-        # The epoch's first rows fill up the batch that the epoch before left unfinished.
-        head = -(epoch * self._rows) % self._batch
-        parts = [order[:head]]
-        span = self._window * self._batch
-        for start in range(head, self._rows, span):
-            window = order[start : start + span]
-            window = window[np.argsort(self._lengths[window], kind="stable")]
-            whole = len(window) // self._batch
-            rest = len(window) - whole * self._batch
-            # The unfinished batch has to come last, and is not always the longest one.
-            cut = int(random.integers(whole + 1)) * self._batch
-            tail, window = window[cut : cut + rest], np.delete(window, slice(cut, cut + rest))
-            parts.append(window.reshape(whole, self._batch)[random.permutation(whole)].ravel())
-            parts.append(tail)
-        return np.concatenate(parts)
+        lengths = self._lengths[order]
+        return bucketed(order, lengths, epoch * self._rows, self._batch, self._window, random)
+
+
+def bucketed(
+    order: np.ndarray,
+    lengths: np.ndarray,
+    before: int,
+    batch: int,
+    window: int,
+    random: np.random.Generator,
+) -> np.ndarray:
+    """Shuffled rows brought into an order whose batches hold rows of like length.
+
+    Args:
+        order: (rows,) shuffled.
+        lengths: (rows,) of these rows.
+        before: rows that came before them, so that it is known where batches begin.
+        batch: rows of a batch.
+        window: batches within which rows are sorted.
+        random: what has shuffled them; goes on with their batches.
+    """
+    # The first rows fill up the batch that the rows before left unfinished.
+    head = -before % batch
+    parts = [order[:head]]
+    for start in range(head, len(order), window * batch):
+        span = slice(start, start + window * batch)
+        rows = order[span][np.argsort(lengths[span], kind="stable")]
+        whole = len(rows) // batch
+        rest = len(rows) - whole * batch
+        # The unfinished batch has to come last, and is not always the longest one.
+        cut = int(random.integers(whole + 1)) * batch
+        tail, rows = rows[cut : cut + rest], np.delete(rows, slice(cut, cut + rest))
+        parts.append(rows.reshape(whole, batch)[random.permutation(whole)].ravel())
+        parts.append(tail)
+    return np.concatenate(parts)

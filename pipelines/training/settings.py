@@ -6,6 +6,7 @@ from typing import Any, Literal
 from skillnet.config import SkillNetConfig
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
 from skillnet_platform.config import aliased
+from skillnet_platform.remote_objects import is_uri
 from skillnet_platform.tracking import TrackingConfig
 
 
@@ -191,6 +192,8 @@ class TrainingConfig:
             others are read and stay as they are to the bit. Empty trains all that a task activates.
         augment: random changes of training rows.
         masking: what masked tasks hide.
+        shuffle_gb: a task's rows are shuffled whole up to so many 10^9 bytes of shards; beyond,
+            in windows of so many bytes of shards, drawn anew each epoch. It decides the order.
     """
 
     steps: int = 2000
@@ -220,6 +223,7 @@ class TrainingConfig:
     only: list[str] = field(default_factory=list)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     masking: MaskConfig = field(default_factory=MaskConfig)
+    shuffle_gb: float = 4.0
 
     def __post_init__(self) -> None:
         for key in ("steps", "keep", "log_every"):
@@ -230,6 +234,8 @@ class TrainingConfig:
                 raise ValueError(f"training.{key} must not be negative, got {getattr(self, key)}")
         if self.lr <= 0:
             raise ValueError(f"training.lr must be above 0, got {self.lr}")
+        if self.shuffle_gb <= 0:
+            raise ValueError(f"training.shuffle_gb must be above 0, got {self.shuffle_gb}")
         if self.temperature <= 0:
             raise ValueError(f"training.temperature must be above 0, got {self.temperature}")
         if not 0 <= self.ema < 1:
@@ -250,15 +256,43 @@ def default_tasks_training() -> dict[str, TaskTraining]:
 
 
 @dataclass
+class StorageConfig:
+    """Where a run is kept besides its folder on this machine, and how corpora in a store are read.
+
+    Args:
+        mirror: URI that the run's folder is copied to, and taken from where it is missing; none
+            keeps it on this machine. ``--run_dir s3://bucket/runs`` sets it.
+        patience: seconds that a run waits at its end for a store that does not answer, before it
+            says what is not yet there and exits with 1.
+        cache_gb: 10^9 bytes on this machine for shards of corpora in a store; none takes
+            ``$SKILLNET_CACHE_GB``, else 20.
+    """
+
+    mirror: str | None = None
+    patience: float = 600.0
+    cache_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mirror is not None and not is_uri(self.mirror):
+            raise ValueError(
+                f"storage.mirror must be a URI such as s3://bucket/runs, got {self.mirror!r}"
+            )
+        if self.patience < 0:
+            raise ValueError(f"storage.patience must not be negative, got {self.patience}")
+        if self.cache_gb is not None and self.cache_gb <= 0:
+            raise ValueError(f"storage.cache_gb must be above 0, got {self.cache_gb}")
+
+
+@dataclass
 class FinetuneConfig:
     """A joint training run.
 
     Args:
         name: name of the run and of its directory. The name of an unfinished run goes on from
             its newest whole checkpoint; none makes a fresh name.
-        run_dir: directory of runs; none takes the run root.
+        run_dir: directory of runs, or a URI that they are mirrored to; none takes the run root.
         seed: of weights, order, augmentation and dropout.
-        data: directory of prepared corpora; none takes ``corpora`` below the run root.
+        data: directory or URI of prepared corpora; none takes ``corpora`` below the run root.
         init_from: trained model of the same system to start from: the name or folder of a run,
             a checkpoint, a saved model or a registered version; none starts at random.
         system: what to train: ``skillnet``, a baseline, or a third party's system.
@@ -267,6 +301,7 @@ class FinetuneConfig:
         tasks: task name -> how it takes part.
         training: optimisation, parallelism, rhythm.
         tracking: where it is recorded.
+        storage: where it is kept, and how corpora in a store are read.
         evaluate: evaluate the final model on the test splits.
     """
 
@@ -281,6 +316,7 @@ class FinetuneConfig:
     tasks: dict[str, TaskTraining] = field(default_factory=default_tasks_training)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     evaluate: bool = True
 
     @property
@@ -344,9 +380,9 @@ class PretrainConfig(FinetuneConfig):
     Args:
         name: name of the run and of its directory. The name of an unfinished run goes on from
             its newest whole checkpoint; none makes a fresh name.
-        run_dir: directory of runs; none takes the run root.
+        run_dir: directory of runs, or a URI that they are mirrored to; none takes the run root.
         seed: of weights, order, augmentation, masks and dropout.
-        data: directory of prepared corpora; none takes ``corpora`` below the run root.
+        data: directory or URI of prepared corpora; none takes ``corpora`` below the run root.
         init_from: trained model of the same system to start from: the name or folder of a run,
             a checkpoint, a saved model or a registered version; none starts at random.
         system: what to train: ``skillnet``, a baseline, or a third party's system.
@@ -355,6 +391,7 @@ class PretrainConfig(FinetuneConfig):
         tasks: task name -> how it takes part.
         training: optimisation, parallelism, rhythm, and what is masked.
         tracking: where it is recorded; the model is registered only if asked.
+        storage: where it is kept, and how corpora in a store are read.
         evaluate: measure the final model on the validation splits.
         contrastive: train on the pairs that corpora hold as well: captions with drawings, clips
             and functions of the training splits, words with their definitions.

@@ -1,10 +1,12 @@
 """What a run needs before its first step: corpora, stream, model, device, and where to go on."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipelines.shards import Corpus, open_corpus
 from pipelines.stream import MixedStream
@@ -17,6 +19,8 @@ from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
+from skillnet_platform.file_cache import GB, shared_cache
+from skillnet_platform.places import below, place
 
 #: Keys of ``training`` that decide where and how often, not what.
 RHYTHM = (
@@ -34,6 +38,9 @@ RHYTHM = (
     "max_failures",
 )
 
+#: Keys that came later, with what was done before: checkpoints from then are still of the same run.
+LATER = {"shuffle_gb": 4.0}
+
 
 def open_stream(config: FinetuneConfig) -> MixedStream:
     """The mixed stream over the corpora that the tasks name.
@@ -42,7 +49,7 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
         UserError: a corpus that is missing or does not fit its task.
     """
     corpora = open_corpora(config)
-    return MixedStream(
+    stream = MixedStream(
         corpora,
         config.trained,
         config.model,
@@ -50,14 +57,25 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
         config.training.augment,
         config.training.temperature,
         config.training.masking,
+        config.training.shuffle_gb * GB,
     )
+    needed, limit = stream.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
+    if needed > limit:
+        raise UserError(
+            f"storage.cache_gb: the shards that training uses at once may take "
+            f"{needed / GB:.2g} GB, and the cache holds {limit / GB:.2g} GB; set it to "
+            f"{needed / GB:.2g} or more, or training.shuffle_gb "
+            f"({config.training.shuffle_gb}) lower"
+        )
+    return stream
 
 
 def open_corpora(config: FinetuneConfig) -> dict[str, Corpus]:
     """Corpus name -> opened corpus, of all tasks; their vocabularies must fit the model's."""
-    folder = Path(config.data) if config.data else storage.data_root()
+    data = place(config.data, storage.data_root())
+    cache = shared_cache(config.storage.cache_gb)
     corpora = {
-        name: open_corpus(folder / name)
+        name: open_corpus(below(data, name), cache=cache)
         for name in sorted({settings.corpus for settings in config.tasks.values()})
     }
     for name, corpus in corpora.items():
@@ -84,13 +102,15 @@ def resume(
     model: TaskModel,
     optimizer: SkillAdamW,
     average: WeightAverage | None,
+    world: int = 1,
 ) -> int:
     """Take up the newest whole checkpoint of a run; the number of steps that it had done.
 
     Raises:
-        UserError: the checkpoint is of a run with another configuration.
+        UserError: the checkpoint is of a run with another configuration, or not all of ``world``
+            ranks see one.
     """
-    found = checkpoints.newest(run / "checkpoints")
+    found = agreed(run / "checkpoints", world)
     if found is None:
         return 0
     if found.state["config_digest"] != identity:
@@ -102,9 +122,41 @@ def resume(
     return found.step
 
 
+def agreed(folder: Path, world: int) -> checkpoints.Checkpoint | None:
+    """The newest whole checkpoint that all ranks can read; of each rank's own, on its own disk.
+
+    Raises:
+        UserError: some see checkpoints and others none.
+    """
+    found = checkpoints.newest(folder)
+    while world > 1:
+        steps: list[Any] = [None] * world
+        dist.all_gather_object(steps, found.step if found else None)
+        if len(set(steps)) == 1:
+            break
+        if None in steps:
+            seen = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(steps))
+            raise UserError(
+                f"{folder}: the workers see different checkpoints ({seen}). They are on machines "
+                "that share no disk: give --run_dir a folder that all of them see, or a URI such "
+                "as s3://bucket/runs. What is on one machine only was not sent to it in time; "
+                "start there to go on from it"
+            )
+        least = min(steps)
+        if found is not None and found.step > least:
+            # It will be made again, to the bit; beside newer ones it would be taken for old.
+            for name in [p.name for p in folder.glob("*") if checkpoints.step_of(p.name) > least]:
+                shutil.rmtree(folder / name, ignore_errors=True)
+            found = checkpoints.newest(folder)
+    return found
+
+
 def identity_of(config: FinetuneConfig) -> dict[str, Any]:
     """What decides the weights: the configuration without names, places and rhythm."""
     training = {k: v for k, v in asdict(config.training).items() if k not in RHYTHM}
+    for key, default in LATER.items():
+        if training.get(key) == default:
+            del training[key]
     return {
         "seed": config.seed,
         "init_from": digest_of(config.init_from),

@@ -21,6 +21,7 @@ from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
+from skillnet_platform.remote_objects import is_uri
 
 #: Keys that change what a model computes though every tensor that both have may fit.
 _SAME = ("depth", "heads", "skill_modules", "skill_every")
@@ -56,14 +57,18 @@ class Start:
 def locate(given: str, uri: str | None, run_dir: str) -> str:
     """Folder of the weights that ``--from`` names: a path, a run or a registered version.
 
-    A registered version is copied below ``run_dir``: what the registry downloads may be gone when
-    the run goes on.
+    A registered version, or one in a store, is copied below ``run_dir``: what was downloaded may be
+    gone when the run goes on.
 
     Raises:
         UserError: there is no such model.
     """
     source = sources.find(given, uri)
-    if source.version is None and not given.startswith(("models:/", "runs:/")):
+    if (
+        source.version is None
+        and not given.startswith(("models:/", "runs:/"))
+        and not is_uri(given)
+    ):
         return str(source.weights.absolute())
     kept = Path(run_dir) / ".starts" / source.digest[:16]
     if not (kept / "manifest.json").is_file():

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipelines.mirror import mirror_of
 from pipelines.training import faults, notice
 from pipelines.training.loop import Reporter, train
 from pipelines.training.progress import PROGRESS
 from pipelines.training.settings import FinetuneConfig
+from pipelines.uploads import Uploads, bring, fit_storage, send_trained
 from skillnet.growth import remove_task
 from skillnet.memory import KEEP_FREED_MEMORY
 from skillnet.task_model import TaskModel
@@ -65,6 +67,7 @@ class RunReporter(Reporter):
         run: folder of the run.
         tracker: of the run, or none.
         on_evaluation: told about each evaluation, or none.
+        uploads: sends checkpoints to a store, or none.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class RunReporter(Reporter):
         run: Path,
         tracker: Tracker | None,
         on_evaluation: OnEvaluation | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
+        self._uploads = uploads
         self._config, self._run, self._tracker = config, run, tracker
         self._on_evaluation = on_evaluation
         self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
@@ -112,6 +117,10 @@ class RunReporter(Reporter):
         if self._on_evaluation is not None:
             self._on_evaluation(rows, step)
 
+    def checkpoint(self, path: Path, step: int) -> None:
+        if self._uploads is not None:
+            self._uploads.checkpoint(path)
+
     def close(self) -> None:
         """Send what waits and close the file."""
         if self._tracker is not None:
@@ -140,6 +149,7 @@ def work(
     world: int = 1,
     tracked: tuple[str, str] | None = None,
     on_evaluation: OnEvaluation | None = None,
+    apart: bool = False,
 ) -> None:
     """Train as one of ``world`` workers; rank 0 leaves the model and a summary in the run.
 
@@ -150,12 +160,18 @@ def work(
         world: number of workers.
         tracked: MLflow run id and URI.
         on_evaluation: called after each evaluation: with its rows on rank 0, with none elsewhere.
+        apart: the driver does not see this worker's disk: rank 0 sends it the final model
+            through the run's mirror.
     """
+    mirror = mirror_of(config, run)
+    if mirror is not None:
+        bring(mirror)
     if rank:
         train(config, rank=rank, world=world, run=run, reporter=_Others(on_evaluation))
         return
     tracker = Tracker.by_id(*tracked) if tracked else None
-    reporter = RunReporter(config, run, tracker, on_evaluation)
+    uploads = Uploads(mirror, config.training.keep) if mirror is not None else None
+    reporter = RunReporter(config, run, tracker, on_evaluation, uploads)
     try:
         done = train(config, rank=rank, world=world, run=run, reporter=reporter)
         if not done.left:
@@ -165,6 +181,8 @@ def work(
         write_json(run / TRAINED, done.summary() | {"world": world, "seed": config.seed})
     finally:
         reporter.close()
+    if mirror is not None and uploads is not None:
+        send_trained(mirror, uploads, config.storage.patience, apart)
 
 
 def ray_worker(settings: dict[str, Any]) -> None:
@@ -187,6 +205,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
             context.get_world_size(),
             (tracked[0], tracked[1]) if tracked else None,
             settings["on_evaluation"],
+            apart=settings["driver_node"] != ray.get_runtime_context().get_node_id(),
         )
 
 
@@ -225,8 +244,10 @@ def fit_on_ray(
         "on_evaluation": on_evaluation,
     }
     with cluster.session(cpus=max(workers, cores or 1)):
+        import ray
         from ray.exceptions import RayActorError
 
+        loop["driver_node"] = ray.get_runtime_context().get_node_id()
         for left in range(config.training.max_failures, -1, -1):
             trainer = _trainer(config, run, loop, nested)
             try:
@@ -268,7 +289,7 @@ def _trainer(
         run_config=RunConfig(
             # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",
-            storage_path=str(run / "ray"),
+            **fit_storage(config, run),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | faults.environment()},
             callbacks=[ListenInWorker(), *(nested.callbacks if nested else [])],

@@ -116,7 +116,7 @@ def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(
         assert splits == (("train",) if name == "masked_sound" else ("pretrain", "train"))
         rows = stream.rows[name]
         assert rows.count == 45 + (20 if len(splits) == 2 else 0)
-        keys = rows._table.column("key").to_pylist()
+        keys = rows.held.table().column("key").to_pylist()
         assert {key.split("/")[0] for key in keys} == set(splits)
         assert len(set(keys)) == rows.count
 
@@ -167,7 +167,7 @@ def test_the_switch_adds_pairs_of_training_rows(data: Path) -> None:
     assert set(joint.tasks) == set(TASKS) | pairs == set(joint.model.tasks)
     stream = open_stream(joint)
     for name in pairs:
-        keys = stream.rows[name]._table.column("key").to_pylist()
+        keys = stream.rows[name].held.table().column("key").to_pylist()
         assert {key.split("/")[0] for key in keys} == {
             "pretrain" if name == "text_to_definition" else "train"
         }

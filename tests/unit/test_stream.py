@@ -111,7 +111,7 @@ def test_sequences_of_a_batch_are_of_like_length(data: Path) -> None:
 
 def test_captions_of_a_row_are_all_used(stream: MixedStream) -> None:
     stream.rows["text_to_image"]._first_caption = 0.0
-    table = stream.rows["text_to_image"]._table
+    table = stream.rows["text_to_image"].held.table()
     captions = table.column("caption_tokens").to_pylist()
     row = next(index for index, found in enumerate(captions) if len(found) == 3)
     config = stream._augmentation
@@ -153,7 +153,7 @@ def test_prefetcher_gives_the_same_batches_in_order(stream: MixedStream) -> None
 def test_prefetcher_raises_what_its_thread_met(stream: MixedStream) -> None:
     stream.rows["text_to_video"].task.towers.clear()
     stream.rows["text_to_video"].limit = None  # type: ignore[assignment]
-    stream.rows["text_to_video"]._columns["frames"] = object()  # type: ignore[assignment]
+    stream.rows["text_to_video"].held._columns["frames"] = object()  # type: ignore[assignment]
     with Prefetcher(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
         list(ahead)
 

@@ -1,0 +1,223 @@
+"""Files and folders in an object store, by URI: ``s3://bucket/prefix``, ``gs://…``, ``file://…``.
+
+Through fsspec, so any of its file systems will do. An object store has no rename and no
+half-visible folder: a folder there is *committed* when its manifest is there, which is written
+last and removed first. A folder without its manifest is what a dead upload left, and counts as
+nothing.
+
+    put_directory("runs/a/checkpoints/step-00000500", "s3://bucket/runs/a/checkpoints/step-…")
+    is_committed("s3://bucket/runs/a/checkpoints/step-00000500")
+    get_directory("s3://bucket/…", "elsewhere/step-00000500", check=checkpoints.verify)
+
+Every function tries again while the store is away: see :func:`remote_errors.steadily`.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from skillnet_platform import storage
+from skillnet_platform.errors import UserError
+from skillnet_platform.remote_errors import StoreUnavailable
+from skillnet_platform.remote_objects import (
+    Entry,
+    exists,
+    get_file,
+    info_of,
+    is_local,
+    is_uri,
+    join,
+    list_files,
+    list_folders,
+    name_of,
+    open_file,
+    put_file,
+    read_bytes,
+    remove_file,
+    write_bytes,
+)
+
+__all__ = [
+    "Entry",
+    "StoreUnavailable",
+    "exists",
+    "get_directory",
+    "get_file",
+    "is_committed",
+    "is_uri",
+    "join",
+    "list_files",
+    "list_folders",
+    "name_of",
+    "open_file",
+    "put_directory",
+    "put_file",
+    "read_bytes",
+    "remove_directory",
+    "remove_file",
+    "write_bytes",
+]
+
+MANIFEST = "manifest.json"
+#: Transfers of one folder at once; a transfer of a large file uses several connections itself.
+STREAMS = 4
+
+
+def is_committed(uri: str, manifest: str = MANIFEST) -> bool:
+    """Whether the folder's manifest is there, so that all of it is."""
+    return exists(join(uri, manifest))
+
+
+def remove_directory(uri: str, manifest: str = MANIFEST) -> None:
+    """Remove a folder, its manifest first: what is left of a removal cut short counts as nothing.
+
+    Raises:
+        UserError: the URI names a bucket rather than a folder in it.
+    """
+    if not urlsplit(uri).path.strip("/") and not is_local(uri):
+        raise UserError(f"{uri}: a whole bucket is not removed")
+    remove_file(join(uri, manifest))
+    _each(lambda entry: remove_file(join(uri, entry.name)), list_files(uri))
+    if is_local(uri):
+        shutil.rmtree(urlsplit(uri).path, ignore_errors=True)
+
+
+def put_directory(
+    local: str | os.PathLike[str],
+    uri: str,
+    manifest: str = MANIFEST,
+    on_file: Callable[[str, int], None] | None = None,
+) -> bool:
+    """Upload a folder and commit it by its manifest, which comes last.
+
+    A folder that is there with the same manifest and files of the same size is left as it is.
+    One with another manifest is replaced: from the removal of its manifest to the arrival of the
+    new one there is no folder. Files whose content is known to be there are not sent again, so
+    an upload that was cut short goes on where it stopped.
+
+    Args:
+        local: a folder with a manifest.
+        uri: where its files go.
+        manifest: name of the file that commits it.
+        on_file: called with the name and size of each file that is there.
+
+    Returns:
+        Whether anything had to be sent.
+
+    Raises:
+        UserError: the local folder has no manifest; see also :func:`remote_errors.steadily`.
+        FileNotFoundError: a local file went away meanwhile.
+        StoreUnavailable: the folder is not committed; do it again later.
+    """
+    folder = Path(local)
+    if not (folder / manifest).is_file():
+        raise UserError(f"{folder} has no {manifest}, so it is not whole and is not uploaded")
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).as_posix() != manifest
+    )
+    there = {entry.name: entry.bytes for entry in list_files(uri)}
+    mine = (folder / manifest).read_bytes()
+    if manifest in there:
+        sizes = {name: (folder / name).stat().st_size for name in names}
+        same = there == sizes | {manifest: len(mine)}
+        if same and read_bytes(join(uri, manifest)) == mine:
+            return False
+        remove_file(join(uri, manifest))
+
+    def send(name: str) -> None:
+        path, target = folder / name, join(uri, name)
+        size = path.stat().st_size
+        if there.get(name) != size or not _is_there(target, path):
+            put_file(path, target)
+        if on_file is not None:
+            on_file(name, size)
+
+    _each(send, names)
+    _each(lambda name: remove_file(join(uri, name)), there.keys() - {*names, manifest})
+    write_bytes(join(uri, manifest), mine)
+    return True
+
+
+def get_directory(
+    uri: str,
+    local: str | os.PathLike[str],
+    manifest: str = MANIFEST,
+    check: Callable[[Path], Any] | None = None,
+    on_file: Callable[[str, int], None] | None = None,
+) -> Path:
+    """Download a committed folder; it is in place whole or not at all.
+
+    Args:
+        uri: the folder.
+        local: where it will be; what is there is replaced.
+        manifest: name of the file that commits it.
+        check: called with the downloaded folder before it is put in place; raises if it is not
+            what it should be.
+        on_file: called with the name and size of each file that arrived.
+
+    Raises:
+        UserError: the folder is not committed; the disk is full; what ``check`` raises; see also
+            :func:`remote_errors.steadily`.
+    """
+    entries = list_files(uri)
+    if manifest not in {entry.name for entry in entries}:
+        what = f"has no {manifest}: its upload did not end" if entries else "does not exist"
+        raise UserError(f"{uri} {what}")
+    target = Path(local)
+    total = sum(entry.bytes for entry in entries)
+    storage.require_space(target, total)
+    with storage.staging(target) as aside:
+
+        def fetch(entry: Entry) -> None:
+            place = (aside / entry.name).resolve()
+            if not place.is_relative_to(aside.resolve()):
+                raise UserError(f"{uri}: the name {entry.name!r} leads out of the folder")
+            try:
+                get_file(join(uri, entry.name), place)
+            except FileNotFoundError:
+                raise UserError(f"{uri}: {entry.name} was removed while it was read") from None
+            if on_file is not None:
+                on_file(entry.name, entry.bytes)
+
+        _each(fetch, entries)
+        if check is not None:
+            check(aside)
+    return target
+
+
+def _each(action: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Do it for all items, several at once; the first error ends it."""
+    waiting = list(items)
+    if len(waiting) < 2:
+        for item in waiting:
+            action(item)
+        return
+    with ThreadPoolExecutor(min(STREAMS, len(waiting)), "transfer") as pool:
+        tasks = [pool.submit(action, item) for item in waiting]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _is_there(uri: str, local: Path) -> bool:
+    """Whether the object is known to hold these bytes: by the MD5 that S3 gives of an object.
+
+    Where the store gives none (parts, encryption, other stores), the answer is no.
+    """
+    info = info_of(uri) or {}
+    tag = str(info.get("ETag") or "").strip('"')
+    if len(tag) != 32:
+        return False
+    with local.open("rb") as stream:
+        found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
+    return found.hexdigest() == tag

@@ -1,0 +1,217 @@
+"""What an object store's failure means: the user's mistake, or a store that is away for a while.
+
+Clients raise their own errors; here they become a ``UserError`` (wrong credentials, missing
+bucket), a ``FileNotFoundError`` (no such object), or, after patient tries, ``StoreUnavailable``.
+"""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from skillnet_platform import console
+from skillnet_platform.errors import UserError, nearest
+
+Result = TypeVar("Result")
+
+#: Seconds that an operation is tried again before it counts as failed.
+PATIENCE_VARIABLE = "SKILLNET_STORE_PATIENCE"
+DEFAULT_PATIENCE_S = 120.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
+#: People hear of a store that is away no more often than this.
+QUIET_S = 30.0
+
+#: What pip installs for a scheme whose client is missing.
+CLIENTS = {
+    "s3": "'skillnet-platform[s3]'",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+}
+
+# Codes that clients give for requests that will never succeed as they are.
+_REFUSED = {
+    errno.EINVAL,
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOSYS,
+    errno.ENAMETOOLONG,
+    errno.EREMCHG,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
+_CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs", "fsspec")
+
+_told: dict[str, float] = {}
+_lock = threading.Lock()
+
+
+class StoreUnavailable(RuntimeError):
+    """The store did not answer for longer than we wait. Nothing local is lost by it."""
+
+
+def patience() -> float:
+    """Seconds for which an operation is tried again: ``$SKILLNET_STORE_PATIENCE``, else 120.
+
+    Raises:
+        UserError: the variable holds no number of seconds.
+    """
+    given = os.environ.get(PATIENCE_VARIABLE)
+    if not given:
+        return DEFAULT_PATIENCE_S
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UserError(f"{PATIENCE_VARIABLE} is {given!r}, expected seconds such as 120")
+    return seconds
+
+
+def steadily(uri: str, action: Callable[[], Result], seconds: float | None = None) -> Result:
+    """Do something with a store; if it is away, try again with growing, random pauses.
+
+    Args:
+        uri: what it is about, for messages.
+        action: must do no harm when done twice.
+        seconds: how long to try; none for :func:`patience`.
+
+    Raises:
+        UserError: the store refused: credentials, bucket, scheme.
+        FileNotFoundError: there is no such object.
+        StoreUnavailable: it did not answer for so long.
+    """
+    import tenacity
+
+    limit = patience() if seconds is None else seconds
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        # Full jitter: many workers that lost one store do not come back to it all at once.
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
+        stop=tenacity.stop_after_delay(limit),
+        before_sleep=lambda state: _tell(uri, state.outcome, limit),
+        reraise=True,
+    )
+    try:
+        return again(action)
+    except Exception as problem:
+        said = refusal(uri, problem)
+        if said is not None:
+            raise UserError(said) from problem
+        if not is_transient(problem):
+            raise
+        raise StoreUnavailable(
+            f"{uri}: the store{_endpoint(uri)} did not answer for {limit:.0f} s "
+            f"({_words(problem)}). Run the same command again when it does"
+        ) from problem
+
+
+def is_transient(problem: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(problem, FileNotFoundError | PermissionError | FileExistsError | UserError):
+        return False
+    if _is_about_credentials(problem):
+        return False
+    if isinstance(problem, OSError):
+        return problem.errno not in _REFUSED
+    status = _status(problem)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    package = type(problem).__module__.partition(".")[0]
+    return isinstance(problem, TimeoutError) or package in _CLIENT_PACKAGES
+
+
+def refusal(uri: str, problem: BaseException) -> str | None:
+    """The message for people if the store, or the lack of a client, refuses for good."""
+    scheme = urlsplit(uri).scheme
+    if isinstance(problem, ImportError):
+        package = CLIENTS.get(scheme)
+        hint = f"pip install {package}" if package else str(problem)
+        return f"{uri}: the client for {scheme}:// is not installed: {hint}"
+    if isinstance(problem, ValueError) and "Protocol not known" in str(problem):
+        return f"{uri}: {scheme}:// is no known kind of store{nearest(scheme, CLIENTS)}"
+    if isinstance(problem, PermissionError) and scheme in ("file", "local"):
+        return f"{uri}: no permission ({problem.strerror or problem})"
+    if isinstance(problem, PermissionError) or _is_about_credentials(problem):
+        return (
+            f"{uri}: the store{_endpoint(uri)} refused the credentials ({_words(problem)}). "
+            f"{_credentials_hint(scheme)}"
+        )
+    if isinstance(problem, FileNotFoundError) and "bucket" in str(problem).lower():
+        return missing_bucket(uri)
+    if isinstance(problem, OSError) and problem.errno == errno.EINVAL:
+        return f"{uri}: the store{_endpoint(uri)} refused the request ({_words(problem)})"
+    return None
+
+
+def missing_bucket(uri: str) -> str:
+    """The message that the bucket of a URI is not there."""
+    parts = urlsplit(uri)
+    more = " or AWS_ENDPOINT_URL" if parts.scheme == "s3" else ""
+    return (
+        f"{uri}: there is no bucket {parts.netloc!r}{_endpoint(uri)}; create it, or mend its "
+        f"name{more}"
+    )
+
+
+def _is_about_credentials(problem: BaseException) -> bool:
+    return type(problem).__name__ in (
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "CredentialRetrievalError",
+        "ProfileNotFound",
+        "TokenRetrievalError",
+        "DefaultCredentialsError",
+    )
+
+
+def _credentials_hint(scheme: str) -> str:
+    if scheme == "s3":
+        return (
+            "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, to ones that may "
+            "read and write there"
+        )
+    return "Give this machine credentials that may read and write there"
+
+
+def _endpoint(uri: str) -> str:
+    if urlsplit(uri).scheme != "s3":
+        return ""
+    found = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    # Only scheme and host: an address may carry a password.
+    if not found:
+        return ""
+    parts = urlsplit(found)
+    return f" at {parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+
+
+def _status(problem: BaseException) -> int | None:
+    response: Any = getattr(problem, "response", None)
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    found = getattr(problem, "status", response)
+    return found if isinstance(found, int) else None
+
+
+def _words(problem: BaseException) -> str:
+    text = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {text[:160]}" if text else type(problem).__name__
+
+
+def _tell(uri: str, outcome: Any, limit: float) -> None:
+    store = urlsplit(uri).netloc
+    now = time.monotonic()
+    with _lock:
+        if now - _told.get(store, float("-inf")) < QUIET_S:
+            return
+        _told[store] = now
+    console.warn(
+        f"{uri}: the store{_endpoint(uri)} does not answer ({_words(outcome.exception())}); "
+        f"trying again for up to {limit:.0f} s"
+    )

@@ -1,0 +1,283 @@
+"""Single files in an object store, by URI; see :mod:`skillnet_platform.remote` for folders."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from skillnet_platform import storage
+from skillnet_platform.errors import UserError
+from skillnet_platform.remote_errors import missing_bucket, steadily
+
+#: Addresses with a scheme that are no places in a store.
+_NOT_STORES = ("models", "runs", "http", "https")
+_S3 = {
+    "use_listings_cache": False,
+    # A request that hangs ends soon; the patient loop around it does the waiting.
+    "config_kwargs": {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "retries": {"mode": "standard", "max_attempts": 2},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file in a store: its name below the folder that was listed, and its bytes."""
+
+    name: str
+    bytes: int
+
+
+def is_uri(place: str | os.PathLike[str] | None) -> bool:
+    """Whether this names a place in a store, rather than a path or a registry's address."""
+    scheme, mark, _ = str(place or "").partition("://")
+    return bool(mark) and scheme.isidentifier() and scheme not in _NOT_STORES
+
+
+def join(uri: str, *names: str) -> str:
+    """A place below another: ``join("s3://b/x/", "y", "z.json") -> "s3://b/x/y/z.json"``.
+
+    Names may go up, as a manifest's ``../tokenizer.json`` does, but not above the bucket.
+
+    Raises:
+        UserError: a name leads above the bucket.
+    """
+    scheme, _, place = uri.partition("://")
+    parts: list[str] = []
+    for part in PurePosixPath("/".join([place.rstrip("/"), *names])).parts:
+        if part == "..":
+            if len([p for p in parts if p != "/"]) < 2:
+                raise UserError(f"{'/'.join(names)} leads out of {uri}")
+            parts.pop()
+        else:
+            parts.append(part)
+    return f"{scheme}://{PurePosixPath(*parts)}"
+
+
+def name_of(uri: str) -> str:
+    """The last part of a URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def exists(uri: str) -> bool:
+    """Whether there is such an object (folders are no objects).
+
+    Raises:
+        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+    return info_of(uri) is not None
+
+
+def open_file(uri: str) -> IO[bytes]:
+    """An object opened for reading, with random access. Close it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+
+    def opened() -> IO[bytes]:
+        system, path = _system(uri)
+        stream: IO[bytes] = system.open(path, "rb")
+        return stream
+
+    return steadily(uri, opened)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a small object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+
+    def read() -> bytes:
+        system, path = _system(uri)
+        return bytes(system.cat_file(path))
+
+    return steadily(uri, read)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Put a small object: readers see the old one or the whole new one."""
+
+    def write() -> None:
+        system, path = _system(uri)
+        if is_local(uri):
+            with storage.atomic_write(path) as stream:
+                stream.write(data)
+        else:
+            system.pipe_file(path, data)
+
+    steadily(uri, write)
+
+
+def put_file(local: str | os.PathLike[str], uri: str) -> None:
+    """Upload a file. Readers see the old object or the whole new one.
+
+    Raises:
+        FileNotFoundError: the local file is not there (any more).
+        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+
+    def put() -> None:
+        system, path = _system(uri)
+        if is_local(uri):
+            with Path(local).open("rb") as source, storage.atomic_write(path) as stream:
+                shutil.copyfileobj(source, stream)
+        else:
+            system.put_file(str(local), path)
+
+    steadily(uri, put)
+
+
+def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None) -> None:
+    """Download a file beside its place, compare its hash, and put it in place.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        UserError: its content is not what ``sha256`` says; the disk is full; see also
+            :func:`remote_errors.steadily`.
+    """
+    target = Path(local)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+    def get() -> None:
+        system, path = _system(uri)
+        with storage.disk_guard(target):
+            system.get_file(path, str(aside))
+
+    try:
+        steadily(uri, get)
+        if sha256 is not None:
+            found = storage.sha256_file(aside)
+            if found != sha256:
+                raise UserError(
+                    f"{uri}: altered or cut short: sha256 {found}, expected {sha256}. "
+                    "Put the right file there again"
+                )
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def list_files(uri: str) -> list[Entry]:
+    """All files below a folder, by name; empty if there are none.
+
+    Raises:
+        UserError: the bucket is not there, or is not ours to list.
+        StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+
+    def found() -> list[Entry]:
+        system, path = _system(uri)
+        system.invalidate_cache(path)
+        top = path.rstrip("/") + "/"
+        entries = system.find(path, detail=True)
+        return sorted(
+            (
+                Entry(name.removeprefix(top), int(info["size"]))
+                for name, info in entries.items()
+                if name.startswith(top)
+            ),
+            key=lambda entry: entry.name,
+        )
+
+    return _or_nothing(uri, found)
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders in a folder, in order; empty if there are none."""
+
+    def found() -> list[str]:
+        system, path = _system(uri)
+        system.invalidate_cache(path)
+        entries = system.ls(path, detail=True)
+        return sorted(
+            PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "directory"
+        )
+
+    return _or_nothing(uri, found)
+
+
+def remove_file(uri: str) -> None:
+    """Remove an object; without one there is nothing to do."""
+
+    def remove() -> None:
+        system, path = _system(uri)
+        try:
+            system.rm_file(path)
+        except FileNotFoundError:
+            return
+
+    steadily(uri, remove)
+
+
+def info_of(uri: str) -> dict[str, Any] | None:
+    """What the store tells of an object, or none if there is none.
+
+    Raises:
+        UserError: the bucket is not there; see also :func:`remote_errors.steadily`.
+    """
+
+    def ask() -> dict[str, Any] | None:
+        system, path = _system(uri)
+        system.invalidate_cache(path)
+        info: dict[str, Any] = system.info(path)
+        return info if info["type"] == "file" else None
+
+    try:
+        return steadily(uri, ask)
+    except FileNotFoundError:
+        _require_bucket(uri)
+        return None
+
+
+def _or_nothing(uri: str, found: Callable[[], list[Any]]) -> list[Any]:
+    try:
+        entries = steadily(uri, found)
+    except FileNotFoundError:
+        entries = []
+    if not entries:
+        _require_bucket(uri)
+    return entries
+
+
+def _require_bucket(uri: str) -> None:
+    """Tell a missing bucket, which somebody has to mend, from a missing object.
+
+    Raises:
+        UserError: there is no such bucket.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("s3", "gs", "gcs"):
+        return
+
+    def ask() -> bool:
+        system, _ = _system(uri)
+        system.invalidate_cache()
+        return bool(system.exists(parts.netloc))
+
+    if not steadily(uri, ask):
+        raise UserError(missing_bucket(uri))
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI names a place on this machine's disk."""
+    return urlsplit(uri).scheme in ("file", "local")
+
+
+def _system(uri: str) -> tuple[Any, str]:
+    """(fsspec's file system, the path in it) of a URI; fsspec keeps one for each kind."""
+    import fsspec
+
+    scheme = urlsplit(uri).scheme
+    system, path = fsspec.url_to_fs(uri, **(_S3 if scheme in ("s3", "s3a") else {}))
+    return system, path.rstrip("/")

@@ -1,0 +1,242 @@
+"""Runs in a store: on any machine they go on to the bit, and no fault of the store loses any."""
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pipelines import finetune, sources
+from pipelines.mirror import Mirror
+from pipelines.training import checkpoints
+from pipelines.training.settings import FinetuneConfig, StorageConfig
+from pipelines.training.worker import work
+from pipelines.uploads import Uploads
+from skillnet_platform import remote
+from skillnet_platform.errors import UserError
+from tests.object_store import BUCKET, ObjectStore
+from tests.small_corpora import small_config, write_corpora
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is away is noticed soon."""
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
+    monkeypatch.setattr("pipelines.uploads.LONGEST_PAUSE_S", 1.0)
+
+
+def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneConfig:
+    config = small_config(data, **({"steps": 12, "checkpoint_every": 4, "keep": 2} | training))
+    tasks = {name: config.tasks[name] for name in ("text_classification", "text_to_image")}
+    model = replace(config.model, tasks={name: config.model.tasks[name] for name in tasks})
+    storage = StorageConfig(patience=60.0)
+    return replace(config, name="a", run_dir=store.uri, storage=storage, tasks=tasks, model=model)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_run_lies_in_the_store(object_store: ObjectStore, data: Path, run_root: Path) -> None:
+    result = finetune.finetune(config_of(data, object_store))
+    assert result["mirror"] == f"{object_store.uri}/a"
+    names = {entry.name for entry in remote.list_files(f"{object_store.uri}/a")}
+    assert {"config.yaml", "run.json", "progress.jsonl", "trained.json", "result.json"} <= names
+    assert {"model/manifest.json", "checkpoints/step-00000012/manifest.json"} <= names
+    assert remote.list_folders(f"{object_store.uri}/a/checkpoints") == [
+        "step-00000008",
+        "step-00000012",
+    ]
+    # Another machine: nothing of it on the disk. The name gives the result, and the model is found.
+    here = Path(result["run"])
+    model = weights(here / "model")
+    shutil.rmtree(run_root)
+    again = finetune.finetune(config_of(data, object_store))
+    assert again["step"] == 12
+    assert again["run"] == str(here)
+    assert weights(Path(again["model"])) == model
+    for given in ("", "/model", "/checkpoints/step-00000008"):
+        source = sources.find(f"{object_store.uri}/a{given}")
+        assert source.settings["name"] == "a"
+        assert sources.load(source).config.dim == 16
+    assert source.steps == 8
+    with pytest.raises(UserError, match="holds no whole model"):
+        sources.find(f"{object_store.uri}/b")
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
+    from pipelines.training import loop, worker
+
+    def train(*args: object, **more: object) -> object:
+        done = loop.train(*args, **(more | {"stop_at": step}))  # type: ignore[arg-type]
+        if step is not None:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(worker, "train", train)
+
+
+def run_until(monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, step: int | None) -> None:
+    """Train until a step as a process would that is then gone, its uploads done."""
+    stop_at(monkeypatch, step)
+    uploads: list[Uploads] = []
+    original = Uploads.__init__
+
+    def remembered(self: Uploads, *args: object) -> None:
+        original(self, *args)  # type: ignore[arg-type]
+        uploads.append(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Uploads, "__init__", remembered)
+        if step is None:
+            finetune.finetune(config)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                finetune.finetune(config)
+            assert uploads[0].close(60) is None
+
+
+def test_an_empty_disk_goes_on_to_the_bit(
+    object_store: ObjectStore, data: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
+    expected = weights(Path(whole["model"]))
+    config = config_of(data, object_store)
+    for step in (5, 9):
+        run_until(monkeypatch, config, step)
+        shutil.rmtree(run_root / "a")
+    # What a dead upload left, and a newer one with a flipped bit, are passed over.
+    place = f"{object_store.uri}/a/checkpoints"
+    remote.write_bytes(f"{place}/step-00000011/shared.safetensors", b"half")
+    good = remote.read_bytes(f"{place}/step-00000009/shared.safetensors")
+    remote.write_bytes(
+        f"{place}/step-00000009/shared.safetensors", good[:-1] + bytes([good[-1] ^ 1])
+    )
+    stop_at(monkeypatch, None)
+    result = finetune.finetune(config)
+    assert result["resumed"] == 8
+    assert weights(Path(result["model"])) == expected
+    assert remote.list_folders(place) == ["step-00000008", "step-00000012"]
+
+
+def test_training_outlives_the_store(
+    object_store: ObjectStore,
+    data: Path,
+    run_root: Path,
+    quick: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The store goes after the first steps and comes back when training is over."""
+    config = config_of(data, object_store)
+    original = Mirror.begin
+
+    def begin(self: Mirror, known: bool) -> None:
+        original(self, known)
+        object_store.door.shut()
+
+    opener = threading.Timer(0, object_store.door.unshut)
+    results = Mirror.put_results
+
+    def put_results(self: Mirror) -> None:
+        if not opener.is_alive() and not opener.finished.is_set():
+            opener.interval = 3.0
+            opener.start()
+        results(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mirror, "begin", begin)
+        patch.setattr(Mirror, "put_results", put_results)
+        result = finetune.finetune(replace(config, storage=StorageConfig(patience=8.0)))
+    opener.join()
+    assert result["step"] == 12
+    said = capsys.readouterr().err
+    assert "step-00000004 is not yet in" in said
+    assert "Training goes on" in said
+    finetune.finetune(config)  # sends what may be missing yet
+    assert remote.exists(f"{object_store.uri}/a/result.json")
+    assert remote.is_committed(f"{object_store.uri}/a/checkpoints/step-00000012")
+
+
+def test_a_store_that_never_comes_back_loses_nothing(
+    data: Path, run_root: Path, quick: None, tmp_path: Path
+) -> None:
+    """The server is killed with all that it held; another one gets everything."""
+    from tests.object_store import in_environment
+
+    server = ObjectStore()
+    try:
+        with in_environment({**server.environment, "SKILLNET_STORE_PATIENCE": "1"}):
+            config = replace(config_of(data, server), storage=StorageConfig(patience=1.0))
+            original = Mirror.begin
+
+            def begin(self: Mirror, known: bool) -> None:
+                original(self, known)
+                server.kill()
+
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                pytest.raises(
+                    remote.StoreUnavailable,
+                    match=r"finished and whole in .*lacks its last checkpoint .*and its results",
+                ),
+            ):
+                patch.setattr(Mirror, "begin", begin)
+                finetune.finetune(config)
+            assert checkpoints.newest(run_root / "a" / "checkpoints").step == 12  # type: ignore[union-attr]
+            server.start()
+            result = finetune.finetune(config)
+            there = f"s3://{BUCKET}/a"
+            assert (
+                remote.read_bytes(f"{there}/result.json")
+                == (run_root / "a" / "result.json").read_bytes()
+            )
+            assert remote.is_committed(f"{there}/checkpoints/step-00000012")
+            kept = remote.get_directory(f"{there}/model", tmp_path / "model")
+            assert weights(kept) == weights(Path(result["model"]))
+    finally:
+        server.close()
+
+
+def test_mistakes_are_found_before_the_work(
+    object_store: ObjectStore, data: Path, run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(data, object_store)
+    with pytest.raises(UserError, match="no bucket 'elsewhere'"):
+        finetune.finetune(replace(config, run_dir="s3://elsewhere/runs"))
+    with pytest.raises(UserError, match="give one of them"):
+        finetune.finetune(replace(config, storage=StorageConfig(mirror="s3://other/runs")))
+    object_store.door.shut()
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
+    try:
+        with pytest.raises(remote.StoreUnavailable, match="did not answer"):
+            finetune.finetune(config)
+    finally:
+        object_store.door.unshut()
+    assert not (run_root / "a").exists()
+    with pytest.raises(ValueError, match="must be a URI"):
+        StorageConfig(mirror="/a/folder")
+
+
+def test_a_worker_apart_sends_its_model_to_the_driver(
+    object_store: ObjectStore, data: Path, run_root: Path, tmp_path: Path
+) -> None:
+    """Two folders stand for two machines: the worker's checkpoints and model reach the driver's."""
+    config = finetune.resolved(config_of(data, object_store))
+    theirs, mine = tmp_path / "worker" / "a", run_root / "a"
+    work(config, theirs, apart=True)
+    driver = Mirror(f"{object_store.uri}/a", mine)
+    driver.take_trained()
+    assert weights(mine / "model") == weights(theirs / "model")
+    assert load_file(mine / "model" / "shared.safetensors")
+    found = driver.newest()
+    assert found is not None
+    assert found.step == 12

@@ -1,0 +1,102 @@
+"""The order of corpora too large to be shuffled whole."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.training.windows import WindowOrder
+
+
+def make(rows: list[int], batch: int, limit: float, bucketed: bool = False) -> WindowOrder:
+    total = sum(rows)
+    lengths = np.random.default_rng(0).integers(1, 50, total)
+    return WindowOrder(
+        rows, [10 * count for count in rows], batch, limit, (1, "x"),
+        (lambda wanted: lengths[wanted]) if bucketed else None, window=3,
+    )  # fmt: skip
+
+
+@given(
+    rows=st.lists(st.integers(1, 20), min_size=1, max_size=12),
+    batch=st.integers(1, 40),
+    limit=st.integers(1, 900),
+    bucketed=st.booleans(),
+)
+@settings(deadline=None)
+def test_every_row_once_an_epoch(rows: list[int], batch: int, limit: float, bucketed: bool) -> None:
+    order, total = make(rows, batch, limit, bucketed), sum(rows)
+    count = -(-3 * total // batch)
+    seen = np.concatenate([order.batch(occurrence) for occurrence in range(count)])
+    for epoch in range(3):
+        part = seen[epoch * total : (epoch + 1) * total]
+        assert sorted(part.tolist()) == list(range(total))
+
+
+@given(
+    rows=st.lists(st.integers(1, 20), min_size=2, max_size=12),
+    batch=st.integers(1, 15),
+    limit=st.integers(1, 900),
+)
+@settings(deadline=None)
+def test_a_batch_needs_the_shards_of_its_windows_only(
+    rows: list[int], batch: int, limit: float
+) -> None:
+    order = make(rows, batch, limit)
+    starts = np.concatenate([[0], np.cumsum(rows)])
+    for occurrence in range(12):
+        shards = order.shards(occurrence)
+        touched = np.searchsorted(starts, order.batch(occurrence), side="right") - 1
+        assert set(touched.tolist()) <= set(shards)
+        windows = len(order._touched(occurrence))
+        largest = max(limit, 10 * max(rows))
+        assert sum(10 * rows[shard] for shard in shards) <= windows * largest
+        if windows == 2:
+            assert sum(10 * rows[shard] for shard in shards) <= order.largest()
+
+
+def test_it_is_a_function_of_the_occurrence_alone() -> None:
+    rows = [7, 3, 9, 4, 8]
+    straight = make(rows, 5, 120, bucketed=True)
+    batches = [straight.batch(occurrence) for occurrence in range(20)]
+    for occurrence in (17, 2, 9):
+        fresh = make(rows, 5, 120, bucketed=True)
+        np.testing.assert_array_equal(fresh.batch(occurrence), batches[occurrence])
+        np.testing.assert_array_equal(straight.batch(occurrence), batches[occurrence])
+    later = np.concatenate(batches[7:14])
+    assert not np.array_equal(np.concatenate(batches[:7]), later)  # the second epoch is another
+
+
+def test_what_comes_next_is_known() -> None:
+    order = make([4] * 8, 4, 80)  # windows of two shards, batches of one window's half
+    for occurrence in range(14):
+        ahead = set(order.ahead(occurrence))
+        now = set(order.shards(occurrence))
+        after = next(
+            set(order.shards(later))
+            for later in range(occurrence, occurrence + 4)
+            if set(order.shards(later)) != now
+        )
+        assert ahead == after
+
+
+def test_rows_of_a_batch_are_of_like_length() -> None:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 200, 600)
+    key = (0, "y")
+    plain = WindowOrder([100] * 6, [1] * 6, 10, 3, key)
+    like = WindowOrder([100] * 6, [1] * 6, 10, 3, key, lambda rows: lengths[rows])
+
+    def spread(order: WindowOrder) -> float:
+        return float(np.mean([np.ptp(lengths[order.batch(n)]) for n in range(60)]))
+
+    assert spread(like) < 0.4 * spread(plain)
+
+
+def test_windows_mix_shards() -> None:
+    """With two windows of three shards a batch holds rows of several shards."""
+    order = WindowOrder([100] * 6, [1] * 6, 30, 3, (0, "z"))
+    shards = [len(np.unique(order.batch(n) // 100)) for n in range(20)]
+    assert min(shards) >= 2
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(order.batch(0), order.batch(20))
