@@ -9,7 +9,8 @@
 # Only dependencies are installed, never our own code: that comes with each job, and a worker that
 # had both would mix them. Files are looked for beside this script; settings come from the
 # environment:
-#   SKILLNET_HOME        where runs are kept: a path that all nodes see, or a URI (needed)
+#   SKILLNET_HOME        where runs are kept: a path at which all nodes see the same (needed)
+#   SKILLNET_NFS         SERVER:/PATH of a network file system to mount there, if nobody has
 #   MLFLOW_TRACKING_URI  the MLflow server, if there is one
 #   SKILLNET_VENV        the virtual environment (~/.skillnet/venv); one that is there is used
 #   SKILLNET_PYTHON      the interpreter that makes it
@@ -69,6 +70,24 @@ install_dependencies() {
         --requirement "$requirements"
 }
 
+mount_storage() {
+    [ -n "${SKILLNET_NFS:-}" ] || return 0
+    local root=()
+    [ "$(id -u)" = 0 ] || root=(sudo)
+    if ! command -v mount.nfs4 >/dev/null; then
+        "${root[@]}" apt-get -o DPkg::Lock::Timeout=300 update -qq
+        "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
+            install -y -qq --no-install-recommends nfs-common
+    fi
+    "${root[@]}" mkdir -p "$SKILLNET_HOME"
+    if ! mountpoint -q "$SKILLNET_HOME"; then
+        # hard: a server that is away for a while stops a run, it does not lose its writes
+        "${root[@]}" mount -t nfs4 -o nfsvers=4.1,hard,timeo=600,retrans=2,noresvport \
+            "$SKILLNET_NFS" "$SKILLNET_HOME" || fail "$SKILLNET_NFS cannot be mounted"
+        "${root[@]}" chown "$(id -u):$(id -g)" "$SKILLNET_HOME"
+    fi
+}
+
 write_environment() {
     mkdir -p "$state"
     cat >"$state/env.sh" <<END
@@ -100,8 +119,12 @@ END
 
 install() {
     [ -n "${SKILLNET_HOME:-}" ] ||
-        fail "SKILLNET_HOME is not set: give the path or URI where all nodes keep their runs"
+        fail "SKILLNET_HOME is not set: give the path at which all nodes keep their runs"
+    case "$SKILLNET_HOME" in
+    *://*) fail "SKILLNET_HOME is a path; a bucket is named by the commands that use one" ;;
+    esac
     install_dependencies
+    mount_storage
     write_environment
     if [ -z "${RAY_AUTH_TOKEN:-}" ]; then
         [ -s "$token" ] || fail "no token in $token; make one with: ray get-auth-token --generate"

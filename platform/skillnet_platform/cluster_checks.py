@@ -3,12 +3,11 @@
 Each finding names what was seen, and what to do about it.
 """
 
+import contextlib
 import math
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from skillnet_platform.preflight import FREE_DISK_BYTES, Finding
 #: Where `ray up` leaves the cluster's file on the head: what the autoscaler may still start.
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-NODE_TIMEOUT_S = 90.0
+#: A node's first task starts a process that imports what it needs.
+NODE_TIMEOUT_S = 300.0
 AGAIN = "run `ray up` again: it runs platform/deploy/setup_node.sh on every node"
 
 
@@ -39,68 +39,76 @@ class Seen:
     name_resolves_to: str
     home: str
     write_problem: str
-    files_seen: list[str]
-    free_bytes: int | None
+    files_seen: dict[str, list[str]]
+    free_bytes: int
     tracker_problem: str
 
 
 def cluster_findings(ray: Any, asked: Needs) -> list[Finding]:
     """All checks of the cluster that ``ray`` is connected to, for a run that asks for that."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    seen, silent = _look_everywhere(ray, nodes)
-    found = [*silent, *same_versions(seen), *enough(nodes, asked, _growth())]
+    seen, silent = _look_everywhere(ray, nodes, asked.places)
+    if silent:
+        return [*silent, *enough(nodes, asked, _growth())]
+    found = [*same_versions(seen), *enough(nodes, asked, _growth())]
     found += [*authentication(seen), *shared_storage(seen), *room(seen)]
     return [*found, *trackers(seen, asked), *meeting(seen, asked)]
 
 
 def _look_everywhere(
-    ray: Any, nodes: Sequence[Mapping[str, Any]]
+    ray: Any, nodes: Sequence[Mapping[str, Any]], places: Sequence[str]
 ) -> tuple[list[Seen], list[Finding]]:
     """One task a node: first each leaves a file in the storage, then each says what it sees."""
+    folder = f".doctor-{secrets.token_hex(4)}"
+    written, problems = _on_each(ray, nodes, _leave_file, folder, places)
+    seen: dict[str, Any] = {}
+    if not problems:  # a node that is silent says nothing about the storage of the others
+        seen, problems = _on_each(ray, nodes, _look_around, folder, places)
+    _clean_up(folder, places)
+    told = [Seen(**answer, write_problem=written[node]) for node, answer in seen.items()]
+    return sorted(told, key=lambda each: each.node), problems
+
+
+def _on_each(
+    ray: Any, nodes: Sequence[Mapping[str, Any]], function: Any, *arguments: Any
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Call ``function(address, *arguments)`` on every node; answers by address, and problems."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    folder = f".doctor-{secrets.token_hex(4)}"
-
-    def everywhere(function: Any) -> tuple[dict[str, Any], list[Finding]]:
-        tasks = {}
-        for node in nodes:
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(function)
-            tasks[task.remote(folder, node["NodeManagerAddress"])] = node["NodeManagerAddress"]
-        done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
-        answers, problems = {}, []
-        for task in done:
-            try:
-                answers[tasks[task]] = ray.get(task)
-            except Exception as problem:
-                text = str(problem).strip().splitlines()[-1][:200]
-                problems.append(Finding("node", "error", f"{tasks[task]}: {text}", AGAIN))
-        for task in late:
-            advice = "see `ray status`, and the logs of its raylet"
-            seen = f"{tasks[task]} did not answer within {NODE_TIMEOUT_S:.0f} s"
-            problems.append(Finding("node", "error", seen, advice))
-        return answers, problems
-
-    written, problems = everywhere(_leave_file)
-    seen, more = everywhere(_look_around)
-    _clean_up(folder)
-    told = [Seen(**answer, write_problem=written.get(node, "")) for node, answer in seen.items()]
-    return sorted(told, key=lambda each: each.node), problems or more
+    tasks = {}
+    for node in nodes:
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(function)
+        tasks[task.remote(node["NodeManagerAddress"], *arguments)] = node["NodeManagerAddress"]
+    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
+    answers, problems = {}, []
+    for task in done:
+        try:
+            answers[tasks[task]] = ray.get(task)
+        except Exception as problem:
+            text = str(problem).strip().splitlines()[-1][:200]
+            problems.append(Finding("node", "error", f"{tasks[task]}: {text}", AGAIN))
+    for task in late:
+        advice = "see `ray status`, and the logs of its raylet"
+        what = f"{tasks[task]} did not answer within {NODE_TIMEOUT_S:.0f} s"
+        problems.append(Finding("node", "error", what, advice))
+    return answers, problems
 
 
-def _leave_file(folder: str, address: str) -> str:
-    """Write a file named after this node into the storage; what went wrong, or nothing."""
-    try:
-        files, root = _storage()
-        files.create_dir(f"{root}/{folder}", recursive=True)
-        with files.open_output_stream(f"{root}/{folder}/{address}") as stream:
-            stream.write(address.encode())
-    except Exception as problem:
-        return _short(problem)
+def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
+    """Write a file named after this node into each place; what went wrong, or nothing."""
+    for where in _roots(places):
+        try:
+            files, root = _file_system(where)
+            files.create_dir(f"{root}/{folder}", recursive=True)
+            with files.open_output_stream(f"{root}/{folder}/{address}") as stream:
+                stream.write(address.encode())
+        except Exception as problem:
+            return f"{where}: {_short(problem)}"
     return ""
 
 
-def _look_around(folder: str, address: str) -> dict[str, Any]:
+def _look_around(address: str, folder: str, places: Sequence[str]) -> dict[str, Any]:
     import psutil
 
     addresses = {
@@ -119,50 +127,45 @@ def _look_around(folder: str, address: str) -> dict[str, Any]:
         "addresses": addresses,
         "name_resolves_to": resolved,
         "home": os.environ.get(storage.HOME_VARIABLE, ""),
-        "files_seen": _files_in(folder),
-        "free_bytes": _free(),
+        "files_seen": {where: _files_in(where, folder) for where in _roots(places)},
+        "free_bytes": storage.free_bytes(storage.run_root()),
         "tracker_problem": _tracker_problem(),
     }
 
 
-def _storage() -> tuple[Any, str]:
-    """The file system that runs are kept in, and the folder in it."""
+def _roots(places: Sequence[str]) -> list[str]:
+    """Where a run reads and writes: the places that it names, else the run root."""
+    return list(places) or [str(storage.run_root())]
+
+
+def _file_system(where: str) -> tuple[Any, str]:
+    """The file system of a path or URI, and the path in it."""
     from pyarrow import fs
 
-    home = os.environ.get(storage.HOME_VARIABLE, "")
-    if "://" in home:
-        return fs.FileSystem.from_uri(home)
-    return fs.LocalFileSystem(), str(storage.run_root())
+    if "://" in where:
+        return fs.FileSystem.from_uri(where)
+    return fs.LocalFileSystem(), where
 
 
-def _files_in(folder: str) -> list[str]:
+def _files_in(where: str, folder: str) -> list[str]:
     from pyarrow import fs
 
     try:
-        files, root = _storage()
+        files, root = _file_system(where)
         found = []
         for info in files.get_file_info(fs.FileSelector(f"{root}/{folder}")):
             with files.open_input_stream(info.path) as stream:
                 found.append(stream.read().decode())
         return sorted(found)
-    except Exception:  # told by the node that could not write, or as a file that is not seen
+    except Exception:  # shows as files that are not seen
         return []
 
 
-def _clean_up(folder: str) -> None:
-    try:
-        files, root = _storage()
-        files.delete_dir(f"{root}/{folder}")
-    except Exception:  # a finding already
-        return
-
-
-def _free() -> int | None:
-    """Bytes free where runs are kept; an object store has no end: of its cache."""
-    home = os.environ.get(storage.HOME_VARIABLE, "")
-    if "://" in home:
-        return shutil.disk_usage(tempfile.gettempdir()).free
-    return storage.free_bytes(storage.run_root())
+def _clean_up(folder: str, places: Sequence[str]) -> None:
+    for where in _roots(places):
+        with contextlib.suppress(Exception):  # a finding already
+            files, root = _file_system(where)
+            files.delete_dir(f"{root}/{folder}")
 
 
 def _tracker_problem() -> str:
@@ -254,36 +257,36 @@ def authentication(seen: Sequence[Seen]) -> list[Finding]:
 
 def shared_storage(seen: Sequence[Seen]) -> list[Finding]:
     """Every node writes to the storage and reads what the others wrote."""
-    homes = {each.home for each in seen}
-    advice = f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount, "
-    advice += "or to a bucket"
-    if "" in homes or len(homes) > 1:
+    advice = f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount"
+    if len({each.home for each in seen}) > 1:
         told = ", ".join(f"{each.node}: {each.home or '(not set)'}" for each in seen)
         return [Finding("storage", "error", told, advice)]
-    (home,) = homes or {"(no node answered)"}
     failed = [each for each in seen if each.write_problem]
     if failed:
-        first = failed[0]
-        what = f"{home} cannot be written from {first.node}: {first.write_problem}"
+        what = f"cannot be written from {failed[0].node}: {failed[0].write_problem}"
         return [Finding("storage", "error", what, advice)]
     wanted = {each.node for each in seen}
-    for each in seen:
-        lacking = sorted(wanted - set(each.files_seen))
+    found = []
+    for where in sorted({place for each in seen for place in each.files_seen}):
+        blind = [(e.node, wanted - set(e.files_seen.get(where, []))) for e in seen]
+        lacking = [(node, sorted(missing)[0]) for node, missing in blind if missing]
         if lacking:
-            what = f"{home}: {each.node} does not see what {lacking[0]} wrote there"
-            return [Finding("storage", "error", what, advice)]
-    return [Finding("storage", "ok", f"{home}: each of {len(seen)} nodes reads what all wrote")]
+            what = f"{where}: {lacking[0][0]} does not see what {lacking[0][1]} wrote there"
+            found.append(Finding("storage", "error", what, advice))
+        else:
+            what = f"{where}: each of {len(seen)} nodes reads what all wrote"
+            found.append(Finding("storage", "ok", what))
+    return found
 
 
 def room(seen: Sequence[Seen]) -> list[Finding]:
-    """Space for checkpoints."""
-    tight = [e for e in seen if e.free_bytes is not None and e.free_bytes < FREE_DISK_BYTES]
-    if tight:
-        free = storage.human_bytes(tight[0].free_bytes or 0)
+    """Space for checkpoints in the run root of every node."""
+    least = min(seen, key=lambda each: each.free_bytes)
+    free = storage.human_bytes(least.free_bytes)
+    if least.free_bytes < FREE_DISK_BYTES:
         advice = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk"
-        return [Finding("checkpoints", "warning", f"{free} free on {tight[0].node}", advice)]
-    least = min((each.free_bytes for each in seen if each.free_bytes is not None), default=0)
-    return [Finding("checkpoints", "ok", f"at least {storage.human_bytes(least)} free")]
+        return [Finding("checkpoints", "warning", f"{free} free on {least.node}", advice)]
+    return [Finding("checkpoints", "ok", f"at least {free} free")]
 
 
 def trackers(seen: Sequence[Seen], asked: Needs) -> list[Finding]:

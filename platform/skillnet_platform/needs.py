@@ -15,6 +15,8 @@ from skillnet_platform.typed_tree import nested, value_at
 
 #: Commands that train; the others need one CPU somewhere.
 TRAINING = ("pretrain", "finetune", "quickstart", "sweep", "compare", "grow")
+#: Keys that name where results are written and corpora are read.
+PLACES = ("run_dir", "data")
 #: Options of our own that take no value.
 FLAGS = ("json", "help", "detach")
 
@@ -27,11 +29,14 @@ class Needs:
         workers: processes that train at once, each with a CPU.
         gpus: of all of them together.
         spread: each worker on a host of its own.
+        places: paths and URIs that the run names for its results and corpora; none stands for
+            the run root.
     """
 
     workers: int = 1
     gpus: int = 0
     spread: bool = False
+    places: tuple[str, ...] = ()
 
     def words(self) -> str:
         """``2 workers with a GPU each, on 2 hosts``."""
@@ -66,20 +71,21 @@ def needs(words: Sequence[str]) -> Needs:
         UserError: a file of ``--config`` that is missing or not YAML.
     """
     command, *options = words or [""]
-    if command not in TRAINING:
-        return Needs()
     tree: dict[str, Any] = {}
     for key, value in _options(options):
         if key == "config":
             config.merge(tree, config.load_layer(config.find_config(value)))
-        elif key.startswith(("training.", "run.training.")):
+        elif key in PLACES or key.startswith(("training.", "run.training.")):
             config.merge(tree, nested(key, yaml.safe_load(value)))
+    places = tuple(str(tree[key]) for key in PLACES if tree.get(key))
+    if command not in TRAINING:
+        return Needs(places=places)
     inner = "run.training" if command == "sweep" else "training"
     workers = value_at(tree, f"{inner}.workers")
     count = max(int(workers), 1) if isinstance(workers, int) else 1
     gpu = value_at(tree, f"{inner}.use_gpu") is True
     strict = value_at(tree, f"{inner}.placement") == "strict_spread"
-    return Needs(count, count if gpu else 0, strict)
+    return Needs(count, count if gpu else 0, strict, places)
 
 
 def _options(words: Sequence[str]) -> list[tuple[str, str]]:

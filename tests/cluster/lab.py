@@ -206,6 +206,8 @@ def _host_script(name: str, folder: Path) -> str:
     else:
         lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
         lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
+        # Ray gives way to all else on a machine, here to whatever else shares the cores.
+        lines += ["echo 'export RAY_worker_niceness=0' >/root/.bashrc"]
         lines += ["mkdir /run/sshd", f"$(command -v sshd) -f {folder}/sshd_config"]
     return "\n".join(lines)
 

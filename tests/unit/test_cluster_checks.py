@@ -20,7 +20,7 @@ ONE = Seen(
     name_resolves_to="127.0.1.1",
     home="/mnt/runs",
     write_problem="",
-    files_seen=["10.0.0.1", "10.0.0.2"],
+    files_seen={"/mnt/runs": ["10.0.0.1", "10.0.0.2"]},
     free_bytes=100 * GIB,
     tracker_problem="",
 )
@@ -98,8 +98,8 @@ def test_a_node_that_asks_for_no_token_is_named() -> None:
     [
         ({"home": ""}, "10.0.0.2: (not set)"),
         ({"home": "/other"}, "10.0.0.2: /other"),
-        ({"write_problem": "permission denied"}, "from 10.0.0.2: permission denied"),
-        ({"files_seen": ["10.0.0.2"]}, "10.0.0.2 does not see what 10.0.0.1 wrote"),
+        ({"write_problem": "/mnt/runs: denied"}, "from 10.0.0.2: /mnt/runs: denied"),
+        ({"files_seen": {"/mnt/runs": ["10.0.0.2"]}}, "10.0.0.2 does not see what 10.0.0.1 wrote"),
     ],
 )
 def test_storage_that_is_not_shared_is_an_error(change: dict[str, object], words: str) -> None:
@@ -145,12 +145,21 @@ def test_config_without_a_command_asks_about_finetune() -> None:
     assert preflight._named(["--ray", "false"]) == ["--ray", "false"]
 
 
+def test_each_place_that_a_run_names_is_looked_at() -> None:
+    both = {"/mnt/runs": ["10.0.0.1", "10.0.0.2"], "s3://b/runs": ["10.0.0.1", "10.0.0.2"]}
+    blind = both | {"s3://b/runs": []}
+    told = checks.shared_storage([replace(ONE, files_seen=both), replace(TWO, files_seen=blind)])
+    assert [each.level for each in told] == ["ok", "error"]
+    assert told[1].seen == "s3://b/runs: 10.0.0.2 does not see what 10.0.0.1 wrote there"
+
+
 @pytest.mark.integration
-def test_a_real_node_is_looked_at(run_root: Path, ray_session: object) -> None:
-    found = {each.check: each for each in checks.cluster_findings(ray_session, Needs(2))}
+def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
+    asked = Needs(2, places=(str(tmp_path),))
+    found = {each.check: each for each in checks.cluster_findings(ray_session, asked)}
     assert found["versions"].level == "ok", found["versions"]
     assert found["resources"].level == "ok"
     assert "on 1 nodes" in found["resources"].seen
     assert found["authentication"].level == "warning", "the embedded Ray has no token"
-    assert found["storage"].level == "ok"
-    assert not list(Path(found["storage"].seen.split(":")[0]).glob(".doctor-*")), "cleaned up"
+    assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads what all wrote"
+    assert list(tmp_path.iterdir()) == [], "cleaned up"

@@ -115,7 +115,7 @@ def run_script(home: Path, word: str, **variables: str) -> "subprocess.Completed
         env={"HOME": str(home), "PATH": os.environ["PATH"], **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -129,7 +129,11 @@ def node(tmp_path: Path) -> Path:
 
 
 def test_a_node_is_set_up_twice_with_the_same_result(node: Path) -> None:
-    settings = {"SKILLNET_HOME": "/mnt/runs", "SKILLNET_VENV": sys.prefix}
+    python = node / "venv/bin/python"  # says how it was called; pip itself runs in tests/cluster
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >>"$HOME/called"\n')
+    python.chmod(0o755)
+    settings = {"SKILLNET_HOME": "/mnt/runs", "SKILLNET_VENV": str(node / "venv")}
     missing = run_script(node, "install", **settings)
     assert missing.returncode == 1
     assert "ray get-auth-token --generate" in missing.stderr
@@ -139,6 +143,7 @@ def test_a_node_is_set_up_twice_with_the_same_result(node: Path) -> None:
     for _ in range(2):
         done = run_script(node, "install", **settings)
         assert done.returncode == 0, done.stderr
+    assert f"--requirement {node}/deploy/requirements.txt" in (node / "called").read_text()
     lines = (node / ".bashrc").read_text().splitlines()
     assert lines == ['. "$HOME/.skillnet/env.sh"', "case $- in *i*) ;; *) return ;; esac"]
     assert (node / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
@@ -148,11 +153,13 @@ def test_a_node_is_set_up_twice_with_the_same_result(node: Path) -> None:
         capture_output=True,
         text=True,
     ).stdout.split()
-    assert told == ["/mnt/runs", "token", f"{sys.prefix}/bin:/usr/bin:/bin"]
+    assert told == ["/mnt/runs", "token", f"{node}/venv/bin:/usr/bin:/bin"]
 
 
 def test_a_node_without_its_settings_is_told_what_is_missing(node: Path) -> None:
     assert "SKILLNET_HOME is not set" in run_script(node, "install").stderr
+    bucket = run_script(node, "install", SKILLNET_HOME="s3://bucket/runs")
+    assert "SKILLNET_HOME is a path" in bucket.stderr
     (node / "deploy/requirements.txt").unlink()
     done = run_script(node, "install", SKILLNET_HOME="/mnt/runs")
     assert done.returncode == 1

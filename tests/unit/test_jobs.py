@@ -36,6 +36,7 @@ def test_what_a_command_asks_for(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(f"run: {{include: {run}, training: {{placement: strict_spread}}}}\n")
     assert needs([]) == needs(["prepare", "--config", str(run)]) == Needs()
+    assert needs(["prepare", "--data", "s3://b/corpora"]) == Needs(places=("s3://b/corpora",))
     assert needs(["finetune", "--config", str(run)]) == Needs(3, 3)
     assert needs(["finetune", "--config", str(run), "--training.workers=2"]) == Needs(2, 2)
     assert needs(["sweep", "--config", str(sweep)]) == Needs(3, 3, spread=True)
