@@ -19,12 +19,16 @@ DEFAULTS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+#: The same on a cluster. Ray Train gives workers a minute to start, four times; a node that an
+#: autoscaler starts needs several, and a host under load can need more than one.
+ON_A_CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
 def prepare_environment() -> None:
     """Set Ray's environment where the user has not. Call before the first ``import ray``."""
-    for name, value in DEFAULTS.items():
+    defaults = DEFAULTS | (ON_A_CLUSTER if os.environ.get("RAY_ADDRESS") else {})
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         # Processes that differ in it cannot talk; the embedded Ray chooses for itself.
