@@ -140,11 +140,14 @@ def _count(result: Any, rows: int, shards: int) -> tuple[int, int]:
 
 
 def compare(
-    media: Path, kind: str, times: int, shard_rows: int, cpus: int, bare: bool
+    media: Path, kind: str, times: int, limit: int, shard_rows: int, cpus: int, bare: bool
 ) -> list[Result]:
     """A corpus at a part of its rows and at all of them."""
     whole = media / kind
     rows = len((whole / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+    if limit and limit < rows:
+        whole, rows = media / f"{kind}-{limit}", limit
+        link_first(media / kind, whole, rows)
     part = media / f"{kind}-part"
     link_first(whole, part, rows // times)
     found, sizes = [], []
@@ -189,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("media", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=list(ENDING), default=list(ENDING))
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=0, help="of the larger corpus; 0 for all")
     parser.add_argument("--shard-rows", type=int, default=64)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
