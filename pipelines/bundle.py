@@ -113,6 +113,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> Predictor:
         banks,
         {task: entry["limit"] for task, entry in about["tasks"].items()},
         precision,
+        {task: entry["preprocessing"] for task, entry in about["tasks"].items()},
     )
 
 

@@ -1,8 +1,9 @@
 """What a model reaches on prepared corpora, as tidy rows with bootstrap intervals.
 
 Every row of a split is used exactly once. For retrieval the query of a row is its first caption
-(the name of the thing; further captions are keywords), the candidates are all rows of the split,
-and rows of one group are right answers for one another.
+(the name of the thing; further captions are keywords), or each of its captions where the corpus'
+manifest says that they are alike (``queries``: all five of a photograph). The candidates are all
+rows of the split, and rows of one group are right answers for one another.
 """
 
 import datetime
@@ -135,6 +136,7 @@ def evaluate_model(
                     seed=seed,
                     samples=samples,
                     outcomes=outcomes,
+                    every_caption=asks_with_all(corpus),
                 )
             cost = account_task(model, name, lengths)
             rows += tidy(
@@ -166,10 +168,12 @@ def measure(
     seed: int = 0,
     samples: int = 1000,
     outcomes: Outcomes | None = None,
+    every_caption: bool = False,
 ) -> tuple[Figures, dict[str, int]]:
     """Figures of one task on one split, and the mean length of its towers' rows.
 
-    ``where`` names the split in messages; see :func:`evaluate_model` for the rest.
+    ``where`` names the split in messages, ``every_caption`` makes each caption of a row a query;
+    see :func:`evaluate_model` for the rest.
     """
     config = runner.model.config
     spec = find_task(task, config.tasks)
@@ -182,6 +186,7 @@ def measure(
             config,
             where,
             captions=tower == "query",
+            every=every_caption,
             limit=None if tower == "query" else limit,
         )
         for tower, plan in spec.towers.items()
@@ -201,11 +206,13 @@ def measure(
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])
         groups = identities(fixed_column(table, "group", where))
-        ranks = retrieval_ranks(query, candidate, groups, groups)
-        figures = rank_figures(ranks, "", seed, samples) | retrieval_figures(
-            query, candidate, groups, groups, seed, samples, ways=("reverse_",)
+        owners = inputs["query"].owners
+        asked = groups if owners is None else groups[owners]
+        ranks = retrieval_ranks(query, candidate, asked, groups)
+        figures = rank_figures(ranks, "", seed, samples, owners) | retrieval_figures(
+            query, candidate, asked, groups, seed, samples, ways=("reverse_",)
         )
-        kept.ranks(task, split.name, ranks)
+        kept.ranks(task, split.name, ranks, owners)
     return figures, mean_lengths(inputs)
 
 
@@ -246,25 +253,42 @@ def retrieval_figures(
     seed: int = 0,
     samples: int = 1000,
     ways: Iterable[str] = ("", "reverse_"),
+    owners: np.ndarray | None = None,
 ) -> Figures:
-    """Recall at 1, 5 and 10 and median rank, of text -> X and (``reverse_``) of X -> text."""
+    """Recall at 1, 5 and 10 and median rank, of text -> X and (``reverse_``) of X -> text.
+
+    ``owners`` are the rows that queries are of, where rows have several."""
     figures: Figures = {}
     for prefix in ways:
         if prefix:
             ranks = retrieval_ranks(candidate, query, candidate_ids, query_ids)
         else:
             ranks = retrieval_ranks(query, candidate, query_ids, candidate_ids)
-        figures |= rank_figures(ranks, prefix, seed, samples)
+        figures |= rank_figures(ranks, prefix, seed, samples, None if prefix else owners)
     return figures
 
 
 def rank_figures(
-    ranks: np.ndarray, prefix: str = "", seed: int = 0, samples: int = 1000
+    ranks: np.ndarray,
+    prefix: str = "",
+    seed: int = 0,
+    samples: int = 1000,
+    clusters: np.ndarray | None = None,
 ) -> Figures:
-    """Recall at 1, 5 and 10 and median rank of ranks that start at 1."""
-    figures = {f"{prefix}recall_at_{k}": _mean(ranks <= k, seed, samples) for k in (1, 5, 10)}
-    figures[f"{prefix}median_rank"] = _interval(ranks, median_rank, seed, samples)
+    """Recall at 1, 5 and 10 and median rank of ranks that start at 1.
+
+    Queries of one cluster (captions of one picture) are resampled together.
+    """
+    figures = {
+        f"{prefix}recall_at_{k}": _mean(ranks <= k, seed, samples, clusters) for k in (1, 5, 10)
+    }
+    figures[f"{prefix}median_rank"] = _interval(ranks, median_rank, seed, samples, clusters)
     return figures
+
+
+def asks_with_all(corpus: Corpus) -> bool:
+    """Whether every caption of a row is a query of its own, or only the first."""
+    return corpus.manifest.get("queries") == "all"
 
 
 def tidy(figures: Figures, **common: Any) -> list[dict[str, Any]]:
@@ -344,13 +368,19 @@ def ragged_column(table: Any, name: str, where: str) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]
 
 
-def _mean(hits: np.ndarray, seed: int, samples: int) -> Interval:
-    return _interval(np.asarray(hits, dtype=np.float64), np.mean, seed, samples)
+def _mean(
+    hits: np.ndarray, seed: int, samples: int, clusters: np.ndarray | None = None
+) -> Interval:
+    return _interval(np.asarray(hits, dtype=np.float64), np.mean, seed, samples, clusters)
 
 
 def _interval(
-    values: np.ndarray, statistic: Callable[..., float], seed: int, samples: int
+    values: np.ndarray,
+    statistic: Callable[..., float],
+    seed: int,
+    samples: int,
+    clusters: np.ndarray | None = None,
 ) -> Interval:
     if not samples:
         return Interval(float(statistic(values)), float("nan"), float("nan"))
-    return bootstrap_interval(values, statistic, seed=seed, samples=samples)
+    return bootstrap_interval(values, statistic, seed=seed, samples=samples, clusters=clusters)

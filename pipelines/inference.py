@@ -41,11 +41,14 @@ class Inputs:
         lengths: (N,) tokens that each row costs in the encoder.
         take: row numbers -> the tower's batch.
         items: (N,) the row's own length, in tokens or frames; None where all have one size.
+        owners: (N,) row of the split that each is of, where a row may have several; None where
+            each row is itself.
     """
 
     lengths: np.ndarray
     take: Callable[[np.ndarray], dict[str, Tensor]]
     items: np.ndarray | None = None
+    owners: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -65,6 +68,7 @@ def split_inputs(
     where: str,
     *,
     captions: bool = False,
+    every: bool = False,
     limit: int | None = None,
 ) -> Inputs:
     """The input of a tower from a prepared split.
@@ -75,14 +79,22 @@ def split_inputs(
         config: shape of the model, for its limits.
         where: corpus and split, for messages.
         captions: read the first caption of each row in place of its own modality.
+        every: read all captions of each row, one after the other.
         limit: longest row in tokens or frames; the model's own limit if that is lower.
     """
     name = "caption_tokens" if captions else COLUMN[plan.modality]
     column = open_column(table, name, where)
     longest = config.max_frames if plan.modality == "sound" else config.max_tokens
     longest = longest if limit is None else min(limit, longest)
+    owners: np.ndarray | None = None
     if captions and isinstance(column, Nested):
         firsts = column.first(np.arange(len(table)))
+        if every:
+            counts = column.counts(np.arange(len(table)))
+            owners = np.repeat(np.arange(len(table)), counts)
+            firsts = np.concatenate(
+                [np.arange(f, f + n) for f, n in zip(firsts, counts, strict=True)]
+            )
         column = column.inner
     else:
         firsts = np.arange(len(table))
@@ -94,7 +106,7 @@ def split_inputs(
             values, lengths = ragged.take(firsts[rows], limit=longest)
             return _ragged_batch(plan, values, lengths)
 
-        return Inputs(_cost(plan, config, items), take, items)
+        return Inputs(_cost(plan, config, items), take, items, owners)
     fixed = column
     assert not isinstance(fixed, Nested)
     return Inputs(

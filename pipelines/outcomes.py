@@ -6,7 +6,7 @@ sum(amount) / sum(weight) over the rows of a split:
 objective        amount                                   weight
 classification   1 if the class is right                  1
 ctc              edit distance to the right symbols       number of right symbols
-retrieval        1 if the rank is at most 10              1
+retrieval        queries with a rank of at most 10        number of queries of the row
 
 Rows are numbered as in the prepared split, so that two systems pair by (task, split, row).
 """
@@ -76,10 +76,21 @@ class Outcomes:
         amount = np.asarray(right, np.float64)
         self.add(task, split, amount, np.ones(len(amount)))
 
-    def ranks(self, task: str, split: str, ranks: ArrayLike) -> None:
-        """Rows with the rank of their best right candidate, (N,) from 1."""
+    def ranks(
+        self, task: str, split: str, ranks: ArrayLike, owners: np.ndarray | None = None
+    ) -> None:
+        """Queries with the rank of their best right candidate, (Q,) from 1.
+
+        A row has one query, or those whose ``owners``, in ascending order, name it; its rank is
+        then their mean.
+        """
         rank = np.asarray(ranks, np.float64)
-        self.add(task, split, rank <= FOUND_AT, np.ones(len(rank)), rank)
+        found, weight = (rank <= FOUND_AT).astype(np.float64), np.ones(len(rank))
+        if owners is not None:
+            weight = np.bincount(owners).astype(np.float64)
+            found = np.bincount(owners, found)
+            rank = np.bincount(owners, rank) / weight
+        self.add(task, split, found, weight, rank)
 
     def add(
         self,

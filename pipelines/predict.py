@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -25,18 +25,24 @@ class PredictConfig:
         files: recordings, pictures, clips, Python files, texts (.txt), or .jsonl with a row
             {"text": …} or {"file": …}, and "task" if wanted, a line.
         file: more files; the same as bare words.
+        input: a file of rows as JSON lines, whatever its name; TNEWS's {"id": …, "sentence": …}
+            are read too.
+        format: of ``output``: ``jsonl`` has all that is known of each prediction, ``clue`` the
+            lines that CLUE expects of TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}.
         text: a text.
         task: by default the task that reads such an input.
         model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
         data: prepared corpora; needed for a checkpoint only.
         top: how many alternatives.
-        output: write the predictions to this .jsonl file as well.
+        output: write the predictions to this file as well, a line each.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
     files: list[str] = positional([])
     file: list[str] = field(default_factory=list)
+    input: Optional[str] = None  # noqa: UP045
+    format: Literal["jsonl", "clue"] = "jsonl"
     text: Optional[str] = None  # noqa: UP045
     task: Optional[str] = None  # noqa: UP045
     model: str = "models:/skillnet@champion"
@@ -49,7 +55,11 @@ class PredictConfig:
     def __post_init__(self) -> None:
         if self.top < 1:
             raise UserError(f"top must be at least 1, got {self.top}")
-        if not self.files and not self.file and self.text is None:
+        if self.format == "clue" and (not self.input or self.files or self.file or self.text):
+            raise UserError(
+                "--format clue is for one test file: give --input test.json and nothing else"
+            )
+        if not self.files and not self.file and self.text is None and self.input is None:
             raise UserError(
                 "nothing to predict for: give --text TEXT, or files "
                 "(recordings, pictures, clips, .py, .txt, .jsonl)"
@@ -83,6 +93,8 @@ def gather(config: PredictConfig) -> "list[Item]":
     items: list[Item] = []
     if config.text is not None:
         items.append(Item(config.text, config.text, None, config.task))
+    if config.input is not None:
+        items += read_rows(Path(config.input), config.task)
     for name in [*config.files, *config.file]:
         if Path(name).suffix.lower() in ROWS:
             items += read_rows(Path(name), config.task)
@@ -99,10 +111,29 @@ def read_rows(path: Path, task: str | None) -> "list[Item]":
     """
     from pipelines.predictor import Item, read_item
 
+    items: list[Item] = []
+    for where, row in _lines(path):
+        texts = [row[key] for key in ("text", "sentence") if key in row]
+        if len(texts) + ("file" in row) != 1:
+            raise UserError(f'{where}: expected {{"text": …}} or {{"file": …}}')
+        wanted = row.get("task", task)
+        if texts:
+            items.append(Item(str(texts[0]), str(texts[0]), None, wanted))
+        else:
+            items.append(read_item(path.parent / row["file"], wanted))
+    return items
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(Where it stands, object) of each line that is not empty.
+
+    Raises:
+        UserError: no such file, no rows, or a line that is no JSON object; names it.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    items: list[Item] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -110,16 +141,33 @@ def read_rows(path: Path, task: str | None) -> "list[Item]":
             row = json.loads(line)
         except ValueError as problem:
             raise UserError(f"{where}: not JSON ({problem})") from None
-        if not isinstance(row, dict) or ("text" in row) == ("file" in row):
+        if not isinstance(row, dict):
             raise UserError(f'{where}: expected {{"text": …}} or {{"file": …}}')
-        wanted = row.get("task", task)
-        if "text" in row:
-            items.append(Item(str(row["text"]), str(row["text"]), None, wanted))
-        else:
-            items.append(read_item(path.parent / row["file"], wanted))
-    if not items:
+        rows.append((where, row))
+    if not rows:
         raise UserError(f"{path}: no rows in it")
-    return items
+    return rows
+
+
+def clue_lines(path: Path, predictions: "list[Prediction]") -> list[dict[str, Any]]:
+    """What CLUE's evaluation expects of TNEWS: id, label and its description, of every line.
+
+    Raises:
+        UserError: a line without an id, or classes that are not named as the reader ``tnews``
+            names them.
+    """
+    made = []
+    for (where, row), prediction in zip(_lines(path), predictions, strict=True):
+        code, _, description = prediction.answer.partition(" ")
+        if not code.isdigit() or not description:
+            raise UserError(
+                f"--format clue: the class {prediction.answer!r} is none of TNEWS's; the model has "
+                "to be trained on a corpus that was prepared with --corpus tnews=PATH"
+            )
+        if "id" not in row:
+            raise UserError(f'{where}: no "id" in it; CLUE tells predictions apart by it')
+        made.append({"id": row["id"], "label": code, "label_desc": description})
+    return made
 
 
 def show(predictions: "list[Prediction]") -> None:
@@ -151,21 +199,30 @@ def main(argv: list[str] | None = None) -> int:
         "picture, a clip or the functions of a Python file.",
         example='skillnet predict --text "中国古代文学史"\n'
         "skillnet predict heart.png speech.mp3 module.py --top 3\n"
-        "skillnet predict rows.jsonl --output predictions.jsonl --json",
+        "skillnet predict rows.jsonl --output predictions.jsonl --json\n"
+        "skillnet predict --task text_classification --input test.json "
+        "--output tnews_predict.json --format clue",
     )
     predictions = predict(config)
+    lines: list[dict[str, Any]] = [_plain(prediction) for prediction in predictions]
+    if config.format == "clue":
+        lines = clue_lines(Path(str(config.input)), predictions)
     if config.output:
         with atomic_write(config.output, "w") as stream:
-            for prediction in predictions:
-                stream.write(json.dumps(_plain(prediction), ensure_ascii=False) + "\n")
+            for line in lines:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     if console.json_wanted():
-        console.emit_json([_plain(prediction) for prediction in predictions])
+        console.emit_json(lines)
+    elif config.format == "clue" and config.output:
+        console.note(f"{len(lines)} predictions in {config.output}")
+    elif config.format == "clue":
+        print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     else:
         show(predictions)
     return 0
 
 
-def _plain(prediction: "Prediction") -> dict[str, object]:
+def _plain(prediction: "Prediction") -> dict[str, Any]:
     values = asdict(prediction)
     values["alternatives"] = [
         {"answer": name, "score": score} for name, score in prediction.alternatives

@@ -94,6 +94,7 @@ class Predictor:
         names: task -> names of its classes or symbols (symbol 1 first).
         banks: task -> known captions.
         limits: task -> longest sequence of the task's own modality, as in training.
+        prepared: task -> how its corpus was prepared, so that inputs are prepared alike.
         precision: see :class:`pipelines.inference.Runner`.
     """
 
@@ -105,9 +106,11 @@ class Predictor:
         banks: Mapping[str, CaptionBank] | None = None,
         limits: Mapping[str, int | None] | None = None,
         precision: str = "auto",
+        prepared: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.names, self.banks, self.limits = dict(names), dict(banks or {}), dict(limits or {})
+        self.prepared = dict(prepared or {})
         self.runner = Runner(model, precision)
 
     def predict(self, items: Sequence[Item], top: int = 5) -> list[Prediction]:
@@ -179,11 +182,14 @@ class Predictor:
                 if not words.strip():
                     raise ValueError("the text is empty")
                 return [(item.name, self.tokens([words], longest)[0])]
-            data = item.data or b""
+            data, alike = item.data or b"", self.prepared.get(task, {})
             if plan.modality == "image":
-                return [(item.name, image.load_pixels(data, config.image_size))]
+                fit = alike.get("fit", "pad")
+                return [(item.name, image.load_pixels(data, config.image_size, fit))]
             if plan.modality == "sound":
-                return [(item.name, sound.load_log_mel(data))]
+                seconds = alike.get("max_seconds")
+                frames = round(seconds * 100) if seconds else sound.MAX_FRAMES
+                return [(item.name, sound.load_log_mel(data, frames, alike.get("trim", True)))]
             if plan.modality == "video":
                 size = config.video_size
                 return [(item.name, video.load_clip(data, config.video_frames, size))]
@@ -209,7 +215,9 @@ class Predictor:
         if spec.objective == "ctc":
             said, confidence = self.runner.transcribe(task, inputs)
             names = self.names[task]
-            words = [" ".join(names[symbol - 1] for symbol in row) for row in said]
+            # Characters stand side by side; names of sounds stand apart.
+            space = "" if all(len(name) == 1 for name in names[1:]) else " "
+            words = [space.join(names[symbol - 1] for symbol in row) for row in said]
             return [
                 (word, float(score), [(word, float(score))], [])
                 for word, score in zip(words, confidence, strict=True)

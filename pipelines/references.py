@@ -9,7 +9,7 @@
   captions are nearest by TF-IDF stand in for the query, and candidates are ranked by how much
   they look like them. Code: TF-IDF of character n-grams, docstring against code.
 
-They fit on the ``train`` split only.
+They fit on the ``train`` split only, on ``KNOWN`` of its rows, evenly spread, if it has more.
 """
 
 import warnings
@@ -23,6 +23,7 @@ import pyarrow as pa
 from pipelines.collate import Fixed, open_column
 from pipelines.evaluation import (
     Figures,
+    asks_with_all,
     check_outputs,
     chosen_splits,
     classification_figures,
@@ -45,6 +46,8 @@ VERSION = 1
 
 NEIGHBOURS = 5
 FEATURES = 4096
+#: Training rows that a simple method learns from: nearest neighbours compare with all of them.
+KNOWN = 20_000
 
 
 def references(
@@ -99,23 +102,32 @@ def references(
 
 
 def _both(spec: Task, corpus: Corpus, split: str, seed: int, samples: int) -> dict[str, Figures]:
-    train, test = corpus.splits["train"].table(), corpus.splits[split].table()
+    train, test = _known(corpus.splits["train"].table()), corpus.splits[split].table()
     where = f"{corpus.name}/{split}"
     if spec.objective == "classification":
         return _classes(train, test, corpus.modality, where, seed, samples)
     if spec.objective == "ctc":
         return _transcripts(train, test, where, seed, samples)
     groups = identities(fixed_column(test, "group", where))
+    captions = test.column("captions").to_pylist()
+    if not asks_with_all(corpus):
+        captions = [row[:1] for row in captions]
+    owners = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
+    asked, texts = groups[owners], [caption for row in captions for caption in row]
     if corpus.modality in ("image", "video"):
-        query, candidate, back_query, back_candidate = _looks(train, test, corpus.modality, where)
+        query, candidate, back_query, back_candidate = _looks(
+            train, test, texts, corpus.modality, where
+        )
     else:
-        query, candidate = _words(train, test)
+        query, candidate = _words(train, test, texts)
         back_query, back_candidate = query, candidate
-    there = retrieval_figures(query, candidate, groups, groups, seed, samples, ways=("",))
-    back = retrieval_figures(
-        back_query, back_candidate, groups, groups, seed, samples, ways=("reverse_",)
+    there = retrieval_figures(
+        query, candidate, asked, groups, seed, samples, ways=("",), owners=owners
     )
-    return {"chance": random_order(groups), "reference": there | back}
+    back = retrieval_figures(
+        back_query, back_candidate, asked, groups, seed, samples, ways=("reverse_",)
+    )
+    return {"chance": random_order(groups, asked), "reference": there | back}
 
 
 # -- classes -------------------------------------------------------------------------------
@@ -188,7 +200,7 @@ def _recordings(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
 
 
 def _looks(
-    train: pa.Table, test: pa.Table, modality: str, where: str
+    train: pa.Table, test: pa.Table, texts: list[str], modality: str, where: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Query and candidate vectors of text -> X, then of X -> text."""
     names = train.column("captions").to_pylist()
@@ -196,7 +208,7 @@ def _looks(
     vectors = _tfidf((1, 2), FEATURES)
     known_text = vectors.fit_transform([caption for captions in names for caption in captions])
     known_text = known_text.toarray().astype(np.float32)
-    text = vectors.transform(_first_captions(test)).toarray().astype(np.float32)
+    text = vectors.transform(texts).toarray().astype(np.float32)
     name = "pixels" if modality == "image" else "frames"
     known_look, look = (_small(_all(table, name, where)) for table in (train, test))
     rows, weights = _nearest(text, known_text, NEIGHBOURS)
@@ -206,37 +218,48 @@ def _looks(
     return query, look, text, _mix(known_text[firsts][rows], weights)
 
 
-def _words(train: pa.Table, test: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def _words(train: pa.Table, test: pa.Table, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     vectors = _tfidf((1, 3), FEATURES)
     vectors.fit([*_first_captions(train), *_strings(train, "code")])
-    query, candidate = _first_captions(test), _strings(test, "code")
+    candidate = _strings(test, "code")
     return (
-        vectors.transform(query).toarray().astype(np.float32),
+        vectors.transform(texts).toarray().astype(np.float32),
         vectors.transform(candidate).toarray().astype(np.float32),
     )
 
 
-def random_order(groups: np.ndarray) -> Figures:
+def random_order(groups: np.ndarray, asked: np.ndarray | None = None) -> Figures:
     """Expected figures if every query's candidates came in random order.
 
     A query with p right answers among N finds none in the first k with probability
     (N-p)/N * (N-p-1)/(N-1) * ... over k factors.
+
+    Args:
+        groups: (N,) of the candidates.
+        asked: (Q,) of the queries; none is one for each candidate.
     """
-    _, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    right, total = sizes[inverse].astype(np.float64), len(groups)
-    missed = np.ones(total)
-    found_by = np.empty(total)
-    for k in range(total):
-        missed *= np.maximum(total - right - k, 0) / (total - k)
-        found_by[k] = 1 - missed.mean()
-    values = {f"recall_at_{k}": float(found_by[min(k, total) - 1]) for k in (1, 5, 10)}
-    values["median_rank"] = float(np.searchsorted(found_by, 0.5) + 1)
     nothing = float("nan")
+    asked = groups if asked is None else asked
     return {
         f"{way}{name}": Interval(value, nothing, nothing)
-        for way in ("", "reverse_")
-        for name, value in values.items()
+        for way, here, there in (("", asked, groups), ("reverse_", groups, asked))
+        for name, value in _expected(here, there).items()
     }
+
+
+def _expected(queries: np.ndarray, candidates: np.ndarray) -> dict[str, float]:
+    names, sizes = np.unique(candidates, return_counts=True)
+    right, often = np.unique(sizes[np.searchsorted(names, queries)], return_counts=True)
+    total, share = len(candidates), often / often.sum()
+    missed = np.ones(len(right))
+    found_by: list[float] = []
+    while len(found_by) < total and (len(found_by) < 10 or found_by[-1] < 0.5):
+        k = len(found_by)
+        missed *= np.maximum(total - right - k, 0) / (total - k)
+        found_by.append(float(1 - missed @ share))
+    values = {f"recall_at_{k}": found_by[min(k, total) - 1] for k in (1, 5, 10)}
+    values["median_rank"] = float(np.searchsorted(found_by, 0.5) + 1)
+    return values
 
 
 def _small(x: np.ndarray) -> np.ndarray:
@@ -290,6 +313,13 @@ def _tfidf(ngrams: tuple[int, int], features: int) -> Any:
 
 def _strings(table: pa.Table, name: str) -> list[str]:
     return table.column(name).to_pylist()
+
+
+def _known(train: pa.Table) -> pa.Table:
+    """All rows, or ``KNOWN`` of them, evenly spread."""
+    if len(train) <= KNOWN:
+        return train
+    return train.take(np.linspace(0, len(train) - 1, KNOWN).astype(np.int64))
 
 
 def _first_captions(table: pa.Table) -> list[str]:

@@ -91,6 +91,7 @@ class TaskRows:
         self.count = sum(corpus.splits[split].rows for split in splits)
         if not self.count:
             raise UserError(f"{self.where} has no rows; prepare the corpus again")
+        self._columns: dict[str, Column] = {}
         self._table = _joined([corpus.splits[split].table() for split in splits])
         own = "candidate" if task.objective == "retrieval" else "input"
         self.plan: SkillPlan = task.towers[own]
@@ -104,6 +105,8 @@ class TaskRows:
         self.limit = min(
             limit.get(self.plan.modality, 1 << 30), max_length if max_length else 1 << 30
         )
+        if task.objective == "ctc" and "max_seconds" in corpus.manifest["preprocessing"]:
+            self._refuse_cropping(corpus)
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._model, self._first_caption = model, settings.first_caption
         tokenizer = corpus.manifest.get("tokenizer") or {}
@@ -118,7 +121,17 @@ class TaskRows:
         if self.views:
             masks = masks.for_views()
         self._hide = masking.Hider(model, masks, words, self.limit)
-        self._columns: dict[str, Column] = {}
+
+    def _refuse_cropping(self, corpus: "Corpus") -> None:
+        """A transcript asks for all of its recording: raise UserError where the end is cut off."""
+        longest = int(self._ragged("log_mel").lengths().max())
+        if longest > self.limit:
+            raise UserError(
+                f"{self.where}: recordings of up to {longest} frames, but {self.limit} are read of "
+                f"one; set model.max_frames to {longest} or more (and tasks.{self.name}.max_length "
+                f"likewise, where it is set), or prepare with --options.{corpus.name}.max_seconds "
+                f"{self.limit / 100:g}"
+            )
 
     def lengths(self) -> np.ndarray | None:
         """(rows,) length of each row's sequence, or none for pictures and clips."""

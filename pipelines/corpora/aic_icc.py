@@ -12,6 +12,7 @@ halves, one of them the test.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.finish import CaptionOptions, ImageOptions
@@ -62,6 +63,10 @@ class AicIcc(PlacedCorpus):
             )
         self.home = Place(self.options.media) if self.options.media else self.place
         self.halved = not any(split.startswith("test") for split, _ in self.files)
+
+    def facts(self) -> dict[str, Any]:
+        """Captions are alike: each is a query when the model is evaluated."""
+        return super().facts() | {"queries": "all"}
 
     def annotations(self) -> list[str]:
         """The files of annotations."""

@@ -211,3 +211,40 @@ def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, r
     )
     assert {row["task"] for row in result.rows} == set(config().tasks)
     assert {row["seed"] for row in result.rows} == {5}
+
+
+def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) -> None:
+    """As with five captions a photograph: as many queries, resampled by rows, outcomes by rows."""
+    from pipelines.outcomes import Outcomes
+    from pipelines.references import references
+    from pipelines.shards import manifest_digest
+
+    data = write_corpora(tmp_path / "corpora")
+    path = data / "drawings" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    found = {}
+    for queries in ("first", "all"):
+        manifest["queries"] = queries
+        manifest["digest"] = manifest_digest(manifest)
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        outcomes = Outcomes()
+        rows = evaluate_model(
+            model, data, ["text_to_image"], ["test"], samples=20, outcomes=outcomes
+        )
+        figures = {row["metric"]: row["value"] for row in rows}
+        found[queries] = figures, outcomes["text_to_image", "test"]
+        spec = {"text_to_image": model.config.tasks["text_to_image"]}
+        simple = references(data, spec, ["test"], samples=0, keep=False)
+        found[queries] += ({(r["system"], r["metric"]): r["value"] for r in simple},)
+    (first, one, simple_first), (every, three, simple_every) = found["first"], found["all"]
+    assert len(one) == len(three) == open_corpus(data / "drawings").splits["test"].rows
+    assert set(three.weight) == {3.0}
+    assert three.value == pytest.approx(every["recall_at_10"])
+    assert one.value == pytest.approx(first["recall_at_10"])
+    assert first["median_rank"] != every["median_rank"]
+    assert simple_first["reference", "recall_at_1"] != simple_every["reference", "recall_at_1"]
+    chance = ("chance", "recall_at_1")
+    assert simple_first[chance] == pytest.approx(simple_every[chance])
+    back = ("chance", "reverse_recall_at_10")
+    missed = np.prod([(27 - k) / (30 - k) for k in range(10)])  # three right ones among thirty
+    assert simple_every[back] == pytest.approx(1 - missed)

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipelines.corpora import PlacedCorpus, find_corpus, guess_reader, place_corpus
+from pipelines.corpora import (
+    READERS,
+    PlacedCorpus,
+    _find_class,
+    find_corpus,
+    guess_reader,
+    place_corpus,
+)
 from pipelines.corpora.base import Rejected, Sources
 from pipelines.corpora.tnews import LABELS
 from pipelines.corpora.vatex import youtube_id
@@ -317,3 +324,16 @@ def test_mistakes_have_one_message(
 def test_a_format_alone_is_no_corpus() -> None:
     with pytest.raises(UserError, match="give --corpus tnews=PATH"):
         find_corpus("tnews")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_option_is_documented(name: str) -> None:
+    """In the guide, with its default, and in the docstring of its dataclass."""
+    from dataclasses import fields
+
+    kind = _find_class(name).Options  # type: ignore[attr-defined]
+    guide = (Path(__file__).parents[2] / "docs" / "own-corpora.md").read_text(encoding="utf-8")
+    explained = "".join(base.__doc__ or "" for base in kind.__mro__)
+    for option in fields(kind):
+        assert f"`{option.name}`" in guide, option.name
+        assert f"        {option.name}: " in explained, option.name

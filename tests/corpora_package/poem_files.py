@@ -1,0 +1,56 @@
+"""Poems, a file each: the dynasty in the first line, then the verses. To tell the dynasty."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipelines.corpora import PlacedCorpus
+from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.finish import SplitOptions, TextOptions
+from pipelines.corpora.placed import bad, clean_text, made_split
+from pipelines.places import Place
+
+
+@dataclass
+class PoemOptions(SplitOptions, TextOptions):
+    """Poems.
+
+    Args:
+        verses: lines kept of a poem.
+    """
+
+    verses: int = 4
+
+
+class Poems(PlacedCorpus):
+    """Poems with their dynasties."""
+
+    name = "poems"
+    modality = "text"
+    Options = PoemOptions
+    has = ("labels",)
+
+    @classmethod
+    def guess(cls, place: Place) -> str | None:
+        """Files that end in .poem."""
+        found = next((e.name for e in place.walk() if e.name.endswith(".poem")), None)
+        return f"{found} is a poem" if found else None
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Poems in the order of their names."""
+        for entry in self.place.walk():
+            if not entry.name.endswith(".poem"):
+                continue
+            lines = [line.decode("utf-8", "replace") for _, line in self.place.lines(entry.name)]
+            try:
+                text = clean_text("，".join(lines[1 : 1 + self.options.verses]))
+                yield {
+                    "split": made_split(entry.name, self.options),
+                    "key": entry.name,
+                    "group": -1,
+                    "text": text,
+                    "label": clean_text(lines[0]),
+                    "captions": [],
+                    "file": entry.name,
+                }
+            except (ValueError, IndexError):
+                yield bad(entry.name, "a poem without a dynasty or verses", entry.name)
