@@ -210,9 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     results: list[Result] = []
     for kind in given.kinds:
-        results += compare(
-            media, kind, given.times, given.shard_rows, given.cpus, given.without_ray
-        )
+        results += compare(media, kind, given.times, given.rows, *how)
         path = write("prepare-memory", results, 1, given.output, clock="wall")
     for result in results:
         print(f"{result.measured}: {result.value:.3g} {result.unit} {result.met}  {result.setting}")
