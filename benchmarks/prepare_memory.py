@@ -201,12 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     media = given.media.absolute()
+    how = (given.shard_rows, given.cpus, given.without_ray)
     if given.one:
-        print(
-            json.dumps(
-                one(given.folder, given.one, given.shard_rows, given.cpus, given.without_ray)
-            )
-        )
+        print(json.dumps(one(given.folder, given.one, *how)))
         return 0
     results: list[Result] = []
     for kind in given.kinds:
