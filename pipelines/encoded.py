@@ -79,7 +79,7 @@ def decode(cells: Sequence[Any], shape: Sequence[int], where: str = "") -> NDArr
     Raises:
         UserError: a cell is no JPEG of that shape.
     """
-    out = np.empty((len(cells), *shape), np.uint8)
+    out: NDArray[np.uint8] = np.empty((len(cells), *shape), np.uint8)
 
     def some(span: slice) -> None:
         for cell, row in zip(cells[span], out[span], strict=True):
