@@ -177,10 +177,6 @@ def compare(
         shared = many["shared"] / 2**20
         label = f"peak of Ray's store in a worker, {kind}"
         results.append(Result(label, "", "MiB", shared, shared, shared, "", 1, setting))
-    speed = many["rows"] / many["seconds"]
-    label = f"rows prepared, {kind}"
-    note = "on a machine that others used at the same time"
-    results.append(Result(label, "", "rows/s", speed, speed, speed, "", 1, setting, note))
     return results
 
 

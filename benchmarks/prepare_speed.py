@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from benchmarks.media import CLIP, FRAMES, PICTURE, decode, files
 
-ROWS = {"image": 32, "sound": 48, "video": 24}
-SHARD_ROWS = 16
+ROWS = {"image": 16, "sound": 16, "video": 8}
+SHARD_ROWS = 8
 OPTIONS = {
     "image": {"size": PICTURE, "storage": "raw", "task": "captions"},
     "sound": {"max_seconds": FRAMES / 100},
