@@ -11,6 +11,7 @@ bounded and told beside it.
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -46,10 +47,10 @@ class Peaks(threading.Thread):
             self.driver = max(self.driver, anonymous(own.pid))
             for child in own.children(recursive=True):
                 try:
-                    name = child.cmdline()[:1]
+                    name = child.cmdline()
                 except psutil.Error:
                     continue
-                if name and name[0].startswith("ray::"):
+                if name and (name[0].startswith("ray::") or "multiprocessing" in " ".join(name)):
                     used = anonymous(child.pid)
                     self.workers[child.pid] = max(self.workers.get(child.pid, 0), used)
                     self.store = max(self.store, resident(child.pid, "RssShmem"))
@@ -70,37 +71,83 @@ def resident(pid: int, kind: str) -> int:
     return int(next(lines, f"{kind}: 0 kB").split()[1]) * 1024
 
 
-def one(folder: Path, kind: str, shard_rows: int, cpus: int) -> dict[str, Any]:
-    """Prepare a corpus in this process and say what it took."""
+def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict[str, Any]:
+    """Prepare a corpus from this process and say what it took."""
     from pipelines.corpora.folder import Folder
+
+    corpus = Folder(str(folder), Folder.Options(validation=0.0, test=0.0, **SIZES[kind]))
+    corpus.shard_rows = shard_rows  # type: ignore[misc]  # small: a twentieth of the rows is many
+    peaks = Peaks()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as data:
+        run = _without_ray if bare else _with_ray
+        rows, shards, seconds = run(corpus, Path(data), cpus, peaks)
+    peaks.stopped.set()
+    peaks.join()
+    told = {"worker": max(peaks.workers.values()), "driver": peaks.driver, "shared": peaks.store}
+    return told | {"rows": rows, "shards": shards, "seconds": seconds}
+
+
+def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
+    """``skillnet prepare`` on a Ray without its dashboard, whose memory is of no interest here."""
     from pipelines.prepare import prepare
     from skillnet_platform.cluster import OBJECT_STORE_BYTES, prepare_environment
 
-    corpus = Folder(str(folder), Folder.Options(validation=0.0, test=0.0, **SIZES[kind]))
-    corpus.shard_rows = shard_rows  # type: ignore[misc]  # small: a tenth of the rows is many
-    peaks = Peaks()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as data:
-        prepare_environment()
-        import ray
+    prepare_environment()
+    import ray
 
-        # Without the dashboard, whose memory is of no interest here.
-        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
+    ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
+    peaks.start()
+    begin = time.monotonic()
+    done = prepare([], data, data, cpus, 0.0, [corpus])["folder"]
+    seconds = time.monotonic() - begin
+    return done["rows_out"], len(list(data.glob("folder/*.arrow"))), seconds
+
+
+def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
+    """The same reading and writing code with a pool of processes in Ray's place: this process
+    reads, and waits while twice as many blocks as processes are on their way."""
+    from pipelines.corpora.base import Sources
+    from pipelines.datasource import Job, units
+    from pipelines.preparation import write_block
+
+    if corpus.text_columns:
+        corpus.has = ()  # no tokenizer is learnt here
+        shard_rows = corpus.shard_rows
+        corpus.settle()
+        corpus.shard_rows = shard_rows
+    corpus.survey()
+    jobs = [Job(corpus, Sources.none(), data)]
+    waiting: list[Any] = []
+    rows = shards = 0
+    begin = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(cpus) as pool:
         peaks.start()
-        begin = time.monotonic()
-        done = prepare([], Path(data), Path(data), cpus, 0.0, [corpus])["folder"]
-        seconds = time.monotonic() - begin
-        shards = len(list(Path(data).glob("folder/*.arrow")))
-    peaks.stopped.set()
-    peaks.join()
-    busy = sorted(peaks.workers.values(), reverse=True)[: cpus + 1]  # with the reading one
-    told = {"worker": busy[0], "busy": busy, "driver": peaks.driver, "shared": peaks.store}
-    return told | {"rows": done["rows_out"], "shards": shards, "seconds": seconds}
+        for unit in units(0, jobs[0]):
+            waiting.append(pool.apply_async(write_block, (jobs, "memory", unit)))
+            if len(waiting) >= 2 * cpus:
+                rows, shards = _count(waiting.pop(0), rows, shards)
+        for each in waiting:
+            rows, shards = _count(each, rows, shards)
+    return rows, shards, time.monotonic() - begin
 
 
-def compare(media: Path, kind: str, times: int, shard_rows: int, cpus: int) -> list[Result]:
+def _count(result: Any, rows: int, shards: int) -> tuple[int, int]:
+    done = json.loads(result.get()["done"][0].as_py())
+    if "summary" in done:
+        return rows, shards
+    assert not done["bad"], done
+    return rows + done["rows"], shards + 1
+
+
+def compare(
+    media: Path, kind: str, times: int, limit: int, shard_rows: int, cpus: int, bare: bool
+) -> list[Result]:
     """A corpus at a part of its rows and at all of them."""
     whole = media / kind
     rows = len((whole / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+    if limit and limit < rows:
+        whole, rows = media / f"{kind}-{limit}", limit
+        link_first(media / kind, whole, rows)
     part = media / f"{kind}-part"
     link_first(whole, part, rows // times)
     found, sizes = [], []
@@ -108,12 +155,14 @@ def compare(media: Path, kind: str, times: int, shard_rows: int, cpus: int) -> l
         sizes.append(sum(path.stat().st_size for path in folder.glob(f"*/*.{ENDING[kind]}")))
         words = [sys.executable, "-m", "benchmarks.prepare_memory", str(media), "--one", kind]
         words += ["--folder", str(folder), "--shard-rows", str(shard_rows), "--cpus", str(cpus)]
+        words += ["--without-ray"] * bare
         out = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
         found.append(json.loads(out.splitlines()[-1]))
     few, many = found
     setting = (
         f"{few['rows']} rows ({sizes[0] / 1e9:.2f} GB) and {many['rows']} rows "
         f"({sizes[1] / 1e9:.2f} GB) in shards of {shard_rows}, {cpus} CPUs"
+        + (", a pool of processes in the place of Ray" if bare else "")
     )
     results = []
     for name, label in (("worker", "largest worker"), ("driver", "driver")):
@@ -124,13 +173,10 @@ def compare(media: Path, kind: str, times: int, shard_rows: int, cpus: int) -> l
         results.append(Result(label, against, "ratio", ratio, ratio, ratio, target, 1, setting))
         mib = many[name] / 2**20
         results.append(Result(label, "", "MiB", mib, mib, mib, "", 1, setting))
-    shared = many["shared"] / 2**20
-    label = f"peak of Ray's store in a worker, {kind}"
-    results.append(Result(label, "", "MiB", shared, shared, shared, "", 1, setting))
-    speed = many["rows"] / many["seconds"]
-    label = f"rows prepared, {kind}"
-    note = "on a machine that others used at the same time"
-    results.append(Result(label, "", "rows/s", speed, speed, speed, "", 1, setting, note))
+    if not bare:
+        shared = many["shared"] / 2**20
+        label = f"peak of Ray's store in a worker, {kind}"
+        results.append(Result(label, "", "MiB", shared, shared, shared, "", 1, setting))
     return results
 
 
@@ -142,19 +188,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("media", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=list(ENDING), default=list(ENDING))
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=0, help="of the larger corpus; 0 for all")
     parser.add_argument("--shard-rows", type=int, default=64)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--without-ray", action="store_true", help="a pool in its place")
     parser.add_argument("--one", choices=list(ENDING), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     media = given.media.absolute()
+    how = (given.shard_rows, given.cpus, given.without_ray)
     if given.one:
-        print(json.dumps(one(given.folder, given.one, given.shard_rows, given.cpus)))
+        print(json.dumps(one(given.folder, given.one, *how)))
         return 0
     results: list[Result] = []
     for kind in given.kinds:
-        results += compare(media, kind, given.times, given.shard_rows, given.cpus)
+        results += compare(media, kind, given.times, given.rows, *how)
         path = write("prepare-memory", results, 1, given.output, clock="wall")
     for result in results:
         print(f"{result.measured}: {result.value:.3g} {result.unit} {result.met}  {result.setting}")

@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from benchmarks.media import CLIP, FRAMES, PICTURE, decode, files
 
-ROWS = {"image": 32, "sound": 48, "video": 24}
-SHARD_ROWS = 16
+ROWS = {"image": 16, "sound": 16, "video": 8}
+SHARD_ROWS = 8
 OPTIONS = {
     "image": {"size": PICTURE, "storage": "raw", "task": "captions"},
     "sound": {"max_seconds": FRAMES / 100},
@@ -50,7 +50,34 @@ def run(rounds: int, threads: int) -> list[Result]:
                    *spread([s / rows for s in seconds["loop"]]), "", rounds, setting,
                    "cpu time of one process"),
         ]  # fmt: skip
-    return results
+    return [*results, _code(rounds, threads)]
+
+
+def _code(rounds: int, threads: int) -> Result:
+    """Tokens of functions of Python's own library: what a row of code costs."""
+    import argparse
+    import inspect
+
+    from tokenizers import Tokenizer
+
+    from pipelines import tokenizer as tokenizers
+    from pipelines.transforms import code, text
+
+    modules = (argparse, inspect, shutil, tempfile)
+    sources = [inspect.getsource(module) for module in modules]
+    functions = [found.code for source in sources for found in code.functions(source)]
+    tokenizer = Tokenizer.from_str(tokenizers.train(functions, [], size=2_000))
+    seconds = in_turns(
+        {"code": lambda: text.encode(tokenizer, functions, text.CODE_TOKENS)},
+        rounds,
+        clock_for(threads),
+        warmup=1,
+    )
+    per_row = spread([s / len(functions) for s in seconds["code"]])
+    size = sum(map(len, functions)) / len(functions)
+    setting = f"{len(functions)} functions of {size:.0f} characters"
+    note = "cpu time of one process; tokens alone"
+    return Result("prepare, code", "", "s/row", *per_row, "", rounds, setting, note)
 
 
 def _mean_size(paths: list[Path]) -> float:
@@ -93,6 +120,8 @@ def _map(kind: str, paths: list[Path], folder: Path) -> Callable[[], object]:
 
 
 def _engine(kind: str, paths: list[Path], folder: Path) -> Callable[[], object]:
+    import pyarrow as pa
+
     from pipelines.blocks import Summary, read_blocks
     from pipelines.corpora.base import Sources
     from pipelines.corpora.folder import Folder
@@ -118,7 +147,7 @@ def _engine(kind: str, paths: list[Path], folder: Path) -> Callable[[], object]:
         for part in read_blocks(corpus, jobs[0].sources, folder / "rejected.jsonl"):
             if not isinstance(part, Summary):
                 unit = pack(part)
-                unit = unit.set_column(0, unit.schema.field(0), [[0]])
+                unit = unit.set_column(0, unit.schema.field(0), pa.array([0], pa.int32()))
                 write_block(jobs, "benchmark", unit)
 
     return work

@@ -51,16 +51,19 @@ class Encoded(Fixed):
 
     def __init__(self, column: pa.ChunkedArray, shape: Sequence[int], where: str) -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._cells, self._starts = chunks, _starts(chunks)
+        self._starts = _starts(chunks)
+        self._bytes = [_binary(chunk) for chunk in chunks]
         self._shape, self._where = tuple(shape), where
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """(len(rows), *shape) decoded pixels of the named rows."""
         cells: list[Any] = [None] * len(rows)
         for index, mine, local in _by_chunk(rows, self._starts):
-            places = range(len(rows)) if isinstance(mine, slice) else mine
-            for place, row in zip(places, local, strict=True):
-                cells[place] = self._cells[index][int(row)]
+            places = range(len(rows)) if isinstance(mine, slice) else mine.tolist()
+            values, offsets = self._bytes[index]
+            begins, ends = offsets[local].tolist(), offsets[local + 1].tolist()
+            for place, begin, end in zip(places, begins, ends, strict=True):
+                cells[place] = values[begin:end]
         return decode(cells, self._shape, self._where)
 
 
@@ -227,6 +230,13 @@ def _items(array: pa.Array) -> np.ndarray:
 
 def _offsets(array: pa.Array) -> np.ndarray:
     return array.offsets.to_numpy(zero_copy_only=True).astype(np.int64)
+
+
+def _binary(array: pa.Array) -> tuple[memoryview, np.ndarray]:
+    """The bytes of all cells of a binary array, one after the other, and where each begins."""
+    _, ends, values = array.buffers()
+    offsets = np.frombuffer(ends, np.int32)[array.offset : array.offset + len(array) + 1]
+    return memoryview(values if values is not None else b""), offsets
 
 
 def _starts(chunks: Sequence[pa.Array]) -> np.ndarray:

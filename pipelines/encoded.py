@@ -31,6 +31,8 @@ LONGEST_SIDE = 65_535
 ENCODING, JPEG = b"encoding", b"jpeg"
 #: Decoding threads of a process; Pillow decodes without Python's lock.
 THREADS = 8
+#: Rows that a thread is started for.
+FEWEST = 8
 
 
 def is_encoded(shape: Sequence[int], storage: Storage) -> bool:
@@ -70,48 +72,56 @@ def decode(cells: Sequence[Any], shape: Sequence[int], where: str = "") -> NDArr
     """(len(cells), *shape) pixels of encoded rows, by several threads.
 
     Args:
-        cells: bytes, or Arrow scalars of them.
+        cells: bytes, or buffers of them.
         shape: of a row.
         where: names the column in messages.
 
     Raises:
         UserError: a cell is no JPEG of that shape.
     """
-    out = np.empty((len(cells), *shape), np.uint8)
+    out: NDArray[np.uint8] = np.empty((len(cells), *shape), np.uint8)
 
-    def one(place: int) -> None:
-        _into(cells[place], out[place], where)
+    def some(span: slice) -> None:
+        for cell, row in zip(cells[span], out[span], strict=True):
+            _into(cell, row, where)
 
-    pool = _pool() if len(cells) > 1 else None
-    if pool is None:
-        for place in range(len(cells)):
-            one(place)
+    threads = min(_threads(), -(-len(cells) // FEWEST))
+    if threads <= 1:
+        some(slice(None))
     else:
-        list(pool.map(one, range(len(cells))))
+        step = -(-len(cells) // threads)
+        spans = [slice(start, start + step) for start in range(0, len(cells), step)]
+        list(_pool().map(some, spans))
     return out
 
 
 def _into(cell: Any, row: NDArray[np.uint8], where: str) -> None:
-    from PIL import Image
+    from PIL.JpegImagePlugin import JpegImageFile
 
-    data = cell.as_buffer() if isinstance(cell, pa.Scalar) else cell
+    mode, width = ("RGB" if row.shape[-1] == 3 else "L"), row.shape[-2]
     try:
-        image = Image.open(io.BytesIO(data))
-        pixels = np.asarray(image)
-    except (OSError, SyntaxError, AttributeError) as problem:
-        raise UserError(
-            f"{where}: a row is no JPEG ({problem}); prepare the corpus again"
-        ) from None
-    if pixels.size != row.size:
-        raise UserError(
-            f"{where}: a row holds {pixels.shape} pixels, the column says {row.shape}; prepare the "
-            "corpus again"
-        )
-    row[...] = pixels.reshape(row.shape)
+        image = JpegImageFile(io.BytesIO(cell))
+        if (
+            image.mode == mode
+            and image.width == width
+            and image.height * width * len(image.getbands()) == row.size
+        ):
+            row[...] = np.frombuffer(image.tobytes(), np.uint8).reshape(row.shape)
+            return
+    except (OSError, SyntaxError):
+        raise UserError(f"{where}: a row is no JPEG; prepare the corpus again") from None
+    raise UserError(
+        f"{where}: a row holds {image.mode} pixels, {image.width} x {image.height}, the column "
+        f"says {row.shape}; prepare the corpus again"
+    )
 
 
 @cache
-def _pool() -> ThreadPoolExecutor | None:
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), "decode")
+
+
+@cache
+def _threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = min(THREADS, cores or 1)
-    return ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+    return min(THREADS, cores or 1)

@@ -1,0 +1,175 @@
+"""What the paper's corpora and Wukong's would take: CPUs, time, storage, network.
+
+    python -m benchmarks.scale            print the tables
+    python -m benchmarks.scale --write    put them into docs/scale.md
+
+The costs are those of the newest CSVs of ``prepare_speed`` and ``reading``; every other number is
+an assumption, named in ``CORPORA`` and below and printed with the tables.
+"""
+
+import argparse
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import RESULTS
+from skillnet_platform.storage import human_bytes
+
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+BEGIN, END = "<!-- scale:begin -->", "<!-- scale:end -->"
+#: Share of its time that a CPU works on rows: starts, stragglers and Ray take the rest. Assumed.
+BUSY = 0.8
+#: Rows a second that a GPU trains on, and CPUs beside it. Assumed.
+GPU_ROWS, GPU_CPUS = 1_000, 8
+#: What was measured per row, and of how many units: seconds of sound, frames.
+MEASURED_SECONDS, MEASURED_FRAMES = 10.0, 40.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A corpus at its full size.
+
+    Args:
+        name: of the corpus.
+        kind: of its rows.
+        rows: how many.
+        source: bytes of a row's file.
+        units: seconds of sound or frames in a row; 1 for the others.
+        stored: bytes of a finished row; 0 takes what was measured.
+        why: the assumptions.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    source: float
+    units: float
+    stored: float
+    why: str
+
+
+CORPORA = (
+    Plan("AISHELL-1", "sound", 141_600, 178 * 3600 * 32_000 / 141_600, 178 * 3600 / 141_600,
+         178 * 3600 / 141_600 * 100 * 80 * 4,
+         "178 h in 141,600 utterances, 16 kHz of 16 bits; log-mel frames kept raw"),
+    Plan("AIC-ICC", "image", 210_000, 100e3, 1, 0,
+         "210,000 pictures of 0.1 MB; as costly to decode as the larger ones measured"),
+    Plan("VATEX", "video", 35_000, 1.5e6, 250, 8 * 96 * 96,
+         "35,000 clips of 10 s, 25 frames a second, 1.5 MB; a frame as costly as one measured "
+         "(256 x 256); 8 frames of 96 x 96 kept raw"),
+    Plan("CodeSearchNet, Python", "code", 457_000, 2e3, 1, 3e3,
+         "457,000 functions with docstrings, 2 KB each"),
+    Plan("Wukong", "image", 100_000_000, 100e3, 1, 0,
+         "100 million pairs, pictures of 0.1 MB; captions cost nothing beside them"),
+)  # fmt: skip
+
+
+def newest(name: str, folder: Path = RESULTS) -> Path:
+    """The newest CSV of a benchmark.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(folder.glob(f"*-{name}.csv"))
+    if not found:
+        raise FileNotFoundError(f"{folder}: no CSV of {name}; run python -m benchmarks {name}")
+    return found[-1]
+
+
+def measured(path: Path, unit: str) -> dict[str, float]:
+    """What was measured in that unit: name -> median."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["measured"]: float(row["value"]) for row in csv.DictReader(file)
+                if row["unit"] == unit and not row["against"]}  # fmt: skip
+
+
+def tables(folder: Path = RESULTS) -> str:
+    """The tables, as Markdown."""
+    speed, reading = newest("prepare-speed", folder), newest("reading", folder)
+    per_row = {k.removeprefix("prepare, "): v for k, v in measured(speed, "s/row").items()}
+    cell = measured(reading, "bytes/row")["reading encoded pictures"]
+    decode = measured(reading, "s/row")["reading encoded pictures"]
+    lines = [
+        f"Costs from `{speed.name}` and `{reading.name}`, CPU time of one core:",
+        "",
+        "| a row of | seconds to prepare | of which |",
+        "|---|---:|---|",
+    ]
+    sizes = {
+        "image": "1600 x 1200 pixels, JPEG",
+        "sound": "10 s, WAV, 32 kHz stereo",
+        "video": "40 frames of 256 x 256, MP4",
+        "code": "a function of Python's own library",
+    }
+    for kind, size in sizes.items():
+        lines.append(f"| {kind} | {per_row[kind]:.2g} | {size} |")
+    lines += [
+        "",
+        "| corpus | rows | source | CPU hours | on 16 CPUs | on 256 CPUs | read by each of 256 | "
+        "prepared |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for plan in CORPORA:
+        cost = per_row[plan.kind] * plan.units / units_measured(plan.kind)
+        hours = plan.rows * cost / BUSY / 3600
+        read = plan.source / cost * BUSY
+        stored = plan.rows * (plan.stored or cell)
+        lines.append(
+            f"| {plan.name} | {plan.rows:,} | {human_bytes(plan.rows * plan.source)} | "
+            f"{hours:,.1f} | {_time(hours / 16)} | {_time(hours / 256)} | "
+            f"{human_bytes(read)}/s | {human_bytes(stored)} |"
+        )
+    cores = GPU_ROWS * decode
+    lines += [
+        "",
+        f"Training on encoded pictures of 224 x 224: {cell / 1024:.1f} KiB and {decode * 1e3:.2f} "
+        f"ms of a core a row. A GPU that takes {GPU_ROWS:,} rows a second needs {cores:.1f} cores "
+        f"for decoding and {human_bytes(GPU_ROWS * cell)}/s from its disk or cache; beside "
+        f"{GPU_CPUS} cores it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
+        "",
+        "Assumed:",
+        "",
+        f"- a CPU works on rows {BUSY:.0%} of its time;",
+        *(f"- {plan.name}: {plan.why};" for plan in CORPORA),
+        f"- a GPU trains on {GPU_ROWS:,} rows a second and has {GPU_CPUS} cores beside it.",
+    ]
+    return "\n".join(lines)
+
+
+def units_measured(kind: str) -> float:
+    """Of how many units the measured row of a kind was."""
+    return {"sound": MEASURED_SECONDS, "video": MEASURED_FRAMES}.get(kind, 1.0)
+
+
+def _time(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} min"
+
+
+def put(page: Path, text: str) -> None:
+    """Replace what stands between the marks of a page."""
+    old = page.read_text(encoding="utf-8")
+    before, _, rest = old.partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables, or write them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="into docs/scale.md")
+    given = parser.parse_args(argv)
+    text = tables()
+    if given.write:
+        put(PAGE, text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The plan past one machine is computed from measured costs."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import scale
+from benchmarks.measure import Result, write
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder of CSVs with round costs: 10 ms a picture, 100 ms a recording of ten seconds."""
+    costs = {"image": 0.01, "sound": 0.1, "video": 0.04, "code": 0.001}
+    speed = [Result(f"prepare, {k}", "", "s/row", v, v, v) for k, v in costs.items()]
+    speed.append(Result("prepare, image", "datasets.map", "times as fast", 9, 9, 9))
+    write("prepare-speed", speed, 1, tmp_path)
+    reading = [("s/row", 0.001), ("bytes/row", 20 * 1024.0)]
+    write("reading", [Result("reading encoded pictures", "", u, v, v, v) for u, v in reading], 1,
+          tmp_path)  # fmt: skip
+    return tmp_path
+
+
+def test_hours_follow_from_the_cost_of_a_row(results: Path) -> None:
+    text = scale.tables(results)
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
+    # 210,000 x 10 ms / 80 % = 0.73 hours; 100 million of them are 347.
+    assert "| 0.7 |" in rows["AIC-ICC"]
+    assert "| 347.2 | 21.7 h | 1.4 h |" in rows["Wukong"]
+    # 178 hours of speech at a hundredth of real time.
+    assert "| 2.2 |" in rows["AISHELL-1"]
+    assert "1.00 ms of a core" in text
+    assert "needs 1.0 cores" in text
+    assert "does not wait" in text
+
+
+def test_every_assumption_is_printed(results: Path) -> None:
+    text = scale.tables(results)
+    assert all(plan.why in text for plan in scale.CORPORA)
+
+
+def test_without_measurements_there_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run python -m benchmarks prepare-speed"):
+        scale.tables(tmp_path)
+
+
+def test_the_tables_are_put_between_the_marks(tmp_path: Path) -> None:
+    page = tmp_path / "scale.md"
+    page.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n", encoding="utf-8")
+    scale.put(page, "new")
+    assert page.read_text(encoding="utf-8").split() == [
+        "before", *scale.BEGIN.split(), "new", *scale.END.split(), "after"
+    ]  # fmt: skip
