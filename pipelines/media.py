@@ -201,14 +201,15 @@ def _read_remote(reference: MediaRef, max_bytes: int) -> bytes:
     system = filesystem(_root(reference.path))
     path = system._strip_protocol(reference.path)
     start, length = reference.offset or 0, reference.length
+    wanted, data = 0, b""
     for attempt in range(len(PAUSES) + 1):
         try:
             if length is None:
                 length = system.info(path)["size"] - start
-            _limit(length, max_bytes)
-            if length <= 0:
-                return b""
-            data: bytes = system.cat_file(path, start=start, end=start + length)
+            wanted = int(length)
+            _limit(wanted, max_bytes)
+            if wanted > 0:
+                data = system.cat_file(path, start=start, end=start + wanted)
             break
         except (FileNotFoundError, IsADirectoryError):
             raise _Refused("the media file is missing") from None
@@ -223,7 +224,7 @@ def _read_remote(reference: MediaRef, max_bytes: int) -> bytes:
                     f"{attempt + 1} times"
                 ) from problem
             time.sleep(PAUSES[attempt])
-    if len(data) < length:
+    if len(data) < wanted:
         raise _Refused("cut short: the file ends before the media")
     return data
 

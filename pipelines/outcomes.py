@@ -85,7 +85,8 @@ class Outcomes:
         then their mean.
         """
         rank = np.asarray(ranks, np.float64)
-        found, weight = (rank <= FOUND_AT).astype(np.float64), np.ones(len(rank))
+        found: np.ndarray = (rank <= FOUND_AT).astype(np.float64)
+        weight: np.ndarray = np.ones(len(rank))
         if owners is not None:
             weight = np.bincount(owners).astype(np.float64)
             found = np.bincount(owners, found)

@@ -87,7 +87,7 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
     try:
         tree = checked(found.Options, dict(options or {}), where)
         whole = config.merge(config.defaults(found.Options), tree)
-        chosen = config.build(found.Options, whole, dict.fromkeys(whole, where))
+        chosen: Any = config.build(found.Options, whole, dict.fromkeys(whole, where))
         return found(place, chosen, name)
     except UserError:
         raise

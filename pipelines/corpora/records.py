@@ -6,6 +6,7 @@ one bad line does not cost a corpus. Memory holds a record, never a file.
 
 import codecs
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,9 +93,11 @@ def entries(place: Place, file: str) -> Iterator[tuple[str, Any]]:
 
 def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
     """Rows of a CSV file with a head line; named by the number of their last line."""
-    with place.open(file) as stream:
+    with (
+        place.open(file) as stream,
         # "replace" and not an error: the reader goes on, and the row is told by the mark.
-        text = codecs.getreader("utf-8-sig")(stream, errors="replace")
+        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="") as text,
+    ):
         reader = csv.DictReader(text, delimiter=separator)
         while True:
             try:

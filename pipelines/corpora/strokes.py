@@ -59,7 +59,7 @@ class Strokes(Corpus):
         ]
     )
     left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
-    text_columns = ("captions",)
+    text_columns: tuple[str, ...] = ("captions",)
     #: One token a stroke: a name such as 横折钩 means one movement, not three.
     terms: ClassVar[tuple[str, ...]] = (
         "横折折折钩", "横折折撇", "横折折折", "横斜钩", "横折钩", "横折提", "竖折撇", "竖折折钩",

@@ -87,7 +87,7 @@ class TestFolder:
         assert reasons == {"not in a folder that names a class": 1}
 
     def test_one_file_of_texts(self, tmp_path: Path) -> None:
-        lines = [f'{n},{"好" if n % 2 else "坏"},"第{n}条, 新闻"' for n in range(20)]
+        lines = [f'{n},{"好" if n % 2 else "坏"},"第{n}\n\u2028条, 新闻"' for n in range(20)]
         (tmp_path / "rows.csv").write_text("id,label,text\n" + "\n".join(lines) + "\nx\n", "utf-8")
         corpus = place_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
         assert corpus.task == "text_classification"
