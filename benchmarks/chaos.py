@@ -404,10 +404,8 @@ def main(argv: list[str] | None = None) -> int:
     bad = 0
     for number in range(options.runs):
         row, fault = drawn(options.launcher, options.seed, number, kinds)
-        if (options.launcher, options.seed, number) in done or options.only not in (
-            None,
-            row.fault,
-        ):
+        known = (options.launcher, options.seed, number) in done
+        if known or row.fault in options.without or options.only not in (None, row.fault):
             continue
         began = time.monotonic()
         row = lane.disturb(row, fault)
