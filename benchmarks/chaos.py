@@ -377,6 +377,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="of the runs (default: in the run root)")
     parser.add_argument("--launcher", choices=("ray", "ranks"), default="ray", help="of workers")
     parser.add_argument("--only", choices=FAULTS, help="only this fault")
+    parser.add_argument(
+        "--without", choices=FAULTS, nargs="*", default=[], help="put these off to another time"
+    )
     parser.add_argument("--output", type=Path, help="the CSV")
     options = parser.parse_args(argv)
     root = os.geteuid() == 0
@@ -401,10 +404,8 @@ def main(argv: list[str] | None = None) -> int:
     bad = 0
     for number in range(options.runs):
         row, fault = drawn(options.launcher, options.seed, number, kinds)
-        if (options.launcher, options.seed, number) in done or options.only not in (
-            None,
-            row.fault,
-        ):
+        known = (options.launcher, options.seed, number) in done
+        if known or row.fault in options.without or options.only not in (None, row.fault):
             continue
         began = time.monotonic()
         row = lane.disturb(row, fault)

@@ -11,7 +11,7 @@ from pathlib import Path
 from skillnet_platform import store, ui
 from skillnet_platform.errors import UserError
 
-WAIT_S = 180.0
+WAIT_S = 600.0
 
 
 class Server:

@@ -11,10 +11,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from pipelines.training import notice
 from skillnet_platform import config as configuration
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
@@ -23,6 +25,9 @@ VARIABLE = "SKILLNET_FAULTS"
 DRIVER_VARIABLE = "SKILLNET_FAULTS_DRIVER"
 FOLDER = "faults"
 BALLAST = "ballast"
+
+#: Longest wait for a notice to arrive, or for the end of this worker.
+WAIT_S = 60.0
 
 #: A disk with more room than this is not one to fill.
 LARGEST_DISK = 256 * 2**20
@@ -34,7 +39,9 @@ class Fault:
 
     Args:
         step: it happens when so many steps are done, after the checkpoint of that step.
-        kind: ``kill`` and ``term`` send SIGKILL and SIGTERM to the victim; ``raise`` raises
+        kind: ``kill`` and ``term`` send SIGKILL and SIGTERM to the victim, and a notice to the
+            worker (the driver: for rank 0) has arrived before the next step, as the end of a worker
+            has that others bring about; ``raise`` raises
             RuntimeError; ``flip`` turns one bit of the newest checkpoint over and kills this
             worker; ``tear`` kills this worker while it writes its next checkpoint; ``full`` fills
             the disk of the run's folder, which must be a small one, with a file ``faults/ballast``.
@@ -113,6 +120,11 @@ class Faults:
         if fault.kind in ("kill", "term"):
             number = signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM
             os.kill(_process_of(fault.victim), number)
+            # What follows shall hang on the step and not on speed.
+            if fault.kind == "term" and fault.victim in ("worker", "driver"):
+                _await(notice.asked)
+            elif fault.victim in ("driver", "controller", "raylet"):
+                _await(lambda: False)  # the end, which these bring about soon
         elif fault.kind == "raise":
             raise RuntimeError(f"a fault to order after step {fault.step}")
         elif fault.kind == "full":
@@ -175,6 +187,12 @@ def fill_disk(run: Path) -> Path:
             except OSError:
                 continue
     return path
+
+
+def _await(there: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not there() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _process_of(victim: str) -> int:

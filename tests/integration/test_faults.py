@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from pipelines.training import faults
 from pipelines.training.loop import train
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import store
 from skillnet_platform.errors import Terminated
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.small_corpora import small_config, write_corpora
@@ -75,35 +73,8 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch
     return weights(run)
 
 
-def run_id(run: Path) -> str:
-    return str(json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"])
-
-
 def order(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> None:
     monkeypatch.setenv(faults.VARIABLE, json.dumps(each))
-
-
-def command(config: FinetuneConfig, root: Path, **environment: str) -> "subprocess.Popen[str]":
-    """The run as a user starts it."""
-    path = root / f"{config.name}.yaml"
-    path.write_text(configuration.to_yaml(config), encoding="utf-8")
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.finetune", "--config", str(path)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ended(process: "subprocess.Popen[str]", seconds: float = 300) -> tuple[int, str]:
-    """Exit code and what it said; whatever it started is gone after it."""
-    try:
-        _, said = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
-    return process.returncode, said
 
 
 def test_workers_and_the_controller_killed_in_one_run(
@@ -143,70 +114,19 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     with pytest.raises(Terminated, match="the same command"):
         finetune(config)
     run = tmp_path / "asked"
-    (kept,) = (run / "checkpoints").iterdir()
-    # Ray hands a signal on within its poll of a tenth of a second: the steps here are shorter.
-    assert 5 < int(kept.name.removeprefix("step-")) < STEPS
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert not (run / "model").exists()
     result = finetune(config)
-    assert result["resumed"] == int(kept.name.removeprefix("step-"))
-    assert same(weights(run), two)
-
-
-def test_a_driver_killed_and_one_asked_to_leave(
-    data: Path,
-    tmp_path: Path,
-    ray_session: Any,
-    two: dict[str, torch.Tensor],
-) -> None:
-    config = config_for(data, tmp_path, "driver", workers=2, steps=STEPS)
-    run = tmp_path / "driver"
-    fault = {"rank": 0, "step": 3, "kind": "kill", "victim": "driver"}
-    code, _ = ended(command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault)))
-    assert code == -signal.SIGKILL
-    assert not (run / "model").exists()
-    fault |= {"kind": "term", "step": 6}
-    code, said = ended(command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault)))
-    assert code == 143
-    assert "ended by SIGTERM after step" in said
-    assert f"--name {config.name}" in said
-    assert "Traceback" not in said
-    status = store.client(config.tracking.uri).get_run(run_id(run)).info.status
-    assert status == "KILLED"
-    result = finetune(config)
-    assert result["step"] == STEPS
-    assert result["resumed"] > 6
+    assert result["resumed"] == 6
     assert same(weights(run), two)
 
 
 APART = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
 
-HEAD = """
-set -u
-mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray
-start() { ray start --head --port 6399 --num-cpus 2 --disable-usage-stats >&2 || exit 90; }
-start
-RAY_ADDRESS=127.0.0.1:6399 "$@"; echo first $?
-ray stop --force >&2
-start
-RAY_ADDRESS=127.0.0.1:6399 "$@"; echo second $?
-"""
-
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="needs root and unshare: it mounts, and ends every Ray of its process namespace",
 )
-
-
-@needs_root
-def test_the_raylet_killed_and_the_head_started_again(
-    data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
-) -> None:
-    config = config_for(data, tmp_path, "head", workers=2)
-    fault = {"rank": 1, "step": 5, "kind": "kill", "victim": "raylet"}
-    said = apart(HEAD, config, tmp_path, fault, RAY_AUTH_MODE="disabled")
-    assert "second 0" in said, said
-    assert "first 0" not in said, said
-    assert same(weights(tmp_path / "head"), two)
 
 
 FULL = """
@@ -240,7 +160,11 @@ def test_a_disk_that_is_full_at_a_checkpoint(
 
 
 def apart(
-    script: str, config: FinetuneConfig, root: Path, fault: dict[str, Any], **environment: str
+    script: str,
+    config: FinetuneConfig,
+    root: Path,
+    fault: dict[str, Any],
+    **environment: str,
 ) -> str:
     """What a script says in namespaces of its own; its arguments are the command of a run."""
     path = root / f"{config.name}.yaml"

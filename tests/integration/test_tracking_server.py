@@ -59,7 +59,7 @@ def served(*words: str, home: Path) -> Iterator[str]:
     )
     uri = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 600
         while True:
             assert process.poll() is None, (home / "tracker.log").read_text()
             with contextlib.suppress(UserError):
