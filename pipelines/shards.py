@@ -186,7 +186,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         state = "not a prepared corpus (no manifest.json)" if directory.is_dir() else "missing"
         raise UserError(f"{directory}: {state}. {again}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{path}: not JSON ({problem}). Delete {directory}. {again}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
