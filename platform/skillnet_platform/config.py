@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from skillnet_platform import console
+from skillnet_platform import careful_yaml, console
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.typed_tree import (
     checked,
@@ -139,17 +139,18 @@ def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | No
 
 
 def load_yaml(path: str | PurePath) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader.
+    """Read a YAML mapping of plain values.
 
     Raises:
-        UserError: no such file, not YAML (with the line), or not a mapping.
+        UserError: no such file, not YAML (with the line) or more than plain values, or not a
+            mapping.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = careful_yaml.load(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+    except ValueError as problem:
+        raise UserError(f"{path}: not valid YAML: {problem}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -331,12 +332,19 @@ def _value(text: str, hint: Any, key: str) -> Any:
         return None
     if without_none(hint) in (str, Path):
         return text
-    if typing.get_origin(without_none(hint)) in (list, tuple) and not text.startswith("["):
-        return [yaml.safe_load(part) for part in text.split(",")]
+    parts = [text]
+    wanted = typing.get_origin(without_none(hint))
+    listed = wanted in (list, tuple) and not text.startswith("[")
+    if listed:
+        parts = text.split(",")
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"command line: --{key}: cannot read {text!r} as a value") from None
+        values = [careful_yaml.load(part) for part in parts]
+    except ValueError as problem:
+        short = text if len(text) <= 80 else text[:79] + "…"
+        raise UserError(
+            f"command line: --{key}: cannot read {short!r} as a value ({problem})"
+        ) from None
+    return values if listed else values[0]
 
 
 def _place_bare(cls: Any, tree: dict[str, Any], bare: list[str], prog: str) -> None:
