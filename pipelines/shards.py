@@ -195,7 +195,37 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         )
     if manifest_digest(manifest) != manifest.get("digest"):
         raise UserError(f"{path}: changed after it was written. Delete {directory}. {again}")
+    wrong = _wrong_key(path, manifest)
+    if wrong:
+        raise UserError(f"{path}: {wrong} is missing or damaged. Delete {directory}. {again}")
     return manifest
+
+
+def _wrong_key(path: Path, manifest: dict[str, Any]) -> str | None:
+    """The first key that a corpus cannot do without and that is not what it must be.
+
+    Raises:
+        ValueError: a shard that lies outside of the corpus.
+    """
+    from skillnet.files import check_inside
+
+    for key in ("corpus", "modality", "task"):
+        if not isinstance(manifest.get(key), str):
+            return key
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict) or not splits:
+        return "splits"
+    for name, entry in splits.items():
+        shards = entry.get("shards") if isinstance(entry, dict) else None
+        if not isinstance(shards, list) or not all(isinstance(each, dict) for each in shards):
+            return f"splits.{name}.shards"
+        for shard in shards:
+            for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
+                value = shard.get(key)
+                if type(value) is not kind or (kind is int and value < 0):
+                    return f"splits.{name}.shards.{key}"
+            check_inside(path, shard["file"], deep=True)
+    return None
 
 
 def _all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -223,17 +253,28 @@ def _check_digests(directory: Path, manifest: dict[str, Any]) -> None:
                 f"{path}: this shard was altered: sha256 {found}, expected {shard['sha256']}. "
                 f"Delete {directory} and run `skillnet prepare {directory.name}`."
             )
+        try:
+            # Whoever writes a shard may write its digest: offsets that lead astray are found here.
+            _open_shard(directory, shard).validate(full=True)
+        except pa.ArrowInvalid as problem:
+            raise UserError(
+                f"{path}: not a readable shard ({problem}). Delete {directory} and run "
+                f"`skillnet prepare {directory.name}`."
+            ) from None
 
 
 def _open_shard(directory: Path, shard: dict[str, Any]) -> pa.Table:
     path = directory / shard["file"]
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        if table.num_rows != shard["rows"]:
+            raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
+        return table
     except FileNotFoundError:
         raise UserError(
             f"{path}: this shard is missing. Run `skillnet prepare {directory.name}`."
         ) from None
-    except pa.ArrowInvalid as problem:
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as problem:
         raise UserError(
             f"{path}: not a readable shard ({problem}). Delete {directory} and run "
             f"`skillnet prepare {directory.name}`."
