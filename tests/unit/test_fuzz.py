@@ -237,7 +237,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.integers(0, 20), WOUNDS, st.booleans())
-@budget(12)
+@budget(60)
 def test_damaged_checkpoints(saved: Path, number: int, wounds: Any, sealed: bool) -> None:
     copy = saved.parent.parent / "copy"
     shutil.rmtree(copy, ignore_errors=True)
