@@ -30,6 +30,7 @@ from skillnet_platform.typed_tree import (
     missing,
     nested,
     shown,
+    unwanted_nulls,
     value_at,
     without_none,
 )
@@ -129,6 +130,10 @@ def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | No
     absent = next(missing(cls, tree), None)
     if absent:
         raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
+    null = next(unwanted_nulls(cls, tree), None)
+    if null:
+        source = f"{origins[null]}: " if origins and null in origins else ""
+        raise UserError(f"{source}{null}: expected {describe(hint_at(cls, null))}, got null")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None, as_group=False)
     try:

@@ -120,7 +120,7 @@ def test_damaged_presets(tmp_path_factory: Any, text: bytes, wounds: Any) -> Non
 
 
 @given(VALUES, PLACES)
-@budget(15)
+@budget(8)
 def test_configurations_with_any_value_anywhere(
     tmp_path_factory: Any, value: Any, place: list[int]
 ) -> None:
@@ -133,7 +133,7 @@ def test_configurations_with_any_value_anywhere(
 @given(st.sampled_from(sorted(config.flatten(config.to_dict(FinetuneConfig())))), st.text())
 @example("seed", "!!python/name:os.system")
 @example("tasks", "{a: 1, a: 2}")
-@budget(15)
+@budget(8)
 def test_any_word_for_any_key(key: str, word: str) -> None:
     named(lambda: config.parse(FinetuneConfig, [f"--{key}={word}"], prog="x"))
 
