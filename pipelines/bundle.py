@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from pipelines import tokenizer as tokenizers
 from pipelines.evaluation import check_outputs, corpus_path
@@ -25,8 +25,9 @@ from pipelines.shards import Corpus, open_corpus
 from pipelines.sources import Source
 from pipelines.sources import load as load_model
 from skillnet import systems
-from skillnet.files import read_config, read_manifest
+from skillnet.files import check_inside, read_config, read_manifest
 from skillnet.skills import Task
+from skillnet.tensors import load_tensors
 from skillnet_platform import __version__
 from skillnet_platform.config import digest
 from skillnet_platform.errors import UserError
@@ -107,8 +108,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> Predictor:
     banks = {}
     for task, spec in model.config.tasks.items():
         if spec.objective == "retrieval" and f"captions-{task}.json" in about["files"]:
-            vectors = load_file(folder / f"captions-{task}.safetensors")["embeddings"]
-            banks[task] = CaptionBank(read_json(folder / f"captions-{task}.json"), vectors)
+            banks[task] = _bank(folder, task)
     return Predictor(
         model,
         tokenizers.load(folder / TOKENIZER),
@@ -128,17 +128,40 @@ def check(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     about = read_json(folder / ABOUT)
-    if about.get("format") != FORMAT:
+    told = about if isinstance(about, dict) else {}
+    if told.get("format") != FORMAT:
         raise UserError(
-            f"{folder / ABOUT}: format {about.get('format')!r}, this program reads {FORMAT}; "
-            f"it was written by skillnet-platform {about.get('package')}"
+            f"{folder / ABOUT}: format {told.get('format')!r}, this program reads {FORMAT}; "
+            f"it was written by skillnet-platform {told.get('package')}"
         )
-    for name, expected in about["files"].items():
+    tasks, files = about.get("tasks"), about.get("files")
+    entries = tasks.values() if isinstance(tasks, dict) else [None]
+    whole = all(isinstance(each, dict) and {"names", "limit"} <= set(each) for each in entries)
+    if not whole or not isinstance(files, dict):
+        raise UserError(f"{folder / ABOUT}: tasks or files are damaged; register the model again")
+    needed = {TOKENIZER, "model/manifest.json"}
+    if needed - set(files):
+        raise UserError(f"{folder / ABOUT} does not list {', '.join(sorted(needed - set(files)))}")
+    for name, expected in files.items():
+        check_inside(folder / ABOUT, name, deep=True)
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name} is a link; a bundle holds its files itself")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; register the model again")
         if sha256_file(folder / name) != expected:
             raise UserError(f"{folder / name} was altered after the model was registered")
     return about
+
+
+def _bank(folder: Path, task: str) -> CaptionBank:
+    """The known captions of a task, with their vectors."""
+    path, captions = folder / f"captions-{task}.safetensors", folder / f"captions-{task}.json"
+    tensors, words = load_tensors(path), read_json(captions)
+    vectors = tensors.get("embeddings")
+    texts = isinstance(words, list) and all(isinstance(each, str) for each in words)
+    if not texts or vectors is None or vectors.ndim != 2 or len(vectors) != len(words):
+        raise UserError(f"{path} does not hold a vector for each text of {captions.name}")
+    return CaptionBank(words, vectors.numpy())
 
 
 def open_predictor(source: Source, data: str | Path | None, precision: str = "auto") -> Predictor:

@@ -89,7 +89,7 @@ class LocalShards:
                 f"{path}: this shard is missing. Run `skillnet prepare {self._folder.name}`."
             )
         self.prefetch([shard])
-        return _Open(_mapped(path, path, self.again))
+        return _Open(_mapped(path, path, shard, self.again))
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
         """They are here; they are hashed if they were not before."""
@@ -109,6 +109,11 @@ class LocalShards:
         for shard in shards:
             path = self._folder / shard["file"]
             _compare_digest(path, sha256_file(path), shard, self.again)
+            try:
+                # Who writes a shard may write its digest: offsets that lead astray are found here.
+                _mapped(path, path, shard, self.again).validate(full=True)
+            except pa.ArrowInvalid as problem:
+                raise UserError(f"{path}: not a readable shard ({problem}). {self.again}") from None
 
 
 class RemoteShards:
@@ -139,7 +144,7 @@ class RemoteShards:
     def open(self, shard: Shard) -> Opened:
         wanted = self._wanted(shard)
         held = self._cache.hold(wanted)
-        return _Open(_mapped(held.path, wanted.uri, self.again), held)
+        return _Open(_mapped(held.path, wanted.uri, shard, self.again), held)
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
         self._cache.prefetch([self._wanted(shard) for shard in shards])
@@ -178,10 +183,13 @@ def shard_files(where: Place, cache: FileCache | None = None) -> ShardFiles:
     return LocalShards(where) if isinstance(where, Path) else RemoteShards(where, cache)
 
 
-def _mapped(path: Path, named: Place, again: str) -> pa.Table:
+def _mapped(path: Path, named: Place, shard: Shard, again: str) -> pa.Table:
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except pa.ArrowInvalid as problem:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        if table.num_rows != shard["rows"]:
+            raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
+        return table
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as problem:
         raise UserError(f"{named}: not a readable shard ({problem}). {again}") from None
 
 

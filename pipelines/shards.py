@@ -230,7 +230,7 @@ def _read_manifest(files: ShardFiles) -> dict[str, Any]:
     except FileNotFoundError:
         state = "not a prepared corpus (no manifest.json)" if files.is_there() else "missing"
         raise UserError(f"{files.where}: {state}. {again}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"{named}: not JSON ({problem}). {files.again}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -239,7 +239,37 @@ def _read_manifest(files: ShardFiles) -> dict[str, Any]:
         )
     if manifest_digest(manifest) != manifest.get("digest"):
         raise UserError(f"{named}: changed after it was written. {files.again}")
+    wrong = _wrong_key(named, manifest)
+    if wrong:
+        raise UserError(f"{named}: {wrong} is missing or damaged. {files.again}")
     return manifest
+
+
+def _wrong_key(named: Place, manifest: dict[str, Any]) -> str | None:
+    """The first key that a corpus cannot do without and that is not what it must be.
+
+    Raises:
+        ValueError: a shard that lies outside of the corpus.
+    """
+    from skillnet.files import check_inside
+
+    for key in ("corpus", "modality", "task"):
+        if not isinstance(manifest.get(key), str):
+            return key
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict) or not splits:
+        return "splits"
+    for name, entry in splits.items():
+        shards = entry.get("shards") if isinstance(entry, dict) else None
+        if not isinstance(shards, list) or not all(isinstance(each, dict) for each in shards):
+            return f"splits.{name}.shards"
+        for shard in shards:
+            for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
+                value = shard.get(key)
+                if type(value) is not kind or (kind is int and value < 0):
+                    return f"splits.{name}.shards.{key}"
+            check_inside(str(named), shard["file"], deep=True)
+    return None
 
 
 def _all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:

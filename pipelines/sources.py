@@ -19,6 +19,7 @@ from skillnet import systems
 from skillnet.files import check_file, read_manifest
 from skillnet.growth import remove_task
 from skillnet.task_model import TaskModel
+from skillnet.tensors import load_tensors
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote_objects import is_uri
@@ -132,9 +133,10 @@ def load(source: Source, task: str | None = None) -> TaskModel:
             name = f"average-{file}.safetensors"
             if name not in manifest["files"]:
                 continue
-            from safetensors.torch import load_file
-
-            for key, value in load_file(check_file(source.weights, name, manifest)).items():
+            path = check_file(source.weights, name, manifest)
+            for key, value in load_tensors(path).items():
+                if key not in own or own[key].shape != value.shape:
+                    raise UserError(f"{path}: {key} is no average of a weight of this model")
                 own[key].copy_(value)
     if task is None:
         for name in source.auxiliary & set(model.config.tasks):

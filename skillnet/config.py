@@ -1,9 +1,14 @@
 """Shape of a SkillNet: widths, depth, where skills sit, sizes of the inputs, tasks."""
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
+
+#: A saved configuration may come from anyone: beyond these, making the model would not end.
+MOST = 2**24
+MOST_LAYERS = 1024
 
 _AT_LEAST_ONE = (
     "dim",
@@ -95,11 +100,15 @@ class SkillNetConfig:
         check_names(self.skills, "model.skills")
         check_names(tuple(self.tasks), "model.tasks")
         for key in _AT_LEAST_ONE:
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
+            value = getattr(self, key)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"model.{key} must be at least 1, got {value!r}")
+            most = MOST_LAYERS if key == "depth" else MOST
+            if value > most:
+                raise ValueError(f"model.{key} must be at most {most}, got {value}")
         for key in ("bigram_buckets", "sound_units"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"model.{key} must be 0 or more, got {getattr(self, key)}")
+            if not 0 <= getattr(self, key) <= MOST:
+                raise ValueError(f"model.{key} must be from 0 to {MOST}, got {getattr(self, key)}")
         if self.skill_modules not in ("both", "attention", "feedforward"):
             raise ValueError(
                 f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"

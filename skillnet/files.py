@@ -21,12 +21,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
+from skillnet.tensors import load_tensors, shapes
 
 if TYPE_CHECKING:
+    from skillnet.systems import System
     from skillnet.task_model import TaskModel
 
 FORMAT = 1
@@ -101,13 +104,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
         whole = all({"bytes", "sha256"} <= set(entry) for entry in files.values())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged; restore it or save the model again")
+    for name in files:
+        check_inside(path, name)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}, expected {FORMAT}")
     return manifest
+
+
+def check_inside(manifest: Path | str, name: str, deep: bool = False) -> None:
+    """ValueError if a manifest names a file outside of its folder.
+
+    Files of folders below count as outside too, unless ``deep``.
+    """
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") for part in parts) and not {"\\", "\0"} & set(name)
+    if not plain or (len(parts) > 1 and not deep):
+        raise ValueError(f"{manifest} names {name!r}, which is no file of this folder")
 
 
 def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
@@ -116,6 +132,8 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     entry = manifest["files"].get(name)
     if entry is None or not path.is_file():
         raise ValueError(f"{folder} is incomplete: {name} is missing")
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; a saved model holds its files itself")
     if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
         raise ValueError(f"{path} was altered or cut short: it does not fit manifest.json")
     return path
@@ -148,33 +166,84 @@ def save(model: "TaskModel", path: Path) -> None:
         raise
 
 
+def read_about(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a saved model: its shape, the name of its system, options of that."""
+    file = check_file(path, "config.json", manifest)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{file} is not JSON ({problem})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected keys and values, got {type(values).__name__}")
+    return values
+
+
 def read_config(path: Path, manifest: dict[str, Any]) -> tuple[SkillNetConfig, str, dict[str, Any]]:
     """(configuration, name of the system, its options) of a saved model."""
-    text = check_file(path, "config.json", manifest).read_text(encoding="utf-8")
-    values = json.loads(text)
+    values = read_about(path, manifest)
     system, options = values.pop("system", "skillnet"), values.pop("options", {})
-    return config_from_dict(values), system, options
+    try:
+        return config_from_dict(values), str(system), options
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise ValueError(f"{path / 'config.json'}: {_said(problem)}") from None
 
 
 def load(path: Path, task: str | None = None) -> "TaskModel":
-    """Read a saved model of any system, or only what one task of it touches."""
+    """Read a saved model of any system, or only what one task of it touches.
+
+    Raises:
+        ValueError: files that are missing, altered, or are not what their names say; weights
+            that do not fit the configuration, before memory for it is taken.
+    """
     from skillnet.systems import find_system
 
     manifest = read_manifest(path)
     config, name, options = read_config(path, manifest)
     system = find_system(name)
+    if isinstance(options, dict) and options.get("download"):
+        options = options | {"download": False}  # reading a model fetches nothing
     if task is not None:
         config = system.model.config_for(config, task)
-    model = system.model(config, system.read_options(options))
-    for file, names in model.files_of().items():
-        tensors = load_file(check_file(path, f"{file}.safetensors", manifest))
-        if sorted(tensors) != sorted(names):
-            raise ValueError(f"{path / file}.safetensors holds other weights than its config says")
-        model.to(next(iter(tensors.values())).dtype)
-        try:
-            model.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:  # torch names the tensor and both shapes
-            raise ValueError(
-                f"{path / file}.safetensors does not fit its config: {error}"
-            ) from None
+    # A few bytes of configuration can ask for any amount of memory; the weights come with a file.
+    with torch.device("meta"):
+        _check_shapes(path, _made(path, system, config, options), manifest)
+    model = _made(path, system, config, options)
+    dtype = None
+    for file in model.files_of():
+        tensors = load_tensors(path / f"{file}.safetensors")
+        kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
+        if len(kinds) > 1:
+            raise ValueError(f"{path / file}.safetensors: weights of several types: {kinds}")
+        (dtype,) = kinds
+        model.to(dtype).load_state_dict(tensors, strict=False)
     return model.eval()
+
+
+def _made(path: Path, system: "System", config: SkillNetConfig, options: Any) -> "TaskModel":
+    try:
+        return system.model(config, system.read_options(options))
+    except Exception as problem:  # of whichever library the system builds with
+        raise ValueError(
+            f"{path / 'config.json'}: no {system.name} model can be made of it: {_said(problem)}"
+        ) from problem
+
+
+def _check_shapes(path: Path, model: "TaskModel", manifest: dict[str, Any]) -> None:
+    """ValueError unless the files of a model hold its weights, by their headers."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for file, names in model.files_of().items():
+        place = check_file(path, f"{file}.safetensors", manifest)
+        found = shapes(place)
+        if found.keys() != set(names):
+            raise ValueError(f"{place} holds other weights than its config says")
+        for name, shape in found.items():
+            if shape != wanted[name]:
+                raise ValueError(
+                    f"{place} does not fit its config: {name} is {shape}, expected {wanted[name]}"
+                )
+
+
+def _said(problem: Exception) -> str:
+    """What an exception says, in one line that is never empty."""
+    words = " ".join(str(problem).split())
+    return words if type(problem) is ValueError else f"{type(problem).__name__}: {words}"

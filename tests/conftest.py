@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported: small tests on few cores lose time with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,13 @@ for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "SKILLNET_DEBUG"):
     os.environ.pop(name, None)
 
 CPUS = 4
+
+_SLOW_MACHINES = (HealthCheck.too_slow, HealthCheck.data_too_large)
+settings.register_profile("short", deadline=None, suppress_health_check=_SLOW_MACHINES)
+settings.register_profile(
+    "long", deadline=None, suppress_health_check=_SLOW_MACHINES, max_examples=5000
+)
+settings.load_profile("short")
 
 
 @pytest.fixture(scope="session", autouse=True)

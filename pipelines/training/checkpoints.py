@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from skillnet.files import check_file, read_manifest, write_manifest, write_parts
 from skillnet.task_model import TaskModel
+from skillnet.tensors import load_tensors
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 
@@ -123,7 +124,10 @@ def verify(path: str | Path) -> Checkpoint:
             f"{path} is a saved model, not a checkpoint: it has no state.json. Start from it with "
             "init_from, or name a step-* folder"
         )
-    return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+    state = storage.read_json(path / "state.json")
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise UserError(f"{path / 'state.json'}: expected keys and values with the step")
+    return Checkpoint(path, state)
 
 
 def load(
@@ -139,11 +143,21 @@ def load(
     """
     device = next(model.parameters()).device
     load_weights(checkpoint.path, model)
-    for path in sorted(checkpoint.path.glob("optimizer-*.safetensors")):
-        optimizer.load(load_file(path, device=str(device)))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for path in _listed(checkpoint.path, "optimizer-"):
+        tensors = load_tensors(path, str(device))
+        for key, value in tensors.items():
+            name, _, what = key.rpartition("/")
+            expected = None if what == "step" else shapes.get(name)
+            known = name in shapes and what in SkillAdamW.FIELDS
+            if not known or value.shape != (expected or ()):
+                raise UserError(f"{path}: {key} is no state of a parameter of this model")
+        optimizer.load(tensors)
     if average is not None:
-        for path in sorted(checkpoint.path.glob("average-*.safetensors")):
-            for name, value in load_file(path, device=str(device)).items():
+        for path in _listed(checkpoint.path, "average-"):
+            for name, value in load_tensors(path, str(device)).items():
+                if value.shape != shapes.get(name):
+                    raise UserError(f"{path}: {name} is no average of a parameter of this model")
                 average.values[name] = value.clone()
         average.updates = dict(checkpoint.state.get("average_updates", {}))
 
@@ -158,7 +172,7 @@ def load_weights(path: Path, model: TaskModel) -> None:
     manifest = read_manifest(path)
     parameters = dict(model.named_parameters())
     for file, names in model.files_of().items():
-        tensors = load_file(check_file(path, f"{file}.safetensors", manifest))
+        tensors = load_tensors(check_file(path, f"{file}.safetensors", manifest))
         for name in names:
             if name not in tensors or tensors[name].shape != parameters[name].shape:
                 found = tuple(tensors[name].shape) if name in tensors else "missing"
@@ -172,6 +186,11 @@ def load_weights(path: Path, model: TaskModel) -> None:
 def _ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     # Own memory for each: gradients and averages may be views of a shared buffer.
     return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+
+
+def _listed(folder: Path, start: str) -> list[Path]:
+    """Files of the manifest, and so verified, whose names start so."""
+    return [folder / name for name in read_manifest(folder)["files"] if name.startswith(start)]
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -59,6 +59,9 @@ class SkillAdamW:
         eps: added to the root of the squared average.
     """
 
+    #: What it keeps of a parameter.
+    FIELDS = ("step", "exp_avg", "exp_avg_sq")
+
     def __init__(
         self, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8
     ) -> None:

@@ -5,7 +5,6 @@ that both know. The rest stays fresh, and is named.
 """
 
 import dataclasses
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pipelines import sources
 from pipelines.sources import Source
 from pipelines.training.settings import FinetuneConfig
 from skillnet.config import SkillNetConfig
-from skillnet.files import check_file, read_manifest
+from skillnet.files import read_about, read_manifest
 from skillnet.systems import build_system
 from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
@@ -127,7 +126,7 @@ def _differences(config: FinetuneConfig, weights: Path, where: str) -> list[tupl
     Raises:
         UserError: another system, or a difference after which weights fit and mean another thing.
     """
-    told = json.loads(check_file(weights, "config.json", read_manifest(weights)).read_text("utf-8"))
+    told = read_about(weights, read_manifest(weights))
     system = told.get("system", "skillnet")
     if system != config.system:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from skillnet_platform import console
+from skillnet_platform import careful_yaml, console
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.typed_tree import (
     checked,
@@ -30,6 +30,7 @@ from skillnet_platform.typed_tree import (
     missing,
     nested,
     shown,
+    unwanted_nulls,
     value_at,
     without_none,
 )
@@ -129,6 +130,10 @@ def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | No
     absent = next(missing(cls, tree), None)
     if absent:
         raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
+    null = next(unwanted_nulls(cls, tree), None)
+    if null:
+        source = f"{origins[null]}: " if origins and null in origins else ""
+        raise UserError(f"{source}{null}: expected {describe(hint_at(cls, null))}, got null")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None, as_group=False)
     try:
@@ -139,17 +144,18 @@ def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | No
 
 
 def load_yaml(path: str | PurePath) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader.
+    """Read a YAML mapping of plain values.
 
     Raises:
-        UserError: no such file, not YAML (with the line), or not a mapping.
+        UserError: no such file, not YAML (with the line) or more than plain values, or not a
+            mapping.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = careful_yaml.load(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+    except ValueError as problem:
+        raise UserError(f"{path}: not valid YAML: {problem}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -331,12 +337,19 @@ def _value(text: str, hint: Any, key: str) -> Any:
         return None
     if without_none(hint) in (str, Path):
         return text
-    if typing.get_origin(without_none(hint)) in (list, tuple) and not text.startswith("["):
-        return [yaml.safe_load(part) for part in text.split(",")]
+    parts = [text]
+    wanted = typing.get_origin(without_none(hint))
+    listed = wanted in (list, tuple) and not text.startswith("[")
+    if listed:
+        parts = text.split(",")
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"command line: --{key}: cannot read {text!r} as a value") from None
+        values = [careful_yaml.load(part) for part in parts]
+    except ValueError as problem:
+        short = text if len(text) <= 80 else text[:79] + "…"
+        raise UserError(
+            f"command line: --{key}: cannot read {short!r} as a value ({problem})"
+        ) from None
+    return values if listed else values[0]
 
 
 def _place_bare(cls: Any, tree: dict[str, Any], bare: list[str], prog: str) -> None:

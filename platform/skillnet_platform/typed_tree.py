@@ -79,6 +79,19 @@ def missing(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
         yield from missing(known.get(key, known.get("*")), value, f"{prefix}{key}.")
 
 
+def unwanted_nulls(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
+    """Keys that are null and may not be: the library that checks types lets them pass."""
+    known = children(hint)
+    if known is None or not isinstance(tree, Mapping):
+        return
+    for key, value in tree.items():
+        below = known.get(key, known.get("*"))
+        if value is not None:
+            yield from unwanted_nulls(below, value, f"{prefix}{key}.")
+        elif below not in (None, Any, object) and type(None) not in typing.get_args(below):
+            yield prefix + key
+
+
 def drop_removed(hint: Any, tree: Any) -> None:
     """Take out, in place, the entries of dictionaries of dataclasses that are null: a null takes
     an entry away, also where no layer below has it."""

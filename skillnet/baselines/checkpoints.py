@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from skillnet.tensors import shapes
+
 
 def find_checkpoint(given: str, download: bool) -> Path:
     """Folder of a checkpoint: a path, or a model of the Hugging Face hub (from its cache).
@@ -35,11 +37,24 @@ def find_checkpoint(given: str, download: bool) -> Path:
                 f"Face hub{remedy} ({type(problem).__name__})"
             ) from None
         folder = Path(found)
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise ValueError(
-            f"{folder} has no *.safetensors file; save the model with safe serialization"
+            f"{folder} has no *.safetensors file; save the model with safe serialization. Pickled "
+            "weights (.bin, .pt, .pth) are not read: they can run code"
         )
+    for file in files:
+        shapes(file)  # says so if it only has the name
     return folder
+
+
+def require_finite(model: Any, folder: Path) -> None:
+    """ValueError if a checkpoint that was read holds infinities or not-a-number."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{folder}: {name} holds infinities or not-a-number")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

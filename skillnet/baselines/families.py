@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from skillnet.baselines import towers
-from skillnet.baselines.checkpoints import at_least, equal, quiet, read_config
+from skillnet.baselines.checkpoints import at_least, equal, quiet, read_config, require_finite
 from skillnet.config import SkillNetConfig
 from skillnet.stems import PAD
 
@@ -82,6 +82,8 @@ class Transformers(Family):
             raise ValueError(
                 f"{folder} holds a model of the type {told.get('model_type')!r}, not {expected!r}"
             )
+        if "quantization_config" in told:
+            raise ValueError(f"{folder} holds quantised weights; give it in full precision")
         found = self._class(self.config_class).from_dict(told | self.inputs(config))
         self.check(found, config)
         return self._plain(found)
@@ -116,6 +118,7 @@ class Transformers(Family):
                 f"{folder} lacks {len(told['missing_keys'])} weights of {self.model_class}, "
                 f"{first} among them"
             )
+        require_finite(model, folder)
         return self.encoder_of(model)
 
     def _config(self, values: dict[str, Any]) -> Any:
@@ -321,6 +324,7 @@ class ViT(Family):
     def build(self, shape: Shape, dim: int, weights: Path | None = None) -> towers.Tower:
         import timm
 
+        _check_architecture(shape["architecture"], shape["arguments"])
         extra: dict[str, Any] = {}
         if weights is not None:
             file = str(next(iter(sorted(weights.glob("*.safetensors")))))
@@ -329,6 +333,8 @@ class ViT(Family):
             model: Any = timm.create_model(shape["architecture"], **shape["arguments"], **extra)
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{weights or shape['architecture']}: {error}") from None
+        if weights is not None:
+            require_finite(model, weights)
         return self.tower(model, model.embed_dim, dim)
 
     @staticmethod
@@ -341,6 +347,21 @@ class ViT(Family):
             "drop_path_rate": config.drop_path,
             "pos_drop_rate": config.dropout,
         }
+
+
+#: Arguments of timm's that name files or addresses to load, beside the sizes of the model.
+_LOADS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+def _check_architecture(name: Any, arguments: Any) -> None:
+    """ValueError unless a name is of a Vision Transformer that timm has itself, and its arguments
+    are only sizes: both may come from a checkpoint that anyone made."""
+    import timm
+
+    if not isinstance(name, str) or not name.startswith("vit_") or not timm.is_model(name):
+        raise ValueError(f"{name!r} is no Vision Transformer of this version of timm")
+    if not isinstance(arguments, dict) or _LOADS & set(arguments):
+        raise ValueError(f"{name}: its arguments name other things to load; they may be sizes only")
 
 
 FAMILIES: dict[str, Family] = {

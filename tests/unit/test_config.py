@@ -270,3 +270,9 @@ def _tree() -> dict[str, Any]:
 def test_merge_joins_mappings_and_replaces_the_rest() -> None:
     merged = config.merge(_tree(), {"a": {"y": 2}, "b": [3]})
     assert merged == {"a": {"x": 1, "y": 2}, "b": [3]}
+
+
+def test_a_null_where_none_may_be_is_named() -> None:
+    with pytest.raises(UserError, match="lr: expected a number, got null"):
+        parse("--lr", "null")
+    assert parse("--parts.a.weight", "null").parts["a"].weight is None

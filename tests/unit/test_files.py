@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import skillnet.files as files
+import skillnet.tensors as tensors
 from skillnet import SkillNet
 from skillnet.config import SkillNetConfig
 from skillnet.files import config_from_dict, config_to_dict
@@ -82,7 +83,7 @@ def opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         names.add(Path(path).name)
         return load_file(path, *args, **kwargs)
 
-    monkeypatch.setattr(files, "load_file", load)
+    monkeypatch.setattr(tensors, "load_file", load)
     _opened = []
     try:
         yield names

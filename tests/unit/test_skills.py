@@ -121,7 +121,7 @@ def test_names_in_any_script_are_welcome(name: str) -> None:
         ({"dropout": 1.0}, r"model\.dropout must be in \[0, 1\)"),
         ({"drop_path": -0.1}, r"model\.drop_path must be in \[0, 1\)"),
         ({"skill_modules": "all"}, r"both, attention or feedforward, not 'all'"),
-        ({"bigram_buckets": -1}, r"model\.bigram_buckets must be 0 or more"),
+        ({"bigram_buckets": -1}, r"model\.bigram_buckets must be from 0 to"),
         ({"skills": ("general", "text")}, r"model\.tasks\.\w+\.towers\.\w+: unknown skill"),
     ],
 )

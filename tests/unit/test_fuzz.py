@@ -1,0 +1,251 @@
+"""Random damage to everything that is read: it still works, or a named error says what is wrong.
+
+A short lane by default; ``pytest -m fuzz --hypothesis-profile=long`` for hours of it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from pipelines.corpora.archives import members
+from pipelines.shards import manifest_digest, open_corpus, write_shard
+from pipelines.training import checkpoints
+from pipelines.training.optimizer import SkillAdamW
+from pipelines.training.settings import FinetuneConfig
+from skillnet import systems
+from skillnet.files import write_manifest
+from skillnet_platform import cli, config
+from tests.packing import tarred, zipped
+from tests.small_models import small_model
+
+pytestmark = pytest.mark.fuzz
+
+ROOT = Path(__file__).parents[2]
+PRESETS = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+
+
+def budget(examples: int) -> Callable[[Any], Any]:
+    """So many examples in the short lane, the profile's in a long one."""
+    chosen = settings.default.max_examples if settings.default else examples
+    return settings(
+        max_examples=examples if chosen <= 100 else chosen,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+def named(action: Callable[[], object]) -> None:
+    """The action succeeds, or fails as a user's mistake in words: never with a bare exception."""
+    try:
+        action()
+    except Exception as problem:
+        said = cli.users_mistake(problem)
+        assert said, f"{type(problem).__name__}: {problem}"  # noqa: PT017
+        assert len(said) < 2000
+
+
+#: (kind of damage, where as a share of the length, a byte)
+DAMAGE = st.tuples(
+    st.sampled_from(["flip", "cut", "swap", "fill", "insert"]),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(1, 255),
+)
+
+
+def damaged(data: bytes, wounds: list[tuple[str, float, int]]) -> bytes:
+    """Those damages done one after the other."""
+    out = bytearray(data)
+    for kind, share, byte in wounds:
+        at = int(share * len(out))
+        if kind == "flip" and out:
+            out[at] ^= byte
+        elif kind == "cut":
+            del out[at:]
+        elif kind == "swap":
+            out[at : at + byte], out[:byte] = out[:byte], out[at : at + byte]
+        elif kind == "fill":
+            out[at : at + byte] = bytes([byte]) * len(out[at : at + byte])
+        else:
+            out[at:at] = bytes([byte])
+    return bytes(out)
+
+
+WOUNDS = st.lists(DAMAGE, min_size=1, max_size=3)
+
+#: Values that a hostile JSON or YAML may hold anywhere.
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["../x", "/etc/passwd", "", ".", 2**63, -1, "NaN"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=5,
+)
+
+
+def replaced(tree: Any, path: list[int], value: Any) -> Any:
+    """A copy of a tree with another value at some place in it."""
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    if not path or not keys:
+        return value
+    key = keys[path[0] % len(keys)]
+    below = tree[key]
+    inner = replaced(below, path[1:], value) if isinstance(below, (dict, list)) else value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[key] = inner
+    return copy
+
+
+PLACES = st.lists(st.integers(0, 30), max_size=6)
+
+
+# -- configurations ----------------------------------
+
+
+@given(st.sampled_from(PRESETS), WOUNDS)
+@budget(40)
+def test_damaged_presets(tmp_path_factory: Any, text: bytes, wounds: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(damaged(text, wounds))
+    named(lambda: config.checked(FinetuneConfig, config.load_layer(path), str(path)))
+
+
+@given(VALUES, PLACES)
+@budget(8)
+def test_configurations_with_any_value_anywhere(
+    tmp_path_factory: Any, value: Any, place: list[int]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.json"
+    tree = replaced(config.to_dict(FinetuneConfig()), place, value)
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    named(lambda: config.parse(FinetuneConfig, ["--config", str(path)], prog="x"))
+
+
+@given(st.sampled_from(sorted(config.flatten(config.to_dict(FinetuneConfig())))), st.text())
+@example("seed", "!!python/name:os.system")
+@example("tasks", "{a: 1, a: 2}")
+@budget(8)
+def test_any_word_for_any_key(key: str, word: str) -> None:
+    named(lambda: config.parse(FinetuneConfig, [f"--{key}={word}"], prog="x"))
+
+
+# -- archives ----------------------------------
+
+FILES = {f"folder/{n}.json": bytes(range(n, 250)) for n in range(5)}
+ARCHIVES = [zipped(FILES), tarred(FILES)]
+
+
+@given(st.sampled_from(ARCHIVES), WOUNDS)
+@budget(150)
+def test_damaged_archives(tmp_path_factory: Any, data: bytes, wounds: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.archive"
+    path.write_bytes(damaged(data, wounds))
+    named(lambda: list(members(path, lambda name: True)))
+
+
+# -- corpora ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of one shard with each sort of column."""
+    directory = tmp_path_factory.mktemp("fuzz") / "made"
+    directory.mkdir()
+    table = pa.table(
+        {
+            "key": [f"字{n}" for n in range(20)],
+            "tokens": pa.array([[1, 2, 3]] * 20, pa.list_(pa.int32())),
+            "captions": pa.array([["one", "two"], []] * 10, pa.list_(pa.string())),
+        }
+    )
+    entry = write_shard(table, directory / "train-00000.arrow")
+    manifest = {
+        "format_version": 1,
+        "corpus": "made",
+        "modality": "text",
+        "task": "text_classification",
+        "splits": {"train": {"rows": 20, "shards": [entry]}},
+    }
+    reseal(directory, manifest)
+    return directory
+
+
+def reseal(directory: Path, manifest: Any) -> None:
+    """Write a manifest whose digest is right, as whoever alters a corpus can."""
+    if isinstance(manifest, dict):
+        manifest = manifest | {"digest": manifest_digest(manifest)}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def read_all(directory: Path) -> None:
+    for split in open_corpus(directory, verify=True).splits.values():
+        split.table().to_pylist()
+
+
+@given(VALUES, PLACES)
+@budget(100)
+def test_manifests_with_any_value_anywhere(shard: Path, value: Any, place: list[int]) -> None:
+    whole = (shard / "manifest.json").read_text()
+    try:
+        reseal(shard, replaced(json.loads(whole), place, value))
+        named(lambda: read_all(shard))
+    finally:
+        (shard / "manifest.json").write_text(whole)
+
+
+@given(WOUNDS)
+@budget(100)
+def test_damaged_shards_with_the_right_digest(shard: Path, wounds: Any) -> None:
+    from hashlib import sha256
+
+    copy = shard.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(shard, copy)
+    path = copy / "train-00000.arrow"
+    data = damaged(path.read_bytes(), wounds)
+    path.write_bytes(data)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0] |= {
+        "bytes": len(data),
+        "sha256": sha256(data).hexdigest(),
+    }
+    reseal(copy, manifest)
+    named(lambda: read_all(copy))
+
+
+# -- checkpoints ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny model of one task."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    model = small_model(torch.float32, depth=1)
+    small = folder / "model"
+    model.save_pretrained(small)
+    model = systems.load(small, "text_classification")
+    return checkpoints.save(folder / "run", 1, model, SkillAdamW(0.1), None, {}, keep=1)
+
+
+@given(st.integers(0, 20), WOUNDS, st.booleans())
+@budget(60)
+def test_damaged_checkpoints(saved: Path, number: int, wounds: Any, sealed: bool) -> None:
+    copy = saved.parent.parent / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(saved, copy)
+    files = sorted(copy.iterdir())
+    path = files[number % len(files)]
+    path.write_bytes(damaged(path.read_bytes(), wounds))
+    if sealed and path.name != "manifest.json":
+        write_manifest(copy, [each.name for each in files if each.name != "manifest.json"])
+    named(lambda: checkpoints.verify(copy))
+    named(lambda: systems.load(copy))
