@@ -48,6 +48,8 @@ class Mirror:
 
     def __init__(self, uri: str, run: Path) -> None:
         self.uri, self.run = uri, run
+        #: Names of checkpoints in the store that were found altered.
+        self.damaged: set[str] = set()
 
     def place(self, *names: str) -> str:
         """URI of something in the folder."""
@@ -73,10 +75,15 @@ class Mirror:
         from pipelines.training import checkpoints
 
         remote.put_directory(path, self.place(CHECKPOINTS, path.name))
+        self.damaged.discard(path.name)
         self.put_files(*STATE)
         kept = 0
         for name in self.steps():
-            whole = kept < keep and remote.is_committed(self.place(CHECKPOINTS, name))
+            whole = (
+                kept < keep
+                and name not in self.damaged
+                and remote.is_committed(self.place(CHECKPOINTS, name))
+            )
             kept += whole
             # An upload that broke off is of no use once a newer one is whole.
             if not whole and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
@@ -191,6 +198,7 @@ class Mirror:
                 remote.get_directory(there, target, check=checkpoints.verify)
             except UserError as problem:
                 console.warn(f"{there}: {problem}; trying the checkpoint before it")
+                self.damaged.add(name)
                 continue
             return checkpoints.verify(target)
         return None
