@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import MASK_TOKEN, Draws
+from pipelines.sound_units import SoundUnits
 from pipelines.training.settings import MaskConfig
 from skillnet.config import SkillNetConfig
 from skillnet.stems import (
@@ -86,11 +87,20 @@ class Hider:
         config: how much is hidden.
         words: size of the vocabulary that words are drawn from.
         longest: most tokens that a text or code row may have; it does not hang on the batch.
+        units: what hidden sound is asked for as; none asks for its frames.
     """
 
-    def __init__(self, model: SkillNetConfig, config: MaskConfig, words: int, longest: int) -> None:
+    def __init__(
+        self,
+        model: SkillNetConfig,
+        config: MaskConfig,
+        words: int,
+        longest: int,
+        units: SoundUnits | None = None,
+    ) -> None:
         self._model, self._config = model, config
         self._words, self._longest = words, longest
+        self._units = units
 
     def __call__(self, modality: str, inputs: Inputs, draws: Draws) -> Masked:
         """(inputs with a part hidden, ``masked`` (B, T) and the ``values`` that stood there)."""
@@ -149,7 +159,8 @@ class Hider:
         return _together({"frames": _blanked(x, cover)}, flags, values)
 
     def frames(self, log_mel_BNM: Tensor, frames_B: Tensor, draws: Draws) -> Masked:
-        """Spans of recordings blanked; values are their frames, normalised stack by stack.
+        """Spans of recordings blanked; values are their frames, normalised stack by stack, or
+        their units.
 
         A token whose stack of frames the end of the recording cuts short is hidden only where
         it is the only one.
@@ -162,7 +173,9 @@ class Hider:
         cover = unstack_frames(_spread(flags, stack), stack, N)
         left = ~cover & (torch.arange(N) < frames_B[:, None])[..., None]
         shown = {"log_mel": _blanked(log_mel_BNM, cover, left), "frames": frames_B}
-        return _together(shown, flags, normalised(stack_frames(log_mel_BNM, stack)))
+        stacks_BTP = stack_frames(log_mel_BNM, stack)
+        values = self._units(stacks_BTP) if self._units else normalised(stacks_BTP)
+        return _together(shown, flags, values)
 
 
 def normalised(x_BTP: Tensor) -> Tensor:

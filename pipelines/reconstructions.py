@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pipelines.inference import Runner
 from pipelines.masked_evaluation import hidden_batches, restored, source_of
-from pipelines.masking import FLAT
+from pipelines.masking import FLAT, normalised
 from pipelines.shards import Corpus, open_corpus
+from pipelines.sound_units import units_of
+from pipelines.task_rows import PRETRAINING, splits_of
 from pipelines.training.settings import FinetuneConfig
 from skillnet.config import SkillNetConfig
 from skillnet.stems import (
@@ -100,8 +102,13 @@ def restorations(config: FinetuneConfig, model: TaskModel, task: str) -> Three:
         key: x.float() if x.is_floating_point() else x for key, x in source.inputs(rows).items()
     }
     hidden = {key: x.float().cpu() for key, x in batch.towers["input"].items()}
-    restore = {"image": _pictures, "video": _clips, "sound": _recordings}
     modality = config.model.tasks[task].towers["input"].modality
+    if modality == "sound" and model.config.sound_units:
+        # A unit is shown as what it stands for: the mean of its frames.
+        readable = splits_of(corpus, PRETRAINING)
+        units = units_of(corpus, readable, model.config.mel_stack, model.config.sound_units)
+        predicted_MP = normalised(units.centres_KP[predicted_MP.argmax(1)])
+    restore = {"image": _pictures, "video": _clips, "sound": _recordings}
     return restore[modality](model.config, whole, hidden, masked_BT, predicted_MP)
 
 

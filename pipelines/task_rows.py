@@ -14,6 +14,7 @@ from pipelines import augment, masking
 from pipelines.augment import Draws
 from pipelines.collate import Fixed, Nested, Ragged
 from pipelines.held_rows import HeldRows
+from pipelines.sound_units import SoundUnits, units_of
 from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
@@ -109,7 +110,13 @@ class TaskRows:
         masks = masks or MaskConfig()
         if self.views:
             masks = masks.for_views()
-        self._hide = masking.Hider(model, masks, words, self.limit)
+        self._hide = masking.Hider(model, masks, words, self.limit, self._units(corpus))
+
+    def _units(self, corpus: "Corpus") -> SoundUnits | None:
+        count = self._model.sound_units
+        if not count or self.plan.modality != "sound" or self.task.objective != "masked":
+            return None
+        return units_of(corpus, splits_of(corpus, PRETRAINING), self._model.mel_stack, count)
 
     def lengths(self, rows: np.ndarray | None = None) -> np.ndarray | None:
         """(rows,) length of the sequence of each of these rows, or of all; none for pictures and

@@ -16,7 +16,7 @@ from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, check_plan, find_task
-from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem, values_of_token
+from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem, masked_outputs
 from skillnet.task_model import TaskModel
 
 
@@ -93,7 +93,7 @@ def _masked_outputs(config: SkillNetConfig, plan: SkillPlan) -> int:
     """Outputs of the layers of a masked task's head, at one token; counted at every token."""
     if plan.stem == "token":
         return config.dim + config.vocab_size
-    return values_of_token(config, plan.modality)
+    return masked_outputs(config, plan.modality)
 
 
 def count_flops(

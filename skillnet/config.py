@@ -46,6 +46,8 @@ class SkillNetConfig:
         n_mels: log-mel bins of a frame.
         mel_stack: consecutive frames joined into one token.
         max_frames: longest recording, in frames (before stacking).
+        sound_units: masked sound is predicted as one of so many units, clusters of its frames
+            (HuBERT, Hsu et al. 2021); 0 regresses the frames.
         image_size: pixels per side.
         patch_size: pixels per side of a patch.
         video_frames: frames of a clip.
@@ -71,6 +73,7 @@ class SkillNetConfig:
     n_mels: int = 80
     mel_stack: int = 4
     max_frames: int = 192
+    sound_units: int = 0
     image_size: int = 48
     patch_size: int = 8
     video_frames: int = 8
@@ -94,8 +97,9 @@ class SkillNetConfig:
         for key in _AT_LEAST_ONE:
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
-        if self.bigram_buckets < 0:
-            raise ValueError(f"model.bigram_buckets must be 0 or more, got {self.bigram_buckets}")
+        for key in ("bigram_buckets", "sound_units"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"model.{key} must be 0 or more, got {getattr(self, key)}")
         if self.skill_modules not in ("both", "attention", "feedforward"):
             raise ValueError(
                 f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"

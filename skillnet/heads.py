@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.skills import Task
-from skillnet.stems import values_of_token
+from skillnet.stems import masked_outputs
 
 
 class ClassificationHead(nn.Module):
@@ -75,7 +75,7 @@ class MaskedHead(nn.Module):
 
     Text and code: logits (M, V), by BERT's head (Devlin et al. 2019), whose output matrix is the
     model's token embedding. Pictures, clips and sound: values (M, P) by one linear layer, as
-    SimMIM's (Xie et al. 2022).
+    SimMIM's (Xie et al. 2022); or of sound, logits (M, K) of its units.
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
@@ -87,7 +87,7 @@ class MaskedHead(nn.Module):
             self.norm = nn.LayerNorm(config.dim)
             self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         else:
-            self.project = nn.Linear(config.dim, values_of_token(config, plan.modality))
+            self.project = nn.Linear(config.dim, masked_outputs(config, plan.modality))
 
     def forward(self, x_MD: Tensor, embedding_VD: Tensor | None = None) -> Tensor:
         if not self.tied:

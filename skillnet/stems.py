@@ -215,6 +215,13 @@ def values_of_token(config: SkillNetConfig, modality: str) -> int:
     }[modality]
 
 
+def masked_outputs(config: SkillNetConfig, modality: str) -> int:
+    """What a masked head predicts of one such token: its values, or which unit of sound it is."""
+    if modality == "sound" and config.sound_units:
+        return config.sound_units
+    return values_of_token(config, modality)
+
+
 def with_motion(x_BNHWC: Tensor) -> Tensor:
     """Each frame and, as further channels, its difference to the one before: (B, N, H, W, 2 C)."""
     before = torch.cat([x_BNHWC[:, :1], x_BNHWC[:, :-1]], 1)

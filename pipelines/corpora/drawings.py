@@ -66,6 +66,8 @@ _PEOPLE = {
 }  # fmt: skip
 _IGNORED = frozenset({"200d", "fe0f", "2640", "2642", "27a1", *_TONES})
 _HAIR = frozenset({"1f9b0", "1f9b1", "1f9b2", "1f9b3"})
+#: Couples and families that have a code point of their own; each is drawn as a sequence too.
+_COUPLES = frozenset({"1f46a", "1f46b", "1f46c", "1f46d", "1f48f", "1f491"})
 _ARTISTS = ("twemoji", "openmoji")
 
 
@@ -75,7 +77,7 @@ class Drawings(Corpus):
     name = "drawings"
     modality = "image"
     task = "text_to_image"
-    version = 2
+    version = 3
     archives = (TWEMOJI, OPENMOJI, NAMES, KEYWORDS)
     raw = pa.schema(
         [("image", pa.binary()), ("captions", pa.list_(pa.string())), ("source", pa.string())]
@@ -180,6 +182,8 @@ def family(code: str) -> str:
         return "flag"
     points = code.split("-")
     kept = [_PEOPLE.get(p, p) for p in points if p not in _IGNORED and p not in _HAIR]
+    if len(kept) == 1 and kept[0] in _COUPLES:
+        return "family"
     if kept and set(kept) <= {"1f9d1", "2764", "1f48b", "1f91d"} and len(kept) > 1:
         return "family"
     return "-".join(kept) or code

@@ -84,6 +84,7 @@ def test_command_line(
     path = tmp_path / "run.yaml"
     config = small_pretraining(data, steps=6, evaluate_every=3, log_every=3)
     config.evaluate, config.tracking.register = True, False
+    config.model.sound_units = 4
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
     assert main(["--config", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -99,6 +100,9 @@ def test_command_line(
     recorded = store.client(store.resolve_uri()).get_run(result["run_id"])
     assert recorded.data.tags["stage"] == "pretrain"
     assert {f"{task}/validation_masked_loss" for task in config.tasks} <= set(recorded.data.metrics)
+    # Text, code and sound are predicted by kind: how often rightly is told.
+    told = {row["task"] for row in result["evaluation"] if row["metric"] == "masked_accuracy"}
+    assert told == {"masked_text", "masked_code", "masked_sound"}
     listed = store.client(store.resolve_uri()).list_artifacts(result["run_id"], "reconstructions")
     assert len(listed) == 2
     assert result["registered"] is None

@@ -166,6 +166,8 @@ def test_variants_of_a_concept_are_one_family() -> None:
         assert drawings.family(variant) == runner
     assert drawings.family("1f468-200d-1f373") == drawings.family("1f469-200d-1f373")
     assert drawings.family("1f468-200d-1f466") == drawings.family("1f469-200d-1f467-200d-1f467")
+    for couple in ("1f491", "1f48f", "1f46a", "1f46b"):  # one code point for what others spell out
+        assert drawings.family(couple) == drawings.family("1f469-200d-2764-200d-1f468")
     assert drawings.family("1f1e8-1f1f3") == drawings.family("1f1fa-1f1f8")
     assert drawings.family("1f34e") != drawings.family("1f34f")
     assert drawings.family("27a1") == "27a1"
