@@ -208,22 +208,20 @@ class Mirror:
             content = remote.read_bytes(self.place(CONFIG))
         except FileNotFoundError:
             return
-        stored = self.run / f"{CONFIG}.there"
-        with atomic_write(stored) as stream:
-            stream.write(content)
-        try:
+        with tempfile.TemporaryDirectory() as aside:
+            stored = Path(aside) / CONFIG
+            stored.write_bytes(content)
             there = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
-        finally:
-            stored.unlink()
         places = {
             key: getattr(config, key)
             for key in ("run_dir", "data", "init_from", "storage", "tracking")
         }
+        # First of all: a folder without it is taken for somebody else's.
+        with atomic_write(self.run / CONFIG, "w") as stream:
+            stream.write(configuration.to_yaml(replace(there, **places)))
         for name in STATE:
             if remote.exists(self.place(name)):
                 remote.get_file(self.place(name), self.run / name)
-        with atomic_write(self.run / CONFIG, "w") as stream:
-            stream.write(configuration.to_yaml(replace(there, **places)))
         console.note(f"{config.name} is taken up from {self.uri}")
 
     def _take_results(self) -> None:
