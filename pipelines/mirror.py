@@ -126,7 +126,7 @@ class Mirror:
         except StoreUnavailable as problem:
             if not known:
                 raise
-            console.warn(f"{problem}. Going on with what is in {self.run}")
+            console.warn(f"{problem.reason}. Going on with what is in {self.run}")
 
     def take_trained(self) -> None:
         """Bring the final model of a worker whose disk this machine does not see.
@@ -178,7 +178,7 @@ class Mirror:
         except StoreUnavailable as problem:
             if not known:
                 raise
-            console.warn(f"{problem}. Going on with what is in {self.run}")
+            console.warn(f"{problem.reason}. Going on with what is in {self.run}")
 
     def newest(self, above: int = -1) -> "Checkpoint | None":
         """Download the newest whole checkpoint of the store beyond a step; none if there is none.

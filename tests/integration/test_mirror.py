@@ -4,11 +4,12 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from pipelines import finetune, sources
+from pipelines import finetune, sources, uploads
 from pipelines.mirror import Mirror
 from pipelines.training import checkpoints
 from pipelines.training.settings import FinetuneConfig, StorageConfig
@@ -85,12 +86,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
 def run_until(monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, step: int | None) -> None:
     """Train until a step as a process would that is then gone, its uploads done."""
     stop_at(monkeypatch, step)
-    uploads: list[Uploads] = []
+    made: list[Uploads] = []
     original = Uploads.__init__
 
     def remembered(self: Uploads, *args: object) -> None:
         original(self, *args)  # type: ignore[arg-type]
-        uploads.append(self)
+        made.append(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Uploads, "__init__", remembered)
@@ -99,7 +100,7 @@ def run_until(monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, step: int
         else:
             with pytest.raises(KeyboardInterrupt):
                 finetune.finetune(config)
-            assert uploads[0].close(60) is None
+            assert made[0].close(60) is None
 
 
 def test_an_empty_disk_goes_on_to_the_bit(
@@ -143,25 +144,22 @@ def test_training_outlives_the_store(
         original(self, known)
         object_store.door.shut()
 
-    opener = threading.Timer(0, object_store.door.unshut)
-    results = Mirror.put_results
+    opener = threading.Timer(3.0, object_store.door.unshut)
+    deliver = uploads.deliver
 
-    def put_results(self: Mirror) -> None:
-        if not opener.is_alive() and not opener.finished.is_set():
-            opener.interval = 3.0
-            opener.start()
-        results(self)
+    def deliver_later(*given: Any) -> None:
+        opener.start()
+        deliver(*given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Mirror, "begin", begin)
-        patch.setattr(Mirror, "put_results", put_results)
-        result = finetune.finetune(replace(config, storage=StorageConfig(patience=8.0)))
+        patch.setattr(uploads, "deliver", deliver_later)
+        result = finetune.finetune(config)
     opener.join()
     assert result["step"] == 12
     said = capsys.readouterr().err
     assert "step-00000004 is not yet in" in said
     assert "Training goes on" in said
-    finetune.finetune(config)  # sends what may be missing yet
     assert remote.exists(f"{object_store.uri}/a/result.json")
     assert remote.is_committed(f"{object_store.uri}/a/checkpoints/step-00000012")
 
