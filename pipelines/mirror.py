@@ -48,6 +48,8 @@ class Mirror:
 
     def __init__(self, uri: str, run: Path) -> None:
         self.uri, self.run = uri, run
+        #: Names of checkpoints in the store that were found altered.
+        self.damaged: set[str] = set()
 
     def place(self, *names: str) -> str:
         """URI of something in the folder."""
@@ -73,10 +75,15 @@ class Mirror:
         from pipelines.training import checkpoints
 
         remote.put_directory(path, self.place(CHECKPOINTS, path.name))
+        self.damaged.discard(path.name)
         self.put_files(*STATE)
         kept = 0
         for name in self.steps():
-            whole = kept < keep and remote.is_committed(self.place(CHECKPOINTS, name))
+            whole = (
+                kept < keep
+                and name not in self.damaged
+                and remote.is_committed(self.place(CHECKPOINTS, name))
+            )
             kept += whole
             # An upload that broke off is of no use once a newer one is whole.
             if not whole and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
@@ -119,7 +126,7 @@ class Mirror:
         except StoreUnavailable as problem:
             if not known:
                 raise
-            console.warn(f"{problem}. Going on with what is in {self.run}")
+            console.warn(f"{problem.reason}. Going on with what is in {self.run}")
 
     def take_trained(self) -> None:
         """Bring the final model of a worker whose disk this machine does not see.
@@ -171,7 +178,7 @@ class Mirror:
         except StoreUnavailable as problem:
             if not known:
                 raise
-            console.warn(f"{problem}. Going on with what is in {self.run}")
+            console.warn(f"{problem.reason}. Going on with what is in {self.run}")
 
     def newest(self, above: int = -1) -> "Checkpoint | None":
         """Download the newest whole checkpoint of the store beyond a step; none if there is none.
@@ -191,6 +198,7 @@ class Mirror:
                 remote.get_directory(there, target, check=checkpoints.verify)
             except UserError as problem:
                 console.warn(f"{there}: {problem}; trying the checkpoint before it")
+                self.damaged.add(name)
                 continue
             return checkpoints.verify(target)
         return None
@@ -200,22 +208,20 @@ class Mirror:
             content = remote.read_bytes(self.place(CONFIG))
         except FileNotFoundError:
             return
-        stored = self.run / f"{CONFIG}.there"
-        with atomic_write(stored) as stream:
-            stream.write(content)
-        try:
+        with tempfile.TemporaryDirectory() as aside:
+            stored = Path(aside) / CONFIG
+            stored.write_bytes(content)
             there = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
-        finally:
-            stored.unlink()
         places = {
             key: getattr(config, key)
             for key in ("run_dir", "data", "init_from", "storage", "tracking")
         }
+        # First of all: a folder without it is taken for somebody else's.
+        with atomic_write(self.run / CONFIG, "w") as stream:
+            stream.write(configuration.to_yaml(replace(there, **places)))
         for name in STATE:
             if remote.exists(self.place(name)):
                 remote.get_file(self.place(name), self.run / name)
-        with atomic_write(self.run / CONFIG, "w") as stream:
-            stream.write(configuration.to_yaml(replace(there, **places)))
         console.note(f"{config.name} is taken up from {self.uri}")
 
     def _take_results(self) -> None:

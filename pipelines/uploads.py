@@ -65,7 +65,8 @@ class Uploads:
                 shutil.rmtree(self._outbox, ignore_errors=True)
                 return None
             name = self._waiting.name if self._waiting else "a checkpoint"
-        return f"{name} ({self._problem})"
+            problem = self._problem
+        return f"{name} ({_reason(problem) if problem else 'on its way'})"
 
     def _is_idle(self) -> bool:
         return self._waiting is None and not self._busy
@@ -88,8 +89,8 @@ class Uploads:
             except TROUBLE as problem:
                 if self._problem is None:
                     console.warn(
-                        f"{path.name} is not yet in {self._mirror.uri}: {problem}. Training goes "
-                        "on; it is sent when that is mended"
+                        f"{path.name} is not yet in {self._mirror.uri}: {_reason(problem)}. "
+                        "Training goes on; it is sent when that is mended"
                     )
                 self._problem = problem
                 with self._changed:
@@ -128,7 +129,7 @@ def bring(mirror: Mirror) -> None:
             mirror.newest(mine.step if mine else -1)
         except StoreUnavailable as problem:
             here = f"step {mine.step}" if mine else "nothing"
-            console.warn(f"{problem}. Going on from what is on this machine: {here}")
+            console.warn(f"{problem.reason}. Going on from what is on this machine: {here}")
 
 
 def send_trained(mirror: Mirror, uploads: Uploads, patience: float, apart: bool) -> None:
@@ -141,6 +142,10 @@ def send_trained(mirror: Mirror, uploads: Uploads, patience: float, apart: bool)
         missing = send("the final model", mirror.put_trained, patience) or missing
     if missing:
         console.warn(f"{mirror.uri} lacks {missing}")
+
+
+def _reason(problem: BaseException) -> str:
+    return problem.reason if isinstance(problem, StoreUnavailable) else str(problem)
 
 
 def send(what: str, action: Callable[[], Any], patience: float) -> str | None:
@@ -157,7 +162,7 @@ def send(what: str, action: Callable[[], Any], patience: float) -> str | None:
         except TROUBLE as problem:
             left = end - time.monotonic()
             if left <= 0:
-                return f"{what} ({problem})"
+                return f"{what} ({_reason(problem)})"
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 

@@ -233,6 +233,11 @@ def run_one(
 
 def placed(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
     """The configuration of a run in that very folder, which registers no model."""
+    if config.storage.mirror:
+        raise UserError(
+            "storage.mirror: trials of sweeps and studies are kept in their folder only, not in a "
+            "store; leave it out"
+        )
     tracking = replace(config.tracking, register=False)
     return replace(config, name=folder.name, run_dir=str(folder.parent), tracking=tracking)
 

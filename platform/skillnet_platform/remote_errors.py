@@ -52,8 +52,17 @@ _told: dict[str, float] = {}
 _lock = threading.Lock()
 
 
+#: What to do about a store that is away, at the end of its message.
+ADVICE = ". Run the same command again when it does"
+
+
 class StoreUnavailable(RuntimeError):
     """The store did not answer for longer than we wait. Nothing local is lost by it."""
+
+    @property
+    def reason(self) -> str:
+        """The message without what to do: for a longer one that says so itself."""
+        return str(self).removesuffix(ADVICE)
 
 
 def patience() -> float:
@@ -108,7 +117,7 @@ def steadily(uri: str, action: Callable[[], Result], seconds: float | None = Non
             raise
         raise StoreUnavailable(
             f"{uri}: the store{_endpoint(uri)} did not answer for {limit:.0f} s "
-            f"({_words(problem)}). Run the same command again when it does"
+            f"({_words(problem)}){ADVICE}"
         ) from problem
 
 
@@ -201,7 +210,8 @@ def _status(problem: BaseException) -> int | None:
 
 def _words(problem: BaseException) -> str:
     text = " ".join(str(problem).split())
-    return f"{type(problem).__name__}: {text[:160]}" if text else type(problem).__name__
+    short = text if len(text) <= 100 else text[:99] + "…"
+    return f"{type(problem).__name__}: {short}" if text else type(problem).__name__
 
 
 def _tell(uri: str, outcome: Any, limit: float) -> None:
