@@ -15,7 +15,7 @@ import json
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial as bound
 from importlib.metadata import version
@@ -303,7 +303,7 @@ def counted(reasons: Counter[str]) -> dict[str, int]:
     return dict(sorted([*most, ("other reasons", rest)]))
 
 
-def _run(jobs: Sequence[Job], session: str) -> Iterator[dict[str, Any]]:
+def _run(jobs: Sequence[Job], session: str) -> Generator[dict[str, Any], None, None]:
     """What each task did, in the order in which they end."""
     import ray
 
