@@ -122,34 +122,3 @@ def test_ray_up_starts_a_head_and_ray_down_ends_it(cloud: str, tmp_path: Path) -
 
     ray("down", "-y", "ray_cluster.yaml")
     assert instances() == []
-
-
-@pytest.mark.integration
-def test_ec2_takes_what_the_autoscaler_would_ask_for(cloud: str, tmp_path: Path) -> None:
-    """In a process of its own: Ray keeps the clients of the cloud that it first saw."""
-    script = """
-import yaml
-from ray.autoscaler._private.commands import _bootstrap_config
-from ray.autoscaler._private.providers import _get_node_provider
-from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
-with open("ray_cluster.yaml") as stream:
-    config = _bootstrap_config(yaml.safe_load(stream), no_config_cache=True)
-provider = _get_node_provider(config["provider"], config["cluster_name"])
-for name in ("gpu", "data"):
-    kind = config["available_node_types"][name]
-    tags = {TAG_RAY_NODE_KIND: "worker", TAG_RAY_USER_NODE_TYPE: name}
-    provider.create_node_with_resources_and_labels(
-        kind["node_config"], tags, 1, kind["resources"], {}
-    )
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={**os.environ, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(each["InstanceType"] for each in instances()) == ["c6i.2xlarge", "g6.2xlarge"]
-    assert {each["InstanceLifecycle"] for each in instances()} == {"spot"}
