@@ -101,10 +101,10 @@ class SkillNetConfig:
         check_names(tuple(self.tasks), "model.tasks")
         for key in _AT_LEAST_ONE:
             value = getattr(self, key)
-            if not isinstance(value, Integral) or value < 1:
+            if not isinstance(value, Integral) or int(value) < 1:
                 raise ValueError(f"model.{key} must be at least 1, got {value!r}")
             most = MOST_LAYERS if key == "depth" else MOST
-            if value > most:
+            if int(value) > most:
                 raise ValueError(f"model.{key} must be at most {most}, got {value}")
         for key in ("bigram_buckets", "sound_units"):
             if not 0 <= getattr(self, key) <= MOST:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from skillnet_platform.errors import UserError
 
@@ -136,7 +136,7 @@ def _expanded(path: Path) -> IO[bytes]:
     with path.open("rb") as file:
         start = file.read(3)
     if start[:2] == b"\x1f\x8b":
-        return gzip.open(path)
+        return cast(IO[bytes], gzip.open(path))
     return bz2.open(path) if start == b"BZh" else path.open("rb")
 
 
