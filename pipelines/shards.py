@@ -266,7 +266,7 @@ def _wrong_key(named: Place, manifest: dict[str, Any]) -> str | None:
         for shard in shards:
             for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
                 value = shard.get(key)
-                if type(value) is not kind or (kind is int and value < 0):
+                if type(value) is not kind or (isinstance(value, int) and value < 0):
                     return f"splits.{name}.shards.{key}"
             check_inside(str(named), shard["file"], deep=True)
     return None
