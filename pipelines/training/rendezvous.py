@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray.train.backend import Backend
+from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 
 from skillnet_platform import loopback
@@ -42,8 +42,9 @@ class _MeetInAFile(Backend):
     def __init__(self) -> None:
         self._folder: Path | None = None
 
-    def on_start(self, worker_group: Any, backend_config: OnThisMachine) -> None:
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Called anew, by the controller, whenever the workers were started again."""
+        assert isinstance(backend_config, OnThisMachine)
         self._clean()
         # A folder that only this user may open; NCCL looks into the file later too.
         self._folder = Path(tempfile.mkdtemp(prefix="skillnet-meeting-"))
@@ -61,7 +62,7 @@ class _MeetInAFile(Backend):
         ]
         ray.get(joining)
 
-    def on_shutdown(self, worker_group: Any, backend_config: OnThisMachine) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """The workers end next: a rank that hangs is not waited for."""
         leaving = worker_group.execute_async(_leave)
         ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)

@@ -292,7 +292,11 @@ def _trainer(
             **fit_storage(config, run),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | faults.environment()},
-            callbacks=[ListenInWorker(), *(nested.callbacks if nested else [])],
+            # Ray's type names only what users' callbacks see; it takes those of workers as well.
+            callbacks=[
+                ListenInWorker(),  # type: ignore[list-item]
+                *(nested.callbacks if nested else []),
+            ],
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=config.training.max_failures, controller_failure_limit=3
             ),
