@@ -30,12 +30,11 @@ from skillnet.stems import (
     untubelify,
 )
 from skillnet.task_model import TaskModel
+from skillnet_platform.places import below, place
+from skillnet_platform.tracking import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from skillnet_platform.places import below, place
-from skillnet_platform.tracking import Tracker
 
 FOLDER = "reconstructions"
 ROWS = 4
