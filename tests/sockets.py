@@ -31,7 +31,7 @@ def listening(root: int | None = None) -> set[Listening]:
     found = set()
     for process in [top, *top.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            name = " ".join(process.cmdline())[:80] or process.name()
+            name = " ".join(process.cmdline())[:300] or process.name()
             for each in process.net_connections("inet"):
                 open_to_all = each.type == socket.SOCK_DGRAM and not each.raddr
                 if each.status == psutil.CONN_LISTEN or open_to_all:
