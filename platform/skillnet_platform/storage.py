@@ -91,17 +91,9 @@ def staging(final: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    target = Path(final)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside.mkdir()
-    try:
-        with disk_guard(target):
-            yield aside
-            commit_directory(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with scratch(final) as aside, disk_guard(Path(final)):
+        yield aside
+        commit_directory(aside, final)
 
 
 @contextlib.contextmanager
