@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipelines.shard_check import check_shards
 from skillnet_platform import remote
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.file_cache import FileCache, Held, Wanted, shared_cache
 from skillnet_platform.places import Place
 from skillnet_platform.remote_errors import StoreUnavailable
@@ -112,8 +112,8 @@ class LocalShards:
             try:
                 # Who writes a shard may write its digest: offsets that lead astray are found here.
                 _mapped(path, path, shard, self.again).validate(full=True)
-            except pa.ArrowInvalid as problem:
-                raise UserError(f"{path}: not a readable shard ({problem}). {self.again}") from None
+            except (pa.ArrowException, ValueError) as problem:
+                raise UserError(f"{path}: not a readable shard ({first_line(problem)}). {self.again}") from None
 
 
 class RemoteShards:
@@ -190,7 +190,7 @@ def _mapped(path: Path, named: Place, shard: Shard, again: str) -> pa.Table:
             raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
         return table
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as problem:
-        raise UserError(f"{named}: not a readable shard ({problem}). {again}") from None
+        raise UserError(f"{named}: not a readable shard ({first_line(problem)}). {again}") from None
 
 
 def _compare_size(named: Place, size: int, shard: Shard, again: str) -> None:

@@ -261,7 +261,9 @@ def _wrong_key(named: Place, manifest: dict[str, Any]) -> str | None:
         return "splits"
     for name, entry in splits.items():
         shards = entry.get("shards") if isinstance(entry, dict) else None
-        if not isinstance(shards, list) or not all(isinstance(each, dict) for each in shards):
+        if not isinstance(shards, list) or not shards:
+            return f"splits.{name}.shards"
+        if not all(isinstance(each, dict) for each in shards):
             return f"splits.{name}.shards"
         for shard in shards:
             for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):

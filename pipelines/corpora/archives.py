@@ -1,5 +1,6 @@
 """Reading zip and tar archives in place, with limits, and checking them against their pins."""
 
+import errno
 import struct
 import tarfile
 import zipfile
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.corpora.untrusted import Limits, tar_members, zip_members
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import sha256_file
 
 LIMITS = Limits()
@@ -98,11 +99,12 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
     except UserError:
         raise
     except DAMAGE as problem:
-        if isinstance(problem, OSError) and problem.errno is not None:
+        # A place that a damaged zip points to may lie before its start: no fault of the disk.
+        if isinstance(problem, OSError) and problem.errno not in (None, errno.EINVAL):
             raise
         raise UserError(
-            f"{path}: cannot be read as a zip or tar archive ({problem}). Delete it and run "
-            "`skillnet fetch`."
+            f"{path}: cannot be read as a zip or tar archive ({first_line(problem)}). "
+            "Delete it and run `skillnet fetch`."
         ) from problem
 
 

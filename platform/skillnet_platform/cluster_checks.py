@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from skillnet_platform import storage, store, versions
+from skillnet_platform.errors import first_line
 from skillnet_platform.needs import Needs
 from skillnet_platform.preflight import FREE_DISK_BYTES, Finding
 
@@ -86,7 +87,7 @@ def _on_each(
         try:
             answers[tasks[task]] = ray.get(task)
         except Exception as problem:
-            text = str(problem).strip().splitlines()[-1][:200]
+            text = str(problem).strip().rsplit("\n", 1)[-1][:200]
             problems.append(Finding("node", "error", f"{tasks[task]}: {text}", AGAIN))
     for task in late:
         advice = "see `ray status`, and the logs of its raylet"
@@ -104,7 +105,7 @@ def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
             with files.open_output_stream(f"{root}/{folder}/{address}") as stream:
                 stream.write(address.encode())
         except Exception as problem:
-            return f"{where}: {_short(problem)}"
+            return f"{where}: {first_line(problem)}"
     return ""
 
 
@@ -327,7 +328,3 @@ def meeting(seen: Sequence[Seen], asked: Needs) -> list[Finding]:
 
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
-
-
-def _short(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]

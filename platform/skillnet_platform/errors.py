@@ -17,6 +17,11 @@ class Terminated(KeyboardInterrupt):
     """
 
 
+def first_line(problem: BaseException) -> str:
+    """What a library's exception says, for a message of ours: its first line, 200 characters."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint to append to an error: ``; did you mean 'dim'?`` or the list of what is known."""
     from difflib import get_close_matches

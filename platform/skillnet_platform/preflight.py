@@ -16,7 +16,7 @@ from typing import Any, Literal
 from skillnet_platform import cluster, config, console, storage, store
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.needs import needs, split
 from skillnet_platform.versions import PACKAGES
 
@@ -241,7 +241,7 @@ def ray_works() -> list[Finding]:
                 found = [Finding("ray", "error", f"workers run Python {answer}", advice)]
             return [*found, _state_api()]
     except Exception as problem:
-        return [Finding("ray", "error", _first_line(problem), "see the lines above")]
+        return [Finding("ray", "error", first_line(problem), "see the lines above")]
 
 
 def _state_api() -> Finding:
@@ -251,7 +251,7 @@ def _state_api() -> Finding:
         return Finding("ray state api", "ok", f"{len(list_nodes(timeout=20))} node(s)")
     except Exception as problem:
         advice = "sweeps may stall without it: end other Ray processes of this machine"
-        return Finding("ray state api", "warning", _first_line(problem), advice)
+        return Finding("ray state api", "warning", first_line(problem), advice)
 
 
 def _cpu_quota() -> float | None:
@@ -271,10 +271,6 @@ def _meminfo(name: str) -> int | None:
     except OSError:
         return None
     return None
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skillnet_platform import storage
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -131,7 +131,7 @@ def _made_meanwhile(mlflow_client: Any, experiment: str, problem: Exception, uri
             f"tracking.uri {uri}: the server asks for a password; set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD"
         ) from None
-    raise UserError(f"tracking.uri {uri}: {_first_line(problem)}") from problem
+    raise UserError(f"tracking.uri {uri}: {first_line(problem)}") from problem
 
 
 def require_answer(uri: str) -> None:
@@ -147,7 +147,7 @@ def require_answer(uri: str) -> None:
         answer.raise_for_status()
     except requests.RequestException as problem:
         raise UserError(
-            f"tracking.uri {uri}: no MLflow server answers there ({_first_line(problem)}). Start "
+            f"tracking.uri {uri}: no MLflow server answers there ({first_line(problem)}). Start "
             f"it, or unset {URI_VARIABLE} to use a sqlite file in {storage.run_root()}"
         ) from None
 
@@ -163,7 +163,3 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]

@@ -17,7 +17,7 @@ from typing import Optional
 
 from skillnet_platform import config, console, lifecycle, storage, store, ui
 from skillnet_platform.cli import command
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 
 ADMIN = "admin"
 AUTH_CONFIG = "auth.ini"
@@ -151,8 +151,7 @@ def prepare(uri: str) -> None:
         Runs(uri, "mlflow-artifacts:/")
         Registry(uri)
     except (SQLAlchemyError, MlflowException) as problem:
-        line = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"--store {_without_password(uri)}: {line[:200]}") from None
+        raise UserError(f"--store {_without_password(uri)}: {first_line(problem)}") from None
 
 
 def prepare_auth(uri: str, folder: Path) -> dict[str, str]:

@@ -145,6 +145,7 @@ ARCHIVES = [zipped(FILES), tarred(FILES)]
 
 
 @given(st.sampled_from(ARCHIVES), WOUNDS)
+@example(ARCHIVES[0], [("swap", 0.5, 4), ("swap", 0.5, 28)])
 @budget(150)
 def test_damaged_archives(tmp_path_factory: Any, data: bytes, wounds: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.archive"
@@ -192,6 +193,7 @@ def read_all(directory: Path) -> None:
 
 
 @given(VALUES, PLACES)
+@example([], [28, 0, 1])
 @budget(100)
 def test_manifests_with_any_value_anywhere(shard: Path, value: Any, place: list[int]) -> None:
     whole = (shard / "manifest.json").read_text()
