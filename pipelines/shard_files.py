@@ -113,7 +113,7 @@ class LocalShards:
                 # Who writes a shard may write its digest: offsets that lead astray are found here.
                 _mapped(path, path, shard, self.again).validate(full=True)
             except (pa.ArrowException, ValueError) as problem:
-                raise UserError(f"{path}: not a readable shard ({first_line(problem)}). {self.again}") from None
+                raise _unreadable(path, problem, self.again) from None
 
 
 class RemoteShards:
@@ -190,7 +190,11 @@ def _mapped(path: Path, named: Place, shard: Shard, again: str) -> pa.Table:
             raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
         return table
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as problem:
-        raise UserError(f"{named}: not a readable shard ({first_line(problem)}). {again}") from None
+        raise _unreadable(named, problem, again) from None
+
+
+def _unreadable(named: Place, problem: Exception, again: str) -> UserError:
+    return UserError(f"{named}: not a readable shard ({first_line(problem)}). {again}")
 
 
 def _compare_size(named: Place, size: int, shard: Shard, again: str) -> None:
