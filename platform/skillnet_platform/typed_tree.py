@@ -50,7 +50,11 @@ def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
 
 
 def checked(cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None) -> Any:
-    """The same tree, if all of its keys exist; UserError naming the first that does not."""
+    """The same tree, if its keys exist and have keys below them where they must.
+
+    Raises:
+        UserError: naming the first that does not.
+    """
     root = root or cls
     known = children(cls)
     if known is None:
@@ -59,8 +63,13 @@ def checked(cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root:
         if key not in known and "*" not in known:
             full = f"{prefix}{key}"
             raise UserError(f"{source}: unknown key {full!r}{_hint(full, prefix, known, root)}")
+        below = known.get(key, known.get("*"))
         if isinstance(value, dict):
-            checked(known.get(key, known.get("*")), value, source, f"{prefix}{key}.", root)
+            checked(below, value, source, f"{prefix}{key}.", root)
+        elif value is not None and children(below) is not None:
+            # The library that checks types calls the dataclass with it.
+            expected = describe(without_none(below))
+            raise UserError(f"{source}: {prefix}{key}: expected {expected}, got {shown(value)}")
     return tree
 
 

@@ -120,6 +120,7 @@ def test_damaged_presets(tmp_path_factory: Any, text: bytes, wounds: Any) -> Non
 
 
 @given(VALUES, PLACES)
+@example([], [10])
 @budget(8)
 def test_configurations_with_any_value_anywhere(
     tmp_path_factory: Any, value: Any, place: list[int]
