@@ -107,11 +107,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
     tuned = choose(config, trials, tried)
     write_ledger(Study(config, tuned, []), folder)
     outcomes = run_trials(
-        [
-            final_trial(config, label, tuned[label].settings, seed)
-            for seed in config.seeds
-            for label in config.systems
-        ],
+        final_trials(config, tuned),
         folder=folder / "runs",
         parent=tracker,
         resources=config.resources,
@@ -198,6 +194,17 @@ def choose(
     return {label: tuned[label] for label in config.systems}
 
 
+def final_trials(config: StudyConfig, tuned: Mapping[str, Tuned]) -> list[Trial]:
+    """The final runs, seed by seed: what is stopped early has as many of each system."""
+    seeds = dict.fromkeys(seed for label in config.systems for seed in config.seeds_of(label))
+    return [
+        final_trial(config, label, tuned[label].settings, seed)
+        for seed in seeds
+        for label in config.systems
+        if seed in config.seeds_of(label)
+    ]
+
+
 def final_trial(config: StudyConfig, label: str, settings: Mapping[str, Any], seed: int) -> Trial:
     """The run of a system and a seed that is measured on the test splits."""
     made = overridden(base_run(config, label, seed), settings, f"systems.{label}")
@@ -270,7 +277,7 @@ def write_ledger(study: Study, folder: Path) -> None:
         folder / LEDGER,
         {
             "name": study.config.name,
-            "seeds": study.config.seeds,
+            "seeds": {label: study.config.seeds_of(label) for label in study.config.systems},
             "tuning": {label: vars(tuned) for label, tuned in study.tuned.items()},
             "runs": [
                 {

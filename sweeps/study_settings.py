@@ -45,6 +45,8 @@ class SystemConfig:
         set: flat key -> value, over the study's ``run``, for this system alone.
         tuned_as: take the settings that were chosen for that system in place of trials of its
             own.
+        more_seeds: seeds beyond the study's, for what is close. Two systems are tested on the
+            seeds that both have.
     """
 
     system: str
@@ -52,6 +54,7 @@ class SystemConfig:
     pretrain: bool = False
     set: dict[str, Any] = field(default_factory=dict)
     tuned_as: Optional[str] = None  # noqa: UP045
+    more_seeds: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -89,7 +92,7 @@ class StudyConfig:
         runs: finished runs, or folders of studies, to compare; nothing is trained then.
         names: names of their systems in the report, one per configuration, in their order.
         name: of the study and of its folder below the run root; of the report.
-        seeds: of the final runs of every system.
+        seeds: of the final runs of every system; a system may have more of its own.
         run: what all systems share: data, model, tasks, training.
         pretraining: how systems with ``pretrain`` are pretrained; the sizes of the model are
             those of ``run``.
@@ -127,13 +130,18 @@ class StudyConfig:
     def __post_init__(self) -> None:
         if self.runs:
             return
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise UserError(f"seeds must differ and not be empty, got {self.seeds}")
-        if self.tuning.trials and self.tuning.seed in self.seeds:
-            raise UserError(
-                f"tuning.seed {self.tuning.seed} is also one of seeds: what is chosen by a seed "
-                "must not be judged by it"
-            )
+        if not self.seeds:
+            raise UserError("seeds must not be empty")
+        for label in [None, *self.systems]:
+            seeds = self.seeds if label is None else self.seeds_of(label)
+            key = "seeds" if label is None else f"seeds and systems.{label}.more_seeds"
+            if len(set(seeds)) < len(seeds):
+                raise UserError(f"{key} must differ, got {seeds}")
+            if self.tuning.trials and self.tuning.seed in seeds:
+                raise UserError(
+                    f"tuning.seed {self.tuning.seed} is also one of {key}: what is chosen by "
+                    "a seed must not be judged by it"
+                )
         for label, entry in self.systems.items():
             if "/" in label or label.startswith(".") or not label:
                 raise UserError(f"systems: {label!r} cannot be a folder's name")
@@ -145,6 +153,10 @@ class StudyConfig:
                 )
             if other is not None and self.systems[other].tuned_as is not None:
                 raise UserError(f"systems.{label}.tuned_as: {other} is not tuned itself")
+
+    def seeds_of(self, label: str) -> list[int]:
+        """Seeds of a system's final runs."""
+        return [*self.seeds, *self.systems[label].more_seeds]
 
     @property
     def folder(self) -> Path:

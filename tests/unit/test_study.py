@@ -146,10 +146,30 @@ def test_the_ledger_reads_back(tmp_path: Path):
     assert runs == [("dense", tmp_path / "runs" / "dense-seed0")]
 
 
+def test_what_is_close_gets_more_seeds():
+    config = study(
+        systems={"a": SystemConfig("dense"), "b": SystemConfig("dense", more_seeds=[4, 3])},
+        tuning=TuningConfig(),
+    )
+    made = st.final_trials(config, {label: st.Tuned(label) for label in config.systems})
+    assert [trial.name for trial in made] == [
+        "a-seed0", "b-seed0", "a-seed1", "b-seed1", "b-seed4", "b-seed3"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"seeds": []}, "seeds must differ and not be empty"),
+        ({"seeds": []}, "seeds must not be empty"),
+        ({"seeds": [1, 1]}, "seeds must differ, got"),
+        (
+            {"systems": {"a": SystemConfig("dense", more_seeds=[1])}},
+            r"systems.a.more_seeds must differ, got \[0, 1, 1\]",
+        ),
+        (
+            {"systems": {"a": SystemConfig("dense", more_seeds=[77])}},
+            "77 is also one of seeds and systems.a.more_seeds",
+        ),
         ({"seeds": [77]}, "tuning.seed 77 is also one of seeds"),
         ({"systems": {"a/b": SystemConfig("dense")}}, "cannot be a folder's name"),
         (
