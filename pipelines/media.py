@@ -8,13 +8,13 @@ the other, on workers in parallel. A reference names
 * a file: ``MediaRef("/corpora/clips/a.mp4")``, or by any URI that fsspec or pyarrow opens;
 * a range of bytes of one, such as a member of an uncompressed tar: ``MediaRef(tar, 512, 9_310)``;
 * a member of a compressed tar, which has no ranges: ``MediaRef(tar_gz, member="S0002/a.wav")``.
-  Rows in the order of the archive are read front to back, once a block.
+  Rows in the order of the archive are read front to back; where a block ends in the midst of
+  one, the next block of the same process goes on from there.
 """
 
-import io
+import contextlib
 import os
 import stat
-import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from pipelines.tars import BadTar, Tar
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
 
@@ -90,7 +91,7 @@ def read_media(
         UserError: a store that fails in another way, three times: that is not the row's fault.
     """
     values = references.to_pylist() if hasattr(references, "to_pylist") else references
-    with _Archives() as archives:
+    with _archives() as archives:
         for value in values:
             if value is None or value.get("path") is None:
                 yield Unreadable("no media file")
@@ -234,14 +235,9 @@ class _Archives:
 
     def __init__(self) -> None:
         self.path = ""
-        self.archive: tarfile.TarFile | None = None
+        self.state: tuple[int, ...] = ()
+        self.archive: Tar | None = None
         self.stream: IO[bytes] | None = None
-
-    def __enter__(self) -> "_Archives":
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._close()
 
     def read(self, reference: MediaRef, max_bytes: int) -> bytes:
         """The bytes of a member; one that lies further back is looked for from the start."""
@@ -253,35 +249,73 @@ class _Archives:
                 data = self._next(reference.member, max_bytes)
             except FileNotFoundError:
                 raise _Refused("the archive is missing") from None
-            except (tarfile.TarError, EOFError, OSError, ValueError) as problem:
-                self._close()
-                raise _Refused(f"the archive is damaged ({type(problem).__name__})") from None
+            except BadTar as problem:
+                self.close()
+                raise _Refused(str(problem)) from None
+            except OSError as problem:
+                self.close()
+                raise _Refused(f"the archive cannot be opened ({problem.strerror})") from None
             if data is not None:
                 return data
             fresh = True
-        self._close()
+        self.close()
         raise _Refused("not in its archive")
 
+    def is_current(self) -> bool:
+        """Whether the open archive is still the file of its name; of a store that is assumed."""
+        return self.archive is not None and self.state == _state(self.path)
+
     def _open(self, path: str) -> None:
-        self._close()
-        self.path, self.stream = path, open_stream(path)
-        self.archive = tarfile.open(fileobj=self.stream, mode="r|*")  # noqa: SIM115
+        self.close()
+        self.path, self.state, self.stream = path, _state(path), open_stream(path)
+        self.archive = Tar(path, self.stream)
 
     def _next(self, member: str | None, max_bytes: int) -> bytes | None:
         assert self.archive is not None
-        while (entry := self.archive.next()) is not None:
-            self.archive.members = []  # type: ignore[attr-defined]  # or it keeps all it passed
-            if entry.name == member and entry.isreg():
+        for entry in self.archive:
+            if entry.name == member:
                 _limit(entry.size, max_bytes)
-                found = self.archive.extractfile(entry) or io.BytesIO()
-                return found.read()
+                return self.archive.read(entry)
         return None
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the archive."""
         for opened in (self.archive, self.stream):
             if opened is not None:
                 opened.close()
         self.path, self.archive, self.stream = "", None, None
+
+
+#: Of this process, the archive that a block ended in: the next block mostly goes on from there.
+_left_open: list[_Archives] = []
+
+
+@contextlib.contextmanager
+def _archives() -> Iterator[_Archives]:
+    """Archives for one block, with the one in which the last block ended open as it was left."""
+    archives = _left_open.pop() if _left_open else _Archives()
+    try:
+        if not archives.is_current():
+            archives.close()
+        yield archives
+    except BaseException:
+        archives.close()
+        raise
+    if not _left_open:
+        _left_open.append(archives)
+    else:  # of another thread
+        archives.close()
+
+
+def _state(path: str) -> tuple[int, ...]:
+    """What tells that a local file was replaced."""
+    if is_remote(path):
+        return ()
+    try:
+        about = Path(local_path(path)).stat()
+    except OSError:
+        return (-1,)
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _limit(size: int, max_bytes: int) -> None:

@@ -10,9 +10,8 @@ The inventory of symbols is that of the training speakers' transcripts, with ``<
 characters that only other speakers say.
 """
 
+import contextlib
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from pipelines.corpora.placed import (
 )
 from pipelines.media import MediaRef, open_stream
 from pipelines.places import Place
+from pipelines.tars import BadTar, Tar
 from skillnet_platform.errors import UserError
 
 PARTS = {"train": "train", "dev": "validation", "test": "test"}
@@ -152,7 +152,7 @@ class Aishell1(PlacedCorpus):
                 if member.endswith(".wav"):
                     name = member.rpartition("/")[2].removesuffix(".wav")
                     yield name, f"{path}/{member}", MediaRef(where, member=member)
-        except (tarfile.TarError, EOFError, OSError, zlib.error):
+        except (BadTar, OSError):
             yield "", path, None
 
 
@@ -169,11 +169,10 @@ def _transcript(place: Place) -> str | None:
 
 def _members(place: Place, path: str) -> Iterator[str]:
     """Names of the files of a compressed tar, front to back."""
-    with open_stream(place.path(path)) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-        while (entry := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]
-            if entry.isreg():
-                yield entry.name
+    where = place.path(path)
+    with open_stream(where) as stream, contextlib.closing(Tar(where, stream)) as tar:
+        for entry in tar:
+            yield entry.name
 
 
 def _split_in(parts: list[str]) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.corpora.untrusted import Limits, tar_members, zip_members
+from pipelines.untrusted import Limits, tar_members, zip_members
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import sha256_file
 

@@ -7,9 +7,9 @@ Media are not unpacked: a row refers to a range of bytes of its tar (a compresse
 to back). The split is named by the tar or its folder, else made.
 """
 
+import contextlib
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,6 +20,7 @@ from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus
 from pipelines.corpora.placed import bad, key_of
 from pipelines.media import MediaRef, open_stream
 from pipelines.places import Place
+from pipelines.tars import CUT, BadTar, Tar
 from skillnet_platform.errors import UserError
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -111,12 +112,9 @@ def _samples(place: Place, tar: str) -> Iterator[Sample]:
     try:
         with (
             open_stream(path) as stream,
-            tarfile.open(fileobj=stream, mode="r|*" if packed else "r:") as archive,
+            contextlib.closing(Tar(path, stream, ranges=not packed)) as archive,
         ):
-            while (entry := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]
-                if not entry.isreg():
-                    continue
+            for entry in archive:
                 folder, _, name = entry.name.removeprefix("./").rpartition("/")
                 stem, _, ending = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
@@ -127,15 +125,16 @@ def _samples(place: Place, tar: str) -> Iterator[Sample]:
                 _add(current, archive, entry, ending.lower(), path, packed)
         if current is not None:
             yield current
-    except (tarfile.TarError, EOFError, OSError, zlib.error):
+    except (BadTar, OSError) as problem:
+        told = str(problem) if isinstance(problem, BadTar) else CUT
         if current is not None:
-            current.problem = "the archive is cut short or damaged from here on"
-        yield current or Sample("", problem="the archive is cut short or damaged")
+            current.problem = f"{told} from here on"
+        yield current or Sample("", problem=told)
 
 
 def _add(
     sample: Sample,
-    archive: tarfile.TarFile,
+    archive: Tar,
     entry: tarfile.TarInfo,
     ending: str,
     path: str,
@@ -155,9 +154,9 @@ def _add(
     if entry.size > LONGEST_TEXT:
         sample.problem = "a text longer than 16 MiB"
         return
-    found = archive.extractfile(entry)
+    data = archive.read(entry)
     try:
-        text = (found.read() if found else b"").decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
         if last == "json":
             value = json.loads(text)
             sample.fields |= value if isinstance(value, dict) else {"captions": value}

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 SIZE = 48
 #: An SVG is drawn this many times larger and then reduced, as a photograph would be.
 SVG_SCALE = 2
+#: Modes of Pillow's without an alpha channel; a file may still say that one colour is none.
+OPAQUE = ("RGB", "L", "CMYK")
 MAX_PIXELS = 64 * 2**20
 MAX_SVG_BYTES = 8 * 2**20
 TOO_LARGE = f"a picture of more than {MAX_PIXELS // 10**6} million pixels"
@@ -29,7 +31,7 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
         size: the side wanted later, in pixels: an SVG is drawn ``SVG_SCALE`` times as large.
 
     Returns:
-        A Pillow image, mode RGBA.
+        A Pillow image, mode RGBA, or RGB where nothing in it can be transparent.
 
     Raises:
         ValueError: the bytes are no picture, a damaged one, or one of more than 64 million pixels.
@@ -45,7 +47,8 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
         raise ValueError(TOO_LARGE)
     try:
         image.draft("RGB", (2 * size, 2 * size))  # other formats than JPEG pass over it
-        return image.convert("RGBA")
+        opaque = image.mode in OPAQUE and not image.has_transparency_data
+        return image.convert("RGB" if opaque else "RGBA")
     except MemoryError:
         raise
     except Exception as problem:
@@ -67,15 +70,10 @@ def _refusal(problem: Exception) -> ValueError:
 
 def cropped(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     """The middle square of a photograph, on white, reduced: uint8 (size, size, 3)."""
-    from PIL import Image
-
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side)).convert("RGBa")
-    small = square.resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
-    canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
-    canvas.alpha_composite(small)
-    return np.asarray(canvas.convert("RGB"))
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(_on_white(_reduced(square, (size, size)), (size, size)))
 
 
 def pixels(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
@@ -84,17 +82,35 @@ def pixels(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     What is transparent becomes white, and a transparent margin is cut off: how much of it there
     is tells the artist, not what is drawn. The aspect ratio stays.
     """
-    from PIL import Image
-
-    image = image.crop(image.getchannel("A").getbbox())
+    if image.mode == "RGBA":
+        image = image.crop(image.getchannel("A").getbbox())
     scale = size / max(image.width, image.height)
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return np.asarray(_on_white(_reduced(image, (width, height)), (size, size)))
+
+
+def _reduced(image: Any, shape: tuple[int, int]) -> Any:
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image.resize(shape, Image.Resampling.LANCZOS)
     # Premultiplied alpha keeps the colour of transparent pixels out of the edges.
-    small = image.convert("RGBa").resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")
-    canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
-    place = ((size - width) // 2, (size - height) // 2)
-    canvas.alpha_composite(small, place)
-    return np.asarray(canvas.convert("RGB"))
+    return image.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def _on_white(image: Any, shape: tuple[int, int]) -> Any:
+    """In the middle of a white picture of that width and height, mode RGB."""
+    from PIL import Image
+
+    if image.mode == "RGB" and image.size == shape:
+        return image
+    place = ((shape[0] - image.width) // 2, (shape[1] - image.height) // 2)
+    canvas = Image.new(image.mode, shape, (255, 255, 255, 255)[: len(image.mode)])
+    if image.mode == "RGB":
+        canvas.paste(image, place)
+    else:
+        canvas.alpha_composite(image, place)
+    return canvas.convert("RGB")
 
 
 def load_pixels(data: bytes, size: int = SIZE, fit: str = "pad") -> NDArray[np.uint8]:

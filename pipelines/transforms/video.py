@@ -158,13 +158,18 @@ def load_clip(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDArray[np.
 
 def _take(data: bytes, length: int, count: int, size: int) -> tuple[int, list[NDArray[np.uint8]]]:
     """The number of frames, and those chosen of ``length``, made square and grey."""
+    from av.video.reformatter import VideoReformatter
+
     wanted = _chosen(length, count)
     taken: list[NDArray[np.uint8]] = []
     found = 0
+    colours = VideoReformatter()  # one for all frames: it keeps its tables
     for frame in _frames(data):
         while len(taken) < count and wanted[len(taken)] == found:
             same = len(taken) > 0 and wanted[len(taken) - 1] == found
-            taken.append(taken[-1] if same else _square(frame.to_ndarray(format="rgb24"), size))
+            if not same:
+                pixels = colours.reformat(frame, format="rgb24").to_ndarray()
+            taken.append(taken[-1] if same else _square(pixels, size))
         found += 1
     if not found:
         raise ValueError("a video without frames")

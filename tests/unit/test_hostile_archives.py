@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.corpora import archives
 from pipelines.corpora.archives import members
-from pipelines.corpora.untrusted import Limits
+from pipelines.untrusted import Limits
 from skillnet_platform.errors import UserError
 from tests.packing import tarred, zipped
 

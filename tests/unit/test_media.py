@@ -3,7 +3,9 @@
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pytest
 
 from pipelines import media
 from pipelines.media import MEDIA, MediaRef, Unreadable, read_media
+from pipelines.untrusted import Limits
 from skillnet_platform.errors import UserError
 from tests.packing import tarred
 
@@ -52,6 +55,63 @@ def test_members_of_a_compressed_tar_in_any_order(tmp_path: Path) -> None:
     assert found == [b"\2" * 9, b"\4" * 9, b"\1" * 9, "not in its archive", b"\5" * 9]
 
 
+def test_a_compressed_tar_is_gone_on_with_in_the_next_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten blocks of an archive decompress it once, not ten times from its start."""
+    path = tmp_path / "S0002.tar.gz"
+    path.write_bytes(tarred({f"{n}.wav": os.urandom(900) for n in range(20)}))
+    opened = []
+
+    def noting(name: str) -> IO[bytes]:
+        opened.append(name)
+        return Path(name).open("rb")
+
+    monkeypatch.setattr(media, "open_stream", noting)
+    for n in range(0, 20, 2):
+        found = read(*(MediaRef(str(path), member=f"{m}.wav") for m in (n, n + 1)))
+        assert [len(each) for each in found] == [900, 900]
+    assert opened == [str(path)]
+    path.write_bytes(tarred({"20.wav": b"another"}))
+    assert read(MediaRef(str(path), member="20.wav")) == [b"another"]
+
+
+def flooded(folder: Path) -> Path:
+    """A good member, and one whose name is 30 MB long, in 30 KB."""
+    target, path = io.BytesIO(), folder / "flood.tar.gz"
+    with tarfile.open(fileobj=target, mode="w:gz") as out:
+        good = tarfile.TarInfo("good.wav")
+        good.size = 4
+        out.addfile(good, io.BytesIO(b"good"))
+        entry = tarfile.TarInfo("././@LongLink")
+        entry.type, entry.size = tarfile.GNUTYPE_LONGNAME, 30 * 2**20
+        out.addfile(entry, io.BytesIO(b"a" * entry.size))
+    path.write_bytes(target.getvalue())
+    return path
+
+
+def test_a_tar_that_attacks_costs_its_rows_and_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = flooded(tmp_path)
+    monkeypatch.setattr("pipelines.tars.LIMITS", Limits(2**62, 2**62, 2**62, 2000))
+    tracemalloc.start()
+    try:
+        found = read(MediaRef(str(path), member="good.wav"), MediaRef(str(path), member="bad.wav"))
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+    flood = "a name or an attribute of a member is a flood of bytes"
+    assert found == [b"good", f"the archive is refused: {flood}"]
+
+
+def test_a_tar_that_expands_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.tar.gz"
+    path.write_bytes(tarred({"zeros.wav": bytes(50 * 2**20), "after.wav": b"1"}))
+    (found,) = read(MediaRef(str(path), member="after.wav"))
+    assert str(found).startswith("the archive is refused: expands to more than")
+
+
 def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "large").write_bytes(b"1" * 2000)
@@ -83,7 +143,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
         b"1111",
     ]
     (damaged,) = read(MediaRef(str(tmp_path / "cut.tar.gz"), member="a"))
-    assert str(damaged).startswith("the archive is damaged")
+    assert damaged == "the archive is cut short or damaged"
     assert [x.reason for x in read_media(pa.array([None], MEDIA)) if x] == ["no media file"]  # type: ignore[union-attr]
 
 

@@ -1,6 +1,8 @@
 """Folders with metadata, WebDataset tars and saved Hugging Face datasets of any modality."""
 
 import csv
+import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -168,6 +170,25 @@ class TestWebDataset:
         rows, reasons = read(place_corpus("webdataset", str(folder)))
         assert reasons == {"the archive is cut short or damaged from here on": 1}
         assert len(rows["train"]) + len(rows.get("validation", [])) == 17
+
+    @pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.tar.gz"])
+    def test_a_tar_that_attacks_costs_its_end(self, tmp_path: Path, name: str) -> None:
+        """A name of 8 MB: Python would take it into memory, whatever length it declares."""
+        target = io.BytesIO()
+        with tarfile.open(fileobj=target, mode="w:gz" if name.endswith("gz") else "w") as out:
+            for n in range(3):
+                for ending, data in ((f"{n}.jpg", user_corpora.jpg(n)), (f"{n}.txt", b"word")):
+                    entry = tarfile.TarInfo(ending)
+                    entry.size = len(data)
+                    out.addfile(entry, io.BytesIO(data))
+            flood = tarfile.TarInfo("././@LongLink")
+            flood.type, flood.size = tarfile.GNUTYPE_LONGNAME, 8 * 2**20
+            out.addfile(flood, io.BytesIO(os.urandom(flood.size)))
+        (tmp_path / name).write_bytes(target.getvalue())
+        rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+        why = "a name or an attribute of a member is a flood of bytes"
+        assert reasons == {f"the archive is refused: {why} from here on": 1}
+        assert sum(map(len, rows.values())) == 2
 
 
 class TestSavedDataset:

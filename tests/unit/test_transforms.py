@@ -28,6 +28,26 @@ def test_a_picture_keeps_its_aspect_on_white(kind: str) -> None:
     assert np.abs(pixels[13:35].astype(int) - [220, 20, 30]).max() < 6
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("size", [24, 90])
+def test_an_opaque_picture_needs_no_alpha(fit: str, size: int) -> None:
+    """The short way of opaque pictures gives the pixels of the long way of transparent ones."""
+    colours = np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8)
+    files = []
+    for mode in ("RGB", "RGBA"):
+        target = io.BytesIO()
+        Image.fromarray(colours).convert(mode).save(target, "PNG")
+        files.append(target.getvalue())
+    opaque, transparent = (image.load_pixels(data, size, fit) for data in files)
+    assert np.array_equal(opaque, transparent)
+
+
+def test_a_colour_that_the_file_calls_transparent_becomes_white() -> None:
+    target = io.BytesIO()
+    Image.new("RGB", (30, 20), (10, 20, 30)).save(target, "PNG", transparency=(10, 20, 30))
+    assert (image.load_pixels(target.getvalue(), 8, "crop") == 255).all()
+
+
 def test_an_svg_is_drawn_and_its_margin_cut_off() -> None:
     svg = (
         b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
@@ -97,6 +117,18 @@ def test_a_recording_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None
     edges = np.linspace(2595 * np.log10(1 + 20 / 700), 2595 * np.log10(1 + 8000 / 700), 82)
     centre = 700 * (10 ** (edges[1:-1] / 2595) - 1)
     assert abs(centre[mel[20].argmax()] - 1000) < 60
+
+
+def test_every_bin_of_the_spectrum_counts_as_its_triangle_says() -> None:
+    """A pure tone at a filter's middle is loudest there, and bins between two share theirs."""
+    centres = 700 * (10 ** (np.linspace(*(2595 * np.log10(1 + np.array([20.0, 8000.0]) / 700)), 82)
+                            / 2595) - 1)  # fmt: skip
+    time = np.arange(sound.RATE) / sound.RATE
+    for mel in (20, 40, 60, 75):
+        tone = np.sin(2 * np.pi * centres[mel + 1] * time).astype(np.float32)
+        frames = sound.log_mel(tone, trimmed=False)
+        assert frames.flags.c_contiguous
+        assert (frames.mean(axis=0).argmax()) == mel
 
 
 def test_level_does_not_matter() -> None:

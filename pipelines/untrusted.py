@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 from skillnet_platform.errors import UserError
 
@@ -42,12 +42,20 @@ class Limits:
     headers: int = 2**20
 
 
-def refuse(path: Path, why: str) -> UserError:
-    """The one message about an archive that attacks."""
-    return UserError(
-        f"{path}: refused: {why}. No honest archive of a corpus has this, and nothing of it is "
-        "used. Delete it, and fetch it anew from a source that you trust."
-    )
+class Refused(UserError):
+    """The one message about an archive that attacks.
+
+    Args:
+        path: path or URI of the archive.
+        why: what in it no honest archive has.
+    """
+
+    def __init__(self, path: Path | str, why: str) -> None:
+        super().__init__(
+            f"{path}: refused: {why}. No honest archive of a corpus has this, and nothing of it is "
+            "used. Delete it, and fetch it anew from a source that you trust."
+        )
+        self.why = why
 
 
 def check_name(path: Path, name: str) -> None:
@@ -55,7 +63,7 @@ def check_name(path: Path, name: str) -> None:
     parts = name.replace("\\", "/").split("/")
     absolute = name.startswith(("/", "\\")) or name[1:2] == ":"
     if absolute or ".." in parts or "\0" in name:
-        raise refuse(path, f"the name {name!r} leads outside of the archive")
+        raise Refused(path, f"the name {name!r} leads outside of the archive")
 
 
 def zip_members(path: Path, wanted: Wanted, limits: Limits) -> Iterator[tuple[str, bytes]]:
@@ -63,7 +71,7 @@ def zip_members(path: Path, wanted: Wanted, limits: Limits) -> Iterator[tuple[st
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if len(entries) > limits.members:
-            raise refuse(path, f"{len(entries)} members, more than {limits.members}")
+            raise Refused(path, f"{len(entries)} members, more than {limits.members}")
         for entry in entries:
             _check_entry(path, entry, limits)
         total = sum(entry.file_size for entry in entries)
@@ -74,32 +82,30 @@ def zip_members(path: Path, wanted: Wanted, limits: Limits) -> Iterator[tuple[st
                 data = archive.read(entry)
                 if len(data) != entry.file_size:
                     told = f"{entry.file_size} bytes declared, {len(data)} there"
-                    raise refuse(path, f"{entry.filename!r} lies about its size: {told}")
+                    raise Refused(path, f"{entry.filename!r} lies about its size: {told}")
                 yield entry.filename, data
 
 
 def tar_members(path: Path, wanted: Wanted, limits: Limits) -> Iterator[tuple[str, bytes]]:
     """The wanted members of a tar, plain or compressed, read once from front to back."""
-    most = min(limits.total, max(limits.small, path.stat().st_size * limits.ratio))
-    with _expanded(path) as plain:
-        meter = _Meter(path, plain, most)
-        meter.grant(limits.headers)
+    with path.open("rb") as file:
+        meter = metered(path, file, limits)
         with tarfile.open(fileobj=meter, mode="r|") as archive:
             # Whatever does not fit, tarfile takes into memory: it never gets more than was granted.
             for count, entry in enumerate(iter(archive.next, None), start=1):
                 archive.members = []  # type: ignore[attr-defined]  # it would keep all it has seen
                 if count > limits.members:
-                    raise refuse(path, f"more than {limits.members} members")
+                    raise Refused(path, f"more than {limits.members} members")
                 check_name(path, entry.name)
                 if not (entry.isreg() or entry.isdir()):
-                    raise refuse(path, f"{entry.name!r} is {_kind(entry)}")
+                    raise Refused(path, f"{entry.name!r} is {_kind(entry)}")
                 if entry.size > limits.total:
-                    raise refuse(path, f"{entry.size} bytes in {entry.name!r}")
+                    raise Refused(path, f"{entry.size} bytes in {entry.name!r}")
                 meter.grant(entry.size + limits.headers)
                 if entry.isreg() and wanted(entry.name):
                     if entry.size > limits.member:
                         what = f"{entry.size} bytes in {entry.name!r}"
-                        raise refuse(path, f"{what}, more than {limits.member}")
+                        raise Refused(path, f"{what}, more than {limits.member}")
                     stream = archive.extractfile(entry)
                     assert stream is not None, "a regular file has content"
                     yield entry.name, stream.read()
@@ -109,21 +115,21 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, limits: Limits) -> None:
     check_name(path, entry.orig_filename)
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise refuse(path, f"{entry.filename!r} is a link or a device")
+        raise Refused(path, f"{entry.filename!r} is a link or a device")
     if entry.flag_bits & 0x1:
-        raise refuse(path, f"{entry.filename!r} is encrypted")
+        raise Refused(path, f"{entry.filename!r} is encrypted")
     # Python decompresses the other methods without a limit.
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise refuse(path, f"{entry.filename!r} has compression method {entry.compress_type}")
+        raise Refused(path, f"{entry.filename!r} has compression method {entry.compress_type}")
     sizes = entry.file_size, limits.member, entry.compress_size
     _check_amount(path, repr(entry.filename), *sizes, limits)
 
 
 def _check_amount(path: Path, what: str, size: int, most: int, packed: int, limits: Limits) -> None:
     if size > most:
-        raise refuse(path, f"{size} bytes in {what}, more than {most}")
+        raise Refused(path, f"{size} bytes in {what}, more than {most}")
     if size > max(limits.small, packed * limits.ratio):
-        raise refuse(path, f"{what} expands to {size // max(packed, 1)} times its size")
+        raise Refused(path, f"{what} expands to {size // max(packed, 1)} times its size")
 
 
 def _kind(entry: tarfile.TarInfo) -> str:
@@ -132,19 +138,45 @@ def _kind(entry: tarfile.TarInfo) -> str:
     return "a device or pipe" if entry.isdev() else "of an unknown kind"
 
 
-def _expanded(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        start = file.read(3)
+def metered(path: Path | str, file: IO[bytes], limits: Limits) -> "Meter":
+    """The content of a tar, decompressed by what its first bytes say it is, behind the limits.
+
+    Args:
+        path: names it in messages.
+        file: opened, and able to seek.
+        limits: of which ``total``, ``ratio`` and ``small`` bound what comes out of it.
+    """
+    packed = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    start = file.read(3)
+    file.seek(0)
+    most = min(limits.total, max(limits.small, packed * limits.ratio))
     if start[:2] == b"\x1f\x8b":
-        return cast(IO[bytes], gzip.open(path))
-    return bz2.open(path) if start == b"BZh" else path.open("rb")
+        meter = Meter(path, gzip.GzipFile(fileobj=file), most)
+    elif start == b"BZh":
+        meter = Meter(path, bz2.BZ2File(file), most)
+    else:
+        meter = Meter(path, file, most)
+    meter.grant(limits.headers)
+    return meter
 
 
-class _Meter(io.RawIOBase):
-    """A stream that ends in a refusal where more is read than was granted."""
+class Meter(io.RawIOBase):
+    """A stream that ends in a refusal where more is read than was granted.
 
-    def __init__(self, path: Path, inner: IO[bytes], most: int) -> None:
+    Args:
+        path: names it in messages.
+        inner: what is read.
+        most: bytes that may be read of it in all.
+    """
+
+    def __init__(
+        self, path: Path | str, inner: IO[bytes] | gzip.GzipFile | bz2.BZ2File, most: int
+    ) -> None:
         self._path, self._inner, self._most = path, inner, most
+        # Of a compressed file that is cut short, what is left comes before the error.
+        packed = isinstance(inner, gzip.GzipFile | bz2.BZ2File)
+        self._read = inner.read1 if packed else inner.read
         self._granted = self._taken = 0
 
     def grant(self, count: int) -> None:
@@ -153,10 +185,18 @@ class _Meter(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """As of any stream."""
-        data = self._inner.read(size)
+        data = self._read(size)
         self._taken += len(data)
         if self._taken > self._most:
-            raise refuse(self._path, f"expands to more than {self._most} bytes")
+            raise Refused(self._path, f"expands to more than {self._most} bytes")
         if self._taken > self._granted:
-            raise refuse(self._path, "a name or an attribute of a member is a flood of bytes")
+            raise Refused(self._path, "a name or an attribute of a member is a flood of bytes")
         return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As of any stream; what is passed over was not read."""
+        return self._inner.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As of any stream."""
+        return self._inner.tell()
