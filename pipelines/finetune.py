@@ -14,7 +14,7 @@
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from skillnet_platform.storage import atomic_write, data_root, read_json, run_ro
 
 if TYPE_CHECKING:
     from pipelines.outcomes import Outcomes
+    from pipelines.training.start import Start
     from pipelines.training.worker import Nested, OnEvaluation
     from skillnet.task_model import TaskModel
     from skillnet_platform.tracking import Tracker
@@ -39,6 +40,19 @@ RESULT = "result.json"
 
 #: Resamplings of an interval.
 SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What :func:`check` found out about a run before its start.
+
+    Args:
+        manifests: of its corpora.
+        start: what it takes over from the model that it starts from; none without one.
+    """
+
+    manifests: Mapping[str, Mapping[str, Any]]
+    start: "Start | None"
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -77,15 +91,16 @@ def carry_out(
     if mirror is not None:
         mirror.take_up(config)
     known = (run / CONFIG).is_file()
-    finished = open_run(config, run)
+    finished = finished_run(config, run)
     if finished is not None:
         if mirror is not None and not mirror.is_finished():
             deliver(mirror, config.training.keep, config.storage.patience)
         console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
         return finished
+    checked = check(config)
+    open_run(config, run)
     if mirror is not None:
         mirror.begin(known)
-    manifests = check(config)
     before = read_json(run / RUN) if (run / RUN).is_file() else {}
     with tracking.start(
         config.name,
@@ -97,7 +112,7 @@ def carry_out(
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         with followed(run / PROGRESS, config.training.steps):
             chosen = splits if config.evaluate else None
-            result = execute(config, run, tracker, manifests, splits=chosen)
+            result = execute(config, run, tracker, checked, splits=chosen)
     result["registered"] = _register(config, run, result["evaluation"])
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(run / RESULT, result)
@@ -110,7 +125,7 @@ def execute(
     config: FinetuneConfig,
     run: Path,
     tracker: "Tracker",
-    manifests: Mapping[str, Mapping[str, Any]],
+    checked: Checked,
     *,
     splits: Sequence[str] | None = None,
     on_evaluation: "OnEvaluation | None" = None,
@@ -123,7 +138,7 @@ def execute(
         config: with a name and absolute paths (:func:`resolved`), checked (:func:`check`).
         run: its folder (:func:`open_run`).
         tracker: of its MLflow run.
-        manifests: of its corpora, from :func:`check`.
+        checked: its corpora and what it starts from, from :func:`check`.
         splits: on which the final model is evaluated; none takes the test splits if
             ``config.evaluate`` is set.
         on_evaluation: called with the rows of each evaluation during training, and the step; of
@@ -134,11 +149,9 @@ def execute(
     Returns:
         The result of :func:`finetune` before registration; the caller writes it to the run.
     """
-    from pipelines.training.start import preview
-
-    tracker.inputs(manifests)
+    tracker.inputs(checked.manifests)
     begin = time.monotonic()
-    started = preview(config)
+    started = checked.start
     if started is not None:
         console.note(started.words())
         tracker.tags({"init_from": started.source, "init_from_digest": started.digest})
@@ -149,7 +162,7 @@ def execute(
         "run_id": tracker.run_id,
         "model": str(run / "model"),
         "init_from": started.plain() if started else None,
-        "corpora": {name: manifest["digest"] for name, manifest in manifests.items()},
+        "corpora": {name: manifest["digest"] for name, manifest in checked.manifests.items()},
         **read_json(run / "trained.json"),
         "wall_seconds": time.monotonic() - begin,
     }
@@ -180,15 +193,30 @@ def resolved(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
 
 
 def open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
-    """Make the run's folder, or take up an unfinished run; the result of a finished one."""
+    """Make the run's folder, or take up an unfinished run; the result of a finished one.
+
+    The folder takes the name: make it once nothing is left that may be refused.
+    """
+    finished = finished_run(config, run)
+    stored = run / CONFIG
+    if not stored.is_file():
+        with atomic_write(stored, "w") as stream:
+            stream.write(configuration.to_yaml(config))
+    return finished
+
+
+def finished_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
+    """The result of a run that is finished; nothing is written.
+
+    Raises:
+        UserError: the folder is no run, or one of another configuration.
+    """
     from pipelines.training.setup import identity_of
 
     stored = run / CONFIG
     if not stored.is_file():
         if run.exists() and any(run.iterdir()):
             raise UserError(f"{run} exists and is no run; give another --name")
-        with atomic_write(stored, "w") as stream:
-            stream.write(configuration.to_yaml(config))
         return None
     before = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
     old = configuration.flatten(identity_of(before))
@@ -208,8 +236,12 @@ def open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
     return None
 
 
-def check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
-    """Find what does not fit before anything starts; the manifests of the corpora."""
+def check(config: FinetuneConfig) -> Checked:
+    """Find what does not fit before anything starts.
+
+    Raises:
+        UserError: a corpus, a system, a device or a start that does not fit.
+    """
     from pipelines.evaluation import check_outputs
     from pipelines.training.setup import open_corpora, open_stream, pick_device
     from pipelines.training.start import preview
@@ -223,7 +255,7 @@ def check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
     for name, settings in config.tasks.items():
         check_outputs(corpora[settings.corpus], name, find_task(name, config.model.tasks))
     pick_device(config.training.use_gpu)
-    preview(config)
+    start = preview(config)
     words = {
         name: corpus.manifest["tokenizer"]["sha256"]
         for name, corpus in corpora.items()
@@ -234,7 +266,7 @@ def check(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
             f"the corpora {', '.join(words)} were prepared with different tokenizers; prepare "
             "them together: skillnet prepare"
         )
-    return {name: corpus.manifest for name, corpus in corpora.items()}
+    return Checked({name: corpus.manifest for name, corpus in corpora.items()}, start)
 
 
 def _train(

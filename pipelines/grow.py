@@ -54,17 +54,18 @@ def grow(config: GrowConfig) -> dict[str, Any]:
     settings.training.only = proof.new_files(before, grown)
     settings.init_from = runs.keep_start(grown, str(settings.run_dir))
     proof.require_same(proof.compare_files(source, before, Path(settings.init_from)))
-    finished = finetune.open_run(settings, run)
+    finished = finetune.finished_run(settings, run)
     if finished is not None and "growth" in finished:
         console.note(f"{settings.name} is finished ({finished['step']} steps); give another name")
         return finished
+    checked = finetune.check(settings)
+    finetune.open_run(settings, run)
     with atomic_write(run / "grow.yaml", "w") as stream:
         stream.write(configuration.to_yaml(config))
-    manifests = finetune.check(settings)
     with _tracked(settings, run, {"grown_from": source.digest}) as tracker:
         if finished is None:
             with finetune.followed(run / finetune.PROGRESS, settings.training.steps):
-                finished = finetune.execute(settings, run, tracker, manifests)
+                finished = finetune.execute(settings, run, tracker, checked)
             write_json(run / finetune.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
         others = _references(config, settings, source, run, tracker)
@@ -97,12 +98,12 @@ def _references(
         finished = finetune.open_run(other, folder)
         if finished is None:
             console.note(f"reference {name}")
-            manifests = finetune.check(other)
+            checked = finetune.check(other)
             with (
                 _tracked(other, folder, {"reference": name}, tracker.run_id) as child,
                 finetune.followed(folder / finetune.PROGRESS, other.training.steps),
             ):
-                finished = finetune.execute(other, folder, child, manifests)
+                finished = finetune.execute(other, folder, child, checked)
             write_json(folder / finetune.RESULT, finished)
         done[name] = finished
     return done

@@ -8,7 +8,6 @@ from the result with ``--from``.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import finetune as training
@@ -19,7 +18,6 @@ from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.shards import Corpus
-    from skillnet_platform.tracking import Tracker
 
 #: Pretraining never looks at a test split: what it measures, it measures here.
 SPLITS = ("validation",)
@@ -53,18 +51,6 @@ def joint_run(config: FinetuneConfig) -> FinetuneConfig:
     check_unlabelled(joint)
     check_splits(joint, open_corpora(joint))
     return joint
-
-
-def execute(
-    config: FinetuneConfig,
-    run: Path,
-    tracker: "Tracker",
-    manifests: Mapping[str, Mapping[str, Any]],
-    **more: Any,
-) -> dict[str, Any]:
-    """Pretrain in a run that is open; see :func:`pipelines.finetune.execute`."""
-    more["splits"] = more.get("splits") or SPLITS
-    return training.execute(joint_run(config), run, tracker, manifests, **more)
 
 
 def check_unlabelled(config: FinetuneConfig) -> None:

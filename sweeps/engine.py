@@ -209,7 +209,7 @@ def check_trial(
         finetune.check(finetune.resolved(trial.config))
         if folder is not None and trial.pretrain is None:
             place = folder / trial.name
-            finetune.open_run(finetune.resolved(placed(trial.config, place)), place)
+            finetune.finished_run(finetune.resolved(placed(trial.config, place)), place)
     except UserError as problem:
         raise UserError(f"trial {trial.name}: {problem}") from None
     if score is not None:

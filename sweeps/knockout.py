@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation import corpus_path, measure
+from pipelines.evaluation import asks_with_all, corpus_path, measure
 from pipelines.inference import Runner
 from pipelines.outcomes import Outcomes, RowOutcomes, paired_difference
 from pipelines.reporting import HEADLINE, in_order
-from pipelines.shards import Split, open_corpus
+from pipelines.shards import Corpus, Split, open_corpus
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet_platform.errors import UserError
@@ -123,11 +123,11 @@ def knockout_table(
     """
     found: list[dict[str, Any]] = []
     runner = Runner(model, precision)
-    for name, part, where in measured_splits(model, data, tasks, split, corpora):
+    for name, part, corpus in measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
         metric, more = HEADLINE[spec.objective]
         limit = (limits or {}).get(name)
-        whole = _outcomes(runner, name, spec, part, where, limit)
+        whole = _outcomes(runner, name, spec, part, corpus, limit)
         for change in changes(spec, model.config.skills, swaps):
             if on_change is not None:
                 on_change(name, part.rows)
@@ -142,7 +142,7 @@ def knockout_table(
                 "rows": len(whole),
             }
             if change.task is not None:
-                altered = _outcomes(runner, name, change.task, part, where, limit)
+                altered = _outcomes(runner, name, change.task, part, corpus, limit)
                 pair = (whole, altered) if more else (altered, whole)
                 interval = paired_difference(*pair, seed=seed, samples=samples)
                 row |= {"after": _score(altered.value, more), "lost": interval.value}
@@ -152,13 +152,22 @@ def knockout_table(
 
 
 def _outcomes(
-    runner: Runner, name: str, task: Task, part: Split, where: str, limit: int | None
+    runner: Runner, name: str, task: Task, part: Split, corpus: Corpus, limit: int | None
 ) -> RowOutcomes:
-    """What becomes of every row of a split under a plan."""
+    """What becomes of every row of a split under a plan, asked as the evaluation asks."""
     kept = Outcomes()
     assert isinstance(runner.model, SkillNet)
     with planned(runner.model, name, task):
-        measure(runner, name, part, where, limit=limit, samples=0, outcomes=kept)
+        measure(
+            runner,
+            name,
+            part,
+            f"{corpus.name}/{part.name}",
+            limit=limit,
+            samples=0,
+            outcomes=kept,
+            every_caption=asks_with_all(corpus),
+        )
     return kept[name, part.name]
 
 
@@ -168,14 +177,14 @@ def measured_splits(
     tasks: Sequence[str] | None,
     split: str,
     corpora: Mapping[str, str] | None,
-) -> list[tuple[str, Split, str]]:
-    """(task, its split, "corpus/split") of the tasks that have a headline figure and the split.
+) -> list[tuple[str, Split, Corpus]]:
+    """(task, its split, its corpus) of the tasks that have a headline figure and the split.
 
     Raises:
         UserError: an unknown task, or no corpus with that split.
     """
     names = in_order(model.config.tasks) if tasks is None else list(tasks)
-    found: list[tuple[str, Split, str]] = []
+    found: list[tuple[str, Split, Corpus]] = []
     seen: set[str] = set()
     for name in names:
         if find_task(name, model.config.tasks).objective not in HEADLINE:
@@ -183,7 +192,7 @@ def measured_splits(
         corpus = open_corpus(corpus_path(data, name, corpora))
         seen |= corpus.splits.keys()
         if split in corpus.splits:
-            found.append((name, corpus.splits[split], f"{corpus.name}/{split}"))
+            found.append((name, corpus.splits[split], corpus))
     if not found:
         raise UserError(
             f"no corpus of the tasks {', '.join(names)} has the split {split!r}; they have "

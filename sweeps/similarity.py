@@ -81,7 +81,7 @@ def skill_similarity(
         common = {"measure": WEIGHTS, "modality": "", "task": "", "layer": layer, "module": module}
         found += _rows(_cosines(vectors), common | {"tokens": None})
     seen: set[str] = set()
-    for name, part, where in measured_splits(model, data, tasks, split, corpora):
+    for name, part, corpus in measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
         tower = "input" if "input" in spec.towers else "candidate"
         plan = spec.towers[tower]
@@ -89,6 +89,7 @@ def skill_similarity(
             continue
         seen.add(plan.modality)
         limit = (limits or {}).get(name)
+        where = f"{corpus.name}/{part.name}"
         inputs = split_inputs(part.table(), plan, model.config, where, limit=limit)
         rows = _enough_rows(inputs.lengths, max(tokens, 8 * model.config.dim), seed)
         outputs = _outputs(model, modules, plan, inputs, rows)

@@ -205,7 +205,7 @@ def run_one(
     finished = finetune.open_run(config, folder)
     if finished is not None:
         return finished
-    manifests = finetune.check(config)
+    checked = finetune.check(config)
     alone = config.training.workers <= 1
     if alone:
         config = replace(config, training=replace(config.training, workers=0))
@@ -216,7 +216,7 @@ def run_one(
             config,
             folder,
             tracker,
-            manifests,
+            checked,
             splits=trial.splits,
             on_evaluation=watch,
             nested=None if alone else nested,

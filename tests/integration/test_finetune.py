@@ -113,7 +113,7 @@ def test_command_line(
     assert "cannot be a folder's name" in capsys.readouterr().err
     assert main(["--config", str(path), "--name", "x", "--data", str(tmp_path)]) == 2
     assert "skillnet prepare" in capsys.readouterr().err
-    assert not (run_root / "x" / "model").exists()
+    assert not (run_root / "x").exists(), "a refused run takes no name"
 
 
 def test_a_folder_that_is_no_run_is_left_alone(data: Path, run_root: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.evaluation import evaluate_model
+from pipelines.shards import manifest_digest
 from skillnet.growth import add_skill
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
@@ -123,6 +125,19 @@ def test_a_plan_of_one_skill_has_none_left(data: Path, model: SkillNet) -> None:
     rows = knockout_table(model, data, [task], swaps=False, samples=5)
     (left,) = [row for row in rows if row["change"] == LEFT_OUT]
     assert (left["lost"], left["after"], left["low"]) == (None, None, None)
+
+
+def test_every_caption_asks_where_the_evaluation_asks_with_all(
+    model: SkillNet, tmp_path: Path
+) -> None:
+    own = write_corpora(tmp_path / "data", rows=20, test_rows=12)
+    path = own / "drawings" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) | {"queries": "all"}
+    path.write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}), encoding="utf-8")
+    evaluated = evaluate_model(model, own, ["text_to_image"], ["test"], samples=0)
+    (recall,) = (row["value"] for row in evaluated if row["metric"] == "recall_at_10")
+    table = knockout_table(model, own, ["text_to_image"], swaps=False, samples=2)
+    assert [row["before"] for row in table] == pytest.approx([recall] * len(table))
 
 
 def test_a_split_that_no_corpus_has(data: Path, model: SkillNet) -> None:
