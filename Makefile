@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
+SEED ?= 0
 
-.PHONY: demo test test-cluster check format bench clean help
+.PHONY: demo test test-cluster chaos fuzz check format bench clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +31,17 @@ check: $(VENV)/.installed-dev  ## rules of style, format, types and imports
 format: $(VENV)/.installed-dev  ## put the format right, and what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Rows that the newest CSV of today has are not run again, so it may be stopped and gone on with.
+chaos: $(VENV)/.installed-dev  ## disturb 58 small runs by seed, compare what they end with
+	$(BIN)/skillnet fetch
+	$(BIN)/skillnet prepare headings drawings
+	$(BIN)/python -m benchmarks.chaos --launcher ranks --runs 45 --seed $(SEED) $(CHAOS_ARGS)
+	$(BIN)/python -m benchmarks.chaos --launcher ray --runs 13 --seed $(SEED) $(CHAOS_ARGS)
+	$(BIN)/python -m benchmarks.chaos_table
+
+fuzz: $(VENV)/.installed-dev  ## random damage to everything that is read, for hours
+	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=long $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev  ## measure speed, as ratios, into benchmarks/results/
 	$(BIN)/python -m benchmarks

@@ -118,7 +118,8 @@ def drawn(launcher: str, seed: int, run: int, kinds: tuple[str, ...]) -> tuple[R
     elif kind == "killed while writing a checkpoint":
         victim, fault["rank"], fault["kind"] = "rank 0", 0, "tear"
     elif kind == "bit of a checkpoint flipped":
-        fault |= {"kind": "flip", "place": round(pick.random(), 4)}
+        # Rank 1 may be ahead of the checkpoint that rank 0 writes, and alter an older one.
+        fault |= {"rank": 0, "kind": "flip", "place": round(pick.random(), 4)}
         victim = f"newest checkpoint, at {fault['place']:.0%}"
     elif kind == "disk full":
         victim, fault["kind"] = "disk of the run", "full"

@@ -207,8 +207,9 @@ def run_one(
         return finished
     checked = finetune.check(config)
     alone = config.training.workers <= 1
-    if alone:
-        config = replace(config, training=replace(config.training, workers=0))
+    # Trials share the cluster: none grows into the place of another.
+    workers = 0 if alone else config.training.workers
+    config = replace(config, training=replace(config.training, workers=workers, min_workers=None))
     tracker = Tracker.by_id(*tracked)
     watch = Evaluations(folder, score, report) if score is not None else None
     try:

@@ -29,6 +29,9 @@ BALLAST = "ballast"
 #: Longest wait for a notice to arrive, or for the end of this worker.
 WAIT_S = 60.0
 
+#: Longest that a worker is held.
+HOLD_S = 600.0
+
 #: A disk with more room than this is not one to fill.
 LARGEST_DISK = 256 * 2**20
 
@@ -44,8 +47,11 @@ class Fault:
             has that others bring about; ``raise`` raises
             RuntimeError; ``flip`` turns one bit of the newest checkpoint over and kills this
             worker; ``tear`` kills this worker while it writes its next checkpoint; ``full`` fills
-            the disk of the run's folder, which must be a small one, with a file ``faults/ballast``.
-        rank: the worker that does it; none: all of them.
+            the disk of the run's folder, which must be a small one, with a file ``faults/ballast``;
+            ``hold`` stops this worker until its marker in ``faults`` is taken away or it is asked
+            to leave: time for what is done to the run from outside.
+        rank: the worker that does it; none: all of them. Only rank 0 knows that the checkpoint of
+            the step is written: others may be ahead of it.
         victim: whom a signal goes to: this ``worker``; the ``driver`` of the run; the
             ``controller`` of the fit, or the ``raylet``, of this worker on this machine; or
             another process, by its id; or all of its group, by its id with a minus.
@@ -53,7 +59,7 @@ class Fault:
     """
 
     step: int
-    kind: Literal["kill", "term", "raise", "flip", "tear", "full"]
+    kind: Literal["kill", "term", "raise", "flip", "tear", "full", "hold"]
     rank: Optional[int] = 0  # noqa: UP045 - jsonargparse words this form better
     victim: str = "worker"
     place: float = 0.5
@@ -113,9 +119,9 @@ class Faults:
                 del self._waiting[marker]
                 marker.parent.mkdir(parents=True, exist_ok=True)
                 marker.write_text(str(time.time()), encoding="ascii")
-                self._do(fault)
+                self._do(fault, marker)
 
-    def _do(self, fault: Fault) -> None:
+    def _do(self, fault: Fault, marker: Path) -> None:
         console.warn(f"{VARIABLE}: {fault.kind} of the {fault.victim} after step {fault.step}")
         if fault.kind in ("kill", "term"):
             number = signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM
@@ -125,6 +131,9 @@ class Faults:
                 _await(notice.asked)
             elif fault.victim in ("driver", "controller", "raylet"):
                 _await(lambda: False)  # the end, which these bring about soon
+        elif fault.kind == "hold":
+            _await(lambda: notice.asked() or not marker.exists(), HOLD_S)
+            marker.touch()
         elif fault.kind == "raise":
             raise RuntimeError(f"a fault to order after step {fault.step}")
         elif fault.kind == "full":
@@ -148,7 +157,14 @@ def flip_bit(folder: Path, place: float) -> tuple[Path, int]:
     Args:
         folder: of checkpoints.
         place: of the bit, as a share of the bytes of all files of the checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint yet.
     """
+    if not any(folder.glob("step-*")):
+        raise UserError(
+            f"{VARIABLE}: {folder} holds no checkpoint to flip a bit of; order it later"
+        )
     newest = max(folder.glob("step-*"), key=lambda path: path.name)
     files = sorted(path for path in newest.iterdir() if path.is_file())
     position = int(place * sum(path.stat().st_size for path in files))
@@ -189,8 +205,8 @@ def fill_disk(run: Path) -> Path:
     return path
 
 
-def _await(there: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
+def _await(there: Callable[[], bool], seconds: float = WAIT_S) -> None:
+    end = time.monotonic() + seconds
     while not there() and time.monotonic() < end:
         time.sleep(0.01)
 

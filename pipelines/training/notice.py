@@ -5,6 +5,9 @@ same command goes on from there. A worker's own notice rides in the last gradien
 step (:class:`~pipelines.training.gradient_sync.GradientSync`), so that all ranks leave after the
 same one and no exchange is added. A driver puts a file into the run's folder, which rank 0 looks
 for beside the training: it may be on another machine than its workers.
+
+In an elastic run a worker's notice is its host's alone: after the checkpoint the workers end with
+:class:`Regroup`, and the controller starts them again without that host.
 """
 
 import contextlib
@@ -23,11 +26,48 @@ FILE = "leave"
 LOOK_S = 0.25
 
 _ASKED = threading.Event()
+#: Who asked, beside the process itself.
+_SIGNALLED, _ORDERED = threading.Event(), threading.Event()
+
+
+class Regroup(Exception):
+    """Ends the workers of an elastic run after a checkpoint, to start again as the cluster is then.
+
+    Args:
+        leaving: ids of the hosts whose workers were asked to leave.
+    """
+
+    def __init__(self, leaving: list[str]) -> None:
+        super().__init__(leaving)
+        self.leaving = leaving
+
+    def __str__(self) -> str:
+        hosts = f" without {len(self.leaving)} host(s) that leave" if self.leaving else ""
+        return f"the workers start again{hosts}"
+
+
+class TooFewHosts(Exception):
+    """The driver of an elastic run was asked to leave while too few hosts were there to train."""
 
 
 def asked() -> bool:
     """Whether this process was asked to leave."""
     return _ASKED.is_set()
+
+
+def signalled() -> bool:
+    """Whether it was by a signal to this process, a worker: its host may be about to go."""
+    return _SIGNALLED.is_set()
+
+
+def ordered() -> bool:
+    """Whether it was by the driver's file: the run is to end."""
+    return _ORDERED.is_set()
+
+
+def regroup() -> None:
+    """Ask this process, a worker, to leave so that more workers can start; for the controller."""
+    _ASKED.set()
 
 
 @contextlib.contextmanager
@@ -73,10 +113,12 @@ def listen_in_worker() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def ask(number: int, frame: FrameType | None) -> None:
+        _SIGNALLED.set()
         _ASKED.set()
         signal.signal(signal.SIGTERM, before)
 
-    _ASKED.clear()
+    for event in (_ASKED, _SIGNALLED, _ORDERED):
+        event.clear()
     signal.signal(signal.SIGTERM, ask)
 
 
@@ -90,6 +132,7 @@ def looking_for(file: Path) -> Iterator[None]:
             # Listing the folder asks a network file system, where a look at the name may not.
             with contextlib.suppress(OSError), os.scandir(file.parent) as entries:
                 if any(entry.name == file.name for entry in entries):
+                    _ORDERED.set()
                     _ASKED.set()
                     return
 

@@ -176,6 +176,11 @@ class TrainingConfig:
         ema: decay per step of an average of the weights kept beside them and used for
             evaluation and the final model; 0 keeps none.
         workers: Ray workers; 0 trains in this process without Ray.
+        min_workers: go on with as few workers when hosts of a cluster leave, and with up to
+            ``workers`` when they are back: an elastic run. None starts again with all of
+            ``workers``, and waits for their places.
+        regrow_seconds: seconds from the start of the workers, and from one look to the next, until
+            an elastic run with too few looks whether more would find a place.
         threads_per_worker: compute threads of a worker; 0 shares the machine's cores out.
         use_gpu: give each worker a GPU.
         placement: where workers start on a cluster: ``pack`` together if they fit, ``spread``
@@ -210,6 +215,8 @@ class TrainingConfig:
     temperature: float = 2.0
     ema: float = 0.0
     workers: int = 1
+    min_workers: int | None = None
+    regrow_seconds: float = 60.0
     threads_per_worker: int = 0
     use_gpu: bool = False
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
@@ -232,6 +239,13 @@ class TrainingConfig:
         for key in ("workers", "threads_per_worker", "checkpoint_every", "evaluate_every", "clip"):
             if getattr(self, key) < 0:
                 raise ValueError(f"training.{key} must not be negative, got {getattr(self, key)}")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ValueError(
+                f"training.min_workers must be between 1 and training.workers ({self.workers}), "
+                f"got {self.min_workers}; leave it out to train with all workers or none"
+            )
+        if self.regrow_seconds <= 0:
+            raise ValueError(f"training.regrow_seconds must be above 0, got {self.regrow_seconds}")
         if self.lr <= 0:
             raise ValueError(f"training.lr must be above 0, got {self.lr}")
         if self.shuffle_gb <= 0:

@@ -26,6 +26,8 @@ from skillnet_platform.places import below, place
 RHYTHM = (
     "minutes",
     "workers",
+    "min_workers",
+    "regrow_seconds",
     "threads_per_worker",
     "use_gpu",
     "placement",

@@ -5,6 +5,7 @@ run's folder, which the driver follows: so the driver shows the same with any nu
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from pipelines.mirror import mirror_of
 from pipelines.training import faults, notice
@@ -27,6 +29,7 @@ from skillnet.memory import KEEP_FREED_MEMORY
 from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import console
+from skillnet_platform.errors import Terminated
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
 
@@ -68,6 +71,7 @@ class RunReporter(Reporter):
         tracker: of the run, or none.
         on_evaluation: told about each evaluation, or none.
         uploads: sends checkpoints to a store, or none.
+        world: number of workers; recorded where it may change.
     """
 
     def __init__(
@@ -77,14 +81,17 @@ class RunReporter(Reporter):
         tracker: Tracker | None,
         on_evaluation: OnEvaluation | None = None,
         uploads: Uploads | None = None,
+        world: int = 1,
     ) -> None:
-        self._uploads = uploads
+        self._uploads, self._world = uploads, world
         self._config, self._run, self._tracker = config, run, tracker
         self._on_evaluation = on_evaluation
         self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
 
     def start(self, step: int) -> None:
         self.progress(step, "")
+        if self._config.training.min_workers:
+            self.metrics({"training/workers": self._world}, step)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self._say(step=step, metrics=values)
@@ -150,6 +157,7 @@ def work(
     tracked: tuple[str, str] | None = None,
     on_evaluation: OnEvaluation | None = None,
     apart: bool = False,
+    host: str | None = None,
 ) -> None:
     """Train as one of ``world`` workers; rank 0 leaves the model and a summary in the run.
 
@@ -162,18 +170,28 @@ def work(
         on_evaluation: called after each evaluation: with its rows on rank 0, with none elsewhere.
         apart: the driver does not see this worker's disk: rank 0 sends it the final model
             through the run's mirror.
+        host: id of this worker's host in an elastic run; none in others.
+
+    Raises:
+        Regroup: the workers of an elastic run left to start again, with a checkpoint.
     """
     mirror = mirror_of(config, run)
     if mirror is not None:
         bring(mirror)
     if rank:
-        train(config, rank=rank, world=world, run=run, reporter=_Others(on_evaluation))
+        done = train(config, rank=rank, world=world, run=run, reporter=_Others(on_evaluation))
+        if done.left and host is not None:
+            _regroup(world, host)
         return
     tracker = Tracker.by_id(*tracked) if tracked else None
     uploads = Uploads(mirror, config.training.keep) if mirror is not None else None
-    reporter = RunReporter(config, run, tracker, on_evaluation, uploads)
+    reporter = RunReporter(config, run, tracker, on_evaluation, uploads, world)
     try:
         done = train(config, rank=rank, world=world, run=run, reporter=reporter)
+        if done.left and host is not None:
+            if uploads is not None:
+                uploads.close(config.storage.patience)
+            _regroup(world, host)
         if not done.left:
             for name in config.tasks.keys() - config.measured.keys():
                 remove_task(done.model, name)
@@ -183,6 +201,20 @@ def work(
         reporter.close()
     if mirror is not None and uploads is not None:
         send_trained(mirror, uploads, config.storage.patience, apart)
+
+
+def _regroup(world: int, host: str) -> None:
+    """End this worker together with the others, unless it was the driver who asked.
+
+    Raises:
+        Regroup: the same on all of them.
+    """
+    mine = (notice.ordered(), host if notice.signalled() else None)
+    each: list[Any] = [mine] * world
+    if world > 1:
+        dist.all_gather_object(each, mine)
+    if not any(ordered for ordered, _ in each):
+        raise notice.Regroup(sorted({left for _, left in each if left is not None}))
 
 
 def ray_worker(settings: dict[str, Any]) -> None:
@@ -196,6 +228,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
         from ray.train.torch import get_device
 
         torch.cuda.set_device(get_device())
+    node = ray.get_runtime_context().get_node_id()
     tracked, run, rank = settings["tracked"], Path(settings["run"]), context.get_world_rank()
     with notice.looking_for(run / notice.FILE) if rank == 0 else contextlib.nullcontext():
         work(
@@ -205,7 +238,8 @@ def ray_worker(settings: dict[str, Any]) -> None:
             context.get_world_size(),
             (tracked[0], tracked[1]) if tracked else None,
             settings["on_evaluation"],
-            apart=settings["driver_node"] != ray.get_runtime_context().get_node_id(),
+            apart=settings["driver_node"] != node,
+            host=node if config.training.min_workers else None,
         )
 
 
@@ -220,7 +254,8 @@ def fit_on_ray(
 
     A worker that dies takes the others with it; Ray starts them again, up to
     ``training.max_failures`` times, and they go on from the newest whole checkpoint. So often, too,
-    a controller that died is started again.
+    a controller that died is started again. With ``training.min_workers`` a host that leaves is no
+    failure: :mod:`pipelines.training.elastic`.
 
     Args:
         config: of the run, with absolute paths.
@@ -228,6 +263,9 @@ def fit_on_ray(
         tracked: MLflow run id and URI.
         on_evaluation: see :func:`work`; called in the workers, so it must be picklable.
         nested: how to run inside a trial of Ray Tune.
+
+    Raises:
+        Terminated: asked to leave while an elastic run waited for hosts.
     """
     from skillnet_platform import cluster
 
@@ -246,6 +284,7 @@ def fit_on_ray(
     with cluster.session(cpus=max(workers, cores or 1)):
         import ray
         from ray.exceptions import RayActorError
+        from ray.train import ControllerError
 
         loop["driver_node"] = ray.get_runtime_context().get_node_id()
         for left in range(config.training.max_failures, -1, -1):
@@ -261,6 +300,13 @@ def fit_on_ray(
                     raise
                 words = str(problem).strip().splitlines()[0]
                 console.warn(f"Ray Train's controller is gone ({words}); starting it again")
+            except ControllerError as problem:
+                if not isinstance(problem.controller_failure, notice.TooFewHosts):
+                    raise
+                raise Terminated(
+                    "ended by SIGTERM while too few hosts were there to train; the same command, "
+                    f"with --name {config.name}, goes on"
+                ) from None
             except SystemExit:
                 # What Ray Train makes of Ctrl-C would be taken for an ordinary end.
                 raise KeyboardInterrupt from None
@@ -275,17 +321,27 @@ def _trainer(
     from pipelines.training import rendezvous
     from pipelines.training.ray_notice import ListenInWorker
 
-    one = {"CPU": 1.0} | ({"GPU": 1.0} if config.training.use_gpu else {})
-    return TorchTrainer(
+    training = config.training
+    one = {"CPU": 1.0} | ({"GPU": 1.0} if training.use_gpu else {})
+    workers: Any = training.workers
+    kind: Any = TorchTrainer
+    if training.min_workers:
+        from pipelines.training.elastic import ElasticTrainer
+
+        workers = (training.min_workers, training.workers)
+        kind = functools.partial(ElasticTrainer, leave=run / notice.FILE)
+    scaling = ScalingConfig(  # type: ignore[call-arg]
+        num_workers=workers,
+        elastic_resize_monitor_interval_s=training.regrow_seconds,
+        use_gpu=training.use_gpu,
+        resources_per_worker=nested.resources if nested else one,
+        placement_strategy=training.placement.upper(),
+    )
+    trainer: TorchTrainer = kind(
         ray_worker,
         train_loop_config=loop,
-        scaling_config=ScalingConfig(
-            num_workers=config.training.workers,
-            use_gpu=config.training.use_gpu,
-            resources_per_worker=nested.resources if nested else one,
-            placement_strategy=config.training.placement.upper(),
-        ),
-        torch_config=rendezvous.torch_config(config.training.use_gpu),
+        scaling_config=scaling,
+        torch_config=rendezvous.torch_config(training.use_gpu),
         run_config=RunConfig(
             # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",
@@ -298,7 +354,8 @@ def _trainer(
                 *(nested.callbacks if nested else []),
             ],
             failure_config=FailureConfig(  # type: ignore[call-arg]
-                max_failures=config.training.max_failures, controller_failure_limit=3
+                max_failures=training.max_failures, controller_failure_limit=3
             ),
         ),
     )
+    return trainer

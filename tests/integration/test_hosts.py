@@ -1,0 +1,110 @@
+"""Whole hosts leave and come back: a run waits for them, or goes on with what is left."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.finetune import history
+from pipelines.training import faults
+from pipelines.training.loop import train
+from skillnet_platform import config as configuration
+from tests.integration.ranks import run_ranks, train_and_save
+from tests.integration.test_faults import STEPS, config_for, same, weights
+from tests.ray_hosts import missing, ray_hosts, wait_for
+from tests.small_corpora import write_corpora
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "hosts can be made"),
+]
+
+#: Seconds for anything that a test waits for: several starts of Ray on a busy machine.
+PATIENCE_S = 600.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def near(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """The largest difference."""
+    assert one.keys() == other.keys()
+    return max(
+        float((one[name].double() - other[name].double()).abs().max()) if one[name].numel() else 0.0
+        for name in one
+    )
+
+
+def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
+    data: Path, tmp_path: Path
+) -> None:
+    elastic = {"precision": "fp64", "workers": 2, "min_workers": 1, "regrow_seconds": 1.0}
+    config = config_for(
+        data, tmp_path, "elastic", placement="strict_spread", max_failures=0, **elastic
+    )
+    alone = tmp_path / "alone"
+    train(config_for(data, tmp_path, "alone", precision="fp64"), run=alone)
+    run = tmp_path / "elastic"
+    order = [
+        {"rank": None, "step": 5, "kind": "hold"},  # until its host is gone
+        {"rank": None, "step": 8, "kind": "hold"},  # until there is room for two again
+        {"rank": 1, "step": 10, "kind": "term"},  # its host is about to go
+    ]
+    with ray_hosts(tmp_path / "hosts", "head", "other") as hosts:
+        words = command(tmp_path, config)
+        environment = {"RAY_ADDRESS": hosts.address, faults.VARIABLE: json.dumps(order)}
+        with hosts.started("head", *words, **environment) as process:
+            wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
+            hosts.kill("other")
+            wait_for((run / "faults" / "1-hold-8").exists, process, PATIENCE_S)
+            hosts.start("again")
+            said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, said
+    told = history(run / "progress.jsonl")
+    assert told["training/workers"] == [(0, 2.0), (4, 1.0), (9, 2.0), (11, 1.0)], said
+    assert json.loads((run / "trained.json").read_text())["world"] == 1
+    steps = [step for step, _ in told["training/learning_rate"]]
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    assert near(weights(run), weights(alone)) < 1e-9
+    # Without a failure to spend: what hosts bring about is none.
+    assert config.training.max_failures == 0
+    for words in ("1 host(s) left", "room for 2 workers", "1 host(s) asked to leave"):
+        assert said.count(words) == 1, said
+    assert said.count("training with 1 of 2 workers") == 2, said
+    assert "Error in training function" not in said
+
+
+def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path) -> None:
+    config = config_for(data, tmp_path, "fixed", workers=2, placement="strict_spread")
+    undisturbed = tmp_path / "two"
+    run_ranks(
+        2,
+        train_and_save,
+        config_for(data, tmp_path, "two"),
+        str(undisturbed),
+        str(tmp_path / "out"),
+    )
+    run = tmp_path / "fixed"
+    order = {"rank": None, "step": 5, "kind": "hold"}
+    with ray_hosts(tmp_path / "hosts", "head", "other") as hosts:
+        environment = {"RAY_ADDRESS": hosts.address, faults.VARIABLE: json.dumps(order)}
+        with hosts.started("head", *command(tmp_path, config), **environment) as process:
+            wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
+            hosts.kill("other")
+            hosts.start("again")
+            said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, said
+    trained = json.loads((run / "trained.json").read_text())
+    assert (trained["step"], trained["world"], trained["resumed"]) == (STEPS, 2, 4)
+    assert same(weights(run), weights(undisturbed))
+
+
+def command(root: Path, config: Any) -> list[str]:
+    path = root / f"{config.name}.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    return ["python", "-m", "pipelines.finetune", "--config", str(path)]
