@@ -176,7 +176,7 @@ class Meter(io.RawIOBase):
         self._path, self._inner, self._most = path, inner, most
         # Of a compressed file that is cut short, what is left comes before the error.
         packed = isinstance(inner, gzip.GzipFile | bz2.BZ2File)
-        self._read = inner.read1 if packed else inner.read
+        self._read: Callable[[int], bytes] = getattr(inner, "read1" if packed else "read")
         self._granted = self._taken = 0
 
     def grant(self, count: int) -> None:

@@ -163,6 +163,7 @@ def _take(data: bytes, length: int, count: int, size: int) -> tuple[int, list[ND
     wanted = _chosen(length, count)
     taken: list[NDArray[np.uint8]] = []
     found = 0
+    pixels: Any = None
     colours = VideoReformatter()  # one for all frames: it keeps its tables
     for frame in _frames(data):
         while len(taken) < count and wanted[len(taken)] == found:
