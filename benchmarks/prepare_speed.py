@@ -1,56 +1,281 @@
 """Preparing media beside Hugging Face ``datasets.map`` and beside the bare loop that decodes.
 
-All three decode the same files with the same function, one process each: the engine as one of its
-workers does (a unit of work in, rows watched one by one, a shard written, hashed and synced),
-``map`` as its users do (an example at a time, written to its cache), and a loop that decodes and
-keeps nothing. Pixels are stored raw by either. What Ray itself takes is not in it.
+All three decode the same files with the same function in as many processes: ``skillnet prepare``
+on its embedded Ray (rows watched one by one, shards written, synced and hashed), ``map`` as its
+users do (a row at a time, ``num_proc``, written to its cache), and a pool of processes that decode
+and keep nothing. Pixels are stored raw by either.
+
+Each contender is a process of its own with those that it starts, and takes turns with the others.
+Of each round there is a pass over few rows and one over many; what a row costs is their difference,
+so that the start of a pass is in none of them. It is told beside, as is the start of Ray. CPU time
+is that of all processes of a contender, Ray's dashboard left out.
 """
 
+import multiprocessing
+import os
 import shutil
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from benchmarks.media import CLIP, FRAMES, PICTURE, decode, files
 
-ROWS = {"image": 16, "sound": 16, "video": 8}
-SHARD_ROWS = 8
+#: Different files; rows go round in them.
+FILES = {"image": 256, "sound": 128, "video": 128}
+FEW, MANY, SHARD_ROWS = 128, 768, 64
+#: Rounds whatever is asked for: a round is several thousand rows.
+MOST_ROUNDS = 5
 OPTIONS = {
-    "image": {"size": PICTURE, "storage": "raw", "task": "captions"},
+    "image": {"size": PICTURE, "storage": "raw"},
     "sound": {"max_seconds": FRAMES / 100},
     "video": {"video_size": CLIP, "storage": "raw"},
 }
+#: In the command lines of processes that draw pages for people: no part of preparing.
+PAGES = ("dashboard", "Agent", "monitor.py")
+CLOCK = "cpu and wall, see the rows"
+
+Pass = Callable[[int], object]
+
+
+class Took(NamedTuple):
+    """Seconds of a pass, of CPUs and on the wall."""
+
+    cpu: float
+    wall: float
 
 
 def run(rounds: int, threads: int) -> list[Result]:
     """Ratios of the three, for each kind of media."""
     results = []
-    for kind, rows in ROWS.items():
-        paths = files(kind, rows)
-        with tempfile.TemporaryDirectory() as folder:
-            contenders = {
-                "engine": _engine(kind, paths, Path(folder) / "engine"),
-                "map": _map(kind, paths, Path(folder) / "map"),
-                "loop": _loop(kind, paths),
-            }
-            seconds = in_turns(contenders, rounds, clock_for(threads), warmup=1)
-        setting = f"{rows} files of {_mean_size(paths):.2f} MB, shards of {SHARD_ROWS}"
-        against_map = ratio(seconds["map"], seconds["engine"])
-        against_loop = ratio(seconds["loop"], seconds["engine"])
-        name = f"prepare, {kind}"
-        faster = "times as fast"
-        results += [
-            Result(name, "datasets.map", faster, *against_map, ">= 1.2", rounds, setting),
-            Result(name, "bare decoding", faster, *against_loop, ">= 0.85", rounds, setting),
-            Result(name, "", "s/row", *spread([s / rows for s in seconds["engine"]]), "", rounds,
-                   setting, "cpu time of one process"),
-            Result(f"bare decoding, {kind}", "", "s/row",
-                   *spread([s / rows for s in seconds["loop"]]), "", rounds, setting,
-                   "cpu time of one process"),
-        ]  # fmt: skip
+    for kind in FILES:
+        results += _kind(kind, min(rounds, MOST_ROUNDS))
     return [*results, _code(rounds, threads)]
+
+
+def _kind(kind: str, rounds: int) -> list[Result]:
+    paths = files(kind, FILES[kind])
+    processes = len(os.sched_getaffinity(0))
+    makers = {"engine": _engine, "map": _map, "loop": _loop}
+    with ExitStack() as stack:
+        sides = {
+            name: stack.enter_context(_side(maker, kind, paths, processes))
+            for name, maker in makers.items()
+        }
+        starts = {name: side(FEW).wall for name, side in sides.items()}
+        few: dict[str, list[Took]] = {name: [] for name in sides}
+        many: dict[str, list[Took]] = {name: [] for name in sides}
+        for number in range(rounds):
+            for name in sides if number % 2 == 0 else reversed(sides):
+                few[name].append(sides[name](FEW))
+                many[name].append(sides[name](MANY))
+    setting = (
+        f"{MANY - FEW} rows beyond the first {FEW}, files of {_mean_size(paths):.2f} MB, shards of "
+        f"{SHARD_ROWS}, {processes} processes"
+    )
+    return [*_ratios(kind, few, many, setting), *_costs(kind, few, many, setting, starts)]
+
+
+def _ratios(
+    kind: str, few: dict[str, list[Took]], many: dict[str, list[Took]], setting: str
+) -> list[Result]:
+    results = []
+    for clock in Took._fields:
+        more = {name: _beyond(few[name], many[name], clock) for name in few}
+        whole = {name: [getattr(took, clock) for took in each] for name, each in many.items()}
+        for theirs, told, target in (
+            ("map", "datasets.map", ">= 1.2"),
+            ("loop", "bare decoding", ">= 0.85"),
+        ):
+            name, rounds = f"prepare, {kind}, {clock} time", len(few[theirs])
+            found = ratio(more[theirs], more["engine"])
+            results.append(Result(name, told, "times as fast", *found, target, rounds, setting))
+            found = ratio(whole[theirs], whole["engine"])
+            results.append(
+                Result(f"{name}, with the start of a pass", told, "times as fast", *found, "",
+                       rounds, f"a pass over {MANY} rows")
+            )  # fmt: skip
+    return results
+
+
+def _costs(
+    kind: str,
+    few: dict[str, list[Took]],
+    many: dict[str, list[Took]],
+    setting: str,
+    starts: dict[str, float],
+) -> list[Result]:
+    results = []
+    names = {"engine": "prepare", "map": "datasets.map", "loop": "bare decoding"}
+    for name, told in names.items():
+        rounds = len(few[name])
+        cost = spread([s / (MANY - FEW) for s in _beyond(few[name], many[name], "cpu")])
+        results.append(
+            Result(f"{told}, {kind}", "", "s/row", *cost, "", rounds, setting, "cpu time")
+        )
+        begin = spread([
+            small.wall - (large.wall - small.wall) * FEW / (MANY - FEW)
+            for small, large in zip(few[name], many[name], strict=True)
+        ])  # fmt: skip
+        results.append(
+            Result(f"start of a pass, {told}, {kind}", "", "s", *begin, "", rounds, setting,
+                   "wall time of a pass that its rows do not explain")
+        )  # fmt: skip
+    first = starts["engine"] - statistics.median(took.wall for took in few["engine"])
+    results.append(
+        Result(f"start of Ray, {kind}", "", "s", first, first, first, "", 1, "",
+               "wall time of the first pass beyond a later one")
+    )  # fmt: skip
+    return results
+
+
+def _beyond(few: list[Took], many: list[Took], clock: str) -> list[float]:
+    """Seconds of the rows beyond the first few, of each round."""
+    pairs = zip(few, many, strict=True)
+    return [getattr(large, clock) - getattr(small, clock) for small, large in pairs]
+
+
+@contextmanager
+def _side(
+    maker: Callable[..., Pass], kind: str, paths: list[Path], processes: int
+) -> Iterator[Callable[[int], Took]]:
+    """A contender in a process of its own: call it with a number of rows."""
+    # Not forked: what this process has set of its memory would be theirs too.
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, maker, kind, paths, processes))
+    process.start()
+    theirs.close()
+
+    def side(rows: int) -> Took:
+        mine.send(rows)
+        return Took(*mine.recv())
+
+    try:
+        yield side
+    finally:
+        mine.close()
+        process.join(60)
+        if process.is_alive():
+            process.terminate()
+
+
+def _serve(
+    pipe: Any, maker: Callable[..., Pass], kind: str, paths: list[Path], processes: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        work = maker(kind, paths, processes, Path(folder), stack)
+        while True:
+            try:
+                rows = pipe.recv()
+            except EOFError:
+                return
+            cpu, wall = cpu_time(), time.perf_counter()
+            work(rows)
+            pipe.send((cpu_time() - cpu, time.perf_counter() - wall))
+
+
+def cpu_time() -> float:
+    """Seconds of CPU of this process, its descendants, and those of them that have ended."""
+    import psutil
+
+    own, total = psutil.Process(), 0.0
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            if process is own or not any(word in " ".join(process.cmdline()) for word in PAGES):
+                total += sum(process.cpu_times()[:4])
+        except psutil.Error:
+            continue
+    return total
+
+
+def _rows(paths: list[Path], rows: int) -> list[Path]:
+    return list(islice(cycle(paths), rows))
+
+
+def _one(job: tuple[str, Path]) -> None:
+    decode(job[0], job[1].read_bytes())
+
+
+def _loop(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
+    pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+
+    def work(rows: int) -> None:
+        jobs = ((kind, path) for path in _rows(paths, rows))
+        for _ in pool.imap_unordered(_one, jobs, chunksize=SHARD_ROWS // 4):
+            pass
+
+    return work
+
+
+def _map(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
+    import datasets
+
+    datasets.disable_progress_bars()
+    shape = {"image": (PICTURE, PICTURE, 3), "video": (8, CLIP, CLIP, 1)}
+    pixels: Any = {
+        "image": lambda: datasets.Array3D(shape["image"], "uint8"),
+        "video": lambda: datasets.Array4D(shape["video"], "uint8"),
+        "sound": lambda: datasets.List(datasets.List(datasets.Value("float32"))),
+    }[kind]()
+    features = datasets.Features({"path": datasets.Value("string"), "made": pixels})
+
+    def one(row: dict[str, Any]) -> dict[str, Any]:
+        return {"made": decode(kind, Path(row["path"]).read_bytes())}
+
+    def work(rows: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        table = {"path": [str(path) for path in _rows(paths, rows)]}
+        datasets.Dataset.from_dict(table).map(
+            one,
+            features=features,
+            cache_file_name=str(folder / "made.arrow"),
+            load_from_cache_file=False,
+            writer_batch_size=SHARD_ROWS,
+            num_proc=processes,
+            new_fingerprint="made",
+        )
+
+    return work
+
+
+def _engine(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
+    from pipelines.corpora.folder import Folder
+    from pipelines.corpora.placed import media_row
+    from pipelines.media import MediaRef
+    from skillnet_platform import cluster
+
+    corpus = Folder(str(paths[0].parent.parent), Folder.Options(**OPTIONS[kind]))
+    # The pixels or frames alone, as the other two: no tokens, no symbols.
+    corpus.has = ()
+    corpus.settle()
+    corpus.shard_rows = SHARD_ROWS  # type: ignore[misc]
+    opened: list[Any] = []
+
+    def work(rows: int) -> None:
+        if not opened:
+            opened.append(stack.enter_context(cluster.session(processes)))
+        from pipelines.preparation import Order, write_corpora
+        from pipelines.prepare import identity_of
+
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        made = [
+            media_row("train", f"{number}", MediaRef(str(path)))
+            for number, path in enumerate(_rows(paths, rows))
+        ]
+        corpus.rows = lambda sources: iter(made)  # type: ignore[method-assign]
+        order = Order(corpus, folder / "made", identity_of(corpus, [], folder))
+        for manifest in write_corpora([order], folder, 0.0):
+            assert manifest["rows_out"] == rows, manifest["quarantine"]
+
+    return work
 
 
 def _code(rounds: int, threads: int) -> Result:
@@ -82,72 +307,3 @@ def _code(rounds: int, threads: int) -> Result:
 
 def _mean_size(paths: list[Path]) -> float:
     return sum(path.stat().st_size for path in paths) / len(paths) / 1e6
-
-
-def _loop(kind: str, paths: list[Path]) -> Callable[[], object]:
-    return lambda: [decode(kind, path.read_bytes()) for path in paths] and None
-
-
-def _map(kind: str, paths: list[Path], folder: Path) -> Callable[[], object]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    shape = {"image": (PICTURE, PICTURE, 3), "video": (8, CLIP, CLIP, 1)}
-    pixels: Any = {
-        "image": lambda: datasets.Array3D(shape["image"], "uint8"),
-        "video": lambda: datasets.Array4D(shape["video"], "uint8"),
-        "sound": lambda: datasets.List(datasets.List(datasets.Value("float32"))),
-    }[kind]()
-    features = datasets.Features({"path": datasets.Value("string"), "made": pixels})
-    rows = datasets.Dataset.from_dict({"path": [str(path) for path in paths]})
-
-    def one(row: dict[str, Any]) -> dict[str, Any]:
-        return {"made": decode(kind, Path(row["path"]).read_bytes())}
-
-    def work() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        rows.map(
-            one,
-            features=features,
-            cache_file_name=str(folder / "made.arrow"),
-            load_from_cache_file=False,
-            writer_batch_size=SHARD_ROWS,
-            new_fingerprint="made",
-        )
-
-    return work
-
-
-def _engine(kind: str, paths: list[Path], folder: Path) -> Callable[[], object]:
-    import pyarrow as pa
-
-    from pipelines.blocks import Summary, read_blocks
-    from pipelines.corpora.base import Sources
-    from pipelines.corpora.folder import Folder
-    from pipelines.corpora.placed import media_row
-    from pipelines.datasource import Job, pack
-    from pipelines.media import MediaRef
-    from pipelines.preparation import write_block
-
-    place = paths[0].parent.parent
-    options = {key: value for key, value in OPTIONS[kind].items() if key != "task"}
-    corpus = Folder(str(place), Folder.Options(**options))
-    # The pixels or frames alone, as the other two: no tokens, no symbols.
-    corpus.has, corpus.shard_rows = (), SHARD_ROWS
-    corpus.settle()
-    corpus.shard_rows = SHARD_ROWS
-    rows = [media_row("train", path.name, MediaRef(str(path))) for path in paths]
-    corpus.rows = lambda sources: iter(rows)  # type: ignore[method-assign]
-
-    def work() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        jobs = [Job(corpus, Sources(place, ()), folder)]
-        for part in read_blocks(corpus, jobs[0].sources, folder / "rejected.jsonl"):
-            if not isinstance(part, Summary):
-                unit = pack(part)
-                unit = unit.set_column(0, unit.schema.field(0), pa.array([0], pa.int32()))
-                write_block(jobs, "benchmark", unit)
-
-    return work

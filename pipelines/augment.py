@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.threads import over_rows
 from pipelines.training.mixture import generator
 from pipelines.training.settings import AugmentConfig
 
@@ -58,27 +59,54 @@ def drop_tokens(
 
 def pictures(pixels_BHWC: np.ndarray, config: AugmentConfig, draws: Draws) -> Tensor:
     """Shift, resize and tint pictures. uint8 in, float32 in [0, 1] out."""
-    x_BCHW = torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2).float() / 255
-    x_BCHW = _shift_and_scale(x_BCHW, config.image_shift, config.image_scale, draws)
+    B, H, W, C = pixels_BHWC.shape
+    place = _places(config.image_shift, config.image_scale, draws)
+    tint = None
     if config.image_colour:
-        tint = 1 + config.image_colour * (2 * draws.uniform("colour", 3) - 1)
-        x_BCHW = (x_BCHW * torch.from_numpy(tint)[:, :, None, None]).clamp_(0, 1)
-    return x_BCHW.permute(0, 2, 3, 1).contiguous()
+        tint = torch.from_numpy(1 + config.image_colour * (2 * draws.uniform("colour", 3) - 1))
+    out_BHWC = torch.empty((B, H, W, C))
+
+    def some(mine: slice) -> None:
+        x_BCHW = torch.from_numpy(pixels_BHWC[mine]).permute(0, 3, 1, 2).float() / 255
+        if place is not None:
+            x_BCHW = _shift_and_scale(x_BCHW, *place, mine)
+        if tint is not None:
+            x_BCHW = (x_BCHW * tint[mine][:, :, None, None]).clamp_(0, 1)
+        out_BHWC[mine] = x_BCHW.permute(0, 2, 3, 1)
+
+    over_rows(B, some)
+    return out_BHWC
 
 
 def clips(frames_BNHWC: np.ndarray, config: AugmentConfig, draws: Draws) -> Tensor:
     """Shift and resize clips, all frames alike. uint8 in, float32 in [0, 1] out."""
     B, N, H, W, C = frames_BNHWC.shape
-    x = torch.from_numpy(frames_BNHWC).permute(0, 1, 4, 2, 3).reshape(B, N * C, H, W).float() / 255
-    x = _shift_and_scale(x, config.video_shift, config.video_scale, draws)
-    return x.view(B, N, C, H, W).permute(0, 1, 3, 4, 2).contiguous()
+    place = _places(config.video_shift, config.video_scale, draws)
+    out_BNHWC = torch.empty((B, N, H, W, C))
+
+    def some(mine: slice) -> None:
+        x = torch.from_numpy(frames_BNHWC[mine]).permute(0, 1, 4, 2, 3)
+        x = x.reshape(-1, N * C, H, W).float() / 255
+        if place is not None:
+            x = _shift_and_scale(x, *place, mine)
+        out_BNHWC[mine] = x.view(-1, N, C, H, W).permute(0, 1, 3, 4, 2)
+
+    over_rows(B, some)
+    return out_BNHWC
 
 
-def _shift_and_scale(x_BCHW: Tensor, shift: float, scale: float, draws: Draws) -> Tensor:
+def _places(shift: float, scale: float, draws: Draws) -> tuple[Tensor, float, float] | None:
+    """(B, 3) draws in [-1, 1] of size and place, with how much they change; none if nothing."""
     if not shift and not scale:
-        return x_BCHW
+        return None
+    return torch.from_numpy(2 * draws.uniform("place", 3) - 1), shift, scale
+
+
+def _shift_and_scale(
+    x_BCHW: Tensor, draw_B3: Tensor, shift: float, scale: float, mine: slice
+) -> Tensor:
     B, _, H, W = x_BCHW.shape
-    draw = torch.from_numpy(2 * draws.uniform("place", 3) - 1)
+    draw = draw_B3[mine]
     size = (1 + scale * draw[:, :1]).reciprocal()
     # Pixel centres in [-1, 1], as grid_sample counts them with align_corners=False.
     across_BW = size * ((2 * torch.arange(W) + 1) / W - 1) + draw[:, 1:2] * 2 * shift / W

@@ -8,16 +8,14 @@ A row is one grey or coloured JPEG. A clip of F frames of H x W is a strip of th
 """
 
 import io
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.threads import over_rows
 from skillnet_platform.errors import UserError
 
 Storage = Literal["auto", "raw", "encoded"]
@@ -29,10 +27,6 @@ QUALITY = 90
 LONGEST_SIDE = 65_535
 #: Key of a field's metadata, and its only value today.
 ENCODING, JPEG = b"encoding", b"jpeg"
-#: Decoding threads of a process; Pillow decodes without Python's lock.
-THREADS = 8
-#: Rows that a thread is started for.
-FEWEST = 8
 
 
 def is_encoded(shape: Sequence[int], storage: Storage) -> bool:
@@ -85,13 +79,7 @@ def decode(cells: Sequence[Any], shape: Sequence[int], where: str = "") -> NDArr
         for cell, row in zip(cells[span], out[span], strict=True):
             _into(cell, row, where)
 
-    threads = min(_threads(), -(-len(cells) // FEWEST))
-    if threads <= 1:
-        some(slice(None))
-    else:
-        step = -(-len(cells) // threads)
-        spans = [slice(start, start + step) for start in range(0, len(cells), step)]
-        list(_pool().map(some, spans))
+    over_rows(len(cells), some)
     return out
 
 
@@ -114,14 +102,3 @@ def _into(cell: Any, row: NDArray[np.uint8], where: str) -> None:
         f"{where}: a row holds {image.mode} pixels, {image.width} x {image.height}, the column "
         f"says {row.shape}; prepare the corpus again"
     )
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_threads(), "decode")
-
-
-@cache
-def _threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(THREADS, cores or 1)

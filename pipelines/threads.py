@@ -1,0 +1,46 @@
+"""The rows of a batch shared out over threads, for work that leaves Python's lock.
+
+Decoding a JPEG and changing its pixels take longer than reading it: a batch of large pictures is
+made by as many threads as there are cores, up to eight.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+#: Of a process.
+THREADS = 8
+#: Rows that a thread is started for.
+FEWEST = 8
+
+
+def over_rows(count: int, work: Callable[[slice], None]) -> None:
+    """Call ``work`` with slices that make up ``range(count)``, several at once.
+
+    What a row becomes must not hang on which rows come with it. The first error is raised.
+    """
+    threads = min(_threads(), -(-count // FEWEST))
+    if threads <= 1:
+        work(slice(0, count))
+        return
+    step = -(-count // threads)
+    starts = range(0, count, step)
+    list(_pool().map(work, [slice(start, min(start + step, count)) for start in starts]))
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # each of these is one: no teams of their own
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), "rows", initializer=_one_thread)
+
+
+@cache
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(THREADS, cores or 1)

@@ -1,0 +1,55 @@
+"""Rows shared out over threads: each once, and the result is that of one thread."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import augment, threads
+from pipelines.augment import Draws
+from pipelines.threads import over_rows
+from pipelines.training.settings import AugmentConfig
+
+
+@pytest.fixture(params=[1, 3, 8])
+def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """So many threads, whatever the machine has."""
+    threads._pool.cache_clear()
+    monkeypatch.setattr(threads, "_threads", lambda: request.param)
+    yield request.param
+    threads._pool.cache_clear()
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 64, 65])
+def test_every_row_comes_once(cores: int, count: int) -> None:
+    seen = np.zeros(count, int)
+
+    def mark(mine: slice) -> None:
+        seen[mine] += 1
+
+    over_rows(count, mark)
+    assert (seen == 1).all()
+
+
+def test_an_error_in_a_thread_is_raised(cores: int) -> None:
+    def fail(mine: slice) -> None:
+        if mine.stop == 64:
+            raise ValueError("the last rows")
+
+    with pytest.raises(ValueError, match="the last rows"):
+        over_rows(64, fail)
+
+
+def test_pictures_and_clips_change_alike_however_many_threads(cores: int) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (37, 20, 20, 3), np.uint8)
+    frames = random.integers(0, 256, (37, 4, 12, 12, 1), np.uint8)
+    config = AugmentConfig()
+    for change, rows in ((augment.pictures, pixels), (augment.clips, frames)):
+        whole = change(rows, config, Draws((1,), 37, slice(None)))
+        one_by_one = [
+            change(rows[n : n + 1], config, Draws((1,), 37, slice(n, n + 1))) for n in range(37)
+        ]
+        assert torch.equal(whole, torch.cat(one_by_one))
+        assert whole.is_contiguous()
