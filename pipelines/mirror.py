@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +175,7 @@ class Mirror:
             if not known:
                 self._take_config(config)
             if not (self.run / RESULT).is_file() and self.is_finished():
-                self._take_results()
+                self.take_results()
         except StoreUnavailable as problem:
             if not known:
                 raise
@@ -224,8 +225,9 @@ class Mirror:
                 remote.get_file(self.place(name), self.run / name)
         console.note(f"{config.name} is taken up from {self.uri}")
 
-    def _take_results(self) -> None:
-        for name in FOLDERS:
+    def take_results(self, folders: Sequence[str] = FOLDERS) -> None:
+        """Bring the results of a finished run, and those folders; paths in them are made ours."""
+        for name in folders:
             if remote.is_committed(self.place(name)):
                 remote.get_directory(self.place(name), self.run / name, check=_check_model)
         for name in RESULTS:

@@ -15,7 +15,7 @@ import json
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial as bound
 from importlib.metadata import version
@@ -31,7 +31,7 @@ from pipelines.corpora.base import Corpus, Sources
 from pipelines.datasource import MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
 from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet.memory import keep_freed_memory
-from skillnet_platform import console
+from skillnet_platform import cluster, console
 from skillnet_platform.cli import users_mistake
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, require_space, write_json
@@ -66,11 +66,33 @@ class Order:
     spool: Path | None = None
 
 
-def spool(teachers: Sequence[Corpus], archives: Path, folder: Path) -> dict[str, Path]:
+def placement(one_host: bool) -> dict[str, Any]:
+    """Options of all tasks: on the host of this process if the others do not see its disk.
+
+    Raises:
+        UserError: this host has no CPU to give away.
+    """
+    if not one_host:
+        return {}
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [each for each in ray.nodes() if each["NodeID"] == here]
+    if not node["Resources"].get("CPU"):
+        raise UserError(
+            "corpora on their way to a store are prepared on the host that runs the command, and "
+            "this one gives Ray no CPU; run the same command on any machine that reaches the store"
+        )
+    return cluster.on_this_host(ray)
+
+
+def spool(
+    teachers: Sequence[Corpus], archives: Path, folder: Path, options: Mapping[str, Any]
+) -> dict[str, Path]:
     """Read those corpora in parallel, each into a file of blocks; returns name -> file."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=0)(write_spool)
+    task = ray.remote(num_cpus=1, max_retries=0, **options)(write_spool)
     files = {corpus.name: folder / f"{corpus.name}.arrows" for corpus in teachers}
     ray.get([task.remote(c, Sources(archives, c.archives), files[c.name]) for c in teachers])
     return files
@@ -80,20 +102,21 @@ def train_tokenizer(
     teachers: Sequence[Corpus],
     spools: dict[str, Path],
     path: Path,
-    size: int = tokenizers.VOCABULARY,
+    size: int,
+    options: Mapping[str, Any],
 ) -> None:
     """Learn the tokenizer of that many tokens from the spooled blocks of those corpora, and write
     it."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=0)(_train_tokenizer)
+    task = ray.remote(num_cpus=1, max_retries=0, **options)(_train_tokenizer)
     learnt = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in teachers], size))
     with atomic_write(path, "w") as stream:
         stream.write(learnt)
 
 
 def write_corpora(
-    orders: Sequence[Order], archives: Path, max_bad: float
+    orders: Sequence[Order], archives: Path, max_bad: float, options: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Prepare corpora, all at once; yields the manifest of each when it is in place.
 
@@ -101,6 +124,7 @@ def write_corpora(
         orders: what to prepare.
         archives: directory of the downloads.
         max_bad: share of a corpus' rows that may be bad.
+        options: of Ray's tasks; see :func:`placement`.
 
     Raises:
         UserError: the disk is full; too many bad rows; another process prepares one of them.
@@ -120,7 +144,7 @@ def write_corpora(
             jobs.append(replace(job, finished={k: e["keys"] for k, e in states[-1].before.items()}))
         with (
             console.progress("preparing", unit="rows") as bar,
-            contextlib.closing(_run(jobs, session)) as work,
+            contextlib.closing(_run(jobs, session, options)) as work,
         ):
             for done in work:
                 if "mistake" in done:
@@ -305,7 +329,9 @@ def counted(reasons: Counter[str]) -> dict[str, int]:
     return dict(sorted([*most, ("other reasons", rest)]))
 
 
-def _run(jobs: Sequence[Job], session: str) -> Generator[dict[str, Any], None, None]:
+def _run(
+    jobs: Sequence[Job], session: str, options: Mapping[str, Any]
+) -> Generator[dict[str, Any], None, None]:
     """What each task did, in the order in which they end."""
     import ray
 
@@ -324,6 +350,7 @@ def _run(jobs: Sequence[Job], session: str) -> Generator[dict[str, Any], None, N
             num_cpus=0,
             override_num_blocks=len(jobs),
             concurrency=min(len(jobs), max(2, int(ray.cluster_resources().get("CPU", 1)))),
+            ray_remote_args=dict(options),
         )
         dataset = read.map_batches(
             bound(write_block, jobs, session),
@@ -331,6 +358,7 @@ def _run(jobs: Sequence[Job], session: str) -> Generator[dict[str, Any], None, N
             batch_size=None,
             zero_copy_batch=True,
             num_cpus=1,
+            **options,
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from map(json.loads, block["done"].to_pylist())

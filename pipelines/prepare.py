@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         place_corpus(name, place, settings.options.get(name))
         for name, place in settings.corpus.items()
     ]
-    with staged(place(settings.data, storage.data_root())) as data:
+    where = place(settings.data, storage.data_root())
+    with staged(where) as data:
         done = prepare(
             settings.corpora or ([] if placed else list(BUILT_IN)),
             data,
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             placed,
             settings.tokenizer,
             settings.vocabulary,
+            one_host=isinstance(where, str),
         )
     seconds = time.monotonic() - start
     if console.json_wanted():
@@ -145,6 +147,7 @@ def prepare(
     placed: Sequence[PlacedCorpus] = (),
     tokenizer: str | None = None,
     vocabulary: int = tokenizers.VOCABULARY,
+    one_host: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Prepare those corpora under ``data``, and the tokenizer if one of them needs it.
 
@@ -157,6 +160,7 @@ def prepare(
         placed: corpora that the user has.
         tokenizer: see ``PrepareConfig``.
         vocabulary: tokens of a tokenizer that is learnt from ``placed``.
+        one_host: other hosts of the cluster do not see ``data``: they get nothing to do.
 
     Returns:
         Name -> state ("prepared" or "unchanged"), rows, splits, set aside, bytes, digest.
@@ -180,7 +184,7 @@ def prepare(
             lessons.take(tokenizer, data / TOKENIZER_FILE, manifest, asked)
         lesson = Lesson(tokenizer == lessons.LEARN, vocabulary)
         corpora += placed
-        return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson)
+        return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, one_host)
     except Exception as problem:
         message = users_mistake(problem)
         if message is None or isinstance(problem, UserError):
@@ -208,6 +212,7 @@ def _prepare(
     cpus: int | None = None,
     max_bad: float = MAX_BAD,
     own: Lesson | None = None,
+    one_host: bool = False,
 ) -> dict[str, dict[str, Any]]:
     own = own or Lesson()
     known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
@@ -225,13 +230,15 @@ def _prepare(
     cluster.ensure_ray(cpus)
     from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
 
+    options = preparation.placement(one_host)
     with storage.scratch(data / "reading") as aside:
         spools: dict[str, Path] = {}
         if not learnt:
             if size is not None:
                 lessons.keep_spelling(tokenizer, {corpus.name for corpus in corpora})
-            spools = preparation.spool(teachers, archives, aside)
-            preparation.train_tokenizer(teachers, spools, tokenizer, size or tokenizers.VOCABULARY)
+            spools = preparation.spool(teachers, archives, aside, options)
+            words = size or tokenizers.VOCABULARY
+            preparation.train_tokenizer(teachers, spools, tokenizer, words, options)
             told = {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)}
             whose = {lessons.OF: [corpus.name for corpus in teachers]} if size else {}
             storage.write_json(data / TOKENIZER_MANIFEST, whose | told)
@@ -249,7 +256,7 @@ def _prepare(
             for corpus in corpora
             if corpus.name not in done
         ]
-        for manifest in preparation.write_corpora(orders, archives, max_bad):
+        for manifest in preparation.write_corpora(orders, archives, max_bad, options):
             done[manifest["corpus"]] = _summary(manifest, "prepared")
             console.note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}

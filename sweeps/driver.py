@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform import console, tracking
+from pipelines.mirror import Mirror
+from skillnet_platform import console, remote, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.spool import is_away
-from skillnet_platform.storage import write_json
+from skillnet_platform.storage import run_root, write_json
 from skillnet_platform.tracking import Tracker
+from sweeps import stored
 from sweeps.engine import AshaConfig, ResourceConfig, Source
-from sweeps.ledger import Entry, last_line, mean_scores, prune, prune_trial
+from sweeps.ledger import Entry, last_line, mean_scores, prune
 from sweeps.trial import (
     ERROR,
     STOP,
@@ -45,6 +47,7 @@ class Options:
     keep: int | None
     max_failures: int
     label: str
+    store: str | None = None
 
 
 class Driver:
@@ -96,8 +99,15 @@ class Driver:
                 return None
             used = {"cpus": self.options.resources.cpus, "gpus": self.options.resources.gpus}
             workers = entry.trial.config.training.workers
-            return entry.trial.name, {"folder": str(entry.folder), "workers": workers, **used}
+            return entry.trial.name, {**self._where(entry), "workers": workers, **used}
         return None
+
+    def _where(self, entry: Entry) -> dict[str, Any]:
+        """Where its process finds it: on a disk that all see, or in the store and its own disk."""
+        store = self.options.store
+        if store is None:
+            return {"folder": str(entry.folder), "store": None}
+        return {"folder": str(entry.folder.relative_to(run_root())), "store": store}
 
     def ended(self) -> bool:
         """Whether all trials have been given."""
@@ -109,7 +119,9 @@ class Driver:
         trial = self.source.next()
         if trial is None:
             return None
-        entry = Entry(trial, self.options.folder / trial.name)
+        folder, store = self.options.folder / trial.name, self.options.store
+        mirror = Mirror(remote.join(store, trial.name), folder) if store else None
+        entry = Entry(trial, folder, mirror)
         self.entries[trial.name] = entry
         return entry
 
@@ -130,6 +142,8 @@ class Driver:
         write_json(entry.folder / finetune.RUN, told)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
         write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)
+        if entry.mirror is not None:
+            stored.hand_over(entry.mirror)
 
     def _wait_for_tracker(self, entry: Entry) -> None:
         self._waiting.append(entry)
@@ -139,12 +153,18 @@ class Driver:
 
     # -- trials out ---------------------------------------------------------------------------
 
+    def on_report(self, name: str, line: dict[str, Any]) -> None:
+        """A trial was evaluated."""
+        self.entries[name].report(line)
+
     def on_end(self, name: str, error: str | None) -> None:
         """Tune is done with a trial."""
         entry = self.entries[name]
         written = entry.folder / ERROR
         if entry.outcome is not None:
             return
+        if entry.mirror is not None:
+            stored.bring(entry.mirror)
         if entry.describe("finished").result is not None:
             self._settle(entry, "finished")
         elif written.is_file():
@@ -172,7 +192,7 @@ class Driver:
                 entry.tracker.metrics({"score": outcome.score}, outcome.step)
             entry.tracker.end(ENDS[status])
         if status == "stopped":
-            prune_trial(entry.folder)
+            entry.prune()
         if status == "failed":
             console.warn(f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})")
         if status != "interrupted":
@@ -217,7 +237,7 @@ class Driver:
             with self._interrupt.listening():
                 tuning.fit(
                     tuning.Hand(self.give, self.ended, self._parallel(ray)),
-                    tuning.Listener(self.on_end),
+                    tuning.Listener(self.on_end, self.on_report),
                     self._interrupt,
                     self._halving.scheduler if self._halving else None,
                     self.options.folder / "tune",

@@ -128,6 +128,7 @@ def run_trials(
     keep: int | None = None,
     max_failures: int = 1,
     label: str = "trials",
+    store: str | None = None,
 ) -> list[TrialOutcome]:
     """Run trials through Ray Tune, and come back with what became of each.
 
@@ -146,6 +147,8 @@ def run_trials(
             disk; none keeps all models. Small result files always stay.
         max_failures: times that a trial whose process died is started again.
         label: of the progress line.
+        store: URI of the folder of all trials in a store; none keeps them on this disk, which all
+            hosts must see. With it ``folder`` is below the run root.
 
     Returns:
         Outcomes in the order of the trials.
@@ -161,7 +164,7 @@ def run_trials(
 
     folder = folder.absolute()
     used = resources or ResourceConfig()
-    options = Options(folder, parent, score, used, asha, keep, max_failures, label)
+    options = Options(folder, parent, score, used, asha, keep, max_failures, label, store)
     with _only_driver(folder):
         if isinstance(trials, Sequence):
             if not trials:

@@ -13,18 +13,24 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.finetune import CONFIG, PROGRESS, RESULT, RUN
+from pipelines.mirror import Mirror
+from skillnet_platform import remote
 from skillnet_platform.storage import read_json, write_json
 from skillnet_platform.tracking import Tracker
 from sweeps.trial import (
     ERROR,
     LOG,
     OUTCOME,
+    REPORTS,
     STOP,
     Status,
     Trial,
     TrialOutcome,
     reports_of,
 )
+
+#: What a trial leaves that is of no use unless it is among the best.
+HEAVY = ("model", "checkpoints", "ray")
 
 
 @dataclass
@@ -34,14 +40,25 @@ class Entry:
     Args:
         trial: what it runs.
         folder: of its run.
+        mirror: its folder in a store, if the sweep is kept in one.
         tracker: of its MLflow run, while that is open.
         outcome: what became of it, once that is known.
+        reached: the step of its newest evaluation that Ray told of.
     """
 
     trial: Trial
     folder: Path
+    mirror: Mirror | None = None
     tracker: Tracker | None = None
     outcome: TrialOutcome | None = None
+    reached: int = 0
+
+    def report(self, line: dict[str, Any]) -> None:
+        """Keep an evaluation that its process told of, which may run on another machine."""
+        self.reached = max(self.reached, int(line["step"]))
+        if line["step"] not in {known["step"] for known in reports_of(self.folder)}:
+            with (self.folder / REPORTS).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
 
     def settled(self) -> TrialOutcome | None:
         """What became of it in an earlier part of the sweep; none if it is to be run.
@@ -80,27 +97,39 @@ class Entry:
         if status != "interrupted" and (self.folder / CONFIG).is_file():
             told = {"status": status, "error": error, "score": self.outcome.score}
             write_json(self.folder / OUTCOME, told | {"step": self.outcome.step})
+            if self.mirror is not None:
+                self.mirror.put_files(REPORTS, OUTCOME)
         return self.outcome
 
     def reopen(self) -> None:
         """Forget an earlier failure before it is run again."""
         for name in (OUTCOME, ERROR, STOP):
-            (self.folder / name).unlink(missing_ok=True)
+            if (self.folder / name).is_file():
+                (self.folder / name).unlink()
+                if self.mirror is not None:
+                    remote.remove_file(self.mirror.place(name))
+
+    def prune(self) -> None:
+        """Remove its model and its checkpoints; its small files stay."""
+        prune_trial(self.folder)
+        if self.mirror is not None:
+            for name in HEAVY:
+                self.mirror.clear(name)
 
     def steps_done(self) -> int:
-        """Steps of its training so far, from the last line of its progress."""
+        """Steps of its training so far, from the last line of its progress on this machine."""
         path = self.folder / PROGRESS
         if not path.is_file():
-            return 0
+            return self.reached
         with path.open("rb") as stream:
             stream.seek(max(path.stat().st_size - 4096, 0))
             lines = stream.read().splitlines()
         for line in reversed(lines):
             try:
-                return int(json.loads(line)["step"])
+                return max(int(json.loads(line)["step"]), self.reached)
             except (ValueError, KeyError, TypeError):
                 continue
-        return 0
+        return self.reached
 
 
 def last_line(text: str) -> str:
@@ -139,12 +168,12 @@ def prune(entries: Sequence[Entry], keep: int | None) -> None:
         if entry.outcome is None or entry.outcome.status in ("failed", "interrupted"):
             continue
         if entry.outcome.group not in best or entry.outcome.status == "stopped":
-            prune_trial(entry.folder)
+            entry.prune()
 
 
 def prune_trial(folder: Path) -> None:
     """Remove the model and the checkpoints of a run; its small files stay."""
-    for name in ("model", "checkpoints", "ray"):
+    for name in HEAVY:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -9,6 +9,8 @@
   score.png        score against activated FLOPs and parameters
   result.json      what the command gives
 
+With ``--run_dir s3://bucket/runs`` the same lies in the store: see sweeps/stored.py.
+
 The test splits are not looked at: they are for what was chosen.
 """
 
@@ -18,14 +20,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipelines.mirror import Mirror
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import console, tracking
+from skillnet_platform import console, remote, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import local_folder
+from skillnet_platform.places import place
+from skillnet_platform.remote import is_uri
 from skillnet_platform.storage import atomic_write, read_json, run_root, write_json
 from skillnet_platform.tracking import Tracker
+from sweeps import stored
 from sweeps.settings import SweepConfig
 from sweeps.trial import TrialOutcome
 
@@ -47,11 +52,14 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     Raises:
         UserError: a space, values or corpora that do not fit, before anything starts; or no
             trial has a score, after all were tried.
+        StoreUnavailable: the store does not answer. The same command goes on.
     """
     from sweeps.engine import check_trial, run_trials
 
     begin = time.monotonic()
-    config, folder = _resolved(config)
+    config, folder, mirror = _resolved(config)
+    if mirror is not None:
+        stored.take_up(mirror.uri, folder)
     source, run = _source(config, folder)
     asha = config.asha if config.scheduler == "asha" else None
     # A mistake that all trials share shows before anything is written or recorded.
@@ -66,6 +74,8 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         run_id=known.get("run_id"),
     ) as parent:
         write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
+        if mirror is not None:
+            mirror.put_files(*stored.BEGUN)
         outcomes = run_trials(
             source,
             folder=folder / "trials",
@@ -76,22 +86,33 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             keep=config.keep,
             max_failures=config.max_failures,
             label="sweep",
+            store=mirror.place("trials") if mirror is not None else None,
         )
         result = _conclude(config, run, folder, parent, outcomes)
     result["seconds"] = time.monotonic() - begin
+    result["mirror"] = mirror.uri if mirror is not None else None
     write_json(folder / RESULT, console.plain(result))
+    if mirror is not None:
+        mirror.put_files(*stored.ENDED)
     return result
 
 
-def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path]:
+def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
+    """With a name and a run directory; the sweep's folder on this disk, and in a store."""
     name = config.name or time.strftime("sweep-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
-    # Trials are told apart by files that their processes and the driver share.
-    root = local_folder(config.run_dir, run_root(), "run_dir of a sweep")
     if config.run.storage.mirror:
-        raise UserError("run.storage.mirror: trials of a sweep are kept in its folder only")
-    return replace(config, name=name, run_dir=str(root)), root / name
+        raise UserError(
+            "run.storage.mirror: trials are kept where their sweep is; give the sweep --run_dir "
+            "s3://… instead"
+        )
+    root = place(config.run_dir, run_root())
+    config = replace(config, name=name, run_dir=str(root))
+    if isinstance(root, Path):
+        return config, root / name, None
+    folder = run_root() / name
+    return config, folder, Mirror(remote.join(root, name), folder)
 
 
 def _open(config: SweepConfig, folder: Path) -> None:
@@ -125,7 +146,7 @@ def _source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     from sweeps.spaces import Space
 
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
-    run = resolved(replace(named, run_dir=config.run_dir))
+    run = resolved(replace(named, run_dir=str(folder.parent)))
     if not config.space:
         raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
     space = Space(config.space, run)
@@ -211,9 +232,10 @@ def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
     made = replace(
         made,
         name=None,
-        run_dir=config.run.run_dir,
+        run_dir=config.run.run_dir or (config.run_dir if is_uri(config.run_dir) else None),
         seed=config.run.seed,
         data=config.run.data,
+        storage=config.run.storage,
         evaluate=True,
         tracking=config.run.tracking,
     )

@@ -179,6 +179,7 @@ def run_one(
     score: ScoreConfig | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
     nested: "Nested | None" = None,
+    store: str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate a trial: in this process, or on several nested Ray workers.
 
@@ -194,17 +195,26 @@ def run_one(
             cost; {} if it was reported before a crash. With several workers it is called on each
             of them, with {} on all but the first.
         nested: how ``training.workers`` above 1 run below a trial of Ray Tune.
+        store: URI of the folder of all trials, to which this run is mirrored; none keeps it here.
 
     Returns:
         As ``pipelines.finetune.finetune``.
     """
     from pipelines import finetune
+    from pipelines.mirror import mirror_of
+    from pipelines.uploads import deliver
     from skillnet_platform.tracking import Tracker
 
-    config = finetune.resolved(placed(trial.config, folder))
+    config = finetune.resolved(placed(trial.config, folder, store))
+    mirror = mirror_of(config, folder)
+    if mirror is not None:
+        mirror.take_up(config)
+    known = (folder / finetune.CONFIG).is_file()
     finished = finetune.open_run(config, folder)
     if finished is not None:
         return finished
+    if mirror is not None:
+        mirror.begin(known)
     checked = finetune.check(config)
     alone = config.training.workers <= 1
     # Trials share the cluster: none grows into the place of another.
@@ -229,18 +239,34 @@ def run_one(
     if watch is not None and result["evaluation"]:
         watch.record(result["evaluation"], result["step"])
     write_json(folder / finetune.RESULT, result)
+    if mirror is not None:
+        deliver(mirror, config.training.keep, config.storage.patience)
     return result
 
 
-def placed(config: FinetuneConfig, folder: Path) -> FinetuneConfig:
-    """The configuration of a run in that very folder, which registers no model."""
+def placed(config: FinetuneConfig, folder: Path, store: str | None = None) -> FinetuneConfig:
+    """The configuration of a run in that very folder, which registers no model.
+
+    Args:
+        config: of the trial.
+        folder: of the run.
+        store: URI of the folder of all trials, to which the run is mirrored; none keeps it here.
+
+    Raises:
+        UserError: the trial names a mirror of its own.
+    """
     if config.storage.mirror:
         raise UserError(
-            "storage.mirror: trials of sweeps and studies are kept in their folder only, not in a "
-            "store; leave it out"
+            "storage.mirror: trials of sweeps and studies are kept where the sweep is; leave it "
+            "out, and give a sweep --run_dir s3://… instead"
         )
-    tracking = replace(config.tracking, register=False)
-    return replace(config, name=folder.name, run_dir=str(folder.parent), tracking=tracking)
+    return replace(
+        config,
+        name=folder.name,
+        run_dir=str(folder.parent),
+        tracking=replace(config.tracking, register=False),
+        storage=replace(config.storage, mirror=store),
+    )
 
 
 class Evaluations:

@@ -23,10 +23,12 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from skillnet_platform import console
+from skillnet_platform import console, remote
+from skillnet_platform.storage import run_root
+from sweeps.ledger import prune_trial
 from sweeps.trial import ERROR, LOG, STOP, read_trial, reports_of, run_one
 
-METRIC, STEP = "score", "step"
+METRIC, STEP, REPORT, FAILED = "score", "step", "report", "failed"
 
 #: Set while Tune runs, where the user has not.
 ENVIRONMENT = {
@@ -47,10 +49,17 @@ def trial_process(told: dict[str, Any]) -> None:
 
     Args:
         told: ``folder`` of the trial, and ``cpus`` and ``gpus`` of it or of each of its workers.
+            With a ``store``, the URI of the folder of all trials, ``folder`` stands below this
+            host's run root.
     """
     import torch
 
-    folder = Path(told["folder"])
+    from pipelines.mirror import Mirror
+    from sweeps import stored
+
+    folder, store = run_root() / told["folder"], told["store"]
+    mirror = Mirror(remote.join(store, folder.name), folder) if store else None
+    folder.mkdir(parents=True, exist_ok=True)
     with (
         (folder / LOG).open("a", encoding="utf-8", buffering=1) as log,
         contextlib.redirect_stdout(log),
@@ -58,6 +67,8 @@ def trial_process(told: dict[str, Any]) -> None:
         _stoppable(folder / STOP),
     ):
         try:
+            if mirror is not None:
+                stored.receive(mirror)
             trial, score, more = read_trial(folder)
             training = trial.config.training
             nested = None
@@ -72,15 +83,21 @@ def trial_process(told: dict[str, Any]) -> None:
                 score=score,
                 report=_report_nested if nested else _report,
                 nested=nested,
+                store=store,
             )
+            if mirror is not None:
+                stored.hand_back(mirror)
+                prune_trial(folder)
         except Exception as problem:
             (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
-            tune.report({STEP: 0, "failed": f"{type(problem).__name__}: {problem}"})
+            if mirror is not None:
+                stored.hand_back(mirror)
+            tune.report({STEP: 0, FAILED: f"{type(problem).__name__}: {problem}"})
             return
         except _Stopped:
             return
     made = reports_of(folder)
-    last = {METRIC: made[-1][METRIC]} if made and made[-1][STEP] == result["step"] else {}
+    last = _said(made[-1]) if made and made[-1][STEP] == result["step"] else {}
     tune.report({STEP: result["step"], **last})
 
 
@@ -115,7 +132,12 @@ def _stoppable(path: Path) -> Iterator[None]:
 
 def _report(made: dict[str, Any]) -> None:
     if made:
-        tune.report({STEP: made[STEP], METRIC: made[METRIC]})
+        tune.report(_said(made))
+
+
+def _said(line: dict[str, Any]) -> dict[str, Any]:
+    """What Tune is told of an evaluation: two numbers for itself, and all of it for the driver."""
+    return {STEP: line[STEP], METRIC: line[METRIC], REPORT: line}
 
 
 def _report_nested(made: dict[str, Any]) -> None:
@@ -123,7 +145,7 @@ def _report_nested(made: dict[str, Any]) -> None:
     import ray.train
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    ray.train.report({STEP: made[STEP], METRIC: made[METRIC]} if made else {})
+    ray.train.report(_said(made) if made else {})
 
 
 def _nested(told: dict[str, Any]) -> Any:
@@ -186,14 +208,26 @@ class Listener(tune.Callback):
 
     Args:
         on_end: called with a trial's name and the error that Tune has of it, or none.
+        on_report: called with a trial's name and each evaluation that it reports.
     """
 
-    def __init__(self, on_end: Callable[[str, str | None], None]) -> None:
-        self._on_end = on_end
+    def __init__(
+        self,
+        on_end: Callable[[str, str | None], None],
+        on_report: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self._on_end, self._on_report = on_end, on_report
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial was evaluated."""
+        if REPORT in result:
+            self._on_report(trial.config["name"], result[REPORT])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has come to its end, or was stopped."""
-        self._on_end(trial.config["name"], None)
+        self._on_end(trial.config["name"], (trial.last_result or {}).get(FAILED))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process of a trial has died, once too often."""

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 TRAINED = "trained.json"
 MODEL = "model"
 
+#: So often a worker whose progress file the driver does not see says how far it is.
+ALOUD_S = 10.0
+
 #: Numbers of the fits of this process, for their names.
 _FITS = count()
 
@@ -72,6 +75,8 @@ class RunReporter(Reporter):
         on_evaluation: told about each evaluation, or none.
         uploads: sends checkpoints to a store, or none.
         world: number of workers; recorded where it may change.
+        aloud: the driver does not see the progress file: say now and then how far it is. Ray
+            passes on what workers say.
     """
 
     def __init__(
@@ -82,8 +87,10 @@ class RunReporter(Reporter):
         on_evaluation: OnEvaluation | None = None,
         uploads: Uploads | None = None,
         world: int = 1,
+        aloud: bool = False,
     ) -> None:
         self._uploads, self._world = uploads, world
+        self._next_words = time.monotonic() if aloud else float("inf")
         self._config, self._run, self._tracker = config, run, tracker
         self._on_evaluation = on_evaluation
         self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
@@ -100,6 +107,9 @@ class RunReporter(Reporter):
 
     def progress(self, step: int, words: str) -> None:
         self._say(step=step, words=words)
+        if time.monotonic() >= self._next_words:
+            self._next_words = time.monotonic() + ALOUD_S
+            console.note(f"training: step {step} of {self._config.training.steps}, {words}")
 
     def evaluate(self, model: TaskModel, step: int) -> None:
         from pipelines import reconstructions
@@ -185,7 +195,8 @@ def work(
         return
     tracker = Tracker.by_id(*tracked) if tracked else None
     uploads = Uploads(mirror, config.training.keep) if mirror is not None else None
-    reporter = RunReporter(config, run, tracker, on_evaluation, uploads, world)
+    aloud = apart and mirror is not None
+    reporter = RunReporter(config, run, tracker, on_evaluation, uploads, world, aloud)
     try:
         done = train(config, rank=rank, world=world, run=run, reporter=reporter)
         if done.left and host is not None:

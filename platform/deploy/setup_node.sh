@@ -9,7 +9,8 @@
 # Only dependencies are installed, never our own code: that comes with each job, and a worker that
 # had both would mix them. Files are looked for beside this script; settings come from the
 # environment:
-#   SKILLNET_HOME        where runs are kept: a path at which all nodes see the same (needed)
+#   SKILLNET_HOME        where runs are kept (needed): a path at which all nodes see the same, or,
+#                        for runs that lie in an object store, one on each node's own disk
 #   SKILLNET_NFS         SERVER:/PATH of a network file system to mount there, if nobody has
 #   MLFLOW_TRACKING_URI  the MLflow server, if there is one
 #   SKILLNET_VENV        the virtual environment (~/.skillnet/venv); one that is there is used
@@ -119,9 +120,9 @@ END
 
 install() {
     [ -n "${SKILLNET_HOME:-}" ] ||
-        fail "SKILLNET_HOME is not set: give the path at which all nodes keep their runs"
+        fail "SKILLNET_HOME is not set: give the path at which nodes keep their runs"
     case "$SKILLNET_HOME" in
-    *://*) fail "SKILLNET_HOME is a path; a bucket is named by the commands that use one" ;;
+    *://*) fail "SKILLNET_HOME is a path on the nodes; a store is named with --data and --run_dir" ;;
     esac
     install_dependencies
     mount_storage

@@ -92,6 +92,14 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     return ray
 
 
+def on_this_host(ray: Any) -> dict[str, Any]:
+    """Options of a task that must run on the host of this process, whose disk it needs."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
 @contextlib.contextmanager
 def session(cpus: int | None = None) -> Iterator[Any]:
     """Ray for the length of a block; shut down after it only if this block started it."""

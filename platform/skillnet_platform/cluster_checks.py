@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,20 @@ from typing import Any
 
 import yaml
 
-from skillnet_platform import storage, store, versions
+from skillnet_platform import remote, storage, store, versions
 from skillnet_platform.errors import first_line
 from skillnet_platform.needs import Needs
+from skillnet_platform.places import below, place
 from skillnet_platform.preflight import FREE_DISK_BYTES, Finding
+from skillnet_platform.remote_errors import PATIENCE_VARIABLE
 
 #: Where `ray up` leaves the cluster's file on the head: what the autoscaler may still start.
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 #: A node's first task starts a process that imports what it needs.
 NODE_TIMEOUT_S = 300.0
+#: A node that looks at a store waits no longer for it.
+STORE_PATIENCE_S = "10"
 AGAIN = "run `ray up` again: it runs platform/deploy/setup_node.sh on every node"
 
 
@@ -52,14 +57,16 @@ def cluster_findings(ray: Any, asked: Needs) -> list[Finding]:
     if silent:
         return [*silent, *enough(nodes, asked, _growth())]
     found = [*same_versions(seen), *enough(nodes, asked, _growth())]
-    found += [*authentication(seen), *shared_storage(seen), *room(seen)]
-    return [*found, *trackers(seen, asked), *meeting(seen, asked)]
+    found += [*authentication(seen), *shared_storage(seen, _roots(asked.places)), *room(seen)]
+    return [*found, *trackers(seen), *meeting(seen, asked)]
 
 
 def _look_everywhere(
     ray: Any, nodes: Sequence[Mapping[str, Any]], places: Sequence[str]
 ) -> tuple[list[Seen], list[Finding]]:
     """One task a node: first each leaves a file in the storage, then each says what it sees."""
+    if tracker := _tracker_folder():
+        places = list(dict.fromkeys([*_roots(places), tracker]))
     folder = f".doctor-{secrets.token_hex(4)}"
     written, problems = _on_each(ray, nodes, _leave_file, folder, places)
     seen: dict[str, Any] = {}
@@ -98,12 +105,15 @@ def _on_each(
 
 def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
     """Write a file named after this node into each place; what went wrong, or nothing."""
+    os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
     for where in _roots(places):
         try:
-            files, root = _file_system(where)
-            files.create_dir(f"{root}/{folder}", recursive=True)
-            with files.open_output_stream(f"{root}/{folder}/{address}") as stream:
-                stream.write(address.encode())
+            target = below(place(where, storage.run_root()), folder, address)
+            if isinstance(target, Path):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(address, encoding="utf-8")
+            else:
+                remote.write_bytes(target, address.encode())
         except Exception as problem:
             return f"{where}: {first_line(problem)}"
     return ""
@@ -135,29 +145,24 @@ def _look_around(address: str, folder: str, places: Sequence[str]) -> dict[str, 
 
 
 def _roots(places: Sequence[str]) -> list[str]:
-    """Where a run reads and writes: the places that it names, else the run root."""
-    return list(places) or [str(storage.run_root())]
+    """Where a run reads and writes: the places that it names, the run root where it names none."""
+    return list(dict.fromkeys(str(name or storage.run_root()) for name in places or [""]))
 
 
-def _file_system(where: str) -> tuple[Any, str]:
-    """The file system of a path or URI, and the path in it."""
-    from pyarrow import fs
-
-    if "://" in where:
-        return fs.FileSystem.from_uri(where)
-    return fs.LocalFileSystem(), where
+def _tracker_folder() -> str:
+    """The folder of a tracker that is a file; empty if it is a server."""
+    uri = store.resolve_uri()
+    return str(Path(uri.removeprefix("sqlite:///")).parent) if uri.startswith("sqlite:") else ""
 
 
 def _files_in(where: str, folder: str) -> list[str]:
-    from pyarrow import fs
-
+    os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
     try:
-        files, root = _file_system(where)
-        found = []
-        for info in files.get_file_info(fs.FileSelector(f"{root}/{folder}")):
-            with files.open_input_stream(info.path) as stream:
-                found.append(stream.read().decode())
-        return sorted(found)
+        target = below(place(where, storage.run_root()), folder)
+        if isinstance(target, Path):
+            return sorted(path.read_text(encoding="utf-8") for path in target.iterdir())
+        names = [entry.name for entry in remote.list_files(target)]
+        return sorted(remote.read_bytes(remote.join(target, name)).decode() for name in names)
     except Exception:  # shows as files that are not seen
         return []
 
@@ -165,8 +170,11 @@ def _files_in(where: str, folder: str) -> list[str]:
 def _clean_up(folder: str, places: Sequence[str]) -> None:
     for where in _roots(places):
         with contextlib.suppress(Exception):  # a finding already
-            files, root = _file_system(where)
-            files.delete_dir(f"{root}/{folder}")
+            target = below(place(where, storage.run_root()), folder)
+            if isinstance(target, Path):
+                shutil.rmtree(target)
+            else:
+                remote.remove_directory(target)
 
 
 def _tracker_problem() -> str:
@@ -256,9 +264,12 @@ def authentication(seen: Sequence[Seen]) -> list[Finding]:
     return [Finding("authentication", "warning", what, advice)]
 
 
-def shared_storage(seen: Sequence[Seen]) -> list[Finding]:
-    """Every node writes to the storage and reads what the others wrote."""
-    advice = f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount"
+def shared_storage(seen: Sequence[Seen], places: Sequence[str]) -> list[Finding]:
+    """Every node writes to those places and reads what the others wrote."""
+    advice = (
+        f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount, or "
+        "name a store: --data s3://… --run_dir s3://…"
+    )
     if len({each.home for each in seen}) > 1:
         told = ", ".join(f"{each.node}: {each.home or '(not set)'}" for each in seen)
         return [Finding("storage", "error", told, advice)]
@@ -266,18 +277,23 @@ def shared_storage(seen: Sequence[Seen]) -> list[Finding]:
     if failed:
         what = f"cannot be written from {failed[0].node}: {failed[0].write_problem}"
         return [Finding("storage", "error", what, advice)]
-    wanted = {each.node for each in seen}
     found = []
-    for where in sorted({place for each in seen for place in each.files_seen}):
-        blind = [(e.node, wanted - set(e.files_seen.get(where, []))) for e in seen]
-        lacking = [(node, sorted(missing)[0]) for node, missing in blind if missing]
-        if lacking:
-            what = f"{where}: {lacking[0][0]} does not see what {lacking[0][1]} wrote there"
-            found.append(Finding("storage", "error", what, advice))
+    for where in sorted(places):
+        if blind := _unseen(seen, where):
+            found.append(Finding("storage", "error", blind, advice))
         else:
             what = f"{where}: each of {len(seen)} nodes reads what all wrote"
             found.append(Finding("storage", "ok", what))
     return found
+
+
+def _unseen(seen: Sequence[Seen], where: str) -> str:
+    """Words on a node that does not see what another one wrote in a place; empty if all do."""
+    wanted = {each.node for each in seen}
+    for each in seen:
+        for missing in sorted(wanted - set(each.files_seen.get(where, []))):
+            return f"{where}: {each.node} does not see what {missing} wrote there"
+    return ""
 
 
 def room(seen: Sequence[Seen]) -> list[Finding]:
@@ -290,7 +306,7 @@ def room(seen: Sequence[Seen]) -> list[Finding]:
     return [Finding("checkpoints", "ok", f"at least {free} free")]
 
 
-def trackers(seen: Sequence[Seen], asked: Needs) -> list[Finding]:
+def trackers(seen: Sequence[Seen]) -> list[Finding]:
     """Every node reaches the MLflow server."""
     for each in seen:
         if each.tracker_problem:
@@ -299,7 +315,9 @@ def trackers(seen: Sequence[Seen], asked: Needs) -> list[Finding]:
             return [Finding("tracker on nodes", "error", what, advice)]
     uri = store.resolve_uri()
     if len(seen) > 1 and not uri.startswith("http"):
-        advice = f"start `mlflow server` and set {store.URI_VARIABLE} in the cluster's file"
+        advice = f"start `skillnet tracker` and set {store.URI_VARIABLE} in the cluster's file"
+        if blind := _unseen(seen, _tracker_folder()):
+            return [Finding("tracker on nodes", "error", f"{uri}: a file. {blind}", advice)]
         what = f"{uri}: a file, to which several nodes would write"
         return [Finding("tracker on nodes", "warning", what, advice)]
     return [Finding("tracker on nodes", "ok", uri)]

@@ -19,17 +19,22 @@ from skillnet_platform.errors import UserError
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 REQUIREMENTS = Path("platform/deploy/requirements.txt")
 
-#: Ray's launcher needs it on the head of a cluster on AWS; its autoscaler starts the workers.
-HEAD_OF_AWS = "boto3"
+#: Extras of ``pyproject.toml`` that nodes get as far as they are installed here: what the
+#: autoscaler on AWS, object stores and a tracking server need.
+EXTRAS = ("cluster", "s3", "tracker")
+#: Clients of other stores, which nodes get likewise.
+OTHER_STORES = ("gcsfs", "adlfs")
 
 
 def direct_dependencies(project: Path = PROJECT) -> list[str]:
-    """The requirements of ``pyproject.toml``, as they stand there.
+    """The requirements of ``pyproject.toml``, and those of ``EXTRAS`` that are installed here.
 
     Raises:
         UserError: no such file: this is an installation, not a checkout.
     """
     import tomllib
+
+    from packaging.requirements import Requirement
 
     try:
         told = tomllib.loads(project.read_text(encoding="utf-8"))
@@ -37,7 +42,12 @@ def direct_dependencies(project: Path = PROJECT) -> list[str]:
         raise UserError(
             f"{project}: no such file; a cluster gets its code from a checkout of the repository"
         ) from None
-    return [str(line) for line in told["project"]["dependencies"]]
+    extras = told["project"].get("optional-dependencies", {})
+    optional = [*(line for name in EXTRAS for line in extras.get(name, [])), *OTHER_STORES]
+    return [
+        *map(str, told["project"]["dependencies"]),
+        *(str(line) for line in optional if _is_installed(Requirement(line).name)),
+    ]
 
 
 def pins(requirements: list[str]) -> dict[str, str]:
@@ -73,16 +83,13 @@ def pins(requirements: list[str]) -> dict[str, str]:
 
 def requirements_text(project: Path = PROJECT) -> str:
     """The content of ``requirements.txt``: pinned, with the Python under which it was pinned."""
-    lines = [*direct_dependencies(project)]
-    if _is_installed(HEAD_OF_AWS):
-        lines.append(HEAD_OF_AWS)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     head = [
         f"# python {python}",
         "# Written by python -m skillnet_platform.environment; names from pyproject.toml, versions",
         "# from the environment that wrote it.",
     ]
-    pinned = [f"{name}=={version}" for name, version in pins(lines).items()]
+    pinned = [f"{name}=={version}" for name, version in pins(direct_dependencies(project)).items()]
     return "\n".join([*head, *pinned]) + "\n"
 
 

@@ -16,7 +16,7 @@ from skillnet_platform.typed_tree import nested, value_at
 #: Commands that train; the others need one CPU somewhere.
 TRAINING = ("pretrain", "finetune", "quickstart", "sweep", "compare", "grow")
 #: Keys that name where results are written and corpora are read.
-PLACES = ("run_dir", "data")
+KEYS = ("run_dir", "data", "run.data")
 #: Options of our own that take no value.
 FLAGS = ("json", "help", "detach")
 
@@ -29,8 +29,8 @@ class Needs:
         workers: processes that train at once, each with a CPU.
         gpus: of all of them together.
         spread: each worker on a host of its own.
-        places: paths and URIs that the run names for its results and corpora; none stands for
-            the run root.
+        places: paths and URIs that the run names for its results and corpora. An empty one stands
+            for the run root, and so do none at all.
     """
 
     workers: int = 1
@@ -75,11 +75,15 @@ def needs(words: Sequence[str]) -> Needs:
     for key, value in _options(options):
         if key == "config":
             config.merge(tree, config.load_layer(config.find_config(value)))
-        elif key in PLACES or key.startswith(("training.", "run.training.")):
+        elif key in KEYS or key.startswith(("training.", "run.training.")):
             config.merge(tree, nested(key, yaml.safe_load(value)))
-    places = tuple(str(tree[key]) for key in PLACES if tree.get(key))
+    named = {key: value_at(tree, key) for key in KEYS}
+    places = tuple(dict.fromkeys(str(each) for each in named.values() if each))
     if command not in TRAINING:
         return Needs(places=places)
+    kinds = {key.rpartition(".")[2] for key in named if named[key]}
+    if places and len(kinds) < 2:
+        places += ("",)  # what is not named lies in the run root
     inner = "run.training" if command == "sweep" else "training"
     workers = value_at(tree, f"{inner}.workers")
     count = max(int(workers), 1) if isinstance(workers, int) else 1

@@ -1,16 +1,20 @@
 """``ray up ray_cluster.yaml`` against an EC2 that moto plays, ssh and rsync played by a script.
 
 It carries as far as this: Ray's launcher makes the key, the security group and the head, copies
-the files and runs the commands of the file, in their order, and its calls are those that EC2
-takes. What no mock shows: whether the machines start, the images fit, and the commands succeed
-on them; the commands themselves run in tests/cluster.
+the files and runs the commands of the file, in their order; Ray's autoscaler, with the file that
+the launcher gives the head, starts the workers that waiting work needs, sets them up, and ends
+those that idle; their calls are those that EC2 takes. What no mock shows: whether the machines
+start, the images fit, and the commands succeed on them; the commands themselves run in
+tests/cluster. The tests stand in the order of the walk and share one cloud.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,25 @@ boto3 = pytest.importorskip("boto3")
 
 ROOT = Path(__file__).parents[2]
 PROFILE = "skillnet-node"
+#: ssh and rsync: they write down what they are asked to do, and keep the file from which the
+#: autoscaler on the head would read what it may start.
 PLAYED = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$PLAYED_LOG"
+for word; do before="$last"; last="$word"; done
+case "$last" in *ray_bootstrap_config.yaml) cp "$before" "$PLAYED_LOG.config" ;; esac
+exit 0
 """
 
 
-@pytest.fixture
-def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def environment() -> Iterator[pytest.MonkeyPatch]:
+    """Variables for as long as the cloud is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def cloud(environment: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a mocked cloud, which this process and its children use."""
     from moto.server import ThreadedMotoServer
 
@@ -37,10 +53,10 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     host, port = server.get_host_and_port()
     requests.post(f"http://{host}:{port}/moto-api/reset", timeout=30)  # it outlives its server
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
+        environment.setenv(name, "testing")
+    environment.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    environment.delenv("AWS_PROFILE", raising=False)
     iam = boto3.client("iam")
     iam.create_instance_profile(InstanceProfileName=PROFILE)
     yield f"http://{host}:{port}"
@@ -54,31 +70,19 @@ def instances() -> list[dict[str, Any]]:
     return [each for each in found if each["State"]["Name"] in ("pending", "running")]
 
 
-@pytest.mark.integration
-def test_ray_up_starts_a_head_and_ray_down_ends_it(cloud: str, tmp_path: Path) -> None:
-    home, log, tools = tmp_path / "home", tmp_path / "log", tmp_path / "tools"
-    (home / ".ray").mkdir(parents=True)
-    (home / ".ray/auth_token").write_text("secret")
-    tools.mkdir()
-    for name in ("ssh", "rsync"):
-        (tools / name).write_text(PLAYED)
-        (tools / name).chmod(0o755)
-    code = tmp_path / "checkout"
-    (code / "platform").mkdir(parents=True)
-    shutil.copytree(ROOT / "platform/deploy", code / "platform/deploy")
-    shutil.copy(ROOT / "ray_cluster.yaml", code)
+@dataclass
+class Launcher:
+    """Ray's launcher in a checkout of its own, with a home, a log of what it asks of ssh."""
 
-    def ray(*words: str) -> str:
+    home: Path
+    log: Path
+    code: Path
+
+    def run(self, *words: str) -> str:
         done = subprocess.run(
             [str(Path(sys.executable).with_name("ray")), *words],
-            cwd=code,
-            env={
-                **os.environ,
-                "HOME": str(home),
-                "PLAYED_LOG": str(log),
-                "PATH": f"{tools}:{os.environ['PATH']}",
-                "RAY_AUTH_MODE": "token",
-            },
+            cwd=self.code,
+            env={**os.environ, "RAY_AUTH_MODE": "token"},
             capture_output=True,
             text=True,
             timeout=240,
@@ -86,7 +90,32 @@ def test_ray_up_starts_a_head_and_ray_down_ends_it(cloud: str, tmp_path: Path) -
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    ray("up", "-y", "--no-config-cache", "ray_cluster.yaml")
+
+@pytest.fixture(scope="module")
+def launcher(
+    cloud: str, tmp_path_factory: pytest.TempPathFactory, environment: pytest.MonkeyPatch
+) -> Launcher:
+    tmp_path = tmp_path_factory.mktemp("launcher")
+    made = Launcher(tmp_path / "home", tmp_path / "log", tmp_path / "checkout")
+    (made.home / ".ray").mkdir(parents=True)
+    (made.home / ".ray/auth_token").write_text("secret")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("ssh", "rsync"):
+        (tools / name).write_text(PLAYED)
+        (tools / name).chmod(0o755)
+    (made.code / "platform").mkdir(parents=True)
+    shutil.copytree(ROOT / "platform/deploy", made.code / "platform/deploy")
+    shutil.copy(ROOT / "ray_cluster.yaml", made.code)
+    environment.setenv("HOME", str(made.home))
+    environment.setenv("PLAYED_LOG", str(made.log))
+    environment.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return made
+
+
+@pytest.mark.integration
+def test_ray_up_starts_a_head(launcher: Launcher) -> None:
+    launcher.run("up", "-y", "--no-config-cache", "ray_cluster.yaml")
     (head,) = instances()
     assert head["InstanceType"] == "m6i.xlarge"
     assert head["IamInstanceProfile"]["Arn"].endswith(PROFILE)
@@ -106,7 +135,7 @@ def test_ray_up_starts_a_head_and_ray_down_ends_it(cloud: str, tmp_path: Path) -
         group["GroupId"]
     ]
 
-    said = log.read_text()
+    said = launcher.log.read_text()
     steps = [
         "ssh ",  # waits for the machine
         "rsync ",
@@ -120,5 +149,129 @@ def test_ray_up_starts_a_head_and_ray_down_ends_it(cloud: str, tmp_path: Path) -
     assert "--dashboard-host=127.0.0.1" in said
     assert "0.0.0.0" not in said
 
-    ray("down", "-y", "ray_cluster.yaml")
+
+class Told:
+    """What Ray's head tells its autoscaler: who is there, how long idle, and what waits for room.
+
+    In the place of the GCS: nodes whose machines run have joined, unless they were drained.
+    """
+
+    address = "10.0.0.1:6379"
+
+    def __init__(self, head: str) -> None:
+        self.head = head
+        self.waiting: list[dict[str, float]] = []
+        self.idle_ms = 0
+        self.drained: set[str] = set()
+
+    def drain_node(self, node_id: Any, **about: Any) -> tuple[bool, str]:
+        """The node is told to end Ray; it does."""
+        self.drained.add(node_id)
+        return True, ""
+
+    def state(self, _: Any) -> Any:
+        """The protocol buffer that the GCS would send."""
+        from ray.core.generated import autoscaler_pb2 as told
+
+        nodes = []
+        for each in instances():
+            tags = {tag["Key"]: tag["Value"] for tag in each["Tags"]}
+            name = each["InstanceId"]
+            if tags["ray-node-status"] != "up-to-date":
+                continue  # Ray is not started there yet
+            idle = name != self.head and self.idle_ms
+            over = name.encode().hex() in self.drained
+            status = told.DEAD if over else told.IDLE if idle else told.RUNNING
+            nodes.append(
+                told.NodeState(
+                    node_id=name.encode(),
+                    instance_id=name,
+                    ray_node_type_name=tags["ray-user-node-type"],
+                    total_resources=RESOURCES[tags["ray-user-node-type"]],
+                    available_resources=RESOURCES[tags["ray-user-node-type"]],
+                    status=status,
+                    idle_duration_ms=int(idle),
+                )
+            )
+        asked = [
+            told.ResourceRequestByCount(
+                request=told.ResourceRequest(resources_bundle=bundle), count=1
+            )
+            for bundle in self.waiting
+        ]
+        return told.ClusterResourceState(
+            cluster_resource_state_version=1,
+            node_states=nodes,
+            pending_resource_requests=asked,
+            cluster_session_name="test",
+        )
+
+
+RESOURCES = {
+    "head": {"node:__internal_head__": 1.0},
+    "gpu": {"CPU": 8.0, "GPU": 1.0},
+    "data": {"CPU": 8.0},
+}
+
+
+@pytest.mark.integration
+def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (head,) = instances()
+    # The files that the launcher copied to the head, from which the head serves the workers.
+    shutil.copytree(ROOT / "platform/deploy", launcher.home / ".skillnet/deploy")
+    (key,) = (launcher.home / ".ssh").glob("*.pem")
+    shutil.copy(key, launcher.home / "ray_bootstrap_key.pem")
+    launcher.log.unlink()
+
+    from ray.autoscaler.v2 import autoscaler as second
+    from ray.autoscaler.v2.instance_manager.config import FileConfigReader
+
+    told = Told(head["InstanceId"])
+    monkeypatch.setattr(second, "get_cluster_resource_state", told.state)
+    reader = FileConfigReader(f"{launcher.log}.config", skip_content_hash=True)
+    scaler = second.Autoscaler("test", reader, told)
+
+    def until(wanted: list[str]) -> list[dict[str, Any]]:
+        end = time.monotonic() + 120
+        while True:
+            planned = scaler.update_autoscaling_state()
+            found = [each for each in instances() if each["InstanceId"] != told.head]
+            tags = [{tag["Key"]: tag["Value"] for tag in each["Tags"]} for each in found]
+            ready = all(each["ray-node-status"] == "up-to-date" for each in tags)
+            if ready and sorted(each["ray-user-node-type"] for each in tags) == wanted:
+                return found
+            assert time.monotonic() < end, (tags, planned)
+            time.sleep(0.2)
+
+    # Training with two workers of a GPU each, and preparation that fills a machine.
+    told.waiting = [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 8}]
+    started = until(["data", "gpu", "gpu"])
+    kinds = sorted(each["InstanceType"] for each in started)
+    assert kinds == ["c6i.2xlarge", "g6.2xlarge", "g6.2xlarge"]
+    group = head["SecurityGroups"][0]["GroupId"]
+    for each in started:
+        assert each["IamInstanceProfile"]["Arn"].endswith(PROFILE)
+        assert each["InstanceLifecycle"] == "spot"
+        assert [one["GroupId"] for one in each["SecurityGroups"]] == [group]
+    said = launcher.log.read_text()
+    for each in started:
+        address = each["PrivateIpAddress"]
+        mine = [line for line in said.splitlines() if address in line]
+        steps = ["rsync ", "setup_node.sh install", "setup_node.sh settings", "ray start --address"]
+        places = [next(n for n, line in enumerate(mine) if step in line) for step in steps]
+        assert places == sorted(places), mine
+    assert "RAY_HEAD_IP=10.0.0.1" in said
+
+    # Ten idle minutes are over: all but the head end.
+    told.waiting = []
+    told.idle_ms = 11 * 60 * 1000
+    assert until([]) == []
+    assert [each["InstanceId"] for each in instances()] == [told.head]
+
+
+@pytest.mark.integration
+def test_ray_down_ends_the_head(launcher: Launcher) -> None:
+    launcher.run("down", "-y", "ray_cluster.yaml")
     assert instances() == []

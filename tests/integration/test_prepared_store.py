@@ -34,8 +34,8 @@ def test_a_corpus_is_prepared_into_a_store(
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
     prepare = preparing.prepare
 
-    def prepare_and_lose_the_store(*given: Any) -> Any:
-        done = prepare(*given)
+    def prepare_and_lose_the_store(*given: Any, **more: Any) -> Any:
+        done = prepare(*given, **more)
         object_store.door.shut()
         return done
 

@@ -10,6 +10,7 @@ from skillnet_platform import preflight, versions
 from skillnet_platform.cluster_checks import Seen
 from skillnet_platform.needs import Needs
 from skillnet_platform.preflight import GIB
+from tests.object_store import ObjectStore
 
 ONE = Seen(
     node="10.0.0.1",
@@ -33,10 +34,11 @@ def node(cpus: float, gpus: float = 0) -> dict[str, dict[str, float]]:
 
 def test_a_sound_cluster_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
-    for check in (checks.same_versions, checks.authentication, checks.shared_storage, checks.room):
+    for check in (checks.same_versions, checks.authentication, checks.room, checks.trackers):
         assert [each.level for each in check([ONE, TWO])] == ["ok"], check
-    for check in (checks.trackers, checks.meeting):
-        assert [each.level for each in check([ONE, TWO], Needs(2))] == ["ok"], check
+    assert [each.level for each in checks.meeting([ONE, TWO], Needs(2))] == ["ok"]
+    (finding,) = checks.shared_storage([ONE, TWO], ["/mnt/runs"])
+    assert finding.level == "ok"
 
 
 def test_another_version_on_a_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,22 +105,31 @@ def test_a_node_that_asks_for_no_token_is_named() -> None:
     ],
 )
 def test_storage_that_is_not_shared_is_an_error(change: dict[str, object], words: str) -> None:
-    (finding,) = checks.shared_storage([ONE, replace(TWO, **change)])  # type: ignore[arg-type]
+    two = replace(TWO, **change)  # type: ignore[arg-type]
+    (finding,) = checks.shared_storage([ONE, two], ["/mnt/runs"])
     assert finding.level == "error"
     assert words in finding.seen
     assert "SKILLNET_HOME" in finding.advice
+    assert "--run_dir s3://" in finding.advice
 
 
 def test_little_room_and_lost_trackers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (finding,) = checks.room([ONE, replace(TWO, free_bytes=GIB)])
     assert (finding.level, "10.0.0.2" in finding.seen) == ("warning", True)
     lost = replace(TWO, tracker_problem="no MLflow server answers there")
-    (finding,) = checks.trackers([ONE, lost], Needs())
+    (finding,) = checks.trackers([ONE, lost])
     assert (finding.level, finding.seen[:8]) == ("error", "10.0.0.2")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (finding,) = checks.trackers([ONE, TWO], Needs())
+    monkeypatch.setenv("SKILLNET_HOME", "/mnt/runs")
+    (finding,) = checks.trackers([ONE, TWO])
     assert finding.level == "warning"
-    assert "mlflow server" in finding.advice
+    assert "skillnet tracker" in finding.advice
+    # On a disk that only one host has, the others' metrics would go nowhere.
+    monkeypatch.setenv("SKILLNET_HOME", "/root/runs")
+    own = [replace(each, files_seen={"/root/runs": [each.node]}) for each in (ONE, TWO)]
+    (finding,) = checks.trackers(own)
+    assert finding.level == "error"
+    assert "sqlite:////root/runs/mlflow.db: a file. /root/runs: 10.0.0.1 does not" in finding.seen
 
 
 def test_workers_that_would_not_meet() -> None:
@@ -148,7 +159,8 @@ def test_config_without_a_command_asks_about_finetune() -> None:
 def test_each_place_that_a_run_names_is_looked_at() -> None:
     both = {"/mnt/runs": ["10.0.0.1", "10.0.0.2"], "s3://b/runs": ["10.0.0.1", "10.0.0.2"]}
     blind = both | {"s3://b/runs": []}
-    told = checks.shared_storage([replace(ONE, files_seen=both), replace(TWO, files_seen=blind)])
+    seen = [replace(ONE, files_seen=both), replace(TWO, files_seen=blind)]
+    told = checks.shared_storage(seen, list(both))
     assert [each.level for each in told] == ["ok", "error"]
     assert told[1].seen == "s3://b/runs: 10.0.0.2 does not see what 10.0.0.1 wrote there"
 
@@ -163,3 +175,14 @@ def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
     assert found["authentication"].level == "ok", "the embedded Ray has a token of its own"
     assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads what all wrote"
     assert list(tmp_path.iterdir()) == [], "cleaned up"
+
+
+@pytest.mark.integration
+def test_a_node_looks_at_a_store_as_runs_do(object_store: ObjectStore) -> None:
+    place, folder = f"{object_store.uri}/runs", ".doctor-test"
+    assert checks._leave_file("10.0.0.1", folder, [place]) == ""
+    assert checks._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: ["10.0.0.1"]}
+    checks._clean_up(folder, [place])
+    assert checks._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: []}
+    gone = checks._leave_file("10.0.0.1", folder, ["s3://no-such-bucket/runs"])
+    assert "there is no bucket 'no-such-bucket'" in gone

@@ -189,6 +189,8 @@ def test_requirements_are_this_environment(tmp_path: Path) -> None:
     assert pins["ray"] == version("ray")
     assert pins["torch"] == version("torch").partition("+")[0]
     assert {"aiohttp", "grpcio", "ray"} <= set(pins), "what ray[default] brings is pinned too"
+    # What the stores and the tracker of a cluster need, as far as it is here.
+    assert {"boto3", "s3fs", "psycopg-binary", "flask-wtf"} <= set(pins)
     assert not {"skillnet-platform", "pytest", "ruff"} & set(pins), "no code of ours, no tools"
 
 

@@ -41,6 +41,11 @@ def test_what_a_command_asks_for(tmp_path: Path) -> None:
     assert needs(["finetune", "--config", str(run), "--training.workers=2"]) == Needs(2, 2)
     assert needs(["sweep", "--config", str(sweep)]) == Needs(3, 3, spread=True)
     assert needs(["sweep", "--run.training.workers", "4"]) == Needs(4)
+    # What a training does not name lies in the run root.
+    both = ["--run_dir", "s3://b/runs", "--data", "s3://b/corpora"]
+    assert needs(["finetune", *both]).places == ("s3://b/runs", "s3://b/corpora")
+    assert needs(["finetune", *both[:2]]).places == ("s3://b/runs", "")
+    assert needs(["sweep", *both[:2], "--run.data", both[3]]).places == (both[1], both[3])
     assert Needs(2, 2, True).words() == "2 workers with a GPU each on 2 hosts"
     with pytest.raises(UserError, match="neither a file nor a preset"):
         needs(["finetune", "--config", "tinny"])
