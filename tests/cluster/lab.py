@@ -5,9 +5,8 @@
                                                                └── worker   10.77.0.3
 
 A host sees this machine's files, except that its home, /tmp, /dev/shm, /run and /etc/hosts are its
-own, that the checkout is not there (its virtual environment is, without our package: what
-``setup_node.sh`` would have installed), and that one folder is shared by all hosts: it stands for
-a network file system.
+own, and that the checkout is not there (its virtual environment is, without our package: what
+``setup_node.sh`` would have installed). What runs make lies in the home: hosts share no disk.
 
 Each namespace lives as long as its first process, which waits for the end of a pipe that the test
 holds. So everything (processes, mounts, interfaces) ends with the test, however that ends.
@@ -27,11 +26,9 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
-NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "unshare", "nsenter", "mount")
+NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "pgrep", "unshare", "nsenter")
 NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts")
 PREFIX = "10.77.0."
-#: What all hosts see: a folder of this machine, in the place of a network file system.
-SHARED = "/mnt/skillnet"
 
 #: Waits for the end of its input. A shell, because the first process must reap what others leave.
 KEEP = "echo ready; cat >/dev/null; :"
@@ -45,7 +42,7 @@ def missing() -> str:
         return "making namespaces needs root"
     absent = [name for name in NEEDED if shutil.which(name, path=SEARCH) is None]
     if absent:
-        return f"not installed: {', '.join(absent)} (openssh-server, rsync, iproute2, curl)"
+        return f"not installed: {', '.join(absent)} (openssh-server, rsync, iproute2, curl, procps)"
     tried = subprocess.run(
         ["unshare", *NAMESPACES, "--fork", "--mount-proc", "mount", "-t", "tmpfs", "none", "/tmp"],
         capture_output=True,
@@ -138,12 +135,10 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
     """A client and hosts of those names, joined by a bridge; the client can log in to all.
 
     Args:
-        folder: for keys and what the hosts share; ``folder/shared`` is seen by all at one path.
+        folder: for keys and what else the client is to have; hosts may read it, not write to it.
         names: of the hosts beside ``client``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shared = folder / "shared"
-    shared.mkdir()
     _make_keys(folder)
     with contextlib.ExitStack() as opened:
         bridge = Namespaces("ip link add lab type bridge; ip link set lab up; ip link set lo up")
@@ -153,7 +148,7 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
             address = f"{PREFIX}{number}"
             inside = Namespaces(_host_script(name, folder), bridge)
             opened.callback(inside.close)
-            plug_in(bridge, inside, number, address)
+            _plug_in(bridge, inside, number, address)
             home = {"HOME": "/root", "USER": "root", "SHELL": "/bin/bash", "LANG": "C.UTF-8"}
             binaries = f"{Path(sys.executable).parent}:{SEARCH}" if name == "client" else SEARCH
             hosts[name] = Host(name, address, inside, {**home, "PATH": binaries})
@@ -199,11 +194,11 @@ def _host_script(name: str, folder: Path) -> str:
     for number, path in enumerate(again):
         lines += [f"mkdir -p {path}", f"mount --rbind /mnt/{number} {path}"]
         lines += [f"umount --lazy /mnt/{number}"]
-    lines += [f"mkdir {SHARED}", f"mount --bind {folder}/shared {SHARED}"]
     if client:
         lines += ["mkdir -m 700 /root/.ssh", f"cp {folder}/client_key /root/.ssh/id_ed25519"]
         lines += [f"cp {folder}/ssh_config /root/.ssh/config"]
     else:
+        lines += [f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}"]
         lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
         lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
         # Ray gives way to all else on a machine, here to whatever else shares the cores.
@@ -218,7 +213,7 @@ def _own_package(pattern: str) -> list[Path]:
     return [path for path in packages.glob(pattern) if "skillnet_platform" in path.name]
 
 
-def plug_in(bridge: Namespaces, host: Namespaces, number: int, address: str) -> None:
+def _plug_in(bridge: Namespaces, host: Namespaces, number: int, address: str) -> None:
     def net(where: Namespaces, *words: str) -> None:
         subprocess.run(
             ["nsenter", "--target", str(where.pid), "--net", "ip", *words],

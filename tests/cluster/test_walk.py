@@ -1,11 +1,12 @@
 """The README's way through a cluster, walked on hosts made of namespaces: see ``lab``.
 
-What is true here and not on a cloud: the hosts share two cores, a network without delay, and a
-folder in the place of a network file system; no host has a GPU; dependencies are there already.
+What is true here and not on a cloud: the hosts share their cores and a network without delay; no
+host has a GPU; dependencies are there already; the store is moto's and keeps objects in memory.
 The tests stand in the order of the walk and share one cluster.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,26 +20,36 @@ import yaml
 
 from skillnet_platform import config as configuration
 from skillnet_platform import environment
-from tests.cluster.lab import ROOT, SHARED, Host, lab, missing
+from tests.cluster.lab import ROOT, Host, lab, missing
 from tests.made_corpora import put_archive
-from tests.small_corpora import small_config, write_corpora
+from tests.object_store import KEYS
+from tests.small_corpora import small_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(missing()), reason=missing())]
 #: A step that takes longer hangs. Ten times what it takes on an idle machine of two cores.
 LATE_S = 600.0
 DASHBOARD = "http://127.0.0.1:8265"
 SKILLNET = (sys.executable, "-m", "skillnet_platform.cli")
+#: Where runs are kept on each host: in its home, which no other host sees.
+HOME = "/root/runs"
+TRACKS = f"sqlite:///{HOME}/mlflow.db"
+BUCKET = "skillnet"
+CORPORA, RUNS = f"s3://{BUCKET}/corpora", f"s3://{BUCKET}/runs"
+#: Run on the client: makes the bucket, and puts small prepared corpora there.
+FILL = f"""
+import pathlib, tempfile
+import boto3
+from skillnet_platform import remote
+from tests.small_corpora import write_corpora
+boto3.client("s3").create_bucket(Bucket="{BUCKET}")
+for corpus in write_corpora(pathlib.Path(tempfile.mkdtemp())).iterdir():
+    remote.put_directory(corpus, "{CORPORA}/" + corpus.name)
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lab") / "lab"
-
-
-@pytest.fixture(scope="module")
-def shared(hosts: dict[str, Host], folder: Path) -> Path:
-    """The folder that all hosts see at SHARED, as this process sees it."""
-    return folder / "shared"
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +64,82 @@ def hosts(folder: Path) -> Iterator[dict[str, Host]]:
             "OMP_NUM_THREADS": "1",
         }
         client.run("ray", "get-auth-token", "--generate")
+        start_store(client, folder)
         write_cluster_file(folder, made)
         yield made
+
+
+def start_store(client: Host, folder: Path) -> None:
+    """An S3-compatible server on the client, which all hosts find through ``~/.aws``."""
+    server = Path(sys.executable).with_name("moto_server")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    client.start(str(server), "-H", client.address, "-p", "9000", **quiet)
+    (folder / "config").write_text(
+        f"[default]\nregion = {KEYS['AWS_DEFAULT_REGION']}\nendpoint_url = {store_of(client)}\n"
+    )
+    (folder / "credentials").write_text(
+        f"[default]\naws_access_key_id = {KEYS['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {KEYS['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    client.run("mkdir", "-m", "700", "/root/.aws")
+    client.run("cp", f"{folder}/config", f"{folder}/credentials", "/root/.aws")
+    until_it_answers(client, f"{store_of(client)}/moto-api/data.json")
+    client.run(sys.executable, "-c", FILL)
+
+
+def store_of(client: Host) -> str:
+    return f"http://{client.address}:9000"
+
+
+def stored(client: Host, name: str) -> str:
+    """The content of an object of the bucket."""
+    url = f"{store_of(client)}/{BUCKET}/{name}"
+    return client.run("curl", "-sSf", "-H", "Authorization: AWS testing:testing", url).stdout
+
+
+def until_it_answers(client: Host, url: str, *words: str) -> str:
+    """What a server that was just started says."""
+    deadline = time.monotonic() + LATE_S
+    while True:
+        done = client.run("curl", "-sSf", "-m", "5", *words, url, check=False)
+        if done.returncode == 0:
+            return done.stdout
+        assert time.monotonic() < deadline, f"{url}: {done.stderr}"
+        time.sleep(0.5)
 
 
 def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:
     """on_prem.yaml with what its comments say is to be changed, and dependencies that are there."""
     shutil.copytree(ROOT / "platform/deploy", folder / "deploy")
     (folder / "deploy/requirements.txt").write_text(environment.requirements_text())
-    told: dict[str, Any] = yaml.safe_load((folder / "deploy/on_prem.yaml").read_text())
+    text = (folder / "deploy/on_prem.yaml").read_text()
+    assert "  # ~/.aws: ~/.aws " in text
+    told: dict[str, Any] = yaml.safe_load(text.replace("  # ~/.aws: ~/.aws ", "  ~/.aws: ~/.aws "))
     told["provider"]["head_ip"] = hosts["head"].address
     told["provider"]["worker_ips"] = [hosts["worker"].address]
     told["min_workers"] = told["max_workers"] = 1
     told["auth"] = {"ssh_user": "root", "ssh_private_key": "~/.ssh/id_ed25519"}
-    assert f"SKILLNET_HOME={SHARED} " in told["setup_commands"][0]
-    told["setup_commands"][0] = f"SKILLNET_VENV={sys.prefix} {told['setup_commands'][0]}"
+    before, home, after = told["setup_commands"][0].partition("SKILLNET_HOME=/mnt/skillnet ")
+    assert home
+    own = f"SKILLNET_HOME={HOME} MLFLOW_TRACKING_URI={tracker_of(hosts)} "
+    told["setup_commands"][0] = f"SKILLNET_VENV={sys.prefix} {before}{own}{after}"
     told["file_mounts"]["~/.skillnet/deploy"] = str(folder / "deploy")
-    (folder / "shared/cluster.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
+
+
+def tracker_of(hosts: dict[str, Host]) -> str:
+    return f"http://{hosts['head'].address}:5000"
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> str:
+    """Path of the cluster's file, on the client."""
+    return f"{folder}/cluster.yaml"
+
+
+def password(head: Host) -> str:
+    """What the tracker made, from the file of its host that only its owner may read."""
+    return head.run("cat", f"{HOME}/tracker/admin-password").stdout.strip()
 
 
 def submit(
@@ -80,26 +150,37 @@ def submit(
     return {**json.loads(done.stdout), "log": done.stderr}
 
 
-CLUSTER = f"{SHARED}/cluster.yaml"
+def tracked(hosts: dict[str, Host]) -> tuple[str, ...]:
+    """Options of ``submit`` that let a job into the tracker."""
+    user, word = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+    return (f"--env.{user}", "admin", f"--env.{word}", password(hosts["head"]))
 
 
-def test_ray_up_and_status(hosts: dict[str, Host]) -> None:
+def give(client: Host, cluster: str, name: str, content: Any) -> str:
+    """A file of a run that both the client and the head have; its path."""
+    path = f"/root/{name}"
+    client.run("bash", "-c", f"cat >{path} <<'END'\n{yaml.safe_dump(content)}END")
+    client.run("ray", "rsync-up", cluster, path, path)
+    return path
+
+
+def test_ray_up_and_status(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
-    client.run("ray", "up", "-y", "--no-config-cache", CLUSTER, seconds=LATE_S)
+    client.run("ray", "up", "-y", "--no-config-cache", cluster, seconds=LATE_S)
     deadline = time.monotonic() + LATE_S
     while True:
-        said = client.run("ray", "exec", CLUSTER, "ray status").stdout
+        said = client.run("ray", "exec", cluster, "ray status").stdout
         if "2 local.cluster.node" in said:  # of two hosts: the head and its worker
             break
         assert time.monotonic() < deadline, said
         time.sleep(2)
 
 
-def test_the_dashboard_answers_through_a_tunnel_only(hosts: dict[str, Host]) -> None:
+def test_the_dashboard_answers_through_a_tunnel_only(hosts: dict[str, Host], cluster: str) -> None:
     client, head = hosts["client"], hosts["head"]
     direct = client.run("curl", "-sS", "-m", "5", f"http://{head.address}:8265", check=False)
     assert direct.returncode == 7, "the dashboard listens on loopback"
-    client.start("ray", "dashboard", CLUSTER, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    client.start("ray", "dashboard", cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     ask = ("curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}")
     for _ in range(200):
         if client.run(*ask, DASHBOARD, check=False).stdout == "200":
@@ -123,28 +204,59 @@ def test_a_job_without_the_token_is_refused(hosts: dict[str, Host]) -> None:
     assert hosts["head"].run("ls", "/tmp/was-here", check=False).returncode != 0
 
 
+def test_the_head_runs_a_tracker_behind_a_password(hosts: dict[str, Host]) -> None:
+    client, head = hosts["client"], hosts["head"]
+    submit(
+        *(client, "--detach", "--check", "false", "tracker", "--host", head.address),
+        *("--auth", "true", "--store", TRACKS, "--artifacts", f"s3://{BUCKET}/mlflow"),
+        *("--workers", "1"),
+    )
+    assert until_it_answers(client, f"{tracker_of(hosts)}/health") == "OK"
+    ask = ("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}")
+    page = f"{tracker_of(hosts)}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    assert client.run(*ask, page).stdout == "401"
+    assert client.run(*ask, "-u", f"admin:{password(head)}", page).stdout == "200"
+
+
 def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
-    asked = ["finetune", "--training.workers", "2", "--training.placement", "strict_spread"]
-    done = hosts["client"].run(*SKILLNET, "doctor", "--json", *asked, seconds=LATE_S)
-    told = {each["check"]: each for each in json.loads(done.stdout)["findings"]}
-    for name in ("versions", "resources", "authentication", "storage", "interface"):
-        assert told[name]["level"] == "ok", told[name]
-    assert told["storage"]["seen"] == f"{SHARED}: each of 2 nodes reads what all wrote"
-    assert "10.77.0.2 by eth0" in told["interface"]["seen"]
-    assert told["ray state api"]["seen"] == "2 node(s)"
-
-
-def test_prepare_by_plain_job_submission_and_by_ours(hosts: dict[str, Host], shared: Path) -> None:
     client = hosts["client"]
-    put_archive(shared / "archives")
-    words = ("prepare", "tests.made_corpora:Made")
+    asked = ["finetune", "--training.workers", "2", "--training.placement", "strict_spread"]
+    places = ["--data", CORPORA, "--run_dir", RUNS]
+    done = client.run(*SKILLNET, "doctor", "--json", *asked, *places, seconds=LATE_S)
+    told: dict[str, list[dict[str, str]]] = {}
+    for each in json.loads(done.stdout)["findings"]:
+        told.setdefault(each["check"], []).append(each)
+    for name in ("versions", "resources", "authentication", "storage", "interface"):
+        assert [each["level"] for each in told[name]] == ["ok"] * len(told[name]), told[name]
+    assert [each["seen"] for each in told["storage"]] == [
+        f"{place}: each of 2 nodes reads what all wrote" for place in (CORPORA, RUNS)
+    ]
+    assert told["tracker on nodes"][0]["seen"] == tracker_of(hosts)
+    assert "10.77.0.2 by eth0" in told["interface"][0]["seen"]
+    assert told["ray state api"][0]["seen"] == "2 node(s)"
+
+
+def test_a_run_on_disks_that_nobody_shares_is_refused(hosts: dict[str, Host]) -> None:
+    done = submit(hosts["client"], "finetune", "--training.workers", "2", check=False)
+    assert (done["status"], done["exit_code"]) == ("FAILED", 1)
+    assert {"storage", "error", "--run_dir"} <= set(done["log"].split())
+    assert hosts["head"].run("bash", "-c", f"ls {HOME} | grep finetune", check=False).returncode
+
+
+def test_prepare_by_plain_job_submission_and_by_ours(
+    hosts: dict[str, Host], cluster: str, folder: Path
+) -> None:
+    client = hosts["client"]
+    put_archive(folder / "archives")
+    client.run("ray", "rsync-up", cluster, f"{folder}/archives/", f"{HOME}/archives/")
+    words = ("prepare", "tests.made_corpora:Made", "--data", f"s3://{BUCKET}/made")
     environment = '{"env_vars": {"PYTHONPATH": "platform"}}'
     client.run(
         *("ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", environment),
         *("--", "python", "-m", "skillnet_platform.cli", *words),
         seconds=LATE_S,
     )
-    manifest = json.loads((shared / "corpora/made/manifest.json").read_text())
+    manifest = json.loads(stored(client, "made/made/manifest.json"))
     assert manifest["rows_in"] == 100
     again = submit(client, *words)
     assert (again["status"], again["exit_code"]) == ("SUCCEEDED", 0)
@@ -153,30 +265,39 @@ def test_prepare_by_plain_job_submission_and_by_ours(hosts: dict[str, Host], sha
     assert "upload: " in again["log"]
 
 
-def test_training_on_two_hosts(hosts: dict[str, Host], shared: Path) -> None:
-    write_corpora(shared / "corpora")
-    config = small_config(Path(SHARED) / "corpora", workers=2, placement="strict_spread", steps=6)
-    config.name, config.run_dir, config.tracking.register = "two-hosts", None, False
-    config.data = None
-    (shared / "two.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-    done = submit(hosts["client"], "finetune", "--config", f"{SHARED}/two.yaml", seconds=LATE_S)
+def test_training_on_two_hosts(hosts: dict[str, Host], cluster: str) -> None:
+    client = hosts["client"]
+    config = small_config(Path(), workers=2, placement="strict_spread", steps=6)
+    config.name, config.data, config.tracking.register = "two-hosts", CORPORA, False
+    config.run_dir = RUNS
+    path = give(client, cluster, "two.yaml", configuration.to_dict(config))
+    done = submit(client, *tracked(hosts), "finetune", "--config", path)
     assert done["exit_code"] == 0, done["log"]
-    trained = json.loads((shared / "two-hosts/trained.json").read_text())
+    trained = json.loads(stored(client, "runs/two-hosts/trained.json"))
     assert (trained["world"], trained["step"]) == (2, 6)
+    assert json.loads(stored(client, "runs/two-hosts/model/manifest.json"))["files"]
     for name in ("head", "worker"):
         logs = hosts[name].run("bash", "-c", "ls /tmp/ray/session_latest/logs/train").stdout
         assert "-worker-" in logs, f"no training worker ran on {name}: {logs}"
+        # The shards came from the store to a cache of the host's own.
+        cached = hosts[name].run("bash", "-c", f"ls {HOME}/cache/shards | wc -l").stdout
+        assert int(cached) > 0, name
 
 
-def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], shared: Path) -> None:
+def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
-    config = small_config(Path(SHARED) / "corpora", steps=4, workers=1)
-    config.tracking.register, config.data, config.run_dir = False, None, None
-    run = configuration.to_dict(config) | {"name": None}
-    space = {"training.lr": {"choice": [0.001, 0.003]}}
-    sweep = {"name": "sweep", "run": run, "space": space, "search": "grid"}
-    (shared / "sweep.yaml").write_text(yaml.safe_dump(sweep), encoding="utf-8")
-    words = ("sweep", "--config", f"{SHARED}/sweep.yaml")
+    config = small_config(Path(), steps=4, workers=1)
+    config.data, config.tracking.register = CORPORA, False
+    sweep = {
+        "name": "sweep",
+        "run_dir": RUNS,
+        "run": configuration.to_dict(config) | {"name": None},
+        "space": {"training.lr": {"choice": [0.001, 0.003]}},
+        # A trial takes all that a host has: two of them run on two hosts.
+        "resources": {"cpus": len(os.sched_getaffinity(0))},
+    }
+    path = give(client, cluster, "sweep.yaml", sweep)
+    words = (*tracked(hosts), "sweep", "--config", path)
     follower = client.start(
         *SKILLNET, "submit", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -190,21 +311,30 @@ def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], shared: Path
     done = submit(client, "--attach", seconds=LATE_S)
     assert done["job_id"] in line
     assert (done["status"], done["exit_code"]) == ("SUCCEEDED", 0), done["log"]
-    result = json.loads((shared / "sweep/result.json").read_text())
+    result = json.loads(stored(client, "runs/sweep/result.json"))
     assert result["counts"]["finished"] == 2
+    ran = hosts["worker"].run("ls", f"{HOME}/sweep/trials").stdout.split()
+    assert len(ran) == 1, "one of the two trials ran on the host that is not the driver's"
+    assert stored(client, f"runs/sweep/trials/{ran[0]}/reports.jsonl")
 
 
 def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host]) -> None:
     client, head = hosts["client"], hosts["head"]
-    job = submit(client, "--detach", "--check", "false", "ui", "--port", "5000")["job_id"]
-    client.start("ssh", "-N", "-L", "5000:127.0.0.1:5000", head.address)
-    url = "http://127.0.0.1:5000/api/2.0/mlflow/experiments/get-by-name?experiment_name=skillnet"
-    for _ in range(200):
-        done = client.run("curl", "-sS", "-m", "5", url, check=False)
-        if done.returncode == 0:
-            break
-        time.sleep(1)
-    assert json.loads(done.stdout)["experiment"]["name"] == "skillnet"
+    words = ("ui", "--port", "5001", "--uri", TRACKS)
+    job = submit(client, "--detach", "--check", "false", *words)["job_id"]
+    client.start("ssh", "-N", "-L", "5001:127.0.0.1:5001", head.address)
+    api = "http://127.0.0.1:5001/api/2.0/mlflow"
+    said = until_it_answers(client, f"{api}/experiments/get-by-name?experiment_name=skillnet")
+    identity = json.loads(said)["experiment"]["experiment_id"]
+    asked = json.dumps({"experiment_ids": [identity]})
+    kind = ("-H", "Content-Type: application/json", "-d", asked)
+    runs = json.loads(until_it_answers(client, f"{api}/runs/search", *kind))["runs"]
+    ended = {run["info"]["run_name"]: run["info"]["status"] for run in runs}
+    names = ("two-hosts", "sweep", "000-seed0", "001-seed0")
+    assert ended == dict.fromkeys(names, "FINISHED")
+    # Every evaluation and step of every host came to the tracker of the head.
+    two = next(run["data"] for run in runs if run["info"]["run_name"] == "two-hosts")
+    assert "training/total_params" in {metric["key"] for metric in two["metrics"]}
     client.run("ray", "job", "stop", job)
 
 
@@ -218,8 +348,8 @@ def test_a_users_mistake_is_told_by_the_job(hosts: dict[str, Host]) -> None:
     assert "no such job on the cluster" in lost.stderr
 
 
-def test_ray_down_leaves_nothing_running(hosts: dict[str, Host]) -> None:
-    hosts["client"].run("ray", "down", "-y", CLUSTER, seconds=LATE_S)
+def test_ray_down_leaves_nothing_running(hosts: dict[str, Host], cluster: str) -> None:
+    hosts["client"].run("ray", "down", "-y", cluster, seconds=LATE_S)
     deadline = time.monotonic() + LATE_S
     for name in ("head", "worker"):
         while hosts[name].run("pgrep", "-x", "raylet", check=False).returncode == 0:
