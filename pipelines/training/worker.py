@@ -109,7 +109,8 @@ class RunReporter(Reporter):
         self._say(step=step, words=words)
         if time.monotonic() >= self._next_words:
             self._next_words = time.monotonic() + ALOUD_S
-            console.note(f"training: step {step} of {self._config.training.steps}, {words}")
+            said = f", {words}" if words else ""
+            console.note(f"training: step {step} of {self._config.training.steps}{said}")
 
     def evaluate(self, model: TaskModel, step: int) -> None:
         from pipelines import reconstructions
