@@ -96,10 +96,14 @@ def listening(file: Path | None = None) -> Iterator[None]:
     if file is not None:
         file.unlink(missing_ok=True)
     before = signal.signal(signal.SIGTERM, ask)
+    # Ray Train takes Ctrl-C for itself and does not give it back: after the fit it would start
+    # another Ray, to abort what is over.
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
         _ASKED.clear()
         if file is not None:
             file.unlink(missing_ok=True)

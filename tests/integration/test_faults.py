@@ -164,15 +164,19 @@ def apart(
     config: FinetuneConfig,
     root: Path,
     fault: dict[str, Any],
+    *more: str,
     **environment: str,
 ) -> str:
-    """What a script says in namespaces of its own; its arguments are the command of a run."""
+    """What a script says in namespaces of its own; its arguments are the command of a run.
+
+    ``more`` are further namespaces, as options of unshare.
+    """
     path = root / f"{config.name}.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
     words = [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [*APART, "bash", "-c", script, "-", *words],
+        [*APART, *more, "bash", "-c", script, "-", *words],
         env={
             **os.environ,
             "PATH": programs,

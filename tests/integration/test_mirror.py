@@ -1,6 +1,8 @@
 """Runs in a store: on any machine they go on to the bit, and no fault of the store loses any."""
 
+import json
 import shutil
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipelines import finetune, sources, uploads
 from pipelines.mirror import Mirror
-from pipelines.training import checkpoints
+from pipelines.training import checkpoints, faults, notice
 from pipelines.training.settings import FinetuneConfig, StorageConfig
 from pipelines.training.worker import work
 from pipelines.uploads import Uploads
@@ -246,3 +248,31 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
     found = driver.newest()
     assert found is not None
     assert found.step == 12
+
+
+def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
+    object_store: ObjectStore,
+    data: Path,
+    run_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two folders stand for two machines: another one goes on from the last step, to the bit."""
+    whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
+    config = finetune.resolved(config_of(data, object_store))
+    monkeypatch.setenv(faults.VARIABLE, json.dumps({"step": 5, "kind": "term"}))
+    before = signal.getsignal(signal.SIGTERM)
+    notice.listen_in_worker()
+    try:
+        with pytest.raises(notice.Regroup) as told:
+            work(config, tmp_path / "one" / "a", apart=True, host="one")
+    finally:
+        notice.listen_in_worker()
+        signal.signal(signal.SIGTERM, before)
+    assert told.value.leaving == ["one"]
+    assert remote.is_committed(f"{object_store.uri}/a/checkpoints/step-00000006")
+    shutil.rmtree(tmp_path / "one")
+    work(config, tmp_path / "another" / "a", apart=True, host="another")
+    trained = json.loads((tmp_path / "another" / "a" / "trained.json").read_text())
+    assert (trained["resumed"], trained["step"]) == (6, 12)
+    assert weights(tmp_path / "another" / "a" / "model") == weights(Path(whole["model"]))

@@ -111,3 +111,10 @@ def test_the_drivers_file_is_a_notice(tmp_path: Path) -> None:
         while not notice.asked():
             assert time.monotonic() < end
             time.sleep(0.01)
+
+
+def test_ctrl_c_is_ours_again_after_a_fit() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with notice.listening():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is before

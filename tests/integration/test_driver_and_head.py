@@ -1,0 +1,110 @@
+"""The driver is killed, or the head of the cluster: the same command goes on, to the bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.finetune import finetune
+from pipelines.training import faults
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform import store
+from tests.integration.ranks import run_ranks, train_and_save
+from tests.integration.test_faults import ROOT, STEPS, apart, config_for, same, weights
+from tests.small_corpora import write_corpora
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What an undisturbed run of two ranks ends with."""
+    run = tmp_path_factory.mktemp("two")
+    run_ranks(2, train_and_save, config_for(data, run, "two"), str(run), str(run / "out"))
+    return weights(run)
+
+
+def command(config: FinetuneConfig, root: Path, **environment: str) -> tuple[int, str]:
+    """Exit code, and what it said, of a run as a user starts it."""
+    path = root / f"{config.name}.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.finetune", "--config", str(path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_driver_killed_and_one_asked_to_leave(
+    data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
+) -> None:
+    config = config_for(data, tmp_path, "driver", workers=2)
+    run = tmp_path / "driver"
+    fault = {"rank": 0, "step": 3, "kind": "kill", "victim": "driver"}
+    code, said = command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault))
+    assert code == -signal.SIGKILL, said
+    assert not (run / "model").exists()
+    fault |= {"kind": "term", "step": 6}
+    code, said = command(config, tmp_path, SKILLNET_FAULTS=json.dumps(fault))
+    assert code == 143, said
+    assert "ended by SIGTERM after step 7 of 12" in said
+    assert f"--name {config.name}" in said
+    assert "Traceback" not in said
+    run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
+    assert store.client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
+    result = finetune(config)
+    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 7)
+    assert same(weights(run), two)
+
+
+HEAD = """
+set -u
+ip link set lo up
+mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray
+export RAY_AUTH_MODE=disabled
+start() {
+  ray start --head --node-ip-address 127.0.0.1 --port 6379 --num-cpus 2 \
+    --object-store-memory 100000000 --disable-usage-stats >&2
+}
+start || exit 90
+RAY_ADDRESS=127.0.0.1:6379 "$@"; echo first $?
+ls "$RUN/checkpoints"
+ray stop --force >&2
+start || exit 91
+RAY_ADDRESS=127.0.0.1:6379 "$@"; echo second $?
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None,
+    reason="needs root, unshare and iproute2: it ends every Ray of its process namespace",
+)
+def test_the_raylet_killed_and_the_head_started_again(
+    data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
+) -> None:
+    config = config_for(data, tmp_path, "head", workers=2)
+    fault = {"rank": 1, "step": 5, "kind": "kill", "victim": "raylet"}
+    assert faults.environment() == {}
+    said = apart(HEAD, config, tmp_path, fault, "-n", RUN=str(tmp_path / "head"))
+    lines = said.splitlines()
+    codes = [line for line in lines if line.startswith(("first ", "second "))]
+    assert codes[-1] == "second 0", said
+    assert codes[0] not in ("first 0", "first 2"), said
+    assert "step-00000004" in lines, said
+    assert same(weights(tmp_path / "head"), two)

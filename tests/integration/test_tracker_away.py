@@ -1,0 +1,115 @@
+"""The tracker goes away in the middle of a run, or before its end: every metric arrives, once."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tracking_server import Server
+from pipelines.finetune import history
+from pipelines.training import faults
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform import store, tracking
+from tests.integration.test_faults import ROOT, STEPS, config_for
+from tests.ray_hosts import wait_for
+from tests.small_corpora import write_corpora
+
+pytestmark = pytest.mark.integration
+
+#: Seconds without a tracker; longer ones are tried by hand.
+OUTAGE_S = float(os.environ.get("SKILLNET_TEST_OUTAGE_S", "3"))
+PATIENCE_S = 300.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "server.db", tmp_path / "artifacts")
+    made.start()
+    yield made
+    made.stop()
+
+
+def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subprocess.Popen[str]":
+    """The command of a run that stops after so many steps each until something was done."""
+    path = root / f"{config.name}.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.finetune", "--config", str(path)],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
+            "SKILLNET_HOME": str(home),
+            faults.VARIABLE: json.dumps([{"step": step, "kind": "hold"} for step in steps]),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def arrived(config: FinetuneConfig, run: Path) -> None:
+    """Each metric that the run told is in the tracker at each of its steps, once."""
+    told = history(run / "progress.jsonl")
+    assert [step for step, _ in told["training/learning_rate"]] == list(range(1, STEPS + 1))
+    run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
+    client = store.client(str(config.tracking.uri))
+    for name, points in told.items():
+        found = client.get_metric_history(run_id, name)
+        assert sorted((point.step, point.value) for point in found) == points, name
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_away_for_a_while(data: Path, tmp_path: Path, run_root: Path, server: Server) -> None:
+    config = config_for(data, tmp_path, "a-while")
+    config.tracking.uri = server.uri
+    run = tmp_path / "a-while"
+    process = start(config, tmp_path, run_root, 3, 8)
+    gone, back = (run / "faults" / name for name in ("0-hold-3", "1-hold-8"))
+    wait_for(gone.exists, process, PATIENCE_S)
+    server.stop()
+    gone.unlink()
+    wait_for(back.exists, process, PATIENCE_S)
+    assert len(list((run_root / "spool").glob("*.jsonl"))) == 1, "records wait on the disk"
+    time.sleep(OUTAGE_S)
+    server.start()
+    back.unlink()
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, said
+    assert said.count("does not answer") == 1
+    assert "the tracker is back" in said
+    arrived(config, run)
+    assert list((run_root / "spool").iterdir()) == []
+
+
+def test_away_at_the_end(data: Path, tmp_path: Path, run_root: Path, server: Server) -> None:
+    config = config_for(data, tmp_path, "the-end")
+    config.tracking.uri = server.uri
+    run = tmp_path / "the-end"
+    process = start(config, tmp_path, run_root, 3)
+    gone = run / "faults" / "0-hold-3"
+    wait_for(gone.exists, process, PATIENCE_S)
+    server.stop()
+    gone.unlink()
+    said, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, said
+    assert json.loads((run / "result.json").read_text())["step"] == STEPS
+    waiting = list((run_root / "spool").glob("*.jsonl"))
+    assert waiting
+    assert str(waiting[0]) in said
+    server.start()
+    # What the next run of this machine does first.
+    assert tracking.send_left_behind(server.uri) > 0
+    assert tracking.send_left_behind(server.uri) == 0
+    arrived(config, run)
+    assert list((run_root / "spool").iterdir()) == []
