@@ -30,6 +30,13 @@ NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "pgrep", "unshare"
 NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts")
 PREFIX = "10.77.0."
 
+#: What a host is made of, at once and for a moment: an own file system, a bridge, a cable.
+TRIED = """
+mount -t tmpfs none /mnt
+ip link add lab type bridge
+ip link add one type veth peer name other
+"""
+
 #: Waits for the end of its input. A shell, because the first process must reap what others leave.
 KEEP = "echo ready; cat >/dev/null; :"
 
@@ -44,11 +51,12 @@ def missing() -> str:
     if absent:
         return f"not installed: {', '.join(absent)} (openssh-server, rsync, iproute2, curl, procps)"
     tried = subprocess.run(
-        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "mount", "-t", "tmpfs", "none", "/tmp"],
+        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "bash", "-euc", TRIED],
+        env={**os.environ, "PATH": SEARCH},
         capture_output=True,
         text=True,
     )
-    return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else ""
+    return f"hosts cannot be made here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -189,7 +197,8 @@ def _host_script(name: str, folder: Path) -> str:
     lines += ["mount -t tmpfs none /mnt"]
     for number, path in enumerate(again):
         lines += [f"mkdir /mnt/{number}", f"mount --rbind {path} /mnt/{number}"]
-    lines += [f"mount -t tmpfs -o mode=0755 none {top}" for top in own]
+    # A checkout may lie below one of the others: made anew in what now covers it.
+    lines += [f"mkdir -p {top}; mount -t tmpfs -o mode=0755 none {top}" for top in own]
     lines += ["mount -t tmpfs none /dev/shm", "chmod 1777 /tmp /dev/shm"]
     for number, path in enumerate(again):
         lines += [f"mkdir -p {path}", f"mount --rbind /mnt/{number} {path}"]
