@@ -156,7 +156,7 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
             address = f"{PREFIX}{number}"
             inside = Namespaces(_host_script(name, folder), bridge)
             opened.callback(inside.close)
-            _plug_in(bridge, inside, number, address)
+            plug_in(bridge, inside, number, address)
             home = {"HOME": "/root", "USER": "root", "SHELL": "/bin/bash", "LANG": "C.UTF-8"}
             binaries = f"{Path(sys.executable).parent}:{SEARCH}" if name == "client" else SEARCH
             hosts[name] = Host(name, address, inside, {**home, "PATH": binaries})
@@ -222,7 +222,9 @@ def _own_package(pattern: str) -> list[Path]:
     return [path for path in packages.glob(pattern) if "skillnet_platform" in path.name]
 
 
-def _plug_in(bridge: Namespaces, host: Namespaces, number: int, address: str) -> None:
+def plug_in(bridge: Namespaces, host: Namespaces, number: int, address: str) -> None:
+    """Join a host to the bridge, as ``eth0`` with that address."""
+
     def net(where: Namespaces, *words: str) -> None:
         subprocess.run(
             ["nsenter", "--target", str(where.pid), "--net", "ip", *words],
