@@ -202,7 +202,9 @@ def fit_storage(config: FinetuneConfig, run: Path) -> dict[str, Any]:
     import ray
 
     mirror = mirror_of(config, run)
-    if mirror is None or sum(node["Alive"] for node in ray.nodes()) < 2:
+    # An elastic run may get hosts later.
+    alone = sum(node["Alive"] for node in ray.nodes()) < 2 and not config.training.min_workers
+    if mirror is None or alone:
         return {"storage_path": str(run / "ray")}
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem

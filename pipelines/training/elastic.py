@@ -21,10 +21,7 @@ from typing import Any
 
 import ray
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.failure_handling import (
-    DefaultFailurePolicy,
-    FailureDecision,
-)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -37,9 +34,9 @@ from ray.train.v2._internal.execution.worker_group import (
 )
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from pipelines.training import notice
+from pipelines.training.policies import MistakesEnd, Trainer, is_mistake
 from skillnet_platform import console
 
 NODE_ID = "ray.io/node-id"
@@ -259,8 +256,8 @@ class Elastic(ElasticScalingPolicy):
         self._had = workers
 
 
-class HostsMayLeave(DefaultFailurePolicy):
-    """Ray's own policy, but what hosts bring about that leave is not counted as a failure."""
+class HostsMayLeave(MistakesEnd):
+    """As other fits, but hosts that leave are no failure, nor what they bring about."""
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Start again or give up."""
@@ -281,14 +278,14 @@ class HostsMayLeave(DefaultFailurePolicy):
             elif isinstance(cause, notice.TooFewHosts):
                 return FailureDecision.RAISE
         gone = GROUP.hosts - set(answering(ray.nodes()))
-        if gone:
+        if gone and not is_mistake(error):
             console.warn(f"{len(gone)} host(s) left; going on from the newest whole checkpoint")
             return FailureDecision.RETRY
         return super().make_decision(error)
 
 
-class ElasticTrainer(TorchTrainer):
-    """A ``TorchTrainer`` with these policies.
+class ElasticTrainer(Trainer):
+    """A trainer with these policies.
 
     Args:
         leave: see :class:`Elastic`.
@@ -299,12 +296,16 @@ class ElasticTrainer(TorchTrainer):
         super().__init__(*args, **given)
         self._leave = leave
 
-    def _initialize_and_run_controller(self, **given: Any) -> Any:
-        # Ray's types of these two are those of its first version.
+    def policies(self, failures: FailureConfig) -> dict[str, Any]:
+        """Both of these."""
+        # Ray's type of it is that of its first version.
         scaling: Any = self.scaling_config
-        failures: Any = self.run_config.failure_config or FailureConfig()
-        given["scaling_policy"] = Elastic(scaling, self._leave)
-        given["failure_policy"] = HostsMayLeave(failures)
+        return {
+            "scaling_policy": Elastic(scaling, self._leave),
+            "failure_policy": HostsMayLeave(failures),
+        }
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
         before = os.environ.get(PLACE_VARIABLE)
         os.environ[PLACE_VARIABLE] = str(PLACE_S)
         try:

@@ -266,8 +266,9 @@ def fit_on_ray(
 
     A worker that dies takes the others with it; Ray starts them again, up to
     ``training.max_failures`` times, and they go on from the newest whole checkpoint. So often, too,
-    a controller that died is started again. With ``training.min_workers`` a host that leaves is no
-    failure: :mod:`pipelines.training.elastic`.
+    a controller that died is started again. A user's mistake, such as a full disk, ends the run.
+    With ``training.min_workers`` a host that leaves is no failure:
+    :mod:`pipelines.training.elastic`.
 
     Args:
         config: of the run, with absolute paths.
@@ -328,15 +329,15 @@ def _trainer(
     config: FinetuneConfig, run: Path, loop: dict[str, Any], nested: Nested | None
 ) -> "TorchTrainer":
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from pipelines.training import rendezvous
+    from pipelines.training.policies import Trainer
     from pipelines.training.ray_notice import ListenInWorker
 
     training = config.training
     one = {"CPU": 1.0} | ({"GPU": 1.0} if training.use_gpu else {})
     workers: Any = training.workers
-    kind: Any = TorchTrainer
+    kind: Any = Trainer
     if training.min_workers:
         from pipelines.training.elastic import ElasticTrainer
 

@@ -17,6 +17,7 @@ from pipelines.finetune import finetune, history
 from pipelines.training import faults
 from pipelines.training.loop import train
 from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import Terminated
 from tests.integration.ranks import run_ranks, train_and_save
@@ -119,6 +120,20 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     result = finetune(config)
     assert result["resumed"] == 6
     assert same(weights(run), two)
+
+
+def test_a_users_mistake_in_a_worker_is_told_and_not_tried_again(
+    data: Path, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a checkpoint there is no bit to flip; a second try would find the order carried out.
+    order(monkeypatch, {"rank": 0, "step": 1, "kind": "flip"})
+    config = config_for(data, tmp_path, "mistaken", workers=2)
+    said: list[str] = []
+    monkeypatch.setattr("skillnet_platform.console.error", said.append)
+    assert cli.run_command(lambda _: finetune(config) and 0, []) == 2
+    assert "holds no checkpoint to flip a bit of" in said[0]
+    told = (tmp_path / "mistaken" / "progress.jsonl").read_text(encoding="utf-8")
+    assert told.count('"words": ""') == 1, "the workers were started once"
 
 
 APART = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")

@@ -12,6 +12,7 @@ import pytest
 from pipelines.training import notice, worker
 from pipelines.training.settings import FinetuneConfig, TrainingConfig
 from pipelines.training.setup import identity_of
+from skillnet_platform.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -127,3 +128,37 @@ def test_to_make_room_a_worker_is_asked_without_a_signal() -> None:
     finally:
         notice.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
+
+
+def test_what_is_started_again_and_what_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2.api.config import FailureConfig
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    from pipelines.training import elastic
+    from pipelines.training.policies import MistakesEnd
+
+    monkeypatch.setattr(elastic, "GROUP", elastic.Group(hosts={"a", "b"}))
+    there = {"a": {"CPU": 1.0}, "b": {"CPU": 1.0}}
+    monkeypatch.setattr(elastic, "answering", lambda nodes: there)
+    monkeypatch.setattr(elastic.ray, "nodes", list)
+    retry, end = FailureDecision.RETRY, FailureDecision.RAISE
+
+    def failed(problem: Exception) -> WorkerGroupError:
+        return WorkerGroupError("words", {1: problem})
+
+    for kind in (MistakesEnd, elastic.HostsMayLeave):
+        policy = kind(FailureConfig(max_failures=1))
+        assert policy.make_decision(failed(UserError("the disk is full"))) == end
+        assert policy.make_decision(failed(RuntimeError())) == retry
+        assert policy.make_decision(failed(RuntimeError())) == end
+    policy = elastic.HostsMayLeave(FailureConfig(max_failures=0))
+    assert policy.make_decision(failed(notice.Regroup(["b"]))) == retry
+    assert set(elastic.GROUP.leaving) == {"b"}
+    assert policy.make_decision(ControllerError(notice.TooFewHosts())) == end
+    policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    assert elastic.GROUP.most == 1
+    assert policy.make_decision(failed(RuntimeError())) == end
+    del there["b"]
+    assert policy.make_decision(failed(RuntimeError())) == retry
