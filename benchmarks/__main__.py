@@ -15,6 +15,8 @@ NAMES = (
     "sweep_overhead",
     "prepare_speed",
     "reading",
+    "reading_store",
+    "waiting",
 )
 
 

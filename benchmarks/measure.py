@@ -85,6 +85,39 @@ def in_turns(
     return seconds
 
 
+class Took(NamedTuple):
+    """Seconds that something took: of CPUs, and on the wall."""
+
+    cpu: float
+    wall: float
+
+
+def timed(work: Callable[[], object], without: Sequence[str] = ()) -> Took:
+    """Do it; say what it took, of CPUs by ``tree_cpu_time``."""
+    cpu, wall = tree_cpu_time(without), time.perf_counter()
+    work()
+    return Took(tree_cpu_time(without) - cpu, time.perf_counter() - wall)
+
+
+def tree_cpu_time(without: Sequence[str] = ()) -> float:
+    """Seconds of CPU of this process, of its descendants, and of those of them that have ended.
+
+    Args:
+        without: descendants with one of these words in their command line do not count.
+    """
+    import psutil
+
+    own, total = psutil.Process(), 0.0
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            told = " ".join(process.cmdline()) if without and process is not own else ""
+            if not any(word in told for word in without):
+                total += sum(process.cpu_times()[:4])
+        except psutil.Error:
+            continue
+    return total
+
+
 def spread(values: Sequence[float]) -> Spread:
     """Median, smallest and largest."""
     return Spread(statistics.median(values), min(values), max(values))

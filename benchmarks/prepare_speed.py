@@ -16,15 +16,15 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
+from benchmarks.measure import Result, Took, clock_for, in_turns, ratio, spread
 from benchmarks.media import CLIP, FRAMES, PICTURE, decode, files
+from benchmarks.sides import side
 
 #: Different files; rows go round in them.
 FILES = {"image": 256, "sound": 128, "video": 128}
@@ -43,13 +43,6 @@ CLOCK = "cpu and wall, see the rows"
 Pass = Callable[[int], object]
 
 
-class Took(NamedTuple):
-    """Seconds of a pass, of CPUs and on the wall."""
-
-    cpu: float
-    wall: float
-
-
 def run(rounds: int, threads: int) -> list[Result]:
     """Ratios of the three, for each kind of media."""
     results = []
@@ -64,10 +57,10 @@ def _kind(kind: str, rounds: int) -> list[Result]:
     makers = {"engine": _engine, "map": _map, "loop": _loop}
     with ExitStack() as stack:
         sides = {
-            name: stack.enter_context(_side(maker, kind, paths, processes))
+            name: stack.enter_context(side(maker, kind, paths, processes, without=PAGES))
             for name, maker in makers.items()
         }
-        starts = {name: side(FEW).wall for name, side in sides.items()}
+        starts = {name: one(FEW).wall for name, one in sides.items()}
         few: dict[str, list[Took]] = {name: [] for name in sides}
         many: dict[str, list[Took]] = {name: [] for name in sides}
         for number in range(rounds):
@@ -138,60 +131,6 @@ def _beyond(few: list[Took], many: list[Took], clock: str) -> list[float]:
     """Seconds of the rows beyond the first few, of each round."""
     pairs = zip(few, many, strict=True)
     return [getattr(large, clock) - getattr(small, clock) for small, large in pairs]
-
-
-@contextmanager
-def _side(
-    maker: Callable[..., Pass], kind: str, paths: list[Path], processes: int
-) -> Iterator[Callable[[int], Took]]:
-    """A contender in a process of its own: call it with a number of rows."""
-    # Not forked: what this process has set of its memory would be theirs too.
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, maker, kind, paths, processes))
-    process.start()
-    theirs.close()
-
-    def side(rows: int) -> Took:
-        mine.send(rows)
-        return Took(*mine.recv())
-
-    try:
-        yield side
-    finally:
-        mine.close()
-        process.join(60)
-        if process.is_alive():
-            process.terminate()
-
-
-def _serve(
-    pipe: Any, maker: Callable[..., Pass], kind: str, paths: list[Path], processes: int
-) -> None:
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        work = maker(kind, paths, processes, Path(folder), stack)
-        while True:
-            try:
-                rows = pipe.recv()
-            except EOFError:
-                return
-            cpu, wall = cpu_time(), time.perf_counter()
-            work(rows)
-            pipe.send((cpu_time() - cpu, time.perf_counter() - wall))
-
-
-def cpu_time() -> float:
-    """Seconds of CPU of this process, its descendants, and those of them that have ended."""
-    import psutil
-
-    own, total = psutil.Process(), 0.0
-    for process in [own, *own.children(recursive=True)]:
-        try:
-            if process is own or not any(word in " ".join(process.cmdline()) for word in PAGES):
-                total += sum(process.cpu_times()[:4])
-        except psutil.Error:
-            continue
-    return total
 
 
 def _rows(paths: list[Path], rows: int) -> list[Path]:

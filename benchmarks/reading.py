@@ -1,5 +1,5 @@
 """Reading shuffled batches of encoded pictures beside datasets, WebDataset and MosaicML
-streaming: the same JPEG bytes in each one's own format, on a local disk, one process.
+streaming: the same JPEG bytes in each one's own format, on a local disk, one process each.
 
 A batch is 64 pictures of 224 x 224 as one uint8 tensor and their labels. Each contender shuffles
 as it is meant to: rows in any order (ours, datasets), or a buffer of the whole corpus (the others).
@@ -8,9 +8,8 @@ A contender that is not installed is left out.
 
 import io
 import tarfile
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,60 +19,74 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
+from benchmarks.measure import Result, Took, ratio, spread
 from benchmarks.media import PICTURE, decode, files
+from benchmarks.sides import Maker, rounds_of, side
 from pipelines.collate import Fixed, open_column
 from pipelines.encoded import encode, encoded_field
 from pipelines.shards import write_shard
 from pipelines.training.mixture import generator
 from skillnet_platform import console
 
-PICTURES, TIMES, BATCH = 64, 6, 64
+PICTURES, TIMES, BATCH = 64, 24, 64
 SHAPE = (PICTURE, PICTURE, 3)
 SHARDS = 4
+OURS = "shards"
+CLOCK = "cpu and wall, see the rows"
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 def run(rounds: int, threads: int) -> list[Result]:
     """Ratios of times for one epoch."""
-    cells = [encode(decode("image", path.read_bytes())) for path in files("image", PICTURES)]
-    cells *= TIMES
-    makers: dict[str, tuple[str, Callable[[list[bytes], Path], Callable[[], object]]]] = {
-        "shards": ("", _shards),
-        "datasets": ("datasets", _datasets),
-        "WebDataset": ("webdataset", _webdataset),
-        "MosaicML streaming": ("streaming", _mosaic),
-    }
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        contenders = {}
-        for name, (package, make) in makers.items():
-            if package and find_spec(package) is None:
-                console.warn(f"{name} is not installed: left out")
-                continue
-            home = Path(folder) / name.replace(" ", "-")
-            home.mkdir()
-            contenders[name] = make(cells, home)
-        seconds = in_turns(contenders, rounds, clock_for(threads), warmup=1)
+    cells = pictures() * TIMES
     size = sum(map(len, cells)) / len(cells)
     setting = (
         f"{len(cells)} JPEG of {PICTURE} x {PICTURE}, {size / 1024:.1f} KiB, batches of {BATCH}"
     )
-    per_row = [s / len(cells) for s in seconds["shards"]]
-    results = [
-        Result("reading encoded pictures", name, "times as fast", *ratio(took, seconds["shards"]),
-               ">= 1", rounds, setting)
-        for name, took in seconds.items()
-        if name != "shards"
-    ]  # fmt: skip
-    note = "cpu time of one process"
-    figures = {"s/row": spread(per_row), "bytes/row": spread([size])}
-    for unit, figure in figures.items():
-        label = "reading encoded pictures"
-        results.append(Result(label, "", unit, *figure, "", rounds, setting, note))
+    label = "reading encoded pictures"
+    with ExitStack() as stack:
+        took = rounds_of(contenders(stack, MAKERS, cells), rounds)
+    return [*compared(label, took, len(cells), setting),
+            Result(label, "", "bytes/row", size, size, size, "", 1, setting)]  # fmt: skip
+
+
+def contenders(
+    stack: ExitStack, makers: dict[str, tuple[str, Maker]], cells: list[bytes], *without: str
+) -> dict[str, Callable[..., Took]]:
+    """Those whose package is installed, each in a process of its own."""
+    found = {}
+    for name, (package, maker) in makers.items():
+        if package and find_spec(package) is None:
+            console.warn(f"{name} is not installed: left out")
+            continue
+        found[name] = stack.enter_context(side(maker, cells, keep=True, without=without))
+    return found
+
+
+def compared(label: str, took: dict[str, list[Took]], rows: int, setting: str) -> list[Result]:
+    """Ratios to our shards, by CPU time and on the wall, and what a row of ours takes."""
+    results = []
+    for clock in Took._fields:
+        seconds = {name: [getattr(one, clock) for one in each] for name, each in took.items()}
+        name, count = f"{label}, {clock} time", len(took[OURS])
+        for who, theirs in seconds.items():
+            if who != OURS:
+                found = ratio(theirs, seconds[OURS])
+                results.append(Result(name, who, "times as fast", *found, ">= 1", count, setting))
+        per_row = spread([each / rows for each in seconds[OURS]])
+        told = label if clock == "cpu" else name
+        results.append(Result(told, "", "s/row", *per_row, "", count, setting, f"{clock} time"))
     return results
 
 
-def _take(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int) -> None:
+def pictures() -> list[bytes]:
+    """Pictures at the size that a model reads, as JPEG."""
+    return [encode(decode("image", path.read_bytes())) for path in files("image", PICTURES)]
+
+
+def take(batches: Batches, rows: int) -> None:
+    """An epoch: all batches, and every row in them."""
     seen = 0
     for pixels, labels in batches:
         assert pixels.shape[1:] == SHAPE, pixels.shape
@@ -82,88 +95,142 @@ def _take(batches: Iterator[tuple[torch.Tensor, torch.Tensor]], rows: int) -> No
     assert seen == rows, f"{seen} of {rows} rows"
 
 
-def _shards(cells: list[bytes], home: Path) -> Callable[[], object]:
-    schema = pa.schema([encoded_field("pixels", SHAPE), pa.field("label", pa.int64())])
-    for number, part in enumerate(np.array_split(np.arange(len(cells)), SHARDS)):
-        rows = {"pixels": [cells[i] for i in part], "label": part}
-        write_shard(pa.table(rows, schema=schema), home / f"train-{number:05d}.arrow")
+def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
+    files = [home / entry["file"] for entry in write_shards(cells, home)]
     epochs = iter(range(1 << 30))
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        maps = [pa.memory_map(str(path)) for path in sorted(home.glob("*.arrow"))]
+    def epoch() -> None:
+        maps = [pa.memory_map(str(path)) for path in files]
         table = pa.concat_tables([pa.ipc.open_file(each).read_all() for each in maps])
-        pixels, labels = (open_column(table, name, "made") for name in ("pixels", "label"))
-        assert isinstance(pixels, Fixed)
-        assert isinstance(labels, Fixed)
-        order = generator(0, "order", next(epochs)).permutation(len(cells))
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            yield torch.from_numpy(pixels.take(rows)), torch.from_numpy(labels.take(rows))
+        take(shard_batches(table, next(epochs)), len(cells))
 
-    return lambda: _take(batches(), len(cells))
+    return epoch
 
 
-def _datasets(cells: list[bytes], home: Path) -> Callable[[], object]:
+def write_shards(cells: list[bytes], home: Path) -> list[dict[str, Any]]:
+    """Our shards; returns their entries in a manifest."""
+    schema = pa.schema([encoded_field("pixels", SHAPE), pa.field("label", pa.int64())])
+    entries = []
+    for number, part in enumerate(_parts(cells)):
+        rows = {"pixels": [cells[i] for i in part], "label": part}
+        path = home / f"train-{number:05d}.arrow"
+        entries.append(write_shard(pa.table(rows, schema=schema), path))
+    return entries
+
+
+def shard_batches(table: pa.Table, epoch: int) -> Batches:
+    """Batches of the rows of our shards in an order of their own."""
+    pixels, labels = (open_column(table, name, "made") for name in ("pixels", "label"))
+    assert isinstance(pixels, Fixed)
+    assert isinstance(labels, Fixed)
+    order = generator(0, "order", epoch).permutation(table.num_rows)
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        yield torch.from_numpy(pixels.take(rows)), torch.from_numpy(labels.take(rows))
+
+
+def _datasets(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
+    import datasets
+
+    as_dataset(cells).save_to_disk(str(home / "saved"))
+    epochs = iter(range(1 << 30))
+
+    def epoch() -> None:
+        data = datasets.load_from_disk(str(home / "saved")).shuffle(seed=next(epochs))
+        take(dataset_batches(data), len(cells))
+
+    return epoch
+
+
+def as_dataset(cells: list[bytes]) -> Any:
+    """The pictures as a dataset of Hugging Face's."""
     import datasets
 
     datasets.disable_progress_bars()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": [{"bytes": c, "path": None} for c in cells], "label": list(range(len(cells)))}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(home / "saved"))
-    epochs = iter(range(1 << 30))
-
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        data = datasets.load_from_disk(str(home / "saved")).shuffle(seed=next(epochs))
-        for batch in data.iter(BATCH):
-            pixels = np.stack([np.asarray(image) for image in batch["image"]])
-            yield torch.from_numpy(pixels), torch.tensor(batch["label"])
-
-    return lambda: _take(batches(), len(cells))
+    return datasets.Dataset.from_dict(rows, features=features)
 
 
-def _webdataset(cells: list[bytes], home: Path) -> Callable[[], object]:
-    import webdataset
+def dataset_batches(data: Any) -> Batches:
+    """Batches of a dataset of Hugging Face's, on a disk or streamed."""
+    for batch in data.iter(BATCH):
+        pixels = np.stack([np.asarray(image) for image in batch["image"]])
+        yield torch.from_numpy(pixels), torch.tensor(batch["label"])
 
-    for number, part in enumerate(np.array_split(np.arange(len(cells)), SHARDS)):
-        with tarfile.open(home / f"{number:05d}.tar", "w") as archive:
+
+def _webdataset(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
+    urls = [str(path) for path in write_tars(cells, home)]
+    return lambda: take(tar_batches(urls, len(cells)), len(cells))
+
+
+def write_tars(cells: list[bytes], home: Path) -> list[Path]:
+    """WebDataset's tars."""
+    paths = []
+    for number, part in enumerate(_parts(cells)):
+        paths.append(home / f"{number:05d}.tar")
+        with tarfile.open(paths[-1], "w") as archive:
             for i in part:
                 for ending, data in (("jpg", cells[i]), ("cls", str(i).encode())):
                     entry = tarfile.TarInfo(f"{i:08d}.{ending}")
                     entry.size = len(data)
                     archive.addfile(entry, io.BytesIO(data))
-    urls = [str(path) for path in sorted(home.glob("*.tar"))]
-
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        stream = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
-        stream = stream.shuffle(len(cells)).decode("rgb8").to_tuple("jpg", "cls")
-        for pixels, labels in stream.batched(BATCH, partial=True):
-            yield torch.from_numpy(np.stack(pixels)), torch.as_tensor(labels)
-
-    return lambda: _take(batches(), len(cells))
+    return paths
 
 
-def _mosaic(cells: list[bytes], home: Path) -> Callable[[], object]:
-    from streaming import MDSWriter, StreamingDataset
+def tar_batches(urls: list[str], rows: int) -> Batches:
+    """Batches of WebDataset's, shuffled in a buffer of all rows."""
+    import webdataset
 
+    stream = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
+    stream = stream.shuffle(rows).decode("rgb8").to_tuple("jpg", "cls")
+    for pixels, labels in stream.batched(BATCH, partial=True):
+        yield torch.from_numpy(np.stack(pixels)), torch.as_tensor(labels)
+
+
+def _mosaic(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
+    from streaming import StreamingDataset
+
+    write_mosaic(cells, home / "mds")
+    dataset = StreamingDataset(local=str(home / "mds"), shuffle=True, batch_size=BATCH)
+    return lambda: take(mosaic_batches(dataset), len(cells))
+
+
+def write_mosaic(cells: list[bytes], home: Path) -> None:
+    """MosaicML's shards, as large as ours."""
+    from streaming import MDSWriter
+
+    size = sum(map(len, cells)) // SHARDS + 1
     columns = {"image": "bytes", "label": "int"}
-    with MDSWriter(out=str(home / "mds"), columns=columns, size_limit=1 << 22) as out:
+    with MDSWriter(out=str(home), columns=columns, size_limit=size) as out:
         for number, data in enumerate(cells):
             out.write({"image": data, "label": number})
-    dataset = StreamingDataset(local=str(home / "mds"), shuffle=True, batch_size=BATCH)
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        waiting: list[dict[str, Any]] = []
-        for row in dataset:
-            waiting.append(row)
-            if len(waiting) == BATCH:
-                yield _batch(waiting)
-                waiting = []
-        if waiting:
+
+def mosaic_batches(dataset: Any) -> Batches:
+    """Batches of MosaicML's rows."""
+    waiting: list[dict[str, Any]] = []
+    for row in dataset:
+        waiting.append(row)
+        if len(waiting) == BATCH:
             yield _batch(waiting)
-
-    return lambda: _take(batches(), len(cells))
+            waiting = []
+    if waiting:
+        yield _batch(waiting)
 
 
 def _batch(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]))) for row in rows])
     return torch.from_numpy(pixels), torch.tensor([row["label"] for row in rows])
+
+
+def _parts(cells: list[bytes]) -> list[np.ndarray]:
+    return np.array_split(np.arange(len(cells)), SHARDS)
+
+
+MAKERS: dict[str, tuple[str, Maker]] = {
+    OURS: ("", _shards),
+    "datasets": ("datasets", _datasets),
+    "WebDataset": ("webdataset", _webdataset),
+    "MosaicML streaming": ("streaming", _mosaic),
+}

@@ -3,8 +3,8 @@
     python -m benchmarks.scale            print the tables
     python -m benchmarks.scale --write    put them into docs/scale.md
 
-The costs are those of the newest CSVs of ``prepare_speed`` and ``reading``; every other number is
-an assumption, named in ``CORPORA`` and below and printed with the tables.
+The costs are those of the newest CSVs of ``prepare_speed``, ``reading`` and ``waiting``; every
+other number is an assumption, named in ``CORPORA`` and below and printed with the tables.
 """
 
 import argparse
@@ -86,12 +86,14 @@ def measured(path: Path, unit: str) -> dict[str, float]:
 
 def tables(folder: Path = RESULTS) -> str:
     """The tables, as Markdown."""
-    speed, reading = newest("prepare-speed", folder), newest("reading", folder)
+    speed, reading, waiting = (
+        newest(name, folder) for name in ("prepare-speed", "reading", "waiting")
+    )
     per_row = {k.removeprefix("prepare, "): v for k, v in measured(speed, "s/row").items()}
     cell = measured(reading, "bytes/row")["reading encoded pictures"]
-    decode = measured(reading, "s/row")["reading encoded pictures"]
+    load = measured(waiting, "s/row")["loader"]
     lines = [
-        f"Costs from `{speed.name}` and `{reading.name}`, CPU time of one core:",
+        f"Costs from `{speed.name}`, `{reading.name}` and `{waiting.name}`, CPU time of one core:",
         "",
         "| a row of | seconds to prepare | of which |",
         "|---|---:|---|",
@@ -106,31 +108,32 @@ def tables(folder: Path = RESULTS) -> str:
         lines.append(f"| {kind} | {per_row[kind]:.2g} | {size} |")
     lines += [
         "",
-        "| corpus | rows | source | CPU hours | on 16 CPUs | on 256 CPUs | read by each of 256 | "
+        "| corpus | rows | source | CPU hours | on 16 CPUs | on 256 CPUs | read by 256 | "
         "prepared |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for plan in CORPORA:
         cost = per_row[plan.kind] * plan.units / units_measured(plan.kind)
         hours = plan.rows * cost / BUSY / 3600
-        read = plan.source / cost * BUSY
+        read = 256 * plan.source / cost * BUSY
         stored = plan.rows * (plan.stored or cell)
         lines.append(
             f"| {plan.name} | {plan.rows:,} | {human_bytes(plan.rows * plan.source)} | "
             f"{hours:,.1f} | {_time(hours / 16)} | {_time(hours / 256)} | "
             f"{human_bytes(read)}/s | {human_bytes(stored)} |"
         )
-    cores = GPU_ROWS * decode
+    cores = GPU_ROWS * load
     lines += [
         "",
-        f"Training on encoded pictures of 224 x 224: {cell / 1024:.1f} KiB and {decode * 1e3:.2f} "
+        f"Training on encoded pictures of 224 x 224: {cell / 1024:.1f} KiB and {load * 1e3:.2f} "
         f"ms of a core a row. A GPU that takes {GPU_ROWS:,} rows a second needs {cores:.1f} cores "
-        f"for decoding and {human_bytes(GPU_ROWS * cell)}/s from its disk or cache; beside "
-        f"{GPU_CPUS} cores it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
+        f"for decoding and augmentation, and {human_bytes(GPU_ROWS * cell)}/s from its disk or "
+        f"cache; beside {GPU_CPUS} cores it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
         "",
         "Assumed:",
         "",
-        f"- a CPU works on rows {BUSY:.0%} of its time;",
+        f"- a CPU works on rows {BUSY:.0%} of its time; starts are not in it, nor is the reading "
+        "task, which is one;",
         *(f"- {plan.name}: {plan.why};" for plan in CORPORA),
         f"- a GPU trains on {GPU_ROWS:,} rows a second and has {GPU_CPUS} cores beside it.",
     ]

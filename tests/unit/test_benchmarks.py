@@ -1,14 +1,25 @@
 """What the benchmarks compare computes the same, and what they report follows from the times."""
 
 import csv
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+import psutil
+import pyarrow as pa
 import pytest
 import torch
 
+from benchmarks import reading
 from benchmarks.encoders import DenseEncoder, LoopEncoder
-from benchmarks.measure import Result, in_turns, machine, ratio, write
+from benchmarks.measure import Result, in_turns, machine, ratio, timed, tree_cpu_time, write
+from benchmarks.sides import rounds_of, side
 from benchmarks.training_step import Sizes, skillnet_step
+from pipelines.encoded import encode
 from skillnet.encoder import Encoder
 from tests.small_models import small_config
 
@@ -82,3 +93,72 @@ def test_results_say_whether_the_target_is_met(tmp_path: Path) -> None:
     assert rows[2]["value"] == "12350.0"
     assert rows[0]["machine"] == machine()
     assert rows[0]["clock"] == "cpu"
+
+
+def test_cpu_time_is_that_of_processes_started_and_ended_too() -> None:
+    """A child that computes for 0.4 s of CPU, and is waited for, counts; one left out does not."""
+    burn = "import time\nwhile time.process_time() < 0.4: pass"
+
+    def work() -> None:
+        subprocess.run([sys.executable, "-c", burn], check=True)
+
+    took = timed(work)
+    assert took.cpu >= 0.3
+    assert took.wall >= 0.3
+
+    begin = tree_cpu_time(["left out"])
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{burn}\ninput()", "left out"], stdin=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        while sum(psutil.Process(child.pid).cpu_times()[:2]) < 0.15:
+            time.sleep(0.02)
+        assert tree_cpu_time(["left out"]) - begin < 0.15
+        assert tree_cpu_time() - begin >= 0.15
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        child.wait()
+
+
+def test_an_epoch_of_every_contender_has_every_row(tmp_path: Path) -> None:
+    """What reading compares gives the same pictures: ours and datasets', any order."""
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, reading.SHAPE, np.uint8) for _ in range(6)]
+    cells = [encode(picture) for picture in pictures]
+    entries = reading.write_shards(cells, tmp_path)
+    files = [pa.ipc.open_file(pa.memory_map(str(tmp_path / e["file"]))) for e in entries]
+    ours = pa.concat_tables([file.read_all() for file in files])
+    found = []
+    for batches in (
+        reading.shard_batches(ours, 0),
+        reading.dataset_batches(reading.as_dataset(cells)),
+    ):
+        rows = {}
+        for pixels, labels in batches:
+            rows |= {int(label): each.numpy() for label, each in zip(labels, pixels, strict=True)}
+        found.append(rows)
+    assert sorted(found[0]) == sorted(found[1]) == list(range(6))
+    assert all(np.array_equal(found[0][n], found[1][n]) for n in range(6))
+
+
+def _counting(told: list[int], folder: Path, stack: ExitStack) -> Callable[[float], None]:
+    """A contender that computes for so many seconds; it wants an empty folder."""
+    assert not list(folder.iterdir())
+    told.append(0)
+
+    def work(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    return work
+
+
+def test_each_side_is_a_process_of_its_own() -> None:
+    mine = [1]
+    with side(_counting, mine) as one, side(_counting, mine) as other:
+        took = rounds_of({"one": one, "other": other}, 2, 0.4)
+    assert mine == [1], "what a side does to its arguments is nobody else's"
+    assert {name: len(each) for name, each in took.items()} == {"one": 2, "other": 2}
+    # What the other side computes meanwhile, or has computed before, is not in it.
+    assert all(0.3 < took.cpu < 0.8 for each in took.values() for took in each)
