@@ -3,13 +3,48 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform import console
+from skillnet_platform import console, storage
 
 PROGRESS = "progress.jsonl"
+
+
+class ProgressFile:
+    """What rank 0 appends to, a line at a time.
+
+    A line that a full disk or a kill cut short is taken away first: the next one would be joined
+    to it, and none of the two could be read.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("ab+") as stream:
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
+        # Without a buffer: what did not fit would be tried again at the end, and hide the reason.
+        self._stream = path.open("ab", buffering=0)
+
+    def say(self, **values: Any) -> None:
+        """Append a line.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        line = json.dumps({"time": time.time(), **values}).encode() + b"\n"
+        with storage.disk_guard(self._path):
+            while line:
+                line = line[self._stream.write(line) :]
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+        self._stream.close()
 
 
 @contextlib.contextmanager
@@ -54,7 +89,12 @@ def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
         stream.seek(position)
         content = stream.read()
     whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], position + len(whole)
+    told = []
+    for line in whole.splitlines():
+        # Two lines in one, from before cut ones were taken away.
+        with contextlib.suppress(ValueError):
+            told.append(json.loads(line))
+    return told, position + len(whole)
 
 
 def history(path: Path) -> dict[str, list[tuple[int, float]]]:

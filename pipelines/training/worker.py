@@ -6,7 +6,6 @@ run's folder, which the driver follows: so the driver shows the same with any nu
 
 import contextlib
 import functools
-import json
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from pipelines.mirror import mirror_of
 from pipelines.training import faults, notice
 from pipelines.training.loop import Reporter, train
-from pipelines.training.progress import PROGRESS
+from pipelines.training.progress import PROGRESS, ProgressFile
 from pipelines.training.settings import FinetuneConfig
 from pipelines.uploads import Uploads, bring, fit_storage, send_trained
 from skillnet.growth import remove_task
@@ -93,7 +92,7 @@ class RunReporter(Reporter):
         self._next_words = time.monotonic() if aloud else float("inf")
         self._config, self._run, self._tracker = config, run, tracker
         self._on_evaluation = on_evaluation
-        self._file = (run / PROGRESS).open("a", encoding="utf-8", buffering=1)
+        self._file = ProgressFile(run / PROGRESS)
 
     def start(self, step: int) -> None:
         self.progress(step, "")
@@ -101,12 +100,12 @@ class RunReporter(Reporter):
             self.metrics({"training/workers": self._world}, step)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        self._say(step=step, metrics=values)
+        self._file.say(step=step, metrics=values)
         if self._tracker is not None:
             self._tracker.metrics(values, step)
 
     def progress(self, step: int, words: str) -> None:
-        self._say(step=step, words=words)
+        self._file.say(step=step, words=words)
         if time.monotonic() >= self._next_words:
             self._next_words = time.monotonic() + ALOUD_S
             said = f", {words}" if words else ""
@@ -144,9 +143,6 @@ class RunReporter(Reporter):
         if self._tracker is not None:
             self._tracker.flush()
         self._file.close()
-
-    def _say(self, **values: Any) -> None:
-        self._file.write(json.dumps({"time": time.time(), **values}) + "\n")
 
 
 class _Others(Reporter):

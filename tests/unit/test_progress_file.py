@@ -1,0 +1,54 @@
+"""The progress file: what a full disk or a kill cut short does not spoil what comes after."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.training.progress import ProgressFile, history
+from skillnet_platform.errors import UserError
+
+
+def test_a_line_that_was_cut_short_is_taken_away_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    file = ProgressFile(path)
+    file.say(step=1, metrics={"loss": 3.0})
+    file.say(step=2, metrics={"loss": 2.0})
+    file.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    again = ProgressFile(path)
+    again.say(step=2, metrics={"loss": 2.5})
+    again.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert history(path) == {"loss": [(1, 3.0), (2, 2.5)]}
+    path.write_bytes(b"")
+    ProgressFile(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_two_lines_in_one_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    path.write_text('{"step": 1, "metrics": {"loss": 1.0}}\n{"step": 2, "met{"step": 3}\n')
+    assert history(path) == {"loss": [(1, 1.0)]}
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ProgressFile(tmp_path / "progress.jsonl")
+
+    class Full:
+        def write(self, line: bytes) -> int:
+            if len(line) > 5:
+                return len(line) - 5
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    file._stream.close()
+    monkeypatch.setattr(file, "_stream", Full())
+    with pytest.raises(UserError, match=r"progress.jsonl: the disk is full"):
+        file.say(step=1, words="")
+    file.close()
