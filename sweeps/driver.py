@@ -31,6 +31,8 @@ from sweeps.trial import (
     write_trial,
 )
 
+#: Seconds that a sweep waits at its end for a tracker that does not answer.
+TRACKER_PATIENCE_S = 60.0
 #: MLflow's word for the end of a run, by what became of its trial.
 ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
 
@@ -198,6 +200,13 @@ class Driver:
         if status != "interrupted":
             self.source.tell(outcome)
 
+    def _send_the_rest(self) -> None:
+        """What a busy tracker did not take when trials ended: nobody else would send it today."""
+        end = time.monotonic() + (0.0 if self._interrupt.wanted else TRACKER_PATIENCE_S)
+        for entry in self.entries.values():
+            if entry.tracker is not None:
+                entry.tracker.settle(max(end - time.monotonic(), 0.0))
+
     def _stop_trials(self) -> None:
         for entry in list(self.entries.values()):
             if entry.outcome is None and entry.tracker is not None:
@@ -218,6 +227,7 @@ class Driver:
             self._first = self._look()
             if self._first is not None or not self.ended():
                 self._run()
+                self._send_the_rest()
         finally:
             for entry in self.entries.values():
                 if entry.outcome is None and entry.tracker is not None:

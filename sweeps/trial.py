@@ -202,6 +202,7 @@ def run_one(
     """
     from pipelines import finetune
     from pipelines.mirror import mirror_of
+    from pipelines.training.worker import TRACKER_PATIENCE_S
     from pipelines.uploads import deliver
     from skillnet_platform.tracking import Tracker
 
@@ -234,7 +235,8 @@ def run_one(
             brief=trial.brief,
         )
     finally:
-        tracker.flush()
+        # On another host than the driver's nobody would find what is left.
+        tracker.settle(TRACKER_PATIENCE_S if mirror is not None else 0.0)
     result["registered"] = None
     if watch is not None and result["evaluation"]:
         watch.record(result["evaluation"], result["step"])

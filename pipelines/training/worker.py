@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 TRAINED = "trained.json"
 MODEL = "model"
 
+#: Seconds that a worker whose spool the driver does not see waits for the tracker at its end.
+TRACKER_PATIENCE_S = 60.0
 #: So often a worker whose progress file the driver does not see says how far it is.
 ALOUD_S = 10.0
 
@@ -207,6 +209,8 @@ def work(
         write_json(run / TRAINED, done.summary() | {"world": world, "seed": config.seed})
     finally:
         reporter.close()
+    if aloud and tracker is not None:
+        tracker.settle(TRACKER_PATIENCE_S)
     if mirror is not None and uploads is not None:
         send_trained(mirror, uploads, config.storage.patience, apart)
 

@@ -21,6 +21,10 @@ from skillnet_platform import console, lifecycle, operations, spool, store
 
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 5000
+#: Seconds that the end of a run waits for a tracker that does not answer.
+END_PATIENCE_S = 20.0
+#: Between two tries of :meth:`Tracker.settle`.
+SETTLE_PAUSE_S = 2.0
 #: MLflow shows it beside the name, and keeps at most 36; the whole one is in the profile.
 DATASET_DIGEST = 12
 
@@ -146,6 +150,18 @@ class Tracker:
         """Send what waits; True if nothing is left. Rank 0 calls it before it leaves."""
         return self._spool.flush() if len(self._spool) else True
 
+    def settle(self, patience: float) -> bool:
+        """Send what waits, trying for so many seconds; True if nothing is left.
+
+        For a process that ends where no later one may look for its spool.
+        """
+        end = time.monotonic() + patience
+        while not self.flush():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(min(SETTLE_PAUSE_S, patience))
+        return True
+
     @contextlib.contextmanager
     def _new_artifact(self, name: str) -> Iterator[Path]:
         folder, _, file = name.rpartition("/")
@@ -220,6 +236,8 @@ def start(
         raise
     finally:
         tracker.end(status)
+        # A tracker that is only busy gets a little time: the next run may be weeks away.
+        tracker.settle(0.0 if status == "KILLED" else END_PATIENCE_S)
         if len(tracker._spool) == 0:
             send_left_behind(place.uri)  # what a worker of this run could not send
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import spool, store, tracking, ui
+from skillnet_platform import operations, spool, store, tracking, ui
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig
 
@@ -304,6 +304,35 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
             assert list(spool.spool_root().glob("*.jsonl")) == []
             stack.close()
             assert run_of(tracker).info.status == "FINISHED"
+
+
+def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, refused = operations.apply, 0
+
+    def busy(client: Any, run_id: str, operation: spool.Operation) -> None:
+        nonlocal refused
+        if operation["kind"] == "end" and refused < 3:
+            refused += 1
+            raise ConnectionError("Read timed out.")
+        apply(client, run_id, operation)
+
+    monkeypatch.setattr(operations, "apply", busy)
+    monkeypatch.setattr(tracking, "SETTLE_PAUSE_S", 0.01)
+    with tracking.start("busy", None, where()) as tracker:
+        tracker.metrics({"loss": 1.0}, step=1)
+    assert refused == 3
+    assert run_of(tracker).info.status == "FINISHED"
+    assert list(spool.spool_root().glob(f"{tracker.run_id}.*")) == []
+
+    # No longer than it is told to; what is left then waits for the next run.
+    refused = 0
+    monkeypatch.setattr(tracking, "END_PATIENCE_S", 0.0)
+    with tracking.start("busier", None, where()) as tracker:
+        pass
+    assert run_of(tracker).info.status == "RUNNING"
+    assert len(list(spool.spool_root().glob(f"{tracker.run_id}.*"))) == 1
+    assert tracker.settle(0.0)
+    assert run_of(tracker).info.status == "FINISHED"
 
 
 def test_a_spool_cut_short_by_a_kill_is_read_up_to_there(tmp_path: Path) -> None:
