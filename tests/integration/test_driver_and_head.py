@@ -65,7 +65,9 @@ def test_a_driver_killed_and_one_asked_to_leave(
     assert code == 143, said
     assert "ended by SIGTERM after step 7 of 12" in said
     assert f"--name {config.name}" in said
-    assert "Traceback" not in said
+    # Beside another Ray on this machine Ray's own cleaner dies of a ConnectionError, and says so.
+    ours = [line for line in said.splitlines() if "(PlacementGroupCleaner" not in line]
+    assert "Traceback" not in "\n".join(ours)
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
     assert store.client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
     result = finetune(config)
