@@ -141,13 +141,16 @@ def prepare(uri: str) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as Runs
+    from sqlalchemy import create_engine
     from sqlalchemy.exc import SQLAlchemyError
 
-    # MLflow would try for a minute and a half, in silence.
-    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_MAX_RETRIES", "2")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
+        # MLflow would try for a minute and a half before it says that there is nobody.
+        engine = create_engine(uri)
+        engine.connect().close()
+        engine.dispose()
         Runs(uri, "mlflow-artifacts:/")
         Registry(uri)
     except (SQLAlchemyError, MlflowException) as problem:
