@@ -98,7 +98,7 @@ def carry_out(
         console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
         return finished
     checked = check(config)
-    open_run(config, run)
+    make_folder(config, run)
     if mirror is not None:
         mirror.begin(known)
     before = read_json(run / RUN) if (run / RUN).is_file() else {}
@@ -193,16 +193,18 @@ def resolved(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
 
 
 def open_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
-    """Make the run's folder, or take up an unfinished run; the result of a finished one.
-
-    The folder takes the name: make it once nothing is left that may be refused.
-    """
+    """Make the run's folder, or take up an unfinished run; the result of a finished one."""
     finished = finished_run(config, run)
+    make_folder(config, run)
+    return finished
+
+
+def make_folder(config: FinetuneConfig, run: Path) -> None:
+    """Make the folder of a new run, which takes the name: only when nothing may be refused."""
     stored = run / CONFIG
     if not stored.is_file():
         with atomic_write(stored, "w") as stream:
             stream.write(configuration.to_yaml(config))
-    return finished
 
 
 def finished_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def grow(config: GrowConfig) -> dict[str, Any]:
         console.note(f"{settings.name} is finished ({finished['step']} steps); give another name")
         return finished
     checked = finetune.check(settings)
-    finetune.open_run(settings, run)
+    finetune.make_folder(settings, run)
     with atomic_write(run / "grow.yaml", "w") as stream:
         stream.write(configuration.to_yaml(config))
     with _tracked(settings, run, {"grown_from": source.digest}) as tracker:
