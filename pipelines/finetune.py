@@ -326,10 +326,12 @@ def _conclude(
 
     model = systems.load(run / "model")
     costs = {task: account_task(model, task) for task in config.measured}
+    # Whoever compares runs need not have their models.
+    result["total_params"] = total = sum(p.numel() for p in model.parameters())
     tracker.metrics(
         {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
-        | {"training/total_params": sum(p.numel() for p in model.parameters())}
+        | {"training/total_params": total}
     )
     if not brief:
         past = history(run / PROGRESS)
@@ -356,7 +358,6 @@ def _conclude(
         "seed": config.seed,
         "folder": f"`{run}`",
     }
-    total = sum(p.numel() for p in model.parameters())
     tracker.note(reporting.description(rows, [], model.config, total, facts))
     return rows
 

@@ -34,7 +34,7 @@ class FinishedRun:
         rows: its ``evaluation.csv``, numbers as numbers.
         outcomes: what became of each test row.
         trained: its ``trained.json``.
-        total_params: parameters of the whole saved model; 0 if it is gone.
+        total_params: parameters of the whole model; 0 if the run did not say and it is gone.
         run_id: of its MLflow run, or none.
         digests: corpus -> digest of what it was trained and measured on, as far as is known.
     """
@@ -119,7 +119,7 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
         read_rows(folder / "evaluation.csv"),
         read_outcomes(folder / OUTCOMES),
         read_json(folder / "trained.json"),
-        count_parameters(folder / "model"),
+        int(result.get("total_params") or count_parameters(folder / "model")),
         result.get("run_id"),
         digests,
     )
