@@ -14,6 +14,9 @@ from pipelines.collate import Column, open_column
 from pipelines.shard_files import Opened
 from pipelines.shards import Split
 
+#: Rows looked at for each shard, to find out which shards are needed first.
+AHEAD = 64
+
 
 class HeldRows:
     """Columns of several splits, row numbers running through all of them.
@@ -69,17 +72,26 @@ class HeldRows:
             self._open = dict(sorted(kept.items()))
         self._prefetch(ahead)
 
-    def fetch(self) -> None:
-        """Have all shards fetched in the background."""
+    def fetch(self, rows: np.ndarray) -> None:
+        """Have all shards fetched in the background, in the order in which these rows need them.
+
+        Args:
+            rows: (rows,) row numbers that are read soon, in their order.
+        """
         if not self._fetched:
             self._fetched = True
-            self._prefetch(range(len(self._shards)))
+            # So many shuffled rows meet every shard but very small ones, which come last.
+            touched, first = np.unique(
+                self._shard_of(rows[: AHEAD * len(self._shards)]), return_index=True
+            )
+            needed = touched[np.argsort(first)].tolist()
+            self._prefetch(dict.fromkeys([*needed, *range(len(self._shards))]))
 
     def add(self, rows: np.ndarray) -> None:
         """Have the shards of these rows open too."""
         if len(self._open) == len(self._shards):
             return
-        touched = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
+        touched = np.unique(self._shard_of(rows))
         if not all(int(number) in self._open for number in touched):
             self.hold([*self._open, *(int(n) for n in touched if int(n) not in self._open)])
 
@@ -105,9 +117,13 @@ class HeldRows:
         offsets = np.full(len(self._shards), -1, np.int64)
         sizes = np.array(self.rows, np.int64)[held]
         offsets[held] = np.cumsum(sizes) - sizes - self._starts[held]
-        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        shard = self._shard_of(rows)
         assert np.isin(shard, held).all(), f"{self.where}: rows of shards that are not open"
         return rows + offsets[shard]
+
+    def _shard_of(self, rows: np.ndarray) -> np.ndarray:
+        """(rows,) numbers of the shards that rows lie in."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
 
     def _prefetch(self, numbers: Iterable[int]) -> None:
         waiting = (self._shards[number] for number in numbers if number not in self._open)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import Draws
+from pipelines.held_rows import HeldRows
 from pipelines.task_rows import TaskRows
 from pipelines.training.mixture import RowOrder, Schedule, task_weights
 from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
@@ -94,6 +95,8 @@ class MixedStream:
         masks: what masked tasks hide.
         shuffle: bytes of shards up to which a task's rows are shuffled whole; beyond, in windows
             of so many bytes.
+        early: the first epoch of a task begins with the rows of one shard; see
+            :mod:`pipelines.training.windows`.
 
     Raises:
         UserError: an unknown task, a corpus that is missing or of the wrong kind.
@@ -109,6 +112,7 @@ class MixedStream:
         temperature: float = 2.0,
         masks: MaskConfig | None = None,
         shuffle: float = float("inf"),
+        early: bool = False,
     ) -> None:
         if not tasks:
             raise UserError("no task to train: name at least one under tasks")
@@ -119,7 +123,8 @@ class MixedStream:
             task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
             rows = TaskRows(name, task, corpus, model, settings, masks)
             self.rows[name] = rows
-            self._orders[name] = _order(rows, settings.batch, (seed, "order", name), shuffle)
+            key = (seed, "order", name)
+            self._orders[name] = _order(rows, settings.batch, key, shuffle, early)
         self.weights = task_weights(
             {name: settings.weight for name, settings in tasks.items()},
             {name: rows.count for name, rows in self.rows.items()},
@@ -137,12 +142,10 @@ class MixedStream:
         sizes: dict[tuple[str, str], int] = {}
         for name, rows in self.rows.items():
             if rows.held.remote:
-                order = self._orders[name]
-                if isinstance(order, WindowOrder):
-                    sizes[rows.where, name] = order.largest()
-                else:
-                    # Tasks that read the same rows whole share the files.
-                    sizes[rows.where, ""] = sum(rows.held.bytes)
+                order, whole = self._orders[name], sum(rows.held.bytes)
+                size = order.largest() if isinstance(order, WindowOrder) else whole
+                # Tasks that read the same rows whole share the files.
+                sizes[rows.where, name if size < whole else ""] = size
         return sum(sizes.values())
 
     def counts(self, steps: int) -> dict[str, int]:
@@ -152,11 +155,7 @@ class MixedStream:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """A rank's part of the global batch of a step."""
         plan = self.plan(step)
-        order, held = self._orders[plan.task], self.rows[plan.task].held
-        if isinstance(order, WindowOrder):
-            held.hold(order.shards(plan.occurrence), order.ahead(plan.occurrence))
-        elif held.remote:
-            held.fetch()
+        follow(self._orders[plan.task], self.rows[plan.task].held, plan.occurrence)
         mine = rank_slice(len(plan.rows), rank, world)
         ghost = mine.stop == mine.start
         if ghost:
@@ -167,12 +166,25 @@ class MixedStream:
         return Batch(plan.task, towers, targets, rows, len(plan.rows), ghost)
 
 
+def follow(order: RowOrder | WindowOrder, held: HeldRows, occurrence: int) -> None:
+    """Have the shards at hand that a batch is taken from, and the next ones on their way.
+
+    Raises:
+        UserError, StoreUnavailable: see :meth:`HeldRows.hold`.
+    """
+    if isinstance(order, WindowOrder):
+        held.hold(order.shards(occurrence), order.ahead(occurrence))
+    elif held.remote:
+        # The batch opens its own.
+        held.fetch(order.coming(occurrence))
+
+
 def _order(
-    rows: TaskRows, batch: int, key: tuple[int | str, ...], shuffle: float
+    rows: TaskRows, batch: int, key: tuple[int | str, ...], shuffle: float, early: bool
 ) -> RowOrder | WindowOrder:
     held = rows.held
-    if sum(held.bytes) > shuffle and len(held.bytes) > 1:
-        return WindowOrder(held.rows, held.bytes, batch, shuffle, key, rows.lengths)
+    if (early or sum(held.bytes) > shuffle) and len(held.bytes) > 1:
+        return WindowOrder(held.rows, held.bytes, batch, shuffle, key, rows.lengths, early=early)
     if held.remote:
         return RowOrder(rows.count, batch, rows.lengths, key)
     # On a disk opening costs nothing, and what is missing is best found now.

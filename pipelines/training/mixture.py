@@ -141,6 +141,11 @@ class RowOrder:
             epoch, offset = epoch + 1, 0
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def coming(self, occurrence: int) -> np.ndarray:
+        """Row numbers of a batch and of the rest of its epoch, in their order."""
+        epoch, offset = divmod(occurrence * self._batch, self._rows)
+        return self._epoch(epoch)[offset:]
+
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
             for old in [known for known in self._epochs if known < epoch - 1]:

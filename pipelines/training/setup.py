@@ -41,7 +41,7 @@ RHYTHM = (
 )
 
 #: Keys that came later, with what was done before: checkpoints from then are still of the same run.
-LATER = {"shuffle_gb": 4.0}
+LATER = {"shuffle_gb": 4.0, "early_start": False}
 
 
 def open_stream(config: FinetuneConfig) -> MixedStream:
@@ -60,6 +60,7 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
         config.training.temperature,
         config.training.masking,
         config.training.shuffle_gb * GB,
+        config.training.early_start,
     )
     needed, limit = stream.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
     if needed > limit:

@@ -1,10 +1,18 @@
-"""The order of rows of a task too large to be shuffled whole: windows of shards.
+"""The order of rows of a task too large to be shuffled whole, or that starts early: windows of
+shards.
 
     epoch   shards in random order      3 0 | 4 1 | 2        windows of so many bytes
             rows of a window, shuffled  ~~~~~ ~~~~~ ~~~
 
 A pure function of (seed, occurrence) like :class:`mixture.RowOrder`, for which one only needs the
 row numbers of the windows that a batch touches, and from which one knows the shards that come next.
+
+With ``early`` the first window of all grows: it begins with the rows of one shard, and the next
+comes in when half of the rows that came are taken, as in a shuffle buffer that is filled while it
+is read. So the first batch needs one shard, and the others have time to arrive.
+
+    taken of a window of 3 0 4          3 | 3 0 | 3 0 4      parts: where their rows may lie
+                                        ~   ~~~   ~~~~~~~~~~~~~~~
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +38,7 @@ class WindowOrder:
         lengths: gives the lengths of some rows, of which those of one shard stand together; none
             does without bucketing.
         window: batches within which rows are sorted by length.
+        early: the first window grows shard by shard.
     """
 
     def __init__(
@@ -41,12 +50,13 @@ class WindowOrder:
         key: Sequence[int | str],
         lengths: Callable[[np.ndarray], np.ndarray | None] | None = None,
         window: int = 16,
+        early: bool = False,
     ) -> None:
         self._rows, self._sizes = np.asarray(rows, np.int64), np.asarray(sizes, np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._rows)])
         self._total = int(self._starts[-1])
         self._batch, self._limit, self._key = batch, limit, tuple(key)
-        self._lengths, self._window = lengths, window
+        self._lengths, self._window, self._early = lengths, window, early
         self._layouts: dict[int, _Layout] = {}
         self._made: dict[tuple[int, int], np.ndarray] = {}
 
@@ -66,19 +76,27 @@ class WindowOrder:
         return list(found)
 
     def ahead(self, occurrence: int) -> list[int]:
-        """Shards of the window after those of a batch."""
+        """Shards that come after those of a batch: the next window's; in a window that grows, two
+        of its own at least, and as many as there are."""
         epoch, number, _, _ = self._touched(occurrence)[-1]
-        windows = self._layout(epoch).windows
+        layout = self._layout(epoch)
+        windows, here = layout.windows, number + 1
+        if here < len(layout.growing):
+            # Not all at once: those that are needed first would share the wire with the others.
+            return windows[len(layout.growing) - 1][here : here + max(2, here)]
         return (
             windows[number + 1] if number + 1 < len(windows) else self._layout(epoch + 1).windows[0]
         )
 
     def largest(self) -> int:
-        """Bytes of the shards that may be in use at once: those of two windows."""
-        return int(2 * max(self._limit, int(self._sizes.max())))
+        """Bytes of the shards that may be in use at once: those of two windows, or of all."""
+        return int(min(2 * max(self._limit, int(self._sizes.max())), int(self._sizes.sum())))
 
     def _touched(self, occurrence: int) -> list[tuple[int, int, int, int]]:
-        """(epoch, window, first row in it, end) of the windows that a batch takes rows from."""
+        """(epoch, window, first row in it, end) of the windows that a batch takes rows from.
+
+        Each part of a window that grows counts as one.
+        """
         epoch, offset = divmod(occurrence * self._batch, self._total)
         missing, found = self._batch, []
         while missing:
@@ -105,18 +123,44 @@ class WindowOrder:
                     held = 0
                 windows[-1].append(int(shard))
                 held += int(self._sizes[shard])
-            rows = [int(self._rows[window].sum()) for window in windows]
-            self._layouts[epoch] = _Layout(windows, np.concatenate([[0], np.cumsum(rows)]))
+            growing: list[np.ndarray] = []
+            if self._early and epoch == 0:
+                growing = self._grow(windows[0])
+                windows[:1] = [windows[0][: number + 1] for number in range(len(growing))]
+            rows = [len(part) for part in growing]
+            rows += [int(self._rows[window].sum()) for window in windows[len(growing) :]]
+            starts = np.concatenate([[0], np.cumsum(rows)])
+            self._layouts[epoch] = _Layout(windows, starts, growing)
         return self._layouts[epoch]
 
+    def _grow(self, shards: Sequence[int]) -> list[np.ndarray]:
+        """Rows of the parts of a window that grows by these shards, one after the other."""
+        random = generator(*self._key, "growing")
+        waiting = [self._starts[s] + random.permutation(self._rows[s]) for s in shards]
+        came, taken, parts = 0, 0, []
+        for number, shard in enumerate(shards, 1):
+            came += int(self._rows[shard])
+            count = (came if number == len(shards) else came // 2) - taken
+            taken += count
+            # How many of each shard a draw of so many from all that wait would hit.
+            here = [len(rows) for rows in waiting[:number]]
+            hit = random.multivariate_hypergeometric(here, count)
+            parts.append(np.concatenate([r[:n] for r, n in zip(waiting, hit, strict=False)]))
+            waiting[:number] = [r[n:] for r, n in zip(waiting, hit, strict=False)]
+        return parts
+
     def _shuffled(self, epoch: int, number: int) -> np.ndarray:
-        """Rows of a window in their order."""
+        """Rows of a window, or of a part of one that grows, in their order."""
         key = (epoch, number)
         if key not in self._made:
             layout = self._layout(epoch)
-            rows = np.concatenate(
-                [np.arange(self._starts[s], self._starts[s + 1]) for s in layout.windows[number]]
-            )
+            if number < len(layout.growing):
+                rows = layout.growing[number]
+            else:
+                shards = layout.windows[number]
+                rows = np.concatenate(
+                    [np.arange(self._starts[s], self._starts[s + 1]) for s in shards]
+                )
             random = generator(*self._key, "window", epoch, number)
             place = random.permutation(len(rows))
             order = rows[place]
@@ -133,7 +177,14 @@ class WindowOrder:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Shards of each window of an epoch, and (windows + 1,) rows before each window."""
+    """An epoch.
+
+    Args:
+        windows: shards of each window, and of each part of one that grows.
+        starts: (windows + 1,) rows before each.
+        growing: rows of each part of a first window that grows.
+    """
 
     windows: list[list[int]]
     starts: np.ndarray
+    growing: list[np.ndarray]

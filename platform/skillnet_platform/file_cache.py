@@ -89,6 +89,7 @@ class FileCache:
         self.folder, self.limit = Path(folder), limit
         self._queue: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
         self._coming: set[str] = set()
+        self._refused: set[str] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._warned = False
@@ -113,7 +114,8 @@ class FileCache:
         """
         with self._lock:
             for one in wanted:
-                if one.sha256 not in self._coming and not (self.folder / one.sha256).exists():
+                known = one.sha256 in self._coming or one.sha256 in self._refused
+                if not known and not (self.folder / one.sha256).exists():
                     self._coming.add(one.sha256)
                     self._queue.put(one)
             if self._coming and not self._threads:
@@ -130,9 +132,12 @@ class FileCache:
             one = self._queue.get()
             try:
                 self._fetch(one, needed=False)
+            except UserError:
+                # Whoever needs the file asks again, and is told. Until then an altered one would
+                # be downloaded for each batch that looks ahead.
+                self._refused.add(one.sha256)
             except Exception:  # noqa: S110
-                # Whoever needs the file asks again, and is told.
-                pass
+                pass  # the store may be back when the file is needed
             finally:
                 self._coming.discard(one.sha256)
 
