@@ -3,8 +3,11 @@ and MosaicML streaming: the same JPEG bytes in each one's own format, in a bucke
 
 An epoch starts with nothing of the corpus on this machine, and each contender fetches it as it is
 meant to: ours and MosaicML's shard by shard into a cache on the disk (ours hashed), datasets and
-WebDataset as streams with a shuffle buffer of all rows. The server is a process of its own, in
-Python: its CPU time is nobody's, and on the wall it is slow for all alike.
+WebDataset as streams with a shuffle buffer of all rows. Ours is read as training reads it, twice:
+in the order of ``training.early_start``, whose first batch needs one shard (WebDataset's buffer
+likewise gives one row for two that it reads), and in that of all rows, whose first batch needs all
+shards. The server is a process of its own, in Python: its CPU time is nobody's, and on the wall it
+is slow for all alike.
 """
 
 import contextlib
@@ -18,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 from benchmarks.measure import Result
@@ -27,13 +31,13 @@ from benchmarks.reading import (
     OURS,
     SHARDS,
     TIMES,
+    Batches,
     as_dataset,
     compared,
     contenders,
     dataset_batches,
     mosaic_batches,
     pictures,
-    shard_batches,
     take,
     tar_batches,
     write_mosaic,
@@ -41,6 +45,11 @@ from benchmarks.reading import (
     write_tars,
 )
 from benchmarks.sides import Maker, rounds_of
+
+if TYPE_CHECKING:
+    from pipelines.held_rows import HeldRows
+    from pipelines.training.mixture import RowOrder
+    from pipelines.training.windows import WindowOrder
 
 PORT, BUCKET, PREFIX = 15_555, "pictures", "contender-"
 ADDRESS = f"http://127.0.0.1:{PORT}"
@@ -113,8 +122,19 @@ def _upload(folder: Path) -> list[str]:
     return keys
 
 
-def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
+def _early(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
+    return _shards(cells, home, early=True)
+
+
+def _whole(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
+    return _shards(cells, home, early=False)
+
+
+def _shards(cells: list[bytes], home: Path, early: bool) -> Callable[[], object]:
+    from pipelines.held_rows import HeldRows
     from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest, open_corpus
+    from pipelines.training.mixture import RowOrder
+    from pipelines.training.windows import WindowOrder
     from skillnet_platform.file_cache import FileCache
     from skillnet_platform.storage import write_json
 
@@ -131,9 +151,32 @@ def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
 
     def epoch(cache: Path, number: int) -> None:
         corpus = open_corpus(f"s3://{BUCKET}/{PREFIX}{os.getpid()}", cache=FileCache(cache, 10**9))
-        take(shard_batches(corpus.splits["train"].table(), number), len(cells))
+        held, key = HeldRows([corpus.splits["train"]], "made"), (number, "order")
+        order: RowOrder | WindowOrder = RowOrder(len(held), BATCH, None, key)
+        if early:
+            everything = float("inf")
+            order = WindowOrder(held.rows, held.bytes, BATCH, everything, key, early=True)
+        take(_held_batches(held, order), len(cells))
 
     return _afresh(epoch)
+
+
+def _held_batches(held: "HeldRows", order: "RowOrder | WindowOrder") -> Batches:
+    """Batches of one epoch, as the stream of a training takes them."""
+    import torch
+
+    from pipelines.collate import Fixed
+    from pipelines.stream import follow
+
+    for occurrence in range(len(held) // BATCH):
+        rows = order.batch(occurrence)
+        follow(order, held, occurrence)
+        held.add(rows)
+        pixels, labels = (held.column(name) for name in ("pixels", "label"))
+        assert isinstance(pixels, Fixed)
+        assert isinstance(labels, Fixed)
+        local = held.local(rows)
+        yield torch.from_numpy(pixels.take(local)), torch.from_numpy(labels.take(local))
 
 
 def _datasets(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
@@ -176,7 +219,8 @@ def _mosaic(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
 
 
 MAKERS: dict[str, tuple[str, Maker]] = {
-    OURS: ("", _shards),
+    OURS: ("", _early),
+    f"{OURS}, shuffled whole": ("", _whole),
     "datasets": ("datasets", _datasets),
     "WebDataset": ("webdataset", _webdataset),
     "MosaicML streaming": ("streaming", _mosaic),
