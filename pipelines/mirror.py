@@ -33,6 +33,8 @@ STATE = ("run.json", "progress.jsonl")
 RESULTS = ("trained.json", "evaluation.csv", "outcomes.parquet")
 FOLDERS = ("model",)
 CHECKPOINTS = "checkpoints"
+#: Keys of a run's configuration that say where things are, which differs from machine to machine.
+PLACES = ("run_dir", "data", "init_from", "storage", "tracking")
 
 
 if TYPE_CHECKING:
@@ -212,18 +214,27 @@ class Mirror:
         with tempfile.TemporaryDirectory() as aside:
             stored = Path(aside) / CONFIG
             stored.write_bytes(content)
-            there = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
-        places = {
-            key: getattr(config, key)
-            for key in ("run_dir", "data", "init_from", "storage", "tracking")
-        }
-        # First of all: a folder without it is taken for somebody else's.
-        with atomic_write(self.run / CONFIG, "w") as stream:
-            stream.write(configuration.to_yaml(replace(there, **places)))
+            # First of all: a folder without it is taken for somebody else's.
+            self.settle_in(config, stored)
         for name in STATE:
             if remote.exists(self.place(name)):
                 remote.get_file(self.place(name), self.run / name)
         console.note(f"{config.name} is taken up from {self.uri}")
+
+    def settle_in(self, config: FinetuneConfig, stored: Path | None = None) -> None:
+        """Put the places of this machine into a configuration that another machine wrote.
+
+        Args:
+            config: of this call, with the places.
+            stored: the file; by default that of the folder, if it is there.
+        """
+        stored = stored or self.run / CONFIG
+        if not stored.is_file():
+            return
+        there = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+        places = {key: getattr(config, key) for key in PLACES}
+        with atomic_write(self.run / CONFIG, "w") as stream:
+            stream.write(configuration.to_yaml(replace(there, **places)))
 
     def take_results(self, folders: Sequence[str] = FOLDERS) -> None:
         """Bring the results of a finished run, and those folders; paths in them are made ours."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import config as configuration
-from skillnet_platform import console, tracking
+from skillnet_platform import console, remote, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
+from skillnet_platform.remote import is_uri
 from skillnet_platform.storage import read_json, run_root, write_json
 from sweeps.study_settings import StudyConfig
 
@@ -46,10 +47,14 @@ def compare(config: StudyConfig) -> tuple["Report", int]:
 
 
 def _of_study(config: StudyConfig) -> tuple["Report", int]:
+    from sweeps import stored
+    from sweeps.report import FILES
     from sweeps.runs import read_run
-    from sweeps.study import run_study, say_failures
+    from sweeps.study import BEGUN, run_study, say_failures
 
-    folder = config.folder
+    folder, mirror = config.folder, config.mirror
+    if mirror is not None:
+        stored.take_up(mirror, BEGUN, ("tuning", "runs"))
     known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     with tracking.start(
         str(config.name),
@@ -75,18 +80,22 @@ def _of_study(config: StudyConfig) -> tuple["Report", int]:
             told = [f"{each.name}: {each.error or each.status}" for each in study.failed]
             report.facts["without a result"] = "; ".join(told)
         _keep(report, Path(config.output) if config.output else folder, tracker)
+        if mirror is not None:
+            mirror.put_files(*FILES)
     return report, len(study.failed)
 
 
 def _of_runs(config: StudyConfig) -> "Report":
     from sweeps.runs import find_run, gather, read_run
-    from sweeps.study import LEDGER, read_ledger
+    from sweeps.stored import STUDY_LEDGER, fetch_finished
+    from sweeps.study import read_ledger
 
     runs: list[FinishedRun] = []
     tuned: dict[str, Tuned] = {}
-    for given in config.runs:
+    for named in config.runs:
+        given = str(fetch_finished(named)) if is_uri(named) else named
         for path in (Path(given).expanduser(), run_root() / given):
-            if (path / LEDGER).is_file():
+            if (path / STUDY_LEDGER).is_file():
                 told, members = read_ledger(path.absolute())
                 tuned |= told
                 runs += [read_run(folder, label) for label, folder in members]
@@ -126,20 +135,22 @@ def _add_skills(report: "Report", config: StudyConfig) -> None:
     from sweeps.runs import PRETRAINED
 
     of = report.comparison
-    for label in (of.reference + PRETRAINED, of.reference):
-        for run in of.systems.get(label, ()):
-            if run.system == "skillnet" and (run.folder / "model" / "manifest.json").is_file():
-                break
-        else:
-            continue
-        break
-    else:
+    labels = (of.reference + PRETRAINED, of.reference)
+    found = [
+        (label, run, model)
+        for label in labels
+        for run in of.systems.get(label, ())
+        if run.system == "skillnet" and (model := _model_of(run, config)) is not None
+    ]
+    if not found:
         return
-    from sweeps.interpret import InterpretConfig, interpret_source
+    label, run, model = found[0]
+    from sweeps.interpret import INTERPRETATION, InterpretConfig, interpret_source
     from sweeps.interpretation import caption_of
 
     asked = InterpretConfig(
-        model=str(run.folder),
+        model=model,
+        output=str(run.folder / INTERPRETATION),
         data=run.settings.get("data"),
         # The test rows are for the comparison alone.
         split="validation",
@@ -157,6 +168,16 @@ def _add_skills(report: "Report", config: StudyConfig) -> None:
         f"Of {label}, seed {run.seed}, on the validation rows. The numbers are in "
         f"{run.folder.name}/{files[0].parent.name}."
     )
+
+
+def _model_of(run: "FinishedRun", config: StudyConfig) -> str | None:
+    """Where the model of a run lies, here or in the study's store; none if it is gone."""
+    if (run.folder / "model" / "manifest.json").is_file():
+        return str(run.folder)
+    if config.mirror is None or config.runs:
+        return None
+    model = config.mirror.place("runs", run.folder.name)
+    return model if remote.is_committed(remote.join(model, "model")) else None
 
 
 def _keep(report: "Report", folder: Path, tracker: "Tracker") -> None:

@@ -134,6 +134,8 @@ class Driver:
         entry.reopen()
         entry.trial = self._start(entry.trial)
         config = finetune.resolved(placed(entry.trial.config, entry.folder))
+        if entry.mirror is not None:
+            entry.mirror.settle_in(config)
         finetune.open_run(config, entry.folder)
         known = entry.describe("interrupted").run_id
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}

@@ -177,7 +177,7 @@ def run_trials(
         else:
             source, listed = trials, [trials.example]
             check_trial(source.example, None, score, asha)
-        before = Pretrainings(listed, folder)
+        before = Pretrainings(listed, folder, store)
         first = before.trials()
         with cluster.session() if first else contextlib.nullcontext():
             if first:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pipelines.sources import Source
     from sweeps.interpretation import Interpretation
 
+#: Its folder below a run.
+INTERPRETATION = "interpretation"
+
 
 @dataclass
 class InterpretConfig:
@@ -115,7 +118,7 @@ def _folder(config: InterpretConfig, source: "Source") -> Path:
     if config.output:
         return Path(config.output)
     if source.run is not None:
-        return source.run / "interpretation"
+        return source.run / INTERPRETATION
     return run_root() / "interpretations" / source.digest[:12]
 
 

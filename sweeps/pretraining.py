@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
+from skillnet_platform import remote
 from skillnet_platform.errors import UserError
 from sweeps.trial import Trial, TrialOutcome
 
@@ -16,10 +17,11 @@ class Pretrainings:
     Args:
         trials: that may name one.
         folder: of all trials.
+        store: URI of that folder in a store, where hosts find the models; none if all see the disk.
     """
 
-    def __init__(self, trials: Sequence[Trial], folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, trials: Sequence[Trial], folder: Path, store: str | None = None) -> None:
+        self._folder, self._store = folder, store
         self._needed: dict[str, Trial] = {}
         self._failed: dict[str, str] = {}
         for trial in trials:
@@ -51,7 +53,8 @@ class Pretrainings:
         name = name_of(_joint(trial.pretrain))
         if name in self._failed:
             raise UserError(f"its pretraining {name} failed: {self._failed[name]}")
-        config = replace(trial.config, init_from=str(self._folder / name))
+        place = remote.join(self._store, name) if self._store else str(self._folder / name)
+        config = replace(trial.config, init_from=place)
         return replace(trial, config=config, pretrain=None)
 
 

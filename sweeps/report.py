@@ -41,6 +41,11 @@ TESTS = (
     "kind", "system", "against", "task", "difference", "low", "high", "error", "freedom", "seeds",
     "p", "p_corrected", "significant",
 )  # fmt: skip
+#: What a report's folder holds; the last two are a study's.
+FILES = (
+    "report.html", "results.csv", "summary.csv", "tests.csv", "claims.json", "outcomes.parquet",
+    "study.yaml", "study.json",
+)  # fmt: skip
 PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
 
 CAPTIONS = {
@@ -199,9 +204,9 @@ def write(report: Report, folder: Path) -> Path:
 def record(report: Report, tracker: "Tracker") -> None:
     """Log the files of a written report, its plots and its figures to the MLflow run."""
     assert report.folder is not None
-    for path in sorted(report.folder.iterdir()):
-        if path.suffix in (".html", ".csv", ".json", ".parquet", ".yaml"):
-            tracker.artifact(path, "comparison")
+    for name in FILES:
+        if (report.folder / name).is_file():
+            tracker.artifact(report.folder / name, "comparison")
     for name, figure in (report.figures | report.skills).items():
         tracker.figure(figure, f"plots/{name.removesuffix('.png').replace(' ', '_')}.png")
     of = report.comparison

@@ -1,4 +1,4 @@
-"""A sweep in a store: its ledger is kept there, so that hosts need no common disk.
+"""A sweep or a study in a store: its ledger is kept there, so that hosts need no common disk.
 
     <run_dir>/<sweep>/
       sweep.yaml, run.json, trials.csv, best.yaml, score.png, result.json
@@ -8,15 +8,21 @@
         log.txt, error.txt         from that process, at its end
         reports.jsonl, outcome.json   from the driver, when it knows what became of the trial
 
-The driver's disk holds the same files and no models; a trial's process works on the disk of its
-host. Whoever finds its disk empty takes up what the store has.
+A study has two folders of trials, ``tuning`` and ``runs``, and its own files: ``study.yaml``,
+``study.json`` and the report. The driver's disk holds the same files and no models; a trial's
+process works on the disk of its host. Whoever finds its disk empty takes up what the store has.
 """
 
-from pathlib import Path
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from pipelines.mirror import CONFIG, RESULT, STATE, Mirror
 from skillnet_platform import console, remote
+from skillnet_platform.errors import UserError
+from skillnet_platform.places import place
 from skillnet_platform.remote import StoreUnavailable
+from skillnet_platform.storage import read_json, run_root
 from sweeps.search import PROPOSED
 from sweeps.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 
@@ -24,8 +30,9 @@ from sweeps.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 TOLD = (LOG, ERROR)
 #: What the driver writes about a trial.
 LEDGER = (REPORTS, OUTCOME)
-#: Of a sweep itself: what it begins with, and what it comes to, the result last.
-BEGUN = ("sweep.yaml", "run.json")
+#: What a study tells of its tuning and its runs.
+STUDY_LEDGER = "study.json"
+#: Of a sweep itself: what it comes to, the result last.
 ENDED = ("trials.csv", "score.png", "best.yaml", "result.json")
 
 
@@ -70,26 +77,77 @@ def bring(trial: Mirror) -> None:
         trial.take_results(folders=())
 
 
-def take_up(uri: str, folder: Path) -> None:
-    """Bring the ledger of a sweep that was begun on another machine.
+def located(run_dir: str | None, name: str) -> tuple[Path, Mirror | None]:
+    """The folder of a sweep or study on this disk, and its place in a store if it is kept in one.
 
     Args:
-        uri: of the sweep.
-        folder: of the sweep on this machine.
+        run_dir: a folder or URI that it lies in; by default the run root.
+        name: of the sweep or study.
+    """
+    root = place(run_dir, run_root())
+    if isinstance(root, Path):
+        return root / name, None
+    folder = run_root() / name
+    return folder, Mirror(remote.join(root, name), folder)
+
+
+def take_up(whole: Mirror, begun: Sequence[str], groups: Sequence[str]) -> None:
+    """Bring the ledger of a sweep or study that was begun on another machine.
+
+    Args:
+        whole: its place in the store, and its folder here.
+        begun: files that it begins with; without the first it was not begun.
+        groups: names of its folders of trials.
 
     Raises:
         UserError, StoreUnavailable: the store refuses, or does not answer.
     """
-    whole = Mirror(uri, folder)
-    if not remote.exists(whole.place(BEGUN[0])):
+    if not remote.exists(whole.place(begun[0])):
         return
-    known = (folder / BEGUN[0]).is_file()
-    for name in (*BEGUN, f"trials/{PROPOSED}"):
+    folder, known = whole.run, (whole.run / begun[0]).is_file()
+    for name in (*begun, *(f"{group}/{PROPOSED}" for group in groups)):
         if not (folder / name).is_file() and remote.exists(whole.place(name)):
             remote.get_file(whole.place(name), folder / name)
-    for name in remote.list_folders(whole.place("trials")):
-        trial = Mirror(whole.place("trials", name), folder / "trials" / name)
-        if not any((trial.run / done).is_file() for done in (OUTCOME, RESULT)):
-            bring(trial)
+    for group in groups:
+        for name in remote.list_folders(whole.place(group)):
+            trial = Mirror(whole.place(group, name), folder / group / name)
+            if not any((trial.run / done).is_file() for done in (OUTCOME, RESULT)):
+                bring(trial)
     if not known:
-        console.note(f"{folder.name} is taken up from {uri}")
+        console.note(f"{folder.name} is taken up from {whole.uri}")
+
+
+def fetch_finished(uri: str) -> Path:
+    """Copy a finished run, or all finished runs of a study, from a store: no models.
+
+    Args:
+        uri: of the folder of a run, or of a study.
+
+    Returns:
+        The folder that stands for it here.
+
+    Raises:
+        UserError: there is no finished run, or the store refuses.
+        StoreUnavailable: the store does not answer.
+    """
+    kept = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    whole = Mirror(uri, kept / uri.rstrip("/").rpartition("/")[2])
+    if not remote.exists(whole.place(STUDY_LEDGER)):
+        _fetch_run(whole)
+        return whole.run
+    remote.get_file(whole.place(STUDY_LEDGER), whole.run / STUDY_LEDGER)
+    for entry in read_json(whole.run / STUDY_LEDGER)["runs"]:
+        # A name out of the store: it must not lead out of the folder.
+        names = PurePosixPath(str(entry["folder"])).parts
+        if entry["status"] == "finished" and ".." not in names and "/" not in names:
+            _fetch_run(Mirror(whole.place(*names), whole.run.joinpath(*names)))
+    return whole.run
+
+
+def _fetch_run(run: Mirror) -> None:
+    if not run.is_finished():
+        raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
+    for name in (CONFIG, *STATE):
+        if remote.exists(run.place(name)):
+            remote.get_file(run.place(name), run.run / name)
+    run.take_results(folders=())

@@ -8,7 +8,8 @@
   runs/             the final runs, one per system and seed; only they read the test splits
   report.html, …    the report; see sweeps.report
 
-Called again it goes on: what is finished is not run again.
+Called again it goes on: what is finished is not run again. With ``--run_dir s3://bucket/runs`` the
+same lies in the store: see sweeps/stored.py.
 """
 
 import math
@@ -24,6 +25,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from skillnet_platform.typed_tree import checked, nested
 from sweeps.spaces import Space, shown
+from sweeps.stored import STUDY_LEDGER
 from sweeps.study_settings import StudyConfig
 from sweeps.trial import ScoreConfig, Trial, TrialOutcome
 
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
 
 STUDY = "study.yaml"
-LEDGER = "study.json"
+RUN = "run.json"
+BEGUN = (STUDY, RUN)
 
 
 @dataclass
@@ -86,9 +89,11 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
             "a study needs systems: give a file such as --config studies/headline, or finished "
             "runs to compare"
         )
-    folder = config.folder
+    folder, mirror = config.folder, config.mirror
     with atomic_write(folder / STUDY, "w") as stream:
         stream.write(configuration.to_yaml(config))
+    if mirror is not None:
+        mirror.put_files(*BEGUN)
     # Everything is built once before anything is trained: a mistake shows now.
     trials = tuning_trials(config)
     for label in config.systems:
@@ -103,6 +108,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
             resources=config.resources,
             keep=0,
             label="tuning",
+            store=mirror.place("tuning") if mirror is not None else None,
         )
     tuned = choose(config, trials, tried)
     write_ledger(Study(config, tuned, []), folder)
@@ -112,6 +118,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
         parent=tracker,
         resources=config.resources,
         label="final runs",
+        store=mirror.place("runs") if mirror is not None else None,
     )
     study = Study(config, tuned, outcomes)
     write_ledger(study, folder)
@@ -274,7 +281,7 @@ def overridden(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> Fine
 def write_ledger(study: Study, folder: Path) -> None:
     """Write down what is known of a study."""
     write_json(
-        folder / LEDGER,
+        folder / STUDY_LEDGER,
         {
             "name": study.config.name,
             "seeds": {label: study.config.seeds_of(label) for label in study.config.systems},
@@ -296,7 +303,7 @@ def write_ledger(study: Study, folder: Path) -> None:
 
 def read_ledger(folder: Path) -> tuple[dict[str, Tuned], list[tuple[str, Path]]]:
     """What each system got in tuning, and (system, folder) of the finished runs of a study."""
-    told = read_json(folder / LEDGER)
+    told = read_json(folder / STUDY_LEDGER)
     known = {f.name for f in fields(Tuned)}
     tuned = {
         label: Tuned(**{key: value for key, value in entry.items() if key in known})

@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from pipelines.mirror import Mirror
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
-from skillnet_platform.storage import run_root
 from skillnet_platform.tracking import TrackingConfig
 from sweeps.engine import ResourceConfig
 from sweeps.spaces import Dimension
+from sweeps.stored import located
 
 
 @dataclass
@@ -89,9 +90,11 @@ class StudyConfig:
     """Compare systems: run a study, or take finished runs.
 
     Args:
-        runs: finished runs, or folders of studies, to compare; nothing is trained then.
+        runs: finished runs, or studies, to compare: names, folders, URIs; nothing is trained then.
         names: names of their systems in the report, one per configuration, in their order.
-        name: of the study and of its folder below the run root; of the report.
+        name: of the study and of its folder; of the report.
+        run_dir: folder that the study's folder lies in, by default the run root; or a URI
+            ("s3://bucket/runs"), which hosts without a common disk share.
         seeds: of the final runs of every system; a system may have more of its own.
         run: what all systems share: data, model, tasks, training.
         pretraining: how systems with ``pretrain`` are pretrained; the sizes of the model are
@@ -113,6 +116,7 @@ class StudyConfig:
     runs: list[str] = positional([])
     names: list[str] = field(default_factory=list)
     name: Optional[str] = None  # noqa: UP045
+    run_dir: Optional[str] = None  # noqa: UP045
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     run: FinetuneConfig = field(default_factory=FinetuneConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
@@ -160,5 +164,10 @@ class StudyConfig:
 
     @property
     def folder(self) -> Path:
-        """Of the study."""
-        return run_root() / str(self.name or "study")
+        """Of the study, on this disk."""
+        return located(self.run_dir, self.name or "study")[0]
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Its place in a store, if it is kept in one."""
+        return located(self.run_dir, self.name or "study")[1]

@@ -23,7 +23,7 @@ from typing import Any
 from pipelines.mirror import Mirror
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import console, remote, tracking
+from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.places import place
@@ -37,6 +37,7 @@ from sweeps.trial import TrialOutcome
 CONFIG = "sweep.yaml"
 RUN = "run.json"
 RESULT = "result.json"
+BEGUN = (CONFIG, RUN)
 
 #: What may change between two parts of a sweep.
 FREE = ("name", "run_dir", "resources", "keep", "max_failures", "tracking")
@@ -59,7 +60,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     begin = time.monotonic()
     config, folder, mirror = _resolved(config)
     if mirror is not None:
-        stored.take_up(mirror.uri, folder)
+        stored.take_up(mirror, BEGUN, ("trials",))
     source, run = _source(config, folder)
     asha = config.asha if config.scheduler == "asha" else None
     # A mistake that all trials share shows before anything is written or recorded.
@@ -75,7 +76,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     ) as parent:
         write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
         if mirror is not None:
-            mirror.put_files(*stored.BEGUN)
+            mirror.put_files(*BEGUN)
         outcomes = run_trials(
             source,
             folder=folder / "trials",
@@ -107,12 +108,9 @@ def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
             "run.storage.mirror: trials are kept where their sweep is; give the sweep --run_dir "
             "s3://… instead"
         )
-    root = place(config.run_dir, run_root())
-    config = replace(config, name=name, run_dir=str(root))
-    if isinstance(root, Path):
-        return config, root / name, None
-    folder = run_root() / name
-    return config, folder, Mirror(remote.join(root, name), folder)
+    folder, mirror = stored.located(config.run_dir, name)
+    root = str(place(config.run_dir, run_root()))
+    return replace(config, name=name, run_dir=root), folder, mirror
 
 
 def _open(config: SweepConfig, folder: Path) -> None:

@@ -259,8 +259,8 @@ def placed(config: FinetuneConfig, folder: Path, store: str | None = None) -> Fi
     """
     if config.storage.mirror:
         raise UserError(
-            "storage.mirror: trials of sweeps and studies are kept where the sweep is; leave it "
-            "out, and give a sweep --run_dir s3://… instead"
+            "storage.mirror: trials are kept where their sweep or study is; leave it out, and "
+            "give that --run_dir s3://… instead"
         )
     return replace(
         config,

@@ -22,6 +22,8 @@ from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote_objects import is_uri
 
+TRAINED = "trained.json"
+
 #: Keys that change what a model computes though every tensor that both have may fit.
 _SAME = ("depth", "heads", "skill_modules", "skill_every")
 _NOT_SHAPE = ("tasks", "skills", "drop_path", "dropout")
@@ -73,6 +75,9 @@ def locate(given: str, uri: str | None, run_dir: str) -> str:
     if not (kept / "manifest.json").is_file():
         with storage.staging(kept) as aside:
             shutil.copytree(source.weights, aside, dirs_exist_ok=True)
+            # What it took to train them: a comparison tells it.
+            if source.run is not None and (source.run / TRAINED).is_file():
+                shutil.copy(source.run / TRAINED, aside / TRAINED)
     return str(kept)
 
 

@@ -1,7 +1,7 @@
 """What a command asks of a cluster, read from its words without loading it.
 
 The configuration classes of the commands live on higher floors; the few keys that count are the
-same in all of them, at the top or below ``run`` (a sweep).
+same in all of them, at the top or below ``run`` (a sweep, a study).
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def needs(words: Sequence[str]) -> Needs:
     kinds = {key.rpartition(".")[2] for key in named if named[key]}
     if places and len(kinds) < 2:
         places += ("",)  # what is not named lies in the run root
-    inner = "run.training" if command == "sweep" else "training"
+    inner = "run.training" if command in ("sweep", "compare") else "training"
     workers = value_at(tree, f"{inner}.workers")
     count = max(int(workers), 1) if isinstance(workers, int) else 1
     gpu = value_at(tree, f"{inner}.use_gpu") is True

@@ -1,4 +1,4 @@
-"""A sweep kept in a store: the driver and the trials see different disks, and lose them."""
+"""Sweeps and studies in a store: the driver and the trials see different disks, and lose them."""
 
 import contextlib
 import csv
@@ -15,8 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
+from pipelines.training.settings import PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import remote, store
+from skillnet_platform.errors import UserError
+from sweeps import stored
 from tests.object_store import ObjectStore
 from tests.small_corpora import small_config, write_corpora
 
@@ -27,9 +30,10 @@ TASK = "text_classification"
 #: environment of the moment in which Ray starts.
 DRIVER = """
 import os, sys
+from importlib import import_module
 from skillnet_platform import cluster
-from sweeps.sweep import main
-here, there, *words = sys.argv[1:]
+here, there, command, *words = sys.argv[1:]
+main = import_module(f"sweeps.{command}").main
 os.environ["SKILLNET_HOME"] = there
 with cluster.session(cpus=2):
     os.environ["SKILLNET_HOME"] = here
@@ -37,14 +41,18 @@ with cluster.session(cpus=2):
 """
 
 
-def sweep_file(path: Path, data: str) -> Path:
-    config = small_config(Path("unused"), steps=60, checkpoint_every=10, evaluate_every=20)
-    run = configuration.to_dict(replace(config, data=data))
+def one_task(data: str, **training: int) -> dict[str, Any]:
+    """A run as a file has it, of a small model and one task."""
+    run = configuration.to_dict(replace(small_config(Path("unused"), **training), data=data))
     for tasks in (run["tasks"], run["model"]["tasks"]):
         tasks |= dict.fromkeys(tasks.keys() - {TASK})  # a null takes the default away
+    return run
+
+
+def sweep_file(path: Path, data: str) -> Path:
     body = {
         "name": "kept",
-        "run": run,
+        "run": one_task(data, steps=60, checkpoint_every=10, evaluate_every=20),
         "tracking": {"system_metrics": False},
         # The last one fails while it trains: its weights leave the numbers.
         "space": {"training.lr": {"choice": [1e-3, 2e-3, 1e300]}},
@@ -55,10 +63,10 @@ def sweep_file(path: Path, data: str) -> Path:
     return path
 
 
-def start(disks: Path, words: list[str], **options: Any) -> "subprocess.Popen[str]":
+def start(disks: Path, command: str, words: list[str], **options: Any) -> "subprocess.Popen[str]":
     places = [str(disks / name) for name in ("driver", "trials")]
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *places, *words],
+        [sys.executable, "-c", DRIVER, *places, command, *words],
         text=True,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -94,7 +102,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     def there(name: str) -> bool:
         return remote.exists(f"{kept}/trials/{name}")
 
-    driver = start(tmp_path / "first", words)
+    driver = start(tmp_path / "first", "sweep", words)
     try:
         end = time.monotonic() + 240
         checkpoint = "001-seed0/checkpoints/step-00000010/manifest.json"
@@ -108,7 +116,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     finished = remote.read_bytes(f"{kept}/trials/000-seed0/result.json")
     shutil.rmtree(tmp_path / "first")
 
-    again = start(tmp_path / "second", words)
+    again = start(tmp_path / "second", "sweep", words)
     said, told = again.communicate(timeout=400)
     assert again.returncode == 0, told
     assert f"kept is taken up from {kept}" in told
@@ -168,3 +176,93 @@ def test_a_store_that_is_not_there_is_told_before_anything_starts(
     assert done.returncode == 2
     assert "there is no bucket 'no-such-bucket'" in done.stderr
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def study_file(path: Path, data: str) -> Path:
+    training = {"steps": 6, "log_every": 2, "precision": "fp32", "workers": 0}
+    masked: dict[str, Any] = dict.fromkeys(PretrainConfig().tasks)
+    masked["masked_text"] = {"corpus": "headings", "batch": 4, "split": "train", "max_length": 16}
+    body = {
+        "name": "kept",
+        "seeds": [0],
+        "run": one_task(data, **training),
+        "pretraining": {"tasks": masked, "training": training},
+        "systems": {
+            "skillnet": {"system": "skillnet"},
+            "skillnet-pretrained": {
+                "system": "skillnet", "pretrain": True, "tuned_as": "skillnet", "more_seeds": [1]
+            },
+        },
+        "tuning": {"trials": 2, "seed": 9, "space": {"training.lr": {"choice": [0.01]}}},
+        "tracking": {"system_metrics": False},
+        "resources": {"parallel": 1},
+    }  # fmt: skip
+    path.write_text(json.dumps(body), encoding="utf-8")
+    return path
+
+
+def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
+    object_store: ObjectStore, tmp_path: Path
+) -> None:
+    remote.write_bytes(f"{object_store.uri}/marker", b"")
+    corpora = write_corpora(tmp_path / "corpora")
+    remote.put_directory(corpora / "headings", f"{object_store.uri}/corpora/headings")
+    shutil.rmtree(corpora)
+    runs = f"{object_store.uri}/runs"
+    kept = f"{runs}/kept"
+    path = study_file(tmp_path / "study.yaml", f"{object_store.uri}/corpora")
+    tracked = ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--json"]
+    words = ["--config", str(path), "--run_dir", runs, *tracked]
+
+    driver = start(tmp_path / "first", "compare", words)
+    try:
+        end = time.monotonic() + 300
+        while not remote.exists(f"{kept}/runs/skillnet-seed0/outcome.json"):
+            assert driver.poll() is None, driver.communicate()
+            assert time.monotonic() < end, "no final run came"
+            time.sleep(0.05)
+    finally:
+        kill(driver)
+    finished = {
+        entry.name: remote.read_bytes(f"{kept}/{entry.name}")
+        for entry in remote.list_files(kept)
+        if entry.name.endswith("/result.json")
+    }
+    assert len(finished) >= 5, "two trials, two pretrainings, and a final run"
+    shutil.rmtree(tmp_path / "first")
+
+    again = start(tmp_path / "second", "compare", words)
+    said, told = again.communicate(timeout=400)
+    assert again.returncode == 0, told
+    assert f"kept is taken up from {kept}" in told
+    for name, content in finished.items():
+        assert remote.read_bytes(f"{kept}/{name}") == content, "not run again"
+    result = json.loads(said)
+    assert {(run["system"], run["seed"]) for run in result["runs"]} == {
+        ("skillnet", 0), ("skillnet-pretrained", 0), ("skillnet-pretrained", 1)
+    }  # fmt: skip
+    here = tmp_path / "second/driver/kept"
+    assert not list(tmp_path.glob("second/*/kept/*/*/model")), "models are in the store alone"
+    there = {entry.name for entry in remote.list_files(kept)}
+    assert {"study.yaml", "study.json", "report.html", "summary.csv"} <= there
+    assert "runs/skillnet-pretrained-seed1/model/manifest.json" in there
+    assert not [name for name in there if name.startswith("tuning/") and "/model/" in name]
+    page = (here / "report.html").read_text(encoding="utf-8")
+    assert "What the skills do" in page
+    settings = configuration.load_yaml(here / "runs/skillnet-pretrained-seed1/config.yaml")
+    start_of_it = Path(settings["init_from"])
+    assert start_of_it.is_relative_to(tmp_path / "second/driver")
+    assert (start_of_it / "trained.json").is_file(), "the report tells what pretraining took"
+
+    third = start(tmp_path / "third", "compare", [kept, "--name", "once-more", *tracked])
+    said, told = third.communicate(timeout=200)
+    assert third.returncode == 0, told
+    assert json.loads(said)["summary"] == result["summary"]
+
+
+def test_a_run_that_the_store_does_not_have_is_named(
+    object_store: ObjectStore, run_root: Path
+) -> None:
+    remote.write_bytes(f"{object_store.uri}/marker", b"")
+    with pytest.raises(UserError, match="holds no finished run"):
+        stored.fetch_finished(f"{object_store.uri}/no-such-run")

@@ -13,7 +13,7 @@ from skillnet_platform.storage import write_json
 from sweeps import stored
 from sweeps.ledger import Entry
 from sweeps.settings import SweepConfig
-from sweeps.sweep import _resolved
+from sweeps.sweep import BEGUN, _resolved
 from sweeps.trial import Trial, reports_of
 from tests.object_store import ObjectStore
 
@@ -42,10 +42,11 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
     remote.write_bytes(f"{uri}/trials/000/log.txt", b"said")
 
     there = tmp_path / "there"
-    stored.take_up(uri, there)
+    whole = Mirror(uri, there)
+    stored.take_up(whole, BEGUN, ("trials",))
     assert not there.exists(), "without its configuration it is no sweep"
     remote.write_bytes(f"{uri}/sweep.yaml", b"{}")
-    stored.take_up(uri, there)
+    stored.take_up(whole, BEGUN, ("trials",))
     assert (there / "trials/proposed.jsonl").read_text() == '{"lr": 1}\n'
     again = Entry(here.trial, there / "trials/000", here.mirror)
     settled = again.settled()
