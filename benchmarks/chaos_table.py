@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.chaos import FAULTS, read
+from benchmarks.marks import put
 from benchmarks.measure import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
-BEGIN, END = "<!-- chaos:begin -->", "<!-- chaos:end -->"
 HEAD = (
     "| fault | tried: with Ray / without | goes on | steps done again, most | bytes lost, most "
     "| metrics lost | seconds to recover: median (longest) | equal to the bit |\n"
@@ -57,10 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("csv", nargs="?", type=Path, help="by default the newest committed one")
     options = parser.parse_args(argv)
     path = options.csv or max(RESULTS.glob("*-chaos.csv"))
-    page = PAGE.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    PAGE.write_text(f"{head}{BEGIN}\n{table(read(path))}\n{END}{tail}", encoding="utf-8")
+    put(PAGE, "chaos", table(read(path)))
     return 0
 
 

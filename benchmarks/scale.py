@@ -13,11 +13,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.marks import put
 from benchmarks.measure import RESULTS
 from skillnet_platform.storage import human_bytes
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
-BEGIN, END = "<!-- scale:begin -->", "<!-- scale:end -->"
 #: Share of its time that a CPU works on rows: starts, stragglers and Ray take the rest. Assumed.
 BUSY = 0.8
 #: Rows a second that a GPU trains on, and CPUs beside it. Assumed.
@@ -151,14 +151,6 @@ def _time(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} min"
 
 
-def put(page: Path, text: str) -> None:
-    """Replace what stands between the marks of a page."""
-    old = page.read_text(encoding="utf-8")
-    before, _, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the tables, or write them."""
     parser = argparse.ArgumentParser(
@@ -168,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     text = tables()
     if given.write:
-        put(PAGE, text)
+        put(PAGE, "scale", text)
     else:
         print(text)
     return 0

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from benchmarks.marks import put
 from pipelines.reporting import words_of
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 #: (task, split, metric) of the table's lines.
 LINES = (
@@ -118,10 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(text)
     if options.readme:
-        page = options.readme.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN, 1)
-        after = rest.split(END, 1)[1]
-        options.readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        put(options.readme, "results", text)
     return 0
 
 

@@ -45,12 +45,3 @@ def test_every_assumption_is_printed(results: Path) -> None:
 def test_without_measurements_there_is_no_plan(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run python -m benchmarks prepare-speed"):
         scale.tables(tmp_path)
-
-
-def test_the_tables_are_put_between_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "scale.md"
-    page.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n", encoding="utf-8")
-    scale.put(page, "new")
-    assert page.read_text(encoding="utf-8").split() == [
-        "before", *scale.BEGIN.split(), "new", *scale.END.split(), "after"
-    ]  # fmt: skip

@@ -1,0 +1,35 @@
+"""What is made stands in the pages as it was made."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import chaos_table, headline, scale
+from benchmarks.chaos import read
+from benchmarks.marks import between, put
+from benchmarks.measure import RESULTS
+
+
+def test_text_is_put_between_the_marks_and_nowhere_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n", encoding="utf-8")
+    put(page, "a", "new")
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines == ["before", "<!-- a:begin -->", "new", "<!-- a:end -->", "after"]
+    assert between(page, "a") == "new"
+    with pytest.raises(ValueError, match="b:begin"):
+        put(page, "b", "new")
+
+
+def test_the_readme_tells_the_newest_headline_study() -> None:
+    folder = max(RESULTS.glob("*-headline*"))
+    assert between(headline.README, "headline") == headline.text_of(folder)
+
+
+def test_the_page_of_faults_tells_the_newest_chaos_runs() -> None:
+    rows = read(max(RESULTS.glob("*-chaos.csv")))
+    assert between(chaos_table.PAGE, "chaos") == chaos_table.table(rows)
+
+
+def test_the_page_of_scale_tells_what_was_measured() -> None:
+    assert between(scale.PAGE, "scale") == scale.tables()
