@@ -1,7 +1,8 @@
 """The rows of a batch shared out over threads, for work that leaves Python's lock.
 
 Decoding a JPEG and changing its pixels take longer than reading it: a batch of large pictures is
-made by as many threads as there are cores, up to eight.
+made by as many threads as there are cores, up to eight, and no more than the process computes with:
+beside it others may work on the same cores.
 """
 
 import os
@@ -13,6 +14,15 @@ from functools import cache
 THREADS = 8
 #: Rows that a thread is started for.
 FEWEST = 8
+_limit = THREADS
+
+
+def limit(threads: int) -> None:
+    """From now on no more than so many."""
+    global _limit
+    if threads != _limit:
+        _limit = threads
+        _pool.cache_clear()
 
 
 def over_rows(count: int, work: Callable[[slice], None]) -> None:
@@ -40,7 +50,6 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), "rows", initializer=_one_thread)
 
 
-@cache
 def _threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(THREADS, cores or 1)
+    return min(THREADS, cores or 1, _limit)

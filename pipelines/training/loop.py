@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines import threads
 from pipelines.stream import Batch, Prefetcher
 from pipelines.training import checkpoints, faults, notice
 from pipelines.training.gradient_sync import Gather, GradientSync
@@ -122,6 +123,7 @@ def train(
     precision = choose(settings.precision, device)
     if settings.threads_per_worker:
         torch.set_num_threads(settings.threads_per_worker)
+    threads.limit(torch.get_num_threads())
 
     stream = open_stream(config)
     model = build_model(config).to(device, precision.weights)

@@ -181,7 +181,8 @@ class TrainingConfig:
             ``workers``, and waits for their places.
         regrow_seconds: seconds from the start of the workers, and from one look to the next, until
             an elastic run with too few looks whether more would find a place.
-        threads_per_worker: compute threads of a worker; 0 shares the machine's cores out.
+        threads_per_worker: compute threads of a worker, and as many (up to eight) that make its
+            batches; 0 shares the machine's cores out.
         use_gpu: give each worker a GPU.
         placement: where workers start on a cluster: ``pack`` together if they fit, ``spread``
             over hosts if there are enough, ``strict_spread`` each on a host of its own.

@@ -41,6 +41,17 @@ def test_an_error_in_a_thread_is_raised(cores: int) -> None:
         over_rows(64, fail)
 
 
+def test_no_more_threads_than_the_process_computes_with() -> None:
+    before = threads._limit
+    try:
+        threads.limit(1)
+        seen = []
+        over_rows(640, seen.append)
+        assert seen == [slice(0, 640)]
+    finally:
+        threads.limit(before)
+
+
 def test_pictures_and_clips_change_alike_however_many_threads(cores: int) -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (37, 20, 20, 3), np.uint8)
