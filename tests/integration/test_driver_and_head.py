@@ -51,6 +51,35 @@ def command(config: FinetuneConfig, root: Path, **environment: str) -> tuple[int
     return done.returncode, done.stderr
 
 
+def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: Path) -> None:
+    """This machine is one host; two workers apart never find a place."""
+    waits = {"workers": 3, "min_workers": 2, "placement": "strict_spread"}
+    config = config_for(data, tmp_path, "waiting", **waits)
+    path = tmp_path / "waiting.yaml"
+    path.write_text(configuration.to_yaml(config), encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipelines.finetune", "--config", str(path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                if "waiting for hosts" in line:
+                    break
+            process.send_signal(signal.SIGTERM)
+            said += process.communicate(timeout=120)[1].splitlines()
+        finally:
+            process.kill()
+    assert process.returncode == 143, said
+    assert "ended by SIGTERM while too few hosts were there to train" in "\n".join(said)
+    assert not (tmp_path / "waiting" / "model").exists()
+
+
 def test_a_driver_killed_and_one_asked_to_leave(
     data: Path, tmp_path: Path, two: dict[str, torch.Tensor]
 ) -> None:
