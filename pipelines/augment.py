@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.threads import over_rows
 from pipelines.training.mixture import generator
-from pipelines.training.settings import AugmentConfig
+from pipelines.training.row_settings import AugmentConfig
 
 MASK_TOKEN = 2
 

@@ -20,11 +20,8 @@ from pipelines.masked_evaluation import masked_losses, mean_length
 from pipelines.outcomes import Outcomes
 from pipelines.reporting import in_order
 from pipelines.shards import Corpus, Split, open_corpus
-from pipelines.training.settings import (
-    MaskConfig,
-    default_masked_training,
-    default_tasks_training,
-)
+from pipelines.training.row_settings import MaskConfig
+from pipelines.training.settings import default_masked_training, default_tasks_training
 from skillnet.accounting import account_task
 from skillnet.metrics import (
     Interval,

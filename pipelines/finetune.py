@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.training.progress import PROGRESS, followed, history
+from pipelines.training.progress import PROGRESS, followed
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
@@ -28,18 +28,13 @@ from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root, read_json, run_root, write_json
 
 if TYPE_CHECKING:
-    from pipelines.outcomes import Outcomes
     from pipelines.training.start import Start
     from pipelines.training.worker import Nested, OnEvaluation
-    from skillnet.task_model import TaskModel
     from skillnet_platform.tracking import Tracker
 
 CONFIG = "config.yaml"
 RUN = "run.json"
 RESULT = "result.json"
-
-#: Resamplings of an interval.
-SAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,7 @@ def carry_out(
         splits: on which the final model is evaluated; none takes the test splits. Without
             ``config.evaluate`` there is no evaluation.
     """
+    from pipelines.conclusion import register
     from pipelines.mirror import mirror_of
     from pipelines.uploads import deliver
 
@@ -113,7 +109,7 @@ def carry_out(
         with followed(run / PROGRESS, config.training.steps):
             chosen = splits if config.evaluate else None
             result = execute(config, run, tracker, checked, splits=chosen)
-    result["registered"] = _register(config, run, result["evaluation"])
+    result["registered"] = register(config, run, result["evaluation"])
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(run / RESULT, result)
     if mirror is not None:
@@ -149,6 +145,8 @@ def execute(
     Returns:
         The result of :func:`finetune` before registration; the caller writes it to the run.
     """
+    from pipelines.conclusion import conclude
+
     tracker.inputs(checked.manifests)
     begin = time.monotonic()
     started = checked.start
@@ -166,7 +164,7 @@ def execute(
         **read_json(run / "trained.json"),
         "wall_seconds": time.monotonic() - begin,
     }
-    result["evaluation"] = _conclude(config, run, tracker, result, splits, brief)
+    result["evaluation"] = conclude(config, run, tracker, result, splits, brief)
     return result
 
 
@@ -307,99 +305,6 @@ def _train(
             f"checkpoint {trained['checkpoint']}; the same command, with --name {config.name}, "
             "goes on"
         )
-
-
-def _conclude(
-    config: FinetuneConfig,
-    run: Path,
-    tracker: "Tracker",
-    result: dict[str, Any],
-    splits: Sequence[str] | None,
-    brief: bool,
-) -> list[dict[str, Any]]:
-    """Evaluate the final model, and record figures, plots, costs and a description."""
-    from pipelines import reconstructions, reporting
-    from pipelines.outcomes import FILE as OUTCOMES
-    from pipelines.outcomes import Outcomes, write_outcomes
-    from skillnet import systems
-    from skillnet.accounting import account_task
-
-    model = systems.load(run / "model")
-    costs = {task: account_task(model, task) for task in config.measured}
-    # Whoever compares runs need not have their models.
-    result["total_params"] = total = sum(p.numel() for p in model.parameters())
-    tracker.metrics(
-        {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
-        | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
-        | {"training/total_params": total}
-    )
-    if not brief:
-        past = history(run / PROGRESS)
-        for name, figure in reporting.training_figures(past, config.model).items():
-            tracker.figure(figure, name)
-        reconstructions.record(config, model, run, tracker, result["step"])
-    outcomes = Outcomes()
-    wanted = config.evaluate or splits is not None
-    samples = 0 if brief else SAMPLES
-    rows = _evaluate(config, model, result["step"], splits, outcomes, samples) if wanted else []
-    if rows:
-        from pipelines.evaluate import write_csv
-
-        tracker.metrics(reporting.flat_metrics(rows), result["step"])
-        write_csv(rows, run / "evaluation.csv")
-        write_outcomes(outcomes, run / OUTCOMES)
-        for file in ("evaluation.csv", OUTCOMES):
-            tracker.artifact(run / file, "evaluation")
-    facts = {
-        "steps": result["step"],
-        "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
-        "rows per second": f"{result['rows_per_second']:.0f}",
-        "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
-        "seed": config.seed,
-        "folder": f"`{run}`",
-    }
-    tracker.note(reporting.description(rows, [], model.config, total, facts))
-    return rows
-
-
-def _evaluate(
-    config: FinetuneConfig,
-    model: "TaskModel",
-    step: int,
-    splits: Sequence[str] | None,
-    outcomes: "Outcomes",
-    samples: int,
-) -> list[dict[str, Any]]:
-    from pipelines.evaluation import evaluate_model
-
-    with console.progress("evaluating", None, "rows") as bar:
-        return evaluate_model(
-            model,
-            str(config.data),
-            list(config.measured),
-            splits,
-            seed=config.seed,
-            corpora={name: task.corpus for name, task in config.measured.items()},
-            limits={name: task.max_length for name, task in config.measured.items()},
-            steps=step,
-            samples=samples,
-            on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
-            outcomes=outcomes,
-            masks=config.training.masking,
-        )
-
-
-def _register(
-    config: FinetuneConfig, run: Path, rows: list[dict[str, Any]]
-) -> dict[str, Any] | None:
-    if not config.tracking.register or not rows:
-        return None
-    from pipelines import sources
-    from pipelines.register import register_model
-
-    source = sources.find(str(run), config.tracking.uri)
-    made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
-    return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
 
 
 def tell(result: dict[str, Any], words: str) -> None:

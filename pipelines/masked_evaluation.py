@@ -15,7 +15,8 @@ from pipelines.augment import Draws
 from pipelines.inference import Runner
 from pipelines.stream import Batch
 from pipelines.task_rows import TaskRows
-from pipelines.training.settings import MaskConfig, TaskTraining
+from pipelines.training.row_settings import MaskConfig
+from pipelines.training.settings import TaskTraining
 from skillnet.objectives import masked_rows
 from skillnet.skills import find_task
 from skillnet.task_model import TaskModel

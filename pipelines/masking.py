@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines.augment import MASK_TOKEN, Draws
 from pipelines.sound_units import SoundUnits
-from pipelines.training.settings import MaskConfig
+from pipelines.training.row_settings import MaskConfig
 from skillnet.config import SkillNetConfig
 from skillnet.stems import (
     patchify,

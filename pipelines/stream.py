@@ -19,7 +19,8 @@ from pipelines.augment import Draws
 from pipelines.held_rows import HeldRows
 from pipelines.task_rows import TaskRows
 from pipelines.training.mixture import RowOrder, Schedule, task_weights
-from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
+from pipelines.training.row_settings import AugmentConfig, MaskConfig
+from pipelines.training.settings import TaskTraining
 from pipelines.training.windows import WindowOrder
 from skillnet.config import SkillNetConfig
 from skillnet.skills import find_task

@@ -15,7 +15,8 @@ from pipelines.augment import Draws
 from pipelines.collate import Fixed, Nested, Ragged
 from pipelines.held_rows import HeldRows
 from pipelines.sound_units import SoundUnits, units_of
-from pipelines.training.settings import AugmentConfig, MaskConfig, TaskTraining
+from pipelines.training.row_settings import AugmentConfig, MaskConfig
+from pipelines.training.settings import TaskTraining
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError

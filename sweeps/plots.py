@@ -125,8 +125,8 @@ def pretraining_figure(of: Comparison) -> "Figure":
 
 def learning_figure(of: Comparison) -> "Figure | None":
     """Validation metric over steps where runs kept it, else the training loss; mean over seeds."""
-    from pipelines.finetune import PROGRESS, history
     from pipelines.reporting import smooth
+    from pipelines.training.progress import PROGRESS, history
 
     told = {
         label: [history(run.folder / PROGRESS) for run in runs if (run.folder / PROGRESS).is_file()]

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.shards import manifest_digest, write_shard
+from pipelines.training.row_settings import AugmentConfig
 from pipelines.training.settings import (
-    AugmentConfig,
     FinetuneConfig,
     PretrainConfig,
     TaskTraining,

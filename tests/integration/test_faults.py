@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.finetune import finetune, history
+from pipelines.finetune import finetune
 from pipelines.training import faults
 from pipelines.training.loop import train
+from pipelines.training.progress import history
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import cli
 from skillnet_platform import config as configuration

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.finetune import finetune, history, main
+from pipelines.finetune import finetune, main
+from pipelines.training.progress import history
 from pipelines.training.settings import FinetuneConfig
 from skillnet import SkillNet
 from skillnet_platform import config as configuration

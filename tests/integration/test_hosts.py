@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.finetune import history
 from pipelines.training import faults
 from pipelines.training.loop import train
+from pipelines.training.progress import history
 from skillnet_platform import config as configuration
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights

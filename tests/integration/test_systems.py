@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.finetune import finetune, history
+from pipelines.finetune import finetune
 from pipelines.pretrain import joint_run
 from pipelines.training.loop import train
+from pipelines.training.progress import history
 from pipelines.training.settings import FinetuneConfig
 from pipelines.training.setup import build_model
 from pipelines.training.start import preview

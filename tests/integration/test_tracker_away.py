@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tracking_server import Server
-from pipelines.finetune import history
 from pipelines.training import faults
+from pipelines.training.progress import history
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import store, tracking

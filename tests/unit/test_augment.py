@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pipelines.augment import MASK_TOKEN, Draws, clips, drop_tokens, pictures, recordings
-from pipelines.training.settings import AugmentConfig
+from pipelines.training.row_settings import AugmentConfig
 
 NONE = AugmentConfig(**dict.fromkeys(vars(AugmentConfig()), 0))
 

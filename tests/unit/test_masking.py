@@ -6,7 +6,7 @@ import torch
 
 from pipelines.augment import MASK_TOKEN, Draws
 from pipelines.masking import FIRST_WORD, Hider, normalised, pick, pick_spans, pick_tubes
-from pipelines.training.settings import MaskConfig
+from pipelines.training.row_settings import MaskConfig
 from skillnet.config import SkillNetConfig
 from skillnet.stems import patchify, stack_frames, tubelify
 

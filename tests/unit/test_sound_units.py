@@ -12,7 +12,8 @@ from pipelines.masking import Hider
 from pipelines.shards import Corpus, open_corpus
 from pipelines.sound_units import SoundUnits, units_of
 from pipelines.task_rows import TaskRows
-from pipelines.training.settings import MaskConfig, TaskTraining
+from pipelines.training.row_settings import MaskConfig
+from pipelines.training.settings import TaskTraining
 from skillnet.config import SkillNetConfig
 from skillnet.skills import find_task, masked_tasks
 from skillnet.stems import stack_frames

@@ -9,7 +9,7 @@ import torch
 from pipelines import augment, threads
 from pipelines.augment import Draws
 from pipelines.threads import over_rows
-from pipelines.training.settings import AugmentConfig
+from pipelines.training.row_settings import AugmentConfig
 
 
 @pytest.fixture(params=[1, 3, 8])

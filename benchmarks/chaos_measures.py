@@ -1,0 +1,67 @@
+"""What a disturbance cost a run: its weights, steps, seconds and metrics, read from its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def tensors(run: Path, steps: int) -> dict[str, Any]:
+    """All tensors of a run's checkpoint after so many steps: weights, their averages, optimiser state."""
+    from safetensors.torch import load_file
+
+    last = run / "checkpoints" / f"step-{steps:08d}"
+    return {
+        f"{path.name}:{name}": value
+        for path in sorted(last.glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Equal names, and equal tensors to the bit."""
+    import torch
+
+    return (
+        bool(one)
+        and one.keys() == other.keys()
+        and all(torch.equal(one[name], other[name]) for name in one)
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def recovery(progress: Path) -> tuple[int, float]:
+    """(Steps done again, seconds until the run was where it had been) of a disturbed run."""
+    lost, seconds, reached, last, since = 0, 0.0, -1, 0.0, 0.0
+    for line in progress.read_text(encoding="utf-8").splitlines():
+        told = json.loads(line)
+        if "words" not in told:
+            continue
+        if told["words"] == "" and last:
+            lost += max(reached - told["step"], 0)
+            since = last
+        if since and told["step"] >= reached:
+            seconds, since = seconds + told["time"] - since, 0.0
+        reached, last = max(reached, told["step"]), told["time"]
+    return lost, round(seconds, 1)
+
+
+def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
+    """(Points that the tracker lacks, points too many) of a run."""
+    from pipelines.training.progress import history
+    from skillnet_platform import store, tracking
+
+    uri = config.tracking.uri
+    tracking.send_left_behind(uri)
+    run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
+    client = store.client(uri)
+    lost = doubled = 0
+    for name, points in history(run / "progress.jsonl").items():
+        told = [point.step for point in client.get_metric_history(run_id, name)]
+        lost += len({step for step, _ in points} - set(told))
+        # A step that is done again is told again, with its own time.
+        doubled += max(len(told) - len(set(told)) - again, 0)
+    return lost, doubled

@@ -1,0 +1,129 @@
+"""The end of a run: its model is measured, described, recorded and registered."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.training.progress import PROGRESS, history
+from pipelines.training.settings import FinetuneConfig
+from skillnet_platform import console
+
+if TYPE_CHECKING:
+    from pipelines.outcomes import Outcomes
+    from skillnet.task_model import TaskModel
+    from skillnet_platform.tracking import Tracker
+
+#: Resamplings of an interval.
+SAMPLES = 1000
+
+
+def conclude(
+    config: FinetuneConfig,
+    run: Path,
+    tracker: "Tracker",
+    result: dict[str, Any],
+    splits: Sequence[str] | None,
+    brief: bool,
+) -> list[dict[str, Any]]:
+    """Evaluate the final model, and record figures, plots, costs and a description.
+
+    Args:
+        config: of the run.
+        run: its folder, with the model.
+        tracker: of its MLflow run.
+        result: of the training; gets ``total_params``, the parameters of the whole model.
+        splits: on which it is evaluated; none takes the test splits if ``config.evaluate`` is set.
+        brief: no pictures and no intervals.
+
+    Returns:
+        Tidy rows; empty without an evaluation.
+    """
+    from pipelines import reconstructions, reporting
+    from pipelines.outcomes import FILE as OUTCOMES
+    from pipelines.outcomes import Outcomes, write_outcomes
+    from skillnet import systems
+    from skillnet.accounting import account_task
+
+    model = systems.load(run / "model")
+    costs = {task: account_task(model, task) for task in config.measured}
+    # Whoever compares runs need not have their models.
+    result["total_params"] = total = sum(p.numel() for p in model.parameters())
+    tracker.metrics(
+        {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
+        | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
+        | {"training/total_params": total}
+    )
+    if not brief:
+        past = history(run / PROGRESS)
+        for name, figure in reporting.training_figures(past, config.model).items():
+            tracker.figure(figure, name)
+        reconstructions.record(config, model, run, tracker, result["step"])
+    outcomes = Outcomes()
+    wanted = config.evaluate or splits is not None
+    samples = 0 if brief else SAMPLES
+    rows = _evaluate(config, model, result["step"], splits, outcomes, samples) if wanted else []
+    if rows:
+        from pipelines.evaluate import write_csv
+
+        tracker.metrics(reporting.flat_metrics(rows), result["step"])
+        write_csv(rows, run / "evaluation.csv")
+        write_outcomes(outcomes, run / OUTCOMES)
+        for file in ("evaluation.csv", OUTCOMES):
+            tracker.artifact(run / file, "evaluation")
+    facts = {
+        "steps": result["step"],
+        "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
+        "rows per second": f"{result['rows_per_second']:.0f}",
+        "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
+        "seed": config.seed,
+        "folder": f"`{run}`",
+    }
+    tracker.note(reporting.description(rows, [], model.config, total, facts))
+    return rows
+
+
+def register(
+    config: FinetuneConfig, run: Path, rows: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Register the model of a run, through the gate; none if that is not asked for.
+
+    Args:
+        config: of the run.
+        run: its folder.
+        rows: its evaluation; without one nothing is registered.
+    """
+    if not config.tracking.register or not rows:
+        return None
+    from pipelines import sources
+    from pipelines.register import register_model
+
+    source = sources.find(str(run), config.tracking.uri)
+    made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
+    return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
+
+
+def _evaluate(
+    config: FinetuneConfig,
+    model: "TaskModel",
+    step: int,
+    splits: Sequence[str] | None,
+    outcomes: "Outcomes",
+    samples: int,
+) -> list[dict[str, Any]]:
+    from pipelines.evaluation import evaluate_model
+
+    with console.progress("evaluating", None, "rows") as bar:
+        return evaluate_model(
+            model,
+            str(config.data),
+            list(config.measured),
+            splits,
+            seed=config.seed,
+            corpora={name: task.corpus for name, task in config.measured.items()},
+            limits={name: task.max_length for name, task in config.measured.items()},
+            steps=step,
+            samples=samples,
+            on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
+            outcomes=outcomes,
+            masks=config.training.masking,
+        )

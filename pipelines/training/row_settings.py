@@ -1,0 +1,98 @@
+"""Typed settings of what happens to rows on their way into a batch: changes, and what is hidden."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of training rows, keyed by (seed, step, row). Zero turns a change off.
+
+    Args:
+        image_shift: largest shift of a picture, in pixels, each way.
+        image_scale: largest relative change of a picture's size.
+        image_colour: largest relative change of each colour channel.
+        video_shift: largest shift of a clip, in pixels, the same for all its frames.
+        video_scale: largest relative change of a clip's size.
+        sound_pad: most frames of silence added in front, and as many again behind.
+        sound_gain: largest change of level, in units of the normalised log power.
+        sound_noise: highest level of added noise, as a share of the recording's mean power.
+        time_masks: spans of frames silenced per recording (SpecAugment, Park et al. 2019).
+        time_mask_frames: longest such span, in frames; never above a fifth of the recording.
+        frequency_masks: bands of mel bins silenced per recording.
+        frequency_mask_bins: widest such band.
+        token_dropout: share of tokens of a text to classify replaced by the mask token.
+        caption_dropout: the same for captions. A caption has few tokens, and without one of
+            them it may be another row's.
+        code_dropout: share of code tokens replaced by the mask token.
+    """
+
+    image_shift: float = 3.0
+    image_scale: float = 0.1
+    image_colour: float = 0.1
+    video_shift: float = 1.5
+    video_scale: float = 0.08
+    sound_pad: int = 6
+    sound_gain: float = 0.2
+    sound_noise: float = 0.05
+    time_masks: int = 1
+    time_mask_frames: int = 10
+    frequency_masks: int = 1
+    frequency_mask_bins: int = 12
+    token_dropout: float = 0.1
+    caption_dropout: float = 0.0
+    code_dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"training.augment.{key} must not be negative, got {value}")
+        shares = ("image_scale", "video_scale", "token_dropout", "caption_dropout", "code_dropout")
+        for key in shares:
+            if getattr(self, key) >= 1:
+                raise ValueError(
+                    f"training.augment.{key} must be below 1, got {getattr(self, key)}"
+                )
+
+
+@dataclass
+class MaskConfig:
+    """What masked tasks hide of a row: shares of its tokens, keyed by (seed, step, row).
+
+    Args:
+        text: share of the tokens of a text (BERT, Devlin et al. 2019: 0.15).
+        code: the same for code.
+        image: share of a picture's patches (SimMIM, Xie et al. 2022: 0.6 with small patches).
+        video: share of a clip's tubelets (VideoMAE, Tong et al. 2022: 0.75 to 0.9).
+        video_tubes: hide the same places in all frames, as VideoMAE does; else any tubelets.
+        sound: share of a recording (wav2vec 2.0, Baevski et al. 2020: about a half).
+        views: share of the tokens hidden of each of the two views of a row.
+        sound_span: tokens of one hidden span of sound. A token is ``model.mel_stack`` frames of
+            10 ms; wav2vec 2.0's spans last 200 ms.
+    """
+
+    text: float = 0.15
+    code: float = 0.15
+    image: float = 0.6
+    video: float = 0.75
+    video_tubes: bool = True
+    sound: float = 0.5
+    sound_span: int = 5
+    views: float = 0.25
+
+    def __post_init__(self) -> None:
+        for key in ("text", "code", "image", "video", "sound", "views"):
+            if not 0 < getattr(self, key) < 1:
+                raise ValueError(
+                    f"training.masking.{key} must be above 0 and below 1, got {getattr(self, key)}"
+                )
+        if self.sound_span < 1:
+            raise ValueError(
+                f"training.masking.sound_span must be at least 1, got {self.sound_span}"
+            )
+
+    def for_views(self) -> "MaskConfig":
+        """The same small share of every modality, anywhere: what two views hide."""
+        share = self.views
+        return replace(
+            self, text=share, code=share, image=share, video=share, sound=share, video_tubes=False
+        )
