@@ -6,7 +6,7 @@ from typing import Any
 
 
 def tensors(run: Path, steps: int) -> dict[str, Any]:
-    """All tensors of a run's checkpoint after so many steps: weights, their averages, optimiser state."""
+    """All tensors of a run's checkpoint of that step: weights, their averages, optimiser state."""
     from safetensors.torch import load_file
 
     last = run / "checkpoints" / f"step-{steps:08d}"
