@@ -18,6 +18,7 @@ from ray.data.block import BlockMetadata
 
 from pipelines.blocks import Block, Summary, read_blocks
 from pipelines.corpora.base import Corpus, Sources
+from pipelines.delivery import Delivery
 from pipelines.partial import REJECTED_ROWS, stem_of
 from skillnet_platform.cli import users_mistake
 
@@ -48,6 +49,7 @@ class Job:
         tokenizer: file of the tokenizer, if the corpus needs one.
         spool: file of blocks that were read before, if they were.
         finished: digest of the keys of blocks that are not read again, by stem.
+        delivery: where its shards go, if that is a store.
     """
 
     corpus: Corpus
@@ -56,6 +58,7 @@ class Job:
     tokenizer: Path | None = None
     spool: Path | None = None
     finished: dict[str, str] = field(default_factory=dict)
+    delivery: Delivery | None = None
 
 
 class CorpusBlocks(Datasource):

@@ -7,7 +7,8 @@
 Nothing but a few blocks is in memory at any time, however large a corpus is. A shard is whole
 once its entry lies beside it, and a prepare that was killed goes on with the shards that are
 whole (``pipelines/partial.py``). The driver counts, stops if too many rows are bad, and puts a
-corpus in place, manifest last, as soon as all of its blocks are done.
+corpus in place, manifest last, as soon as all of its blocks are done. Towards a store each shard is
+sent as soon as it is whole (``pipelines/delivery.py``).
 """
 
 import contextlib
@@ -29,11 +30,13 @@ from pipelines import tokenizer as tokenizers
 from pipelines.blocks import PLACES, Summary
 from pipelines.corpora.base import Corpus, Sources
 from pipelines.datasource import MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
+from pipelines.delivery import Delivery, clear_making
 from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet.memory import keep_freed_memory
 from skillnet_platform import cluster, console
 from skillnet_platform.cli import users_mistake
 from skillnet_platform.errors import UserError
+from skillnet_platform.remote import StoreUnavailable
 from skillnet_platform.storage import atomic_write, require_space, write_json
 
 MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")
@@ -116,7 +119,11 @@ def train_tokenizer(
 
 
 def write_corpora(
-    orders: Sequence[Order], archives: Path, max_bad: float, options: Mapping[str, Any]
+    orders: Sequence[Order],
+    archives: Path,
+    max_bad: float,
+    options: Mapping[str, Any],
+    store: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Prepare corpora, all at once; yields the manifest of each when it is in place.
 
@@ -125,9 +132,11 @@ def write_corpora(
         archives: directory of the downloads.
         max_bad: share of a corpus' rows that may be bad.
         options: of Ray's tasks; see :func:`placement`.
+        store: URI of the folder that the corpora go to; none leaves them on this disk.
 
     Raises:
         UserError: the disk is full; too many bad rows; another process prepares one of them.
+        StoreUnavailable: the store does not answer. What has arrived there stays.
     """
     session = secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
@@ -136,11 +145,15 @@ def write_corpora(
         for order in orders:
             require_space(order.final, LEAST_FREE)
             folder = stack.enter_context(partial.partial(order.final, order.identity))
-            states.append(_State(order, folder, partial.finished(folder)))
-            if states[-1].before:
-                console.note(f"{order.corpus.name}: {len(states[-1].before)} shards are there")
+            delivery = Delivery.into(store, order.final.name, folder) if store else None
+            if store is not None:
+                clear_making(store, order.final.name, but=folder.name)
+            before = delivery.finished(folder) if delivery else partial.finished(folder)
+            states.append(_State(order, folder, before, delivery))
+            if before:
+                console.note(f"{order.corpus.name}: {len(before)} shards are there")
             job = Job(order.corpus, Sources(archives, order.corpus.archives), folder)
-            job = replace(job, tokenizer=order.tokenizer, spool=order.spool)
+            job = replace(job, tokenizer=order.tokenizer, spool=order.spool, delivery=delivery)
             jobs.append(replace(job, finished={k: e["keys"] for k, e in states[-1].before.items()}))
         with (
             console.progress("preparing", unit="rows") as bar,
@@ -149,6 +162,8 @@ def write_corpora(
             for done in work:
                 if "mistake" in done:
                     raise UserError(done["mistake"])
+                if "away" in done:
+                    raise StoreUnavailable(done["away"])
                 state = states[done["corpus"]]
                 bar.advance(state.count(done), state.order.corpus.name)
                 state.judge(max_bad)
@@ -160,12 +175,15 @@ def write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> pa.Table:
     """Do a unit of work: transform its block and write its shard. Returns what was done."""
     keep_freed_memory()  # what decoders give back they want again at once: a tenth of their time
     try:
-        return pa.table({"done": [json.dumps(_write_block(jobs, session, unit))]})
+        done = _write_block(jobs, session, unit)
+    except StoreUnavailable as problem:
+        done = {"away": str(problem)}  # Ray would wrap either beyond recognition
     except Exception as problem:
-        message = users_mistake(problem)  # Ray would wrap it beyond recognition
+        message = users_mistake(problem)
         if message is None:
             raise
-        return pa.table({"done": [json.dumps({"mistake": message})]})
+        done = {"mistake": message}
+    return pa.table({"done": [json.dumps(done)]})
 
 
 def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str, Any]:
@@ -184,6 +202,8 @@ def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str,
     table = good.select(schema.names).cast(schema)
     keys = unit["keys"][0].as_py()
     partial.write_entry(job.folder, split, shard, table, rejected, keys)
+    if job.delivery is not None:
+        job.delivery.send(job.folder, partial.stem_of(split, shard))
     return {
         "corpus": number,
         "stem": partial.stem_of(split, shard),
@@ -226,11 +246,13 @@ class _State:
         order: the corpus.
         folder: of its shards.
         before: entries of shards that an earlier run finished, by stem.
+        delivery: where the shards go, if that is a store.
     """
 
     order: Order
     folder: Path
     before: dict[str, dict[str, Any]]
+    delivery: Delivery | None = None
     summary: Summary | None = None
     units: int = 0
     done: set[str] = field(default_factory=set)
@@ -315,7 +337,10 @@ class _State:
         }
         manifest["digest"] = manifest_digest(manifest)
         write_json(self.folder / MANIFEST, manifest)
-        partial.commit(self.folder, self.order.final)
+        if self.delivery is not None:
+            self.delivery.commit(self.folder, manifest)
+        else:
+            partial.commit(self.folder, self.order.final)
         self.told.unlink(missing_ok=True)
         return manifest
 

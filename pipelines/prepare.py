@@ -11,9 +11,10 @@ from pipelines import lessons
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import BUILT_IN, Corpus, PlacedCorpus, find_corpus, place_corpus
 from pipelines.corpora.archives import check_archive
-from pipelines.prepared_store import staged
-from pipelines.shards import verify_corpus
-from skillnet_platform import cluster, config, console, storage
+from pipelines.delivery import clear_making
+from pipelines.prepared_store import send_shared, staged
+from pipelines.shards import open_corpus, verify_corpus
+from skillnet_platform import cluster, config, console, remote, storage
 from skillnet_platform.cli import command, users_mistake
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             placed,
             settings.tokenizer,
             settings.vocabulary,
-            one_host=isinstance(where, str),
+            store=where if isinstance(where, str) else None,
         )
     seconds = time.monotonic() - start
     if console.json_wanted():
@@ -147,20 +148,21 @@ def prepare(
     placed: Sequence[PlacedCorpus] = (),
     tokenizer: str | None = None,
     vocabulary: int = tokenizers.VOCABULARY,
-    one_host: bool = False,
+    store: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Prepare those corpora under ``data``, and the tokenizer if one of them needs it.
 
     Args:
         names: corpora, each once.
-        data: directory to write to.
+        data: directory to write to; with a store, for what it is made from.
         archives: directory with the downloads.
         cpus: CPUs of the embedded Ray.
         max_bad: share of a corpus' rows that may be bad.
         placed: corpora that the user has.
         tokenizer: see ``PrepareConfig``.
         vocabulary: tokens of a tokenizer that is learnt from ``placed``.
-        one_host: other hosts of the cluster do not see ``data``: they get nothing to do.
+        store: URI of the folder that the corpora go to, shard by shard. Other hosts of the cluster
+            do not see ``data`` then: they get nothing to do.
 
     Returns:
         Name -> state ("prepared" or "unchanged"), rows, splits, set aside, bytes, digest.
@@ -184,7 +186,7 @@ def prepare(
             lessons.take(tokenizer, data / TOKENIZER_FILE, manifest, asked)
         lesson = Lesson(tokenizer == lessons.LEARN, vocabulary)
         corpora += placed
-        return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, one_host)
+        return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, store)
     except Exception as problem:
         message = users_mistake(problem)
         if message is None or isinstance(problem, UserError):
@@ -212,7 +214,7 @@ def _prepare(
     cpus: int | None = None,
     max_bad: float = MAX_BAD,
     own: Lesson | None = None,
-    one_host: bool = False,
+    store: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     own = own or Lesson()
     known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
@@ -224,13 +226,13 @@ def _prepare(
     done: dict[str, dict[str, Any]] = {}
     for corpus in corpora:
         if learnt or not corpus.text_columns:
-            _note_unchanged(corpus, data, known[corpus.name], done)
+            _note_unchanged(corpus, data, known[corpus.name], done, store)
     if len(done) == len(corpora):
         return {corpus.name: done[corpus.name] for corpus in corpora}
     cluster.ensure_ray(cpus)
     from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
 
-    options = preparation.placement(one_host)
+    options = preparation.placement(one_host=store is not None)
     with storage.scratch(data / "reading") as aside:
         spools: dict[str, Path] = {}
         if not learnt:
@@ -244,7 +246,9 @@ def _prepare(
             storage.write_json(data / TOKENIZER_MANIFEST, whose | told)
             for corpus in corpora:  # a new lesson may have given the same tokenizer
                 if corpus.name not in done:
-                    _note_unchanged(corpus, data, known[corpus.name], done)
+                    _note_unchanged(corpus, data, known[corpus.name], done, store)
+        if store is not None:
+            send_shared(data, store)  # the manifests name its hash
         orders = [
             preparation.Order(
                 corpus,
@@ -256,7 +260,7 @@ def _prepare(
             for corpus in corpora
             if corpus.name not in done
         ]
-        for manifest in preparation.write_corpora(orders, archives, max_bad, options):
+        for manifest in preparation.write_corpora(orders, archives, max_bad, options, store):
             done[manifest["corpus"]] = _summary(manifest, "prepared")
             console.note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
@@ -332,16 +336,25 @@ def _is_learnt(tokenizer: Path, lesson: dict[str, Any]) -> bool:
 
 
 def _note_unchanged(
-    corpus: Corpus, data: Path, sources: list[dict[str, str]], done: dict[str, dict[str, Any]]
+    corpus: Corpus,
+    data: Path,
+    sources: list[dict[str, str]],
+    done: dict[str, dict[str, Any]],
+    store: str | None,
 ) -> None:
     """Add the corpus to ``done`` if it is there, whole, and what would be prepared now."""
     try:
-        manifest = verify_corpus(data / corpus.name)
+        if store is None:
+            manifest = verify_corpus(data / corpus.name)
+        else:
+            manifest = open_corpus(remote.join(store, corpus.name)).manifest
     except UserError:
         return
     identity = identity_of(corpus, sources, data) | corpus.facts()
     if all(manifest.get(key) == value for key, value in identity.items()):
         done[corpus.name] = _summary(manifest, "unchanged")
+        if store is not None:
+            clear_making(store, corpus.name)
 
 
 def _tokenizer_entry(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.remote_errors import StoreUnavailable
 from skillnet_platform.remote_objects import (
     Entry,
+    copy_file,
     exists,
     get_file,
     info_of,
@@ -45,6 +46,7 @@ from skillnet_platform.remote_objects import (
 __all__ = [
     "Entry",
     "StoreUnavailable",
+    "copy_files",
     "exists",
     "get_directory",
     "get_file",
@@ -190,6 +192,33 @@ def get_directory(
         if check is not None:
             check(aside)
     return target
+
+
+def copy_files(
+    source: str,
+    target: str,
+    names: Iterable[str],
+    on_file: Callable[[str], None] | None = None,
+) -> None:
+    """Copy files of one folder to another one of the same store.
+
+    Args:
+        source: the folder that has them.
+        target: where they go.
+        names: of the files.
+        on_file: called with the name of each that is there.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+
+    def copy(name: str) -> None:
+        copy_file(join(source, name), join(target, name))
+        if on_file is not None:
+            on_file(name)
+
+    _each(copy, names)
 
 
 def _each(action: Callable[[Any], None], items: Iterable[Any]) -> None:

@@ -137,6 +137,24 @@ def put_file(local: str | os.PathLike[str], uri: str) -> None:
     steadily(uri, put)
 
 
+def copy_file(source: str, target: str) -> None:
+    """Copy an object within a store: its bytes do not pass through this machine.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+
+    def copy() -> None:
+        system, path = _system(source)
+        _, place = _system(target)
+        if is_local(target):
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+        system.cp_file(path, place)
+
+    steadily(target, copy)
+
+
 def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None) -> None:
     """Download a file beside its place, compare its hash, and put it in place.
 

@@ -1,5 +1,10 @@
-"""``skillnet prepare --data s3://…``: the corpus as on the disk, sent once, kept through faults."""
+"""``skillnet prepare --data s3://…``: the corpus as on the disk, shard by shard, through faults."""
 
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,55 +14,112 @@ from pipelines import prepare as preparing
 from pipelines.prepared_store import staging_folder
 from pipelines.shards import open_corpus
 from skillnet_platform import remote
-from tests.made_corpora import put_archive
+from tests.made_corpora import SLOW, put_archive
 from tests.object_store import ObjectStore
 
 pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
 MADE = "tests.made_corpora:Made"
 
 
-def test_a_corpus_is_prepared_into_a_store(
+def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
+    """A prepare with a Ray of its own, whose processes know the store."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.prepare", *words, "--cpus", "2"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: "subprocess.Popen[str]", code: int) -> str:
+    """What it said; it must end with that exit code."""
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    return said
+
+
+def in_the_making(uri: str) -> list[str]:
+    """Names of finished shards' entries in the store."""
+    found = [entry.name for entry in remote.list_files(uri)]
+    return [name for name in found if ".made.partial-" in name and name.endswith(".json")]
+
+
+def test_a_corpus_goes_to_the_store_shard_by_shard(
     object_store: ObjectStore,
     run_root: Path,
     tmp_path: Path,
     ray_session: Any,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     archives = put_archive(tmp_path / "archives")
     uri = object_store.uri
-    arguments = [MADE, "--data", uri, "--archives", str(archives)]
-    put, sent = remote.put_file, []
-    monkeypatch.setattr(remote, "put_file", lambda a, b: (sent.append(b), put(a, b)))
+    remote.write_bytes(f"{uri}/marker", b"")
+    words = [MADE, "--data", uri, "--archives", str(archives)]
+    here = tmp_path / "here"
+    assert preparing.main([MADE, "--data", str(here), "--archives", str(archives)]) == 0
 
-    # The store goes while the corpus is prepared: it is whole here, and the same command sends it.
-    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
-    prepare = preparing.prepare
-
-    def prepare_and_lose_the_store(*given: Any, **more: Any) -> Any:
-        done = prepare(*given, **more)
-        object_store.door.shut()
-        return done
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preparing, "prepare", prepare_and_lose_the_store)
-        assert preparing.main(arguments) == 1
-    assert "did not answer for 1 s" in capsys.readouterr().err
-    object_store.door.unshut()
+    # Killed with all its processes, and the disk is lost.
+    process = start(words, **{SLOW: "400"})
+    late = time.monotonic() + 240
+    while len(in_the_making(uri)) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < late, "no shard came"
+        time.sleep(0.05)
+    kill(process)
     assert not remote.is_committed(f"{uri}/made")
-    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "60")
-    assert preparing.main(arguments) == 0
-    assert "sent" in capsys.readouterr().err
-    here, there = open_corpus(staging_folder(uri) / "made"), open_corpus(f"{uri}/made", verify=True)
-    assert there.manifest == here.manifest
-    shards = {entry["file"] for split in there.splits.values() for entry in split.shards}
-    assert shards <= {entry.name for entry in remote.list_files(f"{uri}/made")}
+    before = len(in_the_making(uri))
+    shutil.rmtree(staging_folder(uri))
 
-    # Nothing changed: nothing is prepared, and no shard is sent.
-    sent.clear()
-    assert preparing.main(arguments) == 0
-    assert not [place for place in sent if place.endswith(".arrow")]
-    assert "unchanged" in capsys.readouterr().err
+    # The store goes away: what has arrived stays.
+    process = start(words, **{SLOW: "400", "SKILLNET_STORE_PATIENCE": "1"})
+    while len(in_the_making(uri)) <= before:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < late, "no further shard came"
+        time.sleep(0.05)
+    object_store.door.shut()
+    said = end(process, 1)
+    object_store.door.unshut()
+    assert f"{before} shards are there" in said
+    assert "did not answer for 1 s" in said
+    assert "Traceback" not in said
+    assert not remote.is_committed(f"{uri}/made")
+
+    kept = len(in_the_making(uri))
+    assert f"{kept} shards are there" in end(start(words), 0)
+    local, there = open_corpus(here / "made"), open_corpus(f"{uri}/made", verify=True)
+    assert there.manifest == local.manifest
+    names = {path.name for path in (here / "made").iterdir()}
+    assert {entry.name for entry in remote.list_files(f"{uri}/made")} == names
+    assert not in_the_making(uri), "nothing is left of its making"
+    assert not list(staging_folder(uri).rglob("*.arrow")), "no shard is left on this disk"
+
+    # Nothing changed: nothing is prepared. What another state left in the making is removed.
+    remote.write_bytes(f"{uri}/.made.partial-0123456789abcdef/train-00000.json", b"{}")
+    capsys.readouterr()
+    assert preparing.main([*words, "--json"]) == 0
+    assert '"state": "unchanged"' in capsys.readouterr().out
+    assert not in_the_making(uri)
+
+    # Another state of it takes its place; until then the old one is whole.
+    process = start(["tests.made_corpora:OtherSettings", *words[1:]], **{SLOW: "200"})
+    while not in_the_making(uri):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    assert open_corpus(f"{uri}/made", verify=True).manifest == local.manifest
+    end(process, 0)
+    assert open_corpus(f"{uri}/made", verify=True).manifest["digest"] != local.manifest["digest"]
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """With all it started."""
+    import psutil
+
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
 
 
 def test_a_missing_bucket_is_found_before_the_work(

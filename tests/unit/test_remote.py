@@ -192,3 +192,14 @@ def test_patience_is_checked(monkeypatch: pytest.MonkeyPatch, given: str) -> Non
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", given)
     with pytest.raises(UserError, match="expected seconds"):
         patience()
+
+
+def test_files_are_copied_within_a_store(place: str, tmp_path: Path) -> None:
+    uri = f"{place}/from"
+    remote.put_directory(folder(tmp_path / "mine", a=b"one", b=b"two"), uri)
+    copied: list[str] = []
+    remote.copy_files(uri, f"{place}/to", ["a", "b"], copied.append)
+    assert sorted(copied) == ["a", "b"]
+    assert remote.read_bytes(f"{place}/to/b") == b"two"
+    with pytest.raises(FileNotFoundError):
+        remote.copy_files(uri, f"{place}/to", ["c"])
