@@ -5,8 +5,8 @@
         train-00000.json      put after it: what the manifest will say of it, and its rejected rows
     <data>/<name>/            the corpus, copied from there within the store, its manifest last
 
-This machine's disk holds the shards that are being made and small entries, however large the
-corpus is. A prepare that was killed goes on with the shards that the store has, on any machine. A
+A host's disk holds the shards that it makes, that of the driver small entries of all. A prepare
+that was killed goes on with the shards that the store has, on any machine. A
 corpus that is there already stays whole until all shards of the new one have arrived.
 """
 
@@ -20,9 +20,12 @@ from typing import Any
 
 from pipelines.shards import MANIFEST, QUARANTINE
 from skillnet_platform import console, remote
+from skillnet_platform.storage import run_root
 
 #: Small objects read at once.
 STREAMS = 16
+#: The tokenizer that the corpora of a folder share.
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -32,21 +35,40 @@ class Delivery:
     Args:
         uri: of the corpus.
         making: URI of the folder of its shards in the making.
+        words: hash of the tokenizer beside the corpus, if it needs one.
     """
 
     uri: str
     making: str
+    words: str | None = None
 
     @classmethod
-    def into(cls, data: str, name: str, folder: Path) -> "Delivery":
+    def into(cls, data: str, name: str, folder: Path, words: str | None = None) -> "Delivery":
         """Of a corpus below a URI.
 
         Args:
             data: that URI.
             name: of the corpus.
             folder: of the corpus in the making here; see ``pipelines/partial.py``.
+            words: hash of the tokenizer beside the corpus.
         """
-        return cls(remote.join(data, name), remote.join(data, folder.name))
+        return cls(remote.join(data, name), remote.join(data, folder.name), words)
+
+    def tokenizer(self) -> Path | None:
+        """The tokenizer on this host, fetched if it is not here yet; none if none is needed."""
+        if self.words is None:
+            return None
+        path = run_root() / "cache" / "tokenizers" / f"{self.words}.json"
+        if not path.is_file():
+            remote.get_file(remote.join(self.uri, "..", TOKENIZER), path, sha256=self.words)
+        return path
+
+    def workplace(self, folder: Path) -> Path:
+        """Where a shard is written on this host: in ``folder``, if this host has it."""
+        if not folder.is_dir():
+            folder = run_root() / "staging" / "visiting" / folder.name
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def finished(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Entries of the shards that are in the store and whole, by stem; they are in ``folder``
@@ -78,12 +100,11 @@ class Delivery:
             return None
 
     def send(self, folder: Path, stem: str) -> None:
-        """Send a finished shard, then its entry. The shard is then no longer on this disk."""
-        shard = folder / f"{stem}.arrow"
-        if shard.is_file():
-            remote.put_file(shard, remote.join(self.making, shard.name))
-            shard.unlink()
-        remote.put_file(folder / f"{stem}.json", remote.join(self.making, f"{stem}.json"))
+        """Send a finished shard, then its entry. Neither is on this disk any longer then."""
+        for name in (f"{stem}.arrow", f"{stem}.json"):
+            if (folder / name).is_file():
+                remote.put_file(folder / name, remote.join(self.making, name))
+                (folder / name).unlink()
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Put the finished corpus in place, and leave nothing of its making here or there.

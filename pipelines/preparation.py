@@ -16,7 +16,7 @@ import json
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial as bound
 from importlib.metadata import version
@@ -69,33 +69,52 @@ class Order:
     spool: Path | None = None
 
 
-def placement(one_host: bool) -> dict[str, Any]:
-    """Options of all tasks: on the host of this process if the others do not see its disk.
+@dataclass(frozen=True)
+class Hosts:
+    """Where Ray's tasks run.
+
+    Args:
+        here: options of those that need the disk of this host.
+        anywhere: of those that do not.
+        cpus: that one of the former takes.
+    """
+
+    here: dict[str, Any] = field(default_factory=dict)
+    anywhere: dict[str, Any] = field(default_factory=dict)
+    cpus: float = 1.0
+
+
+def hosts_for(corpora: Sequence[Corpus], store: str | None) -> Hosts:
+    """All hosts, which share a disk; or, towards a store, this one for reading, and all others that
+    can do it for transforming.
 
     Raises:
-        UserError: this host has no CPU to give away.
+        UserError: all of the work must be done here, and this host has no CPU to give away.
     """
-    if not one_host:
-        return {}
+    if store is None:
+        return Hosts()
     import ray
 
-    here = ray.get_runtime_context().get_node_id()
-    (node,) = [each for each in ray.nodes() if each["NodeID"] == here]
-    if not node["Resources"].get("CPU"):
+    node = ray.get_runtime_context().get_node_id()
+    (mine,) = [each for each in ray.nodes() if each["NodeID"] == node]
+    has_cpu, here = bool(mine["Resources"].get("CPU")), cluster.on_this_host(ray)
+    bound_here = [corpus.name for corpus in corpora if not corpus.travels()]
+    if bound_here and not has_cpu:
         raise UserError(
-            "corpora on their way to a store are prepared on the host that runs the command, and "
-            "this one gives Ray no CPU; run the same command on any machine that reaches the store"
+            f"{', '.join(bound_here)}: media on a disk are read on the host that runs the command, "
+            "and this one gives Ray no CPU. Put them into the store and name them by their URI, or "
+            "run the same command on any machine that reaches the store"
         )
-    return cluster.on_this_host(ray)
+    return Hosts(here, here if bound_here else {}, float(has_cpu))
 
 
 def spool(
-    teachers: Sequence[Corpus], archives: Path, folder: Path, options: Mapping[str, Any]
+    teachers: Sequence[Corpus], archives: Path, folder: Path, hosts: Hosts
 ) -> dict[str, Path]:
     """Read those corpora in parallel, each into a file of blocks; returns name -> file."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=0, **options)(write_spool)
+    task = ray.remote(num_cpus=hosts.cpus, max_retries=0, **hosts.here)(write_spool)
     files = {corpus.name: folder / f"{corpus.name}.arrows" for corpus in teachers}
     ray.get([task.remote(c, Sources(archives, c.archives), files[c.name]) for c in teachers])
     return files
@@ -106,13 +125,13 @@ def train_tokenizer(
     spools: dict[str, Path],
     path: Path,
     size: int,
-    options: Mapping[str, Any],
+    hosts: Hosts,
 ) -> None:
     """Learn the tokenizer of that many tokens from the spooled blocks of those corpora, and write
     it."""
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=0, **options)(_train_tokenizer)
+    task = ray.remote(num_cpus=hosts.cpus, max_retries=0, **hosts.here)(_train_tokenizer)
     learnt = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in teachers], size))
     with atomic_write(path, "w") as stream:
         stream.write(learnt)
@@ -122,7 +141,7 @@ def write_corpora(
     orders: Sequence[Order],
     archives: Path,
     max_bad: float,
-    options: Mapping[str, Any],
+    hosts: Hosts,
     store: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Prepare corpora, all at once; yields the manifest of each when it is in place.
@@ -131,7 +150,7 @@ def write_corpora(
         orders: what to prepare.
         archives: directory of the downloads.
         max_bad: share of a corpus' rows that may be bad.
-        options: of Ray's tasks; see :func:`placement`.
+        hosts: where the work is done; see :func:`hosts_for`.
         store: URI of the folder that the corpora go to; none leaves them on this disk.
 
     Raises:
@@ -145,9 +164,11 @@ def write_corpora(
         for order in orders:
             require_space(order.final, LEAST_FREE)
             folder = stack.enter_context(partial.partial(order.final, order.identity))
-            delivery = Delivery.into(store, order.final.name, folder) if store else None
+            delivery, words = None, order.identity["tokenizer"]
             if store is not None:
                 clear_making(store, order.final.name, but=folder.name)
+                sha256 = words["sha256"] if words else None
+                delivery = Delivery.into(store, order.final.name, folder, sha256)
             before = delivery.finished(folder) if delivery else partial.finished(folder)
             states.append(_State(order, folder, before, delivery))
             if before:
@@ -157,7 +178,7 @@ def write_corpora(
             jobs.append(replace(job, finished={k: e["keys"] for k, e in states[-1].before.items()}))
         with (
             console.progress("preparing", unit="rows") as bar,
-            contextlib.closing(_run(jobs, session, options)) as work,
+            contextlib.closing(_run(jobs, session, hosts)) as work,
         ):
             for done in work:
                 if "mistake" in done:
@@ -194,19 +215,22 @@ def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str,
     if split is None:
         summary = json.loads(unit["raw"][0].as_py())
         return {"corpus": number, "summary": summary, "units": unit["bad"][0].as_py()}
-    block = unpack(unit)
-    with guard.watched(session, f"{number}-{partial.stem_of(split, shard)}"):
-        made = transform_block(job.corpus, job.tokenizer, block)
+    block, stem = unpack(unit), partial.stem_of(split, shard)
+    tokenizer = job.delivery.tokenizer() if job.delivery is not None else job.tokenizer
+    with guard.watched(session, f"{number}-{stem}"):
+        made = transform_block(job.corpus, tokenizer, block)
     good, rejected = split_rejected(made, block)
     schema = job.corpus.schema(split)
     table = good.select(schema.names).cast(schema)
+    folder = job.folder if job.delivery is None else job.delivery.workplace(job.folder)
     keys = unit["keys"][0].as_py()
-    partial.write_entry(job.folder, split, shard, table, rejected, keys)
+    entry = partial.write_entry(folder, split, shard, table, rejected, keys)
     if job.delivery is not None:
-        job.delivery.send(job.folder, partial.stem_of(split, shard))
+        job.delivery.send(folder, stem)
     return {
         "corpus": number,
-        "stem": partial.stem_of(split, shard),
+        "stem": stem,
+        "entry": entry if job.delivery is not None else None,
         "rows": block.num_rows,
         "bad_read": unit["bad"][0].as_py(),
         "bad": Counter(row["reason"] for row in rejected),
@@ -271,6 +295,8 @@ class _State:
             self.summary, self.units = Summary(**done["summary"]), done["units"]
             return 0
         self.done.add(done["stem"])
+        if done["entry"] is not None:  # it was written on whichever host
+            write_json(self.folder / f"{done['stem']}.json", done["entry"])
         self.rows += done["rows"]
         self.bad_read = max(self.bad_read, done["bad_read"])
         self.bad.update(done["bad"])
@@ -354,9 +380,7 @@ def counted(reasons: Counter[str]) -> dict[str, int]:
     return dict(sorted([*most, ("other reasons", rest)]))
 
 
-def _run(
-    jobs: Sequence[Job], session: str, options: Mapping[str, Any]
-) -> Generator[dict[str, Any], None, None]:
+def _run(jobs: Sequence[Job], session: str, hosts: Hosts) -> Generator[dict[str, Any], None, None]:
     """What each task did, in the order in which they end."""
     import ray
 
@@ -375,7 +399,7 @@ def _run(
             num_cpus=0,
             override_num_blocks=len(jobs),
             concurrency=min(len(jobs), max(2, int(ray.cluster_resources().get("CPU", 1)))),
-            ray_remote_args=dict(options),
+            ray_remote_args=dict(hosts.here),
         )
         dataset = read.map_batches(
             bound(write_block, jobs, session),
@@ -383,7 +407,7 @@ def _run(
             batch_size=None,
             zero_copy_batch=True,
             num_cpus=1,
-            **options,
+            **hosts.anywhere,
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from map(json.loads, block["done"].to_pylist())

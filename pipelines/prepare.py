@@ -11,7 +11,7 @@ from pipelines import lessons
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import BUILT_IN, Corpus, PlacedCorpus, find_corpus, place_corpus
 from pipelines.corpora.archives import check_archive
-from pipelines.delivery import clear_making
+from pipelines.delivery import TOKENIZER, clear_making
 from pipelines.prepared_store import send_shared, staged
 from pipelines.shards import open_corpus, verify_corpus
 from skillnet_platform import cluster, config, console, remote, storage
@@ -22,7 +22,7 @@ from skillnet_platform.places import local_folder, place
 
 #: Count it up when the engine (not one corpus) changes what is prepared.
 VERSION = 1
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE = TOKENIZER
 TOKENIZER_MANIFEST = "tokenizer.manifest.json"
 MAX_BAD = 0.1
 
@@ -162,7 +162,7 @@ def prepare(
         tokenizer: see ``PrepareConfig``.
         vocabulary: tokens of a tokenizer that is learnt from ``placed``.
         store: URI of the folder that the corpora go to, shard by shard. Other hosts of the cluster
-            do not see ``data`` then: they get nothing to do.
+            do not see ``data`` then: they transform what needs no disk of this one.
 
     Returns:
         Name -> state ("prepared" or "unchanged"), rows, splits, set aside, bytes, digest.
@@ -232,15 +232,15 @@ def _prepare(
     cluster.ensure_ray(cpus)
     from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
 
-    options = preparation.placement(one_host=store is not None)
+    hosts = preparation.hosts_for(corpora, store)
     with storage.scratch(data / "reading") as aside:
         spools: dict[str, Path] = {}
         if not learnt:
             if size is not None:
                 lessons.keep_spelling(tokenizer, {corpus.name for corpus in corpora})
-            spools = preparation.spool(teachers, archives, aside, options)
+            spools = preparation.spool(teachers, archives, aside, hosts)
             words = size or tokenizers.VOCABULARY
-            preparation.train_tokenizer(teachers, spools, tokenizer, words, options)
+            preparation.train_tokenizer(teachers, spools, tokenizer, words, hosts)
             told = {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)}
             whose = {lessons.OF: [corpus.name for corpus in teachers]} if size else {}
             storage.write_json(data / TOKENIZER_MANIFEST, whose | told)
@@ -260,7 +260,7 @@ def _prepare(
             for corpus in corpora
             if corpus.name not in done
         ]
-        for manifest in preparation.write_corpora(orders, archives, max_bad, options, store):
+        for manifest in preparation.write_corpora(orders, archives, max_bad, hosts, store):
             done[manifest["corpus"]] = _summary(manifest, "prepared")
             console.note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}

@@ -5,11 +5,12 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.delivery import TOKENIZER
 from skillnet_platform import remote, storage
 from skillnet_platform.places import Place
 
 #: What corpora share; sent before them, since their manifests name its hash.
-SHARED = ("tokenizer.json", "tokenizer.manifest.json")
+SHARED = (TOKENIZER, "tokenizer.manifest.json")
 
 
 @contextlib.contextmanager

@@ -112,6 +112,10 @@ class Corpus(ABC):
     def preprocessing(self) -> dict[str, Any]:
         """Every number that decides the bytes, for the manifest and its digest."""
 
+    def travels(self) -> bool:
+        """Whether ``transform`` can run on a host that sees neither the archives nor this disk."""
+        return True
+
     def facts(self) -> dict[str, Any]:
         """More for the manifest: names of labels or symbols."""
         return {}

@@ -110,6 +110,10 @@ class PlacedCorpus(Corpus):
         other = f"{self.modality}_classification" if "labels" in self.has else None
         self.task = found[0] if found else other or f"masked_{self.modality}"
 
+    def travels(self) -> bool:
+        """Its rows name media, which other hosts find by URI only."""
+        return all(each.remote for each in vars(self).values() if isinstance(each, Place))
+
     def survey(self) -> None:
         """Learn what rows alone can tell, before they are prepared: classes and symbols.
 

@@ -21,7 +21,7 @@ import yaml
 from skillnet_platform import config as configuration
 from skillnet_platform import environment
 from tests.cluster.lab import ROOT, Host, lab, missing
-from tests.made_corpora import put_archive
+from tests.made_corpora import SLOW, put_archive
 from tests.object_store import KEYS
 from tests.small_corpora import small_config
 
@@ -250,7 +250,8 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     put_archive(folder / "archives")
     client.run("ray", "rsync-up", cluster, f"{folder}/archives/", f"{HOME}/archives/")
     words = ("prepare", "tests.made_corpora:Made", "--data", f"s3://{BUCKET}/made")
-    environment = '{"env_vars": {"PYTHONPATH": "platform"}}'
+    # Blocks take a moment each, so that both hosts get some.
+    environment = json.dumps({"env_vars": {"PYTHONPATH": "platform", SLOW: "500"}})
     client.run(
         *("ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", environment),
         *("--", "python", "-m", "skillnet_platform.cli", *words),
@@ -258,6 +259,8 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     )
     manifest = json.loads(stored(client, "made/made/manifest.json"))
     assert manifest["rows_in"] == 100
+    made = hosts["worker"].run("ls", "-A", f"{HOME}/staging/visiting").stdout
+    assert made.startswith(".made.partial-"), "the other host has transformed blocks, too"
     again = submit(client, *words)
     assert (again["status"], again["exit_code"]) == ("SUCCEEDED", 0)
     assert "unchanged" in again["log"]
