@@ -145,7 +145,8 @@ class FileCache:
         """Bytes of all files, and of those on their way."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / ".room"):
-            return self._taken(self._files())
+            marks = self._reserved()
+            return self._taken(marks, self._files())
 
     def _take(self, wanted: Wanted) -> Held | None:
         path = self.folder / wanted.sha256
@@ -195,8 +196,9 @@ class FileCache:
         """
         with _locked(self.folder / ".room"):
             self._sweep()
+            marks = self._reserved()
             files = sorted(self._files(), key=lambda file: file[2])
-            excess = self._taken(files) + wanted.bytes - self.limit
+            excess = self._taken(marks, files) + wanted.bytes - self.limit
             for path, size, _ in files:
                 if excess <= 0:
                     break
@@ -220,9 +222,10 @@ class FileCache:
                     found.append((path, about.st_size, about.st_mtime))
         return found
 
-    def _taken(self, files: list[tuple[Path, int, float]]) -> int:
-        # A file in place whose mark is still there counts once.
-        sizes = {mark.name.split(".")[0]: size for mark, size in self._reserved().items()}
+    def _taken(self, marks: dict[Path, int], files: list[tuple[Path, int, float]]) -> int:
+        # A file in place whose mark is still there counts once. Marks are read before files: a
+        # download that ends between the two would be in neither the other way round.
+        sizes = {mark.name.split(".")[0]: size for mark, size in marks.items()}
         return sum((sizes | {path.name: size for path, size, _ in files}).values())
 
     def _reserved(self) -> dict[Path, int]:
