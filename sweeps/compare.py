@@ -136,15 +136,17 @@ def _add_skills(report: "Report", config: StudyConfig) -> None:
 
     of = report.comparison
     labels = (of.reference + PRETRAINED, of.reference)
-    found = [
+    # One is enough, and each look may ask a store.
+    found = (
         (label, run, model)
         for label in labels
         for run in of.systems.get(label, ())
         if run.system == "skillnet" and (model := _model_of(run, config)) is not None
-    ]
-    if not found:
+    )
+    first = next(found, None)
+    if first is None:
         return
-    label, run, model = found[0]
+    label, run, model = first
     from sweeps.interpret import INTERPRETATION, InterpretConfig, interpret_source
     from sweeps.interpretation import caption_of
 
