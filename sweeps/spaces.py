@@ -17,19 +17,15 @@ A dimension with ``options`` is a name of its own; each option sets several keys
 
 import itertools
 import json
-import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.typed_tree import checked, children, hint_at, nested, without_none
-
-if TYPE_CHECKING:
-    import numpy as np
 
 #: A value per dimension; of a dimension with options the option's name.
 Point = dict[str, Any]
@@ -90,19 +86,19 @@ class Dimension:
         """The values of a list, or the names of options."""
         return list(self.options) if self.options else list(self.grid or self.choice)
 
-    def draw(self, random: "np.random.Generator") -> Any:
-        """One value."""
+    def at(self, share: float) -> Any:
+        """The value below which this share, in [0, 1), of what is drawn lies."""
         if self.range is None:
-            return self.values[int(random.integers(len(self.values)))]
+            return self.values[int(share * len(self.values))]
         low, high = self.range
         if self.kind == "integer":
-            return int(random.integers(low, high + 1))
+            return low + int(share * (high + 1 - low))
         if self.kind == "uniform":
-            return float(random.uniform(low, high))
+            return float(low + share * (high - low))
         if self.kind == "loguniform":
-            return float(math.exp(random.uniform(math.log(low), math.log(high))))
+            return float(low * (high / low) ** share)
         # Each whole number owns the stretch around it, so that both ends are as likely as others.
-        drawn = math.exp(random.uniform(math.log(low - 0.5), math.log(high + 0.5)))
+        drawn = (low - 0.5) * ((high + 0.5) / (low - 0.5)) ** share
         return min(max(round(drawn), low), high)
 
     def check(self, where: str) -> None:
@@ -172,7 +168,7 @@ class Space:
         seen: set[str] = set()
         for _ in range(max(count, 1)):
             for _ in range(200):
-                point = {name: dimension.draw(random) for name, dimension in rest.items()}
+                point = {name: each.at(float(random.random())) for name, each in rest.items()}
                 mark = json.dumps(point, sort_keys=True)
                 if mark not in seen:
                     break
@@ -182,6 +178,25 @@ class Space:
             for values in itertools.product(*grids.values()):
                 whole = point | dict(zip(grids, values, strict=True))
                 yield {name: whole[name] for name in self.dimensions}
+
+    def spread(self, count: int, seed: int) -> list[Point]:
+        """``count`` points that cover every dimension: a Latin hypercube (McKay et al., 1979).
+
+        Each range is cut into ``count`` parts, and each part has one point. Grids are taken as
+        lists.
+        """
+        from scipy.stats import qmc
+
+        if not self.dimensions or count < 1:
+            return []
+        shares = qmc.LatinHypercube(len(self.dimensions), rng=seed).random(count)
+        return [
+            {
+                name: each.at(float(share))
+                for (name, each), share in zip(self.dimensions.items(), row, strict=True)
+            }
+            for row in shares
+        ]
 
     def assignments(self, point: Point) -> dict[str, Any]:
         """The keys that a point sets, and to what."""

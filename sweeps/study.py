@@ -153,10 +153,10 @@ def tuning_trials(config: StudyConfig) -> list[Trial]:
 
 
 def points(config: StudyConfig) -> list[dict[str, Any]]:
-    """Settings of every system's tuning trials: first none, then what is drawn."""
+    """Settings of every system's tuning trials: first none, then points spread over the space."""
     space = Space(config.tuning.space, config.run)
-    drawn = space.drawn(config.tuning.trials - 1, config.tuning.seed) if space.dimensions else ()
-    made = [{}, *(space.assignments(point) for point in drawn)]
+    spread = space.spread(config.tuning.trials - 1, config.tuning.seed)
+    made = [{}, *(space.assignments(point) for point in spread)]
     return made[: config.tuning.trials]
 
 

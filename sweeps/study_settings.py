@@ -62,12 +62,13 @@ class SystemConfig:
 class TuningConfig:
     """The search for training settings that every system gets before its final runs.
 
-    The first trial is the run as configured, the others are drawn: the same for all systems.
+    The first trial is the run as configured, the others are spread over the space so that no part
+    of a range goes untried: the same for all systems.
 
     Args:
         trials: per system; 0 tunes nothing.
         space: key -> what it takes, as in a sweep.
-        seed: of the trials, and of the drawing; none of the study's seeds.
+        seed: of the trials, and of their points; none of the study's seeds.
         share: steps of a trial, as a share of the run's.
     """
 

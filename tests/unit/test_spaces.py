@@ -1,5 +1,6 @@
 """Search spaces: what may vary, what is found wrong before anything starts, width at fixed cost."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,26 @@ def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
     assert all(8 <= p["model.hidden"] <= 64 for p in points)
     small = space({"model.skill_every": {"choice": [1, 2]}})
     assert len(list(small.drawn(9, seed=0))) == 2
+
+
+def test_spread_points_leave_no_part_of_a_range_untried() -> None:
+    made = space(
+        {
+            "training.lr": {"loguniform": [1e-4, 1e-2]},
+            "model.depth": {"integer": [1, 8]},
+            "training.clip": {"uniform": [0.5, 2.5]},
+            "model.skill_every": {"choice": [1, 2]},
+        }
+    )
+    points = made.spread(8, seed=3)
+    assert points == made.spread(8, seed=3)
+    assert points != made.spread(8, seed=4)
+    eighths = [math.floor(8 * math.log(p["training.lr"] / 1e-4, 100)) for p in points]
+    assert sorted(eighths) == list(range(8))
+    assert sorted(p["model.depth"] for p in points) == list(range(1, 9))
+    assert sorted(math.floor((p["training.clip"] - 0.5) * 4) for p in points) == list(range(8))
+    assert Counter(p["model.skill_every"] for p in points) == {1: 4, 2: 4}
+    assert made.spread(0, seed=3) == space({}).spread(4, seed=3) == []
 
 
 def test_values_that_do_not_go_together_are_named() -> None:
