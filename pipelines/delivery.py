@@ -24,8 +24,9 @@ from skillnet_platform.storage import run_root
 
 #: Small objects read at once.
 STREAMS = 16
-#: The tokenizer that the corpora of a folder share.
+#: The tokenizer that the corpora of a folder share, and what says where it comes from.
 TOKENIZER = "tokenizer.json"
+TOKENIZER_MANIFEST = "tokenizer.manifest.json"
 
 
 @dataclass(frozen=True)

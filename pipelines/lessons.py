@@ -5,11 +5,14 @@ that is there stays: corpora that come later are spelt with it, and what it lack
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 from pipelines.foreign_tokenizer import adopt
-from skillnet_platform import storage
+from pipelines.shards import MANIFEST
+from skillnet_platform import remote, storage
 from skillnet_platform.errors import UserError
+from skillnet_platform.places import Place, below, content
 
 #: ``--tokenizer learn``: learn one from these corpora, whatever is there.
 LEARN = "learn"
@@ -17,7 +20,7 @@ LEARN = "learn"
 OF = "of"
 
 
-def take(path: str, tokenizer: Path, manifest: Path, replaced: set[str]) -> None:
+def take(path: str, tokenizer: Path, manifest: Path, replaced: set[str], data: Place) -> None:
     """Put a tokenizer of the user's in place.
 
     Args:
@@ -25,6 +28,7 @@ def take(path: str, tokenizer: Path, manifest: Path, replaced: set[str]) -> None
         tokenizer: where it goes.
         manifest: where it is said whose it is.
         replaced: names of corpora that are prepared anew now.
+        data: folder of the prepared corpora, or its URI.
 
     Raises:
         UserError: there is no usable tokenizer, or other corpora are spelt with another one.
@@ -32,14 +36,19 @@ def take(path: str, tokenizer: Path, manifest: Path, replaced: set[str]) -> None
     text = adopt(path)
     now = hashlib.sha256(text.encode("utf-8")).hexdigest()
     if not tokenizer.is_file() or storage.sha256_file(tokenizer) != now:
-        keep_spelling(tokenizer, replaced)
+        keep_spelling(tokenizer, replaced, data)
         with storage.atomic_write(tokenizer, "w") as stream:
             stream.write(text)
     storage.write_json(manifest, {OF: [Path(path).name], "sha256": now})
 
 
-def keep_spelling(tokenizer: Path, replaced: set[str]) -> None:
-    """Refuse to replace a tokenizer that other corpora beside it are spelt with.
+def keep_spelling(tokenizer: Path, replaced: set[str], data: Place) -> None:
+    """Refuse to replace a tokenizer that other corpora are spelt with.
+
+    Args:
+        tokenizer: the one that is there; of a store, the copy here.
+        replaced: names of corpora that are prepared anew now.
+        data: folder of the prepared corpora, or its URI: what is here may be its tokenizer alone.
 
     Raises:
         UserError: naming them.
@@ -47,16 +56,32 @@ def keep_spelling(tokenizer: Path, replaced: set[str]) -> None:
     if not tokenizer.is_file():
         return
     spelt = storage.sha256_file(tokenizer)
-    others = []
-    for found in sorted(tokenizer.parent.glob("*/manifest.json")):
-        entry = storage.read_json(found).get("tokenizer") or {}
-        if entry.get("sha256") == spelt and found.parent.name not in replaced:
-            others.append(found.parent.name)
+    others = [
+        name
+        for name in _folders(data)
+        if name not in replaced and _words_of(below(data, name, MANIFEST)) == spelt
+    ]
     if others:
         raise UserError(
-            f"{tokenizer}: {', '.join(others)} there are prepared with it; a model reads corpora "
-            "of one tokenizer. Give another --data, or prepare them again in the same call"
+            f"{below(data, tokenizer.name)}: {', '.join(others)} there are prepared with it; a "
+            "model reads corpora of one tokenizer. Give another --data, or prepare them again in "
+            "the same call"
         )
+
+
+def _folders(data: Place) -> list[str]:
+    if isinstance(data, str):
+        return remote.list_folders(data)
+    return sorted(entry.name for entry in data.iterdir() if entry.is_dir())
+
+
+def _words_of(manifest: Place) -> str | None:
+    """SHA-256 of the tokenizer that a corpus is spelt with; none for what is no corpus."""
+    try:
+        told = json.loads(content(manifest) or b"{}")
+        return str(told["tokenizer"]["sha256"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def is_the_users(manifest: Path) -> bool:

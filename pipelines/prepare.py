@@ -11,7 +11,7 @@ from pipelines import lessons
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import BUILT_IN, Corpus, PlacedCorpus, find_corpus, place_corpus
 from pipelines.corpora.archives import check_archive
-from pipelines.delivery import TOKENIZER, clear_making
+from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST, clear_making
 from pipelines.prepared_store import send_shared, staged
 from pipelines.shards import open_corpus, verify_corpus
 from skillnet_platform import cluster, config, console, remote, storage
@@ -22,8 +22,6 @@ from skillnet_platform.places import local_folder, place
 
 #: Count it up when the engine (not one corpus) changes what is prepared.
 VERSION = 1
-TOKENIZER_FILE = TOKENIZER
-TOKENIZER_MANIFEST = "tokenizer.manifest.json"
 MAX_BAD = 0.1
 
 
@@ -183,7 +181,7 @@ def prepare(
         if tokenizer not in (None, lessons.LEARN):
             asked = {corpus.name for corpus in [*corpora, *placed]}
             manifest = data / TOKENIZER_MANIFEST
-            lessons.take(tokenizer, data / TOKENIZER_FILE, manifest, asked)
+            lessons.take(tokenizer, data / TOKENIZER, manifest, asked, store or data)
         lesson = Lesson(tokenizer == lessons.LEARN, vocabulary)
         corpora += placed
         return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, store)
@@ -218,7 +216,7 @@ def _prepare(
 ) -> dict[str, dict[str, Any]]:
     own = own or Lesson()
     known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
-    tokenizer = data / TOKENIZER_FILE
+    tokenizer = data / TOKENIZER
     teachers = _teachers(corpora, tokenizer, archives, own.anew)
     size = own.vocabulary if any(isinstance(c, PlacedCorpus) for c in teachers) else None
     lesson = _lesson(teachers, archives, known) | ({"vocabulary": size} if size else {})
@@ -227,7 +225,11 @@ def _prepare(
     for corpus in corpora:
         if learnt or not corpus.text_columns:
             _note_unchanged(corpus, data, known[corpus.name], done, store)
+    if not learnt and size is not None:
+        lessons.keep_spelling(tokenizer, {corpus.name for corpus in corpora}, store or data)
     if len(done) == len(corpora):
+        if store is not None:
+            send_shared(data, store)  # whose tokenizer it is may have been said anew
         return {corpus.name: done[corpus.name] for corpus in corpora}
     cluster.ensure_ray(cpus)
     from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
@@ -236,8 +238,6 @@ def _prepare(
     with storage.scratch(data / "reading") as aside:
         spools: dict[str, Path] = {}
         if not learnt:
-            if size is not None:
-                lessons.keep_spelling(tokenizer, {corpus.name for corpus in corpora})
             spools = preparation.spool(teachers, archives, aside, hosts)
             words = size or tokenizers.VOCABULARY
             preparation.train_tokenizer(teachers, spools, tokenizer, words, hosts)
@@ -278,7 +278,7 @@ def identity_of(corpus: Corpus, sources: list[dict[str, str]], data: Path) -> di
         "sources": sources,
         "preprocessing": preprocessing,
         "preprocessing_digest": config.digest(preprocessing),
-        "tokenizer": _tokenizer_entry(data / TOKENIZER_FILE) if corpus.text_columns else None,
+        "tokenizer": _tokenizer_entry(data / TOKENIZER) if corpus.text_columns else None,
     }
 
 

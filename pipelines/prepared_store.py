@@ -5,12 +5,12 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.delivery import TOKENIZER
+from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform import remote, storage
-from skillnet_platform.places import Place
+from skillnet_platform.places import Place, content
 
 #: What corpora share; sent before them, since their manifests name its hash.
-SHARED = (TOKENIZER, "tokenizer.manifest.json")
+SHARED = (TOKENIZER, TOKENIZER_MANIFEST)
 
 
 @contextlib.contextmanager
@@ -31,12 +31,14 @@ def staged(data: Place) -> Iterator[Path]:
     folder = staging_folder(data)
     folder.mkdir(parents=True, exist_ok=True)
     for name in SHARED:
+        # As the store has it, whatever an earlier prepare left here: its corpora are spelt so, and
+        # other hosts may have put it there since.
         there = remote.join(data, name)
-        # Corpora that others have put there were prepared with this tokenizer.
-        if not (folder / name).is_file() and remote.exists(there):
+        if remote.exists(there):
             remote.get_file(there, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
     yield folder
-    send_shared(folder, data)
 
 
 def staging_folder(uri: str) -> Path:
@@ -46,7 +48,8 @@ def staging_folder(uri: str) -> Path:
 
 
 def send_shared(folder: Path, uri: str) -> None:
-    """Send what the corpora of a folder share."""
+    """Send what the corpora of a folder share, where the store has it otherwise."""
     for name in SHARED:
-        if (folder / name).is_file():
-            remote.put_file(folder / name, remote.join(uri, name))
+        there = remote.join(uri, name)
+        if (folder / name).is_file() and content(there) != (folder / name).read_bytes():
+            remote.put_file(folder / name, there)
