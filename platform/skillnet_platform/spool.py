@@ -7,6 +7,7 @@ Metrics carry the time at which they were made and MLflow keeps one row for equa
 time, value): sending one twice leaves one.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,11 +20,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from skillnet_platform import console, storage
+from skillnet_platform.errors import first_line
 from skillnet_platform.operations import Operation
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 PROBE_S = 0.5
+#: Between tries of a record that fails while another one is taken: see :meth:`Spool._send_first`.
+DOUBT_PAUSES_S = (0.0, 1.0, 2.0)
 
 _COUNTER = count()
 
@@ -66,6 +70,7 @@ class Spool:
         self._apply = apply
         self._lock = threading.RLock()
         self._waiting: list[Operation] = []
+        self.rejected = 0
         self._pause = FIRST_PAUSE_S
         self._next_try = 0.0
         # Two trackers of one run may live in one process: the driver, and rank 0 in it.
@@ -104,7 +109,7 @@ class Spool:
                 if self._waiting:
                     _require_listener(self.uri)
                 for operation in self._waiting:
-                    self._apply_or_reject(operation)
+                    self._send_first(operation)
                     sent += 1
             except Exception as problem:
                 if not is_away(problem):
@@ -132,11 +137,49 @@ class Spool:
             if is_away(problem):
                 raise
             # A tracker that refuses one record must not end a training run.
-            console.warn(f"the tracker refused {operation['kind']}: {problem}")
-            rejected = self.path.with_suffix(".rejected")
-            rejected.parent.mkdir(parents=True, exist_ok=True)
-            with rejected.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
+            self._reject(operation, f"the tracker refused {operation['kind']}: {problem}")
+
+    def _send_first(self, operation: Operation) -> None:
+        """Send the record that waits longest; set it aside if it alone keeps the others waiting.
+
+        An error of the server is what a tracker that is away answers, and what it answers for
+        good to a record that it cannot digest. The two differ in what becomes of the newest
+        record: as long as that is not taken either, in turn with this one, all of them wait.
+        """
+        try:
+            self._apply_or_reject(operation)
+        except Exception as problem:
+            newest = self._waiting[-1]
+            if operation is newest:
+                raise
+            for pause in DOUBT_PAUSES_S:
+                try:
+                    self._apply(newest)  # and again in its turn, which changes nothing
+                except Exception:
+                    raise problem from None
+                time.sleep(pause)
+                try:
+                    self._apply_or_reject(operation)
+                    return
+                except Exception as again:
+                    problem = again
+            what = f"the tracker takes other records and fails at {operation['kind']}"
+            self._reject(operation, f"{what}: {first_line(problem)}")
+
+    def _reject(self, operation: Operation, words: str) -> None:
+        rejected = self.path.with_suffix(".rejected")
+        rejected.parent.mkdir(parents=True, exist_ok=True)
+        if operation["kind"] == "artifact" and Path(operation["path"]).is_relative_to(self._files):
+            # The copy would go with those that were sent.
+            source = Path(operation["path"])
+            kept = self.path.with_suffix(".rejected-files") / source.relative_to(self._files)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(kept)
+            operation = {**operation, "path": str(kept)}
+        with rejected.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
+        self.rejected += 1
+        console.warn(f"{words}; it is set aside in {rejected} ({self.rejected} so far)")
 
     def _keep(self, operation: Operation) -> None:
         if operation["kind"] == "artifact" and Path(operation["path"]).is_file():
@@ -149,11 +192,17 @@ class Spool:
             operation = {**operation, "path": str(kept)}
         self._waiting.append(operation)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.exists()
-        with storage.disk_guard(self.path), self.path.open("a", encoding="utf-8") as stream:
-            if fresh:
-                stream.write(json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n")
-            stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        lines = [json.dumps(operation, ensure_ascii=False)]
+        if not size:
+            lines.insert(0, json.dumps({"run_id": self.run_id, "uri": self.uri}))
+        try:
+            with storage.disk_guard(self.path), self.path.open("a", encoding="utf-8") as stream:
+                stream.write("\n".join(lines) + "\n")
+        except BaseException:
+            with contextlib.suppress(OSError):  # half a line would spoil the next one
+                os.truncate(self.path, size)
+            raise
 
     def _rewrite(self) -> None:
         if not self._waiting:
@@ -176,28 +225,53 @@ class Spool:
 
 
 def left_behind(uri: str) -> list[Path]:
-    """Spools for this tracker whose process, on this machine, has ended."""
+    """Spools for this tracker whose process, on this machine, has ended.
+
+    One whose first line was cut short, by a kill or a full disk, is set aside with a warning.
+    """
     found = []
     for path in sorted(spool_root().glob("*.jsonl")):
-        _, host, process, _ = path.name.split(".")
+        _, _, rest = path.stem.partition(".")
+        host, _, process = rest.partition(".")
         pid = process.partition("-")[0]
-        if host != _host() or storage.process_is_alive(int(pid)):
+        if host != _host() or not pid.isdigit() or storage.process_is_alive(int(pid)):
             continue
-        if json.loads(path.read_text(encoding="utf-8").splitlines()[0])["uri"] == uri:
-            found.append(path)
+        try:
+            if _header(path)["uri"] == uri:
+                found.append(path)
+        except OSError:
+            continue  # another process sent it meanwhile, or it is another user's
+        except ValueError:
+            aside = path.with_suffix(".unreadable")
+            path.replace(aside)
+            console.warn(
+                f"{path}: records for a tracker without a readable first line, which says what "
+                f"tracker; set aside as {aside.name}"
+            )
     return found
 
 
 def read(path: Path) -> tuple[str, list[Operation]]:
-    """The run id and the operations in a spool file, without a last line cut short by a kill."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """The run id and the operations in a spool file, without lines cut short by a kill."""
     operations = []
-    for line in lines[1:]:
-        try:
+    # Not splitlines(): texts may hold the other characters at which that cuts.
+    for line in path.read_text(encoding="utf-8").split("\n")[1:]:
+        with contextlib.suppress(json.JSONDecodeError):
             operations.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return json.loads(lines[0])["run_id"], operations
+    return _header(path)["run_id"], operations
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What the first line says: ``run_id`` and ``uri``.
+
+    Raises:
+        ValueError: it is not there, or not whole.
+    """
+    with path.open(encoding="utf-8") as stream:
+        told = json.loads(stream.readline())
+    if not isinstance(told, dict) or not {"run_id", "uri"} <= set(told):
+        raise ValueError(f"{path}: no run and tracker in the first line")
+    return told
 
 
 def _require_listener(uri: str) -> None:

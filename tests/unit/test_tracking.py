@@ -341,6 +341,97 @@ def test_a_spool_cut_short_by_a_kill_is_read_up_to_there(tmp_path: Path) -> None
     assert spool.read(path) == ("r", [{"kind": "tags", "values": {}}])
 
 
+def test_a_broken_line_costs_itself_only(tmp_path: Path) -> None:
+    path, note = tmp_path / "x.jsonl", {"kind": "tags", "values": {"note": "one\u2028two\x85"}}
+    lines = ['{"run_id": "r", "uri": "u"}', '{"kind": "me', json.dumps(note, ensure_ascii=False)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert spool.read(path) == ("r", [note])
+
+
+def dead_process() -> int:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+@pytest.mark.parametrize("text", ["", '{"run_id": "r", "ur', "[]\n", "\x80"])
+def test_a_spool_without_a_first_line_is_set_aside(
+    text: str, run_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spool.spool_root()
+    folder.mkdir()
+    name = f"{spool._host()}.{dead_process()}-0"
+    (folder / f"broken.{name}.jsonl").write_bytes(text.encode("latin-1"))
+    (folder / f"whole.{name}.jsonl").write_text('{"run_id": "whole", "uri": "u"}\n')
+    (folder / "not-ours.jsonl").touch()
+    assert [path.name for path in spool.left_behind("u")] == [f"whole.{name}.jsonl"]
+    assert (folder / f"broken.{name}.unreadable").read_bytes() == text.encode("latin-1")
+    assert f"broken.{name}.jsonl" in capsys.readouterr().err
+    assert spool.left_behind("other") == []
+    assert capsys.readouterr().err == "", "said once"
+
+
+def test_a_full_disk_leaves_no_half_line(run_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(operation: spool.Operation) -> None:
+        raise ConnectionError("away")
+
+    def full(*arguments: Any) -> Any:
+        yield
+        raise UserError("the disk is full")
+
+    kept = spool.Spool("r", "sqlite:///x.db", away)
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(spool.storage, "disk_guard", contextlib.contextmanager(full))
+        kept.send({"kind": "tags", "values": {"a": "1"}})
+    assert kept.path.read_text() == ""
+    kept.send({"kind": "tags", "values": {"b": "2"}})
+    assert spool.read(kept.path) == ("r", [{"kind": "tags", "values": {"b": "2"}}])
+
+
+class Server:
+    """Stands for a tracker: takes records, but some of them, or none while it is away."""
+
+    def __init__(self) -> None:
+        self.there, self.taken = False, dict[str, None]()
+
+    def __call__(self, operation: spool.Operation) -> None:
+        name = operation.get("name") or operation["path"]
+        if not self.there or "bad" in name:
+            problem = RuntimeError("too many 500 error responses")
+            problem.error_code = "INTERNAL_ERROR"  # type: ignore[attr-defined]
+            raise problem
+        self.taken[name] = None
+
+
+def test_a_record_that_always_fails_holds_up_no_other(
+    run_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(spool, "DOUBT_PAUSES_S", (0.0, 0.0))
+    server = Server()
+    kept = spool.Spool("r", "sqlite:///x.db", server)
+    (run_root / "bad.txt").write_text("bytes that the server cannot take")
+    kept.send({"kind": "tags", "name": "first"})
+    kept.send({"kind": "artifact", "path": str(run_root / "bad.txt"), "folder": "notes"})
+    kept.send({"kind": "tags", "name": "bad tags"})
+    for _ in range(3):  # a tracker that is away takes nothing, and nothing is lost
+        assert not kept.flush()
+    assert (len(kept), kept.rejected) == (3, 0)
+    # The last one that waits has no other to be held against.
+    server.there = True
+    assert not kept.flush()
+    assert (list(server.taken), len(kept), kept.rejected) == (["first"], 2, 0)
+    kept.send({"kind": "tags", "name": "last"})
+    assert kept.flush()
+    assert (list(server.taken), kept.rejected) == (["first", "last"], 2)
+    aside = kept.path.with_suffix(".rejected")
+    notes, tags = [json.loads(line) for line in aside.read_text().splitlines()]
+    assert tags["name"] == "bad tags"
+    assert Path(notes["path"]).read_text() == "bytes that the server cannot take"
+    said = capsys.readouterr().err
+    assert f"fails at tags: too many 500 error responses; it is set aside in {aside} (2 so" in said
+    assert not kept.path.exists()
+
+
 def test_a_refused_record_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     with tracking.start("refused", None, where()) as tracker:
         tracker.metrics({"bad name!\n": 1.0}, step=1)
