@@ -10,7 +10,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from skillnet_platform.needs import Needs
 from skillnet_platform.places import below, place
 from skillnet_platform.preflight import FREE_DISK_BYTES, Finding
 from skillnet_platform.remote_errors import PATIENCE_VARIABLE
+from skillnet_platform.remote_objects import is_uri
 
 #: Where `ray up` leaves the cluster's file on the head: what the autoscaler may still start.
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
@@ -56,7 +57,7 @@ def cluster_findings(ray: Any, asked: Needs) -> list[Finding]:
     seen, silent = _look_everywhere(ray, nodes, asked.places)
     if silent:
         return [*silent, *enough(nodes, asked, _growth())]
-    found = [*same_versions(seen), *enough(nodes, asked, _growth())]
+    found = [*same_versions(seen), *enough(nodes, asked, _growth()), *models(asked.models)]
     found += [*authentication(seen), *shared_storage(seen, _roots(asked.places)), *room(seen)]
     return [*found, *trackers(seen), *meeting(seen, asked)]
 
@@ -215,26 +216,49 @@ def enough(
     """CPUs and GPUs for the run: now, or once the autoscaler has started what it may."""
     now = [dict(node.get("Resources", {})) for node in nodes]
     cpus, gpus = (sum(each.get(key, 0) for each in now) for key in ("CPU", "GPU"))
-    have = f"{cpus:g} CPUs, {gpus:g} GPUs on {len(nodes)} nodes; asked: {asked.words()}"
-    if _fits(now, asked):
-        return [Finding("resources", "ok", have)]
-    if _fits([*now, *growth], asked):
+    on = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+    have = f"{cpus:g} CPUs, {gpus:g} GPUs on {on}; asked: {asked.words()}"
+    later = enough(nodes, asked.then, growth) if asked.then else []
+    return [_resources(now, [*now, *growth], asked, have), *later]
+
+
+def _resources(
+    now: Sequence[Mapping[str, float]],
+    most: Sequence[Mapping[str, float]],
+    asked: Needs,
+    have: str,
+) -> Finding:
+    if _places(now, asked) >= asked.workers:
+        return Finding("resources", "ok", have)
+    if _places(most, asked) >= asked.workers:
         advice = "nothing: the autoscaler starts more nodes, which takes minutes"
-        return [Finding("resources", "warning", have, advice)]
-    if asked.spread and _fits([*now, *growth], Needs(asked.workers, asked.gpus)):
-        advice = f"use placement pack or spread, or have {asked.workers} nodes"
-        return [Finding("resources", "error", f"too few nodes: {have}", advice)]
+        return Finding("resources", "warning", have, advice)
+    if asked.least and (found := _places(most, asked)) >= asked.least:
+        advice = f"nothing: the run trains with {found}, and with more when there are hosts"
+        return Finding("resources", "warning", have, advice)
+    if asked.spread and _places(most, replace(asked, spread=False)) >= asked.workers:
+        advice = f"use placement pack or spread, or have {asked.least or asked.workers} nodes"
+        return Finding("resources", "error", f"too few nodes: {have}", advice)
     advice = "lower --training.workers, or raise max_workers in the cluster's file"
-    return [Finding("resources", "error", f"never enough: {have}", advice)]
+    if asked.cpus != 1 or asked.gpus not in (0, asked.workers):
+        advice = f"lower resources.cpus or resources.gpus; or {advice}"
+    return Finding("resources", "error", f"never enough: {have}", advice)
 
 
-def _fits(nodes: Sequence[Mapping[str, float]], asked: Needs) -> bool:
-    """Whether so many workers of one CPU, and a GPU if asked for, have a place at once."""
-    places = [
-        int(min(node.get("CPU", 0), node.get("GPU", 0) if asked.gpus else math.inf))
+def _places(nodes: Sequence[Mapping[str, float]], asked: Needs) -> int:
+    """For how many of the workers there is a place at once."""
+    gpus = asked.gpus / asked.workers
+    found = [
+        # As in Ray, three tenths three times are nine tenths.
+        int(
+            min(
+                node.get("CPU", 0) / asked.cpus + 1e-6,
+                node.get("GPU", 0) / gpus + 1e-6 if gpus else math.inf,
+            )
+        )
         for node in nodes
     ]
-    return sum(min(count, 1) if asked.spread else count for count in places) >= asked.workers
+    return sum(min(count, 1) if asked.spread else count for count in found)
 
 
 def _growth() -> list[dict[str, float]]:
@@ -284,6 +308,24 @@ def shared_storage(seen: Sequence[Seen], places: Sequence[str]) -> list[Finding]
         else:
             what = f"{where}: each of {len(seen)} nodes reads what all wrote"
             found.append(Finding("storage", "ok", what))
+    return found
+
+
+def models(wanted: Sequence[str]) -> list[Finding]:
+    """The driver, which runs on this node, finds the models that the run starts from."""
+    os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
+    found = []
+    for name in wanted:
+        try:
+            target = place(name, storage.run_root())
+            there = target.exists() if isinstance(target, Path) else bool(remote.list_files(target))
+            if not there and not is_uri(name) and (storage.run_root() / name).exists():
+                there = True  # a run's name may have a folder before it
+            seen = name if there else f"{name}: not there, as seen from the head"
+        except Exception as problem:
+            there, seen = False, f"{name}: {first_line(problem)}"
+        advice = "" if there else "a path on the cluster, or the URI of a place in a store"
+        found.append(Finding("model", "ok" if there else "error", seen, advice))
     return found
 
 

@@ -327,12 +327,16 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
         if key == "config":
             files.append(text)
         else:
-            overrides.append((key, _value(text, hint, key)))
+            overrides.append((key, read_value(text, hint, key)))
     return files, overrides, bare
 
 
-def _value(text: str, hint: Any, key: str) -> Any:
-    """A word of the command line as a value: strings as they are, the rest read as YAML."""
+def read_value(text: str, hint: Any, key: str) -> Any:
+    """A word of the command line as a value: strings as they are, the rest read as YAML.
+
+    Raises:
+        UserError: it is no value; names the key.
+    """
     if hint is not str and text in ("null", "None", "~"):
         return None
     if without_none(hint) in (str, Path):
@@ -362,7 +366,7 @@ def _place_bare(cls: Any, tree: dict[str, Any], bare: list[str], prog: str) -> N
             if rest:
                 tree[f.name], rest = rest, []
         elif rest:
-            tree[f.name] = _value(rest.pop(0), hints[f.name], f.name)
+            tree[f.name] = read_value(rest.pop(0), hints[f.name], f.name)
         if f.name not in tree:
             raise UserError(f"{prog}: {f.name} is missing; see {prog} --help")
     if rest:

@@ -5,18 +5,22 @@ same in all of them, at the top or below ``run`` (a sweep, a study).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import yaml
 
 from skillnet_platform import config
 from skillnet_platform.typed_tree import nested, value_at
 
 #: Commands that train; the others need one CPU somewhere.
 TRAINING = ("pretrain", "finetune", "quickstart", "sweep", "compare", "grow")
+#: Commands that train many runs: what is asked of one of them lies below ``run``.
+MANY = ("sweep", "compare")
 #: Keys that name where results are written and corpora are read.
-KEYS = ("run_dir", "data", "run.data")
+KEYS = ("run_dir", "data", "run.data", "storage.mirror", "run.storage.mirror")
+#: Keys that name a model to start from or to look at. ``model`` may be a shape instead.
+MODELS = ("from", "init_from", "run.init_from", "pretraining.init_from", "source", "model")
+#: What else counts: a run's parallelism, and what a trial takes.
+COUNTED = ("training.", "run.training.", "pretraining.training.", "resources.")
 #: Options of our own that take no value.
 FLAGS = ("json", "help", "detach")
 
@@ -26,24 +30,38 @@ class Needs:
     """Of one run.
 
     Args:
-        workers: processes that train at once, each with a CPU.
+        workers: processes that train at once.
         gpus: of all of them together.
         spread: each worker on a host of its own.
         places: paths and URIs that the run names for its results and corpora. An empty one stands
             for the run root, and so do none at all.
+        least: workers that an elastic run makes do with; 0 if it needs all.
+        cpus: of each worker.
+        models: paths and URIs of models that the run starts from.
+        then: what a further stage asks for, once this one is done.
     """
 
     workers: int = 1
-    gpus: int = 0
+    gpus: float = 0
     spread: bool = False
     places: tuple[str, ...] = ()
+    least: int = 0
+    cpus: float = 1.0
+    models: tuple[str, ...] = ()
+    then: "Needs | None" = None
 
     def words(self) -> str:
         """``2 workers with a GPU each, on 2 hosts``."""
         one = self.workers == 1
         parts = ["1 worker" if one else f"{self.workers} workers"]
+        if self.least:
+            parts[0] = f"{self.least} to {parts[0]}"
+        if self.cpus != 1:
+            parts.append(f"with {self.cpus:g} CPUs" if one else f"with {self.cpus:g} CPUs each")
         if self.gpus:
-            parts.append("with a GPU" if one else "with a GPU each")
+            gpus = self.gpus / self.workers
+            count = "a GPU" if gpus == 1 else f"{gpus:g} GPUs"
+            parts.append(f"with {count}" if one else f"with {count} each")
         if self.spread and not one:
             parts.append(f"on {self.workers} hosts")
         return " ".join(parts)
@@ -68,28 +86,56 @@ def needs(words: Sequence[str]) -> Needs:
     """What ``finetune --config tiny --training.workers 2`` asks for.
 
     Raises:
-        UserError: a file of ``--config`` that is missing or not YAML.
+        UserError: a file of ``--config`` that is missing or not YAML; a value that cannot be read.
     """
     command, *options = words or [""]
     tree: dict[str, Any] = {}
     for key, value in _options(options):
         if key == "config":
             config.merge(tree, config.load_layer(config.find_config(value)))
-        elif key in KEYS or key.startswith(("training.", "run.training.")):
-            config.merge(tree, nested(key, yaml.safe_load(value)))
+        elif key in KEYS or key in MODELS:
+            config.merge(tree, nested(key, config.read_value(value, str | None, key)))
+        elif key.startswith(COUNTED):
+            config.merge(tree, nested(key, config.read_value(value, Any, key)))
     named = {key: value_at(tree, key) for key in KEYS}
     places = tuple(dict.fromkeys(str(each) for each in named.values() if each))
+    given = [value_at(tree, key) for key in MODELS]
+    models = tuple(each for each in given if isinstance(each, str) and _is_place(each))
     if command not in TRAINING:
-        return Needs(places=places)
-    kinds = {key.rpartition(".")[2] for key in named if named[key]}
-    if places and len(kinds) < 2:
+        return Needs(places=places, models=models)
+    read = any(named[key] for key in named if key.endswith("data"))
+    written = any(named[key] for key in named if not key.endswith("data"))
+    if places and not (read and written):
         places += ("",)  # what is not named lies in the run root
-    inner = "run.training" if command in ("sweep", "compare") else "training"
-    workers = value_at(tree, f"{inner}.workers")
-    count = max(int(workers), 1) if isinstance(workers, int) else 1
-    gpu = value_at(tree, f"{inner}.use_gpu") is True
-    strict = value_at(tree, f"{inner}.placement") == "strict_spread"
-    return Needs(count, count if gpu else 0, strict, places)
+    many = command in MANY
+    first = _of_training(tree, "run." if many else "", many)
+    if command == "compare" and value_at(tree, "pretraining.training") is not None:
+        then = _of_training(tree, "pretraining.", many)
+        first = replace(first, then=then if then != first else None)
+    return replace(first, places=places, models=models)
+
+
+def _of_training(tree: dict[str, Any], prefix: str, many: bool) -> Needs:
+    """What the training below a key takes; the command itself tells what is wrong in it."""
+
+    def number(key: str, otherwise: float) -> float:
+        value = value_at(tree, key)
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return value if usable and value > 0 else otherwise
+
+    workers = max(int(number(f"{prefix}training.workers", 1)), 1)
+    least = int(number(f"{prefix}training.min_workers", 0))
+    gpu = 1.0 if value_at(tree, f"{prefix}training.use_gpu") is True else 0.0
+    cpus = 1.0
+    if many:
+        cpus, gpu = number("resources.cpus", 1.0), number("resources.gpus", gpu)
+    strict = value_at(tree, f"{prefix}training.placement") == "strict_spread"
+    return Needs(workers, workers * gpu, strict, least=least if least < workers else 0, cpus=cpus)
+
+
+def _is_place(model: str) -> bool:
+    """Whether a model is named by where it is, and not by a run's name or in the registry."""
+    return "/" in model and not model.startswith(("models:", "runs:"))
 
 
 def _options(words: Sequence[str]) -> list[tuple[str, str]]:

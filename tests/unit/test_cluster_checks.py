@@ -63,6 +63,14 @@ def test_another_version_on_a_node_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         ([node(0)], Needs(2, 2), [{"CPU": 8, "GPU": 1}] * 2, "warning"),
         ([node(0)], Needs(3, 3), [{"CPU": 8, "GPU": 1}] * 2, "error"),
         ([node(8)], Needs(1, 1), [], "error"),
+        ([node(4)], Needs(8, least=2), [], "warning"),
+        ([node(1)], Needs(8, least=2), [], "error"),
+        ([node(1)], Needs(8, least=2), [{"CPU": 1}], "warning"),
+        ([node(8)], Needs(4, spread=True, least=2), [], "error"),
+        ([node(8)], Needs(4, cpus=2), [], "ok"),
+        ([node(3), node(3)], Needs(3, cpus=2), [], "error"),
+        ([node(0.9)], Needs(3, cpus=0.3), [], "ok"),
+        ([node(8, 1)], Needs(2, 1), [], "ok"),
     ],
 )
 def test_resources(
@@ -74,6 +82,15 @@ def test_resources(
     (finding,) = checks.enough(nodes, asked, growth)
     assert finding.level == level
     assert asked.words() in finding.seen
+
+
+def test_each_stage_and_each_model_is_looked_at(tmp_path: Path) -> None:
+    told = checks.enough([node(2)], Needs(2, then=Needs(4)), [])
+    assert [each.level for each in told] == ["ok", "error"]
+    (tmp_path / "model").mkdir()
+    found = checks.models([str(tmp_path / "model"), str(tmp_path / "gone")])
+    assert [each.level for each in found] == ["ok", "error"]
+    assert found[1].seen == f"{tmp_path}/gone: not there, as seen from the head"
 
 
 def test_the_autoscaler_may_start_what_the_file_says(
@@ -171,7 +188,7 @@ def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
     found = {each.check: each for each in checks.cluster_findings(ray_session, asked)}
     assert found["versions"].level == "ok", found["versions"]
     assert found["resources"].level == "ok"
-    assert "on 1 nodes" in found["resources"].seen
+    assert "on 1 node" in found["resources"].seen
     assert found["authentication"].level == "ok", "the embedded Ray has a token of its own"
     assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads what all wrote"
     assert list(tmp_path.iterdir()) == [], "cleaned up"

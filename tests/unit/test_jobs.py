@@ -46,9 +46,42 @@ def test_what_a_command_asks_for(tmp_path: Path) -> None:
     assert needs(["finetune", *both]).places == ("s3://b/runs", "s3://b/corpora")
     assert needs(["finetune", *both[:2]]).places == ("s3://b/runs", "")
     assert needs(["sweep", *both[:2], "--run.data", both[3]]).places == (both[1], both[3])
+    mirrored = ["finetune", "--data", "s3://b/corpora", "--storage.mirror", "s3://b/runs"]
+    assert needs(mirrored).places == ("s3://b/corpora", "s3://b/runs")
     assert Needs(2, 2, True).words() == "2 workers with a GPU each on 2 hosts"
     with pytest.raises(UserError, match="neither a file nor a preset"):
         needs(["finetune", "--config", "tinny"])
+
+
+def test_what_trials_and_elastic_runs_ask_for(tmp_path: Path) -> None:
+    elastic = needs(["finetune", "--training.workers", "8", "--training.min_workers", "2"])
+    assert elastic == Needs(8, least=2)
+    assert elastic.words() == "2 to 8 workers"
+    assert needs(["sweep", "--resources.cpus", "4", "--resources.gpus", "0.5"]) == Needs(
+        1, 0.5, cpus=4
+    )
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        "run: {training: {workers: 2}}\npretraining: {training: {workers: 4}}\n"
+        "resources: {cpus: 2}\n"
+    )
+    asked = needs(["compare", "--config", str(study)])
+    assert asked == Needs(2, cpus=2, then=Needs(4, cpus=2))
+    assert asked.words() == "2 workers with 2 CPUs each"
+    # A model by its place is looked at; a run's name, the registry, and a shape are not.
+    assert needs(["finetune", "--from", "s3://b/runs/x"]).models == ("s3://b/runs/x",)
+    assert needs(["evaluate", "--model", "/mnt/runs/x/model"]).models == ("/mnt/runs/x/model",)
+    for words in (["--from", "x"], ["--from", "models:/skillnet@champion"], ["--model.dim", "8"]):
+        assert needs(["finetune", *words]).models == ()
+
+
+@pytest.mark.parametrize("command", [["finetune"], ["sweep"]])
+def test_a_value_that_cannot_be_read_is_named(command: list[str]) -> None:
+    assert needs([*command, "--data", "["]).places[0] == "[", "a path is a path"
+    with pytest.raises(UserError, match=r"--training\.workers: cannot read '\['"):
+        needs([*command, "--training.workers", "["])
+    with pytest.raises(UserError, match=r"--training\.workers: cannot read '!!python/name:os"):
+        needs([*command, "--training.workers", "!!python/name:os.system"])
 
 
 def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
