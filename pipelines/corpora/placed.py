@@ -20,7 +20,7 @@ from pipelines.corpora import finish
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
 from pipelines.media import MAX_BYTES, MediaRef
 from pipelines.places import Place, listing_digest
-from pipelines.transforms import sound
+from pipelines.transforms import image, sound
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
 
@@ -194,13 +194,14 @@ class PlacedCorpus(Corpus):
         return pa.schema([field for field in whole if field.name not in absent])
 
     def preprocessing(self) -> dict[str, Any]:
-        """The reader and its options, and what a sound corpus' frames are scaled by."""
+        """The reader and its options, and what its media are made into frames or pixels by."""
         chosen = {k: v for k, v in to_dict(self.options).items() if k != "media"}
         more = {"mean": sound.MEAN, "deviation": sound.DEVIATION, "rate": sound.RATE}
         return {
             "reader": type(self).name,
             **chosen,
             **(more if self.modality == "sound" else {}),
+            **({"pixels": image.VERSION} if self.modality == "image" else {}),
         }
 
     def facts(self) -> dict[str, Any]:

@@ -48,6 +48,45 @@ def test_a_colour_that_the_file_calls_transparent_becomes_white() -> None:
     assert (image.load_pixels(target.getvalue(), 8, "crop") == 255).all()
 
 
+def held(orientation: int) -> bytes:
+    """A photograph 64 x 32, black to the left of its sensor and white to the right."""
+    seen = np.zeros((32, 64, 3), np.uint8)
+    seen[:, 32:] = 255
+    target, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(seen).save(target, "JPEG", quality=95, exif=exif)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "white"),
+    [(1, np.s_[:, 16:]), (3, np.s_[:, :16]), (6, np.s_[16:]), (8, np.s_[:16])],
+)
+def test_a_photograph_is_turned_as_its_camera_was_held(orientation: int, white) -> None:  # type: ignore[no-untyped-def]
+    made = image.load_pixels(held(orientation), 32, "crop" if orientation in (1, 3) else "pad")
+    expected = np.zeros((32, 32), bool)
+    expected[white] = True
+    if orientation in (6, 8):  # upright and narrow, with white on both sides
+        expected[:, :8] = expected[:, 24:] = True
+    assert ((made[..., 0] > 127) == expected).mean() > 0.95
+
+
+def test_damaged_exif_costs_no_picture() -> None:
+    whole = held(6)
+    place = whole.index(b"Exif") + 6
+    broken = whole[:place] + b"\xff" * 12 + whole[place + 12 :]
+    assert image.decode_image(broken, 32).size == (64, 32)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_greys_of_16_bits_stay_greys(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 32).astype(np.uint16)
+    target = io.BytesIO()
+    Image.fromarray(np.tile(ramp, (32, 1))).save(target, kind)
+    made = image.load_pixels(target.getvalue(), 32)
+    assert np.array_equal(made, np.broadcast_to((ramp >> 8)[None, :, None], (32, 32, 3)))
+
+
 def test_an_svg_is_drawn_and_its_margin_cut_off() -> None:
     svg = (
         b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
