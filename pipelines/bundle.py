@@ -41,6 +41,8 @@ from skillnet_platform.storage import (
 )
 
 FORMAT = 1
+#: Count it up when the vectors of known captions change; bundles made for a checkpoint are kept.
+VECTORS = 2
 ABOUT = "serving.json"
 TOKENIZER = "tokenizer.json"
 
@@ -63,8 +65,13 @@ def build(source: Source, data: str | Path, target: Path) -> Path:
     with staging(target) as folder:
         model.save_pretrained(folder / "model")
         (folder / TOKENIZER).write_bytes(words)
+        prepared = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
         predictor = Predictor(
-            model, tokenizers.load(folder / TOKENIZER), names, limits=source.limits
+            model,
+            tokenizers.load(folder / TOKENIZER),
+            names,
+            limits=source.limits,
+            prepared=prepared,
         )
         for task, corpus in corpora.items():
             if specs[task].objective == "retrieval":
@@ -86,7 +93,7 @@ def build(source: Source, data: str | Path, target: Path) -> Path:
                     "corpus_digest": corpus.digest,
                     "names": names[task],
                     "limit": source.limits.get(task),
-                    "preprocessing": corpus.manifest.get("preprocessing", {}),
+                    "preprocessing": prepared[task],
                 }
                 for task, corpus in corpora.items()
             },
@@ -185,7 +192,7 @@ def open_predictor(source: Source, data: str | Path | None, precision: str = "au
         for task in tasks
         if task not in source.auxiliary
     ]
-    key = digest([FORMAT, __version__, source.digest, digests, source.limits])
+    key = digest([FORMAT, VECTORS, __version__, source.digest, digests, source.limits])
     kept = run_root() / "cache" / "bundles" / key[:16]
     if not (kept / ABOUT).is_file():
         build(source, data, kept)

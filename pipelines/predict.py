@@ -27,7 +27,7 @@ class PredictConfig:
             {"text": …} or {"file": …}, and "task" if wanted, a line.
         file: more files; the same as bare words.
         input: a file of rows as JSON lines, whatever its name; TNEWS's {"id": …, "sentence": …}
-            are read too.
+            are read too, with "keywords" where the model was trained with them.
         format: of ``output``: ``jsonl`` has all that is known of each prediction, ``clue`` the
             lines that CLUE expects of TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}.
         text: a text.
@@ -119,7 +119,9 @@ def read_rows(path: Path, task: str | None) -> "list[Item]":
             raise UserError(f'{where}: expected {{"text": …}} or {{"file": …}}')
         wanted = row.get("task", task)
         if texts:
-            items.append(Item(str(texts[0]), str(texts[0]), None, wanted))
+            said = row.get("keywords")
+            keywords = said if isinstance(said, str) else None
+            items.append(Item(str(texts[0]), str(texts[0]), None, wanted, keywords))
         else:
             items.append(read_item(path.parent / row["file"], wanted))
     return items

@@ -22,6 +22,13 @@ SUFFIXES = {
     "text": (".txt",),
 }
 
+#: Keys under which corpora say to how many tokens they cut texts, code and captions.
+CUT_AFTER = {
+    "text": ("max_tokens", "tokens"),
+    "code": ("max_code_tokens", "code_tokens"),
+    "query": ("max_caption_tokens", "caption_tokens"),
+}
+
 #: First bytes of common formats, for data that comes without a name.
 MAGIC = (
     (b"\x89PNG", "image"),
@@ -46,12 +53,14 @@ class Item:
         text: the text, or none.
         data: the bytes, or none.
         task: the task to run, or none to choose by what the input is.
+        keywords: what stands beside the text, for a corpus that was prepared with it.
     """
 
     name: str
     text: str | None = None
     data: bytes | None = None
     task: str | None = None
+    keywords: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,8 +148,18 @@ class Predictor:
     def embed_texts(self, task: str, texts: Sequence[str]) -> np.ndarray:
         """Vectors of queries in a retrieval task's space, (N, E) unit length."""
         plan = find_task(task, self.model.config.tasks).towers["query"]
-        rows = self.tokens(texts, min(text.CAPTION_TOKENS, self.model.config.max_tokens))
+        rows = self.tokens([words.strip() for words in texts], self._longest(task, "query"))
         return self.runner.embed(task, "query", memory_inputs(rows, plan, self.model.config))
+
+    def _longest(self, task: str, reads: str) -> int:
+        """Tokens kept of a text, of code or of a query: as in training."""
+        said = self.prepared.get(task, {})
+        kept = [said[key] for key in CUT_AFTER[reads] if said.get(key)]
+        if reads == "query":
+            kept = kept or [text.CAPTION_TOKENS]
+        elif limit := self.limits.get(task):
+            kept.append(limit)
+        return min([*kept, self.model.config.max_tokens])
 
     def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         return text.encode(self.tokenizer, list(texts), limit).to_pylist()
@@ -174,15 +193,16 @@ class Predictor:
     ) -> list[tuple[str, np.ndarray]]:
         """Named inputs of the model; several for a file of functions."""
         config = self.model.config
-        limit = self.limits.get(task) if tower != "query" else text.CAPTION_TOKENS
-        longest = min(limit or config.max_tokens, config.max_tokens)
+        data, alike = item.data or b"", self.prepared.get(task, {})
         try:
             if plan.modality == "text":
-                words = item.text if item.text is not None else _decoded(item.data or b"")
-                if not words.strip():
+                words = (item.text if item.text is not None else _decoded(data)).strip()
+                if not words:
                     raise ValueError("the text is empty")
+                if alike.get("keywords") and tower != "query":
+                    words = text.with_keywords(words, item.keywords)
+                longest = self._longest(task, "query" if tower == "query" else "text")
                 return [(item.name, self.tokens([words], longest)[0])]
-            data, alike = item.data or b"", self.prepared.get(task, {})
             if plan.modality == "image":
                 fit = alike.get("fit", "pad")
                 return [(item.name, image.load_pixels(data, config.image_size, fit))]
@@ -196,7 +216,7 @@ class Predictor:
             found = list(code.functions(code.decode_source(data)))
             if not found:
                 raise ValueError("there is no function in it")
-            rows = self.tokens([f.code for f in found], longest)
+            rows = self.tokens([f.code for f in found], self._longest(task, "code"))
             names = [f"{item.name}:{f.line} {f.name}" for f in found]
             return list(zip(names, rows, strict=True))
         except ValueError as problem:

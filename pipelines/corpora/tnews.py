@@ -17,6 +17,7 @@ from pipelines.corpora.finish import TextOptions
 from pipelines.corpora.placed import PlacedCorpus, bad, clean_text
 from pipelines.corpora.records import Broken, json_lines
 from pipelines.places import Place
+from pipelines.transforms.text import with_keywords
 from skillnet_platform.errors import UserError
 
 #: Code -> description, as CLUE's ``labels.json`` has them.
@@ -110,8 +111,8 @@ class Tnews(PlacedCorpus):
 
     def _row(self, part: str, key: str, row: Row) -> Row:
         text = clean_text(row.get("sentence"))
-        if self.options.keywords and isinstance(row.get("keywords"), str):
-            text = f"{text} {row['keywords']}".strip()
+        if self.options.keywords:
+            text = with_keywords(text, row.get("keywords"))
         split, code = self._split(part, key), _code(row)
         if split != "unlabelled":
             if code is None:

@@ -42,6 +42,11 @@ def encode_captions(
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), tokens)
 
 
+def with_keywords(text: str, keywords: Any) -> str:
+    """A sentence with its keywords behind it, where it has any: as TNEWS may be read."""
+    return f"{text} {keywords}".strip() if isinstance(keywords, str) else text
+
+
 def _in_bytes(tokenizer: Any, text: str, unknown: int, first: int) -> list[int]:
     """Token ids of a text, those of its bytes in the place of each unknown token."""
     encoded = tokenizer.encode(text)
