@@ -59,6 +59,11 @@ class Claim:
         return None if self.verdict == "not decided" else self.ahead
 
     @property
+    def standing(self) -> str:
+        """Who is ahead, in words. A claim may be decided with none ahead: by not being behind."""
+        return "not decided" if self.verdict == "not decided" else self.ahead or "none is ahead"
+
+    @property
     def verdict(self) -> Verdict:
         """What the parts come to."""
         if self.why or not self.parts:

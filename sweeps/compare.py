@@ -124,7 +124,8 @@ def _report(
 
     of = comparison.compare(runs, config.reference, config.specialist)
     made = report.make(of, str(config.name), config.claims)
-    made.tables += tuning_tables(tuned)
+    pretrained = [label for label, runs in of.systems.items() if runs[0].settings.get("init_from")]
+    made.tables += tuning_tables(tuned, pretrained)
     if config.interpret:
         _add_skills(made, config)
     return made

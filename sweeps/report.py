@@ -160,10 +160,7 @@ def run_facts(of: Comparison) -> dict[str, str]:
 
 def show(report: Report) -> None:
     """Print the claims and the main tables."""
-    cells = [
-        [claim.verdict, claim.winner or "not decided", claim.words, claim.why]
-        for claim in report.claims
-    ]
+    cells = [[claim.verdict, claim.standing, claim.words, claim.why] for claim in report.claims]
     columns = ["verdict", "winner", "claim", ""]
     console.table(report.title, columns, cells)
     for table in report.tables:
@@ -226,7 +223,7 @@ def markdown(report: Report) -> str:
     from pipelines.reporting import markdown as drawn
 
     columns = ["claim", "verdict", "winner"]
-    cells = [[c.words, c.verdict, c.winner or "not decided"] for c in report.claims]
+    cells = [[c.words, c.verdict, c.standing] for c in report.claims]
     parts = [report.lead + ".", drawn(columns, cells)]
     for table in report.tables:
         if not table.aside:

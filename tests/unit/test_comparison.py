@@ -1,6 +1,7 @@
 """Finished runs read back, grouped and compared; claims decided as their rules say."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from skillnet_platform.errors import UserError
 from sweeps import claims as cl
+from sweeps import report as reporting
 from sweeps.comparison import MEAN, Comparison, compare
+from sweeps.page import page
 from sweeps.runs import differing_settings, find_run, gather, read_run
 from sweeps.study_settings import ClaimsConfig
 from sweeps.tables import score_table, signed, tables
@@ -122,6 +125,17 @@ def test_nothing_is_decided_between_equals_or_with_two_seeds(tmp_path: Path):
     assert claim.verdict == "not decided"
     assert claim.why.startswith("2 seeds per system")
     assert len(claim.parts) == len(TASKS) + 1
+
+
+def test_a_claim_that_holds_by_not_being_behind_has_none_ahead(tmp_path: Path):
+    found = compared(tmp_path, {"skillnet": 0.01, "specialist": 0.0})
+    claim = cl.claims(found, ClaimsConfig(relative=0.5, margin=0.5))[0]
+    assert (claim.verdict, claim.winner, claim.standing) == ("holds", None, "none is ahead")
+    made = reporting.make(found, "alike", ClaimsConfig(relative=0.5, margin=0.5))
+    first = re.search(r"<article.*?</article>", page(made), re.DOTALL)
+    assert first is not None
+    assert "Winner: none is ahead" in first.group()
+    assert "| holds | none is ahead |" in reporting.markdown(made)
 
 
 def test_a_specialist_that_scores_nothing_leaves_the_relative_score_open(tmp_path: Path):

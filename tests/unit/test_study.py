@@ -123,6 +123,25 @@ def test_the_best_validation_score_is_chosen_and_told():
         st.choose(config, trials, [o for o in outcomes if not o.name.startswith("dense")])
 
 
+def test_the_report_says_what_equal_tuning_does_not_make_equal():
+    trial = {"settings": {"training.lr": 0.1}, "status": "finished", "score": 0.5}
+    trial |= {"steps": 6, "seconds": 1.0}
+    tuned = {
+        "skillnet": st.Tuned("skillnet", {}, 0.5, [trial]),
+        "skillnet-pretrained": st.Tuned("skillnet-pretrained", {}, 0.5, [], "skillnet"),
+    }
+    told = tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
+    assert "Tuned: training.lr. All else was given to every system alike" in told
+    assert "Without trials of their own: skillnet-pretrained those of skillnet." in told
+    assert "tuned without the pretraining that they are used with" in told
+    assert "pretraining, its learning rate too, were tuned for nobody" in told
+    own = {label: st.Tuned(label, {}, 0.5, [trial]) for label in tuned}
+    told = tuning_tables(own, ["skillnet-pretrained"])[0].caption
+    assert "Without trials of their own" not in told
+    assert "tuned without the pretraining" not in told
+    assert "pretraining" not in tuning_tables(own)[0].caption
+
+
 def test_without_tuning_nothing_is_chosen():
     config = study(tuning=TuningConfig())
     assert st.tuning_trials(config) == []
