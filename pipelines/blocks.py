@@ -54,17 +54,37 @@ class Summary:
         shards: blocks of each split.
         reasons: of the rejected rows, counted.
         bad: the same of those rows that should have been readable.
+        files: how many files the rows stand in.
+        broken: file -> after how many rows it breaks off, and why. What stood behind is lost, and
+            nobody knows how much that is.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     shards: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
+    files: int = 1
+    broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """All that were read."""
         return sum(self.counts.values()) + sum(self.reasons.values())
+
+    def too_broken(self, max_bad: float) -> str:
+        """The message that more than that share of the files breaks off; "" if not.
+
+        Files and not rows are counted: of the rows that are lost nobody knows the number.
+        """
+        if len(self.broken) <= max_bad * self.files:
+            return ""
+        share = min(1.0, len(self.broken) / self.files)
+        most = "; ".join(f"{file} {how}" for file, how in list(self.broken.items())[:5])
+        return (
+            f"{len(self.broken)} of {self.files} files break off, and what stands behind is lost: "
+            f"{most}. At most {max_bad:.1%} of the files may (max_bad). Put whole files in their "
+            f"place, or go on without the rest: --max_bad {min(share + 0.005, 1.0):.2f}"
+        )
 
 
 def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Block | Summary]:
@@ -78,6 +98,7 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
     waiting: dict[str, list[Row]] = defaultdict(list)
     counts, shards = Counter[str](), Counter[str]()
     reasons, bad = Counter[str](), Counter[str]()
+    broken: dict[str, str] = {}
     with rejected.open("w", encoding="utf-8") as stream, Seen() as seen:
 
         def reject(row: Rejected) -> None:
@@ -85,6 +106,9 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
             reasons[row.reason] += 1
             if row.bad:
                 bad[row.reason] += 1
+            if row.rest:
+                before = "" if row.row is None else f"after {row.row - 1} rows "
+                broken[row.file or row.key] = f"{before}({row.reason})"
 
         def cut(split: str) -> Iterator[Block]:
             table, refused = to_table(corpus, waiting.pop(split))
@@ -106,7 +130,8 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
                 yield from cut(split)
         for split in sorted(waiting):
             yield from cut(split)
-    yield Summary(dict(counts), dict(shards), dict(reasons), dict(bad))
+    files = corpus.files_of_rows()
+    yield Summary(dict(counts), dict(shards), dict(reasons), dict(bad), files, broken)
 
 
 def told(row: Rejected) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pipelines.corpora.base import Corpus, Sources
 from pipelines.delivery import Delivery
 from pipelines.partial import REJECTED_ROWS, stem_of
 from skillnet_platform.cli import users_mistake
+from skillnet_platform.remote import StoreUnavailable
 
 #: Of a unit of work; ``bad`` counts rows found bad so far. The last unit of a corpus has no split:
 #: its ``raw`` is the summary, and ``bad`` the number of units before it.
@@ -34,8 +35,8 @@ UNIT = pa.schema(
         ("raw", pa.large_binary()),
     ]
 )
-#: The shard of a unit that tells of a user's mistake.
-MISTAKE = -1
+#: The shards of units that tell of a user's mistake, and of a store that is away.
+MISTAKE, AWAY = -1, -2
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,23 @@ class CorpusBlocks(Datasource):
 def units(number: int, job: Job) -> Iterator[pa.Table]:
     """The blocks of a corpus that are not finished, as units of work, and its summary.
 
-    A user's mistake in the sources is a unit too: Ray would wrap an exception beyond recognition.
+    A user's mistake in the sources, or a store that is away, is a unit too: Ray would wrap an
+    exception beyond recognition.
     """
     try:
         yield from _units(number, job)
+    except StoreUnavailable as problem:
+        yield _told(number, AWAY, str(problem))
     except Exception as problem:
         message = users_mistake(problem)
         if message is None:
             raise
-        row = {"corpus": number, "shard": MISTAKE, "raw": message.encode()}
-        yield pa.Table.from_pylist([row], schema=UNIT)
+        yield _told(number, MISTAKE, message)
+
+
+def _told(number: int, kind: int, message: str) -> pa.Table:
+    row = {"corpus": number, "shard": kind, "raw": message.encode()}
+    return pa.Table.from_pylist([row], schema=UNIT)
 
 
 def _units(number: int, job: Job) -> Iterator[pa.Table]:

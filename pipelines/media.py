@@ -13,19 +13,18 @@ the other, on workers in parallel. A reference names
 """
 
 import contextlib
+import errno
 import os
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
+from pipelines.source_files import OWN, ask, failing, is_remote, local_path, open_stream
 from pipelines.tars import BadTar, Tar
-from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
 
 #: Type of a raw column of references: ``pa.field("media", MEDIA)``. A null is a row without any.
@@ -39,8 +38,8 @@ MEDIA = pa.struct(
 )
 #: Larger files are set aside unless a corpus says otherwise.
 MAX_BYTES = 256 * 2**20
-#: A bucket that does not answer is asked again after so many seconds.
-PAUSES = (0.5, 2.0)
+#: What a local file's own name or kind is to blame for; anything else is its disk's failing.
+_OF_THE_NAME = {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO, errno.EILSEQ}
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ def read_media(
         The bytes, or why this row has none: missing, empty, too large, cut short, not a file.
 
     Raises:
-        UserError: a store that fails in another way, three times: that is not the row's fault.
+        UserError, StoreUnavailable: a disk that fails, or a store that is away for longer than
+            ``$SKILLNET_STORE_PATIENCE``: that is not the row's fault.
     """
     values = references.to_pylist() if hasattr(references, "to_pylist") else references
     with _archives() as archives:
@@ -108,54 +108,6 @@ def read_media(
             yield data if data else Unreadable("an empty file")
 
 
-@lru_cache(maxsize=32)
-def filesystem(root: str) -> Any:
-    """The fsspec file system of a URI's scheme and host ("s3://bucket").
-
-    fsspec's own driver is taken where it is installed, else that of pyarrow (S3, GCS, HDFS).
-
-    Raises:
-        UserError: nobody opens such a URI.
-    """
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(root)[0]
-    except (ImportError, ValueError) as problem:
-        from fsspec.implementations.arrow import ArrowFSWrapper
-        from pyarrow.fs import FileSystem
-
-        try:
-            return ArrowFSWrapper(FileSystem.from_uri(root)[0])
-        except (pa.ArrowInvalid, OSError):
-            raise UserError(f"{root}: cannot be opened ({problem})") from None
-
-
-def is_remote(path: str) -> bool:
-    """Whether it is a URI of something else than a local file."""
-    scheme, mark, _ = path.partition("://")
-    return bool(mark) and scheme not in ("file", "local")
-
-
-def local_path(path: str) -> str:
-    """A local path without the scheme that it may carry."""
-    return path.partition("://")[2] if "://" in path else path
-
-
-def open_stream(path: str) -> IO[bytes]:
-    """Open a local file or a URI to be read front to back.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: nobody opens such a URI.
-    """
-    if not is_remote(path):
-        return Path(local_path(path)).open("rb")
-    system = filesystem(_root(path))
-    stream: IO[bytes] = system.open(system._strip_protocol(path), "rb")
-    return stream
-
-
 class _Refused(Exception):
     """Why one row has no bytes."""
 
@@ -169,9 +121,12 @@ def _read(reference: MediaRef, max_bytes: int) -> bytes:
         raise _Refused("the media file is missing") from None
     except PermissionError:
         raise _Refused("no permission to read the media file") from None
-    except (OSError, ValueError) as problem:
-        why = problem.strerror if isinstance(problem, OSError) else str(problem)
-        raise _Refused(f"the media file cannot be read ({why})") from None
+    except OSError as problem:
+        if problem.errno not in _OF_THE_NAME:
+            raise failing(reference.path, problem) from None
+        raise _Refused(f"the media file cannot be read ({problem.strerror})") from None
+    except ValueError as problem:  # a null character
+        raise _Refused(f"the media file cannot be read ({problem})") from None
 
 
 def _read_local(reference: MediaRef, max_bytes: int) -> bytes:
@@ -199,32 +154,22 @@ def _exactly(stream: IO[bytes], length: int) -> bytes:
 
 
 def _read_remote(reference: MediaRef, max_bytes: int) -> bytes:
-    system = filesystem(_root(reference.path))
-    path = system._strip_protocol(reference.path)
-    start, length = reference.offset or 0, reference.length
-    wanted, data = 0, b""
-    for attempt in range(len(PAUSES) + 1):
+    start = reference.offset or 0
+
+    def read(system: Any, path: str) -> tuple[int, bytes]:
+        length = reference.length
         try:
             if length is None:
-                length = system.info(path)["size"] - start
-            wanted = int(length)
-            _limit(wanted, max_bytes)
-            if wanted > 0:
-                data = system.cat_file(path, start=start, end=start + wanted)
-            break
+                length = int(system.info(path)["size"]) - start
+            _limit(length, max_bytes)
+            data = system.cat_file(path, start=start, end=start + length) if length > 0 else b""
         except (FileNotFoundError, IsADirectoryError):
             raise _Refused("the media file is missing") from None
         except PermissionError:
             raise _Refused("no permission to read the media file") from None
-        except _Refused:
-            raise
-        except Exception as problem:
-            if attempt == len(PAUSES):
-                raise UserError(
-                    f"{reference}: cannot be read ({type(problem).__name__}: {problem}); tried "
-                    f"{attempt + 1} times"
-                ) from problem
-            time.sleep(PAUSES[attempt])
+        return length, data
+
+    wanted, data = ask(reference.path, read)
     if len(data) < wanted:
         raise _Refused("cut short: the file ends before the media")
     return data
@@ -252,7 +197,7 @@ class _Archives:
             except BadTar as problem:
                 self.close()
                 raise _Refused(str(problem)) from None
-            except OSError as problem:
+            except OWN as problem:
                 self.close()
                 raise _Refused(f"the archive cannot be opened ({problem.strerror})") from None
             if data is not None:
@@ -321,9 +266,3 @@ def _state(path: str) -> tuple[int, ...]:
 def _limit(size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise _Refused(f"a media file larger than {human_bytes(max_bytes)}")
-
-
-def _root(path: str) -> str:
-    """Scheme and host: what a file system is kept by."""
-    scheme, _, rest = path.partition("://")
-    return f"{scheme}://{rest.split('/', 1)[0]}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.media import filesystem, is_remote, local_path, open_stream
+from pipelines.source_files import ask, is_remote, local_path, open_stream
 from skillnet_platform.errors import UserError
 
 #: What a compressed file that is cut short or damaged raises while it is read.
@@ -52,7 +52,7 @@ class Place:
         if not self._exists(self.uri):
             raise UserError(f"{uri}: no such file or folder")
         if self.remote:
-            self.is_file = bool(self._system.isfile(self._plain(self.uri)))
+            self.is_file = ask(self.uri, lambda system, path: system.info(path))["type"] == "file"
         else:
             self.is_file = Path(self.uri).is_file()
 
@@ -83,14 +83,7 @@ class Place:
         """What is in a folder, sorted by name; hidden files are passed over."""
         folder = self.path(relative)
         if self.remote:
-            found = [
-                Entry(
-                    posixpath.basename(about["name"].rstrip("/")),
-                    None if about["type"] == "directory" else int(about["size"] or 0),
-                )
-                for about in self._system.ls(self._plain(folder), detail=True)
-                if about["name"].rstrip("/") != self._plain(folder).rstrip("/")
-            ]
+            found = ask(folder, _listed)
         else:
             with os.scandir(folder) as each:
                 found = [e for entry in each if (e := _entry(entry)) is not None]
@@ -131,7 +124,9 @@ class Place:
         path = self.path(relative)
         try:
             stream = open_stream(path)
-        except (FileNotFoundError, IsADirectoryError):
+        except PermissionError:
+            raise UserError(f"{path}: no permission to read it") from None
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise UserError(f"{path}: no such file") from None
         return gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream  # type: ignore[return-value]
 
@@ -140,7 +135,8 @@ class Place:
         out.
 
         Raises:
-            EOFError, zlib.error, OSError: ``DAMAGED``: the compressed file ends or breaks there.
+            EOFError, zlib.error, BadGzipFile: ``DAMAGED``: a compressed file ends or breaks.
+            SourceFails, StoreUnavailable: see :func:`source_files.open_stream`.
         """
         with self.open(relative) as stream:
             number = 0
@@ -161,17 +157,14 @@ class Place:
         return found.hexdigest()
 
     def _exists(self, path: str) -> bool:
-        if self.remote:
-            return bool(self._system.exists(self._plain(path)))
-        return os.path.exists(path)  # noqa: PTH110 - called for every row
-
-    @property
-    def _system(self) -> Any:
-        scheme, _, rest = self.uri.partition("://")
-        return filesystem(f"{scheme}://{rest.split('/', 1)[0]}")
-
-    def _plain(self, path: str) -> str:
-        return str(self._system._strip_protocol(path))
+        if not self.remote:
+            return os.path.exists(path)  # noqa: PTH110 - called for many files
+        try:
+            # Not ``exists``: of most clients it says no, too, when the store does not answer.
+            ask(path, lambda system, plain: system.info(plain))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def listing_digest(entries: Iterable[Entry]) -> tuple[int, int, str]:
@@ -184,6 +177,17 @@ def listing_digest(entries: Iterable[Entry]) -> tuple[int, int, str]:
         files, total = files + 1, total + (entry.size or 0)
         found.update(f"{entry.name}\0{entry.size}\n".encode("utf-8", "surrogateescape"))
     return files, total, found.hexdigest()
+
+
+def _listed(system: Any, folder: str) -> list[Entry]:
+    return [
+        Entry(
+            posixpath.basename(about["name"].rstrip("/")),
+            None if about["type"] == "directory" else int(about["size"] or 0),
+        )
+        for about in system.ls(folder, detail=True)
+        if about["name"].rstrip("/") != folder.rstrip("/")
+    ]
 
 
 def _entry(entry: "os.DirEntry[str]") -> Entry | None:

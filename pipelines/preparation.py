@@ -29,7 +29,7 @@ from pipelines import guard, partial
 from pipelines import tokenizer as tokenizers
 from pipelines.blocks import PLACES, Summary
 from pipelines.corpora.base import Corpus, Sources
-from pipelines.datasource import MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
+from pipelines.datasource import AWAY, MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
 from pipelines.delivery import Delivery, clear_making
 from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet.memory import keep_freed_memory
@@ -116,7 +116,13 @@ def spool(
 
     task = ray.remote(num_cpus=hosts.cpus, max_retries=0, **hosts.here)(write_spool)
     files = {corpus.name: folder / f"{corpus.name}.arrows" for corpus in teachers}
-    ray.get([task.remote(c, Sources(archives, c.archives), files[c.name]) for c in teachers])
+    work = [task.remote(c, Sources(archives, c.archives), files[c.name]) for c in teachers]
+    try:
+        ray.get(work)
+    except ray.exceptions.RayTaskError as problem:
+        if isinstance(problem.cause, StoreUnavailable):
+            raise problem.cause from None
+        raise
     return files
 
 
@@ -210,8 +216,9 @@ def write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> pa.Table:
 def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str, Any]:
     number, split, shard = (unit[name][0].as_py() for name in ("corpus", "split", "shard"))
     job = jobs[number]
-    if shard == MISTAKE:
-        return {"mistake": unit["raw"][0].as_py().decode()}
+    if shard in (MISTAKE, AWAY):
+        kind = "mistake" if shard == MISTAKE else "away"
+        return {kind: unit["raw"][0].as_py().decode()}
     if split is None:
         summary = json.loads(unit["raw"][0].as_py())
         return {"corpus": number, "summary": summary, "units": unit["bad"][0].as_py()}
@@ -312,12 +319,14 @@ class _State:
         Raises:
             UserError: saying how many, and why.
         """
+        name = self.order.corpus.name
+        if self.summary is not None and (told := self.summary.too_broken(max_bad)):
+            raise UserError(f"{name}: {told}")
         reasons = self.bad + Counter(self.summary.bad if self.summary else {})
         bad = reasons.total() if self.summary else reasons.total() + self.bad_read
         seen = self.summary.rows if self.summary else self.rows + self.bad_read
         if bad <= max_bad * seen or (seen < FEWEST_TO_JUDGE and not self.is_complete()):
             return
-        name = self.order.corpus.name
         most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
         with atomic_write(self.told, "w") as stream:
             stream.writelines(partial.rejected_lines(self.folder))
@@ -359,6 +368,7 @@ class _State:
             "rows_in": rows_in,
             "rows_out": rows_out,
             "quarantine": counted(reasons),
+            **({"broken_off": self.summary.broken} if self.summary.broken else {}),
             "made_with": {name: version(name) for name in MADE_WITH},
         }
         manifest["digest"] = manifest_digest(manifest)

@@ -367,12 +367,19 @@ def _tokenizer_entry(path: Path) -> dict[str, Any]:
 
 def _summary(manifest: dict[str, Any], state: str) -> dict[str, Any]:
     shards = [s for entry in manifest["splits"].values() for s in entry["shards"]]
+    broken = manifest.get("broken_off", {})
+    for file, how in broken.items():
+        console.warn(
+            f"{manifest['corpus']}: {file} breaks off {how}; what stood behind is not in the "
+            "corpus. Put the whole file in its place and prepare again"
+        )
     return {
         "state": state,
         "rows_in": manifest["rows_in"],
         "rows_out": manifest["rows_out"],
         "splits": {name: entry["rows"] for name, entry in manifest["splits"].items()},
         "quarantine": manifest["quarantine"],
+        "broken_off": broken,
         "bytes": sum(shard["bytes"] for shard in shards),
         "digest": manifest["digest"],
     }

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO
 
+from pipelines.source_files import SourceFails
 from pipelines.untrusted import Limits, Refused, metered
 
 #: ``member`` is the reader's to say.
@@ -73,5 +74,7 @@ def _told() -> Iterator[None]:
         yield
     except Refused as problem:
         raise BadTar(f"the archive is refused: {problem.why}") from None
+    except SourceFails:
+        raise
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError):
         raise BadTar(CUT) from None

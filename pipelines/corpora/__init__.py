@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.corpora.base import Corpus
 from pipelines.corpora.placed import PlacedCorpus
 from pipelines.places import Place
+from pipelines.source_files import SourceFails, failing
 from skillnet_platform import config
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.typed_tree import checked
@@ -96,13 +97,21 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
 
 
 def guess_reader(place: Place) -> tuple[str, str] | None:
-    """(Reader, what shows it) of a place that holds a known format."""
+    """(Reader, what shows it) of a place that holds a known format.
+
+    Raises:
+        UserError, StoreUnavailable: its disk or its store fails, so that nothing is known of it.
+    """
     others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
     for name in {**READERS, **others}:
         try:
             found = _find_class(name)
             evidence = found.guess(place) if issubclass(found, PlacedCorpus) else None
-        except (UserError, ValueError, OSError):
+        except SourceFails:
+            raise
+        except OSError as problem:
+            raise failing(problem.filename or place.uri, problem) from None
+        except ValueError:
             continue  # not that one: a reader may stumble over another's files
         if evidence is not None:
             return name, evidence

@@ -77,20 +77,23 @@ class AicIcc(PlacedCorpus):
         for split, file in self.files:
             folder, there = self._pictures(file)
             told: set[str] = set()
-            for number, record in entries(self.place, file):
-                key = key_of(file, number)
+            for number, _, record in entries(self.place, file):
+                key = key_of(f"{file}:{number}")
+                if isinstance(record, Broken):
+                    yield bad(key, record.reason, file, number, record.rest)
+                    continue
                 try:
-                    yield self._row(split, folder, there, told, record)
+                    row = self._row(split, folder, there, told, record)
                 except ValueError as problem:
                     yield bad(key, str(problem), file, number)
+                    continue
+                yield row | {"file": file, "row": number}
             for name in sorted(there - told):
                 yield Rejected(
                     key_of(folder, name), "a picture without captions", f"{folder}/{name}"
                 )
 
     def _row(self, split: str, folder: str, there: set[str], told: set[str], record: object) -> Row:
-        if isinstance(record, Broken):
-            raise ValueError(record.reason)
         if not isinstance(record, dict) or not isinstance(record.get("image_id"), str):
             raise ValueError("no image_id")
         name = record["image_id"]

@@ -26,8 +26,9 @@ from pipelines.corpora.placed import (
     key_of,
     media_row,
 )
-from pipelines.media import MediaRef, open_stream
+from pipelines.media import MediaRef
 from pipelines.places import Place
+from pipelines.source_files import OWN, open_stream
 from pipelines.tars import BadTar, Tar
 from skillnet_platform.errors import UserError
 
@@ -152,7 +153,7 @@ class Aishell1(PlacedCorpus):
                 if member.endswith(".wav"):
                     name = member.rpartition("/")[2].removesuffix(".wav")
                     yield name, f"{path}/{member}", MediaRef(where, member=member)
-        except (BadTar, OSError):
+        except (BadTar, *OWN):
             yield "", path, None
 
 

@@ -26,6 +26,8 @@ class Rejected:
         row: its number in that file, from 1.
         bad: it should have been readable. Others are set aside by choice; too large a share of
             bad rows stops a prepare.
+        rest: its file cannot be read on, and nobody knows how many rows are lost with this one: too
+            large a share of such files stops a prepare, too.
     """
 
     key: str
@@ -33,6 +35,7 @@ class Rejected:
     file: str | None = None
     row: int | None = None
     bad: bool = False
+    rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,10 @@ class Corpus(ABC):
     def other_sources(self) -> list[dict[str, str]]:
         """Sources that are not archives, each a file (or a name) with a sha256."""
         return []
+
+    def files_of_rows(self) -> int:
+        """How many files its rows stand in: a file that breaks off costs one of so many."""
+        return 1
 
     def schema(self, split: str) -> pa.Schema:
         """Columns of the shards of a split."""

@@ -76,18 +76,19 @@ class CodeSearchNet(PlacedCorpus):
         for split, file in self.files:
             for number, row in json_lines(self.place, file):
                 key = f"{file}:{number}"
+                if isinstance(row, Broken):
+                    yield bad(key_of(key), row.reason, file, number, row.rest)
+                    continue
                 try:
-                    yield self._row(split, key, row) | {"file": file, "row": int(number)}
+                    yield self._row(split, key, row) | {"file": file, "row": number}
                 except ValueError as problem:
                     reason = str(problem)
                     if reason in _CHOSEN:
-                        yield Rejected(key_of(key), reason, file, int(number))
+                        yield Rejected(key_of(key), reason, file, number)
                     else:
                         yield bad(key_of(key), reason, file, number)
 
-    def _row(self, split: str, key: str, row: Row | Broken) -> Row:
-        if isinstance(row, Broken):
-            raise ValueError(row.reason)
+    def _row(self, split: str, key: str, row: Row) -> Row:
         options = self.options
         if str(row.get("language") or options.language).lower() != options.language:
             raise ValueError("of another language")

@@ -34,6 +34,7 @@ class Folder(FieldedCorpus):
     """Media or texts with what their metadata say."""
 
     name = "folder"
+    version = 2  # rows of Parquet files and JSON arrays are counted from 1
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
@@ -90,22 +91,22 @@ class Folder(FieldedCorpus):
         for split, file in self.files:
             folder = file.rpartition("/")[0]
             with Seen() as named:
-                for where, record in records(self.place, file):
-                    key = key_of(f"{file or self.place.name}:{where}")
+                told = file or self.place.name
+                for number, record in records(self.place, file):
+                    key = key_of(f"{told}:{number}")
+                    if isinstance(record, Broken):
+                        yield bad(key, record.reason, told, number, record.rest)
+                        continue
                     try:
                         row = self._row(key, split, folder, record, named)
-                        row.setdefault("file", file or self.place.name)
-                        yield row | {"row": int(where)}
                     except ValueError as problem:
-                        yield bad(key, str(problem), file or self.place.name, where)
+                        yield bad(key, str(problem), told, number)
+                        continue
+                    yield row | {"file": told, "row": number}
                 if self.file_field is not None and not self.place.is_file:
                     yield from self._unnamed(folder, named)
 
-    def _row(
-        self, key: str, split: str | None, folder: str, record: Row | Broken, named: Seen
-    ) -> Row:
-        if isinstance(record, Broken):
-            raise ValueError(record.reason)
+    def _row(self, key: str, split: str | None, folder: str, record: Row, named: Seen) -> Row:
         if self.file_field is None:
             return self.row(key, record, None, split)
         name = record.get(self.file_field)

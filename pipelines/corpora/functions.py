@@ -34,7 +34,6 @@ TWIN = 0.6
 STANDARD_LIBRARY = "python-standard-library"
 
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "idlelib", "turtledemo"}
-_SPLITS = ("test", "validation", "test_unseen_package")
 
 
 def _wheel(file: str, size: int, sha256: str, requirement: str, licence: str) -> Archive:

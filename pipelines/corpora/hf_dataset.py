@@ -16,8 +16,10 @@ import pyarrow as pa
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus, ending_of
 from pipelines.corpora.placed import bad, key_of
+from pipelines.corpora.records import Broken
 from pipelines.media import MediaRef
 from pipelines.places import Place
+from pipelines.source_files import failing
 from skillnet_platform.errors import UserError
 
 #: Features of the library that hold media.
@@ -28,6 +30,7 @@ class HfDataset(FieldedCorpus):
     """Rows of a saved dataset."""
 
     name = "hf_dataset"
+    version = 2  # rows are counted from 1
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
@@ -69,36 +72,43 @@ class HfDataset(FieldedCorpus):
         if "labels" in self.has and isinstance(named, dict) and named.get("names"):
             self.labels = tuple(named["names"])
 
+    def files_of_rows(self) -> int:
+        """The Arrow files."""
+        return sum(len(_files(self.place, folder)) for _, folder in self.folders) or 1
+
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
         """Rows in the order of splits and files."""
         for split, folder in self.folders:
             for file in _files(self.place, folder):
-                for number, record in self._records(file):
+                for number, record in enumerate(self._records(file), start=1):
                     key = key_of(f"{file}:{number}")
-                    if record is None:
-                        yield bad(
-                            key, "an Arrow file that is cut short or damaged", file, str(number)
-                        )
+                    if isinstance(record, Broken):
+                        yield bad(key, record.reason, file, number, record.rest)
                         continue
                     try:
                         media = record.pop(self.media_field) if self.media_field else None
                         row = self.row(key, self._named(record), media, split)
-                        yield row | {"file": file, "row": number}
                     except ValueError as problem:
-                        yield bad(key, str(problem), file, str(number))
+                        yield bad(key, str(problem), file, number)
+                        continue
+                    yield row | {"file": file, "row": number}
 
-    def _records(self, file: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """(Number, row) of a file; the media field holds a reference."""
-        path, number = self.place.path(file), 0
+    def _records(self, file: str) -> Iterator[dict[str, Any] | Broken]:
+        """Rows of a file; the media field holds a reference."""
+        path = self.place.path(file)
         try:
             with pa.memory_map(path) as mapped:
                 whole = mapped.read_buffer()
                 for batch in pa.ipc.open_stream(pa.BufferReader(whole)):
-                    for row in _rows(batch, self.media_field, path, whole, self.home):
-                        yield number, row
-                        number += 1
-        except (pa.ArrowInvalid, OSError):
-            yield number, None
+                    yield from _rows(batch, self.media_field, path, whole, self.home)
+        except FileNotFoundError:
+            yield Broken("the Arrow file is missing", rest=True)
+        except OSError as problem:
+            if problem.errno is not None:
+                raise failing(path, problem) from None
+            yield Broken("an Arrow file that is cut short or damaged", rest=True)
+        except pa.ArrowInvalid:
+            yield Broken("an Arrow file that is cut short or damaged", rest=True)
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
         """Class numbers by their names."""

@@ -11,7 +11,7 @@ shows one.
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -28,7 +28,6 @@ from skillnet_platform.errors import UserError
 UNKNOWN_SYMBOL = "<unk>"
 #: Bytes of a shard, about: how many rows it holds follows from it.
 SHARD_BYTES = 32 * 2**20
-SPLITS = ("train", "validation", "test")
 TASKS = {
     ("text", "labels"): "text_classification",
     ("sound", "transcripts"): "speech_recognition",
@@ -215,6 +214,10 @@ class PlacedCorpus(Corpus):
         """Files that hold rows rather than media: told by their content."""
         return []
 
+    def files_of_rows(self) -> int:
+        """The files of annotations."""
+        return len(self.annotations()) or 1
+
     def other_sources(self) -> list[dict[str, str]]:
         """Annotations by their content; media by names and sizes."""
         if self.place.is_file:
@@ -261,10 +264,14 @@ def media_row(
     }
 
 
-def bad(key: str, reason: str, file: str | None = None, row: str | None = None) -> Rejected:
-    """A row that should have been readable: too large a share of such stops a prepare."""
-    number = int(row) if row is not None and row.isdigit() else None
-    return Rejected(key, reason, file, number, bad=True)
+def bad(
+    key: str, reason: str, file: str | None = None, row: int | None = None, rest: bool = False
+) -> Rejected:
+    """A row that should have been readable: too large a share of such stops a prepare.
+
+    ``rest`` says that the file cannot be read on behind it.
+    """
+    return Rejected(key, reason, file, row, bad=True, rest=rest)
 
 
 def group_of(captions: Sequence[str]) -> int:
@@ -334,8 +341,3 @@ def key_of(*parts: object) -> str:
     if len(key) <= 512:
         return key
     return f"{key[:400]}…{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-
-def option_names(kind: type) -> list[str]:
-    """Names of the options of a corpus' format."""
-    return [f.name for f in fields(kind)]

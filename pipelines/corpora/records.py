@@ -13,22 +13,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.places import DAMAGED, Place
+from skillnet_platform.errors import UserError
 
 #: A single entry of a JSON array beyond this many characters is taken for damage.
 LONGEST_ENTRY = 64 * 2**20
 _BLOCK = 1 << 18
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands for a record that cannot be read; ``reason`` is short: rows are counted by it."""
+    """Stands for a record that cannot be read.
+
+    Args:
+        reason: short; rows are counted by it.
+        rest: the file cannot be read on: nobody knows how many records are lost with this one.
+    """
 
     reason: str
+    rest: bool = False
 
 
-#: (Where it stands in its file, the record).
-Found = tuple[str, "dict[str, Any] | Broken"]
+#: (Number of the line or record in its file, from 1; the record).
+Found = tuple[int, "dict[str, Any] | Broken"]
 
 
 def records(place: Place, file: str) -> Iterator[Found]:
@@ -39,7 +45,7 @@ def records(place: Place, file: str) -> Iterator[Found]:
     if name.endswith(".parquet"):
         return parquet_rows(place, file)
     if name.endswith(".json") and _starts_with(place, file, b"["):
-        return ((where, _mapping(value)) for where, value in entries(place, file))
+        return ((number, _mapping(value)) for number, _, value in entries(place, file))
     return json_lines(place, file)
 
 
@@ -54,26 +60,26 @@ def json_lines(place: Place, file: str) -> Iterator[Found]:
                 value = Broken("not UTF-8")
             except (ValueError, RecursionError):
                 value = Broken("not JSON")
-            yield str(number), _mapping(value)
+            yield number, _mapping(value)
     except DAMAGED:
-        yield str(number + 1), Broken("the compressed file is cut short or damaged")
+        yield number + 1, Broken("the compressed file is cut short or damaged", rest=True)
 
 
-def entries(place: Place, file: str) -> Iterator[tuple[str, Any]]:
+def entries(place: Place, file: str) -> Iterator[tuple[int, str | None, Any]]:
     """Entries of a JSON array, or of a JSON object of objects, as they come.
 
-    Named by their number from 0, or by their key. After damage there is no telling where the
-    next entry begins: it ends with one ``Broken``.
+    (Number from 1, key in an object, value). After damage there is no telling where the next entry
+    begins: it ends with one ``Broken``.
     """
     with place.open(file) as stream:
         text = _Text(stream)
         opening = text.next_character()
         if opening not in ("[", "{"):
-            yield "0", Broken("neither a JSON array nor a JSON object")
+            yield 1, None, Broken("neither a JSON array nor a JSON object", rest=True)
             return
-        number, closing = 0, "]" if opening == "[" else "}"
+        number, closing = 1, "]" if opening == "[" else "}"
         while (following := text.next_character(eat=False)) != closing:
-            name = str(number)
+            name = None
             try:
                 if following == ",":
                     text.next_character()
@@ -83,11 +89,13 @@ def entries(place: Place, file: str) -> Iterator[tuple[str, Any]]:
                     if text.next_character() != ":" or not isinstance(name, str):
                         raise ValueError("no key")
                 value = text.value()
+            except UserError:
+                raise
             except ValueError:
                 cut = " (cut short)" if text.ended else ""
-                yield str(number), Broken(f"JSON damaged from here on{cut}")
+                yield number, None, Broken(f"JSON damaged from here on{cut}", rest=True)
                 return
-            yield name, value
+            yield number, name, value
             number += 1
 
 
@@ -105,12 +113,13 @@ def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
             except StopIteration:
                 return
             except csv.Error as problem:
-                yield str(reader.line_num), Broken(f"not CSV ({problem})")
+                yield reader.line_num, Broken(f"not CSV ({problem})")
                 continue
             except DAMAGED:
-                yield str(reader.line_num + 1), Broken("the compressed file is cut short")
+                why = "the compressed file is cut short or damaged"
+                yield reader.line_num + 1, Broken(why, rest=True)
                 return
-            where = str(reader.line_num)
+            where = reader.line_num
             if None in row or None in row.values():
                 yield where, Broken("another number of fields than the head line")
             elif any("\ufffd" in value for value in row.values()):
@@ -120,19 +129,19 @@ def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
 
 
 def parquet_rows(place: Place, file: str) -> Iterator[Found]:
-    """Rows of a Parquet file, a small batch at a time; named by their number from 0."""
+    """Rows of a Parquet file, a small batch at a time; named by their number from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = 1
     with place.open(file) as stream:
         try:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
                 for row in batch.to_pylist():
-                    yield str(number), row
+                    yield number, row
                     number += 1
-        except (pa.ArrowInvalid, OSError):
-            yield str(number), Broken("Parquet damaged from here on")
+        except (pa.ArrowInvalid, OSError):  # a disk or store that fails raises neither
+            yield number, Broken("Parquet damaged from here on", rest=True)
 
 
 def _mapping(value: Any) -> "dict[str, Any] | Broken":
@@ -145,7 +154,7 @@ def _starts_with(place: Place, file: str, mark: bytes) -> bool:
     with place.open(file) as stream:
         try:
             return stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == mark
-        except (OSError, *DAMAGED):
+        except DAMAGED:
             return False
 
 
@@ -197,7 +206,7 @@ class _Text:
     def _more(self, size: int) -> bool:
         try:
             data = self.stream.read(size)
-        except (OSError, *DAMAGED):
+        except DAMAGED:
             data = b""
         self.ended = not data
         self.buffer = self.buffer[self.at :] + self.decoder.decode(data, final=self.ended)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pipelines.corpora.base import Rejected, Row, Sources, draw
 from pipelines.corpora.finish import TextOptions
 from pipelines.corpora.placed import PlacedCorpus, bad, clean_text
-from pipelines.corpora.records import Broken, json_lines
+from pipelines.corpora.records import Broken, Found, json_lines
 from pipelines.places import Place
 from pipelines.transforms.text import with_keywords
 from skillnet_platform.errors import UserError
@@ -102,10 +102,10 @@ class Tnews(PlacedCorpus):
             for number, row in json_lines(self.place, file):
                 key = f"{file}:{number}"
                 if isinstance(row, Broken):
-                    yield bad(key, row.reason, file, number)
+                    yield bad(key, row.reason, file, number, row.rest)
                     continue
                 try:
-                    yield self._row(part, key, row) | {"file": file, "row": int(number)}
+                    yield self._row(part, key, row) | {"file": file, "row": number}
                 except ValueError as problem:
                     yield bad(key, str(problem), file, number)
 
@@ -156,5 +156,5 @@ def _code(row: Row) -> str | None:
     return None if label is None or label == "" else str(label).strip()
 
 
-def _first(rows: Iterator[tuple[str, Row | Broken]]) -> list[tuple[str, Row | Broken]]:
+def _first(rows: Iterator[Found]) -> list[Found]:
     return [row for row, _ in zip(rows, range(1), strict=False)]

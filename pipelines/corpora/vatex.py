@@ -86,23 +86,27 @@ class Vatex(PlacedCorpus):
         clips = self._clips()
         told: set[str] = set()
         for split, file in self.files:
-            for number, record in entries(self.place, file):
+            for number, name, record in entries(self.place, file):
+                key = key_of(f"{file}:{number}")
+                if isinstance(record, Broken):
+                    yield bad(key, record.reason, file, number, record.rest)
+                    continue
                 try:
-                    yield self._row(split, number, record, clips, told)
+                    row = self._row(split, name, record, clips, told)
                 except ValueError as problem:
-                    yield bad(key_of(file, number), str(problem), file, number)
+                    yield bad(key, str(problem), file, number)
+                    continue
+                yield row | {"file": file, "row": number}
         for name, path in clips.items():
             if name not in told:
                 yield Rejected(key_of(path), "a clip without captions", path)
 
     def _row(
-        self, split: str, number: str, record: Any, clips: dict[str, str], told: set[str]
+        self, split: str, key: str | None, record: Any, clips: dict[str, str], told: set[str]
     ) -> Row:
-        if isinstance(record, Broken):
-            raise ValueError(record.reason)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        name = record.get("videoID", number)
+        name = record.get("videoID", key)
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError("no videoID")
         youtube = youtube_id(name)
@@ -128,7 +132,7 @@ class Vatex(PlacedCorpus):
         return found
 
     def _captioned(self, file: str) -> bool:
-        for _, record in entries(self.place, file):
+        for _, _, record in entries(self.place, file):
             if isinstance(record, dict):
                 return any(record.get(key) for key in FIELDS[self.options.captions])
         return False

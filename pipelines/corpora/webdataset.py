@@ -18,9 +18,10 @@ from typing import Any
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus
 from pipelines.corpora.placed import bad, key_of
-from pipelines.media import MediaRef, open_stream
+from pipelines.media import MediaRef
 from pipelines.places import Place
-from pipelines.tars import CUT, BadTar, Tar
+from pipelines.source_files import OWN, open_stream
+from pipelines.tars import BadTar, Tar
 from skillnet_platform.errors import UserError
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -38,6 +39,7 @@ class Sample:
     reference: MediaRef | None = None
     ending: str | None = None
     problem: str = ""
+    rest: bool = False
 
 
 class WebDataset(FieldedCorpus):
@@ -69,19 +71,25 @@ class WebDataset(FieldedCorpus):
                     return
         raise UserError(f"{self.place.uri}: no readable sample in its tars")
 
+    def files_of_rows(self) -> int:
+        """The tars."""
+        return len(self.tars)
+
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
         """Samples in the order of tars and members."""
         for tar in self.tars:
-            split = _split_of(tar)
-            for sample in _samples(self.place, tar):
-                key = key_of(tar or self.place.name, sample.key)
+            split, file = _split_of(tar), tar or self.place.name
+            for number, sample in enumerate(_samples(self.place, tar), start=1):
+                key = key_of(file, sample.key)
                 if sample.problem:
-                    yield bad(key, sample.problem, tar)
+                    yield bad(key, sample.problem, file, number, sample.rest)
                     continue
                 try:
-                    yield self.row(key, sample.fields, sample.reference, split) | {"file": tar}
+                    row = self.row(key, sample.fields, sample.reference, split)
                 except ValueError as problem:
-                    yield bad(key, str(problem), tar)
+                    yield bad(key, str(problem), file, number)
+                    continue
+                yield row | {"file": file, "row": number}
 
 
 def _tars(place: Place) -> list[str]:
@@ -125,11 +133,11 @@ def _samples(place: Place, tar: str) -> Iterator[Sample]:
                 _add(current, archive, entry, ending.lower(), path, packed)
         if current is not None:
             yield current
-    except (BadTar, OSError) as problem:
-        told = str(problem) if isinstance(problem, BadTar) else CUT
-        if current is not None:
-            current.problem = f"{told} from here on"
-        yield current or Sample("", problem=told)
+    except (BadTar, *OWN) as problem:
+        told = str(problem) if isinstance(problem, BadTar) else "the archive cannot be opened"
+        current = current or Sample("")
+        current.problem, current.rest = f"{told} from here on" if current.key else told, True
+        yield current
 
 
 def _add(

@@ -14,7 +14,8 @@ from skillnet_platform.remote_errors import missing_bucket, steadily
 
 #: Addresses with a scheme that are no places in a store.
 _NOT_STORES = ("models", "runs", "http", "https")
-_S3 = {
+#: Options of the client for ``s3://``.
+S3_OPTIONS = {
     "use_listings_cache": False,
     # A request that hangs ends soon; the patient loop around it does the waiting.
     "config_kwargs": {
@@ -297,5 +298,5 @@ def _system(uri: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = urlsplit(uri).scheme
-    system, path = fsspec.url_to_fs(uri, **(_S3 if scheme in ("s3", "s3a") else {}))
+    system, path = fsspec.url_to_fs(uri, **(S3_OPTIONS if scheme in ("s3", "s3a") else {}))
     return system, path.rstrip("/")

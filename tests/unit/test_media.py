@@ -15,6 +15,7 @@ from pipelines import media
 from pipelines.media import MEDIA, MediaRef, Unreadable, read_media
 from pipelines.untrusted import Limits
 from skillnet_platform.errors import UserError
+from skillnet_platform.remote import StoreUnavailable
 from tests.packing import tarred
 
 
@@ -173,21 +174,31 @@ def test_uris_are_read_alike(bucket: str) -> None:
     assert read(MediaRef(f"{bucket}/a.wav"), max_bytes=9) == ["a media file larger than 9 bytes"]
 
 
+@pytest.mark.parametrize("member", [None, "m.wav"])
 def test_a_store_that_fails_is_not_the_rows_fault(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
+    bucket: str, monkeypatch: pytest.MonkeyPatch, member: str | None
 ) -> None:
     """It is asked again, and then the whole preparation stops: no row is set aside for it."""
     asked = []
 
-    def broken(self: object, path: str, **range_of: int) -> bytes:
+    def broken(self: object, path: str, *more: object, **others: object) -> bytes:
         asked.append(path)
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(media, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", broken)
-    with pytest.raises(UserError, match=r"a\.wav: cannot be read \(TimeoutError: no answer\)"):
-        read(MediaRef(f"{bucket}/a.wav"))
-    assert len(asked) == 3
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
+    for name in ("cat_file", "_open"):
+        monkeypatch.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{name}", broken)
+    reference = MediaRef(f"{bucket}/s.tar.gz", member=member)
+    with pytest.raises(StoreUnavailable, match=r"s\.tar\.gz: the store did not answer for 1 s"):
+        read(reference)
+    assert len(asked) > 1
+
+
+def test_a_disk_that_fails_is_not_the_rows_fault(tmp_path: Path) -> None:
+    """Reading address 0 of a process gives EIO, as a broken disk or mount does."""
+    (tmp_path / "a.wav").symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"a\.wav: cannot be read \(Input/output error\).*again"):
+        read(MediaRef(str(tmp_path / "a.wav"), 0, 100))
 
 
 def test_an_unknown_scheme_is_named() -> None:
