@@ -57,7 +57,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
         object_store_bytes: shared memory of the embedded Ray.
 
     Raises:
-        UserError: ``RAY_ADDRESS`` is set but nothing answers there.
+        UserError: ``RAY_ADDRESS`` is set but nothing answers there, or it is of a job server.
     """
     prepare_environment()
     import logging
@@ -68,9 +68,14 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
         return ray
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        if address.startswith(("http://", "https://")):
+            raise UserError(
+                f"RAY_ADDRESS={address} is the address of a cluster's job server: send it the "
+                "command with `skillnet submit`, or unset RAY_ADDRESS to use this machine alone"
+            )
         try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
-        except ConnectionError as problem:
+        except (ConnectionError, ValueError) as problem:
             raise UserError(
                 f"RAY_ADDRESS={address}: no Ray answers there ({problem}). Start the cluster, "
                 "or unset RAY_ADDRESS to use this machine alone."

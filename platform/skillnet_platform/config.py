@@ -89,6 +89,8 @@ def parse(
         SystemExit: with 0 after ``--help``.
     """
     words = list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    words, rest = words[:end], words[end:]  # what follows "--" may be another command's options
     if "--help" in words or "-h" in words:
         from skillnet_platform.help import render
 
@@ -98,7 +100,7 @@ def parse(
         words = [word for word in words if word != "--json"]
         console.begin_json()
     tree = defaults(cls)
-    files, overrides, bare = _scan(words, cls)
+    files, overrides, bare = _scan([*words, *rest], cls)
     origins: dict[str, str] = {}
     for given in files:
         path = find_config(given)

@@ -5,26 +5,26 @@ The client speaks with the job server in Ray's dashboard, which listens on the h
 when the client ends.
 """
 
-import asyncio
 import contextlib
 import getpass
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from skillnet_platform import cluster, config, console, upload
+from skillnet_platform import cli, cluster, config, console, upload
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.following import follow
 from skillnet_platform.needs import needs, split
 from skillnet_platform.versions import pinned_here
 
@@ -35,8 +35,13 @@ OPEN_A_TUNNEL = (
     "open a tunnel with `ray dashboard ray_cluster.yaml`, then: "
     "export RAY_ADDRESS=http://127.0.0.1:8265"
 )
-#: How long a lost connection to the job server is tried again.
-PATIENCE_S = 120.0
+#: Commands that serve or only look: ``--attach`` without an id does not mean them.
+SERVICES = ("doctor", "tracker", "ui")
+#: A job server that is silent for so long in the middle of an answer is gone.
+REQUEST_S = 120.0
+#: How long :func:`ask` waits for its answer: as doctor for its slowest node, and a start.
+ANSWER_S = 900.0
+SECRET = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|_KEY$")
 
 
 @dataclass
@@ -46,10 +51,12 @@ class SubmitConfig:
     Args:
         entry: a command of skillnet with its options, as it would run here.
         address: the job server; by default RAY_ADDRESS.
-        attach: follow a job that was sent before: its id, or the newest without one.
+        attach: follow a job that was sent before: its id, or your newest without one.
         detach: send the job and return at once.
         check: look at the cluster first (`skillnet doctor`); errors keep the job from running.
         env: environment variables of the job, such as ``--env.SKILLNET_HOME s3://bucket/runs``.
+        env_from: names of variables that the job gets as they are set here; for passwords, which
+            would be seen in a command line.
         exclude: names of files and folders that are not uploaded, beside the usual ones.
     """
 
@@ -59,6 +66,7 @@ class SubmitConfig:
     detach: bool = False
     check: bool = True
     env: dict[str, str] = field(default_factory=dict)
+    env_from: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
 
 
@@ -66,6 +74,8 @@ class SubmitConfig:
 def main(argv: list[str] | None = None) -> int:
     """Send a command, or attach to one; the exit code is the job's."""
     own, words = split(_attach_newest(argv or []))
+    if {"--help", "-h"} & set(words):
+        return cli.main(words)  # what the command can do is known here
     options = config.parse(
         SubmitConfig,
         [*own, "--", *words],
@@ -134,9 +144,16 @@ def connect(address: str | None = None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+
+    class Client(JobSubmissionClient):
+        """Ray's own waits for an answer for ever."""
+
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, **{"timeout": REQUEST_S, **options})
+
     try:
         # The first request of the constructor is the version of the cluster's Ray.
-        return JobSubmissionClient(url)
+        return Client(url)
     except AuthenticationError:
         raise UserError(
             f"{url}: the cluster refuses the token ({place}); take the cluster's own, which "
@@ -176,9 +193,7 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, upload.Package]:
     Raises:
         UserError: an unknown command or preset, a folder without our code, too large an upload.
     """
-    from skillnet_platform.cli import commands
-
-    known = commands()
+    known = cli.commands()
     if options.entry[0] not in known:
         raise UserError(f"unknown command {options.entry[0]!r}{nearest(options.entry[0], known)}")
     here = Path.cwd()
@@ -186,6 +201,13 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, upload.Package]:
         raise UserError(f"{here}: not the root of the repository, whose code is sent with a job")
     if options.check:
         needs(options.entry)  # a missing preset shows before anything is sent
+    variables = {**job_environment(), **options.env, **from_here(options.env_from)}
+    for name in options.env:
+        if SECRET.search(name.upper()):
+            console.warn(
+                f"--env.{name}: other users of this machine see command lines; export {name} and "
+                f"give --env_from {name}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         package = upload.pack(here, Path(folder) / "code.zip", options.exclude)
         console.note(f"upload: {package.words()}")
@@ -194,10 +216,7 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, upload.Package]:
         job = client.submit_job(
             entrypoint=entrypoint(options.entry, options.check),
             submission_id=_new_id(options.entry[0]),
-            runtime_env={
-                "working_dir": str(package.path),
-                "env_vars": {**job_environment(), **options.env},
-            },
+            runtime_env={"working_dir": str(package.path), "env_vars": variables},
             metadata={MARK: shlex.join(options.entry), "user": getpass.getuser()},
         )
     console.note(f"job {job}: {shlex.join(options.entry)}")
@@ -207,14 +226,30 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, upload.Package]:
 def ask(words: Sequence[str]) -> dict[str, Any]:
     """Run a command as a job and give the JSON document that it prints.
 
+    The job does not outlive the question: it is stopped when nobody waits for it any more.
+
     Raises:
         UserError: as :func:`connect` and :func:`send`.
-        RuntimeError: the job printed no document; with the end of its log.
+        RuntimeError: the job printed no document, with the end of its log; or took too long.
     """
     client = connect()
     job, _ = send(client, SubmitConfig(list(words), check=False))
-    while not client.get_job_status(job).is_terminal():
-        time.sleep(0.5)
+    deadline, ended = time.monotonic() + ANSWER_S, False
+    try:
+        while not ended:
+            status = client.get_job_status(job)
+            ended = status.is_terminal()
+            if not ended and time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"the job {job} is {status.value} after {ANSWER_S:.0f} s and was stopped; "
+                    "see `ray status`: is there a node with room for it?"
+                )
+            if not ended:
+                time.sleep(0.5)
+    finally:
+        if not ended:
+            with contextlib.suppress(Exception):
+                client.stop_job(job)
     log = str(client.get_job_logs(job))
     begin, end = log.find("{\n"), log.rfind("\n}")
     if begin < 0 or end < 0:
@@ -237,8 +272,20 @@ def job_environment() -> dict[str, str]:
     return {"PYTHONPATH": "platform", "PYTHONUNBUFFERED": "1", **pinned_here()}
 
 
+def from_here(names: Sequence[str]) -> dict[str, str]:
+    """Those environment variables of this process.
+
+    Raises:
+        UserError: one is not set.
+    """
+    for name in names:
+        if name not in os.environ:
+            raise UserError(f"--env_from {name}: {name} is not set here; export it first")
+    return {name: os.environ[name] for name in names}
+
+
 def find_job(client: Any, wanted: str) -> str:
-    """The id of a job that was sent: as given, or the newest.
+    """The id of a job that was sent: as given, or this user's newest that is a run.
 
     Raises:
         UserError: there is no such job, or none at all.
@@ -248,75 +295,21 @@ def find_job(client: Any, wanted: str) -> str:
         if wanted not in jobs:
             raise UserError(f"--attach {wanted}: no such job on the cluster{nearest(wanted, jobs)}")
         return wanted
-    ours = [each for each in jobs.values() if MARK in (each.metadata or {})]
-    if not ours:
-        raise UserError("--attach: no job was sent to this cluster with `skillnet submit`")
-    return str(max(ours, key=lambda each: each.start_time or 0).submission_id)
-
-
-def follow(client: Any, job: str) -> tuple[str, int]:
-    """Print the log of a job until it ends; its status and its exit code.
-
-    A lost connection is tried again. An interrupt ends the following, not the job.
-    """
-    stream = sys.stderr if console.json_wanted() else sys.stdout
-    try:
-        with _quiet():
-            asyncio.run(_print_log(client, job, stream))
-    except KeyboardInterrupt:
-        console.note(
-            f"\nthe job goes on; follow it with `skillnet submit --attach {job}`, end it with "
-            f"`ray job stop {job}`"
+    me = getpass.getuser()
+    runs = [each for each in jobs.values() if _command(each) not in ("", *SERVICES)]
+    mine = [each for each in runs if each.metadata.get("user") == me]
+    if not mine:
+        others = ", ".join(sorted(f"{e.submission_id} of {e.metadata.get('user')}" for e in runs))
+        raise UserError(
+            f"--attach: {me} has sent no run to this cluster with `skillnet submit`; "
+            + (f"give an id: {others}" if others else "a job that serves is followed by its id")
         )
-        return "RUNNING", 130
-    info = client.get_job_info(job)
-    status = str(info.status.value)
-    code = info.driver_exit_code
-    if status == "SUCCEEDED":
-        console.note(f"{job} succeeded")
-        return status, 0
-    reason = f": {info.message}" if info.message and code is None else ""
-    console.error(f"{job} {status.lower()}{reason}")
-    return status, code if code in (1, 2) else 1
+    return str(max(mine, key=lambda each: each.start_time or 0).submission_id)
 
 
-async def _print_log(client: Any, job: str, stream: Any) -> None:
-    """The log from its beginning; after a lost connection from where it was cut."""
-    printed, deadline = 0, time.monotonic() + PATIENCE_S
-    while True:
-        position, problem = 0, ""
-        try:
-            async for text in client.tail_job_logs(job):
-                fresh = text[max(printed - position, 0) :]
-                position += len(text)
-                printed = max(printed, position)
-                stream.write(fresh)
-                stream.flush()
-                deadline = time.monotonic() + PATIENCE_S
-        except Exception as lost:
-            problem = f"{type(lost).__name__}: {lost}"
-        with contextlib.suppress(Exception):
-            if client.get_job_status(job).is_terminal():
-                if problem:  # cut off before the last words
-                    stream.write(client.get_job_logs(job)[printed:])
-                return
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"the connection to the cluster is lost ({problem or 'closed'}); the job {job} "
-                f"goes on: skillnet submit --attach {job}"
-            )
-        await asyncio.sleep(1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ray from reporting each closed connection between the lines of the job."""
-    logger = logging.getLogger("ray.dashboard.modules.job.sdk")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+def _command(job: Any) -> str:
+    """The command of skillnet that a job runs; empty if it is no job of ours."""
+    return next(iter(shlex.split((job.metadata or {}).get(MARK, ""))), "")
 
 
 def _attach_newest(argv: Sequence[str]) -> list[str]:

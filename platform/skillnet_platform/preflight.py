@@ -58,6 +58,9 @@ class Finding:
 def main(argv: list[str] | None = None) -> int:
     """Print the findings; 0 if none is an error, else 1."""
     own, words = split(_named(argv or []))
+    # The command is only asked about: these can mean nobody but doctor, wherever they stand.
+    own += [word for word in words if word in ("--json", "--help", "-h")]
+    words = [word for word in words if word not in ("--json", "--help", "-h")]
     options = config.parse(
         DoctorConfig,
         [*own, "--", *words],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import jobs, upload, versions
+from skillnet_platform import cluster, config, following, jobs, upload, versions
 from skillnet_platform.errors import UserError
 from skillnet_platform.needs import Needs, needs, split
 
@@ -159,6 +159,7 @@ class Server:
     def __init__(self, log: str = "", status: str = "SUCCEEDED", code: int = 0, cuts: int = 0):
         self.log, self.cuts, self.status, self.code = log, cuts, status, code
         self.sent: dict[str, Any] = {}
+        self.stopped: list[str] = []
 
     def get_job_status(self, job: str) -> Any:
         ended = self.cuts <= 0
@@ -181,14 +182,22 @@ class Server:
         return self.log
 
     def list_jobs(self) -> list[Any]:
-        def job(name: str, start: int, **metadata: str) -> Any:
+        def job(name: str, start: int, command: str = "", user: str = "") -> Any:
+            metadata = {"skillnet": command, "user": user} if command else None
             return SimpleNamespace(submission_id=name, start_time=start, metadata=metadata)
 
         return [
-            job("finetune-1", 1, skillnet="finetune"),
-            job("finetune-2", 2, skillnet="finetune"),
+            job("finetune-1", 1, "finetune --config tiny", "me"),
+            job("finetune-2", 2, "finetune", "me"),
             job("raysubmit_x", 3),
+            job("finetune-3", 4, "finetune", "you"),
+            job("tracker-1", 5, "tracker --host 10.0.0.1", "me"),
+            job("ui-1", 6, "ui", "me"),
         ]
+
+    def stop_job(self, job: str) -> bool:
+        self.stopped.append(job)
+        return True
 
     def submit_job(self, **given: Any) -> str:
         with zipfile.ZipFile(given["runtime_env"]["working_dir"]) as package:
@@ -204,16 +213,132 @@ def test_a_lost_connection_loses_and_doubles_nothing(
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
-@pytest.mark.parametrize(("code", "given"), [(2, 2), (1, 1), (139, 1), (None, 1)])
+class Quiet(Server):
+    """A job that says nothing for long; its log is closed, or its connection is dead."""
+
+    def __init__(self, tails: int, dead: bool = False, answers: bool = True) -> None:
+        super().__init__("one\ntwo\n", cuts=tails)
+        self.dead, self.answers = dead, answers
+
+    def get_job_status(self, job: str) -> Any:
+        if not self.answers:
+            raise ConnectionError("no route")
+        return super().get_job_status(job)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.cuts -= 1
+        if self.cuts >= 0:
+            await (asyncio.Event().wait() if self.dead else asyncio.sleep(0.03))
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield self.log
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_quiet_job_keeps_its_follower(
+    dead: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("PATIENCE_S", 0.02), ("QUIET_S", 0.05), ("AGAIN_S", 0.0)):
+        monkeypatch.setattr(following, name, value)
+    assert jobs.follow(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
+    assert capsys.readouterr().out == "one\ntwo\n"
+    with pytest.raises(UserError, match=r"connection .* is lost .*; the job job goes on"):
+        jobs.follow(Quiet(1000, answers=False), "job")
+
+
+@pytest.mark.parametrize(
+    ("code", "given"),
+    [(2, 2), (1, 1), (130, 130), (143, 143), (139, 139), (-15, 143), (None, 1), (256, 1)],
+)
 def test_the_exit_code_is_the_jobs(code: int, given: int) -> None:
     assert jobs.follow(Server(status="FAILED", code=code), "job") == ("FAILED", given)
 
 
-def test_jobs_are_found_again() -> None:
-    assert jobs.find_job(Server(), jobs.NEWEST) == "finetune-2"
+def test_jobs_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "me")
+    assert jobs.find_job(Server(), jobs.NEWEST) == "finetune-2", "mine, and a run"
     assert jobs.find_job(Server(), "raysubmit_x") == "raysubmit_x"
+    assert jobs.find_job(Server(), "finetune-3") == "finetune-3"
     with pytest.raises(UserError, match="no such job on the cluster; did you mean 'finetune-2'"):
         jobs.find_job(Server(), "finetune-22")
+    monkeypatch.setenv("LOGNAME", "they")
+    with pytest.raises(UserError, match=r"they has sent no run .* give an id: finetune-1 of me"):
+        jobs.find_job(Server(), jobs.NEWEST)
+
+
+@pytest.mark.parametrize("problem", [RuntimeError, KeyboardInterrupt])
+def test_a_question_that_nobody_waits_for_leaves_no_job(
+    problem: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pending(Server):
+        def get_job_status(self, job: str) -> Any:
+            if problem is KeyboardInterrupt:
+                raise problem
+            return SimpleNamespace(value="PENDING", is_terminal=lambda: False)
+
+    server = Pending()
+    monkeypatch.setattr(jobs, "ANSWER_S", 0.0)
+    monkeypatch.setattr(jobs, "connect", lambda: server)
+    monkeypatch.setattr(jobs, "send", lambda client, options: ("doctor-1", None))
+    with pytest.raises(problem):
+        jobs.ask(["doctor", "--json"])
+    assert server.stopped == ["doctor-1"]
+
+
+def test_options_behind_the_command_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, sent = Server(), []
+
+    def send(client: Any, options: jobs.SubmitConfig) -> Any:
+        sent.append(options.entry)
+        return "finetune-1", SimpleNamespace(size=1, files=1)
+
+    server.get_address = lambda: "http://127.0.0.1:8265"  # type: ignore[attr-defined]
+    monkeypatch.setattr(jobs, "connect", lambda address: server)
+    monkeypatch.setattr(jobs, "send", send)
+    assert jobs.main(["finetune", "--config", "tiny", "--json"]) == 0
+    assert capsys.readouterr().out == "", "submit itself was not asked for JSON"
+    assert jobs.main(["--json", "finetune", "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["job_id"] == "finetune-1"
+    assert sent == [["finetune", "--config", "tiny", "--json"], ["finetune", "--seed", "1"]]
+    assert jobs.main(["prepare", "--help"]) == 0
+    assert "skillnet prepare" in capsys.readouterr().out
+    assert jobs.main(["--help"]) == 0
+    assert "skillnet submit" in capsys.readouterr().out
+
+
+def test_passwords_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "from here")
+    secret, server = "from here", Server()
+    words = ["--env_from", "MLFLOW_TRACKING_PASSWORD", "--", "finetune"]
+    jobs.send(server, config.parse(jobs.SubmitConfig, words, "submit"))
+    assert server.sent["runtime_env"]["env_vars"]["MLFLOW_TRACKING_PASSWORD"] == secret
+    assert secret not in capsys.readouterr().err
+    jobs.send(server, jobs.SubmitConfig(["finetune"], env={"MLFLOW_TRACKING_PASSWORD": "x"}))
+    assert "give --env_from MLFLOW_TRACKING_PASSWORD" in capsys.readouterr().err
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD is not set here"):
+        jobs.send(server, config.parse(jobs.SubmitConfig, words, "submit"))
+
+
+def test_a_job_servers_address_is_not_one_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**given: Any) -> None:
+        raise ValueError("Malformed address")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    for address, words in (
+        ("http://127.0.0.1:8265", "`skillnet submit`, or unset RAY_ADDRESS"),
+        ("nonsense", "RAY_ADDRESS=nonsense: no Ray answers there"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=words):
+            cluster.ensure_ray()
 
 
 def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
