@@ -39,7 +39,10 @@ def fit_on_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "mlflow.tracking"])
-    with notice.listening(run / notice.FILE), tempfile.TemporaryDirectory() as place:
+    with (
+        notice.listening(notice.FileSign(run / notice.FILE)),
+        tempfile.TemporaryDirectory() as place,
+    ):
         for attempt in range(config.training.max_failures + 1):
             words = Path(place) / f"words-{attempt}"
             args = (config, run, tracked, f"{place}/store-{attempt}", words, faults.environment())
@@ -91,7 +94,7 @@ def _worker(
         if rank:
             work(config, run, rank, world, tracked)
         else:
-            with notice.looking_for(run / notice.FILE):
+            with notice.looking_for(notice.FileSign(run / notice.FILE)):
                 work(config, run, rank, world, tracked)
     except UserError as problem:
         words.write_text(str(problem), encoding="utf-8")

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -157,10 +156,10 @@ class Elastic(ElasticScalingPolicy):
 
     Args:
         scaling_config: of the fit, with ``num_workers=(fewest, most)``.
-        leave: the file by which a driver tells that it was asked to leave.
+        leave: the sign by which a driver tells that it was asked to leave.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, leave: Path) -> None:
+    def __init__(self, scaling_config: ScalingConfig, leave: notice.Sign) -> None:
         super().__init__(scaling_config)
         self._leave = leave
         self._had: int | None = None
@@ -173,7 +172,7 @@ class Elastic(ElasticScalingPolicy):
         Raises:
             TooFewHosts: the driver was asked to leave meanwhile.
         """
-        if self._leave.exists():
+        if self._leave.is_up():
             raise notice.TooFewHosts
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
@@ -292,7 +291,7 @@ class ElasticTrainer(Trainer):
         given: of ``TorchTrainer``.
     """
 
-    def __init__(self, *args: Any, leave: Path, **given: Any) -> None:
+    def __init__(self, *args: Any, leave: notice.Sign, **given: Any) -> None:
         super().__init__(*args, **given)
         self._leave = leave
 

@@ -242,7 +242,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
         torch.cuda.set_device(get_device())
     node = ray.get_runtime_context().get_node_id()
     tracked, run, rank = settings["tracked"], Path(settings["run"]), context.get_world_rank()
-    with notice.looking_for(run / notice.FILE) if rank == 0 else contextlib.nullcontext():
+    with notice.looking_for(settings["leave"]) if rank == 0 else contextlib.nullcontext():
         work(
             config,
             run,
@@ -299,12 +299,15 @@ def fit_on_ray(
         from ray.exceptions import RayActorError
         from ray.train import ControllerError
 
+        from pipelines.training.ray_notice import RaySign
+
+        leave = loop["leave"] = RaySign()
         loop["driver_node"] = ray.get_runtime_context().get_node_id()
         for left in range(config.training.max_failures, -1, -1):
             trainer = _trainer(config, run, loop, nested)
             try:
                 # Not before Ray is up: it takes the signal for itself.
-                with notice.listening(run / notice.FILE):
+                with notice.listening(leave):
                     trainer.fit()
                 return
             except RayActorError as problem:
@@ -342,7 +345,7 @@ def _trainer(
         from pipelines.training.elastic import ElasticTrainer
 
         workers = (training.min_workers, training.workers)
-        kind = functools.partial(ElasticTrainer, leave=run / notice.FILE)
+        kind = functools.partial(ElasticTrainer, leave=loop["leave"])
     scaling = ScalingConfig(  # type: ignore[call-arg]
         num_workers=workers,
         elastic_resize_monitor_interval_s=training.regrow_seconds,

@@ -107,7 +107,7 @@ def test_a_workers_notice_is_its_hosts_and_the_drivers_ends_the_run(tmp_path: Pa
             worker._regroup(1, "host")
         assert told.value.leaving == ["host"]
         (tmp_path / notice.FILE).touch()
-        with notice.looking_for(tmp_path / notice.FILE):
+        with notice.looking_for(notice.FileSign(tmp_path / notice.FILE)):
             while not notice.ordered():
                 pass
         worker._regroup(1, "host")

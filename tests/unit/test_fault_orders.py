@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,12 +91,12 @@ def test_a_large_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_signal_is_a_notice_and_the_second_one_ends(tmp_path: Path) -> None:
     file = tmp_path / notice.FILE
     file.touch()  # of a run before this one
-    with notice.listening(file):
+    with notice.listening(notice.FileSign(file)):
         assert not notice.asked()
         assert not file.exists()
         os.kill(os.getpid(), signal.SIGTERM)
         assert notice.asked()
-        assert file.exists()
+        wait_until(file.exists)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert not notice.asked()
@@ -104,13 +105,37 @@ def test_a_signal_is_a_notice_and_the_second_one_ends(tmp_path: Path) -> None:
 
 def test_the_drivers_file_is_a_notice(tmp_path: Path) -> None:
     file = tmp_path / notice.FILE
-    with notice.listening(), notice.looking_for(file):
+    with notice.listening(), notice.looking_for(notice.FileSign(file)):
         assert not notice.asked()
         file.touch()
-        end = time.monotonic() + 30
-        while not notice.asked():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(notice.asked)
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Unreachable:
+    """A sign in a store that is away."""
+
+    def put_up(self) -> None:
+        raise ConnectionError("the head does not answer")
+
+    def take_down(self) -> None:
+        pass
+
+    def is_up(self) -> bool:
+        raise ConnectionError("the head does not answer")
+
+
+def test_workers_that_cannot_be_told_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with notice.listening(Unreachable()), notice.looking_for(Unreachable()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert notice.asked()
+    assert "could not be told to leave (the head does not answer)" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_ours_again_after_a_fit() -> None:
