@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.lab import NAMESPACES, PREFIX, ROOT, SEARCH, Namespaces, plug_in
+from tests.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
 
 PORT = 6379
 
@@ -23,19 +23,6 @@ SCRIPT = """
 hostname {name}; ip link set lo up
 mkdir -p /tmp/ray; mount -t tmpfs none /tmp/ray; mount -t tmpfs none /dev/shm
 """
-
-
-def missing() -> str:
-    """Why hosts cannot be built here; empty if they can."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        return "hosts are made of Linux namespaces, which needs root"
-    tried = subprocess.run(
-        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": SEARCH},
-    )
-    return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 class RayHosts:
@@ -48,9 +35,7 @@ class RayHosts:
     def __init__(self, folder: Path) -> None:
         self._folder, self._made = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._bridge = Namespaces(
-            "ip link add lab type bridge; ip link set lab up; ip link set lo up"
-        )
+        self._bridge = Namespaces(BRIDGE)
         self._hosts: dict[str, Namespaces] = {}
 
     @property

@@ -8,13 +8,11 @@ A host sees this machine's files, except that its home, /tmp, /dev/shm, /run and
 own, and that the checkout is not there (its virtual environment is, without our package: what
 ``setup_node.sh`` would have installed). What runs make lies in the home: hosts share no disk.
 
-Each namespace lives as long as its first process, which waits for the end of a pipe that the test
-holds. So everything (processes, mounts, interfaces) ends with the test, however that ends.
+Everything (processes, mounts, interfaces) ends with the test, however that ends:
+:mod:`tests.namespaces`.
 """
 
 import contextlib
-import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,79 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+from tests.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
 
-ROOT = Path(__file__).parents[2]
+#: Programs of this machine without which a host is none.
 NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "pgrep", "unshare", "nsenter")
-NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts")
-PREFIX = "10.77.0."
-
-#: What a host is made of, at once and for a moment: an own file system, a bridge, a cable.
-TRIED = """
-mount -t tmpfs none /mnt
-ip link add lab type bridge
-ip link add one type veth peer name other
-"""
-
-#: Waits for the end of its input. A shell, because the first process must reap what others leave.
-KEEP = "echo ready; cat >/dev/null; :"
-
-
-def missing() -> str:
-    """Why hosts cannot be built here; empty if they can."""
-    if sys.platform != "linux":
-        return "hosts are made of Linux namespaces"
-    if os.geteuid() != 0:
-        return "making namespaces needs root"
-    absent = [name for name in NEEDED if shutil.which(name, path=SEARCH) is None]
-    if absent:
-        return f"not installed: {', '.join(absent)} (openssh-server, rsync, iproute2, curl, procps)"
-    tried = subprocess.run(
-        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "bash", "-euc", TRIED],
-        env={**os.environ, "PATH": SEARCH},
-        capture_output=True,
-        text=True,
-    )
-    return f"hosts cannot be made here: {tried.stderr.strip()}" if tried.returncode else ""
-
-
-SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-
-
-class Namespaces:
-    """A set of new namespaces, inside those of another set or of this process."""
-
-    def __init__(self, script: str, outer: "Namespaces | None" = None, **environment: str) -> None:
-        enter = outer.enter() if outer else []
-        new = [*NAMESPACES, "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
-        self._holder = subprocess.Popen(
-            [*enter, "unshare", *new, "bash", "-euc", f"{script}\n{KEEP}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PATH": SEARCH, **environment},
-            text=True,
-        )
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline() != "ready\n":
-            raise RuntimeError("a namespace could not be set up; its message is above")
-        below = psutil.Process(self._holder.pid).children(recursive=True)
-        self.pid = next(each.pid for each in below if each.name() == "bash")
-
-    def enter(self) -> list[str]:
-        """Words before a command that is to run inside."""
-        return ["nsenter", "--target", str(self.pid), *NAMESPACES, "--"]
-
-    def close(self) -> None:
-        """End the first process, and with it all others inside."""
-        assert self._holder.stdin is not None
-        assert self._holder.stdout is not None
-        self._holder.stdin.close()
-        try:
-            self._holder.wait(10)
-        except subprocess.TimeoutExpired:
-            os.kill(self.pid, 9)
-            self._holder.wait(10)
-        self._holder.stdout.close()
 
 
 @dataclass
@@ -149,7 +78,7 @@ def lab(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Host]]:
     folder.mkdir(parents=True, exist_ok=True)
     _make_keys(folder)
     with contextlib.ExitStack() as opened:
-        bridge = Namespaces("ip link add lab type bridge; ip link set lab up; ip link set lo up")
+        bridge = Namespaces(BRIDGE)
         opened.callback(bridge.close)
         hosts = {}
         for number, name in enumerate(["client", *names], 1):
@@ -220,23 +149,6 @@ def _own_package(pattern: str) -> list[Path]:
     """Traces of our own package in the virtual environment that the hosts borrow."""
     packages = Path(sysconfig.get_path("purelib"))
     return [path for path in packages.glob(pattern) if "skillnet_platform" in path.name]
-
-
-def plug_in(bridge: Namespaces, host: Namespaces, number: int, address: str) -> None:
-    """Join a host to the bridge, as ``eth0`` with that address."""
-
-    def net(where: Namespaces, *words: str) -> None:
-        subprocess.run(
-            ["nsenter", "--target", str(where.pid), "--net", "ip", *words],
-            check=True,
-            env={**os.environ, "PATH": SEARCH},
-        )
-
-    end = f"host{number}"
-    net(bridge, "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
-    net(bridge, "link", "set", end, "master", "lab", "up")
-    net(host, "addr", "add", f"{address}/24", "dev", "eth0")
-    net(host, "link", "set", "eth0", "up")
 
 
 def _wait_for_ssh(hosts: dict[str, Host]) -> None:

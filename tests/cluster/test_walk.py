@@ -20,12 +20,13 @@ import yaml
 
 from skillnet_platform import config as configuration
 from skillnet_platform import environment
-from tests.cluster.lab import ROOT, Host, lab, missing
+from tests.cluster.lab import NEEDED, Host, lab
 from tests.made_corpora import SLOW, put_archive
+from tests.namespaces import ROOT, missing
 from tests.object_store import KEYS
 from tests.small_corpora import small_config
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = pytest.mark.cluster
 #: A step that takes longer hangs. Ten times what it takes on an idle machine of two cores.
 LATE_S = 600.0
 DASHBOARD = "http://127.0.0.1:8265"
@@ -45,6 +46,13 @@ boto3.client("s3").create_bucket(Bucket="{BUCKET}")
 for corpus in write_corpora(pathlib.Path(tempfile.mkdtemp())).iterdir():
     remote.put_directory(corpus, "{CORPORA}/" + corpus.name)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hosts_can_be_made() -> None:
+    """Looked at here and not above: every collection of tests would make hosts."""
+    if reason := missing(*NEEDED):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Runs a training function in several processes joined by gloo, as Ray's workers are."""
 
 import os
-import socket
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,13 +12,12 @@ import torch.multiprocessing as multiprocessing
 
 from pipelines.training.loop import Reporter, train
 from pipelines.training.settings import FinetuneConfig
+from tests.ports import free_port
 
 
 def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:
     """Call ``function(rank, world, *args)`` in ``world`` fresh processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # The server imports torch once; each rank is a fork of it, made in milliseconds.
     get_context("forkserver").set_forkserver_preload([__name__])
     multiprocessing.start_processes(

@@ -260,6 +260,7 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
         address = each["PrivateIpAddress"]
         mine = [line for line in said.splitlines() if address in line]
         steps = ["rsync ", "setup_node.sh install", "setup_node.sh settings", "ray start --address"]
+        steps += ["watch_spot.sh"]
         places = [next(n for n, line in enumerate(mine) if step in line) for step in steps]
         assert places == sorted(places), mine
     assert "RAY_HEAD_IP=10.0.0.1" in said

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from skillnet_platform import store, tracker, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig
 from tests import postgres
+from tests.ports import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -41,9 +41,7 @@ needs_postgres = pytest.mark.skipif(
 @contextlib.contextmanager
 def served(*words: str, home: Path) -> Iterator[str]:
     """``skillnet tracker`` for the length of a block; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "skillnet_platform.tracker", "--port", str(port)]
     log = (home / "tracker.log").open("w")
     process = subprocess.Popen(

@@ -53,6 +53,21 @@ def test_the_head_on_aws_gives_no_cpu_away() -> None:
     )
 
 
+def test_every_spot_machine_watches_for_its_notice() -> None:
+    told = load(AWS)
+    spot = {
+        name
+        for name, kind in told["available_node_types"].items()
+        if kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot"
+    }
+    assert spot == told["available_node_types"].keys() - {told["head_node_type"]}
+    mounted, source = next(iter(told["file_mounts"].items()))
+    command = told["worker_start_ray_commands"][-1]
+    assert command.startswith(f"setsid --fork bash {mounted}/watch_spot.sh")
+    assert "</dev/null" in command, "it must not hold the connection by which it is started"
+    assert (ROOT / source / "watch_spot.sh").is_file()
+
+
 def test_on_prem_counts_its_workers() -> None:
     told = load(ON_PREM)
     count = len(told["provider"]["worker_ips"])
@@ -71,7 +86,8 @@ def test_a_node_gets_dependencies_token_and_a_closed_dashboard(path: Path) -> No
     (start,) = [line for line in told["head_start_ray_commands"] if "ray start" in line]
     assert "--dashboard-host=127.0.0.1" in start
     for line in [*told["head_start_ray_commands"], *told["worker_start_ray_commands"]]:
-        assert line == "ray stop" or line.startswith('settings="$(bash ~/.skillnet/deploy/')
+        if "ray start" in line:
+            assert line.startswith('settings="$(bash ~/.skillnet/deploy/')
     assert "IpPermissions" not in told["provider"].get("security_group", {})
 
 

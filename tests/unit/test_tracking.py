@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from skillnet_platform import operations, spool, store, tracking, ui
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,12 +238,6 @@ def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
     answers = {process.communicate(timeout=120)[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 3
     assert len(answers) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
