@@ -5,7 +5,8 @@
     data_aishell/wav/{train,dev,test}/S0002.tar.gz           a speaker not yet unpacked
     data_aishell/wav/S0002.tar.gz                            holding train/S0002/….wav
 
-Speakers that are still archives are read in place. Words are joined: error rates are of characters.
+Speakers that are still archives are read in place; of an utterance that is there unpacked, too, the
+unpacked one is taken. Words are joined: error rates are of characters.
 The inventory of symbols is that of the training speakers' transcripts, with ``<unk>`` for
 characters that only other speakers say.
 """
@@ -27,7 +28,7 @@ from pipelines.corpora.placed import (
     media_row,
 )
 from pipelines.media import MediaRef
-from pipelines.places import Place
+from pipelines.places import DAMAGED, Place
 from pipelines.source_files import OWN, open_stream
 from pipelines.tars import BadTar, Tar
 from skillnet_platform.errors import UserError
@@ -49,6 +50,7 @@ class Aishell1(PlacedCorpus):
     modality = "sound"
     Options = AishellOptions
     has = ("transcripts",)
+    version = 2  # unpacked speakers come first
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
@@ -80,81 +82,128 @@ class Aishell1(PlacedCorpus):
         speakers = set()
         for split, path in self._speakers():
             if split is None:
-                member = next(_members(self.home, path), "")
-                split = _split_in(member.split("/"))
+                # Of an archive that cannot be read, ``rows`` tells.
+                with contextlib.suppress(BadTar, *OWN):
+                    split = _split_in(next(_members(self.home, path), "").split("/"))
             if split == "train":
-                speakers.add(path.rpartition("/")[2].split(".")[0])
+                speakers.add(_speaker(path))
         spoken = self._transcripts()
-        texts = (text for name, text in spoken.items() if text and name[6:11] in speakers)
-        self.keep((), sorted({c for text in texts for c in text}))
+        texts = (said.text for name, said in spoken.items() if name[6:11] in speakers)
+        self.keep((), sorted({c for text in texts for c in text or ""}))
+
+    def files_of_rows(self) -> int:
+        """Folders and archives of speakers."""
+        return len(self._speakers()) or 1
 
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
-        """Utterances by speakers, in the order of folders and archives."""
+        """Utterances by speakers: those of folders, then those of archives, each in order."""
         spoken = self._transcripts()
         heard: set[str] = set()
-        for name, text in spoken.items():
-            if text is None:
-                heard.add(name)
-                yield bad(
-                    key_of("transcript", name), "an empty or damaged transcript", self.transcript
-                )
+        for name, said in spoken.items():
+            if said.text is None:
+                key = key_of("transcript", name)
+                yield bad(key, said.problem, self.transcript, said.line, said.rest)
+        unpacked = set()
         for split, path in self._speakers():
+            if not path.endswith(ARCHIVES):
+                unpacked.add(_speaker(path))
             for name, inside, reference in self._recordings(path):
-                key = key_of(inside)
+                key, said = key_of(inside), spoken.get(name)
                 home = split or _split_in(inside.split("/"))
-                if reference is None:
-                    yield bad(key, "the speaker's archive is cut short or damaged", inside)
-                elif home is None:
+                if isinstance(reference, str):
+                    if _speaker(path) not in unpacked:
+                        yield bad(key, reference, inside, rest=True)
+                    continue
+                if name in heard:
+                    continue
+                heard.add(name)
+                if home is None:
                     yield bad(key, "neither train, dev nor test in its path", inside)
-                elif spoken.get(name) is None:
+                elif said is None or said.text is None:
                     # Known of the corpus: 360 recordings have none.
                     yield Rejected(key, "a recording without a transcript", inside)
                 else:
-                    yield media_row(home, key, reference, text=spoken[name])
-                heard.add(name)
-        for name in spoken:
-            if name not in heard:
-                yield bad(key_of("transcript", name), "a transcript without a recording")
+                    row = media_row(home, key, reference, text=said.text)
+                    yield row | {"file": self.transcript, "row": said.line}
+        for name, said in spoken.items():
+            if said.text is not None and name not in heard:
+                key = key_of("transcript", name)
+                yield bad(key, "a transcript without a recording", self.transcript, said.line)
 
-    def _transcripts(self) -> dict[str, str | None]:
-        """Utterance -> what is said; none where the line is of no use. Some 8 MB for all."""
-        found: dict[str, str | None] = {}
-        for _, line in self.place.lines(self.transcript):
-            name, _, words = line.decode("utf-8", "replace").strip().partition(" ")
-            try:
-                found[name] = characters_of(clean_text(words))
-            except ValueError:
-                found[name] = None
+    def _transcripts(self) -> "dict[str, Said]":
+        """Utterance -> what is said. Some 30 MB for all."""
+        found: dict[str, Said] = {}
+        number = 0
+        try:
+            for number, line in self.place.lines(self.transcript):
+                # Some copies have a tab behind the name.
+                name, words, *_ = [*line.decode("utf-8", "replace").split(maxsplit=1), "", ""]
+                try:
+                    found[name] = Said(number, characters_of(clean_text(words)))
+                except ValueError:
+                    found[name] = Said(number, None, "an empty or damaged transcript")
+        except DAMAGED:
+            why = "the compressed file is cut short or damaged"
+            found[f"line {number + 1}"] = Said(number + 1, None, why, rest=True)
         return found
 
-    def _speakers(self) -> Iterator[tuple[str | None, str]]:
-        """(Split, path) of every folder or archive of a speaker; the split is none where only the
-        members of the archive tell it."""
+    def _speakers(self) -> list[tuple[str | None, str]]:
+        """(Split, path) of every folder, then of every archive, of a speaker; the split is none
+        where only the members of the archive tell it."""
+        found: list[tuple[str | None, str]] = []
         for entry in self.home.entries(self.wav):
             path = f"{self.wav}/{entry.name}" if self.wav else entry.name
             if entry.is_folder and entry.name in PARTS:
                 for below in self.home.entries(path):
                     if below.is_folder or below.name.endswith(ARCHIVES):
-                        yield PARTS[entry.name], f"{path}/{below.name}"
+                        found.append((PARTS[entry.name], f"{path}/{below.name}"))
             elif entry.name.endswith(ARCHIVES):
-                yield None, path
+                found.append((None, path))
+        return sorted(found, key=lambda speaker: speaker[1].endswith(ARCHIVES))
 
-    def _recordings(self, path: str) -> Iterator[tuple[str, str, MediaRef | None]]:
-        """(Utterance, where it is, reference); no reference where the archive breaks off."""
+    def _recordings(self, path: str) -> Iterator[tuple[str, str, MediaRef | str]]:
+        """(Utterance, where it is, reference); a reason where the archive cannot be read on."""
         if not path.endswith(ARCHIVES):
             for entry in self.home.walk(path):
-                if entry.name.endswith(".wav"):
-                    name = entry.name.rpartition("/")[2].removesuffix(".wav")
-                    yield name, entry.name, MediaRef(self.home.path(entry.name))
+                if entry.name.lower().endswith(".wav"):
+                    yield _utterance(entry.name), entry.name, MediaRef(self.home.path(entry.name))
             return
         where = self.home.path(path)
         try:
             for member in _members(self.home, path):
-                if member.endswith(".wav"):
-                    name = member.rpartition("/")[2].removesuffix(".wav")
-                    yield name, f"{path}/{member}", MediaRef(where, member=member)
-        except (BadTar, *OWN):
-            yield "", path, None
+                if member.lower().endswith(".wav"):
+                    yield _utterance(member), f"{path}/{member}", MediaRef(where, member=member)
+        except BadTar:
+            yield "", path, "the speaker's archive is cut short or damaged"
+        except OWN:
+            yield "", path, "the speaker's archive cannot be opened"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line of the transcript.
+
+    Args:
+        line: its number, from 1.
+        text: what is said, or none if the line is of no use.
+        problem: why it is of none.
+        rest: the file cannot be read on behind it.
+    """
+
+    line: int
+    text: str | None
+    problem: str = ""
+    rest: bool = False
+
+
+def _utterance(path: str) -> str:
+    """``"train/S0002/BAC009S0002W0122.wav" -> "BAC009S0002W0122"``."""
+    return path.rpartition("/")[2][:-4]
+
+
+def _speaker(path: str) -> str:
+    """``"wav/train/S0002.tar.gz" -> "S0002"``."""
+    return path.rpartition("/")[2].split(".")[0]
 
 
 def _transcript(place: Place) -> str | None:

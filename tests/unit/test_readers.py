@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,66 @@ class TestAishell:
         assert reasons["the speaker's archive is cut short or damaged"] == 1
         assert 11 <= len(rows["train"]) < 15
         assert sizes(rows)["test"] == 4
+
+    def test_a_speaker_both_unpacked_and_packed_is_read_once(self, tmp_path: Path) -> None:
+        """The unpacked recordings are taken; what was not yet unpacked comes from the archive."""
+        folder = user_corpora.aishell1(tmp_path)
+        (packed,) = folder.rglob("train/*.tar.gz")
+        beside = folder / "data_aishell" / "wav" / "S0004.tar.gz"
+        with tarfile.open(packed) as archive:
+            archive.extractall(packed.parent, filter="data")
+        with tarfile.open(beside) as archive:
+            archive.extractall(beside.parent, filter="data")
+        first = min((beside.parent / "train" / "S0004").iterdir())
+        first.unlink()
+        corpus = place_corpus("aishell1", str(folder))
+        rows, reasons = read(corpus)
+        assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
+        assert reasons["a recording without a transcript"] == 1
+        members = {row["media"]["member"] for row in rows["train"]} - {None}
+        assert [name.rpartition("/")[2] for name in members] == [first.name]
+        beside.write_bytes(b"")
+        _, reasons = read(corpus)
+        assert reasons["a transcript without a recording"] == 2
+
+    @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x1f\x8b"])
+    def test_an_archive_that_is_none_is_named(self, tmp_path: Path, content: bytes) -> None:
+        folder = user_corpora.aishell1(tmp_path)
+        (folder / "data_aishell" / "wav" / "S0009.tar.gz").write_bytes(content)
+        corpus = place_corpus("aishell1", str(folder))
+        corpus.survey()
+        found = list(corpus.rows(Sources.none()))
+        (bad,) = [row for row in found if isinstance(row, Rejected) and row.rest]
+        assert (bad.file, bad.bad) == ("data_aishell/wav/S0009.tar.gz", True)
+        assert bad.reason == "the speaker's archive is cut short or damaged"
+        assert len([row for row in found if not isinstance(row, Rejected)]) == 23
+
+    def test_tabs_and_upper_case_endings(self, tmp_path: Path) -> None:
+        folder = user_corpora.aishell1(tmp_path)
+        for path in list(folder.rglob("*.wav")):
+            path.rename(path.with_suffix(".WAV"))
+        (file,) = folder.rglob("aishell_transcript*")
+        lines = [line.replace(" ", "\t", 1) for line in file.read_text("utf-8").splitlines()]
+        file.write_text("\n".join(lines), "utf-8")
+        rows, _ = read(place_corpus("aishell1", str(folder)))
+        assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
+
+    def test_every_row_says_where_its_transcript_stands(self, tmp_path: Path) -> None:
+        folder = user_corpora.aishell1(tmp_path)
+        (file,) = folder.rglob("aishell_transcript*")
+        lines = file.read_text("utf-8").splitlines()
+        lines[3] = lines[3].split(" ")[0]
+        file.write_text("\n".join(lines), "utf-8")
+        corpus = place_corpus("aishell1", str(folder))
+        name = "data_aishell/transcript/aishell_transcript_v0.8.txt"
+        for row in corpus.rows(Sources.none()):
+            if not isinstance(row, Rejected):
+                assert row["file"] == name
+                assert lines[row["row"] - 1].split(" ")[0] in row["key"]
+            elif row.reason != "a recording without a transcript":
+                assert row.file == name
+                assert row.row is not None
+                assert lines[row.row - 1].split(" ")[0] in row.key
 
 
 class TestAicIcc:
