@@ -20,7 +20,7 @@ test: $(VENV)/.installed-dev  ## run the tests
 
 # Ends with this command, however that ends; skipped, with the reason, where it cannot run.
 test-cluster: $(VENV)/.installed-dev  ## walk docs/cluster.md on hosts made of namespaces (root)
-	timeout --kill-after=30 1200 $(BIN)/python -m pytest -m cluster -rs tests/cluster $(PYTEST_ARGS)
+	timeout --kill-after=30 1800 $(BIN)/python -m pytest -m cluster -rs tests/cluster $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## rules of style, format, types and imports
 	$(BIN)/ruff check .
@@ -33,12 +33,13 @@ format: $(VENV)/.installed-dev  ## put the format right, and what ruff can repai
 	$(BIN)/ruff format .
 
 # Rows that the newest CSV of today has are not run again, so it may be stopped and gone on with.
-chaos: $(VENV)/.installed-dev  ## disturb 71 small runs by seed and compare their ends
+chaos: $(VENV)/.installed-dev  ## disturb 71 small runs by seed, compare their ends; a tracker away for a minute
 	$(BIN)/skillnet fetch
 	$(BIN)/skillnet prepare headings drawings
 	$(BIN)/python -m benchmarks.chaos --launcher ranks --runs 45 --seed $(SEED) $(CHAOS_ARGS)
 	$(BIN)/python -m benchmarks.chaos --launcher ray --runs 26 --seed $(SEED) $(CHAOS_ARGS)
 	$(BIN)/python -m benchmarks.chaos_table
+	SKILLNET_TEST_OUTAGE_S=60 $(BIN)/python -m pytest tests/integration/test_tracker_away.py
 
 fuzz: $(VENV)/.installed-dev  ## random damage to everything that is read, for hours
 	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=long $(PYTEST_ARGS)

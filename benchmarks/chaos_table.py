@@ -13,7 +13,7 @@ from benchmarks.measure import RESULTS
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 HEAD = (
     "| fault | tried: with Ray / without | goes on | steps done again, most | bytes lost, most "
-    "| metrics lost | seconds to recover: median (longest) | equal to the bit |\n"
+    "| metrics lost / doubled | seconds to recover: median (longest) | equal to the bit |\n"
     "|---|---:|---|---:|---:|---:|---:|---:|"
 )
 
@@ -41,13 +41,14 @@ def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
     again = max(int(row["lost_steps"]) for row in rows)
     lost = max(int(row["lost_bytes"]) for row in rows)
     missing = sum(int(row["lost_metrics"]) for row in rows)
+    doubled = sum(int(row["doubled_metrics"]) for row in rows)
     seconds = [float(row["recovery_seconds"]) for row in rows]
     took = f"{statistics.median(seconds):.0f} ({max(seconds):.0f})"
     equal = sum(row["equal_weights"] == "True" for row in rows)
     ways = " or ".join(sorted({row["recovered"] for row in rows}))
     return (
-        f"| {fault} | {ray} / {len(rows) - ray} | {ways} | {again} | {lost:,} | {missing} "
-        f"| {took} | {equal} of {len(rows)} |"
+        f"| {fault} | {ray} / {len(rows) - ray} | {ways} | {again} | {lost:,} "
+        f"| {missing} / {doubled} | {took} | {equal} of {len(rows)} |"
     )
 
 

@@ -22,7 +22,7 @@ from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
 
-#: Seconds without a tracker; longer ones are tried by hand.
+#: Seconds without a tracker; `make chaos` waits a minute.
 OUTAGE_S = float(os.environ.get("SKILLNET_TEST_OUTAGE_S", "3"))
 PATIENCE_S = 300.0
 
