@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from pipelines import tokenizer as tokenizers
 from pipelines.evaluation import check_outputs, corpus_path
+from pipelines.head_sizes import LISTED
 from pipelines.inference import best_device
 from pipelines.predictor import CaptionBank, Predictor
 from pipelines.shards import Corpus, open_corpus
@@ -201,7 +202,7 @@ def open_predictor(source: Source, data: str | Path | None, precision: str = "au
 
 def names_of(corpus: Corpus, spec: Task) -> list[str]:
     """Names of a task's classes, or of its symbols from 1 on; [] for retrieval."""
-    key = {"classification": "labels", "ctc": "symbols"}.get(spec.objective)
+    key = LISTED.get(spec.objective)
     return list(corpus.manifest.get(key, [])) if key else []
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.collate import Fixed, Ragged, open_column
+from pipelines.head_sizes import LISTED, outputs_of
 from pipelines.inference import Inputs, Runner, mean_lengths, split_inputs
 from pipelines.masked_evaluation import masked_losses, mean_length
 from pipelines.outcomes import Outcomes
@@ -338,14 +339,11 @@ def chosen_splits(corpus: Corpus, splits: Sequence[str] | None) -> list[str]:
 
 def check_outputs(corpus: Corpus, task: str, spec: Task) -> None:
     """Raise UserError if a corpus has another number of classes or symbols than the model."""
-    key = {"classification": "labels", "ctc": "symbols"}.get(spec.objective)
-    if key is None or key not in corpus.manifest:
-        return
-    found = len(corpus.manifest[key])
-    if found != spec.outputs:
+    found = outputs_of(corpus.manifest, spec)
+    if found is not None and found != spec.outputs:
         raise UserError(
-            f"{task}: the corpus {corpus.name} has {found} {key}, the model was built for "
-            f"{spec.outputs}; set model.tasks.{task}.outputs to {found} and train again"
+            f"{task}: the corpus {corpus.name} has {found} {LISTED[spec.objective]}, the model was "
+            f"built for {spec.outputs}; set model.tasks.{task}.outputs to {found} and train again"
         )
 
 

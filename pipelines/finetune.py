@@ -169,7 +169,10 @@ def execute(
 
 
 def resolved(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
-    """With a name and absolute paths: workers have working directories of their own."""
+    """With a name, the outputs that its corpora ask for, and absolute paths: workers have working
+    directories of their own."""
+    from pipelines.head_sizes import with_outputs
+
     folder, kept = place(config.run_dir, run_root()), config.storage
     if isinstance(folder, str):
         if kept.mirror not in (None, folder):
@@ -177,6 +180,7 @@ def resolved(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
         kept = replace(kept, mirror=folder)
         folder = run_root()
     data = place(config.data, data_root())
+    config = with_outputs(config, data)
     name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
         raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")

@@ -104,19 +104,18 @@ def test_a_second_run_does_nothing_and_new_options_do(place: Place) -> None:
 
 
 def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
-    tasks = {task: {"corpus": name, "batch": 4} for name, task in TASK.items()}
-    symbols = len(place.open("aishell1").manifest["symbols"])
+    tasks = {task: {"batch": 4} for task in TASK.values()}
     config = {
         "model": {
             **{"dim": 16, "depth": 1, "heads": 2, "hidden": 16, "embedding_dim": 8},
-            **{"vocab_size": 900, "patch_size": 16, "tubelet": [4, 16, 16], "max_frames": 400},
-            "tasks": {"speech_recognition": {"outputs": symbols}},
+            **{"vocab_size": 900, "patch_size": 16, "tubelet": [4, 16, 16]},
         },
         "training": {"steps": 6, "workers": 0, "log_every": 1},
         "tasks": tasks,
     }
     (run_root / "c.yaml").write_text(json.dumps(config), encoding="utf-8")
-    words = ["--config", str(run_root / "c.yaml"), "--name", "five", "--data", str(place.data)]
+    words = ["--config", "paper", "--config", str(run_root / "c.yaml"), "--name", "five"]
+    words += ["--data", str(place.data)]
     short = [*words, "--model.max_frames", "60", "--name", "short"]
     assert finetune.main(short) == 2  # a transcript asks for its whole recording
     assert finetune.main(words) == 0
