@@ -1,28 +1,39 @@
 """``skillnet prepare --describe``: what a folder holds, found out in seconds, without preparing.
 
-Rows are read as preparing reads them, for ``SECONDS`` at most; the first ones are decoded too.
+Rows are read as preparing reads them, for ``SECONDS`` at most; some of the first are decoded too.
+Files are counted for ``COUNTING`` at most. Finding the format lists the upper folders.
 """
 
+import itertools
+import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.corpora import READERS, PlacedCorpus, guess_reader, place_corpus
+from pipelines.corpora import READERS, PlacedCorpus, guess_reader, named_reader, place_corpus
 from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.fielded import FieldedCorpus
+from pipelines.corpora.records import entries, records
 from pipelines.media import Unreadable, read_media
-from pipelines.places import Place, listing_digest
+from pipelines.places import Place
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
 
 #: Reading rows stops after so long; what follows is not counted.
 SECONDS = 8.0
+#: So does counting files.
+COUNTING = 3.0
 #: So many media files are decoded, and for so many seconds.
 DECODED, DECODING = 24, 6.0
+#: So many rows are kept to look at, and shown.
+LOOKED_AT, SHOWN = 1000, 3
 
 
 def describe(place: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -33,45 +44,60 @@ def describe(place: str, options: Mapping[str, Any] | None = None) -> dict[str, 
         options: reader -> its options.
 
     Returns:
-        reader, evidence, modality, task, rows, complete, splits, set_aside, fields, example,
-        captions, labels, media, files: plain values.
+        place, reader, evidence, modality, task, rows, complete (whether all rows were read),
+        splits, set_aside, fields (columns that would be made), source (fields of a record as it
+        lies there), captions, texts, labels, media, example and examples, files, bytes and counted
+        (whether all files were): plain values.
 
     Raises:
-        UserError: there is nothing, or nothing that is known.
+        UserError: there is nothing, or nothing that is known; or options of another reader.
     """
-    reader, _, path = place.partition(":")
-    if not path or path.startswith("//") or reader not in READERS:
-        found = guess_reader(Place(place))
-        if found is None:
-            raise UserError(
-                f"{place}: no known format; known are {', '.join(READERS)}. Name one with "
-                f"--describe folder:{place} to be told what it lacks"
-            )
-        reader, evidence = found
-        path = place
-    else:
-        evidence = "named"
-    corpus = place_corpus(reader, f"{reader}:{path}", (options or {}).get(reader))
-    splits, reasons, complete, sample = _read(corpus)
-    files, size, _ = (1, 0, "") if corpus.place.is_file else listing_digest(corpus.place.walk())
+    reader, path, evidence = _reader_of(place)
+    if others := sorted(set(options or {}) - {reader}):
+        raise UserError(
+            f"options.{others[0]}: {place} is read as {reader} ({evidence}); give "
+            f"--options.{reader}.…, or name the reader: --describe {others[0]}:{path}"
+        )
+    name = reader if reader.isidentifier() else "mine"
+    corpus = place_corpus(name, f"{reader}:{path}", (options or {}).get(reader))
+    found = _read(corpus)
+    files, size, counted = _files(corpus)
     return {
         "place": corpus.place.uri,
         "reader": reader,
         "evidence": evidence,
         "modality": corpus.modality,
         "task": corpus.task,
-        "rows": splits.total() + reasons.total(),
-        "complete": complete,
-        "splits": dict(sorted(splits.items())),
-        "set_aside": dict(reasons.most_common()),
+        "rows": found.splits.total() + found.reasons.total(),
+        "complete": found.complete,
+        "splits": dict(sorted(found.splits.items())),
+        "set_aside": dict(found.reasons.most_common()),
         "fields": {field.name: str(field.type) for field in corpus.columns},
-        "captions": _captions(sample),
-        "labels": dict(Counter(r["label"] for r in sample if r.get("label")).most_common(20)),
-        "media": _media(corpus, sample) if "media" in corpus.raw.names else {},
-        "example": _example(sample[0]) if sample else {},
+        "source": found.source,
+        "captions": _captions(found.sample),
+        "texts": _texts(found.sample),
+        "labels": dict(Counter(r["label"] for r in found.sample if r.get("label")).most_common(20)),
+        "media": _media(corpus, found.sample) if "media" in corpus.raw.names else {},
+        "example": _example(found.sample[0]) if found.sample else {},
+        "examples": [_example(row) for row in _different(found.sample)],
         "files": files,
         "bytes": size,
+        "counted": counted,
     }
+
+
+def _reader_of(place: str) -> tuple[str, str, str]:
+    """(Reader, path, what shows it)."""
+    named = named_reader(place)
+    if named is not None and not Path(place).exists():
+        return *named, "named"
+    found = guess_reader(Place(place))
+    if found is None:
+        raise UserError(
+            f"{place}: no known format; known are {', '.join(READERS)}. Name one with "
+            f"--describe folder:{place} to be told what it lacks"
+        )
+    return found[0], place, found[1]
 
 
 def show(found: dict[str, Any]) -> None:
@@ -81,44 +107,147 @@ def show(found: dict[str, Any]) -> None:
     lines: list[list[Any]] = [
         ["format", f"{found['reader']} ({found['evidence']})"],
         ["modality, task", f"{found['modality']}, {found['task']}"],
-        ["files", f"{found['files']}{size}"],
+        ["files", f"{found['files']}{size}{'' if found['counted'] else ' or more'}"],
         ["rows", f"{found['rows']}{more}"],
         ["splits", ", ".join(f"{name} {rows}" for name, rows in found["splits"].items())],
         ["columns made", ", ".join(found["fields"])],
     ]
+    if not found["complete"]:
+        lines[3][1] += f" (read for {SECONDS:.0f} s)"
     if found["captions"]:
         lines.append(["captions", "{per_row} a row, {characters} characters".format_map(
             found["captions"])])  # fmt: skip
+    lines += [[key, value] for key, value in found["texts"].items()]
     if found["labels"]:
         lines.append(["labels", ", ".join(f"{k} ({v})" for k, v in found["labels"].items())])
     media = found["media"]
-    for key in [key for key in ("file size", "seconds", "pixels", "frames") if key in media]:
+    for key in [
+        key for key in ("file size", "seconds", "width", "height", "frames") if key in media
+    ]:
         lines.append([f"{key} (of {media['decoded']})", media[key]])
-    lines += [["", ""]] + [[f"example: {k}", str(v)] for k, v in found["example"].items()]
+    lines += [["", ""]] + [[f"source: {k}", str(v)] for k, v in found["source"].items()]
+    for example in found["examples"]:
+        lines += [["", ""]] + [[f"example: {k}", str(v)] for k, v in example.items()]
     console.table(found["place"], ["", ""], lines)
     aside = [[count, reason] for reason, count in found["set_aside"].items()]
     aside += [[f"{n} of {media['decoded']}", why] for why, n in media.get("set_aside", {}).items()]
     if aside:
         console.table("Would be set aside", ["rows", "reason"], aside)
-    name = found["reader"]
-    console.note(f"to prepare it: skillnet prepare --corpus {name}={found['place']}")
+    name = found["reader"] if found["reader"].isidentifier() else f"mine={found['reader']}"
+    mark = "=" if name == found["reader"] else ":"
+    console.note(f"to prepare it: skillnet prepare --corpus {name}{mark}{found['place']}")
 
 
-def _read(corpus: PlacedCorpus) -> tuple[Counter[str], Counter[str], bool, list[Row]]:
-    """(Rows of each split, reasons, whether all were read, the first rows)."""
-    splits, reasons = Counter[str](), Counter[str]()
-    sample: list[Row] = []
-    start = time.monotonic()
-    for number, row in enumerate(corpus.rows(Sources.none())):
-        if isinstance(row, Rejected):
-            reasons[row.reason] += 1
-        else:
-            splits[row["split"]] += 1
-            if len(sample) < 1000:
-                sample.append(row)
-        if number % 64 == 0 and time.monotonic() - start > SECONDS:
-            return splits, reasons, False, sample
-    return splits, reasons, True, sample
+@dataclass
+class _Found:
+    """What was read until the time was up."""
+
+    splits: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    sample: list[Row] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+
+
+def _read(corpus: PlacedCorpus) -> _Found:
+    """Rows of a corpus, for so long: some readers list all of their files before the first one."""
+    found = _Found()
+
+    def work(late: threading.Event) -> None:
+        found.source.update(_record(corpus))
+        for row in corpus.rows(Sources.none()):
+            if late.is_set():
+                return
+            if isinstance(row, Rejected):
+                found.reasons[row.reason] += 1
+                continue
+            found.splits[row["split"]] += 1
+            if len(found.sample) < LOOKED_AT:
+                found.sample.append(row)
+
+    found.complete = _within(SECONDS, work)
+    return found
+
+
+def _within(seconds: float, work: Callable[[threading.Event], None]) -> bool:
+    """Whether work ended in that time. It is told when it is late; what hangs is left behind."""
+    late, problems = threading.Event(), list[BaseException]()
+
+    def run() -> None:
+        try:
+            work(late)
+        except BaseException as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    in_time = not thread.is_alive()
+    late.set()
+    thread.join(0.5)  # it looks after each row: what is counted stands still then
+    if problems:
+        raise problems[0]
+    return in_time
+
+
+def _files(corpus: PlacedCorpus) -> tuple[int, int, bool]:
+    """(Files, their bytes, whether all were counted)."""
+    if corpus.place.is_file:
+        return 1, 0, True
+    files = [0, 0]
+
+    def work(late: threading.Event) -> None:
+        for entry in corpus.place.walk():
+            if late.is_set():
+                return
+            files[0], files[1] = files[0] + 1, files[1] + (entry.size or 0)
+
+    counted = _within(COUNTING, work)
+    return files[0], files[1], counted
+
+
+def _record(corpus: PlacedCorpus) -> dict[str, Any]:
+    """Fields of one record as it lies there, before a reader chooses among them."""
+    record: Any = None
+    files = corpus.annotations()
+    if isinstance(corpus, FieldedCorpus) and not files:  # of tars and saved datasets
+        told: list[Any] = []
+        choose = corpus.row
+
+        def listen(key: str, fields: Mapping[str, Any], *rest: Any) -> Row:
+            told.append(dict(fields))
+            return choose(key, fields, *rest)
+
+        corpus.row = listen  # type: ignore[method-assign]
+        try:
+            next((row for row in corpus.rows(Sources.none()) if told), None)
+        finally:
+            del corpus.row
+        record = told[0] if told else None
+    elif files:
+        _, record = next(records(corpus.place, files[0]), ("", None))
+        if not isinstance(record, dict) or all(isinstance(v, dict) for v in record.values()):
+            _, record = next(entries(corpus.place, files[0]), ("", None))
+    return {k: _short(v) for k, v in record.items()} if isinstance(record, dict) else {}
+
+
+def _different(sample: list[Row]) -> list[Row]:
+    """A few rows to show, of different splits first."""
+    firsts = {row["split"]: row for row in reversed(sample)}
+    rest = (row for row in sample if firsts[row["split"]] is not row)
+    return list(itertools.islice(itertools.chain(reversed(firsts.values()), rest), SHOWN))
+
+
+def _texts(sample: list[Row]) -> dict[str, str]:
+    """How long texts, transcripts and functions are."""
+    found = {}
+    for key, name in (("text", "texts"), ("code", "code")):
+        written = [row[key] for row in sample if row.get(key)]
+        if written:
+            found[name] = f"{_span([len(each) for each in written])} characters"
+        if written and key == "code":
+            found["lines of code"] = _span([each.count("\n") + 1 for each in written])
+    return found
 
 
 def _captions(sample: list[Row]) -> dict[str, Any]:
@@ -161,22 +290,23 @@ def _media(corpus: PlacedCorpus, sample: list[Row]) -> dict[str, Any]:
 
 
 def _facts(modality: str, data: bytes) -> dict[str, float]:
-    """Length or size of a media file, from its head where that tells."""
+    """Length or size of a media file, from its head."""
     import io
 
     if modality == "image":
-        from pipelines.transforms.image import decode_image
+        from pipelines.transforms.image import size_of
 
-        picture = decode_image(data)
-        return {"pixels": float(picture.width), "height": float(picture.height)}
+        size = size_of(data)
+        return {"width": float(size[0]), "height": float(size[1])} if size else {}
     import av
 
     try:
         with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
             facts = {"seconds": (container.duration or 0) / av.time_base}
             if modality == "video" and container.streams.video:
-                facts["pixels"] = float(container.streams.video[0].width)
-                facts["frames"] = float(container.streams.video[0].frames)
+                stream = container.streams.video[0]
+                facts |= {"width": float(stream.width), "height": float(stream.height)}
+                facts["frames"] = float(stream.frames)
             return facts
     except av.FFmpegError as problem:
         raise ValueError(f"cannot be read ({problem.strerror})") from None
@@ -199,4 +329,4 @@ def _short(value: Any) -> Any:
 def _span(values: list[Any]) -> str:
     """``"3"``, or ``"1 to 9, median 4"``."""
     low, middle, high = (float(np.quantile(values, q)) for q in (0, 0.5, 1))
-    return f"{low:.3g}" if low == high else f"{low:.4g} to {high:.4g}, median {middle:.4g}"
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, median {middle:.4g}"

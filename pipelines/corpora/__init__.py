@@ -79,8 +79,7 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
         raise UserError(f"--corpus {name}: a name has letters, digits, - and _, at most 64 of them")
     if name in BUILT_IN or name in FURTHER:
         raise UserError(f"--corpus {name}: that is a built-in corpus; choose another name")
-    given = _READER.fullmatch(place)
-    reader, place = (given.group(1), given.group(2)) if given else (name, place)
+    reader, place = named_reader(place) or (name, place)
     found = _find_class(reader, READERS)
     if not issubclass(found, PlacedCorpus):
         raise UserError(f"corpus {reader} is not read from a place: name it alone")
@@ -94,6 +93,12 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
         raise
     except ValueError as problem:
         raise UserError(f"{where}: {problem}") from None
+
+
+def named_reader(place: str) -> tuple[str, str] | None:
+    """(Reader, path) of ``reader:path``; none where a place stands alone."""
+    given = _READER.fullmatch(place)
+    return (given.group(1), given.group(2)) if given else None
 
 
 def guess_reader(place: Place) -> tuple[str, str] | None:
@@ -143,5 +148,6 @@ __all__ = [
     "PlacedCorpus",
     "find_corpus",
     "guess_reader",
+    "named_reader",
     "place_corpus",
 ]

@@ -63,6 +63,24 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
         raise _refusal(problem) from None
 
 
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """(Width, height) of a picture file in pixels, as it is shown; none of a drawing (SVG).
+
+    Read from the file's head: nothing is decoded.
+
+    Raises:
+        ValueError: the bytes are no picture.
+    """
+    if _is_svg(data):
+        return None
+    try:
+        image = _pillow().open(io.BytesIO(data))
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception as problem:
+        raise _refusal(problem) from None
+    return (image.height, image.width) if turned else (image.width, image.height)
+
+
 def _turn(image: Any) -> None:
     """Turn a picture upright, in place. Damaged EXIF data cost no picture."""
     from PIL import ImageOps
