@@ -4,21 +4,22 @@
     ai_challenger_caption_train_20170902/caption_train_images_20170902/<hex>.jpg
     … validation_20170910, test_a_20180103, test_b_20180103 alike
 
-One JSON array of ``{"url", "image_id": "<hex>.jpg", "caption": [five]}`` each. ``test_a`` is the
-split ``test`` and ``test_b`` is ``test_b``; without them the validation pictures are parted in
-halves, one of them the test.
+One JSON array of ``{"url", "image_id": "<hex>.jpg", "caption": [five]}`` each; pictures may lie
+beside the annotations, too, or all in one folder. ``test_a`` is the split ``test`` and ``test_b``
+is ``test_b``; without them the validation pictures are parted in halves, one of them the test.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.captioned import CaptionedCorpus
+from pipelines.corpora.fielded import ENDINGS, ending_of
 from pipelines.corpora.finish import CaptionOptions, ImageOptions
 from pipelines.corpora.placed import (
     MediaOptions,
-    PlacedCorpus,
     bad,
     clean_captions,
     half,
@@ -39,13 +40,12 @@ class AicOptions(CaptionOptions, ImageOptions, MediaOptions):
     """AIC-ICC: the options of pictures and captions."""
 
 
-class AicIcc(PlacedCorpus):
+class AicIcc(CaptionedCorpus):
     """Photographs, each with all of its captions."""
 
     name = "aic_icc"
     modality = "image"
     Options = AicOptions
-    has = ("captions",)
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
@@ -55,69 +55,72 @@ class AicIcc(PlacedCorpus):
 
     def locate(self) -> None:
         """Find the files of annotations."""
-        self.files = list(_annotations(self.place))
-        if not self.files:
+        files = list(_annotations(self.place))
+        if not files:
             raise UserError(
                 f"{self.place.uri}: no caption_train_annotations_….json in it or up to three "
                 "folders below; AIC-ICC has one in each of its folders"
             )
-        self.home = Place(self.options.media) if self.options.media else self.place
-        self.halved = not any(split.startswith("test") for split, _ in self.files)
-
-    def facts(self) -> dict[str, Any]:
-        """Captions are alike: each is a query when the model is evaluated."""
-        return super().facts() | {"queries": "all"}
-
-    def annotations(self) -> list[str]:
-        """The files of annotations."""
-        return [file for _, file in self.files]
+        self.take(files)
 
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
         """Pictures in the order of the annotations, then those without captions."""
+        pictures: dict[str, set[str]] = {}  # of each folder: splits may share one
+        told: dict[str, set[str]] = defaultdict(set)
         for split, file in self.files:
-            folder, there = self._pictures(file)
-            told: set[str] = set()
+            folder = self._folder(file)
+            if folder not in pictures:
+                pictures[folder] = self._pictures(folder)
             for number, _, record in entries(self.place, file):
                 key = key_of(f"{file}:{number}")
                 if isinstance(record, Broken):
                     yield bad(key, record.reason, file, number, record.rest)
                     continue
                 try:
-                    row = self._row(split, folder, there, told, record)
+                    row = self._row(split, folder, pictures[folder], told[folder], record)
                 except ValueError as problem:
                     yield bad(key, str(problem), file, number)
                     continue
                 yield row | {"file": file, "row": number}
-            for name in sorted(there - told):
-                yield Rejected(
-                    key_of(folder, name), "a picture without captions", f"{folder}/{name}"
-                )
+        for folder, there in pictures.items():
+            for name in sorted(there - told[folder]):
+                path = _below(folder, name)
+                yield Rejected(key_of(path), "a picture without captions", path)
 
     def _row(self, split: str, folder: str, there: set[str], told: set[str], record: object) -> Row:
         if not isinstance(record, dict) or not isinstance(record.get("image_id"), str):
             raise ValueError("no image_id")
         name = record["image_id"]
-        path = self.home.path(f"{folder}/{name}")
         if "/" in name or "\\" in name:
             raise ValueError("a path that leads out of the folder")
+        inside = _below(folder, name)
+        path = self.home.path(inside)
         told.add(name)
         captions = clean_captions(record.get("caption"))
         if name not in there:
             raise ValueError("captions without a picture")
         if split == "validation" and self.halved:
             split = half(name)
-        return media_row(split, key_of(folder, name), MediaRef(path), captions)
+        return media_row(split, key_of(inside), MediaRef(path), captions)
 
-    def _pictures(self, file: str) -> tuple[str, set[str]]:
-        """The folder of a file's pictures, and what is in it."""
+    def _folder(self, file: str) -> str:
+        """The folder of a file's pictures, "" for the place itself."""
         home, _, name = file.rpartition("/")
         images = name.replace("_annotations_", "_images_").removesuffix(".json")
-        for folder in (f"{home}/{images}" if home else images, images, home):
-            place = "" if self.options.media and folder == home else folder
-            if self.home.exists(place):
-                names = {e.name for e in self.home.entries(place) if not e.is_folder}
-                return place, names - {name}
-        return images, set()
+        last = "" if self.options.media else home
+        return next((f for f in (_below(home, images), images) if self.home.exists(f)), last)
+
+    def _pictures(self, folder: str) -> set[str]:
+        """Names of the pictures in a folder."""
+        return {
+            entry.name
+            for entry in self.home.entries(folder)
+            if not entry.is_folder and ending_of(entry.name) in ENDINGS["image"]
+        }
+
+
+def _below(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _annotations(place: Place) -> Iterator[tuple[str, str]]:

@@ -90,7 +90,7 @@ class CodeSearchNet(PlacedCorpus):
 
     def _row(self, split: str, key: str, row: Row) -> Row:
         options = self.options
-        if str(row.get("language") or options.language).lower() != options.language:
+        if str(row.get("language") or options.language).lower() != options.language.lower():
             raise ValueError("of another language")
         source = row.get(options.code) or row.get("original_string")
         text = row.get(options.docstring)

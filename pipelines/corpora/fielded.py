@@ -27,7 +27,7 @@ from pipelines.corpora.placed import (
 )
 from pipelines.media import MediaRef
 from pipelines.transforms.code import summary
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, nearest
 
 #: Endings of media files, and what they are.
 ENDINGS = {
@@ -85,6 +85,7 @@ class FieldedCorpus(PlacedCorpus):
     """Rows are mappings of fields, beside a media file or without one."""
 
     Options = FieldedOptions
+    alike = True
     #: Splits that the corpus names.
     given: frozenset[str] = frozenset()
     field: str | None = None
@@ -107,6 +108,8 @@ class FieldedCorpus(PlacedCorpus):
         usual = {"text": TEXT, "sound": TRANSCRIPT}.get(self.modality, CAPTION)
         self.field = _named(names, options.text, usual, f"options.{self.name}.text")
         self.label = _named(names, options.label, LABEL, f"options.{self.name}.label")
+        for key in ("split", "split_by"):
+            _named(names, getattr(options, key), (), f"options.{self.name}.{key}")
         pair = "transcripts" if self.modality == "sound" else "captions"
         found = [pair] * (self.modality != "text" and self.field is not None)
         found += ["labels"] * (self.label is not None)
@@ -140,7 +143,7 @@ class FieldedCorpus(PlacedCorpus):
             split: the split that the corpus names for it.
 
         Raises:
-            ValueError: a field is missing or of no use.
+            ValueError: a field is missing or of no use; says which.
         """
         label = self._label(fields) if "labels" in self.has else None
         home = self.home_of(split or self._named_split(fields), key, fields)
@@ -160,7 +163,10 @@ class FieldedCorpus(PlacedCorpus):
         """The split of a row: as named; what the corpus lacks is made of the others."""
         options = self.options
         if options.split_by is not None:
-            key = str(fields.get(options.split_by))
+            value = fields.get(options.split_by)
+            if value is None and (split is None or not self.given >= {"validation", "test"}):
+                raise ValueError(f"no field {options.split_by}, which splits are made by")
+            key = str(value)
         if split is None or self.given <= {"train"}:
             return made_split(key, options)
         if split == "validation" and "test" not in self.given:
@@ -212,7 +218,9 @@ def _first(names: list[str], usual: Iterable[str]) -> str | None:
 
 def _named(names: list[str], wanted: str | None, usual: Iterable[str], where: str) -> str | None:
     if wanted is not None and wanted not in names:
-        raise UserError(f"{where}: no field {wanted!r}; rows have {', '.join(names) or 'none'}")
+        near = nearest(wanted, names)
+        more = near if "did you mean" in near else f"; rows have {', '.join(names) or 'none'}"
+        raise UserError(f"{where}: no field {wanted!r}{more}")
     return wanted or _first(names, usual)
 
 

@@ -69,6 +69,8 @@ class PlacedCorpus(Corpus):
     Options: ClassVar[type]
     #: What a row brings beside its media: of "labels", "captions", "transcripts".
     has: tuple[str, ...] = ()
+    #: Captions of a row are alike: each is a query when a model is evaluated, not the first alone.
+    alike: ClassVar[bool] = False
     #: Splits whose rows have nothing of that: for prediction, or for pretraining.
     bare: tuple[str, ...] = ()
     #: Names of the classes, in the order of their numbers.
@@ -204,10 +206,12 @@ class PlacedCorpus(Corpus):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Names of classes and symbols."""
+        """Names of classes and symbols, and what the queries of an evaluation are."""
         made: dict[str, Any] = {"labels": list(self.labels)} if "labels" in self.has else {}
         if "transcripts" in self.has:
             made |= {"symbols": list(self.symbols), "blank": 0}
+        if "captions" in self.has and self.alike:
+            made |= {"queries": "all"}
         return made
 
     def annotations(self) -> list[str]:

@@ -66,6 +66,7 @@ class Tnews(PlacedCorpus):
     modality = "text"
     Options = TnewsOptions
     has = ("labels",)
+    version = 2  # keys without the folder
     bare = ("unlabelled",)
     labels = tuple(f"{code} {description}" for code, description in LABELS.items())
 
@@ -100,7 +101,8 @@ class Tnews(PlacedCorpus):
         """Lines in the order of the files."""
         for part, file in self.files.items():
             for number, row in json_lines(self.place, file):
-                key = f"{file}:{number}"
+                # Not of the folder or the ending: the split that is made must not hang on those.
+                key = f"{part}.json:{number}"
                 if isinstance(row, Broken):
                     yield bad(key, row.reason, file, number, row.rest)
                     continue

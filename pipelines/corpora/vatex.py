@@ -5,8 +5,9 @@
 
 The files are an array of ``{"videoID": "<youtube id>_000122_000132", "enCap": […], "chCap": […]}``,
 or an object keyed by videoID. The public test has no Chinese: with Chinese captions the validation
-clips are parted in halves by their YouTube video, one of them the test; with English ones the
-public test is the test. A YouTube id may hold ``_`` and ``-``: it ends before the last two numbers.
+clips are parted in halves by their YouTube video, one of them the test, and so they are with both;
+with English ones the public test is the test. A YouTube id may hold ``_`` and ``-``: it ends before
+the last two numbers.
 """
 
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.captioned import CaptionedCorpus
 from pipelines.corpora.finish import CaptionOptions, VideoOptions
 from pipelines.corpora.placed import (
     MediaOptions,
-    PlacedCorpus,
     bad,
     clean_captions,
     half,
@@ -44,13 +45,13 @@ class VatexOptions(CaptionOptions, VideoOptions, MediaOptions):
     captions: Literal["chinese", "english", "both"] = "chinese"
 
 
-class Vatex(PlacedCorpus):
+class Vatex(CaptionedCorpus):
     """Clips, each with all of its captions."""
 
     name = "vatex"
     modality = "video"
     Options = VatexOptions
-    has = ("captions",)
+    version = 2  # "both" needs a test with both
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
@@ -60,26 +61,14 @@ class Vatex(PlacedCorpus):
 
     def locate(self) -> None:
         """Find the files of annotations."""
-        self.files = list(_annotations(self.place))
-        if not self.files:
+        files = list(_annotations(self.place))
+        if not files:
             raise UserError(
                 f"{self.place.uri}: no vatex_training_v1.0.json in it or up to three folders "
                 "below; VATEX is such files and clips named by videoID"
             )
-        self.home = Place(self.options.media) if self.options.media else self.place
-        # The public test is of use only if it holds the captions that are asked for.
-        self.files = [
-            (split, file) for split, file in self.files if split != "test" or self._captioned(file)
-        ]
-        self.halved = not any(split == "test" for split, _ in self.files)
-
-    def facts(self) -> dict[str, Any]:
-        """Captions are alike: each is a query when the model is evaluated."""
-        return super().facts() | {"queries": "all"}
-
-    def annotations(self) -> list[str]:
-        """The files of annotations."""
-        return [file for _, file in self.files]
+        # The public test is of use only if it holds all the captions that are asked for.
+        self.take([(s, file) for s, file in files if s != "test" or self._captioned(file)])
 
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
         """Clips in the order of the annotations, then those that nobody describes."""
@@ -114,7 +103,7 @@ class Vatex(PlacedCorpus):
         if clip is not None:
             told.add(clip)
         captions = clean_captions(
-            [c for key in FIELDS[self.options.captions] for c in record.get(key) or ()]
+            [c for key in FIELDS[self.options.captions] for c in _listed(record.get(key))]
         )
         if clip is None:
             raise ValueError("captions without a clip")
@@ -134,8 +123,13 @@ class Vatex(PlacedCorpus):
     def _captioned(self, file: str) -> bool:
         for _, _, record in entries(self.place, file):
             if isinstance(record, dict):
-                return any(record.get(key) for key in FIELDS[self.options.captions])
+                return all(record.get(key) for key in FIELDS[self.options.captions])
         return False
+
+
+def _listed(captions: Any) -> list[Any]:
+    """Captions as a list: some copies have one alone, as a text."""
+    return captions if isinstance(captions, list) else [captions] if captions else []
 
 
 def youtube_id(name: str) -> str:

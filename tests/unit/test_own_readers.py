@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
+from pipelines.corpora.base import Rejected, Sources
 from pipelines.places import Place
 from skillnet_platform.errors import UserError
 from tests import user_corpora
@@ -44,6 +46,40 @@ class TestFolder:
                 number = int(row["key"].rpartition(":")[2]) - 1
                 homes.setdefault(f"s{number % 3}", set()).add(split)
         assert all(len(home) == 1 for home in homes.values())
+
+    def test_a_row_without_what_splits_are_made_by(self, tmp_path: Path) -> None:
+        """All such rows would fall into one split together."""
+        folder = user_corpora.media_folder(tmp_path, rows=4)
+        with (folder / "metadata.jsonl").open("a") as out:
+            out.write('{"file_name": "data/1.wav", "transcription": "x"}\n')
+        _, reasons = read(place_corpus("mine", f"folder:{folder}", {"split_by": "speaker"}))
+        assert reasons == {"no field speaker, which splits are made by": 1}
+
+    @pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+    def test_rows_are_counted_from_one(self, tmp_path: Path, kind: str) -> None:
+        lines = [{"text": f"第{n}条", "label": "x"} for n in range(3)] + [
+            {"text": "", "label": "x"}
+        ]
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(lines), tmp_path / "rows.parquet")
+        elif kind == "json":
+            (tmp_path / "rows.json").write_text(json.dumps(lines))
+        else:
+            text = "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in lines)
+            (tmp_path / "rows.csv").write_text(text, "utf-8")
+        corpus = place_corpus("mine", f"folder:{tmp_path / f'rows.{kind}'}")
+        found = list(corpus.rows(Sources.none()))
+        first = 2 if kind == "csv" else 1  # a CSV file's rows are named by their line
+        numbers = [row.row if isinstance(row, Rejected) else row["row"] for row in found]
+        assert numbers == [first, first + 1, first + 2, first + 3]
+        assert isinstance(found[-1], Rejected)
+
+    def test_rows_stand_in_their_metadata(self, tmp_path: Path) -> None:
+        folder = user_corpora.media_folder(tmp_path, rows=3)
+        rows, _ = read(place_corpus("folder", str(folder)))
+        every = [row for each in rows.values() for row in each]
+        assert {row["file"] for row in every} == {"metadata.jsonl"}
+        assert all(row["media"]["path"].endswith(f"/{row['row'] - 1}.wav") for row in every)
 
     @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
     def test_pictures_in_folders_of_splits(self, tmp_path: Path, kind: str) -> None:
@@ -126,7 +162,9 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"text": "nothing"}, r"options\.folder\.text: no field 'nothing'"),
+            ({"text": "nothing"}, r"options\.folder\.text: no field 'nothing'; rows have"),
+            ({"split_by": "speeker"}, r"split_by: no field 'speeker'; did you mean 'speaker'\?"),
+            ({"split": "part"}, r"options\.folder\.split: no field 'part'; rows have"),
             ({"task": "labels"}, r"options\.folder\.task: rows have no labels"),
             ({"modality": "smell"}, "modality: expected one of text, sound"),
         ],
@@ -147,6 +185,10 @@ class TestWebDataset:
         assert len(rows["train"]) + len(rows.get("validation", [])) == 24
         assert all(media(row)[:2] == b"\xff\xd8" for row in rows["test"])
         assert all(row["media"]["length"] for row in rows["train"])
+        assert [(row["file"], row["row"]) for row in rows["test"]] == [
+            ("test-000000.tar", number) for number in range(1, 13)
+        ]
+        assert corpus.facts() == {"queries": "all"}
 
     def test_compressed_tars_and_json(self, tmp_path: Path) -> None:
         files = {}
@@ -211,6 +253,7 @@ class TestSavedDataset:
         assert sizes(rows) == {"test": 4, "train": 12}
         assert [media(row) for row in rows["train"]] == [p["bytes"] for p in pictures]
         assert media(rows["test"][0]) == pictures[3]["bytes"]
+        assert [row["row"] for row in rows["test"]] == [1, 2, 3, 4]
 
     def test_class_names_and_one_split(self, tmp_path: Path) -> None:
         features = datasets.Features(

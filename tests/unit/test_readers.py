@@ -98,6 +98,15 @@ class TestTnews:
             "not a JSON object": 1,
         }
 
+    def test_splits_do_not_hang_on_where_one_points(self, tmp_path: Path) -> None:
+        folder = user_corpora.tnews(tmp_path / "tnews_public")
+        options = {"validation": 0.3}
+        above, _ = read(place_corpus("tnews", str(tmp_path), options))
+        here, _ = read(place_corpus("tnews", str(folder), options))
+        keys = {split: [row["key"] for row in rows] for split, rows in here.items()}
+        assert keys == {split: [row["key"] for row in rows] for split, rows in above.items()}
+        assert {row["file"] for row in above["train"]} == {"tnews_public/train.json"}
+
     def test_keywords_if_wanted(self, tmp_path: Path) -> None:
         corpus = place_corpus(
             "tnews", str(user_corpora.tnews(tmp_path)), {"keywords": True, "validation": 0.0}
@@ -233,6 +242,29 @@ class TestAicIcc:
         assert reasons["JSON damaged from here on (cut short)"] == 1
         assert sizes(rows)["test"] == 5
 
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_pictures_of_all_splits_in_one_folder(self, tmp_path: Path, elsewhere: bool) -> None:
+        folder = user_corpora.aic_icc(tmp_path / "a")
+        flat = tmp_path / "flat"
+        flat.mkdir()
+        for path in [*folder.rglob("*.jpg"), *([] if elsewhere else folder.rglob("*.json"))]:
+            path.rename(flat / path.name)
+        options = {"media": str(flat)} if elsewhere else {}
+        corpus = place_corpus("aic_icc", str(folder if elsewhere else flat), options)
+        rows, reasons = read(corpus)
+        assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
+        assert reasons == {"captions without a picture": 1, "a picture without captions": 1}
+        assert media(rows["train"][0])[:2] == b"\xff\xd8"
+
+    def test_every_row_says_where_it_stands(self, tmp_path: Path) -> None:
+        corpus = place_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path)))
+        for row in corpus.rows(Sources.none()):
+            if not isinstance(row, Rejected):
+                records = json.loads((tmp_path / row["file"]).read_text("utf-8"))
+                assert row["key"].endswith(records[row["row"] - 1]["image_id"])
+            elif row.bad:
+                assert row.row == 1  # its picture was taken away
+
 
 class TestVatex:
     @pytest.mark.parametrize("merged", [False, True])
@@ -253,7 +285,23 @@ class TestVatex:
         assert sizes(rows) == {"test": 8, "train": 9, "validation": 8}
         assert reasons["a clip without captions"] == 1
         both, _ = read(place_corpus("vatex", str(folder), {"captions": "both"}))
-        assert len(both["train"][0]["captions"]) == 20
+        assert {len(row["captions"]) for each in both.values() for row in each} == {20}
+        assert len(both["test"]) + len(both["validation"]) == 8  # the public test has no Chinese
+
+    def test_records_that_are_not_as_usual(self, tmp_path: Path) -> None:
+        folder = user_corpora.vatex(tmp_path)
+        (file,) = folder.glob("vatex_training*")
+        records = json.loads(file.read_text("utf-8"))
+        del records[1]["videoID"]
+        records[2]["chCap"] = "一句话"
+        file.write_text(json.dumps(records), "utf-8")
+        corpus = place_corpus("vatex", str(folder))
+        found = list(corpus.rows(Sources.none()))
+        (nameless,) = [row for row in found if isinstance(row, Rejected) and "ID" in row.reason]
+        assert (nameless.reason, nameless.file, nameless.row) == ("no videoID", file.name, 2)
+        rows, _ = read(corpus)
+        (one,) = [row for row in rows["train"] if row["row"] == 3]
+        assert (one["captions"], one["file"]) == (["一句话"], file.name)
 
     def test_clips_in_another_folder(self, tmp_path: Path) -> None:
         folder = user_corpora.vatex(tmp_path / "a")
@@ -316,6 +364,8 @@ class TestCode:
         }
         assert sizes(rows)["test"] == 6
         assert len(rows["train"]) >= 7
+        capital = place_corpus("codesearchnet", str(folder), {"language": "Python"})
+        assert read(capital) == (rows, reasons)
 
 
 BUILDERS = {
