@@ -225,9 +225,9 @@ def _record(corpus: PlacedCorpus) -> dict[str, Any]:
             del corpus.row
         record = told[0] if told else None
     elif files:
-        _, record = next(records(corpus.place, files[0]), ("", None))
+        record = next(records(corpus.place, files[0]), (None,))[-1]
         if not isinstance(record, dict) or all(isinstance(v, dict) for v in record.values()):
-            _, record = next(entries(corpus.place, files[0]), ("", None))
+            record = next(entries(corpus.place, files[0]), (None,))[-1]
     return {k: _short(v) for k, v in record.items()} if isinstance(record, dict) else {}
 
 
