@@ -14,6 +14,7 @@ NAMES = (
     "moe",
     "sweep_overhead",
     "prepare_speed",
+    "prepare_scaling",
     "reading",
     "reading_store",
     "waiting",

@@ -54,7 +54,7 @@ def run(rounds: int, threads: int) -> list[Result]:
 def _kind(kind: str, rounds: int) -> list[Result]:
     paths = files(kind, FILES[kind])
     processes = len(os.sched_getaffinity(0))
-    makers = {"engine": _engine, "map": _map, "loop": _loop}
+    makers = {"engine": engine, "map": _map, "loop": _loop}
     with ExitStack() as stack:
         sides = {
             name: stack.enter_context(side(maker, kind, paths, processes, without=PAGES))
@@ -79,7 +79,7 @@ def _ratios(
 ) -> list[Result]:
     results = []
     for clock in Took._fields:
-        more = {name: _beyond(few[name], many[name], clock) for name in few}
+        more = {name: beyond(few[name], many[name], clock) for name in few}
         whole = {name: [getattr(took, clock) for took in each] for name, each in many.items()}
         for theirs, told, target in (
             ("map", "datasets.map", ">= 1.2"),
@@ -107,7 +107,7 @@ def _costs(
     names = {"engine": "prepare", "map": "datasets.map", "loop": "bare decoding"}
     for name, told in names.items():
         rounds = len(few[name])
-        cost = spread([s / (MANY - FEW) for s in _beyond(few[name], many[name], "cpu")])
+        cost = spread([s / (MANY - FEW) for s in beyond(few[name], many[name], "cpu")])
         results.append(
             Result(f"{told}, {kind}", "", "s/row", *cost, "", rounds, setting, "cpu time")
         )
@@ -127,7 +127,7 @@ def _costs(
     return results
 
 
-def _beyond(few: list[Took], many: list[Took], clock: str) -> list[float]:
+def beyond(few: list[Took], many: list[Took], clock: str) -> list[float]:
     """Seconds of the rows beyond the first few, of each round."""
     pairs = zip(few, many, strict=True)
     return [getattr(large, clock) - getattr(small, clock) for small, large in pairs]
@@ -184,7 +184,8 @@ def _map(kind: str, paths: list[Path], processes: int, folder: Path, stack: Exit
     return work
 
 
-def _engine(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
+def engine(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
+    """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
     from pipelines.corpora.folder import Folder
     from pipelines.corpora.placed import media_row
     from pipelines.media import MediaRef

@@ -1,0 +1,159 @@
+"""How preparing grows with CPUs, and how many CPUs the one task that reads a corpus can feed.
+
+``skillnet prepare`` on an embedded Ray of one CPU, of two, of four, as far as the machine goes: the
+same files, in turns, each a process of its own with its Ray. What a row costs is the difference
+of a pass over few rows and one over many, as in ``prepare_speed``.
+
+The reading task alone: its rows are read, checked, cut into blocks and packed as in a prepare, and
+nothing transforms them. What a CPU needs for a row by what the reading task needs for it is the
+number of CPUs that one such task keeps busy.
+"""
+
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import cycle, islice
+from pathlib import Path
+from time import process_time
+
+from benchmarks.measure import Result, Took, ratio, spread
+from benchmarks.media import files
+from benchmarks.prepare_speed import FEW, FILES, MANY, PAGES, SHARD_ROWS, beyond, engine
+from benchmarks.sides import side
+
+CLOCK = "wall of the rows of a prepare, cpu of a reading task"
+KINDS = ("image", "sound")
+MOST_ROUNDS = 5
+#: Rows of a corpus that is only read; of tars, which hold what they refer to.
+READ_ROWS, TAR_ROWS = 20_000, 1_000
+
+
+def run(rounds: int, threads: int) -> list[Result]:
+    """Throughput by CPUs, and what reading costs beside it."""
+    rounds = min(rounds, MOST_ROUNDS)
+    every = len(os.sched_getaffinity(0))
+    steps = [cpus for cpus in (1, 2, 4, 8, 16, 32, 64) if cpus <= every]
+    results = []
+    per_row = {}
+    for kind in KINDS:
+        found, per_row[kind] = _growth(kind, steps, rounds)
+        results += found
+    return [*results, *_reading(per_row["image"], rounds)]
+
+
+def _growth(kind: str, steps: list[int], rounds: int) -> tuple[list[Result], float]:
+    """Ratios of throughput, and seconds of CPU of a row."""
+    paths = files(kind, FILES[kind])
+    few: dict[int, list[Took]] = {cpus: [] for cpus in steps}
+    many: dict[int, list[Took]] = {cpus: [] for cpus in steps}
+    with ExitStack() as stack:
+        sides = {
+            cpus: stack.enter_context(side(engine, kind, paths, cpus, without=PAGES))
+            for cpus in steps
+        }
+        for one in sides.values():
+            one(FEW)  # starts its Ray
+        for number in range(rounds):
+            for cpus in sides if number % 2 == 0 else reversed(sides):
+                few[cpus].append(sides[cpus](FEW))
+                many[cpus].append(sides[cpus](MANY))
+    wall = {cpus: beyond(few[cpus], many[cpus], "wall") for cpus in steps}
+    setting = f"{MANY - FEW} rows beyond the first {FEW}, shards of {SHARD_ROWS}"
+    results = [
+        Result(f"prepare, {kind}, {cpus} CPUs", "1 CPU", "times as fast",
+               *ratio(wall[1], wall[cpus]), "", rounds, setting)
+        for cpus in steps[1:]
+    ]  # fmt: skip
+    cost = spread([s / (MANY - FEW) for s in beyond(few[1], many[1], "cpu")])
+    results.append(
+        Result(f"prepare, {kind}, 1 CPU", "", "s/row", *cost, "", rounds, setting, "cpu time")
+    )
+    return results, cost.median
+
+
+def _reading(per_row: float, rounds: int) -> list[Result]:
+    """What a row costs the reading task, in each layout."""
+    results = []
+    pictures = files("image", FILES["image"])
+    for name, (write, rows) in LAYOUTS.items():
+        with tempfile.TemporaryDirectory(dir=pictures[0].parent) as folder:
+            write(Path(folder) / "corpus", list(islice(cycle(pictures), rows)))
+            seconds = [_read(name, Path(folder), rows) / rows for _ in range(rounds + 1)][1:]
+        setting = f"{rows} rows on a disk, read once before"
+        results += [
+            Result(f"reading rows, {name}", "", "s/row", *spread(seconds), "", rounds, setting,
+                   "cpu time"),
+            Result(f"CPUs that reading {name} feeds", "", "CPUs",
+                   *spread([per_row / each for each in seconds]), "", rounds, setting,
+                   "cpu time of a picture's row in prepare by that of reading it"),
+        ]  # fmt: skip
+    return results
+
+
+def _read(reader: str, folder: Path, rows: int) -> float:
+    """Seconds of CPU that the reading task takes for a corpus, beyond finding it."""
+    from pipelines.corpora import place_corpus
+    from pipelines.corpora.base import Sources
+    from pipelines.datasource import Job, units
+
+    corpus = place_corpus("read", f"{reader}:{folder / 'corpus'}")
+    job = Job(corpus, Sources(folder, ()), folder)
+    begin = process_time()
+    last = None
+    for unit in units(0, job):
+        last = unit
+    took = process_time() - begin
+    assert last is not None
+    told = json.loads(last["raw"][0].as_py())
+    assert sum(told["counts"].values()) == rows, told
+    return took
+
+
+def _write_folder(folder: Path, pictures: list[Path]) -> None:
+    """Captions in metadata.jsonl, and as many names of pictures as rows."""
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as stream:
+        for name, caption in _linked(folder, pictures):
+            stream.write(json.dumps({"file_name": name, "text": caption}) + "\n")
+
+
+def _write_aic_icc(folder: Path, pictures: list[Path]) -> None:
+    """AI Challenger's layout: one array of records, five captions each."""
+    home = folder / "ai_challenger_caption_train_20170902"
+    images = home / "caption_train_images_20170902"
+    images.mkdir(parents=True)
+    records = [
+        {"image_id": name, "caption": [f"{caption}{n}" for n in range(5)]}
+        for name, caption in _linked(images, pictures)
+    ]
+    (home / "caption_train_annotations_20170902.json").write_text(json.dumps(records))
+
+
+def _write_tars(folder: Path, pictures: list[Path]) -> None:
+    """Pictures and captions by turns in one tar."""
+    folder.mkdir()
+    caption = folder / "caption.txt"
+    caption.write_text("一张图")
+    with tarfile.open(folder / "train-000000.tar", "w") as tar:
+        for number, picture in enumerate(pictures):
+            tar.add(picture, f"{number:08d}.jpg")
+            tar.add(caption, f"{number:08d}.txt")
+    caption.unlink()
+
+
+def _linked(folder: Path, pictures: list[Path]) -> Iterator[tuple[str, str]]:
+    """A name of its own for each row, and a caption."""
+    for number, picture in enumerate(pictures):
+        name = f"{number:08d}.jpg"
+        (folder / name).hardlink_to(picture)
+        yield name, f"第{number}张图"
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path, list[Path]], None], int]] = {
+    "folder": (_write_folder, READ_ROWS),
+    "aic_icc": (_write_aic_icc, READ_ROWS),
+    "webdataset": (_write_tars, TAR_ROWS),
+}
