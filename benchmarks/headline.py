@@ -108,9 +108,10 @@ def text_of(folder: Path) -> str:
     steps = (
         f"{run['training']['steps']:,} steps of fine-tuning and {before['steps']:,} of pretraining"
     )
+    tried = study["tuning"]["trials"] + len(study["tuning"].get("points", ()))
     setting = (
         f"The headline study (`skillnet compare --config studies/headline`): {sizes}, {steps}, "
-        f"{study['tuning']['trials']} tuning trials for each system; {first['machine']}, "
+        f"{tried} tuning trials for each system; {first['machine']}, "
         f"{first['date']}."
     )
     return (

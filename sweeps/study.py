@@ -24,7 +24,7 @@ from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from skillnet_platform.typed_tree import checked, nested
-from sweeps.spaces import Space, shown
+from sweeps.spaces import Dimension, Space, shown
 from sweeps.stored import STUDY_LEDGER
 from sweeps.study_settings import StudyConfig
 from sweeps.trial import ScoreConfig, Trial, TrialOutcome
@@ -153,11 +153,16 @@ def tuning_trials(config: StudyConfig) -> list[Trial]:
 
 
 def points(config: StudyConfig) -> list[dict[str, Any]]:
-    """Settings of every system's tuning trials: first none, then points spread over the space."""
+    """Settings of every system's tuning trials: none, points spread over the space, those named."""
     space = Space(config.tuning.space, config.run)
     spread = space.spread(config.tuning.trials - 1, config.tuning.seed)
     made = [{}, *(space.assignments(point) for point in spread)]
-    return made[: config.tuning.trials]
+    for point in config.tuning.points:
+        try:
+            Space({key: Dimension(choice=[value]) for key, value in point.items()}, config.run)
+        except UserError as problem:
+            raise UserError(f"tuning.points: {problem}") from None
+    return [*made[: config.tuning.trials], *config.tuning.points]
 
 
 def choose(

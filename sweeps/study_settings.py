@@ -70,12 +70,15 @@ class TuningConfig:
         space: key -> what it takes, as in a sweep.
         seed: of the trials, and of their points; none of the study's seeds.
         share: steps of a trial, as a share of the run's.
+        points: settings (key -> value) that every system tries besides: where the best lay at an
+            end of a range, one beyond it.
     """
 
     trials: int = 0
     space: dict[str, Dimension] = field(default_factory=dict)
     seed: int = 1000
     share: float = 1.0
+    points: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.trials < 0:
@@ -84,6 +87,8 @@ class TuningConfig:
             raise UserError(f"tuning.share must be above 0 and at most 1, got {self.share}")
         if self.trials > 1 and not self.space:
             raise UserError("tuning.trials without a tuning.space: name what is to be tuned")
+        if self.points and not self.trials:
+            raise UserError("tuning.points without tuning.trials: give --tuning.trials 1 at least")
 
 
 @dataclass

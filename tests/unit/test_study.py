@@ -69,6 +69,19 @@ def test_every_system_gets_the_same_trials():
     assert rates == [0.002, *points[0][1:]]
 
 
+def test_named_points_are_tried_by_every_system_besides():
+    tuning = replace(study().tuning, points=[{"training.lr": 0.05}])
+    trials = st.tuning_trials(study(tuning=tuning))
+    assert len(trials) == 15
+    last = [trial for trial in trials if trial.name.endswith("-t4")]
+    assert [trial.config.training.lr for trial in last] == [0.05] * 3
+    wrong = replace(study().tuning, points=[{"training.lrr": 0.05}])
+    with pytest.raises(UserError, match=r"tuning\.points: .*'training\.lr'"):
+        st.tuning_trials(study(tuning=wrong))
+    with pytest.raises(UserError, match=r"tuning\.points without tuning\.trials"):
+        TuningConfig(points=[{"training.lr": 0.05}])
+
+
 def test_final_runs_differ_in_what_their_system_sets_and_in_nothing_else():
     config = study()
     made = {label: st.final_trial(config, label, {}, 1) for label in SYSTEMS}
@@ -247,4 +260,5 @@ def test_presets_of_studies_expand(name: str):
         seen.add(configuration.digest({"run": same}))
     assert len(seen) == 1, "systems differ in more than their system, options and model"
     one = replace(config, systems={"skillnet": config.systems["skillnet"]})
-    assert len(st.tuning_trials(one)) == config.tuning.trials
+    tuning = config.tuning
+    assert len(st.tuning_trials(one)) == tuning.trials + len(tuning.points)
