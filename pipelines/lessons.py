@@ -6,11 +6,15 @@ that is there stays: corpora that come later are spelt with it, and what it lack
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pipelines import tokenizer as tokenizers
+from pipelines.delivery import TOKENIZER_MANIFEST
 from pipelines.foreign_tokenizer import adopt
 from pipelines.shards import MANIFEST
-from skillnet_platform import remote, storage
+from skillnet_platform import config, remote, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.places import Place, below, content
 
@@ -18,6 +22,19 @@ from skillnet_platform.places import Place, below, content
 LEARN = "learn"
 #: Key of the tokenizer's manifest that says whose it is; the built-in lesson has none.
 OF = "of"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How the user's corpora get a tokenizer.
+
+    Args:
+        anew: learn one from them whatever is there.
+        vocabulary: its number of tokens.
+    """
+
+    anew: bool = False
+    vocabulary: int = tokenizers.VOCABULARY
 
 
 def take(path: str, tokenizer: Path, manifest: Path, replaced: set[str], data: Place) -> None:
@@ -89,4 +106,14 @@ def is_the_users(manifest: Path) -> bool:
     try:
         return OF in storage.read_json(manifest)
     except UserError:
+        return False
+
+
+def is_learnt(tokenizer: Path, lesson: dict[str, Any]) -> bool:
+    """Whether the tokenizer that is there was learnt from just that."""
+    try:
+        entry = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
+        same = entry["lesson"] == config.digest(lesson)
+        return bool(same and entry["sha256"] == storage.sha256_file(tokenizer))
+    except (UserError, OSError, KeyError, TypeError):
         return False

@@ -176,13 +176,11 @@ def prepare(
         raise UserError(f"the corpus {min(twice)} is named twice")
     data = data.absolute()
     try:
-        for corpus in placed:
-            corpus.survey()
         if tokenizer not in (None, lessons.LEARN):
             asked = {corpus.name for corpus in [*corpora, *placed]}
             manifest = data / TOKENIZER_MANIFEST
             lessons.take(tokenizer, data / TOKENIZER, manifest, asked, store or data)
-        lesson = Lesson(tokenizer == lessons.LEARN, vocabulary)
+        lesson = lessons.Lesson(tokenizer == lessons.LEARN, vocabulary)
         corpora += placed
         return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, store)
     except Exception as problem:
@@ -192,39 +190,29 @@ def prepare(
         raise UserError(message) from problem
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """How the user's corpora get a tokenizer.
-
-    Args:
-        anew: learn one from them whatever is there.
-        vocabulary: its number of tokens.
-    """
-
-    anew: bool = False
-    vocabulary: int = tokenizers.VOCABULARY
-
-
 def _prepare(
     corpora: list[Corpus],
     data: Path,
     archives: Path,
     cpus: int | None = None,
     max_bad: float = MAX_BAD,
-    own: Lesson | None = None,
+    own: lessons.Lesson | None = None,
     store: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    own = own or Lesson()
+    own = own or lessons.Lesson()
     known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
     tokenizer = data / TOKENIZER
     teachers = _teachers(corpora, tokenizer, archives, own.anew)
     size = own.vocabulary if any(isinstance(c, PlacedCorpus) for c in teachers) else None
     lesson = _lesson(teachers, archives, known) | ({"vocabulary": size} if size else {})
-    learnt = not teachers or _is_learnt(tokenizer, lesson)
+    learnt = not teachers or lessons.is_learnt(tokenizer, lesson)
     done: dict[str, dict[str, Any]] = {}
     for corpus in corpora:
         if learnt or not corpus.text_columns:
             _note_unchanged(corpus, data, known[corpus.name], done, store)
+    for corpus in corpora:
+        if corpus.name not in done and isinstance(corpus, PlacedCorpus):
+            corpus.survey()
     if not learnt and size is not None:
         lessons.keep_spelling(tokenizer, {corpus.name for corpus in corpora}, store or data)
     if len(done) == len(corpora):
@@ -326,15 +314,6 @@ def _sources(corpus: Corpus, archives: Path) -> list[dict[str, str]]:
     return pinned + corpus.other_sources()
 
 
-def _is_learnt(tokenizer: Path, lesson: dict[str, Any]) -> bool:
-    try:
-        entry = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
-        same = entry["lesson"] == config.digest(lesson)
-        return bool(same and entry["sha256"] == storage.sha256_file(tokenizer))
-    except (UserError, OSError, KeyError, TypeError):
-        return False
-
-
 def _note_unchanged(
     corpus: Corpus,
     data: Path,
@@ -350,8 +329,18 @@ def _note_unchanged(
             manifest = open_corpus(remote.join(store, corpus.name)).manifest
     except UserError:
         return
-    identity = identity_of(corpus, sources, data) | corpus.facts()
-    if all(manifest.get(key) == value for key, value in identity.items()):
+
+    def has(told: dict[str, Any]) -> bool:
+        return all(manifest.get(key) == value for key, value in told.items())
+
+    if not has(identity_of(corpus, sources, data)):
+        return
+    if isinstance(corpus, PlacedCorpus):
+        # Of the same sources a survey would find the same, by a pass over all rows.
+        corpus.keep(manifest.get("labels") or (), (manifest.get("symbols") or ())[1:])
+        if not has(corpus.facts()):
+            corpus.survey()
+    if has(corpus.facts()):
         done[corpus.name] = _summary(manifest, "unchanged")
         if store is not None:
             clear_making(store, corpus.name)
