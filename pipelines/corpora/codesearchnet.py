@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.finish import CaptionOptions, CodeOptions
 from pipelines.corpora.placed import PlacedCorpus, bad, clean_text, group_of, key_of
+from pipelines.corpora.ranges import within
 from pipelines.corpora.records import Broken, json_lines
 from pipelines.places import Place
 from pipelines.transforms.code import summary
@@ -38,7 +39,7 @@ class CodePairOptions(CaptionOptions, CodeOptions):
     docstring: str = "docstring"
     code: str = "code"
     language: str = "python"
-    shortest: int = 4
+    shortest: int = within(4, 0)
 
 
 class CodeSearchNet(PlacedCorpus):

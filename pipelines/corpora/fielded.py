@@ -16,6 +16,7 @@ from pipelines.corpora.finish import (
 )
 from pipelines.corpora.placed import (
     MediaOptions,
+    NothingSaid,
     PlacedCorpus,
     characters_of,
     clean_captions,
@@ -36,6 +37,7 @@ ENDINGS = {
     "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v"),
 }
 MODALITY_OF = {ending: modality for modality, each in ENDINGS.items() for ending in each}
+NOUNS = {"sound": "a recording", "image": "a picture", "video": "a clip"}
 #: Usual names of fields, the likeliest first.
 CODE = ("code", "function", "func_code_string", "original_string")
 CAPTION = ("captions", "caption", "sentences", "docstring", "description", "text", "txt")
@@ -143,6 +145,7 @@ class FieldedCorpus(PlacedCorpus):
             split: the split that the corpus names for it.
 
         Raises:
+            NothingSaid: a medium has no captions, or no transcript.
             ValueError: a field is missing or of no use; says which.
         """
         label = self._label(fields) if "labels" in self.has else None
@@ -153,10 +156,15 @@ class FieldedCorpus(PlacedCorpus):
             raise ValueError("no media file")
         captions: list[str] = []
         text = None
+        said = _listed(fields.get(self.field or ""))
         if "captions" in self.has:
-            captions = clean_captions(_listed(fields.get(self.field or "")))
+            if _is_empty(said):
+                raise NothingSaid(f"{NOUNS[self.modality]} without captions")
+            captions = clean_captions(said)
         if "transcripts" in self.has:
-            text = characters_of(clean_text(fields.get(self.field or "")))
+            if _is_empty(said):
+                raise NothingSaid("a recording without a transcript")
+            text = characters_of(clean_text(said))
         return media_row(home, key, reference, captions, text, label)
 
     def home_of(self, split: str | None, key: str, fields: Mapping[str, Any]) -> str:
@@ -199,7 +207,10 @@ class FieldedCorpus(PlacedCorpus):
         name = _first(list(fields), CODE)
         row["code"] = clean_text(fields.get(name or ""))
         if "captions" in self.has:
-            captions = [summary(c) for c in clean_captions(_listed(fields.get(self.field or "")))]
+            said = _listed(fields.get(self.field or ""))
+            captions = [] if _is_empty(said) else [summary(c) for c in clean_captions(said)]
+            if _is_empty(captions):
+                raise NothingSaid("a function without a docstring")
             row["captions"] = clean_captions(captions)
             row["group"] = group_of(row["captions"])
         return row
@@ -210,6 +221,12 @@ def _listed(value: Any) -> Any:
     if isinstance(value, list):
         return [v.get("raw", v.get("text")) if isinstance(v, dict) else v for v in value]
     return value
+
+
+def _is_empty(said: Any) -> bool:
+    """Whether there are no words in a text, or in any of some texts."""
+    listed = said if isinstance(said, list) else [said]
+    return all(text is None or (isinstance(text, str) and not text.strip()) for text in listed)
 
 
 def _first(names: list[str], usual: Iterable[str]) -> str | None:

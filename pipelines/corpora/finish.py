@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpora.base import shaped
+from pipelines.corpora.ranges import Ranged, within
 from pipelines.encoded import Storage, encode, encoded_field, is_encoded
 from pipelines.guard import read_each
 from pipelines.media import MEDIA, Unreadable, read_media
@@ -20,10 +21,12 @@ from pipelines.transforms import code, image, sound, text, video
 
 #: Frames a second: one every 10 ms.
 FRAME_RATE = sound.RATE // sound.HOP
+#: Pixels per side, and frames: beyond, a single row takes gigabytes.
+LARGEST = 4096
 
 
 @dataclass
-class SplitOptions:
+class SplitOptions(Ranged):
     """Where a corpus brings no split of its own, rows fall into one by a hash of their key.
 
     Args:
@@ -35,6 +38,7 @@ class SplitOptions:
     test: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("validation", "test"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} must be in [0, 1), got {getattr(self, key)}")
@@ -43,7 +47,7 @@ class SplitOptions:
 
 
 @dataclass
-class TextOptions:
+class TextOptions(Ranged):
     """Texts.
 
     Args:
@@ -52,12 +56,12 @@ class TextOptions:
             spelt in tokens.
     """
 
-    max_tokens: int = 128
-    max_characters: int = 10_000
+    max_tokens: int = within(128, 1)
+    max_characters: int = within(10_000, 1)
 
 
 @dataclass
-class CaptionOptions:
+class CaptionOptions(Ranged):
     """Captions.
 
     Args:
@@ -65,12 +69,12 @@ class CaptionOptions:
         max_caption_characters: characters kept of a caption.
     """
 
-    max_caption_tokens: int = text.CAPTION_TOKENS
-    max_caption_characters: int = 1_000
+    max_caption_tokens: int = within(text.CAPTION_TOKENS, 1)
+    max_caption_characters: int = within(1_000, 1)
 
 
 @dataclass
-class SoundOptions:
+class SoundOptions(Ranged):
     """Recordings: resampled to 16 kHz mono, 80 log-mel bins of 25 ms every 10 ms.
 
     Args:
@@ -80,12 +84,12 @@ class SoundOptions:
         trim: cut the silence before and after speech. Recognisers usually keep it.
     """
 
-    max_seconds: float = 20.0
+    max_seconds: float = within(20.0, 0.1, 3600)
     trim: bool = False
 
 
 @dataclass
-class ImageOptions:
+class ImageOptions(Ranged):
     """Pictures.
 
     Args:
@@ -94,13 +98,13 @@ class ImageOptions:
         storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
     """
 
-    size: int = image.SIZE
+    size: int = within(image.SIZE, 1, LARGEST)
     fit: Literal["crop", "pad"] = "crop"
     storage: Storage = "auto"
 
 
 @dataclass
-class VideoOptions:
+class VideoOptions(Ranged):
     """Clips: frames spread evenly over the whole length, the middle square of each, grey.
 
     Args:
@@ -109,13 +113,13 @@ class VideoOptions:
         storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
     """
 
-    frames: int = video.FRAMES
-    video_size: int = video.SIZE
+    frames: int = within(video.FRAMES, 1, LARGEST)
+    video_size: int = within(video.SIZE, 1, LARGEST)
     storage: Storage = "auto"
 
 
 @dataclass
-class CodeOptions:
+class CodeOptions(Ranged):
     """Functions, without their docstrings.
 
     Args:
@@ -123,8 +127,8 @@ class CodeOptions:
         max_code_characters: characters kept of a function.
     """
 
-    max_code_tokens: int = 256
-    max_code_characters: int = 20_000
+    max_code_tokens: int = within(256, 1)
+    max_code_characters: int = within(20_000, 1)
 
 
 #: Column of reasons; see ``Corpus.transform``.

@@ -5,18 +5,27 @@
     train/metadata.csv  test/…          splits given by folders
     train/cat/1.jpg  train/dog/2.jpg    no metadata: the folder is the class
     rows.csv                            no media: texts with labels, functions with docstrings
+    any-name.jsonl                      given as the place itself, media beside it or none
 
 ``file_name`` is relative to its metadata file and cannot lead out of the folder.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus, ending_of
-from pipelines.corpora.placed import bad, key_of
+from pipelines.corpora.fielded import (
+    LABEL,
+    MODALITY_OF,
+    SPLIT_NAMES,
+    TEXT,
+    FieldedCorpus,
+    ending_of,
+)
+from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken, records
 from pipelines.media import MediaRef
-from pipelines.places import Place
+from pipelines.places import Place, listing_digest
 from pipelines.seen import Seen
 from skillnet_platform.errors import UserError
 
@@ -51,7 +60,8 @@ class Folder(FieldedCorpus):
     def locate(self) -> None:
         """Find metadata files, else classes by folders; see what the first row has."""
         self.files = [(None, "")] if self.place.is_file else list(_metadata(self.place))
-        self.home = Place(self.options.media) if self.options.media else self.place
+        beside = self.place.uri.rpartition("/")[0] or "/" if self.place.is_file else self.place.uri
+        self.home = Place(self.options.media or beside)
         self.file_field: str | None = None
         if not self.files:
             first = _first_media(self.place)
@@ -100,7 +110,7 @@ class Folder(FieldedCorpus):
                     try:
                         row = self._row(key, split, folder, record, named)
                     except ValueError as problem:
-                        yield bad(key, str(problem), told, number)
+                        yield aside(key, problem, told, number)
                         continue
                     yield row | {"file": told, "row": number}
                 if self.file_field is not None and not self.place.is_file:
@@ -117,9 +127,19 @@ class Folder(FieldedCorpus):
         path = self.home.path(inside)
         named.add(path)
         row = self.row(key, record, MediaRef(path), split)
-        if not self.home.exists(inside):
+        # A store is not asked for each row one after the other: whoever reads the medium sees.
+        if not self.home.remote and not self.home.exists(inside):
             raise ValueError("the media file is missing")
         return row
+
+    def other_sources(self) -> list[dict[str, str]]:
+        """As of any; with one file of rows also the media beside it."""
+        found = super().other_sources()
+        if self.place.is_file and self.file_field is not None and not self.options.media:
+            media = (e for e in self.home.walk() if ending_of(e.name) in MODALITY_OF)
+            files, size, digest = listing_digest(media)
+            found.append({"file": f"media: {files} files, {size} bytes", "sha256": digest})
+        return found
 
     def _unnamed(self, folder: str, named: Seen) -> Iterator[Rejected]:
         """Media files below a metadata file that it does not name."""
@@ -158,6 +178,17 @@ def _names_media(field: str, row: Row) -> bool:
     value = row.get(field)
     known = isinstance(value, str) and ending_of(value) in MODALITY_OF
     return known or (field == "file_name" and field in row)
+
+
+def holds_rows(place: Place) -> bool:
+    """Whether metadata name media or hold labelled texts: tars beside them are leftovers."""
+    for _, file in [] if place.is_file else _metadata(place):
+        row = next((r for _, r in islice(records(place, file), 100) if isinstance(r, dict)), {})
+        if any(_names_media(name, row) for name in FILE_FIELDS):
+            return True
+        if row.keys() & set(TEXT) and row.keys() & set(LABEL):
+            return True
+    return False
 
 
 def _metadata(place: Place) -> Iterator[tuple[str | None, str]]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus, ending_of
-from pipelines.corpora.placed import bad, key_of
+from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken
 from pipelines.media import MediaRef
 from pipelines.places import Place
@@ -89,7 +89,7 @@ class HfDataset(FieldedCorpus):
                         media = record.pop(self.media_field) if self.media_field else None
                         row = self.row(key, self._named(record), media, split)
                     except ValueError as problem:
-                        yield bad(key, str(problem), file, number)
+                        yield aside(key, problem, file, number)
                         continue
                     yield row | {"file": file, "row": number}
 

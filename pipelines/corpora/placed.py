@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipelines.corpora import finish
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
+from pipelines.corpora.ranges import Ranged, within
 from pipelines.media import MAX_BYTES, MediaRef
 from pipelines.places import Place, listing_digest
 from pipelines.transforms import image, sound
@@ -40,7 +41,7 @@ _SPACE = re.compile(rf"(?<=[{_CHINESE}])\s+|\s+(?=[{_CHINESE}])")
 
 
 @dataclass
-class MediaOptions:
+class MediaOptions(Ranged):
     """Media files.
 
     Args:
@@ -49,7 +50,7 @@ class MediaOptions:
     """
 
     media: str | None = None
-    max_megabytes: int = MAX_BYTES // 2**20
+    max_megabytes: int = within(MAX_BYTES // 2**20, 1)
 
 
 class PlacedCorpus(Corpus):
@@ -225,15 +226,16 @@ class PlacedCorpus(Corpus):
     def other_sources(self) -> list[dict[str, str]]:
         """Annotations by their content; media by names and sizes."""
         if self.place.is_file:
-            return [{"file": self.place.name, "sha256": self.place.digest("")}]
-        annotations = sorted(self.annotations())
-        told = set(annotations)
-        found = [{"file": name, "sha256": self.place.digest(name)} for name in annotations]
-        files, size, digest = listing_digest(
-            entry for entry in self.place.walk() if entry.name not in told
-        )
-        if files:
-            found.append({"file": f"{files} files, {size} bytes", "sha256": digest})
+            found = [{"file": self.place.name, "sha256": self.place.digest("")}]
+        else:
+            annotations = sorted(self.annotations())
+            told = set(annotations)
+            found = [{"file": name, "sha256": self.place.digest(name)} for name in annotations]
+            files, size, digest = listing_digest(
+                entry for entry in self.place.walk() if entry.name not in told
+            )
+            if files:
+                found.append({"file": f"{files} files, {size} bytes", "sha256": digest})
         other = getattr(self.options, "media", None)
         if other:
             files, size, digest = listing_digest(Place(other).walk())
@@ -276,6 +278,16 @@ def bad(
     ``rest`` says that the file cannot be read on behind it.
     """
     return Rejected(key, reason, file, row, bad=True, rest=rest)
+
+
+class NothingSaid(ValueError):
+    """A medium that no caption or transcript goes with: set aside by choice, as it says nothing of
+    the state of a corpus."""
+
+
+def aside(key: str, problem: ValueError, file: str | None, row: int | None) -> Rejected:
+    """A row that cannot be used, and why: held against the corpus unless nothing is said."""
+    return Rejected(key, str(problem), file, row, bad=not isinstance(problem, NothingSaid))
 
 
 def group_of(captions: Sequence[str]) -> int:

@@ -55,6 +55,7 @@ class TnewsOptions(TextOptions):
     validation: float = 0.05
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation must be in [0, 1), got {self.validation}")
 

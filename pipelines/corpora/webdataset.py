@@ -17,7 +17,8 @@ from typing import Any
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus
-from pipelines.corpora.placed import bad, key_of
+from pipelines.corpora.folder import holds_rows
+from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.media import MediaRef
 from pipelines.places import Place
 from pipelines.source_files import OWN, open_stream
@@ -49,7 +50,9 @@ class WebDataset(FieldedCorpus):
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
-        """Tars with media and texts that share names."""
+        """Tars with media and texts that share names, unless they lie beside metadata."""
+        if holds_rows(place):
+            return None
         for tar in _tars(place)[:1]:
             for sample in islice(_samples(place, tar), 1):
                 if sample.reference is not None or sample.fields:
@@ -64,12 +67,15 @@ class WebDataset(FieldedCorpus):
         self.given = frozenset(split for tar in self.tars if (split := _split_of(tar)))
         if self.options.split is not None:
             self.given = frozenset(SPLIT_NAMES.values())
-        for tar in self.tars:
-            for sample in islice(_samples(self.place, tar), 100):
-                if not sample.problem:
-                    self.decide(sample.fields, sample.ending)
-                    return
-        raise UserError(f"{self.place.uri}: no readable sample in its tars")
+        first = next((found for tar in self.tars if (found := self._first(tar))), None)
+        if first is None:
+            raise UserError(f"{self.place.uri}: no readable sample in its tars")
+        self.decide(first.fields, first.ending)
+
+    def _first(self, tar: str) -> Sample | None:
+        """The first sample of a tar that has a medium and says something of it, else the first."""
+        good = [s for s in islice(_samples(self.place, tar), 100) if not s.problem]
+        return next((s for s in good if s.fields and s.reference), good[0] if good else None)
 
     def files_of_rows(self) -> int:
         """The tars."""
@@ -87,7 +93,7 @@ class WebDataset(FieldedCorpus):
                 try:
                     row = self.row(key, sample.fields, sample.reference, split)
                 except ValueError as problem:
-                    yield bad(key, str(problem), file, number)
+                    yield aside(key, problem, file, number)
                     continue
                 yield row | {"file": file, "row": number}
 

@@ -1,6 +1,7 @@
 """Folders with metadata, WebDataset tars and saved Hugging Face datasets of any modality."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.corpora.base import Rejected, Sources
+from pipelines.media import Unreadable, read_media
 from pipelines.places import Place
 from skillnet_platform.errors import UserError
 from tests import user_corpora
@@ -174,8 +176,83 @@ class TestFolder:
         with pytest.raises(UserError, match=message):
             place_corpus("folder", str(tmp_path), options)
 
+    def test_media_that_nothing_is_said_of_are_not_bad(self, tmp_path: Path) -> None:
+        folder = user_corpora.media_folder(tmp_path, rows=3)
+        with (folder / "metadata.jsonl").open("a") as out:
+            out.write('{"file_name": "data/0.wav", "transcription": " "}\n')
+            out.write(
+                '{"file_name": "data/1.wav"}\n{"file_name": "data/2.wav", "transcription": 7}'
+            )
+        found = place_corpus("folder", str(folder)).rows(Sources.none())
+        rejected = [(r.reason, r.row, r.bad) for r in found if isinstance(r, Rejected)]
+        assert rejected == [
+            ("a recording without a transcript", 4, False),
+            ("a recording without a transcript", 5, False),
+            ("a text is missing", 6, True),
+        ]
+
+    def test_metadata_named_by_the_user_lie_beside_their_media(self, tmp_path: Path) -> None:
+        folder = user_corpora.media_folder(tmp_path, rows=5)
+        (folder / "metadata.jsonl").rename(folder / "index.jsonl")
+        corpus = place_corpus("mine", f"folder:{folder / 'index.jsonl'}")
+        rows, reasons = read(corpus)
+        assert not reasons
+        assert all(media(row)[:4] == b"RIFF" for each in rows.values() for row in each)
+        before = corpus.other_sources()
+        (folder / "data" / "0.wav").write_bytes(b"another")
+        assert corpus.other_sources() != before
+
+    def test_a_store_is_not_asked_for_each_row(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A medium that is missing there is found by whoever reads it, in parallel."""
+        folder = user_corpora.media_folder(tmp_path, rows=30)
+        store = fsspec.filesystem("memory")
+        store.put(str(folder), "/not-asked/mine", recursive=True)
+        store.rm("/not-asked/mine/data/3.wav")
+        asked, info = [], type(store).info
+
+        def noting(self: object, path: str, **more: object) -> object:
+            asked.append(path)
+            return info(self, path, **more)
+
+        monkeypatch.setattr(type(store), "info", noting)
+        corpus = place_corpus("mine", "folder:memory://not-asked/mine")
+        corpus.survey()
+        rows, _ = read(corpus)
+        assert not [path for path in asked if path.endswith(".wav")]
+        monkeypatch.undo()
+        every = [row["media"] for each in rows.values() for row in each]
+        missing = [data for data in read_media(every) if isinstance(data, Unreadable)]
+        assert [data.reason for data in missing] == ["the media file is missing"]
+
+    def test_a_tar_left_beside_metadata_is_not_the_corpus(self, tmp_path: Path) -> None:
+        folder = user_corpora.media_folder(tmp_path, rows=3)
+        (folder / "backup.tar.gz").write_bytes(
+            tarred({"0.wav": user_corpora.wav(0), "0.txt": b"x"})
+        )
+        found = guess_reader(Place(str(folder)))
+        assert found is not None
+        assert found[0] == "folder"
+        # A description beside tars does not make them a folder of media.
+        tars = user_corpora.webdataset(tmp_path / "tars")
+        (tars / "metadata.json").write_text('{"description": "pictures", "samples": 36}')
+        found = guess_reader(Place(str(tars)))
+        assert found is not None
+        assert found[0] == "webdataset"
+
 
 class TestWebDataset:
+    def test_the_first_picture_may_be_without_a_caption(self, tmp_path: Path) -> None:
+        files = {"0.jpg": user_corpora.jpg(0)}
+        for n in (1, 2):
+            files |= {f"{n}.jpg": user_corpora.jpg(n), f"{n}.txt": b"words"}
+        (tmp_path / "x.tar").write_bytes(gzip.decompress(tarred(files)))
+        corpus = place_corpus("webdataset", str(tmp_path))
+        assert corpus.task == "text_to_image"
+        (bare,) = [row for row in corpus.rows(Sources.none()) if isinstance(row, Rejected)]
+        assert (bare.reason, bare.row, bare.bad) == ("a picture without captions", 1, False)
+
     def test_members_are_ranges_of_their_tar(self, tmp_path: Path) -> None:
         corpus = place_corpus("webdataset", str(user_corpora.webdataset(tmp_path)))
         assert corpus.task == "text_to_image"

@@ -420,6 +420,15 @@ def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
         ("tnews", "{tnews}", {"keyword": True}, "did you mean 'keywords'"),
         ("tnews", "{tnews}", {"max_tokens": "x"}, "max_tokens: expected a whole number"),
         ("tnews", "{tnews}", {"validation": 2}, r"validation must be in \[0, 1\)"),
+        ("tnews", "{tnews}", {"max_tokens": -3}, "options.tnews: max_tokens is -3; expected at le"),
+        ("folder", "{tnews}", {"size": 0}, "options.folder: size is 0; expected 1 to 4096"),
+        ("folder", "{tnews}", {"frames": 0}, "frames is 0; expected 1 to 4096"),
+        ("folder", "{tnews}", {"video_size": 10**7}, "video_size is 10000000; expected 1 to 4096"),
+        ("folder", "{tnews}", {"max_seconds": 0}, "max_seconds is 0.*; expected 0.1 to 3600"),
+        ("folder", "{tnews}", {"max_seconds": float("nan")}, "max_seconds"),
+        ("folder", "{tnews}", {"max_megabytes": 0}, "max_megabytes is 0; expected at least 1"),
+        ("codesearchnet", "{tnews}", {"shortest": -1}, "shortest is -1; expected at least 0"),
+        ("codesearchnet", "{tnews}", {"max_code_tokens": 0}, "max_code_tokens is 0"),
     ],
 )
 def test_mistakes_have_one_message(
