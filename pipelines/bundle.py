@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from pipelines import tokenizer as tokenizers
@@ -29,7 +30,7 @@ from skillnet import systems
 from skillnet.files import check_inside, read_config, read_manifest
 from skillnet.skills import Task
 from skillnet.tensors import load_tensors
-from skillnet_platform import __version__
+from skillnet_platform import __version__, console
 from skillnet_platform.config import digest
 from skillnet_platform.errors import UserError
 from skillnet_platform.places import Place, below, content, place
@@ -44,6 +45,11 @@ from skillnet_platform.storage import (
 FORMAT = 1
 #: Count it up when the vectors of known captions change; bundles made for a checkpoint are kept.
 VECTORS = 2
+#: Known captions of a task, at most: with vectors of 512 numbers they take 200 MB in the bundle and
+#: in the memory of whoever predicts.
+MOST_CAPTIONS = 100_000
+#: Captions that are read or embedded at once.
+BATCH = 8192
 ABOUT = "serving.json"
 TOKENIZER = "tokenizer.json"
 
@@ -77,7 +83,7 @@ def build(source: Source, data: str | Path, target: Path) -> Path:
         for task, corpus in corpora.items():
             if specs[task].objective == "retrieval":
                 captions = known_captions(corpus)
-                vectors = predictor.embed_texts(task, captions)
+                vectors = embedded(predictor, task, captions)
                 save_file({"embeddings": vectors}, folder / f"captions-{task}.safetensors")
                 write_json(folder / f"captions-{task}.json", captions)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -206,14 +212,37 @@ def names_of(corpus: Corpus, spec: Task) -> list[str]:
     return list(corpus.manifest.get(key, [])) if key else []
 
 
-def known_captions(corpus: Corpus) -> list[str]:
-    """The distinct first captions of all splits but pretraining, in order."""
+def known_captions(corpus: Corpus, most: int = MOST_CAPTIONS) -> list[str]:
+    """The distinct first captions of all splits but pretraining, in order, up to so many.
+
+    Shards are read one by one, and none beyond the last caption that is taken.
+    """
     found: dict[str, None] = {}
     for name, split in corpus.splits.items():
-        if name != "pretrain":
-            captions = split.column("captions").to_pylist()
-            found |= dict.fromkeys(row[0] for row in captions if row)
+        for shard in split.shards if name != "pretrain" else ():
+            opened = split.files.open(shard)  # held while it is read: a cache may want its place
+            if "captions" not in opened.table.column_names:
+                break  # rows for prediction only
+            captions = opened.table["captions"]
+            for start in range(0, len(captions), BATCH):
+                rows = captions.slice(start, BATCH).to_pylist()
+                found |= dict.fromkeys(row[0] for row in rows if row)
+                if len(found) > most:
+                    console.note(
+                        f"{corpus.name} has more than {most:,} captions: answers are chosen among "
+                        "the first ones"
+                    )
+                    return list(found)[:most]
     return list(found)
+
+
+def embedded(predictor: Predictor, task: str, captions: list[str]) -> np.ndarray:
+    """Vectors of known captions, (N, E): spelt in tokens a batch at a time."""
+    parts = [
+        predictor.embed_texts(task, captions[start : start + BATCH])
+        for start in range(0, len(captions), BATCH)
+    ]
+    return np.concatenate(parts) if parts else predictor.embed_texts(task, [])
 
 
 def tokenizer_of(corpora: Mapping[str, Corpus], data: Place) -> bytes:

@@ -15,7 +15,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.config import digest, parse, positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.places import place
-from skillnet_platform.storage import atomic_write, data_root, run_root
+from skillnet_platform.storage import atomic_write, data_root, human_bytes, run_root
 
 if TYPE_CHECKING:
     from pipelines.predictor import Predictor
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Goes up whenever the index changes, so that a kept one is not taken for a new one.
 VERSION = 1
+#: Vectors of all rows that are searched are in memory.
+MOST_BYTES = 4 * 2**30
 
 
 @dataclass
@@ -35,7 +37,8 @@ class SearchConfig:
         task: text_to_image, text_to_video or text_to_code.
         model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
-        splits: which splits to search; by default all but pretraining.
+        splits: which splits to search; by default all but pretraining. The vectors of their rows
+            may take 4 GiB: two million rows at a width of 512.
         top: how many results.
         html: the page to write; by default below searches in the run root.
         open: open the page in a browser.
@@ -135,7 +138,11 @@ def search(config: SearchConfig) -> Found:
 def index(
     predictor: "Predictor", source: "Source", task: str, corpus: "Corpus", splits: Sequence[str]
 ) -> np.ndarray:
-    """Vectors of all rows of some splits, (N, E); kept by the digests of model and corpus."""
+    """Vectors of all rows of some splits, (N, E); kept by the digests of model and corpus.
+
+    Raises:
+        UserError: they would not fit into ``MOST_BYTES``.
+    """
     from safetensors.numpy import load_file, save
 
     from pipelines.inference import split_inputs
@@ -147,6 +154,14 @@ def index(
     if kept.is_file():
         return load_file(kept)["embeddings"]
     config = predictor.model.config
+    rows = sum(corpus.splits[name].rows for name in splits)
+    if rows * config.embedding_dim * 4 > MOST_BYTES:
+        raise UserError(
+            f"{corpus.name}: vectors of {rows:,} rows take "
+            f"{human_bytes(rows * config.embedding_dim * 4)}, a search holds at most "
+            f"{human_bytes(MOST_BYTES)} in memory; name some of its splits, for example --splits "
+            f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
+        )
     parts = []
     with console.progress(f"embedding {corpus.name}", None, "rows") as bar:
         for name in splits:
