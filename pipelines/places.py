@@ -130,9 +130,9 @@ class Place:
             raise UserError(f"{path}: no such file") from None
         return gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream  # type: ignore[return-value]
 
-    def lines(self, relative: str = "") -> Iterator[tuple[int, bytes]]:
+    def lines(self, relative: str = "", ends: bool = False) -> Iterator[tuple[int, bytes]]:
         """Lines of a file with their numbers, from 1; empty ones and a byte order mark are left
-        out.
+        out. With ``ends`` a line keeps its own: what has none stands last, and may be cut short.
 
         Raises:
             EOFError, zlib.error, BadGzipFile: ``DAMAGED``: a compressed file ends or breaks.
@@ -144,7 +144,7 @@ class Place:
                 number += 1
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
-                line = line.strip(b"\r\n")
+                line = line if ends else line.strip(b"\r\n")
                 if line.strip():
                     yield number, line
 

@@ -43,8 +43,6 @@ def _opened(root: str) -> Any:
     import fsspec
 
     options = S3_OPTIONS if root.startswith(("s3://", "s3a://")) else {}
-    # Listings are kept: files beside each other are asked for one after the other.
-    options = {key: value for key, value in options.items() if key != "use_listings_cache"}
     try:
         return fsspec.core.url_to_fs(root, **options)[0]
     except (ImportError, ValueError) as problem:

@@ -33,6 +33,8 @@ class Broken:
     rest: bool = False
 
 
+#: A bad line without an end can only be the last one of its file.
+CUT = Broken("the file is cut short in the midst of a line", rest=True)
 #: (Number of the line or record in its file, from 1; the record).
 Found = tuple[int, "dict[str, Any] | Broken"]
 
@@ -53,13 +55,16 @@ def json_lines(place: Place, file: str) -> Iterator[Found]:
     """The objects of a file with one a line; named by the number of their line."""
     number = 0
     try:
-        for number, line in place.lines(file):
+        for number, line in place.lines(file, ends=True):
             try:
                 value: Any = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                value = Broken("not UTF-8")
-            except (ValueError, RecursionError):
-                value = Broken("not JSON")
+            except (ValueError, RecursionError) as problem:
+                if not line.endswith(b"\n"):
+                    value = CUT
+                else:
+                    value = Broken(
+                        f"not {'UTF-8' if isinstance(problem, UnicodeError) else 'JSON'}"
+                    )
             yield number, _mapping(value)
     except DAMAGED:
         yield number + 1, Broken("the compressed file is cut short or damaged", rest=True)
@@ -106,7 +111,8 @@ def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
         # "replace" and not an error: the reader goes on, and the row is told by the mark.
         io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="") as text,
     ):
-        reader = csv.DictReader(text, delimiter=separator)
+        lines = _Lines(text)
+        reader = csv.DictReader(lines, delimiter=separator)
         while True:
             try:
                 row = next(reader)
@@ -121,6 +127,9 @@ def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
                 return
             where = reader.line_num
             if None in row or None in row.values():
+                if not lines.last.endswith(("\n", "\r")):
+                    yield where, CUT
+                    return
                 yield where, Broken("another number of fields than the head line")
             elif any("\ufffd" in value for value in row.values()):
                 yield where, Broken("not UTF-8")
@@ -156,6 +165,20 @@ def _starts_with(place: Place, file: str, mark: bytes) -> bool:
             return stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == mark
         except DAMAGED:
             return False
+
+
+class _Lines:
+    """Lines of a text, of which the last one that was given is kept."""
+
+    def __init__(self, text: Iterator[str]) -> None:
+        self.text, self.last = text, ""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self.last = next(self.text)
+        return self.last
 
 
 class _Text:

@@ -158,6 +158,20 @@ def test_damage_still_is_damage(name: str) -> None:
     assert last.rest
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_lines_that_end_in_the_midst_of_one_are_cut_short(tmp_path: Path, name: str) -> None:
+    """A bad line with an end says nothing of the rest: a download that broke off has none."""
+    every = FILES[name]().splitlines(keepends=True)
+    before = 9 + name.endswith(".csv")
+    cut = b"".join(every[:before]) + every[before][:10]
+    for ending, rest in ((b"", True), (b"\n", False)):
+        (tmp_path / name).write_bytes(cut + ending)
+        found = [record for _, record in records(Place(str(tmp_path / name)), "")]
+        assert found[:-1] == ROWS[:9]
+        assert isinstance(found[-1], Broken)
+        assert found[-1].rest == rest
+
+
 def summary(place: str, folder: Path, reader: str = "folder") -> Summary:
     corpus = place_corpus("mine", f"{reader}:{place}")
     *_, last = read_blocks(corpus, Sources.none(), folder / "rejected.jsonl")
