@@ -31,6 +31,7 @@ from pipelines.blocks import PLACES, Summary
 from pipelines.corpora.base import Corpus, Sources
 from pipelines.datasource import AWAY, MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
 from pipelines.delivery import Delivery, clear_making
+from pipelines.media import MEDIA, MediaRef
 from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet.memory import keep_freed_memory
 from skillnet_platform import cluster, console
@@ -261,6 +262,9 @@ def split_rejected(made: pa.Table, block: pa.Table) -> tuple[pa.Table, list[dict
     if not pa.compute.any(bad).as_py():
         return made, []
     rows = block.select(_places(block)).filter(bad).to_pylist()
+    for row in rows:
+        if row.get("media") is not None:
+            row["media"] = str(MediaRef(**row["media"]))
     reasons = made[REJECTED].filter(bad).to_pylist()
     lines = [
         {key: value for key, value in row.items() if value is not None} | {"reason": reason}
@@ -424,7 +428,9 @@ def _run(jobs: Sequence[Job], session: str, hosts: Hosts) -> Generator[dict[str,
 
 
 def _places(block: pa.Table) -> list[str]:
-    return ["key", *(name for name in PLACES if name in block.column_names)]
+    """What the quarantine tells of a row: its place, and the medium that it refers to."""
+    wanted = [*PLACES, *(f.name for f in block.schema if f.name == "media" and f.type == MEDIA)]
+    return ["key", *(name for name in wanted if name in block.column_names)]
 
 
 def _train_tokenizer(parts: list[tuple[Corpus, Path]], size: int) -> str:

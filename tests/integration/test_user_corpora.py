@@ -64,7 +64,8 @@ def test_splits_and_what_is_set_aside(place: Place) -> None:
     lines = (place.data / "vatex" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     told = [json.loads(line) for line in lines]
     (damaged,) = [row for row in told if row["key"] == "-a_00-xxxxx_000000_000010"]
-    assert damaged["file"].endswith("more/-a_00-xxxxx_000000_000010.mp4")
+    assert (damaged["file"], damaged["row"]) == ("vatex_training_v1.0.json", 1)
+    assert damaged["media"].endswith("more/-a_00-xxxxx_000000_000010.mp4")
     assert damaged["reason"] == "no pictures in the file"
     assert all("file" in row for row in told)
 

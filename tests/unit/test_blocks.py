@@ -11,8 +11,9 @@ import pytest
 from pipelines.blocks import LONGEST_TEXT, TWICE, Block, Summary, read_blocks
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.datasource import Job, pack, read_spool, rejected_beside, units, unpack, write_spool
+from pipelines.media import MEDIA, MediaRef
 from pipelines.partial import REJECTED_ROWS, partial, write_entry
-from pipelines.preparation import MOST_REASONS, counted
+from pipelines.preparation import MOST_REASONS, counted, split_rejected
 from pipelines.seen import Seen
 from tests.made_corpora import Made, put_archive
 
@@ -103,6 +104,31 @@ def test_a_spool_gives_what_reading_gives(tmp_path: Path) -> None:
     assert all(a.equals(b) for a, b in zip(live, spooled, strict=True))
     assert len(live) == len(list(read_spool(tmp_path / "made.arrows"))) == 13
     assert told == rejected_beside(tmp_path / "made.arrows").read_bytes()
+
+
+def test_the_quarantine_tells_where_a_row_stands_and_its_medium() -> None:
+    made = pa.table({"rejected": pa.array(["no pictures in it", None, "longer than 1 s"])})
+    references = [MediaRef("/d/a.mp4"), MediaRef("/d/b.mp4"), MediaRef("/d/s.tgz", member="c.mp4")]
+    block = pa.table(
+        {
+            "key": ["a", "b", "c"],
+            "file": ["told.json", "told.json", None],
+            "row": pa.array([1, 2, None], pa.int64()),
+            "media": pa.array([reference.row() for reference in references], MEDIA),
+        }
+    )
+    good, lines = split_rejected(made, block)
+    assert good.num_rows == 1
+    assert lines == [
+        {
+            "key": "a",
+            "file": "told.json",
+            "row": 1,
+            "media": "/d/a.mp4",
+            "reason": "no pictures in it",
+        },
+        {"key": "c", "media": "/d/s.tgz/c.mp4", "reason": "longer than 1 s"},
+    ]
 
 
 def test_finished_blocks_are_not_given_again_unless_their_rows_changed(tmp_path: Path) -> None:
