@@ -19,7 +19,6 @@ from pipelines.bundle import open_bundle
 from pipelines.predictor import Item, Prediction
 from skillnet_platform.errors import UserError
 
-INPUTS = ("text", "file", "name", "task")
 DEFAULT_TOP = 5
 
 

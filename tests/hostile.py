@@ -17,6 +17,7 @@ from PIL import Image
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources
 from pipelines.guard import read_each
 from pipelines.transforms import image, sound, video
+from tests.clips import encode_video
 from tests.unit.test_transforms import PATHS, mp3, tone, wav
 
 HOURS = 10
@@ -64,7 +65,7 @@ def not_numbers() -> bytes:
 
 def clip() -> bytes:
     """A character being written, as an MP4 without sound."""
-    return video.encode_video(video.draw_paths(PATHS))
+    return encode_video(video.draw_paths(PATHS))
 
 
 def repacked(data: bytes, ending: str) -> bytes:

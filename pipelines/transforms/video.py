@@ -20,28 +20,10 @@ MAX_FRAMES_READ = 18_000
 TOO_LONG = f"more than {MAX_FRAMES_READ} frames"
 #: Of a frame; 8K has 33 million.
 MAX_PIXELS = 36 * 2**20
-#: Of all frames, where all are asked for.
-MAX_BYTES = 2**30
 CUT_SHORT = "cut short: the file ends before its clip does"
 
 #: A pen path: points (x, y) on a square of side 1, y downward.
 Path = Sequence[tuple[float, float]]
-
-
-def decode_video(data: bytes) -> NDArray[np.uint8]:
-    """Read an MP4 (or whatever FFmpeg reads) file: uint8 (N, H, W, 3), all frames.
-
-    Raises:
-        ValueError: the bytes are no video, or more frames than fit into ``MAX_BYTES``.
-    """
-    frames: list[NDArray[np.uint8]] = []
-    for frame in _frames(data):
-        frames.append(frame.to_ndarray(format="rgb24"))
-        if len(frames) * frames[0].nbytes > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES // 2**20} MiB of frames")
-    if not frames:
-        raise ValueError("a video without frames")
-    return np.stack(frames)
 
 
 def count_frames(data: bytes) -> int:
@@ -101,29 +83,6 @@ def _frames(data: bytes) -> Iterator[Any]:
             if frame.width * frame.height > MAX_PIXELS:  # it may change on the way
                 raise ValueError(f"frames of more than {MAX_PIXELS // 10**6} million pixels")
             yield frame
-
-
-def encode_video(frames: NDArray[np.uint8], rate: int = 4, scale: int = 4) -> bytes:
-    """Write frames as an MP4 file, enlarged ``scale`` times: for showing them, and for tests.
-
-    Args:
-        frames: uint8 (N, H, W, 1) or (N, H, W, 3).
-    """
-    import av
-
-    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    if large.shape[-1] == 1:
-        large = large.repeat(3, axis=-1)
-    target = io.BytesIO()
-    with av.open(target, mode="w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.height, stream.width = large.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.bit_rate = 4_000_000
-        for picture in large:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return target.getvalue()
 
 
 def clip(frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:

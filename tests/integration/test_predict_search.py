@@ -17,6 +17,7 @@ from pipelines.predictor import modality_of
 from pipelines.transforms import video
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
+from tests.clips import encode_video
 from tests.readable_corpora import STROKES, SUBJECTS, config
 from tests.registered import Place, registered
 
@@ -49,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture[20:40, 30:50] = (220, 40, 50)
     Image.fromarray(picture).save(folder / "square.png")
     clip = video.draw_paths([STROKES["横"], STROKES["竖"]])
-    (folder / "clip.mp4").write_bytes(video.encode_video(clip))
+    (folder / "clip.mp4").write_bytes(encode_video(clip))
     (folder / "tone.mp3").write_bytes(tone())
     (folder / "module.py").write_text(
         'def read_file(file):\n    """读取文件"""\n    return client.read(file)\n\n\n'

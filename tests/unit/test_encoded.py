@@ -17,6 +17,7 @@ from pipelines.encoded import decode, encode, encoded_field, is_encoded
 from pipelines.preparation import transform_block
 from pipelines.transforms import video
 from skillnet_platform.errors import UserError
+from tests.clips import encode_video
 from tests.unit.test_transforms import PATHS
 
 PICTURE, CLIP = (224, 224, 3), (8, 96, 96, 1)
@@ -91,7 +92,7 @@ def test_a_folder_is_prepared_encoded_and_its_bad_rows_set_aside(tmp_path: Path,
     if kind == "image":
         Image.fromarray(smooth((300, 400, 3), 3)).save(good, "JPEG", quality=95)
     else:
-        good.write(video.encode_video(video.draw_paths(PATHS, 8, 64)))
+        good.write(encode_video(video.draw_paths(PATHS, 8, 64)))
     lines = []
     for number, data in enumerate([good.getvalue(), b"rubbish", good.getvalue()]):
         (tmp_path / f"{number}.{ending}").write_bytes(data)

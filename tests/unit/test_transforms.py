@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.transforms import code, image, sound, video
+from tests.clips import encode_video
 
 
 def picture(kind: str, size: tuple[int, int] = (60, 30)) -> bytes:
@@ -216,7 +217,7 @@ def test_without_a_path_there_is_nothing_to_draw() -> None:
 
 def test_a_clip_survives_an_mp4_file() -> None:
     frames = video.draw_paths(PATHS)
-    read = video.load_clip(video.encode_video(frames))
+    read = video.load_clip(encode_video(frames))
     assert read.shape == frames.shape
     assert np.abs(read.astype(int) - frames.astype(int)).mean() < 6
 
@@ -231,7 +232,7 @@ def test_a_longer_video_is_thinned_to_its_end() -> None:
 
 def test_what_is_no_video_is_refused() -> None:
     with pytest.raises(ValueError, match="not a video"):
-        video.decode_video(b"\0" * 400)
+        video.load_clip(b"\0" * 400)
 
 
 SOURCE = '''
