@@ -3,7 +3,6 @@
 python -m tests.spot_metadata PORT      # one on which that is decided already
 """
 
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKEN = "a token of this session"  # noqa: S105 - of a server of the tests
@@ -13,10 +12,10 @@ NOTICE = '{"action": "terminate", "time": "2026-11-25T12:00:00Z"}'
 class Metadata(ThreadingHTTPServer):
     """The second version of the service, which answers only to those who fetched a token."""
 
-    def __init__(self, port: int = 0, decided: bool = False) -> None:
-        super().__init__(("127.0.0.1", port), _Answers)
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
         #: Whether the machine is to go.
-        self.decided = decided
+        self.decided = False
         #: Questions that were answered so far.
         self.asked = 0
 
@@ -50,7 +49,3 @@ class _Answers(BaseHTTPRequestHandler):
 
     def log_message(self, *words: object) -> None:
         """Nothing: the log is the test's."""
-
-
-if __name__ == "__main__":
-    Metadata(int(sys.argv[1]), decided=True).serve_forever()

@@ -1,8 +1,7 @@
 """Whole hosts leave and come back: a run waits for them, or goes on with what is left."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from pipelines.training.progress import history
 from skillnet_platform import config as configuration
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights
-from tests.namespaces import ROOT, missing
-from tests.ray_hosts import RayHosts, ray_hosts, wait_for
+from tests.namespaces import missing
+from tests.ray_hosts import ray_hosts, wait_for
 from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
@@ -59,7 +58,7 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
     order = [
         {"rank": None, "step": 5, "kind": "hold"},  # until its host is gone
         {"rank": None, "step": 8, "kind": "hold"},  # until there is room for two again
-        {"rank": 1, "step": 10, "kind": "hold"},  # until it is told that its host is about to go
+        {"rank": 1, "step": 10, "kind": "term"},  # its host is about to go
     ]
     with ray_hosts(tmp_path / "hosts", "head", "other") as hosts:
         words = command(tmp_path, config)
@@ -69,9 +68,7 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
             hosts.kill("other")
             wait_for((run / "faults" / "1-hold-8").exists, process, PATIENCE_S)
             hosts.start("again")
-            wait_for((run / "faults" / "2-hold-10").exists, process, PATIENCE_S)
-            with spot_notice(hosts, "again", tmp_path):
-                said, _ = process.communicate(timeout=PATIENCE_S)
+            said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     told = history(run / "progress.jsonl")
     assert told["training/workers"] == [(0, 2.0), (4, 1.0), (9, 2.0), (11, 1.0)], said
@@ -110,19 +107,6 @@ def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path
     trained = json.loads((run / "trained.json").read_text())
     assert (trained["step"], trained["world"], trained["resumed"]) == (STEPS, 2, 4)
     assert same(weights(run), weights(undisturbed))
-
-
-@contextlib.contextmanager
-def spot_notice(hosts: RayHosts, name: str, home: Path) -> Iterator[None]:
-    """The cloud says that a host is to go, and the host watches for that as on AWS."""
-    port = "8169"  # on the host's own loopback
-    where = {"SKILLNET_METADATA": f"http://127.0.0.1:{port}", "HOME": str(home)}
-    watch = ("bash", str(ROOT / "platform/deploy/watch_spot.sh"))
-    with (
-        hosts.started(name, "python", "-m", "tests.spot_metadata", port),
-        hosts.started(name, *watch, **where),
-    ):
-        yield
 
 
 def command(root: Path, config: Any) -> list[str]:
