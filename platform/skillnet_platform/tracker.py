@@ -5,17 +5,14 @@ workers start, which race on an empty database; it listens on loopback, and else
 MLflow's own authentication, whose first password it makes itself and keeps in a file of mode 600.
 """
 
-import contextlib
 import ipaddress
 import os
 import secrets
-import signal
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from skillnet_platform import config, console, lifecycle, storage, store, ui
+from skillnet_platform import config, console, family, lifecycle, storage, store, ui
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError, first_line
 
@@ -75,16 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.auth:
         environment |= prepare_auth(uri, auth_folder())
         console.note(f"user {ADMIN}, password in {auth_folder() / PASSWORD}")
-    server = subprocess.Popen(server_command(options, uri), env=environment, start_new_session=True)
-    try:
-        with lifecycle.terminate_as_interrupt():
-            return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+    with family.started(server_command(options, uri), environment) as server:
+        try:
+            with lifecycle.terminate_as_interrupt():
+                return server.wait()
+        except KeyboardInterrupt:
+            return 0
 
 
 def require_safe(host: str, auth: bool) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from skillnet_platform import store, tracker, tracking
@@ -41,8 +42,8 @@ needs_postgres = pytest.mark.skipif(
 @contextlib.contextmanager
 def served(*words: str, home: Path) -> Iterator[str]:
     """``skillnet tracker`` for the length of a block; its address."""
-    port = free_port()
-    command = [sys.executable, "-m", "skillnet_platform.tracker", "--port", str(port)]
+    port = words[words.index("--port") + 1] if "--port" in words else str(free_port())
+    command = [sys.executable, "-m", "skillnet_platform.tracker", "--port", port]
     log = (home / "tracker.log").open("w")
     process = subprocess.Popen(
         [*command, "--workers", "1", *words],
@@ -74,6 +75,35 @@ def served(*words: str, home: Path) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.close()
+
+
+def test_a_tracker_that_is_killed_leaves_nobody_and_is_there_again_by_the_same_command(
+    run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flask_wtf", reason="needs Flask-WTF: pip install '.[tracker]'")
+    where = TrackingConfig(system_metrics=False)
+    words = ("--auth", "true", "--port", str(free_port()))
+    with served(*words, home=run_root) as uri:
+        password = (run_root / "tracker/admin-password").read_text().strip()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        where.uri = uri
+        with tracking.start("before", None, where) as run:
+            run.metrics({"loss": 1.0}, 1)
+        (mine,) = [
+            each
+            for each in psutil.Process().children()
+            if "skillnet_platform.tracker" in each.cmdline()
+        ]
+        server = [each for each in mine.children(recursive=True) if each.name() != "sh"]
+        assert server
+        mine.kill()
+        _, alive = psutil.wait_procs(server, timeout=120)
+        assert not alive, "the server ends with the command that started it"
+    with served(*words, home=run_root) as again:
+        assert again == uri
+        assert (run_root / "tracker/admin-password").read_text().strip() == password
+        assert steps_of(run) == [(1, 1.0)]
 
 
 def steps_of(tracker: Tracker, name: str = "loss") -> list[tuple[int, float]]:

@@ -1,0 +1,53 @@
+"""A server and all that it starts, which end with this process, however this process ends."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+
+#: Seconds for a server to end by itself.
+END_S = 10
+
+#: Waits for the end of its input, which comes with the death of whoever holds the other end, be it
+#: by SIGKILL; and then ends a group of processes. A server has a session of its own, so that Ctrl-C
+#: reaches it through us alone, and nobody else would.
+WATCH = f"cat; kill -TERM -$1 && sleep {END_S} && kill -KILL -$1"
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], environment: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """A command for the length of a block; at its end it and all below it are ended.
+
+    Args:
+        command: its words.
+        environment: all of its environment.
+    """
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", WATCH, "-", str(server.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield server
+    finally:
+        # First: once the server has been waited for, its number may be another's.
+        watcher.kill()
+        watcher.communicate()
+        _end(server)
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(END_S)
+    # Also what it left behind: the group lives as long as one of its processes does.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()

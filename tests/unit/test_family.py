@@ -1,0 +1,46 @@
+"""A server and what it starts end with the process that started it, in whatever way that ends."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from skillnet_platform import family
+
+#: A server with a child, both of which say who they are.
+SERVER = "echo $$; sleep 1000 & echo $!; wait"
+STARTS = f"""
+import os, time
+from skillnet_platform import family
+with family.started(["sh", "-c", {SERVER!r}], os.environ):
+    time.sleep(1000)
+"""
+
+
+def test_a_killed_process_leaves_no_server() -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        below = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+        process.kill()
+        _, alive = psutil.wait_procs(below, timeout=60)
+        assert not alive
+
+
+def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(family, "END_S", 0.5)
+    deaf = "trap '' TERM; sleep 1000 & echo $!; wait; sleep 1000"
+    said = ""
+    with family.started(["sh", "-c", deaf], os.environ) as server:
+        end = time.monotonic() + 60
+        while not said:
+            said = capfd.readouterr().out
+            assert time.monotonic() < end
+        child = psutil.Process(int(said))
+    assert server.returncode is not None
+    _, alive = psutil.wait_procs([child], timeout=60)
+    assert not alive
