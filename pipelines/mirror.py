@@ -30,7 +30,9 @@ CONFIG = "config.yaml"
 RESULT = "result.json"
 #: Files of a run that are sent and taken as they are, if they are there.
 STATE = ("run.json", "progress.jsonl")
-RESULTS = ("trained.json", "evaluation.csv", "outcomes.parquet")
+#: What training came to: time, losses, throughput.
+TRAINED = "trained.json"
+RESULTS = (TRAINED, "evaluation.csv", "outcomes.parquet")
 FOLDERS = ("model",)
 CHECKPOINTS = "checkpoints"
 #: Keys of a run's configuration that say where things are, which differs from machine to machine.

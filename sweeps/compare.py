@@ -2,7 +2,7 @@
 
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from sweeps.report import Report
     from sweeps.runs import FinishedRun
     from sweeps.study import Tuned
-
-RUN = "run.json"
 
 
 def compare(config: StudyConfig) -> tuple["Report", int]:
@@ -50,11 +48,13 @@ def _of_study(config: StudyConfig) -> tuple["Report", int]:
     from sweeps import stored
     from sweeps.report import FILES
     from sweeps.runs import read_run
-    from sweeps.study import BEGUN, run_study, say_failures
+    from sweeps.stored import RUN
+    from sweeps.study import BEGUN, check_study, run_study, say_failures
 
     folder, mirror = config.folder, config.mirror
     if mirror is not None:
         stored.take_up(mirror, BEGUN, ("tuning", "runs"))
+    check_study(config)
     known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     with tracking.start(
         str(config.name),
@@ -73,13 +73,14 @@ def _of_study(config: StudyConfig) -> tuple["Report", int]:
         ]
         if not runs:
             raise UserError(f"no run of the study finished; see {folder / 'runs'}")
-        report = _report(config, runs, study.tuned)
+        place = Path(config.output) if config.output else folder
+        report = _report(config, runs, study.tuned, place)
         report.facts["configuration"] = f"study.yaml, digest {configuration.digest(config)[:12]}"
         report.texts["Configuration of the study"] = configuration.to_yaml(config)
         if study.failed:
             told = [f"{each.name}: {each.error or each.status}" for each in study.failed]
             report.facts["without a result"] = "; ".join(told)
-        _keep(report, Path(config.output) if config.output else folder, tracker)
+        _keep(report, place, tracker)
         if mirror is not None:
             mirror.put_files(*FILES)
     return report, len(study.failed)
@@ -91,18 +92,20 @@ def _of_runs(config: StudyConfig) -> "Report":
     from sweeps.study import read_ledger
 
     runs: list[FinishedRun] = []
-    tuned: dict[str, Tuned] = {}
+    studies: list[tuple[Path, dict[str, Tuned]]] = []
     for named in config.runs:
         given = str(fetch_finished(named)) if is_uri(named) else named
         for path in (Path(given).expanduser(), run_root() / given):
             if (path / STUDY_LEDGER).is_file():
                 told, members = read_ledger(path.absolute())
-                tuned |= told
+                studies.append((path.absolute(), told))
                 runs += [read_run(folder, label) for label, folder in members]
                 break
         else:
             runs.append(read_run(find_run(given, config.tracking.uri)))
+    read = {run.folder: run.label for run in runs}
     runs = gather(runs, config.names)
+    tuned = relabelled(studies, [(run.folder, read[run.folder], run.label) for run in runs])
     name = config.name or time.strftime("compare-%Y%m%d-%H%M%S")
     folder = Path(config.output) if config.output else run_root() / "comparisons" / name
     with tracking.start(
@@ -111,13 +114,40 @@ def _of_runs(config: StudyConfig) -> "Report":
         replace(config.tracking, system_metrics=False),
         tags={"run_dir": str(folder.absolute()), "stage": "compare"},
     ) as tracker:
-        report = _report(replace(config, name=name), runs, tuned)
+        report = _report(replace(config, name=name), runs, tuned, folder)
         _keep(report, folder, tracker)
     return report
 
 
+def relabelled(
+    studies: Sequence[tuple[Path, Mapping[str, "Tuned"]]],
+    runs: Sequence[tuple[Path, str, str]],
+) -> dict[str, "Tuned"]:
+    """What was told of tuning, by the labels of the report.
+
+    Two studies may call different systems alike, and the report may call them otherwise.
+
+    Args:
+        studies: folder of each, and label there -> what that system got.
+        runs: folder of each run, its label in its study, and its label in the report.
+    """
+    made: dict[str, Tuned] = {}
+    for folder, told in studies:
+        new = {old: label for run, old, label in runs if old in told and folder in run.parents}
+        for old, own in told.items():
+            label, other = new.get(old, old), own.tuned_as
+            entry = replace(own, label=label, tuned_as=other and new.get(other, other))
+            if label in made and made[label] != entry:
+                entry = replace(entry, label=f"{label} ({folder.name})")
+            made[entry.label] = entry
+    return made
+
+
 def _report(
-    config: StudyConfig, runs: Sequence["FinishedRun"], tuned: dict[str, "Tuned"]
+    config: StudyConfig,
+    runs: Sequence["FinishedRun"],
+    tuned: dict[str, "Tuned"],
+    folder: Path,
 ) -> "Report":
     from sweeps import comparison, report
     from sweeps.tuning_tables import tuning_tables
@@ -127,12 +157,15 @@ def _report(
     pretrained = [label for label, runs in of.systems.items() if runs[0].settings.get("init_from")]
     made.tables += tuning_tables(tuned, pretrained)
     if config.interpret:
-        _add_skills(made, config)
+        _add_skills(made, config, folder)
     return made
 
 
-def _add_skills(report: "Report", config: StudyConfig) -> None:
-    """Pictures of what the skills of one run of the reference do, if it has skills."""
+def _add_skills(report: "Report", config: StudyConfig, folder: Path) -> None:
+    """Pictures of what the skills of one run of the reference do, if it has skills.
+
+    Its files lie with the report: in the run's folder ``skillnet interpret`` keeps its own.
+    """
     from sweeps.runs import PRETRAINED
 
     of = report.comparison
@@ -153,7 +186,7 @@ def _add_skills(report: "Report", config: StudyConfig) -> None:
 
     asked = InterpretConfig(
         model=model,
-        output=str(run.folder / INTERPRETATION),
+        output=str(folder / INTERPRETATION),
         data=run.settings.get("data"),
         # The test rows are for the comparison alone.
         split="validation",
@@ -169,7 +202,7 @@ def _add_skills(report: "Report", config: StudyConfig) -> None:
     report.captions |= {name: caption_of(name) for name in report.skills}
     report.skills_note = (
         f"Of {label}, seed {run.seed}, on the validation rows. The numbers are in "
-        f"{run.folder.name}/{files[0].parent.name}."
+        f"{files[0].parent.name} beside this page."
     )
 
 

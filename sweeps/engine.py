@@ -23,7 +23,7 @@ class ResourceConfig:
     Args:
         cpus: CPUs of a trial, or of each of its workers where training.workers is above 1; may
             be a fraction.
-        gpus: the same for GPUs. Set run.training.use_gpu along with it.
+        gpus: the same for GPUs, along with training.use_gpu: one without the other is refused.
         parallel: trials at the same time; 0 as many as fit.
     """
 
@@ -40,6 +40,23 @@ class ResourceConfig:
             raise UserError(f"resources.gpus above 1 must be whole, got {self.gpus}")
         if self.parallel < 0:
             raise UserError(f"resources.parallel must not be negative, got {self.parallel}")
+
+    def check(self, use_gpu: bool) -> None:
+        """Refuse a GPU that is kept and not used, and one that is wanted and not given.
+
+        Raises:
+            UserError: says which of the two settings to change.
+        """
+        if self.gpus and not use_gpu:
+            raise UserError(
+                f"resources.gpus is {self.gpus:g}, but training.use_gpu is false: it would keep "
+                "GPUs and train on CPUs; set training.use_gpu true, or resources.gpus 0"
+            )
+        if use_gpu and not self.gpus:
+            raise UserError(
+                "training.use_gpu is true, but resources.gpus is 0: it would be given no GPU; set "
+                "resources.gpus (0.25 lets four trials share one), or training.use_gpu false"
+            )
 
 
 @dataclass
@@ -172,17 +189,17 @@ def run_trials(
             listed = [_absolute(trial) for trial in trials]
             _check_names(listed)
             for trial in listed:
-                check_trial(trial, folder, score, asha)
+                check_trial(trial, folder, score, asha, used)
             source: Source = Listed(listed)
         else:
             source, listed = trials, [trials.example]
-            check_trial(source.example, None, score, asha)
+            check_trial(source.example, None, score, asha, used)
         before = Pretrainings(listed, folder, store)
         first = before.trials()
         with cluster.session() if first else contextlib.nullcontext():
             if first:
                 for trial in first:
-                    check_trial(trial, folder, None, None)
+                    check_trial(trial, folder, None, None, used)
                 alone = replace(options, score=None, asha=None, keep=None)
                 before.tell(Driver(Listed(first), replace(alone, label="pretraining")).go())
             return Driver(source, options, before.start).go()
@@ -203,12 +220,17 @@ def _check_names(trials: Sequence[Trial]) -> None:
 
 
 def check_trial(
-    trial: Trial, folder: Path | None, score: ScoreConfig | None, asha: AshaConfig | None
+    trial: Trial,
+    folder: Path | None,
+    score: ScoreConfig | None,
+    asha: AshaConfig | None,
+    used: ResourceConfig,
 ) -> None:
     """Raise UserError for what is known not to work, before anything starts."""
     from pipelines import finetune
 
     try:
+        used.check(trial.config.training.use_gpu)
         finetune.check(finetune.resolved(trial.config))
         if folder is not None and trial.pretrain is None:
             place = folder / trial.name

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.mirror import TRAINED
 from pipelines.outcomes import FILE as OUTCOMES
 from pipelines.outcomes import Outcomes, read_outcomes
 from skillnet_platform import config as configuration
@@ -34,6 +35,8 @@ class FinishedRun:
         rows: its ``evaluation.csv``, numbers as numbers.
         outcomes: what became of each test row.
         trained: its ``trained.json``.
+        pretraining: resolved configuration of the run that it started from; {} if there was none,
+            or it is not known any more.
         total_params: parameters of the whole model; 0 if the run did not say and it is gone.
         run_id: of its MLflow run, or none.
         digests: corpus -> digest of what it was trained and measured on, as far as is known.
@@ -49,6 +52,7 @@ class FinishedRun:
     total_params: int
     run_id: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    pretraining: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def system(self) -> str:
@@ -57,11 +61,8 @@ class FinishedRun:
 
     @property
     def seconds(self) -> float:
-        """Time in the training loop; of a run that was taken up again the whole, at the rate
-        of its last part."""
-        done = int(self.trained["step"])
-        own = done - int(self.trained.get("resumed") or 0)
-        return float(self.trained["seconds"]) * (done / own if own > 0 else 1.0)
+        """Time in the training loop."""
+        return whole_time(self.trained)
 
     @property
     def pretraining_seconds(self) -> float | None:
@@ -69,10 +70,21 @@ class FinishedRun:
         if not self.settings.get("init_from"):
             return None
         start = Path(str(self.settings["init_from"]))
-        for path in (start / "trained.json", start.parent / "trained.json"):
+        for path in (start / TRAINED, start.parent / TRAINED):
             if path.is_file():
-                return float(read_json(path)["seconds"])
+                return whole_time(read_json(path))
         return None
+
+
+def whole_time(trained: Mapping[str, Any]) -> float:
+    """Seconds in the loop; of a run that was taken up again all of it, at its last part's rate.
+
+    Args:
+        trained: a run's ``trained.json``, which knows the time of the last part alone.
+    """
+    done = int(trained["step"])
+    own = done - int(trained.get("resumed") or 0)
+    return float(trained["seconds"]) * (done / own if own > 0 else 1.0)
 
 
 def find_run(given: str, uri: str | None = None) -> Path:
@@ -103,7 +115,7 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
         UserError: a run that is not finished, was not evaluated, or whose files are not whole.
     """
     settings = configuration.load_yaml(folder / "config.yaml")
-    for name in ("trained.json", "evaluation.csv", OUTCOMES):
+    for name in (TRAINED, "evaluation.csv", OUTCOMES):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} has no {name}: the run is not finished, or was not evaluated; run it "
@@ -118,10 +130,11 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
         settings,
         read_rows(folder / "evaluation.csv"),
         read_outcomes(folder / OUTCOMES),
-        read_json(folder / "trained.json"),
+        read_json(folder / TRAINED),
         int(result.get("total_params") or count_parameters(folder / "model")),
         result.get("run_id"),
         digests,
+        pretraining_of(settings),
     )
 
 
@@ -153,6 +166,22 @@ def label_of(settings: Mapping[str, Any]) -> str:
     """``moe``, or ``moe-pretrained`` if the run started from another model."""
     system = str(settings.get("system", "skillnet"))
     return system + (PRETRAINED if settings.get("init_from") else "")
+
+
+def pretraining_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of the run that a run started from; {} if there is none, or it is gone."""
+    if not settings.get("init_from"):
+        return {}
+    from pipelines.training.start import SETTINGS
+
+    start = Path(str(settings["init_from"]))
+    # A copy of the weights has it beside them, a run beside its model or above its checkpoints.
+    if (start / SETTINGS).is_file():
+        return dict(read_json(start / SETTINGS))
+    for folder in (start, start.parent, start.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return configuration.load_yaml(folder / "config.yaml")
+    return {}
 
 
 def count_parameters(model: Path) -> int:
@@ -192,9 +221,7 @@ def gather(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[Finis
         UserError: another number of names than of configurations, or two runs of one
             configuration with one seed.
     """
-    groups: dict[str, list[FinishedRun]] = {}
-    for run in runs:
-        groups.setdefault(_identity(run), []).append(run)
+    groups = _by_configuration(runs)
     if names and len(names) != len(groups):
         told = ", ".join(f"{members[0].label} ({len(members)} runs)" for members in groups.values())
         raise UserError(
@@ -244,11 +271,27 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
 
 
 def differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
-    """Flat key -> label -> value, of the settings in which the systems differ."""
+    """Flat key -> label -> value, of the settings in which the systems differ.
+
+    Those of pretrainings are compared among the systems that have one, as ``pretraining.KEY``.
+    """
+    own = _differing({run.label: run.settings for run in runs})
+    before = _differing({run.label: run.pretraining for run in runs if run.pretraining})
+    labels = [run.label for run in runs]
+    # Its system and its sizes follow the run's: the run's own lines say so already.
+    added = {
+        f"pretraining.{key}": {label: values.get(label, "–") for label in labels}
+        for key, values in before.items()
+        if any(own.get(key, {}).get(label) != value for label, value in values.items())
+    }
+    return own | added
+
+
+def _differing(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     flat: dict[str, dict[str, str]] = {}
-    for run in runs:
-        tree = {key: value for key, value in run.settings.items() if key not in PLACES}
-        flat[run.label] = {
+    for label, settings in trees.items():
+        tree = {key: value for key, value in settings.items() if key not in PLACES}
+        flat[label] = {
             key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
             for key, value in configuration.flatten(tree).items()
         }
@@ -260,13 +303,29 @@ def differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]
     }
 
 
-def _identity(run: FinishedRun) -> str:
-    """Equal for runs that differ in nothing but their seed, their places and their rhythm."""
+def _by_configuration(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], list[FinishedRun]]:
+    """Runs that differ in nothing but their seed, together; of pretrained ones also by what that
+    pretraining was. One that is not known any more counts as the only known one, if it is.
+    """
+    own = [
+        _essence(run.settings, label=run.label, pretrained=bool(run.settings.get("init_from")))
+        for run in runs
+    ]
+    before = [_essence(run.pretraining) if run.pretraining else "" for run in runs]
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
+    for run, key, start in zip(runs, own, before, strict=True):
+        known = {b for k, b in zip(own, before, strict=True) if k == key and b}
+        groups.setdefault((key, start or (known.pop() if len(known) == 1 else "")), []).append(run)
+    return groups
+
+
+def _essence(settings: Mapping[str, Any], **more: Any) -> str:
+    """Equal for configurations that differ in nothing but seed, places and rhythm."""
     from pipelines.training.setup import RHYTHM
 
-    tree = {key: value for key, value in run.settings.items() if key not in PLACES}
+    tree = {key: value for key, value in settings.items() if key not in PLACES}
     training = {k: v for k, v in (tree.get("training") or {}).items() if k not in RHYTHM}
-    return configuration.digest({"label": run.label, "settings": tree | {"training": training}})
+    return configuration.digest({"settings": tree | {"training": training}, **more})
 
 
 def _free(label: str, taken: Sequence[str]) -> str:

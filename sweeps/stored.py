@@ -26,6 +26,8 @@ from skillnet_platform.storage import read_json, run_root
 from sweeps.search import PROPOSED
 from sweeps.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 
+#: Of a sweep or a study: its MLflow run.
+RUN = "run.json"
 #: What a trial's process leaves, beside what every run leaves.
 TOLD = (LOG, ERROR)
 #: What the driver writes about a trial.

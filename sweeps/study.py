@@ -25,15 +25,14 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from skillnet_platform.typed_tree import checked, nested
 from sweeps.spaces import Dimension, Space, shown
-from sweeps.stored import STUDY_LEDGER
+from sweeps.stored import RUN, STUDY_LEDGER
+from sweeps.study_identity import STUDY, check_same
 from sweeps.study_settings import StudyConfig
 from sweeps.trial import ScoreConfig, Trial, TrialOutcome
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
 
-STUDY = "study.yaml"
-RUN = "run.json"
 BEGUN = (STUDY, RUN)
 
 
@@ -70,6 +69,25 @@ class Study:
         return [outcome for outcome in self.outcomes if outcome.status != "finished"]
 
 
+def check_study(config: StudyConfig) -> None:
+    """Build everything once before anything is written: a mistake shows now.
+
+    Raises:
+        UserError: what does not fit, or is not what the study of this name has run so far.
+    """
+    trials = tuning_trials(config)
+    check_same(config, trials, config.folder / "tuning")
+    known: dict[str, Tuned] = {}
+    if (config.folder / STUDY_LEDGER).is_file():
+        known, _ = read_ledger(config.folder)
+    tuned = {label: known.get(label, Tuned(label)) for label in config.systems}
+    finals = final_trials(config, tuned)
+    # What will be chosen is not known without the ledger.
+    check_same(
+        config, [t for t in finals if not trials or t.group in known], config.folder / "runs"
+    )
+
+
 def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
     """Tune and run all systems; go on where an earlier call ended.
 
@@ -94,10 +112,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
         stream.write(configuration.to_yaml(config))
     if mirror is not None:
         mirror.put_files(*BEGUN)
-    # Everything is built once before anything is trained: a mistake shows now.
     trials = tuning_trials(config)
-    for label in config.systems:
-        final_trial(config, label, {}, config.seeds[0])
     tried: list[TrialOutcome] = []
     if trials:
         tried = run_trials(
@@ -112,8 +127,10 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
         )
     tuned = choose(config, trials, tried)
     write_ledger(Study(config, tuned, []), folder)
+    finals = final_trials(config, tuned)
+    check_same(config, finals, folder / "runs")
     outcomes = run_trials(
-        final_trials(config, tuned),
+        finals,
         folder=folder / "runs",
         parent=tracker,
         resources=config.resources,

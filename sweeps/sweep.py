@@ -32,10 +32,10 @@ from skillnet_platform.storage import atomic_write, read_json, run_root, write_j
 from skillnet_platform.tracking import Tracker
 from sweeps import stored
 from sweeps.settings import SweepConfig
+from sweeps.stored import RUN
 from sweeps.trial import TrialOutcome
 
 CONFIG = "sweep.yaml"
-RUN = "run.json"
 RESULT = "result.json"
 BEGUN = (CONFIG, RUN)
 
@@ -64,7 +64,13 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     source, run = _source(config, folder)
     asha = config.asha if config.scheduler == "asha" else None
     # A mistake that all trials share shows before anything is written or recorded.
-    check_trial(source[0] if isinstance(source, list) else source.example, None, config.score, asha)
+    check_trial(
+        source[0] if isinstance(source, list) else source.example,
+        None,
+        config.score,
+        asha,
+        config.resources,
+    )
     _open(config, folder)
     known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     with tracking.start(

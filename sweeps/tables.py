@@ -142,7 +142,8 @@ def cost_table(of: Comparison) -> Table:
         rows,
         "Activated: parameters that one example reads. FLOPs: executed in a forward pass of one "
         "test example, counted alike for every system; one multiply-add is two. Training: time in "
-        "the loop per run, without evaluation.",
+        "the loop per run, without evaluation; of a run or a pretraining that was taken up again "
+        "the whole, at the rate of its last part.",
     )
 
 
@@ -241,9 +242,24 @@ def settings_table(of: Comparison) -> Table:
         ["setting", *of.systems],
         rows,
         "Everything else in the runs' resolved configurations is equal: data, steps, batches, "
-        "schedule, augmentation.",
+        "schedule, augmentation." + _pretraining_words(of),
         aside=True,
     )
+
+
+def _pretraining_words(of: Comparison) -> str:
+    """How far that holds of pretrainings."""
+    pretrained = {k: runs for k, runs in of.systems.items() if runs[0].settings.get("init_from")}
+    unknown = [label for label, runs in pretrained.items() if not runs[0].pretraining]
+    said = ""
+    if len(pretrained) - len(unknown) > 1:
+        said = (
+            " So it is in those of their pretrainings, where the system and its sizes follow the "
+        )
+        said += "run's."
+    if unknown:
+        said += f" How {', '.join(unknown)} was pretrained is not known here."
+    return said
 
 
 # -- words ---------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def write_run(
     skill: float | Mapping[str, float] = 0.0,
     *,
     pretrained: bool = False,
+    start: Path | None = None,
     tasks: Sequence[str] = TASKS,
     activated: int = 1000,
     rows: int = ROWS,
@@ -41,7 +42,8 @@ def write_run(
 ) -> Path:
     """A run whose answers follow from how hard each row is, the seed, and the system's skill.
 
-    ``skill`` shifts the share of right answers: 0 is about 0.6, 0.5 about 0.75.
+    ``skill`` shifts the share of right answers: 0 is about 0.6, 0.5 about 0.75. One that is
+    ``pretrained`` started from the model in ``start``.
     """
     folder.mkdir(parents=True)
     name = f"{system}{pretrained}"
@@ -52,7 +54,7 @@ def write_run(
         seed=seed,
         system=system,
         options=dict(options or {}),
-        init_from="elsewhere" if pretrained else None,
+        init_from=str(start or "elsewhere") if pretrained else None,
         evaluate=True,
     )
     (folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
@@ -98,6 +100,17 @@ def write_run(
     ]
     (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def write_pretraining(folder: Path, seed: int = 0, **training: object) -> Path:
+    """What is left of a pretraining; the folder of its model."""
+    (folder / "model").mkdir(parents=True)
+    config = small_config(folder.parent / "corpora", **training)
+    config = replace(config, name=folder.name, seed=seed)
+    (folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    trained = {"step": 10, "resumed": 5, "seconds": 2.0}
+    (folder / "trained.json").write_text(json.dumps(trained), encoding="utf-8")
+    return folder / "model"
 
 
 def write_study(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import sources
+from pipelines.mirror import TRAINED
 from pipelines.sources import Source
 from pipelines.training.settings import FinetuneConfig
 from skillnet.config import SkillNetConfig
@@ -22,7 +23,8 @@ from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote_objects import is_uri
 
-TRAINED = "trained.json"
+#: Beside a copy of weights: the configuration that they were trained with.
+SETTINGS = "settings.json"
 
 #: Keys that change what a model computes though every tensor that both have may fit.
 _SAME = ("depth", "heads", "skill_modules", "skill_every")
@@ -78,6 +80,8 @@ def locate(given: str, uri: str | None, run_dir: str) -> str:
             # What it took to train them: a comparison tells it.
             if source.run is not None and (source.run / TRAINED).is_file():
                 shutil.copy(source.run / TRAINED, aside / TRAINED)
+            if source.settings:
+                storage.write_json(aside / SETTINGS, source.settings)
     return str(kept)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from pipelines.mirror import mirror_of
+from pipelines.mirror import TRAINED, mirror_of
 from pipelines.training import faults, notice
 from pipelines.training.loop import Reporter, train
 from pipelines.training.progress import PROGRESS, ProgressFile
@@ -35,7 +35,6 @@ from skillnet_platform.tracking import Tracker
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-TRAINED = "trained.json"
 MODEL = "model"
 
 #: Seconds that a worker whose spool the driver does not see waits for the tracker at its end.

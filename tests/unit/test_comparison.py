@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from sweeps.comparison import MEAN, Comparison, compare
 from sweeps.page import page
 from sweeps.runs import differing_settings, find_run, gather, read_run
 from sweeps.study_settings import ClaimsConfig
-from sweeps.tables import score_table, signed, tables
-from tests.made_runs import TASKS, write_run, write_study
+from sweeps.tables import score_table, settings_table, signed, tables
+from tests.made_runs import TASKS, write_pretraining, write_run, write_study
 
 
 def compared(root: Path, systems: dict, **more) -> Comparison:
@@ -215,6 +216,54 @@ def test_runs_of_other_settings_get_other_labels(tmp_path: Path, capsys):
         gather(runs, ["same", "same"])
     with pytest.raises(UserError, match="the seed 0 is there twice"):
         gather([runs[0], runs[0]])
+
+
+def pretrained_runs(root: Path) -> list[Path]:
+    """Two seeds of two recipes: each run from a pretraining of its own."""
+    return [
+        write_run(
+            root / f"{name}{seed}",
+            seed=seed,
+            pretrained=True,
+            start=write_pretraining(root / f"before-{name}{seed}", seed, lr=rate),
+        )
+        for name, rate in (("a", 0.1), ("b", 0.2))
+        for seed in (0, 1)
+    ]
+
+
+def test_other_pretrainings_make_other_systems(tmp_path: Path, capsys):
+    runs = [read_run(path) for path in pretrained_runs(tmp_path)]
+    assert [run.pretraining_seconds for run in runs] == [4.0] * 4, "as of a run taken up again"
+    named = gather(runs)
+    assert [(run.label, run.seed) for run in named] == [
+        ("skillnet-pretrained", 0),
+        ("skillnet-pretrained", 1),
+        ("skillnet-pretrained-2", 0),
+        ("skillnet-pretrained-2", 1),
+    ]
+    rates = {"skillnet-pretrained": "0.1", "skillnet-pretrained-2": "0.2"}
+    assert differing_settings(named) == {"pretraining.training.lr": rates}
+    write_run(tmp_path / "plain")
+    plain = replace(read_run(tmp_path / "plain"), label="skillnet")
+    rows = differing_settings([plain, *named])
+    assert rows == {"pretraining.training.lr": rates | {"skillnet": "–"}}
+    caption = settings_table(compare([plain, *named])).caption
+    assert "So it is in those of their pretrainings" in caption
+    assert "not known" not in caption
+
+
+def test_a_pretraining_that_is_gone_counts_as_the_only_known_one(tmp_path: Path):
+    folders = pretrained_runs(tmp_path)
+    shutil.rmtree(tmp_path / "before-a1")
+    runs = [read_run(path) for path in folders]
+    assert [run.label for run in gather(runs[:2])] == ["skillnet-pretrained"] * 2
+    assert len({run.label for run in gather(runs)}) == 3, "it may be of either"
+    shutil.rmtree(tmp_path / "before-a0")
+    alone = gather([read_run(path) for path in folders[:2]])
+    assert {run.label for run in alone} == {"skillnet-pretrained"}
+    told = settings_table(compare(alone)).caption
+    assert "How skillnet-pretrained was pretrained is not known here." in told
 
 
 def test_runs_on_other_rows_or_corpora_are_refused(tmp_path: Path):

@@ -12,13 +12,17 @@ import pytest
 
 from pipelines.evaluation import COLUMNS
 from skillnet_platform import store, tracking
+from skillnet_platform.errors import UserError
 from sweeps import compare as command
 from sweeps import report as reporting
 from sweeps.comparison import MEAN, compare
+from sweeps.interpret import InterpretConfig
 from sweeps.page import render
 from sweeps.plots import plots
 from sweeps.report import Report
 from sweeps.runs import gather, read_run
+from sweeps.study import Tuned
+from sweeps.study_settings import StudyConfig
 from sweeps.tables import Cell, count, duration, p_text, score_table
 from tests.made_runs import TASKS, write_study
 
@@ -218,6 +222,55 @@ def test_finished_runs_from_the_command_line(
     assert "plots/score_against_FLOPs.png" in {entry.path for entry in plotted}
     assert runs[0].data.tags["claim.the specialists_ pretrained"] == "holds"
     assert runs[0].data.metrics["skillnet/mean_score"] == pytest.approx(means[0]["score"])
+
+
+def test_tuning_is_told_by_the_labels_of_the_report(tmp_path: Path):
+    def tuned(score: float) -> dict[str, Tuned]:
+        return {
+            "skillnet": Tuned("skillnet", {"training.lr": score}, score),
+            "skillnet-pretrained": Tuned("skillnet-pretrained", tuned_as="skillnet"),
+            "dense": Tuned("dense", {}, 0.1),
+        }
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs = [
+        (one / "runs" / "a", "skillnet", "skillnet"),
+        (one / "runs" / "b", "skillnet-pretrained", "skillnet-pretrained"),
+        (two / "runs" / "a", "skillnet", "skillnet-2"),
+        (two / "runs" / "b", "skillnet-pretrained", "mine"),
+    ]
+    made = command.relabelled([(one, tuned(0.5)), (two, tuned(0.7))], runs)
+    assert {label: (own.label, own.score) for label, own in made.items()} == {
+        "skillnet": ("skillnet", 0.5),
+        "skillnet-pretrained": ("skillnet-pretrained", None),
+        "dense": ("dense", 0.1),
+        "skillnet-2": ("skillnet-2", 0.7),
+        "mine": ("mine", None),
+    }
+    assert made["mine"].tuned_as == "skillnet-2"
+    assert made["skillnet-pretrained"].tuned_as == "skillnet"
+    # Seeds of one system out of two studies, each tuned on its own.
+    both = [(one / "runs" / "a", "skillnet", "net"), (two / "runs" / "a", "skillnet", "net")]
+    made = command.relabelled([(one, tuned(0.5)), (two, tuned(0.7))], both)
+    assert (made["net"].score, made["net (two)"].score) == (0.5, 0.7)
+
+
+def test_pictures_of_skills_lie_with_the_report(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[InterpretConfig] = []
+
+    def refuse(config: InterpretConfig) -> None:
+        asked.append(config)
+        raise UserError("not now")
+
+    monkeypatch.setattr("sweeps.interpret.interpret_source", refuse)
+    runs = [read_run(folder) for folder in folders if folder.name == "skillnet-seed0"]
+    (runs[0].folder / "model" / "manifest.json").write_text("{}")
+    made = reporting.make(compare(runs), "one")
+    command._add_skills(made, StudyConfig(runs=["x"]), tmp_path / "report")
+    assert [each.output for each in asked] == [str(tmp_path / "report" / "interpretation")]
+    assert asked[0].split == "validation"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a study makes of its configuration: the same for all systems, but for what they set."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,64 @@ def test_the_ledger_reads_back(tmp_path: Path):
     assert runs == [("dense", tmp_path / "runs" / "dense-seed0")]
 
 
+def begun(config: StudyConfig, trial: Trial, group: str) -> Path:
+    """A run of a study that was begun."""
+    folder = config.folder / group / trial.name
+    folder.mkdir(parents=True)
+    start = folder.parent / "pretraining-1"
+    made = trial.config
+    if trial.pretrain is not None:
+        made = replace(made, init_from=str(start / "model"))
+        start.mkdir(exist_ok=True)
+        joint = configuration.to_yaml(trial.pretrain.joint())
+        (start / "config.yaml").write_text(joint, encoding="utf-8")
+    (folder / "config.yaml").write_text(configuration.to_yaml(made), encoding="utf-8")
+    return folder
+
+
+def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
+    lesson = SystemConfig("skillnet", pretrain=True, tuned_as="skillnet")
+    few = {"skillnet": SystemConfig("skillnet"), "skillnet-pretrained": lesson}
+    tuning = TuningConfig(2, {"training.lr": Dimension(loguniform=[1e-4, 1e-2])}, share=0.5)
+    common: dict[str, Any] = {"seeds": [0], "systems": few, "tuning": tuning}
+    config = study(**common)
+    config.folder.mkdir()
+    (config.folder / "study.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    for trial in st.tuning_trials(config):
+        begun(config, trial, "tuning")
+    tuned = {label: st.Tuned(label, {"training.lr": 0.1}) for label in few}
+    for trial in st.final_trials(config, tuned):
+        begun(config, trial, "runs")
+    st.write_ledger(st.Study(config, tuned, []), config.folder)
+    more = few | {"moe": SystemConfig("moe")}
+    st.check_study(study(**common | {"seeds": [0, 1], "systems": more, "reference": "moe"}))
+
+    shorter = replace(config.run, training=replace(config.run.training, steps=10))
+    with pytest.raises(UserError) as told:
+        st.check_study(study(**common | {"run": shorter}))
+    said = str(told.value)
+    assert said.startswith("the study s has run.training.steps 12, not 10; its run skillnet-t0 ")
+    assert "with training.steps 6, not 5. Give another --name, or go on with --config " in said
+    space = {"training.lr": Dimension(loguniform=[1e-3, 1e-1])}
+    wider = study(**common | {"tuning": replace(tuning, space=space)})
+    with pytest.raises(UserError, match=r"the study s has tuning\.space\.training\.lr\.loguniform"):
+        st.check_study(wider)
+    # Once the trials are gone, another space is free to be tried.
+    shutil.rmtree(config.folder / "tuning")
+    st.check_study(wider)
+    before = replace(config.pretraining, training=replace(config.pretraining.training, lr=0.5))
+    with pytest.raises(UserError, match=r"skillnet-pretrained-seed0 was made with a pretraining"):
+        st.check_study(study(**common | {"pretraining": before}))
+    alone = few | {"skillnet-pretrained": replace(lesson, pretrain=False)}
+    with pytest.raises(UserError, match=r"systems\.skillnet-pretrained\.pretrain True, not False"):
+        st.check_study(study(**common | {"systems": alone}))
+    chosen = st.final_trial(config, "skillnet", {"training.lr": 0.3}, 0)
+    with pytest.raises(
+        UserError, match=r"skillnet-seed0 was made with training\.lr 0\.1, not 0\.3"
+    ):
+        st.check_same(config, [chosen], config.folder / "runs")
+
+
 def test_what_is_close_gets_more_seeds():
     config = study(
         systems={"a": SystemConfig("dense"), "b": SystemConfig("dense", more_seeds=[4, 3])},
@@ -247,7 +306,7 @@ def test_bad_tuning_is_refused():
         )
 
 
-@pytest.mark.parametrize("name", ["headline", "tiny"])
+@pytest.mark.parametrize("name", ["headline", "pilot", "tiny"])
 def test_presets_of_studies_expand(name: str):
     config = configuration.parse(StudyConfig, ["--config", f"studies/{name}"], "skillnet compare")
     assert config.name is not None
