@@ -1,14 +1,12 @@
 """An MLflow server that is started, killed and started again."""
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
 
-from skillnet_platform import store, ui
+from skillnet_platform import serving, store
 from skillnet_platform.errors import UserError
 
 WAIT_S = 600.0
@@ -46,12 +44,12 @@ class Server:
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
-        self._process = subprocess.Popen(
-            ui.server_command(self._uri, "127.0.0.1", self._port),
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        self._process = serving.start(
+            self._uri,
+            "127.0.0.1",
+            self._port,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
         )
         end = time.monotonic() + WAIT_S
         while time.monotonic() < end:
@@ -64,7 +62,5 @@ class Server:
     def stop(self) -> None:
         """Kill it and all its workers."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            serving.stop(self._process, patience=0)
             self._process = None

@@ -1,191 +1,51 @@
-"""Checks of a cluster, made from inside it: one task on each node looks around and tells.
+"""Checks of a cluster: what its nodes told becomes findings.
 
 Each finding names what was seen, and what to do about it.
 """
 
-import contextlib
 import math
 import os
-import secrets
-import shutil
-import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from skillnet_platform import remote, storage, store, versions
+from skillnet_platform import loopback, remote, storage, store, versions
 from skillnet_platform.errors import first_line
-from skillnet_platform.needs import Needs
-from skillnet_platform.places import below, place
-from skillnet_platform.preflight import FREE_DISK_BYTES, Finding
+from skillnet_platform.needs import Needs, checkpoint_bytes
+from skillnet_platform.node_views import (
+    AGAIN,
+    INTERFACES,
+    STORE_PATIENCE_S,
+    Seen,
+    look_everywhere,
+    roots,
+    tracker_folder,
+)
+from skillnet_platform.places import place
+from skillnet_platform.preflight import FREE_DISK_BYTES, Finding, Level
 from skillnet_platform.remote_errors import PATIENCE_VARIABLE
 from skillnet_platform.remote_objects import is_uri
 
+ENTRY = (
+    "--env_from MLFLOW_TRACKING_USERNAME,MLFLOW_TRACKING_PASSWORD, before the command; or "
+    "~/.mlflow/credentials on every node"
+)
 #: Where `ray up` leaves the cluster's file on the head: what the autoscaler may still start.
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
-INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-#: A node's first task starts a process that imports what it needs.
-NODE_TIMEOUT_S = 300.0
-#: A node that looks at a store waits no longer for it.
-STORE_PATIENCE_S = "10"
-AGAIN = "run `ray up` again: it runs platform/deploy/setup_node.sh on every node"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one node saw; plain values, because it crosses the cluster."""
-
-    node: str
-    versions: dict[str, str]
-    auth_mode: str
-    interfaces: dict[str, str]
-    addresses: dict[str, str]
-    name_resolves_to: str
-    home: str
-    write_problem: str
-    files_seen: dict[str, list[str]]
-    free_bytes: int
-    tracker_problem: str
 
 
 def cluster_findings(ray: Any, asked: Needs) -> list[Finding]:
     """All checks of the cluster that ``ray`` is connected to, for a run that asks for that."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    seen, silent = _look_everywhere(ray, nodes, asked.places)
+    seen, silent = look_everywhere(ray, nodes, asked)
     if silent:
         return [*silent, *enough(nodes, asked, _growth())]
     found = [*same_versions(seen), *enough(nodes, asked, _growth()), *models(asked.models)]
-    found += [*authentication(seen), *shared_storage(seen, _roots(asked.places)), *room(seen)]
-    return [*found, *trackers(seen), *meeting(seen, asked)]
-
-
-def _look_everywhere(
-    ray: Any, nodes: Sequence[Mapping[str, Any]], places: Sequence[str]
-) -> tuple[list[Seen], list[Finding]]:
-    """One task a node: first each leaves a file in the storage, then each says what it sees."""
-    if tracker := _tracker_folder():
-        places = list(dict.fromkeys([*_roots(places), tracker]))
-    folder = f".doctor-{secrets.token_hex(4)}"
-    written, problems = _on_each(ray, nodes, _leave_file, folder, places)
-    seen: dict[str, Any] = {}
-    if not problems:  # a node that is silent says nothing about the storage of the others
-        seen, problems = _on_each(ray, nodes, _look_around, folder, places)
-    _clean_up(folder, places)
-    told = [Seen(**answer, write_problem=written[node]) for node, answer in seen.items()]
-    return sorted(told, key=lambda each: each.node), problems
-
-
-def _on_each(
-    ray: Any, nodes: Sequence[Mapping[str, Any]], function: Any, *arguments: Any
-) -> tuple[dict[str, Any], list[Finding]]:
-    """Call ``function(address, *arguments)`` on every node; answers by address, and problems."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    tasks = {}
-    for node in nodes:
-        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(function)
-        tasks[task.remote(node["NodeManagerAddress"], *arguments)] = node["NodeManagerAddress"]
-    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
-    answers, problems = {}, []
-    for task in done:
-        try:
-            answers[tasks[task]] = ray.get(task)
-        except Exception as problem:
-            text = str(problem).strip().rsplit("\n", 1)[-1][:200]
-            problems.append(Finding("node", "error", f"{tasks[task]}: {text}", AGAIN))
-    for task in late:
-        advice = "see `ray status`, and the logs of its raylet"
-        what = f"{tasks[task]} did not answer within {NODE_TIMEOUT_S:.0f} s"
-        problems.append(Finding("node", "error", what, advice))
-    return answers, problems
-
-
-def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
-    """Write a file named after this node into each place; what went wrong, or nothing."""
-    os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
-    for where in _roots(places):
-        try:
-            target = below(place(where, storage.run_root()), folder, address)
-            if isinstance(target, Path):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(address, encoding="utf-8")
-            else:
-                remote.write_bytes(target, address.encode())
-        except Exception as problem:
-            return f"{where}: {first_line(problem)}"
-    return ""
-
-
-def _look_around(address: str, folder: str, places: Sequence[str]) -> dict[str, Any]:
-    import psutil
-
-    addresses = {
-        name: next((each.address for each in have if each.family == socket.AF_INET), "")
-        for name, have in psutil.net_if_addrs().items()
-    }
-    try:
-        resolved = socket.gethostbyname(socket.gethostname())
-    except OSError as problem:
-        resolved = str(problem)
-    return {
-        "node": address,
-        "versions": versions.installed(),
-        "auth_mode": os.environ.get("RAY_AUTH_MODE", "(not set)"),
-        "interfaces": {name: os.environ.get(name, "") for name in INTERFACES},
-        "addresses": addresses,
-        "name_resolves_to": resolved,
-        "home": os.environ.get(storage.HOME_VARIABLE, ""),
-        "files_seen": {where: _files_in(where, folder) for where in _roots(places)},
-        "free_bytes": storage.free_bytes(storage.run_root()),
-        "tracker_problem": _tracker_problem(),
-    }
-
-
-def _roots(places: Sequence[str]) -> list[str]:
-    """Where a run reads and writes: the places that it names, the run root where it names none."""
-    return list(dict.fromkeys(str(name or storage.run_root()) for name in places or [""]))
-
-
-def _tracker_folder() -> str:
-    """The folder of a tracker that is a file; empty if it is a server."""
-    uri = store.resolve_uri()
-    return str(Path(uri.removeprefix("sqlite:///")).parent) if uri.startswith("sqlite:") else ""
-
-
-def _files_in(where: str, folder: str) -> list[str]:
-    os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
-    try:
-        target = below(place(where, storage.run_root()), folder)
-        if isinstance(target, Path):
-            return sorted(path.read_text(encoding="utf-8") for path in target.iterdir())
-        names = [entry.name for entry in remote.list_files(target)]
-        return sorted(remote.read_bytes(remote.join(target, name)).decode() for name in names)
-    except Exception:  # shows as files that are not seen
-        return []
-
-
-def _clean_up(folder: str, places: Sequence[str]) -> None:
-    for where in _roots(places):
-        with contextlib.suppress(Exception):  # a finding already
-            target = below(place(where, storage.run_root()), folder)
-            if isinstance(target, Path):
-                shutil.rmtree(target)
-            else:
-                remote.remove_directory(target)
-
-
-def _tracker_problem() -> str:
-    try:
-        uri = store.resolve_uri()
-        if uri.startswith("http"):
-            store.require_answer(uri)
-    except ValueError as problem:
-        return str(problem)
-    return ""
+    found += [*authentication(seen, _dashboard(ray)), *shared_storage(seen, roots(asked.places))]
+    return [*found, *room(seen, asked), *trackers(seen, asked), *meeting(seen, asked)]
 
 
 def same_versions(seen: Sequence[Seen]) -> list[Finding]:
@@ -278,14 +138,44 @@ def _growth() -> list[dict[str, float]]:
     return [dict(resources) for resources, count in most for _ in range(count)]
 
 
-def authentication(seen: Sequence[Seen]) -> list[Finding]:
-    """Every node asks for the token."""
-    open_ = [each.node for each in seen if each.auth_mode != "token"]
-    if not open_:
-        return [Finding("authentication", "ok", "by token on every node")]
+def authentication(seen: Sequence[Seen], dashboard: str = "") -> list[Finding]:
+    """Every node asks for the token, and the job server does when it is called without one.
+
+    Args:
+        seen: what nodes told of their own settings.
+        dashboard: address of the job server; tried where it is given.
+    """
     advice = f"RAY_AUTH_MODE=token belongs into every node's environment; {AGAIN}"
-    what = f"whoever reaches these nodes may run code there: {', '.join(open_)}"
-    return [Finding("authentication", "warning", what, advice)]
+    open_ = [each.node for each in seen if each.auth_mode != "token"]
+    if open_:
+        # What listens on loopback only is reached by users of that machine alone.
+        level: Level = "warning" if all(map(loopback.is_local, open_)) else "error"
+        what = f"whoever reaches these nodes may run code there: {', '.join(open_)}"
+        return [Finding("authentication", level, what, advice)]
+    if dashboard and _answers_anybody(dashboard):
+        what = f"{dashboard} takes jobs from whoever reaches it: it answers without a token"
+        return [Finding("authentication", "error", what, advice)]
+    return [Finding("authentication", "ok", "by token on every node")]
+
+
+def _dashboard(ray: Any) -> str:
+    """Address of the job server of the cluster; empty if it cannot be told."""
+    try:
+        from ray.dashboard.utils import ray_address_to_api_server_url
+
+        return str(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address))
+    except Exception:  # no dashboard, or another version of Ray: the nodes' settings remain
+        return ""
+
+
+def _answers_anybody(url: str) -> bool:
+    """Whether a call without a token is served."""
+    import requests
+
+    try:
+        return requests.get(f"{url}/api/jobs/", timeout=10).status_code == 200
+    except requests.RequestException:
+        return False
 
 
 def shared_storage(seen: Sequence[Seen], places: Sequence[str]) -> list[Finding]:
@@ -338,27 +228,38 @@ def _unseen(seen: Sequence[Seen], where: str) -> str:
     return ""
 
 
-def room(seen: Sequence[Seen]) -> list[Finding]:
-    """Space for checkpoints in the run root of every node."""
+def room(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
+    """Space for checkpoints on every node, where the run writes them."""
+    asked = asked or Needs()
     least = min(seen, key=lambda each: each.free_bytes)
     free = storage.human_bytes(least.free_bytes)
-    if least.free_bytes < FREE_DISK_BYTES:
-        advice = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk"
+    advice = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk"
+    needed = checkpoint_bytes(asked)
+    if needed > least.free_bytes:
+        what = f"{free} free on {least.node}; the run takes {storage.human_bytes(needed)}"
+        return [Finding("checkpoints", "error", what, advice)]
+    if least.free_bytes < FREE_DISK_BYTES and not needed:
         return [Finding("checkpoints", "warning", f"{free} free on {least.node}", advice)]
     return [Finding("checkpoints", "ok", f"at least {free} free")]
 
 
-def trackers(seen: Sequence[Seen]) -> list[Finding]:
-    """Every node reaches the MLflow server."""
+def trackers(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
+    """Every node reaches the MLflow server, and is let in."""
+    records = asked is not None and asked.records
     for each in seen:
         if each.tracker_problem:
             advice = f"{store.URI_VARIABLE} must name an address that every node reaches"
             what = f"{each.node}: {each.tracker_problem}"
             return [Finding("tracker on nodes", "error", what, advice)]
+        if each.access_problem:
+            level: Level = "error" if records else "warning"
+            return [
+                Finding("tracker on nodes", level, f"{each.node}: {each.access_problem}", ENTRY)
+            ]
     uri = store.resolve_uri()
     if len(seen) > 1 and not uri.startswith("http"):
         advice = f"start `skillnet tracker` and set {store.URI_VARIABLE} in the cluster's file"
-        if blind := _unseen(seen, _tracker_folder()):
+        if blind := _unseen(seen, tracker_folder()):
             return [Finding("tracker on nodes", "error", f"{uri}: a file. {blind}", advice)]
         what = f"{uri}: a file, to which several nodes would write"
         return [Finding("tracker on nodes", "warning", what, advice)]

@@ -223,7 +223,7 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, upload.Package]:
     return str(job), package
 
 
-def ask(words: Sequence[str]) -> dict[str, Any]:
+def ask(words: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any]:
     """Run a command as a job and give the JSON document that it prints.
 
     The job does not outlive the question: it is stopped when nobody waits for it any more.
@@ -233,7 +233,7 @@ def ask(words: Sequence[str]) -> dict[str, Any]:
         RuntimeError: the job printed no document, with the end of its log; or took too long.
     """
     client = connect()
-    job, _ = send(client, SubmitConfig(list(words), check=False))
+    job, _ = send(client, SubmitConfig(list(words), check=False, env_from=[*env_from]))
     deadline, ended = time.monotonic() + ANSWER_S, False
     try:
         while not ended:

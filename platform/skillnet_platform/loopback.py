@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import ipaddress
 import os
 import secrets
 from collections.abc import Iterator
@@ -46,6 +47,14 @@ def starting() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches what listens on that interface."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def holds(ray: Any) -> bool:

@@ -5,16 +5,20 @@ same in all of them, at the top or below ``run`` (a sweep, a study).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from skillnet_platform import config
+from skillnet_platform import config, storage
+from skillnet_platform.remote_objects import is_uri
 from skillnet_platform.typed_tree import nested, value_at
 
 #: Commands that train; the others need one CPU somewhere.
 TRAINING = ("pretrain", "finetune", "quickstart", "sweep", "compare", "grow")
 #: Commands that train many runs: what is asked of one of them lies below ``run``.
 MANY = ("sweep", "compare")
+#: Commands that are no clients of the tracker.
+UNRECORDED = ("", "fetch", "prepare", "doctor", "tracker", "ui")
 #: Keys that name where results are written and corpora are read.
 KEYS = ("run_dir", "data", "run.data", "storage.mirror", "run.storage.mirror")
 #: Keys that name a model to start from or to look at. ``model`` may be a shape instead.
@@ -39,6 +43,10 @@ class Needs:
         cpus: of each worker.
         models: paths and URIs of models that the run starts from.
         then: what a further stage asks for, once this one is done.
+        run_dir: where the run writes, if that is a folder; empty for the run root.
+        name: of the run.
+        keep: checkpoints that it keeps.
+        records: whether it records to the tracker, or asks the registry.
     """
 
     workers: int = 1
@@ -49,6 +57,10 @@ class Needs:
     cpus: float = 1.0
     models: tuple[str, ...] = ()
     then: "Needs | None" = None
+    run_dir: str = ""
+    name: str = ""
+    keep: int = 2
+    records: bool = field(default=False, compare=False)
 
     def words(self) -> str:
         """``2 workers with a GPU each, on 2 hosts``."""
@@ -93,7 +105,7 @@ def needs(words: Sequence[str]) -> Needs:
     for key, value in _options(options):
         if key == "config":
             config.merge(tree, config.load_layer(config.find_config(value)))
-        elif key in KEYS or key in MODELS:
+        elif key in KEYS or key in MODELS or key == "name":
             config.merge(tree, nested(key, config.read_value(value, str | None, key)))
         elif key.startswith(COUNTED):
             config.merge(tree, nested(key, config.read_value(value, Any, key)))
@@ -102,7 +114,7 @@ def needs(words: Sequence[str]) -> Needs:
     given = [value_at(tree, key) for key in MODELS]
     models = tuple(each for each in given if isinstance(each, str) and _is_place(each))
     if command not in TRAINING:
-        return Needs(places=places, models=models)
+        return Needs(places=places, models=models, records=command not in UNRECORDED)
     read = any(named[key] for key in named if key.endswith("data"))
     written = any(named[key] for key in named if not key.endswith("data"))
     if places and not (read and written):
@@ -112,7 +124,15 @@ def needs(words: Sequence[str]) -> Needs:
     if command == "compare" and value_at(tree, "pretraining.training") is not None:
         then = _of_training(tree, "pretraining.", many)
         first = replace(first, then=then if then != first else None)
-    return replace(first, places=places, models=models)
+    run_dir = str(named["run_dir"] or "")
+    return replace(
+        first,
+        places=places,
+        models=models,
+        run_dir="" if is_uri(run_dir) else run_dir,  # a mirror: the run root is written first
+        name=str(value_at(tree, "name") or ""),
+        records=True,
+    )
 
 
 def _of_training(tree: dict[str, Any], prefix: str, many: bool) -> Needs:
@@ -121,7 +141,7 @@ def _of_training(tree: dict[str, Any], prefix: str, many: bool) -> Needs:
     def number(key: str, otherwise: float) -> float:
         value = value_at(tree, key)
         usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return value if usable and value > 0 else otherwise
+        return float(value) if usable and value > 0 else otherwise
 
     workers = max(int(number(f"{prefix}training.workers", 1)), 1)
     least = int(number(f"{prefix}training.min_workers", 0))
@@ -130,7 +150,31 @@ def _of_training(tree: dict[str, Any], prefix: str, many: bool) -> Needs:
     if many:
         cpus, gpu = number("resources.cpus", 1.0), number("resources.gpus", gpu)
     strict = value_at(tree, f"{prefix}training.placement") == "strict_spread"
-    return Needs(workers, workers * gpu, strict, least=least if least < workers else 0, cpus=cpus)
+    keep = int(number(f"{prefix}training.keep", Needs.keep))
+    least = least if least < workers else 0
+    return Needs(workers, workers * gpu, strict, least=least, cpus=cpus, keep=keep)
+
+
+def folder_of_runs(run_dir: str) -> Path:
+    """Where runs are written."""
+    return Path(run_dir).expanduser() if run_dir else storage.run_root()
+
+
+def checkpoint_bytes(asked: Needs) -> int:
+    """What the checkpoints that a run keeps take, while one more is written.
+
+    Known of a run that goes on, by its newest checkpoints; and of one that starts from a model on
+    this disk, which an optimiser triples. 0 where neither tells.
+    """
+    there = folder_of_runs(asked.run_dir) / asked.name / "checkpoints" if asked.name else None
+    made = [_size(each) for each in there.glob("step-*")] if there and there.is_dir() else []
+    begun = [3 * _size(Path(model)) for model in asked.models if Path(model).is_dir()]
+    one = max([*made, *(begun if not made else [])], default=0)
+    return one * max(asked.keep + 1 - len(made), 1) if one else 0
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _is_place(model: str) -> bool:

@@ -1,6 +1,7 @@
 """``skillnet doctor``: what to know before a run about this machine, or about the cluster of
 ``RAY_ADDRESS``, with what to do about it."""
 
+import functools
 import os
 import platform
 import shutil
@@ -8,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from skillnet_platform import cluster, config, console, storage, store
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.needs import needs, split
+from skillnet_platform.needs import Needs, checkpoint_bytes, folder_of_runs, needs, split
 from skillnet_platform.versions import PACKAGES
 
 GIB = 2**30
@@ -37,11 +38,14 @@ class DoctorConfig:
         entry: a command with its options: whether the cluster has what it asks for.
         ray: whether to start Ray, run a task and ask the State API (about 8 s).
         only: ``all`` findings, or ``problems``.
+        env_from: names of variables that a look at a cluster gets as they are set here, as
+            ``skillnet submit`` takes them.
     """
 
     entry: list[str] = positional([])
     ray: bool = True
     only: Literal["all", "problems"] = "all"
+    env_from: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     asked = needs(options.entry)
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://")) and options.ray:
-        title, findings = f"The cluster of {address}", _from_inside(options.entry)
+        title, findings = f"The cluster of {address}", _from_inside(options.entry, options.env_from)
     else:
         title = f"The cluster of {address}" if address else "This machine"
-        listed = checks(options.ray and not address)
+        listed = checks(options.ray and not address, asked)
         if address and options.ray:
             listed.append(lambda: _cluster(asked))
         findings = [finding for check in listed for finding in check()]
@@ -103,11 +107,11 @@ def _named(argv: list[str]) -> list[str]:
     return [*argv[:place], "finetune", *argv[place:]]
 
 
-def _from_inside(entry: list[str]) -> list[Finding]:
+def _from_inside(entry: list[str], env_from: list[str]) -> list[Finding]:
     """Findings of the same command, run as a job on the cluster."""
     from skillnet_platform import jobs
 
-    told = jobs.ask(["doctor", "--json", *entry])
+    told = jobs.ask(["doctor", "--json", *entry], env_from)
     return [Finding(**each) for each in told["findings"]]
 
 
@@ -121,9 +125,11 @@ def _cluster(asked: Any) -> list[Finding]:
         return [Finding("cluster", "error", str(problem), "see the lines above")]
 
 
-def checks(with_ray: bool = True) -> list[Callable[[], list[Finding]]]:
+def checks(with_ray: bool = True, asked: Needs | None = None) -> list[Callable[[], list[Finding]]]:
     """All checks, cheap ones first."""
-    found = [versions, cpus, memory, shared_memory, disk, open_files, loopback, tracker]
+    found: list[Callable[[], list[Finding]]]
+    where = functools.partial(disk, asked)
+    found = [versions, cpus, memory, shared_memory, where, open_files, loopback, tracker]
     return [*found, ray_works] if with_ray else found
 
 
@@ -177,22 +183,35 @@ def shared_memory() -> list[Finding]:
     return [Finding("shared memory", "warning", f"{storage.human_bytes(free)} free", advice)]
 
 
-def disk() -> list[Finding]:
+def disk(asked: Needs | None = None) -> list[Finding]:
     """Room, and the right to write, where runs are kept."""
-    root = storage.run_root()
-    free = storage.free_bytes(root)
-    seen = f"{storage.human_bytes(free)} free in {root}"
+    asked = asked or Needs()
+    root = folder_of_runs(asked.run_dir)
+    advice = (
+        "give another --run_dir"
+        if asked.run_dir
+        else f"set {storage.HOME_VARIABLE} to a directory that you may write to"
+    )
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        if not asked.run_dir:
+            root.mkdir(parents=True, exist_ok=True)
+        while not root.exists():
+            root = root.absolute().parent  # a run makes its folder, a look at it does not
         with storage.atomic_write(root / ".doctor") as stream:
             stream.write(b"x")
         (root / ".doctor").unlink()
     except (OSError, UserError) as problem:
-        advice = f"set {storage.HOME_VARIABLE} to a directory that you may write to"
         return [Finding("disk", "error", f"{root}: {problem}", advice)]
-    if free < FREE_DISK_BYTES:
-        advice = f"set {storage.HOME_VARIABLE} to a larger disk"
-        return [Finding("disk", "warning", seen, advice)]
+    free, needed = storage.free_bytes(root), checkpoint_bytes(asked)
+    seen = f"{storage.human_bytes(free)} free in {root}"
+    larger = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk: " + (
+        "another --run_dir" if asked.run_dir else storage.HOME_VARIABLE
+    )
+    if needed > free:
+        seen += f"; the run's checkpoints take {storage.human_bytes(needed)}"
+        return [Finding("disk", "error", seen, larger)]
+    if free < FREE_DISK_BYTES and not needed:
+        return [Finding("disk", "warning", seen, larger)]
     return [Finding("disk", "ok", seen)]
 
 
@@ -220,7 +239,7 @@ def loopback() -> list[Finding]:
 
 
 def tracker() -> list[Finding]:
-    """Whether the tracker can be reached."""
+    """Whether the tracker can be reached, and lets us in."""
     try:
         uri = store.resolve_uri()
         if not uri.startswith("http"):
@@ -228,6 +247,11 @@ def tracker() -> list[Finding]:
         store.require_answer(uri)
     except UserError as problem:
         return [Finding("tracker", "error", str(problem), f"correct {store.URI_VARIABLE}")]
+    try:
+        store.require_access(uri)
+    except UserError as problem:
+        advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return [Finding("tracker", "error", str(problem), advice)]
     return [Finding("tracker", "ok", uri)]
 
 

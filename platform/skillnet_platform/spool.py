@@ -268,7 +268,7 @@ def _header(path: Path) -> dict[str, str]:
         ValueError: it is not there, or not whole.
     """
     with path.open(encoding="utf-8") as stream:
-        told = json.loads(stream.readline())
+        told: dict[str, str] = json.loads(stream.readline())
     if not isinstance(told, dict) or not {"run_id", "uri"} <= set(told):
         raise ValueError(f"{path}: no run and tracker in the first line")
     return told

@@ -153,6 +153,31 @@ def require_answer(uri: str) -> None:
         ) from None
 
 
+def require_access(uri: str) -> None:
+    """Ask a tracker for something that it shows to those alone whom it lets in.
+
+    Raises:
+        UserError: it asks for a password, or refuses the one that was given; or another error.
+    """
+    if not uri.startswith("http"):
+        return
+    prepare_environment()
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    try:
+        client(uri).search_experiments(max_results=1)
+    except MlflowException as problem:
+        if problem.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise UserError(f"tracking.uri {uri}: {first_line(problem)}") from None
+        user = read_mlflow_creds().username
+        raise UserError(
+            f"tracking.uri {uri}: the server refuses the user {user} with that password"
+            if user
+            else f"tracking.uri {uri}: the server asks for a password, and none is set"
+        ) from None
+
+
 @contextlib.contextmanager
 def _one_at_a_time(uri: str) -> Iterator[None]:
     """Let one process of this machine at a time migrate a sqlite store."""

@@ -5,14 +5,23 @@ workers start, which race on an empty database; it listens on loopback, and else
 MLflow's own authentication, whose first password it makes itself and keeps in a file of mode 600.
 """
 
-import ipaddress
 import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from skillnet_platform import config, console, family, lifecycle, storage, store, ui
+from skillnet_platform import (
+    config,
+    console,
+    family,
+    lifecycle,
+    loopback,
+    serving,
+    storage,
+    store,
+    ui,
+)
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError, first_line
 
@@ -29,7 +38,8 @@ class TrackerConfig:
 
     Args:
         store: the database: ``postgresql://USER@HOST/DATABASE``, or sqlite for one machine; by
-            default the sqlite file of the run root.
+            default MLFLOW_BACKEND_STORE_URI, else the sqlite file of the run root. A password
+            belongs into ``~/.pgpass`` or PGPASSWORD: others see command lines.
         artifacts: where the server keeps artifacts: a folder, or a URI such as
             ``s3://BUCKET/PATH``; by default in the run root.
         host: which interface to listen on; any but loopback needs ``auth``.
@@ -65,14 +75,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     require_safe(options.host, options.auth)
     ui.require_free(options.host, options.port)
-    uri = resolve_store(options.store)
+    uri = resolve_store(options.store or os.environ.get(serving.STORE_VARIABLE))
+    if options.store and _without_password(options.store) != options.store:
+        console.warn(
+            "--store with a password: other users of this machine see command lines; keep it in "
+            f"~/.pgpass, or give the URI as {serving.STORE_VARIABLE}"
+        )
     prepare(uri)
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop(store.URI_VARIABLE, None)
+    words: list[str] = []
+    secret: dict[str, str] = {}
     if options.auth:
-        environment |= prepare_auth(uri, auth_folder())
+        secret = prepare_auth(uri, auth_folder())
+        words += ["--app-name", "basic-auth"]
         console.note(f"user {ADMIN}, password in {auth_folder() / PASSWORD}")
-    with family.started(server_command(options, uri), environment) as server:
+    if options.allowed_hosts:
+        words += ["--allowed-hosts", ",".join(options.allowed_hosts)]
+    program = serving.command(options.host, options.port, options.artifacts, options.workers)
+    with family.started([*program, *words], serving.environment(uri) | secret) as server:
         try:
             with lifecycle.terminate_as_interrupt():
                 return server.wait()
@@ -86,11 +105,7 @@ def require_safe(host: str, auth: bool) -> None:
     Raises:
         UserError: ``host`` is not loopback, and there is no authentication.
     """
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and not auth:
+    if not loopback.is_local(host) and not auth:
         raise UserError(
             f"--host {host} lets others read and change every run: give --auth true as well, or "
             "keep to 127.0.0.1 and reach it through ssh -L"
@@ -186,17 +201,6 @@ def prepare_auth(uri: str, folder: Path) -> dict[str, str]:
         "MLFLOW_AUTH_CONFIG_PATH": str(ini),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": _secret(folder / SECRET),
     }
-
-
-def server_command(options: TrackerConfig, uri: str) -> list[str]:
-    """The command line of the server."""
-    artifacts = options.artifacts or store.artifact_root().as_uri()
-    words = ui.server_command(uri, options.host, options.port, artifacts, options.workers)
-    if options.auth:
-        words += ["--app-name", "basic-auth"]
-    if options.allowed_hosts:
-        words += ["--allowed-hosts", ",".join(options.allowed_hosts)]
-    return words
 
 
 def auth_folder() -> Path:

@@ -1,11 +1,7 @@
 """``skillnet ui``: the MLflow pages of the runs made here."""
 
-import os
-import shutil
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -14,7 +10,7 @@ import webbrowser
 from dataclasses import dataclass
 from typing import Optional
 
-from skillnet_platform import config, console, lifecycle, store, tracking
+from skillnet_platform import config, console, lifecycle, loopback, serving, store, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
@@ -27,8 +23,9 @@ class UiConfig:
 
     Args:
         port: where to listen; 0 takes a free one.
-        host: which interface to listen on; the pages have no password, so keep it at loopback
-            unless the network is yours.
+        host: which interface to listen on; the pages have no password, so any but loopback needs
+            ``without_password``.
+        without_password: let whoever reaches ``host`` read and change every run.
         uri: the store to show; by default that of the runs made here.
         experiment: whose runs are shown first.
         open: whether to open a browser.
@@ -36,6 +33,7 @@ class UiConfig:
 
     port: int = 5000
     host: str = "127.0.0.1"
+    without_password: bool = False
     uri: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
     experiment: str = "skillnet"
     open: bool = False
@@ -55,6 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     if uri.startswith("http"):
         console.note(f"the runs are kept by a server already: {uri}")
         return 0
+    if not loopback.is_local(options.host) and not options.without_password:
+        raise UserError(
+            f"--host {options.host} lets others read and change every run, without a password: "
+            "keep to 127.0.0.1 and reach it through ssh -L, start `skillnet tracker --auth true`, "
+            "or, on a network that is yours alone, add --without_password"
+        )
     port = options.port or _free_port(options.host)
     require_free(options.host, port)
     place = store.setup(uri, options.experiment)
@@ -62,27 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     return _serve(place, options.host, port, options.open)
 
 
-def server_command(
-    uri: str, host: str, port: int, artifacts: str | None = None, workers: int = 1
-) -> list[str]:
-    """The command line of an MLflow server on that store; artifacts by default in the run root."""
-    program = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"  # noqa: PTH120
-    kept = ["--artifacts-destination", artifacts or store.artifact_root().as_uri()]
-    where = ["--host", host, "--port", str(port), "--workers", str(workers)]
-    return [program, "server", "--backend-store-uri", uri, *kept, *where]
-
-
 def _serve(place: store.Place, host: str, port: int, open_browser: bool) -> int:
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop(store.URI_VARIABLE, None)
     url = f"http://{host}:{port}"
-    server = subprocess.Popen(
-        server_command(place.uri, host, port),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    server = serving.start(
+        place.uri, host, port, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     said: list[str] = []
     reader = threading.Thread(target=_drain, args=(server, said), daemon=True)
@@ -99,7 +86,7 @@ def _serve(place: store.Place, host: str, port: int, open_browser: bool) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        _stop(server)
+        serving.stop(server)
 
 
 def _drain(server: "subprocess.Popen[str]", said: list[str]) -> None:
@@ -121,18 +108,6 @@ def _wait_until_up(server: "subprocess.Popen[str]", url: str, said: list[str]) -
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise RuntimeError(f"the MLflow server did not answer within {WAIT_S:.0f} s")
-
-
-def _stop(server: "subprocess.Popen[str]") -> None:
-    """The server starts workers of its own: end its whole session."""
-    if server.poll() is not None:
-        return
-    os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
 
 def _free_port(host: str) -> int:

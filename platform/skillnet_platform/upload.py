@@ -8,19 +8,30 @@ import fnmatch
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
-#: Names of files and folders that stay here, wherever they are.
-LEFT_OUT = (
+#: Names of files and folders that are made anew, or useless elsewhere.
+MADE = (
     *(".git", ".hg", ".svn", ".venv", "venv", ".tox", ".nox", "node_modules", "__pycache__"),
     *(".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".import_linter_cache"),
-    *("*.egg-info", "*.pyc", "dist", "build", "mlruns", "mlartifacts", "*.db", ".DS_Store"),
-    *(".env", "*.pem", "*.key", "auth_token"),
+    *("*.egg-info", "*.pyc", "dist", "build", ".DS_Store"),
 )
+#: Names of runs and secrets. It is said when one of these stays here.
+PRIVATE = (
+    *("runs", "mlruns", "mlartifacts", "*.db"),
+    *(".env", "*.env", ".env.*", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.keytab"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "auth_token", "admin-password"),
+    *(".ssh", ".gnupg", ".aws", ".azure", ".gcloud", ".kube", ".docker", ".mlflow", ".ray"),
+    *(".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".git-credentials", ".htpasswd"),
+    *("credentials", "credentials.json", "credentials.csv"),
+    *("client_secret*.json", "service-account*.json"),
+)
+#: How many of them are named.
+NAMED = 6
 #: Ray refuses a larger one.
 LARGEST = 500 * 2**20
 #: Above this something was hardly meant to be sent.
@@ -36,16 +47,22 @@ class Package:
         files: in it.
         size: bytes of the zip file.
         largest: (path, bytes) of the largest files before compression, largest first.
+        kept: paths of what looks private and stays here.
     """
 
     path: Path
     files: int
     size: int
     largest: list[tuple[str, int]]
+    kept: list[str] = field(default_factory=list)
 
     def words(self) -> str:
-        """``312 files, 1.1 MiB``."""
-        return f"{self.files} files, {storage.human_bytes(self.size)}"
+        """``312 files, 1.1 MiB; left here: .env, runs``."""
+        text = f"{self.files} files, {storage.human_bytes(self.size)}"
+        if not self.kept:
+            return text
+        more = f" and {len(self.kept) - NAMED} more" if len(self.kept) > NAMED else ""
+        return f"{text}; left here: {', '.join(self.kept[:NAMED])}{more}"
 
 
 def pack(root: Path, target: Path, left_out: Sequence[str] = ()) -> Package:
@@ -60,8 +77,9 @@ def pack(root: Path, target: Path, left_out: Sequence[str] = ()) -> Package:
         UserError: it is larger than Ray takes; names the largest files.
     """
     sizes: dict[str, int] = {}
+    kept: list[str] = []
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as package:
-        for path in _chosen(root, [*LEFT_OUT, *left_out]):
+        for path in _chosen(root, [*MADE, *left_out], kept):
             name = path.relative_to(root).as_posix()
             content = path.read_bytes()
             entry = zipfile.ZipInfo(name)  # dated 1980: the same content gives the same bytes
@@ -70,7 +88,7 @@ def pack(root: Path, target: Path, left_out: Sequence[str] = ()) -> Package:
             package.writestr(entry, content)
             sizes[name] = len(content)
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
-    done = Package(target, len(sizes), target.stat().st_size, largest)
+    done = Package(target, len(sizes), target.stat().st_size, largest, sorted(kept))
     if done.size > LARGEST:
         raise UserError(
             f"{root}: the upload would be {done.words()}, Ray takes up to "
@@ -85,22 +103,31 @@ def heaviest(package: Package) -> str:
     return f"the largest are {named}; leave some here with --exclude NAME,NAME"
 
 
-def _chosen(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Files to send, in a fixed order. Links are not followed: they may lead out of the folder."""
+def _chosen(root: Path, patterns: Sequence[str], kept: list[str]) -> Iterator[Path]:
+    """Files to send, in a fixed order. Links are not followed: they may lead out of the folder.
+
+    What looks private is not among them; its path is put into ``kept``.
+    """
     own = storage.run_root()
+
+    def stays(path: Path) -> bool:
+        if path.is_symlink() or _matches(path, root, patterns):
+            return True
+        if path != own and not _matches(path, root, PRIVATE):
+            return False
+        kept.append(path.relative_to(root).as_posix())
+        return True
+
     for folder, folders, names in os.walk(root):
         here = Path(folder)
         folders[:] = sorted(
             name
             for name in folders
-            if not _matches(here / name, root, patterns)
-            and here / name != own
-            and not (here / name / "pyvenv.cfg").is_file()
-            and not (here / name).is_symlink()
+            if not (here / name / "pyvenv.cfg").is_file() and not stays(here / name)
         )
         for name in sorted(names):
             path = here / name
-            if path.is_file() and not path.is_symlink() and not _matches(path, root, patterns):
+            if path.is_file() and not stays(path):
                 yield path
 
 

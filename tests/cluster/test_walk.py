@@ -230,7 +230,13 @@ def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
     asked = ["finetune", "--training.workers", "2", "--training.placement", "strict_spread"]
     places = ["--data", CORPORA, "--run_dir", RUNS]
-    done = client.run(*SKILLNET, "doctor", "--json", *asked, *places, seconds=LATE_S)
+    entry = "MLFLOW_TRACKING_USERNAME,MLFLOW_TRACKING_PASSWORD"
+    done = client.run(
+        *(*SKILLNET, "doctor", "--json", "--env_from", entry, *asked, *places),
+        seconds=LATE_S,
+        MLFLOW_TRACKING_USERNAME="admin",
+        MLFLOW_TRACKING_PASSWORD=password(hosts["head"]),
+    )
     told: dict[str, list[dict[str, str]]] = {}
     for each in json.loads(done.stdout)["findings"]:
         told.setdefault(each["check"], []).append(each)

@@ -1,14 +1,17 @@
 """What the nodes saw becomes findings that name the node, the cause and what to do."""
 
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from skillnet_platform import cluster_checks as checks
-from skillnet_platform import preflight, versions
-from skillnet_platform.cluster_checks import Seen
-from skillnet_platform.needs import Needs
+from skillnet_platform import node_views, preflight, storage, versions
+from skillnet_platform.needs import Needs, checkpoint_bytes, needs
+from skillnet_platform.node_views import Seen
 from skillnet_platform.preflight import GIB
 from tests.object_store import ObjectStore
 
@@ -108,8 +111,92 @@ def test_the_autoscaler_may_start_what_the_file_says(
 
 def test_a_node_that_asks_for_no_token_is_named() -> None:
     (finding,) = checks.authentication([ONE, replace(TWO, auth_mode="disabled")])
-    assert (finding.level, finding.seen[-8:]) == ("warning", "10.0.0.2")
+    assert (finding.level, finding.seen[-8:]) == ("error", "10.0.0.2")
     assert "RAY_AUTH_MODE=token" in finding.advice
+    here = replace(ONE, node="127.0.0.1", auth_mode="disabled")
+    assert checks.authentication([here])[0].level == "warning", "for users of this machine alone"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Stands for servers: with or without a password, as the test says."""
+
+    code = 200
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else self.code)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    made = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+    made.server_close()
+
+
+def test_a_job_server_is_tried_without_the_token(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finding,) = checks.authentication([ONE, TWO], server)
+    assert (finding.level, server in finding.seen) == ("error", True)
+    monkeypatch.setattr(Answers, "code", 401)
+    assert checks.authentication([ONE, TWO], server)[0].level == "ok"
+
+
+def test_a_tracker_is_asked_for_more_than_its_health(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setattr(Answers, "code", 401)
+    (finding,) = preflight.tracker()
+    assert finding.level == "error"
+    assert "asks for a password, and none is set" in finding.seen
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    problem, access = node_views._tracker_problems()
+    assert (problem, "refuses the user me" in access) == ("", True)
+    told = [ONE, replace(TWO, access_problem=access)]
+    assert checks.trackers(told, Needs(records=True))[0].level == "error"
+    (finding,) = checks.trackers(told, Needs())
+    assert finding.level == "warning", "a command that records nothing needs no entry"
+    assert "--env_from MLFLOW_TRACKING_USERNAME" in finding.advice
+
+
+def test_room_is_held_against_what_the_run_takes(
+    run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tmp_path / "big/mine/checkpoints/step-00000100"
+    step.mkdir(parents=True)
+    (step / "weights").write_bytes(b"x" * 1000)
+    words = ["finetune", "--run_dir", str(tmp_path / "big"), "--training.keep", "3"]
+    asked = needs([*words, "--name", "mine"])
+    assert (asked.run_dir, asked.name, asked.keep) == (str(tmp_path / "big"), "mine", 3)
+    assert checkpoint_bytes(asked) == 3 * 1000, "of four, while the oldest is still there"
+    assert checkpoint_bytes(needs([*words, "--from", str(step)])) == 4 * 3 * 1000
+    assert checkpoint_bytes(needs(words)) == 0
+    assert needs(["finetune", "--run_dir", "s3://b/runs"]).run_dir == ""
+    little = replace(TWO, free_bytes=2999)
+    (finding,) = checks.room([ONE, little], asked)
+    assert finding.level == "error"
+    assert finding.seen == "2.9 KiB free on 10.0.0.2; the run takes 2.9 KiB"
+    assert checks.room([ONE, replace(TWO, free_bytes=3000)], asked)[0].level == "ok"
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 2999 if "big" in str(path) else 10**12)
+    assert [each.level for each in preflight.disk(asked)] == ["error"]
+    assert [each.level for each in preflight.disk()] == ["ok"]
+    away = node_views._look_around("10.0.0.1", "x", [], asked.run_dir)
+    assert away["free_bytes"] == 2999
+    assert not (tmp_path / "new").exists()
+    assert preflight.disk(needs(["finetune", "--run_dir", str(tmp_path / "new")]))
+    assert not (tmp_path / "new").exists(), "doctor makes no folder of a run"
 
 
 @pytest.mark.parametrize(
@@ -197,9 +284,11 @@ def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
 @pytest.mark.integration
 def test_a_node_looks_at_a_store_as_runs_do(object_store: ObjectStore) -> None:
     place, folder = f"{object_store.uri}/runs", ".doctor-test"
-    assert checks._leave_file("10.0.0.1", folder, [place]) == ""
-    assert checks._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: ["10.0.0.1"]}
-    checks._clean_up(folder, [place])
-    assert checks._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: []}
-    gone = checks._leave_file("10.0.0.1", folder, ["s3://no-such-bucket/runs"])
+    assert node_views._leave_file("10.0.0.1", folder, [place]) == ""
+    assert node_views._look_around("10.0.0.2", folder, [place])["files_seen"] == {
+        place: ["10.0.0.1"]
+    }
+    node_views._clean_up(folder, [place])
+    assert node_views._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: []}
+    gone = node_views._leave_file("10.0.0.1", folder, ["s3://no-such-bucket/runs"])
     assert "there is no bucket 'no-such-bucket'" in gone

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import preflight, store, ui
+from skillnet_platform import preflight, serving, store, ui
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_doctor_reports_as_json(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert preflight.main(["--ray", "false", "--json"]) == 0
+    assert preflight.main(["--ray", "false", "finetune", "--config", "tiny", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is True
     found = {each["check"]: each for each in told["findings"]}
@@ -58,6 +58,38 @@ def test_ui_refuses_a_port_in_use(run_root: Path, capsys: pytest.CaptureFixture[
         port = taken.getsockname()[1]
         assert ui.main(["--port", str(port)]) == 2
     assert "cannot listen there" in capsys.readouterr().err
+
+
+def test_ui_lets_nobody_in_by_mistake(
+    run_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[str] = []
+
+    def serve(place: store.Place, host: str, *more: object) -> int:
+        served.append(host)
+        return 0
+
+    monkeypatch.setattr(ui, "_serve", serve)
+    assert ui.main(["--host", "0.0.0.0"]) == 2
+    assert "skillnet tracker --auth true" in capsys.readouterr().err
+    assert ui.main(["--host", "0.0.0.0", "--without_password", "--port", "0"]) == 0
+    assert served == ["0.0.0.0"]
+
+
+def test_no_command_line_has_a_password(
+    run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, program = tmp_path / "seen", tmp_path / "mlflow"
+    program.write_text(f'#!/bin/sh\necho "$MLFLOW_BACKEND_STORE_URI" "$@" >{seen}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
+    uri = "postgresql://me:secret@db/mlflow"
+    assert serving.start(uri, "127.0.0.1", 5000).wait() == 0
+    variable, *words = seen.read_text().split()
+    assert variable == uri
+    assert "secret" not in " ".join(words)
+    assert words[0] == "server"
 
 
 def test_ui_points_to_the_server_that_has_the_runs(

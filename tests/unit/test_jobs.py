@@ -94,8 +94,13 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
         "my-env/lib/huge.so",
         "skillnet/__pycache__/model.pyc",
         "runs/model.safetensors",
+        "elsewhere/model.safetensors",
         "secret/id.pem",
+        "secret/id_ed25519",
         ".env",
+        "prod.env",
+        ".netrc",
+        ".aws/credentials",
         "big/data.bin",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,7 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
     (root / "run.sh").chmod(0o755)
     (root / "outside").symlink_to("/etc/hostname")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SKILLNET_HOME", str(root / "runs"))
+        patch.setenv("SKILLNET_HOME", str(root / "elsewhere"))
         first = upload.pack(root, tmp_path / "one.zip", ["big"])
         (root / "skillnet/model.py").touch()
         again = upload.pack(root, tmp_path / "two.zip", ["big/*"])
@@ -113,6 +118,11 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
     assert (first.files, first.size) == (2, first.path.stat().st_size)
     assert again.path.read_bytes() == first.path.read_bytes(), "same content, same bytes"
     assert first.largest[0] == ("skillnet/model.py", 17)
+    private = [".aws", ".env", ".netrc", "elsewhere", "prod.env", "runs", "secret/id.pem"]
+    assert first.kept == [*private, "secret/id_ed25519"]
+    assert first.words().endswith(
+        "; left here: .aws, .env, .netrc, elsewhere, prod.env, runs and 2 more"
+    )
 
 
 def test_too_large_a_package_names_what_is_large(
@@ -287,7 +297,8 @@ def test_a_question_that_nobody_waits_for_leaves_no_job(
 def test_options_behind_the_command_are_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server, sent = Server(), []
+    server = Server()
+    sent: list[list[str]] = []
 
     def send(client: Any, options: jobs.SubmitConfig) -> Any:
         sent.append(options.entry)

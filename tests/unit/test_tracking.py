@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import operations, spool, store, tracking, ui
+from skillnet_platform import operations, serving, spool, store, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig
 from tests.ports import free_port
@@ -243,12 +243,12 @@ def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
 @contextlib.contextmanager
 def server(database: Path, port: int) -> Iterator[str]:
     """A real MLflow server for the length of a block; then killed, not asked."""
-    process = subprocess.Popen(
-        ui.server_command(f"sqlite:///{database}", "127.0.0.1", port),
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    process = serving.start(
+        f"sqlite:///{database}",
+        "127.0.0.1",
+        port,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     uri = f"http://127.0.0.1:{port}"
     try:
@@ -259,8 +259,7 @@ def server(database: Path, port: int) -> Iterator[str]:
             time.sleep(0.2)
         yield uri
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        serving.stop(process, patience=0)
 
 
 @pytest.mark.integration
