@@ -182,8 +182,11 @@ def _names_media(field: str, row: Row) -> bool:
 
 def holds_rows(place: Place) -> bool:
     """Whether metadata name media or hold labelled texts: tars beside them are leftovers."""
-    for _, file in [] if place.is_file else _metadata(place):
-        row = next((r for _, r in islice(records(place, file), 100) if isinstance(r, dict)), {})
+    if place.is_file:
+        return False
+    for _, file in _metadata(place):
+        first = islice(records(place, file), 100)
+        row: Row = next((record for _, record in first if isinstance(record, dict)), {})
         if any(_names_media(name, row) for name in FILE_FIELDS):
             return True
         if row.keys() & set(TEXT) and row.keys() & set(LABEL):
