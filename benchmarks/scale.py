@@ -3,8 +3,9 @@
     python -m benchmarks.scale            print the tables
     python -m benchmarks.scale --write    put them into docs/scale.md
 
-The costs are those of the newest CSVs of ``prepare_speed``, ``reading`` and ``waiting``; every
-other number is an assumption, named in ``CORPORA`` and below and printed with the tables.
+The costs are those of the newest CSVs of ``prepare_speed``, ``reading``, ``waiting`` and
+``reader_memory``; every other number is an assumption, named in ``CORPORA`` and below and printed
+with the tables.
 """
 
 import argparse
@@ -24,6 +25,11 @@ BUSY = 0.8
 GPU_ROWS, GPU_CPUS = 1_000, 8
 #: What was measured per row, and of how many units: seconds of sound, frames.
 MEASURED_SECONDS, MEASURED_FRAMES = 10.0, 40.0
+#: Bytes that a photograph of 224 x 224 takes as JPEG (``pipelines.encoded``), least and most.
+#: Assumed: the measured ones are drawings, which take less.
+PICTURE = (10e3, 30e3)
+#: So of each pixel; a grey one takes two thirds of that.
+CLIP = tuple(8 * 96 * 96 * size / 224**2 * 2 / 3 for size in PICTURE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Plan:
         rows: how many.
         source: bytes of a row's file.
         units: seconds of sound or frames in a row; 1 for the others.
-        stored: bytes of a finished row; 0 takes what was measured.
+        stored: bytes of a finished row, least and most.
+        reader: name of what was measured of its reading task.
         why: the assumptions.
     """
 
@@ -45,23 +52,27 @@ class Plan:
     rows: int
     source: float
     units: float
-    stored: float
+    stored: tuple[float, float]
+    reader: str
     why: str
 
 
+MELS = 178 * 3600 / 141_600 * 100 * 80 * 4
+
 CORPORA = (
     Plan("AISHELL-1", "sound", 141_600, 178 * 3600 * 32_000 / 141_600, 178 * 3600 / 141_600,
-         178 * 3600 / 141_600 * 100 * 80 * 4,
+         (MELS, MELS), "AISHELL-1",
          "178 h in 141,600 utterances, 16 kHz of 16 bits; log-mel frames kept raw"),
-    Plan("AIC-ICC", "image", 210_000, 100e3, 1, 0,
+    Plan("AIC-ICC", "image", 210_000, 100e3, 1, PICTURE, "AIC-ICC",
          "210,000 pictures of 0.1 MB; as costly to decode as the larger ones measured"),
-    Plan("VATEX", "video", 35_000, 1.5e6, 250, 8 * 96 * 96,
+    Plan("VATEX", "video", 35_000, 1.5e6, 250, CLIP, "VATEX",
          "35,000 clips of 10 s, 25 frames a second, 1.5 MB; a frame as costly as one measured "
-         "(256 x 256); 8 frames of 96 x 96 kept raw"),
-    Plan("CodeSearchNet, Python", "code", 457_000, 2e3, 1, 3e3,
+         "(256 x 256); 8 frames of 96 x 96 are 73,728 bytes raw, so they are kept as JPEG, a grey "
+         "pixel with two thirds of the bytes of a coloured one"),
+    Plan("CodeSearchNet, Python", "code", 457_000, 2e3, 1, (3e3, 3e3), "",
          "457,000 functions with docstrings, 2 KB each"),
-    Plan("Wukong", "image", 100_000_000, 100e3, 1, 0,
-         "100 million pairs, pictures of 0.1 MB; captions cost nothing beside them"),
+    Plan("Wukong", "image", 100_000_000, 100e3, 1, PICTURE, "tars",
+         "100 million pairs in tars, pictures of 0.1 MB; captions cost nothing beside them"),
 )  # fmt: skip
 
 
@@ -86,14 +97,15 @@ def measured(path: Path, unit: str) -> dict[str, float]:
 
 def tables(folder: Path = RESULTS) -> str:
     """The tables, as Markdown."""
-    speed, reading, waiting = (
-        newest(name, folder) for name in ("prepare-speed", "reading", "waiting")
+    speed, reading, waiting, readers = (
+        newest(name, folder) for name in ("prepare-speed", "reading", "waiting", "reader-memory")
     )
     per_row = {k.removeprefix("prepare, "): v for k, v in measured(speed, "s/row").items()}
     cell = measured(reading, "bytes/row")["reading encoded pictures"]
     load = measured(waiting, "s/row")["loader"]
     lines = [
-        f"Costs from `{speed.name}`, `{reading.name}` and `{waiting.name}`, CPU time of one core:",
+        f"Costs from `{speed.name}`, `{reading.name}`, `{waiting.name}` and `{readers.name}`, CPU "
+        "time of one core:",
         "",
         "| a row of | seconds to prepare | of which |",
         "|---|---:|---|",
@@ -116,28 +128,53 @@ def tables(folder: Path = RESULTS) -> str:
         cost = per_row[plan.kind] * plan.units / units_measured(plan.kind)
         hours = plan.rows * cost / BUSY / 3600
         read = 256 * plan.source / cost * BUSY
-        stored = plan.rows * (plan.stored or cell)
+        stored = " to ".join(dict.fromkeys(human_bytes(plan.rows * size) for size in plan.stored))
         lines.append(
             f"| {plan.name} | {plan.rows:,} | {human_bytes(plan.rows * plan.source)} | "
             f"{hours:,.1f} | {_time(hours / 16)} | {_time(hours / 256)} | "
-            f"{human_bytes(read)}/s | {human_bytes(stored)} |"
+            f"{human_bytes(read)}/s | {stored} |"
         )
+    lines += ["", *_reading(readers)]
     cores = GPU_ROWS * load
     lines += [
         "",
-        f"Training on encoded pictures of 224 x 224: {cell / 1024:.1f} KiB and {load * 1e3:.2f} "
-        f"ms of a core a row. A GPU that takes {GPU_ROWS:,} rows a second needs {cores:.1f} cores "
-        f"for decoding and augmentation, and {human_bytes(GPU_ROWS * cell)}/s from its disk or "
-        f"cache; beside {GPU_CPUS} cores it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
+        f"Training on encoded pictures of 224 x 224: {load * 1e3:.2f} ms of a core a row, at the "
+        f"{cell / 1024:.1f} KiB of 64 drawings that were measured; larger ones take longer. A GPU "
+        f"that takes {GPU_ROWS:,} rows a second needs {cores:.1f} cores for decoding and "
+        f"augmentation, and {human_bytes(GPU_ROWS * PICTURE[0])}/s to "
+        f"{human_bytes(GPU_ROWS * PICTURE[1])}/s from its disk or cache for photographs; beside "
+        f"{GPU_CPUS} cores it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
         "",
         "Assumed:",
         "",
         f"- a CPU works on rows {BUSY:.0%} of its time; starts are not in it, nor is the reading "
         "task, which is one;",
+        f"- a photograph of 224 x 224 takes {PICTURE[0] / 1e3:.0f} to {PICTURE[1] / 1e3:.0f} KB as "
+        "JPEG: no corpus of photographs was at hand;",
         *(f"- {plan.name}: {plan.why};" for plan in CORPORA),
         f"- a GPU trains on {GPU_ROWS:,} rows a second and has {GPU_CPUS} cores beside it.",
     ]
     return "\n".join(lines)
+
+
+def _reading(readers: Path) -> list[str]:
+    """The table of what the reading task of each corpus holds and spools."""
+    held, kept = measured(readers, "bytes/row"), measured(readers, "bytes/row on disk")
+    lines = [
+        "| the reading task of | bytes held a row | in memory for all rows | bytes spooled a row | "
+        "spool on its disk, where a tokenizer is learnt |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for plan in CORPORA:
+        if plan.reader:
+            row, spool = held[f"read, {plan.reader}"], kept[f"spool, {plan.reader}"]
+            learns = plan.kind != "sound"  # transcripts are spelt in characters
+            all_rows = human_bytes(plan.rows * row) if row >= 1 else "does not grow"
+            lines.append(
+                f"| {plan.name} | {row:,.0f} | {all_rows} | "
+                + (f"{spool:,.0f} | {human_bytes(plan.rows * spool)} |" if learns else "– | none |")
+            )
+    return lines
 
 
 def units_measured(kind: str) -> float:

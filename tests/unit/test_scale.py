@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import scale
 from benchmarks.measure import Result, write
+from pipelines.encoded import is_encoded
 
 
 @pytest.fixture
@@ -19,12 +20,17 @@ def results(tmp_path: Path) -> Path:
     write("reading", [Result("reading encoded pictures", "", "bytes/row", size, size, size)], 1,
           tmp_path)  # fmt: skip
     write("waiting", [Result("loader", "", "s/row", 0.001, 0.001, 0.001)], 1, tmp_path)
+    names = ("AISHELL-1", "AIC-ICC", "VATEX", "tars")
+    held = [Result(f"read, {name}", "", "bytes/row", 200, 200, 200) for name in names]
+    kept = [Result(f"spool, {name}", "", "bytes/row on disk", 500, 500, 500) for name in names]
+    write("reader-memory", held + kept, 1, tmp_path)
     return tmp_path
 
 
 def test_hours_follow_from_the_cost_of_a_row(results: Path) -> None:
     text = scale.tables(results)
-    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
+    plan = text.partition("| the reading task")[0]
+    rows = {line.split(" | ")[0].strip("| "): line for line in plan.splitlines() if "|" in line}
     # 210,000 x 10 ms / 80 % = 0.73 hours; 100 million of them are 347.
     assert "| 0.7 |" in rows["AIC-ICC"]
     assert "| 347.2 | 21.7 h | 1.4 h |" in rows["Wukong"]
@@ -40,6 +46,19 @@ def test_hours_follow_from_the_cost_of_a_row(results: Path) -> None:
 def test_every_assumption_is_printed(results: Path) -> None:
     text = scale.tables(results)
     assert all(plan.why in text for plan in scale.CORPORA)
+
+
+def test_pictures_and_clips_are_a_range_and_reading_is_told(results: Path) -> None:
+    text = scale.tables(results)
+    rows = [line for line in text.splitlines() if line.startswith("| Wukong ")]
+    assert rows[0].endswith("| 931.3 GiB to 2.7 TiB |")  # of 10 and 30 KB
+    assert rows[1] == "| Wukong | 200 | 18.6 GiB | 500 | 46.6 GiB |"
+    assert "| AISHELL-1 | 200 | 27.0 MiB | – | none |" in text
+
+
+def test_a_clip_of_the_plan_is_stored_as_the_plan_says() -> None:
+    assert is_encoded((8, 96, 96, 1), "auto")
+    assert is_encoded((224, 224, 3), "auto")
 
 
 def test_without_measurements_there_is_no_plan(tmp_path: Path) -> None:
