@@ -28,8 +28,9 @@ MEASURED_SECONDS, MEASURED_FRAMES = 10.0, 40.0
 #: Bytes that a photograph of 224 x 224 takes as JPEG (``pipelines.encoded``), least and most.
 #: Assumed: the measured ones are drawings, which take less.
 PICTURE = (10e3, 30e3)
-#: So of each pixel; a grey one takes two thirds of that.
-CLIP = tuple(8 * 96 * 96 * size / 224**2 * 2 / 3 for size in PICTURE)
+#: Of a clip of 8 x 96 x 96: a grey pixel takes two thirds of a coloured one.
+SHARE = 8 * 96 * 96 / 224**2 * 2 / 3
+CLIP = (PICTURE[0] * SHARE, PICTURE[1] * SHARE)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _record(corpus: PlacedCorpus) -> dict[str, Any]:
             told.append(dict(fields))
             return choose(key, fields, *rest)
 
-        corpus.row = listen  # type: ignore[method-assign]
+        corpus.row = listen  # type: ignore[method-assign, assignment]
         try:
             next((row for row in corpus.rows(Sources.none()) if told), None)
         finally:
