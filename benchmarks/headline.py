@@ -17,9 +17,9 @@ import yaml
 
 from benchmarks.marks import put
 from benchmarks.measure import RESULTS
+from sweeps.runs import PRETRAINED
 
 README = Path(__file__).parent.parent / "README.md"
-PRETRAINED = "-pretrained"
 
 #: (task, heading) of the columns.
 TASKS = (

@@ -41,7 +41,8 @@ WORDS = {
     "masked_accuracy": "masked tokens right",
 }
 
-COLOURS = ("#2f6f5e", "#c2603a", "#4a6fa5", "#9a5ba6", "#b08a1e", "#5c5f66", "#1f8fa3")
+#: Of Okabe & Ito (2008): the colour-blind can tell them apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C564B")
 
 
 def words_of(metric: str) -> str:
@@ -271,7 +272,7 @@ def loss_figure(history: History) -> "Figure":
         axes.set_ylim(bottom=0)
         if index % across == 0:
             axes.set_ylabel("training loss", fontsize=8)
-        _quiet(axes)
+        quiet(axes)
     return figure
 
 
@@ -284,7 +285,7 @@ def learning_rate_figure(history: History) -> "Figure":
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("learning rate", fontsize=8)
     axes.set_ylim(bottom=0)
-    _quiet(axes)
+    quiet(axes)
     return figure
 
 
@@ -339,7 +340,8 @@ def _square(column: int, row: int, colour: str) -> Any:
     )
 
 
-def _quiet(axes: Any) -> None:
+def quiet(axes: Any) -> None:
+    """Axes that leave the eye to what is drawn on them."""
     axes.tick_params(labelsize=8, color="#999999")
     axes.grid(True, color="#ececec", linewidth=0.8)
     axes.set_axisbelow(True)

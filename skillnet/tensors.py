@@ -14,8 +14,6 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Bytes of a header; the longest of ours, of thousands of tensors, take a hundredth of it.
 LONGEST_HEADER = 32 * 2**20
 
-_NO_HEADER = (struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError)
-
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a safetensors file by name.

@@ -10,7 +10,6 @@
 
 import base64
 import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,9 +82,10 @@ class Interpretation:
     def write(self, folder: Path) -> list[Path]:
         """Write all of it into a folder; the paths, the page first."""
         from sweeps.page import render
+        from sweeps.plots import png
 
         # As pixels: as outlines, the thousands of numbers of a deep model make a page too heavy.
-        drawn = {name: _png(figure) for name, figure in self.figures().items()}
+        drawn = {name: png(figure) for name, figure in self.figures().items()}
         pictures = [
             {
                 "name": _title(name),
@@ -168,12 +168,6 @@ def interpret(
 def caption_of(name: str) -> str:
     """Words below the figure of that file name."""
     return next(words for start, words in CAPTIONS.items() if name.startswith(start))
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
 
 
 def _title(name: str) -> str:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.reporting import words_of
+from pipelines.reporting import COLOURS, quiet, words_of
 from sweeps.comparison import MEAN, Comparison
 from sweeps.runs import PRETRAINED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C564B")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
@@ -55,7 +54,7 @@ def score_figure(of: Comparison) -> "Figure":
         panel.set_xlim(*_at_least(panel.get_xlim()))
         panel.set_yticks(range(len(labels)), labels, fontsize=8)
         panel.set_ylim(len(labels) - 0.5, -0.5)
-        _quiet(panel)
+        quiet(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("score on test rows, per cent", fontsize=8)
     return figure
@@ -89,7 +88,7 @@ def cost_figure(of: Comparison) -> "Figure":
         panel.set_ylim(*_at_least(panel.get_ylim()))
         panel.set_xscale("log")
         _log_ticks(panel)
-        _quiet(panel)
+        quiet(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("FLOPs per example, executed", fontsize=8)
     for panel in axes[::3]:
@@ -117,7 +116,7 @@ def pretraining_figure(of: Comparison) -> "Figure":
     panel.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=8)
     panel.set_xlim(-0.5, len(tasks) - 0.5)
     panel.set_ylabel("points added to the score", fontsize=8)
-    _quiet(panel)
+    quiet(panel)
     panel.grid(False, axis="x")
     _legend(figure, panel, [f"{name}{PRETRAINED}" for name in systems], labels)
     return figure
@@ -158,7 +157,7 @@ def learning_figure(of: Comparison) -> "Figure | None":
         panel.set_ylabel(what, fontsize=8)
         if kept:
             panel.set_ylim(*_at_least(panel.get_ylim()))
-        _quiet(panel)
+        quiet(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("step", fontsize=8)
     if not drawn:
@@ -182,9 +181,14 @@ def svg_uri(figure: "Figure") -> str:
 
 def png_uri(figure: "Figure") -> str:
     """A figure as pixels inside a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
+
+
+def png(figure: "Figure") -> bytes:
+    """A figure as pixels."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 # -- parts ---------------------------------------------------------------------------------
@@ -304,11 +308,3 @@ def _at_least(limits: tuple[float, float], span: float = 2.0) -> tuple[float, fl
         return limits
     middle = (low + high) / 2
     return middle - span / 2, middle + span / 2
-
-
-def _quiet(panel: Any) -> None:
-    panel.tick_params(labelsize=8, color="#999999")
-    panel.grid(True, color="#ececec", linewidth=0.8)
-    panel.set_axisbelow(True)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)

@@ -158,7 +158,7 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
     """Score against activated FLOPs and against activated parameters; none without two points."""
     from matplotlib.figure import Figure
 
-    from pipelines.reporting import COLOURS
+    from pipelines.reporting import COLOURS, quiet
 
     points = [e for e in configurations if e.score is not None and e.flops_per_example]
     if len(points) < 2:
@@ -184,11 +184,7 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
             place = (getattr(each, key) / 1e6, each.score)
             panel.annotate(each.name, place, (4, 4), textcoords="offset points", fontsize=8)
         panel.set_xlabel(words, fontsize=9)
-        panel.tick_params(labelsize=8, color="#999999")
-        panel.grid(True, color="#ececec", linewidth=0.8)
-        panel.set_axisbelow(True)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+        quiet(panel)
     axes[0].set_ylabel("mean validation score", fontsize=9)
     if any(each.states["stopped"] for each in points):
         figure.suptitle("× was stopped early: its score is of fewer steps", fontsize=8)

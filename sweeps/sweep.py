@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.mirror import Mirror
+from pipelines.reporting import markdown
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
@@ -211,7 +212,9 @@ def _conclude(
     parent.metrics({"score": best.score})
     parent.tags({"best": best.name})
     columns, cells = results.table(configurations)
-    parent.note(_markdown(folder.name, columns, cells))
+    said = [[_said(value) for value in row] for row in cells]
+    best_first = f"Sweep **{folder.name}**, best first, on the validation split."
+    parent.note(f"{best_first}\n\n{markdown(columns, said)}")
     return {
         "name": folder.name,
         "folder": str(folder),
@@ -250,13 +253,8 @@ def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
     return path
 
 
-def _markdown(name: str, columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
-    lines = [f"Sweep **{name}**, best first, on the validation split.", ""]
-    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    for row in cells:
-        shown = ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row)
-        lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines)
+def _said(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @command

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelines.reporting import HEADLINE
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError, nearest
@@ -32,8 +33,8 @@ OUTCOME = "outcome.json"
 #: The driver puts it there to have the trial stop at once.
 STOP = "stop"
 
-#: The primary figure of a task, and whether more of it is better.
-PRIMARY = {"accuracy": True, "token_error_rate": False, "recall_at_10": True}
+#: The primary figure of a task with labels, and whether more of it is better.
+PRIMARY = dict(figure for objective, figure in HEADLINE.items() if objective != "masked")
 
 Status = Literal["finished", "stopped", "failed", "interrupted"]
 

@@ -16,6 +16,7 @@ from pipelines.shards import open_corpus
 from skillnet_platform import remote
 from tests.made_corpora import SLOW, put_archive
 from tests.object_store import ObjectStore
+from tests.processes import kill_family
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < late, "no shard came"
         time.sleep(0.05)
-    kill(process)
+    kill_family(process)
     assert not remote.is_committed(f"{uri}/made")
     before = len(in_the_making(uri))
     shutil.rmtree(staging_folder(uri))
@@ -111,15 +112,6 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     assert open_corpus(f"{uri}/made", verify=True).manifest == local.manifest
     end(process, 0)
     assert open_corpus(f"{uri}/made", verify=True).manifest["digest"] != local.manifest["digest"]
-
-
-def kill(process: "subprocess.Popen[str]") -> None:
-    """With all it started."""
-    import psutil
-
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
-    process.communicate()
 
 
 def test_a_missing_bucket_is_found_before_the_work(

@@ -1,6 +1,5 @@
 """Sweeps and studies in a store: the driver and the trials see different disks, and lose them."""
 
-import contextlib
 import csv
 import json
 import os
@@ -12,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pipelines.training.settings import PretrainConfig
@@ -21,6 +19,7 @@ from skillnet_platform import remote, store
 from skillnet_platform.errors import UserError
 from sweeps import stored
 from tests.object_store import ObjectStore
+from tests.processes import kill_family
 from tests.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
@@ -75,28 +74,23 @@ def start(disks: Path, command: str, words: list[str], **options: Any) -> "subpr
     )
 
 
-def kill(driver: "subprocess.Popen[str]") -> None:
-    """With all it started."""
-    if driver.poll() is not None:
-        return
-    family = [driver, *psutil.Process(driver.pid).children(recursive=True)]
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    driver.communicate()
+def put_corpus(place: ObjectStore, tmp_path: Path) -> str:
+    """Put the corpus of the task into a store, where alone it then is; the URI of all corpora."""
+    remote.write_bytes(f"{place.uri}/marker", b"")
+    corpora = write_corpora(tmp_path / "corpora")
+    remote.put_directory(corpora / "headings", f"{place.uri}/corpora/headings")
+    shutil.rmtree(corpora)
+    return f"{place.uri}/corpora"
 
 
 def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
-    remote.write_bytes(f"{object_store.uri}/marker", b"")
-    corpora = write_corpora(tmp_path / "corpora")
-    remote.put_directory(corpora / "headings", f"{object_store.uri}/corpora/headings")
-    shutil.rmtree(corpora)
+    data = put_corpus(object_store, tmp_path)
     runs = f"{object_store.uri}/runs"
     kept = f"{runs}/kept"
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    path = sweep_file(tmp_path / "sweep.yaml", f"{object_store.uri}/corpora")
+    path = sweep_file(tmp_path / "sweep.yaml", data)
     words = ["--config", str(path), "--run_dir", runs, "--tracking.uri", uri, "--json"]
 
     def there(name: str) -> bool:
@@ -111,7 +105,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
             assert time.monotonic() < end, "no checkpoint of the second trial came"
             time.sleep(0.05)
     finally:
-        kill(driver)
+        kill_family(driver)
     assert not there("001-seed0/result.json")
     finished = remote.read_bytes(f"{kept}/trials/000-seed0/result.json")
     shutil.rmtree(tmp_path / "first")
@@ -204,13 +198,10 @@ def study_file(path: Path, data: str) -> Path:
 def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
-    remote.write_bytes(f"{object_store.uri}/marker", b"")
-    corpora = write_corpora(tmp_path / "corpora")
-    remote.put_directory(corpora / "headings", f"{object_store.uri}/corpora/headings")
-    shutil.rmtree(corpora)
+    data = put_corpus(object_store, tmp_path)
     runs = f"{object_store.uri}/runs"
     kept = f"{runs}/kept"
-    path = study_file(tmp_path / "study.yaml", f"{object_store.uri}/corpora")
+    path = study_file(tmp_path / "study.yaml", data)
     tracked = ["--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db", "--json"]
     words = ["--config", str(path), "--run_dir", runs, *tracked]
 
@@ -222,7 +213,7 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
             assert time.monotonic() < end, "no final run came"
             time.sleep(0.05)
     finally:
-        kill(driver)
+        kill_family(driver)
     finished = {
         entry.name: remote.read_bytes(f"{kept}/{entry.name}")
         for entry in remote.list_files(kept)

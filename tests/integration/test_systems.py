@@ -152,6 +152,8 @@ def test_a_system_of_a_third_party_is_trained_by_its_name(data: Path, run_root: 
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
     model = load(result["model"], "text_to_video")
     assert model.options == {"layers": 2}
+    weights = {name for name, _ in model.named_parameters() if name.startswith("layers.")}
+    assert weights == {f"layers.{n}.0.{what}" for n in (0, 1) for what in ("weight", "bias")}
     config.name, config.options = "other", {"layer": 2}
     with pytest.raises(ValueError, match="system bag: unknown option 'layer'; did you mean"):
         finetune(config)

@@ -32,8 +32,11 @@ class Bag(TaskModel):
         super().__init__(config, options)
         needed = {stem for task in config.tasks.values() for stem in task.stems}
         self.stems = nn.ModuleDict({name: STEMS[name](config) for name in sorted(needed)})
-        layer = [nn.Linear(config.dim, config.dim), nn.GELU()]
-        self.layers = nn.Sequential(*(layer * (options or BagOptions()).layers))
+        layers = [
+            nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU())
+            for _ in range((options or BagOptions()).layers)
+        ]
+        self.layers = nn.Sequential(*layers)
         self.add_heads()
 
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
