@@ -108,7 +108,7 @@ class Aishell1(PlacedCorpus):
             if not path.endswith(ARCHIVES):
                 unpacked.add(_speaker(path))
             for name, inside, reference in self._recordings(path):
-                key, said = key_of(inside), spoken.get(name)
+                key, line = key_of(inside), spoken.get(name)
                 home = split or _split_in(inside.split("/"))
                 if isinstance(reference, str):
                     if _speaker(path) not in unpacked:
@@ -119,12 +119,12 @@ class Aishell1(PlacedCorpus):
                 heard.add(name)
                 if home is None:
                     yield bad(key, "neither train, dev nor test in its path", inside)
-                elif said is None or said.text is None:
+                elif line is None or line.text is None:
                     # Known of the corpus: 360 recordings have none.
                     yield Rejected(key, "a recording without a transcript", inside)
                 else:
-                    row = media_row(home, key, reference, text=said.text)
-                    yield row | {"file": self.transcript, "row": said.line}
+                    row = media_row(home, key, reference, text=line.text)
+                    yield row | {"file": self.transcript, "row": line.line}
         for name, said in spoken.items():
             if said.text is not None and name not in heard:
                 key = key_of("transcript", name)
