@@ -115,7 +115,7 @@ def _look_around(
         resolved = socket.gethostbyname(socket.gethostname())
     except OSError as problem:
         resolved = str(problem)
-    problem, access = _tracker_problems()
+    away, access = _tracker_problems()
     return {
         "node": address,
         "versions": versions.installed(),
@@ -126,7 +126,7 @@ def _look_around(
         "home": os.environ.get(storage.HOME_VARIABLE, ""),
         "files_seen": {where: _files_in(where, folder) for where in roots(places)},
         "free_bytes": storage.free_bytes(folder_of_runs(run_dir)),
-        "tracker_problem": problem,
+        "tracker_problem": away,
         "access_problem": access,
     }
 
