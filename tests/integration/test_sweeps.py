@@ -1,6 +1,5 @@
 """Sweeps through Ray Tune: halving, failures, a killed driver, nested workers, and what is left."""
 
-import contextlib
 import csv
 import json
 import os
@@ -14,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pipelines.finetune import finetune
@@ -27,6 +25,7 @@ from sweeps import tuning
 from sweeps.engine import AshaConfig, ResourceConfig, run_trials
 from sweeps.sweep import main
 from sweeps.trial import ScoreConfig, Trial, TrialOutcome
+from tests.processes import kill_family
 from tests.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
@@ -72,7 +71,7 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
     ray_session: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    good = base(data, evaluate_every=2)
+    good = base(data, evaluate_every=2, checkpoint_every=2)
     trials = [
         trial("good", good),
         trial("broken", replace(good, data=str(data.parent / "gone"))),
@@ -92,7 +91,8 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
         "parent": parent,
         "score": ScoreConfig(),
         "asha": AshaConfig(reduction=2),
-        "resources": ResourceConfig(parallel=2),
+        # One after the other: halving asks who came first.
+        "resources": ResourceConfig(parallel=1),
         "keep": 1,
     }
     outcomes = {outcome.name: outcome for outcome in run_trials(trials, **settings)}
@@ -123,6 +123,8 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
     for outcome in outcomes.values():
         kept = outcome is best
         assert (outcome.folder / "model").is_dir() == kept, outcome.name
+        if outcome.status != "failed":
+            assert (outcome.folder / "checkpoints").is_dir() == kept, outcome.name
         assert (outcome.folder / "evaluation.csv").is_file() == (outcome.status == "finished")
 
     # Again: only the failed one is tried again, now that what made it fail is gone.
@@ -137,6 +139,40 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
         run_trials(
             [trial("good", replace(good, training=replace(good.training, lr=0.5)))], **settings
         )
+
+
+def test_a_trial_that_is_behind_is_stopped_and_stays_so(
+    data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
+) -> None:
+    config = base(data, evaluate_every=2, checkpoint_every=1)
+    settings: dict[str, Any] = {
+        "folder": run_root / "halved",
+        "parent": parent,
+        "score": ScoreConfig(),
+        "asha": AshaConfig(reduction=2),
+        "keep": 1,
+    }
+    (first,) = run_trials([trial("first", config)], **settings)
+    # As if it had been better than any can be: so the next one is behind, whatever it learns.
+    path = first.folder / "reports.jsonl"
+    lines = [json.loads(line) | {"score": 2.0} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    both = [trial("first", config), trial("behind", replace(config, seed=1))]
+    behind = run_trials(both, **settings)[1]
+    assert behind.status == "stopped"
+    assert behind.step == 2
+    assert [line["step"] for line in behind.reports] == [2]
+    run = runs_below(parent.run_id)["behind"]
+    assert run.info.status == "KILLED"
+    assert run.data.tags["stopped_early"] == "by successive halving at step 2"
+    assert not (behind.folder / "result.json").exists()
+    for name, kept in (("first", True), ("behind", False)):
+        assert (run_root / "halved" / name / "checkpoints").is_dir() == kept, name
+    written = (behind.folder / "outcome.json").stat().st_mtime_ns
+    again = run_trials(both, **settings)[1]
+    assert (again.status, again.step) == ("stopped", 2)
+    assert (behind.folder / "outcome.json").stat().st_mtime_ns == written, "not run again"
 
 
 def test_workers_of_a_trial_give_what_one_process_gives(
@@ -310,12 +346,7 @@ def test_a_killed_driver_and_an_interrupted_one(
         until(lambda: (trials / "000-seed0" / "outcome.json").is_file(), "first trial")
         until(lambda: checkpoint_of("001-seed0"), "checkpoint of the second")
     finally:
-        # With all it started: a worker left alone may reach the trial's end before Ray ends it.
-        family = [driver, *psutil.Process(driver.pid).children(recursive=True)]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        driver.wait()
+        kill_family(driver)
     assert not (trials / "001-seed0" / "result.json").is_file()
     finished = (trials / "000-seed0" / "result.json").stat().st_mtime
     client = store.client(store.resolve_uri())
