@@ -183,8 +183,8 @@ def _losses(
         if row["lost"] is not None:
             values[place] = row["lost"]
     image = _image(axes, values, "PuOr_r", -largest, largest)
-    for place in np.ndindex(down, across):
-        cell = cells.get((place[0], place[1]))
+    for place in ((y, x) for y in range(down) for x in range(across)):
+        cell = cells.get(place)
         if cell is None or cell["lost"] is None:
             _nothing(axes, place, "" if cell is None else "n/a")
         else:

@@ -87,8 +87,6 @@ class TuningConfig:
             raise UserError(f"tuning.share must be above 0 and at most 1, got {self.share}")
         if self.trials > 1 and not self.space:
             raise UserError("tuning.trials without a tuning.space: name what is to be tuned")
-        if self.points and not self.trials:
-            raise UserError("tuning.points without tuning.trials: give --tuning.trials 1 at least")
 
 
 @dataclass
