@@ -6,6 +6,8 @@ PIP = $(BIN)/python -m pip
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SEED ?= 0
+# Processes that run tests: more than four would fight for memory rather than save time.
+JOBS ?= logical --maxprocesses 4
 
 .PHONY: demo test test-cluster chaos fuzz check format bench clean help
 
@@ -16,7 +18,7 @@ demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one mo
 	$(BIN)/skillnet quickstart
 
 test: $(VENV)/.installed-dev  ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # Ends with this command, however that ends; skipped, with the reason, where it cannot run.
 test-cluster: $(VENV)/.installed-dev  ## walk docs/cluster.md on hosts made of namespaces (root)

@@ -27,6 +27,18 @@ settings.register_profile(
 settings.load_profile("short")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests stay in one process where pytest-xdist runs several (``make test``).
+
+    Those that share the session's Ray, which then exists once, and those of one file, which share
+    what their fixtures make.
+    """
+    for item in items:
+        shares_ray = "ray_session" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.path.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run root for the session, so that no test writes into the checkout."""
