@@ -128,8 +128,8 @@ def _cluster(asked: Any) -> list[Finding]:
 def checks(with_ray: bool = True, asked: Needs | None = None) -> list[Callable[[], list[Finding]]]:
     """All checks, cheap ones first."""
     found: list[Callable[[], list[Finding]]]
-    where = functools.partial(disk, asked)
-    found = [versions, cpus, memory, shared_memory, where, open_files, loopback, tracker]
+    where, entry = functools.partial(disk, asked), functools.partial(tracker, asked)
+    found = [versions, cpus, memory, shared_memory, where, open_files, loopback, entry]
     return [*found, ray_works] if with_ray else found
 
 
@@ -238,8 +238,8 @@ def loopback() -> list[Finding]:
     return [Finding("loopback", "ok", "127.0.0.1 answers")]
 
 
-def tracker() -> list[Finding]:
-    """Whether the tracker can be reached, and lets us in."""
+def tracker(asked: Needs | None = None) -> list[Finding]:
+    """Whether the tracker can be reached, and lets us in; who records nothing need not get in."""
     try:
         uri = store.resolve_uri()
         if not uri.startswith("http"):
@@ -251,7 +251,8 @@ def tracker() -> list[Finding]:
         store.require_access(uri)
     except UserError as problem:
         advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        return [Finding("tracker", "error", str(problem), advice)]
+        level: Level = "error" if asked is None or asked.records else "warning"
+        return [Finding("tracker", level, str(problem), advice)]
     return [Finding("tracker", "ok", uri)]
 
 

@@ -160,6 +160,7 @@ def test_a_tracker_is_asked_for_more_than_its_health(
     (finding,) = preflight.tracker()
     assert finding.level == "error"
     assert "asks for a password, and none is set" in finding.seen
+    assert preflight.tracker(Needs())[0].level == "warning", "nothing is recorded"
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     problem, access = node_views._tracker_problems()
