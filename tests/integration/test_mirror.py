@@ -135,10 +135,12 @@ def test_training_outlives_the_store(
     object_store: ObjectStore,
     data: Path,
     run_root: Path,
+    tmp_path: Path,
     quick: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The store goes after the first steps and comes back when training is over."""
+    whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
     config = config_of(data, object_store)
     original = Mirror.begin
 
@@ -163,7 +165,12 @@ def test_training_outlives_the_store(
     assert "step-00000004 is not yet in" in said
     assert "Training goes on" in said
     assert remote.exists(f"{object_store.uri}/a/result.json")
-    assert remote.is_committed(f"{object_store.uri}/a/checkpoints/step-00000012")
+    there = f"{object_store.uri}/a"
+    last = "checkpoints/step-00000012"
+    undisturbed = Path(whole["run"])
+    for name, expected in (("model", undisturbed / "model"), (last, undisturbed / last)):
+        kept = remote.get_directory(f"{there}/{name}", tmp_path / name)
+        assert weights(kept) == weights(expected)
 
 
 def test_a_store_that_never_comes_back_loses_nothing(
