@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,20 +11,24 @@ from typing import Any
 import pytest
 
 from pipelines import finetune
+from pipelines.shards import open_corpus
 from pipelines.training import faults, worker
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import remote
 from skillnet_platform.errors import Terminated
+from skillnet_platform.file_cache import GB
 from tests.integration.test_mirror import config_of, weights
 from tests.object_store import ObjectStore
 from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
+#: Seconds without a store: the steps that need none take less.
+AWAY_S = 5.0
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data", rows=120, shards=12)
 
 
 def apart_from_the_driver(monkeypatch: pytest.MonkeyPatch, store: ObjectStore, run: Path) -> None:
@@ -60,4 +66,50 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     monkeypatch.delenv(faults.VARIABLE)
     result = finetune.finetune(config)
     assert (result["resumed"], result["step"]) == (6, 12)
+    assert weights(Path(result["model"])) == weights(Path(whole["model"]))
+
+
+def test_a_store_that_is_away_while_workers_read_from_it(
+    object_store: ObjectStore,
+    data: Path,
+    run_root: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shards of later windows are fetched when their turn comes; by then the store is gone."""
+    shard = max(entry["bytes"] for entry in open_corpus(data / "drawings").splits["train"].shards)
+    settings = {"steps": 30, "checkpoint_every": 10, "shuffle_gb": 2.1 * shard / GB}
+    alone = replace(config_of(data, object_store, **settings), name="whole", run_dir=None)
+    whole = finetune.finetune(alone)
+    for name in ("headings", "drawings"):
+        remote.put_directory(data / name, f"{object_store.uri}/corpora/{name}")
+    config = config_of(data, object_store, **settings, workers=1, threads_per_worker=1)
+    config = replace(config, data=f"{object_store.uri}/corpora")
+    run = tmp_path / "worker" / "a"
+    apart_from_the_driver(monkeypatch, object_store, run)
+    monkeypatch.setenv(faults.VARIABLE, json.dumps({"step": 2, "kind": "hold"}))
+    held = run / "faults" / "0-hold-2"
+    shards: list[int] = []
+
+    def fetched() -> int:
+        return len(
+            [path for path in (tmp_path / "worker/cache/shards").rglob("*") if path.is_file()]
+        )
+
+    def take_the_store_away() -> None:
+        while not held.exists():
+            time.sleep(0.05)
+        object_store.door.shut()
+        held.unlink()
+        time.sleep(AWAY_S)
+        shards.append(fetched())
+        object_store.door.unshut()
+
+    thread = threading.Thread(target=take_the_store_away, daemon=True)
+    thread.start()
+    result = finetune.finetune(config)
+    thread.join()
+    assert shards[0] < fetched(), "the rest came when the store was back"
+    assert (result["resumed"], result["step"]) == (0, 30), "nothing was started again"
     assert weights(Path(result["model"])) == weights(Path(whole["model"]))
