@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from skillnet_platform import serving, store
+from skillnet_platform import family, serving, store
 from skillnet_platform.errors import UserError
 
 WAIT_S = 600.0
@@ -62,5 +62,5 @@ class Server:
     def stop(self) -> None:
         """Kill it and all its workers."""
         if self._process is not None:
-            serving.stop(self._process, patience=0)
+            family.end(self._process, patience=0)
             self._process = None

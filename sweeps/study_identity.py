@@ -52,8 +52,10 @@ def check_same(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> No
 
 def _of_pretraining(before: FinetuneConfig, trial: Trial) -> str:
     """The same for what a run started from, as far as that is still there."""
+    if (trial.pretrain is None) != (not before.init_from):
+        return "another start: pretrain"
     if trial.pretrain is None or not before.init_from:
-        return "" if trial.pretrain is None and not before.init_from else "another start: pretrain"
+        return ""
     stored = Path(before.init_from).parent / CONFIG
     if not stored.is_file():
         return ""

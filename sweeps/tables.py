@@ -255,8 +255,8 @@ def _pretraining_words(of: Comparison) -> str:
     if len(pretrained) - len(unknown) > 1:
         said = (
             " So it is in those of their pretrainings, where the system and its sizes follow the "
+            "run's."
         )
-        said += "run's."
     if unknown:
         said += f" How {', '.join(unknown)} was pretrained is not known here."
     return said

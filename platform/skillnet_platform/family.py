@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 #: Seconds for a server to end by itself.
 END_S = 10
@@ -39,14 +40,22 @@ def started(
         # First: once the server has been waited for, its number may be another's.
         watcher.kill()
         watcher.communicate()
-        _end(server)
+        end(server)
 
 
-def _end(server: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        server.wait(END_S)
+def end(server: "subprocess.Popen[Any]", patience: float | None = None) -> None:
+    """End a process that leads a session of its own, and all that it started.
+
+    Args:
+        server: it.
+        patience: seconds for it to end by itself, by default ``END_S``; with 0 it is not asked.
+    """
+    patience = END_S if patience is None else patience
+    if patience > 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(patience)
     # Also what it left behind: the group lives as long as one of its processes does.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)

@@ -1,9 +1,7 @@
-"""An MLflow server as a process of ours: how it is started, and ended with its workers."""
+"""An MLflow server as a process of ours: how it is started. ``family.end`` ends it."""
 
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +11,6 @@ from skillnet_platform import store
 #: By which MLflow's server takes its store. A URI may hold a password, and every user of the
 #: machine sees command lines.
 STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
-STOP_S = 10.0
 
 
 def start(uri: str, host: str, port: int, **streams: Any) -> "subprocess.Popen[Any]":
@@ -51,15 +48,3 @@ def command(host: str, port: int, artifacts: str | None = None, workers: int = 1
         "--workers",
         str(workers),
     ]
-
-
-def stop(server: "subprocess.Popen[Any]", patience: float = STOP_S) -> None:
-    """End a server and the workers that it started: asked first, unless there is no patience."""
-    with contextlib.suppress(ProcessLookupError):
-        if patience > 0:
-            os.killpg(server.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(patience)
-                return
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()

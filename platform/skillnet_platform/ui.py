@@ -10,7 +10,7 @@ import webbrowser
 from dataclasses import dataclass
 from typing import Optional
 
-from skillnet_platform import config, console, lifecycle, loopback, serving, store, tracking
+from skillnet_platform import config, console, family, lifecycle, loopback, serving, store, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
@@ -86,7 +86,7 @@ def _serve(place: store.Place, host: str, port: int, open_browser: bool) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        serving.stop(server)
+        family.end(server)
 
 
 def _drain(server: "subprocess.Popen[str]", said: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import operations, serving, spool, store, tracking
+from skillnet_platform import family, operations, serving, spool, store, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig
 from tests.ports import free_port
@@ -259,7 +259,7 @@ def server(database: Path, port: int) -> Iterator[str]:
             time.sleep(0.2)
         yield uri
     finally:
-        serving.stop(process, patience=0)
+        family.end(process, patience=0)
 
 
 @pytest.mark.integration
