@@ -10,10 +10,10 @@ from typing import Any
 #: Seconds for a server to end by itself.
 END_S = 10
 
-#: Waits for the end of its input, which comes with the death of whoever holds the other end, be it
-#: by SIGKILL; and then ends a group of processes. A server has a session of its own, so that Ctrl-C
-#: reaches it through us alone, and nobody else would.
-WATCH = f"cat; kill -TERM -$1 && sleep {END_S} && kill -KILL -$1"
+#: Is told a group of processes, waits for the end of its input, which comes with the death of
+#: whoever holds the other end, be it by SIGKILL, and then ends the group. A server has a session of
+#: its own, so that Ctrl-C reaches it through us alone, and nobody else would.
+WATCH = f"read -r g || exit; cat; kill -TERM -$g && sleep {END_S} && kill -KILL -$g"
 
 
 @contextlib.contextmanager
@@ -26,14 +26,22 @@ def started(
         command: its words.
         environment: all of its environment.
     """
-    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    # The watcher first: a kill while it is being started would leave a server that nobody ends.
     watcher = subprocess.Popen(
-        ["/bin/sh", "-c", WATCH, "-", str(server.pid)],
+        ["/bin/sh", "-c", WATCH],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    assert watcher.stdin is not None
+    try:
+        server = subprocess.Popen(command, env=environment, start_new_session=True)
+    except BaseException:
+        watcher.communicate()
+        raise
+    watcher.stdin.write(f"{server.pid}\n".encode())
+    watcher.stdin.flush()
     try:
         yield server
     finally:
