@@ -300,13 +300,16 @@ def _facts(modality: str, data: bytes) -> dict[str, float]:
         return {"width": float(size[0]), "height": float(size[1])} if size else {}
     import av
 
+    from pipelines.transforms.video import size_of
+
     try:
         with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
             facts = {"seconds": (container.duration or 0) / av.time_base}
             if modality == "video" and container.streams.video:
                 stream = container.streams.video[0]
-                facts |= {"width": float(stream.width), "height": float(stream.height)}
                 facts["frames"] = float(stream.frames)
+                width, height = size_of(data)
+                facts |= {"width": float(width), "height": float(height)}
             return facts
     except av.FFmpegError as problem:
         raise ValueError(f"cannot be read ({problem.strerror})") from None

@@ -1,6 +1,7 @@
 """Frames as MP4 files, for tests that read clips."""
 
 import io
+import struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,3 +28,11 @@ def encode_video(frames: NDArray[np.uint8], rate: int = 4, scale: int = 4) -> by
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     return target.getvalue()
+
+
+def held(video: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """An MP4 file that says how it is to be shown, as telephones write it: pixel (x, y) at
+    (ax + cy, bx + dy). The frames stay as the sensor saw them."""
+    at = video.index(b"tkhd") + 4 + 40  # the matrix of its track header, version 0
+    matrix = struct.pack(">9i", *(n << 16 for n in (a, b, 0, c, d, 0)), 0, 0, 1 << 30)
+    return video[:at] + matrix + video[at + len(matrix) :]

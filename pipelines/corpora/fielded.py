@@ -32,10 +32,11 @@ from skillnet_platform.errors import UserError, nearest
 
 #: Endings of media files, and what they are.
 ENDINGS = {
-    "sound": ("wav", "mp3", "flac", "ogg", "opus", "m4a", "aac"),
-    "image": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "svg"),
-    "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v"),
-}
+    "sound": ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "amr", "aif",
+              "aiff"),
+    "image": ("jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "svg"),
+    "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "3gp", "flv", "wmv"),
+}  # fmt: skip
 MODALITY_OF = {ending: modality for modality, each in ENDINGS.items() for ending in each}
 NOUNS = {"sound": "a recording", "image": "a picture", "video": "a clip"}
 #: Usual names of fields, the likeliest first.

@@ -21,7 +21,7 @@ from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
 from pipelines.corpora.ranges import Ranged, within
 from pipelines.media import MAX_BYTES, MediaRef
 from pipelines.places import Place, listing_digest
-from pipelines.transforms import image, sound
+from pipelines.transforms import image, sound, video
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
 
@@ -204,6 +204,7 @@ class PlacedCorpus(Corpus):
             **chosen,
             **(more if self.modality == "sound" else {}),
             **({"pixels": image.VERSION} if self.modality == "image" else {}),
+            **({"pixels": video.VERSION} if self.modality == "video" else {}),
         }
 
     def facts(self) -> dict[str, Any]:

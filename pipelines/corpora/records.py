@@ -35,6 +35,8 @@ class Broken:
 
 #: A bad line without an end can only be the last one of its file.
 CUT = Broken("the file is cut short in the midst of a line", rest=True)
+#: Of what such a record says nobody knows which is meant; most readers take the last.
+TWICE = Broken("a field that stands twice in its record")
 #: (Number of the line or record in its file, from 1; the record).
 Found = tuple[int, "dict[str, Any] | Broken"]
 
@@ -53,11 +55,11 @@ def records(place: Place, file: str) -> Iterator[Found]:
 
 def json_lines(place: Place, file: str) -> Iterator[Found]:
     """The objects of a file with one a line; named by the number of their line."""
-    number = 0
+    number, decoder = 0, Decoder()
     try:
         for number, line in place.lines(file, ends=True):
             try:
-                value: Any = json.loads(line.decode("utf-8"))
+                value: Any = decoder.decode(line.decode("utf-8"))
             except (ValueError, RecursionError) as problem:
                 if not line.endswith(b"\n"):
                     value = CUT
@@ -153,6 +155,25 @@ def parquet_rows(place: Place, file: str) -> Iterator[Found]:
             yield number, Broken("Parquet damaged from here on", rest=True)
 
 
+class Decoder(json.JSONDecoder):
+    """Python's own, which gives ``TWICE`` where an object has two values of one name."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.twice = False
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """A value and where it ends; ``decode`` calls this."""
+        self.twice = False
+        value, end = super().raw_decode(s, idx)
+        return (TWICE if self.twice else value), end
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        self.twice |= len(made) < len(pairs)
+        return made
+
+
 def _mapping(value: Any) -> "dict[str, Any] | Broken":
     if isinstance(value, dict | Broken):
         return value
@@ -188,7 +209,7 @@ class _Text:
         self.stream, self.ended = stream, False
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self.buffer, self.at = "", 0
-        self.json = json.JSONDecoder()
+        self.json = Decoder()
 
     def next_character(self, eat: bool = True) -> str:
         """The next character that is not white space; "" at the end."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.captioned import CaptionedCorpus
+from pipelines.corpora.fielded import ENDINGS, ending_of
 from pipelines.corpora.finish import CaptionOptions, VideoOptions
 from pipelines.corpora.placed import (
     MediaOptions,
@@ -30,7 +31,6 @@ from pipelines.media import MediaRef
 from pipelines.places import Place
 from skillnet_platform.errors import UserError
 
-CLIPS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 FIELDS = {"chinese": ("chCap",), "english": ("enCap",), "both": ("chCap", "enCap")}
 
 
@@ -115,8 +115,8 @@ class Vatex(CaptionedCorpus):
         """Name without its ending -> path, of every clip below the folder."""
         found: dict[str, str] = {}
         for entry in self.home.walk():
-            name, dot, ending = entry.name.rpartition("/")[2].rpartition(".")
-            if dot + ending.lower() in CLIPS:
+            if ending_of(entry.name) in ENDINGS["video"]:
+                name = entry.name.rpartition("/")[2].rpartition(".")[0]
                 found.setdefault(name, entry.name)
         return found
 

@@ -8,7 +8,6 @@ to back). The split is named by the tar or its folder, else made.
 """
 
 import contextlib
-import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus
 from pipelines.corpora.folder import holds_rows
 from pipelines.corpora.placed import aside, bad, key_of
+from pipelines.corpora.records import Broken, Decoder
 from pipelines.media import MediaRef
 from pipelines.places import Place
 from pipelines.source_files import OWN, open_stream
@@ -172,8 +172,11 @@ def _add(
     try:
         text = data.decode("utf-8-sig")
         if last == "json":
-            value = json.loads(text)
-            sample.fields |= value if isinstance(value, dict) else {"captions": value}
+            value = Decoder().decode(text)
+            if isinstance(value, Broken):
+                sample.problem = value.reason
+            else:
+                sample.fields |= value if isinstance(value, dict) else {"captions": value}
         else:
             sample.fields[{"py": "code", "label": "cls"}.get(last, last)] = text
     except UnicodeDecodeError:

@@ -1,7 +1,8 @@
-"""Clips to frames: a fixed number of them, square, grey; and drawing pen paths as clips."""
+"""Clips to frames: so many of them, square, upright, grey; and drawing pen paths as clips."""
 
 import contextlib
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+#: Count it up when a change of this file changes pixels that it makes of a file.
+VERSION = 2
 FRAMES = 8
 SIZE = 32
 #: Pen paths are drawn this many times larger and then reduced, for smooth edges.
@@ -53,6 +56,19 @@ def count_frames(data: bytes) -> int:
     if not count:
         raise ValueError("a video without frames")
     return count
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(Width, height) of a video file's frames in pixels, as they are shown.
+
+    Raises:
+        ValueError: the bytes are no video, or one of too large frames.
+    """
+    frame = next(_frames(data), None)
+    if frame is None:
+        raise ValueError("a video without frames")
+    a, b, _, _ = _display(frame)
+    return (frame.height, frame.width) if abs(b) > abs(a) else (frame.width, frame.height)
 
 
 @contextlib.contextmanager
@@ -100,7 +116,8 @@ def load_clip(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDArray[np.
     """A video file's bytes to uint8 (count, size, size, 1), as ``clip`` would choose them.
 
     Frames that are not taken are decoded, as later ones build on them, and dropped at once:
-    memory holds one frame, however long the video is.
+    memory holds one frame, however long the video is. They are turned as the file's display matrix
+    says: telephones write what the sensor saw, and how they were held.
 
     Raises:
         ValueError: the bytes are no video, it is cut short, or one of too many or too large frames.
@@ -129,7 +146,7 @@ def _take(data: bytes, length: int, count: int, size: int) -> tuple[int, list[ND
             same = len(taken) > 0 and wanted[len(taken) - 1] == found
             if not same:
                 pixels = colours.reformat(frame, format="rgb24").to_ndarray()
-            taken.append(taken[-1] if same else _square(pixels, size))
+            taken.append(taken[-1] if same else upright(frame, _square(pixels, size)))
         found += 1
     if not found:
         raise ValueError("a video without frames")
@@ -153,6 +170,28 @@ def _square(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if side != size:
         square = square.resize((size, size), Image.Resampling.BOX if side > size else 3)
     return np.asarray(square)
+
+
+def upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pixels (H, W) of a frame of PyAV's, turned and mirrored as it is to be shown."""
+    a, b, c, d = _display(frame)
+    if abs(b) > abs(a):  # a quarter turn: what ran to the right runs downward, or upward
+        pixels, right, down = pixels.T, c, b
+    else:
+        right, down = a, d
+    return pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
+
+
+def _display(frame: Any) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the display matrix: pixel (x, y) is shown at (ax + cy, bx + dy)."""
+    try:
+        matrix = bytes(frame.side_data["DISPLAYMATRIX"])
+    except (KeyError, ValueError):  # none; or beside data that PyAV has no name for
+        return 1, 0, 0, 1
+    if len(matrix) != 36:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
+    return a, b, c, d
 
 
 def draw_paths(paths: Sequence[Path], count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:

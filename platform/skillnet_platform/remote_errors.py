@@ -6,6 +6,7 @@ bucket), a ``FileNotFoundError`` (no such object), or, after patient tries, ``St
 
 import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -46,6 +47,10 @@ _REFUSED = {
     errno.ENOSPC,
     errno.EDQUOT,
 }
+# How clients say that a bucket is not there: not a path with that word in it.
+_NO_BUCKET = re.compile(
+    r"NoSuchBucket|(?<![\w/.-])bucket\b(?![/.-])[^/]{0,80}(does not exist|not found)", re.IGNORECASE
+)
 _CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs", "fsspec")
 
 _told: dict[str, float] = {}
@@ -152,7 +157,7 @@ def refusal(uri: str, problem: BaseException) -> str | None:
             f"{uri}: the store{_endpoint(uri)} refused the credentials ({_words(problem)}). "
             f"{_credentials_hint(scheme)}"
         )
-    if isinstance(problem, FileNotFoundError) and "bucket" in str(problem).lower():
+    if isinstance(problem, FileNotFoundError) and _NO_BUCKET.search(str(problem)):
         return missing_bucket(uri)
     if isinstance(problem, OSError) and problem.errno == errno.EINVAL:
         return f"{uri}: the store{_endpoint(uri)} refused the request ({_words(problem)})"

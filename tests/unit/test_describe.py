@@ -6,12 +6,14 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines import corpora, describe, prepare
 from pipelines.places import Entry, Place
 from skillnet_platform.errors import UserError
-from tests import user_corpora
+from tests import clips, user_corpora
+from tests.clips import encode_video
 from tests.unit.test_transforms import held
 
 POEMS = "tests.corpora_package.poem_files:Poems"
@@ -36,6 +38,15 @@ def test_pictures_have_the_size_that_they_have(tmp_path: Path) -> None:
     found = describe.describe(str(tmp_path))
     assert found["media"]["width"].startswith("32 to 1600")
     assert found["media"]["height"].startswith("64 to 1200")
+
+
+def test_a_clip_that_was_held_upright_is_higher_than_wide(tmp_path: Path) -> None:
+    home = tmp_path / "train" / "waving"
+    home.mkdir(parents=True)
+    wide = encode_video(np.zeros((4, 24, 32, 1), np.uint8))
+    (home / "1.mp4").write_bytes(clips.held(wide, 0, 1, -1, 0))
+    media = describe.describe(str(tmp_path))["media"]
+    assert (media["width"], media["height"]) == ("96", "128")
 
 
 def test_rows_of_each_split_and_the_fields_of_the_source_are_shown(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import patience
+from skillnet_platform.remote_errors import patience, refusal
 from tests.object_store import KEYS, ObjectStore, in_environment
 
 
@@ -165,6 +165,35 @@ def test_wrong_credentials_and_missing_bucket(object_store: ObjectStore) -> None
         pytest.raises(UserError, match=r"refused the credentials.*AWS_ACCESS_KEY_ID"),
     ):
         remote.exists(object_store.uri)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "The specified bucket does not exist",
+        "An error occurred (NoSuchBucket) when calling the ListObjectsV2 operation",
+        "Bucket 'mine' was not found",
+    ],
+)
+def test_a_missing_bucket_is_told_from_what_clients_say(said: str) -> None:
+    told = refusal("s3://mine/a", FileNotFoundError(said))
+    assert told is not None
+    assert "there is no bucket 'mine'" in told
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "bucket/clips/a.mp4",
+        "Path does not exist 'my-bucket/a.mp4'",
+        "[Errno 2] No such file or directory: '/bucket'",
+        "s3://bucket/a.mp4 not found",
+        "The specified key does not exist: buckets/bucket.json",
+    ],
+)
+def test_a_missing_file_is_no_missing_bucket(said: str) -> None:
+    """Whatever its path is called."""
+    assert refusal("s3://bucket/a.mp4", FileNotFoundError(said)) is None
 
 
 def test_keys_that_the_store_refuses(tmp_path: Path) -> None:

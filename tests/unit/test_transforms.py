@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.transforms import code, image, sound, video
+from tests import clips
 from tests.clips import encode_video
 
 
@@ -190,6 +191,29 @@ def test_what_is_no_recording_is_refused(data: bytes, message: str) -> None:
         sound.decode_audio(data)
 
 
+@pytest.mark.parametrize(
+    ("kind", "codec"),
+    [("ogg", "libopus"), ("webm", "libopus"), ("flac", "flac"), ("mp4", "aac"), ("adts", "aac")],
+)
+def test_recordings_of_other_formats_sound_alike(kind: str, codec: str) -> None:
+    """Opus as voice messages and browsers record it, and what else people have."""
+    target, rate = io.BytesIO(), 48_000
+    said = tone(0.5, rate)
+    with av.open(target, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(
+            (said * 32767).astype(np.int16)[None], format="s16", layout="mono"
+        )
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    mel = sound.log_mel(sound.decode_audio(target.getvalue()))
+    plain = sound.log_mel(sound.decode_audio(wav(said, rate)))
+    assert abs(len(mel) - len(plain)) < 8
+    assert abs(int(mel[20].argmax()) - int(plain[20].argmax())) <= 1
+
+
 def test_silence_is_refused() -> None:
     with pytest.raises(ValueError, match="silent"):
         sound.log_mel(np.zeros(16_000, np.float32))
@@ -228,6 +252,31 @@ def test_a_longer_video_is_thinned_to_its_end() -> None:
     out = video.clip(frames)
     assert out.shape == (8, 32, 32, 1)
     assert out[:, 0, 0, 0].tolist() == [24, 56, 88, 120, 152, 184, 216, 240]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "numbers"),
+    [
+        ((1, 0, 0, 1), (1, 2, 3, 4)),
+        ((0, 1, -1, 0), (3, 1, 4, 2)),  # held upright: a quarter turn with the clock
+        ((-1, 0, 0, -1), (4, 3, 2, 1)),
+        ((0, -1, 1, 0), (2, 4, 1, 3)),
+        ((-1, 0, 0, 1), (2, 1, 4, 3)),  # a mirror, as some front cameras write
+        ((0, 1, 1, 0), (1, 3, 2, 4)),
+        ((0, 0, 0, 0), (1, 2, 3, 4)),  # no matrix at all
+    ],
+)
+def test_a_clip_is_turned_as_its_camera_was_held(
+    matrix: tuple[int, int, int, int], numbers: tuple[int, ...]
+) -> None:
+    """Quarters numbered 1 2 above 3 4 by their grey."""
+    quarters = np.array([[50, 100], [150, 200]], np.uint8).repeat(16, 0).repeat(16, 1)
+    wide = np.pad(quarters, ((0, 0), (8, 8)))
+    data = clips.held(encode_video(np.stack([wide] * 4)[..., None]), *matrix)
+    for frame in video.load_clip(data, 3, 32)[..., 0]:
+        seen = [frame[:14, :14], frame[:14, 18:], frame[18:, :14], frame[18:, 18:]]
+        assert [round(part.mean() / 50) for part in seen] == list(numbers)
+    assert video.size_of(data) == ((128, 192) if matrix[1] else (192, 128))
 
 
 def test_what_is_no_video_is_refused() -> None:
