@@ -18,13 +18,14 @@ WATCH = f"read -r g || exit; cat; kill -TERM -$g && sleep {END_S} && kill -KILL 
 
 @contextlib.contextmanager
 def started(
-    command: Sequence[str], environment: Mapping[str, str]
-) -> "Iterator[subprocess.Popen[bytes]]":
+    command: Sequence[str], environment: Mapping[str, str], **streams: Any
+) -> "Iterator[subprocess.Popen[Any]]":
     """A command for the length of a block; at its end it and all below it are ended.
 
     Args:
         command: its words.
         environment: all of its environment.
+        streams: of ``subprocess.Popen``: what becomes of its output.
     """
     # The watcher first: a kill while it is being started would leave a server that nobody ends.
     watcher = subprocess.Popen(
@@ -36,7 +37,7 @@ def started(
     )
     assert watcher.stdin is not None
     try:
-        server = subprocess.Popen(command, env=environment, start_new_session=True)
+        server = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
     except BaseException:
         watcher.communicate()
         raise

@@ -68,25 +68,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _serve(place: store.Place, host: str, port: int, open_browser: bool) -> int:
     url = f"http://{host}:{port}"
-    server = serving.start(
-        place.uri, host, port, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    words, environment = serving.command(host, port), serving.environment(place.uri)
     said: list[str] = []
-    reader = threading.Thread(target=_drain, args=(server, said), daemon=True)
-    reader.start()
-    try:
-        with lifecycle.terminate_as_interrupt():
-            _wait_until_up(server, url, said)
-            console.note(f"runs of {place.uri}; Ctrl-C stops")
-            page = f"{url}/#/experiments/{place.experiment_id}/runs?{store.TRAINING_VIEW}"
-            print(page, flush=True)
-            if open_browser:
-                webbrowser.open(page)
-            return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        family.end(server)
+    with family.started(
+        words, environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as server:
+        threading.Thread(target=_drain, args=(server, said), daemon=True).start()
+        try:
+            with lifecycle.terminate_as_interrupt():
+                _wait_until_up(server, url, said)
+                console.note(f"runs of {place.uri}; Ctrl-C stops")
+                page = f"{url}/#/experiments/{place.experiment_id}/runs?{store.TRAINING_VIEW}"
+                print(page, flush=True)
+                if open_browser:
+                    webbrowser.open(page)
+                return server.wait()
+        except KeyboardInterrupt:
+            return 0
 
 
 def _drain(server: "subprocess.Popen[str]", said: list[str]) -> None:

@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from skillnet_platform import preflight, serving, store, ui
@@ -101,7 +102,8 @@ def test_ui_points_to_the_server_that_has_the_runs(
 
 
 @pytest.mark.integration
-def test_ui_serves_the_runs_and_leaves_no_process(run_root: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_ui_serves_the_runs_and_leaves_no_process(run_root: Path, number: int, code: int) -> None:
     store.setup(experiment="shown")
     process = subprocess.Popen(
         [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
@@ -118,9 +120,11 @@ def test_ui_serves_the_runs_and_leaves_no_process(run_root: Path) -> None:
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         assert json.load(answer)["experiment"]["name"] == "shown"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 2, "a server and its worker"
+    process.send_signal(number)
+    assert process.wait(30) == code
     process.stdout.close()
-    with socket.socket() as probe:
-        host, _, port = url.removeprefix("http://").partition(":")
-        assert probe.connect_ex((host, int(port))) != 0
+    # After SIGKILL it is somebody else who ends them.
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not alive
