@@ -30,17 +30,6 @@ class Interval(NamedTuple):
 # -- classification ------------------------------------------------------------------------
 
 
-def accuracy(predictions: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
-    """Share of rows (N,) whose predicted class is the right one."""
-    pairs_N2 = _pairs(predictions, labels)
-    return float(np.mean(pairs_N2[:, 0] == pairs_N2[:, 1]))
-
-
-def macro_f1(predictions: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
-    """Mean F1 over the classes that occur among predictions or labels (as scikit-learn's)."""
-    return macro_f1_of_rows(_pairs(predictions, labels))
-
-
 def macro_f1_of_rows(pairs_N2: NDArray) -> float:
     """Macro-F1 of rows (predicted class, right class): a statistic for the bootstrap."""
     predicted, right = pairs_N2[:, 0], pairs_N2[:, 1]
@@ -48,16 +37,6 @@ def macro_f1_of_rows(pairs_N2: NDArray) -> float:
     hits = np.bincount(right[predicted == right], minlength=size)
     seen = np.bincount(predicted, minlength=size) + np.bincount(right, minlength=size)
     return float(np.mean(2 * hits[seen > 0] / seen[seen > 0]))
-
-
-def _pairs(predictions: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> NDArray:
-    left, right = _array(predictions), _array(labels)
-    if left.shape != right.shape or left.ndim != 1 or not len(left):
-        raise ValueError(
-            f"predictions and labels are lists of one length and not empty, got the shapes "
-            f"{left.shape} and {right.shape}"
-        )
-    return np.stack([left, right], 1).astype(np.int64)
 
 
 # -- sequences -----------------------------------------------------------------------------
@@ -99,22 +78,12 @@ def _padded(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDAr
     return padded, lengths
 
 
-def error_rate(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> float:
-    """Sum of edit distances over the number of reference symbols; may exceed 1."""
-    return ratio_of_sums(error_counts(hypotheses, references))
-
-
 def error_counts(
     hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]
 ) -> NDArray[np.int64]:
     """(distance, reference length) of each pair, (N, 2): rows for :func:`ratio_of_sums`."""
     lengths = np.array([len(reference) for reference in references], np.int64)
     return np.stack([edit_distances(hypotheses, references), lengths], 1)
-
-
-def exact_rate(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> float:
-    """Share of sequences without any error."""
-    return float(np.mean(edit_distances(hypotheses, references) == 0))
 
 
 def greedy_symbols(log_probs_BTS: Tensor, lengths_B: Tensor) -> list[list[int]]:
@@ -185,11 +154,6 @@ def _rank_block(
     for part, ids in zip(candidate.split(block), right.split(block), strict=True):
         rank += ((query @ part.T >= best) & (left[:, None] != ids)).sum(1)
     return rank
-
-
-def recall_at(ranks: NDArray, k: int) -> float:
-    """Share of queries whose rank is at most ``k``."""
-    return float(np.mean(np.asarray(ranks) <= k))
 
 
 def median_rank(ranks: NDArray) -> float:

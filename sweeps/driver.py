@@ -243,7 +243,7 @@ class Driver:
 
     def _run(self) -> None:
         from skillnet_platform import cluster
-        from sweeps import tuning
+        from sweeps import leftovers, tuning
 
         with cluster.session() as ray, tuning.quiet_environment(), self._shown():
             with self._interrupt.listening():
@@ -257,7 +257,7 @@ class Driver:
                     max_failures=self.options.max_failures,
                 )
             patience = 5.0 if self._interrupt.wanted else 15.0
-            tuning.leave_no_placement_group(ray, patience)
+            leftovers.leave_no_placement_group(ray, patience)
 
     def _parallel(self, ray: Any) -> int:
         """Trials at the same time: what is asked for, and no more than fit.

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from pipelines.mirror import CONFIG, RESULT, STATE, Mirror
 from skillnet_platform import console, remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import place
+from skillnet_platform.places import Place
 from skillnet_platform.remote import StoreUnavailable
 from skillnet_platform.storage import read_json, run_root
 from sweeps.search import PROPOSED
@@ -79,14 +79,13 @@ def bring(trial: Mirror) -> None:
         trial.take_results(folders=())
 
 
-def located(run_dir: str | None, name: str) -> tuple[Path, Mirror | None]:
+def located(root: Place, name: str) -> tuple[Path, Mirror | None]:
     """The folder of a sweep or study on this disk, and its place in a store if it is kept in one.
 
     Args:
-        run_dir: a folder or URI that it lies in; by default the run root.
+        root: the place that it lies in.
         name: of the sweep or study.
     """
-    root = place(run_dir, run_root())
     if isinstance(root, Path):
         return root / name, None
     folder = run_root() / name

@@ -8,6 +8,8 @@ from pipelines.mirror import Mirror
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.places import place
+from skillnet_platform.storage import run_root
 from skillnet_platform.tracking import TrackingConfig
 from sweeps.engine import ResourceConfig
 from sweeps.spaces import Dimension
@@ -169,9 +171,13 @@ class StudyConfig:
     @property
     def folder(self) -> Path:
         """Of the study, on this disk."""
-        return located(self.run_dir, self.name or "study")[0]
+        return self._located[0]
 
     @property
     def mirror(self) -> Mirror | None:
         """Its place in a store, if it is kept in one."""
-        return located(self.run_dir, self.name or "study")[1]
+        return self._located[1]
+
+    @property
+    def _located(self) -> tuple[Path, Mirror | None]:
+        return located(place(self.run_dir, run_root()), self.name or "study")

@@ -115,9 +115,9 @@ def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
             "run.storage.mirror: trials are kept where their sweep is; give the sweep --run_dir "
             "s3://… instead"
         )
-    folder, mirror = stored.located(config.run_dir, name)
-    root = str(place(config.run_dir, run_root()))
-    return replace(config, name=name, run_dir=root), folder, mirror
+    root = place(config.run_dir, run_root())
+    folder, mirror = stored.located(root, name)
+    return replace(config, name=name, run_dir=str(root)), folder, mirror
 
 
 def _open(config: SweepConfig, folder: Path) -> None:
