@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos_table, headline, scale
+from benchmarks import chaos_table, growth_result, headline, scale, sweep_result
 from benchmarks.chaos import read
 from benchmarks.marks import between, put
 from benchmarks.measure import RESULTS
@@ -33,3 +33,14 @@ def test_the_page_of_faults_tells_the_newest_chaos_runs() -> None:
 
 def test_the_page_of_scale_tells_what_was_measured() -> None:
     assert between(scale.PAGE, "scale") == scale.tables()
+
+
+def test_the_page_of_sweeps_tells_the_sweep_that_was_kept_last() -> None:
+    assert between(sweep_result.PAGE, "sweep") == sweep_result.text_of(sweep_result.newest())
+
+
+def test_the_page_of_growth_tells_the_growth_that_was_kept_last() -> None:
+    folder = growth_result.newest()
+    if folder is None:
+        pytest.skip("the page's figures are of a run that was not kept")
+    assert between(growth_result.PAGE, "growth") == growth_result.text_of(folder)
