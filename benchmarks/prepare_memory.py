@@ -7,6 +7,11 @@ first rows / times are prepared, and then all, each by a process of its own with
 the anonymous memory (RssAnon) of every process is read five times a second. Pages of files and
 of Ray's store are no part of it: the kernel takes the first back as it needs, and the store is
 bounded and told beside it.
+
+Five gigabytes of a kind are 4,000 rows of sound, 11,700 of image and 7,800 of video:
+
+    python -m benchmarks.media_corpus MEDIA/image --kind image --rows 11700 --processes 2
+    python -m benchmarks.media_corpus MEDIA/video --kind video --rows 7800 --processes 2
 """
 
 import argparse

@@ -9,8 +9,11 @@ nothing transforms them. What a CPU needs for a row by what the reading task nee
 number of CPUs that one such task keeps busy.
 """
 
+import gzip
+import inspect
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -88,7 +91,7 @@ def _reading(per_row: float, rounds: int) -> list[Result]:
                    "cpu time"),
             Result(f"CPUs that reading {name} feeds", "", "CPUs",
                    *spread([per_row / each for each in seconds]), "", rounds, setting,
-                   "cpu time of a picture's row in prepare by that of reading it"),
+                   "cpu time of a picture's row in prepare by that of reading a row"),
         ]  # fmt: skip
     return results
 
@@ -144,6 +147,46 @@ def _write_tars(folder: Path, pictures: list[Path]) -> None:
     caption.unlink()
 
 
+def _write_vatex(folder: Path, pictures: list[Path]) -> None:
+    """An array of records with ten captions in either language, and as many names of clips."""
+    clips = folder / "clips"
+    clips.mkdir(parents=True)
+    records = []
+    for number, picture in enumerate(pictures):
+        name = f"{number:011d}_000000_000010"
+        (clips / f"{name}.mp4").hardlink_to(picture)
+        record = {"videoID": name, "enCap": [f"A person shows picture {number}, {n}"
+                                             for n in range(10)]}  # fmt: skip
+        records.append(record | {"chCap": [f"有人拿出第{number}张图{n}" for n in range(10)]})
+    (folder / "vatex_training_v1.0.json").write_text(json.dumps(records))
+
+
+def _write_aishell1(folder: Path, pictures: list[Path]) -> None:
+    """A transcript, and as many names of recordings, by speakers of 360."""
+    lines = []
+    for number, picture in enumerate(pictures):
+        speaker = f"S{number // 360 + 2:04d}"
+        name = f"BAC009{speaker}W{number % 360 + 122:04d}"
+        home = folder / "data_aishell" / "wav" / "train" / speaker
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"{name}.wav").hardlink_to(picture)
+        lines.append(f"{name} 广州市 房地产 中介 协会 分析\n")
+    transcript = folder / "data_aishell" / "transcript" / "aishell_transcript_v0.8.txt"
+    transcript.parent.mkdir()
+    transcript.write_text("".join(lines), encoding="utf-8")
+
+
+def _write_codesearchnet(folder: Path, pictures: list[Path]) -> None:
+    """A compressed file of functions; pictures are none of its business."""
+    home = folder / "python" / "final" / "jsonl" / "train"
+    home.mkdir(parents=True)
+    source, said = inspect.getsource(shutil.move), inspect.getdoc(shutil.move)
+    row = {"func_name": "move", "language": "python", "original_string": source, "code": source,
+           "code_tokens": source.split(), "docstring": said}  # fmt: skip
+    with gzip.open(home / "python_train_0.jsonl.gz", "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for _ in pictures)
+
+
 def _linked(folder: Path, pictures: list[Path]) -> Iterator[tuple[str, str]]:
     """A name of its own for each row, and a caption."""
     for number, picture in enumerate(pictures):
@@ -155,5 +198,8 @@ def _linked(folder: Path, pictures: list[Path]) -> Iterator[tuple[str, str]]:
 LAYOUTS: dict[str, tuple[Callable[[Path, list[Path]], None], int]] = {
     "folder": (_write_folder, READ_ROWS),
     "aic_icc": (_write_aic_icc, READ_ROWS),
+    "vatex": (_write_vatex, READ_ROWS),
+    "aishell1": (_write_aishell1, READ_ROWS),
+    "codesearchnet": (_write_codesearchnet, READ_ROWS),
     "webdataset": (_write_tars, TAR_ROWS),
 }

@@ -4,12 +4,14 @@
     python -m benchmarks.scale --write    put them into docs/scale.md
 
 The costs are those of the newest CSVs of ``prepare_speed``, ``reading``, ``waiting`` and
-``reader_memory``; every other number is an assumption, named in ``CORPORA`` and below and printed
+``reader_memory``, and of ``prepare_scaling`` if there is one: how many CPUs the one task that reads
+a corpus can feed. Every other number is an assumption, named in ``CORPORA`` and below and printed
 with the tables.
 """
 
 import argparse
 import csv
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +46,9 @@ class Plan:
         source: bytes of a row's file.
         units: seconds of sound or frames in a row; 1 for the others.
         stored: bytes of a finished row, least and most.
-        reader: name of what was measured of its reading task.
+        reader: name of what was measured of its reading task's memory.
         why: the assumptions.
+        layout: name of what was measured of its reading task's time.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Plan:
     stored: tuple[float, float]
     reader: str
     why: str
+    layout: str
 
 
 MELS = 178 * 3600 / 141_600 * 100 * 80 * 4
@@ -63,17 +67,19 @@ MELS = 178 * 3600 / 141_600 * 100 * 80 * 4
 CORPORA = (
     Plan("AISHELL-1", "sound", 141_600, 178 * 3600 * 32_000 / 141_600, 178 * 3600 / 141_600,
          (MELS, MELS), "AISHELL-1",
-         "178 h in 141,600 utterances, 16 kHz of 16 bits; log-mel frames kept raw"),
+         "178 h in 141,600 utterances, 16 kHz of 16 bits; log-mel frames kept raw", "aishell1"),
     Plan("AIC-ICC", "image", 210_000, 100e3, 1, PICTURE, "AIC-ICC",
-         "210,000 pictures of 0.1 MB; as costly to decode as the larger ones measured"),
+         "210,000 pictures of 0.1 MB; as costly to decode as the larger ones measured",
+         "aic_icc"),
     Plan("VATEX", "video", 35_000, 1.5e6, 250, CLIP, "VATEX",
          "35,000 clips of 10 s, 25 frames a second, 1.5 MB; a frame as costly as one measured "
          "(256 x 256); 8 frames of 96 x 96 are 73,728 bytes raw, so they are kept as JPEG, a grey "
-         "pixel with two thirds of the bytes of a coloured one"),
+         "pixel with two thirds of the bytes of a coloured one", "vatex"),
     Plan("CodeSearchNet, Python", "code", 457_000, 2e3, 1, (3e3, 3e3), "",
-         "457,000 functions with docstrings, 2 KB each"),
+         "457,000 functions with docstrings, 2 KB each", "codesearchnet"),
     Plan("Wukong", "image", 100_000_000, 100e3, 1, PICTURE, "tars",
-         "100 million pairs in tars, pictures of 0.1 MB; captions cost nothing beside them"),
+         "100 million pairs in tars, pictures of 0.1 MB; captions cost nothing beside them",
+         "webdataset"),
 )  # fmt: skip
 
 
@@ -101,12 +107,15 @@ def tables(folder: Path = RESULTS) -> str:
     speed, reading, waiting, readers = (
         newest(name, folder) for name in ("prepare-speed", "reading", "waiting", "reader-memory")
     )
+    scaling = next(iter(sorted(folder.glob("*-prepare-scaling.csv"), reverse=True)), None)
+    reads = measured(scaling, "s/row") if scaling is not None else {}
     per_row = {k.removeprefix("prepare, "): v for k, v in measured(speed, "s/row").items()}
     cell = measured(reading, "bytes/row")["reading encoded pictures"]
     load = measured(waiting, "s/row")["loader"]
+    more = [f"`{path.name}`" for path in (readers, scaling) if path is not None]
     lines = [
-        f"Costs from `{speed.name}`, `{reading.name}`, `{waiting.name}` and `{readers.name}`, CPU "
-        "time of one core:",
+        f"Costs from `{speed.name}`, `{reading.name}`, `{waiting.name}` and {' and '.join(more)}, "
+        "CPU time of one core:",
         "",
         "| a row of | seconds to prepare | of which |",
         "|---|---:|---|",
@@ -122,20 +131,25 @@ def tables(folder: Path = RESULTS) -> str:
     lines += [
         "",
         "| corpus | rows | source | CPU hours | on 16 CPUs | on 256 CPUs | read by 256 | "
-        "prepared |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "prepared |" + (" its reading task feeds |" if reads else ""),
+        "|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if reads else ""),
     ]
+    fed: dict[str, float] = {}
     for plan in CORPORA:
         cost = per_row[plan.kind] * plan.units / units_measured(plan.kind)
+        if reads:
+            fed[plan.name] = cost / reads[f"reading rows, {plan.layout}"]
         hours = plan.rows * cost / BUSY / 3600
-        read = 256 * plan.source / cost * BUSY
+        few, many = (min(cpus, fed.get(plan.name, cpus)) for cpus in (16, 256))
+        read = many * plan.source / cost * BUSY
         stored = " to ".join(dict.fromkeys(human_bytes(plan.rows * size) for size in plan.stored))
         lines.append(
             f"| {plan.name} | {plan.rows:,} | {human_bytes(plan.rows * plan.source)} | "
-            f"{hours:,.1f} | {_time(hours / 16)} | {_time(hours / 256)} | "
+            f"{hours:,.1f} | {_time(hours / few)} | {_time(hours / many)} | "
             f"{human_bytes(read)}/s | {stored} |"
+            + (f" {fed[plan.name]:,.0f} CPUs |" if reads else "")
         )
-    lines += ["", *_reading(readers)]
+    lines += ["", *_fed(fed, scaling), "", *_reading(readers)]
     cores = GPU_ROWS * load
     lines += [
         "",
@@ -156,6 +170,26 @@ def tables(folder: Path = RESULTS) -> str:
         f"- a GPU trains on {GPU_ROWS:,} rows a second and has {GPU_CPUS} cores beside it.",
     ]
     return "\n".join(lines)
+
+
+def _fed(fed: dict[str, float], scaling: Path | None) -> list[str]:
+    """How far a prepare grows with CPUs, in words; ``fed`` is the most that it can use."""
+    if scaling is None:
+        return ["How many CPUs the reading task of a corpus can feed was not measured."]
+    with scaling.open(encoding="utf-8", newline="") as file:
+        grown = [
+            f"{float(row['value']):.2f} times with {row['measured'].removeprefix('prepare, ')}"
+            for row in csv.DictReader(file)
+            if row["unit"] == "times as fast"
+        ]
+    slow = {name: math.ceil(256 / cpus) for name, cpus in fed.items() if cpus < 256}
+    parts = ", ".join(f"{count} of {name}" for name, count in slow.items())
+    return [
+        "The reading task of a corpus feeds no more CPUs than the last column says, and times are "
+        "for as many of the CPUs as it feeds. "
+        + (f"For all of 256 it takes parts, as corpora of their own: {parts}. " if parts else "")
+        + (f"Measured against one CPU: {'; '.join(grown)}." if grown else "")
+    ]
 
 
 def _reading(readers: Path) -> list[str]:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scale
+from benchmarks import prepare_scaling, scale
 from benchmarks.measure import Result, write
 from pipelines.encoded import is_encoded
+from tests import user_corpora
 
 
 @pytest.fixture
@@ -59,6 +60,37 @@ def test_pictures_and_clips_are_a_range_and_reading_is_told(results: Path) -> No
 def test_a_clip_of_the_plan_is_stored_as_the_plan_says() -> None:
     assert is_encoded((8, 96, 96, 1), "auto")
     assert is_encoded((224, 224, 3), "auto")
+
+
+def test_a_corpus_uses_no_more_cpus_than_its_reading_task_feeds(results: Path) -> None:
+    assert "was not measured" in scale.tables(results)
+    costs = {"aishell1": 1e-4, "aic_icc": 1e-4, "vatex": 1e-3, "codesearchnet": 1e-5,
+             "webdataset": 1e-4}  # fmt: skip
+    reads = [Result(f"reading rows, {name}", "", "s/row", v, v, v) for name, v in costs.items()]
+    reads.append(Result("prepare, image, 2 CPUs", "1 CPU", "times as fast", 1.9, 1.9, 1.9))
+    write("prepare-scaling", reads, 1, results)
+    text = scale.tables(results)
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()[::-1]}
+    # 10 ms to prepare, 0.1 ms to read: a hundred CPUs, and 347 hours take 3.5 on 256 of them.
+    assert "| 347.2 | 21.7 h | 3.5 h |" in rows["Wukong"]
+    assert rows["Wukong"].endswith("| 100 CPUs |")
+    assert "3 of Wukong" in text
+    assert "| 250 CPUs |" in rows["VATEX"]
+    assert "1.90 times with image, 2 CPUs" in text
+    assert "was not measured" not in text
+
+
+def test_the_plan_knows_each_layout_that_is_measured() -> None:
+    assert {plan.layout for plan in scale.CORPORA} <= set(prepare_scaling.LAYOUTS)
+
+
+@pytest.mark.parametrize("name", prepare_scaling.LAYOUTS)
+def test_a_layout_is_read_whole(tmp_path: Path, name: str) -> None:
+    picture = tmp_path / "1.jpg"
+    picture.write_bytes(user_corpora.jpg(1))
+    write_layout, _ = prepare_scaling.LAYOUTS[name]
+    write_layout(tmp_path / "corpus", [picture] * 30)
+    assert prepare_scaling._read(name, tmp_path, 30) > 0
 
 
 def test_without_measurements_there_is_no_plan(tmp_path: Path) -> None:
