@@ -3,8 +3,10 @@
     dataset_dict.json  train/  test/        or the folder of one split alone
     train/state.json  train/dataset_info.json  train/data-00000-of-00002.arrow
 
-Its Arrow files are mapped, not loaded. Pictures and recordings whose bytes stand in them are
-referred to by their place in the file; those that only have a path are read from below the folder.
+Pictures and recordings whose bytes stand in its Arrow files are referred to by their place there;
+those that only have a path are read from below the folder. On a disk the files are mapped, not
+loaded. In a store they are read front to back, a batch of the library's (1,000 rows or fewer) in
+memory at a time: media pass along whenever rows are read, and again to be decoded.
 """
 
 import json
@@ -19,7 +21,7 @@ from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken
 from pipelines.media import MediaRef
 from pipelines.places import Place
-from pipelines.source_files import failing
+from pipelines.source_files import failing, open_stream
 from skillnet_platform.errors import UserError
 
 #: Features of the library that hold media.
@@ -44,11 +46,6 @@ class HfDataset(FieldedCorpus):
 
     def locate(self) -> None:
         """Find its splits; see what its features are."""
-        if self.place.remote:
-            raise UserError(
-                f"{self.place.uri}: a saved dataset is mapped into memory, which needs a local "
-                "disk; copy it there"
-            )
         self.home = Place(self.options.media) if self.options.media else self.place
         self.folders = _splits(self.place)
         if not self.folders:
@@ -97,10 +94,8 @@ class HfDataset(FieldedCorpus):
         """Rows of a file; the media field holds a reference."""
         path = self.place.path(file)
         try:
-            with pa.memory_map(path) as mapped:
-                whole = mapped.read_buffer()
-                for batch in pa.ipc.open_stream(pa.BufferReader(whole)):
-                    yield from _rows(batch, self.media_field, path, whole, self.home)
+            for batch, origin in (_streamed if self.place.remote else _mapped)(path):
+                yield from _rows(batch, self.media_field, path, origin, self.home)
         except FileNotFoundError:
             yield Broken("the Arrow file is missing", rest=True)
         except OSError as problem:
@@ -118,12 +113,36 @@ class HfDataset(FieldedCorpus):
         return record
 
 
+def _mapped(path: str) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """(Batch, where in memory byte 0 of the file would be) of a file on a disk."""
+    with pa.memory_map(path) as mapped:
+        whole = mapped.read_buffer()
+        for batch in pa.ipc.open_stream(pa.BufferReader(whole)):
+            yield batch, whole.address
+
+
+def _streamed(path: str) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The same of a file in a store, one batch at a time."""
+    with open_stream(path) as stream:
+        messages = pa.ipc.MessageReader.open_stream(stream)
+        schema = pa.ipc.read_schema(messages.read_next_message())
+        for message in messages:
+            if message.type != "record batch":
+                raise UserError(
+                    f"{path}: columns with a dictionary of their own, which are read from a disk "
+                    "alone; copy the dataset there"
+                )
+            body = message.body
+            batch = pa.ipc.read_record_batch(message, schema)
+            yield batch, body.address - (stream.tell() - body.size)
+
+
 def _rows(
-    batch: pa.RecordBatch, media: str | None, path: str, whole: pa.Buffer, home: Place
+    batch: pa.RecordBatch, media: str | None, path: str, origin: int, home: Place
 ) -> Iterator[dict[str, Any]]:
     names = [name for name in batch.schema.names if name != media]
     plain = batch.select(names)
-    found = _references(batch.column(media), path, whole, home) if media else None
+    found = _references(batch.column(media), path, origin, home) if media else None
     for place in range(batch.num_rows):
         (row,) = plain.slice(place, 1).to_pylist()
         if found is not None:
@@ -131,10 +150,8 @@ def _rows(
         yield row
 
 
-def _references(
-    column: pa.Array, path: str, whole: pa.Buffer, home: Place
-) -> list[MediaRef | None]:
-    """Where the bytes of each value of ``struct<bytes, path>`` stand in the mapped file."""
+def _references(column: pa.Array, path: str, origin: int, home: Place) -> list[MediaRef | None]:
+    """Where the bytes of each value of ``struct<bytes, path>`` stand in the file."""
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     files = column.field("path").to_pylist() if "path" in _fields(column) else [None] * len(column)
@@ -148,7 +165,7 @@ def _references(
             _, ends, values = data.buffers()
             numbers = memoryview(ends).cast("q" if wide else "i")
             start, end = numbers[data.offset + place], numbers[data.offset + place + 1]
-            offset = values.address - whole.address + start
+            offset = values.address - origin + start
             found.append(MediaRef(path, offset, end - start))
         else:
             found.append(_beside(home, file))

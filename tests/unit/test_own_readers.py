@@ -331,6 +331,30 @@ class TestSavedDataset:
         assert [media(row) for row in rows["train"]] == [p["bytes"] for p in pictures]
         assert media(rows["test"][0]) == pictures[3]["bytes"]
         assert [row["row"] for row in rows["test"]] == [1, 2, 3, 4]
+        store = fsspec.filesystem("memory")
+        store.put(str(tmp_path / "saved"), "/bucket/saved", recursive=True)
+        there = place_corpus("pictures", "hf_dataset:memory://bucket/saved", {"validation": 0.0})
+        assert there.travels()
+        far, far_reasons = read(there)
+        assert not far_reasons
+        assert [media(row) for row in far["train"]] == [p["bytes"] for p in pictures]
+        assert media(far["test"][0]) == pictures[3]["bytes"]
+        keys = [[row["key"] for row in found["train"]] for found in (rows, far)]
+        assert keys[0] == keys[1]
+
+    @pytest.mark.parametrize("remote", [False, True])
+    def test_a_file_cut_short_costs_its_end(self, tmp_path: Path, remote: bool) -> None:
+        rows = {"text": [f"第{n}条" for n in range(3000)], "label": [n % 2 for n in range(3000)]}
+        datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+        (file,) = (tmp_path / "saved").glob("*.arrow")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
+        place = str(tmp_path / "saved")
+        if remote:
+            fsspec.filesystem("memory").put(place, "/bucket/cut", recursive=True)
+            place = "memory://bucket/cut"
+        found, reasons = read(place_corpus("mine", f"hf_dataset:{place}"))
+        assert sum(map(len, found.values())) in (1000, 2000)
+        assert reasons == {"an Arrow file that is cut short or damaged": 1}
 
     def test_class_names_and_one_split(self, tmp_path: Path) -> None:
         features = datasets.Features(
