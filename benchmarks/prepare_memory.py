@@ -127,7 +127,7 @@ def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int,
     reads, and waits while twice as many blocks as processes are on their way."""
     from pipelines.corpora.base import Sources
     from pipelines.datasource import Job, units
-    from pipelines.preparation import write_block
+    from pipelines.shard_work import write_block
 
     if corpus.text_columns:
         corpus.has = ()  # no tokenizer is learnt here

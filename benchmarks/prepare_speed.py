@@ -201,7 +201,8 @@ def engine(kind: str, paths: list[Path], processes: int, folder: Path, stack: Ex
     def work(rows: int) -> None:
         if not opened:
             opened.append(stack.enter_context(cluster.session(processes)))
-        from pipelines.preparation import Order, write_corpora
+        from pipelines.making import Order
+        from pipelines.preparation import Hosts, write_corpora
         from pipelines.prepare import identity_of
 
         shutil.rmtree(folder, ignore_errors=True)
@@ -212,7 +213,7 @@ def engine(kind: str, paths: list[Path], processes: int, folder: Path, stack: Ex
         ]
         corpus.rows = lambda sources: iter(made)  # type: ignore[method-assign]
         order = Order(corpus, folder / "made", identity_of(corpus, [], folder))
-        for manifest in write_corpora([order], folder, 0.0):
+        for manifest in write_corpora([order], folder, 0.0, Hosts()):
             assert manifest["rows_out"] == rows, manifest["quarantine"]
 
     return work

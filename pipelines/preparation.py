@@ -15,59 +15,26 @@ import contextlib
 import json
 import logging
 import secrets
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial as bound
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from pipelines import guard, partial
 from pipelines import tokenizer as tokenizers
-from pipelines.blocks import PLACES, Summary
 from pipelines.corpora.base import Corpus, Sources
-from pipelines.datasource import AWAY, MISTAKE, CorpusBlocks, Job, texts, unpack, write_spool
+from pipelines.datasource import CorpusBlocks, Job, texts, write_spool
 from pipelines.delivery import Delivery, clear_making
-from pipelines.media import MEDIA, MediaRef
-from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
-from skillnet.memory import keep_freed_memory
+from pipelines.making import Making, Order
+from pipelines.shard_work import write_block
 from skillnet_platform import cluster, console
-from skillnet_platform.cli import users_mistake
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote import StoreUnavailable
-from skillnet_platform.storage import atomic_write, require_space, write_json
+from skillnet_platform.storage import atomic_write, require_space
 
-MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")
-#: The column of a transform that says why a row goes nowhere.
-REJECTED = "rejected"
 #: Fewer bytes free than this, and nothing is begun.
 LEAST_FREE = 2**20
-#: So many rows are looked at before their share of bad ones says something.
-FEWEST_TO_JUDGE = 100
-#: A manifest counts so many reasons by name, the most frequent.
-MOST_REASONS = 100
-
-
-@dataclass
-class Order:
-    """A corpus to be prepared.
-
-    Args:
-        corpus: it.
-        final: its directory.
-        identity: the part of the manifest that is known before: see ``prepare.identity_of``.
-        tokenizer: file of the tokenizer, if it needs one.
-        spool: file of its blocks, if they were read before.
-    """
-
-    corpus: Corpus
-    final: Path
-    identity: dict[str, Any]
-    tokenizer: Path | None = None
-    spool: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +144,7 @@ def write_corpora(
                 sha256 = words["sha256"] if words else None
                 delivery = Delivery.into(store, order.final.name, folder, sha256)
             before = delivery.finished(folder) if delivery else partial.finished(folder)
-            states.append(_State(order, folder, before, delivery))
+            states.append(Making(order, folder, before, delivery))
             if before:
                 console.note(f"{order.corpus.name}: {len(before)} shards are there")
             job = Job(order.corpus, Sources(archives, order.corpus.archives), folder)
@@ -197,201 +164,6 @@ def write_corpora(
                 state.judge(max_bad)
                 if state.is_complete():
                     yield state.finish()
-
-
-def write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> pa.Table:
-    """Do a unit of work: transform its block and write its shard. Returns what was done."""
-    keep_freed_memory()  # what decoders give back they want again at once: a tenth of their time
-    try:
-        done = _write_block(jobs, session, unit)
-    except StoreUnavailable as problem:
-        done = {"away": str(problem)}  # Ray would wrap either beyond recognition
-    except Exception as problem:
-        message = users_mistake(problem)
-        if message is None:
-            raise
-        done = {"mistake": message}
-    return pa.table({"done": [json.dumps(done)]})
-
-
-def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str, Any]:
-    number, split, shard = (unit[name][0].as_py() for name in ("corpus", "split", "shard"))
-    job = jobs[number]
-    if shard in (MISTAKE, AWAY):
-        kind = "mistake" if shard == MISTAKE else "away"
-        return {kind: unit["raw"][0].as_py().decode()}
-    if split is None:
-        summary = json.loads(unit["raw"][0].as_py())
-        return {"corpus": number, "summary": summary, "units": unit["bad"][0].as_py()}
-    block, stem = unpack(unit), partial.stem_of(split, shard)
-    tokenizer = job.delivery.tokenizer() if job.delivery is not None else job.tokenizer
-    with guard.watched(session, f"{number}-{stem}"):
-        made = transform_block(job.corpus, tokenizer, block)
-    good, rejected = split_rejected(made, block)
-    schema = job.corpus.schema(split)
-    table = good.select(schema.names).cast(schema)
-    folder = job.folder if job.delivery is None else job.delivery.workplace(job.folder)
-    keys = unit["keys"][0].as_py()
-    entry = partial.write_entry(folder, split, shard, table, rejected, keys)
-    if job.delivery is not None:
-        job.delivery.send(folder, stem)
-    return {
-        "corpus": number,
-        "stem": stem,
-        "entry": entry if job.delivery is not None else None,
-        "rows": block.num_rows,
-        "bad_read": unit["bad"][0].as_py(),
-        "bad": Counter(row["reason"] for row in rejected),
-    }
-
-
-def transform_block(corpus: Corpus, tokenizer: Path | None, block: pa.Table) -> pa.Table:
-    """The finished block: the columns of the corpus, key, group, and why a row is rejected."""
-    made = corpus.transform(block, tokenizers.load(tokenizer) if tokenizer else None)
-    assert made.num_rows == block.num_rows, f"{corpus.name}: the transform lost rows"
-    if REJECTED not in made.column_names:
-        made = made.append_column(REJECTED, pa.nulls(made.num_rows, pa.string()))
-    for name in ("key", "group"):
-        made = made.append_column(name, block[name])
-    return made
-
-
-def split_rejected(made: pa.Table, block: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """The good rows of a finished block, and a line of the quarantine for each other one."""
-    bad = pa.compute.is_valid(made[REJECTED])
-    if not pa.compute.any(bad).as_py():
-        return made, []
-    rows = block.select(_places(block)).filter(bad).to_pylist()
-    for row in rows:
-        if row.get("media") is not None:
-            row["media"] = str(MediaRef(**row["media"]))
-    reasons = made[REJECTED].filter(bad).to_pylist()
-    lines = [
-        {key: value for key, value in row.items() if value is not None} | {"reason": reason}
-        for row, reason in zip(rows, reasons, strict=True)
-    ]
-    return made.filter(pa.compute.invert(bad)), lines
-
-
-@dataclass
-class _State:
-    """How far a corpus is.
-
-    Args:
-        order: the corpus.
-        folder: of its shards.
-        before: entries of shards that an earlier run finished, by stem.
-        delivery: where the shards go, if that is a store.
-    """
-
-    order: Order
-    folder: Path
-    before: dict[str, dict[str, Any]]
-    delivery: Delivery | None = None
-    summary: Summary | None = None
-    units: int = 0
-    done: set[str] = field(default_factory=set)
-    rows: int = 0
-    bad_read: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        for entry in self.before.values():
-            self.rows += len(entry["rejected"]) + (entry["file"] or {"rows": 0})["rows"]
-            self.bad.update(row["reason"] for row in entry["rejected"])
-
-    def count(self, done: dict[str, Any]) -> int:
-        """Take note of what a task did; returns how many rows that were."""
-        if "summary" in done:
-            self.summary, self.units = Summary(**done["summary"]), done["units"]
-            return 0
-        self.done.add(done["stem"])
-        if done["entry"] is not None:  # it was written on whichever host
-            write_json(self.folder / f"{done['stem']}.json", done["entry"])
-        self.rows += done["rows"]
-        self.bad_read = max(self.bad_read, done["bad_read"])
-        self.bad.update(done["bad"])
-        return int(done["rows"])
-
-    def is_complete(self) -> bool:
-        """Whether all blocks were read and all of them are done."""
-        return self.summary is not None and len(self.done) == self.units
-
-    def judge(self, max_bad: float) -> None:
-        """Stop if more than that share of the rows is bad.
-
-        Raises:
-            UserError: saying how many, and why.
-        """
-        name = self.order.corpus.name
-        if self.summary is not None and (told := self.summary.too_broken(max_bad)):
-            raise UserError(f"{name}: {told}")
-        reasons = self.bad + Counter(self.summary.bad if self.summary else {})
-        bad = reasons.total() if self.summary else reasons.total() + self.bad_read
-        seen = self.summary.rows if self.summary else self.rows + self.bad_read
-        if bad <= max_bad * seen or (seen < FEWEST_TO_JUDGE and not self.is_complete()):
-            return
-        most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
-        with atomic_write(self.told, "w") as stream:
-            stream.writelines(partial.rejected_lines(self.folder))
-        raise UserError(
-            f"{name}: {bad} of {seen} rows cannot be used, {bad / seen:.1%}; at most {max_bad:.1%} "
-            f"may be (max_bad). {most or 'All were found while reading'}. Each of them stands in "
-            f"{self.told}. Mend them, or go on without them: --max_bad {bad / seen + 0.005:.2f}"
-        )
-
-    @property
-    def told(self) -> Path:
-        """Where a person finds the bad rows of a corpus that was not prepared."""
-        return self.order.final.with_name(f"{self.order.corpus.name}.rejected.jsonl")
-
-    def finish(self) -> dict[str, Any]:
-        """Write the manifest and put the corpus in place; returns the manifest."""
-        assert self.summary is not None
-        corpus, splits = self.order.corpus, sorted(self.summary.counts)
-        parts, reasons, set_aside = partial.gather(self.folder, self.summary.shards)
-        rows_in = self.summary.rows
-        rows_out = sum(entry["rows"] for entry in parts.values())
-        if rows_in != rows_out + set_aside:
-            raise RuntimeError(
-                f"{corpus.name}: {rows_in} rows in, but {rows_out} out and {set_aside} set aside; "
-                "nothing was put in place"
-            )
-        reasons.update(self.summary.reasons)
-        schemas = [corpus.schema(split) for split in splits]
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "corpus": corpus.name,
-            "modality": corpus.modality,
-            "task": corpus.task,
-            "pretraining": [name for name in corpus.pretraining if name in parts],
-            "schema": {f.name: str(f.type) for schema in schemas for f in schema},
-            "splits": parts,
-            **self.order.identity,
-            **corpus.facts(),
-            "rows_in": rows_in,
-            "rows_out": rows_out,
-            "quarantine": counted(reasons),
-            **({"broken_off": self.summary.broken} if self.summary.broken else {}),
-            "made_with": {name: version(name) for name in MADE_WITH},
-        }
-        manifest["digest"] = manifest_digest(manifest)
-        write_json(self.folder / MANIFEST, manifest)
-        if self.delivery is not None:
-            self.delivery.commit(self.folder, manifest)
-        else:
-            partial.commit(self.folder, self.order.final)
-        self.told.unlink(missing_ok=True)
-        return manifest
-
-
-def counted(reasons: Counter[str]) -> dict[str, int]:
-    """Reasons by name, each with its number of rows; rare ones together if there are many."""
-    if len(reasons) <= MOST_REASONS:
-        return dict(sorted(reasons.items()))
-    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MOST_REASONS]
-    rest = reasons.total() - sum(count for _, count in most)
-    return dict(sorted([*most, ("other reasons", rest)]))
 
 
 def _run(jobs: Sequence[Job], session: str, hosts: Hosts) -> Generator[dict[str, Any], None, None]:
@@ -425,12 +197,6 @@ def _run(jobs: Sequence[Job], session: str, hosts: Hosts) -> Generator[dict[str,
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from map(json.loads, block["done"].to_pylist())
-
-
-def _places(block: pa.Table) -> list[str]:
-    """What the quarantine tells of a row: its place, and the medium that it refers to."""
-    wanted = [*PLACES, *(f.name for f in block.schema if f.name == "media" and f.type == MEDIA)]
-    return ["key", *(name for name in wanted if name in block.column_names)]
 
 
 def _train_tokenizer(parts: list[tuple[Corpus, Path]], size: int) -> str:

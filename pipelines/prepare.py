@@ -12,6 +12,7 @@ from pipelines import tokenizer as tokenizers
 from pipelines.corpora import BUILT_IN, Corpus, PlacedCorpus, find_corpus, place_corpus
 from pipelines.corpora.archives import check_archive
 from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST, clear_making
+from pipelines.making import Order
 from pipelines.prepared_store import send_shared, staged
 from pipelines.shards import open_corpus, verify_corpus
 from skillnet_platform import cluster, config, console, remote, storage
@@ -238,7 +239,7 @@ def _prepare(
         if store is not None:
             send_shared(data, store)  # the manifests name its hash
         orders = [
-            preparation.Order(
+            Order(
                 corpus,
                 data / corpus.name,
                 identity_of(corpus, known[corpus.name], data),

@@ -11,10 +11,11 @@ import pytest
 from pipelines.blocks import LONGEST_TEXT, TWICE, Block, Summary, read_blocks
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.datasource import Job, pack, read_spool, rejected_beside, units, unpack, write_spool
+from pipelines.making import MOST_REASONS, counted
 from pipelines.media import MEDIA, MediaRef
 from pipelines.partial import REJECTED_ROWS, partial, write_entry
-from pipelines.preparation import MOST_REASONS, counted, split_rejected
 from pipelines.seen import Seen
+from pipelines.shard_work import split_rejected
 from tests.made_corpora import Made, put_archive
 
 

@@ -14,7 +14,7 @@ from pipelines.collate import Encoded, Fixed, open_column
 from pipelines.corpora.base import Rejected, Sources
 from pipelines.corpora.folder import Folder
 from pipelines.encoded import decode, encode, encoded_field, is_encoded
-from pipelines.preparation import transform_block
+from pipelines.shard_work import transform_block
 from pipelines.transforms import video
 from skillnet_platform.errors import UserError
 from tests.clips import encode_video

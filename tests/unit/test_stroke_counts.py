@@ -10,7 +10,7 @@ from pipelines.corpora import BUILT_IN, FURTHER, find_corpus, strokes
 from pipelines.corpora.base import Rejected, Sources
 from pipelines.corpora.stroke_counts import LABELS, StrokeCounts, label_of
 from pipelines.corpora.strokes import Strokes
-from pipelines.preparation import transform_block
+from pipelines.shard_work import transform_block
 from tests.packing import tarred
 
 ORDER = {"一": "j", "十": "js", "三": "jjj", "田": "sjjss", "二": "jj"}

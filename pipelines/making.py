@@ -1,0 +1,162 @@
+"""A corpus in the making, as the driver sees it: what is done, whether too much of it is bad, and
+the manifest that puts it in place."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines import partial
+from pipelines.blocks import Summary
+from pipelines.corpora.base import Corpus
+from pipelines.delivery import Delivery
+from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import atomic_write, write_json
+
+MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")
+#: So many rows are looked at before their share of bad ones says something.
+FEWEST_TO_JUDGE = 100
+#: A manifest counts so many reasons by name, the most frequent.
+MOST_REASONS = 100
+
+
+@dataclass
+class Order:
+    """A corpus to be prepared.
+
+    Args:
+        corpus: it.
+        final: its directory.
+        identity: the part of the manifest that is known before: see ``prepare.identity_of``.
+        tokenizer: file of the tokenizer, if it needs one.
+        spool: file of its blocks, if they were read before.
+    """
+
+    corpus: Corpus
+    final: Path
+    identity: dict[str, Any]
+    tokenizer: Path | None = None
+    spool: Path | None = None
+
+
+@dataclass
+class Making:
+    """A corpus in the making: how far it is.
+
+    Args:
+        order: the corpus.
+        folder: of its shards.
+        before: entries of shards that an earlier run finished, by stem.
+        delivery: where the shards go, if that is a store.
+    """
+
+    order: Order
+    folder: Path
+    before: dict[str, dict[str, Any]]
+    delivery: Delivery | None = None
+    summary: Summary | None = None
+    units: int = 0
+    done: set[str] = field(default_factory=set)
+    rows: int = 0
+    bad_read: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        for entry in self.before.values():
+            self.rows += len(entry["rejected"]) + (entry["file"] or {"rows": 0})["rows"]
+            self.bad.update(row["reason"] for row in entry["rejected"])
+
+    def count(self, done: dict[str, Any]) -> int:
+        """Take note of what a task did; returns how many rows that were."""
+        if "summary" in done:
+            self.summary, self.units = Summary(**done["summary"]), done["units"]
+            return 0
+        self.done.add(done["stem"])
+        if done["entry"] is not None:  # it was written on whichever host
+            write_json(self.folder / f"{done['stem']}.json", done["entry"])
+        self.rows += done["rows"]
+        self.bad_read = max(self.bad_read, done["bad_read"])
+        self.bad.update(done["bad"])
+        return int(done["rows"])
+
+    def is_complete(self) -> bool:
+        """Whether all blocks were read and all of them are done."""
+        return self.summary is not None and len(self.done) == self.units
+
+    def judge(self, max_bad: float) -> None:
+        """Stop if more than that share of the rows is bad.
+
+        Raises:
+            UserError: saying how many, and why.
+        """
+        name = self.order.corpus.name
+        if self.summary is not None and (told := self.summary.too_broken(max_bad)):
+            raise UserError(f"{name}: {told}")
+        reasons = self.bad + Counter(self.summary.bad if self.summary else {})
+        bad = reasons.total() if self.summary else reasons.total() + self.bad_read
+        seen = self.summary.rows if self.summary else self.rows + self.bad_read
+        if bad <= max_bad * seen or (seen < FEWEST_TO_JUDGE and not self.is_complete()):
+            return
+        most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
+        with atomic_write(self.told, "w") as stream:
+            stream.writelines(partial.rejected_lines(self.folder))
+        raise UserError(
+            f"{name}: {bad} of {seen} rows cannot be used, {bad / seen:.1%}; at most {max_bad:.1%} "
+            f"may be (max_bad). {most or 'All were found while reading'}. Each of them stands in "
+            f"{self.told}. Mend them, or go on without them: --max_bad {bad / seen + 0.005:.2f}"
+        )
+
+    @property
+    def told(self) -> Path:
+        """Where a person finds the bad rows of a corpus that was not prepared."""
+        return self.order.final.with_name(f"{self.order.corpus.name}.rejected.jsonl")
+
+    def finish(self) -> dict[str, Any]:
+        """Write the manifest and put the corpus in place; returns the manifest."""
+        assert self.summary is not None
+        corpus, splits = self.order.corpus, sorted(self.summary.counts)
+        parts, reasons, set_aside = partial.gather(self.folder, self.summary.shards)
+        rows_in = self.summary.rows
+        rows_out = sum(entry["rows"] for entry in parts.values())
+        if rows_in != rows_out + set_aside:
+            raise RuntimeError(
+                f"{corpus.name}: {rows_in} rows in, but {rows_out} out and {set_aside} set aside; "
+                "nothing was put in place"
+            )
+        reasons.update(self.summary.reasons)
+        schemas = [corpus.schema(split) for split in splits]
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "corpus": corpus.name,
+            "modality": corpus.modality,
+            "task": corpus.task,
+            "pretraining": [name for name in corpus.pretraining if name in parts],
+            "schema": {f.name: str(f.type) for schema in schemas for f in schema},
+            "splits": parts,
+            **self.order.identity,
+            **corpus.facts(),
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "quarantine": counted(reasons),
+            **({"broken_off": self.summary.broken} if self.summary.broken else {}),
+            "made_with": {name: version(name) for name in MADE_WITH},
+        }
+        manifest["digest"] = manifest_digest(manifest)
+        write_json(self.folder / MANIFEST, manifest)
+        if self.delivery is not None:
+            self.delivery.commit(self.folder, manifest)
+        else:
+            partial.commit(self.folder, self.order.final)
+        self.told.unlink(missing_ok=True)
+        return manifest
+
+
+def counted(reasons: Counter[str]) -> dict[str, int]:
+    """Reasons by name, each with its number of rows; rare ones together if there are many."""
+    if len(reasons) <= MOST_REASONS:
+        return dict(sorted(reasons.items()))
+    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MOST_REASONS]
+    rest = reasons.total() - sum(count for _, count in most)
+    return dict(sorted([*most, ("other reasons", rest)]))
