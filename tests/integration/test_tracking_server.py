@@ -1,24 +1,27 @@
 """A tracking server on PostgreSQL: many write at once, the database goes away, and none is lost."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
-from skillnet_platform import store, tracker, tracking
+from skillnet_platform import config, remote, store, tracker, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker, TrackingConfig
-from tests import postgres
+from tests import postgres, tracked_trials
+from tests.object_store import ObjectStore, in_environment
 from tests.ports import free_port
+from tests.tracked_trials import PATIENCE_S, STEPS
 
 pytestmark = pytest.mark.integration
 
@@ -112,54 +115,79 @@ def steps_of(tracker: Tracker, name: str = "loss") -> list[tuple[int, float]]:
 
 
 @needs_postgres
-def test_ten_write_at_once_and_the_database_restarts_under_load(run_root: Path) -> None:
+def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
+    run_root: Path, object_store: ObjectStore
+) -> None:
     database = postgres.Postgres()
+    kept = f"{object_store.uri}/mlflow"
     where = TrackingConfig(experiment="load", system_metrics=False)
+    halfway, away = (tracked_trials.CONTEXT.Barrier(TRIALS + 1) for _ in range(2))
+    processes = []
     try:
-        with served("--store", database.uri, home=run_root) as uri:
+        with served("--store", database.uri, "--artifacts", kept, home=run_root) as uri:
             where.uri = uri
             with tracking.start("sweep", None, where) as parent:
                 trials = [tracking.child(parent, f"trial-{n}") for n in range(TRIALS)]
-                halfway = threading.Barrier(TRIALS + 1)
-                told = 24
-
-                def write(number: int) -> None:
-                    mine = trials[number]
-                    for step in range(told):
-                        if step == told // 3:
-                            halfway.wait(300)
-                        mine.metrics({"loss": number + step / 100, "other": step}, step)
-                    mine.tags({"seed": number})
-
-                threads = [threading.Thread(target=write, args=(n,)) for n in range(TRIALS)]
-                for thread in threads:
-                    thread.start()
-                halfway.wait(300)
+                processes = tracked_trials.start(trials, run_root, halfway, away)
+                halfway.wait(PATIENCE_S)
                 database.stop()
-                time.sleep(1)
+                away.wait(PATIENCE_S)
+                until(lambda: len(spools(run_root)) == TRIALS, "records wait on the disk")
                 database.start()
-                for thread in threads:
-                    thread.join(300)
-                end = time.monotonic() + 300
-                while any(not trial.flush() for trial in trials):
-                    assert time.monotonic() < end, "what waited was not sent"
-                    time.sleep(0.5)
-                for number, trial in enumerate(trials):
-                    expected = [(step, number + step / 100) for step in range(told)]
-                    assert steps_of(trial) == expected, "all of it, once"
-                    assert len(steps_of(trial, "other")) == told
-                    run = store.client(uri).get_run(trial.run_id)
-                    assert run.data.tags["seed"] == str(number)
+                for process in processes:
+                    process.join(PATIENCE_S)
+                assert [process.exitcode for process in processes] == [0] * TRIALS
+                for trial in trials:
                     trial.end()
-                assert list((run_root / "spool").glob("*.rejected")) == []
+                until(lambda: all(trial.flush() for trial in trials), "ends were sent")
+            assert list((run_root / "spool").iterdir()) == [], "nothing waits or was refused"
             client = store.client(uri)
             below = client.search_runs([parent.experiment_id], max_results=100)
             assert len(below) == TRIALS + 1
             assert {run.info.status for run in below} == {"FINISHED"}
+            for number, trial in enumerate(trials):
+                assert_recorded(number, trial, f"{kept}/{parent.experiment_id}")
             again = store.setup(uri, "load")
             assert again.experiment_id == parent.experiment_id
     finally:
+        for process in processes:
+            process.kill()
         database.close()
+
+
+def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
+    """All that the trial told is there, once; its files in the store, in that folder."""
+    told = [tracked_trials.values(number, step) for step in range(STEPS)]
+    for name in told[0]:
+        expected = [(step, values[name]) for step, values in enumerate(told)]
+        assert steps_of(trial, name) == expected
+    client = store.client(trial.uri)
+    run = client.get_run(trial.run_id)
+    assert run.data.tags["seed"] == str(number)
+    setting, report = tracked_trials.setting(number), tracked_trials.report(number)
+    flat = config.flatten(setting)
+    assert run.data.params == {key: str(value) for key, value in flat.items()}
+    files = {"config.yaml": setting, "reports/trial.json": report}
+    mine = f"{folder}/{trial.run_id}/artifacts"
+    assert {each.name for each in remote.list_files(mine)} == set(files)
+    for name, content in files.items():
+        assert yaml.safe_load(remote.read_bytes(f"{mine}/{name}")) == content
+    # The server reads and writes the store: clients have no keys of it.
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    with in_environment({}):
+        path = client.download_artifacts(trial.run_id, "reports/trial.json")
+    assert json.loads(Path(path).read_text(encoding="utf-8")) == report
+
+
+def spools(run_root: Path) -> list[Path]:
+    return list((run_root / "spool").glob("*.jsonl"))
+
+
+def until(done: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end, f"not in time: {what}"
+        time.sleep(0.2)
 
 
 def test_a_call_without_credentials_is_rejected(
