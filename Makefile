@@ -6,6 +6,7 @@ PIP = $(BIN)/python -m pip
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SEED ?= 0
+FUZZ_MINUTES ?= 20
 # Processes that run tests: more than four would fight for memory rather than save time.
 JOBS ?= logical --maxprocesses 4
 
@@ -43,8 +44,12 @@ chaos: $(VENV)/.installed-dev  ## disturb 71 small runs by seed, compare their e
 	$(BIN)/python -m benchmarks.chaos_table
 	SKILLNET_TEST_OUTAGE_S=60 $(BIN)/python -m pytest tests/integration/test_tracker_away.py
 
-fuzz: $(VENV)/.installed-dev  ## random damage to everything that is read, for hours
-	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=long $(PYTEST_ARGS)
+# Rounds with fresh damage; the one that is at work when the time is over is the last.
+fuzz: $(VENV)/.installed-dev  ## random damage to everything that is read, for FUZZ_MINUTES (20)
+	end=$$(($$(date +%s) + 60 * $(FUZZ_MINUTES))); round=0; \
+	while [ "$$(date +%s)" -lt "$$end" ]; do round=$$((round + 1)); \
+	    $(BIN)/python -m pytest -m fuzz -n $(JOBS) --dist loadgroup --hypothesis-profile=long \
+	        $(PYTEST_ARGS) || exit 1; echo "fuzz: $$round round(s) without a find"; done
 
 bench: $(VENV)/.installed-dev  ## measure speed, as ratios, into benchmarks/results/
 	$(BIN)/python -m benchmarks

@@ -97,13 +97,13 @@ def carry_out(
     make_folder(config, run)
     if mirror is not None:
         mirror.begin(known)
-    before = read_json(run / RUN) if (run / RUN).is_file() else {}
+    before = tracking.recorded(run / RUN)
     with tracking.start(
         config.name,
         config,
         config.tracking,
         tags={"run_dir": str(run), "stage": stage},
-        run_id=before.get("run_id"),
+        run_id=before,
     ) as tracker:
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         with followed(run / PROGRESS, config.training.steps):
@@ -213,7 +213,7 @@ def finished_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
     """The result of a run that is finished; nothing is written.
 
     Raises:
-        UserError: the folder is no run, or one of another configuration.
+        UserError: the folder is no run, one of another configuration, or damaged.
     """
     from pipelines.training.setup import identity_of
 
@@ -222,7 +222,11 @@ def finished_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
         if run.exists() and any(run.iterdir()):
             raise UserError(f"{run} exists and is no run; give another --name")
         return None
-    before = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+    told = configuration.load_yaml(stored)
+    try:
+        before = configuration.build(FinetuneConfig, told)
+    except UserError as problem:
+        raise UserError(f"{stored} is damaged: {problem}") from None
     old = configuration.flatten(identity_of(before))
     new = configuration.flatten(identity_of(config))
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -234,10 +238,33 @@ def finished_run(config: FinetuneConfig, run: Path) -> dict[str, Any] | None:
             f"another --name, or --config {stored} to go on with it"
         )
     if (run / RESULT).is_file():
-        result: dict[str, Any] = read_json(run / RESULT)
+        result = read_result(run / RESULT)
         if result["step"] >= config.training.steps:
             return result
     return None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of a run, with all that its commands show.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    told = read_json(path)
+    shown: dict[str, type | tuple[type, ...]] = {
+        "step": int,
+        "seconds": (int, float),
+        "model": str,
+        "name": str,
+        "evaluation": list,
+    }
+    if not isinstance(told, dict) or not all(
+        isinstance(told.get(key), kind) for key, kind in shown.items()
+    ):
+        raise UserError(
+            f"{path} is damaged; remove it, and the same command goes on from the newest checkpoint"
+        )
+    return told
 
 
 def check(config: FinetuneConfig) -> Checked:

@@ -20,7 +20,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.places import local_folder
-from skillnet_platform.storage import atomic_write, read_json, run_root, write_json
+from skillnet_platform.storage import atomic_write, run_root, write_json
 
 if TYPE_CHECKING:
     from pipelines.growth.report import Growth
@@ -118,13 +118,12 @@ def _tracked(
     from skillnet_platform import tracking
 
     assert settings.name is not None
-    known = read_json(run / RUN) if (run / RUN).is_file() else {}
     with tracking.start(
         settings.name,
         settings,
         settings.tracking,
         tags={"run_dir": str(run), "stage": "grow", **tags},
-        run_id=known.get("run_id"),
+        run_id=tracking.recorded(run / RUN),
         parent=parent,
     ) as tracker:
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})

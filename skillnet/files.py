@@ -103,7 +103,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
-        whole = all({"bytes", "sha256"} <= set(entry) for entry in files.values())
+        whole = all(
+            isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+            for entry in files.values()
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:

@@ -12,7 +12,7 @@ from skillnet_platform import console, remote, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote import is_uri
-from skillnet_platform.storage import read_json, run_root, write_json
+from skillnet_platform.storage import run_root, write_json
 from sweeps.study_settings import StudyConfig
 
 if TYPE_CHECKING:
@@ -55,13 +55,12 @@ def _of_study(config: StudyConfig) -> tuple["Report", int]:
     if mirror is not None:
         stored.take_up(mirror, BEGUN, ("tuning", "runs"))
     check_study(config)
-    known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     with tracking.start(
         str(config.name),
         config,
         config.tracking,
         tags={"run_dir": str(folder), "stage": "study"},
-        run_id=known.get("run_id"),
+        run_id=tracking.recorded(folder / RUN),
     ) as tracker:
         write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         study = run_study(config, tracker)

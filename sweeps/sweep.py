@@ -29,7 +29,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.places import place
 from skillnet_platform.remote import is_uri
-from skillnet_platform.storage import atomic_write, read_json, run_root, write_json
+from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.tracking import Tracker
 from sweeps import stored
 from sweeps.settings import SweepConfig
@@ -73,13 +73,12 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         config.resources,
     )
     _open(config, folder)
-    known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     with tracking.start(
         folder.name,
         config,
         config.tracking,
         tags={"run_dir": str(folder), "stage": "sweep"},
-        run_id=known.get("run_id"),
+        run_id=tracking.recorded(folder / RUN),
     ) as parent:
         write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
         if mirror is not None:

@@ -22,7 +22,7 @@ settings.register_profile(
     "short", deadline=None, suppress_health_check=_SLOW_MACHINES, derandomize=True
 )
 settings.register_profile(
-    "long", deadline=None, suppress_health_check=_SLOW_MACHINES, max_examples=5000
+    "long", deadline=None, suppress_health_check=_SLOW_MACHINES, max_examples=200
 )
 settings.load_profile("short")
 

@@ -125,7 +125,8 @@ def verify(path: str | Path) -> Checkpoint:
             "init_from, or name a step-* folder"
         )
     state = storage.read_json(path / "state.json")
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+    step = state.get("step") if isinstance(state, dict) else None
+    if type(step) is not int or step < 0 or step_of(path.name) not in (-1, step):
         raise UserError(f"{path / 'state.json'}: expected keys and values with the step")
     return Checkpoint(path, state)
 
@@ -159,7 +160,10 @@ def load(
                 if value.shape != shapes.get(name):
                     raise UserError(f"{path}: {name} is no average of a parameter of this model")
                 average.values[name] = value.clone()
-        average.updates = dict(checkpoint.state.get("average_updates", {}))
+        updates = checkpoint.state.get("average_updates", {})
+        if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
+            raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are no numbers")
+        average.updates = updates
 
 
 @torch.no_grad()

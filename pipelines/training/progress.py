@@ -91,10 +91,23 @@ def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
     whole = content[: content.rfind(b"\n") + 1]
     told = []
     for line in whole.splitlines():
-        # Two lines in one, from before cut ones were taken away.
-        with contextlib.suppress(ValueError):
-            told.append(json.loads(line))
+        # Two lines in one, from before cut ones were taken away, and what a disk altered.
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if isinstance(values, dict) and _is_line(values):
+                told.append(values)
     return told, position + len(whole)
+
+
+def _is_line(values: dict[str, Any]) -> bool:
+    """Whether :class:`ProgressFile` may have written it."""
+    metrics = values.get("metrics", {})
+    return (
+        type(values.get("step")) is int
+        and isinstance(values.get("words", ""), str)
+        and isinstance(metrics, dict)
+        and all(isinstance(value, (int, float)) for value in metrics.values())
+    )
 
 
 def history(path: Path) -> dict[str, list[tuple[int, float]]]:

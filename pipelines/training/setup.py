@@ -116,7 +116,7 @@ def resume(
     found = agreed(run / "checkpoints", world)
     if found is None:
         return 0
-    if found.state["config_digest"] != identity:
+    if found.state.get("config_digest") != identity:
         raise UserError(
             f"{found.path} was written with another configuration than this one; go on with that "
             f"one ({run / 'config.yaml'}), or give this run another name"

@@ -18,6 +18,8 @@ from typing import Any, Optional
 
 from skillnet_platform import config as configuration
 from skillnet_platform import console, lifecycle, operations, spool, store
+from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.storage import read_json
 
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 5000
@@ -27,6 +29,7 @@ END_PATIENCE_S = 20.0
 SETTLE_PAUSE_S = 2.0
 #: MLflow shows it beside the name, and keeps at most 36; the whole one is in the profile.
 DATASET_DIGEST = 12
+_REMOVE = "remove that file, and the same command records into a new run"
 
 
 @dataclass
@@ -197,7 +200,8 @@ def start(
         run_id: go on with this run instead of opening one.
 
     Raises:
-        UserError: no tracker answers at the URI, or the URI is a file store.
+        UserError: no tracker answers at the URI, the URI is a file store, or the tracker does not
+            have the run to go on with.
     """
     where = tracking or TrackingConfig()
     place = store.setup(where.uri, where.experiment)
@@ -208,8 +212,7 @@ def start(
         run = client.create_run(place.experiment_id, run_name=name, tags=_first_tags(parent))
         run_id = run.info.run_id
     else:
-        client.update_run(run_id, status="RUNNING")
-        client.set_tag(run_id, lifecycle.PROCESS_TAG, lifecycle.this_process())
+        _take_up(client, run_id, place.uri)
     tracker = Tracker(run_id, place.uri, place.experiment_id)
     status = "FINISHED"
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -277,6 +280,36 @@ def child(
     if config is not None:
         tracker.params(config)
     return tracker
+
+
+def recorded(path: Path) -> str | None:
+    """Id of the MLflow run that a ``run.json`` names; none if there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    told = read_json(path)
+    run_id = told.get("run_id") if isinstance(told, dict) else None
+    if not isinstance(run_id, str) or not run_id:
+        raise UserError(f"{path} is damaged: it names no MLflow run; {_REMOVE}")
+    return run_id
+
+
+def _take_up(client: Any, run_id: str, uri: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException as problem:
+        if problem.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UserError(
+            f"the tracker {uri} cannot go on with the run {run_id} that run.json names: "
+            f"{first_line(problem)}; {_REMOVE}"
+        ) from None
+    client.set_tag(run_id, lifecycle.PROCESS_TAG, lifecycle.this_process())
 
 
 def send_left_behind(uri: str) -> int:

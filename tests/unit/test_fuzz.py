@@ -1,18 +1,17 @@
 """Random damage to everything that is read: it still works, or a named error says what is wrong.
 
-A short lane by default; ``pytest -m fuzz --hypothesis-profile=long`` for hours of it.
+A short lane by default; ``make fuzz`` is the long one. Runs that go on: ``test_fuzz_resume.py``.
 """
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipelines.corpora.archives import members
@@ -22,7 +21,8 @@ from pipelines.training.optimizer import SkillAdamW
 from pipelines.training.settings import FinetuneConfig
 from skillnet import systems
 from skillnet.files import write_manifest
-from skillnet_platform import cli, config
+from skillnet_platform import config
+from tests.damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.packing import tarred, zipped
 from tests.small_models import small_model
 
@@ -30,82 +30,6 @@ pytestmark = pytest.mark.fuzz
 
 ROOT = Path(__file__).parents[2]
 PRESETS = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
-
-
-def budget(examples: int) -> Callable[[Any], Any]:
-    """So many examples in the short lane, the profile's in a long one."""
-    chosen = settings.default.max_examples if settings.default else examples
-    return settings(
-        max_examples=examples if chosen <= 100 else chosen,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
-
-
-def named(action: Callable[[], object]) -> None:
-    """The action succeeds, or fails as a user's mistake in words: never with a bare exception."""
-    try:
-        action()
-    except Exception as problem:
-        said = cli.users_mistake(problem)
-        assert said, f"{type(problem).__name__}: {problem}"  # noqa: PT017
-        assert len(said) < 2000
-
-
-#: (kind of damage, where as a share of the length, a byte)
-DAMAGE = st.tuples(
-    st.sampled_from(["flip", "cut", "swap", "fill", "insert"]),
-    st.floats(0, 1, exclude_max=True),
-    st.integers(1, 255),
-)
-
-
-def damaged(data: bytes, wounds: list[tuple[str, float, int]]) -> bytes:
-    """Those damages done one after the other."""
-    out = bytearray(data)
-    for kind, share, byte in wounds:
-        at = int(share * len(out))
-        if kind == "flip" and out:
-            out[at] ^= byte
-        elif kind == "cut":
-            del out[at:]
-        elif kind == "swap":
-            out[at : at + byte], out[:byte] = out[:byte], out[at : at + byte]
-        elif kind == "fill":
-            out[at : at + byte] = bytes([byte]) * len(out[at : at + byte])
-        else:
-            out[at:at] = bytes([byte])
-    return bytes(out)
-
-
-WOUNDS = st.lists(DAMAGE, min_size=1, max_size=3)
-
-#: Values that a hostile JSON or YAML may hold anywhere.
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["../x", "/etc/passwd", "", ".", 2**63, -1, "NaN"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=5,
-)
-
-
-def replaced(tree: Any, path: list[int], value: Any) -> Any:
-    """A copy of a tree with another value at some place in it."""
-    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
-    if not path or not keys:
-        return value
-    key = keys[path[0] % len(keys)]
-    below = tree[key]
-    inner = replaced(below, path[1:], value) if isinstance(below, (dict, list)) else value
-    copy = dict(tree) if isinstance(tree, dict) else list(tree)
-    copy[key] = inner
-    return copy
-
-
-PLACES = st.lists(st.integers(0, 30), max_size=6)
 
 
 # -- configurations ----------------------------------

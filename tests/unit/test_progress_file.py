@@ -35,6 +35,28 @@ def test_two_lines_in_one_are_passed_over(tmp_path: Path) -> None:
     assert history(path) == {"loss": [(1, 1.0)]}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        '"x"',
+        '{"metrics": {"loss": 1}}',
+        '{"step": "2", "words": ""}',
+        '{"step": 2, "metrics": [1]}',
+        '{"step": 2, "metrics": {"loss": "1"}}',
+        "[" * 100000,
+        "\ud800",
+    ],
+    ids=range(9),
+)
+def test_a_line_that_it_never_wrote_is_passed_over(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    whole = b'{"step": 1, "metrics": {"loss": 1.0}}\n'
+    path.write_bytes(whole + line.encode("utf-8", "surrogatepass") + b"\n")
+    assert history(path) == {"loss": [(1, 1.0)]}
+
+
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = ProgressFile(tmp_path / "progress.jsonl")
 

@@ -42,6 +42,25 @@ def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in points)
 
 
+def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
+    with (
+        pytest.raises(UserError, match=r"cannot go on with the run 0+ .* remove that file"),
+        tracking.start("lost", None, where(), run_id="0" * 32),
+    ):
+        raise AssertionError("it went on")
+
+
+@pytest.mark.parametrize("told", ["[]", "3", "{}", '{"run_id": 7}', '{"run_id": ""}', "{"])
+def test_a_damaged_record_of_a_run_is_named(told: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert tracking.recorded(path) is None
+    path.write_text('{"run_id": "abc"}')
+    assert tracking.recorded(path) == "abc"
+    path.write_text(told)
+    with pytest.raises(UserError, match=r"run\.json"):
+        tracking.recorded(path)
+
+
 def test_a_run_records_what_made_it() -> None:
     manifest = {
         "digest": "ab" * 32,
