@@ -1,13 +1,14 @@
-"""A folder of media as bad as users' folders get, and corpora that read it; workers import them."""
+"""Folders of media and texts as bad as users' folders get, and a corpus that ends its workers."""
 
 import io
+import json
 import os
 import signal
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import av
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources
 from pipelines.guard import read_each
-from pipelines.transforms import image, sound, video
+from pipelines.transforms import video
 from tests.clips import encode_video
 from tests.unit.test_transforms import PATHS, mp3, tone, wav
 
@@ -98,7 +99,7 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "cut.jpg": (lambda: half(picture("JPEG")), "damaged picture"),
         "cut.png": (lambda: half(picture("PNG")), "damaged picture"),
         "sound-called-jpg.jpg": (lambda: mp3(tone(), 32_000), "not a picture"),
-        "empty.jpg": (lambda: b"", "not a picture"),
+        "empty.jpg": (lambda: b"", "an empty file"),
         "huge.png": (hundred_megapixels, "million pixels"),
         "bomb.svg": (lambda: b"<svg" + b"<g>" * 4_000_000, "SVG of more"),
         "broken.svg": (lambda: b"<svg><rect", "damaged SVG"),
@@ -112,7 +113,7 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "cut.mp3": (lambda: half(mp3(tone(), 32_000)), "cut short"),
         "text-called-mp3.mp3": (lambda: "这不是录音".encode() * 99, "not a recording"),
         "page.mp3": (lambda: b"<!DOCTYPE html><title>404</title>", "web page"),
-        "empty.wav": (lambda: b"", "not a recording"),
+        "empty.wav": (lambda: b"", "an empty file"),
         "long.flac": (ten_hours, "longer than 600 seconds"),
         "silent-film.mp4": (clip, "no sound"),
         "nan.wav": (not_numbers, "no numbers"),
@@ -127,95 +128,87 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "cut-after-its-index.mp4": (lambda: half(repacked(clip(), "mp4")), "cut short"),
         "good-4.mp4": (lambda: repacked(clip(), "mp4"), ""),
         "sound-called-mp4.mp4": (lambda: wav(tone(), 32_000), "no pictures"),
-        "empty.mp4": (lambda: b"", "not a video"),
+        "empty.mp4": (lambda: b"", "an empty file"),
         "noise.mp4": (lambda: np.random.default_rng(0).bytes(9_999), "not a video"),
         "good-3.mp4": (clip, ""),
     },
 }
-READ: dict[str, Callable[[bytes], np.ndarray]] = {
-    "pictures": image.load_pixels,
-    "sounds": sound.load_log_mel,
-    "clips": video.load_clip,
-}
+#: The field that says what is in a file, and what it says of those whose words are no use.
+FIELDS = {"pictures": "caption", "sounds": "transcription", "clips": "caption", "texts": "text"}
+WORDLESS = {"pictures": "no caption", "sounds": "a text is missing", "clips": "no caption",
+            "texts": "a text is missing"}  # fmt: skip
+OUTSIDE = "outside.jpg"
 
 
-def write_files(folder: Path, kind: str) -> Path:
-    """Write the files of a kind; returns the folder."""
+def lines(kind: str) -> list[tuple[bytes, str]]:
+    """(Line, words of the reason, "" for a good one) that are bad whatever file they name."""
+    field, files = FIELDS[kind], FILES.get(kind, {})
+    good = next((name for name, (_, why) in files.items() if not why), "")
+
+    def line(words: Any, name: str = good, **more: Any) -> bytes:
+        about = {"label": "好"} if kind == "texts" else {"file_name": name}
+        return json.dumps(about | {field: words} | more).encode() + b"\n"
+
+    found = [
+        (line("长" * 3_400_000), "longer than 1000000 characters"),
+        (line("好").replace(b'\\u597d"}', b'\xff\xfe"}'), "not UTF-8"),
+        (line("\ud83d"), "not UTF-8"),
+        (line(7.5), WORDLESS[kind]),
+        (line("好").replace(b"{", b'{"%s": "x", ' % field.encode()), "twice"),
+        (line("好")[:-9] + b"\n", "not JSON"),
+        (b"[1, 2]\n", "not a JSON object"),
+    ]
+    if kind != "texts":
+        found += [
+            (line("好", "/etc/hostname"), "leads out"),
+            (line("好", f"../{OUTSIDE}"), "leads out"),
+            (line("好", f"a/../../{OUTSIDE}"), "leads out"),
+            (line("好", "none.jpg"), "missing"),
+            (line("好", "."), "not a regular file"),
+            (line("好", "\udcff.jpg"), "missing"),
+            (line("好", "\0.jpg"), "null character"),
+        ]
+    return [*found, (line("最后"), "")]
+
+
+def write_corpus(folder: Path, kind: str, cut: bool = True) -> list[str]:
+    """A folder as users have them: metadata.jsonl, and beside it the files that it names.
+
+    Args:
+        folder: made.
+        kind: of the files.
+        cut: the metadata end in the midst of a line.
+
+    Returns:
+        Of each row words of the reason why it is set aside, "" for a good one.
+    """
     folder.mkdir(parents=True)
-    for name, (make, _) in FILES[kind].items():
+    (folder.parent / OUTSIDE).write_bytes(picture("JPEG"))
+    written: list[tuple[bytes, str]] = []
+    for number, (name, (make, why)) in enumerate(sorted(FILES.get(kind, {}).items())):
         (folder / name).write_bytes(make())
-    return folder
+        row = {"file_name": name, FIELDS[kind]: f"第{number}个"}
+        written.append((json.dumps(row).encode() + b"\n", why))
+    if kind == "texts":
+        good = ({"text": f"第{number}条新闻", "label": "好坏"[number % 2]} for number in range(9))
+        written += [(json.dumps(row).encode() + b"\n", "") for row in good]
+    written += lines(kind)
+    if cut:
+        written.append((written[0][0][:-9], "cut short in the midst of a line"))
+    (folder / "metadata.jsonl").write_bytes(b"".join(line for line, _ in written))
+    return [why for _, why in written]
 
 
-class Hostile(Corpus):
-    """The files of a folder, each a row."""
+class Deadly(Corpus):
+    """Twenty rows: one whose decoder hangs where no signal reaches it, one whose crashes."""
 
+    name = "deadly"
     modality = "image"
     task = "text_to_image"
     archives = ()
     raw = pa.schema([("file", pa.string()), ("row", pa.int64()), ("caption", pa.string())])
     columns = pa.schema([("sum", pa.float64()), ("caption", pa.string())])
     shard_rows = 6
-    kind: ClassVar[str]
-
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
-        """The files by name, then rows that are bad before any file is read."""
-        files = sorted(sources.directory.iterdir())
-        for number, path in enumerate(files, start=1):
-            place = {"file": str(path), "row": number}
-            yield {"split": "train", "key": path.name, "group": -1, "caption": "好", **place}
-        first = {"split": "train", "group": -1, "file": str(files[0])}
-        number = len(files)
-        yield first | {"key": files[0].name, "caption": "好", "row": number + 1}
-        yield first | {"key": "caption of 10 MB", "caption": "长" * 10_000_000, "row": number + 2}
-        yield first | {"key": "bytes \udcff", "caption": "好", "row": number + 3}
-        yield first | {"key": "no text", "caption": 7.5, "row": number + 4}
-
-    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """The sum over all values of the decoded file."""
-        sums, reasons = [], []
-        for total, reason in read_each(block["file"].to_pylist(), self.read):
-            sums.append(total)
-            reasons.append(reason)
-        return pa.table(
-            {
-                "sum": pa.array(sums, pa.float64()),
-                "caption": block["caption"],
-                "rejected": pa.array(reasons, pa.string()),
-            }
-        )
-
-    def read(self, name: str) -> float:
-        """Decode a file."""
-        return float(READ[self.kind](Path(name).read_bytes()).sum(dtype=np.float64))
-
-    def preprocessing(self) -> dict[str, Any]:
-        """Nothing to choose."""
-        return {}
-
-
-class Pictures(Hostile):
-    """Pictures."""
-
-    name = kind = "pictures"
-
-
-class Sounds(Hostile):
-    """Recordings."""
-
-    name = kind = "sounds"
-
-
-class Clips(Hostile):
-    """Videos."""
-
-    name = kind = "clips"
-
-
-class Deadly(Hostile):
-    """Twenty rows: one whose decoder hangs where no signal reaches it, one whose crashes."""
-
-    name = "deadly"
 
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
         """Numbers as names of files."""
@@ -224,7 +217,7 @@ class Deadly(Hostile):
             yield {"split": "train", "key": str(number), "group": -1, "caption": "好", **place}
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """As above, with half a second for a row."""
+        """What ``read`` gives, with half a second for a row."""
         found = list(read_each(block["file"].to_pylist(), self.read, seconds=0.5))
         return pa.table(
             {
@@ -244,3 +237,7 @@ class Deadly(Hostile):
             while True:
                 pass
         return float(name)
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Nothing to choose."""
+        return {}

@@ -1,71 +1,128 @@
-"""Bad rows end in the quarantine with file, row and reason; good ones arrive; no worker dies."""
+"""``skillnet prepare`` on folders as bad as users' get: bad rows end in the quarantine with file,
+row and reason, good ones arrive, no worker dies, too many bad ones stop it with a summary."""
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pipelines import prepare
 from pipelines.blocks import TWICE
 from pipelines.guard import DEADLY
-from pipelines.prepare import prepare
 from pipelines.shards import open_corpus
-from skillnet_platform.errors import UserError
-from tests import hostile
+from tests import hostile, user_corpora
 
 pytestmark = pytest.mark.integration
+KINDS = ("pictures", "sounds", "clips", "texts")
+#: The column that a good row fills with something.
+MADE = {"pictures": "pixels", "sounds": "log_mel", "clips": "frames", "texts": "tokens"}
 
 
-def quarantine(corpus: Path) -> dict[tuple[str, int], str]:
-    """(File, row) -> reason."""
+def quarantine(corpus: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """(File, row) -> what the quarantine tells of it."""
     lines = (corpus / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    return {(row["file"], row["row"]): row["reason"] for row in map(json.loads, lines)}
+    return {(row["file"], row.get("row", 0)): row for row in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("kind", ["pictures", "sounds", "clips"])
-def test_every_hostile_file_is_set_aside_and_its_neighbours_arrive(
-    tmp_path: Path, ray_session: Any, kind: str
+def words(kind: str, folder: Path, data: Path, max_bad: float | None) -> list[str]:
+    """The command line of a prepare of a folder."""
+    given = ["--corpus", f"{kind}=folder:{folder}", "--data", str(data), "--vocabulary", "400"]
+    given += [f"--options.{kind}.validation", "0", f"--options.{kind}.test", "0"]
+    return [*given, *([] if max_bad is None else ["--max_bad", str(max_bad)])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_hostile_row_is_set_aside_and_its_neighbours_arrive(
+    tmp_path: Path, ray_session: Any, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    folder = hostile.write_files(tmp_path / "files", kind)
-    name = f"tests.hostile:{kind.capitalize()}"
-    told = prepare([name], tmp_path / "data", folder, max_bad=1.0)[kind]
-    corpus = open_corpus(tmp_path / "data" / kind, verify=True)
-    found = quarantine(corpus.path)
-    files = sorted(hostile.FILES[kind])
-    for row, file in enumerate(files, start=1):
-        wanted = hostile.FILES[kind][file][1]
-        assert bool(wanted) == ((str(folder / file), row) in found), file
-        assert re.search(wanted, found.get((str(folder / file), row), "")), file
-    first, count = str(folder / files[0]), len(files)
-    assert found[first, count + 1] == TWICE
-    assert "longer than 1000000 characters" in found[first, count + 2]
-    assert found[first, count + 3] == "key is not Unicode text"
-    assert found[first, count + 4] == "caption is of type float, expected string"
-    good = [file for file in files if not hostile.FILES[kind][file][1]]
+    """A file that ended its worker would be set aside as deadly, which is no reason wanted here."""
+    folder, data = tmp_path / "given" / kind, tmp_path / "data"
+    wanted = dict(enumerate(hostile.write_corpus(folder, kind), start=1))
+    capsys.readouterr()
+    assert prepare.main(words(kind, folder, data, 1.0)) == 0
+    said = capsys.readouterr()
+
+    found = quarantine(data / kind)
+    for row, why in wanted.items():
+        told = found.pop(("metadata.jsonl", row), {"reason": ""})
+        assert re.search(why, told["reason"]), (row, why, told)
+        assert bool(told["reason"]) == bool(why), (row, told)
+        if "media" in told:
+            assert told["media"].startswith(f"{folder}")
+    assert not found
+
+    good = [row for row, why in wanted.items() if not why]
+    corpus = open_corpus(data / kind, verify=True)
     table = corpus.splits["train"].table()
-    assert table["key"].to_pylist() == good
-    assert min(table["sum"].to_numpy().tolist()) != 0
-    assert (told["rows_in"], told["rows_out"]) == (count + 4, len(good))
-    assert sum(told["quarantine"].values()) == len(found) == count + 4 - len(good)
+    assert table["key"].to_pylist() == [f"metadata.jsonl:{row}" for row in good]
+    for cell in table[MADE[kind]].to_pylist():
+        assert np.abs(np.asarray(cell, float)).sum() > 0
+
+    aside = len(wanted) - len(good)
+    (line,) = [line for line in said.out.splitlines() if "prepared" in line]
+    assert re.findall(r"\d+", line)[:4] == [
+        str(n) for n in (len(wanted), len(good), aside, len(good))
+    ]
+    assert f"metadata.jsonl breaks off after {len(wanted) - 1} rows" in " ".join(said.err.split())
+    assert sum(corpus.manifest["quarantine"].values()) == aside
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_share_of_bad_rows_above_the_limit_stops_with_a_summary(
-    tmp_path: Path, ray_session: Any
+    tmp_path: Path, ray_session: Any, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    folder = hostile.write_files(tmp_path / "files", "clips")
-    with pytest.raises(UserError, match=r"clips: \d+ of 14 rows cannot be used.*not a video"):
-        prepare(["tests.hostile:Clips"], tmp_path / "data", folder)
-    (listed,) = (tmp_path / "data").glob("*.jsonl")
+    folder, data = tmp_path / "given" / kind, tmp_path / "data"
+    wanted = hostile.write_corpus(folder, kind, cut=False)
+    capsys.readouterr()
+    assert prepare.main(words(kind, folder, data, None)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    bad = sum(map(bool, wanted))
+    assert f"{kind}: {bad} of {len(wanted)} rows cannot be used" in said
+    assert re.search(
+        r"at most 10\.0% may be \(max_bad\).* \d+ × .*go on without them: --max_bad 0\.", said
+    )
+    listed = data / f"{kind}.rejected.jsonl"
+    assert listed.name in said
     rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
-    assert {"file", "row", "key", "reason"} == set(rows[0])
+    assert {row["row"] for row in rows} == {n for n, why in enumerate(wanted, start=1) if why}
+    assert not (data / kind).exists()
+
+
+def test_a_key_that_comes_twice_costs_its_second_row(tmp_path: Path, ray_session: Any) -> None:
+    """One picture twice in the annotations, one sample twice in a tar."""
+    aic = user_corpora.aic_icc(tmp_path / "aic_icc")
+    (file,) = aic.rglob("caption_train_annotations*.json")
+    records = json.loads(file.read_text(encoding="utf-8"))
+    records.insert(9, records[4])
+    file.write_text(json.dumps(records), encoding="utf-8")
+    tars = user_corpora.webdataset(tmp_path / "webdataset", rows=6)
+    with tarfile.open(tars / "train-000000.tar", "a") as out:
+        for ending, content in (("jpg", user_corpora.jpg(3)), ("txt", "再来".encode())):
+            entry = tarfile.TarInfo(f"000002.{ending}")
+            entry.size = len(content)
+            out.addfile(entry, io.BytesIO(content))
+    given = [f"--corpus={name}={tmp_path / name}" for name in ("aic_icc", "webdataset")]
+    data = tmp_path / "data"
+    given += ["--data", str(data), "--max_bad", "0.2", "--vocabulary", "400"]
+    assert prepare.main(given) == 0
+    found = quarantine(data / "aic_icc")
+    assert found[str(file.relative_to(aic)), 10]["reason"] == TWICE
+    assert open_corpus(data / "aic_icc").splits["train"].rows == 11
+    assert quarantine(data / "webdataset")["train-000000.tar", 7]["reason"] == TWICE
+    assert open_corpus(data / "webdataset").rows == 18
 
 
 def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(tmp_path: Path, ray_session: Any) -> None:
     """Twice it takes its worker along; then it is known. The rows beside it arrive."""
-    prepare(["tests.hostile:Deadly"], tmp_path / "data", tmp_path, max_bad=1.0)
+    given = ["tests.hostile:Deadly", "--data", str(tmp_path / "data"), "--max_bad", "1.0"]
+    assert prepare.main(given) == 0
     corpus = open_corpus(tmp_path / "data" / "deadly")
-    assert {row: reason for (_, row), reason in quarantine(corpus.path).items()} == {
+    assert {row: told["reason"] for (_, row), told in quarantine(corpus.path).items()} == {
         5: DEADLY,
         10: DEADLY,
         14: "longer than 0.5 s",
