@@ -300,7 +300,7 @@ def _facts(modality: str, data: bytes) -> dict[str, float]:
         return {"width": float(size[0]), "height": float(size[1])} if size else {}
     import av
 
-    from pipelines.transforms.video import size_of
+    from pipelines.transforms import video
 
     try:
         with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
@@ -308,7 +308,7 @@ def _facts(modality: str, data: bytes) -> dict[str, float]:
             if modality == "video" and container.streams.video:
                 stream = container.streams.video[0]
                 facts["frames"] = float(stream.frames)
-                width, height = size_of(data)
+                width, height = video.size_of(data)
                 facts |= {"width": float(width), "height": float(height)}
             return facts
     except av.FFmpegError as problem:

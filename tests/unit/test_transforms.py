@@ -2,6 +2,7 @@
 
 import io
 import wave
+from typing import Any
 
 import av
 import numpy as np
@@ -200,7 +201,7 @@ def test_recordings_of_other_formats_sound_alike(kind: str, codec: str) -> None:
     target, rate = io.BytesIO(), 48_000
     said = tone(0.5, rate)
     with av.open(target, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=rate)
         stream.layout = "mono"
         frame = av.AudioFrame.from_ndarray(
             (said * 32767).astype(np.int16)[None], format="s16", layout="mono"
