@@ -1,9 +1,9 @@
 """The report as one HTML page that needs nothing else: plots inside, every text escaped."""
 
-import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pipelines import page as pages
 from sweeps.plots import png_uri, svg_uri
 
 if TYPE_CHECKING:
@@ -36,19 +36,5 @@ def page(report: "Report") -> str:
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """A template of this package, filled in. Values are escaped, whatever they hold."""
-    text: str = _environment().get_template(template).render(values)
-    return text
-
-
-@functools.cache
-def _environment() -> Any:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("sweeps"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """A template of this package, filled in and escaped; see :func:`pipelines.page.render`."""
+    return pages.render(template, values, "sweeps")
