@@ -100,7 +100,11 @@ def text_of(folder: Path) -> str:
     with (folder / "summary.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
-        first = next(csv.DictReader(stream))
+        runs = list(csv.DictReader(stream))
+    # A study is gone on with on other days; what it ran on is told of all of it.
+    machines, dates = (
+        " and ".join(sorted({row[key] for row in runs})) for key in ("machine", "date")
+    )
     claims = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
     study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
     run, before = study["run"], study["pretraining"]["training"]
@@ -111,8 +115,7 @@ def text_of(folder: Path) -> str:
     tried = study["tuning"]["trials"] + len(study["tuning"].get("points", ()))
     setting = (
         f"The headline study (`skillnet compare --config studies/headline`): {sizes}, {steps}, "
-        f"{tried} tuning trials for each system; {first['machine']}, "
-        f"{first['date']}."
+        f"{tried} tuning trials for each system; {machines}, {dates}."
     )
     return (
         f"{setting}\n\n{systems_table(rows)}\n\nPer cent with 95 % intervals over seeds and test "
