@@ -6,7 +6,6 @@ marks. Figures are copied, none is computed here.
 """
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.kept import rows_of
 from benchmarks.marks import put
 from benchmarks.measure import RESULTS
 from sweeps.runs import PRETRAINED
@@ -97,10 +97,7 @@ def _said(row: Mapping[str, str]) -> str:
 
 def text_of(folder: Path) -> str:
     """What stands between the README's marks."""
-    with (folder / "summary.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
-        runs = list(csv.DictReader(stream))
+    rows, runs = (rows_of(folder / name) for name in ("summary.csv", "results.csv"))
     # A study is gone on with on other days; what it ran on is told of all of it.
     machines, dates = (
         " and ".join(sorted({row[key] for row in runs})) for key in ("machine", "date")

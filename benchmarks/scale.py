@@ -107,7 +107,7 @@ def tables(folder: Path = RESULTS) -> str:
     speed, reading, waiting, readers = (
         newest(name, folder) for name in ("prepare-speed", "reading", "waiting", "reader-memory")
     )
-    scaling = next(iter(sorted(folder.glob("*-prepare-scaling.csv"), reverse=True)), None)
+    scaling = max(folder.glob("*-prepare-scaling.csv"), default=None)
     reads = measured(scaling, "s/row") if scaling is not None else {}
     per_row = {k.removeprefix("prepare, "): v for k, v in measured(speed, "s/row").items()}
     cell = measured(reading, "bytes/row")["reading encoded pictures"]
