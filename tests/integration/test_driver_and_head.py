@@ -94,8 +94,10 @@ def test_a_driver_killed_and_one_asked_to_leave(
     assert code == 143, said
     assert "ended by SIGTERM after step 7 of 12" in said
     assert f"--name {config.name}" in said
-    # Beside another Ray on this machine Ray's own cleaner dies of a ConnectionError, and says so.
-    ours = [line for line in said.splitlines() if "(PlacementGroupCleaner" not in line]
+    # Two of Ray's own actors report what it calls safe to ignore as a traceback: its controller a
+    # request that a busy machine answers late, its cleaner the end of another Ray on this machine.
+    rays = ("(PlacementGroupCleaner", "(TrainController")
+    ours = [line for line in said.splitlines() if not any(actor in line for actor in rays)]
     assert "Traceback" not in "\n".join(ours)
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
     assert store.client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
