@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.namespaces import ROOT, missing
 from skillnet_platform import config as configuration
 from skillnet_platform import environment
 from tests.cluster.lab import NEEDED, Host, lab
 from tests.made_corpora import SLOW, put_archive
-from tests.namespaces import ROOT, missing
 from tests.object_store import KEYS
 from tests.small_corpora import small_config
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.namespaces import missing
+from benchmarks.ray_hosts import ray_hosts, wait_for
 from pipelines.training import faults
 from pipelines.training.loop import train
 from pipelines.training.progress import history
 from skillnet_platform import config as configuration
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights
-from tests.namespaces import missing
-from tests.ray_hosts import ray_hosts, wait_for
 from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration

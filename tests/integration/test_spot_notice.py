@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.spot_metadata import Metadata
+from benchmarks.spot_metadata import Metadata
 
 pytestmark = [
     pytest.mark.integration,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ray_hosts import wait_for
 from benchmarks.tracking_server import Server
 from pipelines.training import faults
 from pipelines.training.progress import history
@@ -17,7 +18,6 @@ from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import store, tracking
 from tests.integration.test_faults import ROOT, STEPS, config_for
-from tests.ray_hosts import wait_for
 from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration

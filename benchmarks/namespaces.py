@@ -1,7 +1,7 @@
-"""Linux namespaces of which tests make hosts, and the bridge and cables between them.
+"""Linux namespaces that stand for hosts, and the bridge and cables between them.
 
-Each namespace lives as long as its first process, which waits for the end of a pipe that the test
-holds. So everything (processes, mounts, interfaces) ends with the test, however that ends.
+Each lives as long as its first process, which waits for the end of a pipe that its maker holds. So
+everything (processes, mounts, interfaces) ends with the maker, however that ends.
 """
 
 import functools

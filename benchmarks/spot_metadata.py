@@ -1,21 +1,26 @@
 """The part of a cloud machine's metadata service that says when the machine is taken away.
 
-python -m tests.spot_metadata PORT      # one on which that is decided already
+python -m benchmarks.spot_metadata PORT      # one on which that is decided already
 """
 
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-TOKEN = "a token of this session"  # noqa: S105 - of a server of the tests
+TOKEN = "a token of this session"  # noqa: S105 - of a server that is played
 NOTICE = '{"action": "terminate", "time": "2026-11-25T12:00:00Z"}'
 
 
 class Metadata(ThreadingHTTPServer):
-    """The second version of the service, which answers only to those who fetched a token."""
+    """The second version of the service, which answers only to those who fetched a token.
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
-        #: Whether the machine is to go.
-        self.decided = False
+    Args:
+        port: on loopback; 0 takes a free one.
+        decided: whether the machine is to go.
+    """
+
+    def __init__(self, port: int = 0, decided: bool = False) -> None:
+        super().__init__(("127.0.0.1", port), _Answers)
+        self.decided = decided
         #: Questions that were answered so far.
         self.asked = 0
 
@@ -48,4 +53,8 @@ class _Answers(BaseHTTPRequestHandler):
         self.wfile.write(words.encode())
 
     def log_message(self, *words: object) -> None:
-        """Nothing: the log is the test's."""
+        """Nothing: the log is the caller's."""
+
+
+if __name__ == "__main__":
+    Metadata(int(sys.argv[1]), decided=True).serve_forever()

@@ -1,4 +1,4 @@
-"""Hosts made of Linux namespaces with a Ray node each, for tests in which a whole host goes.
+"""Hosts made of Linux namespaces with a Ray node each, for runs that lose a whole host.
 
 Each has its own network, processes, name, /dev/shm and Ray session; the disk is everybody's, as a
 network file system would be. A host that is killed is gone without a word, its network with it.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
+from benchmarks.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
 
 PORT = 6379
 
