@@ -36,11 +36,12 @@ format: $(VENV)/.installed-dev  ## put the format right, and what ruff can repai
 	$(BIN)/ruff format .
 
 # Rows that the newest CSV of today has are not run again, so it may be stopped and gone on with.
-chaos: $(VENV)/.installed-dev  ## disturb 71 small runs by seed, compare their ends; a tracker away for a minute
+chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their ends; a tracker away for a minute
 	$(BIN)/skillnet fetch
 	$(BIN)/skillnet prepare headings drawings
 	$(BIN)/python -m benchmarks.chaos --launcher ranks --runs 45 --seed $(SEED) $(CHAOS_ARGS)
 	$(BIN)/python -m benchmarks.chaos --launcher ray --runs 26 --seed $(SEED) $(CHAOS_ARGS)
+	$(BIN)/python -m benchmarks.chaos --launcher hosts --runs 9 --seed $(SEED) $(CHAOS_ARGS)
 	$(BIN)/python -m benchmarks.chaos_table
 	SKILLNET_TEST_OUTAGE_S=60 $(BIN)/python -m pytest tests/integration/test_tracker_away.py
 

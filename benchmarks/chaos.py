@@ -1,7 +1,8 @@
 """Chaos: faults, victims and steps drawn by seed, in small real runs of two workers.
 
     python -m benchmarks.chaos --runs 45 --seed 0 --launcher ranks
-    python -m benchmarks.chaos --runs 13 --seed 0
+    python -m benchmarks.chaos --runs 26 --seed 0
+    python -m benchmarks.chaos --runs 9 --seed 0 --launcher hosts
 
 Each run trains the same few steps on prepared corpora, is disturbed once, goes on by itself or by
 the same command, and its last checkpoint, optimiser state included, is compared with that of an
@@ -11,7 +12,6 @@ moves into namespaces of its own, so that it may fill a disk and Ray finds no ot
 
 import argparse
 import contextlib
-import csv
 import datetime
 import json
 import os
@@ -20,13 +20,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import chaos_hosts
 from benchmarks.chaos_measures import metrics, recovery, same, size_of, tensors
+from benchmarks.chaos_rows import Row, append, is_sound, read
 from benchmarks.measure import RESULTS, machine
+from benchmarks.namespaces import missing
 from benchmarks.tracking_server import Server
 
 STEPS = 24
@@ -48,57 +50,30 @@ FAULTS = (
     "driver killed",
     "driver asked to leave",
     "raylet killed",
+    *chaos_hosts.FAULTS,
 )
 #: Those that Ray has a part in; without Ray the others are left.
 OF_RAY = ("controller killed", "driver killed", "driver asked to leave", "raylet killed")
 ALONE = ("tracker killed", "driver killed", "driver asked to leave", "raylet killed")
 DISK = "200m"
+#: So often the command of a run is given.
+ATTEMPTS = 3
 INSIDE = "SKILLNET_CHAOS_INSIDE"
 
 
-@dataclass
-class Row:
-    """One run.
-
-    Args:
-        date, machine, load: when, where, and how busy it was.
-        launcher: what started the workers: ``ray``, or ``ranks`` (:mod:`benchmarks.ranks`).
-        seed, run: which; they decide all that follows.
-        fault: what happened.
-        victim: to whom.
-        step: after how many steps.
-        exits: exit codes of the commands that it took, in order.
-        recovered: "by itself" or "same command".
-        lost_steps: steps done again.
-        lost_bytes: of committed checkpoints that could not be used.
-        lost_metrics: points that the progress file has and the tracker has not.
-        doubled_metrics: points that the tracker has twice without their step being done again.
-        recovery_seconds: from the last step before the fault until the run is there again, starts
-            of processes included.
-        equal_weights: whether the last checkpoint is that of the undisturbed run, to the bit.
-    """
-
-    date: str
-    machine: str
-    load: float
-    launcher: str
-    seed: int
-    run: int
-    fault: str
-    victim: str
-    step: int
-    exits: str = ""
-    recovered: str = ""
-    lost_steps: int = 0
-    lost_bytes: int = 0
-    lost_metrics: int = 0
-    doubled_metrics: int = 0
-    recovery_seconds: float = 0.0
-    equal_weights: bool = False
+def kinds_of(launcher: str, root: bool) -> tuple[str, ...]:
+    """The faults that a launcher has; only root can have a disk to fill."""
+    if launcher == "hosts":
+        return chaos_hosts.FAULTS
+    absent = (*chaos_hosts.FAULTS, *(() if root else ("disk full",)))
+    absent += OF_RAY if launcher == "ranks" else ()
+    return tuple(kind for kind in FAULTS if kind not in absent)
 
 
-def drawn(launcher: str, seed: int, run: int, kinds: tuple[str, ...]) -> tuple[Row, dict[str, Any]]:
-    """What happens in a run, and the fault to order; each round of runs has every kind once."""
+def drawn(
+    launcher: str, seed: int, run: int, kinds: tuple[str, ...]
+) -> tuple[Row, list[dict[str, Any]]]:
+    """What happens in a run, and faults to order; each round of runs has every kind once."""
     turn, place = divmod(run, len(kinds))
     order = sorted(kinds, key=lambda kind: random.Random(f"{seed}/{turn}/{kind}").random())
     kind = order[place]
@@ -139,11 +114,11 @@ def drawn(launcher: str, seed: int, run: int, kinds: tuple[str, ...]) -> tuple[R
         victim,
         step,
     )
-    return row, fault
+    return row, chaos_hosts.holds(step) if kind in chaos_hosts.FAULTS else [fault]
 
 
 class Lane:
-    """Runs disturbed trainings below a folder, on one Ray.
+    """Runs disturbed trainings below a folder, on one Ray or on hosts with one each.
 
     Args:
         folder: of the runs.
@@ -157,12 +132,14 @@ class Lane:
         for name in ("headings", "drawings"):
             shutil.copytree(data / name, self.data / name, dirs_exist_ok=True)
         self.server = Server(folder / "server.db", folder / "server")
+        self._hosts = chaos_hosts.Hosts(folder / "hosts")
         self._expected: dict[str, Any] = {}
 
     def expected(self) -> dict[str, Any]:
         """Tensors of the undisturbed run."""
         if not self._expected:
-            self._finetune(self.config("undisturbed"))
+            code = self._attempt(self.config("undisturbed"), False)
+            assert code == 0, f"undisturbed it ends with {code}"
             self._expected = tensors(self.folder / "undisturbed", STEPS)
         return self._expected
 
@@ -186,6 +163,7 @@ class Lane:
             training=TrainingConfig(
                 steps=STEPS,
                 workers=2,
+                placement="strict_spread" if self._launcher == "hosts" else "pack",
                 threads_per_worker=1,
                 precision="fp32",
                 log_every=1,
@@ -202,32 +180,34 @@ class Lane:
             evaluate=False,
         )
 
-    def disturb(self, row: Row, fault: dict[str, Any]) -> Row:
-        """Do one run and fill its row in."""
+    def disturb(self, row: Row, orders: list[dict[str, Any]]) -> Row:
+        """Do one run with these faults and fill its row in."""
         expected = self.expected()
         name = f"{row.launcher}-{row.seed}-{row.run}"
         run = self.folder / name
         config = self.config(name)
         exits: list[int] = []
         with contextlib.ExitStack() as stack:
+            stack.callback(self._hosts.close)
             if row.fault == "tracker killed":
                 self.server.start()
                 config = self.config(name, self.server.uri)
-                fault["victim"] = f"-{self.server.pid}"
+                orders[0]["victim"] = f"-{self.server.pid}"
             if row.fault == "disk full":
                 stack.enter_context(small_disk(run))
             if row.fault == "bit of a shard flipped":
                 exits.append(self._with_flipped_shard(config, row))
             else:
-                with ordered(fault):
-                    exits.append(self._attempt(config, row.fault in ALONE))
+                with ordered(orders):
+                    exits.append(self._attempt(config, row.fault in ALONE, row))
             if row.fault == "bit of a checkpoint flipped":
                 row.lost_bytes = size_of(max((run / "checkpoints").glob("step-*")))
             if row.fault == "disk full":
                 (run / "faults" / "ballast").unlink()
             if row.fault == "tracker killed":
                 self.server.start()
-            if exits[-1] != 0:
+            # More than once only if the command dies of something that nobody ordered.
+            while exits[-1] != 0 and len(exits) < ATTEMPTS:
                 exits.append(self._attempt(config, False))
             row.exits = " ".join(map(str, exits))
             row.recovered = "same command" if len(exits) > 1 else "by itself"
@@ -238,14 +218,24 @@ class Lane:
         shutil.rmtree(run, ignore_errors=True)
         return row
 
-    def _attempt(self, config: Any, alone: bool) -> int:
-        """The command, in a process of its own if it may die; its exit code."""
-        from pipelines.training.settings import FinetuneConfig
-        from skillnet_platform import cli
-        from skillnet_platform import config as configuration
+    def _attempt(self, config: Any, alone: bool, row: Row | None = None) -> int:
+        """The command, in a process of its own if it may die; its exit code.
 
+        On hosts the row, if there is one, happens to it from outside.
+        """
+        from skillnet_platform import cli
+
+        if self._launcher == "hosts":
+            return self._hosts.attempt(self._command(config), self.folder / config.name, row)
         if not alone or self._launcher == "ranks":
             return cli.run_command(lambda _: self._finetune(config), [])
+        command = self._command(config)
+        return subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
+
+    def _command(self, config: Any) -> list[str]:
+        from pipelines.training.settings import FinetuneConfig
+        from skillnet_platform import config as configuration
+
         path = self.folder / f"{config.name}.yaml"
         absent = [name for name in FinetuneConfig().tasks if name not in config.tasks]
         told = configuration.to_yaml(config)
@@ -253,8 +243,7 @@ class Lane:
             "\ntasks:\n", "\ntasks:\n" + "".join(f"  {name}: null\n" for name in absent)
         )
         path.write_text(told, encoding="utf-8")
-        command = [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
-        return subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
+        return [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
 
     def _finetune(self, config: Any) -> int:
         from pipelines.finetune import finetune
@@ -270,6 +259,11 @@ class Lane:
             cluster.ensure_ray(cpus=2)
         finetune(config)
         return 0
+
+    def close(self) -> None:
+        """End what serves the runs."""
+        self.server.stop()
+        self._hosts.close()
 
     def _with_flipped_shard(self, config: Any, row: Row) -> int:
         """The command while a bit of a shard is the other way round."""
@@ -288,9 +282,9 @@ class Lane:
 
 
 @contextlib.contextmanager
-def ordered(fault: dict[str, Any]) -> Iterator[None]:
-    """Order a fault for the length of a block."""
-    os.environ["SKILLNET_FAULTS"] = json.dumps(fault)
+def ordered(orders: list[dict[str, Any]]) -> Iterator[None]:
+    """Order faults for the length of a block."""
+    os.environ["SKILLNET_FAULTS"] = json.dumps(orders)
     try:
         yield
     finally:
@@ -311,11 +305,13 @@ def small_disk(run: Path) -> Iterator[None]:
 def main(argv: list[str] | None = None) -> int:
     """Run the lane; 1 if a run of this seed did not end as the undisturbed one, all told once."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
-    parser.add_argument("--runs", type=int, default=len(FAULTS), help="runs in all")
+    parser.add_argument("--runs", type=int, help="runs in all (default: one of each fault)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--folder", type=Path, help="of the runs (default: in the run root)")
-    parser.add_argument("--launcher", choices=("ray", "ranks"), default="ray", help="of workers")
+    parser.add_argument(
+        "--launcher", choices=("ray", "ranks", "hosts"), default="ray", help="of workers"
+    )
     parser.add_argument("--only", choices=FAULTS, help="only this fault")
     parser.add_argument(
         "--without", choices=FAULTS, nargs="*", default=[], help="put these off to another time"
@@ -335,19 +331,21 @@ def main(argv: list[str] | None = None) -> int:
 
     from skillnet_platform import console, storage
 
-    absent = (() if root else ("disk full",)) + (OF_RAY if options.launcher == "ranks" else ())
-    kinds = tuple(kind for kind in FAULTS if kind not in absent)
+    if options.launcher == "hosts" and (reason := missing(*chaos_hosts.PROGRAMS)):
+        console.warn(f"no run is made on hosts: {reason}")
+        return 0
+    kinds = kinds_of(options.launcher, root)
     output = options.output or RESULTS / f"{datetime.date.today().isoformat()}-chaos.csv"
     done = {(row["launcher"], int(row["seed"]), int(row["run"])) for row in read(output)}
     folder = options.folder or storage.run_root() / f"chaos-{time.strftime('%Y%m%d-%H%M%S')}"
     lane = Lane(folder, options.data or storage.data_root(), options.launcher)
-    for number in range(options.runs):
-        row, fault = drawn(options.launcher, options.seed, number, kinds)
+    for number in range(options.runs if options.runs is not None else len(kinds)):
+        row, orders = drawn(options.launcher, options.seed, number, kinds)
         known = (options.launcher, options.seed, number) in done
         if known or row.fault in options.without or options.only not in (None, row.fault):
             continue
         began = time.monotonic()
-        row = lane.disturb(row, fault)
+        row = lane.disturb(row, orders)
         took = time.monotonic() - began
         append(output, row)
         console.note(
@@ -356,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row.doubled_metrics} twice, {row.recovery_seconds} s, "
             f"{'equal' if row.equal_weights else 'NOT EQUAL'}; {took:.0f} s in all"
         )
-    lane.server.stop()
+    lane.close()
     shutil.rmtree(folder, ignore_errors=True)
     mine = [
         row
@@ -364,30 +362,6 @@ def main(argv: list[str] | None = None) -> int:
         if (row["launcher"], int(row["seed"])) == (options.launcher, options.seed)
     ]
     return int(not all(map(is_sound, mine)))
-
-
-def is_sound(row: Mapping[str, str]) -> bool:
-    """Whether a run of the CSV lost nothing: equal weights, every metric in the tracker, once."""
-    return (row["equal_weights"], row["lost_metrics"], row["doubled_metrics"]) == ("True", "0", "0")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; none if there is none."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row to a CSV."""
-    fresh = not path.is_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, [each.name for each in fields(Row)], lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(asdict(row))
 
 
 if __name__ == "__main__":

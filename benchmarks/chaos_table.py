@@ -6,14 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.chaos import FAULTS, read
+from benchmarks.chaos import FAULTS
+from benchmarks.chaos_rows import read
 from benchmarks.marks import put
 from benchmarks.measure import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 HEAD = (
-    "| fault | tried: with Ray / without | goes on | steps done again, most | bytes lost, most "
-    "| metrics lost / doubled | seconds to recover: median (longest) | equal to the bit |\n"
+    "| fault | tried: on hosts / with Ray / without | goes on | steps done again, most "
+    "| bytes lost, most | metrics lost / doubled | seconds to recover: median (longest) "
+    "| equal to the bit |\n"
     "|---|---:|---|---:|---:|---:|---:|---:|"
 )
 
@@ -28,16 +30,18 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     equal = sum(row["equal_weights"] == "True" for row in rows)
     machines = ", ".join(sorted({row["machine"] for row in rows}))
     loads = [float(row["load"]) for row in rows]
+    dates = sorted({row["date"] for row in rows})
     lines += [
         "",
         f"{len(rows)} runs, {equal} of them equal to the undisturbed run; {machines}, load "
-        f"{min(loads):.0f} to {max(loads):.0f}, {max(row['date'] for row in rows)}.",
+        f"{min(loads):.0f} to {max(loads):.0f}, {' and '.join(dates)}.",
     ]
     return "\n".join(lines)
 
 
 def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
-    ray = sum(row["launcher"] == "ray" for row in rows)
+    launchers = [row["launcher"] for row in rows]
+    tried = " / ".join(str(launchers.count(each)) for each in ("hosts", "ray", "ranks"))
     again = max(int(row["lost_steps"]) for row in rows)
     lost = max(int(row["lost_bytes"]) for row in rows)
     missing = sum(int(row["lost_metrics"]) for row in rows)
@@ -47,7 +51,7 @@ def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
     equal = sum(row["equal_weights"] == "True" for row in rows)
     ways = " or ".join(sorted({row["recovered"] for row in rows}))
     return (
-        f"| {fault} | {ray} / {len(rows) - ray} | {ways} | {again} | {lost:,} "
+        f"| {fault} | {tried} | {ways} | {again} | {lost:,} "
         f"| {missing} / {doubled} | {took} | {equal} of {len(rows)} |"
     )
 

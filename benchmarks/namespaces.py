@@ -97,16 +97,21 @@ class Namespaces:
 
 def plug_in(bridge: Namespaces, host: Namespaces, number: int, address: str) -> None:
     """Join a host to the bridge, as ``eth0`` with that address."""
-
-    def net(where: Namespaces, *words: str) -> None:
-        subprocess.run(
-            ["nsenter", "--target", str(where.pid), "--net", "ip", *words],
-            check=True,
-            env={**os.environ, "PATH": SEARCH},
-        )
-
     end = f"host{number}"
-    net(bridge, "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
-    net(bridge, "link", "set", end, "master", "lab", "up")
-    net(host, "addr", "add", f"{address}/24", "dev", "eth0")
-    net(host, "link", "set", "eth0", "up")
+    _net(bridge, "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
+    _net(bridge, "link", "set", end, "master", "lab", "up")
+    _net(host, "addr", "add", f"{address}/24", "dev", "eth0")
+    _net(host, "link", "set", "eth0", "up")
+
+
+def pull_out(bridge: Namespaces, number: int) -> None:
+    """Cut the cable between the bridge and a host."""
+    _net(bridge, "link", "delete", f"host{number}")
+
+
+def _net(where: Namespaces, *words: str) -> None:
+    subprocess.run(
+        ["nsenter", "--target", str(where.pid), "--net", "ip", *words],
+        check=True,
+        env={**os.environ, "PATH": SEARCH},
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
+from benchmarks.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in, pull_out
 
 PORT = 6379
 
@@ -36,7 +36,7 @@ class RayHosts:
         self._folder, self._made = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
         self._bridge = Namespaces(BRIDGE)
-        self._hosts: dict[str, Namespaces] = {}
+        self._hosts: dict[str, tuple[int, Namespaces]] = {}
 
     @property
     def address(self) -> str:
@@ -48,7 +48,7 @@ class RayHosts:
         self._made += 1
         number, address = self._made, f"{PREFIX}{self._made}"
         inside = Namespaces(SCRIPT.format(name=name), self._bridge)
-        self._hosts[name] = inside
+        self._hosts[name] = number, inside
         plug_in(self._bridge, inside, number, address)
         role = ["--head", "--port", str(PORT)] if number == 1 else ["--address", self.address]
         words = ["ray", "start", *role, "--node-ip-address", address, "--num-cpus", "1"]
@@ -58,7 +58,9 @@ class RayHosts:
 
     def kill(self, name: str) -> None:
         """End a host with all its processes, as by a cut cable and power."""
-        inside = self._hosts.pop(name)
+        number, inside = self._hosts.pop(name)
+        # First: what ends says goodbye to those who are connected to it.
+        pull_out(self._bridge, number)
         os.kill(inside.pid, 9)
         inside.close()
 
@@ -84,7 +86,7 @@ class RayHosts:
             **environment,
         }
         process = subprocess.Popen(
-            [*self._hosts[name].enter(), *words],
+            [*self._hosts[name][1].enter(), *words],
             env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -96,6 +98,10 @@ class RayHosts:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(process.pid).children(recursive=True):
                     child.kill()
+            # It ends with its child, which nobody else might take note of: then the host, which
+            # waits for all of its processes, would not end.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import chaos_table, growth_result, headline, scale, sweep_result
-from benchmarks.chaos import read
+from benchmarks.chaos_rows import read
 from benchmarks.marks import between, put
 from benchmarks.measure import RESULTS
 
