@@ -25,7 +25,14 @@ from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import Terminated, UserError
 from skillnet_platform.places import place
-from skillnet_platform.storage import atomic_write, data_root, read_json, run_root, write_json
+from skillnet_platform.storage import (
+    atomic_write,
+    data_root,
+    read_json,
+    read_record,
+    run_root,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from pipelines.training.start import Start
@@ -250,7 +257,6 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
-    told = read_json(path)
     shown: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "seconds": (int, float),
@@ -258,13 +264,8 @@ def read_result(path: Path) -> dict[str, Any]:
         "name": str,
         "evaluation": list,
     }
-    if not isinstance(told, dict) or not all(
-        isinstance(told.get(key), kind) for key, kind in shown.items()
-    ):
-        raise UserError(
-            f"{path} is damaged; remove it, and the same command goes on from the newest checkpoint"
-        )
-    return told
+    remedy = "remove it, and the same command goes on from the newest checkpoint"
+    return read_record(path, shown, remedy)
 
 
 def check(config: FinetuneConfig) -> Checked:

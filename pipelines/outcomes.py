@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 from skillnet.metrics import Interval, bootstrap_interval, ratio_of_sums
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write
 
 FILE = "outcomes.parquet"
@@ -149,11 +149,16 @@ def read_outcomes(path: str | Path) -> Outcomes:
         table = pq.read_table(path, schema=None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; was the run evaluated?") from None
-    except (pa.ArrowInvalid, OSError) as problem:
-        raise UserError(f"{path}: not a Parquet file ({' '.join(str(problem).split())})") from None
+    except (pa.ArrowException, OSError) as problem:
+        raise UserError(f"{path}: not a Parquet file ({first_line(problem)})") from None
     absent = [name for name in SCHEMA.names if name not in table.column_names]
     if absent:
         raise UserError(f"{path}: the column {absent[0]} is missing")
+    try:
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+        table.validate(full=True)
+    except (pa.ArrowException, ValueError) as problem:
+        raise UserError(f"{path}: not what a run wrote ({first_line(problem)})") from None
     found = Outcomes()
     tasks, splits = table["task"].to_numpy(), table["split"].to_numpy()
     row, amount, weight, rank = (

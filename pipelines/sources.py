@@ -20,6 +20,7 @@ from skillnet.files import check_file, read_manifest
 from skillnet.growth import remove_task
 from skillnet.task_model import TaskModel
 from skillnet.tensors import load_tensors
+from skillnet_platform import tracking
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote_objects import is_uri
@@ -212,11 +213,9 @@ def _folder(path: Path, given: str) -> Source:
 
 def _with_run(weights: Path, run: Path | None, given: str) -> Source:
     settings: dict[str, Any] = {}
-    run_id = None
     if run is not None and (run / "config.yaml").is_file():
         settings = load_yaml(run / "config.yaml")
-    if run is not None and (run / "run.json").is_file():
-        run_id = read_json(run / "run.json").get("run_id")
+    run_id = tracking.recorded(run / "run.json") if run is not None else None
     steps = None
     for told in (weights / "state.json", *([run / "trained.json"] if run else [])):
         if steps is None and told.is_file():

@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipelines.finetune import CONFIG, PROGRESS, RESULT, RUN
+from pipelines.finetune import CONFIG, PROGRESS, RESULT, RUN, read_result
 from pipelines.mirror import Mirror
 from skillnet_platform import remote
-from skillnet_platform.storage import read_json, write_json
-from skillnet_platform.tracking import Tracker
+from skillnet_platform.storage import read_record, write_json
+from skillnet_platform.tracking import Tracker, recorded
 from sweeps.trial import (
     ERROR,
     LOG,
@@ -64,29 +64,32 @@ class Entry:
         """What became of it in an earlier part of the sweep; none if it is to be run.
 
         A trial that failed is tried again.
+
+        Raises:
+            UserError: a file that tells of it is damaged.
         """
         if (self.folder / RESULT).is_file():
             return self.describe("finished")
         if (self.folder / OUTCOME).is_file():
-            status: Status = read_json(self.folder / OUTCOME)["status"]
-            return self.describe(status) if status == "stopped" else None
+            remedy = "remove it, and the same command goes on with the trial"
+            told = read_record(self.folder / OUTCOME, {"status": str}, remedy)
+            return self.describe("stopped") if told["status"] == "stopped" else None
         return None
 
     def describe(self, status: Status, error: str | None = None) -> TrialOutcome:
         """An outcome of that status, with everything that its folder tells."""
         result = self.folder / RESULT
         log = next((p for p in (self.folder / ERROR, self.folder / LOG) if p.is_file()), None)
-        known = read_json(self.folder / RUN) if (self.folder / RUN).is_file() else {}
         return TrialOutcome(
             name=self.trial.name,
             group=self.trial.group or self.trial.name,
             folder=self.folder,
             status=status,
-            result=read_json(result) if status == "finished" and result.is_file() else None,
+            result=read_result(result) if status == "finished" and result.is_file() else None,
             reports=reports_of(self.folder),
             error=error,
             log=log if status == "failed" else self.folder / LOG,
-            run_id=self.tracker.run_id if self.tracker else known.get("run_id"),
+            run_id=self.tracker.run_id if self.tracker else recorded(self.folder / RUN),
             settings=dict(self.trial.settings),
             seed=self.trial.config.seed,
         )

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from pipelines.outcomes import Outcomes, read_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import read_json, run_root
+from skillnet_platform.storage import read_json, read_record, run_root
 
 #: Keys of a run's configuration that say where and for whom it ran, not what was trained.
 PLACES = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
 
 PRETRAINED = "-pretrained"
+REMEDY = "leave this run out, or run it again"
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,22 @@ class FinishedRun:
         start = Path(str(self.settings["init_from"]))
         for path in (start / TRAINED, start.parent / TRAINED):
             if path.is_file():
-                return whole_time(read_json(path))
+                return whole_time(read_trained(path))
         return None
+
+
+def read_trained(path: Path) -> dict[str, Any]:
+    """A run's ``trained.json``.
+
+    Raises:
+        UserError: no such file, or a damaged one.
+    """
+    told: dict[str, type | tuple[type, ...]] = {
+        "step": int,
+        "seconds": (int, float),
+        "resumed": (int, NoneType),
+    }
+    return read_record(path, told, REMEDY)
 
 
 def whole_time(trained: Mapping[str, Any]) -> float:
@@ -121,17 +137,26 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
                 f"{folder} has no {name}: the run is not finished, or was not evaluated; run it "
                 "to its end with evaluate: true"
             )
-    result = read_json(folder / "result.json") if (folder / "result.json").is_file() else {}
+    seed = settings.get("seed", 0)
+    if not isinstance(seed, int):
+        raise UserError(f"{folder / 'config.yaml'} is damaged: seed is no whole number")
+    told: dict[str, type | tuple[type, ...]] = {
+        "total_params": (int, NoneType),
+        "corpora": (dict, NoneType),
+        "run_id": (str, NoneType),
+    }
+    path = folder / "result.json"
+    result = read_record(path, told, REMEDY) if path.is_file() else {}
     digests = result.get("corpora") or corpora_of(settings)
     return FinishedRun(
         label or label_of(settings),
         folder,
-        int(settings.get("seed", 0)),
+        seed,
         settings,
         read_rows(folder / "evaluation.csv"),
         read_outcomes(folder / OUTCOMES),
-        read_json(folder / TRAINED),
-        int(result.get("total_params") or count_parameters(folder / "model")),
+        read_trained(folder / TRAINED),
+        result.get("total_params") or count_parameters(folder / "model"),
         result.get("run_id"),
         digests,
         pretraining_of(settings),
@@ -146,8 +171,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     from pipelines.evaluation import COLUMNS
 
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    except (csv.Error, UnicodeDecodeError) as problem:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({problem})") from None
     for number, row in enumerate(rows, 2):
         absent = [name for name in COLUMNS if row.get(name) is None]
         if absent:

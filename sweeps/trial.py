@@ -8,7 +8,6 @@
   outcome.json           what became of it, written by the driver; the ledger of the sweep
 """
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 TRIAL = "trial.json"
 REPORTS = "reports.jsonl"
+#: Of an evaluation, as far as they are known.
+COSTS = ("activated_params", "flops_per_example")
 LOG = "log.txt"
 ERROR = "error.txt"
 OUTCOME = "outcome.json"
@@ -313,7 +314,7 @@ def costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean over tasks of activated parameters and of FLOPs per example, from tidy rows."""
     by_task = {row["task"]: row for row in rows}
     costs = {}
-    for key in ("activated_params", "flops_per_example"):
+    for key in COSTS:
         values = [float(row[key]) for row in by_task.values() if row.get(key) is not None]
         if values:
             costs[key] = sum(values) / len(values)
@@ -321,15 +322,34 @@ def costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def reports_of(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a trial so far, in the order of steps; a line cut short is left out."""
+    """The evaluations of a trial so far, in the order of steps; a line cut short is left out.
+
+    Raises:
+        UserError: a line is whole, and is no evaluation.
+    """
     path = folder / REPORTS
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
+    for number, text in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if not _is_evaluation(line):
+            raise UserError(
+                f"{path}: line {number} is no evaluation (step, score, scores); remove that line"
+            )
+        lines.append(line)
     return sorted(lines, key=lambda line: line["step"])
+
+
+def _is_evaluation(line: Any) -> bool:
+    if not isinstance(line, dict) or not isinstance(line.get("scores"), dict):
+        return False
+    costs = [line[key] for key in COSTS if line.get(key) is not None]
+    numbers = [line.get("score"), *line["scores"].values(), *costs]
+    return isinstance(line.get("step"), int) and all(isinstance(n, int | float) for n in numbers)
 
 
 def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: Any) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,6 +80,28 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{path}: not a JSON file ({problem})") from None
+
+
+def read_record(
+    path: str | os.PathLike[str], kinds: Mapping[str, type | tuple[type, ...]], remedy: str
+) -> dict[str, Any]:
+    """Read a JSON object that has some keys at least.
+
+    Args:
+        path: of the file.
+        kinds: key -> what its value must be.
+        remedy: what to do where the file is damaged.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    told = read_json(path)
+    if not isinstance(told, dict):
+        raise UserError(f"{path} is damaged: it holds no object; {remedy}")
+    for key, kind in kinds.items():
+        if not isinstance(told.get(key), kind):
+            raise UserError(f"{path} is damaged: no {key}, or one of another kind; {remedy}")
+    return told
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any, Optional
 from skillnet_platform import config as configuration
 from skillnet_platform import console, lifecycle, operations, spool, store
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.storage import read_json
+from skillnet_platform.storage import read_record
 
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 5000
@@ -290,9 +290,8 @@ def recorded(path: Path) -> str | None:
     """
     if not path.is_file():
         return None
-    told = read_json(path)
-    run_id = told.get("run_id") if isinstance(told, dict) else None
-    if not isinstance(run_id, str) or not run_id:
+    run_id: str = read_record(path, {"run_id": str}, _REMOVE)["run_id"]
+    if not run_id:
         raise UserError(f"{path} is damaged: it names no MLflow run; {_REMOVE}")
     return run_id
 

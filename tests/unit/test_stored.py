@@ -30,11 +30,11 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
     here = trial_at(tmp_path / "here/trials/000", f"{uri}/trials/000")
     assert here.mirror is not None
     for name in ("config.yaml", "trial.json", "run.json"):
-        (here.folder / name).write_text("{}")
+        (here.folder / name).write_text('{"run_id": "known"}')
     (here.folder.parent / "proposed.jsonl").write_text('{"lr": 1}\n')
     stored.hand_over(here.mirror)
     for step in (4, 2, 4):
-        here.report({"step": step, "score": step / 10})
+        here.report({"step": step, "score": step / 10, "scores": {}})
     assert [line["step"] for line in reports_of(here.folder)] == [2, 4], "none is kept twice"
     assert here.steps_done() == 4
     assert here.settle("stopped").score == 0.4
@@ -52,6 +52,7 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
     settled = again.settled()
     assert settled is not None
     assert (settled.status, settled.score, settled.step) == ("stopped", 0.4, 4)
+    assert settled.run_id == "known"
     assert settled.log is not None
     assert settled.log.read_text() == "said"
     assert not (again.folder / "checkpoints").exists()
@@ -63,11 +64,12 @@ def test_what_the_driver_wrote_stays_and_what_the_trial_said_is_taken(
     uri = f"{object_store.uri}/sweep/trials/000"
     here = trial_at(tmp_path / "000", uri)
     assert here.mirror is not None
-    here.report({"step": 1, "score": 0.5})
+    here.report({"step": 1, "score": 0.5, "scores": {}})
     (here.folder / "log.txt").write_text("of an earlier attempt")
     remote.write_bytes(f"{uri}/reports.jsonl", b"")
     remote.write_bytes(f"{uri}/log.txt", b"of this one")
     result = {"run": "/elsewhere/000", "model": "/elsewhere/000/model", "step": 1, "seconds": 1.0}
+    result |= {"name": "000", "evaluation": []}
     remote.write_bytes(f"{uri}/result.json", json.dumps(result).encode())
     stored.bring(here.mirror)
     assert len(reports_of(here.folder)) == 1
