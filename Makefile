@@ -21,9 +21,11 @@ demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one mo
 test: $(VENV)/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
-# Ends with this command, however that ends; skipped, with the reason, where it cannot run.
+# Ends with this command, however that ends; skipped, with the reason, where it cannot run. A step that
+# failed leaves the later ones nothing to stand on.
 test-cluster: $(VENV)/.installed-dev  ## walk docs/cluster.md on hosts made of namespaces (root)
-	timeout --kill-after=30 1800 $(BIN)/python -m pytest -m cluster -rs tests/cluster $(PYTEST_ARGS)
+	timeout --signal=INT --kill-after=60 1800 \
+	    $(BIN)/python -m pytest -x -m cluster -rs tests/cluster $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## rules of style, format, types and imports
 	$(BIN)/ruff check .

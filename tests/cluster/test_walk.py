@@ -158,10 +158,26 @@ def submit(
     return {**json.loads(done.stdout), "log": done.stderr}
 
 
-def tracked(hosts: dict[str, Host]) -> tuple[str, ...]:
+def credentials(hosts: dict[str, Host]) -> dict[str, str]:
+    """Variables that let a job into the tracker."""
+    word = password(hosts["head"])
+    return {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": word}
+
+
+def tracked(hosts: dict[str, Host]) -> list[str]:
     """Options of ``submit`` that let a job into the tracker."""
-    user, word = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
-    return (f"--env.{user}", "admin", f"--env.{word}", password(hosts["head"]))
+    told = credentials(hosts).items()
+    return [word for name, value in told for word in (f"--env.{name}", value)]
+
+
+def plain(client: Host, environment: dict[str, str], *words: str) -> str:
+    """Plain ``ray job submit`` of one of our commands, as the guide has it: the job's log."""
+    runtime = json.dumps({"env_vars": {"PYTHONPATH": "platform", **environment}})
+    return client.run(
+        *("ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", runtime),
+        *("--", "python", "-m", "skillnet_platform.cli", *words),
+        seconds=LATE_S,
+    ).stdout
 
 
 def give(client: Host, cluster: str, name: str, content: Any) -> str:
@@ -234,8 +250,7 @@ def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
     done = client.run(
         *(*SKILLNET, "doctor", "--json", "--env_from", entry, *asked, *places),
         seconds=LATE_S,
-        MLFLOW_TRACKING_USERNAME="admin",
-        MLFLOW_TRACKING_PASSWORD=password(hosts["head"]),
+        **credentials(hosts),
     )
     told: dict[str, list[dict[str, str]]] = {}
     for each in json.loads(done.stdout)["findings"]:
@@ -264,13 +279,7 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     put_archive(folder / "archives")
     client.run("ray", "rsync-up", cluster, f"{folder}/archives/", f"{HOME}/archives/")
     words = ("prepare", "tests.made_corpora:Made", "--data", f"s3://{BUCKET}/made")
-    # Blocks take a moment each, so that both hosts get some.
-    environment = json.dumps({"env_vars": {"PYTHONPATH": "platform", SLOW: "500"}})
-    client.run(
-        *("ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", environment),
-        *("--", "python", "-m", "skillnet_platform.cli", *words),
-        seconds=LATE_S,
-    )
+    plain(client, {SLOW: "500"}, *words)  # blocks take a moment each, so that both hosts get some
     manifest = json.loads(stored(client, "made/made/manifest.json"))
     assert manifest["rows_in"] == 100
     made = hosts["worker"].run("ls", "-A", f"{HOME}/staging/visiting").stdout
@@ -282,12 +291,17 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     assert "upload: " in again["log"]
 
 
+def two_hosts(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> str:
+    """The file of a run with a worker on each host, from the store and into it."""
+    config = small_config(Path(), workers=2, placement="strict_spread", steps=steps)
+    config.name, config.data, config.tracking.register = name, CORPORA, False
+    config.run_dir = RUNS
+    return give(hosts["client"], cluster, f"{name}.yaml", configuration.to_dict(config))
+
+
 def test_training_on_two_hosts(hosts: dict[str, Host], cluster: str) -> None:
     client = hosts["client"]
-    config = small_config(Path(), workers=2, placement="strict_spread", steps=6)
-    config.name, config.data, config.tracking.register = "two-hosts", CORPORA, False
-    config.run_dir = RUNS
-    path = give(client, cluster, "two.yaml", configuration.to_dict(config))
+    path = two_hosts(hosts, cluster, "two-hosts", steps=6)
     done = submit(client, *tracked(hosts), "finetune", "--config", path)
     assert done["exit_code"] == 0, done["log"]
     trained = json.loads(stored(client, "runs/two-hosts/trained.json"))
@@ -301,19 +315,33 @@ def test_training_on_two_hosts(hosts: dict[str, Host], cluster: str) -> None:
         assert int(cached) > 0, name
 
 
-def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
-    client = hosts["client"]
-    config = small_config(Path(), steps=4, workers=1)
+def test_training_on_two_hosts_by_plain_job_submission(
+    hosts: dict[str, Host], cluster: str
+) -> None:
+    path = two_hosts(hosts, cluster, "plain", steps=2)
+    said = plain(hosts["client"], credentials(hosts), "finetune", "--config", path)
+    trained = json.loads(stored(hosts["client"], "runs/plain/trained.json"))
+    assert (trained["world"], trained["step"]) == (2, 2), said
+
+
+def small_sweep(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> str:
+    """The file of a sweep whose two trials run on two hosts."""
+    config = small_config(Path(), steps=steps, workers=1)
     config.data, config.tracking.register = CORPORA, False
     sweep = {
-        "name": "sweep",
+        "name": name,
         "run_dir": RUNS,
         "run": configuration.to_dict(config) | {"name": None},
         "space": {"training.lr": {"choice": [0.001, 0.003]}},
         # A trial takes all that a host has: two of them run on two hosts.
         "resources": {"cpus": len(os.sched_getaffinity(0))},
     }
-    path = give(client, cluster, "sweep.yaml", sweep)
+    return give(hosts["client"], cluster, f"{name}.yaml", sweep)
+
+
+def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str) -> None:
+    client = hosts["client"]
+    path = small_sweep(hosts, cluster, "sweep", steps=4)
     words = (*tracked(hosts), "sweep", "--config", path)
     follower = client.start(
         *SKILLNET, "submit", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -335,11 +363,22 @@ def test_a_sweep_goes_on_without_the_client(hosts: dict[str, Host], cluster: str
     assert stored(client, f"runs/sweep/trials/{ran[0]}/reports.jsonl")
 
 
-def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host]) -> None:
-    client, head = hosts["client"], hosts["head"]
+def test_a_sweep_by_plain_job_submission(hosts: dict[str, Host], cluster: str) -> None:
+    path = small_sweep(hosts, cluster, "plain-sweep", steps=2)
+    said = plain(hosts["client"], credentials(hosts), "sweep", "--config", path)
+    result = json.loads(stored(hosts["client"], "runs/plain-sweep/result.json"))
+    assert result["counts"]["finished"] == 2, said
+
+
+def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host], cluster: str) -> None:
+    client = hosts["client"]
     words = ("ui", "--port", "5001", "--uri", TRACKS)
     job = submit(client, "--detach", "--check", "false", *words)["job_id"]
-    client.start("ssh", "-N", "-L", "5001:127.0.0.1:5001", head.address)
+    # As long as its input is open; without a terminal the shell that it opens would end at once.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    attached = client.start(
+        *("ray", "attach", cluster, "--port-forward", "5001"), stdin=subprocess.PIPE, **quiet
+    )
     api = "http://127.0.0.1:5001/api/2.0/mlflow"
     said = until_it_answers(client, f"{api}/experiments/get-by-name?experiment_name=skillnet")
     identity = json.loads(said)["experiment"]["experiment_id"]
@@ -347,11 +386,12 @@ def test_the_pages_of_the_runs_through_a_tunnel(hosts: dict[str, Host]) -> None:
     kind = ("-H", "Content-Type: application/json", "-d", asked)
     runs = json.loads(until_it_answers(client, f"{api}/runs/search", *kind))["runs"]
     ended = {run["info"]["run_name"]: run["info"]["status"] for run in runs}
-    names = ("two-hosts", "sweep", "000-seed0", "001-seed0")
+    names = ("two-hosts", "plain", "sweep", "plain-sweep", "000-seed0", "001-seed0")
     assert ended == dict.fromkeys(names, "FINISHED")
     # Every evaluation and step of every host came to the tracker of the head.
     two = next(run["data"] for run in runs if run["info"]["run_name"] == "two-hosts")
     assert "training/total_params" in {metric["key"] for metric in two["metrics"]}
+    attached.kill()
     client.run("ray", "job", "stop", job)
 
 
