@@ -19,7 +19,7 @@ from pipelines.corpora.base import Corpus, Rejected, Row, Sources
 from pipelines.guard import read_each
 from pipelines.transforms import video
 from tests.clips import encode_video
-from tests.unit.test_transforms import PATHS, mp3, tone, wav
+from tests.unit.test_transforms import PATHS, encoded, mp3, tone, wav
 
 HOURS = 10
 
@@ -111,6 +111,7 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "mp3-called-wav.wav": (lambda: mp3(tone(0.7), 32_000), ""),
         "cut.wav": (lambda: half(wav(tone(), 32_000)), "cut short"),
         "cut.mp3": (lambda: half(mp3(tone(), 32_000)), "cut short"),
+        "cut.opus": (lambda: half(encoded(tone(), 48_000, "ogg", "libopus")), "cut short"),
         "text-called-mp3.mp3": (lambda: "这不是录音".encode() * 99, "not a recording"),
         "page.mp3": (lambda: b"<!DOCTYPE html><title>404</title>", "web page"),
         "empty.wav": (lambda: b"", "an empty file"),

@@ -50,7 +50,7 @@ def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
 
     if data[:256].lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ValueError("a web page, not a recording")
-    if _wav_is_cut(data):
+    if _wav_is_cut(data) or _ogg_is_cut(data):
         raise ValueError(CUT_SHORT)
     options = {"probesize": str(_PROBED)} if _is_wav(data) else {}
     try:
@@ -107,6 +107,21 @@ def _wav_is_cut(data: bytes) -> bool:
         return False
     said = int.from_bytes(data[4:8], "little") + 8
     return len(data) < said < _UNKNOWN  # who writes to a pipe cannot know, and writes the most
+
+
+def _ogg_is_cut(data: bytes) -> bool:
+    """Whether an Ogg file (Opus, Vorbis) ends within a page; its length is that of the last page
+    there is, so it never falls short of what it says. Layout of a page: RFC 3533, section 6.
+    """
+    if data[:4] != b"OggS":
+        return False
+    last = data.rfind(b"OggS")
+    table = last + 27
+    if len(data) < table:
+        return True
+    segments = data[table - 1]
+    sizes = data[table : table + segments]
+    return len(data) < table + segments + sum(sizes)
 
 
 def _is_wav(data: bytes) -> bool:

@@ -192,24 +192,38 @@ def test_what_is_no_recording_is_refused(data: bytes, message: str) -> None:
         sound.decode_audio(data)
 
 
+def encoded(samples: np.ndarray, rate: int, kind: str, codec: str) -> bytes:
+    """Samples as a file of a container and a codec that take 16 bits side by side."""
+    target = io.BytesIO()
+    with av.open(target, "w", format=kind) as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.layout = "mono"
+        data = (samples * 32767).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(data, format="s16", layout="mono")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("end", [-1, -4_000, -8_000])
+def test_an_ogg_file_that_ends_within_a_page_is_cut_short(end: int) -> None:
+    whole = encoded(tone(4.0, 48_000), 48_000, "ogg", "libopus")
+    pages = whole.count(b"OggS")
+    assert pages > 3
+    with pytest.raises(ValueError, match="cut short"):
+        sound.decode_audio(whole[:end])
+
+
 @pytest.mark.parametrize(
     ("kind", "codec"),
     [("ogg", "libopus"), ("webm", "libopus"), ("flac", "flac"), ("mp4", "aac"), ("adts", "aac")],
 )
 def test_recordings_of_other_formats_sound_alike(kind: str, codec: str) -> None:
     """Opus as voice messages and browsers record it, and what else people have."""
-    target, rate = io.BytesIO(), 48_000
+    rate = 48_000
     said = tone(0.5, rate)
-    with av.open(target, "w", format=kind) as container:
-        stream: Any = container.add_stream(codec, rate=rate)
-        stream.layout = "mono"
-        frame = av.AudioFrame.from_ndarray(
-            (said * 32767).astype(np.int16)[None], format="s16", layout="mono"
-        )
-        frame.sample_rate = rate
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    mel = sound.log_mel(sound.decode_audio(target.getvalue()))
+    mel = sound.log_mel(sound.decode_audio(encoded(said, rate, kind, codec)))
     plain = sound.log_mel(sound.decode_audio(wav(said, rate)))
     assert abs(len(mel) - len(plain)) < 8
     assert abs(int(mel[20].argmax()) - int(plain[20].argmax())) <= 1
