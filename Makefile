@@ -18,8 +18,9 @@ help:  ## show this
 demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one model on five corpora
 	$(BIN)/skillnet quickstart
 
+# In the order of the folders: by number, the default, the few that take minutes would come last, alone.
 test: $(VENV)/.installed-dev  ## run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Ends with this command, however that ends; skipped, with the reason, where it cannot run. A step that
 # failed leaves the later ones nothing to stand on.
