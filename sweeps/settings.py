@@ -26,7 +26,8 @@ class SweepConfig:
         search: ``grid`` tries every combination of listed values, ``random`` draws, ``optuna``
             lets the tree-structured Parzen estimator choose from what it has seen.
         samples: configurations that random or optuna try; grids inside the space multiply it.
-        seeds: repeats; a configuration's score is the mean over them.
+        seeds: repeats; a configuration's score is the mean over them. Without Optuna and without
+            stopping early, more may be added to a sweep, finished or not.
         search_seed: of the drawing of configurations.
         scheduler: ``asha`` stops bad trials early, ``none`` runs all to their end.
         asha: how early.

@@ -122,19 +122,31 @@ def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
 def _open(config: SweepConfig, folder: Path) -> None:
     """Keep the configuration, or compare it with that of the sweep that is gone on with."""
     stored = folder / CONFIG
-    if not stored.is_file():
-        if (folder / "config.yaml").is_file():
-            raise UserError(f"{folder} is a run, not a sweep; give another --name")
-        with atomic_write(stored, "w") as stream:
-            stream.write(configuration.to_yaml(config))
-        return
-    old, new = (_identity(tree) for tree in (configuration.load_yaml(stored), config))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
+    if stored.is_file():
+        old, new = (_identity(tree) for tree in (configuration.load_yaml(stored), config))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) == new.get(key) or (key == "seeds" and _more_seeds(old, new)):
+                continue
             raise UserError(
                 f"the sweep {folder.name} has {key} {old.get(key)}, not {new.get(key)}; give "
                 f"another --name, or --config {stored} to go on with it"
             )
+        if old == new:
+            return
+    elif (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is a run, not a sweep; give another --name")
+    with atomic_write(stored, "w") as stream:
+        stream.write(configuration.to_yaml(config))
+
+
+def _more_seeds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the repeats were only added to, of trials that do not depend on one another.
+
+    What Optuna proposes next, and what halving stops, hangs on the scores of all seeds so far.
+    """
+    free = old.get("search") != "optuna" and old.get("scheduler") == "none"
+    before = old.get("seeds")
+    return free and isinstance(before, list) and all(seed in new["seeds"] for seed in before)
 
 
 def _identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
