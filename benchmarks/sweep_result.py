@@ -1,9 +1,9 @@
-"""A finished sweep among the results, and its tables in docs/sweeps.md:
+"""Finished sweeps among the results, and their tables in docs/sweeps.md:
 ``python -m benchmarks.sweep_result [runs/NAME]``.
 
 Keeps what is light of the sweep's folder below ``benchmarks/results/<date>-sweep-<name>/``: trials,
-configuration, the best one, the plot. Without a folder only the page is written anew. What the
-tables say is computed from the kept ``trials.csv`` alone.
+configuration, the best one, the plot. Without a folder only the page is written anew, which has
+the newest of each name. What the tables say is computed from the kept ``trials.csv`` alone.
 """
 
 import argparse
@@ -57,9 +57,10 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
     return target
 
 
-def newest(results: Path = RESULTS) -> Path | None:
-    """The folder that was kept last, or none."""
-    return max((path.parent for path in results.glob(f"*-sweep-*/{TRIALS}")), default=None)
+def newest(results: Path = RESULTS) -> dict[str, Path]:
+    """Name of a sweep -> its folder that was kept last."""
+    found = sorted(path.parent for path in results.glob(f"*-sweep-*/{TRIALS}"))
+    return dict(sorted((_name(folder), folder) for folder in found))
 
 
 def ranking(rows: Rows, keys: Sequence[str], plain: Mapping[str, Any]) -> str:
@@ -126,23 +127,26 @@ def effects(rows: Rows, keys: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def text_of(folder: Path | None) -> str:
+def page_text(results: Path = RESULTS) -> str:
     """What stands between the page's marks."""
-    if folder is None:
-        return "No result is kept yet."
+    parts = [f"### {name}\n\n{text_of(folder)}" for name, folder in newest(results).items()]
+    return "\n\n".join(parts) or "No result is kept yet."
+
+
+def text_of(folder: Path) -> str:
+    """The tables of a sweep that was kept."""
     rows = rows_of(folder / TRIALS)
     sweep: dict[str, Any] = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
     run = sweep["run"]
     ended = [row["status"] for row in rows]
     minutes = sum(float(row["seconds"] or 0) for row in rows) / 60
     counts = ", ".join(f"{ended.count(each)} {each}" for each in dict.fromkeys(ended))
-    name = folder.name.partition("-sweep-")[2]
     model, space, adjusted = run["model"], list(sweep["space"]), sweep["fixed_cost"]["adjust"]
     held = f", {adjusted} set so that all cost the same" if adjusted else ""
     shown = [*space, *([f"model.{adjusted}"] if adjusted else [])]
     ranked = ranking(rows, shown, {f"model.{key}": value for key, value in model.items()})
     return (
-        f"`{name}`: {len(rows)} trials ({counts}) of {run['training']['steps']:,} steps, seeds "
+        f"{len(rows)} trials ({counts}) of {run['training']['steps']:,} steps, seeds "
         f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['depth']} layers"
         f"{held}; {minutes:.0f} minutes of training in "
         f"all, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
@@ -150,6 +154,10 @@ def text_of(folder: Path | None) -> str:
         "itself, over all configurations that are alike in everything else:\n\n"
         f"{effects(rows, space)}\n\nFiles: [{folder.name}](../benchmarks/results/{folder.name})."
     )
+
+
+def _name(folder: Path) -> str:
+    return folder.name.partition("-sweep-")[2]
 
 
 def _mean(rows: Rows, key: str) -> float:
@@ -168,13 +176,15 @@ def _short(key: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Keep a sweep, and put its tables in their place in the page."""
+    """Keep a sweep, and put the tables of all that are kept in their place in the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep_result", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="of a finished sweep")
     options = parser.parse_args(argv)
-    folder = collect(options.folder) if options.folder else newest()
-    put(PAGE, "sweep", text_of(folder))
-    print(f"{PAGE.name} tells {folder.name if folder else 'that there is no result'}")
+    if options.folder:
+        collect(options.folder)
+    put(PAGE, "sweep", page_text())
+    told = ", ".join(folder.name for folder in newest().values())
+    print(f"{PAGE.name} tells {told or 'that there is no result'}")
     return 0
 
 

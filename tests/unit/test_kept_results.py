@@ -85,7 +85,7 @@ def test_a_sweep_is_kept_and_each_setting_weighed_over_all_that_is_alike(tmp_pat
     (folder / "result.json").write_text("{}")
     kept = sweep_result.collect(folder, tmp_path / "results")
     assert kept.name == "2026-01-02-sweep-depths"
-    assert sweep_result.newest(tmp_path / "results") == kept
+    assert sweep_result.newest(tmp_path / "results") == {"depths": kept}
     rows = rows_of(kept / "trials.csv")
     assert rows[0]["machine"] == DAY["machine"]
     assert not {"folder", "log"} & set(rows[0])
@@ -102,7 +102,18 @@ def test_a_sweep_is_kept_and_each_setting_weighed_over_all_that_is_alike(tmp_pat
     ranked = [line.split(" | ")[:4] for line in lines if line.startswith("| 0.")]
     assert [(line[1], line[2]) for line in ranked] == [("2", "96")] * 2 + [("1", "64")] * 2
     assert ranked[0][3] == "32.0 (31.0 to 33.0)"
-    assert sweep_result.text_of(None) == "No result is kept yet."
+    assert sweep_result.page_text(tmp_path / "results") == f"### depths\n\n{text}"
+    assert sweep_result.page_text(tmp_path / "nothing") == "No result is kept yet."
+
+
+def test_the_page_has_the_newest_of_each_sweep(tmp_path: Path) -> None:
+    for name in ("2026-01-02-sweep-b", "2026-01-03-sweep-a", "2026-01-04-sweep-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trials.csv").write_text("name\n")
+    assert list(sweep_result.newest(tmp_path).items()) == [
+        ("a", tmp_path / "2026-01-03-sweep-a"),
+        ("b", tmp_path / "2026-01-04-sweep-b"),
+    ]
 
 
 def test_a_growth_is_kept_and_told_as_its_report_has_it(tmp_path: Path) -> None:

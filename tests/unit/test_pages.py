@@ -35,8 +35,8 @@ def test_the_page_of_scale_tells_what_was_measured() -> None:
     assert between(scale.PAGE, "scale") == scale.tables()
 
 
-def test_the_page_of_sweeps_tells_the_sweep_that_was_kept_last() -> None:
-    assert between(sweep_result.PAGE, "sweep") == sweep_result.text_of(sweep_result.newest())
+def test_the_page_of_sweeps_tells_those_that_were_kept() -> None:
+    assert between(sweep_result.PAGE, "sweep") == sweep_result.page_text()
 
 
 def test_the_page_of_growth_tells_the_growth_that_was_kept_last() -> None:
