@@ -64,11 +64,10 @@ def measure(seeds: int, by_seed: float, trials: int, random: np.random.Generator
         ]
         pooled = statistics.pool(study)
         assert pooled is not None
-        intervals = [
-            statistics.estimate(study[0], pooled)[1:3],
-            statistics.estimate(study[0])[1:3],
-            bootstrap(answers_KSN[0], random),
-        ]
+        ours = (statistics.estimate(study[0], pooled), statistics.estimate(study[0]))
+        intervals: list[tuple[float, float]] = [(each.low, each.high) for each in ours]
+        low, high = bootstrap(answers_KSN[0], random)
+        intervals.append((float(low), float(high)))
         for place, (low, high) in enumerate(intervals):
             cover[place] += low <= right <= high
             width[place] += high - low

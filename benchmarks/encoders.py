@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens, D model width, F hidden width of one skill, K active skills.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,8 @@ class DenseEncoder(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
-        for p in self.layers:
+        for layer in self.layers:
+            p: Any = layer  # a ParameterDict, which nn.ModuleList does not tell
             qkv = F.linear(F.layer_norm(x_BTD, (D,), p["scale_1"], p["shift_1"]), p["qkv"])
             if self.torch_attention:
                 q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)

@@ -12,6 +12,7 @@ for each of which oneDNN compiles a kernel: so batches that never come again are
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def theirs(sizes: Sizes, way: str = "eager", gated: bool = False) -> nn.Module:
         hidden_act="gelu",
     )
     config._experts_implementation = way
-    block = MixtralSparseMoeBlock(config)
+    block: Any = MixtralSparseMoeBlock(config)
     if not gated:
         block.experts = _two_matrix_experts(sizes, way)
     torch.manual_seed(0)

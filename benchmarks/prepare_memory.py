@@ -33,7 +33,11 @@ PAUSE = 0.2
 DOING = {"worker": ("ray::MapBatches", "multiprocessing"), "reader": ("ray::ReadCorpusBlocks",)}
 #: What the issue asks for: flat within a tenth.
 FLAT = 1.10
-SIZES = {"image": {"size": 224}, "sound": {"max_seconds": 12}, "video": {"video_size": 96}}
+SIZES: dict[str, dict[str, Any]] = {
+    "image": {"size": 224},
+    "sound": {"max_seconds": 12},
+    "video": {"video_size": 96},
+}
 
 
 class Peaks(threading.Thread):

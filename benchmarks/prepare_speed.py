@@ -31,7 +31,7 @@ FILES = {"image": 256, "sound": 128, "video": 128}
 FEW, MANY, SHARD_ROWS = 128, 768, 64
 #: Rounds whatever is asked for: a round is several thousand rows.
 MOST_ROUNDS = 5
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "image": {"size": PICTURE, "storage": "raw"},
     "sound": {"max_seconds": FRAMES / 100},
     "video": {"video_size": CLIP, "storage": "raw"},

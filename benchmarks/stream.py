@@ -68,8 +68,8 @@ def _task(
     dataset = _dataset(corpus, config.tasks[name].split, COLUMNS[name])
     limit = plain.rows[name].limit
 
-    def over(make: Callable[[int], object]) -> Callable[[], None]:
-        return lambda: [make(step) for step in range(4)] and None
+    def over(make: Callable[[int], object]) -> Callable[[], object]:
+        return lambda: [make(step) for step in range(4)]
 
     seconds = in_turns(
         {

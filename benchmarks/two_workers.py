@@ -37,7 +37,7 @@ def run(rounds: int, threads: int) -> list[Result]:
     """Bytes and times; ``threads`` each."""
     del threads  # one core a worker: more threads would only wait for each other
     os.environ |= KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": "1"}
-    results = []
+    results: list[Result] = []
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(_worker, (folder, shape, rounds), nprocs=2)
