@@ -134,18 +134,23 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
     return target.getvalue()
 
 
-def mp3(samples: np.ndarray, rate: int) -> bytes:
-    """Samples as an MP3 file."""
+def encoded(samples: np.ndarray, rate: int, kind: str, codec: str, layout: str = "s16") -> bytes:
+    """Samples as a file of a container and a codec, which takes 16 bits in that layout."""
     target = io.BytesIO()
-    with av.open(target, "w", format="mp3") as container:
-        stream = container.add_stream("mp3", rate=rate)
+    with av.open(target, "w", format=kind) as container:
+        stream: Any = container.add_stream(codec, rate=rate)
         stream.layout = "mono"
         data = (samples * 32767).astype(np.int16)[None]
-        frame = av.AudioFrame.from_ndarray(data, format="s16p", layout="mono")
+        frame = av.AudioFrame.from_ndarray(data, format=layout, layout="mono")
         frame.sample_rate = rate
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
     return target.getvalue()
+
+
+def mp3(samples: np.ndarray, rate: int) -> bytes:
+    """Samples as an MP3 file."""
+    return encoded(samples, rate, "mp3", "mp3", "s16p")
 
 
 @pytest.mark.parametrize("encode", [wav, mp3])
@@ -190,20 +195,6 @@ def test_level_does_not_matter() -> None:
 def test_what_is_no_recording_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sound.decode_audio(data)
-
-
-def encoded(samples: np.ndarray, rate: int, kind: str, codec: str) -> bytes:
-    """Samples as a file of a container and a codec that take 16 bits side by side."""
-    target = io.BytesIO()
-    with av.open(target, "w", format=kind) as container:
-        stream: Any = container.add_stream(codec, rate=rate)
-        stream.layout = "mono"
-        data = (samples * 32767).astype(np.int16)[None]
-        frame = av.AudioFrame.from_ndarray(data, format="s16", layout="mono")
-        frame.sample_rate = rate
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    return target.getvalue()
 
 
 @pytest.mark.parametrize("end", [-1, -4_000, -8_000])
