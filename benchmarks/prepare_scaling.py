@@ -24,11 +24,13 @@ from time import process_time
 
 from benchmarks.measure import Result, Took, ratio, spread
 from benchmarks.media import files
-from benchmarks.prepare_speed import FEW, FILES, MANY, PAGES, SHARD_ROWS, beyond, engine
+from benchmarks.prepare_speed import FILES, PAGES, beyond, engine
 from benchmarks.sides import side
 
 CLOCK = "wall of the rows of a prepare, cpu of a reading task"
 KINDS = ("image", "sound")
+#: Rows of a pass over few and of one over many, in shards that are small, so that both are short.
+FEW, MANY, SHARD_ROWS = 128, 768, 64
 MOST_ROUNDS = 5
 #: Rows of a corpus that is only read; of tars, which hold what they refer to.
 READ_ROWS, TAR_ROWS = 20_000, 1_000
@@ -54,7 +56,7 @@ def _growth(kind: str, steps: list[int], rounds: int) -> tuple[list[Result], flo
     many: dict[int, list[Took]] = {cpus: [] for cpus in steps}
     with ExitStack() as stack:
         sides = {
-            cpus: stack.enter_context(side(engine, kind, paths, cpus, without=PAGES))
+            cpus: stack.enter_context(side(engine, kind, paths, cpus, SHARD_ROWS, without=PAGES))
             for cpus in steps
         }
         for one in sides.values():

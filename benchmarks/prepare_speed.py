@@ -1,9 +1,10 @@
 """Preparing media beside Hugging Face ``datasets.map`` and beside the bare loop that decodes.
 
 All three decode the same files with the same function in as many processes: ``skillnet prepare``
-on its embedded Ray (rows watched one by one, shards written, synced and hashed), ``map`` as its
-users do (a row at a time, ``num_proc``, written to its cache), and a pool of processes that decode
-and keep nothing. Pixels are stored raw by either.
+on its embedded Ray (rows watched one by one, shards written, synced and hashed; as many rows in a
+shard as it chooses itself), ``map`` as its users do (a row at a time, ``num_proc``, as many rows
+at once written to its cache), and a pool of processes that decode and keep nothing. Pixels are
+stored raw by either.
 
 Each contender is a process of its own with those that it starts, and takes turns with the others.
 Of each round there is a pass over few rows and one over many; what a row costs is their difference,
@@ -28,9 +29,10 @@ from benchmarks.sides import side
 
 #: Different files; rows go round in them.
 FILES = {"image": 256, "sound": 128, "video": 128}
-FEW, MANY, SHARD_ROWS = 128, 768, 64
-#: Rounds whatever is asked for: a round is several thousand rows.
-MOST_ROUNDS = 5
+#: Shards for each process of a pass over few rows and of one over many.
+FEW, MANY = 1, 4
+#: Rounds whatever is asked for: a round is many thousand rows.
+MOST_ROUNDS = 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "image": {"size": PICTURE, "storage": "raw"},
     "sound": {"max_seconds": FRAMES / 100},
@@ -54,28 +56,33 @@ def run(rounds: int, threads: int) -> list[Result]:
 def _kind(kind: str, rounds: int) -> list[Result]:
     paths = files(kind, FILES[kind])
     processes = len(os.sched_getaffinity(0))
+    shard_rows = corpus_of(kind, paths).shard_rows
+    rows = FEW * processes * shard_rows, MANY * processes * shard_rows
     makers = {"engine": engine, "map": _map, "loop": _loop}
     with ExitStack() as stack:
         sides = {
-            name: stack.enter_context(side(maker, kind, paths, processes, without=PAGES))
+            name: stack.enter_context(
+                side(maker, kind, paths, processes, shard_rows, without=PAGES)
+            )
             for name, maker in makers.items()
         }
-        starts = {name: one(FEW).wall for name, one in sides.items()}
+        starts = {name: one(rows[0]).wall for name, one in sides.items()}
         few: dict[str, list[Took]] = {name: [] for name in sides}
         many: dict[str, list[Took]] = {name: [] for name in sides}
         for number in range(rounds):
             for name in sides if number % 2 == 0 else reversed(sides):
-                few[name].append(sides[name](FEW))
-                many[name].append(sides[name](MANY))
+                few[name].append(sides[name](rows[0]))
+                many[name].append(sides[name](rows[1]))
     setting = (
-        f"{MANY - FEW} rows beyond the first {FEW}, files of {_mean_size(paths):.2f} MB, shards of "
-        f"{SHARD_ROWS}, {processes} processes"
+        f"{rows[1] - rows[0]} rows beyond the first {rows[0]}, files of {_mean_size(paths):.2f} "
+        f"MB, shards of {shard_rows}, {processes} processes"
     )
-    return [*_ratios(kind, few, many, setting), *_costs(kind, few, many, setting, starts)]
+    costs = _costs(kind, few, many, rows, setting, starts)
+    return [*_ratios(kind, few, many, rows[1], setting), *costs]
 
 
 def _ratios(
-    kind: str, few: dict[str, list[Took]], many: dict[str, list[Took]], setting: str
+    kind: str, few: dict[str, list[Took]], many: dict[str, list[Took]], rows: int, setting: str
 ) -> list[Result]:
     results = []
     for clock in Took._fields:
@@ -91,7 +98,7 @@ def _ratios(
             found = ratio(whole[theirs], whole["engine"])
             results.append(
                 Result(f"{name}, with the start of a pass", told, "times as fast", *found, "",
-                       rounds, f"a pass over {MANY} rows")
+                       rounds, f"a pass over {rows} rows")
             )  # fmt: skip
     return results
 
@@ -100,19 +107,21 @@ def _costs(
     kind: str,
     few: dict[str, list[Took]],
     many: dict[str, list[Took]],
+    rows: tuple[int, int],
     setting: str,
     starts: dict[str, float],
 ) -> list[Result]:
     results = []
+    beyond_few = rows[1] - rows[0]
     names = {"engine": "prepare", "map": "datasets.map", "loop": "bare decoding"}
     for name, told in names.items():
         rounds = len(few[name])
-        cost = spread([s / (MANY - FEW) for s in beyond(few[name], many[name], "cpu")])
+        cost = spread([s / beyond_few for s in beyond(few[name], many[name], "cpu")])
         results.append(
             Result(f"{told}, {kind}", "", "s/row", *cost, "", rounds, setting, "cpu time")
         )
         begin = spread([
-            small.wall - (large.wall - small.wall) * FEW / (MANY - FEW)
+            small.wall - (large.wall - small.wall) * rows[0] / beyond_few
             for small, large in zip(few[name], many[name], strict=True)
         ])  # fmt: skip
         results.append(
@@ -141,18 +150,32 @@ def _one(job: tuple[str, Path]) -> None:
     decode(job[0], job[1].read_bytes())
 
 
-def _loop(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
+def _loop(
+    kind: str,
+    paths: list[Path],
+    processes: int,
+    shard_rows: int,
+    folder: Path,
+    stack: ExitStack,
+) -> Pass:
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
 
     def work(rows: int) -> None:
         jobs = ((kind, path) for path in _rows(paths, rows))
-        for _ in pool.imap_unordered(_one, jobs, chunksize=SHARD_ROWS // 4):
+        for _ in pool.imap_unordered(_one, jobs, chunksize=shard_rows // 4):
             pass
 
     return work
 
 
-def _map(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
+def _map(
+    kind: str,
+    paths: list[Path],
+    processes: int,
+    shard_rows: int,
+    folder: Path,
+    stack: ExitStack,
+) -> Pass:
     import datasets
 
     datasets.disable_progress_bars()
@@ -176,7 +199,7 @@ def _map(kind: str, paths: list[Path], processes: int, folder: Path, stack: Exit
             features=features,
             cache_file_name=str(folder / "made.arrow"),
             load_from_cache_file=False,
-            writer_batch_size=SHARD_ROWS,
+            writer_batch_size=shard_rows,
             num_proc=processes,
             new_fingerprint="made",
         )
@@ -184,18 +207,32 @@ def _map(kind: str, paths: list[Path], processes: int, folder: Path, stack: Exit
     return work
 
 
-def engine(kind: str, paths: list[Path], processes: int, folder: Path, stack: ExitStack) -> Pass:
-    """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
+def corpus_of(kind: str, paths: list[Path]) -> Any:
+    """A user's folder of those files, with the pixels or frames alone, as the others have them:
+    no tokens, no symbols."""
     from pipelines.corpora.folder import Folder
+
+    corpus = Folder(str(paths[0].parent.parent), Folder.Options(**OPTIONS[kind]))
+    corpus.has = ()
+    corpus.settle()
+    return corpus
+
+
+def engine(
+    kind: str,
+    paths: list[Path],
+    processes: int,
+    shard_rows: int,
+    folder: Path,
+    stack: ExitStack,
+) -> Pass:
+    """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
     from pipelines.corpora.placed import media_row
     from pipelines.media import MediaRef
     from skillnet_platform import cluster
 
-    corpus = Folder(str(paths[0].parent.parent), Folder.Options(**OPTIONS[kind]))
-    # The pixels or frames alone, as the other two: no tokens, no symbols.
-    corpus.has = ()
-    corpus.settle()
-    corpus.shard_rows = SHARD_ROWS  # type: ignore[misc]
+    corpus = corpus_of(kind, paths)
+    corpus.shard_rows = shard_rows
     opened: list[Any] = []
 
     def work(rows: int) -> None:
@@ -211,7 +248,7 @@ def engine(kind: str, paths: list[Path], processes: int, folder: Path, stack: Ex
             media_row("train", f"{number}", MediaRef(str(path)))
             for number, path in enumerate(_rows(paths, rows))
         ]
-        corpus.rows = lambda sources: iter(made)  # type: ignore[method-assign]
+        corpus.rows = lambda sources: iter(made)
         order = Order(corpus, folder / "made", identity_of(corpus, [], folder))
         for manifest in write_corpora([order], folder, 0.0, Hosts()):
             assert manifest["rows_out"] == rows, manifest["quarantine"]
