@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -30,10 +30,12 @@ class RayHosts:
 
     Args:
         folder: for logs.
+        environment: of every command on a host, Ray's own processes included.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self._folder, self._made = folder, 0
+        self._environment = environment or {}
         folder.mkdir(parents=True, exist_ok=True)
         self._bridge = Namespaces(BRIDGE)
         self._hosts: dict[str, tuple[int, Namespaces]] = {}
@@ -83,6 +85,7 @@ class RayHosts:
             "GLOO_SOCKET_IFNAME": "eth0",
             "RAY_AUTH_MODE": "disabled",
             "RAY_worker_niceness": "0",
+            **self._environment,
             **environment,
         }
         process = subprocess.Popen(
@@ -112,9 +115,9 @@ class RayHosts:
 
 
 @contextlib.contextmanager
-def ray_hosts(folder: Path, *names: str) -> Iterator[RayHosts]:
+def ray_hosts(folder: Path, *names: str, **environment: str) -> Iterator[RayHosts]:
     """Hosts of those names for the length of a block; the first is the head."""
-    hosts = RayHosts(folder)
+    hosts = RayHosts(folder, environment)
     try:
         for name in names:
             hosts.start(name)

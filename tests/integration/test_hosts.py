@@ -22,6 +22,12 @@ pytestmark = pytest.mark.integration
 
 #: Seconds for anything that a test waits for: several starts of Ray on a busy machine.
 PATIENCE_S = 600.0
+#: A host is taken for gone after a quarter of a minute instead of one: Ray's wait is not the test.
+SOON = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +66,7 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
         {"rank": None, "step": 8, "kind": "hold"},  # until there is room for two again
         {"rank": 1, "step": 10, "kind": "term"},  # its host is about to go
     ]
-    with ray_hosts(tmp_path / "hosts", "head", "other") as hosts:
+    with ray_hosts(tmp_path / "hosts", "head", "other", **SOON) as hosts:
         words = command(tmp_path, config)
         environment = {"RAY_ADDRESS": hosts.address, faults.VARIABLE: json.dumps(order)}
         with hosts.started("head", *words, **environment) as process:
@@ -96,7 +102,7 @@ def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path
     )
     run = tmp_path / "fixed"
     order = {"rank": None, "step": 5, "kind": "hold"}
-    with ray_hosts(tmp_path / "hosts", "head", "other") as hosts:
+    with ray_hosts(tmp_path / "hosts", "head", "other", **SOON) as hosts:
         environment = {"RAY_ADDRESS": hosts.address, faults.VARIABLE: json.dumps(order)}
         with hosts.started("head", *command(tmp_path, config), **environment) as process:
             wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
