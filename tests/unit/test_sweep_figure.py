@@ -1,0 +1,24 @@
+"""The picture of a sweep: score against cost."""
+
+from pathlib import Path
+
+import pytest
+
+from sweeps import results
+from sweeps.trial import TrialOutcome
+
+
+def outcome(name: str, params: float, flops: float) -> TrialOutcome:
+    line = {"step": 1, "score": 0.5, "scores": {}}
+    costs = {"activated_params": params, "flops_per_example": flops}
+    return TrialOutcome(name, name, Path(), "finished", reports=[line | costs])
+
+
+def test_costs_that_are_the_same_are_drawn_as_the_same() -> None:
+    ranked = results.ranked([outcome("a", 2.000e6, 1e8), outcome("b", 2.001e6, 2e8)])
+    figure = results.cost_figure(ranked)
+    assert figure is not None
+    flops, params = figure.axes
+    low, high = params.get_xlim()
+    assert high - low > 100 * 0.001, "a thousandth does not fill the panel"
+    assert flops.get_xlim()[1] - flops.get_xlim()[0] == pytest.approx(110, rel=0.1)
