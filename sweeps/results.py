@@ -185,9 +185,8 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
             panel.annotate(each.name, place, (4, 4), textcoords="offset points", fontsize=8)
         panel.set_xlabel(words, fontsize=9)
         costs = [getattr(each, key) / 1e6 for each in points]
-        if max(costs) < 1.05 * min(
-            costs
-        ):  # the same for all: what is left is no difference to show
+        # The same for all: what is left is no difference to show.
+        if max(costs) < 1.05 * min(costs):
             panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))
         quiet(panel)
     axes[0].set_ylabel("mean validation score", fontsize=9)
