@@ -22,9 +22,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from time import process_time
 
-from benchmarks.measure import Result, Took, ratio, spread
+from benchmarks.measure import Result, ratio, spread
 from benchmarks.media import files
-from benchmarks.prepare_speed import FILES, PAGES, beyond, engine
+from benchmarks.prepare_speed import FILES, PAGES, Work, beyond, engine, passes
 from benchmarks.sides import side
 
 CLOCK = "wall of the rows of a prepare, cpu of a reading task"
@@ -52,19 +52,16 @@ def run(rounds: int, threads: int) -> list[Result]:
 def _growth(kind: str, steps: list[int], rounds: int) -> tuple[list[Result], float]:
     """Ratios of throughput, and seconds of CPU of a row."""
     paths = files(kind, FILES[kind])
-    few: dict[int, list[Took]] = {cpus: [] for cpus in steps}
-    many: dict[int, list[Took]] = {cpus: [] for cpus in steps}
     with ExitStack() as stack:
         sides = {
-            cpus: stack.enter_context(side(engine, kind, paths, cpus, SHARD_ROWS, without=PAGES))
+            cpus: stack.enter_context(
+                side(engine, Work(kind, paths, cpus, SHARD_ROWS), without=PAGES)
+            )
             for cpus in steps
         }
         for one in sides.values():
             one(FEW)  # starts its Ray
-        for number in range(rounds):
-            for cpus in sides if number % 2 == 0 else reversed(sides):
-                few[cpus].append(sides[cpus](FEW))
-                many[cpus].append(sides[cpus](MANY))
+        few, many = passes(sides, rounds, FEW, MANY)
     wall = {cpus: beyond(few[cpus], many[cpus], "wall") for cpus in steps}
     setting = f"{MANY - FEW} rows beyond the first {FEW}, shards of {SHARD_ROWS}"
     results = [

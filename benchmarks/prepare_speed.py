@@ -17,11 +17,11 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.measure import Result, Took, clock_for, in_turns, ratio, spread
 from benchmarks.media import CLIP, FRAMES, PICTURE, decode, files
@@ -43,6 +43,8 @@ PAGES = ("dashboard", "Agent", "monitor.py")
 CLOCK = "cpu and wall, see the rows"
 
 Pass = Callable[[int], object]
+#: What a side goes by.
+Side = TypeVar("Side", str, int)
 
 
 def run(rounds: int, threads: int) -> list[Result]:
@@ -53,29 +55,38 @@ def run(rounds: int, threads: int) -> list[Result]:
     return [*results, _code(rounds, threads)]
 
 
+class Work(NamedTuple):
+    """What a contender prepares.
+
+    Args:
+        kind: of media.
+        paths: of different files; rows go round in them.
+        processes: to do it in.
+        shard_rows: rows that are written at once.
+    """
+
+    kind: str
+    paths: list[Path]
+    processes: int
+    shard_rows: int
+
+
 def _kind(kind: str, rounds: int) -> list[Result]:
     paths = files(kind, FILES[kind])
     processes = len(os.sched_getaffinity(0))
-    shard_rows = corpus_of(kind, paths).shard_rows
-    rows = FEW * processes * shard_rows, MANY * processes * shard_rows
+    given = Work(kind, paths, processes, corpus_of(kind, paths).shard_rows)
+    rows = FEW * processes * given.shard_rows, MANY * processes * given.shard_rows
     makers = {"engine": engine, "map": _map, "loop": _loop}
     with ExitStack() as stack:
         sides = {
-            name: stack.enter_context(
-                side(maker, kind, paths, processes, shard_rows, without=PAGES)
-            )
+            name: stack.enter_context(side(maker, given, without=PAGES))
             for name, maker in makers.items()
         }
         starts = {name: one(rows[0]).wall for name, one in sides.items()}
-        few: dict[str, list[Took]] = {name: [] for name in sides}
-        many: dict[str, list[Took]] = {name: [] for name in sides}
-        for number in range(rounds):
-            for name in sides if number % 2 == 0 else reversed(sides):
-                few[name].append(sides[name](rows[0]))
-                many[name].append(sides[name](rows[1]))
+        few, many = passes(sides, rounds, *rows)
     setting = (
         f"{rows[1] - rows[0]} rows beyond the first {rows[0]}, files of {_mean_size(paths):.2f} "
-        f"MB, shards of {shard_rows}, {processes} processes"
+        f"MB, shards of {given.shard_rows}, {processes} processes"
     )
     costs = _costs(kind, few, many, rows, setting, starts)
     return [*_ratios(kind, few, many, rows[1], setting), *costs]
@@ -136,6 +147,19 @@ def _costs(
     return results
 
 
+def passes(
+    sides: Mapping[Side, Callable[[int], Took]], rounds: int, few_rows: int, many_rows: int
+) -> tuple[dict[Side, list[Took]], dict[Side, list[Took]]]:
+    """What a pass over few rows and one over many took each side, in each round, in turns."""
+    few: dict[Side, list[Took]] = {name: [] for name in sides}
+    many: dict[Side, list[Took]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sides if number % 2 == 0 else reversed(list(sides)):
+            few[name].append(sides[name](few_rows))
+            many[name].append(sides[name](many_rows))
+    return few, many
+
+
 def beyond(few: list[Took], many: list[Took], clock: str) -> list[float]:
     """Seconds of the rows beyond the first few, of each round."""
     pairs = zip(few, many, strict=True)
@@ -150,32 +174,18 @@ def _one(job: tuple[str, Path]) -> None:
     decode(job[0], job[1].read_bytes())
 
 
-def _loop(
-    kind: str,
-    paths: list[Path],
-    processes: int,
-    shard_rows: int,
-    folder: Path,
-    stack: ExitStack,
-) -> Pass:
-    pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+def _loop(given: Work, folder: Path, stack: ExitStack) -> Pass:
+    pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(given.processes))
 
     def work(rows: int) -> None:
-        jobs = ((kind, path) for path in _rows(paths, rows))
-        for _ in pool.imap_unordered(_one, jobs, chunksize=shard_rows // 4):
+        jobs = ((given.kind, path) for path in _rows(given.paths, rows))
+        for _ in pool.imap_unordered(_one, jobs, chunksize=given.shard_rows // 4):
             pass
 
     return work
 
 
-def _map(
-    kind: str,
-    paths: list[Path],
-    processes: int,
-    shard_rows: int,
-    folder: Path,
-    stack: ExitStack,
-) -> Pass:
+def _map(given: Work, folder: Path, stack: ExitStack) -> Pass:
     import datasets
 
     datasets.disable_progress_bars()
@@ -184,23 +194,23 @@ def _map(
         "image": lambda: datasets.Array3D(shape["image"], "uint8"),
         "video": lambda: datasets.Array4D(shape["video"], "uint8"),
         "sound": lambda: datasets.List(datasets.List(datasets.Value("float32"))),
-    }[kind]()
+    }[given.kind]()
     features = datasets.Features({"path": datasets.Value("string"), "made": pixels})
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
-        return {"made": decode(kind, Path(row["path"]).read_bytes())}
+        return {"made": decode(given.kind, Path(row["path"]).read_bytes())}
 
     def work(rows: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        table = {"path": [str(path) for path in _rows(paths, rows)]}
+        table = {"path": [str(path) for path in _rows(given.paths, rows)]}
         datasets.Dataset.from_dict(table).map(
             one,
             features=features,
             cache_file_name=str(folder / "made.arrow"),
             load_from_cache_file=False,
-            writer_batch_size=shard_rows,
-            num_proc=processes,
+            writer_batch_size=given.shard_rows,
+            num_proc=given.processes,
             new_fingerprint="made",
         )
 
@@ -218,26 +228,19 @@ def corpus_of(kind: str, paths: list[Path]) -> Any:
     return corpus
 
 
-def engine(
-    kind: str,
-    paths: list[Path],
-    processes: int,
-    shard_rows: int,
-    folder: Path,
-    stack: ExitStack,
-) -> Pass:
+def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
     from pipelines.corpora.placed import media_row
     from pipelines.media import MediaRef
     from skillnet_platform import cluster
 
-    corpus = corpus_of(kind, paths)
-    corpus.shard_rows = shard_rows
+    corpus = corpus_of(given.kind, given.paths)
+    corpus.shard_rows = given.shard_rows
     opened: list[Any] = []
 
     def work(rows: int) -> None:
         if not opened:
-            opened.append(stack.enter_context(cluster.session(processes)))
+            opened.append(stack.enter_context(cluster.session(given.processes)))
         from pipelines.making import Order
         from pipelines.preparation import Hosts, write_corpora
         from pipelines.prepare import identity_of
@@ -246,7 +249,7 @@ def engine(
         folder.mkdir()
         made = [
             media_row("train", f"{number}", MediaRef(str(path)))
-            for number, path in enumerate(_rows(paths, rows))
+            for number, path in enumerate(_rows(given.paths, rows))
         ]
         corpus.rows = lambda sources: iter(made)
         order = Order(corpus, folder / "made", identity_of(corpus, [], folder))

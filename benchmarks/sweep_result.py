@@ -59,7 +59,8 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
 
 def newest(results: Path = RESULTS) -> dict[str, Path]:
     """Name of a sweep -> its folder that was kept last."""
-    found = sorted(path.parent for path in results.glob(f"*-sweep-*/{TRIALS}"))
+    found = (path.parent for path in results.glob(f"*-sweep-*/{TRIALS}"))
+    # Of one name the last stays, and folders begin with their date.
     return dict(sorted((_name(folder), folder) for folder in found))
 
 

@@ -170,10 +170,11 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
         ("activated_params", "activated parameters, millions"),
     )
     for panel, (key, words) in zip(axes, panels, strict=True):
-        for each in points:
+        costs = [getattr(each, key) / 1e6 for each in points]
+        for each, cost in zip(points, costs, strict=True):
             whole = each.states["stopped"] == 0
             panel.errorbar(
-                getattr(each, key) / 1e6,
+                cost,
                 each.score,
                 yerr=each.spread or 0.0,
                 fmt="o" if whole else "x",
@@ -181,10 +182,9 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
                 markersize=6,
                 elinewidth=1,
             )
-            place = (getattr(each, key) / 1e6, each.score)
+            place = (cost, each.score)
             panel.annotate(each.name, place, (4, 4), textcoords="offset points", fontsize=8)
         panel.set_xlabel(words, fontsize=9)
-        costs = [getattr(each, key) / 1e6 for each in points]
         # The same for all: what is left is no difference to show.
         if max(costs) < 1.05 * min(costs):
             panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))

@@ -103,6 +103,14 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "made", rows=20)
 
 
+def copied(run: Path, place: Path) -> Path:
+    """A whole run's folder, anew."""
+    copy = place / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    return copy
+
+
 def read_compared(folder: Path) -> None:
     """What ``compare`` does with each run before it computes."""
     runs = gather([read_run(folder)])
@@ -116,9 +124,7 @@ def test_a_compared_run_with_a_damaged_file(
     compared: Path, tmp_path: Path, number: int, wounds: Any
 ) -> None:
     read_compared(compared)
-    copy = tmp_path / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(compared, copy)
+    copy = copied(compared, tmp_path)
     files = sorted(path for path in copy.iterdir() if path.is_file())
     path = files[number % len(files)]
     path.write_bytes(damaged(path.read_bytes(), wounds))
@@ -130,9 +136,7 @@ def test_a_compared_run_with_a_damaged_file(
 def test_a_compared_run_with_any_value_anywhere(
     compared: Path, tmp_path: Path, name: str, value: Any, place: list[int]
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(compared, copy)
+    copy = copied(compared, tmp_path)
     told = json.loads((copy / name).read_text())
     (copy / name).write_text(json.dumps(replaced(told, place, value)))
     named(lambda: read_compared(copy))
