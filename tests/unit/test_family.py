@@ -30,17 +30,15 @@ def test_a_killed_process_leaves_no_server() -> None:
 
 
 def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(family, "END_S", 0.5)
     deaf = "trap '' TERM; sleep 1000 & echo $!; wait; sleep 1000"
-    said = ""
-    with family.started(["sh", "-c", deaf], os.environ) as server:
-        end = time.monotonic() + 60
-        while not said:
-            said = capfd.readouterr().out
-            assert time.monotonic() < end
-        child = psutil.Process(int(said))
+    with family.started(["sh", "-c", deaf], os.environ, stdout=subprocess.PIPE) as server:
+        # By a pipe: capfd's file, read while it is being written, loses what comes in between.
+        assert server.stdout is not None
+        child = psutil.Process(int(server.stdout.readline()))
+    server.stdout.close()
     assert server.returncode is not None
     _, alive = psutil.wait_procs([child], timeout=60)
     assert not alive
