@@ -10,7 +10,7 @@ FUZZ_MINUTES ?= 20
 # Processes that run tests: more than four would fight for memory rather than save time.
 JOBS ?= logical --maxprocesses 4
 
-.PHONY: demo test test-cluster chaos fuzz check format bench clean help
+.PHONY: demo test test-cluster test-node chaos fuzz check format bench clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,10 @@ test: $(VENV)/.installed-dev  ## run the tests
 test-cluster: $(VENV)/.installed-dev  ## walk docs/cluster.md on hosts made of namespaces (root)
 	timeout --signal=INT --kill-after=60 1800 \
 	    $(BIN)/python -m pytest -x -m cluster -rs tests/cluster $(PYTEST_ARGS)
+
+# Ten gigabytes on the disk while it runs.
+test-node: $(VENV)/.installed-dev  ## make a node of a bare Debian, and train there (root, network, debootstrap)
+	$(BIN)/python -m pytest -x -m bare -rs tests/cluster $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## rules of style, format, types and imports
 	$(BIN)/ruff check .
