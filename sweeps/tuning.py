@@ -22,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from skillnet.memory import give_back_freed_memory
 from skillnet_platform import console, remote
 from skillnet_platform.storage import run_root
 from sweeps.ledger import prune_trial
@@ -95,6 +96,8 @@ def trial_process(told: dict[str, Any]) -> None:
             return
         except _Stopped:
             return
+        finally:
+            give_back_freed_memory()
     made = reports_of(folder)
     last = _said(made[-1]) if made and made[-1][STEP] == result["step"] else {}
     tune.report({STEP: result["step"], **last})
