@@ -10,6 +10,7 @@ s3://bucket/runs/2026-…         any of these in a store: copied to this machin
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from skillnet_platform import tracking
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
 from skillnet_platform.remote_objects import is_uri
-from skillnet_platform.storage import read_json, run_root
+from skillnet_platform.storage import read_record, run_root
 
 DEFAULT = "models:/skillnet@champion"
 BUNDLE = "bundle"
+REMEDY = "give another model, or make this one again"
 
 
 @dataclass(frozen=True)
@@ -178,15 +180,32 @@ def _registered(given: str, uri: str | None) -> Source:
 
 
 def _bundle(folder: Path, given: str) -> Source:
-    about = read_json(folder / "serving.json")
+    told: dict[str, type | tuple[type, ...]] = {
+        "run_id": (str, NoneType),
+        "settings": dict,
+        "steps": (int, NoneType),
+    }
+    about = read_record(folder / "serving.json", told, REMEDY)
     return Source(
         name=given,
         weights=folder / "model",
         bundle=folder,
         run_id=about.get("run_id"),
-        settings=about.get("settings", {}),
+        settings=_whole(about["settings"], folder / "serving.json"),
         steps=about.get("steps"),
     )
+
+
+def _whole(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Settings from that file; UserError if they lack what a ``Source`` tells of them."""
+    tasks = settings.get("tasks") or {}
+    sound = isinstance(tasks, dict) and all(
+        not task or (isinstance(task, dict) and isinstance(task.get("corpus"), str))
+        for task in tasks.values()
+    )
+    if not sound or not isinstance(settings.get("seed", 0), int):
+        raise UserError(f"{path} is damaged: it names no seed, or tasks without a corpus; {REMEDY}")
+    return settings
 
 
 def _folder(path: Path, given: str) -> Source:
@@ -214,12 +233,12 @@ def _folder(path: Path, given: str) -> Source:
 def _with_run(weights: Path, run: Path | None, given: str) -> Source:
     settings: dict[str, Any] = {}
     if run is not None and (run / "config.yaml").is_file():
-        settings = load_yaml(run / "config.yaml")
+        settings = _whole(load_yaml(run / "config.yaml"), run / "config.yaml")
     run_id = tracking.recorded(run / "run.json") if run is not None else None
     steps = None
     for told in (weights / "state.json", *([run / "trained.json"] if run else [])):
         if steps is None and told.is_file():
-            steps = read_json(told).get("step")
+            steps = read_record(told, {"step": int}, REMEDY)["step"]
     return Source(given, weights, None, run, run_id, None, settings, steps)
 
 

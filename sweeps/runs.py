@@ -16,7 +16,7 @@ from pipelines.outcomes import Outcomes, read_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import read_json, read_record, run_root
+from skillnet_platform.storage import read_record, run_root
 
 #: Keys of a run's configuration that say where and for whom it ran, not what was trained.
 PLACES = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
@@ -205,7 +205,7 @@ def pretraining_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     start = Path(str(settings["init_from"]))
     # A copy of the weights has it beside them, a run beside its model or above its checkpoints.
     if (start / SETTINGS).is_file():
-        return dict(read_json(start / SETTINGS))
+        return read_record(start / SETTINGS, {}, REMEDY)
     for folder in (start, start.parent, start.parent.parent):
         if (folder / "config.yaml").is_file():
             return configuration.load_yaml(folder / "config.yaml")
@@ -233,7 +233,9 @@ def corpora_of(settings: Mapping[str, Any]) -> dict[str, str]:
     for corpus in sorted({task["corpus"] for task in tasks.values() if task}):
         path = Path(str(settings.get("data") or "")) / corpus / "manifest.json"
         if path.is_file():
-            found[corpus] = str(read_json(path).get("digest", ""))
+            found[corpus] = str(
+                read_record(path, {"digest": str}, f"prepare {corpus} again")["digest"]
+            )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Folders of sweeps and of compared runs with random damage: only named errors come out."""
+"""Folders of sweeps, of compared runs and of models with random damage: only named errors."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines import sources
 from pipelines.training.settings import FinetuneConfig
 from sweeps import results
 from sweeps.ledger import Entry
@@ -140,3 +141,63 @@ def test_a_compared_run_with_any_value_anywhere(
     told = json.loads((copy / name).read_text())
     (copy / name).write_text(json.dumps(replaced(told, place, value)))
     named(lambda: read_compared(copy))
+
+
+#: What is read of a model's folder before its weights: of a run, and of a bundle.
+SETTINGS = {"seed": 3, "tasks": {"text_to_code": {"corpus": "functions", "max_length": 96}}}
+MODELS: dict[str, dict[str, Any]] = {
+    "run": {
+        "model/manifest.json": {},
+        "model/config.json": {},
+        "config.yaml": SETTINGS,
+        "trained.json": {"step": 4},
+        "run.json": {"run_id": "a", "uri": "sqlite:///a.db"},
+    },
+    "bundle": {"serving.json": {"run_id": "a", "settings": SETTINGS, "steps": 4}},
+}
+
+
+def lay_model(folder: Path, kind: str) -> list[Path]:
+    """A model's folder, anew; the files that are read."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, told in MODELS[kind].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(told))
+    return [folder / name for name in MODELS[kind] if not name.startswith("model/")]
+
+
+def look_up(folder: Path) -> sources.Source:
+    """What every command that takes a model does first."""
+    source = sources.find(str(folder))
+    assert source.seed is not None
+    assert source.auxiliary <= set(source.corpora) == set(source.limits)
+    return source
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_whole_model_is_found(tmp_path: Path, kind: str) -> None:
+    lay_model(tmp_path / "made", kind)
+    source = look_up(tmp_path / "made")
+    assert (source.run_id, source.steps, source.seed) == ("a", 4, 3)
+    assert source.corpora == {"text_to_code": "functions"}
+
+
+@given(st.sampled_from(sorted(MODELS)), st.integers(0, 40), WOUNDS)
+@budget(60, 1000)
+def test_a_model_with_a_damaged_file(tmp_path: Path, kind: str, number: int, wounds: Any) -> None:
+    files = lay_model(tmp_path / "made", kind)
+    path = files[number % len(files)]
+    path.write_bytes(damaged(path.read_bytes(), wounds))
+    named(lambda: look_up(tmp_path / "made"))
+
+
+@given(st.sampled_from(sorted(MODELS)), st.integers(0, 40), VALUES, PLACES)
+@budget(60, 1000)
+def test_a_model_with_any_value_anywhere(
+    tmp_path: Path, kind: str, number: int, value: Any, place: list[int]
+) -> None:
+    files = lay_model(tmp_path / "made", kind)
+    path = files[number % len(files)]
+    told = MODELS[kind][str(path.relative_to(tmp_path / "made"))]
+    path.write_text(json.dumps(replaced(told, place, value)))
+    named(lambda: look_up(tmp_path / "made"))
