@@ -3,6 +3,7 @@ ledger, and shows how far it is.
 """
 
 import contextlib
+import math
 import shutil
 import threading
 import time
@@ -85,6 +86,8 @@ class Driver:
             settled = entry.settled()
             if self._halving is not None:
                 self._halving.remember(entry.trial.name, reports_of(entry.folder))
+            entry.before = entry.steps_done() if settled is None else math.inf
+            self.entries[entry.trial.name] = entry
             if settled is not None:
                 entry.outcome = settled
                 self.source.tell(settled)
@@ -123,9 +126,7 @@ class Driver:
             return None
         folder, store = self.options.folder / trial.name, self.options.store
         mirror = Mirror(remote.join(store, trial.name), folder) if store else None
-        entry = Entry(trial, folder, mirror)
-        self.entries[trial.name] = entry
-        return entry
+        return Entry(trial, folder, mirror)
 
     def _open(self, entry: Entry) -> None:
         """The trial's folder, and its run in MLflow."""
@@ -288,15 +289,19 @@ class Driver:
         steps, unit = (1, "trials") if training.minutes else (training.steps, "steps")
         over = threading.Event()
 
+        def counted(reached: float) -> int:
+            """Of a trial, once it is over (infinity) or at a step."""
+            if math.isfinite(reached) and unit == "trials":
+                return 0
+            return int(min(reached, steps))
+
         def watch() -> None:
             with console.progress(self.options.label, self.source.total * steps, unit) as bar:
                 while True:
                     last = over.wait(0.5)
                     entries = list(self.entries.values())
-                    done = sum(
-                        steps if e.outcome else min(e.steps_done(), steps) * (unit == "steps")
-                        for e in entries
-                    )
+                    bar.found(sum(counted(entry.before) for entry in entries) - bar.first)
+                    done = sum(counted(math.inf if e.outcome else e.steps_done()) for e in entries)
                     bar.advance(max(done - bar.done, 0), self._words(entries))
                     if last:
                         return

@@ -44,6 +44,7 @@ class Entry:
         tracker: of its MLflow run, while that is open.
         outcome: what became of it, once that is known.
         reached: the step of its newest evaluation that Ray told of.
+        before: steps done when the sweep came to it; infinity if it was settled.
     """
 
     trial: Trial
@@ -52,6 +53,7 @@ class Entry:
     tracker: Tracker | None = None
     outcome: TrialOutcome | None = None
     reached: int = 0
+    before: float = 0
 
     def report(self, line: dict[str, Any]) -> None:
         """Keep an evaluation that its process told of, which may run on another machine."""

@@ -117,7 +117,7 @@ def table(
 
 
 class Progress:
-    """A running count. ``advance(n)`` adds to it, ``note(text)`` sets the words beside it."""
+    """A running count, with words beside it."""
 
     def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -140,6 +140,11 @@ class Progress:
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
+
+    def found(self, count: int) -> None:
+        """Count what was done before and is only seen now: it says nothing of the rate."""
+        self.done += count
+        self.first += count
 
     @property
     def rate(self) -> float:

@@ -74,3 +74,13 @@ def test_progress_of_a_resumed_run_counts_only_its_own_steps() -> None:
         assert bar.rate == pytest.approx(0.5, rel=0.05)
         assert "95/100" in bar.line()
         assert "0:10 left" in bar.line()
+
+
+def test_what_was_done_before_and_is_seen_late_says_nothing_of_the_rate() -> None:
+    with console.progress("sweep", total=100) as bar:
+        bar.start -= 10.0
+        bar.found(60)
+        bar.advance(20)
+        assert bar.rate == pytest.approx(2.0, rel=0.05)
+        assert "80/100" in bar.line()
+        assert "0:10 left" in bar.line()
