@@ -1,0 +1,22 @@
+"""Runs in a tracker, for tests of what is recorded there."""
+
+from typing import Any
+
+from skillnet_platform import store
+from skillnet_platform.tracking import Tracker, TrackingConfig
+
+
+def where(experiment: str = "tests", uri: str | None = None) -> TrackingConfig:
+    """A place to record to: by default the run root's."""
+    return TrackingConfig(uri=uri, experiment=experiment, system_metrics=False)
+
+
+def run_of(tracker: Tracker) -> Any:
+    """The run as the tracker has it."""
+    return store.client(tracker.uri).get_run(tracker.run_id)
+
+
+def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
+    """(Step, value) of each point of a metric."""
+    points = store.client(tracker.uri).get_metric_history(tracker.run_id, name)
+    return sorted((point.step, point.value) for point in points)
