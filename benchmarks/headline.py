@@ -2,7 +2,7 @@
 
 Reads what ``skillnet compare --config studies/headline`` left, as committed below
 ``benchmarks/results/``, and puts a table of the systems and one of the claims between the README's
-marks. Figures are copied, none is computed here.
+marks. Figures are copied; one line is computed from them: how large a difference must be to count.
 """
 
 import argparse
@@ -10,9 +10,11 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
+from scipy import stats
 
 from benchmarks.kept import rows_of
 from benchmarks.marks import put
@@ -90,6 +92,28 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def resolution(rows: Rows) -> str:
+    """A sentence: from which difference on, in points, a test of each task is significant.
+
+    A test is significant if |difference| > t · error, with t at the level that Holm's method asks
+    of the smallest p-value. Tasks have many tests; their median is told.
+
+    Args:
+        rows: of ``tests.csv``.
+    """
+    level = 0.05 / (2 * len(rows))
+    least: dict[str, list[float]] = {}
+    for row in rows:
+        quantile = float(stats.t.isf(level, float(row["freedom"])))
+        least.setdefault(row["task"], []).append(100 * quantile * float(row["error"]))
+    heads = [(task, head.partition(",")[0]) for task, head in TASKS if task in least]
+    told = ", ".join(f"{head} {median(least[task]):.1f}" for task, head in heads)
+    return (
+        f"What it could have seen: corrected for {len(rows)} tests, a difference is significant "
+        f"from about so many points on (median of a task's tests): {told}."
+    )
+
+
 def _said(row: Mapping[str, str]) -> str:
     value, low, high = (100 * float(row[key]) for key in ("value", "low", "high"))
     return f"{value:.1f} ({low:.1f}–{high:.1f})"
@@ -117,7 +141,7 @@ def text_of(folder: Path) -> str:
     return (
         f"{setting}\n\n{systems_table(rows)}\n\nPer cent with 95 % intervals over seeds and test "
         f"rows. What of the paper's claims it shows (✓ shown, ✗ refuted, neither: open):\n\n"
-        f"{claims_table(claims)}"
+        f"{claims_table(claims)}\n\n{resolution(rows_of(folder / 'tests.csv'))}"
     )
 
 

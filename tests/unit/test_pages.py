@@ -26,6 +26,16 @@ def test_the_readme_tells_the_newest_headline_study() -> None:
     assert between(headline.README, "headline") == headline.text_of(folder)
 
 
+def test_the_readme_tells_what_the_study_could_have_seen() -> None:
+    row = {"task": "mean", "error": "0.01", "freedom": "1e9"}
+    told = headline.resolution([row, row | {"error": "0.02"}, row | {"error": "0.09"}])
+    # The normal quantile at 0.05 / 6 is 2.394.
+    assert told.endswith(
+        "corrected for 3 tests, a difference is significant from about so many "
+        "points on (median of a task's tests): mean score 4.8."
+    )
+
+
 def test_the_page_of_faults_tells_the_newest_chaos_runs() -> None:
     rows = read(max(RESULTS.glob("*-chaos.csv")))
     assert between(chaos_table.PAGE, "chaos") == chaos_table.table(rows)
