@@ -16,7 +16,7 @@ def keep(source: Path, names: Iterable[str], target: Path) -> None:
 
     Args:
         source: the folder of the run or sweep.
-        names: of files; pictures and Parquet are copied as they are, all else is text.
+        names: of files; pictures are copied as they are, all else is text.
         target: the folder to write, made if it is missing.
 
     Raises:
@@ -27,7 +27,7 @@ def keep(source: Path, names: Iterable[str], target: Path) -> None:
     ready: dict[str, bytes] = {}
     for name in names:
         content = (source / name).read_bytes()
-        if not name.endswith((".png", ".parquet")):
+        if not name.endswith(".png"):
             text = re.sub(rf"{re.escape(root)}(?![\w.-])", RUN_ROOT, content.decode())
             if found := ABSOLUTE.search(text):
                 raise ValueError(f"{source / name} names {found[1]}, a place of this machine alone")
