@@ -1,9 +1,9 @@
 """Memory of a prepare against the number of rows: peaks of a worker, of the driver, of the store.
 
-    python -m benchmarks.prepare_memory MEDIA --kinds sound image video --times 20
+    python -m benchmarks.prepare_memory MEDIA --kinds sound image video --times 5 20
 
-MEDIA holds folder corpora made by ``benchmarks.media_corpus``, MEDIA/sound and so on. Of each, its
-first rows / times are prepared, and then all, each by a process of its own with a fresh Ray, while
+MEDIA holds folder corpora made by ``benchmarks.media_corpus``, MEDIA/sound and so on. Of each, all
+rows are prepared, and its first rows / times, each by a process of its own with a fresh Ray, while
 the anonymous memory (RssAnon) of every process is read five times a second. Pages of files and
 of Ray's store are no part of it: the kernel takes the first back as it needs, and the store is
 bounded and told beside it.
@@ -163,49 +163,64 @@ def _count(result: Any, rows: int, shards: int) -> tuple[int, int]:
 
 
 def compare(
-    media: Path, kind: str, times: int, limit: int, shard_rows: int, cpus: int, bare: bool
+    media: Path, kind: str, times: list[int], limit: int, shard_rows: int, cpus: int, bare: bool
 ) -> list[Result]:
-    """A corpus at a part of its rows and at all of them."""
+    """A corpus at parts of its rows and at all of them."""
     whole = media / kind
     rows = len((whole / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
     if limit and limit < rows:
         whole, rows = media / f"{kind}-{limit}", limit
         link_first(media / kind, whole, rows)
-    part = media / f"{kind}-part"
-    link_first(whole, part, rows // times)
-    found, sizes = [], []
-    for folder in (part, whole):
-        sizes.append(sum(path.stat().st_size for path in folder.glob(f"*/*.{ENDING[kind]}")))
-        words = [sys.executable, "-m", "benchmarks.prepare_memory", str(media), "--one", kind]
-        words += ["--folder", str(folder), "--shard-rows", str(shard_rows), "--cpus", str(cpus)]
-        words += ["--without-ray"] * bare
-        out = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
-        found.append(json.loads(out.splitlines()[-1]))
-    few, many = found
-    setting = (
-        f"{few['rows']} rows ({sizes[0] / 1e9:.2f} GB) and {many['rows']} rows "
-        f"({sizes[1] / 1e9:.2f} GB) in shards of {shard_rows}, {cpus} CPUs"
-        + (", a pool of processes in the place of Ray" if bare else "")
-    )
+    more = ["--shard-rows", str(shard_rows), "--cpus", str(cpus), *["--without-ray"] * bare]
+    many, size = _measure(whole, kind, media, more)
     results = []
+    for each in times:
+        part = media / f"{kind}-part"
+        link_first(whole, part, rows // each)
+        few, few_size = _measure(part, kind, media, more)
+        setting = (
+            f"{few['rows']} rows ({few_size:.2f} GB) and {many['rows']} rows ({size:.2f} GB) "
+            f"in shards of {shard_rows}, {cpus} CPUs"
+            + (", a pool of processes in the place of Ray" if bare else "")
+        )
+        for name, label in _seen(few, many).items():
+            ratio = many[name] / few[name]
+            target = f"<= {FLAT}" if name == "worker" else ""
+            results.append(Result(f"peak memory of the {label}, {kind}", f"{each} x fewer rows",
+                                  "ratio", ratio, ratio, ratio, target, 1, setting))  # fmt: skip
+    return [*results, *_all_rows(kind, many, size, bare, f"shards of {shard_rows}, {cpus} CPUs")]
+
+
+def _measure(folder: Path, kind: str, media: Path, more: list[str]) -> tuple[dict[str, Any], float]:
+    """What ``one`` says of a corpus, from a process of its own, and the gigabytes of its media."""
+    size = sum(path.stat().st_size for path in folder.glob(f"*/*.{ENDING[kind]}")) / 1e9
+    words = [sys.executable, "-m", "benchmarks.prepare_memory", str(media), "--one", kind]
+    words += ["--folder", str(folder), *more]
+    out = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1]), size
+
+
+def _seen(*each: dict[str, Any]) -> dict[str, str]:
+    """The processes whose memory was read in all of these, and what they are called."""
     names = {"worker": "largest worker", "reader": "process that reads", "driver": "driver"}
-    if not few["reader"] or not many["reader"]:
-        del names["reader"]  # done before it was seen
-    for name, label in names.items():
-        ratio = many[name] / few[name]
-        label = f"peak memory of the {label}, {kind}"
-        against = f"{times} x fewer rows"
-        target = f"<= {FLAT}" if name == "worker" else ""
-        results.append(Result(label, against, "ratio", ratio, ratio, ratio, target, 1, setting))
+    # A process that reads few rows is done before it is seen.
+    return {name: label for name, label in names.items() if all(told[name] for told in each)}
+
+
+def _all_rows(
+    kind: str, many: dict[str, Any], size: float, bare: bool, setting: str
+) -> list[Result]:
+    setting = f"{many['rows']} rows ({size:.2f} GB) in {setting}"
+    results = []
+    peaks = {name: f"peak memory of the {label}" for name, label in _seen(many).items()}
+    if not bare:
+        peaks["shared"] = "peak of Ray's store in a worker"
+    for name, label in peaks.items():
         mib = many[name] / 2**20
-        results.append(Result(label, "", "MiB", mib, mib, mib, "", 1, setting))
+        results.append(Result(f"{label}, {kind}", "", "MiB", mib, mib, mib, "", 1, setting))
     rate = many["rows"] / many["seconds"]
     results.append(Result(f"prepare, {kind}", "", "rows/s", rate, rate, rate, "", 1, setting,
                           "wall time; says nothing where the machine was shared"))  # fmt: skip
-    if not bare:
-        shared = many["shared"] / 2**20
-        label = f"peak of Ray's store in a worker, {kind}"
-        results.append(Result(label, "", "MiB", shared, shared, shared, "", 1, setting))
     return results
 
 
@@ -216,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("media", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=list(ENDING), default=list(ENDING))
-    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--times", type=int, nargs="+", default=[5, 20])
     parser.add_argument("--rows", type=int, default=0, help="of the larger corpus; 0 for all")
     parser.add_argument("--shard-rows", type=int, default=64)
     parser.add_argument("--cpus", type=int, default=2)
