@@ -76,4 +76,6 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable '.[dev,tracker]'
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0 || \
+	    echo "Azurite is not there, so the tests of Azure's store will be skipped: npm is missing or failed"
 	touch $@ $(VENV)/.installed

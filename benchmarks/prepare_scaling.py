@@ -2,7 +2,8 @@
 
 ``skillnet prepare`` on an embedded Ray of one CPU, of two, of four, as far as the machine goes: the
 same files, in turns, each a process of its own with its Ray. What a row costs is the difference
-of a pass over few rows and one over many, as in ``prepare_speed``.
+of a pass over few rows and one over many, as in ``prepare_speed``. Beside it as many processes that
+decode and keep nothing: cores that share caches or memory do less than their number says.
 
 The reading task alone: its rows are read, checked, cut into blocks and packed as in a prepare, and
 nothing transforms them. What a CPU needs for a row by what the reading task needs for it is the
@@ -24,7 +25,7 @@ from time import process_time
 
 from benchmarks.measure import Result, ratio, spread
 from benchmarks.media import files
-from benchmarks.prepare_speed import FILES, PAGES, Work, beyond, engine, passes
+from benchmarks.prepare_speed import FILES, PAGES, Work, beyond, engine, loop, passes
 from benchmarks.sides import side
 
 CLOCK = "wall of the rows of a prepare, cpu of a reading task"
@@ -52,24 +53,29 @@ def run(rounds: int, threads: int) -> list[Result]:
 def _growth(kind: str, steps: list[int], rounds: int) -> tuple[list[Result], float]:
     """Ratios of throughput, and seconds of CPU of a row."""
     paths = files(kind, FILES[kind])
+    makers = {"prepare": engine, "bare decoding": loop}
     with ExitStack() as stack:
         sides = {
-            cpus: stack.enter_context(
-                side(engine, Work(kind, paths, cpus, SHARD_ROWS), without=PAGES)
+            (name, cpus): stack.enter_context(
+                side(maker, Work(kind, paths, cpus, SHARD_ROWS), without=PAGES)
             )
+            for name, maker in makers.items()
             for cpus in steps
         }
         for one in sides.values():
-            one(FEW)  # starts its Ray
+            one(FEW)  # starts its Ray, or its pool
         few, many = passes(sides, rounds, FEW, MANY)
-    wall = {cpus: beyond(few[cpus], many[cpus], "wall") for cpus in steps}
+    wall = {each: beyond(few[each], many[each], "wall") for each in sides}
     setting = f"{MANY - FEW} rows beyond the first {FEW}, shards of {SHARD_ROWS}"
     results = [
-        Result(f"prepare, {kind}, {cpus} CPUs", "1 CPU", "times as fast",
-               *ratio(wall[1], wall[cpus]), "", rounds, setting)
+        Result(f"{name}, {kind}, {cpus} CPUs", "1 CPU", "times as fast",
+               *ratio(wall[name, 1], wall[name, cpus]), "", rounds, setting,
+               "" if name == "prepare" else "processes that decode and keep nothing: the machine's")
+        for name in makers
         for cpus in steps[1:]
     ]  # fmt: skip
-    cost = spread([s / (MANY - FEW) for s in beyond(few[1], many[1], "cpu")])
+    alone = ("prepare", 1)
+    cost = spread([s / (MANY - FEW) for s in beyond(few[alone], many[alone], "cpu")])
     results.append(
         Result(f"prepare, {kind}, 1 CPU", "", "s/row", *cost, "", rounds, setting, "cpu time")
     )

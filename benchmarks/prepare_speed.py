@@ -44,7 +44,7 @@ CLOCK = "cpu and wall, see the rows"
 
 Pass = Callable[[int], object]
 #: What a side goes by.
-Side = TypeVar("Side", str, int)
+Side = TypeVar("Side", str, tuple[str, int])
 
 
 def run(rounds: int, threads: int) -> list[Result]:
@@ -76,7 +76,7 @@ def _kind(kind: str, rounds: int) -> list[Result]:
     processes = len(os.sched_getaffinity(0))
     given = Work(kind, paths, processes, corpus_of(kind, paths).shard_rows)
     rows = FEW * processes * given.shard_rows, MANY * processes * given.shard_rows
-    makers = {"engine": engine, "map": _map, "loop": _loop}
+    makers = {"engine": engine, "map": _map, "loop": loop}
     with ExitStack() as stack:
         sides = {
             name: stack.enter_context(side(maker, given, without=PAGES))
@@ -174,7 +174,8 @@ def _one(job: tuple[str, Path]) -> None:
     decode(job[0], job[1].read_bytes())
 
 
-def _loop(given: Work, folder: Path, stack: ExitStack) -> Pass:
+def loop(given: Work, folder: Path, stack: ExitStack) -> Pass:
+    """A pool of processes that decode and keep nothing, as a side."""
     pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(given.processes))
 
     def work(rows: int) -> None:

@@ -21,9 +21,7 @@ REQUIREMENTS = Path("platform/deploy/requirements.txt")
 
 #: Extras of ``pyproject.toml`` that nodes get as far as they are installed here: what the
 #: autoscaler on AWS, object stores and a tracking server need.
-EXTRAS = ("cluster", "s3", "tracker")
-#: Clients of other stores, which nodes get likewise.
-OTHER_STORES = ("gcsfs", "adlfs")
+EXTRAS = ("cluster", "s3", "gs", "azure", "tracker")
 
 
 def direct_dependencies(project: Path = PROJECT) -> list[str]:
@@ -43,7 +41,7 @@ def direct_dependencies(project: Path = PROJECT) -> list[str]:
             f"{project}: no such file; a cluster gets its code from a checkout of the repository"
         ) from None
     extras = told["project"].get("optional-dependencies", {})
-    optional = [*(line for name in EXTRAS for line in extras.get(name, [])), *OTHER_STORES]
+    optional = [line for name in EXTRAS for line in extras.get(name, [])]
     return [
         *map(str, told["project"]["dependencies"]),
         *(str(line) for line in optional if _is_installed(Requirement(line).name)),

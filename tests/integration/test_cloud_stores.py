@@ -1,0 +1,148 @@
+"""Corpora and runs in Google's and Azure's stores, as their emulators play them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from pipelines import finetune
+from pipelines.shards import open_corpus
+from skillnet_platform import remote, remote_objects
+from skillnet_platform.errors import UserError
+from tests.cloud_stores import CloudStore, azure, google, reached
+from tests.integration.test_mirror import config_of
+from tests.small_corpora import write_corpora
+from tests.user_corpora import webdataset
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=[google, azure], ids=["google", "azure"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[CloudStore]:
+    store = request.param(tmp_path_factory.mktemp("server"))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def store(server: CloudStore) -> Iterator[CloudStore]:
+    with reached(server):
+        yield server
+
+
+def prepare(*words: str) -> str:
+    """``skillnet prepare`` with a Ray of its own, whose processes know the store."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.prepare", *words, "--cpus", "2", "--tokenizer", "learn"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_files_and_folders(store: CloudStore, tmp_path: Path) -> None:
+    uri, folder = f"{store.uri}/files", tmp_path / "folder"
+    assert remote.list_files(uri) == []
+    assert not remote.exists(f"{uri}/none")
+    with pytest.raises(FileNotFoundError):
+        remote.read_bytes(f"{uri}/none")
+    remote.remove_file(f"{uri}/none")
+
+    (folder / "sub").mkdir(parents=True)
+    large = os.urandom(12_000_000)
+    (folder / "sub" / "large.bin").write_bytes(large)
+    (folder / "empty").write_bytes(b"")
+    (folder / "manifest.json").write_bytes(b"{}")
+    assert remote.put_directory(folder, f"{uri}/a")
+    assert not remote.put_directory(folder, f"{uri}/a"), "it is there already"
+    names = ["empty", "manifest.json", "sub/large.bin"]
+    assert [entry.name for entry in remote.list_files(f"{uri}/a")] == names
+    assert remote.list_folders(f"{uri}/a") == ["sub"]
+    with remote.open_file(f"{uri}/a/sub/large.bin") as stream:
+        stream.seek(7_000_000)
+        assert stream.read(100) == large[7_000_000:7_000_100]
+
+    remote.copy_files(f"{uri}/a", f"{uri}/b", names)
+    back = remote.get_directory(f"{uri}/b", tmp_path / "back")
+    assert (back / "sub" / "large.bin").read_bytes() == large
+    remote.remove_directory(f"{uri}/b")
+    assert remote.list_files(f"{uri}/b") == []
+
+
+def test_what_has_arrived_is_not_sent_again(
+    store: CloudStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, uri = tmp_path / "folder", f"{store.uri}/again"
+    folder.mkdir()
+    for name in ("same", "other", "manifest.json"):
+        (folder / name).write_bytes(name.encode())
+    remote.put_directory(folder, uri)
+    remote.write_bytes(f"{uri}/other", b"OTHER")
+    remote.remove_file(f"{uri}/manifest.json")
+    sent: list[str] = []
+    put = remote_objects.put_file
+    monkeypatch.setattr(
+        remote, "put_file", lambda path, to: (sent.append(path.name), put(path, to))
+    )
+    assert remote.put_directory(folder, uri)
+    assert sent == ["other"]
+    assert remote.read_bytes(f"{uri}/other") == b"other"
+
+
+def test_a_bucket_that_is_not_there(store: CloudStore, tmp_path: Path) -> None:
+    nowhere = f"{store.uri.partition('://')[0]}://no-such-place/x"
+    (tmp_path / "a").write_bytes(b"a")
+    for action in (
+        lambda: remote.list_files(nowhere),
+        lambda: remote.exists(nowhere),
+        lambda: remote.write_bytes(nowhere, b"a"),
+        lambda: remote.put_file(tmp_path / "a", nowhere),
+    ):
+        with pytest.raises(UserError, match="no-such-place"):
+            action()
+
+
+def test_a_users_corpus_goes_from_the_store_into_the_store(
+    store: CloudStore, run_root: Path, tmp_path: Path
+) -> None:
+    mine = webdataset(tmp_path / "mine")
+    for path in mine.rglob("*"):
+        if path.is_file():
+            remote.put_file(path, f"{store.uri}/mine/{path.relative_to(mine)}")
+    prepare("--corpus", f"mine=webdataset:{store.uri}/mine", "--data", f"{store.uri}/corpora")
+    prepare("--corpus", f"mine=webdataset:{mine}", "--data", str(tmp_path / "here"))
+    there = open_corpus(f"{store.uri}/corpora/mine", verify=True).manifest
+    here = open_corpus(tmp_path / "here" / "mine").manifest
+    assert there["rows_out"] == here["rows_out"] > 0
+    assert there["splits"] == here["splits"]
+
+
+def test_a_run_lies_in_the_store_and_reads_from_it(
+    store: CloudStore, run_root: Path, tmp_path: Path, ray_session: Any
+) -> None:
+    data = write_corpora(tmp_path / "data")
+    for name in ("headings", "drawings"):
+        remote.put_directory(data / name, f"{store.uri}/corpora/{name}")
+    config = config_of(data, store)  # type: ignore[arg-type]  # its ``uri`` is all that is asked for
+    config.data = f"{store.uri}/corpora"
+    result = finetune.finetune(config)
+    assert result["mirror"] == f"{store.uri}/a"
+    model = load_file(next(Path(result["model"]).glob("*.safetensors")))
+    shutil.rmtree(run_root)
+    again = finetune.finetune(config)
+    assert again["step"] == 12
+    other = load_file(next(Path(again["model"]).glob("*.safetensors")))
+    assert all((other[name] == value).all() for name, value in model.items())
