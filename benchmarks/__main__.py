@@ -15,6 +15,7 @@ NAMES = (
     "sweep_overhead",
     "prepare_speed",
     "prepare_scaling",
+    "read_ahead",
     "reading",
     "reading_store",
     "waiting",

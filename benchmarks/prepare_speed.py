@@ -76,7 +76,7 @@ def _kind(kind: str, rounds: int) -> list[Result]:
     processes = len(os.sched_getaffinity(0))
     given = Work(kind, paths, processes, corpus_of(kind, paths).shard_rows)
     rows = FEW * processes * given.shard_rows, MANY * processes * given.shard_rows
-    makers = {"engine": engine, "map": _map, "loop": loop}
+    makers = {"engine": engine, "map": map_of, "loop": loop}
     with ExitStack() as stack:
         sides = {
             name: stack.enter_context(side(maker, given, without=PAGES))
@@ -186,7 +186,8 @@ def loop(given: Work, folder: Path, stack: ExitStack) -> Pass:
     return work
 
 
-def _map(given: Work, folder: Path, stack: ExitStack) -> Pass:
+def map_of(given: Work, folder: Path, stack: ExitStack) -> Pass:
+    """``datasets.map`` as its users call it, as a side."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -16,13 +16,15 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
+from pipelines import read_ahead
+from pipelines.read_ahead import ReadAhead
 from pipelines.source_files import OWN, ask, failing, is_remote, local_path, open_stream
 from pipelines.tars import BadTar, Tar
 from skillnet_platform.storage import human_bytes
@@ -79,6 +81,9 @@ def read_media(
 ) -> Iterator[bytes | Unreadable]:
     """The bytes of each reference, in order and one at a time, so that memory holds one file.
 
+    The next ones are read ahead: see :mod:`pipelines.read_ahead`. Of files in a store those that
+    wait are held, 32 MiB of them.
+
     Args:
         references: a column of the type ``MEDIA``, or its values.
         max_bytes: a longer file is not read.
@@ -91,15 +96,18 @@ def read_media(
             ``$SKILLNET_STORE_PATIENCE``: that is not the row's fault.
     """
     values = references.to_pylist() if hasattr(references, "to_pylist") else references
-    with _archives() as archives:
-        for value in values:
-            if value is None or value.get("path") is None:
+    wanted = [_reference(value) for value in values]
+    with _archives() as archives, _fetched(wanted, max_bytes) as fetched:
+        for number, reference in enumerate(wanted):
+            _tell(wanted, number + read_ahead.TOLD)
+            if reference is None:
                 yield Unreadable("no media file")
                 continue
-            reference = MediaRef(**value)
             try:
                 if reference.member is not None:
                     data = archives.read(reference, max_bytes)
+                elif is_remote(reference.path):
+                    data = fetched.take()
                 else:
                     data = _read(reference, max_bytes)
             except _Refused as problem:
@@ -108,13 +116,37 @@ def read_media(
             yield data if data else Unreadable("an empty file")
 
 
+def _reference(value: dict[str, Any] | None) -> MediaRef | None:
+    return None if value is None or value.get("path") is None else MediaRef(**value)
+
+
+@contextlib.contextmanager
+def _fetched(wanted: list[MediaRef | None], max_bytes: int) -> Iterator[ReadAhead[bytes]]:
+    """The bytes of those that lie in a store by themselves or as ranges, in order."""
+    remote = [r for r in wanted if r is not None and r.member is None and is_remote(r.path)]
+
+    def fetch(number: int, grant: Callable[[int], None]) -> bytes:
+        return _read_remote(remote[number], max_bytes, grant)
+
+    ahead = ReadAhead(len(remote), fetch)
+    try:
+        yield ahead
+    finally:
+        ahead.close()
+
+
+def _tell(wanted: list[MediaRef | None], number: int) -> None:
+    """Have the kernel read a local file that is wanted soon."""
+    reference = wanted[number] if number < len(wanted) else None
+    if reference is not None and reference.member is None and not is_remote(reference.path):
+        read_ahead.tell(local_path(reference.path), reference.offset or 0, reference.length)
+
+
 class _Refused(Exception):
     """Why one row has no bytes."""
 
 
 def _read(reference: MediaRef, max_bytes: int) -> bytes:
-    if is_remote(reference.path):
-        return _read_remote(reference, max_bytes)
     try:
         return _read_local(reference, max_bytes)
     except (FileNotFoundError, NotADirectoryError):
@@ -153,7 +185,7 @@ def _exactly(stream: IO[bytes], length: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _read_remote(reference: MediaRef, max_bytes: int) -> bytes:
+def _read_remote(reference: MediaRef, max_bytes: int, grant: Callable[[int], None]) -> bytes:
     start = reference.offset or 0
 
     def read(system: Any, path: str) -> tuple[int, bytes]:
@@ -162,6 +194,7 @@ def _read_remote(reference: MediaRef, max_bytes: int) -> bytes:
             if length is None:
                 length = int(system.info(path)["size"]) - start
             _limit(length, max_bytes)
+            grant(length)
             data = system.cat_file(path, start=start, end=start + length) if length > 0 else b""
         except (FileNotFoundError, IsADirectoryError):
             raise _Refused("the media file is missing") from None

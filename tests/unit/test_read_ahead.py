@@ -1,0 +1,112 @@
+"""Reading ahead: in order, several at once, within its bytes, and nothing left behind."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines import read_ahead
+from pipelines.media import MediaRef, Unreadable, read_media
+from pipelines.read_ahead import ReadAhead
+
+
+def test_results_come_in_order_and_errors_in_their_place() -> None:
+    def fetch(number: int, grant: Callable[[int], None]) -> int:
+        grant(1)
+        if number == 5:
+            raise ValueError("five")
+        return number * number
+
+    ahead = ReadAhead(20, fetch, streams=4)
+    found: list[object] = []
+    for _ in range(20):
+        try:
+            found.append(ahead.take())
+        except ValueError as problem:
+            found.append(str(problem))
+    ahead.close()
+    assert found == [n * n if n != 5 else "five" for n in range(20)]
+
+
+def test_several_are_on_their_way_at_once() -> None:
+    together = threading.Barrier(3)
+
+    def fetch(number: int, grant: Callable[[int], None]) -> int:
+        together.wait(timeout=30)  # broken unless three of them meet
+        return number
+
+    ahead = ReadAhead(6, fetch, streams=3)
+    assert [ahead.take() for _ in range(6)] == list(range(6))
+    ahead.close()
+
+
+def test_no_more_bytes_wait_than_there_is_room_for() -> None:
+    sizes = [3, 4, 4, 9, 30, 4, 4, 4, 2, 8]
+    lock, waiting, most = threading.Lock(), 0, 0
+
+    def fetch(number: int, grant: Callable[[int], None]) -> int:
+        nonlocal waiting, most
+        grant(sizes[number])
+        with lock:
+            waiting += sizes[number]
+            most = max(most, waiting - (sizes[number] if sizes[number] > 10 else 0))
+        return number
+
+    ahead = ReadAhead(len(sizes), fetch, streams=5, held=10)
+    for number in range(len(sizes)):
+        # What is taken next counts no longer: its successors may come before it is looked at.
+        with lock:
+            waiting -= sizes[number]
+        assert ahead.take() == number
+    ahead.close()
+    # The one whose turn it is needs no room: of those that fit, the largest has 9.
+    assert most <= 10 + 9
+
+
+def test_who_waits_for_room_is_let_go_at_the_end() -> None:
+    let_go = threading.Event()
+
+    def fetch(number: int, grant: Callable[[int], None]) -> int:
+        try:
+            grant(10)
+        except read_ahead.Closed:
+            let_go.set()
+            raise
+        return number
+
+    ahead = ReadAhead(3, fetch, streams=3, held=10)
+    assert ahead.take() == 0
+    ahead.close()
+    assert let_go.wait(timeout=30)
+
+
+def test_a_file_that_is_not_there_or_a_pipe_is_only_told_of(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"abc")
+    for name in ("pipe", "none", "file", "with\0null"):
+        read_ahead.tell(f"{tmp_path}/{name}", 0, None)
+    read_ahead.tell(f"{tmp_path}/file", 2**62, 2**62)
+
+
+def test_files_and_objects_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/read-ahead/one", b"one")
+    store.pipe_file("/read-ahead/both", b"..two..")
+    (tmp_path / "three").write_bytes(b"three")
+    references = [
+        MediaRef("memory://read-ahead/one"),
+        MediaRef(f"{tmp_path}/three"),
+        MediaRef("memory://read-ahead/none"),
+        MediaRef(f"{tmp_path}/none"),
+        MediaRef("memory://read-ahead/both", 2, 3),
+    ]
+    told: list[str] = []
+    monkeypatch.setattr(read_ahead, "tell", lambda path, *_: told.append(path))
+    found = list(read_media([None, *(reference.row() for reference in references)]))
+    missing = Unreadable("the media file is missing")
+    assert found == [Unreadable("no media file"), b"one", b"three", missing, missing, b"two"]
+    assert told == [f"{tmp_path}/three", f"{tmp_path}/none"]
