@@ -1,7 +1,6 @@
 """Pictures to pixels: square, upright, on white, 8 bits a channel."""
 
 import io
-import re
 import warnings
 from functools import cache
 from typing import Any
@@ -9,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Count it up when a change of this file changes pixels that it makes of a file.
-VERSION = 2
+from pipelines.transforms.drawing import draw_svg, is_svg
+
+#: Count it up when a change of this file or of drawing.py changes pixels that it makes of a file.
+VERSION = 3
 SIZE = 48
 #: An SVG is drawn this many times larger and then reduced, as a photograph would be.
 SVG_SCALE = 2
@@ -19,7 +20,6 @@ OPAQUE = ("RGB", "L", "CMYK")
 #: Greys of 16 bits: of a PNG or TIFF; of a PGM. Pillow would cut them off at 255, which is white.
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 MAX_PIXELS = 64 * 2**20
-MAX_SVG_BYTES = 8 * 2**20
 TOO_LARGE = f"a picture of more than {MAX_PIXELS // 10**6} million pixels"
 
 
@@ -39,11 +39,12 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
         A Pillow image, mode RGBA, or RGB where nothing in it can be transparent.
 
     Raises:
-        ValueError: the bytes are no picture, a damaged one, or one of more than 64 million pixels.
+        ValueError: the bytes are no picture, a damaged one, or one of more than 64 million pixels;
+            or a drawing that refers to other files.
     """
     image_type = _pillow()
-    if _is_svg(data):
-        data = _draw_svg(data, size * SVG_SCALE)
+    if is_svg(data):
+        data = draw_svg(data, size * SVG_SCALE)
     try:
         image = image_type.open(io.BytesIO(data))
     except Exception as problem:
@@ -71,7 +72,7 @@ def size_of(data: bytes) -> tuple[int, int] | None:
     Raises:
         ValueError: the bytes are no picture.
     """
-    if _is_svg(data):
+    if is_svg(data):
         return None
     try:
         image = _pillow().open(io.BytesIO(data))
@@ -170,29 +171,6 @@ def load_pixels(data: bytes, size: int = SIZE, fit: str = "pad") -> NDArray[np.u
     """
     image = decode_image(data, size)
     return cropped(image, size) if fit == "crop" else pixels(image, size)
-
-
-def _is_svg(data: bytes) -> bool:
-    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
-    return head.startswith((b"<svg", b"<?xml")) or b"<svg" in head
-
-
-def _draw_svg(data: bytes, side: int) -> bytes:
-    import resvg_py
-
-    if len(data) > MAX_SVG_BYTES:
-        raise ValueError(f"an SVG of more than {MAX_SVG_BYTES // 2**20} MiB")
-    try:
-        return bytes(resvg_py.svg_to_bytes(svg_string=data.decode("utf-8"), width=side))
-    except UnicodeDecodeError:
-        raise ValueError("a damaged SVG (not UTF-8)") from None
-    except ValueError as problem:
-        raise ValueError(f"a damaged SVG ({re.sub('[0-9]+', 'N', str(problem))[:80]})") from None
-    except BaseException as problem:
-        # A panic of the Rust library is no Exception.
-        if type(problem).__name__ != "PanicException":
-            raise
-        raise ValueError("a damaged SVG (its drawing failed)") from None
 
 
 @cache
