@@ -23,6 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from skillnet_platform.errors import UserError
+from skillnet_platform.remote_errors import StoreUnavailable
+
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
@@ -46,11 +49,15 @@ def read_each(
 
     Args:
         values: of a block's rows; the time that it takes to get the next one is not counted.
-        read: decodes one; raises ValueError with a short reason for a bad one.
+        read: decodes one; raises ValueError with a short reason for a bad one. Any other error
+            costs that row, too, with the error's type as the reason.
         seconds: that one may take.
 
     Yields:
         For each value what ``read`` returned and None, or None and the reason.
+
+    Raises:
+        UserError, StoreUnavailable: by ``values`` or ``read``; they tell of no row.
     """
     attempts = _current
     with _timer(seconds) as timer:
@@ -62,12 +69,18 @@ def read_each(
                 timer.start()
                 result = read(value)
                 timer.stop()
+            except (UserError, StoreUnavailable):
+                raise
             except ValueError as problem:
                 outcome: tuple[Result | None, str | None] = None, str(problem)
             except TooSlow:
                 outcome = None, TOO_SLOW if seconds == SECONDS else f"longer than {seconds:.3g} s"
             except MemoryError:
                 outcome = None, TOO_LARGE
+            except Exception as problem:
+                # One file that nobody thought of ends nothing. A defect of ours fails for more
+                # rows than max_bad allows.
+                outcome = None, f"the decoder failed ({type(problem).__name__})"
             else:
                 outcome = result, None
             finally:

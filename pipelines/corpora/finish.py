@@ -202,15 +202,19 @@ def finish_captions(block: pa.Table, tokenizer: Any, options: CaptionOptions) ->
 
 def finish_code(block: pa.Table, tokenizer: Any, options: CodeOptions) -> Finished:
     """Functions without their docstrings: the query must not stand in what it shall find."""
-    longest = options.max_code_characters
-    found = [code.without_docstring(source)[:longest] for source in block["code"].to_pylist()]
+
+    def read(source: str) -> str:
+        found = code.without_docstring(source)[: options.max_code_characters]
+        if not found.strip():
+            raise ValueError("no code beside the docstring")
+        return found
+
+    made = list(read_each(block["code"].to_pylist(), read))
+    found = [source or "" for source, _ in made]
     return {
         "code": pa.array(found, pa.string()),
         "tokens": text.encode(tokenizer, found, options.max_code_tokens),
-        "rejected": pa.array(
-            [None if source.strip() else "no code beside the docstring" for source in found],
-            pa.string(),
-        ),
+        "rejected": pa.array([reason for _, reason in made], pa.string()),
     }
 
 

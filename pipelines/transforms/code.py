@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _URL = re.compile(r"(?:https?|ftp)://[^\s，。；、）)>\]\"']+|www\.[^\s，。；、）)>\]\"']+")
-_LOOSE_DOCSTRING = re.compile(r"\n[ \t]*[uUrRbB]{0,2}(\"\"\"|\'\'\')[\s\S]*?\1[ \t]*(?=\n|$)")
+_OPENING = re.compile(r"\n[ \t]*[uUrRbB]{0,2}(\"\"\"|\'\'\')")
+#: Quotes that end a text which stands on lines of its own.
+_CLOSING = {quotes: re.compile(quotes + r"[ \t]*(?=\n|$)") for quotes in ('"""', "'''")}
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -57,7 +59,7 @@ def functions(source: str) -> Iterator[Function]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
         raise ValueError(f"not Python of this version ({type(problem).__name__})") from None
     lines = source.encode("utf-8").splitlines(keepends=True)
-    yield from _walk(tree, "", lines)
+    yield from _walk(tree, lines)
 
 
 def without_docstring(source: str) -> str:
@@ -72,7 +74,21 @@ def without_docstring(source: str) -> str:
         found = None
     if found is not None:
         return found.code
-    return _LOOSE_DOCSTRING.sub("", source, count=1).strip()
+    return _without_loose_text(source).strip()
+
+
+def _without_loose_text(source: str) -> str:
+    """The source without the first text in three quotes that stands on lines of its own."""
+    unclosed: set[str] = set()  # or each opening would be followed to the end of a long source
+    for opening in _OPENING.finditer(source):
+        quotes = opening[1]
+        if quotes in unclosed:
+            continue
+        closing = _CLOSING[quotes].search(source, opening.end())
+        if closing is not None:
+            return source[: opening.start()] + source[closing.end() :]
+        unclosed.add(quotes)
+    return source
 
 
 def summary(docstring: str) -> str:
@@ -90,18 +106,22 @@ def chinese_characters(text: str) -> int:
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
-def _walk(node: ast.AST, around: str, lines: list[bytes]) -> Iterator[Function]:
-    for block in _BLOCKS:
-        statements = getattr(node, block, ())
-        if not isinstance(statements, list):
-            continue  # a lambda's body
-        for child in statements:
-            name = around
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                name = f"{around}.{child.name}" if around else child.name
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield _function(child, name, lines)
-            yield from _walk(child, name, lines)
+def _walk(tree: ast.AST, lines: list[bytes]) -> Iterator[Function]:
+    # A chain of elif is as deep as it is long: no function that calls itself.
+    waiting: list[tuple[ast.AST, str]] = [(tree, "")]
+    while waiting:
+        node, around = waiting.pop()
+        name = around
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{around}.{node.name}" if around else node.name
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield _function(node, name, lines)
+        below: list[ast.AST] = []
+        for block in _BLOCKS:
+            statements = getattr(node, block, ())
+            if isinstance(statements, list):  # a lambda's body is none
+                below += statements
+        waiting += [(child, name) for child in reversed(below)]
 
 
 def _function(

@@ -8,10 +8,14 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipelines import guard
+from pipelines.corpora import finish
 from pipelines.guard import DEADLY, TOO_LARGE, Attempts, read_each
+from pipelines.source_files import SourceFails
+from skillnet_platform.remote_errors import StoreUnavailable
 
 
 def refuse(value: int) -> int:
@@ -36,9 +40,24 @@ def test_each_row_gets_its_result_or_its_reason() -> None:
     ]
 
 
-def test_a_defect_is_no_bad_row() -> None:
-    with pytest.raises(ZeroDivisionError):
-        list(read_each([0], lambda value: 1 / value))
+def test_what_a_decoder_raises_costs_one_row_and_is_told_by_its_type() -> None:
+    found = list(read_each([1, 0, 2, None], lambda value: 2 // value))  # type: ignore[operator]
+    assert found == [
+        (2, None),
+        (None, "the decoder failed (ZeroDivisionError)"),
+        (1, None),
+        (None, "the decoder failed (TypeError)"),
+    ]
+
+
+@pytest.mark.parametrize("problem", [SourceFails("a disk fails"), StoreUnavailable("away")])
+@pytest.mark.parametrize("within", [True, False])
+def test_a_store_that_fails_is_no_bad_row(problem: Exception, within: bool) -> None:
+    def fail(value: int) -> int:
+        raise problem
+
+    with pytest.raises(type(problem)):
+        list(read_each([0], fail) if within else read_each(map(fail, [0]), int))
 
 
 def test_signals_are_as_before_and_no_alarm_is_left() -> None:
@@ -95,3 +114,23 @@ def test_a_worker_that_ends_between_rows_blames_none() -> None:
     assert second._strikes == {}
     second.close()
     guard.forget("between")
+
+
+def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def strip(source: str) -> str:
+        if source == "deep":
+            raise RecursionError
+        return source
+
+    monkeypatch.setattr(finish.code, "without_docstring", strip)
+    monkeypatch.setattr(finish.text, "encode", lambda tokenizer, texts, longest: pa.array(texts))
+    made = finish.finish_code(
+        pa.table({"code": ["a = 1", "deep", " ", "b = 2"]}), None, finish.CodeOptions()
+    )
+    assert made["code"].to_pylist() == ["a = 1", "", "", "b = 2"]
+    assert made["rejected"].to_pylist() == [
+        None,
+        "the decoder failed (RecursionError)",
+        "no code beside the docstring",
+        None,
+    ]

@@ -330,3 +330,31 @@ def test_what_is_not_python_is_refused() -> None:
         list(code.functions("def f(:"))
     with pytest.raises(ValueError, match="not UTF-8"):
         code.decode_source("中文".encode("gbk"))
+
+
+def test_a_long_chain_of_elif_is_read() -> None:
+    chain = "".join(f"    elif x == {n}:\n        y = {n}\n" for n in range(1_200))
+    source = f"def f(x):\n    '''说明'''\n    if x:\n        def g(): pass\n{chain}    return y"
+    assert [f.name for f in code.functions(source)] == ["f", "f.g"]
+    assert "说明" not in code.without_docstring(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "left"),
+    [
+        ('def f(:\n    """说明"""\n    x', "def f(:\n    x"),
+        ('def f(:\n  ur"""一\n二 """ 三\n四"""  \n  x', "def f(:\n  x"),
+        ('def f(:\n  """一" """"\n  x', "def f(:\n  x"),
+        ("def f(:\n  \"\"\"一\n  '''二'''\n  x", 'def f(:\n  """一\n  x'),
+        ('def f(:\n  x = """一"""\n  y', 'def f(:\n  x = """一"""\n  y'),
+        ('def f(:\n  """一"""', "def f(:"),
+    ],
+)
+def test_source_that_does_not_parse_loses_its_first_text(source: str, left: str) -> None:
+    assert code.without_docstring(source) == left
+
+
+def test_texts_that_never_end_are_passed_over_at_once() -> None:
+    """Were each of them followed to the end, this would take hours."""
+    source = "def f(:" + 300_000 * '\n"""a' + 300_000 * "\n'''b"
+    assert code.without_docstring(source) == source
