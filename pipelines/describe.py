@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipelines.corpora import READERS, PlacedCorpus, guess_reader, named_reader,
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import FieldedCorpus
 from pipelines.corpora.records import entries, records
+from pipelines.guard import read_each
 from pipelines.media import Unreadable, read_media
 from pipelines.places import Place
 from skillnet_platform import console
@@ -271,13 +273,11 @@ def _media(corpus: PlacedCorpus, sample: list[Row]) -> dict[str, Any]:
         if isinstance(data, Unreadable):
             reasons[data.reason] += 1
             continue
-        try:
-            block = pa.Table.from_pylist([row], schema=corpus.raw)
-            facts = _facts(corpus.modality, data)
-            why = corpus.finish(block)["rejected"][0].as_py()
-        except ValueError as problem:
-            reasons[str(problem)] += 1
+        [(found, reason)] = read_each([row], partial(_looked_at, corpus, data))
+        if found is None:
+            reasons[str(reason)] += 1
             continue
+        facts, why = found
         if why is not None:
             reasons[why] += 1
         for key, value in (facts | {"file size": float(len(data))}).items():
@@ -289,10 +289,15 @@ def _media(corpus: PlacedCorpus, sample: list[Row]) -> dict[str, Any]:
     return {"decoded": decoded, **spans, "set_aside": dict(reasons)}
 
 
+def _looked_at(corpus: PlacedCorpus, data: bytes, row: Row) -> tuple[dict[str, float], str | None]:
+    """Facts of a row's media file, and why the row would be set aside."""
+    facts = _facts(corpus.modality, data)
+    block = pa.Table.from_pylist([row], schema=corpus.raw)
+    return facts, corpus.finish(block)["rejected"][0].as_py()
+
+
 def _facts(modality: str, data: bytes) -> dict[str, float]:
     """Length or size of a media file, from its head."""
-    import io
-
     if modality == "image":
         from pipelines.transforms.image import size_of
 
@@ -300,10 +305,10 @@ def _facts(modality: str, data: bytes) -> dict[str, float]:
         return {"width": float(size[0]), "height": float(size[1])} if size else {}
     import av
 
-    from pipelines.transforms import video
+    from pipelines.transforms import containers, video
 
     try:
-        with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
+        with containers.opened(data) as container:
             facts = {"seconds": (container.duration or 0) / av.time_base}
             if modality == "video" and container.streams.video:
                 stream = container.streams.video[0]

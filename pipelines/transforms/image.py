@@ -19,12 +19,16 @@ SVG_SCALE = 2
 OPAQUE = ("RGB", "L", "CMYK")
 #: Greys of 16 bits: of a PNG or TIFF; of a PGM. Pillow would cut them off at 255, which is white.
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+#: What Pillow may take a file for. It knows dozens more: EPS would be a program that it runs.
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA", "DIB"),
+)
 MAX_PIXELS = 64 * 2**20
 TOO_LARGE = f"a picture of more than {MAX_PIXELS // 10**6} million pixels"
 
 
 def decode_image(data: bytes, size: int = SIZE) -> Any:
-    """Read a PNG, JPEG (or whatever Pillow reads) or SVG file.
+    """Read a PNG, JPEG (or what else ``FORMATS`` names) or SVG file.
 
     Sizes are read from the file's head and checked before anything is decoded. A JPEG is decoded
     at the smallest scale that has twice the wanted side: for a photograph of a telephone that
@@ -42,20 +46,21 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
         ValueError: the bytes are no picture, a damaged one, or one of more than 64 million pixels;
             or a drawing that refers to other files.
     """
-    image_type = _pillow()
     if is_svg(data):
         data = draw_svg(data, size * SVG_SCALE)
     try:
-        image = image_type.open(io.BytesIO(data))
+        image = _open(data)
     except Exception as problem:
         raise _refusal(problem) from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(TOO_LARGE)
+    if image.mode == "F":
+        raise ValueError("a picture of fractions: no file says which of them is white")
     try:
         image.draft("RGB", (2 * size, 2 * size))  # other formats than JPEG pass over it
         _turn(image)
         if image.mode in DEEP:
-            image = image_type.fromarray(_high_bytes(image))
+            image = _pillow().fromarray(_high_bytes(image))
         opaque = image.mode in OPAQUE and not image.has_transparency_data
         return image.convert("RGB" if opaque else "RGBA")
     except MemoryError:
@@ -75,7 +80,7 @@ def size_of(data: bytes) -> tuple[int, int] | None:
     if is_svg(data):
         return None
     try:
-        image = _pillow().open(io.BytesIO(data))
+        image = _open(data)
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception as problem:
         raise _refusal(problem) from None
@@ -171,6 +176,18 @@ def load_pixels(data: bytes, size: int = SIZE, fit: str = "pad") -> NDArray[np.u
     """
     image = decode_image(data, size)
     return cropped(image, size) if fit == "crop" else pixels(image, size)
+
+
+def _open(data: bytes) -> Any:
+    return _pillow().open(io.BytesIO(data), formats=_formats())
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``FORMATS`` that this Pillow has."""
+    pillow = _pillow()
+    pillow.init()
+    return tuple(name for name in FORMATS if name in pillow.OPEN)
 
 
 @cache

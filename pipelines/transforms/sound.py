@@ -4,12 +4,13 @@ The scale is HTK's (mel = 2595 log10(1 + f / 700)), triangles of unit peak betwe
 8 kHz, as in the filterbanks of Kaldi-style recognisers.
 """
 
-import io
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipelines.transforms import containers
 
 RATE = 16_000
 WINDOW = 400
@@ -33,14 +34,24 @@ MAX_FRAMES = 192
 MAX_SECONDS = 600
 TOO_LONG = f"longer than {MAX_SECONDS} seconds"
 CUT_SHORT = "cut short: the file ends before its recording does"
-_UNKNOWN = 0x7FFFFFF0
+NO_NUMBERS = "samples that are no numbers (NaN or infinite)"
+#: Who writes to a pipe cannot know the length, and writes the most: ``ffmpeg`` all ones, ``sox``
+#: whole frames of a little less than this half.
+_UNKNOWN = 0x7FFF0000
+#: Bytes: some writers take the head for part of the samples.
+_HEAD = 64
+#: Of a WAV file before its samples, that are looked through.
+_MOST_CHUNKS = 1_000
 #: Of a WAV, whose head says all: else FFmpeg looks through half a megabyte for other sound in
 #: disguise, which takes longer than all that follows.
 _PROBED = 8_192
 
 
 def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
-    """Read an MP3, WAV (or whatever FFmpeg reads) file: float32 samples, mono, at ``rate`` Hz.
+    """Read an MP3, WAV (or what else ``containers.FORMATS`` names) file.
+
+    Returns:
+        float32 samples, mono, at ``rate`` Hz.
 
     Raises:
         ValueError: the bytes are no recording, it is empty, cut short, longer than ten minutes,
@@ -54,13 +65,12 @@ def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
         raise ValueError(CUT_SHORT)
     options = {"probesize": str(_PROBED)} if _is_wav(data) else {}
     try:
-        with av.open(io.BytesIO(data), "r", metadata_errors="ignore", options=options) as container:
-            if not container.streams.audio:
-                raise ValueError("no sound in the file")
-            said = _seconds_said(container, data)
+        with containers.opened(data, **options) as container:
+            stream = containers.first(container.streams.audio, "no sound in the file")
+            said = _seconds_said(container, stream, data)
             if said > MAX_SECONDS:
                 raise ValueError(TOO_LONG)
-            wave = _decode(container, rate)
+            wave = _decode(container, stream, rate)
     except av.FFmpegError as problem:
         raise ValueError(f"not a recording that can be read ({problem.strerror})") from None
     if not wave.size:
@@ -68,17 +78,17 @@ def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
     if wave.size / rate < 0.95 * said - 0.25:
         raise ValueError(CUT_SHORT)
     if not np.isfinite(wave).all():
-        raise ValueError("samples that are no numbers (NaN or infinite)")
+        raise ValueError(NO_NUMBERS)
     return wave
 
 
-def _decode(container: Any, rate: int) -> NDArray[np.float32]:
+def _decode(container: Any, stream: Any, rate: int) -> NDArray[np.float32]:
     import av
 
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
     parts: list[NDArray[np.float32]] = []
     samples = 0
-    for frame in container.decode(audio=0):
+    for frame in container.decode(stream):
         for out in resampler.resample(frame):
             parts.append(out.to_ndarray()[0])
             samples += parts[-1].size
@@ -88,9 +98,8 @@ def _decode(container: Any, rate: int) -> NDArray[np.float32]:
     return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.zeros(0, "f")
 
 
-def _seconds_said(container: Any, data: bytes) -> float:
+def _seconds_said(container: Any, stream: Any, data: bytes) -> float:
     """How long the recording is by its own account; 0 if it does not say."""
-    stream = container.streams.audio[0]
     if container.format.name == "mp3":
         # Without a header of its own the length is FFmpeg's guess from the first bit rate.
         head = data[: 1 << 16]
@@ -102,11 +111,28 @@ def _seconds_said(container: Any, data: bytes) -> float:
 
 
 def _wav_is_cut(data: bytes) -> bool:
-    """Whether a WAV file ends before its head says; FFmpeg takes what is there."""
-    if not _is_wav(data):
+    """Whether a WAV file ends before its head says; FFmpeg takes what is there.
+
+    RF64 and BW64 (EBU Tech 3306) are WAV files with lengths of 64 bits in a chunk of their own.
+    """
+    if data[:4] not in (b"RIFF", b"RF64", b"BW64") or data[8:12] != b"WAVE":
         return False
     said = int.from_bytes(data[4:8], "little") + 8
-    return len(data) < said < _UNKNOWN  # who writes to a pipe cannot know, and writes the most
+    if len(data) < said < _UNKNOWN:
+        return True
+    place, long = 12, 0
+    for _ in range(_MOST_CHUNKS):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name == b"ds64":
+            long = int.from_bytes(data[place + 16 : place + 24], "little")
+        if name == b"data":
+            if long:
+                return len(data) < place + 8 + long
+            return size < _UNKNOWN and len(data) + _HEAD < place + 8 + size
+        place += 8 + size + size % 2
+        if place >= len(data):
+            break
+    return False
 
 
 def _ogg_is_cut(data: bytes) -> bool:
@@ -142,11 +168,14 @@ def log_mel(
         float32 (F, 80), at most ``max_frames`` frames.
 
     Raises:
-        ValueError: the recording is silent.
+        ValueError: the recording is silent, or as loud as no numbers are.
     """
-    speech = emphasise(wave)
+    with np.errstate(over="ignore"):  # refused below
+        speech = emphasise(wave)
     speech = trim(speech) if trimmed else np.pad(speech, (0, max(0, WINDOW - speech.size)))
     level = float(np.sqrt(np.mean(speech.astype(np.float64) ** 2)))
+    if not np.isfinite(level):
+        raise ValueError(NO_NUMBERS)
     if level <= 1e-6:
         raise ValueError("a silent recording")
     power = _power(speech * (LEVEL / level))[:max_frames]

@@ -1,7 +1,6 @@
 """Clips to frames: so many of them, square, upright, grey; and drawing pen paths as clips."""
 
 import contextlib
-import io
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.transforms import containers
+
 #: Count it up when a change of this file changes pixels that it makes of a file.
-VERSION = 2
+VERSION = 3
 FRAMES = 8
 SIZE = 32
 #: Pen paths are drawn this many times larger and then reduced, for smooth edges.
@@ -38,8 +39,7 @@ def count_frames(data: bytes) -> int:
     import av
 
     count, end = 0, 0.0
-    with _opened(data) as container:
-        stream = container.streams.video[0]
+    with _opened(data) as (container, stream):
         said, seconds = stream.frames, (container.duration or 0) / av.time_base
         if said > MAX_FRAMES_READ:
             raise ValueError(TOO_LONG)
@@ -72,28 +72,27 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Any]:
-    """The container of a video, its sizes within limits. FFmpeg's errors become ours."""
+def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+    """The container and the stream of a video, its sizes within limits. FFmpeg's errors become
+    ours."""
     import av
 
     try:
-        with av.open(io.BytesIO(data), "r", metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise ValueError("no pictures in the file")
-            stream = container.streams.video[0]
+        with containers.opened(data) as container:
+            stream = containers.first(container.streams.video, "no pictures in the file")
             if stream.width * stream.height > MAX_PIXELS:
                 raise ValueError(f"frames of more than {MAX_PIXELS // 10**6} million pixels")
             # A worker has a core of its own: more threads only get in each other's way.
             stream.codec_context.thread_count = 1
-            yield container
+            yield container, stream
     except av.FFmpegError as problem:
         raise ValueError(f"not a video that can be read ({problem.strerror})") from None
 
 
 def _frames(data: bytes) -> Iterator[Any]:
     """Decoded frames, one at a time."""
-    with _opened(data) as container:
-        for count, frame in enumerate(container.decode(video=0)):
+    with _opened(data) as (container, stream):
+        for count, frame in enumerate(container.decode(stream)):
             if count == MAX_FRAMES_READ:
                 raise ValueError(TOO_LONG)
             if frame.width * frame.height > MAX_PIXELS:  # it may change on the way
