@@ -37,7 +37,9 @@ _EMBEDDED = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)((?:;[^,]*)?),", re
 def is_svg(data: bytes) -> bool:
     """Whether a file is to be read as an SVG."""
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
-    return head.startswith((b"<svg", b"<?xml")) or (head.startswith(b"<") and b"<svg" in head)
+    if head.startswith((b"<svg", b"<?xml", b"<!--")):
+        return True
+    return head.startswith(b"<") and b"<svg" in head
 
 
 def draw_svg(data: bytes, side: int) -> bytes:

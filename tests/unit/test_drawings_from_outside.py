@@ -181,5 +181,9 @@ def test_a_photograph_that_speaks_of_svg_is_a_photograph() -> None:
     assert b"<svg" in target.getvalue()[:512]
     assert image.size_of(target.getvalue()) == (30, 20)
     assert image.load_pixels(target.getvalue(), 8, "crop")[..., 0].min() > 200
-    with_mark = b"\xef\xbb\xbf\n " + svg('<rect width="64" height="64" fill="#f00"/>')
-    assert (image.load_pixels(with_mark) == [255, 0, 0]).all()
+
+
+def test_what_stands_before_a_drawing_hides_it_not() -> None:
+    drawn = svg('<rect width="64" height="64" fill="#f00"/>')
+    for before in (b"\xef\xbb\xbf\n ", b"<!DOCTYPE svg>", b"<!-- " + b"licence " * 99 + b"-->"):
+        assert (image.load_pixels(before + drawn) == [255, 0, 0]).all()
