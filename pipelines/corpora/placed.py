@@ -10,7 +10,7 @@ shows one.
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +27,8 @@ from skillnet_platform.errors import UserError
 
 #: Stands for characters that the training transcripts do not hold.
 UNKNOWN_SYMBOL = "<unk>"
+#: Digits that Python reads as a number, however it is set.
+LONGEST_NUMBER = 640
 #: Bytes of a shard, about: how many rows it holds follows from it.
 SHARD_BYTES = 32 * 2**20
 TASKS = {
@@ -134,8 +136,7 @@ class PlacedCorpus(Corpus):
                 labels.add(row["label"])
             if wants_symbols:
                 characters.update(row.get("text") or "")
-        by_number = all(label.isdigit() for label in labels)
-        self.keep(sorted(labels, key=int if by_number else str), sorted(characters))
+        self.keep(ordered(labels), sorted(characters))
 
     def keep(self, labels: Sequence[str], characters: Sequence[str]) -> None:
         """Take classes and the characters of the training transcripts.
@@ -248,6 +249,15 @@ class PlacedCorpus(Corpus):
         unknown = number.get(UNKNOWN_SYMBOL, 0)
         rows = [[number.get(c, unknown) for c in text or ""] for text in transcripts]
         return pa.array(rows, pa.list_(pa.int32()))
+
+
+def ordered(labels: Collection[str]) -> list[str]:
+    """Names of classes in the order of their numbers: by value where all are numbers, else as
+    texts. ``"1"`` and ``"01"`` are two names of one value: their texts part them, so that every
+    reading gives the same order."""
+    if all(label.isdecimal() and len(label) <= LONGEST_NUMBER for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
+    return sorted(labels)
 
 
 def media_row(

@@ -1,0 +1,32 @@
+"""Class numbers are those of one order, whatever the labels look like."""
+
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpora import place_corpus
+from pipelines.corpora.placed import ordered
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        (["10", "9", "1"], ["1", "9", "10"]),
+        (["1", "01", "001", "\uff11"], ["001", "01", "1", "\uff11"]),  # four names of one value
+        (["2", "②", "²"], ["2", "²", "②"]),  # digits that are no numbers
+        (["2", "9" * 5000], ["2", "9" * 5000]),  # longer than Python reads
+        (["b", "1", "a"], ["1", "a", "b"]),
+    ],
+)
+def test_labels_have_one_order(labels: list[str], order: list[str]) -> None:
+    for shuffled in permutations(labels):  # the order of a set hangs on the hash seed
+        assert ordered(dict.fromkeys(shuffled).keys()) == order
+
+
+def test_a_survey_numbers_by_it(tmp_path: Path) -> None:
+    rows = [f"一行文字,{label}\n" for label in ("②", "01", "1", "10") * 5]
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(rows))
+    corpus = place_corpus("mine", f"folder:{tmp_path}")
+    corpus.survey()
+    assert corpus.labels == ("01", "1", "10", "②")
