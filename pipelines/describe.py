@@ -47,7 +47,8 @@ def describe(place: str, options: Mapping[str, Any] | None = None) -> dict[str, 
 
     Returns:
         place, reader, evidence, modality, task, rows, complete (whether all rows were read),
-        splits, set_aside, fields (columns that would be made), source (fields of a record as it
+        splits, given (those that the corpus names, of a format that may name none; the others are
+        made), set_aside, fields (columns that would be made), source (fields of a record as it
         lies there), captions, texts, labels, media, example and examples, files, bytes and counted
         (whether all files were): plain values.
 
@@ -73,6 +74,7 @@ def describe(place: str, options: Mapping[str, Any] | None = None) -> dict[str, 
         "rows": found.splits.total() + found.reasons.total(),
         "complete": found.complete,
         "splits": dict(sorted(found.splits.items())),
+        "given": sorted(corpus.given) if isinstance(corpus, FieldedCorpus) else None,
         "set_aside": dict(found.reasons.most_common()),
         "fields": {field.name: str(field.type) for field in corpus.columns},
         "source": found.source,
@@ -114,6 +116,9 @@ def show(found: dict[str, Any]) -> None:
         ["splits", ", ".join(f"{name} {rows}" for name, rows in found["splits"].items())],
         ["columns made", ", ".join(found["fields"])],
     ]
+    if found["given"] is not None:
+        given = ", ".join(found["given"]) or "none: they are made by a hash"
+        lines.insert(5, ["splits given", given])
     if not found["complete"]:
         lines[3][1] += f" (read for {SECONDS:.0f} s)"
     if found["captions"]:

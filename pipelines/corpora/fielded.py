@@ -1,6 +1,6 @@
 """What ``folder``, ``webdataset`` and ``hf_dataset`` share: any modality, fields found by name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from pipelines.corpora.finish import (
     TextOptions,
     VideoOptions,
 )
+from pipelines.corpora.glance import Glance, is_nothing
 from pipelines.corpora.placed import (
     MediaOptions,
     NothingSaid,
@@ -28,6 +29,7 @@ from pipelines.corpora.placed import (
 )
 from pipelines.media import MediaRef
 from pipelines.transforms.code import summary
+from skillnet_platform import console
 from skillnet_platform.errors import UserError, nearest
 
 #: Endings of media files, and what they are.
@@ -50,6 +52,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
+#: Where the rows of a test go that says nothing of them: for prediction.
+UNLABELLED = "unlabelled"
 
 
 @dataclass
@@ -66,10 +70,10 @@ class FieldedOptions(
     """A corpus of any modality.
 
     Args:
-        modality: text, sound, image, video or code; by default what the first row shows.
+        modality: text, sound, image, video or code; by default what the first rows show.
         text: field of the text, the transcript or the captions; by default a usual name.
         label: field of the class, for classification; by default a usual name.
-        split: field that names each row's split.
+        split: field that names each row's split; by default ``split``, in metadata that name none.
         split_by: field whose values stay on one side of a split that is made: the speaker,
             the source of a clip.
         task: "labels" to classify, "captions" or "transcripts" to pair with texts, where rows
@@ -93,15 +97,28 @@ class FieldedCorpus(PlacedCorpus):
     given: frozenset[str] = frozenset()
     field: str | None = None
     label: str | None = None
+    #: Field that names the split of each row.
+    split_field: str | None = None
+    #: The test says nothing of its rows: it is none to evaluate by.
+    silent: bool = False
 
-    def decide(self, fields: Iterable[str], ending: str | None) -> None:
-        """Choose modality and fields by one row's field names and the ending of its media file.
+    def decide(
+        self, fields: Iterable[str], ending: str | None, held: Collection[str] | None = None
+    ) -> None:
+        """Choose modality and fields by the rows' field names and the ending of their media files.
+
+        Args:
+            fields: names of all fields.
+            ending: of the media files; none where there are none.
+            held: fields that hold a value in any row looked at: usual names count among these
+                alone. By default all.
 
         Raises:
-            UserError: the row shows no modality, or has no field to learn from.
+            UserError: the rows show no modality, or have no field to learn from.
         """
         names, options = list(fields), self.options
-        own = "code" if _first(names, CODE) and ending is None else "text"
+        held = names if held is None else held
+        own = "code" if _first(held, CODE) and ending is None else "text"
         self.modality = options.modality or (MODALITY_OF.get(ending, "") if ending else own)
         if not self.modality:
             raise UserError(
@@ -109,10 +126,10 @@ class FieldedCorpus(PlacedCorpus):
                 f"--options.{self.name}.modality"
             )
         usual = {"text": TEXT, "sound": TRANSCRIPT}.get(self.modality, CAPTION)
-        self.field = _named(names, options.text, usual, f"options.{self.name}.text")
-        self.label = _named(names, options.label, LABEL, f"options.{self.name}.label")
+        self.field = _named(names, options.text, held, usual, f"options.{self.name}.text")
+        self.label = _named(names, options.label, held, LABEL, f"options.{self.name}.label")
         for key in ("split", "split_by"):
-            _named(names, getattr(options, key), (), f"options.{self.name}.{key}")
+            _named(names, getattr(options, key), (), (), f"options.{self.name}.{key}")
         pair = "transcripts" if self.modality == "sound" else "captions"
         found = [pair] * (self.modality != "text" and self.field is not None)
         found += ["labels"] * (self.label is not None)
@@ -128,7 +145,33 @@ class FieldedCorpus(PlacedCorpus):
                 f"{self.place.uri}: no field of texts among {', '.join(names) or 'none'}; give "
                 f"--options.{self.name}.text"
             )
+        if not found and held:
+            console.warn(
+                f"{self.place.uri}: neither captions nor labels among the fields "
+                f"{', '.join(held)}: rows are read without them, for pretraining. If a field holds "
+                "them, name it: "
+                f"--options.{self.name}.text FIELD, or --options.{self.name}.label FIELD"
+            )
         self.has = tuple(found)
+        self.split_field = options.split
+
+    def settle_test(self, glance: Glance) -> None:
+        """Take a test whose rows have neither labels nor captions for none.
+
+        Its labels are what a competition asks for. Rows to classify become the split
+        ``unlabelled``; media without captions or transcripts are set aside. A test to evaluate by
+        is made, as where none is given.
+        """
+        asked = [self.label if what == "labels" else self.field for what in self.has]
+        if "test" not in self.given or not asked:
+            return
+        if not any(glance.says("test", field) for field in asked if field is not None):
+            self.take_no_test()
+
+    def take_no_test(self) -> None:
+        """The test says nothing of its rows."""
+        self.silent, self.given = True, self.given - {"test"}
+        self.bare = (UNLABELLED,) if self.has == ("labels",) else ()
 
     def row(
         self,
@@ -136,6 +179,7 @@ class FieldedCorpus(PlacedCorpus):
         fields: Mapping[str, Any],
         reference: MediaRef | None,
         split: str | None,
+        drawn_by: str | None = None,
     ) -> Row:
         """A raw row.
 
@@ -144,13 +188,16 @@ class FieldedCorpus(PlacedCorpus):
             fields: its fields.
             reference: its media file, unless it is text or code.
             split: the split that the corpus names for it.
+            drawn_by: what a split that is made hangs on, if not the key.
 
         Raises:
             NothingSaid: a medium has no captions, or no transcript.
             ValueError: a field is missing or of no use; says which.
         """
-        label = self._label(fields) if "labels" in self.has else None
-        home = self.home_of(split or self._named_split(fields), key, fields)
+        split = split or self._named_split(fields)
+        untold = self.silent and split == "test"
+        label = self._label(fields) if "labels" in self.has and not untold else None
+        home = UNLABELLED if untold else self.home_of(split, drawn_by or key, fields)
         if self.modality in ("text", "code"):
             return self._written(home, key, fields, label)
         if reference is None:
@@ -159,11 +206,11 @@ class FieldedCorpus(PlacedCorpus):
         text = None
         said = _listed(fields.get(self.field or ""))
         if "captions" in self.has:
-            if _is_empty(said):
+            if untold or _is_empty(said):
                 raise NothingSaid(f"{NOUNS[self.modality]} without captions")
             captions = clean_captions(said)
         if "transcripts" in self.has:
-            if _is_empty(said):
+            if untold or _is_empty(said):
                 raise NothingSaid("a recording without a transcript")
             text = characters_of(clean_text(said))
         return media_row(home, key, reference, captions, text, label)
@@ -186,18 +233,18 @@ class FieldedCorpus(PlacedCorpus):
         return split
 
     def _named_split(self, fields: Mapping[str, Any]) -> str | None:
-        if self.options.split is None:
+        if self.split_field is None:
             return None
-        named = str(fields.get(self.options.split, "")).lower()
-        if named not in SPLIT_NAMES:
+        named = split_named(fields.get(self.split_field))
+        if named is None:
             raise ValueError("a split that is none of train, validation, test")
-        return SPLIT_NAMES[named]
+        return named
 
     def _label(self, fields: Mapping[str, Any]) -> str:
         value = fields.get(self.label or "")
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
-        if value is None or isinstance(value, list | dict):
+        if is_nothing(value) or isinstance(value, list | dict):
             raise ValueError("no label")
         return clean_text(str(value))
 
@@ -209,7 +256,8 @@ class FieldedCorpus(PlacedCorpus):
         row["code"] = clean_text(fields.get(name or ""))
         if "captions" in self.has:
             said = _listed(fields.get(self.field or ""))
-            captions = [] if _is_empty(said) else [summary(c) for c in clean_captions(said)]
+            empty = _is_empty(said) or split == UNLABELLED
+            captions = [] if empty else [summary(c) for c in clean_captions(said)]
             if _is_empty(captions):
                 raise NothingSaid("a function without a docstring")
             row["captions"] = clean_captions(captions)
@@ -230,16 +278,36 @@ def _is_empty(said: Any) -> bool:
     return all(text is None or (isinstance(text, str) and not text.strip()) for text in listed)
 
 
-def _first(names: list[str], usual: Iterable[str]) -> str | None:
+def split_named(name: Any) -> str | None:
+    """``"Val" -> "validation"``; none if it names no split."""
+    return SPLIT_NAMES.get(str(name).strip().lower())
+
+
+def split_begun(name: str) -> str | None:
+    """``"train-00000.tar" -> "train"``: the split that a name begins with."""
+    lower = name.lower()
+    for known, split in SPLIT_NAMES.items():
+        if lower == known or lower.startswith((f"{known}-", f"{known}_", f"{known}.")):
+            return split
+    return None
+
+
+def _first(names: Collection[str], usual: Iterable[str]) -> str | None:
     return next((name for name in usual if name in names), None)
 
 
-def _named(names: list[str], wanted: str | None, usual: Iterable[str], where: str) -> str | None:
+def _named(
+    names: list[str],
+    wanted: str | None,
+    held: Collection[str],
+    usual: Iterable[str],
+    where: str,
+) -> str | None:
     if wanted is not None and wanted not in names:
         near = nearest(wanted, names)
         more = near if "did you mean" in near else f"; rows have {', '.join(names) or 'none'}"
         raise UserError(f"{where}: no field {wanted!r}{more}")
-    return wanted or _first(names, usual)
+    return wanted or _first(held, usual)
 
 
 def ending_of(name: str) -> str:
