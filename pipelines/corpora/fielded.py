@@ -52,6 +52,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
+ALL = frozenset(SPLIT_NAMES.values())
 #: Where the rows of a test go that says nothing of them: for prediction.
 UNLABELLED = "unlabelled"
 

@@ -18,6 +18,7 @@ from itertools import islice
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import (
+    ALL,
     LABEL,
     MODALITY_OF,
     TEXT,
@@ -42,7 +43,6 @@ NAMES = tuple(
 FILE_FIELDS = ("file_name", "file", "filename", "path", "audio", "image", "video", "wav")
 #: A field that names the split of each row.
 SPLIT = "split"
-ALL = frozenset(("train", "validation", "test"))
 ROWS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv", ".parquet")
 
 

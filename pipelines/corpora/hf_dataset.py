@@ -11,12 +11,21 @@ memory at a time: media pass along whenever rows are read, and again to be decod
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus, ending_of
+from pipelines.corpora.fielded import (
+    ALL,
+    MODALITY_OF,
+    FieldedCorpus,
+    ending_of,
+    split_begun,
+    split_named,
+)
+from pipelines.corpora.glance import LOOKED_AT, Glance
 from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken
 from pipelines.media import MediaRef
@@ -32,7 +41,7 @@ class HfDataset(FieldedCorpus):
     """Rows of a saved dataset."""
 
     name = "hf_dataset"
-    version = 2  # rows are counted from 1
+    version = 3  # a test without labels is for prediction; a field for splits is heeded
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
@@ -54,6 +63,8 @@ class HfDataset(FieldedCorpus):
                 "save_to_disk"
             )
         self.given = frozenset(split for split, _ in self.folders if split)
+        if self.options.split is not None and not self.given:
+            self.given = ALL
         features = _json(self.place, f"{self.folders[0][1]}dataset_info.json").get("features") or {}
         kinds = {
             name: MEDIA_FEATURES[about["_type"]]
@@ -68,6 +79,20 @@ class HfDataset(FieldedCorpus):
         named = features.get(self.label or "", {})
         if "labels" in self.has and isinstance(named, dict) and named.get("names"):
             self.labels = tuple(named["names"])
+        if "test" in self.given and self.options.split is None:
+            self.settle_test(self._look())
+
+    def _look(self) -> Glance:
+        """At the first rows of the test: its labels may all be -1, for none. Of the training rows'
+        it is known what they are, unless they have no names."""
+        glance = Glance()
+        looked_at = {"test"} if self.labels else {"test", "train"}
+        for split, folder in self.folders if self.has else ():
+            for file in _files(self.place, folder)[:1] if split in looked_at else ():
+                found = (row for row in self._records(file) if isinstance(row, dict))
+                for record in islice(found, LOOKED_AT):
+                    glance.add(split, record)
+        return glance
 
     def files_of_rows(self) -> int:
         """The Arrow files."""
@@ -195,7 +220,10 @@ def _splits(place: Place) -> list[tuple[str | None, str]]:
     if not place.exists("dataset_dict.json"):
         return []
     names = _json(place, "dataset_dict.json").get("splits") or []
-    return [(SPLIT_NAMES.get(str(name).lower(), str(name)), f"{name}/") for name in names]
+    found = [(split_named(name), str(name)) for name in names]
+    if not any(split == "train" for split, _ in found):  # "train.clean.100"
+        found = [(split_begun(name), name) for _, name in found]
+    return [(split or name, f"{name}/") for split, name in found]
 
 
 def _files(place: Place, folder: str) -> list[str]:

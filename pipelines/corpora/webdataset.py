@@ -3,8 +3,11 @@
     train-000000.tar    0001.jpg  0001.txt  0002.jpg  0002.txt …
                         0001.wav  0001.json {"transcription": …}      0001.jpg  0001.cls
 
-Media are not unpacked: a row refers to a range of bytes of its tar (a compressed one is read front
-to back). The split is named by the tar or its folder, else made.
+A sample's name ends at the first dot behind its folders, as the webdataset library has it, and its
+members stand one after the other. It has one medium, and one text of a kind: what a second one says
+is set aside. Members whose name begins with a dot, or has none, are of no sample: the ``._`` files
+of macOS among them. Media are not unpacked: a row refers to a range of bytes of its tar (a
+compressed one is read front to back). The split is named by the tar or its folder, else made.
 """
 
 import contextlib
@@ -15,8 +18,9 @@ from itertools import islice
 from typing import Any
 
 from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.fielded import MODALITY_OF, SPLIT_NAMES, FieldedCorpus
+from pipelines.corpora.fielded import ALL, ENDINGS, MODALITY_OF, FieldedCorpus, split_begun
 from pipelines.corpora.folder import holds_rows
+from pipelines.corpora.glance import Glance
 from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken, Decoder
 from pipelines.media import MediaRef
@@ -27,6 +31,15 @@ from skillnet_platform.errors import UserError
 
 TARS = (".tar", ".tar.gz", ".tgz")
 WRITTEN = ("txt", "text", "caption", "transcript", "transcription", "cls", "label", "code", "py")
+#: Samples that are looked at, of the first tar of each split.
+LOOKED_AT = 100
+#: Why a member is not read that has the name of a sample.
+SECOND = (
+    "a second file of its kind in one sample; a sample's name ends at its first dot: write other "
+    "dots as _"
+)
+#: Why a sample of texts is none of pictures.
+APART = "no media file in a sample; its members must stand one after the other (tar --sort=name)"
 #: Texts beyond this are not read into the row.
 LONGEST_TEXT = 16 * 2**20
 
@@ -41,12 +54,17 @@ class Sample:
     ending: str | None = None
     problem: str = ""
     rest: bool = False
+    #: Members for which there is no room in it, and their endings.
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    #: Kinds of texts that were read.
+    read: set[str] = field(default_factory=set)
 
 
 class WebDataset(FieldedCorpus):
     """Samples of tars, in their order."""
 
     name = "webdataset"
+    version = 2  # members of no sample are passed over; of two texts of a kind the first is taken
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
@@ -66,16 +84,26 @@ class WebDataset(FieldedCorpus):
             raise UserError(f"{self.place.uri}: no .tar in it or up to three folders below")
         self.given = frozenset(split for tar in self.tars if (split := _split_of(tar)))
         if self.options.split is not None:
-            self.given = frozenset(SPLIT_NAMES.values())
-        first = next((found for tar in self.tars if (found := self._first(tar))), None)
-        if first is None:
+            self.given = ALL
+        glance, ending = Glance(), None
+        looked_at: set[str | None] = set()
+        for split, tar in self._tars_to_look_at():
+            if split in looked_at:
+                continue
+            for sample in islice(_samples(self.place, tar), LOOKED_AT):
+                if not sample.problem:
+                    looked_at.add(split)
+                    glance.add(split, sample.fields)
+                    ending = ending or sample.ending
+        if not looked_at:
             raise UserError(f"{self.place.uri}: no readable sample in its tars")
-        self.decide(first.fields, first.ending)
+        self.decide(glance.names, ending, glance.held)
+        self.settle_test(glance)
 
-    def _first(self, tar: str) -> Sample | None:
-        """The first sample of a tar that has a medium and says something of it, else the first."""
-        good = [s for s in islice(_samples(self.place, tar), 100) if not s.problem]
-        return next((s for s in good if s.fields and s.reference), good[0] if good else None)
+    def _tars_to_look_at(self) -> list[tuple[str | None, str]]:
+        """(Split, tar), training first: a test may lack what it asks for."""
+        named = [(_split_of(tar), tar) for tar in self.tars]
+        return sorted(named, key=lambda each: each[0] != "train")
 
     def files_of_rows(self) -> int:
         """The tars."""
@@ -87,8 +115,15 @@ class WebDataset(FieldedCorpus):
             split, file = _split_of(tar), tar or self.place.name
             for number, sample in enumerate(_samples(self.place, tar), start=1):
                 key = key_of(file, sample.key)
+                for member, ending in sample.lost:
+                    # Of a picture and its mask the mask is left out by choice.
+                    alike = sample.reference is None or ending == sample.ending
+                    yield Rejected(key_of(file, member), SECOND, file, number, bad=alike)
                 if sample.problem:
                     yield bad(key, sample.problem, file, number, sample.rest)
+                    continue
+                if sample.reference is None and self.modality in ENDINGS:
+                    yield bad(key, APART, file, number)
                     continue
                 try:
                     row = self.row(key, sample.fields, sample.reference, split)
@@ -100,28 +135,24 @@ class WebDataset(FieldedCorpus):
 
 def _tars(place: Place) -> list[str]:
     if place.is_file:
-        return [""] if place.name.endswith(TARS) else []
+        return [""] if place.name.lower().endswith(TARS) else []
     return [
         f"{folder}/{entry.name}" if folder else entry.name
         for folder in place.folders(depth=3)
         for entry in place.entries(folder)
-        if not entry.is_folder and entry.name.endswith(TARS)
+        if not entry.is_folder and entry.name.lower().endswith(TARS)
     ]
 
 
 def _split_of(tar: str) -> str | None:
     """The split that a tar's name or folder begins with."""
-    for part in reversed(tar.lower().split("/")):
-        for name, split in SPLIT_NAMES.items():
-            if part == name or part.startswith((f"{name}-", f"{name}_", f"{name}.")):
-                return split
-    return None
+    return next((s for part in reversed(tar.split("/")) if (s := split_begun(part))), None)
 
 
 def _samples(place: Place, tar: str) -> Iterator[Sample]:
     """Samples of a tar; the last one tells of damage."""
     path = place.path(tar)
-    packed = not path.endswith(".tar")
+    packed = not path.lower().endswith(".tar")
     current: Sample | None = None
     try:
         with (
@@ -130,7 +161,11 @@ def _samples(place: Place, tar: str) -> Iterator[Sample]:
         ):
             for entry in archive:
                 folder, _, name = entry.name.removeprefix("./").rpartition("/")
-                stem, _, ending = name.partition(".")
+                stem, dot, ending = name.partition(".")
+                if not stem or not dot or "__MACOSX" in folder.split("/"):
+                    continue
+                if name.lower() == "thumbs.db":
+                    continue
                 key = f"{folder}/{stem}" if folder else stem
                 if current is None or current.key != key:
                     if current is not None:
@@ -156,15 +191,22 @@ def _add(
 ) -> None:
     last = ending.rpartition(".")[2]
     if last in MODALITY_OF:
-        if sample.reference is None:
-            if packed:
-                sample.reference = MediaRef(path, member=entry.name)
-            else:
-                sample.reference = MediaRef(path, entry.offset_data, entry.size)
-            sample.ending = last
+        if sample.reference is not None:
+            sample.lost.append((entry.name, last))
+            return
+        if packed:
+            sample.reference = MediaRef(path, member=entry.name)
+        else:
+            sample.reference = MediaRef(path, entry.offset_data, entry.size)
+        sample.ending = last
         return
     if last not in (*WRITTEN, "json"):
         return
+    name = {"py": "code", "label": "cls"}.get(last, last)
+    if name in sample.read:
+        sample.lost.append((entry.name, last))
+        return
+    sample.read.add(name)
     if entry.size > LONGEST_TEXT:
         sample.problem = "a text longer than 16 MiB"
         return
@@ -178,7 +220,7 @@ def _add(
             else:
                 sample.fields |= value if isinstance(value, dict) else {"captions": value}
         else:
-            sample.fields[{"py": "code", "label": "cls"}.get(last, last)] = text
+            sample.fields[name] = text
     except UnicodeDecodeError:
         sample.problem = "not UTF-8"
     except (ValueError, RecursionError):
