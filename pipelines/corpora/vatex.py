@@ -12,6 +12,7 @@ the last two numbers.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from pipelines.corpora.base import Rejected, Row, Sources
@@ -31,6 +32,8 @@ from pipelines.media import MediaRef
 from pipelines.places import Place
 from skillnet_platform.errors import UserError
 
+#: So many clips are looked at for captions.
+LOOKED_AT = 100
 FIELDS = {"chinese": ("chCap",), "english": ("enCap",), "both": ("chCap", "enCap")}
 
 
@@ -67,8 +70,28 @@ class Vatex(CaptionedCorpus):
                 f"{self.place.uri}: no vatex_training_v1.0.json in it or up to three folders "
                 "below; VATEX is such files and clips named by videoID"
             )
+        for _, file in sorted(each for each in files if each[0] != "test")[:1]:
+            self._look(file)
         # The public test is of use only if it holds all the captions that are asked for.
         self.take([(s, file) for s, file in files if s != "test" or self._captioned(file)])
+
+    def _look(self, file: str) -> None:
+        """At the first clips: whether they have captions of the language that is asked for.
+
+        Raises:
+            UserError: they have those of the other alone.
+        """
+        first = [record for _, _, record in islice(entries(self.place, file), LOOKED_AT)]
+        there = [
+            language
+            for language in ("chinese", "english")
+            if any(isinstance(r, dict) and r.get(FIELDS[language][0]) for r in first)
+        ]
+        if there and self.options.captions not in (*there, "both"):
+            raise UserError(
+                f"{self.place.path(file)}: its captions are {there[0]} alone; to take them, give "
+                f"--options.{self.name}.captions {there[0]}"
+            )
 
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
         """Clips in the order of the annotations, then those that nobody describes."""
