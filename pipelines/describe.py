@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipelines.corpora import READERS, PlacedCorpus, guess_reader, named_reader, place_corpus
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import FieldedCorpus
+from pipelines.corpora.packed import unpack_hint
 from pipelines.corpora.records import entries, records
 from pipelines.guard import read_each
 from pipelines.media import Unreadable, read_media
@@ -99,7 +100,7 @@ def _reader_of(place: str) -> tuple[str, str, str]:
     if found is None:
         raise UserError(
             f"{place}: no known format; known are {', '.join(READERS)}. Name one with "
-            f"--describe folder:{place} to be told what it lacks"
+            f"--describe folder:{place} to be told what it lacks{unpack_hint(Place(place))}"
         )
     return found[0], place, found[1]
 

@@ -21,6 +21,7 @@ from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.captioned import CaptionedCorpus
 from pipelines.corpora.fielded import ENDINGS, ending_of
 from pipelines.corpora.finish import CaptionOptions, ImageOptions
+from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import (
     MediaOptions,
     bad,
@@ -32,7 +33,6 @@ from pipelines.corpora.placed import (
 from pipelines.corpora.records import Broken, entries
 from pipelines.media import MediaRef
 from pipelines.places import Place
-from skillnet_platform.errors import UserError
 
 ANNOTATIONS = re.compile(r"caption_(train|validation|test_?a|test_?b|test)_annotations_\w+\.json$")
 #: So many pictures of a test are looked at for captions.
@@ -63,9 +63,10 @@ class AicIcc(CaptionedCorpus):
         """Find the files of annotations."""
         files = list(_annotations(self.place))
         if not files:
-            raise UserError(
-                f"{self.place.uri}: no caption_train_annotations_….json in it or up to three "
-                "folders below; AIC-ICC has one in each of its folders"
+            raise lacking(
+                self.place,
+                "no caption_train_annotations_….json in it or up to three folders below; AIC-ICC "
+                "has one in each of its folders",
             )
         tests = [file for split, file in files if split.startswith("test")]
         #: Files of tests that have no captions.

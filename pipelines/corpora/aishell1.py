@@ -4,6 +4,7 @@
     data_aishell/wav/{train,dev,test}/S0002/BAC009S0002W0122.wav
     data_aishell/wav/{train,dev,test}/S0002.tar.gz           a speaker not yet unpacked
     data_aishell/wav/S0002.tar.gz                            holding train/S0002/….wav
+    data_aishell/wav/S0002/….wav                             no splits: made, by speaker
 
 Speakers that are still archives are read in place; of an utterance that is there unpacked, too, the
 unpacked one is taken. Words are joined: error rates are of characters.
@@ -17,7 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.finish import SoundOptions
+from pipelines.corpora.fielded import split_named
+from pipelines.corpora.finish import SoundOptions, SplitOptions
+from pipelines.corpora.packed import lacking, packed
 from pipelines.corpora.placed import (
     MediaOptions,
     PlacedCorpus,
@@ -25,6 +28,7 @@ from pipelines.corpora.placed import (
     characters_of,
     clean_text,
     key_of,
+    made_split,
     media_row,
 )
 from pipelines.media import MediaRef
@@ -33,9 +37,13 @@ from pipelines.source_files import OWN, open_stream
 from pipelines.tars import BadTar, Tar
 from skillnet_platform.errors import UserError
 
-PARTS = {"train": "train", "dev": "validation", "test": "test"}
 ARCHIVES = (".tar.gz", ".tgz")
 _TRANSCRIPT = re.compile(r"aishell_transcript.*\.txt(\.gz)?$")
+_ROOT = "data_aishell/"
+#: What the corpus is downloaded as.
+_WHOLE = re.compile(r"(data_)?aishell([-_]?1)?\.\w", re.IGNORECASE)
+#: Splits are made in these shares where none are given.
+_SHARES = SplitOptions()
 
 
 @dataclass
@@ -50,21 +58,29 @@ class Aishell1(PlacedCorpus):
     modality = "sound"
     Options = AishellOptions
     has = ("transcripts",)
-    version = 2  # unpacked speakers come first
+    version = 3  # folders of speakers beside those of splits are read
 
     @classmethod
     def guess(cls, place: Place) -> str | None:
-        """Its transcript file."""
+        """Its transcript file, in it or beside it; or its archive."""
         found = _transcript(place)
-        return f"{found} is the transcript of AISHELL-1" if found else None
+        if found:
+            return f"{found} is the transcript of AISHELL-1"
+        if above := _whole_corpus(place):
+            return f"it is a part of AISHELL-1, which is {above}"
+        archive = next((name for name in packed(place) if _WHOLE.match(name)), None)
+        return f"{archive} is an archive of AISHELL-1" if archive else None
 
     def locate(self) -> None:
         """Find transcript and recordings."""
         found = _transcript(self.place)
         if found is None:
-            raise UserError(
-                f"{self.place.uri}: no transcript/aishell_transcript_v0.8.txt in it; AISHELL-1 is "
-                "a folder data_aishell with transcript and wav"
+            if above := _whole_corpus(self.place):
+                raise UserError(f"{self.place.uri}: a part of AISHELL-1; give the whole, {above}")
+            raise lacking(
+                self.place,
+                "no transcript/aishell_transcript_v0.8.txt in it; AISHELL-1 is a folder "
+                "data_aishell with transcript and wav",
             )
         self.transcript = found
         root = found.rpartition("transcript/")[0]
@@ -72,6 +88,15 @@ class Aishell1(PlacedCorpus):
         self.wav = "" if self.options.media else f"{root}wav"
         if not self.home.exists(self.wav):
             raise UserError(f"{self.home.uri}/{self.wav}: no such folder; recordings are there")
+        speakers = self._speakers()
+        if not speakers:
+            where = self.home.path(self.wav)
+            raise UserError(
+                f"{where}: no folders of speakers in it, nor their archives; expected "
+                "train/S0002/BAC009S0002W0122.wav and alike, or S0002/…"
+            )
+        #: No splits are given: each speaker falls into one.
+        self.made = all((given or self._inner_split(path)) is None for given, path in speakers)
 
     def annotations(self) -> list[str]:
         """The transcript file."""
@@ -81,11 +106,7 @@ class Aishell1(PlacedCorpus):
         """The characters that training speakers say, without listing their recordings."""
         speakers = set()
         for split, path in self._speakers():
-            if split is None:
-                # Of an archive that cannot be read, ``rows`` tells.
-                with contextlib.suppress(BadTar, *OWN):
-                    split = _split_in(next(_members(self.home, path), "").split("/"))
-            if split == "train":
+            if self._split(split or self._inner_split(path), path) == "train":
                 speakers.add(_speaker(path))
         spoken = self._transcripts()
         texts = (said.text for name, said in spoken.items() if name[6:11] in speakers)
@@ -109,7 +130,7 @@ class Aishell1(PlacedCorpus):
                 unpacked.add(_speaker(path))
             for name, inside, reference in self._recordings(path):
                 key, line = key_of(inside), spoken.get(name)
-                home = split or _split_in(inside.split("/"))
+                home = self._split(split or _split_in(inside.split("/")), path)
                 if isinstance(reference, str):
                     if _speaker(path) not in unpacked:
                         yield bad(key, reference, inside, rest=True)
@@ -130,6 +151,20 @@ class Aishell1(PlacedCorpus):
                 key = key_of("transcript", name)
                 yield bad(key, "a transcript without a recording", self.transcript, said.line)
 
+    def _split(self, given: str | None, path: str) -> str | None:
+        """The split of a speaker: as given, or made of its name alone."""
+        if given is None and self.made:
+            return made_split(_speaker(path), _SHARES)
+        return given
+
+    def _inner_split(self, path: str) -> str | None:
+        """The split that the first member of a speaker's archive names."""
+        if path.endswith(ARCHIVES):
+            # Of an archive that cannot be read, ``rows`` tells.
+            with contextlib.suppress(BadTar, *OWN):
+                return _split_in(next(_members(self.home, path), "").split("/"))
+        return None
+
     def _transcripts(self) -> "dict[str, Said]":
         """Utterance -> what is said. Some 30 MB for all."""
         found: dict[str, Said] = {}
@@ -149,15 +184,15 @@ class Aishell1(PlacedCorpus):
 
     def _speakers(self) -> list[tuple[str | None, str]]:
         """(Split, path) of every folder, then of every archive, of a speaker; the split is none
-        where only the members of the archive tell it."""
+        where at most the members of the archive tell it."""
         found: list[tuple[str | None, str]] = []
         for entry in self.home.entries(self.wav):
             path = f"{self.wav}/{entry.name}" if self.wav else entry.name
-            if entry.is_folder and entry.name in PARTS:
+            if entry.is_folder and (split := split_named(entry.name)):
                 for below in self.home.entries(path):
                     if below.is_folder or below.name.endswith(ARCHIVES):
-                        found.append((PARTS[entry.name], f"{path}/{below.name}"))
-            elif entry.name.endswith(ARCHIVES):
+                        found.append((split, f"{path}/{below.name}"))
+            elif entry.name.endswith(ARCHIVES) or (entry.is_folder and entry.name != "__MACOSX"):
                 found.append((None, path))
         return sorted(found, key=lambda speaker: speaker[1].endswith(ARCHIVES))
 
@@ -209,7 +244,7 @@ def _speaker(path: str) -> str:
 def _transcript(place: Place) -> str | None:
     if place.is_file:
         return None
-    for folder in ("transcript", "data_aishell/transcript"):
+    for folder in (f"{above}transcript" for above in ("", _ROOT, _ROOT * 2)):
         if place.exists(folder):
             for entry in place.entries(folder):
                 if _TRANSCRIPT.match(entry.name):
@@ -217,13 +252,26 @@ def _transcript(place: Place) -> str | None:
     return None
 
 
+def _whole_corpus(place: Place) -> str | None:
+    """The folder that ``data_aishell/wav``, or what is in it, is a part of."""
+    if place.is_file:
+        return None
+    uri = place.uri
+    for _ in range(2):
+        above, _, name = uri.rpartition("/")
+        if name in ("wav", "transcript") or split_named(name):
+            uri = above
+    return uri if uri != place.uri and _transcript(Place(uri)) else None
+
+
 def _members(place: Place, path: str) -> Iterator[str]:
     """Names of the files of a compressed tar, front to back."""
     where = place.path(path)
     with open_stream(where) as stream, contextlib.closing(Tar(where, stream)) as tar:
         for entry in tar:
-            yield entry.name
+            if not entry.name.rpartition("/")[2].startswith("."):  # macOS leaves ``._`` files
+                yield entry.name
 
 
 def _split_in(parts: list[str]) -> str | None:
-    return next((PARTS[part] for part in parts if part in PARTS), None)
+    return next((split for part in parts if (split := split_named(part))), None)

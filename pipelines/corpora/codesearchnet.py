@@ -9,9 +9,11 @@ are as given: they go by repository.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.finish import CaptionOptions, CodeOptions
+from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import PlacedCorpus, bad, clean_text, group_of, key_of
 from pipelines.corpora.ranges import within
 from pipelines.corpora.records import Broken, json_lines
@@ -21,6 +23,8 @@ from skillnet_platform.errors import UserError
 
 PARTS = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
 SUFFIXES = (".jsonl.gz", ".jsonl")
+#: So many functions are looked at for their fields.
+LOOKED_AT = 100
 #: Fields that tell a line of CodeSearchNet.
 FIELDS = {"docstring", "code", "func_name"}
 
@@ -63,9 +67,28 @@ class CodeSearchNet(PlacedCorpus):
         """Find the files of each split."""
         self.files = list(_files(self.place))
         if not any(split == "train" for split, _ in self.files):
+            raise lacking(
+                self.place,
+                "no folder train with .jsonl.gz files in it or up to four folders below; expected "
+                f"{self.layout}",
+            )
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        """That the first functions have a docstring under the name that is given.
+
+        Raises:
+            UserError: they have none; with their fields.
+        """
+        (file, *_) = (file for split, file in self.files if split == "train")
+        found = islice(json_lines(self.place, file), LOOKED_AT)
+        names = list(dict.fromkeys(n for _, row in found if isinstance(row, dict) for n in row))
+        wanted = self.options.docstring
+        if names and wanted not in names:
+            likely = next((n for n in names if n.startswith("doc") and "token" not in n), "FIELD")
             raise UserError(
-                f"{self.place.uri}: no folder train with .jsonl.gz files in it or up to four "
-                f"folders below; expected {self.layout}"
+                f"{self.place.path(file)}: no field {wanted!r} with the docstrings; rows have "
+                f"{', '.join(names)}. Name it: --options.{self.name}.docstring {likely}"
             )
 
     def annotations(self) -> list[str]:

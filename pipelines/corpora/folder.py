@@ -27,6 +27,7 @@ from pipelines.corpora.fielded import (
     split_named,
 )
 from pipelines.corpora.glance import LOOKED_AT, Glance
+from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken, records
 from pipelines.media import MediaRef
@@ -160,9 +161,10 @@ class Folder(FieldedCorpus):
         of them."""
         first = _first_media(self.place)
         if first is None:
-            raise UserError(
-                f"{self.place.uri}: neither a metadata file ({', '.join(NAMES[:4])} …) nor "
-                "media in folders named by class in it"
+            raise lacking(
+                self.place,
+                f"neither a metadata file ({', '.join(NAMES[:4])} …) nor media in folders named by "
+                "class in it",
             )
         self.root = _root_of_splits(self.place)
         tests = []

@@ -26,6 +26,7 @@ from pipelines.corpora.fielded import (
     split_named,
 )
 from pipelines.corpora.glance import LOOKED_AT, Glance
+from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken
 from pipelines.media import MediaRef
@@ -58,9 +59,9 @@ class HfDataset(FieldedCorpus):
         self.home = Place(self.options.media) if self.options.media else self.place
         self.folders = _splits(self.place)
         if not self.folders:
-            raise UserError(
-                f"{self.place.uri}: neither dataset_dict.json nor state.json in it; it is made by "
-                "save_to_disk"
+            raise lacking(
+                self.place,
+                "neither dataset_dict.json nor state.json in it; it is made by save_to_disk",
             )
         self.given = frozenset(split for split, _ in self.folders if split)
         if self.options.split is not None and not self.given:

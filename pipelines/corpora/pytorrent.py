@@ -21,7 +21,8 @@ class PyTorrent(CodeSearchNet):
     def guess(cls, place: Place) -> str | None:
         """Lines with CodeSearchNet's fields and its own."""
         found = fields_of(place)
-        if FIELDS <= found and {"code_with_docstrings", "summary"} & found:
+        # Without its docstring, too: it may have a name that must be given.
+        if FIELDS - {"docstring"} <= found and {"code_with_docstrings", "summary"} & found:
             return "train, valid and test hold lines with the fields of PyTorrent"
         return None
 

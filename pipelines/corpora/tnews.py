@@ -2,11 +2,12 @@
 
     tnews_public/train.json dev.json test.json [labels.json]
 
-JSON lines ``{"label": "102", "label_desc": "news_entertainment", "sentence": …, "keywords": …}``;
-the label may be a number, ``label_des`` stands for ``label_desc`` in some copies. The public test
-has ids and no labels: it becomes the split ``unlabelled``, for ``skillnet predict``; figures are
-those of ``dev``, as the split ``test``, and a share of ``train`` is held out as validation. Where
-the test has labels, splits are as given.
+JSON lines (or an array) of
+``{"label": "102", "label_desc": "news_entertainment", "sentence": …, "keywords": …}``; the label
+may be a number, ``label_des`` stands for ``label_desc`` in some copies. The public test has ids and
+no labels: it becomes the split ``unlabelled``, for ``skillnet predict``; figures are those of
+``dev``, as the split ``test``, and a share of ``train`` is held out as validation. Where the test
+has labels, splits are as given.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 
 from pipelines.corpora.base import Rejected, Row, Sources, draw
 from pipelines.corpora.finish import TextOptions
+from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import PlacedCorpus, bad, clean_text
-from pipelines.corpora.records import Broken, Found, json_lines
+from pipelines.corpora.records import Broken, Found, records
 from pipelines.places import Place
 from pipelines.transforms.text import with_keywords
-from skillnet_platform.errors import UserError
 
 #: Code -> description, as CLUE's ``labels.json`` has them.
 LABELS = {
@@ -75,7 +76,7 @@ class Tnews(PlacedCorpus):
     def guess(cls, place: Place) -> str | None:
         """Lines with a sentence and a label of CLUE's."""
         for _, file in _files(place):
-            for _, row in json_lines(place, file):
+            for _, row in records(place, file):
                 if isinstance(row, dict) and "sentence" in row and _code(row) in LABELS:
                     return f"{file} has sentences with labels of TNEWS"
                 break
@@ -85,13 +86,13 @@ class Tnews(PlacedCorpus):
         """Find the three files; a test is not needed."""
         self.files = dict(_files(self.place))
         if "train" not in self.files:
-            raise UserError(
-                f"{self.place.uri}: no train.json in it; TNEWS is a folder with train.json, "
-                "dev.json and test.json"
+            raise lacking(
+                self.place,
+                "no train.json in it; TNEWS is a folder with train.json, dev.json and test.json",
             )
         self.labelled_test = "test" in self.files and any(
             isinstance(row, dict) and _code(row) is not None
-            for _, row in _first(json_lines(self.place, self.files["test"]))
+            for _, row in _first(records(self.place, self.files["test"]))
         )
 
     def annotations(self) -> list[str]:
@@ -101,7 +102,7 @@ class Tnews(PlacedCorpus):
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
         """Lines in the order of the files."""
         for part, file in self.files.items():
-            for number, row in json_lines(self.place, file):
+            for number, row in records(self.place, file):
                 # Not of the folder or the ending: the split that is made must not hang on those.
                 key = f"{part}.json:{number}"
                 if isinstance(row, Broken):

@@ -19,6 +19,7 @@ from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.captioned import CaptionedCorpus
 from pipelines.corpora.fielded import ENDINGS, ending_of
 from pipelines.corpora.finish import CaptionOptions, VideoOptions
+from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import (
     MediaOptions,
     bad,
@@ -66,9 +67,10 @@ class Vatex(CaptionedCorpus):
         """Find the files of annotations."""
         files = list(_annotations(self.place))
         if not files:
-            raise UserError(
-                f"{self.place.uri}: no vatex_training_v1.0.json in it or up to three folders "
-                "below; VATEX is such files and clips named by videoID"
+            raise lacking(
+                self.place,
+                "no vatex_training_v1.0.json in it or up to three folders below; VATEX is such "
+                "files and clips named by videoID",
             )
         for _, file in sorted(each for each in files if each[0] != "test")[:1]:
             self._look(file)

@@ -21,6 +21,7 @@ from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import ALL, ENDINGS, MODALITY_OF, FieldedCorpus, split_begun
 from pipelines.corpora.folder import holds_rows
 from pipelines.corpora.glance import Glance
+from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken, Decoder
 from pipelines.media import MediaRef
@@ -81,7 +82,7 @@ class WebDataset(FieldedCorpus):
         """Find the tars; see what the first sample has."""
         self.tars = _tars(self.place)
         if not self.tars:
-            raise UserError(f"{self.place.uri}: no .tar in it or up to three folders below")
+            raise lacking(self.place, "no .tar in it or up to three folders below")
         self.given = frozenset(split for tar in self.tars if (split := _split_of(tar)))
         if self.options.split is not None:
             self.given = ALL
