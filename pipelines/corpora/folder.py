@@ -85,7 +85,7 @@ class Folder(FieldedCorpus):
         for split, file in sorted(self.files, key=lambda each: each[0] != "train"):
             for record in self._records(file, LOOKED_AT):
                 glance.add(split, record)
-                named.append({n: record[n] for n in (*FILE_FIELDS, SPLIT) if n in record})
+                named.append(_names_of(record))
         if not glance.names:
             raise UserError(f"{self.place.uri}: no readable row in {self.files[0][1] or 'it'}")
         self.file_field, ending = _file_field(named)
@@ -116,7 +116,7 @@ class Folder(FieldedCorpus):
                 if self.by_folder:
                     split = self._folder_split(record)
                 else:
-                    split = split_named(record.get(self.split_field))
+                    split = split_named(record.get(self.split_field or ""))
                 if split is None:
                     continue
                 glance.add(split, record)
@@ -275,6 +275,12 @@ class Folder(FieldedCorpus):
                 continue
             reference = MediaRef(self.place.path(entry.name))
             yield self.row(key, {"label": label}, reference, split)
+
+
+def _names_of(record: Row) -> Row:
+    """What a record may name files and splits by; a picture that stands in it is no name."""
+    found = {name: record[name] for name in (*FILE_FIELDS, SPLIT) if name in record}
+    return {name: value if isinstance(value, str) else None for name, value in found.items()}
 
 
 def _file_field(rows: list[Row]) -> tuple[str | None, str | None]:
