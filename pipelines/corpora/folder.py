@@ -42,6 +42,8 @@ NAMES = tuple(
     if not (ending == ".parquet" and packed)
 )
 FILE_FIELDS = ("file_name", "file", "filename", "path", "audio", "image", "video", "wav")
+#: In so many folders metadata are looked for that would be passed over.
+NEAR = 3
 #: A field that names the split of each row.
 SPLIT = "split"
 ROWS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv", ".parquet")
@@ -64,7 +66,7 @@ class Folder(FieldedCorpus):
     def guess(cls, place: Place) -> str | None:
         """Metadata, or folders of media, or one file of rows."""
         if place.is_file:
-            return "a file of rows" if place.name.endswith(ROWS) else None
+            return "a file of rows" if place.name.lower().endswith(ROWS) else None
         found = list(_metadata(place))
         if found:
             return f"{found[0][1]} names files or holds rows"
@@ -160,6 +162,12 @@ class Folder(FieldedCorpus):
         """Find the folders of splits; the last folder of a file is its class, if there are several
         of them."""
         first = _first_media(self.place)
+        for entry in [e for e in self.place.entries() if e.is_folder][:NEAR]:
+            for _, file in _metadata(Place(self.place.path(entry.name))):
+                raise UserError(
+                    f"{self.place.uri}: no metadata file in it, but {entry.name}/{file}; give "
+                    f"{self.place.path(entry.name)}"
+                )
         if first is None:
             raise lacking(
                 self.place,
@@ -364,7 +372,7 @@ def _metadata(place: Place) -> Iterator[tuple[str | None, str]]:
             found = next((n for n in NAMES if place.exists(f"{entry.name}/{n}")), None)
             if found:
                 yield split, f"{entry.name}/{found}"
-        elif entry.name.endswith(ROWS):
+        elif entry.name.lower().endswith(ROWS):
             yield split, entry.name
 
 

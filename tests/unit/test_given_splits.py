@@ -74,6 +74,20 @@ def test_pictures_of_a_test_without_classes(tmp_path: Path) -> None:
     assert "label" not in corpus.schema("unlabelled").names
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "train.jsonl", "Train/metadata.jsonl"])
+def test_metadata_further_down_are_not_passed_over(tmp_path: Path, name: str) -> None:
+    pictures(tmp_path, "corpus/1.jpg")
+    write_lines(tmp_path / "corpus" / name, [{"file_name": "1.jpg", "caption": "图"}])
+    with pytest.raises(UserError, match=f"but corpus/{name}; give {tmp_path}/corpus$"):
+        folder(tmp_path)
+
+
+def test_names_of_files_in_capitals(tmp_path: Path) -> None:
+    for name in ("train.csv", "TEST.CSV"):
+        (tmp_path / name).write_text("text,label\n一,a\n二,b\n")
+    assert folder(tmp_path).given == {"train", "test"}
+
+
 def captioned(home: Path, rows: list[dict]) -> None:
     pictures(home, *(row["file_name"] for row in rows))
     write_lines(home / "metadata.jsonl", rows)
