@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import struct
 import tempfile
@@ -85,6 +86,27 @@ def repacked(data: bytes, ending: str) -> bytes:
         return path.read_bytes()
 
 
+def unknown_codec() -> bytes:
+    """A video of a codec that nobody has."""
+    name = rb"V_[A-Z0-9/]+"
+    return re.sub(name, lambda found: b"V_".ljust(len(found[0]), b"Z"), repacked(clip(), "mkv"))
+
+
+def refers() -> bytes:
+    """A drawing that shows the picture beside it."""
+    return (
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="48">'
+        b'<image width="64" height="48" href="good-2.png"/></svg>'
+    )
+
+
+def fractions() -> bytes:
+    """Greys between 0 and 1."""
+    target = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(target, "TIFF")
+    return target.getvalue()
+
+
 def half(data: bytes) -> bytes:
     """The first half of a file."""
     return data[: len(data) // 2]
@@ -103,6 +125,8 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "huge.png": (hundred_megapixels, "million pixels"),
         "bomb.svg": (lambda: b"<svg" + b"<g>" * 4_000_000, "SVG of more"),
         "broken.svg": (lambda: b"<svg><rect", "damaged SVG"),
+        "refers.svg": (refers, "refers to another file"),
+        "fractions.tif": (fractions, "fractions"),
         "good-3.webp": (lambda: picture("WEBP"), ""),
     },
     "sounds": {
@@ -115,6 +139,7 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "text-called-mp3.mp3": (lambda: "这不是录音".encode() * 99, "not a recording"),
         "page.mp3": (lambda: b"<!DOCTYPE html><title>404</title>", "web page"),
         "empty.wav": (lambda: b"", "an empty file"),
+        "list.mp3": (lambda: b"ffconcat version 1.0\nfile 'good-2.mp3'\n", "a playlist"),
         "long.flac": (ten_hours, "longer than 600 seconds"),
         "silent-film.mp4": (clip, "no sound"),
         "nan.wav": (not_numbers, "no numbers"),
@@ -130,6 +155,7 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "good-4.mp4": (lambda: repacked(clip(), "mp4"), ""),
         "sound-called-mp4.mp4": (lambda: wav(tone(), 32_000), "no pictures"),
         "empty.mp4": (lambda: b"", "an empty file"),
+        "unknown-codec.mkv": (unknown_codec, "codec that FFmpeg does not know"),
         "noise.mp4": (lambda: np.random.default_rng(0).bytes(9_999), "not a video"),
         "good-3.mp4": (clip, ""),
     },
