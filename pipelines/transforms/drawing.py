@@ -31,7 +31,7 @@ NOWHERE = "/dev/null"
 
 REFERS = "a drawing that refers to another file"
 EMBEDS = "a drawing with an embedded part that is no PNG, JPEG, GIF or WebP"
-_EMBEDDED = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)((?:;[^,]*)?),", re.IGNORECASE)
+_EMBEDDED = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)((?:;[^,#]*)?),", re.IGNORECASE)
 
 
 def is_svg(data: bytes) -> bool:
@@ -118,8 +118,10 @@ def _pixels(parameters: str, rest: str) -> int:
     from PIL import Image
 
     try:
-        packed = unquote_to_bytes(rest)
-        data = base64.b64decode(packed) if "base64" in parameters.lower() else packed
+        # As resvg reads it (WHATWG's URL and Fetch): or it would draw what was not looked at.
+        data = unquote_to_bytes(re.sub(r"[\t\n\r]|#.*", "", rest, flags=re.DOTALL))
+        if re.search("; *base64$", parameters, re.IGNORECASE):
+            data = base64.b64decode(data)
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP")) as picture:
             return picture.width * picture.height
     except Exception:  # as for any picture, damaged ones raise nearly everything there is

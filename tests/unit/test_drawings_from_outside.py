@@ -95,6 +95,16 @@ def test_an_embedded_picture_is_drawn_and_a_huge_one_is_not() -> None:
         image.load_pixels(svg(embedded(target.getvalue(), "png")))
 
 
+def test_an_embedded_picture_is_measured_as_it_is_drawn() -> None:
+    """Line ends count for nothing, nor what follows a number sign; packed or percent signs."""
+    coded = base64.b64encode(png()).decode()
+    lines = "&#10;".join(coded[at : at + 20] for at in range(0, len(coded), 20))
+    plain = "".join(f"%{byte:02x}" for byte in png())
+    for rest in (f";base64,{lines}", f"; BASE64,{coded}#more", f",{plain[:30]}&#10;{plain[30:]}"):
+        data = svg(f'<image width="64" height="64" href="data:image/png{rest}"/>')
+        assert (image.load_pixels(data) == [255, 0, 0]).all(), rest
+
+
 def test_a_file_of_illustrator_is_drawn() -> None:
     """With entities, an external DTD that nobody fetches, and a reference within the drawing."""
     before = (
