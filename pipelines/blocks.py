@@ -35,14 +35,12 @@ class Block:
         shard: number of the shard in its split, from 0.
         table: key, group and the raw columns of the corpus.
         keys: a digest of the rows' keys, in order.
-        bad: rows of the corpus that were found unreadable so far.
     """
 
     split: str
     shard: int
     table: pa.Table
     keys: str
-    bad: int
 
 
 @dataclass
@@ -116,7 +114,7 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
                 reject(row)
             if table.num_rows:
                 counts[split] += table.num_rows
-                yield Block(split, shards[split], table, digest_of_keys(table), bad.total())
+                yield Block(split, shards[split], table, digest_of_keys(table))
                 shards[split] += 1
 
         for row in corpus.rows(sources):

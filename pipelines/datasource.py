@@ -19,19 +19,20 @@ from ray.data.block import BlockMetadata
 from pipelines.blocks import Block, Summary, read_blocks
 from pipelines.corpora.base import Corpus, Sources
 from pipelines.delivery import Delivery
-from pipelines.partial import REJECTED_ROWS, stem_of
+from pipelines.partial import READ, REJECTED_ROWS, stem_of
 from skillnet_platform.cli import users_mistake
 from skillnet_platform.remote import StoreUnavailable
+from skillnet_platform.storage import write_json
 
-#: Of a unit of work; ``bad`` counts rows found bad so far. The last unit of a corpus has no split:
-#: its ``raw`` is the summary, and ``bad`` the number of units before it.
+#: Of a unit of work. The last unit of a corpus has no split: its ``raw`` is the summary, and
+#: ``units`` the number of units before it.
 UNIT = pa.schema(
     [
         ("corpus", pa.int32()),
         ("split", pa.string()),
         ("shard", pa.int32()),
         ("keys", pa.string()),
-        ("bad", pa.int64()),
+        ("units", pa.int64()),
         ("raw", pa.large_binary()),
     ]
 )
@@ -110,7 +111,9 @@ def _units(number: int, job: Job) -> Iterator[pa.Table]:
     for unit in _spooled(job) if job.spool is not None else _read(job):
         split, shard, keys = (unit[name][0].as_py() for name in ("split", "shard", "keys"))
         if split is None:
-            unit = unit.set_column(*_column("bad", given))
+            summary = json.loads(unit["raw"][0].as_py())
+            write_json(job.folder / READ, {"summary": summary, "units": given})
+            unit = unit.set_column(*_column("units", given))
         elif job.finished.get(stem_of(split, shard)) == keys:
             continue
         given += 1
@@ -127,7 +130,7 @@ def pack(part: Block | Summary) -> pa.Table:
     raw = sink.getvalue()
     ends = pa.py_buffer(memoryview(bytes(8) + len(raw).to_bytes(8, "little")))
     cell = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, raw])
-    row = {"split": part.split, "shard": part.shard, "keys": part.keys, "bad": part.bad}
+    row = {"split": part.split, "shard": part.shard, "keys": part.keys}
     values = [pa.array([row.get(f.name)], f.type) for f in UNIT if f.name != "raw"]
     return pa.Table.from_arrays([*values, cell], schema=UNIT)
 

@@ -1,6 +1,7 @@
 """A corpus in the making, as the driver sees it: what is done, whether too much of it is bad, and
 the manifest that puts it in place."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,8 +17,10 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, write_json
 
 MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")
-#: So many rows are looked at before their share of bad ones says something.
-FEWEST_TO_JUDGE = 100
+#: A corpus of fewer rows is looked at whole, so that all of its bad rows are told at once.
+WORTH_STOPPING = 10_000
+#: With a share of bad rows above this nobody is told to go on without them.
+MOST_ADVISED = 0.5
 #: A manifest counts so many reasons by name, the most frequent.
 MOST_REASONS = 100
 
@@ -59,13 +62,11 @@ class Making:
     summary: Summary | None = None
     units: int = 0
     done: set[str] = field(default_factory=set)
-    rows: int = 0
-    bad_read: int = 0
     bad: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        (self.folder / partial.READ).unlink(missing_ok=True)
         for entry in self.before.values():
-            self.rows += len(entry["rejected"]) + (entry["file"] or {"rows": 0})["rows"]
             self.bad.update(row["reason"] for row in entry["rejected"])
 
     def count(self, done: dict[str, Any]) -> int:
@@ -76,8 +77,6 @@ class Making:
         self.done.add(done["stem"])
         if done["entry"] is not None:  # it was written on whichever host
             write_json(self.folder / f"{done['stem']}.json", done["entry"])
-        self.rows += done["rows"]
-        self.bad_read = max(self.bad_read, done["bad_read"])
         self.bad.update(done["bad"])
         return int(done["rows"])
 
@@ -86,27 +85,55 @@ class Making:
         return self.summary is not None and len(self.done) == self.units
 
     def judge(self, max_bad: float) -> None:
-        """Stop if more than that share of the rows is bad.
+        """Stop once it is certain that more than that share of all rows is bad.
+
+        Bad rows may stand close together, so a share of some of the rows says nothing: it is
+        judged from when all rows are read, which is long before all of them are decoded.
 
         Raises:
             UserError: saying how many, and why.
         """
-        name = self.order.corpus.name
-        if self.summary is not None and (told := self.summary.too_broken(max_bad)):
-            raise UserError(f"{name}: {told}")
-        reasons = self.bad + Counter(self.summary.bad if self.summary else {})
-        bad = reasons.total() if self.summary else reasons.total() + self.bad_read
-        seen = self.summary.rows if self.summary else self.rows + self.bad_read
-        if bad <= max_bad * seen or (seen < FEWEST_TO_JUDGE and not self.is_complete()):
+        if (over := self._read()) is None:
             return
-        most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
+        read, units = over
+        name = self.order.corpus.name
+        if told := read.too_broken(max_bad):
+            raise UserError(f"{name}: {told}")
+        reasons = self.bad + Counter(read.bad)
+        bad = reasons.total()
+        complete = len(self.done) == units
+        if bad <= max_bad * read.rows or (read.rows < WORTH_STOPPING and not complete):
+            return
         with atomic_write(self.told, "w") as stream:
             stream.writelines(partial.rejected_lines(self.folder))
+        share = bad / read.rows
+        least = "" if complete else "at least "
+        if not complete:
+            advice = "Mend them; not all rows were looked at yet"
+        elif share > MOST_ADVISED:
+            advice = (
+                "With so many, mend the files, or how they are named and laid out: see "
+                "docs/own-corpora.md"
+            )
+        else:
+            advice = f"Mend them, or go on without them: --max_bad {share + 0.005:.2f}"
+        most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
         raise UserError(
-            f"{name}: {bad} of {seen} rows cannot be used, {bad / seen:.1%}; at most {max_bad:.1%} "
-            f"may be (max_bad). {most or 'All were found while reading'}. Each of them stands in "
-            f"{self.told}. Mend them, or go on without them: --max_bad {bad / seen + 0.005:.2f}"
+            f"{name}: {least}{bad} of {read.rows} rows cannot be used, {share:.1%}; at most "
+            f"{max_bad:.1%} may be (max_bad). {most}. Each of them stands in {self.told}. {advice}"
         )
+
+    def _read(self) -> tuple[Summary, int] | None:
+        """What reading gave and in how many units, if it is over: that may be long before the
+        unit that tells of it has its turn."""
+        if self.summary is not None:
+            return self.summary, self.units
+        try:
+            told = (self.folder / partial.READ).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        found = json.loads(told)
+        return Summary(**found["summary"]), found["units"]
 
     @property
     def told(self) -> Path:

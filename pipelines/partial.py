@@ -4,6 +4,7 @@
         train-00000.arrow     a shard, renamed to its name once it is whole
         train-00000.json      beside it, what the manifest will say of it, and its rejected rows
         rejected.jsonl        rows set aside while reading, of the present run
+        read.json             what reading gave in all, once the present run has read everything
 
 What decides the bytes is the part of the manifest that is known before the work. So a changed
 source, setting or version has another folder and starts anew, and the old folder is removed.
@@ -29,6 +30,7 @@ from skillnet_platform.config import digest
 from skillnet_platform.errors import UserError
 
 REJECTED_ROWS = "rejected.jsonl"
+READ = "read.json"
 LOCK = "lock"
 
 

@@ -45,7 +45,7 @@ def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str,
         return {kind: unit["raw"][0].as_py().decode()}
     if split is None:
         summary = json.loads(unit["raw"][0].as_py())
-        return {"corpus": number, "summary": summary, "units": unit["bad"][0].as_py()}
+        return {"corpus": number, "summary": summary, "units": unit["units"][0].as_py()}
     block, stem = unpack(unit), partial.stem_of(split, shard)
     tokenizer = job.delivery.tokenizer() if job.delivery is not None else job.tokenizer
     with guard.watched(session, f"{number}-{stem}"):
@@ -63,7 +63,6 @@ def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str,
         "stem": stem,
         "entry": entry if job.delivery is not None else None,
         "rows": block.num_rows,
-        "bad_read": unit["bad"][0].as_py(),
         "bad": Counter(row["reason"] for row in rejected),
     }
 

@@ -142,7 +142,7 @@ def test_finished_blocks_are_not_given_again_unless_their_rows_changed(tmp_path:
     job = Job(corpus, job.sources, tmp_path, finished=keys | {first: "of other rows"})
     again = list(units(0, job))
     assert len(again) == len(every) - 2
-    assert again[-1]["bad"][0].as_py() == len(again) - 1
+    assert again[-1]["units"][0].as_py() == len(again) - 1
 
 
 def test_a_folder_in_the_making_goes_with_its_last_shard(tmp_path: Path) -> None:
