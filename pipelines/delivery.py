@@ -10,6 +10,7 @@ that was killed goes on with the shards that the store has, on any machine. A
 corpus that is there already stays whole until all shards of the new one have arrived.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from typing import Any
 
 from pipelines.shards import MANIFEST, QUARANTINE
 from skillnet_platform import console, remote
+from skillnet_platform.errors import UserError
+from skillnet_platform.places import content
 from skillnet_platform.storage import run_root
 
 #: Small objects read at once.
@@ -110,10 +113,22 @@ class Delivery:
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Put the finished corpus in place, and leave nothing of its making here or there.
 
+        A lock of this machine keeps no other one from replacing the tokenizer of the store: so it
+        is looked at once more.
+
         Args:
             folder: of the corpus in the making here, with its manifest and its quarantine.
             manifest: of the corpus.
+
+        Raises:
+            UserError: the store has another tokenizer by now.
         """
+        words = remote.join(self.uri, "..", TOKENIZER)
+        if self.words is not None and self.words != _sha256(content(words)):
+            raise UserError(
+                f"{words}: another prepare replaced it meanwhile. {remote.name_of(self.uri)} is "
+                "spelt with the one before, and was not put in place; prepare it again"
+            )
         shards = [s["file"] for split in manifest["splits"].values() for s in split["shards"]]
         there = {entry.name for entry in remote.list_files(self.uri)}
         remote.remove_file(remote.join(self.uri, MANIFEST))
@@ -126,6 +141,10 @@ class Delivery:
         remote.put_file(folder / MANIFEST, remote.join(self.uri, MANIFEST))
         remote.remove_directory(self.making)
         shutil.rmtree(folder)
+
+
+def _sha256(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def clear_making(data: str, name: str, but: str = "") -> None:

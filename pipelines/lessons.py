@@ -4,11 +4,14 @@ One directory of prepared corpora has one tokenizer, since one model reads them 
 that is there stays: corpora that come later are spelt with it, and what it lacks is spelt in bytes.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipelines import tokenizer as tokenizers
 from pipelines.delivery import TOKENIZER_MANIFEST
@@ -22,6 +25,9 @@ from skillnet_platform.places import Place, below, content
 LEARN = "learn"
 #: Key of the tokenizer's manifest that says whose it is; the built-in lesson has none.
 OF = "of"
+#: Key of the digest of what it was learnt from.
+LESSON = "lesson"
+LOCK = ".tokenizer.lock"
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,62 @@ class Lesson:
     Args:
         anew: learn one from them whatever is there.
         vocabulary: its number of tokens.
+        claim: on the tokenizer of the folder; none if no other process can be there.
     """
 
     anew: bool = False
     vocabulary: int = tokenizers.VOCABULARY
+    claim: "Claim | None" = None
+
+
+class Claim:
+    """A prepare's hold on the tokenizer of a folder. Many may spell with it at once; one that
+    replaces it has it alone, or corpora of one folder would be spelt with two."""
+
+    def __init__(self, data: Path, lock: IO[bytes] | None) -> None:
+        self._data, self._lock = data, lock
+
+    def alone(self) -> None:
+        """From here on the tokenizer may be replaced.
+
+        Raises:
+            UserError: another process prepares corpora that are spelt with it.
+        """
+        self._take(
+            fcntl.LOCK_EX,
+            "prepares corpora with the tokenizer of this folder, and this one would replace it",
+        )
+
+    def _take(self, kind: int, what: str) -> None:
+        if self._lock is None:
+            return
+        try:
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self._data}: another process {what}. Wait for it, or give --data another "
+                "directory."
+            ) from None
+
+
+@contextlib.contextmanager
+def claimed(data: Path) -> Iterator[Claim]:
+    """The tokenizer of a folder stays as it is while the block runs, unless this process itself
+    replaces it.
+
+    Raises:
+        UserError: another process is about to put one there.
+    """
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        lock = (data / LOCK).open("ab")
+    except OSError:  # what cannot be written is told by what wants to write
+        yield Claim(data, None)
+        return
+    with lock:
+        claim = Claim(data, lock)
+        claim._take(fcntl.LOCK_SH, "puts a tokenizer into this folder now")
+        yield claim
 
 
 def take(path: str, tokenizer: Path, manifest: Path, replaced: set[str], data: Place) -> None:
@@ -70,20 +128,35 @@ def keep_spelling(tokenizer: Path, replaced: set[str], data: Place) -> None:
     Raises:
         UserError: naming them.
     """
-    if not tokenizer.is_file():
-        return
-    spelt = storage.sha256_file(tokenizer)
-    others = [
-        name
-        for name in _folders(data)
-        if name not in replaced and _words_of(below(data, name, MANIFEST)) == spelt
-    ]
-    if others:
+    if others := _spelt_with(tokenizer, replaced, data):
         raise UserError(
             f"{below(data, tokenizer.name)}: {', '.join(others)} there are prepared with it; a "
             "model reads corpora of one tokenizer. Give another --data, or prepare them again in "
             "the same call"
         )
+
+
+def is_left_over(tokenizer: Path, data: Place) -> bool:
+    """Whether a prepare that did not end learnt the tokenizer that is there: from the user's
+    corpora, and none is spelt with it."""
+    try:
+        told = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
+    except UserError:
+        return False
+    learnt = isinstance(told, dict) and {OF, LESSON} <= told.keys()
+    return learnt and not _spelt_with(tokenizer, set(), data)
+
+
+def _spelt_with(tokenizer: Path, but: set[str], data: Place) -> list[str]:
+    """Names of corpora that are spelt with a tokenizer, but for some."""
+    if not tokenizer.is_file():
+        return []
+    spelt = storage.sha256_file(tokenizer)
+    return [
+        name
+        for name in _folders(data)
+        if name not in but and _words_of(below(data, name, MANIFEST)) == spelt
+    ]
 
 
 def _folders(data: Place) -> list[str]:
@@ -113,7 +186,7 @@ def is_learnt(tokenizer: Path, lesson: dict[str, Any]) -> bool:
     """Whether the tokenizer that is there was learnt from just that."""
     try:
         entry = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
-        same = entry["lesson"] == config.digest(lesson)
+        same = entry[LESSON] == config.digest(lesson)
         return bool(same and entry["sha256"] == storage.sha256_file(tokenizer))
     except (UserError, OSError, KeyError, TypeError):
         return False

@@ -131,6 +131,8 @@ def write_corpora(
         UserError: the disk is full; too many bad rows; another process prepares one of them.
         StoreUnavailable: the store does not answer. What has arrived there stays.
     """
+    if not orders:
+        return
     session = secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
         stack.callback(guard.forget, session)

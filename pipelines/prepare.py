@@ -1,5 +1,6 @@
 """``skillnet prepare``: turn downloads, and corpora that the user has, into Arrow shards."""
 
+import contextlib
 import re
 import time
 from collections.abc import Sequence
@@ -176,14 +177,17 @@ def prepare(
     if twice := {corpus.name for corpus in corpora} & {corpus.name for corpus in placed}:
         raise UserError(f"the corpus {min(twice)} is named twice")
     data = data.absolute()
+    corpora += placed
     try:
-        if tokenizer not in (None, lessons.LEARN):
-            asked = {corpus.name for corpus in [*corpora, *placed]}
-            manifest = data / TOKENIZER_MANIFEST
-            lessons.take(tokenizer, data / TOKENIZER, manifest, asked, store or data)
-        lesson = lessons.Lesson(tokenizer == lessons.LEARN, vocabulary)
-        corpora += placed
-        return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, store)
+        reads = tokenizer is not None or any(corpus.text_columns for corpus in corpora)
+        with lessons.claimed(data) if reads else contextlib.nullcontext() as claim:
+            if claim is not None and tokenizer not in (None, lessons.LEARN):
+                claim.alone()
+                asked = {corpus.name for corpus in corpora}
+                manifest = data / TOKENIZER_MANIFEST
+                lessons.take(tokenizer, data / TOKENIZER, manifest, asked, store or data)
+            lesson = lessons.Lesson(tokenizer == lessons.LEARN, vocabulary, claim)
+            return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, store)
     except Exception as problem:
         message = users_mistake(problem)
         if message is None or isinstance(problem, UserError):
@@ -203,7 +207,8 @@ def _prepare(
     own = own or lessons.Lesson()
     known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
     tokenizer = data / TOKENIZER
-    teachers = _teachers(corpora, tokenizer, archives, own.anew)
+    absent = not tokenizer.is_file() or lessons.is_left_over(tokenizer, store or data)
+    teachers = _teachers(corpora, tokenizer, archives, own.anew, absent)
     size = own.vocabulary if any(isinstance(c, PlacedCorpus) for c in teachers) else None
     lesson = _lesson(teachers, archives, known) | ({"vocabulary": size} if size else {})
     learnt = not teachers or lessons.is_learnt(tokenizer, lesson)
@@ -214,6 +219,8 @@ def _prepare(
     for corpus in corpora:
         if corpus.name not in done and isinstance(corpus, PlacedCorpus):
             corpus.survey()
+    if not learnt and own.claim is not None:
+        own.claim.alone()
     if not learnt and size is not None:
         lessons.keep_spelling(tokenizer, {corpus.name for corpus in corpora}, store or data)
     if len(done) == len(corpora):
@@ -230,7 +237,7 @@ def _prepare(
             spools = preparation.spool(teachers, archives, aside, hosts)
             words = size or tokenizers.VOCABULARY
             preparation.train_tokenizer(teachers, spools, tokenizer, words, hosts)
-            told = {"lesson": config.digest(lesson), "sha256": storage.sha256_file(tokenizer)}
+            told = {lessons.LESSON: config.digest(lesson), "sha256": storage.sha256_file(tokenizer)}
             whose = {lessons.OF: [corpus.name for corpus in teachers]} if size else {}
             storage.write_json(data / TOKENIZER_MANIFEST, whose | told)
             for corpus in corpora:  # a new lesson may have given the same tokenizer
@@ -272,19 +279,20 @@ def identity_of(corpus: Corpus, sources: list[dict[str, str]], data: Path) -> di
 
 
 def _teachers(
-    corpora: list[Corpus], tokenizer: Path, archives: Path, anew: bool = False
+    corpora: list[Corpus], tokenizer: Path, archives: Path, anew: bool, absent: bool
 ) -> list[Corpus]:
     """Corpora that the tokenizer learns from. Built-in ones: the same whichever of them are asked
     for, so that preparing one now and another later gives what preparing both at once gives.
 
     None if no corpus needs a tokenizer, or if one is there and what it was learnt from is not, or
     it is the user's: corpora that come later are prepared with the tokenizer that a model may
-    know already. The user's corpora teach one only where there is none, or if they shall.
+    know already. The user's corpora teach one only where there is none, or none that a finished
+    corpus is spelt with, or if they shall.
     """
     readers = [corpus for corpus in corpora if corpus.text_columns]
     placed: list[Corpus] = [corpus for corpus in readers if isinstance(corpus, PlacedCorpus)]
     if anew or (placed and len(placed) == len(readers)):
-        return placed if anew or not tokenizer.is_file() else []
+        return placed if anew or absent else []
     if not readers or lessons.is_the_users(tokenizer.with_name(TOKENIZER_MANIFEST)):
         return []
     teachers = [c for name in BUILT_IN if (c := find_corpus(name)).text_columns]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST
+from pipelines.lessons import claimed
 from skillnet_platform import remote, storage
 from skillnet_platform.places import Place, content
 
@@ -22,7 +23,8 @@ def staged(data: Place) -> Iterator[Path]:
     at any time.
 
     Raises:
-        UserError: the store refuses; found before the block starts.
+        UserError: the store refuses, or another process of this machine puts a tokenizer there;
+            found before the block starts.
         StoreUnavailable: it does not answer.
     """
     if isinstance(data, Path):
@@ -30,14 +32,15 @@ def staged(data: Place) -> Iterator[Path]:
         return
     folder = staging_folder(data)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in SHARED:
-        # As the store has it, whatever an earlier prepare left here: its corpora are spelt so, and
-        # other hosts may have put it there since.
-        there = remote.join(data, name)
-        if remote.exists(there):
-            remote.get_file(there, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+    with claimed(folder):  # what another prepare of this machine has not sent yet is its own
+        for name in SHARED:
+            # As the store has it, whatever an earlier prepare left here: its corpora are spelt so,
+            # and other hosts may have put it there since.
+            there = remote.join(data, name)
+            if remote.exists(there):
+                remote.get_file(there, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
     yield folder
 
 
