@@ -141,7 +141,11 @@ class Making:
         return self.order.final.with_name(f"{self.order.corpus.name}.rejected.jsonl")
 
     def finish(self) -> dict[str, Any]:
-        """Write the manifest and put the corpus in place; returns the manifest."""
+        """Write the manifest and put the corpus in place; returns the manifest.
+
+        Raises:
+            UserError: there is no row to train on.
+        """
         assert self.summary is not None
         corpus, splits = self.order.corpus, sorted(self.summary.counts)
         parts, reasons, set_aside = partial.gather(self.folder, self.summary.shards)
@@ -153,6 +157,15 @@ class Making:
                 "nothing was put in place"
             )
         reasons.update(self.summary.reasons)
+        if not any(parts[name]["rows"] for name in {"train", *corpus.pretraining} & parts.keys()):
+            rest = ", ".join(f"{name} {entry['rows']}" for name, entry in parts.items())
+            why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(5))
+            raise UserError(
+                f"{corpus.name}: no row is left to train on, so it was not put in place. Of "
+                f"{rows_in} rows {rows_out} can be used ({rest or 'none'}), and {set_aside} were "
+                f"set aside{': ' * bool(why)}{why}. Mend them, or the options that choose rows and "
+                "splits"
+            )
         schemas = [corpus.schema(split) for split in splits]
         manifest = {
             "format_version": FORMAT_VERSION,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipelines.making import WORTH_STOPPING, Making, Order
-from pipelines.partial import READ
+from pipelines.partial import READ, REJECTED_ROWS
 from skillnet_platform.errors import UserError
 from tests.made_corpora import Made
 
@@ -76,3 +76,13 @@ def test_what_an_earlier_run_read_is_not_taken_for_this_one(tmp_path: Path) -> N
     partial.mkdir()
     (partial / READ).write_text('{"summary": {"bad": {"cut": 9}}, "units": 0}', encoding="utf-8")
     Making(Order(Made(), tmp_path / "made", {}), partial, {}).judge(0.1)
+
+
+def test_a_corpus_without_a_row_to_train_on_is_not_put_in_place(tmp_path: Path) -> None:
+    state = making(tmp_path)
+    (state.folder / REJECTED_ROWS).touch()
+    state.count({"summary": {"reasons": {}}, "units": 0})
+    assert state.is_complete()
+    with pytest.raises(UserError, match="made: no row is left to train on"):
+        state.finish()
+    assert not (tmp_path / "made").exists()
