@@ -1,12 +1,13 @@
 """The end of a run: its model is measured, described, recorded and registered."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.training.progress import PROGRESS, history
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import console
+from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.outcomes import Outcomes
@@ -80,6 +81,34 @@ def conclude(
     }
     tracker.note(reporting.description(rows, [], model.config, total, facts))
     return rows
+
+
+def check_splits(
+    config: FinetuneConfig,
+    manifests: Mapping[str, Mapping[str, Any]],
+    splits: Sequence[str] | None,
+) -> None:
+    """See that there is something to evaluate the final model on, before it is trained.
+
+    Raises:
+        UserError: no corpus has those splits, or without any a test split.
+    """
+    from skillnet.skills import find_task
+
+    there = {name: manifests[task.corpus]["splits"] for name, task in config.measured.items()}
+    masked = {n for n in there if find_task(n, config.model.tasks).objective == "masked"}
+    if splits:
+        absent = [s for s in splits if not any(s in found for found in there.values())]
+    elif any(s.startswith("test") for n, found in there.items() for s in found if n not in masked):
+        absent = []
+    else:
+        absent = [] if any("validation" in there[name] for name in masked) else ["test"]
+    if absent:
+        raise UserError(
+            f"no corpus of the tasks {', '.join(there)} below {config.data} has a split "
+            f"{absent[0]!r} to evaluate the model on; prepare one that has, or train with "
+            "--evaluate false"
+        )
 
 
 def register(

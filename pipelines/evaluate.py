@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     model = sources.load(source)
     data = place(config.data, data_root())
     corpora = source.corpora | config.corpora
-    chosen = config.tasks or in_order(model.config.tasks)
+    chosen = config.tasks or source.at_work(in_order(model.config.tasks))
     specs = {name: find_task(name, model.config.tasks) for name in chosen}
     begin = time.monotonic()
     with console.progress("evaluating", None, "rows") as bar:

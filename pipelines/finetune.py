@@ -83,7 +83,7 @@ def carry_out(
         splits: on which the final model is evaluated; none takes the test splits. Without
             ``config.evaluate`` there is no evaluation.
     """
-    from pipelines.conclusion import register
+    from pipelines.conclusion import check_splits, register
     from pipelines.mirror import mirror_of
     from pipelines.uploads import deliver
 
@@ -101,6 +101,8 @@ def carry_out(
         console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
         return finished
     checked = check(config)
+    if config.evaluate:
+        check_splits(config, checked.manifests, splits)
     make_folder(config, run)
     if mirror is not None:
         mirror.begin(known)

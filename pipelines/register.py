@@ -74,10 +74,10 @@ def register_model(
     """
     from pipelines import bundle
     from pipelines.reporting import description as describe
-    from pipelines.sources import BUNDLE, load
+    from pipelines.sources import BUNDLE, load_at_work
     from skillnet_platform import __version__, registry
 
-    model = load(source)
+    model = load_at_work(source)
     if rows is None:
         rows = _evaluate(source, model, data, samples)
     total = sum(p.numel() for p in model.parameters())

@@ -8,6 +8,7 @@ s3://bucket/runs/2026-…         any of these in a store: copied to this machin
 2026-…  or an MLflow run id     a run by its name below the run root, or by its id
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -88,6 +89,12 @@ class Source:
         tasks = self.settings.get("tasks") or {}
         return {name for name, task in tasks.items() if task and task.get("auxiliary")}
 
+    def at_work(self, tasks: Iterable[str]) -> list[str]:
+        """Those of the model's tasks that its run trained or measured; all if nothing is known of
+        the run. A model has heads for the others too, which nobody trained."""
+        known = self.corpora if "training" in self.settings else None
+        return [name for name in tasks if known is None or name in known]
+
 
 def find(given: str, uri: str | None = None) -> Source:
     """Find a model; see the head of this file for what may be given.
@@ -145,6 +152,16 @@ def load(source: Source, task: str | None = None) -> TaskModel:
         for name in source.auxiliary & set(model.config.tasks):
             remove_task(model, name)
     return model.to(best_device())
+
+
+def load_at_work(source: Source) -> TaskModel:
+    """As :func:`load`, without the heads of tasks that its run left alone: for whoever needs the
+    corpora of all of its tasks."""
+    model = load(source)
+    tasks = list(model.config.tasks)
+    for name in set(tasks) - set(source.at_work(tasks)):
+        remove_task(model, name)
+    return model
 
 
 def knows_run(run_id: str, uri: str | None) -> bool:

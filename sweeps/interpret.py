@@ -77,7 +77,7 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
     from sweeps.interpretation import interpret
 
     source = sources.find(config.model, config.tracking_uri)
-    model = sources.load(source)
+    model = sources.load_at_work(source)
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(f"{config.model} is a {model.system} model; only a skillnet has skills")
     begin = time.monotonic()

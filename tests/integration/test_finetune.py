@@ -1,19 +1,23 @@
 """``skillnet finetune`` from the command line to the model, with and without Ray."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipelines import evaluate, sources
 from pipelines.finetune import finetune, main
+from pipelines.shards import manifest_digest
 from pipelines.training.progress import history
 from pipelines.training.settings import FinetuneConfig
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform import store
 from skillnet_platform.errors import UserError
+from tests import readable_corpora
 from tests.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
@@ -122,6 +126,47 @@ def test_a_folder_that_is_no_run_is_left_alone(data: Path, run_root: Path) -> No
     (run_root / "test" / "diary.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is no run"):
         finetune(config_for(data))
+
+
+def test_a_task_that_is_switched_off_needs_no_corpus(
+    run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = readable_corpora.write_corpora(tmp_path / "data")
+    config = config_for(here, steps=2, precision="auto")
+    config.model = readable_corpora.config()
+    config.evaluate = config.tracking.register = True
+    shutil.rmtree(here / config.tasks.pop("speech_recognition").corpus)
+    result = finetune(config)
+    assert result["registered"]["alias"] == "champion"
+    bundle = json.loads((Path(registered(result)) / "serving.json").read_text(encoding="utf-8"))
+    assert set(bundle["tasks"]) == set(config.tasks)
+    words = ["--model", result["run"], "--data", str(here), "--references", "false", "--json"]
+    assert evaluate.main(words) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["task"] for row in rows} == set(config.tasks)
+
+
+def registered(result: dict[str, Any]) -> Path:
+    source = sources.find(result["registered"]["uri"])
+    assert source.bundle is not None
+    return source.bundle
+
+
+def test_a_run_that_cannot_be_evaluated_ends_before_its_training(
+    data: Path, run_root: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "data"
+    shutil.copytree(data, here)
+    for manifest in here.glob("*/manifest.json"):
+        told = json.loads(manifest.read_text(encoding="utf-8"))
+        told["splits"] = {n: s for n, s in told["splits"].items() if not n.startswith("test")}
+        told["digest"] = manifest_digest(told)
+        manifest.write_text(json.dumps(told), encoding="utf-8")
+    config = config_for(here)
+    config.evaluate = True
+    with pytest.raises(UserError, match=r"has a split 'test' .* --evaluate false"):
+        finetune(config)
+    assert not (run_root / "test").exists()
 
 
 def test_a_failed_run_is_recorded_as_failed(data: Path, run_root: Path) -> None:

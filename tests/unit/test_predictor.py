@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines import bundle
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Sources
@@ -79,3 +80,8 @@ def test_texts_and_code_are_cut_as_the_corpus_cut_them(words: Any) -> None:
     source = b"def send(message):\n    return client.post(message, message, message)\n"
     made.predict([Item("a.py", None, source)])
     assert len(made.spelt[0]) == 10
+
+
+def test_where_no_corpus_has_texts_no_tokenizer_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "bytes.json").write_bytes(bundle.tokenizer_of({}, tmp_path))
+    assert tokenizers.load(tmp_path / "bytes.json").get_vocab_size() >= 4 + 256
