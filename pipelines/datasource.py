@@ -22,7 +22,7 @@ from pipelines.delivery import Delivery
 from pipelines.partial import READ, REJECTED_ROWS, stem_of
 from skillnet_platform.cli import users_mistake
 from skillnet_platform.remote import StoreUnavailable
-from skillnet_platform.storage import write_json
+from skillnet_platform.storage import disk_guard, write_json
 
 #: Of a unit of work. The last unit of a corpus has no split: its ``raw`` is the summary, and
 #: ``units`` the number of units before it.
@@ -91,7 +91,8 @@ def units(number: int, job: Job) -> Iterator[pa.Table]:
     exception beyond recognition.
     """
     try:
-        yield from _units(number, job)
+        with disk_guard(job.folder):
+            yield from _units(number, job)
     except StoreUnavailable as problem:
         yield _told(number, AWAY, str(problem))
     except Exception as problem:
@@ -145,8 +146,15 @@ def write_spool(corpus: Corpus, sources: Sources, path: Path) -> None:
     """Read a corpus once and keep its blocks in a file, for those that read them twice.
 
     The rows that were set aside go to a file beside it.
+
+    Raises:
+        UserError: the disk is full.
     """
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, UNIT) as writer:
+    with (
+        disk_guard(path),
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, UNIT) as writer,
+    ):
         for part in read_blocks(corpus, sources, rejected_beside(path)):
             writer.write_table(pack(part))
 

@@ -16,7 +16,7 @@ from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST, clear_making
 from pipelines.making import Order
 from pipelines.prepared_store import send_shared, staged
 from pipelines.shards import open_corpus, verify_corpus
-from skillnet_platform import cluster, config, console, remote, storage
+from skillnet_platform import cluster, config, console, lifecycle, remote, storage
 from skillnet_platform.cli import command, users_mistake
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
@@ -177,6 +177,8 @@ def prepare(
     if twice := {corpus.name for corpus in corpora} & {corpus.name for corpus in placed}:
         raise UserError(f"the corpus {min(twice)} is named twice")
     data = data.absolute()
+    if data.exists() and not data.is_dir():
+        raise UserError(f"{data}: a file; data takes the folder of the prepared corpora")
     corpora += placed
     try:
         reads = tokenizer is not None or any(corpus.text_columns for corpus in corpora)
@@ -231,7 +233,8 @@ def _prepare(
     from pipelines import preparation  # imports Ray Data: not for --help, nor if nothing is to do
 
     hosts = preparation.hosts_for(corpora, store)
-    with storage.scratch(data / "reading") as aside:
+    # After Ray's start, whose own handler would print a stack of C++.
+    with lifecycle.terminate_as_interrupt(), storage.scratch(data / "reading") as aside:
         spools: dict[str, Path] = {}
         if not learnt:
             spools = preparation.spool(teachers, archives, aside, hosts)

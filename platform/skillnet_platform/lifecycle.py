@@ -40,12 +40,20 @@ def terminate_as_interrupt() -> Iterator[None]:
         yield
         return
 
+    asked = []
+
     def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         raise Terminated("ended by SIGTERM; the same command goes on")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt as problem:
+        if not asked or isinstance(problem, Terminated):
+            raise
+        # Ray, when it waits, makes a plain one of ours.
+        raise Terminated("ended by SIGTERM; the same command goes on") from problem
     finally:
         signal.signal(signal.SIGTERM, before)
 

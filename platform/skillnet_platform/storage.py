@@ -44,14 +44,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     Readers see the old file or the whole new one. ``mode`` is "wb" or "w" (UTF-8).
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or the folder cannot be written.
     """
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    with _making(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        opened = aside.open(mode, encoding=None if "b" in mode else "utf-8")
     try:
         with disk_guard(final):
-            with aside.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
+            with opened as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -123,12 +125,16 @@ def scratch(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty directory beside ``path``; it is removed when the block ends, however.
 
     What killed processes left of theirs is removed first.
+
+    Raises:
+        UserError: it cannot be made there.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    aside.mkdir()
+    with _making(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        aside.mkdir()
     try:
         yield aside
     finally:
@@ -153,6 +159,19 @@ def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str])
     else:
         source.rename(target)
     _sync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def _making(path: Path) -> Iterator[None]:
+    """Say in one message why a file or folder cannot be made at all."""
+    try:
+        with disk_guard(path):
+            yield
+    except OSError as problem:
+        # "File exists" is what is said of a file where a folder should be.
+        is_file = isinstance(problem, FileExistsError)
+        why = os.strerror(errno.ENOTDIR) if is_file else problem.strerror or str(problem)
+        raise UserError(f"{path}: cannot be written ({why}); give a folder that can") from problem
 
 
 @contextlib.contextmanager

@@ -197,6 +197,28 @@ def test_a_killed_prepare_goes_on_with_its_finished_shards(
     assert len(same) >= 3  # they were not written again
 
 
+def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    first = command(data, made[1], "--cpus", "1", **{SLOW: "700"})
+    deadline = time.monotonic() + 300
+    try:
+        while not list(data.glob(".made.partial-*/*-?????.json")):
+            assert first.poll() is None, first.stderr.read() if first.stderr else ""
+            assert time.monotonic() < deadline, "no shard was written"
+            time.sleep(0.05)
+        first.send_signal(signal.SIGTERM)
+        _, err = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        first.wait()
+    assert first.returncode == 143, err
+    assert "ended by SIGTERM; the same command goes on" in err
+    assert "received at" not in err, "Ray's stack of C++"
+    assert [path.name.split("-")[0] for path in data.iterdir()] == [".made.partial"]
+
+
 def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
     made: tuple[Path, Path], tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from pipelines.media import MEDIA, MediaRef
 from pipelines.partial import REJECTED_ROWS, partial, write_entry
 from pipelines.seen import Seen
 from pipelines.shard_work import split_rejected
+from skillnet_platform.errors import UserError
 from tests.made_corpora import Made, put_archive
 
 
@@ -105,6 +106,15 @@ def test_a_spool_gives_what_reading_gives(tmp_path: Path) -> None:
     assert all(a.equals(b) for a, b in zip(live, spooled, strict=True))
     assert len(live) == len(list(read_spool(tmp_path / "made.arrows"))) == 13
     assert told == rejected_beside(tmp_path / "made.arrows").read_bytes()
+
+
+def test_a_disk_that_fills_up_while_rows_are_spooled_is_a_message(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    archives, corpus = put_archive(tmp_path), Made()
+    (tmp_path / "made.arrows").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"made\.arrows: the disk is full"):
+        write_spool(corpus, Sources(archives, corpus.archives), tmp_path / "made.arrows")
 
 
 def test_the_quarantine_tells_where_a_row_stands_and_its_medium() -> None:

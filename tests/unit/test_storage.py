@@ -135,3 +135,15 @@ def test_processes_are_told_apart_from_ended_ones() -> None:
     process.wait()
     time.sleep(0.01)
     assert not storage.process_is_alive(process.pid)
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "x.json"
+    with pytest.raises(UserError, match=r"x\.json: cannot be written \(Not a directory\)"):
+        storage.write_json(place, {})
+    with (
+        pytest.raises(UserError, match=r"x\.json: cannot be written \(Not a directory\)"),
+        storage.staging(place),
+    ):
+        raise AssertionError("nothing can be made there")

@@ -82,6 +82,12 @@ def test_what_another_prepare_has_not_sent_yet_stays(run_root: Path, tmp_path: P
         assert (here / TOKENIZER).is_file()
 
 
+def test_a_file_is_no_place_for_corpora(tmp_path: Path, no_ray: None) -> None:
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match="data: a file; data takes the folder"):
+        preparing.prepare(["drawings"], tmp_path / "data", tmp_path)
+
+
 def test_a_tokenizer_that_no_corpus_is_spelt_with_was_left_by_a_killed_prepare(
     tmp_path: Path,
 ) -> None:
