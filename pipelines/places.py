@@ -17,8 +17,18 @@ from skillnet_platform.errors import UserError
 
 #: What a compressed file that is cut short or damaged raises while it is read.
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
-#: A line beyond this is no line of a corpus.
+#: A line of more bytes is no line of a corpus.
 LONGEST_LINE = 64 * 2**20
+#: More empty lines one after the other are no text of a corpus.
+MOST_EMPTY = 2**20
+
+
+class Flood(EOFError):
+    """What no honest file has, and what would be read for ever or take all memory.
+
+    It counts as ``DAMAGED``: the file is not read on. Its text is short, for rows are counted by
+    it.
+    """
 
 
 @dataclass(frozen=True)
@@ -131,22 +141,15 @@ class Place:
         return gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream  # type: ignore[return-value]
 
     def lines(self, relative: str = "", ends: bool = False) -> Iterator[tuple[int, bytes]]:
-        """Lines of a file with their numbers, from 1; empty ones and a byte order mark are left
-        out. With ``ends`` a line keeps its own: what has none stands last, and may be cut short.
+        """Lines of a file, see :func:`lines_of`.
 
         Raises:
-            EOFError, zlib.error, BadGzipFile: ``DAMAGED``: a compressed file ends or breaks.
+            EOFError, zlib.error, BadGzipFile: ``DAMAGED``: a compressed file ends or breaks, or
+                a line has no end.
             SourceFails, StoreUnavailable: see :func:`source_files.open_stream`.
         """
         with self.open(relative) as stream:
-            number = 0
-            while line := stream.readline(LONGEST_LINE):
-                number += 1
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                line = line if ends else line.strip(b"\r\n")
-                if line.strip():
-                    yield number, line
+            yield from lines_of(stream, ends)
 
     def digest(self, relative: str) -> str:
         """SHA-256 of a file as it lies there, not unpacked."""
@@ -165,6 +168,28 @@ class Place:
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
+
+
+def lines_of(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Lines of a stream with their numbers, from 1; empty ones and a byte order mark are left
+    out. With ``ends`` a line keeps its own: what has none stands last, and may be cut short.
+
+    Raises:
+        Flood: a line, or a run of empty ones, seems to have no end.
+    """
+    number = empty = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise Flood("a line longer than 64 MiB")
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        line = line if ends else line.strip(b"\r\n")
+        if line.strip():
+            empty = 0
+            yield number, line
+        elif (empty := empty + 1) > MOST_EMPTY:
+            raise Flood("a flood of empty lines")
 
 
 def listing_digest(entries: Iterable[Entry]) -> tuple[int, int, str]:

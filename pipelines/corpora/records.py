@@ -5,59 +5,66 @@ one bad line does not cost a corpus. Memory holds a record, never a file.
 """
 
 import codecs
-import csv
-import io
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-from pipelines.places import DAMAGED, Place
+from pipelines.corpora.arrow_rows import parquet_rows
+from pipelines.corpora.broken import CUT, PACKED, TWICE, Broken, Found
+from pipelines.corpora.csv_rows import csv_rows
+from pipelines.corpora.encodings import opening_of
+from pipelines.places import DAMAGED, Flood, Place, lines_of
 from skillnet_platform.errors import UserError
+
+__all__ = ["TWICE", "Broken", "Decoder", "Found", "entries", "json_lines", "records"]
 
 #: A single entry of a JSON array beyond this many characters is taken for damage.
 LONGEST_ENTRY = 64 * 2**20
+#: An object over several lines, as programs print them for people.
+SPREAD = Broken(
+    "JSON over several lines; expected one object a line (jq -c . makes it so), or one array",
+    rest=True,
+)
 _BLOCK = 1 << 18
-
-
-@dataclass(frozen=True)
-class Broken:
-    """Stands for a record that cannot be read.
-
-    Args:
-        reason: short; rows are counted by it.
-        rest: the file cannot be read on: nobody knows how many records are lost with this one.
-    """
-
-    reason: str
-    rest: bool = False
-
-
-#: A bad line without an end can only be the last one of its file.
-CUT = Broken("the file is cut short in the midst of a line", rest=True)
-#: Of what such a record says nobody knows which is meant; most readers take the last.
-TWICE = Broken("a field that stands twice in its record")
-#: (Number of the line or record in its file, from 1; the record).
-Found = tuple[int, "dict[str, Any] | Broken"]
+_SOLID = re.compile(r"\S")
+#: An array of objects. A line that happens to begin with a bracket is one bad line.
+_ARRAY = re.compile(rb"\[\s*[{\]]")
+_OPENED = re.compile(rb"\{[ \t]*\r?\n")
 
 
 def records(place: Place, file: str) -> Iterator[Found]:
     """The records of a file of any of those kinds, by its name; ``.gz`` is unpacked."""
-    name = (file or place.name).removesuffix(".gz").lower()
+    name = _plain_name(place, file)
     if name.endswith((".csv", ".tsv")):
         return csv_rows(place, file, "\t" if name.endswith(".tsv") else ",")
     if name.endswith(".parquet"):
         return parquet_rows(place, file)
-    if name.endswith(".json") and _starts_with(place, file, b"["):
-        return ((number, _mapping(value)) for number, _, value in entries(place, file))
     return json_lines(place, file)
 
 
 def json_lines(place: Place, file: str) -> Iterator[Found]:
-    """The objects of a file with one a line; named by the number of their line."""
+    """The objects of a file with one a line, named by the number of their line; or with all in
+    one array, named by their number in it."""
+    with place.open(file) as stream:
+        start = opening_of(stream)
+        if isinstance(start, Broken):
+            yield 1, start
+            return
+        text = start.removeprefix(codecs.BOM_UTF8).lstrip()
+        bracket = text[:1] == b"[" and _plain_name(place, file).endswith(".json")
+        if bracket or _ARRAY.match(text):
+            yield from ((number, _mapping(value)) for number, _, value in _entries(stream))
+        elif _OPENED.match(text):
+            yield 1, SPREAD
+        else:
+            yield from _lines(stream)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[Found]:
     number, decoder = 0, Decoder()
     try:
-        for number, line in place.lines(file, ends=True):
+        for number, line in lines_of(stream, ends=True):
             try:
                 value: Any = decoder.decode(line.decode("utf-8"))
             except (ValueError, RecursionError) as problem:
@@ -68,8 +75,10 @@ def json_lines(place: Place, file: str) -> Iterator[Found]:
                         f"not {'UTF-8' if isinstance(problem, UnicodeError) else 'JSON'}"
                     )
             yield number, _mapping(value)
+    except Flood as problem:
+        yield number + 1, Broken(str(problem), rest=True)
     except DAMAGED:
-        yield number + 1, Broken("the compressed file is cut short or damaged", rest=True)
+        yield number + 1, PACKED
 
 
 def entries(place: Place, file: str) -> Iterator[tuple[int, str | None, Any]]:
@@ -79,80 +88,42 @@ def entries(place: Place, file: str) -> Iterator[tuple[int, str | None, Any]]:
     begins: it ends with one ``Broken``.
     """
     with place.open(file) as stream:
-        text = _Text(stream)
-        opening = text.next_character()
-        if opening not in ("[", "{"):
-            yield 1, None, Broken("neither a JSON array nor a JSON object", rest=True)
-            return
-        number, closing = 1, "]" if opening == "[" else "}"
-        while (following := text.next_character(eat=False)) != closing:
-            name = None
-            try:
-                if following == ",":
-                    text.next_character()
-                    continue
-                if opening == "{":
-                    name = text.value()
-                    if text.next_character() != ":" or not isinstance(name, str):
-                        raise ValueError("no key")
-                value = text.value()
-            except UserError:
-                raise
-            except ValueError:
-                cut = " (cut short)" if text.ended else ""
-                yield number, None, Broken(f"JSON damaged from here on{cut}", rest=True)
-                return
-            yield number, name, value
-            number += 1
+        start = opening_of(stream)
+        if isinstance(start, Broken):
+            yield 1, None, start
+        else:
+            yield from _entries(stream)
 
 
-def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
-    """Rows of a CSV file with a head line; named by the number of their last line."""
-    with (
-        place.open(file) as stream,
-        # "replace" and not an error: the reader goes on, and the row is told by the mark.
-        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="") as text,
-    ):
-        lines = _Lines(text)
-        reader = csv.DictReader(lines, delimiter=separator)
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as problem:
-                yield reader.line_num, Broken(f"not CSV ({problem})")
-                continue
-            except DAMAGED:
-                why = "the compressed file is cut short or damaged"
-                yield reader.line_num + 1, Broken(why, rest=True)
-                return
-            where = reader.line_num
-            if None in row or None in row.values():
-                if not lines.last.endswith(("\n", "\r")):
-                    yield where, CUT
-                    return
-                yield where, Broken("another number of fields than the head line")
-            elif any("\ufffd" in value for value in row.values()):
-                yield where, Broken("not UTF-8")
-            else:
-                yield where, dict(row)
-
-
-def parquet_rows(place: Place, file: str) -> Iterator[Found]:
-    """Rows of a Parquet file, a small batch at a time; named by their number from 1."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 1
-    with place.open(file) as stream:
+def _entries(stream: IO[bytes]) -> Iterator[tuple[int, str | None, Any]]:
+    text = _Text(stream)
+    opening = text.next_character()
+    if opening not in ("[", "{"):
+        yield 1, None, Broken("neither a JSON array nor a JSON object", rest=True)
+        return
+    number, closing = 1, "]" if opening == "[" else "}"
+    while (following := text.next_character(eat=False)) != closing:
+        name = None
         try:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-        except (pa.ArrowInvalid, OSError):  # a disk or store that fails raises neither
-            yield number, Broken("Parquet damaged from here on", rest=True)
+            if following == ",":
+                text.next_character()
+                continue
+            if opening == "{":
+                name = text.value()
+                if text.next_character() != ":" or not isinstance(name, str):
+                    raise ValueError("no key")
+            value = text.value()
+        except UserError:
+            raise
+        except ValueError:
+            cut = " (cut short)" if text.ended else ""
+            yield number, None, Broken(f"JSON damaged from here on{cut}", rest=True)
+            return
+        yield number, name, value
+        number += 1
+    text.next_character()
+    if text.next_character():
+        yield number, None, Broken("something stands behind the end of the JSON", rest=True)
 
 
 class Decoder(json.JSONDecoder):
@@ -180,26 +151,8 @@ def _mapping(value: Any) -> "dict[str, Any] | Broken":
     return Broken("not a JSON object")
 
 
-def _starts_with(place: Place, file: str, mark: bytes) -> bool:
-    with place.open(file) as stream:
-        try:
-            return stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == mark
-        except DAMAGED:
-            return False
-
-
-class _Lines:
-    """Lines of a text, of which the last one that was given is kept."""
-
-    def __init__(self, text: Iterator[str]) -> None:
-        self.text, self.last = text, ""
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        self.last = next(self.text)
-        return self.last
+def _plain_name(place: Place, file: str) -> str:
+    return (file or place.name).removesuffix(".gz").lower()
 
 
 class _Text:
@@ -214,12 +167,10 @@ class _Text:
     def next_character(self, eat: bool = True) -> str:
         """The next character that is not white space; "" at the end."""
         while True:
-            while self.at < len(self.buffer) and self.buffer[self.at].isspace():
-                self.at += 1
-            if self.at < len(self.buffer):
-                found = self.buffer[self.at]
-                self.at += eat
-                return found
+            if found := _SOLID.search(self.buffer, self.at):
+                self.at = found.end() if eat else found.start()
+                return found[0]
+            self.at = len(self.buffer)
             if not self._more(_BLOCK):
                 return ""
 

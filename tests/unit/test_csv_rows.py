@@ -1,0 +1,83 @@
+"""CSV files as bad as users' get: a bad row costs itself, and a quote without an end is told."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.corpora import csv_rows, place_corpus
+from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.broken import CUT, Broken
+from pipelines.corpora.csv_rows import UNCLOSED
+from pipelines.corpora.records import records
+from pipelines.places import Place
+
+HEAD = "text,label\n"
+
+
+def read(folder: Path, text: str | bytes, name: str = "rows.csv") -> list[tuple[int, Any]]:
+    data = text if isinstance(text, bytes) else text.encode()
+    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return list(records(Place(str(folder)), name))
+
+
+def row(text: str, label: str) -> dict[str, str]:
+    return {"text": text, "label": label}
+
+
+@pytest.mark.parametrize("behind", ["", '"丁, 戊",b\n', '己,"b"\n'])
+def test_a_quote_that_is_not_closed_is_told_where_it_stands(tmp_path: Path, behind: str) -> None:
+    """Whether the file ends or another quote comes first: nothing behind it is a row."""
+    found = read(tmp_path, f'{HEAD}甲,a\n"乙,a\n丙,b\n{behind}')
+    assert found == [(2, row("甲", "a")), (3, UNCLOSED)]
+
+
+def test_a_file_that_ends_in_a_quoted_field_is_cut_short(tmp_path: Path) -> None:
+    assert read(tmp_path, f'{HEAD}甲,a\n乙,"b') == [(2, row("甲", "a")), (3, CUT)]
+
+
+def test_quoted_fields_hold_lines_quotes_and_empty_lines(tmp_path: Path) -> None:
+    found = read(tmp_path, f'{HEAD}\n"甲\n\n乙 ""丙"", 丁",a\r\n戊,b')
+    assert found == [(5, row('甲\n\n乙 "丙", 丁', "a")), (6, row("戊", "b"))]
+
+
+def test_a_bad_row_is_told_by_its_own_line_and_its_neighbours_arrive(tmp_path: Path) -> None:
+    found = read(tmp_path, f'{HEAD}甲,a\n"乙"丙,a\n丁,b\n{"x" * 200_000},b\n戊\0,b\n己,a\n')
+    good = [(2, row("甲", "a")), (4, row("丁", "b")), (7, row("己", "a"))]
+    assert [each for each in found if isinstance(each[1], dict)] == good
+    bad = {number: each for number, each in found if isinstance(each, Broken)}
+    assert sorted(bad) == [3, 5, 6]
+    assert bad[3].reason == "not CSV (',' expected after '\"')"
+    assert bad[5].reason.startswith("not CSV (field larger")
+    assert bad[6].reason == "null characters in it"
+    assert not any(each.rest for each in bad.values())
+
+
+def test_no_row_is_read_by_another_line_than_the_head(tmp_path: Path) -> None:
+    ((number, broken),) = read(tmp_path, 'te"x"t,"la"bel\n甲,a\n乙,b\n')
+    assert (number, broken.rest) == (1, True)
+
+
+@pytest.mark.parametrize("flood", ["x" * 5000, '"' + "甲,a\n" * 1000, "\n" * 5000])
+def test_a_flood_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: str) -> None:
+    monkeypatch.setattr(csv_rows, "LONGEST_LINE", 2000)
+    monkeypatch.setattr(csv_rows, "MOST_EMPTY", 2000)
+    first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{flood}\n乙,a\n", "rows.csv.gz")
+    assert first == (2, row("甲", "a"))
+    assert broken.rest
+    assert number > 2
+    assert "flood" in broken.reason or "beyond" in broken.reason
+
+
+def test_a_packed_file_that_is_none_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv.gz").write_bytes(b"xx")
+    ((_, broken),) = records(Place(str(tmp_path)), "rows.csv.gz")
+    assert broken == Broken("the compressed file is cut short or damaged", rest=True)
+
+
+def test_rows_of_a_corpus_carry_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(f'{HEAD}"甲\n乙",a\n"丙"丁,b\n戊,b\n', "utf-8")
+    corpus = place_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
+    found = [r.row if isinstance(r, Rejected) else r["row"] for r in corpus.rows(Sources.none())]
+    assert found == [3, 4, 5]
