@@ -9,6 +9,8 @@ rows aside.
 
 import contextlib
 import io
+import os
+import stat
 from collections.abc import Callable
 from functools import lru_cache
 from typing import IO, Any, TypeVar, cast
@@ -106,6 +108,14 @@ def local_path(path: str) -> str:
     return path.partition("://")[2] if "://" in path else path
 
 
+def check_regular(path: str) -> None:
+    """UserError if a local file is a named pipe, a device or a socket: it would be waited for, or
+    read, without end."""
+    about = os.stat(path)  # noqa: PTH116 - called for many files
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+        raise UserError(f"{path}: a pipe, device or socket; expected a regular file")
+
+
 def open_stream(path: str) -> IO[bytes]:
     """Open a local file or a URI to be read.
 
@@ -113,11 +123,12 @@ def open_stream(path: str) -> IO[bytes]:
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or it is not
             ours to read.
         SourceFails, StoreUnavailable: its disk or its store fails, now or while it is read.
-        UserError: nobody opens such a URI.
+        UserError: nobody opens such a URI; or it is no regular file.
     """
     if is_remote(path):
         return io.BufferedReader(_InStore(path), _AHEAD)
     try:
+        check_regular(local_path(path))
         return io.BufferedReader(_OnDisk(local_path(path)), _AHEAD)
     except OWN:
         raise

@@ -29,7 +29,7 @@ from pipelines.corpora.fielded import (
 from pipelines.corpora.glance import LOOKED_AT, Glance
 from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import aside, bad, key_of
-from pipelines.corpora.records import Broken, records
+from pipelines.corpora.records import Broken, records, why_unread
 from pipelines.media import MediaRef
 from pipelines.places import Place, listing_digest
 from pipelines.seen import Seen
@@ -89,7 +89,8 @@ class Folder(FieldedCorpus):
                 glance.add(split, record)
                 named.append(_names_of(record))
         if not glance.names:
-            raise UserError(f"{self.place.uri}: no readable row in {self.files[0][1] or 'it'}")
+            why = why_unread(self.place, self.files[0][1])
+            raise UserError(f"{self.place.uri}: no readable row in {self.files[0][1] or 'it'}{why}")
         self.file_field, ending = _file_field(named)
         if self.file_field is None and self.options.modality in ("sound", "image", "video"):
             raise UserError(
@@ -282,7 +283,10 @@ class Folder(FieldedCorpus):
                 yield bad(key, "not in a folder that names a class", entry.name)
                 continue
             reference = MediaRef(self.place.path(entry.name))
-            yield self.row(key, {"label": label}, reference, split)
+            try:
+                yield self.row(key, {"label": label}, reference, split)
+            except ValueError as problem:  # a name that is not UTF-8
+                yield aside(key, problem, entry.name, None)
 
 
 def _names_of(record: Row) -> Row:

@@ -16,26 +16,25 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.corpora.arrow_media import mapped, misfit, rows_with_media, streamed
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.corpora.fielded import (
     ALL,
-    MODALITY_OF,
     FieldedCorpus,
-    ending_of,
     split_begun,
     split_named,
 )
 from pipelines.corpora.glance import LOOKED_AT, Glance
 from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import aside, bad, key_of
-from pipelines.corpora.records import Broken
-from pipelines.media import MediaRef
+from pipelines.corpora.records import LONGEST_ENTRY, Broken
 from pipelines.places import Place
-from pipelines.source_files import failing, open_stream
-from skillnet_platform.errors import UserError
+from pipelines.source_files import failing
+from skillnet_platform.errors import UserError, first_line
 
 #: Features of the library that hold media.
 MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
+DAMAGED = Broken("an Arrow file that is cut short or damaged", rest=True)
 
 
 class HfDataset(FieldedCorpus):
@@ -66,11 +65,12 @@ class HfDataset(FieldedCorpus):
         self.given = frozenset(split for split, _ in self.folders if split)
         if self.options.split is not None and not self.given:
             self.given = ALL
-        features = _json(self.place, f"{self.folders[0][1]}dataset_info.json").get("features") or {}
+        features = _features(self.place, self.folders[0][1])
+        types = {n: a.get("_type") for n, a in features.items() if isinstance(a, dict)}
         kinds = {
-            name: MEDIA_FEATURES[about["_type"]]
-            for name, about in features.items()
-            if isinstance(about, dict) and about.get("_type") in MEDIA_FEATURES
+            name: MEDIA_FEATURES[kind]
+            for name, kind in types.items()
+            if isinstance(kind, str) and kind in MEDIA_FEATURES
         }
         self.media_field = next(iter(kinds), None)
         fields = [name for name in features if name != self.media_field]
@@ -120,16 +120,19 @@ class HfDataset(FieldedCorpus):
         """Rows of a file; the media field holds a reference."""
         path = self.place.path(file)
         try:
-            for batch, origin in (_streamed if self.place.remote else _mapped)(path):
-                yield from _rows(batch, self.media_field, path, origin, self.home)
+            for batch, body in (streamed if self.place.remote else mapped)(path):
+                if why := misfit(batch.schema, self.media_field):
+                    yield Broken(why, rest=True)
+                    return
+                yield from rows_with_media(batch, self.media_field, path, body, self.home)
         except FileNotFoundError:
             yield Broken("the Arrow file is missing", rest=True)
         except OSError as problem:
             if problem.errno is not None:
                 raise failing(path, problem) from None
-            yield Broken("an Arrow file that is cut short or damaged", rest=True)
-        except pa.ArrowInvalid:
-            yield Broken("an Arrow file that is cut short or damaged", rest=True)
+            yield DAMAGED
+        except (pa.ArrowException, UnicodeDecodeError):  # names of columns may be no UTF-8
+            yield DAMAGED
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
         """Class numbers by their names."""
@@ -137,79 +140,6 @@ class HfDataset(FieldedCorpus):
         if self.labels and isinstance(value, int) and 0 <= value < len(self.labels):
             record[self.label or ""] = self.labels[value]
         return record
-
-
-def _mapped(path: str) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """(Batch, where in memory byte 0 of the file would be) of a file on a disk."""
-    with pa.memory_map(path) as mapped:
-        whole = mapped.read_buffer()
-        for batch in pa.ipc.open_stream(pa.BufferReader(whole)):
-            yield batch, whole.address
-
-
-def _streamed(path: str) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """The same of a file in a store, one batch at a time."""
-    with open_stream(path) as stream:
-        messages = pa.ipc.MessageReader.open_stream(stream)
-        schema = pa.ipc.read_schema(messages.read_next_message())
-        for message in messages:
-            if message.type != "record batch":
-                raise UserError(
-                    f"{path}: columns with a dictionary of their own, which are read from a disk "
-                    "alone; copy the dataset there"
-                )
-            body = message.body
-            batch = pa.ipc.read_record_batch(message, schema)
-            yield batch, body.address - (stream.tell() - body.size)
-
-
-def _rows(
-    batch: pa.RecordBatch, media: str | None, path: str, origin: int, home: Place
-) -> Iterator[dict[str, Any]]:
-    names = [name for name in batch.schema.names if name != media]
-    plain = batch.select(names)
-    found = _references(batch.column(media), path, origin, home) if media else None
-    for place in range(batch.num_rows):
-        (row,) = plain.slice(place, 1).to_pylist()
-        if found is not None:
-            row[media or ""] = found[place]
-        yield row
-
-
-def _references(column: pa.Array, path: str, origin: int, home: Place) -> list[MediaRef | None]:
-    """Where the bytes of each value of ``struct<bytes, path>`` stand in the file."""
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    files = column.field("path").to_pylist() if "path" in _fields(column) else [None] * len(column)
-    data = column.field("bytes") if "bytes" in _fields(column) else pa.nulls(len(column))
-    found: list[MediaRef | None] = []
-    wide = pa.types.is_large_binary(data.type)
-    for place, file in enumerate(files):
-        if not column[place].is_valid:
-            found.append(None)
-        elif data.null_count < len(data) and data[place].is_valid:
-            _, ends, values = data.buffers()
-            numbers = memoryview(ends).cast("q" if wide else "i")
-            start, end = numbers[data.offset + place], numbers[data.offset + place + 1]
-            offset = values.address - origin + start
-            found.append(MediaRef(path, offset, end - start))
-        else:
-            found.append(_beside(home, file))
-    return found
-
-
-def _beside(home: Place, file: str | None) -> MediaRef | None:
-    """A file that the dataset only names: below its folder, or below ``media``."""
-    try:
-        if file and ending_of(file) in MODALITY_OF:
-            return MediaRef(home.path(file))
-    except ValueError:
-        pass  # it leads out of the folder: a saved dataset may come from anywhere
-    return None
-
-
-def _fields(column: pa.Array) -> list[str]:
-    return [field.name for field in column.type] if pa.types.is_struct(column.type) else []
 
 
 def _splits(place: Place) -> list[tuple[str | None, str]]:
@@ -221,21 +151,59 @@ def _splits(place: Place) -> list[tuple[str | None, str]]:
     if not place.exists("dataset_dict.json"):
         return []
     names = _json(place, "dataset_dict.json").get("splits") or []
-    found = [(split_named(name), str(name)) for name in names]
+    _check(_are_texts(names), place, "dataset_dict.json", "splits are no list of names")
+    for name in names:
+        _inside(place, "dataset_dict.json", name)
+    found = [(split_named(name), name) for name in names]
     if not any(split == "train" for split, _ in found):  # "train.clean.100"
         found = [(split_begun(name), name) for _, name in found]
     return [(split or name, f"{name}/") for split, name in found]
 
 
 def _files(place: Place, folder: str) -> list[str]:
-    listed = _json(place, f"{folder}state.json").get("_data_files") or []
-    return [f"{folder}{entry['filename']}" for entry in listed]
+    told = f"{folder}state.json"
+    listed = _json(place, told).get("_data_files")
+    right = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
+    names = [entry.get("filename") for entry in listed] if right and listed else []
+    _check(right and _are_texts(names), place, told, "_data_files is no list of file names")
+    for name in names:
+        _inside(place, told, name)
+    return [f"{folder}{name}" for name in names]
+
+
+def _features(place: Place, folder: str) -> dict[str, Any]:
+    """Column -> what the library says of it."""
+    told = f"{folder}dataset_info.json"
+    features = _json(place, told).get("features") or {}
+    _check(isinstance(features, dict), place, told, "features is no object of columns")
+    for about in features.values():
+        names = about.get("names") if isinstance(about, dict) else None
+        _check(not names or _are_texts(names), place, told, "names of classes are no list of texts")
+    return features
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _check(right: bool, place: Place, file: str, wrong: str) -> None:
+    if not right:
+        raise UserError(f"{place.path(file)}: {wrong}; save_to_disk does not write this")
+
+
+def _inside(place: Place, file: str, name: str) -> None:
+    try:
+        place.path(name)
+    except ValueError as problem:
+        raise UserError(f"{place.path(file)}: names {name!r}, {problem}") from None
 
 
 def _json(place: Place, file: str) -> dict[str, Any]:
+    with place.open(file) as stream:
+        data = stream.read(LONGEST_ENTRY + 1)
     try:
-        with place.open(file) as stream:
-            value = json.loads(stream.read().decode("utf-8"))
-    except ValueError as problem:
-        raise UserError(f"{place.path(file)}: not JSON ({problem})") from None
-    return value if isinstance(value, dict) else {}
+        value = json.loads(data.decode("utf-8")) if len(data) <= LONGEST_ENTRY else None
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{place.path(file)}: not JSON ({first_line(problem)})") from None
+    _check(isinstance(value, dict), place, file, "no JSON object")
+    return dict(value)

@@ -10,7 +10,8 @@ shows one.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,28 +130,40 @@ class PlacedCorpus(Corpus):
             return
         labels: set[str] = set()
         characters: set[str] = set()
+        unread = Counter[str]()
         for row in self.rows(Sources.none()):
-            if isinstance(row, Rejected) or row["split"] != "train":
+            if isinstance(row, Rejected):
+                unread[row.reason] += row.bad
+                continue
+            if row["split"] != "train":
                 continue
             if wants_labels and row.get("label") is not None:
                 labels.add(row["label"])
             if wants_symbols:
                 characters.update(row.get("text") or "")
-        self.keep(ordered(labels), sorted(characters))
+        self.keep(ordered(labels), sorted(characters), unread)
 
-    def keep(self, labels: Sequence[str], characters: Sequence[str]) -> None:
+    def keep(
+        self,
+        labels: Sequence[str],
+        characters: Sequence[str],
+        unread: Mapping[str, int] | None = None,
+    ) -> None:
         """Take classes and the characters of the training transcripts.
 
         Raises:
-            UserError: there are none, so that there is nothing to train for.
+            UserError: there are none, so that there is nothing to train for; says why most rows
+                of those in ``unread`` (reason -> rows) could not be read.
         """
+        (reason, count), *_ = [*Counter(unread).most_common(1), ("", 0)]
+        why = f" ({count} × {reason})" if count else ""
         if "labels" in self.has and not self.labels:
             if not labels:
-                raise UserError(f"{self.place.uri}: no training row has a label")
+                raise UserError(f"{self.place.uri}: no training row has a label{why}")
             self.labels = tuple(labels)
         if "transcripts" in self.has and not self.symbols:
             if not characters:
-                raise UserError(f"{self.place.uri}: no training row has a transcript")
+                raise UserError(f"{self.place.uri}: no training row has a transcript{why}")
             self.symbols = (UNKNOWN_SYMBOL, *characters)
 
     def rows(self, sources: Sources) -> Iterator[Row | Rejected]:

@@ -17,7 +17,16 @@ from pipelines.corpora.encodings import opening_of
 from pipelines.places import DAMAGED, Flood, Place, lines_of
 from skillnet_platform.errors import UserError
 
-__all__ = ["TWICE", "Broken", "Decoder", "Found", "entries", "json_lines", "records"]
+__all__ = [
+    "LONGEST_ENTRY",
+    "TWICE",
+    "Broken",
+    "Decoder",
+    "Found",
+    "entries",
+    "json_lines",
+    "records",
+]
 
 #: A single entry of a JSON array beyond this many characters is taken for damage.
 LONGEST_ENTRY = 64 * 2**20
@@ -41,6 +50,12 @@ def records(place: Place, file: str) -> Iterator[Found]:
     if name.endswith(".parquet"):
         return parquet_rows(place, file)
     return json_lines(place, file)
+
+
+def why_unread(place: Place, file: str) -> str:
+    """Behind a message that a file has no readable row: " (reason of its first row)", or ""."""
+    first = next(records(place, file), (1, None))[1]
+    return f" ({first.reason})" if isinstance(first, Broken) else ""
 
 
 def json_lines(place: Place, file: str) -> Iterator[Found]:
