@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources
+from pipelines.places import printable
 from pipelines.seen import Seen
 
 #: A longer string in a row is no caption, heading or function: the row is set aside.
@@ -106,7 +107,7 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
                 bad[row.reason] += 1
             if row.rest:
                 before = "" if row.row is None else f"after {row.row - 1} rows "
-                broken[row.file or row.key] = f"{before}({row.reason})"
+                broken[printable(row.file or row.key)] = f"{before}({row.reason})"
 
         def cut(split: str) -> Iterator[Block]:
             table, refused = to_table(corpus, waiting.pop(split))
@@ -134,7 +135,7 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
 
 def told(row: Rejected) -> dict[str, Any]:
     """The line of a row in the quarantine: key and reason, with file and row where known."""
-    places = {"file": row.file, "row": row.row}
+    places = {"file": row.file and printable(row.file), "row": row.row}
     line = {"key": row.key, **{k: v for k, v in places.items() if v is not None}}
     return line | {"reason": row.reason}
 
@@ -172,6 +173,8 @@ def _checked(row: Row | Rejected, seen: Seen) -> Row | Rejected:
     if isinstance(row, Rejected):
         return row if seen.add(row.key) else _again(row.key, row.file, row.row)
     key = row["key"]
+    if isinstance(row.get("file"), str):
+        row["file"] = printable(row["file"])
     if not seen.add(key):
         return _again(key, row.get("file"), row.get("row"))
     for name, value in row.items():
@@ -195,6 +198,8 @@ def _misfit(row: Row, schema: pa.Schema) -> str:
         try:
             pa.array([row.get(column.name)], column.type)
         except UnicodeError:
+            if column.name == "media":
+                return "the media file's name is not UTF-8; rename it"
             return f"{column.name} is not Unicode text"
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, TypeError):
             kind = type(row.get(column.name)).__name__

@@ -2,6 +2,7 @@
 the same, and its files opened. Nothing is written, nothing outside it is reached by a name."""
 
 import codecs
+import contextlib
 import gzip
 import hashlib
 import os
@@ -12,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.source_files import ask, is_remote, local_path, open_stream
+from pipelines.source_files import (
+    OWN,
+    ask,
+    check_regular,
+    failing,
+    is_remote,
+    local_path,
+    open_stream,
+)
+from pipelines.trail import Trail
 from skillnet_platform.errors import UserError
 
 #: What a compressed file that is cut short or damaged raises while it is read.
@@ -58,12 +68,12 @@ class Place:
         self.remote = is_remote(uri)
         uri = uri if self.remote else str(Path(local_path(uri)).expanduser().absolute())
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
-        self.is_file = False
         if not self._exists(self.uri):
             raise UserError(f"{uri}: no such file or folder")
         if self.remote:
             self.is_file = ask(self.uri, lambda system, path: system.info(path))["type"] == "file"
         else:
+            check_regular(self.uri)
             self.is_file = Path(self.uri).is_file()
 
     @property
@@ -90,40 +100,78 @@ class Place:
         return self._exists(self.path(relative))
 
     def entries(self, relative: str = "") -> list[Entry]:
-        """What is in a folder, sorted by name; hidden files are passed over."""
+        """What is in a folder, sorted by name; hidden files are passed over.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: there is no such folder.
+            UserError: it may not be read, or its disk fails.
+        """
+        try:
+            return self._scanned(relative)
+        except PermissionError:
+            raise UserError(f"{self.path(relative)}: no permission to read this folder") from None
+
+    def walk(self, relative: str = "", depth: int = 16) -> Iterator[Entry]:
+        """All files below a folder, in order; each one's name is its path from this place.
+
+        Links are followed, but not into a folder that they stand in.
+        """
+        yield from self._walk(relative, depth, Trail())
+
+    def folders(self, relative: str = "", depth: int = 4) -> Iterator[str]:
+        """The folder itself and all below it, down to a depth; each before those inside it."""
+        yield from self._folders(relative, depth, Trail())
+
+    def _walk(self, relative: str, depth: int, trail: Trail) -> Iterator[Entry]:
+        with self._entered(relative, trail) as entered:
+            for entry in self._seen(relative) if entered else ():
+                below = f"{relative}/{entry.name}" if relative else entry.name
+                if not entry.is_folder:
+                    yield Entry(below, entry.size)
+                elif depth > 0:
+                    yield from self._walk(below, depth - 1, trail)
+
+    def _folders(self, relative: str, depth: int, trail: Trail) -> Iterator[str]:
+        with self._entered(relative, trail) as entered:
+            if not entered:
+                return
+            yield relative
+            for entry in self._seen(relative) if depth > 0 else ():
+                if entry.is_folder:
+                    below = f"{relative}/{entry.name}" if relative else entry.name
+                    yield from self._folders(below, depth - 1, trail)
+
+    @contextlib.contextmanager
+    def _entered(self, relative: str, trail: Trail) -> Iterator[bool]:
+        """Whether a walk may go into a folder; of stores, which have no links, into any."""
+        with contextlib.ExitStack() as stack:
+            entered = True
+            if not self.remote:
+                # One that is not there has nothing in it.
+                with contextlib.suppress(OSError):
+                    entered = stack.enter_context(trail.into(self.path(relative)))
+            yield entered
+
+    def _seen(self, relative: str) -> list[Entry]:
+        """What a walk sees in a folder; nothing in one that it may not read."""
+        try:
+            return self._scanned(relative)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return []
+
+    def _scanned(self, relative: str) -> list[Entry]:
         folder = self.path(relative)
         if self.remote:
             found = ask(folder, _listed)
         else:
-            with os.scandir(folder) as each:
-                found = [e for entry in each if (e := _entry(entry)) is not None]
-        return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
-
-    def walk(self, relative: str = "", depth: int = 16) -> Iterator[Entry]:
-        """All files below a folder, in order; each one's name is its path from this place."""
-        try:
-            entries = self.entries(relative)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return
-        for entry in entries:
-            below = f"{relative}/{entry.name}" if relative else entry.name
-            if not entry.is_folder:
-                yield Entry(below, entry.size)
-            elif depth > 0:  # links may go round in circles
-                yield from self.walk(below, depth - 1)
-
-    def folders(self, relative: str = "", depth: int = 4) -> Iterator[str]:
-        """The folder itself and all below it, down to a depth; each before those inside it."""
-        yield relative
-        if depth > 0:
             try:
-                entries = self.entries(relative)
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
-                return
-            for entry in entries:
-                if entry.is_folder:
-                    below = f"{relative}/{entry.name}" if relative else entry.name
-                    yield from self.folders(below, depth - 1)
+                with os.scandir(folder) as each:
+                    found = [_entry(entry) for entry in each]
+            except OWN:
+                raise
+            except OSError as problem:
+                raise failing(folder, problem) from None
+        return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
 
     def open(self, relative: str = "") -> IO[bytes]:
         """Open a file to be read front to back; one whose name ends in ``.gz`` is unpacked.
@@ -136,7 +184,9 @@ class Place:
             stream = open_stream(path)
         except PermissionError:
             raise UserError(f"{path}: no permission to read it") from None
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except IsADirectoryError:
+            raise UserError(f"{path}: a folder; expected a file") from None
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: no such file") from None
         return gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream  # type: ignore[return-value]
 
@@ -192,6 +242,14 @@ def lines_of(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes
             raise Flood("a flood of empty lines")
 
 
+def printable(name: str) -> str:
+    """A file's name for messages and files of ours: what is no Unicode is spelt with backslashes.
+
+    A disk takes any bytes for a name; those that are not UTF-8 cannot be written anywhere else.
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def listing_digest(entries: Iterable[Entry]) -> tuple[int, int, str]:
     """(files, bytes, SHA-256) of names and sizes: what tells that media were added or replaced.
 
@@ -215,10 +273,8 @@ def _listed(system: Any, folder: str) -> list[Entry]:
     ]
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry | None:
+def _entry(entry: "os.DirEntry[str]") -> Entry:
     try:
         return Entry(entry.name, None if entry.is_dir() else entry.stat().st_size)
-    except FileNotFoundError:
-        return Entry(entry.name, 0)  # a link to nothing: reading it will say so
-    except OSError:
-        return None
+    except OSError:  # a link to nothing, or to itself: reading it will say so
+        return Entry(entry.name, 0)

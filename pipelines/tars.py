@@ -76,5 +76,7 @@ def _told() -> Iterator[None]:
         raise BadTar(f"the archive is refused: {problem.why}") from None
     except SourceFails:
         raise
+    except RecursionError:  # tarfile takes headers of headers one inside the other
+        raise BadTar("the archive is refused: headers without end") from None
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError):
         raise BadTar(CUT) from None

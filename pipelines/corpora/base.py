@@ -152,7 +152,9 @@ def shaped(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
 def draw(*parts: object) -> int:
     """A number that only ``parts`` decide, spread evenly over 0 … 2**64 - 1: for splits."""
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:8], "big"
+    )
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pipelines.corpora import finish
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
 from pipelines.corpora.ranges import Ranged, within
 from pipelines.media import MAX_BYTES, MediaRef
-from pipelines.places import Place, listing_digest
+from pipelines.places import Place, listing_digest, printable
 from pipelines.transforms import image, sound, video
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
@@ -241,11 +241,13 @@ class PlacedCorpus(Corpus):
     def other_sources(self) -> list[dict[str, str]]:
         """Annotations by their content; media by names and sizes."""
         if self.place.is_file:
-            found = [{"file": self.place.name, "sha256": self.place.digest("")}]
+            found = [{"file": printable(self.place.name), "sha256": self.place.digest("")}]
         else:
             annotations = sorted(self.annotations())
             told = set(annotations)
-            found = [{"file": name, "sha256": self.place.digest(name)} for name in annotations]
+            found = [
+                {"file": printable(name), "sha256": self.place.digest(name)} for name in annotations
+            ]
             files, size, digest = listing_digest(
                 entry for entry in self.place.walk() if entry.name not in told
             )
@@ -377,7 +379,7 @@ def characters_of(transcript: str) -> str:
 
 def key_of(*parts: object) -> str:
     """A key that a person can find the row by, short whatever a file name holds."""
-    key = "/".join(str(part) for part in parts).encode("utf-8", "replace").decode()
+    key = printable("/".join(str(part) for part in parts))
     if len(key) <= 512:
         return key
     return f"{key[:400]}…{hashlib.sha256(key.encode()).hexdigest()[:16]}"
