@@ -1,8 +1,8 @@
 """Rows of a corpus cut into blocks, each the work of one shard, while they are read.
 
-A block holds rows of one split in the order of the corpus, ``shard_rows`` of them: how rows fall
-into shards is settled before anything runs in parallel. Nothing of a block is kept once it is
-given away, and rows that are set aside go to a file, so that memory does not grow with the
+A block holds rows of one split in the order of the corpus, ``shard_rows`` of them, or fewer whose
+texts are long: how rows fall into shards hangs on the rows alone. Nothing of a block is kept once
+it is given away, and rows that are set aside go to a file, so that memory does not grow with the
 corpus.
 """
 
@@ -22,6 +22,8 @@ from pipelines.seen import Seen
 
 #: A longer string in a row is no caption, heading or function: the row is set aside.
 LONGEST_TEXT = 1_000_000
+#: Characters that the rows of one block hold in all, about: a block lies in memory.
+MOST_TEXT = 128 * 2**20
 #: Columns of a row that say where it came from, for the quarantine.
 PLACES = ("file", "row")
 TWICE = "the key came before"
@@ -95,6 +97,7 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
         rejected: a file for the rows that are set aside while reading; written anew.
     """
     waiting: dict[str, list[Row]] = defaultdict(list)
+    texts = Counter[str]()
     counts, shards = Counter[str](), Counter[str]()
     reasons, bad = Counter[str](), Counter[str]()
     broken: dict[str, str] = {}
@@ -111,6 +114,7 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
 
         def cut(split: str) -> Iterator[Block]:
             table, refused = to_table(corpus, waiting.pop(split))
+            texts[split] = 0
             for row in refused:
                 reject(row)
             if table.num_rows:
@@ -125,7 +129,8 @@ def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Bl
                 continue
             split = row["split"]
             waiting[split].append(row)
-            if len(waiting[split]) == corpus.shard_rows:
+            texts[split] += _characters(row)
+            if len(waiting[split]) == corpus.shard_rows or texts[split] > MOST_TEXT:
                 yield from cut(split)
         for split in sorted(waiting):
             yield from cut(split)
@@ -182,6 +187,16 @@ def _checked(row: Row | Rejected, seen: Seen) -> Row | Rejected:
         if texts and isinstance(texts[0], str) and max(map(len, texts)) > LONGEST_TEXT:
             return _refused(row, f"{name} is longer than {LONGEST_TEXT} characters")
     return row
+
+
+def _characters(row: Row) -> int:
+    count = 0
+    for value in row.values():
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            count += sum(map(len, value))
+    return count
 
 
 def _again(key: str, file: Any, row: Any) -> Rejected:

@@ -1,5 +1,6 @@
 """A folder of the user's, on a disk or behind a URI: what is in it, in an order that is always
-the same, and its files opened. Nothing is written, nothing outside it is reached by a name."""
+the same, and its files opened. Nothing is written, and no name leads out of it; links do, which
+whoever laid the folder wanted so."""
 
 import codecs
 import contextlib

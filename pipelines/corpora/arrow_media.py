@@ -93,10 +93,10 @@ def rows_with_media(
         return
     column = batch.column(names.index(media))
     for row, found in zip(plain, _references(column, path, body, home), strict=True):
-        if isinstance(row, dict) and not isinstance(found, Broken):
-            yield row | {media: found}
+        if isinstance(row, Broken):
+            yield row
         else:
-            yield row if isinstance(row, Broken) else found
+            yield found if isinstance(found, Broken) else row | {media: found}
 
 
 def _references(

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pipelines.corpora.broken import CUT, PACKED, Broken, Found
 from pipelines.corpora.encodings import opening_of
@@ -16,8 +16,10 @@ def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
     """Rows of a CSV file with a head line; named by the number of their last line.
 
     Quotes are read strictly: a lenient reader takes whatever follows a quote that is not closed
-    into one field, row after row.
+    into one field, row after row. Between tabs a quote mostly is one of the text: where it does
+    not enclose a field of its line, it is kept as it stands.
     """
+    csv.field_size_limit(LONGEST_LINE)  # texts too long for a row are told further on
     with place.open(file) as stream:
         start = opening_of(stream)
         if isinstance(start, Broken):
@@ -30,7 +32,8 @@ def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
 
 
 def _rows(lines: "_Lines", separator: str) -> Iterator[Found]:
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    quoted = csv.reader(lines, delimiter=separator, strict=True)
+    reader = _tab_separated(lines) if separator == "\t" else quoted
     names: list[str] | None = None
     while True:
         lines.begin()
@@ -71,6 +74,14 @@ def _rows(lines: "_Lines", separator: str) -> Iterator[Found]:
             yield lines.number, Broken("null characters in it")
         else:
             yield lines.number, dict(zip(names, values, strict=True))
+
+
+def _tab_separated(lines: Iterable[str]) -> Iterator[list[str]]:
+    for line in lines:
+        try:
+            yield next(csv.reader([line], delimiter="\t", strict=True))
+        except csv.Error:
+            yield line.rstrip("\r\n").split("\t")
 
 
 class _Lines:

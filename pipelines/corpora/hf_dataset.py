@@ -202,7 +202,7 @@ def _json(place: Place, file: str) -> dict[str, Any]:
     with place.open(file) as stream:
         data = stream.read(LONGEST_ENTRY + 1)
     try:
-        value = json.loads(data.decode("utf-8")) if len(data) <= LONGEST_ENTRY else None
+        value: Any = json.loads(data.decode("utf-8")) if len(data) <= LONGEST_ENTRY else None
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{place.path(file)}: not JSON ({first_line(problem)})") from None
     _check(isinstance(value, dict), place, file, "no JSON object")

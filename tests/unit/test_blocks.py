@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipelines import blocks as blocks_module
 from pipelines.blocks import LONGEST_TEXT, TWICE, Block, Summary, read_blocks
 from pipelines.corpora.base import Rejected, Row, Sources
 from pipelines.datasource import Job, pack, read_spool, rejected_beside, units, unpack, write_spool
@@ -49,6 +50,15 @@ def test_blocks_are_full_but_the_last_of_each_split(tmp_path: Path) -> None:
     assert found == [("train", 0, 8), ("train", 1, 8), ("test", 0, 5), ("train", 2, 4)]
     assert (summary.counts, summary.shards) == ({"test": 5, "train": 20}, {"test": 1, "train": 3})
     assert len({block.keys for block in blocks}) == 4
+
+
+def test_long_texts_fill_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few megabytes unpack to thousands of texts of a million characters."""
+    monkeypatch.setattr(blocks_module, "MOST_TEXT", 1000)
+    rows = [row(str(n), text="长" * (400 if n < 6 else 1)) for n in range(12)]
+    blocks, summary, _ = read(rows, tmp_path)
+    assert [(b.shard, b.table.num_rows) for b in blocks] == [(0, 3), (1, 3), (2, 6)]
+    assert summary.shards == {"train": 3}
 
 
 def test_what_does_not_fit_is_told_with_its_place(tmp_path: Path) -> None:
