@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipelines import partial
 from pipelines.blocks import Summary
@@ -21,6 +21,7 @@ MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray"
 WORTH_STOPPING = 10_000
 #: With a share of bad rows above this nobody is told to go on without them.
 MOST_ADVISED = 0.5
+ASTRAY = "With so many, mend the files, or how they are named and laid out: see docs/own-corpora.md"
 #: A manifest counts so many reasons by name, the most frequent.
 MOST_REASONS = 100
 
@@ -62,11 +63,13 @@ class Making:
     summary: Summary | None = None
     units: int = 0
     done: set[str] = field(default_factory=set)
+    rows: int = 0
     bad: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         (self.folder / partial.READ).unlink(missing_ok=True)
         for entry in self.before.values():
+            self.rows += len(entry["rejected"]) + (entry["file"] or {"rows": 0})["rows"]
             self.bad.update(row["reason"] for row in entry["rejected"])
 
     def count(self, done: dict[str, Any]) -> int:
@@ -78,6 +81,7 @@ class Making:
         if done["entry"] is not None:  # it was written on whichever host
             write_json(self.folder / f"{done['stem']}.json", done["entry"])
         self.bad.update(done["bad"])
+        self.rows += done["rows"]
         return int(done["rows"])
 
     def is_complete(self) -> bool:
@@ -87,39 +91,46 @@ class Making:
     def judge(self, max_bad: float) -> None:
         """Stop once it is certain that more than that share of all rows is bad.
 
-        Bad rows may stand close together, so a share of some of the rows says nothing: it is
-        judged from when all rows are read, which is long before all of them are decoded.
+        Bad rows may stand close together, so a share of some of the rows says little: it is
+        judged from when all rows are read, which is long before all of them are decoded. Only
+        where most of many rows could not be decoded it is not worth reading to the end.
 
         Raises:
             UserError: saying how many, and why.
         """
         if (over := self._read()) is None:
+            bad = self.bad.total()
+            if self.rows >= WORTH_STOPPING and bad > max(max_bad, MOST_ADVISED) * self.rows:
+                advice = f"{ASTRAY}. If only the first rows are like that: --max_bad 1"
+                first = f"{bad} of the first {self.rows}"
+                self._stop(max_bad, first, bad / self.rows, self.bad, advice)
             return
         read, units = over
-        name = self.order.corpus.name
         if told := read.too_broken(max_bad):
-            raise UserError(f"{name}: {told}")
+            raise UserError(f"{self.order.corpus.name}: {told}")
         reasons = self.bad + Counter(read.bad)
         bad = reasons.total()
         complete = len(self.done) == units
         if bad <= max_bad * read.rows or (read.rows < WORTH_STOPPING and not complete):
             return
-        with atomic_write(self.told, "w") as stream:
-            stream.writelines(partial.rejected_lines(self.folder))
         share = bad / read.rows
         least = "" if complete else "at least "
         if not complete:
             advice = "Mend them; not all rows were looked at yet"
         elif share > MOST_ADVISED:
-            advice = (
-                "With so many, mend the files, or how they are named and laid out: see "
-                "docs/own-corpora.md"
-            )
+            advice = ASTRAY
         else:
             advice = f"Mend them, or go on without them: --max_bad {share + 0.005:.2f}"
+        self._stop(max_bad, f"{least}{bad} of {read.rows}", share, reasons, advice)
+
+    def _stop(
+        self, max_bad: float, bad: str, share: float, reasons: Counter[str], advice: str
+    ) -> NoReturn:
+        with atomic_write(self.told, "w") as stream:
+            stream.writelines(partial.rejected_lines(self.folder))
         most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
         raise UserError(
-            f"{name}: {least}{bad} of {read.rows} rows cannot be used, {share:.1%}; at most "
+            f"{self.order.corpus.name}: {bad} rows cannot be used, {share:.1%}; at most "
             f"{max_bad:.1%} may be (max_bad). {most}. Each of them stands in {self.told}. {advice}"
         )
 

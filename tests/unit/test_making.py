@@ -52,6 +52,16 @@ def test_it_is_stopped_as_soon_as_the_share_is_certain(tmp_path: Path) -> None:
     assert "--max_bad" not in str(told.value)
 
 
+def test_a_large_corpus_most_of_which_is_bad_is_not_read_to_its_end(tmp_path: Path) -> None:
+    state = making(tmp_path)
+    state.count(shard(0, WORTH_STOPPING // 2, damaged=WORTH_STOPPING // 2))
+    state.judge(0.1)
+    state.count(shard(1, WORTH_STOPPING // 2, damaged=1))
+    with pytest.raises(UserError, match=r"5001 of the first 10000 rows.*50\.0%.*mend the files"):
+        state.judge(0.1)
+    state.judge(0.6)
+
+
 def test_a_small_corpus_is_looked_at_whole(tmp_path: Path) -> None:
     state = making(tmp_path)
     is_over(state, 2, read(90, cut=20))
