@@ -24,7 +24,7 @@ from pipelines.corpora.packed import unpack_hint
 from pipelines.corpora.records import entries, records
 from pipelines.guard import read_each
 from pipelines.media import Unreadable, read_media
-from pipelines.places import Place
+from pipelines.places import Place, printable
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
@@ -236,7 +236,7 @@ def _record(corpus: PlacedCorpus) -> dict[str, Any]:
         record = next(records(corpus.place, files[0]), (None,))[-1]
         if not isinstance(record, dict) or all(isinstance(v, dict) for v in record.values()):
             record = next(entries(corpus.place, files[0]), (None,))[-1]
-    return {k: _short(v) for k, v in record.items()} if isinstance(record, dict) else {}
+    return _short(record) if isinstance(record, dict) else {}
 
 
 def _different(sample: list[Row]) -> list[Row]:
@@ -331,12 +331,14 @@ def _example(row: Row) -> dict[str, Any]:
     shown = {k: v for k, v in row.items() if k not in hidden and v not in (None, [])}
     if "media" in shown:
         shown["media"] = {k: v for k, v in shown["media"].items() if v is not None}
-    return {key: _short(value) for key, value in shown.items()}
+    return dict(_short(shown))
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, str) and len(value) > 200:
-        return value[:199] + "…"
+    if isinstance(value, dict):
+        return {_short(name): _short(inner) for name, inner in value.items()}
+    if isinstance(value, str):
+        return printable(value if len(value) <= 200 else value[:199] + "…")
     return [_short(v) for v in value[:5]] if isinstance(value, list) else value
 
 

@@ -62,13 +62,18 @@ class Place:
         uri: a local path, or any URI that fsspec or pyarrow opens ("s3://bucket/tnews").
 
     Raises:
-        UserError: it does not exist, or nobody opens such a URI.
+        UserError: it does not exist, nobody opens such a URI, or its path is not UTF-8.
     """
 
     def __init__(self, uri: str) -> None:
         self.remote = is_remote(uri)
         uri = uri if self.remote else str(Path(local_path(uri)).expanduser().absolute())
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
+        if printable(self.uri) != self.uri:
+            raise UserError(
+                f"{printable(self.uri)}: the path is not UTF-8, so that no manifest can name it; "
+                "rename the folder, or make a link to it"
+            )
         if not self._exists(self.uri):
             raise UserError(f"{uri}: no such file or folder")
         if self.remote:

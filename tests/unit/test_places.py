@@ -11,6 +11,7 @@ import pytest
 from pipelines.blocks import Block, Summary, read_blocks
 from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Sources
+from pipelines.describe import describe
 from pipelines.places import Place
 from pipelines.tars import BadTar, Tar
 from pipelines.trail import MOST_WAYS
@@ -141,6 +142,20 @@ class TestNamesThatAreNotUtf8:
         assert len(keys) == 20
         (name,) = found.broken
         assert name == r"train.\udcb9\udcb7.jsonl"
+
+    def test_a_place_of_such_a_name_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / ODD).mkdir()
+        with pytest.raises(UserError, match=r"udcb9.udcb7: the path is not UTF-8"):
+            Place(str(tmp_path / ODD))
+        (tmp_path / "link").symlink_to(ODD)
+        assert not Place(str(tmp_path / "link")).entries()
+
+    def test_a_description_is_json_all_the_same(self, tmp_path: Path) -> None:
+        row = {"text": "甲", "label": "a", "more": {"\udcb9": ["\udcb7"]}}
+        (tmp_path / f"train.{ODD}.jsonl").write_text((json.dumps(row) + "\n") * 9)
+        found = describe(f"folder:{tmp_path}")
+        assert found["source"]["more"] == {r"\udcb9": [r"\udcb7"]}
+        json.dumps(found, ensure_ascii=False).encode()
 
     def test_a_tar_of_such_a_name_is_told(self, tmp_path: Path) -> None:
         tars = user_corpora.webdataset(tmp_path / "given", rows=6)
