@@ -147,18 +147,24 @@ def metered(path: Path | str, file: IO[bytes], limits: Limits) -> "Meter":
         limits: of which ``total``, ``ratio`` and ``small`` bound what comes out of it.
     """
     packed = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    start = file.read(3)
-    file.seek(0)
+    how = compression(file)
     most = min(limits.total, max(limits.small, packed * limits.ratio))
-    if start[:2] == b"\x1f\x8b":
+    if how == "gzip":
         meter = Meter(path, gzip.GzipFile(fileobj=file), most)
-    elif start == b"BZh":
+    elif how == "bzip2":
         meter = Meter(path, bz2.BZ2File(file), most)
     else:
         meter = Meter(path, file, most)
     meter.grant(limits.headers)
     return meter
+
+
+def compression(file: IO[bytes]) -> str:
+    """``"gzip"``, ``"bzip2"`` or ``""`` by a file's first bytes, whatever its name; rewinds it."""
+    file.seek(0)
+    start = file.read(3)
+    file.seek(0)
+    return "gzip" if start[:2] == b"\x1f\x8b" else "bzip2" if start == b"BZh" else ""
 
 
 class Meter(io.RawIOBase):

@@ -30,6 +30,8 @@ from skillnet_platform.errors import UserError
 UNKNOWN_SYMBOL = "<unk>"
 #: Digits that Python reads as a number, however it is set.
 LONGEST_NUMBER = 640
+#: Of one thing; the field's corpora have five to twenty.
+MOST_CAPTIONS = 1_000
 #: Bytes of a shard, about: how many rows it holds follows from it.
 SHARD_BYTES = 32 * 2**20
 TASKS = {
@@ -357,9 +359,11 @@ def clean_captions(value: Any) -> list[str]:
     """The usable ones of some captions (a list, or one), each once.
 
     Raises:
-        ValueError: none is usable.
+        ValueError: none is usable, or there are more than anybody writes of one thing.
     """
     listed = value if isinstance(value, list | tuple) else [value]
+    if len(listed) > MOST_CAPTIONS:
+        raise ValueError(f"more than {MOST_CAPTIONS} captions")
     found = []
     for caption in listed:
         try:

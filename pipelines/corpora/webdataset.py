@@ -28,6 +28,7 @@ from pipelines.media import MediaRef
 from pipelines.places import Place
 from pipelines.source_files import OWN, open_stream
 from pipelines.tars import BadTar, Tar
+from pipelines.untrusted import compression
 from skillnet_platform.errors import UserError
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -41,6 +42,8 @@ SECOND = (
 )
 #: Why a sample of texts is none of pictures.
 APART = "no media file in a sample; its members must stand one after the other (tar --sort=name)"
+#: Why a medium of a sample is none.
+SPARSE = "a sparse file; pack it without --sparse"
 #: Texts beyond this are not read into the row.
 LONGEST_TEXT = 16 * 2**20
 
@@ -153,13 +156,12 @@ def _split_of(tar: str) -> str | None:
 def _samples(place: Place, tar: str) -> Iterator[Sample]:
     """Samples of a tar; the last one tells of damage."""
     path = place.path(tar)
-    packed = not path.lower().endswith(".tar")
     current: Sample | None = None
     try:
-        with (
-            open_stream(path) as stream,
-            contextlib.closing(Tar(path, stream, ranges=not packed)) as archive,
-        ):
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(open_stream(path))
+            packed = bool(compression(stream))
+            archive = stack.enter_context(contextlib.closing(Tar(path, stream, ranges=not packed)))
             for entry in archive:
                 folder, _, name = entry.name.removeprefix("./").rpartition("/")
                 stem, dot, ending = name.partition(".")
@@ -195,6 +197,8 @@ def _add(
         if sample.reference is not None:
             sample.lost.append((entry.name, last))
             return
+        if entry.issparse():  # its holes are not in the tar: a range of it is another file
+            sample.problem = SPARSE
         if packed:
             sample.reference = MediaRef(path, member=entry.name)
         else:

@@ -1,6 +1,9 @@
 """Which members of a tar belong together, and what becomes of those that do not."""
 
 import gzip
+import os
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.corpora.base import Rejected, Sources
 from pipelines.corpora.placed import PlacedCorpus
-from pipelines.corpora.webdataset import APART, SECOND
+from pipelines.corpora.webdataset import APART, SECOND, SPARSE
 from pipelines.places import Place
 from tests.packing import tarred
 from tests.unit.test_readers import Rows, media, read, sizes
@@ -87,3 +90,42 @@ def test_a_test_without_labels_comes_before_the_rest(tmp_path: Path) -> None:
     assert (sizes(rows)["unlabelled"], reasons) == (5, {})
     assert {row["label"] for row in rows["unlabelled"]} == {None}
     assert rows["test"]  # made of the training rows
+
+
+def test_a_tar_is_what_its_first_bytes_say(tmp_path: Path) -> None:
+    packed = tarred(captioned(5))
+    (tmp_path / "packed.tar").write_bytes(packed)
+    (tmp_path / "plain.tgz").write_bytes(gzip.decompress(packed))
+    rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+    assert not reasons
+    assert Counter(media(row) for row in rows["train"]) <= Counter(
+        {b"picture %d" % n: 2 for n in range(5)}
+    )
+    assert all(media(row).replace(b"picture", b"words").decode() in row["captions"]
+               for each in rows.values() for row in each)  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar")
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_what_has_holes_is_not_taken_for_what_stands_behind_it(tmp_path: Path, format: str) -> None:
+    home = tmp_path / "made"
+    home.mkdir()
+    for name, data in captioned(3).items():
+        (home / name).write_bytes(data)
+    os.truncate(home / "1.jpg", 1 << 20)
+    words = ["tar", "--create", "--sparse", f"--format={format}", "--sort=name"]
+    subprocess.run([*words, "--file=x.tar", "--directory=made", "."], cwd=tmp_path, check=True)
+    shutil.rmtree(home)
+    rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+    assert sum(len(each) for each in rows.values()) == 2
+    assert reasons == {SPARSE: 1}
+
+
+def test_nobody_writes_a_thousand_captions(tmp_path: Path) -> None:
+    files = {}
+    for name, count in ("0", 2), ("1", 1001), ("2", 1000):
+        said = {"caption": [f"words {n}" for n in range(count)]}
+        files |= {f"{name}.jpg": b"picture", f"{name}.json": json.dumps(said).encode()}
+    rows, reasons = read(tar(tmp_path, files))
+    assert reasons == {"more than 1000 captions": 1}
+    assert sum(len(each) for each in rows.values()) == 2
