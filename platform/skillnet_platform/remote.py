@@ -35,6 +35,7 @@ from skillnet_platform.remote_objects import (
     join,
     list_files,
     list_folders,
+    md5_of,
     name_of,
     open_file,
     put_file,
@@ -239,14 +240,13 @@ def _each(action: Callable[[Any], None], items: Iterable[Any]) -> None:
 
 
 def _is_there(uri: str, local: Path) -> bool:
-    """Whether the object is known to hold these bytes: by the MD5 that S3 gives of an object.
+    """Whether the object is known to hold these bytes: by the MD5 that the store gives of it.
 
-    Where the store gives none (parts, encryption, other stores), the answer is no.
+    Where it gives none (parts, encryption), the answer is no.
     """
-    info = info_of(uri) or {}
-    tag = str(info.get("ETag") or "").strip('"')
-    if len(tag) != 32:
+    told = md5_of(info_of(uri) or {})
+    if told is None:
         return False
     with local.open("rb") as stream:
         found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
-    return found.hexdigest() == tag
+    return found.digest() == told

@@ -31,8 +31,11 @@ CLIENTS = {
     "gs": "gcsfs",
     "gcs": "gcsfs",
     "abfs": "adlfs",
+    "abfss": "adlfs",
     "az": "adlfs",
 }
+#: Schemes of Azure, where a bucket is called a container.
+AZURE = ("abfs", "abfss", "az")
 
 # Codes that clients give for requests that will never succeed as they are.
 _REFUSED = {
@@ -49,9 +52,21 @@ _REFUSED = {
 }
 # How clients say that a bucket is not there: not a path with that word in it.
 _NO_BUCKET = re.compile(
-    r"NoSuchBucket|(?<![\w/.-])bucket\b(?![/.-])[^/]{0,80}(does not exist|not found)", re.IGNORECASE
+    r"NoSuchBucket|ContainerNotFound"
+    r"|(?<![\w/.-])bucket\b(?![/.-])[^/]{0,80}(does not exist|not found)",
+    re.IGNORECASE,
 )
-_CLIENT_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs", "fsspec")
+_CLIENT_PACKAGES = (
+    *("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"),
+    *("gcsfs", "google", "adlfs", "azure"),
+)
+# Clients' errors about credentials, by name: a client need not be there.
+_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+    *("ProfileNotFound", "TokenRetrievalError"),
+    *("DefaultCredentialsError", "RefreshError"),
+    *("ClientAuthenticationError", "CredentialUnavailableError"),
+}
 
 _told: dict[str, float] = {}
 _lock = threading.Lock()
@@ -118,6 +133,8 @@ def steadily(uri: str, action: Callable[[], Result], seconds: float | None = Non
         said = refusal(uri, problem)
         if said is not None:
             raise UserError(said) from problem
+        if _status(problem) == 404:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from problem
         if not is_transient(problem):
             raise
         raise StoreUnavailable(
@@ -134,6 +151,8 @@ def is_transient(problem: BaseException) -> bool:
         return False
     if isinstance(problem, OSError):
         return problem.errno not in _REFUSED
+    if isinstance(problem, ValueError):
+        return False
     status = _status(problem)
     if status is not None:
         return status >= 500 or status in (408, 429)
@@ -157,9 +176,13 @@ def refusal(uri: str, problem: BaseException) -> str | None:
             f"{uri}: the store{_endpoint(uri)} refused the credentials ({_words(problem)}). "
             f"{_credentials_hint(scheme)}"
         )
-    if isinstance(problem, FileNotFoundError) and _NO_BUCKET.search(str(problem)):
+    absent = isinstance(problem, FileNotFoundError) or _status(problem) == 404
+    if absent and _NO_BUCKET.search(str(problem)):
         return missing_bucket(uri)
-    if isinstance(problem, OSError) and problem.errno == errno.EINVAL:
+    invalid = isinstance(problem, OSError) and problem.errno == errno.EINVAL
+    # What a client says of an address, a key or a request that cannot be right.
+    invalid |= isinstance(problem, ValueError) and _raised_in(problem) in _CLIENT_PACKAGES
+    if invalid or _status(problem) == 400:
         return f"{uri}: the store{_endpoint(uri)} refused the request ({_words(problem)})"
     return None
 
@@ -168,21 +191,22 @@ def missing_bucket(uri: str) -> str:
     """The message that the bucket of a URI is not there."""
     parts = urlsplit(uri)
     more = " or AWS_ENDPOINT_URL" if parts.scheme == "s3" else ""
-    return (
-        f"{uri}: there is no bucket {parts.netloc!r}{_endpoint(uri)}; create it, or mend its "
-        f"name{more}"
-    )
+    what, name = "bucket", parts.netloc
+    if parts.scheme in AZURE:  # abfs://container@account.dfs.core.windows.net/…
+        what, name = "container", parts.netloc.partition("@")[0]
+    return f"{uri}: there is no {what} {name!r}{_endpoint(uri)}; create it, or mend its name{more}"
 
 
 def _is_about_credentials(problem: BaseException) -> bool:
-    return type(problem).__name__ in (
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "CredentialRetrievalError",
-        "ProfileNotFound",
-        "TokenRetrievalError",
-        "DefaultCredentialsError",
-    )
+    if _status(problem) in (401, 403):
+        return True
+    # What gcsfs makes of a 403: an OSError without a number.
+    if type(problem) is OSError and str(problem).startswith("Forbidden"):
+        return True
+    # What adlfs makes of credentials that are not there, or cannot be read.
+    if type(problem) is ValueError and str(problem).startswith("unable to connect to account"):
+        return True
+    return not _CREDENTIALS.isdisjoint(kind.__name__ for kind in type(problem).__mro__)
 
 
 def _credentials_hint(scheme: str) -> str:
@@ -190,6 +214,16 @@ def _credentials_hint(scheme: str) -> str:
         return (
             "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, to ones that may "
             "read and write there"
+        )
+    if scheme in AZURE:
+        return (
+            "Set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and "
+            "AZURE_STORAGE_ACCOUNT_KEY, to ones that may read and write there"
+        )
+    if scheme in ("gs", "gcs"):
+        return (
+            "Set GOOGLE_APPLICATION_CREDENTIALS to the key file of an account that may read and "
+            "write there, or run: gcloud auth application-default login"
         )
     return "Give this machine credentials that may read and write there"
 
@@ -209,8 +243,18 @@ def _status(problem: BaseException) -> int | None:
     response: Any = getattr(problem, "response", None)
     if isinstance(response, dict):
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    found = getattr(problem, "status", response)
-    return found if isinstance(found, int) else None
+    told = [getattr(problem, name, None) for name in ("status", "status_code", "code")]
+    told += [response, getattr(response, "status_code", None)]
+    return next((int(each) for each in told if isinstance(each, int)), None)
+
+
+def _raised_in(problem: BaseException) -> str:
+    """The top package of the frame that raised."""
+    frame = problem.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return str(name).partition(".")[0]
 
 
 def _words(problem: BaseException) -> str:

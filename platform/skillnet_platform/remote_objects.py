@@ -1,16 +1,20 @@
 """Single files in an object store, by URI; see :mod:`skillnet_platform.remote` for folders."""
 
+import base64
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import missing_bucket, steadily
+from skillnet_platform.remote_errors import AZURE, missing_bucket, steadily
+
+Result = TypeVar("Result")
 
 #: Addresses with a scheme that are no places in a store.
 _NOT_STORES = ("models", "runs", "http", "https")
@@ -87,7 +91,7 @@ def open_file(uri: str) -> IO[bytes]:
         stream: IO[bytes] = system.open(path, "rb")
         return stream
 
-    return steadily(uri, opened)
+    return _in_bucket(uri, opened)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -102,7 +106,7 @@ def read_bytes(uri: str) -> bytes:
         system, path = _system(uri)
         return bytes(system.cat_file(path))
 
-    return steadily(uri, read)
+    return _in_bucket(uri, read)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -116,7 +120,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         else:
             system.pipe_file(path, data)
 
-    steadily(uri, write)
+    _in_bucket(uri, write)
 
 
 def put_file(local: str | os.PathLike[str], uri: str) -> None:
@@ -135,7 +139,7 @@ def put_file(local: str | os.PathLike[str], uri: str) -> None:
         else:
             system.put_file(str(local), path)
 
-    steadily(uri, put)
+    _in_bucket(uri, put)
 
 
 def copy_file(source: str, target: str) -> None:
@@ -153,7 +157,7 @@ def copy_file(source: str, target: str) -> None:
             Path(place).parent.mkdir(parents=True, exist_ok=True)
         system.cp_file(path, place)
 
-    steadily(target, copy)
+    _in_bucket(target, copy)
 
 
 def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None) -> None:
@@ -174,7 +178,7 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
             system.get_file(path, str(aside))
 
     try:
-        steadily(uri, get)
+        _in_bucket(uri, get)
         if sha256 is not None:
             found = storage.sha256_file(aside)
             if found != sha256:
@@ -253,10 +257,40 @@ def info_of(uri: str) -> dict[str, Any] | None:
         return info if info["type"] == "file" else None
 
     try:
-        return steadily(uri, ask)
+        return _in_bucket(uri, ask)
+    except FileNotFoundError:
+        return None
+
+
+def md5_of(info: Mapping[str, Any]) -> bytes | None:
+    """The MD5 of an object's bytes by what :func:`info_of` gave; none where the store gives none.
+
+    S3 gives it as the tag of an object that was sent in one part, unless it is encrypted by a
+    key; GCS in base64, of all but composed objects; Azure of what was sent in one block or by a
+    client that said it.
+    """
+    tag = str(info.get("ETag") or "").strip('"')
+    if re.fullmatch("[0-9a-f]{32}", tag):
+        return bytes.fromhex(tag)
+    if isinstance(given := info.get("md5Hash"), str):
+        return base64.b64decode(given)
+    settings = info.get("content_settings") or {}
+    given = settings.get("content_md5") if isinstance(settings, Mapping) else None
+    return bytes(given) if given else None
+
+
+def _in_bucket(uri: str, action: Callable[[], Result]) -> Result:
+    """Do it steadily; where something is missing, see whether it is the bucket.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+    """
+    try:
+        return steadily(uri, action)
     except FileNotFoundError:
         _require_bucket(uri)
-        return None
+        raise
 
 
 def _or_nothing(uri: str, found: Callable[[], list[Any]]) -> list[Any]:
@@ -276,13 +310,13 @@ def _require_bucket(uri: str) -> None:
         UserError: there is no such bucket.
     """
     parts = urlsplit(uri)
-    if parts.scheme not in ("s3", "gs", "gcs"):
+    if parts.scheme not in ("s3", "gs", "gcs", *AZURE):
         return
 
     def ask() -> bool:
-        system, _ = _system(uri)
+        system, path = _system(uri)
         system.invalidate_cache()
-        return bool(system.exists(parts.netloc))
+        return bool(system.exists(path.partition("/")[0]))
 
     if not steadily(uri, ask):
         raise UserError(missing_bucket(uri))
