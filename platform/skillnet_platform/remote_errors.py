@@ -28,11 +28,11 @@ QUIET_S = 30.0
 #: What pip installs for a scheme whose client is missing.
 CLIENTS = {
     "s3": "'skillnet-platform[s3]'",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "az": "adlfs",
+    "gs": "'skillnet-platform[gs]'",
+    "gcs": "'skillnet-platform[gs]'",
+    "abfs": "'skillnet-platform[azure]'",
+    "abfss": "'skillnet-platform[azure]'",
+    "az": "'skillnet-platform[azure]'",
 }
 #: Schemes of Azure, where a bucket is called a container.
 AZURE = ("abfs", "abfss", "az")

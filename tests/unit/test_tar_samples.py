@@ -1,6 +1,7 @@
 """Which members of a tar belong together, and what becomes of those that do not."""
 
 import gzip
+import json
 import os
 import shutil
 import subprocess
