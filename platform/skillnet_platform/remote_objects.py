@@ -274,8 +274,8 @@ def md5_of(info: Mapping[str, Any]) -> bytes | None:
         return bytes.fromhex(tag)
     if isinstance(given := info.get("md5Hash"), str):
         return base64.b64decode(given)
-    settings = info.get("content_settings") or {}
-    given = settings.get("content_md5") if isinstance(settings, Mapping) else None
+    # Azure's own kind of mapping, which is none of Python's.
+    given = (info.get("content_settings") or {}).get("content_md5")
     return bytes(given) if given else None
 
 

@@ -1,11 +1,9 @@
 """Folders in a store: committed by their manifest, kept through outages, refused in one message."""
 
-import sys
 import threading
 import uuid
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from skillnet_platform import remote
@@ -211,12 +209,12 @@ def test_keys_that_the_store_refuses(tmp_path: Path) -> None:
         server.close()
 
 
-def test_unknown_and_uninstalled_kinds_of_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_uninstalled_kinds_of_store() -> None:
     with pytest.raises(UserError, match=r"s4://.*no known kind of store; known: .*s3"):
         remote.exists("s4://bucket/x")
     told = refusal("gs://bucket/x", ModuleNotFoundError("No module named 'gcsfs'"))
     assert told is not None
-    assert "pip install gcsfs" in told
+    assert "pip install 'skillnet-platform[gs]'" in told
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "inf"])
