@@ -1,7 +1,7 @@
 """``skillnet predict``: a trained model on texts and files."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
@@ -13,7 +13,8 @@ from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root
 
 if TYPE_CHECKING:
-    from pipelines.predictor import Item, Prediction
+    from pipelines.prediction_rows import Given
+    from pipelines.predictor import Prediction
 
 ROWS = (".jsonl", ".ndjson")
 
@@ -27,9 +28,11 @@ class PredictConfig:
             {"text": …} or {"file": …}, and "task" if wanted, a line.
         file: more files; the same as bare words.
         input: a file of rows as JSON lines, whatever its name; TNEWS's {"id": …, "sentence": …}
-            are read too, with "keywords" where the model was trained with them.
+            are read too, with "keywords" where the model was trained with them. Rows that cannot
+            be used are told and left out; only where none can, it is an error.
         format: of ``output``: ``jsonl`` has all that is known of each prediction, ``clue`` the
-            lines that CLUE expects of TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}.
+            lines that CLUE expects of TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"},
+            one for an empty sentence, too.
         text: a text.
         task: by default the task that reads such an input.
         model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
@@ -68,108 +71,85 @@ class PredictConfig:
 
 
 def predict(config: PredictConfig) -> "list[Prediction]":
-    """Predictions in the order of the inputs, the text first.
+    """Predictions in the order of the inputs, the text first; see :func:`answered`."""
+    return [prediction for _, prediction in answered(config)]
+
+
+def answered(config: PredictConfig) -> "list[tuple[Given, Prediction]]":
+    """What was given and its prediction, in the order of the inputs, the text first.
+
+    Rows of a file that cannot be used are told and left out.
 
     Raises:
-        UserError: no such model or file, or an input that cannot be read; names it.
+        UserError: no such model or file, an input of the command line that cannot be read, or a
+            file whose rows all cannot; names it.
     """
     from pipelines import sources
     from pipelines.bundle import open_predictor
+    from pipelines.prediction_rows import Given, check_some, tell
 
-    items = gather(config)
+    given = gather(config)
     source = sources.find(config.model, config.tracking_uri)
     data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
-    return predictor.predict(items, config.top)
+    whole = [row for row in given if not row.reason]
+    aside: dict[int, str] = {}
+
+    def leave_out(number: int, why: str) -> None:
+        where = whole[number].where
+        if not where:  # it was named itself, and does not stand in a file of many
+            raise UserError(why)
+        aside[number] = why.removeprefix(f"{where}: ")
+
+    made = predictor.predict([row.item for row in whole if row.item], config.top, leave_out)
+    bad = [replace(whole[number], item=None, reason=why) for number, why in aside.items()]
+    good = [row for number, row in enumerate(whole) if number not in aside]
+    bad += [row for row in given if row.reason]
+    check_some([row for row in (*bad, *good) if row.where])
+    tell([*bad, *good])
+    # A file of functions has several predictions; a text has one.
+    pairs = good if len(good) == len(made) else [Given("", {})] * len(made)
+    return list(zip(pairs, made, strict=True))
 
 
-def gather(config: PredictConfig) -> "list[Item]":
+def gather(config: PredictConfig) -> "list[Given]":
     """All inputs of a command line.
 
     Raises:
         UserError: a file that is missing, empty or damaged.
     """
+    from pipelines.prediction_rows import Given, read_rows
     from pipelines.predictor import Item, read_item
 
-    items: list[Item] = []
+    inputs: list[Given] = []
     if config.text is not None:
-        items.append(Item(config.text, config.text, None, config.task))
+        item = Item(config.text, config.text, None, config.task, where="--text")
+        inputs.append(Given("", {}, item))
     if config.input is not None:
-        items += read_rows(Path(config.input), config.task)
+        inputs += read_rows(Path(config.input), config.task, config.format == "clue")
     for name in [*config.files, *config.file]:
         if Path(name).suffix.lower() in ROWS:
-            items += read_rows(Path(name), config.task)
+            inputs += read_rows(Path(name), config.task)
         else:
-            items.append(read_item(name, config.task))
-    return items
+            inputs.append(Given("", {}, read_item(name, config.task)))
+    return inputs
 
 
-def read_rows(path: Path, task: str | None) -> "list[Item]":
-    """Items of a .jsonl file; files named in it are looked for beside it.
-
-    Raises:
-        UserError: naming the line that is not JSON or has neither text nor file.
-    """
-    from pipelines.predictor import Item, read_item
-
-    items: list[Item] = []
-    for where, row in _lines(path):
-        texts = [row[key] for key in ("text", "sentence") if key in row]
-        if len(texts) + ("file" in row) != 1:
-            raise UserError(f'{where}: expected {{"text": …}} or {{"file": …}}')
-        wanted = row.get("task", task)
-        if texts:
-            said = row.get("keywords")
-            keywords = said if isinstance(said, str) else None
-            items.append(Item(str(texts[0]), str(texts[0]), None, wanted, keywords))
-        else:
-            items.append(read_item(path.parent / row["file"], wanted))
-    return items
-
-
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(Where it stands, object) of each line that is not empty.
-
-    Raises:
-        UserError: no such file, no rows, or a line that is no JSON object; names it.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as problem:
-            raise UserError(f"{where}: not JSON ({problem})") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{where}: expected {{"text": …}} or {{"file": …}}')
-        rows.append((where, row))
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    return rows
-
-
-def clue_lines(path: Path, predictions: "list[Prediction]") -> list[dict[str, Any]]:
+def clue_lines(answers: "list[tuple[Given, Prediction]]") -> list[dict[str, Any]]:
     """What CLUE's evaluation expects of TNEWS: id, label and its description, of every line.
 
     Raises:
-        UserError: a line without an id, or classes that are not named as the reader ``tnews``
-            names them.
+        UserError: classes that are not named as the reader ``tnews`` names them.
     """
     made = []
-    for (where, row), prediction in zip(_lines(path), predictions, strict=True):
+    for given, prediction in answers:
         code, _, description = prediction.answer.partition(" ")
         if not code.isdigit() or not description:
             raise UserError(
                 f"--format clue: the class {prediction.answer!r} is none of TNEWS's; the model has "
                 "to be trained on a corpus that was prepared with --corpus tnews=PATH"
             )
-        if "id" not in row:
-            raise UserError(f'{where}: no "id" in it; CLUE tells predictions apart by it')
-        made.append({"id": row["id"], "label": code, "label_desc": description})
+        made.append({"id": given.row["id"], "label": code, "label_desc": description})
     return made
 
 
@@ -206,10 +186,11 @@ def main(argv: list[str] | None = None) -> int:
         "skillnet predict --task text_classification --input test.json "
         "--output tnews_predict.json --format clue",
     )
-    predictions = predict(config)
+    answers = answered(config)
+    predictions = [prediction for _, prediction in answers]
     lines: list[dict[str, Any]] = [_plain(prediction) for prediction in predictions]
     if config.format == "clue":
-        lines = clue_lines(Path(str(config.input)), predictions)
+        lines = clue_lines(answers)
     if config.output:
         with atomic_write(config.output, "w") as stream:
             for line in lines:

@@ -1,6 +1,6 @@
 """A trained model with its vocabulary and names: texts and media files in, answers out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Item:
         data: the bytes, or none.
         task: the task to run, or none to choose by what the input is.
         keywords: what stands beside the text, for a corpus that was prepared with it.
+        where: where it stands, for messages; the name where that is not given.
+        may_be_empty: whether an empty text is predicted for, too.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Item:
     data: bytes | None = None
     task: str | None = None
     keywords: str | None = None
+    where: str = ""
+    may_be_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,17 +126,34 @@ class Predictor:
         self.prepared = dict(prepared or {})
         self.runner = Runner(model, precision)
 
-    def predict(self, items: Sequence[Item], top: int = 5) -> list[Prediction]:
+    def predict(
+        self,
+        items: Sequence[Item],
+        top: int = 5,
+        on_bad: Callable[[int, str], None] | None = None,
+    ) -> list[Prediction]:
         """Answers, in the order of the items; a Python file gives one per function.
+
+        Args:
+            items: what to predict for.
+            top: how many alternatives.
+            on_bad: called with the number of an item that cannot be read, and why: it may raise,
+                or leave it out. None raises.
 
         Raises:
             UserError: an input that cannot be read, or that no task of the model takes; names it.
         """
         jobs: list[tuple[str, str, str, np.ndarray]] = []  # task, tower, name, array
-        for item in items:
-            task, tower, plan = self._route(item)
-            for name, array in self._arrays(item, task, tower, plan):
-                jobs.append((task, tower, name, array))
+        for number, item in enumerate(items):
+            try:
+                task, tower, plan = self._route(item)
+                arrays = self._arrays(item, task, tower, plan)
+            except UserError as problem:
+                if on_bad is None:
+                    raise
+                on_bad(number, str(problem))
+                continue
+            jobs += [(task, tower, name, array) for name, array in arrays]
         out: list[Prediction | None] = [None] * len(jobs)
         for key in dict.fromkeys((task, tower) for task, tower, _, _ in jobs):
             places = [i for i, job in enumerate(jobs) if job[:2] == key]
@@ -197,7 +218,7 @@ class Predictor:
         try:
             if plan.modality == "text":
                 words = (item.text if item.text is not None else _decoded(data)).strip()
-                if not words:
+                if not words and not item.may_be_empty:
                     raise ValueError("the text is empty")
                 if alike.get("keywords") and tower != "query":
                     words = text.with_keywords(words, item.keywords)
@@ -220,7 +241,7 @@ class Predictor:
             names = [f"{item.name}:{f.line} {f.name}" for f in found]
             return list(zip(names, rows, strict=True))
         except ValueError as problem:
-            raise UserError(f"{item.name}: {problem}") from None
+            raise UserError(f"{item.where or item.name}: {problem}") from None
 
     # -- running ---------------------------------------------------------------------------
 

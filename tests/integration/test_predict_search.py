@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import predict, search
-from pipelines.predictor import modality_of
+from pipelines import predict, search, sources
+from pipelines.bundle import open_predictor
+from pipelines.predictor import Item, modality_of
 from pipelines.transforms import video
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
@@ -120,6 +121,26 @@ class TestPredict:
         lines = out.read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == answers
 
+    def test_rows_that_cannot_be_used_are_told_and_the_rest_arrives(
+        self, place: Place, files: Path, capsys
+    ):
+        (files / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+        rows = files / "mixed.jsonl"
+        given = [{"text": "数学教程"}, {"text": " "}, {"file": "torn.png"}, {"text": "法律概论"}]
+        rows.write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+        capsys.readouterr()
+        assert predict.main([str(rows), "--json"]) == 0
+        said = capsys.readouterr()
+        assert [a["input"] for a in json.loads(said.out)] == ["数学教程", "法律概论"]
+        told = " ".join(said.err.split())
+        assert f"{rows}, line 2: the text is empty; set aside" in told
+        assert f"{rows}, line 3: a damaged picture" in told
+
+    def test_an_empty_sentence_has_a_prediction(self, place: Place):
+        made = open_predictor(sources.find("models:/skillnet@champion"), place.data)
+        item = Item("", "", task="text_classification", may_be_empty=True)
+        assert made.predict([item])[0].answer in SUBJECTS
+
     def test_a_table_for_people(self, place: Place, files: Path, capsys):
         words = ["--text", "经济手册", str(files / "square.png")]
         assert predict.main(words) == 0
@@ -136,7 +157,7 @@ class TestPredict:
             (["{files}/broken.mp3"], "broken.mp3: not a recording"),
             (["{files}/empty.py"], "the file is empty"),
             (["{files}/unknown.xyz"], "cannot tell what it is"),
-            (["{files}/bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+            (["{files}/bad.jsonl"], "bad.jsonl, line 1: not JSON"),
             (["{files}/square.png", "--task", "speech_recognition"], "reads sound, this is image"),
             (["--text", "x", "--task", "text_to_imag"], "did you mean 'text_to_image'"),
             (["--text", "   "], "the text is empty"),
@@ -149,7 +170,7 @@ class TestPredict:
         (files / "broken.mp3").write_bytes(b"nonsense" * 400)
         (files / "empty.py").write_bytes(b"")
         (files / "unknown.xyz").write_bytes(b"nonsense")
-        (files / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+        (files / "bad.jsonl").write_text('{"text": \n')
         capsys.readouterr()
         assert predict.main([word.format(files=files) for word in words]) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

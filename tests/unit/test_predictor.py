@@ -12,7 +12,7 @@ from pipelines import bundle
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Sources
-from pipelines.predict import read_rows
+from pipelines.prediction_rows import read_rows
 from pipelines.predictor import Item, Predictor
 from skillnet.model import SkillNet
 from tests.readable_corpora import config
@@ -51,8 +51,9 @@ def test_headlines_are_read_with_their_keywords_where_training_read_them(
     rows = [row for row in corpus.rows(Sources.none()) if isinstance(row, dict)]
     trained = [row["text"] for row in rows if row["split"] == "unlabelled"]
     made = predictor(words, "text_classification", corpus.preprocessing())
-    for item, text in zip(read_rows(place / "test.json", None), trained, strict=True):
-        made.predict([item])
+    for row, text in zip(read_rows(place / "test.json", None), trained, strict=True):
+        assert row.item is not None
+        made.predict([row.item])
         assert made.spelt[0].tolist() == words.encode(text).ids[:48]
 
 
