@@ -133,6 +133,11 @@ def named_corpora(words: Sequence[str]) -> list[str]:
                     f"command line: --corpus {name}: expected NAME=PATH, for example "
                     "--corpus tnews=/data/tnews_public"
                 )
+            if f"--corpus.{name}" in out:
+                raise UserError(
+                    f"command line: --corpus {name} is given twice; name one of them otherwise: "
+                    f"--corpus NAME=FORMAT:{place}"
+                )
             out += [f"--corpus.{name}", place]
         else:
             out.append(word)

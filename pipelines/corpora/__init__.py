@@ -79,8 +79,17 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
         raise UserError(f"--corpus {name}: a name has letters, digits, - and _, at most 64 of them")
     if name in BUILT_IN or name in FURTHER:
         raise UserError(f"--corpus {name}: that is a built-in corpus; choose another name")
-    reader, place = named_reader(place) or (name, place)
-    found = _find_class(reader, READERS)
+    named = named_reader(place)
+    reader, place = named or (name, place)
+    try:
+        found = _find_class(reader, READERS)
+    except UserError as problem:
+        if named is not None:
+            raise
+        raise UserError(
+            f"{problem}. A name of your own needs its format: --corpus {name}=FORMAT:{place}; "
+            f"skillnet prepare --describe {place} says which it is"
+        ) from None
     if not issubclass(found, PlacedCorpus):
         raise UserError(f"corpus {reader} is not read from a place: name it alone")
     where = f"options.{name}"

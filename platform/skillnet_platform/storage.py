@@ -151,6 +151,7 @@ def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str])
         for name in names:
             _sync_file(Path(folder) / name)
         _sync_directory(Path(folder))
+    _remove_leftovers(target, "old.tmp")
     if target.exists():
         old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
         target.rename(old)
@@ -230,8 +231,8 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _remove_leftovers(final: Path) -> None:
-    for left in final.parent.glob(f".{final.name}.*.tmp"):
+def _remove_leftovers(final: Path, kind: str = "tmp") -> None:
+    for left in final.parent.glob(f".{final.name}.*.{kind}"):
         pid = left.name.removeprefix(f".{final.name}.").split(".")[0]
         if pid.isdigit() and int(pid) != os.getpid() and process_is_alive(int(pid)):
             continue

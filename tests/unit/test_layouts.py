@@ -13,6 +13,7 @@ from pipelines import describe
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.corpora.base import Rejected, Sources
 from pipelines.places import Place
+from pipelines.prepare import named_corpora
 from skillnet_platform.errors import UserError
 from tests import user_corpora
 from tests.packing import tarred
@@ -171,3 +172,10 @@ def test_a_docstring_of_another_name_is_told(tmp_path: Path) -> None:
         describe.describe(str(tmp_path))
     options = {"pytorrent": {"docstring": "docstring_zh"}}
     assert describe.describe(str(tmp_path), options)["set_aside"] == {}
+
+
+def test_names_of_corpora_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown corpus 'tnew'.*'tnews'.*tnew=FORMAT:/x"):
+        place_corpus("tnew", "/x")
+    with pytest.raises(UserError, match=r"--corpus tnews is given twice.*NAME=FORMAT:/b"):
+        named_corpora(["--corpus", "tnews=/a", "--corpus=tnews=/b"])

@@ -89,6 +89,17 @@ def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path) -
     assert (tmp_path / "corpus" / "part").read_text() == "old"
 
 
+def test_a_commit_removes_what_a_killed_one_has_replaced(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in ("corpus", f".corpus.{gone.pid}.old.tmp", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    storage.commit_directory(tmp_path / "new", tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert (tmp_path / "corpus" / "a").read_text() == "new"
+
+
 @pytest.mark.parametrize(
     "problem",
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x: No space left on device")],
