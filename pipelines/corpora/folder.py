@@ -31,7 +31,7 @@ from pipelines.corpora.packed import lacking
 from pipelines.corpora.placed import aside, bad, key_of
 from pipelines.corpora.records import Broken, records, why_unread
 from pipelines.media import MediaRef
-from pipelines.places import Place, listing_digest
+from pipelines.places import Place, listing_digest, printable
 from pipelines.seen import Seen
 from skillnet_platform.errors import UserError
 
@@ -163,7 +163,8 @@ class Folder(FieldedCorpus):
         """Find the folders of splits; the last folder of a file is its class, if there are several
         of them."""
         first = _first_media(self.place)
-        for entry in [e for e in self.place.entries() if e.is_folder][:NEAR]:
+        folders = [e for e in self.place.entries() if e.is_folder and printable(e.name) == e.name]
+        for entry in folders[:NEAR]:
             for _, file in _metadata(Place(self.place.path(entry.name))):
                 raise UserError(
                     f"{self.place.uri}: no metadata file in it, but {entry.name}/{file}; give "

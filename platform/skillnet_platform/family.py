@@ -41,6 +41,7 @@ def started(
     except BaseException:
         watcher.communicate()
         raise
+    # A SIGKILL of ours before this line is the one that leaves a server.
     watcher.stdin.write(f"{server.pid}\n".encode())
     watcher.stdin.flush()
     try:

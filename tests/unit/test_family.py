@@ -15,6 +15,7 @@ STARTS = f"""
 import os, time
 from skillnet_platform import family
 with family.started(["sh", "-c", {SERVER!r}], os.environ):
+    print("in", flush=True)
     time.sleep(1000)
 """
 
@@ -22,7 +23,9 @@ with family.started(["sh", "-c", {SERVER!r}], os.environ):
 def test_a_killed_process_leaves_no_server() -> None:
     with subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        below = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
+        # The server may speak before its watcher has been told of it, which is when "in" comes.
+        said = {process.stdout.readline().strip() for _ in range(3)}
+        below = [psutil.Process(int(number)) for number in said - {b"in"}]
         process.kill()
         _, alive = psutil.wait_procs(below, timeout=60)
         assert not alive
