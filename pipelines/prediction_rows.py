@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.predictor import Item, read_item
+from pipelines.predictor import Item, content_of, read_item
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -48,13 +48,7 @@ def read_rows(path: Path, task: str | None, clue: bool = False) -> list[Given]:
     Raises:
         UserError: no such file, none of its rows can be used, or it is one JSON array.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
-    data = data.removeprefix(b"\xef\xbb\xbf")
+    data = content_of(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip().startswith(b"["):
         raise UserError(
             f"{path}: a JSON array; expected an object a line. Make it so with: jq -c '.[]' {path}"

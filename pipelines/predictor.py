@@ -279,18 +279,30 @@ def read_item(path: str | Path, task: str | None = None) -> Item:
     """A file as an item.
 
     Raises:
-        UserError: there is no such file, or it is empty.
+        UserError: there is no such file, it cannot be read, or it is empty.
     """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a text is given with --text") from None
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
+    data = content_of(Path(path), "; a text is given with --text")
     if not data:
         raise UserError(f"{path}: the file is empty")
     return Item(str(path), None, data, task)
+
+
+def content_of(path: Path, otherwise: str = "") -> bytes:
+    """All of a file.
+
+    Args:
+        path: of the file.
+        otherwise: what to do if there is none, at the end of the message.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{otherwise}") from None
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
 
 
 def modality_of(name: str, data: bytes) -> str:

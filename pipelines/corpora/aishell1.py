@@ -106,7 +106,9 @@ class Aishell1(PlacedCorpus):
         """The characters that training speakers say, without listing their recordings."""
         speakers = set()
         for split, path in self._speakers():
-            if self._split(split or self._inner_split(path), path) == "train":
+            # Where none is given all archives were looked into already.
+            given = split if split or self.made else self._inner_split(path)
+            if self._split(given, path) == "train":
                 speakers.add(_speaker(path))
         spoken = self._transcripts()
         texts = (said.text for name, said in spoken.items() if name[6:11] in speakers)

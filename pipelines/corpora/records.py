@@ -26,6 +26,7 @@ __all__ = [
     "entries",
     "json_lines",
     "records",
+    "why_unread",
 ]
 
 #: A single entry of a JSON array beyond this many characters is taken for damage.
