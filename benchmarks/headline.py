@@ -1,8 +1,8 @@
-"""The README's tables of the headline study: ``python -m benchmarks.headline [FOLDER]``.
+"""Tables of docs/results/headline.md: ``python -m benchmarks.headline [FOLDER]``.
 
-Reads what ``skillnet compare --config studies/headline`` left, as committed below
-``benchmarks/results/``, and puts a table of the systems and one of the claims between the README's
-marks. Figures are copied; one line is computed from them: how large a difference must be to count.
+Reads the files that ``skillnet compare --config studies/headline`` wrote, as committed below
+``benchmarks/results/``, and writes the scores, the costs and the claims between the page's marks.
+Figures are copied. One line is computed from them: the minimum detectable difference.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.marks import put
 from benchmarks.measure import RESULTS
 from sweeps.runs import PRETRAINED
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "headline.md"
 
 #: (task, heading) of the columns.
 TASKS = (
@@ -32,26 +32,26 @@ TASKS = (
     ("text_to_code", "code, R@10 ↑"),
     ("mean", "mean score"),
 )
-#: Short words for claims, by their names in ``claims.json``.
+#: Plain statements of the claims, by their names in ``claims.json``.
 CLAIMS = {
-    "the specialists": "at or above the specialists on all five, and 1.02 of their mean relative "
-    "score; none pretrained",
-    "the specialists, pretrained": "the same, both pretrained",
-    "pretraining": "pretraining lifts all five",
-    "text to image": "text to image: ahead of every baseline of the same pretraining, with no "
-    "more activated parameters (within 10 %)",
-    "equal activated cost": "dense and mixture of experts of its activated size are behind, by "
-    "mean score",
+    "the specialists": "Without pretraining, SkillNet is at or above the specialists on all five "
+    "tasks and reaches 1.02 of their mean relative score",
+    "the specialists, pretrained": "The same, with both pretrained",
+    "pretraining": "Pretraining raises the score of all five tasks",
+    "text to image": "Text to image: SkillNet is ahead of every baseline with the same "
+    "pretraining, with at most 1.1 times their activated parameters",
+    "equal activated cost": "Dense models and mixtures of experts of equal activated size are "
+    "behind, by mean score",
 }
-#: What a part of a claim is: shown, refuted, open.
+#: Marks of one part of a claim: supported, refuted, open.
 MARKS = {True: " ✓", False: " ✗", None: ""}
 RELATIVE = "relative_to_specialist"
 
 Rows = Sequence[Mapping[str, str]]
 
 
-def systems_table(rows: Rows) -> str:
-    """Markdown: a line a system, first those without pretraining.
+def systems_tables(rows: Rows) -> str:
+    """Return two Markdown tables with one line per system: scores, and costs.
 
     Args:
         rows: of ``summary.csv``.
@@ -63,40 +63,41 @@ def systems_table(rows: Rows) -> str:
     names = list(dict.fromkeys(row["system"] for row in test))
     names.sort(key=lambda name: name.endswith(PRETRAINED))
     heads = ["system", *(head for _, head in TASKS)]
-    heads += ["seeds", "parameters active", "MFLOPs an example"]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    scores = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    costs = ["| system | seeds | parameters active | MFLOPs per example |", "|---|---:|---:|---:|"]
     for name in names:
-        mean = figures[name, "mean"]
-        cells = [_said(figures[name, task]) for task, _ in TASKS]
-        cells += [mean["seeds"], f"{float(mean['activated_params']) / 1e6:.2f} M"]
-        cells.append(f"{float(mean['flops_per_example']) / 1e6:.0f}")
         base = name.removesuffix(PRETRAINED)
-        told = f"`{base}`, pretrained" if name != base else f"`{name}`"
-        lines.append(f"| {told} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        label = f"`{base}`, pretrained" if name != base else f"`{name}`"
+        cells = [_with_interval(figures[name, task]) for task, _ in TASKS]
+        scores.append(f"| {label} | {' | '.join(cells)} |")
+        mean = figures[name, "mean"]
+        costs.append(
+            f"| {label} | {mean['seeds']} | {float(mean['activated_params']) / 1e6:.2f} M | "
+            f"{float(mean['flops_per_example']) / 1e6:.0f} |"
+        )
+    return "\n".join([*scores, "", *costs])
 
 
-def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line a claim, its verdict and its parts.
+def claims_list(claims: Sequence[Mapping[str, Any]]) -> str:
+    """Return Markdown with one item per claim: the verdict, then one line per part.
 
     Args:
         claims: of ``claims.json``.
     """
-    lines = ["| claim | verdict | |", "|---|---|---|"]
+    lines = []
     for claim in claims:
-        parts = "; ".join(
-            f"{part['words']}{MARKS[part['shown']]}" for part in claim["parts"]
-        ) or str(claim["why"])
-        words = CLAIMS.get(claim["name"], claim["claim"])
-        lines.append(f"| {words} | **{claim['verdict']}** | {parts} |")
+        statement = CLAIMS.get(claim["name"], claim["claim"])
+        lines.append(f"- {statement}: **{claim['verdict']}**.")
+        parts = [f"{part['words']}{MARKS[part['shown']]}" for part in claim["parts"]]
+        lines += [f"    - {part}" for part in parts or [str(claim["why"])]]
     return "\n".join(lines)
 
 
-def resolution(rows: Rows) -> str:
-    """A sentence: from which difference on, in points, a test of each task is significant.
+def detectable_difference(rows: Rows) -> str:
+    """Return a sentence with the smallest significant difference per task, in points.
 
-    A test is significant if |difference| > t · error, with t at the level that Holm's method asks
-    of the smallest p-value. Tasks have many tests; their median is told.
+    A test is significant if |difference| > t · standard error, with t at the level that Holm's
+    method requires of the smallest p-value. A task has several tests; the median is reported.
 
     Args:
         rows: of ``tests.csv``.
@@ -107,52 +108,49 @@ def resolution(rows: Rows) -> str:
         quantile = float(stats.t.isf(level, float(row["freedom"])))
         least.setdefault(row["task"], []).append(100 * quantile * float(row["error"]))
     heads = [(task, head.partition(",")[0]) for task, head in TASKS if task in least]
-    told = ", ".join(f"{head} {median(least[task]):.1f}" for task, head in heads)
+    listed = ", ".join(f"{head} {median(least[task]):.1f}" for task, head in heads)
     return (
-        f"What it could have seen: corrected for {len(rows)} tests, a difference is significant "
-        f"from about so many points on (median of a task's tests): {told}."
+        f"Minimum detectable difference after Holm correction for {len(rows)} tests "
+        f"(median of a task's tests, points): {listed}."
     )
 
 
-def _said(row: Mapping[str, str]) -> str:
-    value, low, high = (100 * float(row[key]) for key in ("value", "low", "high"))
-    return f"{value:.1f} ({low:.1f}–{high:.1f})"
-
-
-def text_of(folder: Path) -> str:
-    """What stands between the README's marks."""
+def page_text(folder: Path) -> str:
+    """Return the text between the marks of the page, from the files of one study."""
     rows, runs = (rows_of(folder / name) for name in ("summary.csv", "results.csv"))
-    # A study is gone on with on other days; what it ran on is told of all of it.
+    # A study may be resumed on another day or machine; list all of them.
     machines, dates = (
         " and ".join(sorted({row[key] for row in runs})) for key in ("machine", "date")
     )
     claims = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
     study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
     run, before = study["run"], study["pretraining"]["training"]
-    sizes = f"width {run['model']['dim']}, {run['model']['depth']} layers"
-    steps = (
-        f"{run['training']['steps']:,} steps of fine-tuning and {before['steps']:,} of pretraining"
-    )
     tried = study["tuning"]["trials"] + len(study["tuning"].get("points", ()))
     setting = (
-        f"The headline study (`skillnet compare --config studies/headline`): {sizes}, {steps}, "
-        f"{tried} tuning trials for each system; {machines}, {dates}."
+        f"Width {run['model']['dim']}, {run['model']['depth']} layers. "
+        f"{run['training']['steps']:,} steps of fine-tuning and {before['steps']:,} of "
+        f"pretraining. {tried} tuning trials per system. Run on {machines}, {dates}."
     )
     return (
-        f"{setting}\n\n{systems_table(rows)}\n\nPer cent with 95 % intervals over seeds and test "
-        f"rows. What of the paper's claims it shows (✓ shown, ✗ refuted, neither: open):\n\n"
-        f"{claims_table(claims)}\n\n{resolution(rows_of(folder / 'tests.csv'))}"
+        f"{setting}\n\n{systems_tables(rows)}\n\nScores are per cent with 95 % intervals over "
+        "seeds and test rows.\n\nThe claims of the paper (✓ supported, ✗ refuted, no mark: "
+        f"open):\n\n{claims_list(claims)}\n\n{detectable_difference(rows_of(folder / 'tests.csv'))}"
     )
+
+
+def _with_interval(row: Mapping[str, str]) -> str:
+    value, low, high = (100 * float(row[key]) for key in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f}–{high:.1f})"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Put the tables in their place in the README."""
+    """Write the tables of a study into docs/results/headline.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.headline", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="by default the newest committed one")
     options = parser.parse_args(argv)
     folder = options.folder or max(RESULTS.glob("*-headline*"))
-    put(README, "headline", text_of(folder))
-    print(f"{README.name}: the tables are those of {folder.name}")
+    put(PAGE, "headline", page_text(folder))
+    print(f"{PAGE.name}: the tables are those of {folder.name}")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Several seeds of one run as a table: ``python -m benchmarks.seeds runs/seed-0 runs/seed-1 …``.
+"""Tables of the quickstart over several seeds, for the README and docs/results/quickstart.md.
 
-Reads what ``skillnet quickstart --seed N --name seed-N`` left in each run's folder, writes all
-of it as one dated CSV, and prints a table of means with 95 % intervals over seeds (Student's t).
-With ``--readme FILE`` the table takes the place between the file's results marks.
+``python -m benchmarks.seeds runs/seed-0 runs/seed-1 …`` reads the runs that
+``skillnet quickstart --seed N --name seed-N`` left, writes their figures as one dated CSV, and
+writes both tables between the results marks of the two pages. ``--csv FILE`` writes the pages again
+from a committed CSV.
 """
 
 import argparse
@@ -18,10 +19,13 @@ from scipy import stats
 from benchmarks.marks import put
 from pipelines.reporting import words_of
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results" / "quickstart.md"
 
-#: (task, split, metric) of the table's lines.
-LINES = (
+#: (task, split, metric) of the rows of the full table.
+FULL_ROWS = (
     ("text_classification", "test", "accuracy"),
     ("text_classification", "test", "macro_f1"),
     ("speech_recognition", "test", "token_error_rate"),
@@ -35,90 +39,132 @@ LINES = (
     ("text_to_code", "test", "recall_at_10"),
     ("text_to_code", "test_unseen_package", "recall_at_10"),
 )
+#: The README's five rows: the headline metric of each task.
+README_ROWS = tuple(
+    (task, "test", metric)
+    for task, metric in (
+        ("text_classification", "accuracy"),
+        ("speech_recognition", "token_error_rate"),
+        ("text_to_image", "recall_at_10"),
+        ("text_to_video", "recall_at_10"),
+        ("text_to_code", "recall_at_10"),
+    )
+)
+#: Systems that are shown beside SkillNet, by their name in the CSV.
+BASELINES = ("chance", "simple_baseline")
 
 Rows = list[dict[str, str]]
+RowKey = tuple[str, str, str]
 
 
-def read(path: Path) -> Rows:
-    """Rows of a CSV; an empty list if there is none."""
+def read_rows(path: Path) -> Rows:
+    """Return the rows of a CSV; an empty list if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean over seeds, by Student's t; the value itself if there is one."""
+def seed_interval(values: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean over seeds, by Student's t.
+
+    Args:
+        values: one figure per seed. A single value is its own interval.
+    """
     if len(values) < 2:
         return values[0], values[0]
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def table(rows: Rows) -> str:
-    """The lines of ``LINES`` as Markdown."""
-    found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
+def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
+    """Return a Markdown table with chance, the simple baseline and SkillNet, in per cent.
+
+    Args:
+        rows: of the CSV.
+        keys: (task, split, metric) of the lines; a line without a SkillNet figure is left out.
+    """
+    found: dict[RowKey, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         key = (row["task"], row["split"], row["metric"])
         found[key][row["system"]].append(float(row["value"]))
     lines = [
-        "| task | metric | chance | simple reference | SkillNet |",
-        "|---|---|---:|---:|---:|",
+        "| task and metric | chance | simple baseline | SkillNet |",
+        "|---|---:|---:|---:|",
     ]
-    for task, split, metric in LINES:
+    for task, split, metric in keys:
         systems = found[task, split, metric]
         if not systems.get("skillnet"):
             continue
         beside = [
-            f"{100 * systems[name][0]:.1f}" if systems.get(name) else "–"
-            for name in ("chance", "reference")
+            f"{100 * systems[name][0]:.1f}" if systems.get(name) else "–" for name in BASELINES
         ]
         values = systems["skillnet"]
-        low, high = interval(values)
+        low, high = seed_interval(values)
         where = "" if split == "test" else f", {split.removeprefix('test_').replace('_', ' ')}"
         arrow = "↓" if metric == "token_error_rate" else "↑"
         lines.append(
-            f"| `{task}` | {words_of(metric)}{where} {arrow} | {beside[0]} | {beside[1]} | "
-            f"**{100 * np.mean(values):.1f}** ({100 * low:.1f} to {100 * high:.1f}) |"
+            f"| {task.replace('_', ' ')}, {words_of(metric)}{where} {arrow} | {beside[0]} | "
+            f"{beside[1]} | **{100 * np.mean(values):.1f}** ({100 * low:.1f}–{100 * high:.1f}) |"
         )
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``python -m benchmarks.seeds``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    parser.add_argument("--readme", type=Path, help="file whose results are replaced")
-    options = parser.parse_args(argv)
-    rows: Rows = []
-    references: Rows = []
-    seeds = []
-    for run in options.runs:
-        own = read(run / "evaluation.csv")
-        if not own:
-            parser.error(f"{run} holds no evaluation.csv: is the run finished?")
-        seeds.append(own[0]["seed"])
-        rows += own
-        references = references or read(run / "references.csv")
-    path = RESULTS / f"{date.today()}-quickstart.csv"
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(references + rows)
-    made = table(references + rows)
-    first, where = rows[0], f"benchmarks/results/{path.name}"
-    text = (
-        f"{made}\n\nPer cent on held-out data: mean of seeds {', '.join(seeds)} with the 95 % "
-        f"interval over seeds (Student's t). {first['steps']} steps of `configs/quickstart.yaml`, "
-        f"{first['machine']}, {first['date'][:10]}. Made by `skillnet quickstart --seed N --name "
-        "seed-N` and `python -m benchmarks.seeds runs/seed-*`; every figure, with its interval "
-        f"over test rows, is in [{path.name}]({where})."
+def readme_text(rows: Rows) -> str:
+    """Return the text between the README's results marks."""
+    seeds = list(dict.fromkeys(row["seed"] for row in rows if row["system"] == "skillnet"))
+    return (
+        f"{result_table(rows, README_ROWS)}\n\nPer cent on held-out data. SkillNet: mean of "
+        f"{len(seeds)} seeds with the 95 % interval over seeds (Student's t)."
     )
-    print(text)
-    if options.readme:
-        put(options.readme, "results", text)
+
+
+def page_text(rows: Rows, csv_name: str) -> str:
+    """Return the text between the results marks of docs/results/quickstart.md.
+
+    Args:
+        rows: of the CSV.
+        csv_name: file name of that CSV below ``benchmarks/results``.
+    """
+    first = next(row for row in rows if row["system"] == "skillnet")
+    seeds = list(dict.fromkeys(row["seed"] for row in rows if row["system"] == "skillnet"))
+    return (
+        f"{result_table(rows, FULL_ROWS)}\n\nPer cent on held-out data: mean of seeds "
+        f"{', '.join(seeds)} with the 95 % interval over seeds (Student's t).\n"
+        f"{first['steps']} steps of `configs/quickstart.yaml` on {first['machine']}, "
+        f"{first['date'][:10]}.\n"
+        f"All figures, with their intervals over test rows: `benchmarks/results/{csv_name}`."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the CSV and the tables of both pages."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="directories of finished runs")
+    parser.add_argument("--csv", type=Path, help="committed CSV to read instead of runs")
+    options = parser.parse_args(argv)
+    if bool(options.runs) == bool(options.csv):
+        parser.error("give either directories of runs or --csv FILE")
+    if options.csv:
+        path, rows = options.csv, read_rows(options.csv)
+    else:
+        path = RESULTS / f"{date.today()}-quickstart.csv"
+        baselines: Rows = []
+        rows = []
+        for run in options.runs:
+            own = read_rows(run / "evaluation.csv")
+            if not own:
+                parser.error(f"{run}: no evaluation.csv. Wait until the run has finished.")
+            rows += own
+            baselines = baselines or read_rows(run / "references.csv")
+        rows = baselines + rows
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    put(README, "results", readme_text(rows))
+    put(PAGE, "results", page_text(rows, path.name))
+    print(result_table(rows, FULL_ROWS))
     return 0
 
 

@@ -22,7 +22,7 @@ import yaml
 from benchmarks.kept import keep, rows_of
 from benchmarks.marks import put
 from benchmarks.measure import RESULTS
-from benchmarks.seeds import interval
+from benchmarks.seeds import seed_interval
 
 PAGE = Path(__file__).parent.parent / "docs" / "sweeps.md"
 TRIALS = "trials.csv"
@@ -121,7 +121,7 @@ def effects(rows: Rows, keys: Sequence[str]) -> str:
     """Markdown: a line a pair of values of a setting, with what the interval tells."""
     lines = ["| setting | | points of mean score (95 % interval) | |", "|---|---|---:|---|"]
     for (key, one, other), values in differences(rows, keys).items():
-        low, high = interval(values)
+        low, high = seed_interval(values)
         apart = "told apart" if len(values) > 1 and low * high > 0 else "not told apart"
         shown = _with_interval(values, signed=True)
         lines.append(f"| {_short(key)} | {one} less {other} | {shown} | {apart} |")
@@ -166,7 +166,7 @@ def _mean(rows: Rows, key: str) -> float:
 
 
 def _with_interval(values: list[float], signed: bool = False) -> str:
-    low, high = interval(values)
+    low, high = seed_interval(values)
     sign = "+" if signed else ""
     told = f"{fmean(values):{sign}.1f}"
     return told if math.isclose(low, high) else f"{told} ({low:{sign}.1f} to {high:{sign}.1f})"

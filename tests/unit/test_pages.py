@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos_table, growth_result, headline, scale, sweep_result
+from benchmarks import chaos_table, growth_result, headline, scale, seeds, sweep_result
 from benchmarks.chaos_rows import read
 from benchmarks.marks import between, put
 from benchmarks.measure import RESULTS
@@ -21,18 +21,24 @@ def test_text_is_put_between_the_marks_and_nowhere_else(tmp_path: Path) -> None:
         put(page, "b", "new")
 
 
-def test_the_readme_tells_the_newest_headline_study() -> None:
+def test_the_headline_page_shows_the_newest_study() -> None:
     folder = max(RESULTS.glob("*-headline*"))
-    assert between(headline.README, "headline") == headline.text_of(folder)
+    assert between(headline.PAGE, "headline") == headline.page_text(folder)
 
 
-def test_the_readme_tells_what_the_study_could_have_seen() -> None:
+def test_the_quickstart_pages_show_the_newest_results() -> None:
+    path = max(RESULTS.glob("*-quickstart.csv"))
+    rows = seeds.read_rows(path)
+    assert between(seeds.README, "results") == seeds.readme_text(rows)
+    assert between(seeds.PAGE, "results") == seeds.page_text(rows, path.name)
+
+
+def test_the_detectable_difference_is_the_median_of_a_tasks_tests() -> None:
     row = {"task": "mean", "error": "0.01", "freedom": "1e9"}
-    told = headline.resolution([row, row | {"error": "0.02"}, row | {"error": "0.09"}])
+    text = headline.detectable_difference([row, row | {"error": "0.02"}, row | {"error": "0.09"}])
     # The normal quantile at 0.05 / 6 is 2.394.
-    assert told.endswith(
-        "corrected for 3 tests, a difference is significant from about so many "
-        "points on (median of a task's tests): mean score 4.8."
+    assert text.endswith(
+        "after Holm correction for 3 tests (median of a task's tests, points): mean score 4.8."
     )
 
 
