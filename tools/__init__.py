@@ -1,0 +1,1 @@
+"""Programs for the maintenance of this repository; not part of the package."""

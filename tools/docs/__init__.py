@@ -1,0 +1,1 @@
+"""Programs that draw figures and write tables and pages of the documentation."""
