@@ -1,6 +1,6 @@
 """The engine of sweeps and studies: trials through Ray Tune, recorded, resumable.
 
-The ledger is the trials' folders (docs/decisions/0032): a trial with an outcome is not run
+The ledger is the trials' folders (docs/decisions/0013): a trial with an outcome is not run
 again, an unfinished one goes on from its newest whole checkpoint.
 """
 

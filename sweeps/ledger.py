@@ -1,6 +1,6 @@
 """The ledger of a sweep: what is known of each trial, from its folder, and what is kept of it.
 
-Reading it back is all that resuming needs; see docs/decisions/0032.
+Reading it back is all that resuming needs; see docs/decisions/0013.
 """
 
 import dataclasses
