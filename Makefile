@@ -10,7 +10,7 @@ FUZZ_MINUTES ?= 20
 # Processes that run tests: more than four would fight for memory rather than save time.
 JOBS ?= logical --maxprocesses 4
 
-.PHONY: demo test test-cluster test-node chaos fuzz check format bench clean help
+.PHONY: demo docs test test-cluster test-node chaos fuzz check format bench clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,11 @@ check: $(VENV)/.installed-dev  ## rules of style, format, types and imports
 format: $(VENV)/.installed-dev  ## put the format right, and what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Strict: a broken link or a page outside the navigation fails. Loads nothing from a network.
+docs: $(VENV)/.installed-docs  ## build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in build/site; open build/site/index.html"
 
 # Rows that the newest CSV of today has are not run again, so it may be stopped and gone on with.
 chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their ends; a tracker away for a minute
@@ -75,7 +80,11 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable '.[dev,tracker]'
+	$(PIP) install --quiet --editable '.[dev,docs,tracker]'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0 || \
 	    echo "Azurite is not there, so the tests of Azure's store will be skipped: npm is missing or failed"
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable '.[docs]'
+	touch $@
