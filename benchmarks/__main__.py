@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Before torch is imported.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from skillnet.memory import keep_freed_memory
+    from skillnet.malloc import keep_freed_memory
 
     keep_freed_memory()
     import torch

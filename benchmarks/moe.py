@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Result, clock_for, in_turns, ratio
-from pipelines.training.precision import native_bf16
-from skillnet.baselines.experts import ExpertFeedForward
+from skillnet.baselines.moe_layers import ExpertFeedForward
+from skillnet.precision import native_bf16
 
 #: Passes before the clock starts.
 WARMUP = 3

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from benchmarks.encoders import DenseEncoder, LoopEncoder
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from pipelines.training.optimizer import SkillAdamW, clip_by_norm
-from pipelines.training.precision import native_bf16
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
+from skillnet.precision import native_bf16
 from skillnet.skills import DEFAULT_SKILLS
 
 SKILLS = DEFAULT_SKILLS

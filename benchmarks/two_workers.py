@@ -22,11 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.measure import Result, ratio, spread
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.optimizer import SkillAdamW, clip_by_norm
-from pipelines.training.precision import native_bf16
 from pipelines.training.settings import TrainingConfig
 from skillnet.config import SkillNetConfig
-from skillnet.memory import KEEP_FREED_MEMORY
+from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet
+from skillnet.precision import native_bf16
 from skillnet.skills import SkillPlan, Task
 
 TASK = "text_classification"

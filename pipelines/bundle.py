@@ -21,15 +21,14 @@ from safetensors.numpy import save_file
 from pipelines import tokenizer as tokenizers
 from pipelines.evaluation import check_outputs, corpus_path
 from pipelines.head_sizes import LISTED
-from pipelines.inference import best_device
 from pipelines.predictor import CaptionBank, Predictor
 from pipelines.shards import Corpus, open_corpus
 from pipelines.sources import Source
 from pipelines.sources import load_at_work as load_model
 from skillnet import systems
-from skillnet.files import check_inside, read_config, read_manifest
+from skillnet.precision import best_device
+from skillnet.serialization import check_inside, load_tensors, read_config, read_manifest
 from skillnet.skills import Task
-from skillnet.tensors import load_tensors
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest
 from skillnet_platform.errors import UserError

@@ -11,7 +11,7 @@ from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.outcomes import Outcomes
-    from skillnet.task_model import TaskModel
+    from skillnet.multitask_model import TaskModel
     from skillnet_platform.tracking import Tracker
 
 #: Resamplings of an interval.

@@ -34,8 +34,8 @@ from skillnet.metrics import (
     ratio_of_sums,
     retrieval_ranks,
 )
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import Task, find_task
-from skillnet.task_model import TaskModel
 from skillnet_platform.errors import UserError
 from skillnet_platform.places import Place, below, place
 

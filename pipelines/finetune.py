@@ -313,7 +313,7 @@ def _train(
     from pipelines.mirror import mirror_of
     from pipelines.training import notice
     from pipelines.training.worker import fit_on_ray, work
-    from skillnet.memory import keep_freed_memory
+    from skillnet.malloc import keep_freed_memory
 
     tracked = (tracker.run_id, tracker.uri)
     if config.training.workers == 0:

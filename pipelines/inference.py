@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pipelines.collate import Nested, Ragged, open_column
-from pipelines.training.precision import choose
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import greedy_symbols
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import choose
 from skillnet.skills import SkillPlan, find_task
-from skillnet.task_model import TaskModel
 
 #: Positions (rows x tokens) of one batch: large enough to fill two cores, small in memory.
 POSITIONS = 4096
@@ -209,11 +209,6 @@ class Runner:
                 yield
         finally:
             self.model.train(was_training)
-
-
-def best_device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def batches_by_length(lengths: np.ndarray, positions: int) -> Iterator[np.ndarray]:

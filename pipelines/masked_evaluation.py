@@ -17,9 +17,9 @@ from pipelines.stream import Batch
 from pipelines.task_rows import TaskRows
 from pipelines.training.row_settings import MaskConfig
 from pipelines.training.settings import TaskTraining
-from skillnet.objectives import masked_rows
+from skillnet.losses import masked_rows
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import find_task
-from skillnet.task_model import TaskModel
 
 if TYPE_CHECKING:
     from pipelines.shards import Corpus

@@ -305,7 +305,7 @@ def snapshot(path: Path, outbox: Path) -> Path:
 
 
 def _check_model(folder: Path) -> None:
-    from skillnet.files import check_file, read_manifest
+    from skillnet.serialization import check_file, read_manifest
 
     manifest = read_manifest(folder)
     for name in manifest["files"]:

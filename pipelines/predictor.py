@@ -10,8 +10,8 @@ import numpy as np
 from pipelines.inference import Runner, memory_inputs
 from pipelines.reporting import in_order
 from pipelines.transforms import code, image, sound, text, video
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, find_task
-from skillnet.task_model import TaskModel
 from skillnet_platform.errors import UserError
 
 SUFFIXES = {

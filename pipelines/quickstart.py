@@ -193,7 +193,7 @@ def _tell(
 def _warn_of_slow_arithmetic(config: QuickstartConfig) -> None:
     import torch
 
-    from pipelines.training.precision import native_bf16
+    from skillnet.precision import native_bf16
 
     device = torch.device("cuda" if config.training.use_gpu else "cpu")
     if config.training.precision == "auto" and not native_bf16(device):

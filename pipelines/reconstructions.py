@@ -20,6 +20,7 @@ from pipelines.sound_units import units_of
 from pipelines.task_rows import PRETRAINING, splits_of
 from pipelines.training.settings import FinetuneConfig
 from skillnet.config import SkillNetConfig
+from skillnet.multitask_model import TaskModel
 from skillnet.stems import (
     patchify,
     signed,
@@ -29,7 +30,6 @@ from skillnet.stems import (
     unstack_frames,
     untubelify,
 )
-from skillnet.task_model import TaskModel
 from skillnet_platform.places import below, place
 from skillnet_platform.tracking import Tracker
 

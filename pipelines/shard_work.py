@@ -14,7 +14,7 @@ from pipelines.blocks import PLACES
 from pipelines.corpora.base import Corpus
 from pipelines.datasource import AWAY, MISTAKE, Job, unpack
 from pipelines.media import MEDIA, MediaRef
-from skillnet.memory import keep_freed_memory
+from skillnet.malloc import keep_freed_memory
 from skillnet_platform.cli import users_mistake
 from skillnet_platform.remote import StoreUnavailable
 

@@ -251,7 +251,7 @@ def _wrong_key(named: Place, manifest: dict[str, Any]) -> str | None:
     Raises:
         ValueError: a shard that lies outside of the corpus.
     """
-    from skillnet.files import check_inside
+    from skillnet.serialization import check_inside
 
     for key in ("corpus", "modality", "task"):
         if not isinstance(manifest.get(key), str):

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
-from pipelines.inference import best_device
 from skillnet import systems
-from skillnet.files import check_file, read_manifest
 from skillnet.growth import remove_task
-from skillnet.task_model import TaskModel
-from skillnet.tensors import load_tensors
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import best_device
+from skillnet.serialization import check_file, load_tensors, read_manifest
 from skillnet_platform import tracking
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError

@@ -95,7 +95,7 @@ def verify(config: VerifyConfig) -> list[Check]:
 
 
 def _weights(source: "Source") -> str:
-    from skillnet.files import check_file, read_manifest
+    from skillnet.serialization import check_file, read_manifest
 
     manifest = read_manifest(source.weights)
     total = 0
@@ -134,7 +134,7 @@ def _bundle(source: "Source", uri: str | None) -> Iterator[Check]:
 def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterator[Check]:
     from mlflow.exceptions import MlflowException
 
-    from skillnet.files import read_manifest
+    from skillnet.serialization import read_manifest
     from skillnet_platform import store
 
     try:

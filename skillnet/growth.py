@@ -5,9 +5,9 @@ import dataclasses
 from skillnet.heads import HEADS
 from skillnet.layers import SkillWeights, check_free
 from skillnet.model import SkillNet
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import Task, check_names, check_plan, find_task, nearest
 from skillnet.stems import STEMS
-from skillnet.task_model import TaskModel
 
 
 def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> SkillNet:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
+from skillnet.multitask_model import Batch, TaskModel, Tokens, mean
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet.stems import STEMS, TokenStem
-from skillnet.task_model import Batch, TaskModel, Tokens, mean
 
 
 class SkillNet(TaskModel):
@@ -100,7 +100,7 @@ class SkillNet(TaskModel):
 
     def flops(self, task: str, lengths: Mapping[str, int] | None = None) -> tuple[int, int]:
         """By closed formulas; tests hold them equal to what torch counts."""
-        from skillnet.accounting import task_flops
+        from skillnet.flops import task_flops
 
         return task_flops(self, task, lengths)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
+from skillnet.multitask_model import NoOptions, TaskModel
 from skillnet.skills import nearest
-from skillnet.task_model import NoOptions, TaskModel
 
 GROUP = "skillnet.systems"
 
@@ -23,7 +23,7 @@ GROUP = "skillnet.systems"
 BUILT_IN = {
     "dense": "skillnet.baselines.dense:DENSE",
     "moe": "skillnet.baselines.moe:MOE",
-    "specialist": "skillnet.baselines.specialists:SPECIALIST",
+    "specialist": "skillnet.baselines.specialist:SPECIALIST",
 }
 
 
@@ -109,6 +109,6 @@ def load(path: str | Path, task: str | None = None) -> TaskModel:
     Raises:
         ValueError: files that are missing, altered or do not fit; an unknown task or system.
     """
-    from skillnet.files import load as load_files
+    from skillnet.multitask_model import load as load_files
 
     return load_files(Path(path), task)

@@ -17,10 +17,10 @@ from pipelines.reporting import HEADLINE, in_order
 from pipelines.shards import open_corpus
 from pipelines.stream import MixedStream
 from pipelines.training.loop import task_loss
-from pipelines.training.precision import choose
 from pipelines.training.settings import TaskTraining
 from skillnet.metrics import Interval, bootstrap_interval, ratio_of_sums
 from skillnet.model import SkillNet
+from skillnet.precision import choose
 from skillnet.skills import find_task
 
 #: Keys of a row of :func:`gradient_share`.

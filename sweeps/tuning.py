@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from skillnet.memory import give_back_freed_memory
+from skillnet.malloc import give_back_freed_memory
 from skillnet_platform import console, remote
 from skillnet_platform.storage import run_root
 from sweeps.ledger import prune_trial

@@ -12,8 +12,8 @@ from pipelines.outcomes import Outcomes, paired_difference, read_outcomes, write
 from pipelines.sources import Source
 from pipelines.training.settings import FinetuneConfig
 from skillnet import systems
-from skillnet.files import read_manifest, sha256
 from skillnet.model import SkillNet
+from skillnet.serialization import read_manifest, sha256
 from skillnet.skills import Task
 from skillnet_platform import console
 

@@ -21,9 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
-from skillnet.files import check_file, read_manifest, write_manifest, write_parts
-from skillnet.task_model import TaskModel
-from skillnet.tensors import load_tensors
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import (
+    check_file,
+    load_tensors,
+    read_manifest,
+    write_manifest,
+    write_parts,
+)
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 

@@ -22,14 +22,14 @@ from pipelines.training.optimizer import (
     clip_by_norm,
     learning_rate,
 )
-from pipelines.training.precision import Precision, choose
 from pipelines.training.settings import FinetuneConfig
 from pipelines.training.setup import build_model, identity_of, open_stream, pick_device, resume
 from pipelines.training.trainable import trainable_parameters
-from skillnet import objectives
-from skillnet.objectives import Gather as Collect
+from skillnet import losses as skillnet_losses
+from skillnet.losses import Gather as Collect
+from skillnet.multitask_model import TaskModel
+from skillnet.precision import Precision, choose
 from skillnet.skills import Task
-from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 
 #: Steps in a row with a loss or gradient that is not finite before training gives up.
@@ -264,14 +264,16 @@ def task_loss(
     targets, count = batch.targets, batch.global_rows
     real = slice(0, 0) if batch.ghost else slice(None)
     if task.objective == "classification":
-        return objectives.cross_entropy(
+        return skillnet_losses.cross_entropy(
             outputs["logits"][real], targets["labels"][real], count, smoothing
         )
     if task.objective == "masked":
-        loss = objectives.masked(outputs["predicted"], targets["values"], targets["masked"], count)
+        loss = skillnet_losses.masked(
+            outputs["predicted"], targets["values"], targets["masked"], count
+        )
         return loss * 0 if batch.ghost else loss
     if task.objective == "ctc":
-        loss = objectives.ctc(
+        loss = skillnet_losses.ctc(
             outputs["log_probs"],
             outputs["lengths"],
             targets["symbols"],
@@ -280,7 +282,7 @@ def task_loss(
         )
         # CTC takes no batch of zero rows.
         return loss * 0 if batch.ghost else loss
-    return objectives.info_nce(
+    return skillnet_losses.info_nce(
         outputs["query"][real],
         outputs["candidate"][real],
         outputs["scale"],

@@ -14,8 +14,8 @@ from pipelines.training import checkpoints
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from pipelines.training.settings import FinetuneConfig
 from pipelines.training.start import digest_of, start_model
+from skillnet.multitask_model import TaskModel
 from skillnet.systems import build_system
-from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError

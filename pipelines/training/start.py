@@ -15,9 +15,9 @@ from pipelines.mirror import TRAINED
 from pipelines.sources import Source
 from pipelines.training.settings import FinetuneConfig
 from skillnet.config import SkillNetConfig
-from skillnet.files import read_about, read_manifest
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import read_about, read_manifest
 from skillnet.systems import build_system
-from skillnet.task_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError

@@ -8,7 +8,7 @@ go by the parameters given here, never see it.
 from torch import nn
 
 from pipelines.training.settings import FinetuneConfig
-from skillnet.task_model import TaskModel
+from skillnet.multitask_model import TaskModel
 from skillnet_platform.errors import UserError, nearest
 
 Named = list[tuple[str, nn.Parameter]]

@@ -24,8 +24,8 @@ from pipelines.training.progress import PROGRESS, ProgressFile
 from pipelines.training.settings import FinetuneConfig
 from pipelines.uploads import Uploads, bring, fit_storage, send_trained
 from skillnet.growth import remove_task
-from skillnet.memory import KEEP_FREED_MEMORY
-from skillnet.task_model import TaskModel
+from skillnet.malloc import KEEP_FREED_MEMORY
+from skillnet.multitask_model import TaskModel
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import Terminated

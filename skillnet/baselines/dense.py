@@ -7,7 +7,7 @@ heads, depth, attention and regularisation are SkillNet's own.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from skillnet.baselines import matching
+from skillnet.baselines import size_matching
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.systems import System
@@ -44,16 +44,16 @@ class Dense(SkillNet):
 
 def configure(config: SkillNetConfig, options: DenseOptions) -> SkillNetConfig:
     """The study's configuration with one skill, as wide as the options say."""
-    return matching.one_skill(config, SKILL, options.hidden or _width(config, options))
+    return size_matching.one_skill(config, SKILL, options.hidden or _width(config, options))
 
 
 def _width(config: SkillNetConfig, options: DenseOptions) -> int:
     if options.size == "executed":
-        return matching.rounded(matching.executed_width(config))
-    measure: Any = matching.total if options.size == "total" else matching.activated
+        return size_matching.rounded(size_matching.executed_width(config))
+    measure: Any = size_matching.total if options.size == "total" else size_matching.activated
     each = 2 * config.dim * config.depth
-    narrow = matching.total(matching.one_skill(config, SKILL, 1))
-    return matching.solve_width(measure(config), narrow - each, each, "options.hidden")
+    narrow = size_matching.total(size_matching.one_skill(config, SKILL, 1))
+    return size_matching.solve_width(measure(config), narrow - each, each, "options.hidden")
 
 
 DENSE = System(

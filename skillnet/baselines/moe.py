@@ -1,7 +1,7 @@
 """Mixture of experts: a router chooses per token what SkillNet's plans choose per task.
 
 Stems, heads, attention and depth are SkillNet's; its feed-forward layers become experts
-(:mod:`skillnet.baselines.experts`), in every n-th layer.
+(:mod:`skillnet.baselines.moe_layers`), in every n-th layer.
 """
 
 import math
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skillnet.baselines import experts, matching
-from skillnet.baselines.experts import ExpertFeedForward, Routing
+from skillnet.baselines import moe_layers, size_matching
+from skillnet.baselines.moe_layers import ExpertFeedForward, Routing
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.layers import Skills
 from skillnet.model import SkillNet
+from skillnet.multitask_model import Batch, Outputs
 from skillnet.systems import System
-from skillnet.task_model import Batch, Outputs
 
 SKILL = "moe"
 
@@ -127,7 +127,7 @@ class MoE(SkillNet):
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Weighted balance and z loss: the sum over layers of the mean over towers."""
-        losses = {"balance": experts.balance_loss, "z": experts.z_loss}
+        losses = {"balance": moe_layers.balance_loss, "z": moe_layers.z_loss}
         found = {}
         for name, weight in self.coefficients.items():
             layers = [
@@ -150,14 +150,15 @@ class MoE(SkillNet):
         for index, layer in enumerate(self.encoder.layers):
             if not isinstance(layer, ExpertLayer) or not layer.routings:
                 continue
-            loads_E = _over(layer.routings, experts.load)
+            loads_E = _over(layer.routings, moe_layers.load)
             count = len(loads_E)
             found[f"layer_{index}"] = {
-                "router_entropy": float(_over(layer.routings, experts.entropy)) / math.log(count),
+                "router_entropy": float(_over(layer.routings, moe_layers.entropy))
+                / math.log(count),
                 "load_max": float(loads_E.max()) * count,
                 "load_min": float(loads_E.min()) * count,
-                "balance": float(_over(layer.routings, experts.balance_loss)),
-                "z": float(_over(layer.routings, experts.z_loss)),
+                "balance": float(_over(layer.routings, moe_layers.balance_loss)),
+                "z": float(_over(layer.routings, moe_layers.z_loss)),
             }
         if not found:
             return {}
@@ -187,15 +188,15 @@ class MoE(SkillNet):
 def configure(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig:
     """The study's configuration with one skill, and the width of a token's experts together."""
     hidden = options.hidden or _width(config, options)
-    return matching.one_skill(config, SKILL, hidden * options.top_k)
+    return size_matching.one_skill(config, SKILL, hidden * options.top_k)
 
 
 def _width(config: SkillNetConfig, options: MoEOptions) -> int:
     each = 2 * config.dim * config.depth
     routers = config.depth // options.every * options.experts * config.dim
-    fixed = matching.total(matching.one_skill(config, SKILL, 1)) - each + routers
-    wanted = matching.activated(config)
-    return matching.solve_width(wanted, fixed, each * options.top_k, "options.hidden")
+    fixed = size_matching.total(size_matching.one_skill(config, SKILL, 1)) - each + routers
+    wanted = size_matching.activated(config)
+    return size_matching.solve_width(wanted, fixed, each * options.top_k, "options.hidden")
 
 
 def _over(routings: list[Routing], what: Callable[[Routing], Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 from pipelines.stream import rank_slice
 from pipelines.training.gradient_sync import Gather, GradientSync
-from skillnet.objectives import info_nce
+from skillnet.losses import info_nce
 from tests.integration.ranks import run_ranks
 
 pytestmark = pytest.mark.integration

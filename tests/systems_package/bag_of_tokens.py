@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from skillnet.config import SkillNetConfig
+from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.skills import find_task
 from skillnet.stems import STEMS
 from skillnet.systems import System
-from skillnet.task_model import Batch, TaskModel, Tokens
 
 
 @dataclass(frozen=True)

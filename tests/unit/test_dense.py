@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from skillnet.accounting import account_task
-from skillnet.baselines import matching
+from skillnet.baselines import size_matching
 from skillnet.model import SkillNet
+from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, Task, default_tasks, masked_tasks
 from skillnet.systems import build_system, find_system, load, system_names
-from skillnet.task_model import TaskModel
 from tests.small_models import small_config, towers_of
 
 #: Large enough for rounding of the width to weigh little.
@@ -81,11 +81,11 @@ def test_pretraining_and_finetuning_build_the_same_encoder() -> None:
 
 def test_the_mean_is_over_the_five_tasks() -> None:
     config = small_config()
-    assert list(matching.reference_tasks(config)) == list(default_tasks())
-    assert matching.towers(config) == 1.6
+    assert list(size_matching.reference_tasks(config)) == list(default_tasks())
+    assert size_matching.towers(config) == 1.6
     own = {"mine": Task("classification", {"input": SkillPlan(("a",), "text")}, 3)}
     other = small_config(skills=("a", "b"), tasks=own | {"m": masked_task("a")})
-    assert list(matching.reference_tasks(other)) == ["mine"]
+    assert list(size_matching.reference_tasks(other)) == ["mine"]
 
 
 def masked_task(skill: str) -> Task:
@@ -113,4 +113,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"options\.size is activated, total or executed"):
         build_system("dense", small_config(), {"size": "large"})
     with pytest.raises(ValueError, match=r"set options\.hidden yourself"):
-        matching.solve_width(100, 90, 20, "options.hidden")
+        size_matching.solve_width(100, 90, 20, "options.hidden")

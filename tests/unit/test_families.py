@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from skillnet.baselines.checkpoints import find_checkpoint
-from skillnet.baselines.families import FAMILIES
-from skillnet.baselines.towers import PatchProduct, Tower
+from skillnet.baselines.hf_checkpoints import find_checkpoint
+from skillnet.baselines.library_encoders import PatchProduct, Tower
+from skillnet.baselines.library_models import FAMILIES
 from skillnet.config import SkillNetConfig
 from skillnet.skills import STEM_OF, Modality
 from skillnet.stems import STEMS, with_motion

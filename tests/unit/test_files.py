@@ -14,11 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import skillnet.files as files
-import skillnet.tensors as tensors
-from skillnet import SkillNet
+from skillnet import SkillNet, serialization
 from skillnet.config import SkillNetConfig
-from skillnet.files import config_from_dict, config_to_dict
+from skillnet.serialization import config_from_dict, config_to_dict
 from skillnet.skills import DEFAULT_SKILLS, MODALITIES, SkillPlan, Task
 from tests.small_models import small_config, small_model, towers_of
 
@@ -83,7 +81,7 @@ def opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         names.add(Path(path).name)
         return load_file(path, *args, **kwargs)
 
-    monkeypatch.setattr(tensors, "load_file", load)
+    monkeypatch.setattr(serialization, "load_file", load)
     _opened = []
     try:
         yield names
@@ -195,7 +193,7 @@ def test_a_disk_that_fills_up_leaves_the_older_model(
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     written = []
-    save_file = files.save_file
+    save_file = serialization.save_file
 
     def full(tensors, path) -> None:
         written.append(path)
@@ -203,7 +201,7 @@ def test_a_disk_that_fills_up_leaves_the_older_model(
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(serialization, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         small_model(seed=1).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -20,7 +20,7 @@ from pipelines.training import checkpoints
 from pipelines.training.optimizer import SkillAdamW
 from pipelines.training.settings import FinetuneConfig
 from skillnet import systems
-from skillnet.files import write_manifest
+from skillnet.serialization import write_manifest
 from skillnet_platform import config
 from tests.damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.packing import tarred, zipped

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pipelines.finetune import finetune
 from pipelines.training import faults
 from pipelines.training.settings import FinetuneConfig
-from skillnet.files import write_manifest
+from skillnet.serialization import write_manifest
 from tests.damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.small_corpora import small_config, write_corpora
 

@@ -19,10 +19,10 @@ from pipelines import bundle, sources
 from pipelines.training import checkpoints
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from skillnet import systems
-from skillnet.baselines import families
-from skillnet.baselines.checkpoints import find_checkpoint, require_finite
-from skillnet.files import read_manifest, sha256, write_manifest
-from skillnet.task_model import TaskModel
+from skillnet.baselines import library_models
+from skillnet.baselines.hf_checkpoints import find_checkpoint, require_finite
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import read_manifest, sha256, write_manifest
 from tests.small_models import small_model
 
 WEIGHTS = "skill-general.safetensors"
@@ -347,13 +347,13 @@ def test_pickles_of_other_libraries_are_not_read(tmp_path: Path) -> None:
 
 def test_a_checkpoint_names_nothing_else_to_load() -> None:
     name = "vit_base_patch16_224"
-    families._check_architecture(name, {"embed_dim": 32})
+    library_models._check_architecture(name, {"embed_dim": 32})
     for key in ("checkpoint_path", "pretrained", "pretrained_cfg"):
         with pytest.raises(ValueError, match="name other things to load"):
-            families._check_architecture(name, {key: "x.pth"})
+            library_models._check_architecture(name, {key: "x.pth"})
     for other in ("hf-hub:someone/model", "vit_of_nobody", "resnet50", None, 7):
         with pytest.raises(ValueError, match="is no Vision Transformer"):
-            families._check_architecture(other, {})
+            library_models._check_architecture(other, {})
 
 
 def test_checkpoints_that_are_no_numbers(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.moe import Sizes, ours, theirs
 from skillnet.accounting import account_task
-from skillnet.baselines import experts
-from skillnet.baselines.experts import ExpertFeedForward, Routing
+from skillnet.baselines import moe_layers
 from skillnet.baselines.moe import MoE, MoEOptions
+from skillnet.baselines.moe_layers import ExpertFeedForward, Routing
 from skillnet.skills import default_tasks
 from skillnet.systems import build_system, load
 from tests.small_models import loss_of, small_config, small_model, towers_of
@@ -74,7 +74,7 @@ def test_torchs_grouped_product_computes_the_same() -> None:
     weight = torch.randn(4, 16, 8, dtype=torch.bfloat16, requires_grad=True)
     probe = torch.randn(10, 16, dtype=torch.bfloat16)
     found = []
-    for product in (experts.grouped_linear, experts.one_kernel):
+    for product in (moe_layers.grouped_linear, moe_layers.one_kernel):
         y = product(x, weight, counts)
         found.append((y, *torch.autograd.grad((y * probe).sum(), (x, weight))))
     for one, other in zip(*found, strict=True):
@@ -88,7 +88,7 @@ def test_slices_of_whole_steps_of_rows_change_nothing() -> None:
         rounded = made(x)[0]
     torch.testing.assert_close(rounded.float(), made(x)[0], rtol=0.05, atol=0.05)
     chosen = made(x)[1].experts_Nk
-    rows_E, tokens_R, rows_S = experts.slices(chosen, 4, 8)
+    rows_E, tokens_R, rows_S = moe_layers.slices(chosen, 4, 8)
     assert (rows_E % 8 == 0).all()
     assert int(rows_E.sum()) == len(tokens_R)
     # Row r of the pair (n, j) holds token n and lies in the slice of that pair's expert.
@@ -110,7 +110,12 @@ def test_padding_is_not_routed() -> None:
     assert len(routing.logits_NE) == 5
     nothing, routing = made(x, torch.zeros_like(mask))
     assert not nothing.any()
-    assert experts.balance_loss(routing) == experts.z_loss(routing) == experts.entropy(routing) == 0
+    assert (
+        moe_layers.balance_loss(routing)
+        == moe_layers.z_loss(routing)
+        == moe_layers.entropy(routing)
+        == 0
+    )
 
 
 def test_padding_of_a_batch_is_not_routed_with_drop_path_either() -> None:
@@ -128,7 +133,7 @@ def test_weights_and_loads_sum_to_one() -> None:
     _, routing = layer()(torch.randn(7, 9, 8, dtype=torch.float64))
     ones = torch.ones(63, dtype=torch.float64)
     torch.testing.assert_close(routing.weights_Nk.sum(1), ones)
-    assert float(experts.load(routing).sum()) == pytest.approx(1)
+    assert float(moe_layers.load(routing).sum()) == pytest.approx(1)
     assert all(len(set(row)) == 2 for row in routing.experts_Nk.tolist())
 
 
@@ -136,13 +141,13 @@ def test_losses_at_known_routings() -> None:
     even = Routing(
         torch.zeros(6, 3), torch.full((6, 2), 0.5), torch.tensor([[0, 1], [1, 2], [2, 0]] * 2)
     )
-    assert float(experts.balance_loss(even)) == pytest.approx(1)
-    assert float(experts.z_loss(even)) == pytest.approx(math.log(3) ** 2)
-    assert float(experts.entropy(even)) == pytest.approx(math.log(3))
+    assert float(moe_layers.balance_loss(even)) == pytest.approx(1)
+    assert float(moe_layers.z_loss(even)) == pytest.approx(math.log(3) ** 2)
+    assert float(moe_layers.entropy(even)) == pytest.approx(math.log(3))
     logits = torch.tensor([[50.0, 0.0, 0.0]]).expand(6, 3)
     worst = Routing(logits, torch.ones(6, 1), torch.zeros(6, 1, dtype=torch.long))
-    assert float(experts.balance_loss(worst)) == pytest.approx(3)
-    assert float(experts.entropy(worst)) == pytest.approx(0)
+    assert float(moe_layers.balance_loss(worst)) == pytest.approx(3)
+    assert float(moe_layers.entropy(worst)) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("balance", [0.0, 1.0])
@@ -155,11 +160,11 @@ def test_the_balance_loss_spreads_the_load(balance: float) -> None:
     optimizer = torch.optim.Adam(made.parameters(), lr=0.03)
     for _ in range(60):
         y, routing = made(x)
-        loss = (y - x).square().mean() + balance * experts.balance_loss(routing)
+        loss = (y - x).square().mean() + balance * moe_layers.balance_loss(routing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    loads = experts.load(made(x)[1])
+    loads = moe_layers.load(made(x)[1])
     assert (float(loads.max()) < 0.3) == bool(balance)
 
 
@@ -177,9 +182,11 @@ def test_auxiliary_losses_are_sums_over_layers_of_means_over_towers() -> None:
     layers = model.expert_layers
     assert [len(each.routings) for each in layers] == [2, 2]
     found = model.auxiliary_losses()
-    expected = sum(float(experts.balance_loss(r).detach()) for e in layers for r in e.routings) / 2
+    expected = (
+        sum(float(moe_layers.balance_loss(r).detach()) for e in layers for r in e.routings) / 2
+    )
     assert float(found["balance"].detach()) == pytest.approx(0.5 * expected)
-    expected = sum(float(experts.z_loss(r).detach()) for e in layers for r in e.routings) / 2
+    expected = sum(float(moe_layers.z_loss(r).detach()) for e in layers for r in e.routings) / 2
     assert float(found["z"].detach()) == pytest.approx(0.25 * expected)
     model("text_classification", towers_of("text_classification", model.config))
     assert [len(each.routings) for each in layers] == [1, 1]

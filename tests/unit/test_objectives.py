@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skillnet.objectives import cross_entropy, ctc, info_nce, masked, masked_rows
+from skillnet.losses import cross_entropy, ctc, info_nce, masked, masked_rows
 
 
 def unit(rows: int, width: int = 5, seed: int = 0) -> Tensor:

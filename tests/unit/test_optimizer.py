@@ -15,9 +15,9 @@ from pipelines.training.optimizer import (
     decays,
     learning_rate,
 )
-from pipelines.training.precision import choose
 from pipelines.training.settings import TrainingConfig
 from pipelines.training.setup import build_model, open_stream
+from skillnet.precision import choose
 from tests.small_corpora import small_config, write_corpora
 
 

@@ -15,9 +15,9 @@ from pipelines.shards import open_corpus
 from pipelines.sound_units import units_of
 from pipelines.stream import Batch
 from pipelines.training.settings import FinetuneConfig
+from skillnet.multitask_model import TaskModel
 from skillnet.stems import patchify, stack_frames, tubelify
 from skillnet.systems import build_system
-from skillnet.task_model import TaskModel
 from tests.small_corpora import small_pretraining, write_corpora
 
 UNITS = 6

@@ -10,12 +10,12 @@ import torch
 
 from pipelines.training.loop import seed_dropout, step_loss, train
 from pipelines.training.optimizer import SkillAdamW, clip_by_norm, learning_rate
-from pipelines.training.precision import choose
 from pipelines.training.setup import build_model, open_stream
 from skillnet.accounting import account_task
-from skillnet.baselines import matching
-from skillnet.baselines.specialists import SPECIALIST, Specialist, SpecialistOptions
+from skillnet.baselines import size_matching
+from skillnet.baselines.specialist import SPECIALIST, Specialist, SpecialistOptions
 from skillnet.growth import remove_task
+from skillnet.precision import choose
 from skillnet.skills import SkillPlan, Task, masked_tasks
 from skillnet.systems import build_system, load
 from tests.small_corpora import small_config as small_run
@@ -56,7 +56,7 @@ def test_layers_are_as_large_as_what_skillnet_activates() -> None:
         )
         for task in config.tasks
     ]
-    assert sum(sizes) / len(sizes) == pytest.approx(matching.activated(config), rel=0.01)
+    assert sum(sizes) / len(sizes) == pytest.approx(size_matching.activated(config), rel=0.01)
     pretrained = SPECIALIST.configure(
         dataclasses.replace(config, tasks=masked_tasks()), SpecialistOptions()
     )

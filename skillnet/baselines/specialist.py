@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skillnet.baselines import families, matching
-from skillnet.baselines.checkpoints import find_checkpoint
-from skillnet.baselines.families import FAMILIES
-from skillnet.baselines.towers import Tower
+from skillnet.baselines import library_models, size_matching
+from skillnet.baselines.hf_checkpoints import find_checkpoint
+from skillnet.baselines.library_encoders import Tower
+from skillnet.baselines.library_models import FAMILIES
 from skillnet.config import SkillNetConfig
 from skillnet.layers import check_free
+from skillnet.multitask_model import Batch, TaskModel, Tokens
 from skillnet.skills import MODALITIES, Modality, Task, find_task, nearest
 from skillnet.systems import System
-from skillnet.task_model import Batch, TaskModel, Tokens
 
 #: The families that can read a modality; the first is the default.
 READERS: dict[str, tuple[str, ...]] = {
@@ -76,7 +76,7 @@ class SpecialistOptions:
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"options.hidden must be at least 1, got {self.hidden}")
 
-    def family(self, modality: str) -> families.Family:
+    def family(self, modality: str) -> library_models.Family:
         """The family that reads a modality."""
         return FAMILIES[getattr(self, modality)]
 
@@ -197,9 +197,9 @@ def configure(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetCon
 def _width(config: SkillNetConfig) -> int:
     """Feed-forward width of a Transformer with biases, as all families are."""
     D, depth = config.dim, config.depth
-    wanted = matching.activated(config) / matching.towers(config)
+    wanted = size_matching.activated(config) / size_matching.towers(config)
     fixed = depth * (4 * D * D + 4 * D + D + 4 * D)
-    return matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.hidden")
+    return size_matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.hidden")
 
 
 SPECIALIST = System(

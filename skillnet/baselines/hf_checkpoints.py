@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from skillnet.tensors import shapes
+from skillnet.serialization import shapes
 
 
 def find_checkpoint(given: str, download: bool) -> Path:

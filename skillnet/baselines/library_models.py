@@ -1,5 +1,5 @@
 """The library models that specialists are made of: from scratch at the study's size, or from a
-checkpoint. A family knows its library's configuration; :mod:`skillnet.baselines.towers` runs it.
+checkpoint. A family knows its library's configuration; :mod:`skillnet.baselines.library_encoders` runs it.
 
 A *shape* is a family's configuration in plain types: saved with a trained model, it builds the
 model again where the checkpoint is not at hand.
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from skillnet.baselines import towers
-from skillnet.baselines.checkpoints import at_least, equal, quiet, read_config, require_finite
+from skillnet.baselines import library_encoders
+from skillnet.baselines.hf_checkpoints import at_least, equal, quiet, read_config, require_finite
 from skillnet.config import SkillNetConfig
 from skillnet.stems import PAD
 
@@ -24,7 +24,7 @@ class Family:
     """One architecture of a library."""
 
     name: str
-    tower: type[towers.Tower]
+    tower: type[library_encoders.Tower]
 
     def fresh(self, config: SkillNetConfig, hidden: int) -> Shape:
         """The shape at the study's depth, width and heads, ``hidden`` wide in its layers.
@@ -38,7 +38,7 @@ class Family:
         """The shape of a checkpoint. ValueError if it is another architecture or does not fit."""
         raise NotImplementedError
 
-    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> towers.Tower:
+    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> library_encoders.Tower:
         """A tower of width ``dim`` outside, fresh or with a checkpoint's weights."""
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class Transformers(Family):
         self.check(found, config)
         return self._plain(found)
 
-    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> towers.Tower:
+    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> library_encoders.Tower:
         config = self._config(shape)
         model = self.model(config) if weights is None else self._load(weights, config)
         return self.tower(model, getattr(config, self.width_key), dim)
@@ -143,7 +143,7 @@ class Transformers(Family):
 class Bert(Transformers):
     """BERT (Devlin et al. 2019) without the pooler of its next-sentence task."""
 
-    name, tower = "bert", towers.TextTower
+    name, tower = "bert", library_encoders.TextTower
     config_class, model_class = "BertConfig", "BertModel"
     options = {"add_pooling_layer": False}  # noqa: RUF012
     before = 0
@@ -183,7 +183,7 @@ class VideoMAE(Transformers):
     Every token is encoded: masks are laid on the input, as for all systems.
     """
 
-    name, tower = "videomae", towers.VideoTower
+    name, tower = "videomae", library_encoders.VideoTower
     config_class, model_class = "VideoMAEConfig", "VideoMAEModel"
 
     def sizes(self, config: SkillNetConfig, hidden: int) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class Speech2Text(Transformers):
     Convolutions with gated linear units take ``mel_stack`` frames to a token.
     """
 
-    name, tower = "speech2text", towers.SoundTower
+    name, tower = "speech2text", library_encoders.SoundTower
     config_class, model_class = "Speech2TextConfig", "Speech2TextModel"
     width_key = "d_model"
 
@@ -262,7 +262,7 @@ class AST(Transformers):
     In frequency patches do not overlap, which saves a third of the tokens.
     """
 
-    name, tower = "ast", towers.SpectrogramTower
+    name, tower = "ast", library_encoders.SpectrogramTower
     config_class, model_class = "ASTConfig", "ASTModel"
 
     def sizes(self, config: SkillNetConfig, hidden: int) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class ViT(Family):
     A checkpoint of another picture or patch size is resampled by timm.
     """
 
-    name, tower = "vit", towers.ImageTower
+    name, tower = "vit", library_encoders.ImageTower
 
     def fresh(self, config: SkillNetConfig, hidden: int) -> Shape:
         return {
@@ -321,7 +321,7 @@ class ViT(Family):
             "arguments": told.get("model_args", {}) | self._inputs(config),
         }
 
-    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> towers.Tower:
+    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> library_encoders.Tower:
         import timm
 
         _check_architecture(shape["architecture"], shape["arguments"])

@@ -8,16 +8,32 @@ M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 """
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.heads import HEADS, MaskedHead, RetrievalHead
+from skillnet.serialization import (
+    _said,
+    check_file,
+    load_tensors,
+    read_config,
+    read_manifest,
+    shapes,
+    write_manifest,
+    write_parts,
+)
 from skillnet.skills import find_task
+
+if TYPE_CHECKING:
+    from skillnet.systems import System
+
 
 Batch = dict[str, Tensor]
 Tokens = tuple[Tensor, Tensor | None]
@@ -157,7 +173,7 @@ class TaskModel(nn.Module):
 
     def flops(self, task: str, lengths: Mapping[str, int] | None = None) -> tuple[int, int]:
         """(floating-point operations, tokens) of one example of a task, forward."""
-        from skillnet.accounting import count_flops
+        from skillnet.flops import count_flops
 
         return count_flops(self, task, lengths)
 
@@ -205,7 +221,6 @@ class TaskModel(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write one safetensors file per owner, a configuration and hashes."""
-        from skillnet.files import save
 
         save(self, Path(path))
 
@@ -217,7 +232,6 @@ class TaskModel(nn.Module):
             ValueError: files that are missing, altered or do not fit; an unknown task; a model
                 of another system.
         """
-        from skillnet.files import load
 
         model = load(Path(path), task)
         if not isinstance(model, cls):
@@ -235,3 +249,85 @@ def mean(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     weights_BT1 = mask_BT[..., None].to(x_BTD.dtype)
     # No matrix product: autocast would round what is pooled to bf16.
     return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
+
+
+def save(model: "TaskModel", path: Path) -> None:
+    """Write a model whole or not at all; an older model at the same path is replaced."""
+    foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
+    if foreign or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path} exists and is not a saved model; choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        write_manifest(aside, write_parts(model, aside))
+        if path.exists():
+            old = path.with_name(f"{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            try:
+                aside.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            shutil.rmtree(old)
+        else:
+            aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def load(path: Path, task: str | None = None) -> "TaskModel":
+    """Read a saved model of any system, or only what one task of it touches.
+
+    Raises:
+        ValueError: files that are missing, altered, or are not what their names say; weights
+            that do not fit the configuration, before memory for it is taken.
+    """
+    from skillnet.systems import find_system
+
+    manifest = read_manifest(path)
+    config, name, options = read_config(path, manifest)
+    system = find_system(name)
+    if isinstance(options, dict) and options.get("download"):
+        options = options | {"download": False}  # reading a model fetches nothing
+    if task is not None:
+        config = system.model.config_for(config, task)
+    # A few bytes of configuration can ask for any amount of memory; the weights come with a file.
+    with torch.device("meta"):
+        _check_shapes(path, _made(path, system, config, options), manifest)
+    model = _made(path, system, config, options)
+    dtype = None
+    for file in model.files_of():
+        tensors = load_tensors(path / f"{file}.safetensors")
+        kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
+        if len(kinds) > 1:
+            raise ValueError(f"{path / file}.safetensors: weights of several types: {kinds}")
+        (dtype,) = kinds
+        model.to(dtype).load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
+def _made(path: Path, system: "System", config: SkillNetConfig, options: Any) -> "TaskModel":
+    try:
+        return system.model(config, system.read_options(options))
+    except Exception as problem:  # of whichever library the system builds with
+        raise ValueError(
+            f"{path / 'config.json'}: no {system.name} model can be made of it: {_said(problem)}"
+        ) from problem
+
+
+def _check_shapes(path: Path, model: "TaskModel", manifest: dict[str, Any]) -> None:
+    """ValueError unless the files of a model hold its weights, by their headers."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for file, names in model.files_of().items():
+        place = check_file(path, f"{file}.safetensors", manifest)
+        found = shapes(place)
+        if found.keys() != set(names):
+            raise ValueError(f"{place} holds other weights than its config says")
+        for name, shape in found.items():
+            if shape != wanted[name]:
+                raise ValueError(
+                    f"{place} does not fit its config: {name} is {shape}, expected {wanted[name]}"
+                )

@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,70 @@ from safetensors.torch import save_file
 
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
-from skillnet.tensors import load_tensors, shapes
 
 if TYPE_CHECKING:
-    from skillnet.systems import System
-    from skillnet.task_model import TaskModel
+    from skillnet.multitask_model import TaskModel
+import struct
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: Bytes of a header; the longest of ours, of thousands of tensors, take a hundredth of it.
+LONGEST_HEADER = 32 * 2**20
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        ValueError: naming the file: it is no safetensors file (a pickle with that name, say), or
+            it holds numbers that are no weights: whole numbers, infinities, not-a-number.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path, device=device)
+    except (SafetensorError, ValueError) as problem:
+        raise ValueError(
+            f"{path} is no safetensors file ({problem}); no other format is read, since it could "
+            "run code"
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is of type {tensor.dtype}, expected floating point")
+        # The sum of finite numbers may overflow: only then is it worth a look at each.
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds infinities or not-a-number, so it is no weight")
+    return tensors
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a safetensors file, from its header alone.
+
+    Raises:
+        ValueError: naming the file: its header is none.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(LONGEST_HEADER, path.stat().st_size):
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
+    except (
+        struct.error,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as problem:
+        raise ValueError(
+            f"{path} is no safetensors file ({problem}); no other format is read, since it could "
+            "run code"
+        ) from None
+
 
 FORMAT = 1
 
@@ -142,33 +200,6 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     return path
 
 
-def save(model: "TaskModel", path: Path) -> None:
-    """Write a model whole or not at all; an older model at the same path is replaced."""
-    foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
-    if foreign or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path} exists and is not a saved model; choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir()
-        write_manifest(aside, write_parts(model, aside))
-        if path.exists():
-            old = path.with_name(f"{path.name}.old-{os.getpid()}")
-            path.rename(old)
-            try:
-                aside.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            aside.rename(path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
 def read_about(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` of a saved model: its shape, the name of its system, options of that."""
     file = check_file(path, "config.json", manifest)
@@ -189,61 +220,6 @@ def read_config(path: Path, manifest: dict[str, Any]) -> tuple[SkillNetConfig, s
         return config_from_dict(values), str(system), options
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         raise ValueError(f"{path / 'config.json'}: {_said(problem)}") from None
-
-
-def load(path: Path, task: str | None = None) -> "TaskModel":
-    """Read a saved model of any system, or only what one task of it touches.
-
-    Raises:
-        ValueError: files that are missing, altered, or are not what their names say; weights
-            that do not fit the configuration, before memory for it is taken.
-    """
-    from skillnet.systems import find_system
-
-    manifest = read_manifest(path)
-    config, name, options = read_config(path, manifest)
-    system = find_system(name)
-    if isinstance(options, dict) and options.get("download"):
-        options = options | {"download": False}  # reading a model fetches nothing
-    if task is not None:
-        config = system.model.config_for(config, task)
-    # A few bytes of configuration can ask for any amount of memory; the weights come with a file.
-    with torch.device("meta"):
-        _check_shapes(path, _made(path, system, config, options), manifest)
-    model = _made(path, system, config, options)
-    dtype = None
-    for file in model.files_of():
-        tensors = load_tensors(path / f"{file}.safetensors")
-        kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
-        if len(kinds) > 1:
-            raise ValueError(f"{path / file}.safetensors: weights of several types: {kinds}")
-        (dtype,) = kinds
-        model.to(dtype).load_state_dict(tensors, strict=False)
-    return model.eval()
-
-
-def _made(path: Path, system: "System", config: SkillNetConfig, options: Any) -> "TaskModel":
-    try:
-        return system.model(config, system.read_options(options))
-    except Exception as problem:  # of whichever library the system builds with
-        raise ValueError(
-            f"{path / 'config.json'}: no {system.name} model can be made of it: {_said(problem)}"
-        ) from problem
-
-
-def _check_shapes(path: Path, model: "TaskModel", manifest: dict[str, Any]) -> None:
-    """ValueError unless the files of a model hold its weights, by their headers."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for file, names in model.files_of().items():
-        place = check_file(path, f"{file}.safetensors", manifest)
-        found = shapes(place)
-        if found.keys() != set(names):
-            raise ValueError(f"{place} holds other weights than its config says")
-        for name, shape in found.items():
-            if shape != wanted[name]:
-                raise ValueError(
-                    f"{place} does not fit its config: {name} is {shape}, expected {wanted[name]}"
-                )
 
 
 def _said(problem: Exception) -> str:
