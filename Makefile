@@ -7,10 +7,12 @@ PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SEED ?= 0
 FUZZ_MINUTES ?= 20
+# The lock file names the public index, whatever index this machine uses.
+UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # Processes that run tests: more than four would fight for memory rather than save time.
 JOBS ?= logical --maxprocesses 4
 
-.PHONY: demo docs test test-cluster test-node chaos fuzz check format bench clean help
+.PHONY: demo docs check-lock lock test test-cluster test-node chaos fuzz check format bench clean help
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +48,14 @@ format: $(VENV)/.installed-dev  ## put the format right, and what ruff can repai
 docs: $(VENV)/.installed-docs  ## build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "The site is in build/site; open build/site/index.html"
+
+# A fresh lock file needs no network. A stale one fails; without an index the check is skipped.
+check-lock: $(VENV)/.installed-docs  ## check that uv.lock fits pyproject.toml
+	@$(UV_LOCK) --check --offline 2>/dev/null || { $(UV_LOCK) --check; code=$$?; \
+	    [ "$$code" = 2 ] && echo "uv.lock: not checked, because uv reaches no index" || exit "$$code"; }
+
+lock: $(VENV)/.installed-docs  ## write uv.lock again after a change of dependencies
+	$(UV_LOCK)
 
 # Rows that the newest CSV of today has are not run again, so it may be stopped and gone on with.
 chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their ends; a tracker away for a minute

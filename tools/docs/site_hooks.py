@@ -42,7 +42,7 @@ def command_page(command: str) -> str:
     """Return the Markdown page of a command."""
     summary = cli.SUMMARIES[command]
     return (
-        f"# skillnet {command}\n\n{summary[0].upper()}{summary[1:]}.\n\n"
+        f"---\nhide: [toc]\n---\n# skillnet {command}\n\n{summary[0].upper()}{summary[1:]}.\n\n"
         f"`skillnet {command} --help` shows the essential options, and `--help all` this page.\n\n"
         f"```text\n{help_text(command)}\n```\n"
     )

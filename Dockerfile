@@ -1,0 +1,42 @@
+# syntax=docker/dockerfile:1
+# An image with the command skillnet.
+#   docker build -t skillnet .                               # CPU
+#   docker build -t skillnet:cuda --build-arg TORCH=cuda .   # NVIDIA GPU; run with --gpus all
+#   docker run --rm -v skillnet:/data --shm-size=4g skillnet quickstart
+ARG PYTHON=3.12
+FROM python:${PYTHON}-slim-bookworm
+
+# cpu: PyTorch's CPU build. cuda: the build of PyPI, which brings its CUDA libraries.
+ARG TORCH=cpu
+# Extras of pyproject.toml, for example "s3,cluster".
+ARG EXTRAS=s3
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 \
+    SKILLNET_HOME=/data
+
+WORKDIR /opt/skillnet
+COPY pyproject.toml README.md LICENSE ./
+COPY configs configs
+COPY platform platform
+COPY skillnet skillnet
+COPY pipelines pipelines
+COPY sweeps sweeps
+# pyproject.toml bounds the versions.
+# hadolint ignore=DL3013
+RUN case "${TORCH}" in \
+        cpu) export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ;; \
+        cuda) ;; \
+        *) echo "TORCH: expected cpu or cuda, not ${TORCH}" >&2; exit 2 ;; \
+    esac && \
+    pip install ".[${EXTRAS}]" && \
+    useradd --create-home --uid 1000 skillnet && \
+    install -d -o skillnet -g skillnet /data
+
+USER 1000
+WORKDIR /data
+VOLUME /data
+ENTRYPOINT ["skillnet"]
+CMD ["--help"]
