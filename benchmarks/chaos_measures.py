@@ -52,12 +52,13 @@ def recovery(progress: Path) -> tuple[int, float]:
 def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     """(Points that the tracker lacks, points too many) of a run."""
     from pipelines.training.progress import history
-    from skillnet_platform import store, tracking
+    from skillnet_platform import tracking
+    from skillnet_platform.tracking import backend
 
     uri = config.tracking.uri
     tracking.send_left_behind(uri)
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
-    client = store.client(uri)
+    client = backend.client(uri)
     lost = doubled = 0
     for name, points in history(run / "progress.jsonl").items():
         told = [point.step for point in client.get_metric_history(run_id, name)]

@@ -68,7 +68,7 @@ def _lengths(config: Any, task: str) -> dict[str, int]:
     """Mean length of the rows of a task's test split, by tower."""
     from pipelines.inference import mean_lengths, split_inputs
     from pipelines.shards import open_corpus
-    from skillnet_platform.places import below, place
+    from skillnet_platform.storage.location import below, place
 
     settings, spec = config.tasks[task], config.model.tasks[task]
     corpus = open_corpus(below(place(config.data, Path()), settings.corpus))

@@ -135,8 +135,8 @@ def _shards(cells: list[bytes], home: Path, early: bool) -> Callable[[], object]
     from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest, open_corpus
     from pipelines.training.mixture import RowOrder
     from pipelines.training.windows import WindowOrder
-    from skillnet_platform.file_cache import FileCache
     from skillnet_platform.storage import write_json
+    from skillnet_platform.storage.cache import FileCache
 
     entries = write_shards(cells, home)
     manifest = {

@@ -6,8 +6,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from skillnet_platform import family, serving, store
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend
+from skillnet_platform.tracking import server as tracking_server
 
 WAIT_S = 600.0
 
@@ -44,7 +45,7 @@ class Server:
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
-        self._process = serving.start(
+        self._process = tracking_server.start(
             self._uri,
             "127.0.0.1",
             self._port,
@@ -54,7 +55,7 @@ class Server:
         end = time.monotonic() + WAIT_S
         while time.monotonic() < end:
             with contextlib.suppress(UserError):
-                store.require_answer(self.uri)
+                backend.require_answer(self.uri)
                 return
             time.sleep(0.2)
         raise RuntimeError(f"no MLflow server at {self.uri} within {WAIT_S:.0f} s")
@@ -62,5 +63,5 @@ class Server:
     def stop(self) -> None:
         """Kill it and all its workers."""
         if self._process is not None:
-            family.end(self._process, patience=0)
+            tracking_server.end(self._process, patience=0)
             self._process = None

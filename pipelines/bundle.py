@@ -32,7 +32,6 @@ from skillnet.skills import Task
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import Place, below, content, place
 from skillnet_platform.storage import (
     read_json,
     run_root,
@@ -40,6 +39,7 @@ from skillnet_platform.storage import (
     staging,
     write_json,
 )
+from skillnet_platform.storage.location import Place, below, content, place
 
 FORMAT = 1
 #: Count it up when the vectors of known captions change; bundles made for a checkpoint are kept.

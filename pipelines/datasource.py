@@ -21,8 +21,8 @@ from pipelines.corpora.base import Corpus, Sources
 from pipelines.delivery import Delivery
 from pipelines.partial import READ, REJECTED_ROWS, stem_of
 from skillnet_platform.cli import users_mistake
-from skillnet_platform.remote import StoreUnavailable
 from skillnet_platform.storage import disk_guard, write_json
+from skillnet_platform.storage.directories import StoreUnavailable
 
 #: Of a unit of work. The last unit of a corpus has no split: its ``raw`` is the summary, and
 #: ``units`` the number of units before it.

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.shards import MANIFEST, QUARANTINE
-from skillnet_platform import console, remote
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import content
-from skillnet_platform.storage import run_root
+from skillnet_platform.storage import directories, run_root
+from skillnet_platform.storage.location import content
 
 #: Small objects read at once.
 STREAMS = 16
@@ -56,7 +56,7 @@ class Delivery:
             folder: of the corpus in the making here; see ``pipelines/partial.py``.
             words: hash of the tokenizer beside the corpus.
         """
-        return cls(remote.join(data, name), remote.join(data, folder.name), words)
+        return cls(directories.join(data, name), directories.join(data, folder.name), words)
 
     def tokenizer(self) -> Path | None:
         """The tokenizer on this host, fetched if it is not here yet; none if none is needed."""
@@ -64,7 +64,9 @@ class Delivery:
             return None
         path = run_root() / "cache" / "tokenizers" / f"{self.words}.json"
         if not path.is_file():
-            remote.get_file(remote.join(self.uri, "..", TOKENIZER), path, sha256=self.words)
+            directories.get_file(
+                directories.join(self.uri, "..", TOKENIZER), path, sha256=self.words
+            )
         return path
 
     def workplace(self, folder: Path) -> Path:
@@ -78,7 +80,7 @@ class Delivery:
         """Entries of the shards that are in the store and whole, by stem; they are in ``folder``
         then. A shard without its entry, or of another size, is made again.
         """
-        there = {entry.name: entry.bytes for entry in remote.list_files(self.making)}
+        there = {entry.name: entry.bytes for entry in directories.list_files(self.making)}
         for path in folder.glob("*-*.json"):
             path.unlink()
         stems = [n.removesuffix(".json") for n in there if n.endswith(".json") and "/" not in n]
@@ -88,7 +90,7 @@ class Delivery:
         for stem, entry in entries.items():
             said = (entry or {}).get("file")
             if entry is None or (said and there.get(said["file"]) != said["bytes"]):
-                remote.remove_file(remote.join(self.making, f"{stem}.json"))
+                directories.remove_file(directories.join(self.making, f"{stem}.json"))
                 continue
             (folder / f"{stem}.json").write_text(json.dumps(entry), encoding="utf-8")
             found[stem] = entry
@@ -96,7 +98,9 @@ class Delivery:
 
     def _entry(self, stem: str) -> dict[str, Any] | None:
         try:
-            entry = json.loads(remote.read_bytes(remote.join(self.making, f"{stem}.json")))
+            entry = json.loads(
+                directories.read_bytes(directories.join(self.making, f"{stem}.json"))
+            )
             said = entry["file"]
             whole = said is None or said["file"] == f"{stem}.arrow"
             return entry if whole and {"keys", "rejected"} <= entry.keys() else None
@@ -107,7 +111,7 @@ class Delivery:
         """Send a finished shard, then its entry. Neither is on this disk any longer then."""
         for name in (f"{stem}.arrow", f"{stem}.json"):
             if (folder / name).is_file():
-                remote.put_file(folder / name, remote.join(self.making, name))
+                directories.put_file(folder / name, directories.join(self.making, name))
                 (folder / name).unlink()
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -123,23 +127,23 @@ class Delivery:
         Raises:
             UserError: the store has another tokenizer by now.
         """
-        words = remote.join(self.uri, "..", TOKENIZER)
+        words = directories.join(self.uri, "..", TOKENIZER)
         if self.words is not None and self.words != _sha256(content(words)):
             raise UserError(
-                f"{words}: another prepare replaced it meanwhile. {remote.name_of(self.uri)} is "
+                f"{words}: another prepare replaced it meanwhile. {directories.name_of(self.uri)} is "
                 "spelt with the one before, and was not put in place; prepare it again"
             )
         shards = [s["file"] for split in manifest["splits"].values() for s in split["shards"]]
-        there = {entry.name for entry in remote.list_files(self.uri)}
-        remote.remove_file(remote.join(self.uri, MANIFEST))
-        name = remote.name_of(self.uri)
+        there = {entry.name for entry in directories.list_files(self.uri)}
+        directories.remove_file(directories.join(self.uri, MANIFEST))
+        name = directories.name_of(self.uri)
         with console.progress(f"putting {name} in place", len(shards), "shards") as bar:
-            remote.copy_files(self.making, self.uri, shards, lambda _: bar.advance(1, name))
-        remote.put_file(folder / QUARANTINE, remote.join(self.uri, QUARANTINE))
+            directories.copy_files(self.making, self.uri, shards, lambda _: bar.advance(1, name))
+        directories.put_file(folder / QUARANTINE, directories.join(self.uri, QUARANTINE))
         for left in there - {*shards, QUARANTINE, MANIFEST}:
-            remote.remove_file(remote.join(self.uri, left))
-        remote.put_file(folder / MANIFEST, remote.join(self.uri, MANIFEST))
-        remote.remove_directory(self.making)
+            directories.remove_file(directories.join(self.uri, left))
+        directories.put_file(folder / MANIFEST, directories.join(self.uri, MANIFEST))
+        directories.remove_directory(self.making)
         shutil.rmtree(folder)
 
 
@@ -155,6 +159,6 @@ def clear_making(data: str, name: str, but: str = "") -> None:
         name: of the corpus.
         but: name of the folder that stays.
     """
-    for found in remote.list_folders(data):
+    for found in directories.list_folders(data):
         if found.startswith(f".{name}.partial-") and found != but:
-            remote.remove_directory(remote.join(data, found))
+            directories.remove_directory(directories.join(data, found))

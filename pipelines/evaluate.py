@@ -11,8 +11,8 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root, run_root
+from skillnet_platform.storage.location import place
 
 
 @dataclass
@@ -160,14 +160,13 @@ def log(
     """Record figures and the CSV file in an MLflow run."""
     from pipelines.reporting import flat_metrics
     from pipelines.sources import knows_run
-    from skillnet_platform import store
-    from skillnet_platform.tracking import Tracker
+    from skillnet_platform.tracking import Tracker, backend
 
-    store.setup(uri)
+    backend.setup(uri)
     if not knows_run(run_id, uri):
         console.note(f"run {run_id} is not in this tracker; the figures are in {path} only")
         return
-    tracker = Tracker.by_id(run_id, store.resolve_uri(uri))
+    tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
     tracker.metrics(flat_metrics(rows), step or 0)
     tracker.artifact(path, "evaluation")
     if not tracker.flush():

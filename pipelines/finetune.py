@@ -24,7 +24,6 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import Terminated, UserError
-from skillnet_platform.places import place
 from skillnet_platform.storage import (
     atomic_write,
     data_root,
@@ -33,6 +32,7 @@ from skillnet_platform.storage import (
     run_root,
     write_json,
 )
+from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.training.start import Start

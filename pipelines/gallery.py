@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.page import render
+from skillnet_platform.html_page import render
 
 #: Thumbnails are enlarged by whole factors to at least this many pixels a side, edges kept hard.
 THUMBNAIL = 144
@@ -57,7 +57,7 @@ def page(
         "credit": credit,
         "wide": any(card.code is not None for card in cards),
     }
-    return render("search.html", values)
+    return render("search.html", values, package="pipelines.serving")
 
 
 def data_uri(media: np.ndarray, side: int = THUMBNAIL) -> str:

@@ -19,8 +19,8 @@ from pipelines.growth.settings import GrowConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.places import local_folder
 from skillnet_platform.storage import atomic_write, run_root, write_json
+from skillnet_platform.storage.location import local_folder
 
 if TYPE_CHECKING:
     from pipelines.growth.report import Growth

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import StoreUnavailable
+from skillnet_platform.storage.retry import StoreUnavailable
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ from pipelines.shards import MANIFEST
 from pipelines.training.settings import FinetuneConfig
 from skillnet.skills import Task, default_tasks
 from skillnet_platform import console
-from skillnet_platform.places import Place, below, content
+from skillnet_platform.storage.location import Place, below, content
 
 #: Objective -> key of a manifest that lists what its outputs mean.
 LISTED = {"classification": "labels", "ctc": "symbols"}

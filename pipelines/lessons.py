@@ -17,9 +17,10 @@ from pipelines import tokenizer as tokenizers
 from pipelines.delivery import TOKENIZER_MANIFEST
 from pipelines.foreign_tokenizer import adopt
 from pipelines.shards import MANIFEST
-from skillnet_platform import config, remote, storage
+from skillnet_platform import config, storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import Place, below, content
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.location import Place, below, content
 
 #: ``--tokenizer learn``: learn one from these corpora, whatever is there.
 LEARN = "learn"
@@ -161,7 +162,7 @@ def _spelt_with(tokenizer: Path, but: set[str], data: Place) -> list[str]:
 
 def _folders(data: Place) -> list[str]:
     if isinstance(data, str):
-        return remote.list_folders(data)
+        return directories.list_folders(data)
     return sorted(entry.name for entry in data.iterdir() if entry.is_dir())
 
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import console, remote
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote import StoreUnavailable
-from skillnet_platform.storage import atomic_write, run_root, write_json
+from skillnet_platform.storage import atomic_write, directories, run_root, write_json
+from skillnet_platform.storage.directories import StoreUnavailable
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -58,13 +58,13 @@ class Mirror:
 
     def place(self, *names: str) -> str:
         """URI of something in the folder."""
-        return remote.join(self.uri, *names)
+        return directories.join(self.uri, *names)
 
     def steps(self) -> list[str]:
         """Names of the checkpoint folders in the store, whole or not, newest first."""
         from pipelines.training import checkpoints
 
-        found = remote.list_folders(self.place(CHECKPOINTS))
+        found = directories.list_folders(self.place(CHECKPOINTS))
         return sorted(
             (name for name in found if checkpoints.step_of(name) >= 0),
             key=checkpoints.step_of,
@@ -79,7 +79,7 @@ class Mirror:
         """
         from pipelines.training import checkpoints
 
-        remote.put_directory(path, self.place(CHECKPOINTS, path.name))
+        directories.put_directory(path, self.place(CHECKPOINTS, path.name))
         self.damaged.discard(path.name)
         self.put_files(*STATE)
         kept = 0
@@ -87,24 +87,24 @@ class Mirror:
             whole = (
                 kept < keep
                 and name not in self.damaged
-                and remote.is_committed(self.place(CHECKPOINTS, name))
+                and directories.is_committed(self.place(CHECKPOINTS, name))
             )
             kept += whole
             # An upload that broke off is of no use once a newer one is whole.
             if not whole and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
-                remote.remove_directory(self.place(CHECKPOINTS, name))
+                directories.remove_directory(self.place(CHECKPOINTS, name))
 
     def put_files(self, *names: str) -> None:
         """Send those of these files that are there."""
         for name in names:
             if (self.run / name).is_file():
-                remote.put_file(self.run / name, self.place(name))
+                directories.put_file(self.run / name, self.place(name))
 
     def put_trained(self) -> None:
         """Send the final model and what training came to."""
         for name in FOLDERS:
-            if (self.run / name / remote.MANIFEST).is_file():
-                remote.put_directory(self.run / name, self.place(name))
+            if (self.run / name / directories.MANIFEST).is_file():
+                directories.put_directory(self.run / name, self.place(name))
         self.put_files(CONFIG, *STATE, RESULTS[0])
 
     def put_results(self) -> None:
@@ -127,7 +127,7 @@ class Mirror:
         (self.run / RESULTS[0]).unlink(missing_ok=True)
         try:
             self.put_files(CONFIG, *STATE)
-            remote.remove_file(self.place(RESULTS[0]))
+            directories.remove_file(self.place(RESULTS[0]))
         except StoreUnavailable as problem:
             if not known:
                 raise
@@ -142,27 +142,27 @@ class Mirror:
         """
         if (self.run / RESULTS[0]).is_file():
             return
-        if not remote.exists(self.place(RESULTS[0])):
+        if not directories.exists(self.place(RESULTS[0])):
             raise UserError(
                 f"the final model is neither in {self.run} nor in {self.uri}: the first worker "
                 "could not send it. Run the same command again"
             )
         for name in FOLDERS:
             # A worker that was asked to leave has made no model.
-            if remote.is_committed(self.place(name)):
-                remote.get_directory(self.place(name), self.run / name, check=_check_model)
+            if directories.is_committed(self.place(name)):
+                directories.get_directory(self.place(name), self.run / name, check=_check_model)
         for name in (*STATE[1:], RESULTS[0]):
-            if remote.exists(self.place(name)):
-                remote.get_file(self.place(name), self.run / name)
+            if directories.exists(self.place(name)):
+                directories.get_file(self.place(name), self.run / name)
 
     def clear(self, name: str) -> None:
         """Remove what is of no use any more; if the store is away it stays."""
         with contextlib.suppress(StoreUnavailable):
-            remote.remove_directory(self.place(name))
+            directories.remove_directory(self.place(name))
 
     def is_finished(self) -> bool:
         """Whether the store has the run's results."""
-        return remote.exists(self.place(RESULT))
+        return directories.exists(self.place(RESULT))
 
     def take_up(self, config: FinetuneConfig) -> None:
         """Bring what the store has of the run and this machine lacks, but checkpoints.
@@ -196,11 +196,11 @@ class Mirror:
             if checkpoints.step_of(name) <= above:
                 return None
             there = self.place(CHECKPOINTS, name)
-            if not remote.is_committed(there):
+            if not directories.is_committed(there):
                 continue
             target = self.run / CHECKPOINTS / name
             try:
-                remote.get_directory(there, target, check=checkpoints.verify)
+                directories.get_directory(there, target, check=checkpoints.verify)
             except UserError as problem:
                 console.warn(f"{there}: {problem}; trying the checkpoint before it")
                 self.damaged.add(name)
@@ -210,7 +210,7 @@ class Mirror:
 
     def _take_config(self, config: FinetuneConfig) -> None:
         try:
-            content = remote.read_bytes(self.place(CONFIG))
+            content = directories.read_bytes(self.place(CONFIG))
         except FileNotFoundError:
             return
         with tempfile.TemporaryDirectory() as aside:
@@ -219,8 +219,8 @@ class Mirror:
             # First of all: a folder without it is taken for somebody else's.
             self.settle_in(config, stored)
         for name in STATE:
-            if remote.exists(self.place(name)):
-                remote.get_file(self.place(name), self.run / name)
+            if directories.exists(self.place(name)):
+                directories.get_file(self.place(name), self.run / name)
         console.note(f"{config.name} is taken up from {self.uri}")
 
     def settle_in(self, config: FinetuneConfig, stored: Path | None = None) -> None:
@@ -241,12 +241,12 @@ class Mirror:
     def take_results(self, folders: Sequence[str] = FOLDERS) -> None:
         """Bring the results of a finished run, and those folders; paths in them are made ours."""
         for name in folders:
-            if remote.is_committed(self.place(name)):
-                remote.get_directory(self.place(name), self.run / name, check=_check_model)
+            if directories.is_committed(self.place(name)):
+                directories.get_directory(self.place(name), self.run / name, check=_check_model)
         for name in RESULTS:
-            if remote.exists(self.place(name)):
-                remote.get_file(self.place(name), self.run / name)
-        told = json.loads(remote.read_bytes(self.place(RESULT)))
+            if directories.exists(self.place(name)):
+                directories.get_file(self.place(name), self.run / name)
+        told = json.loads(directories.read_bytes(self.place(RESULT)))
         write_json(self.run / RESULT, _moved(told, str(told.get("run", "")), str(self.run)))
 
 
@@ -255,7 +255,7 @@ def mirror_of(config: FinetuneConfig, run: Path) -> Mirror | None:
     if not config.storage.mirror:
         return None
     assert config.name is not None
-    return Mirror(remote.join(config.storage.mirror, config.name), run)
+    return Mirror(directories.join(config.storage.mirror, config.name), run)
 
 
 def fetch_model(uri: str) -> Path:
@@ -272,26 +272,28 @@ def fetch_model(uri: str) -> Path:
         StoreUnavailable: the store does not answer.
     """
     model = run = uri.rstrip("/")
-    if remote.is_committed(model):
-        run = remote.join(model, *([".."] * (2 if f"/{CHECKPOINTS}/" in model else 1)))
+    if directories.is_committed(model):
+        run = directories.join(model, *([".."] * (2 if f"/{CHECKPOINTS}/" in model else 1)))
     else:
         there = Mirror(run, Path())
         steps = [there.place(CHECKPOINTS, step) for step in there.steps()]
-        whole = [place for place in [there.place(FOLDERS[0]), *steps] if remote.is_committed(place)]
+        whole = [
+            place for place in [there.place(FOLDERS[0]), *steps] if directories.is_committed(place)
+        ]
         if not whole:
             raise UserError(
                 f"{uri} holds no whole model: expected a checkpoint or saved model "
-                f"({remote.MANIFEST}), or a run's folder with one"
+                f"({directories.MANIFEST}), or a run's folder with one"
             )
         model = whole[0]
-    about = remote.read_bytes(remote.join(model, remote.MANIFEST))
+    about = directories.read_bytes(directories.join(model, directories.MANIFEST))
     kept = run_root() / "cache" / "models" / hashlib.sha256(model.encode() + about).hexdigest()[:16]
     target = kept / model.removeprefix(run).lstrip("/")
-    if not (target / remote.MANIFEST).is_file():
-        remote.get_directory(model, target, check=_check_model)
+    if not (target / directories.MANIFEST).is_file():
+        directories.get_directory(model, target, check=_check_model)
         for name in (CONFIG, STATE[0], RESULTS[0]):
-            if remote.exists(remote.join(run, name)):
-                remote.get_file(remote.join(run, name), kept / name)
+            if directories.exists(directories.join(run, name)):
+                directories.get_file(directories.join(run, name), kept / name)
     return target
 
 

@@ -9,8 +9,8 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root
+from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.prediction_rows import Given

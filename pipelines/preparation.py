@@ -30,8 +30,8 @@ from pipelines.making import Making, Order
 from pipelines.shard_work import write_block
 from skillnet_platform import cluster, console
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote import StoreUnavailable
 from skillnet_platform.storage import atomic_write, require_space
+from skillnet_platform.storage.directories import StoreUnavailable
 
 #: Fewer bytes free than this, and nothing is begun.
 LEAST_FREE = 2**20

@@ -16,11 +16,12 @@ from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST, clear_making
 from pipelines.making import Order
 from pipelines.prepared_store import send_shared, staged
 from pipelines.shards import open_corpus, verify_corpus
-from skillnet_platform import cluster, config, console, lifecycle, remote, storage
+from skillnet_platform import cluster, config, console, signals, storage
 from skillnet_platform.cli import command, users_mistake
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import local_folder, place
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.location import local_folder, place
 
 #: Count it up when the engine (not one corpus) changes what is prepared.
 VERSION = 1
@@ -239,7 +240,7 @@ def _prepare(
 
     hosts = preparation.hosts_for(corpora, store)
     # After Ray's start, whose own handler would print a stack of C++.
-    with lifecycle.terminate_as_interrupt(), storage.scratch(data / "reading") as aside:
+    with signals.terminate_as_interrupt(), storage.scratch(data / "reading") as aside:
         spools: dict[str, Path] = {}
         if not learnt:
             spools = preparation.spool(teachers, archives, aside, hosts)
@@ -343,7 +344,7 @@ def _note_unchanged(
         if store is None:
             manifest = verify_corpus(data / corpus.name)
         else:
-            manifest = open_corpus(remote.join(store, corpus.name)).manifest
+            manifest = open_corpus(directories.join(store, corpus.name)).manifest
     except UserError:
         return
 

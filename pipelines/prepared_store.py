@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST
 from pipelines.lessons import claimed
-from skillnet_platform import remote, storage
-from skillnet_platform.places import Place, content
+from skillnet_platform import storage
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.location import Place, content
 
 #: What corpora share; sent before them, since their manifests name its hash.
 SHARED = (TOKENIZER, TOKENIZER_MANIFEST)
@@ -36,9 +37,9 @@ def staged(data: Place) -> Iterator[Path]:
         for name in SHARED:
             # As the store has it, whatever an earlier prepare left here: its corpora are spelt so,
             # and other hosts may have put it there since.
-            there = remote.join(data, name)
-            if remote.exists(there):
-                remote.get_file(there, folder / name)
+            there = directories.join(data, name)
+            if directories.exists(there):
+                directories.get_file(there, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
     yield folder
@@ -47,12 +48,12 @@ def staged(data: Place) -> Iterator[Path]:
 def staging_folder(uri: str) -> Path:
     """Where corpora are prepared on their way to a URI."""
     key = hashlib.sha256(uri.encode()).hexdigest()[:12]
-    return storage.run_root() / "staging" / f"{remote.name_of(uri)}-{key}"
+    return storage.run_root() / "staging" / f"{directories.name_of(uri)}-{key}"
 
 
 def send_shared(folder: Path, uri: str) -> None:
     """Send what the corpora of a folder share, where the store has it otherwise."""
     for name in SHARED:
-        there = remote.join(uri, name)
+        there = directories.join(uri, name)
         if (folder / name).is_file() and content(there) != (folder / name).read_bytes():
-            remote.put_file(folder / name, there)
+            directories.put_file(folder / name, there)

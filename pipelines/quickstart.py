@@ -11,8 +11,8 @@ from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse
-from skillnet_platform.places import local_folder
 from skillnet_platform.storage import archive_root, data_root
+from skillnet_platform.storage.location import local_folder
 
 PRESET = "quickstart"
 
@@ -175,13 +175,12 @@ def _tell(
     from pipelines.evaluate import write_csv
     from pipelines.reporting import description, run_facts
     from skillnet import systems
-    from skillnet_platform import store
-    from skillnet_platform.tracking import Tracker
+    from skillnet_platform.tracking import Tracker, backend
 
     model = systems.load(result["model"])
     total = sum(p.numel() for p in model.parameters())
     if others:
-        tracker = Tracker.by_id(result["run_id"], store.resolve_uri(config.tracking.uri))
+        tracker = Tracker.by_id(result["run_id"], backend.resolve_uri(config.tracking.uri))
         tracker.note(description(rows, others, model.config, total, run_facts(result)))
         path = Path(result["run"]) / "references.csv"
         write_csv(others, path)

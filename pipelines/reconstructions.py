@@ -30,7 +30,7 @@ from skillnet.stems import (
     unstack_frames,
     untubelify,
 )
-from skillnet_platform.places import below, place
+from skillnet_platform.storage.location import below, place
 from skillnet_platform.tracking import Tracker
 
 if TYPE_CHECKING:

@@ -39,8 +39,8 @@ from skillnet.config import SkillNetConfig
 from skillnet.metrics import Interval, identities
 from skillnet.skills import Task, find_task
 from skillnet_platform.config import digest
-from skillnet_platform.places import place
 from skillnet_platform.storage import read_json, run_root, write_json
+from skillnet_platform.storage.location import place
 
 #: Goes up whenever a method here changes, so that kept results are not taken for new ones.
 VERSION = 1

@@ -10,13 +10,13 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import place
 from skillnet_platform.storage import data_root, run_root, sha256_file
+from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.sources import Source
-    from skillnet_platform.gate import Figure
-    from skillnet_platform.registry import Registered
+    from skillnet_platform.tracking.promotion import Figure
+    from skillnet_platform.tracking.registry import Registered
 
 
 @dataclass
@@ -75,7 +75,8 @@ def register_model(
     from pipelines import bundle
     from pipelines.reporting import description as describe
     from pipelines.sources import BUNDLE, load_at_work
-    from skillnet_platform import __version__, registry
+    from skillnet_platform import __version__
+    from skillnet_platform.tracking import registry
 
     model = load_at_work(source)
     if rows is None:
@@ -123,7 +124,7 @@ def figures(
 ) -> "dict[str, Figure]":
     """The headline of each task on ``test``, as the gate compares it."""
     from pipelines.reporting import HEADLINE, find
-    from skillnet_platform.gate import Figure
+    from skillnet_platform.tracking.promotion import Figure
 
     found: dict[str, Figure] = {}
     for task, spec in tasks.items():
@@ -183,9 +184,10 @@ def _evaluate(source: "Source", model: Any, data: str | Path, samples: int) -> l
 def _run_of(source: "Source", uri: str | None) -> Iterator[str]:
     """Id of the run that made the model; a run for this registration if it has none."""
     from pipelines.sources import knows_run
-    from skillnet_platform import store, tracking
+    from skillnet_platform import tracking
+    from skillnet_platform.tracking import backend
 
-    store.setup(uri)
+    backend.setup(uri)
     if source.run_id is not None and knows_run(source.run_id, uri):
         yield source.run_id
         return

@@ -14,8 +14,8 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import digest, parse, positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import place
 from skillnet_platform.storage import atomic_write, data_root, human_bytes, run_root
+from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.predictor import Predictor

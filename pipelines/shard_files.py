@@ -7,12 +7,11 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from pipelines.shard_check import check_shards
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.file_cache import FileCache, Held, Wanted, shared_cache
-from skillnet_platform.places import Place
-from skillnet_platform.remote_errors import StoreUnavailable
-from skillnet_platform.storage import sha256_file
+from skillnet_platform.storage import directories, sha256_file
+from skillnet_platform.storage.cache import FileCache, Held, Wanted, shared_cache
+from skillnet_platform.storage.location import Place
+from skillnet_platform.storage.retry import StoreUnavailable
 
 #: A shard's entry in the manifest: file, rows, bytes, sha256.
 Shard = Mapping[str, Any]
@@ -136,10 +135,10 @@ class RemoteShards:
         return f"Put it there again: `skillnet prepare {name} --data {above}`."
 
     def is_there(self) -> bool:
-        return bool(remote.list_files(self._uri))
+        return bool(directories.list_files(self._uri))
 
     def manifest(self, name: str) -> bytes:
-        return remote.read_bytes(remote.join(self._uri, name))
+        return directories.read_bytes(directories.join(self._uri, name))
 
     def open(self, shard: Shard) -> Opened:
         wanted = self._wanted(shard)
@@ -150,9 +149,9 @@ class RemoteShards:
         self._cache.prefetch([self._wanted(shard) for shard in shards])
 
     def check_sizes(self, shards: Iterable[Shard]) -> None:
-        there = {entry.name: entry.bytes for entry in remote.list_files(self._uri)}
+        there = {entry.name: entry.bytes for entry in directories.list_files(self._uri)}
         for shard in shards:
-            place = remote.join(self._uri, shard["file"])
+            place = directories.join(self._uri, shard["file"])
             if shard["file"] not in there:
                 raise UserError(f"{place}: this shard is missing. {self.again}")
             _compare_size(place, there[shard["file"]], shard, self.again)
@@ -161,9 +160,9 @@ class RemoteShards:
         import hashlib
 
         for shard in shards:
-            place = remote.join(self._uri, shard["file"])
+            place = directories.join(self._uri, shard["file"])
             try:
-                with remote.open_file(place) as stream:
+                with directories.open_file(place) as stream:
                     found = hashlib.sha256()
                     while block := stream.read(1 << 22):
                         found.update(block)
@@ -174,7 +173,7 @@ class RemoteShards:
             _compare_digest(place, found.hexdigest(), shard, self.again)
 
     def _wanted(self, shard: Shard) -> Wanted:
-        uri = remote.join(self._uri, shard["file"])
+        uri = directories.join(self._uri, shard["file"])
         return Wanted(uri, shard["sha256"], shard["bytes"])
 
 

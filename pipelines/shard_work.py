@@ -16,7 +16,7 @@ from pipelines.datasource import AWAY, MISTAKE, Job, unpack
 from pipelines.media import MEDIA, MediaRef
 from skillnet.malloc import keep_freed_memory
 from skillnet_platform.cli import users_mistake
-from skillnet_platform.remote import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailable
 
 #: The column of a transform that says why a row goes nowhere.
 REJECTED = "rejected"

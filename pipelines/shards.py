@@ -21,9 +21,9 @@ import pyarrow as pa
 from pipelines.shard_files import Opened, ShardFiles, shard_files
 from skillnet_platform.config import digest as digest_of
 from skillnet_platform.errors import UserError
-from skillnet_platform.file_cache import FileCache
-from skillnet_platform.places import Place, below, place
 from skillnet_platform.storage import disk_guard, sha256_file
+from skillnet_platform.storage.cache import FileCache
+from skillnet_platform.storage.location import Place, below, place
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

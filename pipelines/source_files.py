@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import IO, Any, TypeVar, cast
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import steadily
-from skillnet_platform.remote_objects import S3_OPTIONS
+from skillnet_platform.storage.objects import S3_OPTIONS
+from skillnet_platform.storage.retry import steadily
 
 Result = TypeVar("Result")
 #: Bytes read ahead of a file: each read of it passes through Python.

@@ -24,8 +24,8 @@ from skillnet.serialization import check_file, load_tensors, read_manifest
 from skillnet_platform import tracking
 from skillnet_platform.config import load_yaml
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_objects import is_uri
 from skillnet_platform.storage import read_record, run_root
+from skillnet_platform.storage.objects import is_uri
 
 DEFAULT = "models:/skillnet@champion"
 BUNDLE = "bundle"
@@ -167,17 +167,17 @@ def knows_run(run_id: str, uri: str | None) -> bool:
     """False if the tracker answers that it has no such run (a folder copied from elsewhere)."""
     from mlflow.exceptions import MlflowException
 
-    from skillnet_platform import store
+    from skillnet_platform.tracking import backend
 
     try:
-        store.client(store.resolve_uri(uri)).get_run(run_id)
+        backend.client(backend.resolve_uri(uri)).get_run(run_id)
     except MlflowException as problem:
         return bool(problem.error_code != "RESOURCE_DOES_NOT_EXIST")
     return True
 
 
 def _registered(given: str, uri: str | None) -> Source:
-    from skillnet_platform import registry
+    from skillnet_platform.tracking import registry
 
     found = registry.resolve(given, uri)
     bundle = found.path / "artifacts" / BUNDLE
@@ -261,11 +261,11 @@ def _with_run(weights: Path, run: Path | None, given: str) -> Source:
 def _by_id(run_id: str, uri: str | None) -> Source:
     from mlflow.exceptions import MlflowException
 
-    from skillnet_platform import store
+    from skillnet_platform.tracking import backend
 
-    chosen = store.resolve_uri(uri)
+    chosen = backend.resolve_uri(uri)
     try:
-        run = store.client(chosen).get_run(run_id)
+        run = backend.client(chosen).get_run(run_id)
     except MlflowException:
         raise UserError(f"{run_id}: no run with this id in {chosen}") from None
     folder = run.data.tags.get("run_dir", "")

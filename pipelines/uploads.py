@@ -13,7 +13,7 @@ from pipelines.training import checkpoints
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailable
 
 OUTBOX = "outbox"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0

@@ -18,8 +18,8 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import Place, below, content, local_folder, place
 from skillnet_platform.storage import archive_root, data_root, sha256_file
+from skillnet_platform.storage.location import Place, below, content, local_folder, place
 
 if TYPE_CHECKING:
     from pipelines.sources import Source
@@ -118,10 +118,10 @@ def _bundle(source: "Source", uri: str | None) -> Iterator[Check]:
     yield _guarded("bundle", files)
     if source.version is None:
         return
-    from skillnet_platform import registry, store
+    from skillnet_platform.tracking import backend, registry
 
     def tag() -> str:
-        client = store.client(store.resolve_uri(uri))
+        client = backend.client(backend.resolve_uri(uri))
         name = source.name.removeprefix("models:/").split("@")[0].split("/")[0]
         tags = client.get_model_version(name or registry.MODEL_NAME, str(source.version)).tags
         _equal("serving.json", sha256_file(folder / bundle.ABOUT), tags.get("serving_sha256"))
@@ -135,10 +135,10 @@ def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterato
     from mlflow.exceptions import MlflowException
 
     from skillnet.serialization import read_manifest
-    from skillnet_platform import store
+    from skillnet_platform.tracking import backend
 
     try:
-        run = store.client(store.resolve_uri(uri)).get_run(str(source.run_id))
+        run = backend.client(backend.resolve_uri(uri)).get_run(str(source.run_id))
     except MlflowException:
         yield Check("run", "absent", f"no run {source.run_id} in this tracker")
         return

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import config as configuration
-from skillnet_platform import console, remote, tracking
+from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote import is_uri
-from skillnet_platform.storage import run_root, write_json
+from skillnet_platform.storage import directories, run_root, write_json
+from skillnet_platform.storage.directories import is_uri
 from sweeps.study_settings import StudyConfig
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _model_of(run: "FinishedRun", config: StudyConfig) -> str | None:
     if config.mirror is None or config.runs:
         return None
     model = config.mirror.place("runs", run.folder.name)
-    return model if remote.is_committed(remote.join(model, "model")) else None
+    return model if directories.is_committed(directories.join(model, "model")) else None
 
 
 def _keep(report: "Report", folder: Path, tracker: "Tracker") -> None:

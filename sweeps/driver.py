@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.mirror import Mirror
-from skillnet_platform import console, remote, tracking
+from skillnet_platform import console, tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.spool import is_away
-from skillnet_platform.storage import run_root, write_json
+from skillnet_platform.storage import directories, run_root, write_json
 from skillnet_platform.tracking import Tracker
+from skillnet_platform.tracking.spool import is_away
 from sweeps import stored
 from sweeps.engine import AshaConfig, ResourceConfig, Source
 from sweeps.ledger import Entry, last_line, mean_scores, prune
@@ -125,7 +125,7 @@ class Driver:
         if trial is None:
             return None
         folder, store = self.options.folder / trial.name, self.options.store
-        mirror = Mirror(remote.join(store, trial.name), folder) if store else None
+        mirror = Mirror(directories.join(store, trial.name), folder) if store else None
         return Entry(trial, folder, mirror)
 
     def _open(self, entry: Entry) -> None:

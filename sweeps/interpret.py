@@ -9,8 +9,8 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import place
 from skillnet_platform.storage import data_root, run_root
+from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.sources import Source
@@ -124,13 +124,12 @@ def _folder(config: InterpretConfig, source: "Source") -> Path:
 
 def _log(files: list[Path], run_id: str, uri: str | None) -> None:
     from pipelines.sources import knows_run
-    from skillnet_platform import store
-    from skillnet_platform.tracking import Tracker
+    from skillnet_platform.tracking import Tracker, backend
 
     if not knows_run(run_id, uri):
         console.note(f"the run {run_id} is not in this tracker: the files are on disk only")
         return
-    tracker = Tracker.by_id(run_id, store.resolve_uri(uri))
+    tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
     for path in files:
         tracker.artifact(path, "interpretation")
     tracker.flush()

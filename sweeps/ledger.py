@@ -14,8 +14,7 @@ from typing import Any
 
 from pipelines.finetune import CONFIG, PROGRESS, RESULT, RUN, read_result
 from pipelines.mirror import Mirror
-from skillnet_platform import remote
-from skillnet_platform.storage import read_record, write_json
+from skillnet_platform.storage import directories, read_record, write_json
 from skillnet_platform.tracking import Tracker, recorded
 from sweeps.trial import (
     ERROR,
@@ -112,7 +111,7 @@ class Entry:
             if (self.folder / name).is_file():
                 (self.folder / name).unlink()
                 if self.mirror is not None:
-                    remote.remove_file(self.mirror.place(name))
+                    directories.remove_file(self.mirror.place(name))
 
     def prune(self) -> None:
         """Remove its model and its checkpoints; its small files stay."""

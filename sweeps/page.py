@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipelines import page as pages
+from skillnet_platform import html_page as pages
 from sweeps.plots import png_uri, svg_uri
 
 if TYPE_CHECKING:
@@ -36,5 +36,5 @@ def page(report: "Report") -> str:
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """A template of this package, filled in and escaped; see :func:`pipelines.page.render`."""
+    """A template of this package, filled in and escaped; see :func:`skillnet_platform.html_page.render`."""
     return pages.render(template, values, "sweeps")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
 from sweeps.trial import Trial, TrialOutcome
 
 
@@ -53,7 +53,7 @@ class Pretrainings:
         name = name_of(_joint(trial.pretrain))
         if name in self._failed:
             raise UserError(f"its pretraining {name} failed: {self._failed[name]}")
-        place = remote.join(self._store, name) if self._store else str(self._folder / name)
+        place = directories.join(self._store, name) if self._store else str(self._folder / name)
         config = replace(trial.config, init_from=place)
         return replace(trial, config=config, pretrain=None)
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
+from skillnet_platform.config.schema import checked, children, hint_at, nested, without_none
 from skillnet_platform.errors import UserError, nearest
-from skillnet_platform.typed_tree import checked, children, hint_at, nested, without_none
 
 #: A value per dimension; of a dimension with options the option's name.
 Point = dict[str, Any]

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pipelines.mirror import CONFIG, RESULT, STATE, Mirror
-from skillnet_platform import console, remote
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import Place
-from skillnet_platform.remote import StoreUnavailable
-from skillnet_platform.storage import read_json, run_root
+from skillnet_platform.storage import directories, read_json, run_root
+from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.location import Place
 from sweeps.search import PROPOSED
 from sweeps.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 
@@ -41,12 +41,12 @@ ENDED = ("trials.csv", "score.png", "best.yaml", "result.json")
 def hand_over(trial: Mirror) -> None:
     """Before a trial's process starts, on whichever host: what it needs to know."""
     trial.put_files(CONFIG, *STATE, TRIAL)
-    Mirror(remote.join(trial.uri, ".."), trial.run.parent).put_files(PROPOSED)
+    Mirror(directories.join(trial.uri, ".."), trial.run.parent).put_files(PROPOSED)
 
 
 def receive(trial: Mirror) -> None:
     """In the process of a trial: what the driver handed over."""
-    remote.get_file(trial.place(TRIAL), trial.run / TRIAL)
+    directories.get_file(trial.place(TRIAL), trial.run / TRIAL)
 
 
 def hand_back(trial: Mirror) -> None:
@@ -65,16 +65,16 @@ def bring(trial: Mirror) -> None:
 
     What only the driver writes is taken where it is missing; it may be newer here.
     """
-    there = {entry.name for entry in remote.list_files(trial.uri) if "/" not in entry.name}
+    there = {entry.name for entry in directories.list_files(trial.uri) if "/" not in entry.name}
     if not there:
         return
     # First of all: a folder without it is taken for somebody else's.
     for name in (CONFIG, TRIAL, *STATE[:1], *LEDGER):
         if name in there and not (trial.run / name).is_file():
-            remote.get_file(trial.place(name), trial.run / name)
+            directories.get_file(trial.place(name), trial.run / name)
     for name in (*STATE[1:], *TOLD):
         if name in there:
-            remote.get_file(trial.place(name), trial.run / name)
+            directories.get_file(trial.place(name), trial.run / name)
     if RESULT in there and not (trial.run / RESULT).is_file():
         trial.take_results(folders=())
 
@@ -89,7 +89,7 @@ def located(root: Place, name: str) -> tuple[Path, Mirror | None]:
     if isinstance(root, Path):
         return root / name, None
     folder = run_root() / name
-    return folder, Mirror(remote.join(root, name), folder)
+    return folder, Mirror(directories.join(root, name), folder)
 
 
 def take_up(whole: Mirror, begun: Sequence[str], groups: Sequence[str]) -> None:
@@ -103,14 +103,14 @@ def take_up(whole: Mirror, begun: Sequence[str], groups: Sequence[str]) -> None:
     Raises:
         UserError, StoreUnavailable: the store refuses, or does not answer.
     """
-    if not remote.exists(whole.place(begun[0])):
+    if not directories.exists(whole.place(begun[0])):
         return
     folder, known = whole.run, (whole.run / begun[0]).is_file()
     for name in (*begun, *(f"{group}/{PROPOSED}" for group in groups)):
-        if not (folder / name).is_file() and remote.exists(whole.place(name)):
-            remote.get_file(whole.place(name), folder / name)
+        if not (folder / name).is_file() and directories.exists(whole.place(name)):
+            directories.get_file(whole.place(name), folder / name)
     for group in groups:
-        for name in remote.list_folders(whole.place(group)):
+        for name in directories.list_folders(whole.place(group)):
             trial = Mirror(whole.place(group, name), folder / group / name)
             if not any((trial.run / done).is_file() for done in (OUTCOME, RESULT)):
                 bring(trial)
@@ -133,10 +133,10 @@ def fetch_finished(uri: str) -> Path:
     """
     kept = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     whole = Mirror(uri, kept / uri.rstrip("/").rpartition("/")[2])
-    if not remote.exists(whole.place(STUDY_LEDGER)):
+    if not directories.exists(whole.place(STUDY_LEDGER)):
         _fetch_run(whole)
         return whole.run
-    remote.get_file(whole.place(STUDY_LEDGER), whole.run / STUDY_LEDGER)
+    directories.get_file(whole.place(STUDY_LEDGER), whole.run / STUDY_LEDGER)
     for entry in read_json(whole.run / STUDY_LEDGER)["runs"]:
         # A name out of the store: it must not lead out of the folder.
         names = PurePosixPath(str(entry["folder"])).parts
@@ -149,6 +149,6 @@ def _fetch_run(run: Mirror) -> None:
     if not run.is_finished():
         raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
     for name in (CONFIG, *STATE):
-        if remote.exists(run.place(name)):
-            remote.get_file(run.place(name), run.run / name)
+        if directories.exists(run.place(name)):
+            directories.get_file(run.place(name), run.run / name)
     run.take_results(folders=())

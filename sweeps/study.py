@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console
+from skillnet_platform.config.schema import checked, nested
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
-from skillnet_platform.typed_tree import checked, nested
 from sweeps.spaces import Dimension, Space, shown
 from sweeps.stored import RUN, STUDY_LEDGER
 from sweeps.study_identity import STUDY, check_same

@@ -8,8 +8,8 @@ from pipelines.mirror import Mirror
 from pipelines.training.settings import FinetuneConfig, PretrainConfig
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
-from skillnet_platform.places import place
 from skillnet_platform.storage import run_root
+from skillnet_platform.storage.location import place
 from skillnet_platform.tracking import TrackingConfig
 from sweeps.engine import ResourceConfig
 from sweeps.spaces import Dimension

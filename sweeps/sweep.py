@@ -27,9 +27,9 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import place
-from skillnet_platform.remote import is_uri
 from skillnet_platform.storage import atomic_write, run_root, write_json
+from skillnet_platform.storage.directories import is_uri
+from skillnet_platform.storage.location import place
 from skillnet_platform.tracking import Tracker
 from sweeps import stored
 from sweeps.settings import SweepConfig

@@ -23,8 +23,8 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from skillnet.malloc import give_back_freed_memory
-from skillnet_platform import console, remote
-from skillnet_platform.storage import run_root
+from skillnet_platform import console
+from skillnet_platform.storage import directories, run_root
 from sweeps.ledger import prune_trial
 from sweeps.trial import ERROR, LOG, STOP, read_trial, reports_of, run_one
 
@@ -58,7 +58,7 @@ def trial_process(told: dict[str, Any]) -> None:
     from sweeps import stored
 
     folder, store = run_root() / told["folder"], told["store"]
-    mirror = Mirror(remote.join(store, folder.name), folder) if store else None
+    mirror = Mirror(directories.join(store, folder.name), folder) if store else None
     folder.mkdir(parents=True, exist_ok=True)
     with (
         (folder / LOG).open("a", encoding="utf-8", buffering=1) as log,

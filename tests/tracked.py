@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from skillnet_platform import store
-from skillnet_platform.tracking import Tracker, TrackingConfig
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 
 
 def where(experiment: str = "tests", uri: str | None = None) -> TrackingConfig:
@@ -13,10 +12,10 @@ def where(experiment: str = "tests", uri: str | None = None) -> TrackingConfig:
 
 def run_of(tracker: Tracker) -> Any:
     """The run as the tracker has it."""
-    return store.client(tracker.uri).get_run(tracker.run_id)
+    return backend.client(tracker.uri).get_run(tracker.run_id)
 
 
 def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
     """(Step, value) of each point of a metric."""
-    points = store.client(tracker.uri).get_metric_history(tracker.run_id, name)
+    points = backend.client(tracker.uri).get_metric_history(tracker.run_id, name)
     return sorted((point.step, point.value) for point in points)

@@ -12,8 +12,8 @@ from pipelines.corpora.placed import PlacedCorpus
 from pipelines.places import Place
 from pipelines.source_files import SourceFails, failing
 from skillnet_platform import config
+from skillnet_platform.config.schema import checked
 from skillnet_platform.errors import UserError, nearest
-from skillnet_platform.typed_tree import checked
 
 GROUP = "skillnet.corpora"
 

@@ -20,8 +20,8 @@ from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
-from skillnet_platform.places import below, place
 from skillnet_platform.storage import commit_directory, data_root
+from skillnet_platform.storage.location import below, place
 
 
 def load(source: Source) -> SkillNet:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 
-from skillnet_platform import loopback
+from skillnet_platform.cluster import loopback
 
 
 def torch_config(use_gpu: bool) -> TorchConfig:

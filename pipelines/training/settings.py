@@ -7,7 +7,7 @@ from pipelines.training.row_settings import AugmentConfig, MaskConfig
 from skillnet.config import SkillNetConfig
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
 from skillnet_platform.config import aliased
-from skillnet_platform.remote_objects import is_uri
+from skillnet_platform.storage.objects import is_uri
 from skillnet_platform.tracking import TrackingConfig
 
 

@@ -19,8 +19,8 @@ from skillnet.systems import build_system
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.file_cache import GB, shared_cache
-from skillnet_platform.places import below, place
+from skillnet_platform.storage.cache import GB, shared_cache
+from skillnet_platform.storage.location import below, place
 
 #: Keys of ``training`` that decide where and how often, not what.
 RHYTHM = (

@@ -21,7 +21,7 @@ from skillnet.systems import build_system
 from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_objects import is_uri
+from skillnet_platform.storage.objects import is_uri
 
 #: Beside a copy of weights: the configuration that they were trained with.
 SETTINGS = "settings.json"

@@ -11,19 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from skillnet_platform import (
-    config,
-    console,
-    family,
-    lifecycle,
-    loopback,
-    serving,
-    storage,
-    store,
-    ui,
-)
+from skillnet_platform import config, console, signals, storage, ui
 from skillnet_platform.cli import command
+from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.tracking import backend
+from skillnet_platform.tracking import server as tracking_server
 
 ADMIN = "admin"
 AUTH_CONFIG = "auth.ini"
@@ -75,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     require_safe(options.host, options.auth)
     ui.require_free(options.host, options.port)
-    uri = resolve_store(options.store or os.environ.get(serving.STORE_VARIABLE))
+    uri = resolve_store(options.store or os.environ.get(tracking_server.STORE_VARIABLE))
     if options.store and _without_password(options.store) != options.store:
         console.warn(
             "--store with a password: other users of this machine see command lines; keep it in "
-            f"~/.pgpass, or give the URI as {serving.STORE_VARIABLE}"
+            f"~/.pgpass, or give the URI as {tracking_server.STORE_VARIABLE}"
         )
     prepare(uri)
     words: list[str] = []
@@ -90,10 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         console.note(f"user {ADMIN}, password in {auth_folder() / PASSWORD}")
     if options.allowed_hosts:
         words += ["--allowed-hosts", ",".join(options.allowed_hosts)]
-    program = serving.command(options.host, options.port, options.artifacts, options.workers)
-    with family.started([*program, *words], serving.environment(uri) | secret) as server:
+    program = tracking_server.command(
+        options.host, options.port, options.artifacts, options.workers
+    )
+    with tracking_server.started(
+        [*program, *words], tracking_server.environment(uri) | secret
+    ) as server:
         try:
-            with lifecycle.terminate_as_interrupt():
+            with signals.terminate_as_interrupt():
                 return server.wait()
         except KeyboardInterrupt:
             return 0
@@ -118,14 +115,14 @@ def resolve_store(given: str | None) -> str:
     Raises:
         UserError: it is no database, or its driver is not installed.
     """
-    uri = store.resolve_uri(given) if given is None or "://" not in given else given
+    uri = backend.resolve_uri(given) if given is None or "://" not in given else given
     if uri.startswith(("http:", "https:", "file:")):
         raise UserError(
             f"--store {uri}: give the database that the server is to keep runs in, "
             "postgresql://… or sqlite:///…"
         )
     if uri.startswith("sqlite:"):
-        return store.resolve_uri(uri)
+        return backend.resolve_uri(uri)
     if uri.startswith("postgresql:"):
         from importlib.util import find_spec
 
@@ -145,7 +142,7 @@ def prepare(uri: str) -> None:
     Raises:
         UserError: the database cannot be reached, or refuses.
     """
-    store.prepare_environment()
+    backend.prepare_environment()
     from mlflow.exceptions import MlflowException
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as Runs

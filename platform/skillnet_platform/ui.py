@@ -10,9 +10,12 @@ import webbrowser
 from dataclasses import dataclass
 from typing import Optional
 
-from skillnet_platform import config, console, family, lifecycle, loopback, serving, store, tracking
+from skillnet_platform import config, console, signals, tracking
 from skillnet_platform.cli import command
+from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend
+from skillnet_platform.tracking import server as tracking_server
 
 WAIT_S = 120.0
 
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Show runs, metrics and registered models in MLflow's pages, on this machine.",
         example="skillnet ui --port 5001 --open",
     )
-    uri = store.resolve_uri(options.uri)
+    uri = backend.resolve_uri(options.uri)
     if uri.startswith("http"):
         console.note(f"the runs are kept by a server already: {uri}")
         return 0
@@ -61,24 +64,24 @@ def main(argv: list[str] | None = None) -> int:
         )
     port = options.port or _free_port(options.host)
     require_free(options.host, port)
-    place = store.setup(uri, options.experiment)
+    place = backend.setup(uri, options.experiment)
     tracking.send_left_behind(uri)
     return _serve(place, options.host, port, options.open)
 
 
-def _serve(place: store.Place, host: str, port: int, open_browser: bool) -> int:
+def _serve(place: backend.Place, host: str, port: int, open_browser: bool) -> int:
     url = f"http://{host}:{port}"
-    words, environment = serving.command(host, port), serving.environment(place.uri)
+    words, environment = tracking_server.command(host, port), tracking_server.environment(place.uri)
     said: list[str] = []
-    with family.started(
+    with tracking_server.started(
         words, environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as server:
         threading.Thread(target=_drain, args=(server, said), daemon=True).start()
         try:
-            with lifecycle.terminate_as_interrupt():
+            with signals.terminate_as_interrupt():
                 _wait_until_up(server, url, said)
                 console.note(f"runs of {place.uri}; Ctrl-C stops")
-                page = f"{url}/#/experiments/{place.experiment_id}/runs?{store.TRAINING_VIEW}"
+                page = f"{url}/#/experiments/{place.experiment_id}/runs?{backend.TRAINING_VIEW}"
                 print(page, flush=True)
                 if open_browser:
                     webbrowser.open(page)

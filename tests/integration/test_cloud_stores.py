@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from pipelines import finetune
 from pipelines.shards import open_corpus
-from skillnet_platform import remote, remote_objects
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories, objects
 from tests.cloud_stores import CloudStore, azure, google, reached
 from tests.integration.test_mirror import config_of
 from tests.small_corpora import write_corpora
@@ -55,31 +55,31 @@ def prepare(*words: str) -> str:
 
 def test_files_and_folders(store: CloudStore, tmp_path: Path) -> None:
     uri, folder = f"{store.uri}/files", tmp_path / "folder"
-    assert remote.list_files(uri) == []
-    assert not remote.exists(f"{uri}/none")
+    assert directories.list_files(uri) == []
+    assert not directories.exists(f"{uri}/none")
     with pytest.raises(FileNotFoundError):
-        remote.read_bytes(f"{uri}/none")
-    remote.remove_file(f"{uri}/none")
+        directories.read_bytes(f"{uri}/none")
+    directories.remove_file(f"{uri}/none")
 
     (folder / "sub").mkdir(parents=True)
     large = os.urandom(12_000_000)
     (folder / "sub" / "large.bin").write_bytes(large)
     (folder / "empty").write_bytes(b"")
     (folder / "manifest.json").write_bytes(b"{}")
-    assert remote.put_directory(folder, f"{uri}/a")
-    assert not remote.put_directory(folder, f"{uri}/a"), "it is there already"
+    assert directories.put_directory(folder, f"{uri}/a")
+    assert not directories.put_directory(folder, f"{uri}/a"), "it is there already"
     names = ["empty", "manifest.json", "sub/large.bin"]
-    assert [entry.name for entry in remote.list_files(f"{uri}/a")] == names
-    assert remote.list_folders(f"{uri}/a") == ["sub"]
-    with remote.open_file(f"{uri}/a/sub/large.bin") as stream:
+    assert [entry.name for entry in directories.list_files(f"{uri}/a")] == names
+    assert directories.list_folders(f"{uri}/a") == ["sub"]
+    with directories.open_file(f"{uri}/a/sub/large.bin") as stream:
         stream.seek(7_000_000)
         assert stream.read(100) == large[7_000_000:7_000_100]
 
-    remote.copy_files(f"{uri}/a", f"{uri}/b", names)
-    back = remote.get_directory(f"{uri}/b", tmp_path / "back")
+    directories.copy_files(f"{uri}/a", f"{uri}/b", names)
+    back = directories.get_directory(f"{uri}/b", tmp_path / "back")
     assert (back / "sub" / "large.bin").read_bytes() == large
-    remote.remove_directory(f"{uri}/b")
-    assert remote.list_files(f"{uri}/b") == []
+    directories.remove_directory(f"{uri}/b")
+    assert directories.list_files(f"{uri}/b") == []
 
 
 def test_what_has_arrived_is_not_sent_again(
@@ -89,27 +89,27 @@ def test_what_has_arrived_is_not_sent_again(
     folder.mkdir()
     for name in ("same", "other", "manifest.json"):
         (folder / name).write_bytes(name.encode())
-    remote.put_directory(folder, uri)
-    remote.write_bytes(f"{uri}/other", b"OTHER")
-    remote.remove_file(f"{uri}/manifest.json")
+    directories.put_directory(folder, uri)
+    directories.write_bytes(f"{uri}/other", b"OTHER")
+    directories.remove_file(f"{uri}/manifest.json")
     sent: list[str] = []
-    put = remote_objects.put_file
+    put = objects.put_file
     monkeypatch.setattr(
-        remote, "put_file", lambda path, to: (sent.append(path.name), put(path, to))
+        directories, "put_file", lambda path, to: (sent.append(path.name), put(path, to))
     )
-    assert remote.put_directory(folder, uri)
+    assert directories.put_directory(folder, uri)
     assert sent == ["other"]
-    assert remote.read_bytes(f"{uri}/other") == b"other"
+    assert directories.read_bytes(f"{uri}/other") == b"other"
 
 
 def test_a_bucket_that_is_not_there(store: CloudStore, tmp_path: Path) -> None:
     nowhere = f"{store.uri.partition('://')[0]}://no-such-place/x"
     (tmp_path / "a").write_bytes(b"a")
     for action in (
-        lambda: remote.list_files(nowhere),
-        lambda: remote.exists(nowhere),
-        lambda: remote.write_bytes(nowhere, b"a"),
-        lambda: remote.put_file(tmp_path / "a", nowhere),
+        lambda: directories.list_files(nowhere),
+        lambda: directories.exists(nowhere),
+        lambda: directories.write_bytes(nowhere, b"a"),
+        lambda: directories.put_file(tmp_path / "a", nowhere),
     ):
         with pytest.raises(UserError, match="no-such-place"):
             action()
@@ -121,7 +121,7 @@ def test_a_users_corpus_goes_from_the_store_into_the_store(
     mine = webdataset(tmp_path / "mine")
     for path in mine.rglob("*"):
         if path.is_file():
-            remote.put_file(path, f"{store.uri}/mine/{path.relative_to(mine)}")
+            directories.put_file(path, f"{store.uri}/mine/{path.relative_to(mine)}")
     prepare("--corpus", f"mine=webdataset:{store.uri}/mine", "--data", f"{store.uri}/corpora")
     prepare("--corpus", f"mine=webdataset:{mine}", "--data", str(tmp_path / "here"))
     there = open_corpus(f"{store.uri}/corpora/mine", verify=True).manifest
@@ -135,7 +135,7 @@ def test_a_run_lies_in_the_store_and_reads_from_it(
 ) -> None:
     data = write_corpora(tmp_path / "data")
     for name in ("headings", "drawings"):
-        remote.put_directory(data / name, f"{store.uri}/corpora/{name}")
+        directories.put_directory(data / name, f"{store.uri}/corpora/{name}")
     config = config_of(data, store)  # type: ignore[arg-type]  # its ``uri`` is all that is asked for
     config.data = f"{store.uri}/corpora"
     result = finetune.finetune(config)

@@ -9,7 +9,7 @@ import pytest
 from pipelines.outcomes import read_outcomes
 from pipelines.training.settings import PretrainConfig, TaskTraining
 from skillnet_platform import config as configuration
-from skillnet_platform import store
+from skillnet_platform.tracking import backend
 from sweeps import compare as command
 from sweeps.spaces import Dimension
 from sweeps.study_settings import StudyConfig, SystemConfig, TuningConfig
@@ -73,7 +73,7 @@ def test_a_study_and_its_report(ray_session: Any, run_root: Path, tmp_path: Path
     assert "What pretraining added" in page
 
     # One parent, its children, none of them left running.
-    client = store.client(store.resolve_uri(None))
+    client = backend.client(backend.resolve_uri(None))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}

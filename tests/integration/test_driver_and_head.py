@@ -15,7 +15,7 @@ from pipelines.finetune import finetune
 from pipelines.training import faults
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import store
+from skillnet_platform.tracking import backend
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import ROOT, STEPS, apart, config_for, same, weights
 from tests.small_corpora import write_corpora
@@ -100,7 +100,7 @@ def test_a_driver_killed_and_one_asked_to_leave(
     ours = [line for line in said.splitlines() if not any(actor in line for actor in rays)]
     assert "Traceback" not in "\n".join(ours)
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
-    assert store.client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
+    assert backend.client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
     result = finetune(config)
     assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 7)
     assert same(weights(run), two)

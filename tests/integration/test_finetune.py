@@ -15,8 +15,8 @@ from pipelines.training.progress import history
 from pipelines.training.settings import FinetuneConfig
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
-from skillnet_platform import store
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend
 from tests import readable_corpora
 from tests.small_corpora import small_config, write_corpora
 
@@ -49,7 +49,7 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     assert configuration.digest(stored.model) == configuration.digest(config.model)
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
 
-    recorded = store.client(store.resolve_uri()).get_run(result["run_id"])
+    recorded = backend.client(backend.resolve_uri()).get_run(result["run_id"])
     assert recorded.info.status == "FINISHED"
     assert recorded.data.params["model.dim"] == "16"
     metrics = recorded.data.metrics
@@ -173,7 +173,7 @@ def test_a_failed_run_is_recorded_as_failed(data: Path, run_root: Path) -> None:
     config = config_for(data, steps=40, lr=1e300, clip=0.0, weight_decay=0.0)
     with pytest.raises(FloatingPointError, match=r"lower training\.lr"):
         finetune(config)
-    client = store.client(store.resolve_uri())
+    client = backend.client(backend.resolve_uri())
     experiment = client.get_experiment_by_name("skillnet")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"

@@ -19,8 +19,8 @@ from pipelines.training.worker import RunReporter
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from skillnet_platform import config as configuration
-from skillnet_platform import registry, store
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend, registry
 from tests.growing import CLASSES, grow_config, write_labelled_clips
 from tests.registered import Place
 from tests.small_corpora import small_config, write_corpora
@@ -116,7 +116,7 @@ def test_references_are_trained_as_they_are_called(place: Path, grown: dict[str,
 
 
 def test_it_is_recorded_with_its_references_below_it(place: Path, grown: dict[str, Any]) -> None:
-    client = store.client(store.resolve_uri())
+    client = backend.client(backend.resolve_uri())
     run = client.get_run(grown["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.tags["growth.untouched"] == "true"
@@ -258,7 +258,7 @@ def test_a_registered_model_grows_into_its_next_version(
     assert model.config.tasks["counting"].outputs == CLASSES
     before = files(sources.find(made.made.uri).weights)
     assert all(files(bundle.weights)[name] == content for name, content in before.items())
-    page = store.client(store.resolve_uri()).get_model_version("skillnet", "2").description
+    page = backend.client(backend.resolve_uri()).get_model_version("skillnet", "2").description
     assert "old files" in page
     # As good on all old tasks, to the digit, and one task more.
     assert done["registered"]["alias"] == registry.CHAMPION

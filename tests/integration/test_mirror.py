@@ -17,8 +17,8 @@ from pipelines.training import checkpoints, faults, notice
 from pipelines.training.settings import FinetuneConfig, StorageConfig
 from pipelines.training.worker import work
 from pipelines.uploads import Uploads
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
 from tests.object_store import BUCKET, ObjectStore
 from tests.small_corpora import small_config, write_corpora
 
@@ -52,10 +52,10 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_a_run_lies_in_the_store(object_store: ObjectStore, data: Path, run_root: Path) -> None:
     result = finetune.finetune(config_of(data, object_store))
     assert result["mirror"] == f"{object_store.uri}/a"
-    names = {entry.name for entry in remote.list_files(f"{object_store.uri}/a")}
+    names = {entry.name for entry in directories.list_files(f"{object_store.uri}/a")}
     assert {"config.yaml", "run.json", "progress.jsonl", "trained.json", "result.json"} <= names
     assert {"model/manifest.json", "checkpoints/step-00000012/manifest.json"} <= names
-    assert len(remote.list_folders(f"{object_store.uri}/a/checkpoints")) <= 2
+    assert len(directories.list_folders(f"{object_store.uri}/a/checkpoints")) <= 2
     # Another machine: nothing of it on the disk. The name gives the result, and the model is found.
     here = Path(result["run"])
     model = weights(here / "model")
@@ -116,9 +116,9 @@ def test_an_empty_disk_goes_on_to_the_bit(
         shutil.rmtree(run_root / "a")
     # What a dead upload left, and a newer one with a flipped bit, are passed over.
     place = f"{object_store.uri}/a/checkpoints"
-    remote.write_bytes(f"{place}/step-00000011/shared.safetensors", b"half")
-    good = remote.read_bytes(f"{place}/step-00000009/shared.safetensors")
-    remote.write_bytes(
+    directories.write_bytes(f"{place}/step-00000011/shared.safetensors", b"half")
+    good = directories.read_bytes(f"{place}/step-00000009/shared.safetensors")
+    directories.write_bytes(
         f"{place}/step-00000009/shared.safetensors", good[:-1] + bytes([good[-1] ^ 1])
     )
     stop_at(monkeypatch, None)
@@ -126,7 +126,7 @@ def test_an_empty_disk_goes_on_to_the_bit(
     # Of step 8 the upload may have been overtaken by that of step 9.
     assert result["resumed"] in (5, 8)
     assert weights(Path(result["model"])) == expected
-    left = remote.list_folders(place)
+    left = directories.list_folders(place)
     assert left[-1] == "step-00000012"
     assert not {"step-00000009", "step-00000011"} & set(left)
 
@@ -164,12 +164,12 @@ def test_training_outlives_the_store(
     said = capsys.readouterr().err
     assert "step-00000004 is not yet in" in said
     assert "Training goes on" in said
-    assert remote.exists(f"{object_store.uri}/a/result.json")
+    assert directories.exists(f"{object_store.uri}/a/result.json")
     there = f"{object_store.uri}/a"
     last = "checkpoints/step-00000012"
     undisturbed = Path(whole["run"])
     for name, expected in (("model", undisturbed / "model"), (last, undisturbed / last)):
-        kept = remote.get_directory(f"{there}/{name}", tmp_path / name)
+        kept = directories.get_directory(f"{there}/{name}", tmp_path / name)
         assert weights(kept) == weights(expected)
 
 
@@ -192,7 +192,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
             with (
                 pytest.MonkeyPatch.context() as patch,
                 pytest.raises(
-                    remote.StoreUnavailable,
+                    directories.StoreUnavailable,
                     match=r"finished and whole in .*lacks its last checkpoint .*and its results",
                 ),
             ):
@@ -203,11 +203,11 @@ def test_a_store_that_never_comes_back_loses_nothing(
             result = finetune.finetune(config)
             there = f"s3://{BUCKET}/a"
             assert (
-                remote.read_bytes(f"{there}/result.json")
+                directories.read_bytes(f"{there}/result.json")
                 == (run_root / "a" / "result.json").read_bytes()
             )
-            assert remote.is_committed(f"{there}/checkpoints/step-00000012")
-            kept = remote.get_directory(f"{there}/model", tmp_path / "model")
+            assert directories.is_committed(f"{there}/checkpoints/step-00000012")
+            kept = directories.get_directory(f"{there}/model", tmp_path / "model")
             assert weights(kept) == weights(Path(result["model"]))
     finally:
         server.close()
@@ -224,7 +224,7 @@ def test_mistakes_are_found_before_the_work(
     object_store.door.shut()
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
     try:
-        with pytest.raises(remote.StoreUnavailable, match="did not answer"):
+        with pytest.raises(directories.StoreUnavailable, match="did not answer"):
             finetune.finetune(config)
     finally:
         object_store.door.unshut()
@@ -277,7 +277,7 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
         notice.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
     assert told.value.leaving == ["one"]
-    assert remote.is_committed(f"{object_store.uri}/a/checkpoints/step-00000006")
+    assert directories.is_committed(f"{object_store.uri}/a/checkpoints/step-00000006")
     shutil.rmtree(tmp_path / "one")
     work(config, tmp_path / "another" / "a", apart=True, host="another")
     trained = json.loads((tmp_path / "another" / "a" / "trained.json").read_text())

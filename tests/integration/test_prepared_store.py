@@ -13,7 +13,7 @@ import pytest
 from pipelines import prepare as preparing
 from pipelines.prepared_store import staging_folder
 from pipelines.shards import open_corpus
-from skillnet_platform import remote
+from skillnet_platform.storage import directories
 from tests.made_corpora import SLOW, put_archive
 from tests.object_store import ObjectStore
 from tests.processes import kill_family
@@ -44,7 +44,7 @@ def end(process: "subprocess.Popen[str]", code: int) -> str:
 
 def in_the_making(uri: str) -> list[str]:
     """Names of finished shards' entries in the store."""
-    found = [entry.name for entry in remote.list_files(uri)]
+    found = [entry.name for entry in directories.list_files(uri)]
     return [name for name in found if ".made.partial-" in name and name.endswith(".json")]
 
 
@@ -57,7 +57,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
 ) -> None:
     archives = put_archive(tmp_path / "archives")
     uri = object_store.uri
-    remote.write_bytes(f"{uri}/marker", b"")
+    directories.write_bytes(f"{uri}/marker", b"")
     words = [MADE, "--data", uri, "--archives", str(archives)]
     here = tmp_path / "here"
     assert preparing.main([MADE, "--data", str(here), "--archives", str(archives)]) == 0
@@ -70,7 +70,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
         assert time.monotonic() < late, "no shard came"
         time.sleep(0.05)
     kill_family(process)
-    assert not remote.is_committed(f"{uri}/made")
+    assert not directories.is_committed(f"{uri}/made")
     before = len(in_the_making(uri))
     shutil.rmtree(staging_folder(uri))
 
@@ -86,19 +86,19 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     assert f"{before} shards are there" in said
     assert "did not answer for 1 s" in said
     assert "Traceback" not in said
-    assert not remote.is_committed(f"{uri}/made")
+    assert not directories.is_committed(f"{uri}/made")
 
     kept = len(in_the_making(uri))
     assert f"{kept} shards are there" in end(start(words), 0)
     local, there = open_corpus(here / "made"), open_corpus(f"{uri}/made", verify=True)
     assert there.manifest == local.manifest
     names = {path.name for path in (here / "made").iterdir()}
-    assert {entry.name for entry in remote.list_files(f"{uri}/made")} == names
+    assert {entry.name for entry in directories.list_files(f"{uri}/made")} == names
     assert not in_the_making(uri), "nothing is left of its making"
     assert not list(staging_folder(uri).rglob("*.arrow")), "no shard is left on this disk"
 
     # Nothing changed: nothing is prepared. What another state left in the making is removed.
-    remote.write_bytes(f"{uri}/.made.partial-0123456789abcdef/train-00000.json", b"{}")
+    directories.write_bytes(f"{uri}/.made.partial-0123456789abcdef/train-00000.json", b"{}")
     capsys.readouterr()
     assert preparing.main([*words, "--json"]) == 0
     assert '"state": "unchanged"' in capsys.readouterr().out

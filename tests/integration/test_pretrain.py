@@ -20,8 +20,8 @@ from pipelines.training.setup import build_model, identity_of
 from pipelines.training.start import locate
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
-from skillnet_platform import store
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.readable_corpora import config as readable_config
 from tests.registered import Place, registered
@@ -97,13 +97,15 @@ def test_command_line(
     assert heads == {f"head-{task}.safetensors" for task in config.tasks}
     pictures = sorted(file.name for file in (run / "reconstructions").iterdir())
     assert pictures == ["step-00000003.png", "step-00000006.png"]
-    recorded = store.client(store.resolve_uri()).get_run(result["run_id"])
+    recorded = backend.client(backend.resolve_uri()).get_run(result["run_id"])
     assert recorded.data.tags["stage"] == "pretrain"
     assert {f"{task}/validation_masked_loss" for task in config.tasks} <= set(recorded.data.metrics)
     # Text, code and sound are predicted by kind: how often rightly is told.
     told = {row["task"] for row in result["evaluation"] if row["metric"] == "masked_accuracy"}
     assert told == {"masked_text", "masked_code", "masked_sound"}
-    listed = store.client(store.resolve_uri()).list_artifacts(result["run_id"], "reconstructions")
+    listed = backend.client(backend.resolve_uri()).list_artifacts(
+        result["run_id"], "reconstructions"
+    )
     assert len(listed) == 2
     assert result["registered"] is None
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines import quickstart, search, verify
 from skillnet.skills import default_tasks
-from skillnet_platform import registry, store
+from skillnet_platform.tracking import backend, registry
 from tests.readable_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
@@ -80,7 +80,7 @@ def test_stages_are_numbered_and_timed(done):
 
 def test_the_run_is_recorded_with_the_references(done):
     document, _ = done
-    run = store.client(store.resolve_uri()).get_run(document["run_id"])
+    run = backend.client(backend.resolve_uri()).get_run(document["run_id"])
     assert run.info.status == "FINISHED"
     note = run.data.tags["mlflow.note.content"]
     assert "simple reference" in note

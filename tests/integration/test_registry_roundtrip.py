@@ -18,8 +18,8 @@ from pipelines.inference import Runner, memory_inputs
 from pipelines.shards import open_corpus
 from pipelines.transforms import image
 from skillnet.model import SkillNet
-from skillnet_platform import registry, store
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend, registry
 from tests.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
 from tests.registered import Place, registered
 
@@ -105,7 +105,7 @@ def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place,
     through = json.loads(capsys.readouterr().out)["rows"]
     direct = evaluate_model(SkillNet.from_pretrained(place.saved), place.data, samples=50)
     assert [r["value"] for r in through] == [r["value"] for r in direct]
-    run = store.client(store.resolve_uri()).get_run(place.made.run_id)
+    run = backend.client(backend.resolve_uri()).get_run(place.made.run_id)
     logged = run.data.metrics
     for row in direct:
         name = f"{row['task']}/{row['split']}_{row['metric']}"
@@ -150,7 +150,7 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
     assert evaluate.main(["--run", str(run), "--data", str(place.data), "--samples", "20"]) == 0
     assert "is not in this tracker" in capsys.readouterr().err
     made = register.register_model(sources.find(str(run)), place.data, name="other", samples=20)
-    recorded = store.client(store.resolve_uri()).get_run(made.run_id)
+    recorded = backend.client(backend.resolve_uri()).get_run(made.run_id)
     assert recorded.data.tags["trained_as"] == 32 * "0"
     assert recorded.info.status == "FINISHED"
 

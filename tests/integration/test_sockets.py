@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import cluster, loopback, store
+from skillnet_platform import cluster
+from skillnet_platform.cluster import loopback
+from skillnet_platform.tracking import backend
 from tests.sockets import Listening, listening, reachable, watched
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +128,7 @@ def test_a_ray_that_listens_elsewhere_is_ended(
 
 
 def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> None:
-    store.setup(experiment="shown")
+    backend.setup(experiment="shown")
     process = subprocess.Popen(
         [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},

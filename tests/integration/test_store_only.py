@@ -14,9 +14,9 @@ from pipelines import finetune
 from pipelines.shards import open_corpus
 from pipelines.training import faults, worker
 from pipelines.training.settings import FinetuneConfig
-from skillnet_platform import remote
 from skillnet_platform.errors import Terminated
-from skillnet_platform.file_cache import GB
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.cache import GB
 from tests.integration.test_mirror import config_of, weights
 from tests.object_store import ObjectStore
 from tests.small_corpora import write_corpora
@@ -59,7 +59,7 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     monkeypatch.setenv(faults.VARIABLE, json.dumps(order))
     with pytest.raises(Terminated, match="the same command"):
         finetune.finetune(config)
-    assert remote.list_folders(f"{object_store.uri}/a/checkpoints") == ["step-00000006"]
+    assert directories.list_folders(f"{object_store.uri}/a/checkpoints") == ["step-00000006"]
     # Another machine, and another one for the worker.
     for place in (run_root / "a", tmp_path / "worker"):
         shutil.rmtree(place)
@@ -83,7 +83,7 @@ def test_a_store_that_is_away_while_workers_read_from_it(
     alone = replace(config_of(data, object_store, **settings), name="whole", run_dir=None)
     whole = finetune.finetune(alone)
     for name in ("headings", "drawings"):
-        remote.put_directory(data / name, f"{object_store.uri}/corpora/{name}")
+        directories.put_directory(data / name, f"{object_store.uri}/corpora/{name}")
     config = config_of(data, object_store, **settings, workers=1, threads_per_worker=1)
     config = replace(config, data=f"{object_store.uri}/corpora")
     run = tmp_path / "worker" / "a"

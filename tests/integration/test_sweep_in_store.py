@@ -15,8 +15,9 @@ import pytest
 
 from pipelines.training.settings import PretrainConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import remote, store
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
+from skillnet_platform.tracking import backend
 from sweeps import stored
 from tests.object_store import ObjectStore
 from tests.processes import kill_family
@@ -76,9 +77,9 @@ def start(disks: Path, command: str, words: list[str], **options: Any) -> "subpr
 
 def put_corpus(place: ObjectStore, tmp_path: Path) -> str:
     """Put the corpus of the task into a store, where alone it then is; the URI of all corpora."""
-    remote.write_bytes(f"{place.uri}/marker", b"")
+    directories.write_bytes(f"{place.uri}/marker", b"")
     corpora = write_corpora(tmp_path / "corpora")
-    remote.put_directory(corpora / "headings", f"{place.uri}/corpora/headings")
+    directories.put_directory(corpora / "headings", f"{place.uri}/corpora/headings")
     shutil.rmtree(corpora)
     return f"{place.uri}/corpora"
 
@@ -94,7 +95,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     words = ["--config", str(path), "--run_dir", runs, "--tracking.uri", uri, "--json"]
 
     def there(name: str) -> bool:
-        return remote.exists(f"{kept}/trials/{name}")
+        return directories.exists(f"{kept}/trials/{name}")
 
     driver = start(tmp_path / "first", "sweep", words)
     try:
@@ -107,7 +108,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     finally:
         kill_family(driver)
     assert not there("001-seed0/result.json")
-    finished = remote.read_bytes(f"{kept}/trials/000-seed0/result.json")
+    finished = directories.read_bytes(f"{kept}/trials/000-seed0/result.json")
     shutil.rmtree(tmp_path / "first")
 
     again = start(tmp_path / "second", "sweep", words)
@@ -117,7 +118,9 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     result = json.loads(said)
     assert result["counts"] == {"finished": 2, "stopped": 0, "failed": 1}
     assert result["mirror"] == kept
-    assert remote.read_bytes(f"{kept}/trials/000-seed0/result.json") == finished, "not run again"
+    assert directories.read_bytes(f"{kept}/trials/000-seed0/result.json") == finished, (
+        "not run again"
+    )
     here = tmp_path / "second/driver/kept"
     second = json.loads((here / "trials/001-seed0/result.json").read_text(encoding="utf-8"))
     assert second["resumed"] > 0, "it went on from its checkpoint"
@@ -141,12 +144,12 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     assert models == {name: name == best for name in models}
     assert not list(tmp_path.glob("second/*/kept/trials/*/model"))
     ending = {"sweep.yaml", "run.json", "trials.csv", "best.yaml", "score.png", "result.json"}
-    assert ending <= {entry.name for entry in remote.list_files(kept)}
+    assert ending <= {entry.name for entry in directories.list_files(kept)}
     chosen = configuration.load_yaml(Path(result["best"]["config"]))
     assert chosen["run_dir"] == runs
     assert not chosen["storage"]["mirror"]
 
-    client = store.client(uri)
+    client = backend.client(uri)
     below = client.search_runs(
         [client.get_run(result["run_id"]).info.experiment_id],
         f"tags.`mlflow.parentRunId` = '{result['run_id']}'",
@@ -208,15 +211,15 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     driver = start(tmp_path / "first", "compare", words)
     try:
         end = time.monotonic() + 300
-        while not remote.exists(f"{kept}/runs/skillnet-seed0/outcome.json"):
+        while not directories.exists(f"{kept}/runs/skillnet-seed0/outcome.json"):
             assert driver.poll() is None, driver.communicate()
             assert time.monotonic() < end, "no final run came"
             time.sleep(0.05)
     finally:
         kill_family(driver)
     finished = {
-        entry.name: remote.read_bytes(f"{kept}/{entry.name}")
-        for entry in remote.list_files(kept)
+        entry.name: directories.read_bytes(f"{kept}/{entry.name}")
+        for entry in directories.list_files(kept)
         if entry.name.endswith("/result.json")
     }
     assert len(finished) >= 5, "two trials, two pretrainings, and a final run"
@@ -227,14 +230,14 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     assert again.returncode == 0, told
     assert f"kept is taken up from {kept}" in told
     for name, content in finished.items():
-        assert remote.read_bytes(f"{kept}/{name}") == content, "not run again"
+        assert directories.read_bytes(f"{kept}/{name}") == content, "not run again"
     result = json.loads(said)
     assert {(run["system"], run["seed"]) for run in result["runs"]} == {
         ("skillnet", 0), ("skillnet-pretrained", 0), ("skillnet-pretrained", 1)
     }  # fmt: skip
     here = tmp_path / "second/driver/kept"
     assert not list(tmp_path.glob("second/*/kept/*/*/model")), "models are in the store alone"
-    there = {entry.name for entry in remote.list_files(kept)}
+    there = {entry.name for entry in directories.list_files(kept)}
     assert {"study.yaml", "study.json", "report.html", "summary.csv"} <= there
     assert "runs/skillnet-pretrained-seed1/model/manifest.json" in there
     assert not [name for name in there if name.startswith("tuning/") and "/model/" in name]
@@ -254,6 +257,6 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
 def test_a_run_that_the_store_does_not_have_is_named(
     object_store: ObjectStore, run_root: Path
 ) -> None:
-    remote.write_bytes(f"{object_store.uri}/marker", b"")
+    directories.write_bytes(f"{object_store.uri}/marker", b"")
     with pytest.raises(UserError, match="holds no finished run"):
         stored.fetch_finished(f"{object_store.uri}/no-such-run")

@@ -18,9 +18,9 @@ import pytest
 from pipelines.finetune import finetune
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import store, tracking
+from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import TrackingConfig
+from skillnet_platform.tracking import TrackingConfig, backend
 from sweeps import leftovers
 from sweeps.engine import AshaConfig, ResourceConfig, run_trials
 from sweeps.sweep import main
@@ -52,7 +52,7 @@ def trial(name: str, config: FinetuneConfig, **more: Any) -> Trial:
 
 def runs_below(run_id: str) -> dict[str, Any]:
     """Name -> run of the children of a run."""
-    client = store.client(store.resolve_uri())
+    client = backend.client(backend.resolve_uri())
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
     return {run.info.run_name: run for run in found}
@@ -279,7 +279,7 @@ def test_optuna_with_seeds_from_the_command_line(
     best = configuration.parse(FinetuneConfig, ["--config", told["best"]["config"]], "skillnet")
     assert best.training.lr == pytest.approx(told["best"]["settings"]["training.lr"])
     assert best.evaluate
-    run = store.client(store.resolve_uri()).get_run(told["run_id"])
+    run = backend.client(backend.resolve_uri()).get_run(told["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["score"] == pytest.approx(first["score"])
     assert {child.info.status for child in runs_below(told["run_id"]).values()} == {"FINISHED"}
@@ -349,7 +349,7 @@ def test_a_killed_driver_and_an_interrupted_one(
         kill_family(driver)
     assert not (trials / "001-seed0" / "result.json").is_file()
     finished = (trials / "000-seed0" / "result.json").stat().st_mtime
-    client = store.client(store.resolve_uri())
+    client = backend.client(backend.resolve_uri())
     identity = json.loads((run_root / "killed" / "run.json").read_text(encoding="utf-8"))["run_id"]
     assert client.get_run(identity).info.status == "RUNNING"
 

@@ -16,7 +16,8 @@ from pipelines.training import faults
 from pipelines.training.progress import history
 from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform import store, tracking
+from skillnet_platform import tracking
+from skillnet_platform.tracking import backend
 from tests.integration.test_faults import ROOT, STEPS, config_for
 from tests.small_corpora import write_corpora
 
@@ -63,7 +64,7 @@ def arrived(config: FinetuneConfig, run: Path) -> None:
     told = history(run / "progress.jsonl")
     assert [step for step, _ in told["training/learning_rate"]] == list(range(1, STEPS + 1))
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
-    client = store.client(str(config.tracking.uri))
+    client = backend.client(str(config.tracking.uri))
     for name, points in told.items():
         found = client.get_metric_history(run_id, name)
         assert sorted((point.step, point.value) for point in found) == points, name

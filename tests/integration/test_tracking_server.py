@@ -15,9 +15,10 @@ import psutil
 import pytest
 import yaml
 
-from skillnet_platform import config, remote, store, tracker, tracking
+from skillnet_platform import config, tracker, tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import Tracker, TrackingConfig
+from skillnet_platform.storage import directories
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from tests import postgres, tracked_trials
 from tests.object_store import ObjectStore, in_environment
 from tests.ports import free_port
@@ -65,7 +66,7 @@ def served(*words: str, home: Path) -> Iterator[str]:
         while True:
             assert process.poll() is None, (home / "tracker.log").read_text()
             with contextlib.suppress(UserError):
-                store.require_answer(uri)
+                backend.require_answer(uri)
                 break
             assert time.monotonic() < end, (home / "tracker.log").read_text()
             time.sleep(0.2)
@@ -110,7 +111,7 @@ def test_a_tracker_that_is_killed_leaves_nobody_and_is_there_again_by_the_same_c
 
 
 def steps_of(tracker: Tracker, name: str = "loss") -> list[tuple[int, float]]:
-    found = store.client(tracker.uri).get_metric_history(tracker.run_id, name)
+    found = backend.client(tracker.uri).get_metric_history(tracker.run_id, name)
     return sorted((point.step, point.value) for point in found)
 
 
@@ -141,13 +142,13 @@ def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
                     trial.end()
                 until(lambda: all(trial.flush() for trial in trials), "ends were sent")
             assert list((run_root / "spool").iterdir()) == [], "nothing waits or was refused"
-            client = store.client(uri)
+            client = backend.client(uri)
             below = client.search_runs([parent.experiment_id], max_results=100)
             assert len(below) == TRIALS + 1
             assert {run.info.status for run in below} == {"FINISHED"}
             for number, trial in enumerate(trials):
                 assert_recorded(number, trial, f"{kept}/{parent.experiment_id}")
-            again = store.setup(uri, "load")
+            again = backend.setup(uri, "load")
             assert again.experiment_id == parent.experiment_id
     finally:
         for process in processes:
@@ -161,7 +162,7 @@ def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
     for name in told[0]:
         expected = [(step, values[name]) for step, values in enumerate(told)]
         assert steps_of(trial, name) == expected
-    client = store.client(trial.uri)
+    client = backend.client(trial.uri)
     run = client.get_run(trial.run_id)
     assert run.data.tags["seed"] == str(number)
     setting, report = tracked_trials.setting(number), tracked_trials.report(number)
@@ -169,9 +170,9 @@ def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
     assert run.data.params == {key: str(value) for key, value in flat.items()}
     files = {"config.yaml": setting, "reports/trial.json": report}
     mine = f"{folder}/{trial.run_id}/artifacts"
-    assert {each.name for each in remote.list_files(mine)} == set(files)
+    assert {each.name for each in directories.list_files(mine)} == set(files)
     for name, content in files.items():
-        assert yaml.safe_load(remote.read_bytes(f"{mine}/{name}")) == content
+        assert yaml.safe_load(directories.read_bytes(f"{mine}/{name}")) == content
     # The server reads and writes the store: clients have no keys of it.
     assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
     with in_environment({}):
@@ -209,7 +210,7 @@ def test_a_call_without_credentials_is_rejected(
             "session-key": 0o600,
         }
         with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME"):
-            store.setup(uri)
+            backend.setup(uri)
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         password = (kept / "admin-password").read_text().strip()
         assert password not in (run_root / "tracker.log").read_text()
@@ -225,7 +226,7 @@ def test_a_call_without_credentials_is_rejected(
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
             assert run.flush()
         assert steps_of(run) == [(1, 1.0), (2, 2.0)]
-        names = [each.path for each in store.client(uri).list_artifacts(run.run_id)]
+        names = [each.path for each in backend.client(uri).list_artifacts(run.run_id)]
         assert names == ["notes.txt"]
 
 

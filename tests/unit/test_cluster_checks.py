@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import cluster_checks as checks
-from skillnet_platform import node_views, preflight, storage, versions
-from skillnet_platform.needs import Needs, checkpoint_bytes, needs
-from skillnet_platform.node_views import Seen
-from skillnet_platform.preflight import GIB
+from skillnet_platform import doctor
+from skillnet_platform.checks import cluster as checks
+from skillnet_platform.checks import machine as machine_checks
+from skillnet_platform.checks import node_probe
+from skillnet_platform.checks.finding import GIB
+from skillnet_platform.checks.node_probe import Seen
+from skillnet_platform.cluster import versions
+from skillnet_platform.cluster.resource_request import Needs, checkpoint_bytes, needs
+from skillnet_platform.storage import local as local_storage
 from tests.object_store import ObjectStore
 
 ONE = Seen(
@@ -157,13 +161,13 @@ def test_a_tracker_is_asked_for_more_than_its_health(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setattr(Answers, "code", 401)
-    (finding,) = preflight.tracker()
+    (finding,) = machine_checks.tracker()
     assert finding.level == "error"
     assert "asks for a password, and none is set" in finding.seen
-    assert preflight.tracker(Needs())[0].level == "warning", "nothing is recorded"
+    assert machine_checks.tracker(Needs())[0].level == "warning", "nothing is recorded"
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
-    problem, access = node_views._tracker_problems()
+    problem, access = node_probe._tracker_problems()
     assert (problem, "refuses the user me" in access) == ("", True)
     told = [ONE, replace(TWO, access_problem=access)]
     assert checks.trackers(told, Needs(records=True))[0].level == "error"
@@ -190,13 +194,15 @@ def test_room_is_held_against_what_the_run_takes(
     assert finding.level == "error"
     assert finding.seen == "2.9 KiB free on 10.0.0.2; the run takes 2.9 KiB"
     assert checks.room([ONE, replace(TWO, free_bytes=3000)], asked)[0].level == "ok"
-    monkeypatch.setattr(storage, "free_bytes", lambda path: 2999 if "big" in str(path) else 10**12)
-    assert [each.level for each in preflight.disk(asked)] == ["error"]
-    assert [each.level for each in preflight.disk()] == ["ok"]
-    away = node_views._look_around("10.0.0.1", "x", [], asked.run_dir)
+    monkeypatch.setattr(
+        local_storage, "free_bytes", lambda path: 2999 if "big" in str(path) else 10**12
+    )
+    assert [each.level for each in machine_checks.disk(asked)] == ["error"]
+    assert [each.level for each in machine_checks.disk()] == ["ok"]
+    away = node_probe._look_around("10.0.0.1", "x", [], asked.run_dir)
     assert away["free_bytes"] == 2999
     assert not (tmp_path / "new").exists()
-    assert preflight.disk(needs(["finetune", "--run_dir", str(tmp_path / "new")]))
+    assert machine_checks.disk(needs(["finetune", "--run_dir", str(tmp_path / "new")]))
     assert not (tmp_path / "new").exists(), "doctor makes no folder of a run"
 
 
@@ -251,14 +257,14 @@ def test_workers_that_would_not_meet() -> None:
 
 
 def test_config_without_a_command_asks_about_finetune() -> None:
-    assert preflight._named(["--json", "--config", "tiny"]) == [
+    assert doctor._named(["--json", "--config", "tiny"]) == [
         "--json",
         "finetune",
         "--config",
         "tiny",
     ]
-    assert preflight._named(["sweep", "--config", "x"]) == ["sweep", "--config", "x"]
-    assert preflight._named(["--ray", "false"]) == ["--ray", "false"]
+    assert doctor._named(["sweep", "--config", "x"]) == ["sweep", "--config", "x"]
+    assert doctor._named(["--ray", "false"]) == ["--ray", "false"]
 
 
 def test_each_place_that_a_run_names_is_looked_at() -> None:
@@ -285,11 +291,11 @@ def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
 @pytest.mark.integration
 def test_a_node_looks_at_a_store_as_runs_do(object_store: ObjectStore) -> None:
     place, folder = f"{object_store.uri}/runs", ".doctor-test"
-    assert node_views._leave_file("10.0.0.1", folder, [place]) == ""
-    assert node_views._look_around("10.0.0.2", folder, [place])["files_seen"] == {
+    assert node_probe._leave_file("10.0.0.1", folder, [place]) == ""
+    assert node_probe._look_around("10.0.0.2", folder, [place])["files_seen"] == {
         place: ["10.0.0.1"]
     }
-    node_views._clean_up(folder, [place])
-    assert node_views._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: []}
-    gone = node_views._leave_file("10.0.0.1", folder, ["s3://no-such-bucket/runs"])
+    node_probe._clean_up(folder, [place])
+    assert node_probe._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: []}
+    gone = node_probe._leave_file("10.0.0.1", folder, ["s3://no-such-bucket/runs"])
     assert "there is no bucket 'no-such-bucket'" in gone

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skillnet_platform import environment
+from skillnet_platform.cluster import node_requirements
 from skillnet_platform.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -179,7 +179,7 @@ def test_a_node_without_its_settings_is_told_what_is_missing(node: Path) -> None
     (node / "deploy/requirements.txt").unlink()
     done = run_script(node, "install", SKILLNET_HOME="/mnt/runs")
     assert done.returncode == 1
-    assert "python -m skillnet_platform.environment" in done.stderr
+    assert "python -m skillnet_platform.cluster.node_requirements" in done.stderr
     assert "say what: install or settings" in run_script(node, "go").stderr
 
 
@@ -198,7 +198,7 @@ def test_a_node_finds_the_interface_of_the_head(node: Path) -> None:
 
 def test_requirements_are_this_environment(tmp_path: Path) -> None:
     path = tmp_path / "requirements.txt"
-    assert environment.main([str(path)]) == 0
+    assert node_requirements.main([str(path)]) == 0
     lines = path.read_text().splitlines()
     assert lines[0] == f"# python {sys.version_info.major}.{sys.version_info.minor}"
     pins = dict(line.split("==") for line in lines if "==" in line)
@@ -212,8 +212,8 @@ def test_requirements_are_this_environment(tmp_path: Path) -> None:
 
 def test_requirements_name_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-package>=1 is not installed here"):
-        environment.pins(["no-such-package>=1"])
+        node_requirements.pins(["no-such-package>=1"])
     with pytest.raises(UserError, match=r"pytest<1 is needed, .* is installed here"):
-        environment.pins(["pytest<1"])
+        node_requirements.pins(["pytest<1"])
     with pytest.raises(UserError, match="a checkout of the repository"):
-        environment.direct_dependencies(tmp_path / "pyproject.toml")
+        node_requirements.direct_dependencies(tmp_path / "pyproject.toml")

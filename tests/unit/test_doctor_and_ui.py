@@ -12,13 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from skillnet_platform import preflight, serving, store, ui
+from skillnet_platform import doctor, ui
+from skillnet_platform.checks import machine as machine_checks
+from skillnet_platform.tracking import backend
+from skillnet_platform.tracking import server as tracking_server
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_doctor_reports_as_json(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert preflight.main(["--ray", "false", "finetune", "--config", "tiny", "--json"]) == 0
+    assert doctor.main(["--ray", "false", "finetune", "--config", "tiny", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is True
     found = {each["check"]: each for each in told["findings"]}
@@ -32,7 +35,7 @@ def test_doctor_fails_where_nothing_can_be_written(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SKILLNET_HOME", str(tmp_path / "file"))
-    assert preflight.main(["--ray", "false"]) == 1
+    assert doctor.main(["--ray", "false"]) == 1
     text = capsys.readouterr().out
     assert "error" in text
     assert "SKILLNET_HOME" in text
@@ -40,14 +43,14 @@ def test_doctor_fails_where_nothing_can_be_written(
 
 def test_doctor_names_a_tracker_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    (finding,) = preflight.tracker()
+    (finding,) = machine_checks.tracker()
     assert finding.level == "error"
     assert "no MLflow server answers" in finding.seen
 
 
 @pytest.mark.integration
 def test_doctor_runs_a_task_and_asks_the_state_api(ray_session: object) -> None:
-    findings = {each.check: each for each in preflight.ray_works()}
+    findings = {each.check: each for each in machine_checks.ray_works()}
     assert findings["ray"].level == "ok", findings["ray"]
     assert "ray state api" in findings
 
@@ -66,7 +69,7 @@ def test_ui_lets_nobody_in_by_mistake(
 ) -> None:
     served: list[str] = []
 
-    def serve(place: store.Place, host: str, *more: object) -> int:
+    def serve(place: backend.Place, host: str, *more: object) -> int:
         served.append(host)
         return 0
 
@@ -86,7 +89,7 @@ def test_no_command_line_has_a_password(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
     uri = "postgresql://me:secret@db/mlflow"
-    assert serving.start(uri, "127.0.0.1", 5000).wait() == 0
+    assert tracking_server.start(uri, "127.0.0.1", 5000).wait() == 0
     variable, *words = seen.read_text().split()
     assert variable == uri
     assert "secret" not in " ".join(words)
@@ -104,7 +107,7 @@ def test_ui_points_to_the_server_that_has_the_runs(
 @pytest.mark.integration
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_ui_serves_the_runs_and_leaves_no_process(run_root: Path, number: int, code: int) -> None:
-    store.setup(experiment="shown")
+    backend.setup(experiment="shown")
     process = subprocess.Popen(
         [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},

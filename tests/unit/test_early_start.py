@@ -11,10 +11,10 @@ from pipelines.shards import open_corpus
 from pipelines.stream import MixedStream
 from pipelines.training.settings import FinetuneConfig
 from pipelines.training.setup import identity_of, open_stream
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.file_cache import FileCache, Wanted
-from skillnet_platform.remote import StoreUnavailable
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.cache import FileCache, Wanted
+from skillnet_platform.storage.directories import StoreUnavailable
 from tests.small_corpora import small_config, write_corpora
 from tests.unit.test_remote_corpora import same
 
@@ -31,7 +31,7 @@ def store(data: Path, run_root: Path) -> str:
     """The corpora in a store, and an empty cache."""
     uri = f"memory://{uuid.uuid4().hex}"
     for name in CORPORA:
-        remote.put_directory(data / name, remote.join(uri, name))
+        directories.put_directory(data / name, directories.join(uri, name))
     return uri
 
 
@@ -55,18 +55,18 @@ def test_the_first_batch_does_not_wait_for_all_shards(
     """All but the first shard are away; then they are back, and all is as on the disk."""
     there, here = open_stream(config_of(store, corpus)), open_stream(config_of(data, corpus))
     names, come = names_of(here)
-    get = remote.get_file
+    get = directories.get_file
 
     def only_the_first(uri: str, *more: str) -> None:
         if not uri.endswith(names[come[0]]):
             raise StoreUnavailable(f"{uri} is on its way")
         get(uri, *more)
 
-    monkeypatch.setattr(remote, "get_file", only_the_first)
+    monkeypatch.setattr(directories, "get_file", only_the_first)
     same(here, there, range(1))
     with pytest.raises(StoreUnavailable, match=rf"{names[come[1]]} is on its way"):
         there.batch(1)
-    monkeypatch.setattr(remote, "get_file", get)
+    monkeypatch.setattr(directories, "get_file", get)
     same(here, there, range(24), world=2)
     # Going on in the part that grows needs nothing of what ran before.
     same(here, open_stream(config_of(store, corpus)), range(4, 6))
@@ -79,10 +79,10 @@ def test_an_altered_shard_is_named_before_its_rows_are_used(
     names, come = names_of(stream)
     altered = names[come[3]]
     place = f"{store}/drawings/{altered}"
-    good = remote.read_bytes(place)
-    remote.write_bytes(place, good[:-1] + bytes([good[-1] ^ 1]))
-    get, asked = remote.get_file, []
-    monkeypatch.setattr(remote, "get_file", lambda *a: (asked.append(a[0]), get(*a)))
+    good = directories.read_bytes(place)
+    directories.write_bytes(place, good[:-1] + bytes([good[-1] ^ 1]))
+    get, asked = directories.get_file, []
+    monkeypatch.setattr(directories, "get_file", lambda *a: (asked.append(a[0]), get(*a)))
     seen = []
     with pytest.raises(UserError, match=rf"{altered}: altered or cut short: sha256 .* expected"):
         for step in range(10):
@@ -91,7 +91,7 @@ def test_an_altered_shard_is_named_before_its_rows_are_used(
     assert set((np.concatenate(seen) // 10).tolist()) <= set(come[:3])
     # Once ahead of need at most, and once for the message.
     assert 1 <= asked.count(place) <= 2
-    remote.write_bytes(place, good)
+    directories.write_bytes(place, good)
     same(open_stream(config_of(data)), stream, range(3, 6))
 
 

@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from skillnet_platform import family
+from skillnet_platform.tracking import server as tracking_server
 
 #: A server with a child, both of which say who they are.
 SERVER = "echo $$; sleep 1000 & echo $!; wait"
@@ -34,9 +34,9 @@ def test_a_killed_process_leaves_no_server() -> None:
 def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(family, "END_S", 0.5)
+    monkeypatch.setattr(tracking_server, "END_S", 0.5)
     deaf = "trap '' TERM; sleep 1000 & echo $!; wait; sleep 1000"
-    with family.started(["sh", "-c", deaf], os.environ, stdout=subprocess.PIPE) as server:
+    with tracking_server.started(["sh", "-c", deaf], os.environ, stdout=subprocess.PIPE) as server:
         # By a pipe: capfd's file, read while it is being written, loses what comes in between.
         assert server.stdout is not None
         child = psutil.Process(int(server.stdout.readline()))

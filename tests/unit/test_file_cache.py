@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.file_cache import FileCache, Wanted, cache_folder, cache_limit
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.cache import FileCache, Wanted, cache_folder, cache_limit
 from tests.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,8 @@ def place() -> str:
 
 def put(place: str, number: int, size: int = 100) -> Wanted:
     data = bytes([number]) * size
-    uri = remote.join(place, f"shard-{number}")
-    remote.write_bytes(uri, data)
+    uri = directories.join(place, f"shard-{number}")
+    directories.write_bytes(uri, data)
     return Wanted(uri, hashlib.sha256(data).hexdigest(), size)
 
 
@@ -40,7 +40,7 @@ def test_the_least_recently_used_goes_first(place: str, tmp_path: Path) -> None:
     one, two, three = (put(place, n) for n in range(3))
     for wanted in (one, two):
         held = cache.hold(wanted)
-        assert held.path.read_bytes() == remote.read_bytes(wanted.uri)
+        assert held.path.read_bytes() == directories.read_bytes(wanted.uri)
         held.release()
         os.utime(held.path, (wanted.bytes, 1 if wanted is one else 2))
     cache.hold(one).release()  # used again: two is the oldest now
@@ -82,8 +82,8 @@ def test_a_file_is_fetched_once(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = []
-    get = remote.get_file
-    monkeypatch.setattr(remote, "get_file", lambda *a: (fetched.append(a[0]), get(*a)))
+    get = directories.get_file
+    monkeypatch.setattr(directories, "get_file", lambda *a: (fetched.append(a[0]), get(*a)))
     cache, wanted = FileCache(tmp_path / "cache", 250), put(place, 1)
     for _ in range(3):
         cache.hold(wanted).release()
@@ -95,10 +95,10 @@ def test_a_file_is_fetched_once(
 
 def test_altered_and_missing_files_are_named(place: str, tmp_path: Path) -> None:
     cache, wanted = FileCache(tmp_path / "cache", 250), put(place, 1)
-    remote.write_bytes(wanted.uri, b"\2" + b"\1" * 99)
+    directories.write_bytes(wanted.uri, b"\2" + b"\1" * 99)
     with pytest.raises(UserError, match=r"shard-1: altered or cut short: sha256 .* expected"):
         cache.hold(wanted)
-    remote.remove_file(wanted.uri)
+    directories.remove_file(wanted.uri)
     with pytest.raises(UserError, match="shard-1: this file is missing"):
         cache.hold(wanted)
     assert names(cache) == set()
@@ -112,7 +112,7 @@ def test_processes_share_it(object_store: ObjectStore, tmp_path: Path) -> None:
     wanted = [put(object_store.uri, n, 100_000) for n in range(8)]
     code = (
         "import hashlib, random, sys\n"
-        "from skillnet_platform.file_cache import FileCache, Wanted\n"
+        "from skillnet_platform.storage.cache import FileCache, Wanted\n"
         f"cache = FileCache({str(tmp_path / 'cache')!r}, 500_000)\n"
         f"wanted = {[(w.uri, w.sha256, w.bytes) for w in wanted]!r}\n"
         "random.seed(int(sys.argv[1]))\n"
@@ -144,14 +144,14 @@ def test_a_killed_download_leaves_no_debt(
     wanted = put(object_store.uri, 1)
     folder = tmp_path / "cache"
     code = (
-        "from skillnet_platform import remote\n"
-        "from skillnet_platform.file_cache import FileCache, Wanted\n"
+        "from skillnet_platform.storage import directories\n"
+        "from skillnet_platform.storage.cache import FileCache, Wanted\n"
         "import pathlib, time\n"
         "def stuck(uri, path, sha):\n"
         "    path.with_name(f'.{path.name}.1.x.tmp').write_bytes(b'half')\n"
         "    print('on its way', flush=True)\n"
         "    time.sleep(600)\n"
-        "remote.get_file = stuck\n"
+        "directories.get_file = stuck\n"
         f"FileCache({str(folder)!r}, 250).hold(Wanted(*{(wanted.uri, wanted.sha256, 100)!r}))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}

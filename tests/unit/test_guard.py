@@ -15,7 +15,7 @@ from pipelines import guard
 from pipelines.corpora import finish
 from pipelines.guard import DEADLY, TOO_LARGE, Attempts, read_each
 from pipelines.source_files import SourceFails
-from skillnet_platform.remote_errors import StoreUnavailable
+from skillnet_platform.storage.retry import StoreUnavailable
 
 
 def refuse(value: int) -> int:

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import cluster, config, following, jobs, upload, versions
+from skillnet_platform import cluster, config, submit
+from skillnet_platform.cluster import job_client, job_logs, versions, working_dir
+from skillnet_platform.cluster.resource_request import Needs, needs, split
 from skillnet_platform.errors import UserError
-from skillnet_platform.needs import Needs, needs, split
 
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (*jobs.ADDRESSES, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in (*job_client.ADDRESSES, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -109,9 +110,9 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
     (root / "outside").symlink_to("/etc/hostname")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root / "elsewhere"))
-        first = upload.pack(root, tmp_path / "one.zip", ["big"])
+        first = working_dir.pack(root, tmp_path / "one.zip", ["big"])
         (root / "skillnet/model.py").touch()
-        again = upload.pack(root, tmp_path / "two.zip", ["big/*"])
+        again = working_dir.pack(root, tmp_path / "two.zip", ["big/*"])
     with zipfile.ZipFile(first.path) as package:
         assert package.namelist() == ["run.sh", "skillnet/model.py"]
         assert package.getinfo("run.sh").external_attr >> 16 == 0o755
@@ -130,9 +131,9 @@ def test_too_large_a_package_names_what_is_large(
 ) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
-    monkeypatch.setattr(upload, "LARGEST", 10)
+    monkeypatch.setattr(working_dir, "LARGEST", 10)
     with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); leave some here with --excl"):
-        upload.pack(tmp_path / "code", tmp_path / "code.zip")
+        working_dir.pack(tmp_path / "code", tmp_path / "code.zip")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_what_is_missing_is_said(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert jobs.main(words) == 2
+    assert submit.main(words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -219,7 +220,7 @@ class Server:
 def test_a_lost_connection_loses_and_doubles_nothing(
     cuts: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert jobs.follow(Server("one\ntwo\nthree\n", cuts=cuts), "job") == ("SUCCEEDED", 0)
+    assert submit.follow(Server("one\ntwo\nthree\n", cuts=cuts), "job") == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
@@ -248,11 +249,11 @@ def test_a_quiet_job_keeps_its_follower(
     dead: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("PATIENCE_S", 0.02), ("QUIET_S", 0.05), ("AGAIN_S", 0.0)):
-        monkeypatch.setattr(following, name, value)
-    assert jobs.follow(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
+        monkeypatch.setattr(job_logs, name, value)
+    assert submit.follow(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\n"
     with pytest.raises(UserError, match=r"connection .* is lost .*; the job job goes on"):
-        jobs.follow(Quiet(1000, answers=False), "job")
+        submit.follow(Quiet(1000, answers=False), "job")
 
 
 @pytest.mark.parametrize(
@@ -260,19 +261,19 @@ def test_a_quiet_job_keeps_its_follower(
     [(2, 2), (1, 1), (130, 130), (143, 143), (139, 139), (-15, 143), (None, 1), (256, 1)],
 )
 def test_the_exit_code_is_the_jobs(code: int, given: int) -> None:
-    assert jobs.follow(Server(status="FAILED", code=code), "job") == ("FAILED", given)
+    assert submit.follow(Server(status="FAILED", code=code), "job") == ("FAILED", given)
 
 
 def test_jobs_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "me")
-    assert jobs.find_job(Server(), jobs.NEWEST) == "finetune-2", "mine, and a run"
-    assert jobs.find_job(Server(), "raysubmit_x") == "raysubmit_x"
-    assert jobs.find_job(Server(), "finetune-3") == "finetune-3"
+    assert job_client.find_job(Server(), job_client.NEWEST) == "finetune-2", "mine, and a run"
+    assert job_client.find_job(Server(), "raysubmit_x") == "raysubmit_x"
+    assert job_client.find_job(Server(), "finetune-3") == "finetune-3"
     with pytest.raises(UserError, match="no such job on the cluster; did you mean 'finetune-2'"):
-        jobs.find_job(Server(), "finetune-22")
+        job_client.find_job(Server(), "finetune-22")
     monkeypatch.setenv("LOGNAME", "they")
     with pytest.raises(UserError, match=r"they has sent no run .* give an id: finetune-1 of me"):
-        jobs.find_job(Server(), jobs.NEWEST)
+        job_client.find_job(Server(), job_client.NEWEST)
 
 
 @pytest.mark.parametrize("problem", [RuntimeError, KeyboardInterrupt])
@@ -286,11 +287,11 @@ def test_a_question_that_nobody_waits_for_leaves_no_job(
             return SimpleNamespace(value="PENDING", is_terminal=lambda: False)
 
     server = Pending()
-    monkeypatch.setattr(jobs, "ANSWER_S", 0.0)
-    monkeypatch.setattr(jobs, "connect", lambda: server)
-    monkeypatch.setattr(jobs, "send", lambda client, options: ("doctor-1", None))
+    monkeypatch.setattr(submit, "ANSWER_S", 0.0)
+    monkeypatch.setattr(job_client, "connect", lambda: server)
+    monkeypatch.setattr(submit, "send", lambda client, options: ("doctor-1", None))
     with pytest.raises(problem):
-        jobs.ask(["doctor", "--json"])
+        submit.ask(["doctor", "--json"])
     assert server.stopped == ["doctor-1"]
 
 
@@ -300,21 +301,21 @@ def test_options_behind_the_command_are_its_own(
     server = Server()
     sent: list[list[str]] = []
 
-    def send(client: Any, options: jobs.SubmitConfig) -> Any:
+    def send(client: Any, options: submit.SubmitConfig) -> Any:
         sent.append(options.entry)
         return "finetune-1", SimpleNamespace(size=1, files=1)
 
     server.get_address = lambda: "http://127.0.0.1:8265"  # type: ignore[attr-defined]
-    monkeypatch.setattr(jobs, "connect", lambda address: server)
-    monkeypatch.setattr(jobs, "send", send)
-    assert jobs.main(["finetune", "--config", "tiny", "--json"]) == 0
+    monkeypatch.setattr(job_client, "connect", lambda address: server)
+    monkeypatch.setattr(submit, "send", send)
+    assert submit.main(["finetune", "--config", "tiny", "--json"]) == 0
     assert capsys.readouterr().out == "", "submit itself was not asked for JSON"
-    assert jobs.main(["--json", "finetune", "--seed", "1"]) == 0
+    assert submit.main(["--json", "finetune", "--seed", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["job_id"] == "finetune-1"
     assert sent == [["finetune", "--config", "tiny", "--json"], ["finetune", "--seed", "1"]]
-    assert jobs.main(["prepare", "--help"]) == 0
+    assert submit.main(["prepare", "--help"]) == 0
     assert "skillnet prepare" in capsys.readouterr().out
-    assert jobs.main(["--help"]) == 0
+    assert submit.main(["--help"]) == 0
     assert "skillnet submit" in capsys.readouterr().out
 
 
@@ -325,14 +326,14 @@ def test_passwords_come_from_the_environment(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "from here")
     secret, server = "from here", Server()
     words = ["--env_from", "MLFLOW_TRACKING_PASSWORD", "--", "finetune"]
-    jobs.send(server, config.parse(jobs.SubmitConfig, words, "submit"))
+    submit.send(server, config.parse(submit.SubmitConfig, words, "submit"))
     assert server.sent["runtime_env"]["env_vars"]["MLFLOW_TRACKING_PASSWORD"] == secret
     assert secret not in capsys.readouterr().err
-    jobs.send(server, jobs.SubmitConfig(["finetune"], env={"MLFLOW_TRACKING_PASSWORD": "x"}))
+    submit.send(server, submit.SubmitConfig(["finetune"], env={"MLFLOW_TRACKING_PASSWORD": "x"}))
     assert "give --env_from MLFLOW_TRACKING_PASSWORD" in capsys.readouterr().err
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD is not set here"):
-        jobs.send(server, config.parse(jobs.SubmitConfig, words, "submit"))
+        submit.send(server, config.parse(submit.SubmitConfig, words, "submit"))
 
 
 def test_a_job_servers_address_is_not_one_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,12 +356,12 @@ def test_a_job_servers_address_is_not_one_to_run_on(monkeypatch: pytest.MonkeyPa
 def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     server = Server()
-    options = jobs.SubmitConfig(["finetune", "--config", "tiny"], env={"SKILLNET_HOME": "s3://b"})
-    job, package = jobs.send(server, options)
+    options = submit.SubmitConfig(["finetune", "--config", "tiny"], env={"SKILLNET_HOME": "s3://b"})
+    job, package = submit.send(server, options)
     sent = server.sent
     assert sent["submission_id"] == job
     assert job.startswith("finetune-")
-    assert {"pyproject.toml", "skillnet/model.py", "platform/skillnet_platform/jobs.py"} <= set(
+    assert {"pyproject.toml", "skillnet/model.py", "platform/skillnet_platform/submit.py"} <= set(
         sent["files"]
     )
     assert not [name for name in sent["files"] if name.startswith((".git/", "runs/"))]
@@ -369,10 +370,10 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (variables["PYTHONPATH"], variables["SKILLNET_HOME"]) == ("platform", "s3://b")
     assert json.loads(variables[versions.VARIABLE])["ray"] == versions.installed()["ray"]
     check, run = sent["entrypoint"].split(" && ")
-    assert "skillnet_platform.preflight --only problems finetune --config tiny" in check
+    assert "skillnet_platform.doctor --only problems finetune --config tiny" in check
     assert run.endswith("skillnet_platform.cli finetune --config tiny")
     with pytest.raises(UserError, match="unknown command 'finetun'; did you mean 'finetune'"):
-        jobs.send(server, jobs.SubmitConfig(["finetun"]))
+        submit.send(server, submit.SubmitConfig(["finetun"]))
     monkeypatch.chdir("/")
     with pytest.raises(UserError, match="not the root of the repository"):
-        jobs.send(server, options)
+        submit.send(server, options)

@@ -15,7 +15,7 @@ from pipelines import media
 from pipelines.media import MEDIA, MediaRef, Unreadable, read_media
 from pipelines.untrusted import Limits
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailable
 from tests.packing import tarred
 
 

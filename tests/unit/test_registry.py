@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import gate, registry, store, tracking
+from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.gate import Figure
+from skillnet_platform.tracking import backend, promotion, registry
+from skillnet_platform.tracking.promotion import Figure
 
 CODE = """
 import json
@@ -51,21 +52,21 @@ def error(value: float, half: float = 0.02) -> Figure:
 )
 def test_the_gate(challenger: dict[str, Figure], passes: bool, says: str) -> None:
     champion = {"a": accuracy(0.5), "b": error(0.2)}
-    verdict = gate.compare(challenger, champion)
+    verdict = promotion.compare(challenger, champion)
     assert verdict.passed is passes
     assert says in str(verdict)
 
 
 def test_an_interval_that_leans_is_used_on_the_side_that_counts() -> None:
     old = Figure("accuracy", 0.50, 0.49, 0.59)
-    assert not gate.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": old}).passed
+    assert not promotion.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": old}).passed
     mirrored = Figure("accuracy", 0.50, 0.41, 0.51)
-    assert gate.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": mirrored}).passed
+    assert promotion.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": mirrored}).passed
 
 
 def test_figures_survive_json() -> None:
     figures = {"a": accuracy(0.5, data="d"), "b": error(0.1)}
-    assert gate.from_json(gate.to_json(figures)) == figures
+    assert promotion.from_json(promotion.to_json(figures)) == figures
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def put(run: tracking.Tracker, files: Path, name: str, value: float) -> registry
 
 
 def aliases(run: tracking.Tracker, name: str) -> dict[str, int]:
-    found = store.client(run.uri).get_registered_model(name).aliases
+    found = backend.client(run.uri).get_registered_model(name).aliases
     return {alias: int(version) for alias, version in found.items()}
 
 
@@ -113,7 +114,7 @@ def test_versions_earn_their_alias(run: tracking.Tracker, files: Path) -> None:
     third = put(run, files, name, 0.60)
     assert third.alias == "champion"
     assert aliases(run, name) == {"champion": 3, "challenger": 2}
-    client = store.client(run.uri)
+    client = backend.client(run.uri)
     tags = client.get_model_version(name, "2").tags
     assert "better on no task" in tags["gate"]
     assert tags["seed"] == "1"

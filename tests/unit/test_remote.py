@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import patience, refusal
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.retry import patience, refusal
 from tests.object_store import KEYS, ObjectStore, in_environment
 
 
@@ -31,110 +31,114 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_uris() -> None:
-    assert remote.is_uri("s3://bucket/a")
-    assert remote.is_uri("memory://a")
+    assert directories.is_uri("s3://bucket/a")
+    assert directories.is_uri("memory://a")
     for path in (None, "runs/a", "/data", "models:/skillnet@champion", "http://host/a", Path("a")):
-        assert not remote.is_uri(path)
-    assert remote.join("s3://b/a/", "c/", "d.json") == "s3://b/a/c/d.json"
-    assert remote.join("s3://b/corpora/x", "../tokenizer.json") == "s3://b/corpora/tokenizer.json"
-    assert remote.join("file:///tmp/a", "b") == "file:///tmp/a/b"
-    assert remote.join("memory://a", "b") == "memory://a/b"
+        assert not directories.is_uri(path)
+    assert directories.join("s3://b/a/", "c/", "d.json") == "s3://b/a/c/d.json"
+    assert (
+        directories.join("s3://b/corpora/x", "../tokenizer.json") == "s3://b/corpora/tokenizer.json"
+    )
+    assert directories.join("file:///tmp/a", "b") == "file:///tmp/a/b"
+    assert directories.join("memory://a", "b") == "memory://a/b"
     with pytest.raises(UserError, match="leads out"):
-        remote.join("s3://b/a", "../../other/x")
+        directories.join("s3://b/a", "../../other/x")
 
 
 def test_a_folder_goes_up_and_comes_down(place: str, tmp_path: Path) -> None:
     mine = folder(tmp_path / "mine", a=b"one", b=b"")
     (mine / "deep").mkdir()
     (mine / "deep" / "c").write_bytes(b"three")
-    uri = remote.join(place, "x")
-    assert not remote.is_committed(uri)
-    assert remote.list_files(uri) == []
-    assert remote.put_directory(mine, uri)
-    assert remote.is_committed(uri)
-    assert remote.list_folders(place) == ["x"]
-    names = [(entry.name, entry.bytes) for entry in remote.list_files(uri)]
+    uri = directories.join(place, "x")
+    assert not directories.is_committed(uri)
+    assert directories.list_files(uri) == []
+    assert directories.put_directory(mine, uri)
+    assert directories.is_committed(uri)
+    assert directories.list_folders(place) == ["x"]
+    names = [(entry.name, entry.bytes) for entry in directories.list_files(uri)]
     assert names == [("a", 3), ("b", 0), ("deep/c", 5), ("manifest.json", 2)]
-    assert not remote.put_directory(mine, uri)  # nothing changed, nothing is sent
-    back = remote.get_directory(uri, tmp_path / "back")
+    assert not directories.put_directory(mine, uri)  # nothing changed, nothing is sent
+    back = directories.get_directory(uri, tmp_path / "back")
     assert (back / "deep" / "c").read_bytes() == b"three"
     assert (back / "b").read_bytes() == b""
-    with remote.open_file(remote.join(uri, "a")) as stream:
+    with directories.open_file(directories.join(uri, "a")) as stream:
         stream.seek(1)
         assert stream.read() == b"ne"
-    remote.remove_directory(uri)
-    assert remote.list_files(uri) == []
-    assert not remote.exists(remote.join(uri, "a"))
+    directories.remove_directory(uri)
+    assert directories.list_files(uri) == []
+    assert not directories.exists(directories.join(uri, "a"))
 
 
 def test_another_content_replaces_a_folder(place: str, tmp_path: Path) -> None:
-    uri = remote.join(place, "x")
-    remote.put_directory(folder(tmp_path / "old", a=b"one", gone=b"x"), uri)
+    uri = directories.join(place, "x")
+    directories.put_directory(folder(tmp_path / "old", a=b"one", gone=b"x"), uri)
     new = folder(tmp_path / "new", a=b"eno")
     (new / "manifest.json").write_text('{"n": 1}')
-    assert remote.put_directory(new, uri)
-    assert [entry.name for entry in remote.list_files(uri)] == ["a", "manifest.json"]
-    assert remote.read_bytes(remote.join(uri, "a")) == b"eno"
+    assert directories.put_directory(new, uri)
+    assert [entry.name for entry in directories.list_files(uri)] == ["a", "manifest.json"]
+    assert directories.read_bytes(directories.join(uri, "a")) == b"eno"
 
 
 def test_without_its_manifest_a_folder_counts_as_nothing(place: str, tmp_path: Path) -> None:
-    mine, uri = folder(tmp_path / "mine"), remote.join(place, "x")
+    mine, uri = folder(tmp_path / "mine"), directories.join(place, "x")
 
     def break_off(name: str, size: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        remote.put_directory(mine, uri, on_file=break_off)
-    assert remote.list_files(uri)
-    assert not remote.is_committed(uri)
+        directories.put_directory(mine, uri, on_file=break_off)
+    assert directories.list_files(uri)
+    assert not directories.is_committed(uri)
     with pytest.raises(UserError, match="its upload did not end"):
-        remote.get_directory(uri, tmp_path / "back")
-    assert remote.put_directory(mine, uri)
-    assert remote.is_committed(uri)
+        directories.get_directory(uri, tmp_path / "back")
+    assert directories.put_directory(mine, uri)
+    assert directories.is_committed(uri)
     (mine / "manifest.json").unlink()
     with pytest.raises(UserError, match="not whole"):
-        remote.put_directory(mine, uri)
+        directories.put_directory(mine, uri)
 
 
 def test_a_download_that_fails_its_check_leaves_nothing(place: str, tmp_path: Path) -> None:
-    uri = remote.join(place, "x")
-    remote.put_directory(folder(tmp_path / "mine"), uri)
+    uri = directories.join(place, "x")
+    directories.put_directory(folder(tmp_path / "mine"), uri)
 
     def refuse(path: Path) -> None:
         assert (path / "a").is_file()
         raise UserError("not what I wanted")
 
     with pytest.raises(UserError, match="not what"):
-        remote.get_directory(uri, tmp_path / "back", check=refuse)
+        directories.get_directory(uri, tmp_path / "back", check=refuse)
     with pytest.raises(UserError, match="altered or cut short"):
-        remote.get_file(remote.join(uri, "a"), tmp_path / "one", sha256="0" * 64)
+        directories.get_file(directories.join(uri, "a"), tmp_path / "one", sha256="0" * 64)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "store") == ["mine"]
 
 
 def test_an_upload_goes_on_where_it_stopped(object_store: ObjectStore, tmp_path: Path) -> None:
     sent: list[str] = []
-    original = remote.put_file
+    original = directories.put_file
     mine = folder(tmp_path / "mine", **{f"f{n}": bytes([n]) * 100 for n in range(6)})
     for name in ("f0", "f1"):
-        remote.put_file(mine / name, remote.join(object_store.uri, name))
-    remote.write_bytes(remote.join(object_store.uri, "f2"), b"x" * 100)  # same size, other bytes
+        directories.put_file(mine / name, directories.join(object_store.uri, name))
+    directories.write_bytes(
+        directories.join(object_store.uri, "f2"), b"x" * 100
+    )  # same size, other bytes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "put_file", lambda a, b: (sent.append(a.name), original(a, b)))
-        remote.put_directory(mine, object_store.uri)
+        patch.setattr(directories, "put_file", lambda a, b: (sent.append(a.name), original(a, b)))
+        directories.put_directory(mine, object_store.uri)
     assert sorted(sent) == ["f2", "f3", "f4", "f5"]
-    assert remote.read_bytes(remote.join(object_store.uri, "f2")) == bytes([2]) * 100
+    assert directories.read_bytes(directories.join(object_store.uri, "f2")) == bytes([2]) * 100
 
 
 def test_an_outage_is_waited_for(
     object_store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine, uri = folder(tmp_path / "mine"), remote.join(object_store.uri, "x")
+    mine, uri = folder(tmp_path / "mine"), directories.join(object_store.uri, "x")
     object_store.door.shut()
     opener = threading.Timer(3.0, object_store.door.unshut)
     opener.start()
-    assert remote.put_directory(mine, uri)
+    assert directories.put_directory(mine, uri)
     opener.join()
-    assert remote.is_committed(uri)
+    assert directories.is_committed(uri)
     said = capsys.readouterr().err
     assert "does not answer" in said
     assert "trying again" in said
@@ -147,24 +151,24 @@ def test_an_outage_that_lasts_says_so(object_store: ObjectStore, tmp_path: Path)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SKILLNET_STORE_PATIENCE", "1")
-            with pytest.raises(remote.StoreUnavailable, match="did not answer for 1 s"):
-                remote.put_directory(mine, object_store.uri)
+            with pytest.raises(directories.StoreUnavailable, match="did not answer for 1 s"):
+                directories.put_directory(mine, object_store.uri)
     finally:
         object_store.door.unshut()
 
 
 def test_wrong_credentials_and_missing_bucket(object_store: ObjectStore) -> None:
     other = object_store.uri.replace("skillnet-test", "no-such-bucket")
-    for action in (remote.exists, remote.list_files, remote.list_folders):
+    for action in (directories.exists, directories.list_files, directories.list_folders):
         with pytest.raises(UserError, match=r"no bucket 'no-such-bucket'.*create it"):
             action(other)
     with pytest.raises(UserError, match="no bucket 'no-such-bucket'"):
-        remote.write_bytes(remote.join(other, "a"), b"x")
+        directories.write_bytes(directories.join(other, "a"), b"x")
     with (
         in_environment({"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}),
         pytest.raises(UserError, match=r"refused the credentials.*AWS_ACCESS_KEY_ID"),
     ):
-        remote.exists(object_store.uri)
+        directories.exists(object_store.uri)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +208,14 @@ def test_keys_that_the_store_refuses(tmp_path: Path) -> None:
             in_environment({**server.environment, **KEYS, "AWS_ACCESS_KEY_ID": "wrong"}),
             pytest.raises(UserError, match="refused the credentials"),
         ):
-            remote.write_bytes("s3://skillnet-test/a", b"x")
+            directories.write_bytes("s3://skillnet-test/a", b"x")
     finally:
         server.close()
 
 
 def test_unknown_and_uninstalled_kinds_of_store() -> None:
     with pytest.raises(UserError, match=r"s4://.*no known kind of store; known: .*s3"):
-        remote.exists("s4://bucket/x")
+        directories.exists("s4://bucket/x")
     told = refusal("gs://bucket/x", ModuleNotFoundError("No module named 'gcsfs'"))
     assert told is not None
     assert "pip install 'skillnet-platform[gs]'" in told
@@ -226,10 +230,10 @@ def test_patience_is_checked(monkeypatch: pytest.MonkeyPatch, given: str) -> Non
 
 def test_files_are_copied_within_a_store(place: str, tmp_path: Path) -> None:
     uri = f"{place}/from"
-    remote.put_directory(folder(tmp_path / "mine", a=b"one", b=b"two"), uri)
+    directories.put_directory(folder(tmp_path / "mine", a=b"one", b=b"two"), uri)
     copied: list[str] = []
-    remote.copy_files(uri, f"{place}/to", ["a", "b"], copied.append)
+    directories.copy_files(uri, f"{place}/to", ["a", "b"], copied.append)
     assert sorted(copied) == ["a", "b"]
-    assert remote.read_bytes(f"{place}/to/b") == b"two"
+    assert directories.read_bytes(f"{place}/to/b") == b"two"
     with pytest.raises(FileNotFoundError):
-        remote.copy_files(uri, f"{place}/to", ["c"])
+        directories.copy_files(uri, f"{place}/to", ["c"])

@@ -13,9 +13,9 @@ from pipelines.shards import manifest_digest, open_corpus, verify_corpus
 from pipelines.stream import Batch, MixedStream
 from pipelines.training.settings import FinetuneConfig, StorageConfig
 from pipelines.training.setup import open_stream
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.file_cache import GB, FileCache
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.cache import GB, FileCache
 from tests.object_store import BUCKET, ObjectStore, in_environment
 from tests.small_corpora import MODALITY, small_config, write_corpora
 
@@ -30,7 +30,7 @@ def uploaded(object_store_server: ObjectStore, data: Path) -> str:
     uri = f"s3://{BUCKET}/test-remote-corpora"
     with in_environment(object_store_server.environment):
         for name in MODALITY:
-            remote.put_directory(data / name, remote.join(uri, name))
+            directories.put_directory(data / name, directories.join(uri, name))
     return uri
 
 
@@ -121,21 +121,21 @@ def test_what_was_shuffled_whole_keeps_its_order(data: Path) -> None:
 
 def test_damage_is_named(object_store: ObjectStore, data: Path, run_root: Path) -> None:
     place = f"{object_store.uri}/drawings"
-    remote.put_directory(data / "drawings", place)
+    directories.put_directory(data / "drawings", place)
     shard = open_corpus(place).splits["train"].shards[0]["file"]
-    good = remote.read_bytes(f"{place}/{shard}")
-    remote.write_bytes(f"{place}/{shard}", good[:-1] + bytes([good[-1] ^ 1]))
+    good = directories.read_bytes(f"{place}/{shard}")
+    directories.write_bytes(f"{place}/{shard}", good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(UserError, match=rf"{shard}: altered or cut short.*expected"):
         open_corpus(place).splits["train"].table()
     with pytest.raises(UserError, match=rf"{shard}: this shard was altered: sha256"):
         verify_corpus(place)
-    remote.write_bytes(f"{place}/{shard}", good[:-1])
+    directories.write_bytes(f"{place}/{shard}", good[:-1])
     with pytest.raises(UserError, match=rf"{shard}: this shard was altered: .* bytes"):
         open_corpus(place)
-    remote.remove_file(f"{place}/{shard}")
+    directories.remove_file(f"{place}/{shard}")
     with pytest.raises(UserError, match=rf"{shard}: this shard is missing.*skillnet prepare drawi"):
         open_corpus(place)
-    remote.remove_file(f"{place}/manifest.json")
+    directories.remove_file(f"{place}/manifest.json")
     with pytest.raises(UserError, match="not a prepared corpus"):
         open_corpus(place)
     with pytest.raises(UserError, match="missing"):
@@ -151,6 +151,6 @@ def test_a_manifest_cannot_lead_out_of_the_cache(
     manifest["splits"]["train"]["shards"][0]["sha256"] = "../" * 21 + "x"
     manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    remote.put_directory(folder, f"{object_store.uri}/evil")
+    directories.put_directory(folder, f"{object_store.uri}/evil")
     with pytest.raises(UserError, match="gives no SHA-256"):
         open_corpus(f"{object_store.uri}/evil").splits["train"].table()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import is_transient, refusal, steadily
-from skillnet_platform.remote_objects import md5_of
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.objects import md5_of
+from skillnet_platform.storage.retry import is_transient, refusal, steadily
 
 
 class AzureError(Exception):
@@ -65,7 +65,7 @@ def test_a_store_that_is_away_is_waited_for(problem: Exception) -> None:
         tries.append(1)
         raise problem
 
-    with pytest.raises(remote.StoreUnavailable, match="did not answer"):
+    with pytest.raises(directories.StoreUnavailable, match="did not answer"):
         steadily("abfs://skillnet/x", fail, seconds=0.2)
     assert tries
 
@@ -126,11 +126,11 @@ def test_what_is_known_to_be_there_is_not_sent_again(
         "abfs": {"content_settings": {"content_md5": bytearray(digest)}, "etag": "0x8D"},
     }
     assert md5_of(told[known]) == digest
-    monkeypatch.setattr(remote, "info_of", lambda _: told[known])
+    monkeypatch.setattr(directories, "info_of", lambda _: told[known])
     (tmp_path / "a").write_bytes(b"content")
-    assert remote._is_there("x://b/a", tmp_path / "a")
+    assert directories._is_there("x://b/a", tmp_path / "a")
     (tmp_path / "a").write_bytes(b"another")
-    assert not remote._is_there("x://b/a", tmp_path / "a")
+    assert not directories._is_there("x://b/a", tmp_path / "a")
 
 
 @pytest.mark.parametrize(

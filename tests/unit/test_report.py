@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.evaluation import COLUMNS
-from skillnet_platform import store, tracking
+from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend
 from sweeps import compare as command
 from sweeps import report as reporting
 from sweeps.comparison import MEAN, compare
@@ -212,7 +213,7 @@ def test_finished_runs_from_the_command_line(
     assert told["relative"]["skillnet-pretrained"]["against"] == "specialist-pretrained"
     page = Links((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "Every system got 1 trial(s) of 6 steps" in page.text
-    client = store.client(uri)
+    client = backend.client(uri)
     experiment = client.get_experiment_by_name(tracking.TrackingConfig().experiment)
     runs = client.search_runs([experiment.experiment_id])
     assert [(run.info.run_name, run.info.status) for run in runs] == [("again", "FINISHED")]

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.places import Place
-from skillnet_platform import remote
+from skillnet_platform.storage import directories
 from tests import user_corpora
 from tests.object_store import ObjectStore
 from tests.unit.test_readers import media, read, sizes
@@ -36,7 +36,7 @@ def test_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> N
     place = f"{object_store.uri}/saved"
     for path in (tmp_path / "saved").rglob("*.*"):
         name = path.relative_to(tmp_path / "saved").as_posix()
-        remote.write_bytes(f"{place}/{name}", path.read_bytes())
+        directories.write_bytes(f"{place}/{name}", path.read_bytes())
     there = place_corpus("pictures", f"hf_dataset:{place}", {"validation": 0.0})
     assert there.travels()
     far, far_reasons = read(there)

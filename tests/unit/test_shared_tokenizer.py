@@ -11,9 +11,9 @@ from pipelines import prepare as preparing
 from pipelines import tokenizer as tokenizers
 from pipelines.corpora import place_corpus
 from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST
-from skillnet_platform import cluster, remote
+from skillnet_platform.cluster import connect as cluster_connect
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import sha256_file
+from skillnet_platform.storage import directories, sha256_file
 from tests.user_corpora import tnews
 
 
@@ -29,10 +29,10 @@ def learnt(path: Path, text: str) -> Path:
 
 def put(uri: str, tokenizer: Path, *corpora: str) -> None:
     """A store with a tokenizer, and corpora whose manifests say that they are spelt with it."""
-    remote.put_file(tokenizer, f"{uri}/{TOKENIZER}")
+    directories.put_file(tokenizer, f"{uri}/{TOKENIZER}")
     for name in corpora:
         told = {"corpus": name, "tokenizer": {"sha256": sha256_file(tokenizer)}}
-        remote.write_bytes(f"{uri}/{name}/manifest.json", json.dumps(told).encode())
+        directories.write_bytes(f"{uri}/{name}/manifest.json", json.dumps(told).encode())
 
 
 @pytest.mark.parametrize("lesson", ["their own", lessons.LEARN])
@@ -40,21 +40,21 @@ def test_the_tokenizer_of_a_stores_corpora_is_not_replaced(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lesson: str
 ) -> None:
     put(uri, learnt(tmp_path / "before.json", "苹果和梨"), "headlines", "functions")
-    before = remote.read_bytes(f"{uri}/{TOKENIZER}")
+    before = directories.read_bytes(f"{uri}/{TOKENIZER}")
     if lesson != lessons.LEARN:
         lesson = str(learnt(tmp_path / "tokenizer.json", "桌子和椅子"))
 
     def no_ray(*_: object) -> None:
         raise AssertionError("refused before Ray starts")
 
-    monkeypatch.setattr(cluster, "ensure_ray", no_ray)
+    monkeypatch.setattr(cluster_connect, "ensure_ray", no_ray)
     corpus = place_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
     with (
         pytest.raises(UserError, match=rf"{uri}/{TOKENIZER}: functions there are prepared with it"),
         prepared_store.staged(uri) as here,
     ):
         preparing.prepare([], here, tmp_path, placed=[corpus], tokenizer=lesson, store=uri)
-    assert remote.read_bytes(f"{uri}/{TOKENIZER}") == before
+    assert directories.read_bytes(f"{uri}/{TOKENIZER}") == before
 
 
 def test_the_stores_tokenizer_wins_over_what_an_earlier_prepare_left_here(
@@ -69,15 +69,17 @@ def test_the_stores_tokenizer_wins_over_what_an_earlier_prepare_left_here(
     with prepared_store.staged(uri) as here:
         assert (here / TOKENIZER).read_bytes() == new.read_bytes()
         assert not (here / TOKENIZER_MANIFEST).exists(), "it speaks of the old one"
-    assert remote.read_bytes(f"{uri}/{TOKENIZER}") == new.read_bytes()
+    assert directories.read_bytes(f"{uri}/{TOKENIZER}") == new.read_bytes()
 
 
 def test_what_corpora_share_is_sent_once(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []
-    put_file = remote.put_file
-    monkeypatch.setattr(remote, "put_file", lambda path, to: sent.append(to) or put_file(path, to))
+    put_file = directories.put_file
+    monkeypatch.setattr(
+        directories, "put_file", lambda path, to: sent.append(to) or put_file(path, to)
+    )
     learnt(tmp_path / TOKENIZER, "苹果")
     prepared_store.send_shared(tmp_path, uri)
     prepared_store.send_shared(tmp_path, uri)

@@ -19,9 +19,9 @@ from pipelines.datasource import AWAY, Job, units
 from pipelines.media import MediaRef, read_media
 from pipelines.places import Place
 from pipelines.source_files import SourceFails, open_stream
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote import StoreUnavailable
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.directories import StoreUnavailable
 from tests import user_corpora
 from tests.flaky_store import reads_fail
 from tests.object_store import ObjectStore
@@ -212,7 +212,7 @@ def test_one_tar_of_many_may_break_off(tmp_path: Path) -> None:
 
 def test_a_bucket_that_is_away(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found, listed and read alike: patience, then one message, whatever the client raises."""
-    remote.write_bytes(f"{object_store.uri}/away/rows.jsonl", lines(ROWS))
+    directories.write_bytes(f"{object_store.uri}/away/rows.jsonl", lines(ROWS))
     place = Place(f"{object_store.uri}/away")
     reference = MediaRef(f"{object_store.uri}/away/rows.jsonl").row()
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")

@@ -12,9 +12,19 @@ from typing import Any
 
 import pytest
 
-from skillnet_platform import family, operations, serving, spool, store, tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import Tracker
+from skillnet_platform.tracking import (
+    Tracker,
+    backend,
+    operations,
+    spool,
+)
+from skillnet_platform.tracking import (
+    run as tracking_run,
+)
+from skillnet_platform.tracking import (
+    server as tracking_server,
+)
 from tests.ports import free_port
 from tests.tracked import history, run_of, where
 
@@ -22,7 +32,7 @@ from tests.tracked import history, run_of, where
 @contextlib.contextmanager
 def server(database: Path, port: int) -> Iterator[str]:
     """A real MLflow server for the length of a block; then killed, not asked."""
-    process = serving.start(
+    process = tracking_server.start(
         f"sqlite:///{database}",
         "127.0.0.1",
         port,
@@ -33,12 +43,12 @@ def server(database: Path, port: int) -> Iterator[str]:
     try:
         for _ in range(300):
             with contextlib.suppress(UserError):
-                store.require_answer(uri)
+                backend.require_answer(uri)
                 break
             time.sleep(0.2)
         yield uri
     finally:
-        family.end(process, patience=0)
+        tracking_server.end(process, patience=0)
 
 
 @pytest.mark.integration
@@ -58,7 +68,7 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
     database = run_root / "server.db"
     with contextlib.ExitStack() as stack:
         with server(database, port) as uri:
-            tracker = stack.enter_context(tracking.start("spooled", None, where(uri=uri)))
+            tracker = stack.enter_context(tracking_run.start("spooled", None, where(uri=uri)))
             left = Tracker.by_id(tracker.run_id, uri)
             tracker.metrics({"loss": 0.0}, step=0)
         asked = 0
@@ -77,9 +87,9 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
             assert tracker.flush()
             assert tracker.flush()
             assert history(tracker, "loss") == [(step, float(step)) for step in range(200)]
-            artifacts = store.client(uri).list_artifacts(tracker.run_id)
+            artifacts = backend.client(uri).list_artifacts(tracker.run_id)
             assert "notes.txt" in [each.path for each in artifacts]
-            assert tracking.send_left_behind(uri) == 1
+            assert tracking_run.send_left_behind(uri) == 1
             assert history(tracker, "other") == [(1, 1.0)]
             assert list(spool.spool_root().glob("*.jsonl")) == []
             stack.close()
@@ -97,8 +107,8 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
         apply(client, run_id, operation)
 
     monkeypatch.setattr(operations, "apply", busy)
-    monkeypatch.setattr(tracking, "SETTLE_PAUSE_S", 0.01)
-    with tracking.start("busy", None, where()) as tracker:
+    monkeypatch.setattr(tracking_run, "SETTLE_PAUSE_S", 0.01)
+    with tracking_run.start("busy", None, where()) as tracker:
         tracker.metrics({"loss": 1.0}, step=1)
     assert refused == 3
     assert run_of(tracker).info.status == "FINISHED"
@@ -106,8 +116,8 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
 
     # No longer than it is told to; what is left then waits for the next run.
     refused = 0
-    monkeypatch.setattr(tracking, "END_PATIENCE_S", 0.0)
-    with tracking.start("busier", None, where()) as tracker:
+    monkeypatch.setattr(tracking_run, "END_PATIENCE_S", 0.0)
+    with tracking_run.start("busier", None, where()) as tracker:
         pass
     assert run_of(tracker).info.status == "RUNNING"
     assert len(list(spool.spool_root().glob(f"{tracker.run_id}.*"))) == 1
@@ -213,7 +223,7 @@ def test_a_record_that_always_fails_holds_up_no_other(
 
 
 def test_a_refused_record_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    with tracking.start("refused", None, where()) as tracker:
+    with tracking_run.start("refused", None, where()) as tracker:
         tracker.metrics({"bad name!\n": 1.0}, step=1)
         tracker.metrics({"good": 1.0}, step=1)
     assert "the tracker refused metrics" in capsys.readouterr().err

@@ -7,9 +7,8 @@ import pytest
 
 from pipelines.mirror import Mirror
 from pipelines.training.settings import FinetuneConfig, StorageConfig
-from skillnet_platform import remote
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import write_json
+from skillnet_platform.storage import directories, write_json
 from sweeps import stored
 from sweeps.ledger import Entry
 from sweeps.settings import SweepConfig
@@ -38,14 +37,14 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
     assert [line["step"] for line in reports_of(here.folder)] == [2, 4], "none is kept twice"
     assert here.steps_done() == 4
     assert here.settle("stopped").score == 0.4
-    remote.write_bytes(f"{uri}/trials/000/checkpoints/step-00000002/weights", b"heavy")
-    remote.write_bytes(f"{uri}/trials/000/log.txt", b"said")
+    directories.write_bytes(f"{uri}/trials/000/checkpoints/step-00000002/weights", b"heavy")
+    directories.write_bytes(f"{uri}/trials/000/log.txt", b"said")
 
     there = tmp_path / "there"
     whole = Mirror(uri, there)
     stored.take_up(whole, BEGUN, ("trials",))
     assert not there.exists(), "without its configuration it is no sweep"
-    remote.write_bytes(f"{uri}/sweep.yaml", b"{}")
+    directories.write_bytes(f"{uri}/sweep.yaml", b"{}")
     stored.take_up(whole, BEGUN, ("trials",))
     assert (there / "trials/proposed.jsonl").read_text() == '{"lr": 1}\n'
     again = Entry(here.trial, there / "trials/000", here.mirror)
@@ -66,11 +65,11 @@ def test_what_the_driver_wrote_stays_and_what_the_trial_said_is_taken(
     assert here.mirror is not None
     here.report({"step": 1, "score": 0.5, "scores": {}})
     (here.folder / "log.txt").write_text("of an earlier attempt")
-    remote.write_bytes(f"{uri}/reports.jsonl", b"")
-    remote.write_bytes(f"{uri}/log.txt", b"of this one")
+    directories.write_bytes(f"{uri}/reports.jsonl", b"")
+    directories.write_bytes(f"{uri}/log.txt", b"of this one")
     result = {"run": "/elsewhere/000", "model": "/elsewhere/000/model", "step": 1, "seconds": 1.0}
     result |= {"name": "000", "evaluation": []}
-    remote.write_bytes(f"{uri}/result.json", json.dumps(result).encode())
+    directories.write_bytes(f"{uri}/result.json", json.dumps(result).encode())
     stored.bring(here.mirror)
     assert len(reports_of(here.folder)) == 1
     assert (here.folder / "log.txt").read_text() == "of this one"
@@ -87,9 +86,9 @@ def test_a_trial_that_failed_is_forgotten_in_both_places(
     (here.folder / "config.yaml").write_text("{}")
     write_json(here.folder / "error.txt", "Traceback")
     here.settle("failed", "it broke")
-    assert remote.exists(f"{uri}/outcome.json")
+    assert directories.exists(f"{uri}/outcome.json")
     here.reopen()
-    assert not remote.exists(f"{uri}/outcome.json")
+    assert not directories.exists(f"{uri}/outcome.json")
     assert not (here.folder / "error.txt").exists()
 
 

@@ -8,9 +8,9 @@ from pipelines import lessons, prepared_store
 from pipelines import prepare as preparing
 from pipelines.corpora import place_corpus
 from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST, Delivery
-from skillnet_platform import cluster, remote
+from skillnet_platform.cluster import connect as cluster_connect
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import sha256_file, write_json
+from skillnet_platform.storage import directories, sha256_file, write_json
 from tests.unit.test_shared_tokenizer import learnt, put
 from tests.user_corpora import tnews
 
@@ -20,7 +20,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("refused before Ray starts")
 
-    monkeypatch.setattr(cluster, "ensure_ray", refuse)
+    monkeypatch.setattr(cluster_connect, "ensure_ray", refuse)
 
 
 def test_many_spell_with_it_and_one_alone_replaces_it(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_corpus_is_not_put_beside_the_tokenizer_of_another_machine(
     put(uri, learnt(tmp_path / "theirs.json", "桌子"))
     with pytest.raises(UserError, match=f"{TOKENIZER}: another prepare replaced it meanwhile"):
         mine.commit(tmp_path, {"splits": {}})
-    assert not remote.is_committed(f"{uri}/a")
+    assert not directories.is_committed(f"{uri}/a")
 
 
 def test_what_another_prepare_has_not_sent_yet_stays(run_root: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import store, tracking
+from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import Tracker, TrackingConfig
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend
 from tests.ports import free_port
 from tests.tracked import history, run_of, where
 
@@ -130,7 +130,7 @@ def child(run_root: Path) -> "subprocess.Popen[str]":
 
 @pytest.mark.integration
 def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
-    place = store.setup()
+    place = backend.setup()
     ids = {}
     for name in (signal.SIGTERM, signal.SIGKILL):
         process = child(run_root)
@@ -139,7 +139,7 @@ def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
         process.send_signal(name)
         process.wait(30)
         process.stdout.close()
-    client = store.client(place.uri)
+    client = backend.client(place.uri)
     assert client.get_run(ids[signal.SIGTERM]).info.status == "KILLED"
     assert client.get_run(ids[signal.SIGKILL]).info.status == "RUNNING"
     with tracking.start("next", None, TrackingConfig(system_metrics=False)) as tracker:
@@ -196,16 +196,16 @@ def test_very_long_values_are_shortened_not_lost_runs() -> None:
 @pytest.mark.parametrize("uri", ["file:///tmp/runs", "./mlruns"])
 def test_file_stores_are_refused(uri: str) -> None:
     with pytest.raises(UserError, match="no longer keeps runs in plain files"):
-        store.resolve_uri(uri)
+        backend.resolve_uri(uri)
 
 
 def test_the_default_store_is_in_the_run_root(
     run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert store.resolve_uri() == f"sqlite:///{run_root}/mlflow.db"
+    assert backend.resolve_uri() == f"sqlite:///{run_root}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/")
-    assert store.resolve_uri() == "http://127.0.0.1:9"
-    assert store.resolve_uri("sqlite:////x/y.db") == "sqlite:////x/y.db"
+    assert backend.resolve_uri() == "http://127.0.0.1:9"
+    assert backend.resolve_uri("sqlite:////x/y.db") == "sqlite:////x/y.db"
 
 
 def test_a_server_that_is_not_there_is_said_at_the_start() -> None:
@@ -217,15 +217,15 @@ def test_a_server_that_is_not_there_is_said_at_the_start() -> None:
 
 
 def test_a_deleted_experiment_is_named() -> None:
-    place = store.setup(experiment="deleted")
-    store.client(place.uri).delete_experiment(place.experiment_id)
+    place = backend.setup(experiment="deleted")
+    backend.client(place.uri).delete_experiment(place.experiment_id)
     with pytest.raises(UserError, match="'deleted' was deleted"):
-        store.setup(experiment="deleted")
+        backend.setup(experiment="deleted")
 
 
 @pytest.mark.integration
 def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
-    code = "from skillnet_platform import store; print(store.setup().experiment_id)"
+    code = "from skillnet_platform.tracking import backend; print(backend.setup().experiment_id)"
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "platform"),

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from skillnet_platform import remote_objects
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_objects import is_uri, join
+from skillnet_platform.storage import objects
+from skillnet_platform.storage.objects import is_uri, join
 
 #: An absolute path, or a URI as plain text. ``file://`` URIs are paths.
 Place = Path | str
@@ -42,7 +42,7 @@ def content(where: Place) -> bytes | None:
     try:
         if isinstance(where, Path):
             return where.read_bytes()
-        return remote_objects.read_bytes(where)
+        return objects.read_bytes(where)
     except FileNotFoundError:
         return None
 

@@ -1,6 +1,6 @@
 """What the nodes of a cluster install: the project's dependencies at the versions used here.
 
-    python -m skillnet_platform.environment        # writes platform/deploy/requirements.txt
+    python -m skillnet_platform.cluster.node_requirements        # writes platform/deploy/requirements.txt
 
 The names come from ``pyproject.toml``, the versions from the environment that runs this, so that
 a node runs what was tried here and two nodes started days apart run the same. Our own code is not
@@ -16,7 +16,7 @@ from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
-PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 REQUIREMENTS = Path("platform/deploy/requirements.txt")
 
 #: Extras of ``pyproject.toml`` that nodes get as far as they are installed here: what the
@@ -84,7 +84,7 @@ def requirements_text(project: Path = PROJECT) -> str:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     head = [
         f"# python {python}",
-        "# Written by python -m skillnet_platform.environment; names from pyproject.toml, versions",
+        "# Written by python -m skillnet_platform.cluster.node_requirements; names from pyproject.toml, versions",
         "# from the environment that wrote it.",
     ]
     pinned = [f"{name}=={version}" for name, version in pins(direct_dependencies(project)).items()]
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the pinned requirements of a node: to ``platform/deploy``, or to the path given."""
     words = list(argv or [])
     if "--help" in words or "-h" in words or len(words) > 1:
-        print("usage: python -m skillnet_platform.environment [FILE]\n")
+        print("usage: python -m skillnet_platform.cluster.node_requirements [FILE]\n")
         print(f"Pin what the nodes of a cluster install, by default to {REQUIREMENTS}.")
         return 2 if len(words) > 1 else 0
     path = Path(words[0]) if words else PROJECT.parent / REQUIREMENTS

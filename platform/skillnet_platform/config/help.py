@@ -5,8 +5,8 @@ import re
 import textwrap
 from typing import Any
 
-from skillnet_platform.config import ALIAS, POSITIONAL, defaults
-from skillnet_platform.typed_tree import children, describe, without_none
+from skillnet_platform.config.fields import ALIAS, POSITIONAL, defaults
+from skillnet_platform.config.schema import children, describe, without_none
 
 WIDTH = 100
 COLUMN = 34

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-PACKAGE = "pipelines"
+PACKAGE = "skillnet_platform"
 
 
 def render(template: str, values: Mapping[str, Any], package: str = PACKAGE) -> str:

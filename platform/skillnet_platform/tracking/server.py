@@ -1,15 +1,18 @@
-"""A server and all that it starts, which end with this process, however this process ends."""
+"""An MLflow server as a process of ours: how it is started. ``family.end`` ends it."""
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from skillnet_platform.tracking import backend
+
 #: Seconds for a server to end by itself.
 END_S = 10
-
 #: Is told a group of processes, waits for the end of its input, which comes with the death of
 #: whoever holds the other end, be it by SIGKILL, and then ends the group. A server has a session of
 #: its own, so that Ctrl-C reaches it through us alone, and nobody else would.
@@ -70,3 +73,45 @@ def end(server: "subprocess.Popen[Any]", patience: float | None = None) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
+
+
+#: By which MLflow's server takes its store. A URI may hold a password, and every user of the
+#: machine sees command lines.
+STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
+
+
+def start(uri: str, host: str, port: int, **streams: Any) -> "subprocess.Popen[Any]":
+    """Start a server on a store, in a session of its own; it does not answer yet.
+
+    Args:
+        uri: of the store; seen in no command line.
+        host: which interface to listen on.
+        port: where to listen.
+        streams: of ``subprocess.Popen``: what becomes of its output.
+    """
+    words = command(host, port)
+    return subprocess.Popen(words, env=environment(uri), start_new_session=True, **streams)
+
+
+def environment(uri: str) -> dict[str, str]:
+    """The environment of a server on that store."""
+    given = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", STORE_VARIABLE: uri}
+    given.pop(backend.URI_VARIABLE, None)
+    return given
+
+
+def command(host: str, port: int, artifacts: str | None = None, workers: int = 1) -> list[str]:
+    """The command line of an MLflow server; artifacts by default in the run root."""
+    program = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"  # noqa: PTH120
+    kept = ["--artifacts-destination", artifacts or backend.artifact_root().as_uri()]
+    return [
+        program,
+        "server",
+        *kept,
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--workers",
+        str(workers),
+    ]

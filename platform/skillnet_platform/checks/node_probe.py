@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform import remote, storage, store, versions
+from skillnet_platform import storage
+from skillnet_platform.checks.finding import Finding
+from skillnet_platform.cluster import versions
+from skillnet_platform.cluster.resource_request import Needs, folder_of_runs
 from skillnet_platform.errors import first_line
-from skillnet_platform.needs import Needs, folder_of_runs
-from skillnet_platform.places import below, place
-from skillnet_platform.preflight import Finding
-from skillnet_platform.remote_errors import PATIENCE_VARIABLE
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.location import below, place
+from skillnet_platform.storage.retry import PATIENCE_VARIABLE
+from skillnet_platform.tracking import backend
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 #: A node's first task starts a process that imports what it needs.
@@ -96,7 +99,7 @@ def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(address, encoding="utf-8")
             else:
-                remote.write_bytes(target, address.encode())
+                directories.write_bytes(target, address.encode())
         except Exception as problem:
             return f"{where}: {first_line(problem)}"
     return ""
@@ -138,7 +141,7 @@ def roots(places: Sequence[str]) -> list[str]:
 
 def tracker_folder() -> str:
     """The folder of a tracker that is a file; empty if it is a server."""
-    uri = store.resolve_uri()
+    uri = backend.resolve_uri()
     return str(Path(uri.removeprefix("sqlite:///")).parent) if uri.startswith("sqlite:") else ""
 
 
@@ -148,8 +151,10 @@ def _files_in(where: str, folder: str) -> list[str]:
         target = below(place(where, storage.run_root()), folder)
         if isinstance(target, Path):
             return sorted(path.read_text(encoding="utf-8") for path in target.iterdir())
-        names = [entry.name for entry in remote.list_files(target)]
-        return sorted(remote.read_bytes(remote.join(target, name)).decode() for name in names)
+        names = [entry.name for entry in directories.list_files(target)]
+        return sorted(
+            directories.read_bytes(directories.join(target, name)).decode() for name in names
+        )
     except Exception:  # shows as files that are not seen
         return []
 
@@ -161,19 +166,19 @@ def _clean_up(folder: str, places: Sequence[str]) -> None:
             if isinstance(target, Path):
                 shutil.rmtree(target)
             else:
-                remote.remove_directory(target)
+                directories.remove_directory(target)
 
 
 def _tracker_problems() -> tuple[str, str]:
     """What keeps this node from the tracker; and from what is behind the tracker's password."""
     try:
-        uri = store.resolve_uri()
+        uri = backend.resolve_uri()
         if uri.startswith("http"):
-            store.require_answer(uri)
+            backend.require_answer(uri)
     except ValueError as problem:
         return str(problem), ""
     try:
-        store.require_access(uri)
+        backend.require_access(uri)
     except ValueError as problem:
         return "", str(problem)
     return "", ""

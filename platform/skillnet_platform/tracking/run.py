@@ -17,9 +17,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 from skillnet_platform import config as configuration
-from skillnet_platform import console, lifecycle, operations, spool, store
+from skillnet_platform import console, signals
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import read_record
+from skillnet_platform.tracking import (
+    backend,
+    operations,
+    orphans,
+    spool,
+)
+from skillnet_platform.tracking import (
+    system_metrics as tracking_system_metrics,
+)
 
 LONGEST_PARAMETER = 6000
 LONGEST_TAG = 5000
@@ -54,7 +63,7 @@ class Tracker:
 
     def __init__(self, run_id: str, uri: str, experiment_id: str = "") -> None:
         self.run_id, self.uri, self.experiment_id = run_id, uri, experiment_id
-        client = store.client(uri)
+        client = backend.client(uri)
         self._spool = spool.Spool(run_id, uri, lambda op: operations.apply(client, run_id, op))
 
     @classmethod
@@ -67,7 +76,7 @@ class Tracker:
         """The page of the run for an HTTP tracker; its id otherwise."""
         if self.uri.startswith("http"):
             page = f"experiments/{self.experiment_id}/runs/{self.run_id}"
-            return f"{self.uri}/#/{page}?{store.TRAINING_VIEW}"
+            return f"{self.uri}/#/{page}?{backend.TRAINING_VIEW}"
         return self.run_id
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
@@ -204,10 +213,10 @@ def start(
             have the run to go on with.
     """
     where = tracking or TrackingConfig()
-    place = store.setup(where.uri, where.experiment)
-    client = store.client(place.uri)
+    place = backend.setup(where.uri, where.experiment)
+    client = backend.client(place.uri)
     send_left_behind(place.uri)
-    lifecycle.close_abandoned(client, place.experiment_id)
+    orphans.close_abandoned(client, place.experiment_id)
     if run_id is None:
         run = client.create_run(place.experiment_id, run_name=name, tags=_first_tags(parent))
         run_id = run.info.run_id
@@ -217,9 +226,9 @@ def start(
     status = "FINISHED"
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.system_metrics:
-        watch = lifecycle.system_metrics(run_id, place.uri, tracker.metrics)
+        watch = tracking_system_metrics.system_metrics(run_id, place.uri, tracker.metrics)
     try:
-        with lifecycle.terminate_as_interrupt(), watch:
+        with signals.terminate_as_interrupt(), watch:
             if tags:
                 tracker.tags(tags)
             if description:
@@ -264,16 +273,16 @@ def child(
         run_id: go on with this run instead of opening one.
 
     Raises:
-        MlflowException: the tracker is away (:func:`skillnet_platform.spool.is_away`).
+        MlflowException: the tracker is away (:func:`skillnet_platform.tracking.spool.is_away`).
     """
-    client = store.client(parent.uri)
+    client = backend.client(parent.uri)
     if run_id is None:
         first = _first_tags(parent.run_id)
         run = client.create_run(parent.experiment_id, run_name=name, tags=first)
         run_id = run.info.run_id
     else:
         client.update_run(run_id, status="RUNNING")
-        client.set_tag(run_id, lifecycle.PROCESS_TAG, lifecycle.this_process())
+        client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
     tracker = Tracker(run_id, parent.uri, parent.experiment_id)
     if tags:
         tracker.tags(tags)
@@ -308,7 +317,7 @@ def _take_up(client: Any, run_id: str, uri: str) -> None:
             f"the tracker {uri} cannot go on with the run {run_id} that run.json names: "
             f"{first_line(problem)}; {_REMOVE}"
         ) from None
-    client.set_tag(run_id, lifecycle.PROCESS_TAG, lifecycle.this_process())
+    client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
 
 
 def send_left_behind(uri: str) -> int:
@@ -324,7 +333,7 @@ def _first_tags(parent: str | None) -> dict[str, str]:
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
         "mlflow.source.type": "LOCAL",
-        lifecycle.PROCESS_TAG: lifecycle.this_process(),
+        orphans.PROCESS_TAG: orphans.this_process(),
     }
     if parent:
         tags["mlflow.parentRunId"] = parent

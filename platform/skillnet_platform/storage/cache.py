@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform import console, remote, storage
+from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
+from skillnet_platform.storage import local as local_storage
 
 FOLDER_VARIABLE = "SKILLNET_CACHE"
 LIMIT_VARIABLE = "SKILLNET_CACHE_GB"
@@ -179,8 +181,8 @@ class FileCache:
             if reserved is None:
                 return
             try:
-                storage.require_space(path, wanted.bytes)
-                remote.get_file(wanted.uri, path, wanted.sha256)
+                local_storage.require_space(path, wanted.bytes)
+                directories.get_file(wanted.uri, path, wanted.sha256)
             except FileNotFoundError:
                 raise UserError(
                     f"{wanted.uri}: this file is missing, though its manifest names it. Put it "
@@ -249,8 +251,8 @@ class FileCache:
         if not self._warned:
             self._warned = True
             console.warn(
-                f"{self.folder}: the shards in use take {storage.human_bytes(excess)} more than "
-                f"the cache's limit of {storage.human_bytes(self.limit)}; going on over it. Set "
+                f"{self.folder}: the shards in use take {local_storage.human_bytes(excess)} more than "
+                f"the cache's limit of {local_storage.human_bytes(self.limit)}; going on over it. Set "
                 "storage.cache_gb higher, or training.shuffle_gb lower"
             )
 
@@ -281,7 +283,11 @@ def _locked(path: Path) -> Iterator[None]:
 def cache_folder() -> Path:
     """Where the cache is: ``$SKILLNET_CACHE``, or ``cache/shards`` under the run root."""
     given = os.environ.get(FOLDER_VARIABLE)
-    return Path(given).expanduser().absolute() if given else storage.run_root() / "cache" / "shards"
+    return (
+        Path(given).expanduser().absolute()
+        if given
+        else local_storage.run_root() / "cache" / "shards"
+    )
 
 
 def cache_limit() -> int:

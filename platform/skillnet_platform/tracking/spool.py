@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from skillnet_platform import console, storage
 from skillnet_platform.errors import first_line
-from skillnet_platform.operations import Operation
+from skillnet_platform.tracking.operations import Operation
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from skillnet_platform import storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import StoreUnavailable
-from skillnet_platform.remote_objects import (
+from skillnet_platform.storage import local as local_storage
+from skillnet_platform.storage.objects import (
     Entry,
     copy_file,
     exists,
@@ -43,6 +42,7 @@ from skillnet_platform.remote_objects import (
     remove_file,
     write_bytes,
 )
+from skillnet_platform.storage.retry import StoreUnavailable
 
 __all__ = [
     "Entry",
@@ -175,8 +175,8 @@ def get_directory(
         raise UserError(f"{uri} {what}")
     target = Path(local)
     total = sum(entry.bytes for entry in entries)
-    storage.require_space(target, total)
-    with storage.staging(target) as aside:
+    local_storage.require_space(target, total)
+    with local_storage.staging(target) as aside:
 
         def fetch(entry: Entry) -> None:
             place = (aside / entry.name).resolve()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from skillnet_platform import loopback
+from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError
 
 #: Set before Ray is imported, and only where the user has not set them.

@@ -1,4 +1,4 @@
-"""Single files in an object store, by URI; see :mod:`skillnet_platform.remote` for folders."""
+"""Single files in an object store, by URI; see :mod:`skillnet_platform.storage.directories` for folders."""
 
 import base64
 import os
@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
-from skillnet_platform import storage
 from skillnet_platform.errors import UserError
-from skillnet_platform.remote_errors import AZURE, missing_bucket, steadily
+from skillnet_platform.storage import local as local_storage
+from skillnet_platform.storage.retry import AZURE, missing_bucket, steadily
 
 Result = TypeVar("Result")
 
@@ -115,7 +115,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     def write() -> None:
         system, path = _system(uri)
         if is_local(uri):
-            with storage.atomic_write(path) as stream:
+            with local_storage.atomic_write(path) as stream:
                 stream.write(data)
         else:
             system.pipe_file(path, data)
@@ -134,7 +134,7 @@ def put_file(local: str | os.PathLike[str], uri: str) -> None:
     def put() -> None:
         system, path = _system(uri)
         if is_local(uri):
-            with Path(local).open("rb") as source, storage.atomic_write(path) as stream:
+            with Path(local).open("rb") as source, local_storage.atomic_write(path) as stream:
                 shutil.copyfileobj(source, stream)
         else:
             system.put_file(str(local), path)
@@ -174,13 +174,13 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
 
     def get() -> None:
         system, path = _system(uri)
-        with storage.disk_guard(target):
+        with local_storage.disk_guard(target):
             system.get_file(path, str(aside))
 
     try:
         _in_bucket(uri, get)
         if sha256 is not None:
-            found = storage.sha256_file(aside)
+            found = local_storage.sha256_file(aside)
             if found != sha256:
                 raise UserError(
                     f"{uri}: altered or cut short: sha256 {found}, expected {sha256}. "

@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
-from skillnet_platform import loopback, remote, storage, store, versions
-from skillnet_platform.errors import first_line
-from skillnet_platform.needs import Needs, checkpoint_bytes
-from skillnet_platform.node_views import (
+from skillnet_platform import storage
+from skillnet_platform.checks.finding import FREE_DISK_BYTES, Finding, Level
+from skillnet_platform.checks.node_probe import (
     AGAIN,
     INTERFACES,
     STORE_PATIENCE_S,
@@ -24,10 +23,14 @@ from skillnet_platform.node_views import (
     roots,
     tracker_folder,
 )
-from skillnet_platform.places import place
-from skillnet_platform.preflight import FREE_DISK_BYTES, Finding, Level
-from skillnet_platform.remote_errors import PATIENCE_VARIABLE
-from skillnet_platform.remote_objects import is_uri
+from skillnet_platform.cluster import loopback, versions
+from skillnet_platform.cluster.resource_request import Needs, checkpoint_bytes
+from skillnet_platform.errors import first_line
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.location import place
+from skillnet_platform.storage.objects import is_uri
+from skillnet_platform.storage.retry import PATIENCE_VARIABLE
+from skillnet_platform.tracking import backend
 
 ENTRY = (
     "--env_from MLFLOW_TRACKING_USERNAME,MLFLOW_TRACKING_PASSWORD, before the command; or "
@@ -62,7 +65,7 @@ def same_versions(seen: Sequence[Seen]) -> list[Finding]:
         if version == have or (name == "python" and _minor(version) == _minor(have)):
             continue
         what = f"{name} {have or 'is missing'} on the cluster, {version} where the job was sent"
-        advice = "pin anew (python -m skillnet_platform.environment), then `ray up`"
+        advice = "pin anew (python -m skillnet_platform.cluster.node_requirements), then `ray up`"
         found.append(Finding("versions", "warning", what, advice))
     if not found:
         some = ", ".join(f"{name} {here[name]}" for name in ("python", "ray", "torch"))
@@ -208,7 +211,11 @@ def models(wanted: Sequence[str]) -> list[Finding]:
     for name in wanted:
         try:
             target = place(name, storage.run_root())
-            there = target.exists() if isinstance(target, Path) else bool(remote.list_files(target))
+            there = (
+                target.exists()
+                if isinstance(target, Path)
+                else bool(directories.list_files(target))
+            )
             if not there and not is_uri(name) and (storage.run_root() / name).exists():
                 there = True  # a run's name may have a folder before it
             seen = name if there else f"{name}: not there, as seen from the head"
@@ -248,7 +255,7 @@ def trackers(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
     records = asked is not None and asked.records
     for each in seen:
         if each.tracker_problem:
-            advice = f"{store.URI_VARIABLE} must name an address that every node reaches"
+            advice = f"{backend.URI_VARIABLE} must name an address that every node reaches"
             what = f"{each.node}: {each.tracker_problem}"
             return [Finding("tracker on nodes", "error", what, advice)]
         if each.access_problem:
@@ -256,9 +263,9 @@ def trackers(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
             return [
                 Finding("tracker on nodes", level, f"{each.node}: {each.access_problem}", ENTRY)
             ]
-    uri = store.resolve_uri()
+    uri = backend.resolve_uri()
     if len(seen) > 1 and not uri.startswith("http"):
-        advice = f"start `skillnet tracker` and set {store.URI_VARIABLE} in the cluster's file"
+        advice = f"start `skillnet tracker` and set {backend.URI_VARIABLE} in the cluster's file"
         if blind := _unseen(seen, tracker_folder()):
             return [Finding("tracker on nodes", "error", f"{uri}: a file. {blind}", advice)]
         what = f"{uri}: a file, to which several nodes would write"

@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform import gate, store
 from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.tracking import backend, promotion
 
 MODEL_NAME = "skillnet"
 CHAMPION = "champion"
@@ -43,7 +43,7 @@ class Registered:
     uri: str
     run_id: str
     alias: str
-    verdict: gate.Verdict
+    verdict: promotion.Verdict
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def register(
     run_id: str,
     code_path: str | os.PathLike[str],
     artifacts: Mapping[str, str | os.PathLike[str]],
-    figures: Mapping[str, gate.Figure],
+    figures: Mapping[str, promotion.Figure],
     *,
     uri: str | None = None,
     name: str = MODEL_NAME,
@@ -98,8 +98,8 @@ def register(
     for what in [code_path, *artifacts.values()]:
         if not Path(what).exists():
             raise UserError(f"{what}: no such file; a model cannot be registered without it")
-    chosen = store.resolve_uri(uri)
-    client = store.client(chosen)
+    chosen = backend.resolve_uri(uri)
+    client = backend.client(chosen)
     experiment_id = client.get_run(run_id).info.experiment_id
     with _as_default(chosen, experiment_id) as mlflow:
         # pyfunc.log_model would open the run anew and end it FINISHED, whatever it was.
@@ -134,7 +134,7 @@ def register(
 
 def promote(
     number: int, *, name: str = MODEL_NAME, uri: str | None = None, force: bool = False
-) -> gate.Verdict:
+) -> promotion.Verdict:
     """Hold a version against the champion and move the alias that it earned.
 
     Args:
@@ -143,17 +143,17 @@ def promote(
         uri: the tracker.
         force: make it champion whatever the figures say (the verdict records that).
     """
-    client = store.client(store.resolve_uri(uri))
+    client = backend.client(backend.resolve_uri(uri))
     current = champion(name=name, uri=uri)
     if current is None:
-        verdict = gate.Verdict(True, ("the first version",))
+        verdict = promotion.Verdict(True, ("the first version",))
     elif int(current.version) == number:
-        verdict = gate.Verdict(True, ("already the champion",))
+        verdict = promotion.Verdict(True, ("already the champion",))
     else:
         ours = _unpack(client.get_model_version(name, str(number)))
-        verdict = gate.compare(ours, _unpack(current))
+        verdict = promotion.compare(ours, _unpack(current))
     if force and not verdict.passed:
-        verdict = gate.Verdict(True, (*verdict.reasons, "promoted by hand"))
+        verdict = promotion.Verdict(True, (*verdict.reasons, "promoted by hand"))
     client.set_model_version_tag(name, str(number), "gate", str(verdict)[:5000])
     client.set_registered_model_alias(name, CHAMPION if verdict.passed else CHALLENGER, str(number))
     if verdict.passed:
@@ -166,7 +166,7 @@ def champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
-        client = store.client(store.resolve_uri(uri))
+        client = backend.client(backend.resolve_uri(uri))
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as problem:
         if problem.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -188,8 +188,8 @@ def resolve(model: str, uri: str | None = None) -> Resolved:
             f"{model}: no such directory. Give a checkpoint's directory or a registered model "
             f"such as models:/{MODEL_NAME}@{CHAMPION}"
         )
-    chosen = store.resolve_uri(uri)
-    client = store.client(chosen)
+    chosen = backend.resolve_uri(uri)
+    client = backend.client(chosen)
     from mlflow.exceptions import MlflowException
 
     try:
@@ -217,7 +217,7 @@ def load(model: str, uri: str | None = None) -> Any:
         UserError: there is none.
     """
     resolved = resolve(model, uri)
-    with _as_default(store.resolve_uri(uri)) as mlflow:
+    with _as_default(backend.resolve_uri(uri)) as mlflow:
         return mlflow.pyfunc.load_model(str(resolved.path))
 
 
@@ -276,21 +276,21 @@ def _drop_alias(client: Any, name: str, alias: str, number: int) -> None:
         client.delete_registered_model_alias(name, alias)
 
 
-def _pack(figures: Mapping[str, gate.Figure]) -> str:
-    return json.dumps(gate.to_json(figures), separators=(",", ":"))
+def _pack(figures: Mapping[str, promotion.Figure]) -> str:
+    return json.dumps(promotion.to_json(figures), separators=(",", ":"))
 
 
-def _unpack(found: Any) -> dict[str, gate.Figure]:
-    return gate.from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
+def _unpack(found: Any) -> dict[str, promotion.Figure]:
+    return promotion.from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
 
 
 @contextlib.contextmanager
 def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
     """MLflow's functions, as opposed to its client, read process-wide settings: set, put back."""
-    store.prepare_environment()
-    names = (store.URI_VARIABLE, "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
+    backend.prepare_environment()
+    names = (backend.URI_VARIABLE, "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
     before = {name: os.environ.get(name) for name in names}
-    os.environ[store.URI_VARIABLE] = uri
+    os.environ[backend.URI_VARIABLE] = uri
     if experiment_id is not None:
         os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
     import mlflow

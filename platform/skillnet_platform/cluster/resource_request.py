@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from skillnet_platform import config, storage
-from skillnet_platform.remote_objects import is_uri
-from skillnet_platform.typed_tree import nested, value_at
+from skillnet_platform.config.schema import nested, value_at
+from skillnet_platform.storage.objects import is_uri
 
 #: Commands that train; the others need one CPU somewhere.
 TRAINING = ("pretrain", "finetune", "quickstart", "sweep", "compare", "grow")

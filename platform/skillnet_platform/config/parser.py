@@ -14,13 +14,14 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-from skillnet_platform import careful_yaml, console
-from skillnet_platform.errors import UserError, nearest
-from skillnet_platform.typed_tree import (
+from skillnet_platform import console
+from skillnet_platform.config import safe_yaml
+from skillnet_platform.config.fields import ALIAS, POSITIONAL, T, _tree, defaults, to_dict
+from skillnet_platform.config.schema import (
     checked,
     children,
     describe,
@@ -34,33 +35,10 @@ from skillnet_platform.typed_tree import (
     value_at,
     without_none,
 )
-
-T = TypeVar("T")
-
-POSITIONAL = "skillnet_positional"
+from skillnet_platform.errors import UserError, nearest
 
 #: Key of a mapping in a YAML file that starts from another file.
 INCLUDE = "include"
-ALIAS = "skillnet_alias"
-
-
-def positional(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A dataclass field that may be given without its name: ``skillnet search "a red heart"``.
-
-    A field of type ``list[str]`` takes all bare words, one of type ``str`` takes one. Without a
-    default the command requires it.
-    """
-    marks = {POSITIONAL: True, **metadata}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=marks)
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=marks)
-    return dataclasses.field(default=default, metadata=marks)
-
-
-def aliased(default: Any, alias: str) -> Any:
-    """A dataclass field that the command line also knows by another name, such as ``--from``."""
-    return dataclasses.field(default=default, metadata={ALIAS: alias})
 
 
 def parse(
@@ -92,7 +70,7 @@ def parse(
     end = words.index("--") if "--" in words else len(words)
     words, rest = words[:end], words[end:]  # what follows "--" may be another command's options
     if "--help" in words or "-h" in words:
-        from skillnet_platform.help import render
+        from skillnet_platform.config.help import render
 
         print(render(cls, prog, description, example))
         raise SystemExit(0)
@@ -153,7 +131,7 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
             mapping.
     """
     try:
-        loaded = careful_yaml.load(Path(path).read_text(encoding="utf-8"))
+        loaded = safe_yaml.load(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except ValueError as problem:
@@ -197,7 +175,7 @@ def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, A
 
 def preset_directories() -> list[Path]:
     """Where presets are looked for: beside the package once installed, or in the checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     places = (Path("configs").absolute(), here / "configs", here.parents[1] / "configs")
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
@@ -218,25 +196,6 @@ def find_config(name: str) -> Path:
     raise UserError(
         f"--config {name}: neither a file nor a preset{nearest(name.removesuffix('.yaml'), known)}"
     )
-
-
-def defaults(cls: type) -> dict[str, Any]:
-    """The tree of defaults of a dataclass, without the fields that have none."""
-    tree: dict[str, Any] = {}
-    for f in dataclasses.fields(cls):
-        if f.default is not dataclasses.MISSING:
-            tree[f.name] = _tree(f.default)
-        elif f.default_factory is not dataclasses.MISSING:
-            tree[f.name] = _tree(f.default_factory())
-    return tree
-
-
-def to_dict(obj: Any) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries, lists and scalars: safe for YAML, JSON."""
-    tree = _tree(obj)
-    if not isinstance(tree, dict):
-        raise TypeError(f"expected a dataclass or a mapping, got {type(obj).__name__}")
-    return tree
 
 
 def to_yaml(obj: Any) -> str:
@@ -285,16 +244,6 @@ def _over(layer: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         else:
             layer[key] = value
     return layer
-
-
-def _tree(obj: Any) -> Any:
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: _tree(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
-    if isinstance(obj, Mapping):
-        return {str(key): _tree(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [_tree(value) for value in obj]
-    return str(obj) if isinstance(obj, PurePath) else obj
 
 
 def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]], list[str]]:
@@ -349,7 +298,7 @@ def read_value(text: str, hint: Any, key: str) -> Any:
     if listed:
         parts = text.split(",")
     try:
-        values = [careful_yaml.load(part) for part in parts]
+        values = [safe_yaml.load(part) for part in parts]
     except ValueError as problem:
         short = text if len(text) <= 80 else text[:79] + "…"
         raise UserError(

@@ -1,0 +1,1 @@
+"""TODO: package platform/skillnet_platform/checks."""

@@ -1,0 +1,41 @@
+"""TODO: package skillnet_platform.storage."""
+
+from skillnet_platform.storage.local import (
+    HOME_VARIABLE,
+    archive_root,
+    atomic_write,
+    commit_directory,
+    data_root,
+    disk_guard,
+    free_bytes,
+    human_bytes,
+    process_is_alive,
+    read_json,
+    read_record,
+    require_space,
+    run_root,
+    scratch,
+    sha256_file,
+    staging,
+    write_json,
+)
+
+__all__ = [
+    "HOME_VARIABLE",
+    "archive_root",
+    "atomic_write",
+    "commit_directory",
+    "data_root",
+    "disk_guard",
+    "free_bytes",
+    "human_bytes",
+    "process_is_alive",
+    "read_json",
+    "read_record",
+    "require_space",
+    "run_root",
+    "scratch",
+    "sha256_file",
+    "staging",
+    "write_json",
+]

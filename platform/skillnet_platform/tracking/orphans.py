@@ -1,0 +1,33 @@
+"""TODO: skillnet_platform.tracking.orphans."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+PROCESS_TAG = "skillnet.process"
+
+
+def this_process() -> str:
+    """Host, process id and its start time: an id alone is used again by the system."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def close_abandoned(client: Any, experiment_id: str) -> int:
+    """End as KILLED the RUNNING runs whose process, on this machine, is gone; how many."""
+    closed = 0
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        host, _, rest = run.data.tags.get(PROCESS_TAG, "").partition(":")
+        pid, _, started = rest.partition(":")
+        if host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started:
+            client.set_tag(run.info.run_id, "failure", "the process was killed")
+            client.set_terminated(run.info.run_id, "KILLED")
+            closed += 1
+    return closed
+
+
+def _started(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
