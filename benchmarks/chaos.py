@@ -145,7 +145,7 @@ class Lane:
 
     def config(self, name: str, uri: str | None = None) -> Any:
         """A tiny model on two of the corpora."""
-        from pipelines.training.settings import FinetuneConfig, TaskTraining, TrainingConfig
+        from pipelines.config.run import FinetuneConfig, TaskTraining, TrainingConfig
         from skillnet.config import SkillNetConfig
         from skillnet_platform.tracking import TrackingConfig
 
@@ -233,7 +233,7 @@ class Lane:
         return subprocess.run(command, stdout=subprocess.DEVNULL, timeout=600).returncode
 
     def _command(self, config: Any) -> list[str]:
-        from pipelines.training.settings import FinetuneConfig
+        from pipelines.config.run import FinetuneConfig
         from skillnet_platform import config as configuration
 
         path = self.folder / f"{config.name}.yaml"
@@ -250,9 +250,9 @@ class Lane:
 
         if self._launcher == "ranks":
             from benchmarks.ranks import fit_on_ranks
-            from pipelines.training import worker
+            from pipelines.training.ray_train import fit
 
-            worker.fit_on_ray = fit_on_ranks
+            fit.fit_on_ray = fit_on_ranks
         else:
             from skillnet_platform import cluster
 

@@ -51,7 +51,7 @@ def recovery(progress: Path) -> tuple[int, float]:
 
 def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     """(Points that the tracker lacks, points too many) of a run."""
-    from pipelines.training.progress import history
+    from pipelines.runs.progress_log import history
     from skillnet_platform import tracking
     from skillnet_platform.tracking import backend
 

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print a table for a document")
     options, words = parser.parse_known_args(argv)
 
-    from pipelines.training.settings import FinetuneConfig
+    from pipelines.config.run import FinetuneConfig
     from skillnet_platform import config as configuration
     from skillnet_platform import console
 
@@ -66,8 +66,8 @@ def _rows(spoken: str, config: Any, lengths: dict[str, dict[str, int]]) -> list[
 
 def _lengths(config: Any, task: str) -> dict[str, int]:
     """Mean length of the rows of a task's test split, by tower."""
-    from pipelines.inference import mean_lengths, split_inputs
-    from pipelines.shards import open_corpus
+    from pipelines.evaluation.inference import mean_lengths, split_inputs
+    from pipelines.shards.dataset import open_corpus
     from skillnet_platform.storage.location import below, place
 
     settings, spec = config.tasks[task], config.model.tasks[task]

@@ -17,7 +17,7 @@ import yaml
 from benchmarks.kept import keep, rows_of
 from benchmarks.marks import put
 from benchmarks.measure import RESULTS
-from pipelines import reporting
+from pipelines.evaluation import tables
 from pipelines.growth.report import GROWN, JSON, MARKDOWN, WORDS, Growth, Worth
 
 PAGE = Path(__file__).parent.parent / "docs" / "growth.md"
@@ -50,7 +50,7 @@ def text_of(folder: Path) -> str:
     growth = Growth.from_dict(json.loads((folder / JSON).read_text(encoding="utf-8")))
     first = rows_of(folder / EVALUATION)[0]
     new = [each for each in growth.worth if each.split == "test"]
-    words = reporting.words_of(new[0].metric)
+    words = tables.words_of(new[0].metric)
     lines = [
         f"| trained | {words} (95 % interval) | grown less this, paired | parameters trained |",
         "|---|---|---|---:|",
@@ -78,14 +78,14 @@ def text_of(folder: Path) -> str:
     everything = next((each for each in new if each.system == "everything" and each.lost), None)
     if everything is not None:
         head = ["task", "figure", "before, and after growing", "after everything was trained"]
-        shown = {metric for metric, _ in reporting.HEADLINE.values()}
+        shown = {metric for metric, _ in tables.HEADLINE.values()}
         metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
         cells = [
-            [f"`{task}`", reporting.words_of(metric_of[task])]
-            + [reporting.shown(metric_of[task], value) for value in pair]
+            [f"`{task}`", tables.words_of(metric_of[task])]
+            + [tables.shown(metric_of[task], value) for value in pair]
             for task, pair in everything.lost.items()
         ]
-        parts += [f"With {WORDS['everything']} they move:", reporting.markdown(head, cells)]
+        parts += [f"With {WORDS['everything']} they move:", tables.markdown(head, cells)]
     parts.append(f"Files: [{folder.name}](../benchmarks/results/{folder.name}).")
     return "\n\n".join(parts)
 
@@ -96,7 +96,7 @@ def _line(each: Worth) -> str:
         value, low, high = (100 * x for x in each.behind)
         behind = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     bold = "**" if each.system == GROWN else ""
-    shown = reporting.shown_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
+    shown = tables.shown_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
     words = WORDS.get(each.system, each.system)
     return f"| {bold}{words}{bold} | {bold}{shown}{bold} | {behind} | {each.trained:,} |"
 
@@ -108,12 +108,12 @@ def _simple(path: Path, task: str, metric: str) -> list[str]:
     rows = [
         row
         for row in rows_of(path)
-        if row["system"] in reporting.SYSTEMS
+        if row["system"] in tables.SYSTEMS
         and (row["task"], row["split"], row["metric"]) == (task, "test", metric)
     ]
     return [
-        f"| *{reporting.SYSTEMS[row['system']]}* | "
-        + reporting.shown_interval(
+        f"| *{tables.SYSTEMS[row['system']]}* | "
+        + tables.shown_interval(
             {"metric": metric} | {key: float(row[key]) for key in BOUNDS if row[key]}
         )
         + " | | |"

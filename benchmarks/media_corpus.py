@@ -26,10 +26,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.corpora.archives import members
-from pipelines.corpora.drawings import OPENMOJI
-from pipelines.corpora.pins import CNCHAR_DATA
-from pipelines.corpora.strokes import _paths
+from pipelines.corpora.archives import CNCHAR_DATA, members
+from pipelines.corpora.builtin.drawings import OPENMOJI
+from pipelines.corpora.builtin.strokes import _paths
 from pipelines.transforms import sound, video
 from skillnet_platform import storage
 

@@ -98,7 +98,7 @@ def resident(pid: int, kind: str) -> int:
 
 def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict[str, Any]:
     """Prepare a corpus from this process and say what it took."""
-    from pipelines.corpora.folder import Folder
+    from pipelines.corpora.readers.folder import Folder
 
     corpus = Folder(str(folder), Folder.Options(validation=0.0, test=0.0, **SIZES[kind]))
     corpus.shard_rows = shard_rows  # type: ignore[misc]  # small: a twentieth of the rows is many
@@ -115,7 +115,7 @@ def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict
 
 def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
     """``skillnet prepare``."""
-    from pipelines.prepare import prepare
+    from pipelines.preprocessing.prepare import prepare
     from skillnet_platform.cluster import ensure_ray
 
     ensure_ray(cpus)
@@ -130,8 +130,8 @@ def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int,
     """The same reading and writing code with a pool of processes in Ray's place: this process
     reads, and waits while twice as many blocks as processes are on their way."""
     from pipelines.corpora.base import Sources
-    from pipelines.datasource import Job, units
-    from pipelines.shard_work import write_block
+    from pipelines.preprocessing.datasource import Job, units
+    from pipelines.preprocessing.transform_task import write_block
 
     if corpus.text_columns:
         corpus.has = ()  # no tokenizer is learnt here

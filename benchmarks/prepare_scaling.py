@@ -105,7 +105,7 @@ def _read(reader: str, folder: Path, rows: int) -> float:
     """Seconds of CPU that the reading task takes for a corpus, beyond finding it."""
     from pipelines.corpora import place_corpus
     from pipelines.corpora.base import Sources
-    from pipelines.datasource import Job, units
+    from pipelines.preprocessing.datasource import Job, units
 
     corpus = place_corpus("read", f"{reader}:{folder / 'corpus'}")
     job = Job(corpus, Sources(folder, ()), folder)

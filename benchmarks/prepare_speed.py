@@ -222,7 +222,7 @@ def map_of(given: Work, folder: Path, stack: ExitStack) -> Pass:
 def corpus_of(kind: str, paths: list[Path]) -> Any:
     """A user's folder of those files, with the pixels or frames alone, as the others have them:
     no tokens, no symbols."""
-    from pipelines.corpora.folder import Folder
+    from pipelines.corpora.readers.folder import Folder
 
     corpus = Folder(str(paths[0].parent.parent), Folder.Options(**OPTIONS[kind]))
     corpus.has = ()
@@ -232,8 +232,8 @@ def corpus_of(kind: str, paths: list[Path]) -> Any:
 
 def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
-    from pipelines.corpora.placed import media_row
-    from pipelines.media import MediaRef
+    from pipelines.corpora.readers.base import media_row
+    from pipelines.io.media import MediaRef
     from skillnet_platform import cluster
 
     corpus = corpus_of(given.kind, given.paths)
@@ -243,9 +243,9 @@ def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     def work(rows: int) -> None:
         if not opened:
             opened.append(stack.enter_context(cluster.session(given.processes)))
-        from pipelines.making import Order
-        from pipelines.preparation import Hosts, write_corpora
-        from pipelines.prepare import identity_of
+        from pipelines.preprocessing.datasource import Order
+        from pipelines.preprocessing.pipeline import Hosts, write_corpora
+        from pipelines.preprocessing.prepare import identity_of
 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -268,7 +268,7 @@ def _code(rounds: int, threads: int) -> Result:
 
     from tokenizers import Tokenizer
 
-    from pipelines import tokenizer as tokenizers
+    from pipelines.tokenizer import training as tokenizers
     from pipelines.transforms import code, text
 
     modules = (argparse, inspect, shutil, tempfile)

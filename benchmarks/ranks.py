@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipelines.training import faults, notice
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.training import fault_injection, preemption
 from pipelines.training.worker import work
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
@@ -31,7 +31,7 @@ def fit_on_ranks(
     on_evaluation: Any = None,
     nested: Any = None,
 ) -> None:
-    """What ``pipelines.training.worker.fit_on_ray`` does, with processes of this machine.
+    """What ``pipelines.training.ray_train.fit.fit_on_ray`` does, with processes of this machine.
 
     Raises:
         UserError: a worker met a user's mistake, such as a full disk.
@@ -40,12 +40,19 @@ def fit_on_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "mlflow.tracking"])
     with (
-        notice.listening(notice.FileSign(run / notice.FILE)),
+        preemption.listening(preemption.FileSign(run / preemption.FILE)),
         tempfile.TemporaryDirectory() as place,
     ):
         for attempt in range(config.training.max_failures + 1):
             words = Path(place) / f"words-{attempt}"
-            args = (config, run, tracked, f"{place}/store-{attempt}", words, faults.environment())
+            args = (
+                config,
+                run,
+                tracked,
+                f"{place}/store-{attempt}",
+                words,
+                fault_injection.environment(),
+            )
             group = [
                 context.Process(target=_worker, args=(rank, *args))
                 for rank in range(config.training.workers)
@@ -84,17 +91,17 @@ def _worker(
     words: Path,
     environment: dict[str, str],
 ) -> None:
-    os.environ.pop(faults.VARIABLE, None)
+    os.environ.pop(fault_injection.VARIABLE, None)
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", **environment}
     world = config.training.workers
     torch.set_num_threads(1)
-    notice.listen_in_worker()
+    preemption.listen_in_worker()
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     try:
         if rank:
             work(config, run, rank, world, tracked)
         else:
-            with notice.looking_for(notice.FileSign(run / notice.FILE)):
+            with preemption.looking_for(preemption.FileSign(run / preemption.FILE)):
                 work(config, run, rank, world, tracked)
     except UserError as problem:
         words.write_text(str(problem), encoding="utf-8")

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.measure import Result, write
 from pipelines.corpora import PlacedCorpus, place_corpus
 from pipelines.corpora.base import Sources
-from pipelines.datasource import write_spool
+from pipelines.preprocessing.spool import write_spool
 
 SIZES = (1_000, 7_000)
 #: A caption of AIC-ICC has 17 characters on average, an utterance of AISHELL-1 14.

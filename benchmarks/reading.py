@@ -22,10 +22,10 @@ from PIL import Image
 from benchmarks.measure import Result, Took, ratio, spread
 from benchmarks.media import PICTURE, decode, files
 from benchmarks.sides import Maker, rounds_of, side
-from pipelines.collate import Fixed, open_column
-from pipelines.encoded import encode, encoded_field
-from pipelines.shards import write_shard
-from pipelines.training.mixture import generator
+from pipelines.loading.rng import generator
+from pipelines.shards.columns import Fixed, open_column
+from pipelines.shards.format import write_shard
+from pipelines.shards.jpeg import encode, encoded_field
 from skillnet_platform import console
 
 PICTURES, TIMES, BATCH = 64, 24, 64

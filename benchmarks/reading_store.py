@@ -47,9 +47,9 @@ from benchmarks.reading import (
 from benchmarks.sides import Maker, rounds_of
 
 if TYPE_CHECKING:
-    from pipelines.held_rows import HeldRows
-    from pipelines.training.mixture import RowOrder
-    from pipelines.training.windows import WindowOrder
+    from pipelines.loading.samplers import RowOrder
+    from pipelines.loading.shard_table import HeldRows
+    from pipelines.loading.window_sampler import WindowOrder
 
 PORT, BUCKET, PREFIX = 15_555, "pictures", "contender-"
 ADDRESS = f"http://127.0.0.1:{PORT}"
@@ -131,10 +131,11 @@ def _whole(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], obj
 
 
 def _shards(cells: list[bytes], home: Path, early: bool) -> Callable[[], object]:
-    from pipelines.held_rows import HeldRows
-    from pipelines.shards import FORMAT_VERSION, MANIFEST, manifest_digest, open_corpus
-    from pipelines.training.mixture import RowOrder
-    from pipelines.training.windows import WindowOrder
+    from pipelines.loading.samplers import RowOrder
+    from pipelines.loading.shard_table import HeldRows
+    from pipelines.loading.window_sampler import WindowOrder
+    from pipelines.shards.dataset import open_corpus
+    from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
     from skillnet_platform.storage import write_json
     from skillnet_platform.storage.cache import FileCache
 
@@ -165,8 +166,8 @@ def _held_batches(held: "HeldRows", order: "RowOrder | WindowOrder") -> Batches:
     """Batches of one epoch, as the stream of a training takes them."""
     import torch
 
-    from pipelines.collate import Fixed
-    from pipelines.stream import follow
+    from pipelines.loading.dataloader import follow
+    from pipelines.shards.columns import Fixed
 
     for occurrence in range(len(held) // BATCH):
         rows = order.batch(occurrence)

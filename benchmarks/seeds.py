@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.marks import put
-from pipelines.reporting import words_of
+from pipelines.evaluation.tables import words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

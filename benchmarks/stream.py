@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
-from pipelines.shards import Corpus
-from pipelines.stream import MixedStream
+from pipelines.config.run import FinetuneConfig
+from pipelines.loading.dataloader import MixedStream
+from pipelines.shards.dataset import Corpus
 from pipelines.training.loop import train
-from pipelines.training.settings import FinetuneConfig
 from pipelines.training.setup import open_corpora
 from skillnet_platform import console
 from skillnet_platform.errors import UserError

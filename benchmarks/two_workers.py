@@ -20,9 +20,9 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import Result, ratio, spread
+from pipelines.config.run import TrainingConfig
 from pipelines.training.gradient_sync import GradientSync
 from pipelines.training.optimizer import SkillAdamW, clip_by_norm
-from pipelines.training.settings import TrainingConfig
 from skillnet.config import SkillNetConfig
 from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.measure import Result, spread
 from benchmarks.media import PICTURE, files
 from benchmarks.scale import GPU_CPUS, GPU_ROWS
-from pipelines.stream import MixedStream, Prefetcher
+from pipelines.loading.dataloader import MixedStream, Prefetcher
 
 PICTURES, BATCH, STEPS = 256, 64, 40
 #: Rounds whatever is asked for: each takes as long as its steps sleep.
@@ -59,10 +59,10 @@ def run(rounds: int, threads: int) -> list[Result]:
 
 
 def _stream(folder: Path) -> MixedStream:
-    from pipelines.corpora.folder import Folder
-    from pipelines.prepare import prepare
-    from pipelines.shards import open_corpus
-    from pipelines.training.settings import FinetuneConfig, TaskTraining
+    from pipelines.config.run import FinetuneConfig, TaskTraining
+    from pipelines.corpora.readers.folder import Folder
+    from pipelines.preprocessing.prepare import prepare
+    from pipelines.shards.dataset import open_corpus
     from skillnet_platform import cluster
 
     media = files("image", PICTURES)[0].parent.parent

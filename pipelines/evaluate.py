@@ -1,17 +1,17 @@
 """``skillnet evaluate``: a trained model on every row of the test sets, with intervals."""
 
-import csv
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from pipelines.evaluation.tables import write_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import atomic_write, data_root, run_root
+from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import place
 
 
@@ -60,7 +60,7 @@ class EvaluateConfig:
     @property
     def source(self) -> str:
         """The model that was asked for."""
-        from pipelines.sources import DEFAULT
+        from pipelines.runs.model_source import DEFAULT
 
         return self.model or self.checkpoint or self.run or DEFAULT
 
@@ -92,14 +92,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises:
         UserError: no such model, corpus, task or split; files that were altered.
     """
-    from pipelines import sources
-    from pipelines.evaluation import evaluate_model
-    from pipelines.references import references
-    from pipelines.reporting import in_order
+    from pipelines.evaluation.evaluator import evaluate_model
+    from pipelines.evaluation.simple_baselines import references
+    from pipelines.evaluation.tables import in_order
+    from pipelines.runs import model_source
     from skillnet.skills import find_task
 
-    source = sources.find(config.source, config.tracking_uri)
-    model = sources.load(source)
+    source = model_source.find(config.source, config.tracking_uri)
+    model = model_source.load(source)
     data = place(config.data, data_root())
     corpora = source.corpora | config.corpora
     chosen = config.tasks or source.at_work(in_order(model.config.tasks))
@@ -143,23 +143,12 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     return Evaluation(config.source, rows, beside, output, total, seconds)
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write evaluation rows as CSV; figures keep six digits."""
-    from pipelines.evaluation import COLUMNS
-
-    with atomic_write(path, "w") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: _cell(row.get(key)) for key in COLUMNS})
-
-
 def log(
     rows: Sequence[dict[str, Any]], path: Path, run_id: str, step: int | None, uri: str | None
 ) -> None:
     """Record figures and the CSV file in an MLflow run."""
-    from pipelines.reporting import flat_metrics
-    from pipelines.sources import knows_run
+    from pipelines.evaluation.tables import flat_metrics
+    from pipelines.runs.model_source import knows_run
     from skillnet_platform.tracking import Tracker, backend
 
     backend.setup(uri)
@@ -175,7 +164,7 @@ def log(
 
 def show(result: Evaluation) -> None:
     """Print the tables of an evaluation."""
-    from pipelines.reporting import result_cells
+    from pipelines.evaluation.tables import result_cells
 
     columns, cells = result_cells(result.rows)
     console.table(f"SkillNet, {result.model}", columns, cells)
@@ -205,12 +194,6 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(result)
     return 0
-
-
-def _cell(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

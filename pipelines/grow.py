@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.growth.settings import GrowConfig
+from pipelines.config.growth import GrowConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -23,9 +23,9 @@ from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.location import local_folder
 
 if TYPE_CHECKING:
+    from pipelines.config.run import FinetuneConfig
     from pipelines.growth.report import Growth
-    from pipelines.sources import Source
-    from pipelines.training.settings import FinetuneConfig
+    from pipelines.runs.model_source import Source
     from skillnet_platform.tracking import Tracker
 
 
@@ -39,44 +39,46 @@ def grow(config: GrowConfig) -> dict[str, Any]:
         UserError: no such model or corpus, names in use, a name that another run has.
         RuntimeError: something else than the new files changed; the report says what.
     """
-    from pipelines import finetune, sources
-    from pipelines.growth import proof, runs
+    from pipelines import finetune
+    from pipelines.growth import runs, verification
+    from pipelines.runs import layout, model_source
+    from pipelines.training import run as training_run
 
     config = replace(
         config, run_dir=str(local_folder(config.run_dir, run_root(), "run_dir of grow"))
     )
-    source = sources.find(config.source, config.tracking.uri)
+    source = model_source.find(config.source, config.tracking.uri)
     before = runs.load(source)
-    settings = finetune.resolved(runs.as_run(config, source, before))
+    settings = training_run.resolved(runs.as_run(config, source, before))
     assert settings.name is not None
     run = Path(str(settings.run_dir)) / settings.name
     grown = runs.grown_model(config, before, settings.model.tasks[config.task.name])
-    settings.training.only = proof.new_files(before, grown)
+    settings.training.only = verification.new_files(before, grown)
     settings.init_from = runs.keep_start(grown, str(settings.run_dir))
-    proof.require_same(proof.compare_files(source, before, Path(settings.init_from)))
-    finished = finetune.finished_run(settings, run)
+    verification.require_same(verification.compare_files(source, before, Path(settings.init_from)))
+    finished = training_run.finished_run(settings, run)
     if finished is not None and "growth" in finished:
         console.note(f"{settings.name} is finished ({finished['step']} steps); give another name")
         return finished
-    checked = finetune.check(settings)
-    finetune.make_folder(settings, run)
+    checked = training_run.check(settings)
+    layout.make_folder(settings, run)
     with atomic_write(run / "grow.yaml", "w") as stream:
         stream.write(configuration.to_yaml(config))
     with _tracked(settings, run, {"grown_from": source.digest}) as tracker:
         if finished is None:
             with finetune.followed(run / finetune.PROGRESS, settings.training.steps):
-                finished = finetune.execute(settings, run, tracker, checked)
-            write_json(run / finetune.RESULT, finished | {"registered": None})
+                finished = training_run.execute(settings, run, tracker, checked)
+            write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
         others = _references(config, settings, source, run, tracker)
-        report = proof.conclude(
+        report = verification.conclude(
             source, before, settings, run, result, others, (config.skill.name, config.task.name)
         )
         _record(report, run, tracker)
-    proof.require_untouched(report)
+    verification.require_untouched(report)
     result["registered"] = _register(config, settings, run, result, report)
     result["growth"] = report.to_dict()
-    write_json(run / finetune.RESULT, result)
+    write_json(run / layout.RESULT, result)
     return result
 
 
@@ -86,6 +88,8 @@ def _references(
     """Name -> result of the runs that the new task is held against, each a child in MLflow."""
     from pipelines import finetune
     from pipelines.growth import runs
+    from pipelines.runs import layout
+    from pipelines.training import run as training_run
 
     done: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(config.references):
@@ -95,16 +99,16 @@ def _references(
             continue
         assert other.name is not None
         folder = run / "references" / other.name
-        finished = finetune.open_run(other, folder)
+        finished = training_run.open_run(other, folder)
         if finished is None:
             console.note(f"reference {name}")
-            checked = finetune.check(other)
+            checked = training_run.check(other)
             with (
                 _tracked(other, folder, {"reference": name}, tracker.run_id) as child,
                 finetune.followed(folder / finetune.PROGRESS, other.training.steps),
             ):
-                finished = finetune.execute(other, folder, child, checked)
-            write_json(folder / finetune.RESULT, finished)
+                finished = training_run.execute(other, folder, child, checked)
+            write_json(folder / layout.RESULT, finished)
         done[name] = finished
     return done
 
@@ -114,7 +118,7 @@ def _tracked(
     settings: "FinetuneConfig", run: Path, tags: dict[str, str], parent: str | None = None
 ) -> "Iterator[Tracker]":
     """The MLflow run of a folder: that of an earlier part of it, or a new one."""
-    from pipelines.finetune import RUN
+    from pipelines.runs.layout import RUN
     from skillnet_platform import tracking
 
     assert settings.name is not None
@@ -151,11 +155,11 @@ def _register(
 ) -> dict[str, Any] | None:
     if not config.tracking.register:
         return None
-    from pipelines import sources
-    from pipelines.register import register_model
+    from pipelines.runs import model_source
+    from pipelines.serving.registration import register_model
 
     made = register_model(
-        sources.find(str(run), config.tracking.uri),
+        model_source.find(str(run), config.tracking.uri),
         str(settings.data),
         rows=result["evaluation"],
         uri=config.tracking.uri,

@@ -13,8 +13,8 @@ from skillnet_platform.storage import atomic_write, data_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
-    from pipelines.prediction_rows import Given
-    from pipelines.predictor import Prediction
+    from pipelines.serving.inputs import Given
+    from pipelines.serving.predictor import Prediction
 
 ROWS = (".jsonl", ".ndjson")
 
@@ -84,12 +84,12 @@ def answered(config: PredictConfig) -> "list[tuple[Given, Prediction]]":
         UserError: no such model or file, an input of the command line that cannot be read, or a
             file whose rows all cannot; names it.
     """
-    from pipelines import sources
-    from pipelines.bundle import open_predictor
-    from pipelines.prediction_rows import Given, check_some, tell
+    from pipelines.runs import model_source
+    from pipelines.serving.bundle import open_predictor
+    from pipelines.serving.inputs import Given, check_some, tell
 
     given = gather(config)
-    source = sources.find(config.model, config.tracking_uri)
+    source = model_source.find(config.model, config.tracking_uri)
     data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     whole = [row for row in given if not row.reason]
@@ -118,8 +118,8 @@ def gather(config: PredictConfig) -> "list[Given]":
     Raises:
         UserError: a file that is missing, empty or damaged.
     """
-    from pipelines.prediction_rows import Given, read_rows
-    from pipelines.predictor import Item, read_item
+    from pipelines.serving.inputs import Given, read_rows
+    from pipelines.serving.predictor import Item, read_item
 
     inputs: list[Given] = []
     if config.text is not None:

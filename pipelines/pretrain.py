@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipelines import finetune as training
-from pipelines.training.settings import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.shards import Corpus
+    from pipelines.shards.dataset import Corpus
 
 #: Pretraining never looks at a test split: what it measures, it measures here.
 SPLITS = ("validation",)
@@ -68,7 +68,7 @@ def check_unlabelled(config: FinetuneConfig) -> None:
 
 def check_splits(config: FinetuneConfig, corpora: "Mapping[str, Corpus]") -> None:
     """Refuse splits that a corpus' manifest does not allow for pretraining: test, validation."""
-    from pipelines.task_rows import PRETRAINING, splits_of
+    from pipelines.loading.task_dataset import PRETRAINING, splits_of
 
     for name, settings in config.tasks.items():
         corpus = corpora[settings.corpus]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import parse
@@ -91,7 +91,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             fetch(names, archives)
     if "prepare" not in config.skip:
         with stages.stage("prepare", "preparing Arrow shards with Ray Data"):
-            from pipelines.prepare import prepare
+            from pipelines.preprocessing.prepare import prepare
 
             prepare(names, data, archives)
     others: list[dict[str, Any]] = []
@@ -141,7 +141,7 @@ def _training(config: QuickstartConfig, data: Path) -> FinetuneConfig:
 
 
 def _references(config: QuickstartConfig, data: Path) -> list[dict[str, Any]]:
-    from pipelines.references import references
+    from pipelines.evaluation.simple_baselines import references
     from skillnet.skills import find_task
 
     tasks = {name: find_task(name, config.model.tasks) for name in config.measured}
@@ -157,11 +157,11 @@ def _register(
     rows: list[dict[str, Any]],
     others: list[dict[str, Any]],
 ) -> Any:
-    from pipelines import sources
-    from pipelines.register import register_model
+    from pipelines.runs import model_source
+    from pipelines.serving.registration import register_model
 
     uri = config.tracking.uri
-    source = sources.find(result["run"], uri)
+    source = model_source.find(result["run"], uri)
     return register_model(source, data, rows=rows, others=others, name=config.registered, uri=uri)
 
 
@@ -172,8 +172,7 @@ def _tell(
     others: list[dict[str, Any]],
 ) -> int:
     """Put the references into the run's record; the number of parameters of the model."""
-    from pipelines.evaluate import write_csv
-    from pipelines.reporting import description, run_facts
+    from pipelines.evaluation.tables import description, run_facts, write_csv
     from skillnet import systems
     from skillnet_platform.tracking import Tracker, backend
 
@@ -204,7 +203,7 @@ def _warn_of_slow_arithmetic(config: QuickstartConfig) -> None:
 
 def show(done: dict[str, Any], config: QuickstartConfig) -> None:
     """The table at the end, and what to type next."""
-    from pipelines.reporting import summary_cells
+    from pipelines.evaluation.tables import summary_cells
 
     columns, cells = summary_cells(
         done["evaluation"], done["references"], config.model.tasks, done["total_params"]

@@ -12,20 +12,14 @@ import numpy as np
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import digest, parse, positional
+from skillnet_platform.config import parse, positional
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import atomic_write, data_root, human_bytes, run_root
+from skillnet_platform.storage import atomic_write, data_root, run_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
-    from pipelines.predictor import Predictor
-    from pipelines.shards import Corpus
-    from pipelines.sources import Source
-
-#: Goes up whenever the index changes, so that a kept one is not taken for a new one.
-VERSION = 1
-#: Vectors of all rows that are searched are in memory.
-MOST_BYTES = 4 * 2**30
+    from pipelines.shards.dataset import Corpus
+from pipelines.serving.retrieval_index import index
 
 
 @dataclass
@@ -106,13 +100,13 @@ def search(config: SearchConfig) -> Found:
     Raises:
         UserError: no such model, task, corpus or split.
     """
-    from pipelines import sources
-    from pipelines.bundle import open_predictor
-    from pipelines.evaluation import corpus_path
-    from pipelines.shards import open_corpus
+    from pipelines.evaluation.evaluator import corpus_path
+    from pipelines.runs import model_source
+    from pipelines.serving.bundle import open_predictor
+    from pipelines.shards.dataset import open_corpus
     from skillnet.skills import find_task
 
-    source = sources.find(config.model, config.tracking_uri)
+    source = model_source.find(config.model, config.tracking_uri)
     data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     tasks = predictor.model.config.tasks
@@ -135,51 +129,6 @@ def search(config: SearchConfig) -> Found:
     return Found(query, config.task, name, len(vectors), seconds, hits, page.absolute())
 
 
-def index(
-    predictor: "Predictor", source: "Source", task: str, corpus: "Corpus", splits: Sequence[str]
-) -> np.ndarray:
-    """Vectors of all rows of some splits, (N, E); kept by the digests of model and corpus.
-
-    Raises:
-        UserError: they would not fit into ``MOST_BYTES``.
-    """
-    from safetensors.numpy import load_file, save
-
-    from pipelines.inference import split_inputs
-
-    precision = predictor.runner.precision.name
-    limit = predictor.limits.get(task)
-    key = digest([VERSION, source.digest, corpus.digest, task, list(splits), precision, limit])
-    kept = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
-    if kept.is_file():
-        return load_file(kept)["embeddings"]
-    config = predictor.model.config
-    rows = sum(corpus.splits[name].rows for name in splits)
-    if rows * config.embedding_dim * 4 > MOST_BYTES:
-        raise UserError(
-            f"{corpus.name}: vectors of {rows:,} rows take "
-            f"{human_bytes(rows * config.embedding_dim * 4)}, a search holds at most "
-            f"{human_bytes(MOST_BYTES)} in memory; name some of its splits, for example --splits "
-            f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
-        )
-    parts = []
-    with console.progress(f"embedding {corpus.name}", None, "rows") as bar:
-        for name in splits:
-            inputs = split_inputs(
-                corpus.splits[name].table(),
-                config.tasks[task].towers["candidate"],
-                config,
-                f"{corpus.name}/{name}",
-                limit=limit,
-            )
-            parts.append(predictor.runner.embed(task, "candidate", inputs))
-            bar.advance(len(inputs), name)
-    vectors = np.concatenate(parts)
-    with atomic_write(kept) as stream:
-        stream.write(save({"embeddings": vectors}))
-    return vectors
-
-
 def write_page(
     path: Path,
     query: str,
@@ -190,7 +139,7 @@ def write_page(
     searched: int,
 ) -> None:
     """Write the result as one HTML page with its pictures inside."""
-    from pipelines.gallery import Card, page
+    from pipelines.serving.search_page import Card, page
 
     facts = [
         ("task", task),
@@ -261,7 +210,7 @@ def _hits(corpus: "Corpus", splits: Sequence[str], scores: np.ndarray, top: int)
 
 def _shown(corpus: "Corpus", hit: Hit) -> tuple[np.ndarray | None, str | None]:
     """The picture or clip of a hit, or its code."""
-    from pipelines.collate import Fixed, open_column
+    from pipelines.shards.columns import Fixed, open_column
 
     table: Any = corpus.splits[hit.split].table()
     for name in ("pixels", "frames"):

@@ -22,7 +22,7 @@ from skillnet_platform.storage import archive_root, data_root, sha256_file
 from skillnet_platform.storage.location import Place, below, content, local_folder, place
 
 if TYPE_CHECKING:
-    from pipelines.sources import Source
+    from pipelines.runs.model_source import Source
 
 State = Literal["ok", "altered", "absent"]
 
@@ -59,10 +59,10 @@ def verify(config: VerifyConfig) -> list[Check]:
     Raises:
         UserError: there is no such model.
     """
-    from pipelines import sources
+    from pipelines.runs import model_source
 
     try:
-        source = sources.find(config.model, config.tracking_uri)
+        source = model_source.find(config.model, config.tracking_uri)
     except UserError as problem:
         if "altered" not in str(problem):
             raise
@@ -73,7 +73,7 @@ def verify(config: VerifyConfig) -> list[Check]:
     recorded: dict[str, str] = {}
     if source.bundle is not None:
         checks += _bundle(source, config.tracking_uri)
-        from pipelines.bundle import ABOUT
+        from pipelines.serving.bundle import ABOUT
         from skillnet_platform.storage import read_json
 
         about = read_json(source.bundle / ABOUT)
@@ -106,7 +106,7 @@ def _weights(source: "Source") -> str:
 
 
 def _bundle(source: "Source", uri: str | None) -> Iterator[Check]:
-    from pipelines import bundle
+    from pipelines.serving import bundle
 
     assert source.bundle is not None
     folder = source.bundle
@@ -165,8 +165,8 @@ def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterato
 
 def _corpus(where: Place, digest: str | None) -> tuple[Check, list[dict[str, str]]]:
     """The check of a corpus, and the sources that its manifest names."""
-    from pipelines.shard_files import shard_files
-    from pipelines.shards import verify_corpus
+    from pipelines.shards.dataset import verify_corpus
+    from pipelines.shards.files import shard_files
 
     what = f"corpus {Path(where).name}"
     if not shard_files(where).is_there():

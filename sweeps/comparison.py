@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.reporting import in_order
+from pipelines.evaluation.tables import in_order
 from skillnet_platform.errors import UserError
 from sweeps import statistics
 from sweeps.runs import PRETRAINED, FinishedRun, check_comparable

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal, Optional
 
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 
 #: Widths beyond this are no answer.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.mirror import Mirror
+from pipelines.runs.mirror import Mirror
 from skillnet_platform import console, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root, write_json
@@ -130,21 +130,22 @@ class Driver:
 
     def _open(self, entry: Entry) -> None:
         """The trial's folder, and its run in MLflow."""
-        from pipelines import finetune
+        from pipelines.runs import layout
+        from pipelines.training import run as training_run
 
         entry.reopen()
         entry.trial = self._start(entry.trial)
-        config = finetune.resolved(placed(entry.trial.config, entry.folder))
+        config = training_run.resolved(placed(entry.trial.config, entry.folder))
         if entry.mirror is not None:
             entry.mirror.settle_in(config)
-        finetune.open_run(config, entry.folder)
+        training_run.open_run(config, entry.folder)
         known = entry.describe("interrupted").run_id
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
         parent = self.options.parent
         entry.tracker = tracking.child(parent, entry.trial.name, config, tags, run_id=known)
         told = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
-        write_json(entry.folder / finetune.RUN, told)
+        write_json(entry.folder / layout.RUN, told)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
         write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)
         if entry.mirror is not None:

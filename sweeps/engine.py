@@ -206,7 +206,7 @@ def run_trials(
 
 
 def _absolute(trial: Trial) -> Trial:
-    from pipelines.finetune import resolved
+    from pipelines.training.run import resolved
 
     return replace(trial, config=resolved(replace(trial.config, name=trial.name)))
 
@@ -227,14 +227,14 @@ def check_trial(
     used: ResourceConfig,
 ) -> None:
     """Raise UserError for what is known not to work, before anything starts."""
-    from pipelines import finetune
+    from pipelines.training import run as training_run
 
     try:
         used.check(trial.config.training.use_gpu)
-        finetune.check(finetune.resolved(trial.config))
+        training_run.check(training_run.resolved(trial.config))
         if folder is not None and trial.pretrain is None:
             place = folder / trial.name
-            finetune.finished_run(finetune.resolved(placed(trial.config, place)), place)
+            training_run.finished_run(training_run.resolved(placed(trial.config, place)), place)
     except UserError as problem:
         raise UserError(f"trial {trial.name}: {problem}") from None
     if score is not None:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.evaluation import corpus_path
-from pipelines.reporting import HEADLINE, in_order
-from pipelines.shards import open_corpus
-from pipelines.stream import MixedStream
+from pipelines.config.run import TaskTraining
+from pipelines.evaluation.evaluator import corpus_path
+from pipelines.evaluation.tables import HEADLINE, in_order
+from pipelines.loading.dataloader import MixedStream
+from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss
-from pipelines.training.settings import TaskTraining
 from skillnet.metrics import Interval, bootstrap_interval, ratio_of_sums
 from skillnet.model import SkillNet
 from skillnet.precision import choose

@@ -13,7 +13,7 @@ from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
-    from pipelines.sources import Source
+    from pipelines.runs.model_source import Source
     from sweeps.interpretation import Interpretation
 
 #: Its folder below a run.
@@ -71,13 +71,13 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
     Raises:
         UserError: no such model, a model without skills, corpora that do not fit.
     """
-    from pipelines import sources
-    from pipelines.evaluation import machine
+    from pipelines.evaluation.evaluator import machine
+    from pipelines.runs import model_source
     from skillnet.model import SkillNet
     from sweeps.interpretation import interpret
 
-    source = sources.find(config.model, config.tracking_uri)
-    model = sources.load_at_work(source)
+    source = model_source.find(config.model, config.tracking_uri)
+    model = model_source.load_at_work(source)
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(f"{config.model} is a {model.system} model; only a skillnet has skills")
     begin = time.monotonic()
@@ -123,7 +123,7 @@ def _folder(config: InterpretConfig, source: "Source") -> Path:
 
 
 def _log(files: list[Path], run_id: str, uri: str | None) -> None:
-    from pipelines.sources import knows_run
+    from pipelines.runs.model_source import knows_run
     from skillnet_platform.tracking import Tracker, backend
 
     if not knows_run(run_id, uri):

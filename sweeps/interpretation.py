@@ -140,7 +140,7 @@ def interpret(
         batches: training batches of each task for the gradient.
         seed: of the choice of rows and of resampling.
         samples: resamplings of each interval.
-        precision: see :class:`pipelines.inference.Runner`.
+        precision: see :class:`pipelines.evaluation.inference.Runner`.
         on_progress: called with words and the rows before each measurement.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.reporting import in_order
+from pipelines.evaluation.tables import in_order
 from sweeps.knockout import LEFT_OUT, PUT_IN, SWAPPED
 from sweeps.similarity import CKA, UNTRAINED, WEIGHTS
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation import asks_with_all, corpus_path, measure
-from pipelines.inference import Runner
-from pipelines.outcomes import Outcomes, RowOutcomes, paired_difference
-from pipelines.reporting import HEADLINE, in_order
-from pipelines.shards import Corpus, Split, open_corpus
+from pipelines.evaluation.evaluator import asks_with_all, corpus_path, measure
+from pipelines.evaluation.inference import Runner
+from pipelines.evaluation.outcomes import Outcomes, RowOutcomes, paired_difference
+from pipelines.evaluation.tables import HEADLINE, in_order
+from pipelines.shards.dataset import Corpus, Split, open_corpus
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet_platform.errors import UserError
@@ -109,7 +109,7 @@ def knockout_table(
         swaps: also put each other skill in the place of each active one.
         seed: of the resampling of rows.
         samples: resamplings of each interval.
-        precision: see :class:`pipelines.inference.Runner`.
+        precision: see :class:`pipelines.evaluation.inference.Runner`.
         on_change: called with the task and the rows before each measurement.
 
     Returns:

@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipelines.finetune import CONFIG, PROGRESS, RESULT, RUN, read_result
-from pipelines.mirror import Mirror
+from pipelines.finetune import PROGRESS
+from pipelines.runs.layout import CONFIG, RESULT, RUN, read_result
+from pipelines.runs.mirror import Mirror
 from skillnet_platform.storage import directories, read_record, write_json
 from skillnet_platform.tracking import Tracker, recorded
 from sweeps.trial import (

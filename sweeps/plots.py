@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.reporting import COLOURS, quiet, words_of
+from pipelines.evaluation.tables import COLOURS, quiet, words_of
 from sweeps.comparison import MEAN, Comparison
 from sweeps.runs import PRETRAINED
 
@@ -124,8 +124,8 @@ def pretraining_figure(of: Comparison) -> "Figure":
 
 def learning_figure(of: Comparison) -> "Figure | None":
     """Validation metric over steps where runs kept it, else the training loss; mean over seeds."""
-    from pipelines.reporting import smooth
-    from pipelines.training.progress import PROGRESS, history
+    from pipelines.evaluation.tables import smooth
+    from pipelines.runs.progress_log import PROGRESS, history
 
     told = {
         label: [history(run.folder / PROGRESS) for run in runs if (run.folder / PROGRESS).is_file()]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.training.settings import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
@@ -60,7 +60,7 @@ class Pretrainings:
 
 def name_of(joint: FinetuneConfig) -> str:
     """Equal pretrainings have equal names."""
-    from pipelines.training.setup import identity_of
+    from pipelines.runs.identity import identity_of
 
     return f"pretraining-{configuration.digest(identity_of(joint))[:10]}"
 

@@ -174,7 +174,7 @@ def write(report: Report, folder: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipelines.evaluate import write_csv
+    from pipelines.evaluation.tables import write_csv
     from sweeps.page import page
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ def record(report: Report, tracker: "Tracker") -> None:
 
 def markdown(report: Report) -> str:
     """The head of the run's page: claims and the table of results."""
-    from pipelines.reporting import markdown as drawn
+    from pipelines.evaluation.tables import markdown as drawn
 
     columns = ["claim", "verdict", "winner"]
     cells = [[c.words, c.verdict, c.standing] for c in report.claims]

@@ -158,7 +158,7 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
     """Score against activated FLOPs and against activated parameters; none without two points."""
     from matplotlib.figure import Figure
 
-    from pipelines.reporting import COLOURS, quiet
+    from pipelines.evaluation.tables import COLOURS, quiet
 
     points = [e for e in configurations if e.score is not None and e.flops_per_example]
     if len(points) < 2:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.mirror import TRAINED
-from pipelines.outcomes import FILE as OUTCOMES
-from pipelines.outcomes import Outcomes, read_outcomes
+from pipelines.evaluation.outcomes import FILE as OUTCOMES
+from pipelines.evaluation.outcomes import Outcomes, read_outcomes
+from pipelines.runs.mirror import TRAINED
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
@@ -112,9 +112,9 @@ def find_run(given: str, uri: str | None = None) -> Path:
     for path in (Path(given).expanduser(), run_root() / given):
         if (path / "config.yaml").is_file():
             return path.absolute()
-    from pipelines import sources
+    from pipelines.runs import model_source
 
-    found = sources.find(given, uri)
+    found = model_source.find(given, uri)
     if found.run is None:
         raise UserError(f"{given} is a model without its run's folder; give the run")
     return found.run
@@ -169,7 +169,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a column is missing or holds no number.
     """
-    from pipelines.evaluation import COLUMNS
+    from pipelines.evaluation.tables import COLUMNS
 
     try:
         with path.open(encoding="utf-8", newline="") as stream:
@@ -200,7 +200,7 @@ def pretraining_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of the run that a run started from; {} if there is none, or it is gone."""
     if not settings.get("init_from"):
         return {}
-    from pipelines.training.start import SETTINGS
+    from pipelines.training.init_from import SETTINGS
 
     start = Path(str(settings["init_from"]))
     # A copy of the weights has it beside them, a run beside its model or above its checkpoints.
@@ -351,7 +351,7 @@ def _by_configuration(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], list
 
 def _essence(settings: Mapping[str, Any], **more: Any) -> str:
     """Equal for configurations that differ in nothing but seed, places and rhythm."""
-    from pipelines.training.setup import RHYTHM
+    from pipelines.runs.identity import RHYTHM
 
     tree = {key: value for key, value in settings.items() if key not in PLACES}
     training = {k: v for k, v in (tree.get("training") or {}).items() if k not in RHYTHM}

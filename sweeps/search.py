@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 from sweeps.spaces import Point, Space
 from sweeps.trial import Trial, TrialOutcome

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
 from sweeps.cost import FixedCostConfig

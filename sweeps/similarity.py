@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.inference import batches_by_length, split_inputs
+from pipelines.evaluation.inference import batches_by_length, split_inputs
 from skillnet.encoder import EncoderLayer
 from skillnet.growth import add_skill
 from skillnet.layers import SkillAttention, SkillWeights

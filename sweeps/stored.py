@@ -3,7 +3,7 @@
     <run_dir>/<sweep>/
       sweep.yaml, run.json, trials.csv, best.yaml, score.png, result.json
       trials/proposed.jsonl        what Optuna proposed
-      trials/<trial>/              a run in a store (pipelines/mirror.py), and beside its files
+      trials/<trial>/              a run in a store (pipelines/runs/mirror.py), and beside its files
         trial.json                 from the driver, before the process of the trial starts
         log.txt, error.txt         from that process, at its end
         reports.jsonl, outcome.json   from the driver, when it knows what became of the trial
@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from pipelines.mirror import CONFIG, RESULT, STATE, Mirror
+from pipelines.runs.mirror import CONFIG, RESULT, STATE, Mirror
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_json, run_root

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.finetune import CONFIG
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.layout import CONFIG
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.study_settings import StudyConfig
@@ -65,7 +65,7 @@ def _of_pretraining(before: FinetuneConfig, trial: Trial) -> str:
 
 
 def _identity(config: FinetuneConfig) -> dict[str, Any]:
-    from pipelines.training.setup import identity_of
+    from pipelines.runs.identity import identity_of
 
     return configuration.flatten(identity_of(replace(config, init_from=None)))
 

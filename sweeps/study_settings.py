@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from pipelines.mirror import Mirror
-from pipelines.training.settings import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.runs.mirror import Mirror
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.storage import run_root

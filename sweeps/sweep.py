@@ -20,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.mirror import Mirror
-from pipelines.reporting import markdown
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.evaluation.tables import markdown
+from pipelines.runs.mirror import Mirror
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
@@ -156,7 +156,7 @@ def _identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def _source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """The trials, or what makes them, and the run that they vary."""
-    from pipelines.finetune import resolved
+    from pipelines.training.run import resolved
     from sweeps.cost import at_fixed_cost, cost_of
     from sweeps.search import Guided, listed
     from sweeps.spaces import Space

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipelines.reporting import words_of
+from pipelines.evaluation.tables import words_of
 from sweeps.comparison import MEAN, SPLIT, Comparison, Test, variant
 from sweeps.runs import FinishedRun, differing_settings
 from sweeps.statistics import Estimate

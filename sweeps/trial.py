@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipelines.reporting import HEADLINE
-from pipelines.training.settings import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.evaluation.tables import HEADLINE
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.storage import read_json, write_json
 
 if TYPE_CHECKING:
-    from pipelines.training.worker import Nested
+    from pipelines.training.ray_train.fit import Nested
 
 TRIAL = "trial.json"
 REPORTS = "reports.jsonl"
@@ -202,23 +202,24 @@ def run_one(
     Returns:
         As ``pipelines.finetune.finetune``.
     """
-    from pipelines import finetune
-    from pipelines.mirror import mirror_of
+    from pipelines.runs import layout
+    from pipelines.runs.mirror import mirror_of
+    from pipelines.runs.uploads import deliver
+    from pipelines.training import run as training_run
     from pipelines.training.worker import TRACKER_PATIENCE_S
-    from pipelines.uploads import deliver
     from skillnet_platform.tracking import Tracker
 
-    config = finetune.resolved(placed(trial.config, folder, store))
+    config = training_run.resolved(placed(trial.config, folder, store))
     mirror = mirror_of(config, folder)
     if mirror is not None:
         mirror.take_up(config)
-    known = (folder / finetune.CONFIG).is_file()
-    finished = finetune.open_run(config, folder)
+    known = (folder / layout.CONFIG).is_file()
+    finished = training_run.open_run(config, folder)
     if finished is not None:
         return finished
     if mirror is not None:
         mirror.begin(known)
-    checked = finetune.check(config)
+    checked = training_run.check(config)
     alone = config.training.workers <= 1
     # Trials share the cluster: none grows into the place of another.
     workers = 0 if alone else config.training.workers
@@ -226,7 +227,7 @@ def run_one(
     tracker = Tracker.by_id(*tracked)
     watch = Evaluations(folder, score, report) if score is not None else None
     try:
-        result = finetune.execute(
+        result = training_run.execute(
             config,
             folder,
             tracker,
@@ -242,7 +243,7 @@ def run_one(
     result["registered"] = None
     if watch is not None and result["evaluation"]:
         watch.record(result["evaluation"], result["step"])
-    write_json(folder / finetune.RESULT, result)
+    write_json(folder / layout.RESULT, result)
     if mirror is not None:
         deliver(mirror, config.training.keep, config.storage.patience)
     return result

@@ -54,7 +54,7 @@ def trial_process(told: dict[str, Any]) -> None:
     """
     import torch
 
-    from pipelines.mirror import Mirror
+    from pipelines.runs.mirror import Mirror
     from sweeps import stored
 
     folder, store = run_root() / told["folder"], told["store"]
@@ -153,7 +153,7 @@ def _report_nested(made: dict[str, Any]) -> None:
 def _nested(told: dict[str, Any]) -> Any:
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from pipelines.training.worker import Nested
+    from pipelines.training.ray_train.fit import Nested
 
     resources = {"CPU": told["cpus"]} | ({"GPU": told["gpus"]} if told["gpus"] else {})
     return Nested(resources, [TuneReportCallback()])

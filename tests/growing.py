@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.growth.settings import GrowConfig, NewSkill, NewTask
-from pipelines.shards import manifest_digest, open_corpus, write_shard
-from pipelines.training.settings import TaskTraining, TrainingConfig
+from pipelines.config.growth import GrowConfig, NewSkill, NewTask
+from pipelines.config.run import TaskTraining, TrainingConfig
+from pipelines.shards.dataset import open_corpus
+from pipelines.shards.format import manifest_digest, write_shard
 from skillnet.skills import SkillPlan
 from skillnet_platform.tracking import TrackingConfig
 

@@ -17,8 +17,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.corpora.base import Corpus, Rejected, Row, Sources
-from pipelines.guard import read_each
 from pipelines.transforms import video
+from pipelines.transforms.decode_guard import read_each
 from tests.clips import encode_video
 from tests.unit.test_transforms import PATHS, encoded, mp3, tone, wav
 

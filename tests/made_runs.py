@@ -9,9 +9,9 @@ import numpy as np
 from safetensors.numpy import save_file
 from scipy import stats
 
-from pipelines.evaluate import write_csv
-from pipelines.evaluation import tidy
-from pipelines.outcomes import FILE, Outcomes, write_outcomes
+from pipelines.evaluation.evaluator import tidy
+from pipelines.evaluation.outcomes import FILE, Outcomes, write_outcomes
+from pipelines.evaluation.tables import write_csv
 from skillnet.metrics import Interval
 from skillnet_platform import config as configuration
 from tests.small_corpora import small_config

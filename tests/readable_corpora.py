@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines import tokenizer
-from pipelines.shards import manifest_digest, write_shard
+from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.tokenizer import training as tokenizer_training
 from pipelines.transforms import text, video
 from skillnet.config import SkillNetConfig
 from tests.small_corpora import shaped_table
@@ -74,8 +74,8 @@ def write_corpora(folder: Path) -> Path:
         "functions": _functions(),
     }
     texts = [t for each in rows.values() for row in each for t in _texts(row)]
-    (folder / "tokenizer.json").write_text(tokenizer.train(texts, [], size=1000), "utf-8")
-    words = tokenizer.load(folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(tokenizer_training.train(texts, [], size=1000), "utf-8")
+    words = tokenizer_training.load(folder / "tokenizer.json")
     for name, each in rows.items():
         _write(folder, name, MODALITY[name], each, words)
     return folder

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import register, sources
+from pipelines.runs import model_source
+from pipelines.serving import registration
 from skillnet.model import SkillNet
 from tests.readable_corpora import config, write_corpora
 
@@ -21,8 +22,8 @@ class Place:
         torch.manual_seed(0)
         self.saved = root / "saved"
         SkillNet(config()).save_pretrained(self.saved)
-        self.made = register.register_model(
-            sources.find(str(self.saved)), self.data, samples=50, description="A first try."
+        self.made = registration.register_model(
+            model_source.find(str(self.saved)), self.data, samples=50, description="A first try."
         )
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shards import manifest_digest, write_shard
-from pipelines.training.row_settings import AugmentConfig
-from pipelines.training.settings import (
+from pipelines.config.data import AugmentConfig
+from pipelines.config.run import (
     FinetuneConfig,
     PretrainConfig,
     TaskTraining,
     TrainingConfig,
     default_masked_training,
 )
+from pipelines.shards.format import manifest_digest, write_shard
 from skillnet.config import SkillNetConfig
 from skillnet.skills import default_tasks
 from skillnet_platform.tracking import TrackingConfig

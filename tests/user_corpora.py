@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.corpora.archives import members
-from pipelines.corpora.tnews import LABELS
+from pipelines.corpora.readers.tnews import LABELS
 from pipelines.transforms import sound, video
 from tests.clips import encode_video
 from tests.packing import tarred

@@ -8,9 +8,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from pipelines.corpora.base import Corpus
-from pipelines.corpora.placed import PlacedCorpus
-from pipelines.places import Place
-from pipelines.source_files import SourceFails, failing
+from pipelines.corpora.readers.base import PlacedCorpus
+from pipelines.io.directory import Place
+from pipelines.io.source_file import SourceFails, failing
 from skillnet_platform import config
 from skillnet_platform.config.schema import checked
 from skillnet_platform.errors import UserError, nearest
@@ -20,31 +20,31 @@ GROUP = "skillnet.corpora"
 #: The built-in corpora, in the order of the paper's tasks. Also entry points; named here too
 #: so that a checkout works before it is installed.
 BUILT_IN = {
-    "headings": "pipelines.corpora.headings:Headings",
-    "syllables": "pipelines.corpora.syllables:Syllables",
-    "drawings": "pipelines.corpora.drawings:Drawings",
-    "strokes": "pipelines.corpora.strokes:Strokes",
-    "functions": "pipelines.corpora.functions:Functions",
+    "headings": "pipelines.corpora.builtin.headings:Headings",
+    "syllables": "pipelines.corpora.builtin.syllables:Syllables",
+    "drawings": "pipelines.corpora.builtin.drawings:Drawings",
+    "strokes": "pipelines.corpora.builtin.strokes:Strokes",
+    "functions": "pipelines.corpora.builtin.functions:Functions",
 }
 
 #: Made of the same archives for tasks that a model is grown by: fetched and prepared by name only.
 FURTHER = {
-    "stroke_counts": "pipelines.corpora.stroke_counts:StrokeCounts",
+    "stroke_counts": "pipelines.corpora.builtin.stroke_counts:StrokeCounts",
 }
 
 
 #: Formats of corpora that the user has: ``skillnet prepare --corpus tnews=PATH``. In the order in
 #: which a folder's format is guessed: the particular ones first.
 READERS = {
-    "tnews": "pipelines.corpora.tnews:Tnews",
-    "aishell1": "pipelines.corpora.aishell1:Aishell1",
-    "aic_icc": "pipelines.corpora.aic_icc:AicIcc",
-    "vatex": "pipelines.corpora.vatex:Vatex",
-    "pytorrent": "pipelines.corpora.pytorrent:PyTorrent",
-    "codesearchnet": "pipelines.corpora.codesearchnet:CodeSearchNet",
-    "hf_dataset": "pipelines.corpora.hf_dataset:HfDataset",
-    "webdataset": "pipelines.corpora.webdataset:WebDataset",
-    "folder": "pipelines.corpora.folder:Folder",
+    "tnews": "pipelines.corpora.readers.tnews:Tnews",
+    "aishell1": "pipelines.corpora.readers.aishell1:Aishell1",
+    "aic_icc": "pipelines.corpora.readers.aic_icc:AicIcc",
+    "vatex": "pipelines.corpora.readers.vatex:Vatex",
+    "pytorrent": "pipelines.corpora.readers.pytorrent:PyTorrent",
+    "codesearchnet": "pipelines.corpora.readers.codesearchnet:CodeSearchNet",
+    "hf_dataset": "pipelines.corpora.readers.hf_dataset:HfDataset",
+    "webdataset": "pipelines.corpora.readers.webdataset:WebDataset",
+    "folder": "pipelines.corpora.readers.folder:Folder",
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

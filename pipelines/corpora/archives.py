@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.untrusted import Limits, tar_members, zip_members
+from pipelines.io.archive import Limits, tar_members, zip_members
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import sha256_file
 
@@ -117,3 +117,14 @@ def read_member(path: Path, name: str) -> bytes:
     for _, data in members(path, lambda found: found == name):
         return data
     raise UserError(f"{path}: holds no {name}; is it another version of the archive?")
+
+
+#: Stroke data, which two corpora read.
+CNCHAR_DATA = Archive(
+    "cnchar-data-1.1.0.tgz",
+    38_437_178,
+    "97ded33e2edbe0f06c754084626581419874b75648c647f56d5a1df307d46f73",
+    "npm",
+    "cnchar-data@1.1.0",
+    "MIT; stroke outlines and pen paths: Arphic Public License (data of hanzi-writer)",
+)

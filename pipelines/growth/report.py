@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines import reporting
+from pipelines.evaluation import tables as evaluation_tables
 
 JSON = "growth.json"
 MARKDOWN = "growth.md"
@@ -135,8 +135,8 @@ class Growth:
         own = next((w for w in self.worth if (w.system, w.split) == (GROWN, "test")), None)
         figure = ""
         if own is not None:
-            shown = reporting.shown_interval(asdict(own))
-            figure = f": {self.task} {reporting.words_of(own.metric)} {shown}"
+            shown = evaluation_tables.shown_interval(asdict(own))
+            figure = f": {self.task} {evaluation_tables.words_of(own.metric)} {shown}"
         kept = "untouched" if self.untouched else "NOT untouched"
         return (
             f"grown from {self.source} by {', '.join(new)}{figure}; {same} old files, "
@@ -148,14 +148,14 @@ class Growth:
         files = [
             [each.file, each.state, _short(each.before), _short(each.after)] for each in self.files
         ]
-        headline = {metric for metric, _ in reporting.HEADLINE.values()}
+        headline = {metric for metric, _ in evaluation_tables.HEADLINE.values()}
         figures = [
             [
                 each.task,
                 each.split,
-                reporting.words_of(each.metric),
-                reporting.shown(each.metric, each.before),
-                reporting.shown(each.metric, each.after),
+                evaluation_tables.words_of(each.metric),
+                evaluation_tables.shown(each.metric, each.before),
+                evaluation_tables.shown(each.metric, each.after),
                 "same" if each.same else "CHANGED",
             ]
             for each in self.tasks
@@ -165,7 +165,7 @@ class Growth:
             [
                 WORDS.get(each.system, each.system),
                 each.split,
-                f"{reporting.words_of(each.metric)} {reporting.shown_interval(asdict(each))}",
+                f"{evaluation_tables.words_of(each.metric)} {evaluation_tables.shown_interval(asdict(each))}",
                 _difference(each),
                 f"{each.trained:,}",
                 f"{each.seconds:.0f} s",
@@ -183,7 +183,11 @@ class Growth:
         ]
         metric_of = {each.task: each.metric for each in self.tasks if each.metric in headline}
         lost = [
-            [task, reporting.words_of(metric_of[task]), *(reporting.shown("", x) for x in pair)]
+            [
+                task,
+                evaluation_tables.words_of(metric_of[task]),
+                *(evaluation_tables.shown("", x) for x in pair),
+            ]
             for each in self.worth
             if (each.system, each.split) == ("everything", "test")
             for task, pair in each.lost.items()
@@ -197,7 +201,7 @@ class Growth:
         """The report as markdown."""
         parts = [f"{self.headline()}."]
         for title, columns, cells in self.tables():
-            parts += [f"#### {title}", reporting.markdown(columns, cells)]
+            parts += [f"#### {title}", evaluation_tables.markdown(columns, cells)]
         parts += [
             f"{self.steps} steps, seed {self.seed}. Of each old task every figure of the CSV "
             f"files, its interval and its cost were compared ({len(self.tasks)} figures), and what "

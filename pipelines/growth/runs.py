@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from pipelines import sources
-from pipelines.evaluation import corpus_path
-from pipelines.growth.settings import GrowConfig, Reference
-from pipelines.shards import open_corpus
-from pipelines.sources import Source
-from pipelines.training.settings import FinetuneConfig, TaskTraining
-from pipelines.training.start import digest_of
+from pipelines.config.growth import GrowConfig, Reference
+from pipelines.config.run import FinetuneConfig, TaskTraining
+from pipelines.evaluation.evaluator import corpus_path
+from pipelines.runs import model_source
+from pipelines.runs.identity import digest_of
+from pipelines.runs.model_source import Source
+from pipelines.shards.dataset import open_corpus
 from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
@@ -30,7 +30,7 @@ def load(source: Source) -> SkillNet:
     Raises:
         UserError: a model of another system, or weights that training would rewrite.
     """
-    model = sources.load(source).cpu()
+    model = model_source.load(source).cpu()
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(f"{source.name} is a {model.system} model; only a skillnet has skills")
     if next(model.parameters()).dtype != torch.float32:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelines.stream import rank_slice
+from pipelines.loading.dataloader import rank_slice
 
 Named = list[tuple[str, nn.Parameter]]
 

@@ -10,21 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines import threads
-from pipelines.stream import Batch, Prefetcher
-from pipelines.training import checkpoints, faults, notice
+from pipelines.config.run import FinetuneConfig
+from pipelines.loading.dataloader import Batch, Prefetcher
+from pipelines.loading.rng import generator
+from pipelines.runs.identity import identity_of
+from pipelines.shards import row_threads
+from pipelines.training import checkpointing, fault_injection, preemption
+from pipelines.training.freezing import trainable_parameters
 from pipelines.training.gradient_sync import Gather, GradientSync
-from pipelines.training.meter import Meter
-from pipelines.training.mixture import generator
 from pipelines.training.optimizer import (
     SkillAdamW,
     WeightAverage,
     clip_by_norm,
     learning_rate,
 )
-from pipelines.training.settings import FinetuneConfig
-from pipelines.training.setup import build_model, identity_of, open_stream, pick_device, resume
-from pipelines.training.trainable import trainable_parameters
+from pipelines.training.setup import build_model, open_stream, pick_device, resume
+from pipelines.training.throughput import Meter
 from skillnet import losses as skillnet_losses
 from skillnet.losses import Gather as Collect
 from skillnet.multitask_model import TaskModel
@@ -64,7 +65,7 @@ class Trained:
         step: steps done.
         resumed: step at which this call took up, 0 for a fresh start.
         stopped_early: why it ended before its last step, or none.
-        left: it was asked to leave (:mod:`pipelines.training.notice`): a checkpoint lies there.
+        left: it was asked to leave (:mod:`pipelines.training.preemption`): a checkpoint lies there.
         seconds: time in the loop.
         rows_per_second: training rows over that time.
         waiting: share of that time spent waiting for data.
@@ -123,7 +124,7 @@ def train(
     precision = choose(settings.precision, device)
     if settings.threads_per_worker:
         torch.set_num_threads(settings.threads_per_worker)
-    threads.limit(torch.get_num_threads())
+    row_threads.limit(torch.get_num_threads())
 
     stream = open_stream(config)
     model = build_model(config).to(device, precision.weights)
@@ -140,7 +141,7 @@ def train(
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = Meter(config, start, world, device)
     stopped, path, failed, leaving = None, None, 0, False
-    breaks = faults.ordered(run, rank)
+    breaks = fault_injection.ordered(run, rank)
     step = start
 
     def keep() -> Path | None:
@@ -150,7 +151,7 @@ def train(
         written = None
         if rank == 0:
             state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
-            written = checkpoints.save(
+            written = checkpointing.save(
                 folder, step, model, optimizer, average, state, settings.keep
             )
             reporter.checkpoint(written, step)
@@ -167,7 +168,7 @@ def train(
             if breaks is not None:
                 breaks.at(step)
 
-            sync.begin(batch.task, notice.asked())
+            sync.begin(batch.task, preemption.asked())
             loss = step_loss(model, task, batch, precision, config, rank, world)
             loss.backward()
             leaving = sync.finish()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from pipelines.training.settings import TrainingConfig
+from pipelines.config.run import TrainingConfig
 
 Named = Sequence[tuple[str, nn.Parameter]]
 

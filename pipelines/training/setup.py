@@ -1,47 +1,25 @@
 """What a run needs before its first step: corpora, stream, model, device, and where to go on."""
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipelines.shards import Corpus, open_corpus
-from pipelines.stream import MixedStream
-from pipelines.training import checkpoints
+from pipelines.config.run import FinetuneConfig
+from pipelines.loading.dataloader import MixedStream
+from pipelines.runs import checkpoints
+from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.training import checkpointing
+from pipelines.training.init_from import start_model
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
-from pipelines.training.settings import FinetuneConfig
-from pipelines.training.start import digest_of, start_model
 from skillnet.multitask_model import TaskModel
 from skillnet.systems import build_system
-from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.cache import GB, shared_cache
 from skillnet_platform.storage.location import below, place
-
-#: Keys of ``training`` that decide where and how often, not what.
-RHYTHM = (
-    "minutes",
-    "workers",
-    "min_workers",
-    "regrow_seconds",
-    "threads_per_worker",
-    "use_gpu",
-    "placement",
-    "precision",
-    "checkpoint_every",
-    "keep",
-    "evaluate_every",
-    "log_every",
-    "bucket_mb",
-    "max_failures",
-)
-
-#: Keys that came later, with what was done before: checkpoints from then are still of the same run.
-LATER = {"shuffle_gb": 4.0, "early_start": False}
 
 
 def open_stream(config: FinetuneConfig) -> MixedStream:
@@ -121,7 +99,7 @@ def resume(
             f"{found.path} was written with another configuration than this one; go on with that "
             f"one ({run / 'config.yaml'}), or give this run another name"
         )
-    checkpoints.load(found, model, optimizer, average)
+    checkpointing.load(found, model, optimizer, average)
     return found.step
 
 
@@ -152,23 +130,6 @@ def agreed(folder: Path, world: int) -> checkpoints.Checkpoint | None:
                 shutil.rmtree(folder / name, ignore_errors=True)
             found = checkpoints.newest(folder)
     return found
-
-
-def identity_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What decides the weights: the configuration without names, places and rhythm."""
-    training = {k: v for k, v in asdict(config.training).items() if k not in RHYTHM}
-    for key, default in LATER.items():
-        if training.get(key) == default:
-            del training[key]
-    return {
-        "seed": config.seed,
-        "init_from": digest_of(config.init_from),
-        "system": config.system,
-        "options": config.options,
-        "model": configuration.to_dict(config.model),
-        "tasks": configuration.to_dict(config.tasks),
-        "training": training,
-    }
 
 
 def pick_device(use_gpu: bool) -> torch.device:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from pipelines.corpora import PlacedCorpus
 from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.finish import SplitOptions, TextOptions
-from pipelines.corpora.placed import bad, clean_text, made_split
-from pipelines.places import Place
+from pipelines.corpora.readers.base import bad, clean_text, made_split
+from pipelines.corpora.readers.columns import SplitOptions, TextOptions
+from pipelines.io.directory import Place
 
 
 @dataclass

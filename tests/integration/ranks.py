@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from pipelines.config.run import FinetuneConfig
 from pipelines.training.loop import Reporter, train
-from pipelines.training.settings import FinetuneConfig
 from tests.ports import free_port
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.outcomes import read_outcomes
-from pipelines.training.settings import PretrainConfig, TaskTraining
+from pipelines.config.run import PretrainConfig, TaskTraining
+from pipelines.evaluation.outcomes import read_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
 from sweeps import compare as command

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.training import faults
-from pipelines.training.settings import FinetuneConfig
+from pipelines.training import fault_injection
 from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
 from tests.integration.ranks import run_ranks, train_and_save
@@ -133,7 +133,7 @@ def test_the_raylet_killed_and_the_head_started_again(
 ) -> None:
     config = config_for(data, tmp_path, "head", workers=2)
     fault = {"rank": 1, "step": 5, "kind": "kill", "victim": "raylet"}
-    assert faults.environment() == {}
+    assert fault_injection.environment() == {}
     said = apart(HEAD, config, tmp_path, fault, "-n", RUN=str(tmp_path / "head"))
     lines = said.splitlines()
     codes = [line for line in lines if line.startswith(("first ", "second "))]

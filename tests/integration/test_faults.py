@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.training import faults
+from pipelines.runs.progress_log import history
+from pipelines.training import fault_injection
 from pipelines.training.loop import train
-from pipelines.training.progress import history
-from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import Terminated
@@ -76,7 +76,7 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch
 
 
 def order(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> None:
-    monkeypatch.setenv(faults.VARIABLE, json.dumps(each))
+    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps(each))
 
 
 def test_workers_and_the_controller_killed_in_one_run(
@@ -197,7 +197,7 @@ def apart(
             **os.environ,
             "PATH": programs,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
-            faults.VARIABLE: json.dumps(fault),
+            fault_injection.VARIABLE: json.dumps(fault),
             **environment,
         },
         stdout=subprocess.PIPE,

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines import evaluate, sources
+from pipelines import evaluate
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune, main
-from pipelines.shards import manifest_digest
-from pipelines.training.progress import history
-from pipelines.training.settings import FinetuneConfig
+from pipelines.runs import model_source
+from pipelines.runs.progress_log import history
+from pipelines.shards.format import manifest_digest
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -147,7 +148,7 @@ def test_a_task_that_is_switched_off_needs_no_corpus(
 
 
 def registered(result: dict[str, Any]) -> Path:
-    source = sources.find(result["registered"]["uri"])
+    source = model_source.find(result["registered"]["uri"])
     assert source.bundle is not None
     return source.bundle
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines.stream import rank_slice
+from pipelines.loading.dataloader import rank_slice
 from pipelines.training.gradient_sync import Gather, GradientSync
 from skillnet.losses import info_nce
 from tests.integration.ranks import run_ranks

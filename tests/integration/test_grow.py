@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pipelines import grow as growing
-from pipelines import sources
+from pipelines.config.growth import NewSkill
 from pipelines.finetune import finetune
 from pipelines.grow import grow
-from pipelines.growth import proof
+from pipelines.growth import verification
 from pipelines.growth.report import Growth
-from pipelines.growth.settings import NewSkill
-from pipelines.training.worker import RunReporter
+from pipelines.runs import model_source
+from pipelines.training.reporter import RunReporter
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from skillnet_platform import config as configuration
@@ -80,8 +80,8 @@ def test_every_figure_of_old_tasks_is_the_same(place: Path, grown: dict[str, Any
     new = [row for row in grown["evaluation"] if row["task"] == "counting"]
     assert {row["metric"] for row in new} == {"accuracy", "macro_f1"}
     # The limit of the old run still holds, so that a later evaluation gives the same.
-    assert sources.find("grown").limits["text_to_code"] == 9
-    assert sources.find("grown").corpora["counting"] == "counts"
+    assert model_source.find("grown").limits["text_to_code"] == 9
+    assert model_source.find("grown").corpora["counting"] == "counts"
 
 
 def test_frozen_files_have_no_optimiser_state(place: Path, grown: dict[str, Any]) -> None:
@@ -227,19 +227,21 @@ def test_configurations_that_contradict_themselves(
 
 
 def test_a_change_to_an_old_file_is_found(place: Path, tmp_path: Path) -> None:
-    source = sources.find("base")
-    before = sources.load(source)
+    source = model_source.find("base")
+    before = model_source.load(source)
     assert isinstance(before, SkillNet)
-    assert {each.state for each in proof.compare_files(source, before, source.weights)} == {"same"}
+    assert {each.state for each in verification.compare_files(source, before, source.weights)} == {
+        "same"
+    }
     with torch.no_grad():
         before.get_parameter("encoder.norm.weight")[0] += 1e-7
     before.save_pretrained(tmp_path / "altered")
-    states = proof.compare_files(source, before, tmp_path / "altered")
+    states = verification.compare_files(source, before, tmp_path / "altered")
     assert [each.file for each in states if each.state == "changed"] == ["shared"]
     with pytest.raises(RuntimeError, match="shared is changed"):
-        proof.require_same(states)
+        verification.require_same(states)
     (tmp_path / "altered" / "stem-patch.safetensors").unlink()
-    states = proof.compare_files(source, before, tmp_path / "altered")
+    states = verification.compare_files(source, before, tmp_path / "altered")
     assert [each.file for each in states if each.state == "gone"] == ["stem-patch"]
 
 
@@ -253,10 +255,10 @@ def test_a_registered_model_grows_into_its_next_version(
     config.tracking.register = True
     done = grow(config)
     assert done["registered"]["version"] == made.made.version + 1
-    bundle = sources.find(done["registered"]["uri"])
-    model = sources.load(bundle)
+    bundle = model_source.find(done["registered"]["uri"])
+    model = model_source.load(bundle)
     assert model.config.tasks["counting"].outputs == CLASSES
-    before = files(sources.find(made.made.uri).weights)
+    before = files(model_source.find(made.made.uri).weights)
     assert all(files(bundle.weights)[name] == content for name, content in before.items())
     page = backend.client(backend.resolve_uri()).get_model_version("skillnet", "2").description
     assert "old files" in page

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.namespaces import missing
 from benchmarks.ray_hosts import ray_hosts, wait_for
-from pipelines.training import faults
+from pipelines.runs.progress_log import history
+from pipelines.training import fault_injection
 from pipelines.training.loop import train
-from pipelines.training.progress import history
 from skillnet_platform import config as configuration
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights
@@ -68,7 +68,7 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
     ]
     with ray_hosts(tmp_path / "hosts", "head", "other", **SOON) as hosts:
         words = command(tmp_path, config)
-        environment = {"RAY_ADDRESS": hosts.address, faults.VARIABLE: json.dumps(order)}
+        environment = {"RAY_ADDRESS": hosts.address, fault_injection.VARIABLE: json.dumps(order)}
         with hosts.started("head", *words, **environment) as process:
             wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
             hosts.kill("other")
@@ -103,7 +103,7 @@ def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path
     run = tmp_path / "fixed"
     order = {"rank": None, "step": 5, "kind": "hold"}
     with ray_hosts(tmp_path / "hosts", "head", "other", **SOON) as hosts:
-        environment = {"RAY_ADDRESS": hosts.address, faults.VARIABLE: json.dumps(order)}
+        environment = {"RAY_ADDRESS": hosts.address, fault_injection.VARIABLE: json.dumps(order)}
         with hosts.started("head", *command(tmp_path, config), **environment) as process:
             wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
             hosts.kill("other")

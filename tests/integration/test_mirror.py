@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipelines import finetune, sources, uploads
-from pipelines.mirror import Mirror
-from pipelines.training import checkpoints, faults, notice
-from pipelines.training.settings import FinetuneConfig, StorageConfig
+from pipelines import finetune
+from pipelines.config.run import FinetuneConfig, StorageConfig
+from pipelines.runs import checkpoints, model_source, uploads
+from pipelines.runs.mirror import Mirror
+from pipelines.runs.uploads import Uploads
+from pipelines.training import fault_injection, preemption
+from pipelines.training import run as training_run
 from pipelines.training.worker import work
-from pipelines.uploads import Uploads
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from tests.object_store import BUCKET, ObjectStore
@@ -34,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is away is noticed soon."""
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
-    monkeypatch.setattr("pipelines.uploads.LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr("pipelines.runs.uploads.LONGEST_PAUSE_S", 1.0)
 
 
 def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneConfig:
@@ -65,12 +67,12 @@ def test_a_run_lies_in_the_store(object_store: ObjectStore, data: Path, run_root
     assert again["run"] == str(here)
     assert weights(Path(again["model"])) == model
     for given in ("", "/model", "/checkpoints/step-00000012"):
-        source = sources.find(f"{object_store.uri}/a{given}")
+        source = model_source.find(f"{object_store.uri}/a{given}")
         assert source.settings["name"] == "a"
-        assert sources.load(source).config.dim == 16
+        assert model_source.load(source).config.dim == 16
     assert source.steps == 12
     with pytest.raises(UserError, match="holds no whole model"):
-        sources.find(f"{object_store.uri}/b")
+        model_source.find(f"{object_store.uri}/b")
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
@@ -242,9 +244,9 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two folders stand for two machines: the worker's checkpoints and model reach the driver's."""
-    config = finetune.resolved(config_of(data, object_store))
+    config = training_run.resolved(config_of(data, object_store))
     theirs, mine = tmp_path / "worker" / "a", run_root / "a"
-    monkeypatch.setattr("pipelines.training.worker.ALOUD_S", 0.0)
+    monkeypatch.setattr("pipelines.training.reporter.ALOUD_S", 0.0)
     work(config, theirs, apart=True)
     # The driver does not see its progress file; Ray passes on what it says.
     assert "training: step 5 of 12, " in capsys.readouterr().err
@@ -266,15 +268,15 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
 ) -> None:
     """Two folders stand for two machines: another one goes on from the last step, to the bit."""
     whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
-    config = finetune.resolved(config_of(data, object_store))
-    monkeypatch.setenv(faults.VARIABLE, json.dumps({"step": 5, "kind": "term"}))
+    config = training_run.resolved(config_of(data, object_store))
+    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps({"step": 5, "kind": "term"}))
     before = signal.getsignal(signal.SIGTERM)
-    notice.listen_in_worker()
+    preemption.listen_in_worker()
     try:
-        with pytest.raises(notice.Regroup) as told:
+        with pytest.raises(preemption.Regroup) as told:
             work(config, tmp_path / "one" / "a", apart=True, host="one")
     finally:
-        notice.listen_in_worker()
+        preemption.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
     assert told.value.leaving == ["one"]
     assert directories.is_committed(f"{object_store.uri}/a/checkpoints/step-00000006")

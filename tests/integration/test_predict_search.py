@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import predict, search, sources
-from pipelines.bundle import open_predictor
-from pipelines.predictor import Item, modality_of
+from pipelines import predict, search
+from pipelines.runs import model_source
+from pipelines.serving.bundle import open_predictor
+from pipelines.serving.predictor import Item, modality_of
 from pipelines.transforms import video
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
@@ -137,7 +138,7 @@ class TestPredict:
         assert f"{rows}, line 3: a damaged picture" in told
 
     def test_an_empty_sentence_has_a_prediction(self, place: Place):
-        made = open_predictor(sources.find("models:/skillnet@champion"), place.data)
+        made = open_predictor(model_source.find("models:/skillnet@champion"), place.data)
         item = Item("", "", task="text_classification", may_be_empty=True)
         assert made.predict([item])[0].answer in SUBJECTS
 
@@ -220,11 +221,11 @@ class TestSearch:
 
     def test_scores_are_those_of_the_model(self, place: Place, capsys):
         found = run(["蓝色的圆圈", "--top", "3", "--precision", "fp32"], capsys, search)
-        from pipelines import tokenizer
-        from pipelines.shards import open_corpus
+        from pipelines.shards.dataset import open_corpus
+        from pipelines.tokenizer import training as tokenizer_training
 
         model = SkillNet.from_pretrained(place.saved)
-        words = tokenizer.load(place.data / "tokenizer.json")
+        words = tokenizer_training.load(place.data / "tokenizer.json")
         corpus = open_corpus(place.data / "drawings")
         with torch.no_grad():
             tokens = torch.tensor([words.encode("蓝色的圆圈").ids])

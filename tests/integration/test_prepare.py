@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from pipelines import preparation, shard_check
 from pipelines import prepare as preparing
 from pipelines.corpora import find_corpus
-from pipelines.corpora.syllables import WEB_PAGE, Syllables
-from pipelines.prepare import prepare
-from pipelines.shards import open_corpus, verify_corpus
+from pipelines.corpora.builtin.syllables import WEB_PAGE, Syllables
+from pipelines.preprocessing import pipeline
+from pipelines.preprocessing import prepare as preprocessing_prepare
+from pipelines.preprocessing.prepare import prepare
+from pipelines.shards import checksums
+from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.transforms.containers import UNREAD
 from skillnet_platform.errors import UserError
 from tests.made_corpora import SLOW, Made, put_archive
@@ -31,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 def files_of(directory: Path) -> dict[str, bytes]:
     """Name -> content of a corpus directory, without the notes of who read it."""
-    found = (path for path in sorted(directory.iterdir()) if path.name != shard_check.NOTES)
+    found = (path for path in sorted(directory.iterdir()) if path.name != checksums.NOTES)
     return {path.name: path.read_bytes() for path in found}
 
 
@@ -143,7 +145,7 @@ def test_a_full_disk_is_named_and_leaves_no_corpus(
 ) -> None:
     """Seen before the work where that is possible, else where a worker meets it."""
     if not foreseen:
-        monkeypatch.setattr(preparation, "LEAST_FREE", 0)
+        monkeypatch.setattr(pipeline, "LEAST_FREE", 0)
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -225,7 +227,7 @@ def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
 ) -> None:
     """A prepare that stopped leaves its shards; one with other settings removes them."""
     archives = made[1]
-    monkeypatch.setattr(preparation.partial, "gather", _interrupt)
+    monkeypatch.setattr(pipeline.partial, "gather", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare([MADE], tmp_path, archives)
     (left,) = tmp_path.iterdir()
@@ -242,9 +244,9 @@ def _interrupt(*_: object) -> None:
 
 def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
     with (
-        preparation.partial.partial(tmp_path / "made", {"a": 1}) as folder,
+        pipeline.partial.partial(tmp_path / "made", {"a": 1}) as folder,
         pytest.raises(UserError, match=r"made: another process prepares this corpus now"),
-        preparation.partial.partial(tmp_path / "made", {"a": 1}),
+        pipeline.partial.partial(tmp_path / "made", {"a": 1}),
     ):
         raise AssertionError(folder)
     assert list(tmp_path.iterdir()) == []
@@ -309,7 +311,9 @@ def _on_small_archive(kind: Any, content: bytes, tmp_path: Path) -> Any:
 
 def prepare_one(corpus: Any, directory: Path) -> dict[str, Any]:
     """Prepare a corpus object that no name leads to."""
-    return preparing._prepare([corpus], directory / "data", directory, None)[corpus.name]
+    return preprocessing_prepare._prepare([corpus], directory / "data", directory, None)[
+        corpus.name
+    ]
 
 
 def test_built_in_corpora_say_all_they_must() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipelines import prepare as preparing
-from pipelines.prepared_store import staging_folder
-from pipelines.shards import open_corpus
+from pipelines.preprocessing.remote_staging import staging_folder
+from pipelines.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.made_corpora import SLOW, put_archive
 from tests.object_store import ObjectStore

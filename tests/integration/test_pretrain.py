@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines import sources
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.pretrain import joint_run, main, pretrain
+from pipelines.runs import model_source
+from pipelines.runs.identity import identity_of
+from pipelines.training.init_from import locate
 from pipelines.training.loop import train
-from pipelines.training.settings import FinetuneConfig
-from pipelines.training.setup import build_model, identity_of
-from pipelines.training.start import locate
+from pipelines.training.setup import build_model
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
@@ -148,7 +149,7 @@ def test_from_a_run_a_folder_and_a_checkpoint(data: Path, run_root: Path) -> Non
 
     result = finetune(tuning(data, "pretraining"))
     told = result["init_from"]
-    assert told["digest"] == sources.find(made["run"]).digest
+    assert told["digest"] == model_source.find(made["run"]).digest
     assert {f"head-{task}" for task in small_config(data).tasks} == set(told["fresh"])
     assert {"shared", "skill-general", "skill-sound", "stem-token"} <= set(told["taken"])
     # The same weights from another place are the same run; other weights are not.
@@ -167,7 +168,7 @@ def test_from_a_registered_version(place: Place, tmp_path: Path) -> None:
     model, expected = build_model(config), saved(place.saved)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
-    assert identity_of(config)["init_from"] == sources.find(str(place.saved)).digest
+    assert identity_of(config)["init_from"] == model_source.find(str(place.saved)).digest
 
 
 def refusal(config: FinetuneConfig) -> str:
@@ -212,7 +213,7 @@ def test_a_start_without_stems_of_a_task_leaves_them_fresh(data: Path, tmp_path:
     config = small_pretraining(data)
     config.tasks = {"masked_sound": config.tasks["masked_sound"]}
     build_model(joint_run(config)).save_pretrained(tmp_path / "model")
-    from pipelines.training.start import preview
+    from pipelines.training.init_from import preview
 
     start = preview(tuning(data, str(tmp_path / "model")))
     assert start is not None

@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pipelines import evaluate, register, sources, verify
-from pipelines.evaluation import evaluate_model
-from pipelines.inference import Runner, memory_inputs
-from pipelines.shards import open_corpus
+from pipelines import evaluate, verify
+from pipelines.evaluation.evaluator import evaluate_model
+from pipelines.evaluation.inference import Runner, memory_inputs
+from pipelines.runs import model_source
+from pipelines.serving import registration
+from pipelines.shards.dataset import open_corpus
 from pipelines.transforms import image
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
@@ -58,9 +60,9 @@ def test_predictions_equal_those_of_the_checkpoint(place: Place):
 
     model = SkillNet.from_pretrained(place.saved)
     runner = Runner(model)
-    from pipelines import tokenizer
+    from pipelines.tokenizer import training as tokenizer_training
 
-    words = tokenizer.load(place.data / "tokenizer.json")
+    words = tokenizer_training.load(place.data / "tokenizer.json")
     rows = [np.array(words.encode(t).ids, np.int32) for t in texts]
     plan = model.config.tasks["text_classification"].towers["input"]
     expected = runner.classify("text_classification", memory_inputs(rows, plan, model.config))
@@ -122,12 +124,12 @@ def test_nothing_is_pickled_and_the_package_is_named(place: Place):
 
 
 def test_an_equal_model_stays_challenger(place: Place):
-    again = register.register_model(sources.find(str(place.saved)), place.data, samples=50)
+    again = registration.register_model(model_source.find(str(place.saved)), place.data, samples=50)
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
     assert int(registry.champion().version) == 1
-    forced = register.register_model(
-        sources.find(str(place.saved)), place.data, samples=50, force=True
+    forced = registration.register_model(
+        model_source.find(str(place.saved)), place.data, samples=50, force=True
     )
     assert forced.alias == "champion"
     assert int(registry.champion().version) == forced.version
@@ -139,7 +141,7 @@ def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):
     other.tasks["text_classification"] = type(task)("classification", task.towers, outputs=9)
     SkillNet(other).save_pretrained(tmp_path / "nine")
     with pytest.raises(UserError, match="has 15 labels, the model was built for 9"):
-        register.register_model(sources.find(str(tmp_path / "nine")), place.data, rows=[])
+        registration.register_model(model_source.find(str(tmp_path / "nine")), place.data, rows=[])
 
 
 def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, capsys):
@@ -149,7 +151,9 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
     (run / "run.json").write_text('{"run_id": "' + 32 * "0" + '"}')
     assert evaluate.main(["--run", str(run), "--data", str(place.data), "--samples", "20"]) == 0
     assert "is not in this tracker" in capsys.readouterr().err
-    made = register.register_model(sources.find(str(run)), place.data, name="other", samples=20)
+    made = registration.register_model(
+        model_source.find(str(run)), place.data, name="other", samples=20
+    )
     recorded = backend.client(backend.resolve_uri()).get_run(made.run_id)
     assert recorded.data.tags["trained_as"] == 32 * "0"
     assert recorded.info.status == "FINISHED"
@@ -191,7 +195,7 @@ def test_verify_finds_an_altered_byte_of_the_data(place: Place, tmp_path: Path, 
     "file", ["model/skill-text.safetensors", "tokenizer.json", "captions-text_to_code.safetensors"]
 )
 def test_an_altered_bundle_is_found_and_refused(place: Place, capsys, file):
-    bundle = registry.resolve(CHAMPION).path / "artifacts" / sources.BUNDLE
+    bundle = registry.resolve(CHAMPION).path / "artifacts" / model_source.BUNDLE
     original = (bundle / file).read_bytes()
     flip(bundle / file)
     try:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pipelines import prepare
-from pipelines.blocks import TWICE
-from pipelines.guard import DEADLY
-from pipelines.shards import open_corpus
+from pipelines.preprocessing.blocks import TWICE
+from pipelines.shards.dataset import open_corpus
+from pipelines.transforms.decode_guard import DEADLY
 from tests import hostile, user_corpora
 
 pytestmark = pytest.mark.integration

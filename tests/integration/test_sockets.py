@@ -50,7 +50,7 @@ def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_pat
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.training import rendezvous
+    from pipelines.training.ray_train import rendezvous
 
     with watched() as seen:
         TorchTrainer(

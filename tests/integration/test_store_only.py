@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from pipelines import finetune
-from pipelines.shards import open_corpus
-from pipelines.training import faults, worker
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.shards.dataset import open_corpus
+from pipelines.training import fault_injection
+from pipelines.training.ray_train import fit
 from skillnet_platform.errors import Terminated
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB
@@ -34,14 +35,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def apart_from_the_driver(monkeypatch: pytest.MonkeyPatch, store: ObjectStore, run: Path) -> None:
     """Ray's workers work in another folder than the driver, as on a disk of their own."""
     for name, value in store.environment.items():
-        monkeypatch.setitem(worker.WORKER_ENVIRONMENT, name, value)
-    monkeypatch.setitem(worker.WORKER_ENVIRONMENT, "SKILLNET_HOME", str(run.parent))
-    original = worker._trainer
+        monkeypatch.setitem(fit.WORKER_ENVIRONMENT, name, value)
+    monkeypatch.setitem(fit.WORKER_ENVIRONMENT, "SKILLNET_HOME", str(run.parent))
+    original = fit._trainer
 
     def trainer(config: FinetuneConfig, mine: Path, loop: dict[str, Any], nested: Any) -> Any:
         return original(config, mine, loop | {"run": str(run), "driver_node": "another"}, nested)
 
-    monkeypatch.setattr(worker, "_trainer", trainer)
+    monkeypatch.setattr(fit, "_trainer", trainer)
 
 
 def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
@@ -56,14 +57,14 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     config = config_of(data, object_store, workers=1, checkpoint_every=0, threads_per_worker=1)
     apart_from_the_driver(monkeypatch, object_store, tmp_path / "worker" / "a")
     order = {"step": 5, "kind": "term", "victim": "driver"}
-    monkeypatch.setenv(faults.VARIABLE, json.dumps(order))
+    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps(order))
     with pytest.raises(Terminated, match="the same command"):
         finetune.finetune(config)
     assert directories.list_folders(f"{object_store.uri}/a/checkpoints") == ["step-00000006"]
     # Another machine, and another one for the worker.
     for place in (run_root / "a", tmp_path / "worker"):
         shutil.rmtree(place)
-    monkeypatch.delenv(faults.VARIABLE)
+    monkeypatch.delenv(fault_injection.VARIABLE)
     result = finetune.finetune(config)
     assert (result["resumed"], result["step"]) == (6, 12)
     assert weights(Path(result["model"])) == weights(Path(whole["model"]))
@@ -88,7 +89,7 @@ def test_a_store_that_is_away_while_workers_read_from_it(
     config = replace(config, data=f"{object_store.uri}/corpora")
     run = tmp_path / "worker" / "a"
     apart_from_the_driver(monkeypatch, object_store, run)
-    monkeypatch.setenv(faults.VARIABLE, json.dumps({"step": 2, "kind": "hold"}))
+    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps({"step": 2, "kind": "hold"}))
     held = run / "faults" / "0-hold-2"
     shards: list[int] = []
 

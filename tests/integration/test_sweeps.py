@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.training.settings import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
@@ -206,7 +206,7 @@ def test_workers_of_a_trial_give_what_one_process_gives(
 def test_trials_share_a_pretraining(
     data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
 ) -> None:
-    from pipelines.training.settings import PretrainConfig, TaskTraining
+    from pipelines.config.run import PretrainConfig, TaskTraining
 
     config = base(data, steps=2)
     before = PretrainConfig(

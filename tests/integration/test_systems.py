@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.pretrain import joint_run
+from pipelines.runs.progress_log import history
+from pipelines.training.init_from import preview
 from pipelines.training.loop import train
-from pipelines.training.progress import history
-from pipelines.training.settings import FinetuneConfig
 from pipelines.training.setup import build_model
-from pipelines.training.start import preview
 from skillnet.systems import build_system, load, system_names
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.small_corpora import small_config, small_pretraining, write_corpora

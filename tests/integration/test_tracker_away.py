@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.ray_hosts import wait_for
 from benchmarks.tracking_server import Server
-from pipelines.training import faults
-from pipelines.training.progress import history
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.progress_log import history
+from pipelines.training import fault_injection
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
@@ -51,7 +51,9 @@ def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subpr
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
             "SKILLNET_HOME": str(home),
-            faults.VARIABLE: json.dumps([{"step": step, "kind": "hold"} for step in steps]),
+            fault_injection.VARIABLE: json.dumps(
+                [{"step": step, "kind": "hold"} for step in steps]
+            ),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

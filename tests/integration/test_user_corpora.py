@@ -9,8 +9,9 @@ import pytest
 
 from pipelines import evaluate, finetune, predict, prepare
 from pipelines.corpora import place_corpus
-from pipelines.corpora.tnews import LABELS
-from pipelines.shards import Corpus, open_corpus
+from pipelines.corpora.readers.tnews import LABELS
+from pipelines.preprocessing import prepare as preparation
+from pipelines.shards.dataset import Corpus, open_corpus
 from skillnet_platform.errors import UserError
 from tests import user_corpora
 
@@ -141,7 +142,7 @@ def test_too_many_missing_clips_stop_with_a_summary(place: Place, tmp_path: Path
         clip.unlink()
     corpus = place_corpus("vatex", str(folder))
     with pytest.raises(UserError, match=r"vatex: \d+ of \d+ rows.*captions without a clip"):
-        prepare.prepare([], tmp_path / "data", tmp_path, placed=[corpus])
+        preparation.prepare([], tmp_path / "data", tmp_path, placed=[corpus])
     assert not (tmp_path / "data" / "vatex").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
 from pipelines.training.setup import build_model, open_stream
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.small_corpora import small_config, write_corpora

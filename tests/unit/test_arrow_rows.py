@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.corpora.arrow_rows import rows_of
-from pipelines.corpora.broken import Broken
-from pipelines.corpora.records import records
-from pipelines.places import Place
+from pipelines.corpora.formats.arrow_reader import rows_of
+from pipelines.corpora.formats.encoding import Broken
+from pipelines.corpora.formats.record_reader import records
+from pipelines.io.directory import Place
 
 NOT_UTF8 = Broken("not UTF-8")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from pipelines.augment import MASK_TOKEN, Draws, clips, drop_tokens, pictures, recordings
-from pipelines.training.row_settings import AugmentConfig
+from pipelines.config.data import AugmentConfig
+from pipelines.loading.augment import MASK_TOKEN, Draws, clips, drop_tokens, pictures, recordings
 
 NONE = AugmentConfig(**dict.fromkeys(vars(AugmentConfig()), 0))
 

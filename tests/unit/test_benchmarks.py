@@ -19,7 +19,7 @@ from benchmarks.encoders import DenseEncoder, LoopEncoder
 from benchmarks.measure import Result, in_turns, machine, ratio, timed, tree_cpu_time, write
 from benchmarks.sides import rounds_of, side
 from benchmarks.training_step import Sizes, skillnet_step
-from pipelines.encoded import encode
+from pipelines.shards.jpeg import encode
 from skillnet.encoder import Encoder
 from tests.small_models import small_config
 

@@ -8,15 +8,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines import blocks as blocks_module
-from pipelines.blocks import LONGEST_TEXT, TWICE, Block, Summary, read_blocks
 from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.datasource import Job, pack, read_spool, rejected_beside, units, unpack, write_spool
-from pipelines.making import MOST_REASONS, counted
-from pipelines.media import MEDIA, MediaRef
-from pipelines.partial import REJECTED_ROWS, partial, write_entry
-from pipelines.seen import Seen
-from pipelines.shard_work import split_rejected
+from pipelines.io.key_set import Seen
+from pipelines.io.media import MEDIA, MediaRef
+from pipelines.preprocessing import blocks as blocks_module
+from pipelines.preprocessing.blocks import LONGEST_TEXT, TWICE, Block, Summary, read_blocks
+from pipelines.preprocessing.datasource import Job, units
+from pipelines.preprocessing.progress import MOST_REASONS, counted
+from pipelines.preprocessing.spool import pack, read_spool, rejected_beside, unpack, write_spool
+from pipelines.preprocessing.staging import REJECTED_ROWS, partial, write_entry
+from pipelines.preprocessing.transform_task import split_rejected
 from skillnet_platform.errors import UserError
 from tests.made_corpora import Made, put_archive
 

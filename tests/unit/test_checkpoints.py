@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import sources
-from pipelines.training import checkpoints
+from pipelines.runs import checkpoints, model_source
+from pipelines.training import checkpointing
 from pipelines.training.loop import train
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from pipelines.training.setup import build_model
@@ -48,8 +48,8 @@ def test_what_is_read_is_what_was_written(data: Path, tmp_path: Path) -> None:
     assert found is not None
     assert (found.step, found.path) == (5, done.checkpoint)
     model, optimizer, average = build_model(config).double(), SkillAdamW(0.1), WeightAverage(0.9)
-    checkpoints.load(found, model, optimizer, average)
-    again = checkpoints.save(
+    checkpointing.load(found, model, optimizer, average)
+    again = checkpointing.save(
         tmp_path / "again", 5, model, optimizer, average, dict(found.state), keep=1
     )
     for path in sorted(found.path.iterdir()):
@@ -132,7 +132,7 @@ def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
     config.init_from = str(run / "checkpoints" / "step-00000008")
     start = dict(build_model(config).named_parameters())
     saved = SkillNet.from_pretrained(config.init_from).named_parameters()
-    average = sources.load(sources.find(config.init_from)).named_parameters()
+    average = model_source.load(model_source.find(config.init_from)).named_parameters()
     moved = 0
     for (name, last), (_, mean) in zip(saved, average, strict=True):
         assert torch.equal(start[name], mean.to(start[name].dtype)), name

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.predict import PredictConfig, clue_lines
-from pipelines.prediction_rows import Given, read_rows
-from pipelines.predictor import Prediction
+from pipelines.serving.inputs import Given, read_rows
+from pipelines.serving.predictor import Prediction
 from skillnet_platform.errors import UserError
 from tests.user_corpora import tnews, write_lines
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import BUILT_IN, drawings, find_corpus, functions, headings, strokes
+from pipelines.corpora import BUILT_IN, find_corpus
 from pipelines.corpora.base import Rejected, Sources, draw
-from pipelines.corpora.syllables import SYMBOLS, WEB_PAGE, Syllables, spell, symbols
+from pipelines.corpora.builtin import drawings, functions, headings, strokes
+from pipelines.corpora.builtin.syllables import SYMBOLS, WEB_PAGE, Syllables, spell, symbols
 from tests.packing import tarred, zipped
 
 NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not Found</html>'

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.costs import main, read_system
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet.accounting import account_task
 from skillnet.skills import default_tasks
 from skillnet.systems import build_system

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.corpora import csv_rows, place_corpus
+from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Rejected, Sources
-from pipelines.corpora.broken import CUT, Broken
-from pipelines.corpora.csv_rows import UNCLOSED
-from pipelines.corpora.records import records
-from pipelines.places import Place
+from pipelines.corpora.formats import csv_reader
+from pipelines.corpora.formats.csv_reader import UNCLOSED
+from pipelines.corpora.formats.encoding import CUT, Broken
+from pipelines.corpora.formats.record_reader import records
+from pipelines.io.directory import Place
 
 HEAD = "text,label\n"
 
@@ -75,8 +76,8 @@ def test_no_row_is_read_by_another_line_than_the_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flood", ["x" * 5000, '"' + "甲,a\n" * 1000, "\n" * 5000])
 def test_a_flood_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: str) -> None:
-    monkeypatch.setattr(csv_rows, "LONGEST_LINE", 2000)
-    monkeypatch.setattr(csv_rows, "MOST_EMPTY", 2000)
+    monkeypatch.setattr(csv_reader, "LONGEST_LINE", 2000)
+    monkeypatch.setattr(csv_reader, "MOST_EMPTY", 2000)
     first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{flood}\n乙,a\n", "rows.csv.gz")
     assert first == (2, row("甲", "a"))
     assert broken.rest

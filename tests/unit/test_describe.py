@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import corpora, describe, prepare
-from pipelines.places import Entry, Place
+from pipelines import corpora, prepare
+from pipelines.io.directory import Entry, Place
+from pipelines.preprocessing import describe
 from skillnet_platform.errors import UserError
 from tests import clips, user_corpora
 from tests.clips import encode_video

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.shards import open_corpus
-from pipelines.stream import MixedStream
-from pipelines.training.settings import FinetuneConfig
-from pipelines.training.setup import identity_of, open_stream
+from pipelines.config.run import FinetuneConfig
+from pipelines.loading.dataloader import MixedStream
+from pipelines.runs.identity import identity_of
+from pipelines.shards.dataset import open_corpus
+from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import FileCache, Wanted

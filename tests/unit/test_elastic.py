@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.training import notice, worker
-from pipelines.training.settings import FinetuneConfig, TrainingConfig
-from pipelines.training.setup import identity_of
+from pipelines.config.run import FinetuneConfig, TrainingConfig
+from pipelines.runs.identity import identity_of
+from pipelines.training import preemption, worker
 from skillnet_platform.errors import UserError
 
 
@@ -49,7 +49,7 @@ CLUSTER = {"a": {"CPU": 4.0, "GPU": 1.0}, "b": {"CPU": 1.0}, "c": {"memory": 9.0
     ],
 )
 def test_places_for_workers(one: dict[str, float], apart: bool, expected: dict[str, int]) -> None:
-    from pipelines.training import elastic
+    from pipelines.training.ray_train import elastic
 
     assert elastic.slots(CLUSTER, one, apart) == expected
     free = elastic.slots(CLUSTER, {}, apart=False)
@@ -57,7 +57,7 @@ def test_places_for_workers(one: dict[str, float], apart: bool, expected: dict[s
 
 
 def test_a_host_that_refuses_connections_is_gone_whatever_the_head_believes() -> None:
-    from pipelines.training import elastic
+    from pipelines.training.ray_train import elastic
 
     with socket.socket() as listening, socket.socket() as bound:
         for each in (listening, bound):
@@ -82,7 +82,7 @@ def test_a_host_that_refuses_connections_is_gone_whatever_the_head_believes() ->
 
 
 def test_a_host_is_shunned_for_a_while_and_a_size_that_found_no_place_too() -> None:
-    from pipelines.training import elastic
+    from pipelines.training.ray_train import elastic
 
     group = elastic.Group()
     group.leave(["a", "b"], now=100.0)
@@ -97,36 +97,36 @@ def test_a_host_is_shunned_for_a_while_and_a_size_that_found_no_place_too() -> N
 def test_a_workers_notice_is_its_hosts_and_the_drivers_ends_the_run(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        notice.listen_in_worker()
-        with pytest.raises(notice.Regroup) as told:
+        preemption.listen_in_worker()
+        with pytest.raises(preemption.Regroup) as told:
             worker._regroup(1, "host")
         assert told.value.leaving == []
         os.kill(os.getpid(), signal.SIGTERM)
-        assert notice.asked()
-        with pytest.raises(notice.Regroup) as told:
+        assert preemption.asked()
+        with pytest.raises(preemption.Regroup) as told:
             worker._regroup(1, "host")
         assert told.value.leaving == ["host"]
-        (tmp_path / notice.FILE).touch()
-        with notice.looking_for(notice.FileSign(tmp_path / notice.FILE)):
-            while not notice.ordered():
+        (tmp_path / preemption.FILE).touch()
+        with preemption.looking_for(preemption.FileSign(tmp_path / preemption.FILE)):
+            while not preemption.ordered():
                 pass
         worker._regroup(1, "host")
     finally:
-        notice.listen_in_worker()
+        preemption.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
-    assert not notice.asked()
+    assert not preemption.asked()
 
 
 def test_to_make_room_a_worker_is_asked_without_a_signal() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
-        notice.listen_in_worker()
-        notice.regroup()
-        assert notice.asked()
-        assert not notice.signalled()
-        assert not notice.ordered()
+        preemption.listen_in_worker()
+        preemption.regroup()
+        assert preemption.asked()
+        assert not preemption.signalled()
+        assert not preemption.ordered()
     finally:
-        notice.listen_in_worker()
+        preemption.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -136,8 +136,8 @@ def test_what_is_started_again_and_what_ends_a_run(monkeypatch: pytest.MonkeyPat
     from ray.train.v2.api.config import FailureConfig
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-    from pipelines.training import elastic
-    from pipelines.training.policies import MistakesEnd
+    from pipelines.training.ray_train import elastic
+    from pipelines.training.ray_train.failure_policy import MistakesEnd
 
     monkeypatch.setattr(elastic, "GROUP", elastic.Group(hosts={"a", "b"}))
     there = {"a": {"CPU": 1.0}, "b": {"CPU": 1.0}}
@@ -154,9 +154,9 @@ def test_what_is_started_again_and_what_ends_a_run(monkeypatch: pytest.MonkeyPat
         assert policy.make_decision(failed(RuntimeError())) == retry
         assert policy.make_decision(failed(RuntimeError())) == end
     policy = elastic.HostsMayLeave(FailureConfig(max_failures=0))
-    assert policy.make_decision(failed(notice.Regroup(["b"]))) == retry
+    assert policy.make_decision(failed(preemption.Regroup(["b"]))) == retry
     assert set(elastic.GROUP.leaving) == {"b"}
-    assert policy.make_decision(ControllerError(notice.TooFewHosts())) == end
+    assert policy.make_decision(ControllerError(preemption.TooFewHosts())) == end
     policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
     assert elastic.GROUP.most == 1
     assert policy.make_decision(failed(RuntimeError())) == end

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.blocks import to_table
-from pipelines.collate import Encoded, Fixed, open_column
 from pipelines.corpora.base import Rejected, Sources
-from pipelines.corpora.folder import Folder
-from pipelines.encoded import decode, encode, encoded_field, is_encoded
-from pipelines.shard_work import transform_block
+from pipelines.corpora.readers.folder import Folder
+from pipelines.preprocessing.blocks import to_table
+from pipelines.preprocessing.transform_task import transform_block
+from pipelines.shards.columns import Encoded, Fixed, open_column
+from pipelines.shards.jpeg import decode, encode, encoded_field, is_encoded
 from pipelines.transforms import video
 from skillnet_platform.errors import UserError
 from tests.clips import encode_video

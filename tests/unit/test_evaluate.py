@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pipelines import evaluate as command
-from pipelines.evaluation import COLUMNS, evaluate_model
-from pipelines.inference import Runner, batches_by_length, memory_inputs, split_inputs
-from pipelines.shards import open_corpus
+from pipelines.evaluation.evaluator import evaluate_model
+from pipelines.evaluation.inference import Runner, batches_by_length, memory_inputs, split_inputs
+from pipelines.evaluation.tables import COLUMNS
+from pipelines.shards.dataset import open_corpus
 from skillnet.accounting import account_task
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
@@ -187,8 +188,8 @@ def test_command_refuses_what_is_no_model(data: Path, run_root: Path, capsys, tm
 
 
 def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, run_root: Path):
-    from pipelines import sources
     from pipelines.evaluate import EvaluateConfig, evaluate
+    from pipelines.runs import model_source
     from skillnet.growth import add_task
     from skillnet.skills import SkillPlan, Task
 
@@ -203,7 +204,7 @@ def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, r
         "  text_to_code: {corpus: functions, max_length: 9}\n",
         encoding="utf-8",
     )
-    source = sources.find(str(run / "checkpoints" / "step-00000001"))
+    source = model_source.find(str(run / "checkpoints" / "step-00000001"))
     assert source.auxiliary == {"text_to_definition"}
     assert source.limits["text_to_code"] == 9
     result = evaluate(
@@ -215,9 +216,9 @@ def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, r
 
 def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) -> None:
     """As with five captions a photograph: as many queries, resampled by rows, outcomes by rows."""
-    from pipelines.outcomes import Outcomes
-    from pipelines.references import references
-    from pipelines.shards import manifest_digest
+    from pipelines.evaluation.outcomes import Outcomes
+    from pipelines.evaluation.simple_baselines import references
+    from pipelines.shards.format import manifest_digest
 
     data = write_corpora(tmp_path / "corpora")
     path = data / "drawings" / "manifest.json"

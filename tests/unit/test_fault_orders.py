@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.training import faults, notice
+from pipelines.training import fault_injection, preemption
 from skillnet_platform.errors import UserError
 
 
 def ordered(
     monkeypatch: pytest.MonkeyPatch, run: Path, rank: int, *each: dict[str, object]
-) -> faults.Faults | None:
-    monkeypatch.setenv(faults.VARIABLE, json.dumps(each))
-    return faults.ordered(run, rank)
+) -> fault_injection.Faults | None:
+    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps(each))
+    return fault_injection.ordered(run, rank)
 
 
 def test_nothing_is_done_unless_it_is_ordered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(faults.VARIABLE, raising=False)
-    assert faults.ordered(tmp_path, 0) is None
-    assert faults.environment() == {}
+    monkeypatch.delenv(fault_injection.VARIABLE, raising=False)
+    assert fault_injection.ordered(tmp_path, 0) is None
+    assert fault_injection.environment() == {}
 
 
 def test_a_fault_happens_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +62,9 @@ def test_a_fault_happens_once_in_a_run(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_is_no_fault_is_refused(
     told: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(faults.VARIABLE, told)
+    monkeypatch.setenv(fault_injection.VARIABLE, told)
     with pytest.raises(UserError, match=said):
-        faults.ordered(tmp_path, 0)
+        fault_injection.ordered(tmp_path, 0)
 
 
 def test_one_bit_of_the_newest_checkpoint_is_turned_over(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_one_bit_of_the_newest_checkpoint_is_turned_over(tmp_path: Path) -> None
         folder.mkdir()
         (folder / "a").write_bytes(bytes(10))
         (folder / "b").write_bytes(bytes(30))
-    path, position = faults.flip_bit(tmp_path, 0.5)
+    path, position = fault_injection.flip_bit(tmp_path, 0.5)
     assert (path, position) == (tmp_path / "step-00000002" / "b", 10)
     content = path.read_bytes()
     assert len(content) == 30
@@ -83,32 +83,32 @@ def test_one_bit_of_the_newest_checkpoint_is_turned_over(tmp_path: Path) -> None
 
 
 def test_a_large_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "LARGEST_DISK", 0)
+    monkeypatch.setattr(fault_injection, "LARGEST_DISK", 0)
     with pytest.raises(UserError, match="fill only a disk of less"):
-        faults.fill_disk(tmp_path)
+        fault_injection.fill_disk(tmp_path)
 
 
 def test_a_signal_is_a_notice_and_the_second_one_ends(tmp_path: Path) -> None:
-    file = tmp_path / notice.FILE
+    file = tmp_path / preemption.FILE
     file.touch()  # of a run before this one
-    with notice.listening(notice.FileSign(file)):
-        assert not notice.asked()
+    with preemption.listening(preemption.FileSign(file)):
+        assert not preemption.asked()
         assert not file.exists()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert notice.asked()
+        assert preemption.asked()
         wait_until(file.exists)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert not notice.asked()
+    assert not preemption.asked()
     assert not file.exists()
 
 
 def test_the_drivers_file_is_a_notice(tmp_path: Path) -> None:
-    file = tmp_path / notice.FILE
-    with notice.listening(), notice.looking_for(notice.FileSign(file)):
-        assert not notice.asked()
+    file = tmp_path / preemption.FILE
+    with preemption.listening(), preemption.looking_for(preemption.FileSign(file)):
+        assert not preemption.asked()
         file.touch()
-        wait_until(notice.asked)
+        wait_until(preemption.asked)
 
 
 def wait_until(there: Callable[[], bool]) -> None:
@@ -132,14 +132,14 @@ class Unreachable:
 
 
 def test_workers_that_cannot_be_told_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
-    with notice.listening(Unreachable()), notice.looking_for(Unreachable()):
+    with preemption.listening(Unreachable()), preemption.looking_for(Unreachable()):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert notice.asked()
+        assert preemption.asked()
     assert "could not be told to leave (the head does not answer)" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_ours_again_after_a_fit() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with notice.listening():
+    with preemption.listening():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) is before

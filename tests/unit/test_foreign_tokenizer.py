@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from pipelines import tokenizer as tokenizers
-from pipelines.foreign_tokenizer import BYTES, adopt
+from pipelines.tokenizer import training as tokenizers
+from pipelines.tokenizer.conversion import BYTES, adopt
 from pipelines.transforms import text
 from skillnet_platform.errors import UserError
 

@@ -14,11 +14,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pipelines.config.run import FinetuneConfig
 from pipelines.corpora.archives import members
-from pipelines.shards import manifest_digest, open_corpus, write_shard
-from pipelines.training import checkpoints
+from pipelines.runs import checkpoints
+from pipelines.shards.dataset import open_corpus
+from pipelines.shards.format import manifest_digest, write_shard
+from pipelines.training import checkpointing
 from pipelines.training.optimizer import SkillAdamW
-from pipelines.training.settings import FinetuneConfig
 from skillnet import systems
 from skillnet.serialization import write_manifest
 from skillnet_platform import config
@@ -160,7 +162,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = folder / "model"
     model.save_pretrained(small)
     model = systems.load(small, "text_classification")
-    return checkpoints.save(folder / "run", 1, model, SkillAdamW(0.1), None, {}, keep=1)
+    return checkpointing.save(folder / "run", 1, model, SkillAdamW(0.1), None, {}, keep=1)
 
 
 @given(st.integers(0, 20), WOUNDS, st.booleans())

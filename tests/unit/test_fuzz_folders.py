@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import sources
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs import model_source
 from sweeps import results
 from sweeps.ledger import Entry
 from sweeps.runs import check_comparable, gather, read_run
@@ -166,9 +166,9 @@ def lay_model(folder: Path, kind: str) -> list[Path]:
     return [folder / name for name in MODELS[kind] if not name.startswith("model/")]
 
 
-def look_up(folder: Path) -> sources.Source:
+def look_up(folder: Path) -> model_source.Source:
     """What every command that takes a model does first."""
-    source = sources.find(str(folder))
+    source = model_source.find(str(folder))
     assert source.seed is not None
     assert source.auxiliary <= set(source.corpora) == set(source.limits)
     return source

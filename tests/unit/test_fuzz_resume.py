@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.training import faults
-from pipelines.training.settings import FinetuneConfig
+from pipelines.training import fault_injection
 from skillnet.serialization import write_manifest
 from tests.damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.small_corpora import small_config, write_corpora
@@ -42,7 +42,7 @@ class Run:
         self.folder = root / "runs" / "made"
         self._kept = root / "kept"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(faults.VARIABLE, json.dumps({"step": 5, "kind": "raise"}))
+            patch.setenv(fault_injection.VARIABLE, json.dumps({"step": 5, "kind": "raise"}))
             with pytest.raises(RuntimeError, match="a fault to order"):
                 finetune(config)
         shutil.copytree(self.folder, self._kept / "stopped")

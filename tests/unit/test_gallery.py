@@ -7,7 +7,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from pipelines.gallery import Card, data_uri, page
+from pipelines.serving.search_page import Card, data_uri, page
 
 NASTY = '<script>alert("1")</script> & "红色的心"\''
 

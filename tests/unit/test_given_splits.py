@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import describe
 from pipelines.corpora import place_corpus
-from pipelines.corpora.placed import PlacedCorpus
+from pipelines.corpora.readers.base import PlacedCorpus
+from pipelines.preprocessing import describe
 from skillnet_platform.errors import UserError
 from tests.unit.test_readers import Rows, read, sizes
 from tests.user_corpora import write_lines

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.growth import proof, runs
+from pipelines.config.growth import GrowConfig, NewTask
+from pipelines.config.run import TaskTraining
+from pipelines.growth import runs, verification
 from pipelines.growth.report import FileState, Growth, TaskState, Worth
-from pipelines.growth.settings import GrowConfig, NewTask
-from pipelines.sources import Source
-from pipelines.training.settings import TaskTraining
+from pipelines.runs.model_source import Source
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from skillnet_platform.errors import UserError
@@ -42,7 +42,7 @@ def test_a_modality_that_is_new_brings_a_stem_that_trains_also_without_the_skill
     before = runs.load(source)
     settings = runs.as_run(config, source, before)
     grown = runs.grown_model(config, before, settings.model.tasks["counting"])
-    new = proof.new_files(before, grown)
+    new = verification.new_files(before, grown)
     assert new == ["head-counting", "skill-ink", "stem-tubelet"]
     assert "ink" not in before.config.skills
     settings.training.only = new
@@ -132,12 +132,12 @@ def growth(**changes: object) -> Growth:
 )
 def test_whatever_changed_is_named(changes: dict[str, object], message: str) -> None:
     assert growth().untouched
-    proof.require_untouched(growth())
+    verification.require_untouched(growth())
     report = growth(**changes)
     assert not report.untouched
     assert "NOT untouched" in report.headline()
     with pytest.raises(RuntimeError, match=message):
-        proof.require_untouched(report)
+        verification.require_untouched(report)
 
 
 def test_a_report_survives_its_json_and_reads_well() -> None:

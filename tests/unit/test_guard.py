@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines import guard
-from pipelines.corpora import finish
-from pipelines.guard import DEADLY, TOO_LARGE, Attempts, read_each
-from pipelines.source_files import SourceFails
+from pipelines.corpora.readers import columns
+from pipelines.io.source_file import SourceFails
+from pipelines.transforms import decode_guard
+from pipelines.transforms.decode_guard import DEADLY, TOO_LARGE, Attempts, read_each
 from skillnet_platform.storage.retry import StoreUnavailable
 
 
@@ -78,7 +78,7 @@ def test_a_thread_without_signals_reads_too() -> None:
 
 CRASH = """
 import os, sys
-from pipelines.guard import read_each, watched
+from pipelines.transforms.decode_guard import read_each, watched
 def read(value):
     if value == 3:
         os._exit(9)
@@ -100,9 +100,9 @@ def test_a_row_that_ended_two_processes_is_not_tried_again(tmp_path: Path) -> No
         (None, DEADLY),
         (4, None),
     ]
-    assert list(guard.folder(f"test-{name}").iterdir()) == []  # the block is done
-    guard.forget(f"test-{name}")
-    assert not guard.folder(f"test-{name}").exists()
+    assert list(decode_guard.folder(f"test-{name}").iterdir()) == []  # the block is done
+    decode_guard.forget(f"test-{name}")
+    assert not decode_guard.folder(f"test-{name}").exists()
 
 
 def test_a_worker_that_ends_between_rows_blames_none() -> None:
@@ -113,7 +113,7 @@ def test_a_worker_that_ends_between_rows_blames_none() -> None:
     assert not second.is_deadly()
     assert second._strikes == {}
     second.close()
-    guard.forget("between")
+    decode_guard.forget("between")
 
 
 def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +122,10 @@ def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch)
             raise RecursionError
         return source
 
-    monkeypatch.setattr(finish.code, "without_docstring", strip)
-    monkeypatch.setattr(finish.text, "encode", lambda tokenizer, texts, longest: pa.array(texts))
-    made = finish.finish_code(
-        pa.table({"code": ["a = 1", "deep", " ", "b = 2"]}), None, finish.CodeOptions()
+    monkeypatch.setattr(columns.code, "without_docstring", strip)
+    monkeypatch.setattr(columns.text, "encode", lambda tokenizer, texts, longest: pa.array(texts))
+    made = columns.finish_code(
+        pa.table({"code": ["a = 1", "deep", " ", "b = 2"]}), None, columns.CodeOptions()
     )
     assert made["code"].to_pylist() == ["a = 1", "", "", "b = 2"]
     assert made["rejected"].to_pylist() == [

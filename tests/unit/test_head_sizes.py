@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.finetune import check, resolved
-from pipelines.shards import manifest_digest
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.shards.format import manifest_digest
+from pipelines.training.run import check, resolved
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from tests.small_corpora import write_corpora

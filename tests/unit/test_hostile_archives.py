@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.corpora import archives
 from pipelines.corpora.archives import members
-from pipelines.untrusted import Limits
+from pipelines.io.archive import Limits
 from skillnet_platform.errors import UserError
 from tests.packing import tarred, zipped
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines import bundle, sources
-from pipelines.training import checkpoints
+from pipelines.runs import checkpoints, model_source
+from pipelines.serving import bundle
+from pipelines.training import checkpointing
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
 from skillnet import systems
 from skillnet.baselines import library_models
@@ -52,7 +53,7 @@ def saved(model: TaskModel, tmp_path: Path) -> Path:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(active, 0.01)
     average.update(active)
-    return checkpoints.save(tmp_path / "run", 3, model, optimizer, average, {"seed": 1}, keep=1)
+    return checkpointing.save(tmp_path / "run", 3, model, optimizer, average, {"seed": 1}, keep=1)
 
 
 def resealed(folder: Path) -> Path:
@@ -64,7 +65,7 @@ def resealed(folder: Path) -> Path:
 LOADERS: dict[str, Callable[[Path, TaskModel], object]] = {
     "load": lambda folder, model: systems.load(folder),
     "checkpoint": lambda folder, model: checkpoints.load_weights(folder, model),
-    "source": lambda folder, model: sources.load(sources.find(str(folder))),
+    "source": lambda folder, model: model_source.load(model_source.find(str(folder))),
 }
 
 loaders = pytest.mark.parametrize("loader", LOADERS)
@@ -102,7 +103,7 @@ def test_a_pickle_among_the_state_of_the_optimiser(
     write(saved / "optimizer-shared.safetensors", mark)
     found = checkpoints.verify(resealed(saved))
     with pytest.raises(ValueError, match=r"optimizer-shared\.safetensors is no safetensors file"):
-        checkpoints.load(found, model, SkillAdamW(0.1))
+        checkpointing.load(found, model, SkillAdamW(0.1))
     assert not mark.exists()
 
 
@@ -210,7 +211,7 @@ def test_state_that_the_manifest_does_not_list_is_not_read(saved: Path, model: T
     found = checkpoints.verify(saved)
     pickled(saved / "optimizer-more.safetensors", saved.parent / "mark")
     optimizer = SkillAdamW(0.1)
-    checkpoints.load(found, model, optimizer)
+    checkpointing.load(found, model, optimizer)
     assert optimizer.state.keys() == dict(model.named_parameters()).keys()
 
 
@@ -220,7 +221,7 @@ def test_state_of_no_parameter(saved: Path, model: TaskModel, key: str) -> None:
     save_file(load_file(path) | {key: torch.zeros(())}, path)
     found = checkpoints.verify(resealed(saved))
     with pytest.raises(ValueError, match="no state of a parameter of this model"):
-        checkpoints.load(found, model, SkillAdamW(0.1))
+        checkpointing.load(found, model, SkillAdamW(0.1))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": "3"}', "[" * 100_000])

@@ -160,7 +160,7 @@ def test_media_that_do_not_lie_in_the_file_are_told(tmp_path: Path) -> None:
 READ = """
 import sys
 from pathlib import Path
-from pipelines.blocks import read_blocks
+from pipelines.preprocessing.blocks import read_blocks
 from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Sources
 from skillnet_platform.cli import users_mistake

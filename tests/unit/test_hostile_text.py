@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.gallery import Card
-from pipelines.gallery import page as gallery
+from pipelines.serving.search_page import Card
+from pipelines.serving.search_page import page as gallery
 from sweeps.page import render
 from tests.markup import HOSTILE, NASTY, assert_harmless
 

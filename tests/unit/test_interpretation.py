@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.evaluation import evaluate_model
-from pipelines.shards import manifest_digest
+from pipelines.evaluation.evaluator import evaluate_model
+from pipelines.shards.format import manifest_digest
 from skillnet.growth import add_skill
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task

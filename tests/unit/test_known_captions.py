@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipelines import bundle, search
-from pipelines.shard_files import LocalShards
-from pipelines.shards import Corpus, open_corpus
+from pipelines.serving import bundle, retrieval_index
+from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.files import LocalShards
 from skillnet_platform.errors import UserError
 from tests.readable_corpora import write_corpora
 
@@ -65,7 +65,7 @@ def test_a_search_that_would_not_fit_names_the_splits(
     corpus: Corpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = sum(split.rows for split in corpus.splits.values())
-    monkeypatch.setattr(search, "MOST_BYTES", rows * 16 * 4 - 1)
+    monkeypatch.setattr(retrieval_index, "MOST_BYTES", rows * 16 * 4 - 1)
     predictor = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(embedding_dim=16)),
         runner=SimpleNamespace(precision=SimpleNamespace(name="fp32")),
@@ -75,4 +75,4 @@ def test_a_search_that_would_not_fit_names_the_splits(
     with pytest.raises(
         UserError, match=rf"vectors of {rows} rows take .*--splits (test|validation)"
     ):
-        search.index(predictor, source, "text_to_image", corpus, splits)  # type: ignore[arg-type]
+        retrieval_index.index(predictor, source, "text_to_image", corpus, splits)  # type: ignore[arg-type]

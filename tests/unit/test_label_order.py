@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.placed import ordered
+from pipelines.corpora.readers.base import ordered
 
 
 @pytest.mark.parametrize(

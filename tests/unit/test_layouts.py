@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import describe
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.corpora.base import Rejected, Sources
-from pipelines.places import Place
+from pipelines.io.directory import Place
 from pipelines.prepare import named_corpora
+from pipelines.preprocessing import describe
 from skillnet_platform.errors import UserError
 from tests import user_corpora
 from tests.packing import tarred

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.making import WORTH_STOPPING, Making, Order
-from pipelines.partial import READ, REJECTED_ROWS
+from pipelines.preprocessing.datasource import Order
+from pipelines.preprocessing.progress import WORTH_STOPPING, Making
+from pipelines.preprocessing.staging import READ, REJECTED_ROWS
 from skillnet_platform.errors import UserError
 from tests.made_corpora import Made
 

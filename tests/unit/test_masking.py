@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.augment import MASK_TOKEN, Draws
-from pipelines.masking import FIRST_WORD, Hider, normalised, pick, pick_spans, pick_tubes
-from pipelines.training.row_settings import MaskConfig
+from pipelines.config.data import MaskConfig
+from pipelines.loading.augment import MASK_TOKEN, Draws
+from pipelines.loading.masking import FIRST_WORD, Hider, normalised, pick, pick_spans, pick_tubes
 from skillnet.config import SkillNetConfig
 from skillnet.stems import patchify, stack_frames, tubelify
 

@@ -11,9 +11,9 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipelines import media
-from pipelines.media import MEDIA, MediaRef, Unreadable, read_media
-from pipelines.untrusted import Limits
+from pipelines.io import media
+from pipelines.io.archive import Limits
+from pipelines.io.media import MEDIA, MediaRef, Unreadable, read_media
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import StoreUnavailable
 from tests.packing import tarred
@@ -95,7 +95,7 @@ def test_a_tar_that_attacks_costs_its_rows_and_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = flooded(tmp_path)
-    monkeypatch.setattr("pipelines.tars.LIMITS", Limits(2**62, 2**62, 2**62, 2000))
+    monkeypatch.setattr("pipelines.io.tar.LIMITS", Limits(2**62, 2**62, 2**62, 2000))
     tracemalloc.start()
     try:
         found = read(MediaRef(str(path), member="good.wav"), MediaRef(str(path), member="bad.wav"))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.training.mixture import BLOCK, RowOrder, Schedule, generator, task_weights
+from pipelines.loading.rng import generator
+from pipelines.loading.samplers import BLOCK, RowOrder, Schedule, task_weights
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 9))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipelines.config.run import TrainingConfig
 from pipelines.training.loop import step_loss, train
 from pipelines.training.optimizer import (
     SkillAdamW,
@@ -15,7 +16,6 @@ from pipelines.training.optimizer import (
     decays,
     learning_rate,
 )
-from pipelines.training.settings import TrainingConfig
 from pipelines.training.setup import build_model, open_stream
 from skillnet.precision import choose
 from tests.small_corpora import small_config, write_corpora

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.evaluation import evaluate_model
-from pipelines.outcomes import (
+from pipelines.evaluation.evaluator import evaluate_model
+from pipelines.evaluation.outcomes import (
     SCHEMA,
     Outcomes,
     RowOutcomes,

@@ -17,8 +17,8 @@ import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.corpora.base import Rejected, Sources
-from pipelines.media import Unreadable, read_media
-from pipelines.places import Place
+from pipelines.io.directory import Place
+from pipelines.io.media import Unreadable, read_media
 from skillnet_platform.errors import UserError
 from tests import user_corpora
 from tests.packing import tarred
@@ -329,12 +329,14 @@ def test_a_corpus_in_a_bucket_is_read_alike(tmp_path: Path) -> None:
 
 def test_samples_are_finished_as_the_model_reads_them(tmp_path: Path) -> None:
     corpus = place_corpus("webdataset", str(user_corpora.webdataset(tmp_path)), {"size": 32})
-    from pipelines import tokenizer
+    from pipelines.tokenizer import training as tokenizer_training
 
     rows, _ = read(corpus)
     block = pa.Table.from_pylist(rows["test"], schema=corpus.raw)
-    (tmp_path / "t.json").write_text(tokenizer.train(["红色的方块"], [], size=600), "utf-8")
-    made = corpus.transform(block, tokenizer.load(tmp_path / "t.json"))
+    (tmp_path / "t.json").write_text(
+        tokenizer_training.train(["红色的方块"], [], size=600), "utf-8"
+    )
+    made = corpus.transform(block, tokenizer_training.load(tmp_path / "t.json"))
     assert made["rejected"].null_count == 12
     assert np.array(made["pixels"][0].as_py()).size == 32 * 32 * 3
     assert made.schema.names == [*corpus.columns.names, "rejected"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.blocks import Block, Summary, read_blocks
 from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Sources
-from pipelines.describe import describe
-from pipelines.places import Place
-from pipelines.tars import BadTar, Tar
-from pipelines.trail import MOST_WAYS
+from pipelines.io.directory import Place
+from pipelines.io.symlink_guard import MOST_WAYS
+from pipelines.io.tar import BadTar, Tar
+from pipelines.preprocessing.blocks import Block, Summary, read_blocks
+from pipelines.preprocessing.describe import describe
 from skillnet_platform.errors import UserError
 from tests import user_corpora
 

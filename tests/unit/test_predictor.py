@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import bundle
-from pipelines import tokenizer as tokenizers
 from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Sources
-from pipelines.prediction_rows import read_rows
-from pipelines.predictor import Item, Predictor
+from pipelines.serving import bundle
+from pipelines.serving.inputs import read_rows
+from pipelines.serving.predictor import Item, Predictor
+from pipelines.tokenizer import training as tokenizers
 from skillnet.model import SkillNet
 from tests.readable_corpora import config
 from tests.user_corpora import tnews

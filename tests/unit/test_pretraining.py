@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.augment import Draws
+from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
+from pipelines.loading.augment import Draws
+from pipelines.loading.task_dataset import splits_of
 from pipelines.pretrain import joint_run
-from pipelines.shards import open_corpus
-from pipelines.task_rows import splits_of
+from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss, train
-from pipelines.training.settings import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.training.setup import build_model, open_corpora, open_stream
 from skillnet.skills import masked_tasks
 from skillnet_platform.errors import UserError

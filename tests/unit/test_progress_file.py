@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.training.progress import ProgressFile, history
+from pipelines.runs.progress_log import ProgressFile, history
 from skillnet_platform.errors import UserError
 
 

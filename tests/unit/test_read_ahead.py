@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import read_ahead
-from pipelines.media import MediaRef, Unreadable, read_media
-from pipelines.read_ahead import ReadAhead
+from pipelines.io import prefetch
+from pipelines.io.media import MediaRef, Unreadable, read_media
+from pipelines.io.prefetch import ReadAhead
 
 
 def test_results_come_in_order_and_errors_in_their_place() -> None:
@@ -71,7 +71,7 @@ def test_who_waits_for_room_is_let_go_at_the_end() -> None:
     def fetch(number: int, grant: Callable[[int], None]) -> int:
         try:
             grant(10)
-        except read_ahead.Closed:
+        except prefetch.Closed:
             let_go.set()
             raise
         return number
@@ -86,8 +86,8 @@ def test_a_file_that_is_not_there_or_a_pipe_is_only_told_of(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(b"abc")
     for name in ("pipe", "none", "file", "with\0null"):
-        read_ahead.tell(f"{tmp_path}/{name}", 0, None)
-    read_ahead.tell(f"{tmp_path}/file", 2**62, 2**62)
+        prefetch.tell(f"{tmp_path}/{name}", 0, None)
+    prefetch.tell(f"{tmp_path}/file", 2**62, 2**62)
 
 
 def test_files_and_objects_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_files_and_objects_in_one_block(tmp_path: Path, monkeypatch: pytest.Monk
         MediaRef("memory://read-ahead/both", 2, 3),
     ]
     told: list[str] = []
-    monkeypatch.setattr(read_ahead, "tell", lambda path, *_: told.append(path))
+    monkeypatch.setattr(prefetch, "tell", lambda path, *_: told.append(path))
     found = list(read_media([None, *(reference.row() for reference in references)]))
     missing = Unreadable("the media file is missing")
     assert found == [Unreadable("no media file"), b"one", b"three", missing, missing, b"two"]

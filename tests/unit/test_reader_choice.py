@@ -13,7 +13,7 @@ from pipelines.corpora import (
     place_corpus,
 )
 from pipelines.corpora.base import Sources
-from pipelines.places import Place
+from pipelines.io.directory import Place
 from skillnet_platform.errors import UserError
 from tests import user_corpora
 

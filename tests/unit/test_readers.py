@@ -14,9 +14,9 @@ from pipelines.corpora import (
     place_corpus,
 )
 from pipelines.corpora.base import Rejected, Sources
-from pipelines.corpora.tnews import LABELS
-from pipelines.corpora.vatex import youtube_id
-from pipelines.media import MediaRef, Unreadable, read_media
+from pipelines.corpora.readers.tnews import LABELS
+from pipelines.corpora.readers.vatex import youtube_id
+from pipelines.io.media import MediaRef, Unreadable, read_media
 from tests import user_corpora
 
 Rows = dict[str, list[dict[str, Any]]]

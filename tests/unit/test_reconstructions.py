@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines import reconstructions
-from pipelines.inference import Runner
-from pipelines.masking import FLAT, normalised
-from pipelines.shards import open_corpus
-from pipelines.sound_units import units_of
-from pipelines.stream import Batch
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.evaluation import reconstructions
+from pipelines.evaluation.inference import Runner
+from pipelines.loading.audio_units import units_of
+from pipelines.loading.dataloader import Batch
+from pipelines.loading.masking import FLAT, normalised
+from pipelines.shards.dataset import open_corpus
 from skillnet.multitask_model import TaskModel
 from skillnet.stems import patchify, stack_frames, tubelify
 from skillnet.systems import build_system

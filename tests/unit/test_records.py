@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipelines import places
 from pipelines.corpora import place_corpus
 from pipelines.corpora.base import Sources
-from pipelines.corpora.broken import CUT, Broken
-from pipelines.corpora.records import SPREAD, TWICE, entries, json_lines, records
-from pipelines.places import Place
+from pipelines.corpora.formats.encoding import CUT, Broken
+from pipelines.corpora.formats.record_reader import SPREAD, TWICE, entries, json_lines, records
+from pipelines.io import directory
+from pipelines.io.directory import Place
 
 GOOD, DOUBLE = '{"a": 1, "b": {"a": 2}}', '{"a": 1, "b": [{"c": 1, "c": 2}]}'
 
@@ -121,8 +121,8 @@ def test_a_flood_ends_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: bytes
 ) -> None:
     """A small file may unpack to a line, or to empty ones, of any length."""
-    monkeypatch.setattr(places, "LONGEST_LINE", 2000)
-    monkeypatch.setattr(places, "MOST_EMPTY", 2000)
+    monkeypatch.setattr(directory, "LONGEST_LINE", 2000)
+    monkeypatch.setattr(directory, "MOST_EMPTY", 2000)
     good = b'{"a": 1}\n'
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(good + flood + b"\n" + good))
     first, (number, broken) = records(Place(str(tmp_path)), "rows.jsonl.gz")

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.evaluation import COLUMNS
-from pipelines.references import random_order, references
+from pipelines.evaluation.simple_baselines import random_order, references
+from pipelines.evaluation.tables import COLUMNS
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import retrieval_ranks
 from skillnet.skills import SkillPlan, Task

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.shards import manifest_digest, open_corpus, verify_corpus
-from pipelines.stream import Batch, MixedStream
-from pipelines.training.settings import FinetuneConfig, StorageConfig
+from pipelines.config.run import FinetuneConfig, StorageConfig
+from pipelines.loading.dataloader import Batch, MixedStream
+from pipelines.shards.dataset import open_corpus, verify_corpus
+from pipelines.shards.format import manifest_digest
 from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines import reporting
+from pipelines.evaluation import tables
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, default_tasks
 
@@ -28,19 +28,19 @@ OTHERS = [
 
 
 def test_the_summary_holds_one_line_per_task_in_the_papers_order():
-    columns, cells = reporting.summary_cells(ROWS, OTHERS, default_tasks(), total=100)
+    columns, cells = tables.summary_cells(ROWS, OTHERS, default_tasks(), total=100)
     assert columns[2:4] == ["chance", "simple reference"]
     assert cells == [
         ["text_classification", "accuracy ↑", "–", "–", "60.0 % (58.0–62.0)", "25 %"],
         ["text_to_image", "R@10 ↑", "2.6 %", "35.0 %", "40.0 % (38.0–42.0)", "25 %"],
     ]
-    columns, cells = reporting.summary_cells(ROWS, [], default_tasks(), total=100)
+    columns, cells = tables.summary_cells(ROWS, [], default_tasks(), total=100)
     assert columns == ["task", "metric", "SkillNet (95 % interval)", "active"]
     assert [len(line) for line in cells] == [4, 4]
 
 
 def test_results_keep_splits_and_directions_apart():
-    _, cells = reporting.result_cells(ROWS)
+    _, cells = tables.result_cells(ROWS)
     assert [line[:2] for line in cells] == [
         ["text_to_image", "test"],
         ["text_to_image", "test_unseen_concept"],
@@ -52,7 +52,7 @@ def test_results_keep_splits_and_directions_apart():
 
 
 def test_metrics_are_grouped_by_task_and_only_headlines_have_bounds():
-    flat = reporting.flat_metrics(ROWS)
+    flat = tables.flat_metrics(ROWS)
     assert flat["text_to_image/test_recall_at_10"] == 0.4
     assert flat["text_to_image/test_recall_at_10_low"] == pytest.approx(0.38)
     assert flat["text_to_image/test_unseen_concept_recall_at_10"] == 0.2
@@ -64,12 +64,12 @@ def test_metrics_are_grouped_by_task_and_only_headlines_have_bounds():
 
 
 def test_markdown_cells_cannot_break_the_table():
-    text = reporting.markdown(["a", "b"], [["x|y", "z"]])
+    text = tables.markdown(["a", "b"], [["x|y", "z"]])
     assert [line.replace("\\|", "").count("|") for line in text.splitlines()] == [3, 3, 3]
 
 
 def test_the_description_names_results_activation_and_facts():
-    text = reporting.description(ROWS, OTHERS, SkillNetConfig(), 11_300_000, {"steps": 150})
+    text = tables.description(ROWS, OTHERS, SkillNetConfig(), 11_300_000, {"steps": 150})
     assert "11.3 M parameters in 7 skills" in text
     assert "40.0 % (38.0–42.0)" in text
     assert text.index("text_to_image R@10 **40.0 %**") < text.index("| task")
@@ -84,7 +84,7 @@ def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
         "own": Task("classification", {"input": SkillPlan(("general", "code"), "code")}, outputs=2)
     }
     config = SkillNetConfig(tasks=tasks)
-    (axes,) = reporting.activation_figure(config).axes
+    (axes,) = tables.activation_figure(config).axes
     assert len(axes.patches) == 9 * 7
     grey = sum(min(patch.get_facecolor()[:3]) > 0.9 for patch in axes.patches)
     active = sum(len(plan.skills) for task in tasks.values() for plan in task.towers.values())
@@ -94,7 +94,7 @@ def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
 def test_the_loss_picture_has_a_panel_per_task():
     history = {f"{task}/loss": [(20, 3.0), (10, 4.0), (30, 2.0)] for task in default_tasks()}
     history["training/learning_rate"] = [(10, 1e-3), (20, 5e-4)]
-    figures = reporting.training_figures(history, SkillNetConfig())
+    figures = tables.training_figures(history, SkillNetConfig())
     assert set(figures) == {
         "plots/activation.png",
         "plots/loss_by_task.png",
@@ -105,13 +105,13 @@ def test_the_loss_picture_has_a_panel_per_task():
         t.replace("_", " ") for t in default_tasks()
     ]
     np.testing.assert_array_equal(loss.axes[0].lines[0].get_xdata(), [10, 20, 30])
-    assert set(reporting.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
+    assert set(tables.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
 
 
 def test_smoothing_keeps_a_constant_and_the_length():
-    np.testing.assert_allclose(reporting.smooth(np.full(50, 2.5)), 2.5)
+    np.testing.assert_allclose(tables.smooth(np.full(50, 2.5)), 2.5)
     values = np.random.default_rng(0).standard_normal(200)
-    smoothed = reporting.smooth(values)
+    smoothed = tables.smooth(values)
     assert len(smoothed) == 200
     assert smoothed.std() < values.std()
     np.testing.assert_allclose(smoothed[100], values[95:106].mean())

@@ -136,8 +136,8 @@ def test_the_help_of_a_command_imports_nothing_heavy(name: str) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_presets_parse(path: Path) -> None:
     """The folder of a preset says which command reads it."""
-    from pipelines.growth.settings import GrowConfig
-    from pipelines.training.settings import FinetuneConfig, PretrainConfig
+    from pipelines.config.growth import GrowConfig
+    from pipelines.config.run import FinetuneConfig, PretrainConfig
     from sweeps.settings import SweepConfig
     from sweeps.study_settings import StudyConfig
 

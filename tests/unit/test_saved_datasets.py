@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
-from pipelines.places import Place
+from pipelines.io.directory import Place
 from skillnet_platform.storage import directories
 from tests import user_corpora
 from tests.object_store import ObjectStore

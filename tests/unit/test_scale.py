@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import prepare_scaling, scale
 from benchmarks.measure import Result, write
-from pipelines.encoded import is_encoded
+from pipelines.shards.jpeg import is_encoded
 from tests import user_corpora
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import shard_check
-from pipelines.shards import open_corpus
+from pipelines.shards import checksums
+from pipelines.shards.dataset import open_corpus
 from skillnet_platform.errors import UserError
 from tests.small_corpora import write_corpora
 
@@ -20,13 +20,13 @@ def corpus(tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards that were hashed."""
     names: list[str] = []
-    real = shard_check.sha256_file
+    real = checksums.sha256_file
 
     def counting(path: Path) -> str:
         names.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(shard_check, "sha256_file", counting)
+    monkeypatch.setattr(checksums, "sha256_file", counting)
     return names
 
 
@@ -71,14 +71,14 @@ def test_a_shard_that_may_have_changed_is_hashed_again(corpus: Path, hashed: lis
 def test_notes_that_are_damaged_or_cannot_be_kept_only_cost_time(
     corpus: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (corpus / shard_check.NOTES).write_text('{"train-')
+    (corpus / checksums.NOTES).write_text('{"train-')
     open_corpus(corpus).splits["train"].table()
-    (corpus / shard_check.NOTES).unlink()
+    (corpus / checksums.NOTES).unlink()
 
     def refused(path: Path, mode: str) -> None:
         raise PermissionError(path)
 
-    monkeypatch.setattr(shard_check, "atomic_write", refused)
+    monkeypatch.setattr(checksums, "atomic_write", refused)
     for _ in range(2):
         assert open_corpus(corpus).splits["train"].table().num_rows == 45
     assert len(hashed) == 6

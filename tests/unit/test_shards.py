@@ -10,13 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines.corpora.base import shaped
-from pipelines.shards import (
-    manifest_digest,
-    open_corpus,
-    shard_bytes,
-    verify_corpus,
-    write_shard,
-)
+from pipelines.shards.dataset import open_corpus, verify_corpus
+from pipelines.shards.format import manifest_digest, shard_bytes, write_shard
 from skillnet_platform.errors import UserError
 
 ROWS = 5

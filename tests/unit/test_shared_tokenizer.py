@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import lessons, prepared_store
-from pipelines import prepare as preparing
-from pipelines import tokenizer as tokenizers
 from pipelines.corpora import place_corpus
-from pipelines.delivery import TOKENIZER, TOKENIZER_MANIFEST
+from pipelines.preprocessing import prepare as preparing
+from pipelines.preprocessing import remote_staging
+from pipelines.tokenizer import training as tokenizers
+from pipelines.tokenizer import selection
+from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform.cluster import connect as cluster_connect
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, sha256_file
@@ -35,13 +36,13 @@ def put(uri: str, tokenizer: Path, *corpora: str) -> None:
         directories.write_bytes(f"{uri}/{name}/manifest.json", json.dumps(told).encode())
 
 
-@pytest.mark.parametrize("lesson", ["their own", lessons.LEARN])
+@pytest.mark.parametrize("lesson", ["their own", selection.LEARN])
 def test_the_tokenizer_of_a_stores_corpora_is_not_replaced(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lesson: str
 ) -> None:
     put(uri, learnt(tmp_path / "before.json", "苹果和梨"), "headlines", "functions")
     before = directories.read_bytes(f"{uri}/{TOKENIZER}")
-    if lesson != lessons.LEARN:
+    if lesson != selection.LEARN:
         lesson = str(learnt(tmp_path / "tokenizer.json", "桌子和椅子"))
 
     def no_ray(*_: object) -> None:
@@ -51,7 +52,7 @@ def test_the_tokenizer_of_a_stores_corpora_is_not_replaced(
     corpus = place_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
     with (
         pytest.raises(UserError, match=rf"{uri}/{TOKENIZER}: functions there are prepared with it"),
-        prepared_store.staged(uri) as here,
+        remote_staging.staged(uri) as here,
     ):
         preparing.prepare([], here, tmp_path, placed=[corpus], tokenizer=lesson, store=uri)
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == before
@@ -62,11 +63,11 @@ def test_the_stores_tokenizer_wins_over_what_an_earlier_prepare_left_here(
 ) -> None:
     old, new = learnt(tmp_path / "old.json", "苹果"), learnt(tmp_path / "new.json", "桌子")
     put(uri, old)
-    with prepared_store.staged(uri) as here:
+    with remote_staging.staged(uri) as here:
         assert (here / TOKENIZER).read_bytes() == old.read_bytes()
         (here / TOKENIZER_MANIFEST).write_text("{}")
     put(uri, new)  # by another host
-    with prepared_store.staged(uri) as here:
+    with remote_staging.staged(uri) as here:
         assert (here / TOKENIZER).read_bytes() == new.read_bytes()
         assert not (here / TOKENIZER_MANIFEST).exists(), "it speaks of the old one"
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == new.read_bytes()
@@ -81,9 +82,9 @@ def test_what_corpora_share_is_sent_once(
         directories, "put_file", lambda path, to: sent.append(to) or put_file(path, to)
     )
     learnt(tmp_path / TOKENIZER, "苹果")
-    prepared_store.send_shared(tmp_path, uri)
-    prepared_store.send_shared(tmp_path, uri)
+    remote_staging.send_shared(tmp_path, uri)
+    remote_staging.send_shared(tmp_path, uri)
     assert sent == [f"{uri}/{TOKENIZER}"]
     learnt(tmp_path / TOKENIZER, "桌子")
-    prepared_store.send_shared(tmp_path, uri)
+    remote_staging.send_shared(tmp_path, uri)
     assert len(sent) == 2

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import sound_units
-from pipelines.augment import Draws
-from pipelines.masking import Hider
-from pipelines.shards import Corpus, open_corpus
-from pipelines.sound_units import SoundUnits, units_of
-from pipelines.task_rows import TaskRows
-from pipelines.training.row_settings import MaskConfig
-from pipelines.training.settings import TaskTraining
+from pipelines.config.data import MaskConfig
+from pipelines.config.run import TaskTraining
+from pipelines.loading import audio_units
+from pipelines.loading.audio_units import SoundUnits, units_of
+from pipelines.loading.augment import Draws
+from pipelines.loading.masking import Hider
+from pipelines.loading.task_dataset import TaskRows
+from pipelines.shards.dataset import Corpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.skills import find_task, masked_tasks
 from skillnet.stems import stack_frames
@@ -36,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def test_every_search_finds_the_same_units(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     first = units_of(corpus, ("train",), STACK, COUNT)
     assert units_of(corpus, ("train",), STACK, COUNT) is first
-    monkeypatch.setattr(sound_units, "_known", {})
+    monkeypatch.setattr(audio_units, "_known", {})
     again = units_of(corpus, ("train",), STACK, COUNT)
     assert again is not first
     assert torch.equal(first.centres_KP, again.centres_KP)

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.blocks import Summary, read_blocks
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.corpora.base import Sources
-from pipelines.corpora.records import Broken, records
-from pipelines.datasource import AWAY, Job, units
-from pipelines.media import MediaRef, read_media
-from pipelines.places import Place
-from pipelines.source_files import SourceFails, open_stream
+from pipelines.corpora.formats.record_reader import Broken, records
+from pipelines.io.directory import Place
+from pipelines.io.media import MediaRef, read_media
+from pipelines.io.source_file import SourceFails, open_stream
+from pipelines.preprocessing.blocks import Summary, read_blocks
+from pipelines.preprocessing.datasource import AWAY, Job, units
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.directories import StoreUnavailable

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.training.settings import FinetuneConfig
+from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps.cost import FixedCostConfig, at_fixed_cost, cost_of

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.mirror import Mirror
-from pipelines.training.settings import FinetuneConfig, StorageConfig
+from pipelines.config.run import FinetuneConfig, StorageConfig
+from pipelines.runs.mirror import Mirror
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, write_json
 from sweeps import stored

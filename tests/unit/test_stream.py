@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.stream import Batch, MixedStream, Prefetcher, rank_slice
-from pipelines.training.row_settings import AugmentConfig
+from pipelines.config.data import AugmentConfig
+from pipelines.loading.dataloader import Batch, MixedStream, Prefetcher, rank_slice
 from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
 from tests.small_corpora import small_config, write_corpora, write_scaled_sound

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.blocks import to_table
-from pipelines.corpora import BUILT_IN, FURTHER, find_corpus, strokes
+from pipelines.corpora import BUILT_IN, FURTHER, find_corpus
 from pipelines.corpora.base import Rejected, Sources
-from pipelines.corpora.stroke_counts import LABELS, StrokeCounts, label_of
-from pipelines.corpora.strokes import Strokes
-from pipelines.shard_work import transform_block
+from pipelines.corpora.builtin import strokes
+from pipelines.corpora.builtin.stroke_counts import LABELS, StrokeCounts, label_of
+from pipelines.corpora.builtin.strokes import Strokes
+from pipelines.preprocessing.blocks import to_table
+from pipelines.preprocessing.transform_task import transform_block
 from tests.packing import tarred
 
 ORDER = {"一": "j", "十": "js", "三": "jjj", "田": "sjjss", "二": "jj"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.training.settings import PretrainConfig
+from pipelines.config.run import PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from sweeps import study as st

@@ -12,9 +12,9 @@ import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
 from pipelines.corpora.base import Rejected, Sources
-from pipelines.corpora.placed import PlacedCorpus
-from pipelines.corpora.webdataset import APART, SECOND, SPARSE
-from pipelines.places import Place
+from pipelines.corpora.readers.base import PlacedCorpus
+from pipelines.corpora.readers.webdataset import APART, SECOND, SPARSE
+from pipelines.io.directory import Place
 from tests.packing import tarred
 from tests.unit.test_readers import Rows, media, read, sizes
 

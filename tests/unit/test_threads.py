@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import augment, threads
-from pipelines.augment import Draws
-from pipelines.threads import over_rows
-from pipelines.training.row_settings import AugmentConfig
+from pipelines.config.data import AugmentConfig
+from pipelines.loading import augment
+from pipelines.loading.augment import Draws
+from pipelines.shards import row_threads
+from pipelines.shards.row_threads import over_rows
 
 
 @pytest.fixture(params=[1, 3, 8])
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """So many threads, whatever the machine has."""
-    threads._pool.cache_clear()
-    monkeypatch.setattr(threads, "_threads", lambda: request.param)
+    row_threads._pool.cache_clear()
+    monkeypatch.setattr(row_threads, "_threads", lambda: request.param)
     yield request.param
-    threads._pool.cache_clear()
+    row_threads._pool.cache_clear()
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 64, 65])
@@ -42,14 +43,14 @@ def test_an_error_in_a_thread_is_raised(cores: int) -> None:
 
 
 def test_no_more_threads_than_the_process_computes_with() -> None:
-    before = threads._limit
+    before = row_threads._limit
     try:
-        threads.limit(1)
+        row_threads.limit(1)
         seen = []
         over_rows(640, seen.append)
         assert seen == [slice(0, 640)]
     finally:
-        threads.limit(before)
+        row_threads.limit(before)
 
 
 def test_pictures_and_clips_change_alike_however_many_threads(cores: int) -> None:

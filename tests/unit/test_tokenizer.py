@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
-from pipelines import tokenizer as tokenizers
+from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import text
 
 TASK = ["红色的心", "竖、横折、横"]

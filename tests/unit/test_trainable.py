@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.config.run import FinetuneConfig, TaskTraining
 from pipelines.training.loop import train
-from pipelines.training.settings import FinetuneConfig, TaskTraining
 from pipelines.training.setup import build_model
 from skillnet_platform.errors import UserError
 from tests.small_corpora import small_config, write_corpora

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines import prepare as preparing
 from pipelines.corpora import PlacedCorpus, place_corpus
-from pipelines.shards import manifest_digest, write_shard
+from pipelines.preprocessing import prepare as preparing
+from pipelines.shards.format import manifest_digest, write_shard
 from skillnet_platform.cluster import connect as cluster_connect
 from tests import user_corpora
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.training.windows import WindowOrder
+from pipelines.loading.window_sampler import WindowOrder
 
 
 def make(

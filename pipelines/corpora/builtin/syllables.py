@@ -1,0 +1,196 @@
+"""Mandarin syllables, one woman's voice: recognise initial, final and tone.
+
+63 files of the archive are saved "404 Not Found" pages with an mp3 name; they are found
+by their content. Spellings with v repeat those with ü, and "tone 5" is tone 1 squeezed in time.
+For every syllable one tone is held out for the test, so no syllable is new there, but every
+pair of syllable and tone is.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.corpora.archives import CNCHAR_DATA
+from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
+from pipelines.transforms import sound
+from pipelines.transforms.decode_guard import read_each
+
+#: One syllable in so many gives a second tone to validation.
+VALIDATION_EVERY = 4
+WEB_PAGE = "not a recording: a saved web page"
+
+INITIALS = [*"bpmfdtnlgkhjqxrzcs", "zh", "ch", "sh"]
+FINALS = [
+    "a", "o", "e", "ai", "ei", "ao", "ou", "an", "en", "ang", "eng", "ong", "er",
+    "i", "ia", "ie", "iao", "iou", "ian", "in", "iang", "ing", "iong",
+    "u", "ua", "uo", "uai", "uei", "uan", "uen", "uang", "ueng",
+    "ü", "üe", "üan", "ün",
+]  # fmt: skip
+TONES = ["1", "2", "3", "4"]
+#: CTC targets 1 … 61 by position; 0 is the blank.
+SYMBOLS = [*INITIALS, *FINALS, *TONES]
+_NUMBER = {symbol: number for number, symbol in enumerate(SYMBOLS, start=1)}
+_SHORT = {"iu": "iou", "ui": "uei", "un": "uen"}
+
+
+class Syllables(Corpus):
+    """Recordings with their symbols."""
+
+    name = "syllables"
+    modality = "sound"
+    task = "speech_recognition"
+    archives = (CNCHAR_DATA,)
+    raw = pa.schema([("text", pa.string()), ("audio", pa.binary())])
+    columns = pa.schema(
+        [
+            pa.field(
+                "log_mel",
+                pa.list_(pa.list_(pa.float32(), sound.MELS)),
+                metadata={b"shape": f"[-1,{sound.MELS}]".encode()},
+            ),
+            pa.field("frames", pa.int32()),
+            pa.field("symbols", pa.list_(pa.int32())),
+            pa.field("text", pa.string()),
+        ]
+    )
+    #: There is no other sound in the archive: pretraining reads the training recordings.
+    pretraining = ("train",)
+    shard_rows = 256
+
+    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+        """Recordings in the order of the archive."""
+        files = dict(sources.members("cnchar-data", "package/voice/", ".mp3"))
+        reasons = {name: reason for name in files if (reason := _reject(name, files))}
+        split = _split([name for name in files if name not in reasons])
+        for name, data in files.items():
+            if name in reasons:
+                yield Rejected(f"{name}.mp3", reasons[name])
+            else:
+                row = {"split": split[name], "key": f"{name}.mp3", "group": -1}
+                yield {**row, "text": name, "audio": data}
+
+    def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
+        """Log-mel frames; a file that cannot be decoded is set aside."""
+        mels: list[np.ndarray] = []
+        rejected: list[str | None] = []
+        empty = np.zeros((0, sound.MELS), np.float32)
+        for mel, reason in read_each(block["audio"], lambda x: sound.load_log_mel(x.as_py())):
+            mels.append(empty if mel is None else mel)
+            rejected.append(reason)
+        frames = [len(mel) for mel in mels]
+        flat = pa.array(np.concatenate(mels).reshape(-1))
+        per_frame = pa.FixedSizeListArray.from_arrays(flat, sound.MELS)
+        ends = pa.array(np.concatenate([[0], np.cumsum(frames)]).astype(np.int32))
+        return pa.table(
+            {
+                "log_mel": pa.ListArray.from_arrays(ends, per_frame),
+                "frames": pa.array(frames, pa.int32()),
+                "symbols": pa.array(
+                    [symbols(name) for name in block["text"].to_pylist()], pa.list_(pa.int32())
+                ),
+                "text": block["text"],
+                "rejected": pa.array(rejected, pa.string()),
+            }
+        )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Parameters of the frames and of the split."""
+        return {
+            "rate": sound.RATE,
+            "window": sound.WINDOW,
+            "hop": sound.HOP,
+            "fft": sound.FFT,
+            "mels": sound.MELS,
+            "band": [sound.LOW, sound.HIGH],
+            "emphasis": sound.EMPHASIS,
+            "trim_db": sound.TRIM_DB,
+            "level": sound.LEVEL,
+            "floor": sound.FLOOR,
+            "mean": sound.MEAN,
+            "deviation": sound.DEVIATION,
+            "max_frames": sound.MAX_FRAMES,
+            "validation_every": VALIDATION_EVERY,
+            "split_by": "one tone of each syllable",
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Names of the symbols; number i of the targets is the i-th, from 1."""
+        return {"symbols": list(SYMBOLS), "blank": 0}
+
+
+def spell(pinyin: str) -> list[str]:
+    """Initial (if any), final and tone of a syllable: "zhuang1" -> ["zh", "uang", "1"].
+
+    Raises:
+        ValueError: it is not a syllable of standard Mandarin with a tone from 1 to 4.
+    """
+    found = re.fullmatch(r"([a-zü]+)([1-4])", pinyin)
+    if found is None:
+        raise ValueError(f"{pinyin!r} is not pinyin with a tone from 1 to 4")
+    letters, tone = found.groups()
+    initial, final = _parts(letters)
+    if final not in FINALS:
+        raise ValueError(f"{pinyin!r} has no final of standard Mandarin")
+    return [*([initial] if initial else []), final, tone]
+
+
+def symbols(pinyin: str) -> list[int]:
+    """CTC targets of a syllable, from 1.
+
+    Raises:
+        ValueError: see ``spell``.
+    """
+    return [_NUMBER[symbol] for symbol in spell(pinyin)]
+
+
+def _parts(letters: str) -> tuple[str, str]:
+    if letters[0] == "y":
+        rest = letters[1:]
+        if rest.startswith("u"):
+            return "", "ü" + rest[1:]
+        whole = rest if rest.startswith("i") else "i" + rest
+        return "", {"iu": "iou"}.get(whole, whole)
+    if letters[0] == "w":
+        rest = letters[1:]
+        whole = rest if rest.startswith("u") else "u" + rest
+        return "", {"ui": "uei", "un": "uen"}.get(whole, whole)
+    initial = next((i for i in ("zh", "ch", "sh", *INITIALS) if letters.startswith(i)), "")
+    final = letters[len(initial) :]
+    if initial in ("j", "q", "x") and final.startswith("u"):
+        final = "ü" + final[1:]
+    return initial, _SHORT.get(final, final) if initial else final
+
+
+def _reject(name: str, files: dict[str, bytes]) -> str:
+    """Why a file is set aside before it is decoded; "" if it is not."""
+    data = files[name]
+    if data.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        return WEB_PAGE
+    if "v" in name and files.get(name.replace("v", "ü")) == data:
+        return "copy of the recording spelt with ü"
+    if name.endswith("5"):
+        return "tone 5 is tone 1 squeezed in time"
+    try:
+        spell(name)
+    except ValueError:
+        return "not a syllable of standard Mandarin"
+    return ""
+
+
+def _split(names: list[str]) -> dict[str, str]:
+    """Name -> split. One tone of each syllable that has two or more is held out."""
+    tones = defaultdict(list)
+    for name in names:
+        tones[name[:-1]].append(name)
+    split = dict.fromkeys(names, "train")
+    for syllable, recordings in tones.items():
+        ordered = sorted(recordings, key=lambda name: draw("syllables", name))
+        if len(ordered) > 1:
+            split[ordered[0]] = "test"
+        if len(ordered) > 2 and draw("syllables-validation", syllable) % VALIDATION_EVERY == 0:
+            split[ordered[1]] = "validation"
+    return split

@@ -1,0 +1,21 @@
+"""TODO: pipelines.loading.rng."""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """A Philox generator keyed by integers and names; the same key gives the same draws.
+
+    Philox is a counter-based generator (Salmon et al., SC 2011).
+    """
+    words = [part & 0xFFFFFFFF if isinstance(part, int) else _name_word(part) for part in key]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+@lru_cache(maxsize=256)
+def _name_word(name: str) -> int:
+    from zlib import crc32
+
+    return crc32(name.encode())

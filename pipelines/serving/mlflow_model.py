@@ -1,0 +1,84 @@
+"""The model file that the registry keeps: MLflow runs it to load and to serve a SkillNet.
+
+It reads safetensors and JSON only, never a pickle, and needs the package skillnet-platform of
+the version named in the model's requirements.
+
+    echo '{"dataframe_records": [{"text": "中国古代文学史"}]}' |
+      curl -s -H 'Content-Type: application/json' -d @- http://127.0.0.1:5001/invocations
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from pipelines.serving.bundle import open_bundle
+from pipelines.serving.predictor import Item, Prediction
+from skillnet_platform.errors import UserError
+
+DEFAULT_TOP = 5
+
+
+class SkillNetModel(PythonModel):
+    """Rows of text or files in, answers out.
+
+    Columns of the input, all of them optional, one of ``text`` and ``file`` in each row:
+    ``text``; ``file``, a media file's bytes in base64; ``name``, its file name; ``task``, by
+    default the one that reads such an input. Columns of the output: see
+    :class:`pipelines.serving.predictor.Prediction`; a Python file gives one row for each function.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Open the bundle among the model's artifacts."""
+        self.predictor = open_bundle(context.artifacts["bundle"])
+
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: Mapping[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Answer each row. ``params``: ``top``, the number of alternatives."""
+        items = [_item(row, number) for number, row in enumerate(_records(model_input))]
+        top = int((params or {}).get("top", DEFAULT_TOP))
+        return as_frame(self.predictor.predict(items, top))
+
+
+def as_frame(predictions: Sequence[Prediction]) -> pd.DataFrame:
+    """Predictions as the table that the model answers with."""
+    return pd.DataFrame(
+        {
+            "input": [p.input for p in predictions],
+            "task": [p.task for p in predictions],
+            "answer": [p.answer for p in predictions],
+            "score": [p.score for p in predictions],
+            "alternatives": [[name for name, _ in p.alternatives] for p in predictions],
+            "scores": [[score for _, score in p.alternatives] for p in predictions],
+            "embedding": [p.embedding for p in predictions],
+        }
+    )
+
+
+def _records(model_input: pd.DataFrame) -> list[dict[str, Any]]:
+    frame = model_input.astype(object).where(model_input.notna(), None)
+    return frame.to_dict("records")
+
+
+def _item(row: Mapping[str, Any], number: int) -> Item:
+    text, data = row.get("text"), row.get("file")
+    if (text is None) == (data is None):
+        raise UserError(f"row {number}: give either text or file")
+    name = str(row.get("name") or (text if text is not None else f"row {number}"))
+    if data is None:
+        return Item(name, text, None, row.get("task") or None)
+    try:
+        content = base64.b64decode(data, validate=True)
+    except ValueError:
+        raise UserError(f"row {number}: file is not base64") from None
+    return Item(name, None, content, row.get("task") or None)
+
+
+mlflow.models.set_model(SkillNetModel())

@@ -1,0 +1,211 @@
+"""Arrow shards and their manifest: writing, opening, verifying.
+
+A shard is at once an Arrow IPC *file* and an Arrow IPC *stream*. ``pyarrow.ipc.open_file`` and
+Polars read the file form, from the footer at the end; ``datasets.Dataset.from_file`` reads only
+the stream form, from the schema message at the front. The two differ in the first eight bytes,
+a magic that readers of the file form do not look at (they check the one at the end). Here those
+eight bytes become the length prefix of the schema message, and eight bytes of padding after its
+metadata keep every offset of the footer right.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.shards.files import Opened, ShardFiles, shard_files
+from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage.cache import FileCache
+from skillnet_platform.storage.location import Place, below, place
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some shards of a corpus, in order."""
+
+    name: str
+    files: ShardFiles
+    shards: tuple[dict[str, Any], ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(shard["rows"] for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its shards."""
+        return sum(shard["bytes"] for shard in self.shards)
+
+    def table(self) -> pa.Table:
+        """All rows, memory-mapped: nothing is copied, a chunk for each shard.
+
+        Of a corpus in a store all shards are downloaded first, and stay in the cache as long as
+        this split is in use.
+
+        Raises:
+            UserError: a shard is missing, was altered, or is not an Arrow file.
+        """
+        return pa.concat_tables([shard.table for shard in self._opened])
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of ``table()``.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        table = self.table()
+        if name not in table.column_names:
+            raise UserError(
+                f"{self.files.where}: split {self.name} has no column {name!r}; "
+                f"known: {', '.join(table.column_names)}"
+            )
+        return table.column(name)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of its rows; opens one shard."""
+        return self.files.open(self.shards[0]).table.schema
+
+    @cached_property
+    def _opened(self) -> list[Opened]:
+        self.files.prefetch(self.shards)
+        return [self.files.open(shard) for shard in self.shards]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus, opened."""
+
+    path: Place
+    manifest: dict[str, Any]
+    splits: dict[str, Split] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name, "headings" for example."""
+        return str(self.manifest["corpus"])
+
+    @property
+    def modality(self) -> str:
+        """What its rows are: text, sound, image, video or code."""
+        return str(self.manifest["modality"])
+
+    @property
+    def task(self) -> str:
+        """The task that it is for."""
+        return str(self.manifest["task"])
+
+    @property
+    def digest(self) -> str:
+        """Of its whole manifest, so of every byte of its shards."""
+        return str(self.manifest["digest"])
+
+    @property
+    def rows(self) -> int:
+        """Rows of all splits."""
+        return sum(split.rows for split in self.splits.values())
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of the training split (of the first one, without training)."""
+        return (self.splits.get("train") or next(iter(self.splits.values()))).schema
+
+
+def open_corpus(path: str | Path, verify: bool = False, cache: FileCache | None = None) -> Corpus:
+    """Open a prepared corpus.
+
+    One in a store is opened by its manifest alone; shards come through the cache when they are
+    read.
+
+    Args:
+        path: its directory, or its URI in a store.
+        verify: hash every shard first, where it lies.
+        cache: for a corpus in a store; none takes the host's.
+
+    Raises:
+        UserError: there is no manifest, it has another version or was edited, or a shard is
+            missing, has another size or (with ``verify``) another content.
+        StoreUnavailable: the store does not answer.
+    """
+    files = shard_files(place(path, Path()), cache)
+    manifest = _read_manifest(files)
+    shards = _all_shards(manifest)
+    files.check_sizes(shards)
+    if verify:
+        files.check_digests(shards)
+    splits = {
+        name: Split(name, files, tuple(entry["shards"]))
+        for name, entry in manifest["splits"].items()
+    }
+    return Corpus(files.where, manifest, splits)
+
+
+def verify_corpus(path: str | Path) -> dict[str, Any]:
+    """Hash every shard of a prepared corpus; returns its manifest.
+
+    Raises:
+        UserError: naming the first shard that is missing or was altered.
+    """
+    return open_corpus(path, verify=True).manifest
+
+
+def _read_manifest(files: ShardFiles) -> dict[str, Any]:
+    named = below(files.where, MANIFEST)
+    name = str(files.where).rsplit("/", 1)[-1]
+    again = files.again if files.remote else f"Run `skillnet prepare {name}`."
+    try:
+        manifest = json.loads(files.manifest(MANIFEST).decode("utf-8"))
+    except FileNotFoundError:
+        state = "not a prepared corpus (no manifest.json)" if files.is_there() else "missing"
+        raise UserError(f"{files.where}: {state}. {again}") from None
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{named}: not JSON ({problem}). {files.again}") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{named}: format version {version}, this program reads {FORMAT_VERSION}. {again}"
+        )
+    if manifest_digest(manifest) != manifest.get("digest"):
+        raise UserError(f"{named}: changed after it was written. {files.again}")
+    wrong = _wrong_key(named, manifest)
+    if wrong:
+        raise UserError(f"{named}: {wrong} is missing or damaged. {files.again}")
+    return manifest
+
+
+def _wrong_key(named: Place, manifest: dict[str, Any]) -> str | None:
+    """The first key that a corpus cannot do without and that is not what it must be.
+
+    Raises:
+        ValueError: a shard that lies outside of the corpus.
+    """
+    from skillnet.serialization import check_inside
+
+    for key in ("corpus", "modality", "task"):
+        if not isinstance(manifest.get(key), str):
+            return key
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict) or not splits:
+        return "splits"
+    for name, entry in splits.items():
+        shards = entry.get("shards") if isinstance(entry, dict) else None
+        if not isinstance(shards, list) or not shards:
+            return f"splits.{name}.shards"
+        if not all(isinstance(each, dict) for each in shards):
+            return f"splits.{name}.shards"
+        for shard in shards:
+            for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
+                value = shard.get(key)
+                if type(value) is not kind or (isinstance(value, int) and value < 0):
+                    return f"splits.{name}.shards.{key}"
+            check_inside(str(named), shard["file"], deep=True)
+    return None
+
+
+def _all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shard for entry in manifest["splits"].values() for shard in entry["shards"]]

@@ -1,0 +1,74 @@
+"""TODO: pipelines.shards.format."""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from skillnet_platform.config import digest as digest_of
+from skillnet_platform.storage import disk_guard, sha256_file
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
+#: Keys of a manifest that tell how it was made and do not count for its digest.
+NOT_DIGESTED = ("digest", "made_with")
+_MAGIC = b"ARROW1\0\0"
+_CONTINUATION = b"\xff\xff\xff\xff"
+
+
+def shard_bytes(table: pa.Table) -> bytes:
+    """One record batch as Arrow IPC, file and stream form in one. Equal tables, equal bytes."""
+    sink = pa.BufferOutputStream()
+    _write(table, sink)
+    data = bytearray(sink.getvalue())
+    head = _stream_head(memoryview(data))
+    data[: len(head)] = head
+    return bytes(data)
+
+
+def write_shard(table: pa.Table, path: Path) -> dict[str, Any]:
+    """Write a shard; returns its entry in the manifest: file, rows, bytes, sha256.
+
+    The bytes are those of ``shard_bytes``. They go to the disk as they are made, and the hash is
+    of what can be read there.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    with disk_guard(path):
+        with pa.OSFile(str(path), "wb") as sink:
+            _write(table, sink)
+        with path.open("r+b") as stream:
+            (length,) = struct.unpack_from("<i", stream.read(16), 12)
+            stream.seek(0)
+            head = _stream_head(memoryview(stream.read(16 + length)))
+            stream.seek(0)
+            stream.write(head)
+            stream.flush()
+            os.fsync(stream.fileno())
+    return {
+        "file": path.name,
+        "rows": table.num_rows,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+    }
+
+
+def _write(table: pa.Table, sink: Any) -> None:
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), max_chunksize=max(table.num_rows, 1))
+
+
+def _stream_head(data: memoryview) -> bytes:
+    """The first bytes of a file, changed so that it reads as a stream too: as many as before."""
+    (length,) = struct.unpack_from("<i", data, 12)
+    assert data[:12] == _MAGIC + _CONTINUATION, "pyarrow wrote an unexpected file header"
+    return _CONTINUATION + struct.pack("<i", length + 8) + data[16 : 16 + length] + bytes(8)
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """The digest of a corpus: of all of its manifest but how it was made."""
+    return digest_of({k: v for k, v in manifest.items() if k not in NOT_DIGESTED})

@@ -1,0 +1,116 @@
+"""Checkpoints: written whole or not at all, verified when read, taken up from the newest whole.
+
+    step-00000500/
+      config.json, shared.safetensors, skill-*.safetensors, …   the model, as save_pretrained
+      optimizer-<file>.safetensors                              optimiser state, a file per skill
+      average-<file>.safetensors                                averaged weights, if kept
+      state.json                                                step, seed, configuration digest
+      manifest.json                                             sizes and hashes; written last
+
+There is no generator state: all randomness hangs on (seed, step).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipelines.runs.checkpoints import PREFIX, Checkpoint, _folders, _listed, load_weights
+from pipelines.training.optimizer import SkillAdamW, WeightAverage
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import (
+    load_tensors,
+    write_manifest,
+    write_parts,
+)
+from skillnet_platform import storage
+from skillnet_platform.errors import UserError
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: TaskModel,
+    optimizer: SkillAdamW,
+    average: WeightAverage | None,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
+
+    Writing the same step again gives the same files.
+
+    Raises:
+        UserError: the disk is full; what was there before is still whole.
+    """
+    final = folder / f"{PREFIX}{step:08d}"
+    files = model.files_of()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
+    needed = (1 + (average is not None)) * weights + held + (1 << 20)
+    # Half-written files are worthless: refuse before the first byte.
+    storage.require_space(final, needed)
+    with storage.disk_guard(final, needed), storage.staging(final) as aside:
+        written = write_parts(model, aside)
+        for file, names in files.items():
+            tensors = optimizer.tensors(names)
+            if tensors:
+                save_file(_ready(tensors), aside / f"optimizer-{file}.safetensors")
+                written.append(f"optimizer-{file}.safetensors")
+            if average is not None:
+                means = {name: average.values[name] for name in names if name in average.values}
+                if means:
+                    save_file(_ready(means), aside / f"average-{file}.safetensors")
+                    written.append(f"average-{file}.safetensors")
+        full = {"step": step, **state}
+        if average is not None:
+            full["average_updates"] = average.updates
+        text = json.dumps(full, indent=1, sort_keys=True)
+        (aside / "state.json").write_text(text + "\n", encoding="utf-8")
+        write_manifest(aside, [*written, "state.json"])
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load(
+    checkpoint: Checkpoint,
+    model: TaskModel,
+    optimizer: SkillAdamW,
+    average: WeightAverage | None = None,
+) -> None:
+    """Put a verified checkpoint's weights and optimiser state in place.
+
+    Raises:
+        UserError: the checkpoint is of a model of another shape.
+    """
+    device = next(model.parameters()).device
+    load_weights(checkpoint.path, model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for path in _listed(checkpoint.path, "optimizer-"):
+        tensors = load_tensors(path, str(device))
+        for key, value in tensors.items():
+            name, _, what = key.rpartition("/")
+            expected = None if what == "step" else shapes.get(name)
+            known = name in shapes and what in SkillAdamW.FIELDS
+            if not known or value.shape != (expected or ()):
+                raise UserError(f"{path}: {key} is no state of a parameter of this model")
+        optimizer.load(tensors)
+    if average is not None:
+        for path in _listed(checkpoint.path, "average-"):
+            for name, value in load_tensors(path, str(device)).items():
+                if value.shape != shapes.get(name):
+                    raise UserError(f"{path}: {name} is no average of a parameter of this model")
+                average.values[name] = value.clone()
+        updates = checkpoint.state.get("average_updates", {})
+        if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
+            raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are no numbers")
+        average.updates = updates
+
+
+def _ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Own memory for each: gradients and averages may be views of a shared buffer.
+    return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}

@@ -1,0 +1,1 @@
+"""TODO: package pipelines/training/ray_train."""

@@ -1,0 +1,191 @@
+"""TODO: pipelines.training.ray_train.fit."""
+
+import contextlib
+import functools
+import os
+import time
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.uploads import fit_storage
+from pipelines.training import fault_injection, preemption
+from pipelines.training.reporter import OnEvaluation
+from pipelines.training.worker import work
+from skillnet.malloc import KEEP_FREED_MEMORY
+from skillnet_platform import config as configuration
+from skillnet_platform import console
+from skillnet_platform.errors import Terminated
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+#: Numbers of the fits of this process, for their names.
+_FITS = count()
+#: Threads of a worker that wait do not spin: the one that makes the batches needs the core.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
+
+
+@dataclass
+class Nested:
+    """How a fit on Ray runs inside a trial of Ray Tune.
+
+    Args:
+        resources: of one worker, such as ``{"CPU": 1}``.
+        callbacks: of Ray Train, such as the one that passes reports on to Tune.
+    """
+
+    resources: dict[str, float]
+    callbacks: list[Any]
+
+
+def ray_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's loop function: takes plain values, so that any worker can read them."""
+    import ray.train
+
+    config = configuration.build(FinetuneConfig, settings["config"])
+    context = ray.train.get_context()
+    torch.set_num_threads(settings["threads"])
+    if config.training.use_gpu:
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
+    node = ray.get_runtime_context().get_node_id()
+    tracked, run, rank = settings["tracked"], Path(settings["run"]), context.get_world_rank()
+    with preemption.looking_for(settings["leave"]) if rank == 0 else contextlib.nullcontext():
+        work(
+            config,
+            run,
+            rank,
+            context.get_world_size(),
+            (tracked[0], tracked[1]) if tracked else None,
+            settings["on_evaluation"],
+            apart=settings["driver_node"] != node,
+            host=node if config.training.min_workers else None,
+        )
+
+
+def fit_on_ray(
+    config: FinetuneConfig,
+    run: Path,
+    tracked: tuple[str, str] | None,
+    on_evaluation: OnEvaluation | None = None,
+    nested: Nested | None = None,
+) -> None:
+    """Train on ``training.workers`` Ray workers.
+
+    A worker that dies takes the others with it; Ray starts them again, up to
+    ``training.max_failures`` times, and they go on from the newest whole checkpoint. So often, too,
+    a controller that died is started again. A user's mistake, such as a full disk, ends the run.
+    With ``training.min_workers`` a host that leaves is no failure:
+    :mod:`pipelines.training.ray_train.elastic`.
+
+    Args:
+        config: of the run, with absolute paths.
+        run: folder of the run.
+        tracked: MLflow run id and URI.
+        on_evaluation: see :func:`work`; called in the workers, so it must be picklable.
+        nested: how to run inside a trial of Ray Tune.
+
+    Raises:
+        Terminated: asked to leave while an elastic run waited for hosts.
+    """
+    from skillnet_platform import cluster
+
+    workers = config.training.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = config.training.threads_per_worker or max(1, (cores or 1) // workers)
+    # It looks out for notices of cloud machines, and logs an error about itself.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    loop = {
+        "config": configuration.to_dict(config),
+        "run": str(run),
+        "threads": threads,
+        "tracked": list(tracked) if tracked else None,
+        "on_evaluation": on_evaluation,
+    }
+    with cluster.session(cpus=max(workers, cores or 1)):
+        import ray
+        from ray.exceptions import RayActorError
+        from ray.train import ControllerError
+
+        from pipelines.training.ray_train.preemption import RaySign
+
+        leave = loop["leave"] = RaySign()
+        loop["driver_node"] = ray.get_runtime_context().get_node_id()
+        for left in range(config.training.max_failures, -1, -1):
+            trainer = _trainer(config, run, loop, nested)
+            try:
+                # Not before Ray is up: it takes the signal for itself.
+                with preemption.listening(leave):
+                    trainer.fit()
+                return
+            except RayActorError as problem:
+                # Not a worker: those are the controller's matter. Its workers end with it.
+                if not left:
+                    raise
+                words = str(problem).strip().splitlines()[0]
+                console.warn(f"Ray Train's controller is gone ({words}); starting it again")
+            except ControllerError as problem:
+                if not isinstance(problem.controller_failure, preemption.TooFewHosts):
+                    raise
+                raise Terminated(
+                    "ended by SIGTERM while too few hosts were there to train; the same command, "
+                    f"with --name {config.name}, goes on"
+                ) from None
+            except SystemExit:
+                # What Ray Train makes of Ctrl-C would be taken for an ordinary end.
+                raise KeyboardInterrupt from None
+
+
+def _trainer(
+    config: FinetuneConfig, run: Path, loop: dict[str, Any], nested: Nested | None
+) -> "TorchTrainer":
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    from pipelines.training.ray_train import rendezvous
+    from pipelines.training.ray_train.failure_policy import Trainer
+    from pipelines.training.ray_train.preemption import ListenInWorker
+
+    training = config.training
+    one = {"CPU": 1.0} | ({"GPU": 1.0} if training.use_gpu else {})
+    workers: Any = training.workers
+    kind: Any = Trainer
+    if training.min_workers:
+        from pipelines.training.ray_train.elastic import ElasticTrainer
+
+        workers = (training.min_workers, training.workers)
+        kind = functools.partial(ElasticTrainer, leave=loop["leave"])
+    scaling = ScalingConfig(  # type: ignore[call-arg]
+        num_workers=workers,
+        elastic_resize_monitor_interval_s=training.regrow_seconds,
+        use_gpu=training.use_gpu,
+        resources_per_worker=nested.resources if nested else one,
+        placement_strategy=training.placement.upper(),
+    )
+    trainer: TorchTrainer = kind(
+        ray_worker,
+        train_loop_config=loop,
+        scaling_config=scaling,
+        torch_config=rendezvous.torch_config(training.use_gpu),
+        run_config=RunConfig(
+            # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
+            name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",
+            **fit_storage(config, run),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | fault_injection.environment()},
+            # Ray's type names only what users' callbacks see; it takes those of workers as well.
+            callbacks=[
+                ListenInWorker(),  # type: ignore[list-item]
+                *(nested.callbacks if nested else []),
+            ],
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=training.max_failures, controller_failure_limit=3
+            ),
+        ),
+    )
+    return trainer
