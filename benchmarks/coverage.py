@@ -13,8 +13,8 @@ import argparse
 import numpy as np
 from scipy import stats
 
-from sweeps import statistics
-from sweeps.statistics import Sample
+from sweeps.analysis import statistics
+from sweeps.analysis.statistics import Sample
 
 ROWS, SYSTEMS = 300, 6
 BY_ROW, BY_BOTH, REST, MIDDLE = 1.0, 0.4, 0.6, 0.5

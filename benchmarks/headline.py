@@ -19,7 +19,7 @@ from scipy import stats
 from benchmarks.kept import rows_of
 from benchmarks.marks import put
 from benchmarks.measure import RESULTS
-from sweeps.runs import PRETRAINED
+from sweeps.analysis.finished_runs import PRETRAINED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "headline.md"
 

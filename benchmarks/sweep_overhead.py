@@ -65,7 +65,7 @@ def _seconds_per_step(data: Path, steps: int = 40) -> float:
 
     from pipelines.training.loop import train
     from skillnet_platform import config as configuration
-    from sweeps.settings import SweepConfig
+    from sweeps.config.sweep import SweepConfig
 
     torch.set_num_threads(1)
     words = ["--config", CONFIG, "--run.data", str(data), "--run.training.steps", str(steps)]

@@ -13,13 +13,13 @@ from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root, write_json
 from skillnet_platform.storage.directories import is_uri
-from sweeps.study_settings import StudyConfig
+from sweeps.config.study import StudyConfig
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
-    from sweeps.report import Report
-    from sweeps.runs import FinishedRun
-    from sweeps.study import Tuned
+    from sweeps.analysis.finished_runs import FinishedRun
+    from sweeps.report.report import Report
+    from sweeps.study.study import Tuned
 
 
 def compare(config: StudyConfig) -> tuple["Report", int]:
@@ -45,15 +45,15 @@ def compare(config: StudyConfig) -> tuple["Report", int]:
 
 
 def _of_study(config: StudyConfig) -> tuple["Report", int]:
-    from sweeps import stored
-    from sweeps.report import FILES
-    from sweeps.runs import read_run
-    from sweeps.stored import RUN
-    from sweeps.study import BEGUN, check_study, run_study, say_failures
+    from sweeps.analysis.finished_runs import read_run
+    from sweeps.report.writer import FILES
+    from sweeps.study.study import BEGUN, check_study, run_study, say_failures
+    from sweeps.trials import remote_ledger
+    from sweeps.trials.remote_ledger import RUN
 
     folder, mirror = config.folder, config.mirror
     if mirror is not None:
-        stored.take_up(mirror, BEGUN, ("tuning", "runs"))
+        remote_ledger.take_up(mirror, BEGUN, ("tuning", "runs"))
     check_study(config)
     with tracking.start(
         str(config.name),
@@ -86,9 +86,9 @@ def _of_study(config: StudyConfig) -> tuple["Report", int]:
 
 
 def _of_runs(config: StudyConfig) -> "Report":
-    from sweeps.runs import find_run, gather, read_run
-    from sweeps.stored import STUDY_LEDGER, fetch_finished
-    from sweeps.study import read_ledger
+    from sweeps.analysis.finished_runs import find_run, gather, read_run
+    from sweeps.study.study import read_ledger
+    from sweeps.trials.remote_ledger import STUDY_LEDGER, fetch_finished
 
     runs: list[FinishedRun] = []
     studies: list[tuple[Path, dict[str, Tuned]]] = []
@@ -148,8 +148,9 @@ def _report(
     tuned: dict[str, "Tuned"],
     folder: Path,
 ) -> "Report":
-    from sweeps import comparison, report
-    from sweeps.tuning_tables import tuning_tables
+    from sweeps.analysis import comparison
+    from sweeps.report import report
+    from sweeps.report.tuning_tables import tuning_tables
 
     of = comparison.compare(runs, config.reference, config.specialist)
     made = report.make(of, str(config.name), config.claims)
@@ -165,7 +166,7 @@ def _add_skills(report: "Report", config: StudyConfig, folder: Path) -> None:
 
     Its files lie with the report: in the run's folder ``skillnet interpret`` keeps its own.
     """
-    from sweeps.runs import PRETRAINED
+    from sweeps.analysis.finished_runs import PRETRAINED
 
     of = report.comparison
     labels = (of.reference + PRETRAINED, of.reference)
@@ -181,7 +182,7 @@ def _add_skills(report: "Report", config: StudyConfig, folder: Path) -> None:
         return
     label, run, model = first
     from sweeps.interpret import INTERPRETATION, InterpretConfig, interpret_source
-    from sweeps.interpretation import caption_of
+    from sweeps.interpretation.analysis import caption_of
 
     asked = InterpretConfig(
         model=model,
@@ -216,7 +217,7 @@ def _model_of(run: "FinishedRun", config: StudyConfig) -> str | None:
 
 
 def _keep(report: "Report", folder: Path, tracker: "Tracker") -> None:
-    from sweeps import report as reporting
+    from sweeps.report import writer as reporting
 
     reporting.write(report, folder)
     reporting.record(report, tracker)
@@ -243,7 +244,7 @@ def spread(argv: Sequence[str]) -> list[str]:
 
 def show(report: "Report") -> None:
     """Print the claims and the main tables."""
-    from sweeps import report as reporting
+    from sweeps.report import report as reporting
 
     reporting.show(report)
     assert report.folder is not None
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     report, failed = compare(config)
     if console.json_wanted():
-        from sweeps.report import plain
+        from sweeps.report.report import plain
 
         document: dict[str, Any] = plain(report)
         console.emit_json(document)

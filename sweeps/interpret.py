@@ -14,7 +14,7 @@ from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import Source
-    from sweeps.interpretation import Interpretation
+    from sweeps.interpretation.analysis import Interpretation
 
 #: Its folder below a run.
 INTERPRETATION = "interpretation"
@@ -74,7 +74,7 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
     from pipelines.evaluation.evaluator import machine
     from pipelines.runs import model_source
     from skillnet.model import SkillNet
-    from sweeps.interpretation import interpret
+    from sweeps.interpretation.analysis import interpret
 
     source = model_source.find(config.model, config.tracking_uri)
     model = model_source.load_at_work(source)
@@ -139,7 +139,7 @@ def knockout_cells(
     rows: list[dict[str, Any]], skills: tuple[str, ...]
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and cells for the terminal: points lost, in brackets where a skill is put in."""
-    from sweeps.knockout import PUT_IN, SWAPPED
+    from sweeps.interpretation.ablation import PUT_IN, SWAPPED
 
     cells: dict[str, list[str]] = {}
     for row in rows:

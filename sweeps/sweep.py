@@ -3,13 +3,13 @@
 <run root>/<name>/
   sweep.yaml       the resolved configuration
   run.json         the MLflow run, above those of the trials
-  trials/<trial>/  a run's folder each; see sweeps/trial.py
+  trials/<trial>/  a run's folder each; see sweeps/trials/trial.py
   trials.csv       one row per trial
   best.yaml        the best configuration: `skillnet finetune --config …/best.yaml`
   score.png        score against activated FLOPs and parameters
   result.json      what the command gives
 
-With ``--run_dir s3://bucket/runs`` the same lies in the store: see sweeps/stored.py.
+With ``--run_dir s3://bucket/runs`` the same lies in the store: see sweeps/trials/remote_ledger.py.
 
 The test splits are not looked at: they are for what was chosen.
 """
@@ -31,10 +31,11 @@ from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import place
 from skillnet_platform.tracking import Tracker
-from sweeps import stored
-from sweeps.settings import SweepConfig
-from sweeps.stored import RUN
-from sweeps.trial import TrialOutcome
+from sweeps.config import location
+from sweeps.config.sweep import SweepConfig
+from sweeps.trials import remote_ledger
+from sweeps.trials.remote_ledger import RUN
+from sweeps.trials.trial import TrialOutcome
 
 CONFIG = "sweep.yaml"
 RESULT = "result.json"
@@ -56,12 +57,12 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             trial has a score, after all were tried.
         StoreUnavailable: the store does not answer. The same command goes on.
     """
-    from sweeps.engine import check_trial, run_trials
+    from sweeps.trials.engine import check_trial, run_trials
 
     begin = time.monotonic()
     config, folder, mirror = _resolved(config)
     if mirror is not None:
-        stored.take_up(mirror, BEGUN, ("trials",))
+        remote_ledger.take_up(mirror, BEGUN, ("trials",))
     source, run = _source(config, folder)
     asha = config.asha if config.scheduler == "asha" else None
     # A mistake that all trials share shows before anything is written or recorded.
@@ -100,7 +101,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(folder / RESULT, console.plain(result))
     if mirror is not None:
-        mirror.put_files(*stored.ENDED)
+        mirror.put_files(*remote_ledger.ENDED)
     return result
 
 
@@ -115,7 +116,7 @@ def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
             "s3://… instead"
         )
     root = place(config.run_dir, run_root())
-    folder, mirror = stored.located(root, name)
+    folder, mirror = location.located(root, name)
     return replace(config, name=name, run_dir=str(root)), folder, mirror
 
 
@@ -157,9 +158,9 @@ def _identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 def _source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """The trials, or what makes them, and the run that they vary."""
     from pipelines.training.run import resolved
-    from sweeps.cost import at_fixed_cost, cost_of
-    from sweeps.search import Guided, listed
-    from sweeps.spaces import Space
+    from sweeps.search.fixed_cost import at_fixed_cost, cost_of
+    from sweeps.search.space import Space
+    from sweeps.search.strategies import Guided, listed
 
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
     run = resolved(replace(named, run_dir=str(folder.parent)))
@@ -199,17 +200,17 @@ def _conclude(
     outcomes: Sequence[TrialOutcome],
 ) -> dict[str, Any]:
     """Rank, write the files, and record them under the parent run."""
-    from sweeps import results
-    from sweeps.ledger import plain
+    from sweeps.search import ranking
+    from sweeps.trials.ledger import plain
 
-    configurations = results.ranked(outcomes)
-    results.write_trials(outcomes, folder / "trials.csv")
+    configurations = ranking.ranked(outcomes)
+    ranking.write_trials(outcomes, folder / "trials.csv")
     parent.artifact(folder / "trials.csv")
-    figure = results.cost_figure(configurations)
+    figure = ranking.cost_figure(configurations)
     if figure is not None:
         figure.savefig(folder / "score.png", dpi=120)
         parent.artifact(folder / "score.png", "plots")
-    counts = {state: sum(o.status == state for o in outcomes) for state in results.STATES}
+    counts = {state: sum(o.status == state for o in outcomes) for state in ranking.STATES}
     parent.metrics({f"trials/{state}": count for state, count in counts.items()})
     best = configurations[0]
     if best.score is None:
@@ -222,7 +223,7 @@ def _conclude(
     parent.artifact(path)
     parent.metrics({"score": best.score})
     parent.tags({"best": best.name})
-    columns, cells = results.table(configurations)
+    columns, cells = ranking.table(configurations)
     said = [[_said(value) for value in row] for row in cells]
     best_first = f"Sweep **{folder.name}**, best first, on the validation split."
     parent.note(f"{best_first}\n\n{markdown(columns, said)}")
@@ -285,9 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     if console.json_wanted():
         console.emit_json(result)
         return 0
-    from sweeps import results
+    from sweeps.search import ranking
 
-    console.table(result["name"], *results.table(result["configurations"]))
+    console.table(result["name"], *ranking.table(result["configurations"]))
     best = result["best"]
     console.note(
         f"best: {best['name']} with {best['score']:.4f}; train it with\n"

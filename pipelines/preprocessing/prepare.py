@@ -10,8 +10,8 @@ from pipelines.corpora.archives import check_archive
 from pipelines.preprocessing.datasource import Order
 from pipelines.preprocessing.remote_staging import clear_making, send_shared
 from pipelines.shards.dataset import open_corpus, verify_corpus
-from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer import selection
+from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform import cluster, config, console, signals, storage
 from skillnet_platform.cli import users_mistake

@@ -11,8 +11,8 @@ from pipelines.evaluation.outcomes import read_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
 from sweeps import compare as command
-from sweeps.spaces import Dimension
-from sweeps.study_settings import StudyConfig, SystemConfig, TuningConfig
+from sweeps.config.space import Dimension
+from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
 from tests.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration

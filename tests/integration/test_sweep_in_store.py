@@ -18,7 +18,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.tracking import backend
-from sweeps import stored
+from sweeps.trials import remote_ledger
 from tests.object_store import ObjectStore
 from tests.processes import kill_family
 from tests.small_corpora import small_config, write_corpora
@@ -259,4 +259,4 @@ def test_a_run_that_the_store_does_not_have_is_named(
 ) -> None:
     directories.write_bytes(f"{object_store.uri}/marker", b"")
     with pytest.raises(UserError, match="holds no finished run"):
-        stored.fetch_finished(f"{object_store.uri}/no-such-run")
+        remote_ledger.fetch_finished(f"{object_store.uri}/no-such-run")

@@ -21,10 +21,11 @@ from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig, backend
-from sweeps import leftovers
-from sweeps.engine import AshaConfig, ResourceConfig, run_trials
+from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
 from sweeps.sweep import main
-from sweeps.trial import ScoreConfig, Trial, TrialOutcome
+from sweeps.trials import placement_groups
+from sweeps.trials.engine import run_trials
+from sweeps.trials.trial import Trial, TrialOutcome
 from tests.processes import kill_family
 from tests.small_corpora import small_config, write_corpora
 
@@ -117,7 +118,7 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
     assert children["broken"].data.tags["failure"] == broken.error
     assert children["good"].data.metrics["score"] == pytest.approx(outcomes["good"].score)
     assert children["good"].data.params["training.lr"] == "0.003"
-    assert leftovers.placement_groups(ray_session) == []
+    assert placement_groups.placement_groups(ray_session) == []
 
     best = max((o for o in outcomes.values() if o.status == "finished"), key=lambda o: o.score or 0)
     for outcome in outcomes.values():
@@ -193,7 +194,7 @@ def test_workers_of_a_trial_give_what_one_process_gives(
     assert two.result["losses"] == pytest.approx(alone["losses"])
     assert [line["step"] for line in two.reports] == [3, 6]
     assert runs_below(parent.run_id)["two"].info.status == "FINISHED"
-    assert leftovers.placement_groups(ray_session) == []
+    assert placement_groups.placement_groups(ray_session) == []
     with pytest.raises(UserError, match=r"a trial takes 18 CPUs .*lower resources\.cpus"):
         run_trials(
             [trial("wide", config)],
@@ -365,7 +366,7 @@ def test_a_killed_driver_and_an_interrupted_one(
     states = {name: run.info.status for name, run in runs_below(identity).items()}
     assert states == {"000-seed0": "FINISHED", "001-seed0": "FINISHED", "002-seed0": "KILLED"}
     assert client.get_run(identity).info.status == "KILLED"
-    assert leftovers.placement_groups(ray_session) == []
+    assert placement_groups.placement_groups(ray_session) == []
 
     assert main(["--config", str(path)]) == 0
     result = json.loads((run_root / "killed" / "result.json").read_text(encoding="utf-8"))

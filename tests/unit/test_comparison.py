@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from skillnet_platform.errors import UserError
-from sweeps import claims as cl
-from sweeps import report as reporting
-from sweeps.comparison import MEAN, Comparison, compare
-from sweeps.page import page
-from sweeps.runs import differing_settings, find_run, gather, read_run
-from sweeps.study_settings import ClaimsConfig
-from sweeps.tables import score_table, settings_table, signed, tables
+from sweeps.analysis import claims as cl
+from sweeps.analysis.comparison import MEAN, Comparison, compare
+from sweeps.analysis.finished_runs import differing_settings, find_run, gather, read_run
+from sweeps.analysis.format import signed
+from sweeps.config.study import ClaimsConfig
+from sweeps.report import report as reporting
+from sweeps.report.html import page
+from sweeps.report.tables import score_table, settings_table, tables
 from tests.made_runs import TASKS, write_pretraining, write_run, write_study
 
 

@@ -9,10 +9,11 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from skillnet_platform.errors import UserError
-from sweeps.engine import ResourceConfig, run_trials
-from sweeps.ledger import HEAVY, Entry, prune
-from sweeps.trial import Trial, TrialOutcome
-from sweeps.tuning import Halving
+from sweeps.config.trials import ResourceConfig
+from sweeps.trials.engine import run_trials
+from sweeps.trials.ledger import HEAVY, Entry, prune
+from sweeps.trials.ray_tune import Halving
+from sweeps.trials.trial import Trial, TrialOutcome
 from tests.small_corpora import small_config
 
 REPORTS = [{"step": 2, "score": 0.9}, {"step": 4, "score": 0.95}]

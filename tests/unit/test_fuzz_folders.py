@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs import model_source
-from sweeps import results
-from sweeps.ledger import Entry
-from sweeps.runs import check_comparable, gather, read_run
-from sweeps.trial import Trial, TrialOutcome
+from sweeps.analysis.finished_runs import check_comparable, gather, read_run
+from sweeps.search import ranking
+from sweeps.trials.ledger import Entry
+from sweeps.trials.trial import Trial, TrialOutcome
 from tests.damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.made_runs import write_run
 
@@ -47,7 +47,7 @@ def read_trial(folder: Path) -> TrialOutcome | None:
     entry = Entry(Trial("000", FinetuneConfig()), folder)
     settled = entry.settled()
     if settled is not None:
-        results.table(results.ranked([settled]))
+        ranking.table(ranking.ranked([settled]))
     entry.steps_done()
     return settled
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.serving.search_page import Card
 from pipelines.serving.search_page import page as gallery
-from sweeps.page import render
+from sweeps.report.html import render
 from tests.markup import HOSTILE, NASTY, assert_harmless
 
 PICTURE = "data:image/png;base64,"
@@ -82,7 +82,7 @@ def test_the_watch_sees_a_page_that_does_harm() -> None:
 def test_hostile_names_in_plots_stay_text() -> None:
     from matplotlib.figure import Figure
 
-    from sweeps.plots import svg_uri
+    from sweeps.report.plots import svg_uri
 
     figure = Figure()
     figure.subplots().set_title(NASTY.replace("$", ""))

@@ -15,11 +15,11 @@ from skillnet.growth import add_skill
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
-from sweeps.gradient_share import gradient_share
 from sweeps.interpret import knockout_cells, main
-from sweeps.interpretation import caption_of, interpret
-from sweeps.knockout import LEFT_OUT, PUT_IN, SWAPPED, changes, knockout_table
-from sweeps.similarity import CKA, UNTRAINED, WEIGHTS, linear_cka, skill_similarity
+from sweeps.interpretation.ablation import LEFT_OUT, PUT_IN, SWAPPED, changes, knockout_table
+from sweeps.interpretation.analysis import caption_of, interpret
+from sweeps.interpretation.gradient_share import gradient_share
+from sweeps.interpretation.similarity import CKA, UNTRAINED, WEIGHTS, linear_cka, skill_similarity
 from tests.small_corpora import small_config, write_corpora
 
 FIVE = {

@@ -15,16 +15,18 @@ from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from sweeps import compare as command
-from sweeps import report as reporting
-from sweeps.comparison import MEAN, compare
+from sweeps.analysis.comparison import MEAN, compare
+from sweeps.analysis.finished_runs import gather, read_run
+from sweeps.analysis.format import count, duration, p_text
+from sweeps.config.study import StudyConfig
 from sweeps.interpret import InterpretConfig
-from sweeps.page import render
-from sweeps.plots import plots
-from sweeps.report import Report
-from sweeps.runs import gather, read_run
-from sweeps.study import Tuned
-from sweeps.study_settings import StudyConfig
-from sweeps.tables import Cell, count, duration, p_text, score_table
+from sweeps.report import report as report_report
+from sweeps.report import writer
+from sweeps.report.html import render
+from sweeps.report.plots import plots
+from sweeps.report.report import Report
+from sweeps.report.tables import Cell, score_table
+from sweeps.study.study import Tuned
 from tests.made_runs import TASKS, write_study
 
 SYSTEMS = {
@@ -43,8 +45,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    made = reporting.make(compare(gather([read_run(f) for f in folders])), "five systems")
-    reporting.write(made, tmp_path_factory.mktemp("report"))
+    made = report_report.make(compare(gather([read_run(f) for f in folders])), "five systems")
+    writer.write(made, tmp_path_factory.mktemp("report"))
     return made
 
 
@@ -95,10 +97,10 @@ def test_every_text_from_outside_is_escaped(folders: list[Path], tmp_path: Path)
     bad = "<img src=x onerror=alert(1)>$x_{$ & \"'"
     names = [f"{bad}{place}" for place in range(len(SYSTEMS))]
     of = compare(gather([read_run(f) for f in folders], names), names[0], names[2])
-    made = reporting.make(of, bad, facts={bad: bad})
+    made = report_report.make(of, bad, facts={bad: bad})
     made.texts[bad] = bad
     made.captions["scores"] = bad
-    reporting.write(made, tmp_path)
+    writer.write(made, tmp_path)
     page = page_of(made)
     assert "<img src=x" not in page
     found = Links(page)
@@ -268,7 +270,7 @@ def test_pictures_of_skills_lie_with_the_report(
     monkeypatch.setattr("sweeps.interpret.interpret_source", refuse)
     runs = [read_run(folder) for folder in folders if folder.name == "skillnet-seed0"]
     (runs[0].folder / "model" / "manifest.json").write_text("{}")
-    made = reporting.make(compare(runs), "one")
+    made = report_report.make(compare(runs), "one")
     command._add_skills(made, StudyConfig(runs=["x"]), tmp_path / "report")
     assert [each.output for each in asked] == [str(tmp_path / "report" / "interpretation")]
     assert asked[0].split == "validation"

@@ -138,8 +138,8 @@ def test_presets_parse(path: Path) -> None:
     """The folder of a preset says which command reads it."""
     from pipelines.config.growth import GrowConfig
     from pipelines.config.run import FinetuneConfig, PretrainConfig
-    from sweeps.settings import SweepConfig
-    from sweeps.study_settings import StudyConfig
+    from sweeps.config.study import StudyConfig
+    from sweeps.config.sweep import SweepConfig
 
     kinds: dict[str, type] = {
         "grow": GrowConfig,

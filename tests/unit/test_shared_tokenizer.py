@@ -9,8 +9,8 @@ import pytest
 from pipelines.corpora import place_corpus
 from pipelines.preprocessing import prepare as preparing
 from pipelines.preprocessing import remote_staging
-from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer import selection
+from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform.cluster import connect as cluster_connect
 from skillnet_platform.errors import UserError

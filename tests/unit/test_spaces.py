@@ -10,11 +10,13 @@ import pytest
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps.cost import FixedCostConfig, at_fixed_cost, cost_of
-from sweeps.search import Guided, listed
-from sweeps.settings import SweepConfig
-from sweeps.spaces import Dimension, Space
-from sweeps.trial import ScoreConfig, TrialOutcome
+from sweeps.config.space import Dimension
+from sweeps.config.sweep import SweepConfig
+from sweeps.config.trials import FixedCostConfig, ScoreConfig
+from sweeps.search.fixed_cost import at_fixed_cost, cost_of
+from sweeps.search.space import Space
+from sweeps.search.strategies import Guided, listed
+from sweeps.trials.trial import TrialOutcome
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml"))
 VIDEO = "model.tasks.text_to_video.towers.candidate.skills"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sweeps import statistics as st
+from sweeps.analysis import statistics as st
 
 ROWS = 150
 

@@ -9,11 +9,11 @@ from pipelines.config.run import FinetuneConfig, StorageConfig
 from pipelines.runs.mirror import Mirror
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, write_json
-from sweeps import stored
-from sweeps.ledger import Entry
-from sweeps.settings import SweepConfig
+from sweeps.config.sweep import SweepConfig
 from sweeps.sweep import BEGUN, _resolved
-from sweeps.trial import Trial, reports_of
+from sweeps.trials import remote_ledger
+from sweeps.trials.ledger import Entry
+from sweeps.trials.trial import Trial, reports_of
 from tests.object_store import ObjectStore
 
 
@@ -31,7 +31,7 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
     for name in ("config.yaml", "trial.json", "run.json"):
         (here.folder / name).write_text('{"run_id": "known"}')
     (here.folder.parent / "proposed.jsonl").write_text('{"lr": 1}\n')
-    stored.hand_over(here.mirror)
+    remote_ledger.hand_over(here.mirror)
     for step in (4, 2, 4):
         here.report({"step": step, "score": step / 10, "scores": {}})
     assert [line["step"] for line in reports_of(here.folder)] == [2, 4], "none is kept twice"
@@ -42,10 +42,10 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
 
     there = tmp_path / "there"
     whole = Mirror(uri, there)
-    stored.take_up(whole, BEGUN, ("trials",))
+    remote_ledger.take_up(whole, BEGUN, ("trials",))
     assert not there.exists(), "without its configuration it is no sweep"
     directories.write_bytes(f"{uri}/sweep.yaml", b"{}")
-    stored.take_up(whole, BEGUN, ("trials",))
+    remote_ledger.take_up(whole, BEGUN, ("trials",))
     assert (there / "trials/proposed.jsonl").read_text() == '{"lr": 1}\n'
     again = Entry(here.trial, there / "trials/000", here.mirror)
     settled = again.settled()
@@ -70,7 +70,7 @@ def test_what_the_driver_wrote_stays_and_what_the_trial_said_is_taken(
     result = {"run": "/elsewhere/000", "model": "/elsewhere/000/model", "step": 1, "seconds": 1.0}
     result |= {"name": "000", "evaluation": []}
     directories.write_bytes(f"{uri}/result.json", json.dumps(result).encode())
-    stored.bring(here.mirror)
+    remote_ledger.bring(here.mirror)
     assert len(reports_of(here.folder)) == 1
     assert (here.folder / "log.txt").read_text() == "of this one"
     finished = here.describe("finished").result

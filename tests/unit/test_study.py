@@ -10,11 +10,11 @@ import pytest
 from pipelines.config.run import PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps import study as st
-from sweeps.spaces import Dimension
-from sweeps.study_settings import StudyConfig, SystemConfig, TuningConfig
-from sweeps.trial import Trial, TrialOutcome
-from sweeps.tuning_tables import tuning_tables
+from sweeps.config.space import Dimension
+from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
+from sweeps.report.tuning_tables import tuning_tables
+from sweeps.study import study as st
+from sweeps.trials.trial import Trial, TrialOutcome
 from tests.small_corpora import small_config
 
 SYSTEMS = {

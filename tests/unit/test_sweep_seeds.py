@@ -8,8 +8,8 @@ import pytest
 
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps.settings import SweepConfig
-from sweeps.spaces import Dimension
+from sweeps.config.space import Dimension
+from sweeps.config.sweep import SweepConfig
 from sweeps.sweep import CONFIG, _open, _source
 from tests.small_corpora import small_config
 

@@ -1,0 +1,41 @@
+"""TODO: sweeps.analysis.format."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def count(value: float) -> str:
+    """``4,200,000 -> "4.2 M"``: three digits and a unit."""
+    if np.isnan(value):
+        return "–"
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``95 -> "1.6 min"``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def signed(value: float) -> str:
+    """A difference in points, with its sign: ``0.0123 -> "+1.2"``."""
+    # Minus nothing is nothing.
+    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def points(change: Sequence[float]) -> str:
+    """(difference, low, high, …) as ``+1.2 (+0.3 to +2.1)``, in points."""
+    value, low, high = (signed(x) for x in change[:3])
+    return f"{value} ({low} to {high})"
+
+
+def p_text(p: float) -> str:
+    """A p-value with as many digits as it deserves."""
+    if np.isnan(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,208 @@
+"""How alike skills are, layer by layer: by what they compute on real inputs, and by their weights.
+
+Linear centred kernel alignment (source: Kornblith et al., "Similarity of Neural Network
+Representations Revisited", ICML 2019) compares two skills' outputs on the same tokens: 1 if one
+is the other rotated and scaled, near 0 if they have nothing in common. The input of a module is
+what it gets when the task runs with its own plan; each skill then computes alone on it. Modules
+that get the same input give outputs that are alike even if nothing was learnt: a skill of fresh
+weights is compared along, and a likeness counts by how far it is above that one's.
+
+Shapes: B rows, T tokens of a row, n tokens in all, D model width.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipelines.evaluation.inference import batches_by_length, split_inputs
+from skillnet.encoder import EncoderLayer
+from skillnet.growth import add_skill
+from skillnet.layers import SkillAttention, SkillWeights
+from skillnet.model import SkillNet
+from skillnet.skills import SkillPlan
+from sweeps.interpretation.ablation import measured_splits
+
+CKA, WEIGHTS = "outputs (CKA)", "weights (cosine)"
+
+#: Keys of a row of :func:`skill_similarity`.
+COLUMNS = ("measure", "modality", "task", "layer", "module", "skill", "other", "value", "tokens")
+
+#: The skill of fresh weights that is compared along.
+UNTRAINED = "untrained"
+
+Modules = dict[tuple[int, str], nn.Module]
+Pairs = dict[tuple[str, str], float | None]
+
+
+def skill_similarity(
+    model: SkillNet,
+    data: str | Path,
+    tasks: Sequence[str] | None = None,
+    split: str = "test",
+    *,
+    corpora: Mapping[str, str] | None = None,
+    limits: Mapping[str, int | None] | None = None,
+    tokens: int = 2048,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Compare all pairs of skills in every module that carries them.
+
+    Args:
+        model: a trained model.
+        data: directory of prepared corpora.
+        tasks: names; each modality's inputs come from the first of them that reads it as its own
+            (not as a query). None takes all.
+        split: of their corpora.
+        corpora: task -> corpus, where it is not the built-in one.
+        limits: task -> longest sequence, as in training.
+        tokens: real tokens of each modality that outputs are compared on, at least; eight times
+            the model's width, if that is more: with few, unlike outputs look alike.
+        seed: chooses the rows.
+
+    Returns:
+        Rows with the keys ``COLUMNS``, each pair both ways, :data:`UNTRAINED` among the skills;
+        layers count from 1. A value is None where a skill's outputs are all the same, or its
+        weights zero.
+
+    Raises:
+        UserError: an unknown task, or no corpus with that split.
+    """
+    model = _with_untrained(model, seed)
+    modules = skill_modules(model)
+    found = []
+    for (layer, module), carrier in modules.items():
+        vectors = {name: _flat_weights(carrier, name) for name in model.config.skills}
+        common = {"measure": WEIGHTS, "modality": "", "task": "", "layer": layer, "module": module}
+        found += _rows(_cosines(vectors), common | {"tokens": None})
+    seen: set[str] = set()
+    for name, part, corpus in measured_splits(model, data, tasks, split, corpora):
+        spec = model.config.tasks[name]
+        tower = "input" if "input" in spec.towers else "candidate"
+        plan = spec.towers[tower]
+        if plan.modality in seen:
+            continue
+        seen.add(plan.modality)
+        limit = (limits or {}).get(name)
+        where = f"{corpus.name}/{part.name}"
+        inputs = split_inputs(part.table(), plan, model.config, where, limit=limit)
+        rows = _enough_rows(inputs.lengths, max(tokens, 8 * model.config.dim), seed)
+        outputs = _outputs(model, modules, plan, inputs, rows)
+        for (layer, module), by_skill in outputs.items():
+            common = {"measure": CKA, "modality": plan.modality, "task": name}
+            common |= {"layer": layer, "module": module}
+            count = len(next(iter(by_skill.values())))
+            found += _rows(linear_cka(by_skill), common | {"tokens": count})
+    return found
+
+
+def skill_modules(model: SkillNet) -> Modules:
+    """(layer from 1, "attention" or "feedforward") -> module, of those that carry skills."""
+    found: Modules = {}
+    for index, layer in enumerate(model.encoder.layers):
+        assert isinstance(layer, EncoderLayer)
+        if layer.attention_skills:
+            found[index + 1, "attention"] = layer.attention
+        if layer.feedforward_skills:
+            found[index + 1, "feedforward"] = layer.feedforward
+    return found
+
+
+def linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
+    """||Y'X||² / (||X'X|| ||Y'Y||) of centred outputs (n, D) of every pair (Frobenius norms).
+
+    None for a pair with outputs that are all the same.
+    """
+    centred = {name: (x - x.mean(0)).float() for name, x in outputs.items()}
+    own = {name: float((x.T @ x).norm()) for name, x in centred.items()}
+    return {
+        (one, other): float((centred[other].T @ centred[one]).norm()) ** 2 / (own[one] * own[other])
+        if own[one] and own[other]
+        else None
+        for one, other in combinations_with_replacement(outputs, 2)
+    }
+
+
+def _with_untrained(model: SkillNet, seed: int) -> SkillNet:
+    """A copy with one more skill, of fresh weights; the generator is left as it was."""
+    copied = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return add_skill(copied, UNTRAINED)
+
+
+@torch.no_grad()
+def _outputs(
+    model: SkillNet, modules: Modules, plan: SkillPlan, inputs: Any, rows: np.ndarray
+) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """Module -> skill -> its outputs (n, D) on the real tokens of some rows."""
+    parts: dict[tuple[int, str], dict[str, list[Tensor]]] = {
+        key: {name: [] for name in model.config.skills} for key in modules
+    }
+    real: list[Tensor | None] = [None]
+
+    def listen(key: tuple[int, str]) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            x_BTD, more = given[0], given[2:]
+            for name, outputs in parts[key].items():
+                # Past the hook: each skill alone, on what the whole plan made of the input.
+                y_BTD = type(module).forward(module, x_BTD, (name,), *more)
+                outputs.append(y_BTD[real[0]] if real[0] is not None else y_BTD.flatten(0, 1))
+
+        return hook
+
+    handles = [part.register_forward_pre_hook(listen(key)) for key, part in modules.items()]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for chosen in batches_by_length(inputs.lengths[rows], 4096):
+            batch = {key: x.to(device) for key, x in inputs.take(rows[chosen]).items()}
+            real[0] = model.stems[plan.stem](batch, plan.modality)[1]
+            model.tokens(batch, plan)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train()  # drops the weights kept for each skill alone
+        model.train(training)
+    return {
+        key: {name: torch.cat(outputs) for name, outputs in by_skill.items()}
+        for key, by_skill in parts.items()
+    }
+
+
+def _enough_rows(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:
+    """Rows in random order, as many as it takes to have so many tokens."""
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    enough = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1
+    return np.sort(order[:enough])
+
+
+def _flat_weights(module: nn.Module, skill: str) -> Tensor:
+    """All weights of a skill in a module, one vector."""
+    if isinstance(module, SkillAttention):
+        parts: list[SkillWeights] = [module.qkv.weight, module.out.weight]
+    else:
+        parts = [module.up, module.down]  # type: ignore[list-item]
+    return torch.cat([part.weights[skill].detach().flatten() for part in parts])
+
+
+def _cosines(vectors: Mapping[str, Tensor]) -> Pairs:
+    norms = {name: float(x.norm()) for name, x in vectors.items()}
+    return {
+        (one, other): float(vectors[one] @ vectors[other]) / (norms[one] * norms[other])
+        if norms[one] and norms[other]
+        else None
+        for one, other in combinations_with_replacement(vectors, 2)
+    }
+
+
+def _rows(pairs: Pairs, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each pair both ways."""
+    both = pairs | {(other, one): value for (one, other), value in pairs.items()}
+    rows = [common | {"skill": a, "other": b, "value": value} for (a, b), value in both.items()]
+    return [{column: row[column] for column in COLUMNS} for row in rows]

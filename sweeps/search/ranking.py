@@ -1,0 +1,195 @@
+"""What a sweep came to: ranked configurations, a table, a CSV of trials, a plot."""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from skillnet_platform.storage import atomic_write
+from sweeps.config.space import shown
+from sweeps.trials.ledger import mean_scores, plain
+from sweeps.trials.trial import TrialOutcome
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STATES = ("finished", "stopped", "failed")
+
+
+@dataclass
+class Ranked:
+    """One configuration and what its repeats came to.
+
+    Args:
+        rank: from 1, by mean score; configurations that were stopped early come after those
+            that finished, and those without a score last.
+        name: of the configuration.
+        settings: what sets it apart.
+        score: mean over its repeats; none if all of them failed.
+        spread: standard deviation over repeats; none for fewer than two.
+        scores: task -> mean score.
+        states: how many of its trials ended how.
+        activated_params: mean over tasks.
+        flops_per_example: mean over tasks.
+        step: steps of the trial that came furthest.
+        trials: names.
+    """
+
+    rank: int
+    name: str
+    settings: dict[str, Any]
+    score: float | None
+    spread: float | None
+    scores: dict[str, float]
+    states: dict[str, int]
+    activated_params: float | None
+    flops_per_example: float | None
+    step: int
+    trials: list[str] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """How its trials ended: ``3 finished``, ``1 finished, 2 stopped``."""
+        return ", ".join(f"{count} {state}" for state, count in self.states.items() if count)
+
+
+def ranked(outcomes: Sequence[TrialOutcome]) -> list[Ranked]:
+    """The configurations of trials, best first."""
+    groups: dict[str, list[TrialOutcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.group, []).append(outcome)
+    order = [*mean_scores(outcomes)]
+    order += [name for name in groups if name not in order]
+    return [_ranked(rank, name, groups[name]) for rank, name in enumerate(order, 1)]
+
+
+def _ranked(rank: int, name: str, members: list[TrialOutcome]) -> Ranked:
+    scored = [each for each in members if each.score is not None]
+    values = [float(each.score) for each in scored if each.score is not None]
+    tasks = scored[0].reports[-1]["scores"] if scored else {}
+    return Ranked(
+        rank=rank,
+        name=name,
+        settings=members[0].settings,
+        score=fmean(values) if values else None,
+        spread=stdev(values) if len(values) > 1 else None,
+        scores={task: fmean(e.reports[-1]["scores"][task] for e in scored) for task in tasks},
+        states={state: sum(each.status == state for each in members) for state in STATES},
+        activated_params=_cost(scored, "activated_params"),
+        flops_per_example=_cost(scored, "flops_per_example"),
+        step=max(each.step for each in members),
+        trials=[each.name for each in members],
+    )
+
+
+def _cost(members: Sequence[TrialOutcome], key: str) -> float | None:
+    values = [e.reports[-1][key] for e in members if e.reports[-1].get(key) is not None]
+    return fmean(values) if values else None
+
+
+def table(configurations: Sequence[Ranked]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and cells: rank, what varies, scores, cost, how the trials ended."""
+    keys = list(dict.fromkeys(key for each in configurations for key in each.settings))
+    tasks = list(dict.fromkeys(task for each in configurations for task in each.scores))
+    short = _short_names(keys)
+    columns = ["", "name", *(short[key] for key in keys), "score", *tasks]
+    columns += ["activated M", "MFLOP", "steps", "trials"]
+    cells = []
+    for each in configurations:
+        spread = f" ±{each.spread:.4f}" if each.spread is not None else ""
+        score = f"{each.score:.4f}{spread}" if each.score is not None else None
+        cells.append(
+            [
+                each.rank,
+                each.name,
+                *(shown(each.settings[key]) if key in each.settings else None for key in keys),
+                score,
+                *(each.scores.get(task, math.nan) for task in tasks),
+                _scaled(each.activated_params),
+                _scaled(each.flops_per_example),
+                each.step,
+                each.words,
+            ]
+        )
+    return columns, cells
+
+
+def _scaled(value: float | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest ends of dotted keys that tell them apart."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        for count in range(1, len(parts) + 1):
+            end = ".".join(parts[-count:])
+            if sum(other == end or other.endswith(f".{end}") for other in keys) == 1:
+                break
+        names[key] = end
+    return names
+
+
+def write_trials(outcomes: Sequence[TrialOutcome], path: Path) -> None:
+    """One row per trial: what it set, what it reached, what it cost, how it ended."""
+    rows = []
+    for outcome in outcomes:
+        values = plain(outcome)
+        settings, scores = values.pop("settings"), values.pop("scores")
+        rows.append(
+            {"name": values.pop("name"), "group": values.pop("group"), "seed": values.pop("seed")}
+            | {key: shown(value) for key, value in settings.items()}
+            | {"status": values.pop("status"), "score": values.pop("score")}
+            | {f"score/{task}": value for task, value in scores.items()}
+            | values
+        )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_write(path, "w") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
+    """Score against activated FLOPs and against activated parameters; none without two points."""
+    from matplotlib.figure import Figure
+
+    from pipelines.evaluation.tables import COLOURS, quiet
+
+    points = [e for e in configurations if e.score is not None and e.flops_per_example]
+    if len(points) < 2:
+        return None
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained", facecolor="white")
+    axes: Any = figure.subplots(1, 2, sharey=True)
+    panels = (
+        ("flops_per_example", "activated MFLOP per example"),
+        ("activated_params", "activated parameters, millions"),
+    )
+    for panel, (key, words) in zip(axes, panels, strict=True):
+        costs = [getattr(each, key) / 1e6 for each in points]
+        for each, cost in zip(points, costs, strict=True):
+            whole = each.states["stopped"] == 0
+            panel.errorbar(
+                cost,
+                each.score,
+                yerr=each.spread or 0.0,
+                fmt="o" if whole else "x",
+                color=COLOURS[0] if whole else "#999999",
+                markersize=6,
+                elinewidth=1,
+            )
+            place = (cost, each.score)
+            panel.annotate(each.name, place, (4, 4), textcoords="offset points", fontsize=8)
+        panel.set_xlabel(words, fontsize=9)
+        # The same for all: what is left is no difference to show.
+        if max(costs) < 1.05 * min(costs):
+            panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))
+        quiet(panel)
+    axes[0].set_ylabel("mean validation score", fontsize=9)
+    if any(each.states["stopped"] for each in points):
+        figure.suptitle("× was stopped early: its score is of fewer steps", fontsize=8)
+    return figure

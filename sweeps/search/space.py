@@ -1,0 +1,215 @@
+"""Search spaces: which keys of a run vary, and over what; checked before anything starts.
+
+    space:
+      training.lr: {loguniform: [3.0e-4, 3.0e-3]}
+      model.skill_every: {choice: [1, 2]}
+      model.tasks.text_to_video.towers.candidate.skills:
+        choice: [[general, video, alignment], [general, image, video, alignment]]
+      text tower:
+        options:
+          shared: {}
+          own:
+            model.skills: [general, text, image, sound, video, code, alignment, picture_text]
+            model.tasks.text_to_image.towers.query.skills: [general, picture_text, alignment]
+
+A dimension with ``options`` is a name of its own; each option sets several keys together.
+"""
+
+import itertools
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipelines.config.run import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform.config.schema import checked, children, hint_at, nested, without_none
+from skillnet_platform.errors import UserError, nearest
+from sweeps.config.space import Dimension, shown
+
+#: A value per dimension; of a dimension with options the option's name.
+Point = dict[str, Any]
+
+#: Keys that a sweep sets itself, and what to use instead.
+NOT_SEARCHED = {
+    "name": "trials are named by the sweep",
+    "run_dir": "trials lie in the sweep's folder",
+    "seed": "repeats are asked for with seeds",
+    "data": "give run.data once for all trials",
+    "evaluate": "trials are measured on the validation split",
+    "tracking": "give tracking once for the sweep",
+    "training.workers": "give run.training.workers once for all trials",
+    "training.use_gpu": "give run.training.use_gpu once for all trials",
+}
+
+
+class Space:
+    """The dimensions of a sweep over a base run.
+
+    Args:
+        dimensions: key (or name, for options) -> what it takes.
+        base: the run that they vary.
+
+    Raises:
+        UserError: an unknown key, a value of a wrong type, a range that is none; names the key.
+    """
+
+    def __init__(self, dimensions: Mapping[str, Dimension], base: FinetuneConfig) -> None:
+        self.dimensions, self.base = dict(dimensions), base
+        self._tree = configuration.to_dict(base)
+        self._owners: dict[str, str] = {}
+        self._applied: dict[str, FinetuneConfig] = {}
+        for name, dimension in self.dimensions.items():
+            dimension.check(f"space.{name}")
+            self._check(name, dimension)
+
+    # -- points ---------------------------------------------------------------------------------
+
+    def crossed(self) -> Iterator[Point]:
+        """Every combination of the listed values."""
+        names = list(self.dimensions)
+        for name, dimension in self.dimensions.items():
+            if dimension.range is not None:
+                raise UserError(
+                    f"space.{name}.{dimension.kind} is a range: search grid tries listed values; "
+                    "give choice, or search: random"
+                )
+        for values in itertools.product(*(self.dimensions[name].values for name in names)):
+            yield dict(zip(names, values, strict=True))
+
+    def drawn(self, count: int, seed: int) -> Iterator[Point]:
+        """``count`` random points, all different, each with every value of the grids.
+
+        Fewer come if the space has no more.
+        """
+        import numpy as np
+
+        grids = {n: d.values for n, d in self.dimensions.items() if d.grid}
+        rest = {n: d for n, d in self.dimensions.items() if not d.grid}
+        random = np.random.default_rng(seed)
+        seen: set[str] = set()
+        for _ in range(max(count, 1)):
+            for _ in range(200):
+                point = {name: each.at(float(random.random())) for name, each in rest.items()}
+                mark = json.dumps(point, sort_keys=True)
+                if mark not in seen:
+                    break
+            else:
+                return
+            seen.add(mark)
+            for values in itertools.product(*grids.values()):
+                whole = point | dict(zip(grids, values, strict=True))
+                yield {name: whole[name] for name in self.dimensions}
+
+    def spread(self, count: int, seed: int) -> list[Point]:
+        """``count`` points that cover every dimension: a Latin hypercube (McKay et al., 1979).
+
+        Each range is cut into ``count`` parts, and each part has one point. Grids are taken as
+        lists.
+        """
+        from scipy.stats import qmc
+
+        if not self.dimensions or count < 1:
+            return []
+        shares = qmc.LatinHypercube(len(self.dimensions), rng=seed).random(count)
+        return [
+            {
+                name: each.at(float(share))
+                for (name, each), share in zip(self.dimensions.items(), row, strict=True)
+            }
+            for row in shares
+        ]
+
+    def assignments(self, point: Point) -> dict[str, Any]:
+        """The keys that a point sets, and to what."""
+        found: dict[str, Any] = {}
+        for name, value in point.items():
+            options = self.dimensions[name].options
+            found |= options[value] if options else {name: value}
+        return found
+
+    def apply(self, point: Point) -> FinetuneConfig:
+        """The run of a point.
+
+        Raises:
+            UserError: the values do not go together; names them.
+        """
+        mark = json.dumps(point, sort_keys=True)
+        if mark in self._applied:
+            return self._applied[mark]
+        tree = json.loads(json.dumps(self._tree))
+        for key, value in self.assignments(point).items():
+            _put(tree, key, value)
+        try:
+            made = self._applied[mark] = configuration.build(FinetuneConfig, tree)
+        except ValueError as problem:
+            words = ", ".join(f"{name} {shown(value)}" for name, value in point.items())
+            raise UserError(f"{problem} (with {words})") from None
+        return made
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check(self, name: str, dimension: Dimension) -> None:
+        if not dimension.options:
+            self._check_key(name, name)
+            hint = without_none(hint_at(FinetuneConfig, name))
+            low_high = dimension.range
+            if low_high is not None:
+                self._check_range(name, dimension, hint)
+            for value in dimension.values if low_high is None else low_high:
+                self._check_value(f"space.{name}.{dimension.kind}", {name: value})
+            return
+        if hint_at(FinetuneConfig, name) is not None and "." in name:
+            raise UserError(f"space.{name}: options need a name of their own, not that of a key")
+        for option, keys in dimension.options.items():
+            for key in keys:
+                self._check_key(key, name, f"space.{name}.options.{option}")
+            self._check_value(f"space.{name}.options.{option}", keys)
+
+    def _check_key(self, key: str, owner: str, where: str = "space") -> None:
+        for parent, instead in NOT_SEARCHED.items():
+            if key == parent or key.startswith(parent + "."):
+                raise UserError(f"{where}: {key} cannot be searched: {instead}")
+        # Names the nearest key where a dataclass lacks one; what dictionaries hold comes below.
+        checked(FinetuneConfig, nested(key, None), where)
+        hint = hint_at(FinetuneConfig, key)
+        below = children(hint)
+        if hint is None or (below is not None and "*" not in below):
+            names = f": {', '.join(below)}" if below else ""
+            raise UserError(f"{where}: {key} is no single value; name a key of it{names}")
+        place: Any = self._tree
+        for part in key.split(".")[: None if hint is not typing.Any else -1]:
+            if not isinstance(place, dict) or part not in place:
+                known = list(place) if isinstance(place, dict) else []
+                near = nearest(part, known)
+                raise UserError(f"{where}: {key!r}: there is no {part!r} there{near}")
+            place = place[part]
+        if self._owners.setdefault(key, owner) != owner:
+            raise UserError(f"space: {key} is set by both {self._owners[key]!r} and {owner!r}")
+
+    def _check_range(self, name: str, dimension: Dimension, hint: Any) -> None:
+        where = f"space.{name}.{dimension.kind}"
+        if hint not in (int, float, typing.Any):
+            raise UserError(f"{where}: {name} does not take numbers; give choice")
+        if hint is int and not dimension.kind.endswith("integer"):
+            other = "log_integer" if dimension.kind.startswith("log") else "integer"
+            raise UserError(f"{where}: {name} takes whole numbers; use {other}")
+
+    def _check_value(self, where: str, assignments: Mapping[str, Any]) -> None:
+        """A wrong type is found here; whether values go together shows with whole points."""
+        tree = json.loads(json.dumps(self._tree))
+        for key, value in assignments.items():
+            _put(tree, key, value)
+        try:
+            configuration.build(FinetuneConfig, tree)
+        except UserError as problem:
+            raise UserError(f"{where}: {problem}") from None
+        except ValueError:
+            return
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree[part]
+    tree[last] = value

@@ -1,0 +1,85 @@
+"""Whether a study may go on in its folder: what was run there must be what would be run now.
+
+More systems, seeds or trials may join at any time, and what no run has used yet may change.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.layout import CONFIG
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from sweeps.config.study import StudyConfig
+from sweeps.trials.trial import Trial
+
+STUDY = "study.yaml"
+
+
+def check_same(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> None:
+    """Refuse trials that were begun with other settings, before anything is written.
+
+    Args:
+        config: of the study.
+        trials: as they would be run.
+        folder: of all of them.
+
+    Raises:
+        UserError: names the first, and what of the study is another.
+    """
+    for trial in trials:
+        stored = folder / trial.name / CONFIG
+        if not stored.is_file():
+            continue
+        before = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+        found = _first(_identity(before), _identity(trial.config)) or _of_pretraining(before, trial)
+        if not found:
+            continue
+        study = config.folder / STUDY
+        known = _plain(configuration.load_yaml(study)) if study.is_file() else {}
+        now = _plain(configuration.to_dict(config))
+        # It may have grown: only what both know counts.
+        both = known.keys() & now.keys()
+        changed = _first({k: known[k] for k in both}, {k: now[k] for k in both})
+        cause = f"has {changed}; its run" if changed else "was begun with other settings: its run"
+        raise UserError(
+            f"the study {config.name} {cause} {trial.name} was made with {found}. Give another "
+            f"--name, or go on with --config {study}"
+        )
+
+
+def _of_pretraining(before: FinetuneConfig, trial: Trial) -> str:
+    """The same for what a run started from, as far as that is still there."""
+    if (trial.pretrain is None) != (not before.init_from):
+        return "another start: pretrain"
+    if trial.pretrain is None or not before.init_from:
+        return ""
+    stored = Path(before.init_from).parent / CONFIG
+    if not stored.is_file():
+        return ""
+    start = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+    found = _first(_identity(start), _identity(trial.pretrain.joint()))
+    return f"a pretraining with {found}" if found else ""
+
+
+def _identity(config: FinetuneConfig) -> dict[str, Any]:
+    from pipelines.runs.identity import identity_of
+
+    return configuration.flatten(identity_of(replace(config, init_from=None)))
+
+
+def _plain(study: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a study decides its runs, flat."""
+    decisive = ("run", "pretraining", "systems", "tuning")
+    return configuration.flatten({key: study[key] for key in decisive if key in study})
+
+
+def _first(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """``training.lr 0.1, not 0.2, and 3 more`` of what differs; "" for nothing."""
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if not differing:
+        return ""
+    key, more = differing[0], f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return f"{key} {old.get(key)}, not {new.get(key)}{more}"

@@ -1,0 +1,304 @@
+"""The driver of a sweep: gives trials to Ray Tune, opens and ends their MLflow runs, keeps the
+ledger, and shows how far it is.
+"""
+
+import contextlib
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pipelines.runs.mirror import Mirror
+from skillnet_platform import console, tracking
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories, run_root, write_json
+from skillnet_platform.tracking.spool import is_away
+from sweeps.trials import remote_ledger
+from sweeps.trials.ledger import Entry, last_line, mean_scores, prune
+from sweeps.trials.source import Options, Source, first_rung_step
+from sweeps.trials.trial import ERROR, STOP, Trial, TrialOutcome, placed, reports_of, write_trial
+
+#: Seconds that a sweep waits at its end for a tracker that does not answer.
+TRACKER_PATIENCE_S = 60.0
+#: MLflow's word for the end of a run, by what became of its trial.
+ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
+
+
+class Driver:
+    """Runs what a source gives.
+
+    Args:
+        source: of trials.
+        options: how they are run.
+        start: what a trial starts from, put into its configuration when its turn comes.
+    """
+
+    def __init__(
+        self, source: Source, options: Options, start: Callable[[Trial], Trial] | None = None
+    ) -> None:
+        self.source, self.options = source, options
+        self.entries: dict[str, Entry] = {}
+        self._start = start or (lambda trial: trial)
+        self._halving: Any = None
+        self._warned = False
+        #: Trials whose run could not be opened yet: the tracker was away.
+        self._waiting: list[Entry] = []
+        self._first: tuple[str, dict[str, Any]] | None = None
+
+    # -- trials in ----------------------------------------------------------------------------
+
+    def give(self) -> tuple[str, dict[str, Any]] | None:
+        """The next trial that is to be run, as Tune gets it; those already settled are told."""
+        given, self._first = self._first, None
+        return given or self._look()
+
+    def _look(self) -> tuple[str, dict[str, Any]] | None:
+        while (entry := self._next()) is not None:
+            settled = entry.settled()
+            if self._halving is not None:
+                self._halving.remember(entry.trial.name, reports_of(entry.folder))
+            entry.before = entry.steps_done() if settled is None else math.inf
+            self.entries[entry.trial.name] = entry
+            if settled is not None:
+                entry.outcome = settled
+                self.source.tell(settled)
+                continue
+            try:
+                self._open(entry)
+            except UserError as problem:
+                self._settle(entry, "failed", str(problem))
+                continue
+            except Exception as problem:
+                if not is_away(problem):
+                    raise
+                self._wait_for_tracker(entry)
+                return None
+            used = {"cpus": self.options.resources.cpus, "gpus": self.options.resources.gpus}
+            workers = entry.trial.config.training.workers
+            return entry.trial.name, {**self._where(entry), "workers": workers, **used}
+        return None
+
+    def _where(self, entry: Entry) -> dict[str, Any]:
+        """Where its process finds it: on a disk that all see, or in the store and its own disk."""
+        store = self.options.store
+        if store is None:
+            return {"folder": str(entry.folder), "store": None}
+        return {"folder": str(entry.folder.relative_to(run_root())), "store": store}
+
+    def ended(self) -> bool:
+        """Whether all trials have been given."""
+        return not self._waiting and self._first is None and self.source.ended()
+
+    def _next(self) -> Entry | None:
+        if self._waiting:
+            return self._waiting.pop(0)
+        trial = self.source.next()
+        if trial is None:
+            return None
+        folder, store = self.options.folder / trial.name, self.options.store
+        mirror = Mirror(directories.join(store, trial.name), folder) if store else None
+        return Entry(trial, folder, mirror)
+
+    def _open(self, entry: Entry) -> None:
+        """The trial's folder, and its run in MLflow."""
+        from pipelines.runs import layout
+        from pipelines.training import run as training_run
+
+        entry.reopen()
+        entry.trial = self._start(entry.trial)
+        config = training_run.resolved(placed(entry.trial.config, entry.folder))
+        if entry.mirror is not None:
+            entry.mirror.settle_in(config)
+        training_run.open_run(config, entry.folder)
+        known = entry.describe("interrupted").run_id
+        tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
+        tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
+        parent = self.options.parent
+        entry.tracker = tracking.child(parent, entry.trial.name, config, tags, run_id=known)
+        told = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
+        write_json(entry.folder / layout.RUN, told)
+        tracked = [entry.tracker.run_id, entry.tracker.uri]
+        write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)
+        if entry.mirror is not None:
+            remote_ledger.hand_over(entry.mirror)
+
+    def _wait_for_tracker(self, entry: Entry) -> None:
+        self._waiting.append(entry)
+        if not self._warned:
+            console.warn("the tracker is away: trials that have not begun wait for it")
+        self._warned = True
+
+    # -- trials out ---------------------------------------------------------------------------
+
+    def on_report(self, name: str, line: dict[str, Any]) -> None:
+        """A trial was evaluated."""
+        self.entries[name].report(line)
+
+    def on_end(self, name: str, error: str | None) -> None:
+        """Tune is done with a trial."""
+        entry = self.entries[name]
+        written = entry.folder / ERROR
+        if entry.outcome is not None:
+            return
+        if entry.mirror is not None:
+            remote_ledger.bring(entry.mirror)
+        if entry.describe("finished").result is not None:
+            self._settle(entry, "finished")
+        elif written.is_file():
+            self._settle(entry, "failed", last_line(written.read_text(encoding="utf-8")))
+        elif self._interrupt.wanted:
+            self._settle(entry, "interrupted")
+        elif error is not None:
+            written.write_text(error + "\n", encoding="utf-8")
+            self._settle(entry, "failed", error.strip().splitlines()[0])
+        elif self.options.asha is not None and reports_of(entry.folder):
+            self._settle(entry, "stopped")
+        else:
+            self._settle(entry, "failed", "it ended without a result and without an error")
+
+    def _settle(self, entry: Entry, status: Any, error: str | None = None) -> None:
+        outcome = entry.settle(status, error)
+        if entry.tracker is not None:
+            tags = {"outcome": status}
+            if error:
+                tags["failure"] = error
+            if status == "stopped":
+                tags["stopped_early"] = f"by successive halving at step {outcome.step}"
+            entry.tracker.tags(tags)
+            if outcome.score is not None:
+                entry.tracker.metrics({"score": outcome.score}, outcome.step)
+            entry.tracker.end(ENDS[status])
+        if status == "stopped":
+            entry.prune()
+        if status == "failed":
+            console.warn(f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})")
+        if status != "interrupted":
+            self.source.tell(outcome)
+
+    def _send_the_rest(self) -> None:
+        """What a busy tracker did not take when trials ended: nobody else would send it today."""
+        end = time.monotonic() + (0.0 if self._interrupt.wanted else TRACKER_PATIENCE_S)
+        for entry in self.entries.values():
+            if entry.tracker is not None:
+                entry.tracker.settle(max(end - time.monotonic(), 0.0))
+
+    def _stop_trials(self) -> None:
+        for entry in list(self.entries.values()):
+            if entry.outcome is None and entry.tracker is not None:
+                (entry.folder / STOP).touch()
+
+    # -- the whole ----------------------------------------------------------------------------
+
+    def go(self) -> list[TrialOutcome]:
+        """Run, and leave nothing open."""
+        from sweeps.trials import ray_tune
+
+        self._interrupt = ray_tune.Interrupt(self._stop_trials)
+        if self.options.asha is not None:
+            example = self.source.example
+            last, grace = example.config.training.steps, first_rung_step(self.options.asha, example)
+            self._halving = ray_tune.Halving(last, grace, self.options.asha.reduction)
+        try:
+            self._first = self._look()
+            if self._first is not None or not self.ended():
+                self._run()
+                self._send_the_rest()
+        finally:
+            for entry in self.entries.values():
+                if entry.outcome is None and entry.tracker is not None:
+                    # An error of the sweep itself: the trial goes on next time.
+                    self._settle(entry, "interrupted")
+            shutil.rmtree(self.options.folder / "tune", ignore_errors=True)
+        if self._interrupt.wanted:
+            raise KeyboardInterrupt
+        prune(list(self.entries.values()), self.options.keep)
+        return [entry.outcome for entry in self.entries.values() if entry.outcome is not None]
+
+    def _run(self) -> None:
+        from skillnet_platform import cluster
+        from sweeps.trials import placement_groups, ray_tune
+
+        with cluster.session() as ray, ray_tune.quiet_environment(), self._shown():
+            with self._interrupt.listening():
+                ray_tune.fit(
+                    ray_tune.Hand(self.give, self.ended, self._parallel(ray)),
+                    ray_tune.Listener(self.on_end, self.on_report),
+                    self._interrupt,
+                    self._halving.scheduler if self._halving else None,
+                    self.options.folder / "tune",
+                    nested=self.source.example.config.training.workers > 1,
+                    max_failures=self.options.max_failures,
+                )
+            patience = 5.0 if self._interrupt.wanted else 15.0
+            placement_groups.leave_no_placement_group(ray, patience)
+
+    def _parallel(self, ray: Any) -> int:
+        """Trials at the same time: what is asked for, and no more than fit.
+
+        Raises:
+            UserError: not even one fits.
+        """
+        workers = max(self.source.example.config.training.workers, 1)
+        have, used = ray.cluster_resources(), self.options.resources
+        fit = self.source.total
+        for name, each in (("CPU", used.cpus), ("GPU", used.gpus)):
+            if each:
+                fit = min(fit, int(have.get(name, 0) / (each * workers) + 1e-6))
+                if not fit:
+                    raise UserError(
+                        f"a trial takes {each * workers:g} {name}s ({workers} worker(s) of "
+                        f"{each:g}), Ray has {have.get(name, 0):g}; lower "
+                        f"resources.{name.lower()}s or training.workers"
+                    )
+        return min(fit, used.parallel or fit)
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[None]:
+        """One line that counts the steps of all trials, while a block runs; or the trials, if
+        time ends them.
+        """
+        training = self.source.example.config.training
+        steps, unit = (1, "trials") if training.minutes else (training.steps, "steps")
+        over = threading.Event()
+
+        def counted(reached: float) -> int:
+            """Of a trial, once it is over (infinity) or at a step."""
+            if math.isfinite(reached) and unit == "trials":
+                return 0
+            return int(min(reached, steps))
+
+        def watch() -> None:
+            with console.progress(self.options.label, self.source.total * steps, unit) as bar:
+                while True:
+                    last = over.wait(0.5)
+                    entries = list(self.entries.values())
+                    bar.found(sum(counted(entry.before) for entry in entries) - bar.first)
+                    done = sum(counted(math.inf if e.outcome else e.steps_done()) for e in entries)
+                    bar.advance(max(done - bar.done, 0), self._words(entries))
+                    if last:
+                        return
+
+        thread = threading.Thread(target=watch, name="sweep-progress", daemon=True)
+        thread.start()
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(timeout=10 + time.monotonic() - begin)
+
+    def _words(self, entries: Sequence[Entry]) -> str:
+        outcomes = [entry.outcome for entry in entries if entry.outcome is not None]
+        counts = {
+            "done": sum(each.status == "finished" for each in outcomes),
+            "stopped": sum(each.status == "stopped" for each in outcomes),
+            "failed": sum(each.status == "failed" for each in outcomes),
+            "running": sum(
+                entry.outcome is None and entry.tracker is not None for entry in entries
+            ),
+        }
+        words = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        best = next(iter(mean_scores(outcomes).items()), None)
+        return f"{words}, best {best[1]:.4f} ({best[0]})" if best else words
