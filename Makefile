@@ -61,10 +61,10 @@ lock: $(VENV)/.installed-docs  ## write uv.lock again after a change of dependen
 chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their ends; a tracker away for a minute
 	$(BIN)/skillnet fetch
 	$(BIN)/skillnet prepare headings drawings
-	$(BIN)/python -m benchmarks.chaos --launcher ranks --runs 45 --seed $(SEED) $(CHAOS_ARGS)
-	$(BIN)/python -m benchmarks.chaos --launcher ray --runs 26 --seed $(SEED) $(CHAOS_ARGS)
-	$(BIN)/python -m benchmarks.chaos --launcher hosts --runs 9 --seed $(SEED) $(CHAOS_ARGS)
-	$(BIN)/python -m benchmarks.chaos_table
+	$(BIN)/python -m tests.chaos --launcher ranks --runs 45 --seed $(SEED) $(CHAOS_ARGS)
+	$(BIN)/python -m tests.chaos --launcher ray --runs 26 --seed $(SEED) $(CHAOS_ARGS)
+	$(BIN)/python -m tests.chaos --launcher hosts --runs 9 --seed $(SEED) $(CHAOS_ARGS)
+	$(BIN)/python -m tools.docs.chaos_table
 	SKILLNET_TEST_OUTAGE_S=60 $(BIN)/python -m pytest tests/integration/test_tracker_away.py
 
 # Rounds with fresh damage; the one that is at work when the time is over is the last.

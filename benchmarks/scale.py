@@ -16,9 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.marks import put
 from benchmarks.measure import RESULTS
 from skillnet_platform.storage import human_bytes
+from tools.docs.page_marks import put
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 #: Share of its time that a CPU works on rows: starts, stragglers and Ray take the rest. Assumed.

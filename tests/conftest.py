@@ -73,7 +73,7 @@ def ray_session(session_root: Path) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def object_store_server() -> Iterator[Any]:
     """The session's only S3-compatible server; ask for ``object_store``."""
-    from tests.object_store import ObjectStore
+    from tests.helpers.object_store import ObjectStore
 
     store = ObjectStore()
     yield store
@@ -83,7 +83,7 @@ def object_store_server() -> Iterator[Any]:
 @pytest.fixture
 def object_store(object_store_server: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """An S3-compatible server, found through the environment; ``uri`` is the test's folder."""
-    from tests.object_store import BUCKET, in_environment
+    from tests.helpers.object_store import BUCKET, in_environment
 
     place = "".join(c if c.isalnum() else "-" for c in request.node.nodeid)
     object_store_server.uri = f"s3://{BUCKET}/{place}"

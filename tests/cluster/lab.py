@@ -9,7 +9,7 @@ own, and that the checkout is not there (its virtual environment is, without our
 ``setup_node.sh`` would have installed). What runs make lies in the home: hosts share no disk.
 
 Everything (processes, mounts, interfaces) ends with the test, however that ends:
-:mod:`benchmarks.namespaces`.
+:mod:`tests.chaos.namespaces`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
+from tests.chaos.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in
 
 #: Programs of this machine without which a host is none.
 NEEDED = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "curl", "pgrep", "unshare", "nsenter")

@@ -18,10 +18,10 @@ import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from benchmarks.namespaces import ROOT, SEARCH, missing
 from skillnet_platform import config as configuration
 from skillnet_platform.cluster import node_requirements
-from tests.small_corpora import small_config, write_corpora
+from tests.chaos.namespaces import ROOT, SEARCH, missing
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.bare
 #: What docs/cluster.md asks of a machine, and the certificates of its package servers. Its ssh

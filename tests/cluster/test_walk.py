@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.namespaces import ROOT, missing
 from skillnet_platform import config as configuration
 from skillnet_platform.cluster import node_requirements
+from tests.chaos.namespaces import ROOT, missing
 from tests.cluster.lab import NEEDED, Host, lab
-from tests.made_corpora import SLOW, put_archive
-from tests.object_store import KEYS
-from tests.small_corpora import small_config
+from tests.helpers.object_store import KEYS
+from tests.helpers.small_corpora import small_config
+from tests.helpers.synthetic_corpora import SLOW, put_archive
 
 pytestmark = pytest.mark.cluster
 #: A step that takes longer hangs. Ten times what it takes on an idle machine of two cores.
@@ -41,7 +41,7 @@ FILL = f"""
 import pathlib, tempfile
 import boto3
 from skillnet_platform import remote
-from tests.small_corpora import write_corpora
+from tests.helpers.small_corpora import write_corpora
 boto3.client("s3").create_bucket(Bucket="{BUCKET}")
 for corpus in write_corpora(pathlib.Path(tempfile.mkdtemp())).iterdir():
     remote.put_directory(corpus, "{CORPORA}/" + corpus.name)
@@ -278,7 +278,7 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     client = hosts["client"]
     put_archive(folder / "archives")
     client.run("ray", "rsync-up", cluster, f"{folder}/archives/", f"{HOME}/archives/")
-    words = ("prepare", "tests.made_corpora:Made", "--data", f"s3://{BUCKET}/made")
+    words = ("prepare", "tests.helpers.synthetic_corpora:Made", "--data", f"s3://{BUCKET}/made")
     plain(client, {SLOW: "500"}, *words)  # blocks take a moment each, so that both hosts get some
     manifest = json.loads(stored(client, "made/made/manifest.json"))
     assert manifest["rows_in"] == 100

@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.training.loop import Reporter, train
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 
 
 def run_ranks(world: int, function: Callable[..., None], *args: Any) -> None:

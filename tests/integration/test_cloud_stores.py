@@ -15,10 +15,10 @@ from pipelines import finetune
 from pipelines.shards.dataset import open_corpus
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, objects
-from tests.cloud_stores import CloudStore, azure, google, reached
+from tests.helpers.cloud_stores import CloudStore, azure, google, reached
+from tests.helpers.small_corpora import write_corpora
+from tests.helpers.user_corpora import webdataset
 from tests.integration.test_mirror import config_of
-from tests.small_corpora import write_corpora
-from tests.user_corpora import webdataset
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]

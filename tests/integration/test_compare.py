@@ -13,7 +13,7 @@ from skillnet_platform.tracking import backend
 from sweeps import compare as command
 from sweeps.config.space import Dimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
-from tests.small_corpora import small_config, write_corpora
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -16,9 +16,9 @@ from pipelines.finetune import finetune
 from pipelines.training import fault_injection
 from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
+from tests.helpers.small_corpora import write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import ROOT, STEPS, apart, config_for, same, weights
-from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
 

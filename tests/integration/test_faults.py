@@ -21,8 +21,8 @@ from pipelines.training.loop import train
 from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import Terminated
+from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
-from tests.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -18,8 +18,8 @@ from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
-from tests import readable_corpora
-from tests.small_corpora import small_config, write_corpora
+from tests.helpers import readable_corpora
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -21,9 +21,9 @@ from skillnet.skills import SkillPlan
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend, registry
-from tests.growing import CLASSES, grow_config, write_labelled_clips
-from tests.registered import Place
-from tests.small_corpora import small_config, write_corpora
+from tests.helpers.registered_model import Place
+from tests.helpers.sixth_corpus import CLASSES, grow_config, write_labelled_clips
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.namespaces import missing
-from benchmarks.ray_hosts import ray_hosts, wait_for
 from pipelines.runs.progress_log import history
 from pipelines.training import fault_injection
 from pipelines.training.loop import train
 from skillnet_platform import config as configuration
+from tests.chaos.namespaces import missing
+from tests.chaos.ray_nodes import ray_hosts, wait_for
+from tests.helpers.small_corpora import write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights
-from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
 

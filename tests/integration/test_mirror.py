@@ -21,8 +21,8 @@ from pipelines.training import run as training_run
 from pipelines.training.worker import work
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from tests.object_store import BUCKET, ObjectStore
-from tests.small_corpora import small_config, write_corpora
+from tests.helpers.object_store import BUCKET, ObjectStore
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 
@@ -179,7 +179,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
     data: Path, run_root: Path, quick: None, tmp_path: Path
 ) -> None:
     """The server is killed with all that it held; another one gets everything."""
-    from tests.object_store import in_environment
+    from tests.helpers.object_store import in_environment
 
     server = ObjectStore()
     try:

@@ -19,9 +19,9 @@ from pipelines.serving.predictor import Item, modality_of
 from pipelines.transforms import video
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
-from tests.clips import encode_video
-from tests.readable_corpora import STROKES, SUBJECTS, config
-from tests.registered import Place, registered
+from tests.helpers.readable_corpora import STROKES, SUBJECTS, config
+from tests.helpers.registered_model import Place, registered
+from tests.helpers.video_files import encode_video
 
 pytestmark = pytest.mark.integration
 

@@ -22,12 +22,12 @@ from pipelines.shards import checksums
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.transforms.containers import UNREAD
 from skillnet_platform.errors import UserError
-from tests.made_corpora import SLOW, Made, put_archive
-from tests.packing import tarred
-from tests.unit.test_transforms import mp3, tone
+from tests.helpers.archive_files import tarred
+from tests.helpers.synthetic_corpora import SLOW, Made, put_archive
+from tests.unit.pipelines.transforms.test_transforms import mp3, tone
 
 pytestmark = pytest.mark.integration
-MADE = "tests.made_corpora:Made"
+MADE = "tests.helpers.synthetic_corpora:Made"
 ROOT = Path(__file__).parents[2]
 
 
@@ -108,7 +108,9 @@ def test_what_would_come_out_otherwise_is_prepared_again(
 ) -> None:
     archives = put_archive(tmp_path / "archives")
     first = prepare([MADE], tmp_path / "data", archives)["made"]
-    second = prepare([f"tests.made_corpora:{kind}"], tmp_path / "data", archives)["made"]
+    second = prepare([f"tests.helpers.synthetic_corpora:{kind}"], tmp_path / "data", archives)[
+        "made"
+    ]
     assert second["state"] == "prepared"
     assert second["digest"] != first["digest"]
 
@@ -233,7 +235,7 @@ def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
     (left,) = tmp_path.iterdir()
     assert len(list(left.glob("*.arrow"))) == 12
     monkeypatch.undo()
-    prepare(["tests.made_corpora:OtherSettings"], tmp_path, archives)
+    prepare(["tests.helpers.synthetic_corpora:OtherSettings"], tmp_path, archives)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert open_corpus(tmp_path / "made").manifest["preprocessing"]["every"] == 11
 

@@ -14,13 +14,13 @@ from pipelines import prepare as preparing
 from pipelines.preprocessing.remote_staging import staging_folder
 from pipelines.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
-from tests.made_corpora import SLOW, put_archive
-from tests.object_store import ObjectStore
-from tests.processes import kill_family
+from tests.helpers.object_store import ObjectStore
+from tests.helpers.processes import kill_family
+from tests.helpers.synthetic_corpora import SLOW, put_archive
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
-MADE = "tests.made_corpora:Made"
+MADE = "tests.helpers.synthetic_corpora:Made"
 
 
 def start(words: list[str], **environment: str) -> "subprocess.Popen[str]":
@@ -105,7 +105,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     assert not in_the_making(uri)
 
     # Another state of it takes its place; until then the old one is whole.
-    process = start(["tests.made_corpora:OtherSettings", *words[1:]], **{SLOW: "200"})
+    process = start(["tests.helpers.synthetic_corpora:OtherSettings", *words[1:]], **{SLOW: "200"})
     while not in_the_making(uri):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

@@ -23,10 +23,10 @@ from skillnet import SkillNet
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
+from tests.helpers.readable_corpora import config as readable_config
+from tests.helpers.registered_model import Place, registered
+from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
-from tests.readable_corpora import config as readable_config
-from tests.registered import Place, registered
-from tests.small_corpora import small_config, small_pretraining, write_corpora
 
 pytestmark = pytest.mark.integration
 

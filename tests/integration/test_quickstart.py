@@ -8,7 +8,7 @@ import pytest
 from pipelines import quickstart, search, verify
 from skillnet.skills import default_tasks
 from skillnet_platform.tracking import backend, registry
-from tests.readable_corpora import write_corpora
+from tests.helpers.readable_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -22,8 +22,8 @@ from pipelines.transforms import image
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend, registry
-from tests.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
-from tests.registered import Place, registered
+from tests.helpers.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
+from tests.helpers.registered_model import Place, registered
 
 pytestmark = pytest.mark.integration
 CHAMPION = "models:/skillnet@champion"

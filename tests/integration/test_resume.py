@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from pipelines.training.loop import train
 from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
-from tests.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -15,7 +15,8 @@ from pipelines import prepare
 from pipelines.preprocessing.blocks import TWICE
 from pipelines.shards.dataset import open_corpus
 from pipelines.transforms.decode_guard import DEADLY
-from tests import hostile, user_corpora
+from tests.helpers import hostile_corpora as hostile
+from tests.helpers import user_corpora
 
 pytestmark = pytest.mark.integration
 KINDS = ("pictures", "sounds", "clips", "texts")
@@ -118,7 +119,13 @@ def test_a_key_that_comes_twice_costs_its_second_row(tmp_path: Path, ray_session
 
 def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(tmp_path: Path, ray_session: Any) -> None:
     """Twice it takes its worker along; then it is known. The rows beside it arrive."""
-    given = ["tests.hostile:Deadly", "--data", str(tmp_path / "data"), "--max_bad", "1.0"]
+    given = [
+        "tests.helpers.hostile_corpora:Deadly",
+        "--data",
+        str(tmp_path / "data"),
+        "--max_bad",
+        "1.0",
+    ]
     assert prepare.main(given) == 0
     corpus = open_corpus(tmp_path / "data" / "deadly")
     assert {row: told["reason"] for (_, row), told in quarantine(corpus.path).items()} == {

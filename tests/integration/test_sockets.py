@@ -15,7 +15,7 @@ import pytest
 from skillnet_platform import cluster
 from skillnet_platform.cluster import loopback
 from skillnet_platform.tracking import backend
-from tests.sockets import Listening, listening, reachable, watched
+from tests.helpers.sockets import Listening, listening, reachable, watched
 
 ROOT = Path(__file__).parents[2]
 

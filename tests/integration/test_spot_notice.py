@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.spot_metadata import Metadata
+from tests.chaos.spot_metadata import Metadata
 
 pytestmark = [
     pytest.mark.integration,

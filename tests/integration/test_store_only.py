@@ -18,9 +18,9 @@ from pipelines.training.ray_train import fit
 from skillnet_platform.errors import Terminated
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB
+from tests.helpers.object_store import ObjectStore
+from tests.helpers.small_corpora import write_corpora
 from tests.integration.test_mirror import config_of, weights
-from tests.object_store import ObjectStore
-from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
 #: Seconds without a store: the steps that need none take less.

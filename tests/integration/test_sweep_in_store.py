@@ -19,9 +19,9 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.tracking import backend
 from sweeps.trials import remote_ledger
-from tests.object_store import ObjectStore
-from tests.processes import kill_family
-from tests.small_corpora import small_config, write_corpora
+from tests.helpers.object_store import ObjectStore
+from tests.helpers.processes import kill_family
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 

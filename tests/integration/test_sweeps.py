@@ -26,8 +26,8 @@ from sweeps.sweep import main
 from sweeps.trials import placement_groups
 from sweeps.trials.engine import run_trials
 from sweeps.trials.trial import Trial, TrialOutcome
-from tests.processes import kill_family
-from tests.small_corpora import small_config, write_corpora
+from tests.helpers.processes import kill_family
+from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = pytest.mark.integration
 

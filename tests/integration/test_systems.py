@@ -18,8 +18,8 @@ from pipelines.training.init_from import preview
 from pipelines.training.loop import train
 from pipelines.training.setup import build_model
 from skillnet.systems import build_system, load, system_names
+from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
-from tests.small_corpora import small_config, small_pretraining, write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ray_hosts import wait_for
-from benchmarks.tracking_server import Server
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.progress_log import history
 from pipelines.training import fault_injection
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
+from tests.chaos.ray_nodes import wait_for
+from tests.chaos.tracking_server import Server
+from tests.helpers.small_corpora import write_corpora
 from tests.integration.test_faults import ROOT, STEPS, config_for
-from tests.small_corpora import write_corpora
 
 pytestmark = pytest.mark.integration
 

@@ -19,10 +19,10 @@ from skillnet_platform import config, tracker, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.tracking import Tracker, TrackingConfig, backend
-from tests import postgres, tracked_trials
-from tests.object_store import ObjectStore, in_environment
-from tests.ports import free_port
-from tests.tracked_trials import PATIENCE_S, STEPS
+from tests.helpers import postgres, tracked_trials
+from tests.helpers.object_store import ObjectStore, in_environment
+from tests.helpers.ports import free_port
+from tests.helpers.tracked_trials import PATIENCE_S, STEPS
 
 pytestmark = pytest.mark.integration
 

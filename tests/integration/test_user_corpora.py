@@ -13,7 +13,7 @@ from pipelines.corpora.readers.tnews import LABELS
 from pipelines.preprocessing import prepare as preparation
 from pipelines.shards.dataset import Corpus, open_corpus
 from skillnet_platform.errors import UserError
-from tests import user_corpora
+from tests.helpers import user_corpora
 
 pytestmark = pytest.mark.integration
 NAMES = ("tnews", "aishell1", "aic_icc", "vatex", "pytorrent")
@@ -147,7 +147,7 @@ def test_too_many_missing_clips_stop_with_a_summary(place: Place, tmp_path: Path
 
 
 def test_a_tokenizer_of_ones_own(place: Place, tmp_path: Path, capsys: Any) -> None:
-    from tests.unit.test_foreign_tokenizer import word_piece
+    from tests.unit.pipelines.tokenizer.test_tokenizer_conversion import word_piece
 
     word_piece().save(str(tmp_path / "tokenizer.json"))
     words = [f"--corpus=tnews={place.given / 'tnews'}", "--tokenizer", str(tmp_path)]

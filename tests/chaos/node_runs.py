@@ -1,0 +1,131 @@
+"""Runs over two hosts, for the chaos lane: each trains with one worker, and a whole host goes.
+
+Hosts are namespaces with a Ray node each (:mod:`tests.chaos.ray_nodes`). The first is Ray's head and
+has the driver. Both workers are held after the drawn step; then the one whose host stays is let go
+and waits for the other in the next exchange, where the end of a host finds it, however fast it is.
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.namespaces import ROOT
+from tests.chaos.ray_nodes import RayHosts, wait_for
+from tests.chaos.result_rows import Row
+
+#: The first leaves the run to itself; the others end it.
+FAULTS = ("host killed", "head's host killed", "spot notice")
+#: Programs that these need beside those of hosts: they are watch_spot.sh's.
+PROGRAMS = ("curl", "flock", "pgrep")
+HEAD = "head"
+WATCHER = ROOT / "platform" / "deploy" / "watch_spot.sh"
+#: Of the metadata service that a host has for itself.
+PORT = 8900
+#: Seconds for a run to come to its step, and for its end.
+PATIENCE_S = 900.0
+
+
+def holds(step: int) -> list[dict[str, Any]]:
+    """Orders for a run that is to be disturbed from outside after a step: both workers wait."""
+    return [{"rank": rank, "step": step, "kind": "hold"} for rank in (0, 1)]
+
+
+class Hosts:
+    """Two hosts that are started when a command needs them, and kept for the next one.
+
+    Args:
+        folder: for what they keep.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._made = folder, 0
+        self._hosts: RayHosts | None = None
+        self._other: str | None = None
+
+    def attempt(self, words: Sequence[str], run: Path, row: Row | None = None) -> int:
+        """The command of a run, on the head; its exit code.
+
+        Args:
+            words: the command.
+            run: folder of the run.
+            row: what happens to it, if something does; its victim is written there.
+
+        Raises:
+            AssertionError: the run did not come to the step of the row.
+        """
+        hosts = self._ready()
+        with contextlib.ExitStack() as stack:
+            environment = {"RAY_ADDRESS": hosts.address}
+            process = stack.enter_context(hosts.started(HEAD, *words, **environment))
+            if row is not None:
+                markers = [run / "faults" / f"{rank}-hold-{row.step}" for rank in (0, 1)]
+                wait_for(lambda: all(map(Path.exists, markers)), process, PATIENCE_S)
+                self._disturb(hosts, run, row, markers, stack)
+            said, _ = process.communicate(timeout=PATIENCE_S)
+        sys.stderr.write(said)
+        if row is not None and row.fault == "spot notice":
+            self._lose(hosts)
+        return process.returncode
+
+    def close(self) -> None:
+        """End the hosts."""
+        if self._hosts is not None:
+            self._hosts.close()
+        self._hosts = self._other = None
+
+    def _disturb(
+        self,
+        hosts: RayHosts,
+        run: Path,
+        row: Row,
+        markers: Sequence[Path],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Do what is due to a run whose workers are held; what it starts ends with the stack."""
+        assert self._other is not None
+        of_head = row.fault == "head's host killed"
+        rank = _rank_on(hosts, self._other, run)
+        rank = 1 - rank if of_head else rank
+        row.victim = f"host of {'head, driver and ' if of_head else ''}rank {rank}"
+        markers[1 - rank].unlink()
+        if row.fault == "host killed":
+            self._lose(hosts)
+            self._join(hosts)
+        elif of_head:
+            hosts.kill(HEAD)
+            # Ray ends a node without its head; whoever starts a new head starts all nodes anew.
+            self.close()
+        else:
+            service = [sys.executable, "-m", "tests.chaos.spot_metadata", str(PORT)]
+            environment = {
+                "HOME": str(self._folder / self._other),
+                "SKILLNET_METADATA": f"http://127.0.0.1:{PORT}",
+            }
+            stack.enter_context(hosts.started(self._other, *service))
+            stack.enter_context(hosts.started(self._other, "bash", str(WATCHER), **environment))
+
+    def _ready(self) -> RayHosts:
+        if self._hosts is None:
+            self._hosts = RayHosts(self._folder)
+            self._hosts.start(HEAD)
+        if self._other is None:
+            self._join(self._hosts)
+        return self._hosts
+
+    def _join(self, hosts: RayHosts) -> None:
+        self._made += 1
+        self._other = f"host{self._made}"
+        hosts.start(self._other)
+
+    def _lose(self, hosts: RayHosts) -> None:
+        assert self._other is not None
+        hosts.kill(self._other)
+        self._other = None
+
+
+def _rank_on(hosts: RayHosts, name: str, run: Path) -> int:
+    """The rank of the worker on a host without a driver: it is rank 0 that writes the progress."""
+    look = 'ls -l /proc/[0-9]*/fd 2>/dev/null | grep -qF " $0"'
+    return int(hosts.run(name, "bash", "-c", look, str(run / "progress.jsonl")).returncode != 0)

@@ -1,0 +1,74 @@
+"""Rows of the chaos lane: a run each, kept in a CSV to which runs are only added."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass
+class Row:
+    """One run.
+
+    Args:
+        date, machine, load: when, where, and how busy it was.
+        launcher: what started the workers: ``ray``, ``ranks`` (:mod:`tests.chaos.ranks`) or
+            ``hosts`` (:mod:`tests.chaos.node_runs`).
+        seed, run: which; they decide all that follows.
+        fault: what happened.
+        victim: to whom.
+        step: after how many steps.
+        exits: exit codes of the commands that it took, in order.
+        recovered: "by itself" or "same command".
+        lost_steps: steps done again.
+        lost_bytes: of committed checkpoints that could not be used.
+        lost_metrics: points that the progress file has and the tracker has not.
+        doubled_metrics: points that the tracker has twice without their step being done again.
+        recovery_seconds: from the last step before the fault until the run is there again, starts
+            of processes and hosts included.
+        equal_weights: whether the last checkpoint is that of the undisturbed run, to the bit.
+    """
+
+    date: str
+    machine: str
+    load: float
+    launcher: str
+    seed: int
+    run: int
+    fault: str
+    victim: str
+    step: int
+    exits: str = ""
+    recovered: str = ""
+    lost_steps: int = 0
+    lost_bytes: int = 0
+    lost_metrics: int = 0
+    doubled_metrics: int = 0
+    recovery_seconds: float = 0.0
+    equal_weights: bool = False
+
+
+def is_sound(row: Mapping[str, str]) -> bool:
+    """Whether a run of the CSV came through and lost nothing: every metric is there, once."""
+    ends = row["exits"].split()[-1:] == ["0"]
+    told = (row["equal_weights"], row["lost_metrics"], row["doubled_metrics"])
+    return ends and told == ("True", "0", "0")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV; none if there is none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row to a CSV."""
+    fresh = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [each.name for each in fields(Row)], lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(asdict(row))

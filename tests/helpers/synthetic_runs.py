@@ -1,0 +1,139 @@
+"""Folders of finished runs with made-up outcomes, for tests of comparisons."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from scipy import stats
+
+from pipelines.evaluation.evaluator import tidy
+from pipelines.evaluation.outcomes import FILE, Outcomes, write_outcomes
+from pipelines.evaluation.tables import write_csv
+from skillnet.metrics import Interval
+from skillnet_platform import config as configuration
+from tests.helpers.small_corpora import small_config
+
+TASKS = (
+    "text_classification",
+    "speech_recognition",
+    "text_to_image",
+    "text_to_video",
+    "text_to_code",
+)
+ROWS = 200
+
+
+def write_run(
+    folder: Path,
+    system: str = "skillnet",
+    seed: int = 0,
+    skill: float | Mapping[str, float] = 0.0,
+    *,
+    pretrained: bool = False,
+    start: Path | None = None,
+    tasks: Sequence[str] = TASKS,
+    activated: int = 1000,
+    rows: int = ROWS,
+    by_seed: float = 0.05,
+    options: Mapping[str, object] | None = None,
+) -> Path:
+    """A run whose answers follow from how hard each row is, the seed, and the system's skill.
+
+    ``skill`` shifts the share of right answers: 0 is about 0.6, 0.5 about 0.75. One that is
+    ``pretrained`` started from the model in ``start``.
+    """
+    folder.mkdir(parents=True)
+    name = f"{system}{pretrained}"
+    config = replace(
+        small_config(folder.parent / "corpora"),
+        name=folder.name,
+        run_dir=str(folder.parent),
+        seed=seed,
+        system=system,
+        options=dict(options or {}),
+        init_from=str(start or "elsewhere") if pretrained else None,
+        evaluate=True,
+    )
+    (folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    outcomes, table = Outcomes(), []
+    for place, task in enumerate(tasks):
+        shift = skill if isinstance(skill, float | int) else skill.get(task, 0.0)
+        hard = np.random.default_rng(place).normal(0, 1, rows)
+        own = np.random.default_rng([place, seed, *name.encode()])
+        right = 0.3 + shift + own.normal(0, by_seed) + hard + own.normal(0, 0.5, rows) > 0
+        metric = "accuracy"
+        if task == "speech_recognition":
+            metric, symbols = "token_error_rate", 1 + np.arange(rows) % 3
+            outcomes.add(task, "test", np.where(right, 0, symbols), symbols)
+        elif task.startswith("text_to_"):
+            metric = "recall_at_10"
+            outcomes.ranks(task, "test", np.where(right, 3, 40))
+        else:
+            outcomes.hits(task, "test", right)
+        value = outcomes[task, "test"].value
+        table += tidy(
+            {metric: Interval(value, value - 0.05, value + 0.05)},
+            system=system,
+            task=task,
+            seed=seed,
+            split="test",
+            activated_params=activated,
+            flops_per_example=100 * activated * (1 + place),
+            steps=12,
+        )
+    write_csv(table, folder / "evaluation.csv")
+    write_outcomes(outcomes, folder / FILE)
+    trained = {"step": 12, "resumed": 0, "seconds": 3.5 + seed, "rows_per_second": 90.0}
+    (folder / "trained.json").write_text(json.dumps(trained | {"world": 1, "seed": seed}))
+    (folder / "model").mkdir()
+    save_file(
+        {"weight": np.zeros((activated, 2), np.float32)}, folder / "model" / "shared.safetensors"
+    )
+    result = {"run_id": None, "corpora": {"headings": "a" * 64, "drawings": "b" * 64}}
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [
+        {"time": step, "step": step, "metrics": {f"{task}/loss": 3.0 / step for task in tasks}}
+        for step in (4, 8, 12)
+    ]
+    (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_pretraining(folder: Path, seed: int = 0, **training: object) -> Path:
+    """What is left of a pretraining; the folder of its model."""
+    (folder / "model").mkdir(parents=True)
+    config = small_config(folder.parent / "corpora", **training)
+    config = replace(config, name=folder.name, seed=seed)
+    (folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    trained = {"step": 10, "resumed": 5, "seconds": 2.0}
+    (folder / "trained.json").write_text(json.dumps(trained), encoding="utf-8")
+    return folder / "model"
+
+
+def write_study(
+    root: Path,
+    systems: Mapping[str, float | Mapping[str, float]],
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    **more: object,
+) -> list[Path]:
+    """Runs of several systems; a label that ends in ``-pretrained`` started from a model."""
+    return [
+        write_run(
+            root / f"{label}-seed{seed}",
+            label.removesuffix("-pretrained"),
+            seed,
+            skill,
+            pretrained=label.endswith("-pretrained"),
+            **more,  # type: ignore[arg-type]
+        )
+        for label, skill in systems.items()
+        for seed in seeds
+    ]
+
+
+def expected(skill: float, by_seed: float = 0.05) -> float:
+    """Share of right answers that a skill comes to in the long run."""
+    return float(stats.norm.cdf((0.3 + skill) / np.sqrt(1 + 0.25 + by_seed**2)))

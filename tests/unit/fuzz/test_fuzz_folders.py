@@ -1,0 +1,203 @@
+"""Folders of sweeps, of compared runs and of models with random damage: only named errors."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs import model_source
+from sweeps.analysis.finished_runs import check_comparable, gather, read_run
+from sweeps.search import ranking
+from sweeps.trials.ledger import Entry
+from sweeps.trials.trial import Trial, TrialOutcome
+from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
+from tests.helpers.synthetic_runs import write_run
+
+pytestmark = pytest.mark.fuzz
+
+#: What a trial leaves, as the driver reads it.
+TRIAL: dict[str, list[Any]] = {
+    "result.json": [
+        {
+            "name": "000",
+            "step": 4,
+            "seconds": 1.5,
+            "model": "model",
+            "evaluation": [],
+            "run_id": "a",
+        }
+    ],
+    "outcome.json": [{"status": "stopped", "error": None, "score": 0.5, "step": 4}],
+    "reports.jsonl": [
+        {"step": step, "score": 0.4, "scores": {"text_to_code": 0.4}, "flops_per_example": 1e6}
+        for step in (2, 4)
+    ],
+    "run.json": [{"run_id": "a", "uri": "sqlite:///a.db"}],
+    "progress.jsonl": [{"step": 4, "time": 1.0, "key": "training/loss", "value": 2.0}],
+}
+
+
+def read_trial(folder: Path) -> TrialOutcome | None:
+    """What a sweep that goes on does with each trial's folder, up to its table."""
+    entry = Entry(Trial("000", FinetuneConfig()), folder)
+    settled = entry.settled()
+    if settled is not None:
+        ranking.table(ranking.ranked([settled]))
+    entry.steps_done()
+    return settled
+
+
+def lay(folder: Path, leave_out: str = "") -> list[Path]:
+    """A whole trial's folder, anew; its files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, lines in TRIAL.items():
+        if name != leave_out:
+            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return sorted(folder.iterdir())
+
+
+def test_a_whole_trial_is_read(tmp_path: Path) -> None:
+    lay(tmp_path / "trial")
+    finished = read_trial(tmp_path / "trial")
+    assert finished is not None
+    assert (finished.status, finished.step, finished.score, finished.run_id) == (
+        *("finished", 4, 0.4),
+        "a",
+    )
+    lay(tmp_path / "trial", "result.json")
+    stopped = read_trial(tmp_path / "trial")
+    assert stopped is not None
+    assert stopped.status == "stopped"
+
+
+@given(st.integers(0, 40), WOUNDS, st.sampled_from(["", "result.json"]))
+@budget(60, 1000)
+def test_a_trial_with_a_damaged_file(
+    tmp_path: Path, number: int, wounds: Any, leave_out: str
+) -> None:
+    files = lay(tmp_path / "trial", leave_out)
+    path = files[number % len(files)]
+    path.write_bytes(damaged(path.read_bytes(), wounds))
+    named(lambda: read_trial(tmp_path / "trial"))
+
+
+@given(st.integers(0, 40), VALUES, PLACES, st.sampled_from(["", "result.json"]))
+@budget(60, 1000)
+def test_a_trial_with_any_value_anywhere(
+    tmp_path: Path, number: int, value: Any, place: list[int], leave_out: str
+) -> None:
+    files = lay(tmp_path / "trial", leave_out)
+    path = files[number % len(files)]
+    lines = [json.dumps(replaced(line, place, value)) for line in TRIAL[path.name]]
+    path.write_text("\n".join(lines) + "\n")
+    named(lambda: read_trial(tmp_path / "trial"))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "made", rows=20)
+
+
+def copied(run: Path, place: Path) -> Path:
+    """A whole run's folder, anew."""
+    copy = place / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    return copy
+
+
+def read_compared(folder: Path) -> None:
+    """What ``compare`` does with each run before it computes."""
+    runs = gather([read_run(folder)])
+    check_comparable(runs)
+    assert runs[0].seconds is not None
+
+
+@given(st.integers(0, 40), WOUNDS)
+@budget(40, 500)
+def test_a_compared_run_with_a_damaged_file(
+    compared: Path, tmp_path: Path, number: int, wounds: Any
+) -> None:
+    read_compared(compared)
+    copy = copied(compared, tmp_path)
+    files = sorted(path for path in copy.iterdir() if path.is_file())
+    path = files[number % len(files)]
+    path.write_bytes(damaged(path.read_bytes(), wounds))
+    named(lambda: read_compared(copy))
+
+
+@given(st.sampled_from(["trained.json", "result.json"]), VALUES, PLACES)
+@budget(40, 500)
+def test_a_compared_run_with_any_value_anywhere(
+    compared: Path, tmp_path: Path, name: str, value: Any, place: list[int]
+) -> None:
+    copy = copied(compared, tmp_path)
+    told = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(replaced(told, place, value)))
+    named(lambda: read_compared(copy))
+
+
+#: What is read of a model's folder before its weights: of a run, and of a bundle.
+SETTINGS = {"seed": 3, "tasks": {"text_to_code": {"corpus": "functions", "max_length": 96}}}
+MODELS: dict[str, dict[str, Any]] = {
+    "run": {
+        "model/manifest.json": {},
+        "model/config.json": {},
+        "config.yaml": SETTINGS,
+        "trained.json": {"step": 4},
+        "run.json": {"run_id": "a", "uri": "sqlite:///a.db"},
+    },
+    "bundle": {"serving.json": {"run_id": "a", "settings": SETTINGS, "steps": 4}},
+}
+
+
+def lay_model(folder: Path, kind: str) -> list[Path]:
+    """A model's folder, anew; the files that are read."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, told in MODELS[kind].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(told))
+    return [folder / name for name in MODELS[kind] if not name.startswith("model/")]
+
+
+def look_up(folder: Path) -> model_source.Source:
+    """What every command that takes a model does first."""
+    source = model_source.find(str(folder))
+    assert source.seed is not None
+    assert source.auxiliary <= set(source.corpora) == set(source.limits)
+    return source
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_whole_model_is_found(tmp_path: Path, kind: str) -> None:
+    lay_model(tmp_path / "made", kind)
+    source = look_up(tmp_path / "made")
+    assert (source.run_id, source.steps, source.seed) == ("a", 4, 3)
+    assert source.corpora == {"text_to_code": "functions"}
+
+
+@given(st.sampled_from(sorted(MODELS)), st.integers(0, 40), WOUNDS)
+@budget(60, 1000)
+def test_a_model_with_a_damaged_file(tmp_path: Path, kind: str, number: int, wounds: Any) -> None:
+    files = lay_model(tmp_path / "made", kind)
+    path = files[number % len(files)]
+    path.write_bytes(damaged(path.read_bytes(), wounds))
+    named(lambda: look_up(tmp_path / "made"))
+
+
+@given(st.sampled_from(sorted(MODELS)), st.integers(0, 40), VALUES, PLACES)
+@budget(60, 1000)
+def test_a_model_with_any_value_anywhere(
+    tmp_path: Path, kind: str, number: int, value: Any, place: list[int]
+) -> None:
+    files = lay_model(tmp_path / "made", kind)
+    path = files[number % len(files)]
+    told = MODELS[kind][str(path.relative_to(tmp_path / "made"))]
+    path.write_text(json.dumps(replaced(told, place, value)))
+    named(lambda: look_up(tmp_path / "made"))

@@ -1,0 +1,108 @@
+"""Which reader a place gets, by guess or by name, and the messages about what is given wrongly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.corpora import (
+    READERS,
+    _find_class,
+    find_corpus,
+    guess_reader,
+    place_corpus,
+)
+from pipelines.corpora.base import Sources
+from pipelines.io.directory import Place
+from skillnet_platform.errors import UserError
+from tests.helpers import user_corpora
+
+BUILDERS = {
+    "tnews": user_corpora.tnews,
+    "aishell1": user_corpora.aishell1,
+    "aic_icc": user_corpora.aic_icc,
+    "vatex": user_corpora.vatex,
+    "pytorrent": user_corpora.pytorrent,
+    "codesearchnet": user_corpora.codesearchnet,
+    "webdataset": user_corpora.webdataset,
+    "folder": user_corpora.media_folder,
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_format_is_guessed(tmp_path: Path, name: str) -> None:
+    found = guess_reader(Place(str(BUILDERS[name](tmp_path / "here"))))
+    assert found is not None
+    assert found[0] == name
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_reading_twice_gives_the_same(tmp_path: Path, name: str) -> None:
+    folder = str(BUILDERS[name](tmp_path / "here"))
+    first, second = (place_corpus(name, folder) for _ in range(2))
+    assert list(first.rows(Sources.none())) == list(second.rows(Sources.none()))
+    assert first.other_sources() == second.other_sources()
+
+
+def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("x")
+    assert guess_reader(Place(str(tmp_path))) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "options", "message"),
+    [
+        ("tnews", "{empty}", {}, "no train.json in it"),
+        ("tnews", "{empty}/none", {}, "no such file or folder"),
+        ("aishell1", "{empty}", {}, "no transcript"),
+        ("aic_icc", "{empty}", {}, "no caption_train_annotations"),
+        ("vatex", "{empty}", {}, "no vatex_training"),
+        ("pytorrent", "{empty}", {}, "no folder train"),
+        ("webdataset", "{empty}", {}, r"no \.tar in it"),
+        ("hf_dataset", "{empty}", {}, "neither dataset_dict.json nor state.json"),
+        ("folder", "{empty}", {}, "neither a metadata file"),
+        ("tnesw", "{empty}", {}, "did you mean 'tnews'"),
+        ("mine", "tnesw:{empty}", {}, "did you mean 'tnews'"),
+        ("mine", "headings:{empty}", {}, "not read from a place"),
+        ("headings", "{empty}", {}, "built-in"),
+        ("a/b", "tnews:{empty}", {}, "letters, digits"),
+        ("tnews", "{tnews}", {"keyword": True}, "did you mean 'keywords'"),
+        ("tnews", "{tnews}", {"max_tokens": "x"}, "max_tokens: expected a whole number"),
+        ("tnews", "{tnews}", {"validation": 2}, r"validation must be in \[0, 1\)"),
+        ("tnews", "{tnews}", {"max_tokens": -3}, "options.tnews: max_tokens is -3; expected at le"),
+        ("folder", "{tnews}", {"size": 0}, "options.folder: size is 0; expected 1 to 4096"),
+        ("folder", "{tnews}", {"frames": 0}, "frames is 0; expected 1 to 4096"),
+        ("folder", "{tnews}", {"video_size": 10**7}, "video_size is 10000000; expected 1 to 4096"),
+        ("folder", "{tnews}", {"max_seconds": 0}, "max_seconds is 0.*; expected 0.1 to 3600"),
+        ("folder", "{tnews}", {"max_seconds": float("nan")}, "max_seconds"),
+        ("folder", "{tnews}", {"max_megabytes": 0}, "max_megabytes is 0; expected at least 1"),
+        ("codesearchnet", "{tnews}", {"shortest": -1}, "shortest is -1; expected at least 0"),
+        ("codesearchnet", "{tnews}", {"max_code_tokens": 0}, "max_code_tokens is 0"),
+    ],
+)
+def test_mistakes_have_one_message(
+    tmp_path: Path, name: str, place: str, options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    user_corpora.tnews(tmp_path / "tnews")
+    where = place.format(empty=tmp_path / "empty", tnews=tmp_path / "tnews")
+    with pytest.raises(UserError, match=message):
+        place_corpus(name, where, options)
+
+
+def test_a_format_alone_is_no_corpus() -> None:
+    with pytest.raises(UserError, match="give --corpus tnews=PATH"):
+        find_corpus("tnews")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_option_is_documented(name: str) -> None:
+    """In the guide, with its default, and in the docstring of its dataclass."""
+    from dataclasses import fields
+
+    kind = _find_class(name).Options  # type: ignore[attr-defined]
+    guide = (Path(__file__).parents[5] / "docs" / "own-corpora.md").read_text(encoding="utf-8")
+    explained = "".join(base.__doc__ or "" for base in kind.__mro__)
+    for option in fields(kind):
+        assert f"`{option.name}`" in guide, option.name
+        assert f"        {option.name}: " in explained, option.name

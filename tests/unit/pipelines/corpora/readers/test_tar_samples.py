@@ -1,0 +1,132 @@
+"""Which members of a tar belong together, and what becomes of those that do not."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpora import guess_reader, place_corpus
+from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.readers.base import PlacedCorpus
+from pipelines.corpora.readers.webdataset import APART, SECOND, SPARSE
+from pipelines.io.directory import Place
+from tests.helpers.archive_files import tarred
+from tests.unit.pipelines.corpora.readers.test_readers import Rows, media, read, sizes
+
+Files = dict[str, bytes]
+
+
+def tar(home: Path, files: Files, name: str = "x.tar") -> PlacedCorpus:
+    packed = tarred(files)
+    (home / name).write_bytes(gzip.decompress(packed) if name.lower().endswith("tar") else packed)
+    return place_corpus("webdataset", str(home))
+
+
+def captioned(count: int, prefix: str = "") -> Files:
+    found = {}
+    for n in range(count):
+        found |= {f"{prefix}{n}.jpg": b"picture %d" % n, f"{prefix}{n}.txt": b"words %d" % n}
+    return found
+
+
+def pairs(rows: Rows) -> dict[bytes, str]:
+    return {media(row): row["captions"][0] for each in rows.values() for row in each}
+
+
+def test_a_name_ends_at_its_first_dot(tmp_path: Path) -> None:
+    corpus = tar(tmp_path, captioned(20, "v1."))
+    rows, reasons = read(corpus)
+    # What is taken belongs together, and nothing of what is not goes uncounted.
+    assert pairs(rows) == {b"picture 0": "words 0"}
+    assert reasons == {SECOND: 38}
+    found = [row for row in corpus.rows(Sources.none()) if isinstance(row, Rejected)]
+    assert Counter(row.bad for row in found) == {True: 19, False: 19}  # so that a prepare stops
+    assert found[0].file == "x.tar"
+
+
+def test_a_mask_beside_a_picture_is_left_out_by_choice(tmp_path: Path) -> None:
+    files = {}
+    for n in range(3):
+        files |= {f"{n}.txt": b"words", f"{n}.jpg": b"picture", f"{n}.mask.png": b"mask"}
+    corpus = tar(tmp_path, files)
+    found = [row for row in corpus.rows(Sources.none()) if isinstance(row, Rejected)]
+    assert [(row.reason, row.bad) for row in found] == [(SECOND, False)] * 3
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.TAR", "x.TGZ"])
+def test_what_systems_leave_in_a_tar_is_passed_over(tmp_path: Path, name: str) -> None:
+    files: Files = {"./.DS_Store": b"x", "./Thumbs.db": b"x", "./README": b"x"}
+    for member, data in captioned(6).items():
+        files |= {f"./._{member}": b"\0\5\26\7", f"./{member}": data, "./Thumbs.db": b"x"}
+        files[f"__MACOSX/{member}"] = b"\0\5\26\7"
+    corpus = tar(tmp_path, files, name)
+    assert guess_reader(Place(str(tmp_path))) is not None
+    rows, reasons = read(corpus)
+    assert not reasons
+    assert pairs(rows) == {b"picture %d" % n: f"words {n}" for n in range(6)}
+
+
+def test_members_that_are_not_side_by_side(tmp_path: Path) -> None:
+    files = captioned(3)
+    apart = {name: files[name] for name in sorted(files, key=lambda name: name[-3:])}
+    found = tar(tmp_path, apart).rows(Sources.none())
+    reasons = Counter(row.reason for row in found if isinstance(row, Rejected))
+    assert reasons == {"a picture without captions": 3, APART: 3}
+
+
+def test_a_test_without_labels_comes_before_the_rest(tmp_path: Path) -> None:
+    pictures = {f"{n}.jpg": b"x" for n in range(5)}
+    labelled = {}
+    for n in range(60):
+        labelled |= {f"{n}.jpg": b"x", f"{n}.cls": str(n % 2).encode()}
+    tar(tmp_path, labelled, "train-0.tar")
+    corpus = tar(tmp_path, pictures, "test-0.tar")
+    assert corpus.task == "image_classification"
+    rows, reasons = read(corpus)
+    assert (sizes(rows)["unlabelled"], reasons) == (5, {})
+    assert {row["label"] for row in rows["unlabelled"]} == {None}
+    assert rows["test"]  # made of the training rows
+
+
+def test_a_tar_is_what_its_first_bytes_say(tmp_path: Path) -> None:
+    packed = tarred(captioned(5))
+    (tmp_path / "packed.tar").write_bytes(packed)
+    (tmp_path / "plain.tgz").write_bytes(gzip.decompress(packed))
+    rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+    assert not reasons
+    assert Counter(media(row) for row in rows["train"]) <= Counter(
+        {b"picture %d" % n: 2 for n in range(5)}
+    )
+    assert all(media(row).replace(b"picture", b"words").decode() in row["captions"]
+               for each in rows.values() for row in each)  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar")
+@pytest.mark.parametrize("format", ["gnu", "posix"])
+def test_what_has_holes_is_not_taken_for_what_stands_behind_it(tmp_path: Path, format: str) -> None:
+    home = tmp_path / "made"
+    home.mkdir()
+    for name, data in captioned(3).items():
+        (home / name).write_bytes(data)
+    os.truncate(home / "1.jpg", 1 << 20)
+    words = ["tar", "--create", "--sparse", f"--format={format}", "--sort=name"]
+    subprocess.run([*words, "--file=x.tar", "--directory=made", "."], cwd=tmp_path, check=True)
+    shutil.rmtree(home)
+    rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+    assert sum(len(each) for each in rows.values()) == 2
+    assert reasons == {SPARSE: 1}
+
+
+def test_nobody_writes_a_thousand_captions(tmp_path: Path) -> None:
+    files = {}
+    for name, count in ("0", 2), ("1", 1001), ("2", 1000):
+        said = {"caption": [f"words {n}" for n in range(count)]}
+        files |= {f"{name}.jpg": b"picture", f"{name}.json": json.dumps(said).encode()}
+    rows, reasons = read(tar(tmp_path, files))
+    assert reasons == {"more than 1000 captions": 1}
+    assert sum(len(each) for each in rows.values()) == 2

@@ -1,0 +1,78 @@
+"""Downloads that are missing or damaged."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpora import find_corpus
+from pipelines.corpora.archives import Archive, check_archive, members, read_member
+from pipelines.corpora.base import Sources
+from skillnet_platform.errors import UserError
+from tests.helpers.archive_files import tarred, zipped
+
+CONTENT = tarred({"package/a.json": b"{}", "package/b/c.mp3": b"sound"})
+PIN = Archive("a-1.tgz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "npm", "a@1", "MIT")
+
+
+def test_the_pinned_file_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / PIN.file).write_bytes(CONTENT)
+    assert check_archive(PIN, tmp_path) == tmp_path / PIN.file
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, r"a-1\.tgz: missing"),
+        (b"", r"a-1\.tgz: the file is empty"),
+        (CONTENT[:-7], rf"a-1\.tgz: cut short, {len(CONTENT) - 7} of {len(CONTENT)} bytes"),
+        (CONTENT[:-1] + b"?", r"a-1\.tgz: not the pinned file: sha256"),
+        (CONTENT + b"more", r"a-1\.tgz: not the pinned file: sha256"),
+    ],
+)
+def test_anything_else_is_refused_with_what_to_do(
+    tmp_path: Path, data: bytes | None, message: str
+) -> None:
+    if data is not None:
+        (tmp_path / PIN.file).write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        check_archive(PIN, tmp_path)
+    assert "npm pack a@1" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_members_are_read_in_place(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "x"
+    path.write_bytes(pack({"p/一.json": b"1", "p/b.txt": b"2"}))
+    found = dict(members(path, lambda name: name.endswith(".json")))
+    assert found == {"p/一.json": b"1"}
+    assert read_member(path, "p/b.txt") == b"2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]  # nothing was extracted
+    with pytest.raises(UserError, match=r"holds no p/z\.txt"):
+        read_member(path, "p/z.txt")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>login</html>", CONTENT[:70], zipped({"a": b"b"})[:-30]]
+)
+def test_a_damaged_archive_is_named(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "broken"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"broken: cannot be read as a zip or tar"):
+        list(members(path, lambda name: True))
+
+
+def test_sources_name_members_between_prefix_and_suffix(tmp_path: Path) -> None:
+    (tmp_path / PIN.file).write_bytes(CONTENT)
+    sources = Sources(tmp_path, (PIN,))
+    assert list(sources.members("a-", "package/b/", ".mp3")) == [("c", b"sound")]
+
+
+def test_an_unknown_corpus_gets_the_nearest_name() -> None:
+    with pytest.raises(UserError, match="unknown corpus 'heading'; did you mean 'headings'"):
+        find_corpus("heading")
+    with pytest.raises(UserError, match="not a subclass"):
+        find_corpus("pathlib:Path")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        find_corpus("nowhere.at_all:Corpus")

@@ -1,0 +1,317 @@
+"""How rows of the built-in corpora are chosen and split, on archives of a few made-up rows."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpora import BUILT_IN, find_corpus
+from pipelines.corpora.base import Rejected, Sources, draw
+from pipelines.corpora.builtin import drawings, functions, headings, strokes
+from pipelines.corpora.builtin.syllables import SYMBOLS, WEB_PAGE, Syllables, spell, symbols
+from tests.helpers.archive_files import tarred, zipped
+
+NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not Found</html>'
+
+
+def read(corpus, directory: Path) -> tuple[dict[str, dict], dict[str, str]]:  # type: ignore[no-untyped-def,type-arg]
+    """Rows and reasons of rejection, by key."""
+    rows, rejected = {}, {}
+    for row in corpus.rows(Sources(directory, corpus.archives)):
+        if isinstance(row, Rejected):
+            rejected[row.key] = row.reason
+        else:
+            rows[row["key"]] = row
+    return rows, rejected
+
+
+def put(directory: Path, start: str, data: bytes, corpus) -> None:  # type: ignore[no-untyped-def]
+    """Write an archive under the name that the corpus expects."""
+    (name,) = [a.file for a in corpus.archives if a.file.startswith(start)]
+    (directory / name).write_bytes(data)
+
+
+def test_pins_are_complete_and_agree() -> None:
+    pins = [archive for name in BUILT_IN for archive in find_corpus(name).archives]
+    assert len({pin.file for pin in pins}) == 15
+    assert len(set(pins)) == 15  # one file, one pin
+    for pin in pins:
+        assert len(pin.sha256) == 64
+        version = pin.requirement.split("==" if pin.registry == "pypi" else "@")[-1]
+        assert f"-{version}" in pin.file
+
+
+def test_draw_is_a_constant_of_its_words() -> None:
+    assert draw("strokes", "横、竖") == 14410517122331008962
+    assert draw("ab", "c") != draw("a", "bc")
+
+
+# --- headings
+
+
+def tree() -> dict[str, dict]:  # type: ignore[type-arg]
+    entries: dict[str, dict] = {}  # type: ignore[type-arg]
+
+    def add(code: str, name: str, level: int, up: str | None) -> None:
+        entries[code] = {"name": name, "level": level, "up_level": up}
+
+    for letter in "BDFGHJKOPQRSTUVZ":
+        add(letter, f"{letter}类名称", 1, None)
+        add(letter + "1", f"{letter}大类名称", 2, letter)
+        for sub in range(24):
+            root = f"{letter}1{sub:02d}"
+            add(root, f"{letter}子树{sub}号", 3, letter + "1")
+            for leaf in range(3):
+                add(f"{root}.{leaf}", f"{letter}{sub}叶子{leaf}", 4, root)
+    entries["B100.0"]["name"] = "短"
+    entries["B100.1"]["name"] = entries["D100.1"]["name"] = "两处都有"
+    entries["F100.1"]["name"] = entries["F100.2"]["name"] = "同类重复"
+    return entries
+
+
+def test_headings_of_one_subtree_stay_together_and_traps_are_set_aside(tmp_path: Path) -> None:
+    corpus = headings.Headings()
+    put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
+    words = {"一定": "1.必然，如一定要去。", "二": " "}
+    put(
+        tmp_path,
+        "cnchar",
+        tarred({"package/explanation/一.json": json.dumps(words).encode()}),
+        corpus,
+    )
+    rows, rejected = read(corpus, tmp_path)
+    assert rejected["heading/B100.0"] == "heading shorter than 3 characters"
+    assert rejected["heading/B100.1"] == rejected["heading/D100.1"]
+    assert "several classes" in rejected["heading/D100.1"]
+    assert "repeated" in rejected["heading/F100.2"]
+    assert "largest" in rejected["heading/Z100.2"]
+    assert rejected["definition/一/二"] == "definition is empty"
+    # The word is the caption; its definition must not give it away.
+    assert rows["definition/一/一定"]["text"] == "必然，如～要去。"
+    assert rows["definition/一/一定"]["captions"] == ["一定"]
+    assert len(rows) + len(rejected) == len(tree()) + 2
+    homes = defaultdict(set)
+    labels = defaultdict(set)
+    for key, row in rows.items():
+        if key.startswith("heading/"):
+            code = key.removeprefix("heading/")
+            labels[row["split"]].add(row["label"])
+            if len(code) > 2:
+                homes[code.split(".")[0]].add(row["split"])
+    assert all(len(found) == 1 for found in homes.values())
+    assert all(len(labels[split]) == 15 for split in ("train", "validation", "test"))
+    sizes = Counter(row["split"] for key, row in rows.items() if key.startswith("heading/"))
+    total = sum(sizes.values())
+    assert 0.08 < sizes["test"] / total <= 0.15
+    assert 0.05 < sizes["validation"] / total <= 0.10
+
+
+def test_a_class_is_capped(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(headings, "LARGEST_CLASS", 20)
+    corpus = headings.Headings()
+    put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
+    put(tmp_path, "cnchar", tarred({"package/explanation/一.json": b"{}"}), corpus)
+    rows, _ = read(corpus, tmp_path)
+    assert set(Counter(row["label"] for row in rows.values()).values()) == {20}
+
+
+# --- syllables
+
+
+def test_sixty_one_symbols_spell_standard_mandarin() -> None:
+    assert len(SYMBOLS) == len(set(SYMBOLS)) == 61
+    assert spell("zhuang1") == ["zh", "uang", "1"]
+    assert spell("er4") == ["er", "4"]
+    assert spell("yuan2") == ["üan", "2"]
+    assert spell("jun1") == ["j", "ün", "1"]
+    assert spell("you3") == ["iou", "3"]
+    assert spell("liu2") == ["l", "iou", "2"]
+    assert spell("weng1") == ["ueng", "1"]
+    assert spell("wei4") == ["uei", "4"]
+    assert spell("hun2") == ["h", "uen", "2"]
+    assert spell("lüe4") == ["l", "üe", "4"]
+    assert spell("yi1") == ["i", "1"]
+    assert all(1 <= number <= 61 for number in symbols("shuang3"))
+    for wrong in ("ma5", "ma", "quxu1", "ng2", "123"):
+        with pytest.raises(ValueError, match=wrong):
+            symbols(wrong)
+
+
+def test_error_pages_are_found_by_content_and_a_tone_is_held_out(tmp_path: Path) -> None:
+    names = [f"{syllable}{tone}" for syllable in ("ma", "lü", "shi", "an") for tone in "12345"]
+    files = {f"package/voice/{name}.mp3": b"\xff\xfb8" + name.encode() for name in names}
+    files["package/voice/lv2.mp3"] = files["package/voice/lü2.mp3"]
+    files["package/voice/ao4.mp3"] = NOT_FOUND
+    files["package/voice/an3.mp3"] = NOT_FOUND
+    files["package/voice/quxu1.mp3"] = b"\xff\xfb8?"
+    put(tmp_path, "cnchar", tarred(files), Syllables())
+    rows, rejected = read(Syllables(), tmp_path)
+    assert rejected["ao4.mp3"] == rejected["an3.mp3"] == WEB_PAGE
+    assert "copy" in rejected["lv2.mp3"]
+    assert "squeezed" in rejected["ma5.mp3"]
+    assert "standard" in rejected["quxu1.mp3"]
+    assert len(rows) + len(rejected) == len(files)
+    held = Counter(row["text"][:-1] for row in rows.values() if row["split"] == "test")
+    assert held == {"ma": 1, "lü": 1, "shi": 1, "an": 1}
+    trained = {row["text"][:-1] for row in rows.values() if row["split"] == "train"}
+    assert trained == {"ma", "lü", "shi", "an"}
+
+
+# --- drawings
+
+
+def test_variants_of_a_concept_are_one_family() -> None:
+    runner = drawings.family("1f3c3")
+    for variant in ("1f3c3-200d-2640", "1f3c3-1f3fd-200d-2642", "1f3c3-200d-27a1"):
+        assert drawings.family(variant) == runner
+    assert drawings.family("1f468-200d-1f373") == drawings.family("1f469-200d-1f373")
+    assert drawings.family("1f468-200d-1f466") == drawings.family("1f469-200d-1f467-200d-1f467")
+    for couple in ("1f491", "1f48f", "1f46a", "1f46b"):  # one code point for what others spell out
+        assert drawings.family(couple) == drawings.family("1f469-200d-2764-200d-1f468")
+    assert drawings.family("1f1e8-1f1f3") == drawings.family("1f1fa-1f1f8")
+    assert drawings.family("1f34e") != drawings.family("1f34f")
+    assert drawings.family("27a1") == "27a1"
+    assert drawings.is_flag("1f3f4-e0067-e0062-e0065-e006e-e0067-e007f")
+    assert not drawings.is_flag("1f3f4-200d-2620")
+
+
+def test_drawings_are_split_by_family_and_artist(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    for name, size in (("TEST", 40), ("VALIDATION", 10), ("UNSEEN_CONCEPTS", 20)):
+        monkeypatch.setattr(drawings, name, size)
+    plain = [f"1f{n:03x}" for n in range(0x600, 0x6A0)]
+    people = [f"{who}-200d-1f{n:03x}" for who in ("1f468", "1f469") for n in range(0x390, 0x3A0)]
+    flags = [f"1f1e6-1f1{n:02x}" for n in range(0xE6, 0xFF)]
+    split = drawings._split([*plain, *people, *flags])
+    sizes = Counter(split.values())
+    assert sizes["test"] == 40
+    assert sizes["validation"] == 10
+    assert sizes["test_unseen_concept"] == 2 * 20
+    homes = defaultdict(set)
+    for (code, artist), home in split.items():
+        homes[drawings.family(code), artist].add(home)
+        if home in ("test", "validation"):
+            assert artist == "openmoji"
+            assert split[code, "twemoji"] == "train"
+        if home == "test_unseen_concept":
+            assert split[code, "twemoji"] == split[code, "openmoji"] == home
+        if drawings.is_flag(code):
+            assert home == "train"
+    assert all(len(found) == 1 for found in homes.values())
+
+
+# --- strokes
+
+
+def test_stroke_names_come_from_the_script_and_groups_share_a_split(tmp_path: Path) -> None:
+    corpus = strokes.Strokes()
+    names = {"j": {"name": "横"}, "f": {"name": "竖"}, "d": {"name": "点2"}, "w": {"name": "甲|乙"}}
+    script = "x=JSON.parse('{}');y=JSON.parse('{}')".replace("{}", "%s") % tuple(
+        json.dumps(t, ensure_ascii=False)
+        for t in ({"十": "jf", "一": "j", "丨": "j", "乙": "w", "二": "jj"}, names)
+    )
+    put(tmp_path, "cnchar-order", tarred({"package/cnchar.order.min.js": script.encode()}), corpus)
+    path = [[100, 400], [900, 400]]
+    drawn = {"十": 2, "一": 1, "丨": 1, "乙": 1, "二": 1, "无": 0, "龘": 3}
+    files = {
+        f"package/draw/{char}.json": json.dumps({"medians": [path] * count}).encode()
+        for char, count in drawn.items()
+    }
+    files["package/draw/package.json"] = b"{}"
+    put(tmp_path, "cnchar-data", tarred(files), corpus)
+    rows, rejected = read(corpus, tmp_path)
+    assert rejected == {"无": "no pen path"}
+    assert rows["十"]["captions"] == ["横、竖"]
+    assert rows["乙"]["captions"] == ["甲"]
+    assert rows["一"]["group"] == rows["丨"]["group"] != rows["十"]["group"]
+    assert rows["一"]["split"] == rows["丨"]["split"]
+    # Stroke counts that differ, or no stroke order at all: a clip without a caption.
+    for char in ("二", "龘"):
+        assert (rows[char]["split"], rows[char]["captions"]) == ("pretrain", [])
+
+
+def test_stroke_sequences_are_on_one_side(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(strokes, "TEST", 30)
+    monkeypatch.setattr(strokes, "VALIDATION", 10)
+    named = {chr(0x4E00 + n): f"横{n % 90}" for n in range(120)}
+    split = strokes._split(named)
+    assert Counter(split.values())["test"] == 30
+    homes = defaultdict(set)
+    for char, home in split.items():
+        homes[named[char]].add(home)
+    assert all(len(found) == 1 for found in homes.values())
+
+
+# --- functions
+
+
+def module(*bodies: tuple[str, str, str]) -> bytes:
+    return "\n".join(
+        f'def {name}(a, b):\n    """{doc}"""\n    {body}\n' for name, doc, body in bodies
+    ).encode()
+
+
+def body(word: str) -> str:
+    return f"{word} = sorted(a + b)\n    return [{word}, len({word}), max({word}), '{word}']"
+
+
+def test_functions_are_split_by_module_and_twins_are_set_aside(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(functions, "_standard_library", lambda: (tmp_path, []))
+    monkeypatch.setattr(functions, "TEST", 8)
+    monkeypatch.setattr(functions, "VALIDATION", 4)
+    corpus = functions.Functions()
+    for archive in corpus.archives:
+        put(tmp_path, archive.file, zipped({}), corpus)
+    files = {
+        f"p/m{n}.py": module(
+            ("one", f"计算第{n}种结果", body(f"x{n}") + f" * {n}\n    # {'abc ' * n}"),
+            ("two", f"见 https://a.org/{n} 读取第{n}个文件", body(f"y{n}")),
+            ("twin", f"双胞胎函数{n}号", "value = open(a).read() + open(b).read(); return value"),
+            ("short", "太短的函数体", "return a"),
+            ("plain", "no Chinese here", body(f"z{n}")),
+        )
+        for n in range(12)
+    }
+    files["p/tests/test_a.py"] = b"def test(): pass"
+    files["p/broken.py"] = b"def f(:"
+    put(tmp_path, "akshare", zipped(files), corpus)
+    put(
+        tmp_path,
+        "nonebot2",
+        zipped({"n/a.py": module(("g", "未见过的包里的函数", body("q")))}),
+        corpus,
+    )
+    rows, rejected = read(corpus, tmp_path)
+    assert rejected["akshare/p.tests.test_a"] == "test module"
+    assert rejected["akshare/p.broken"].startswith("module is not Python")
+    reasons = Counter(rejected.values())
+    assert reasons["body shorter than 30 characters"] == 12
+    assert reasons["code repeated"] == 11  # twins are one function, however documented
+    assert rows["nonebot2/n.a:g:1"]["split"] == "test_unseen_package"
+    homes = defaultdict(set)
+    for row in rows.values():
+        homes[row["module"]].add(row["split"])
+        assert "http" not in "".join(row["captions"])
+        assert '"""' not in row["code"]
+    assert all(len(found - {"pretrain"}) == 1 for found in homes.values())
+    for found in homes.values():  # pretraining sees nothing of a module that is evaluated
+        assert "pretrain" not in found or found <= {"pretrain", "train"}
+
+
+def test_near_twins_of_training_are_found() -> None:
+    def item(module: str, name: str, code: str, summary: str) -> functions._Found:
+        function = functions.source_code.Function(name, 1, code, code, summary)
+        return functions._Found("p", module, function)
+
+    base = "def f(a): total = sum(a); mean = total / len(a); return mean, total, max(a), min(a)"
+    train = item("m1", "f", base, "求平均值")
+    near = item("m2", "g", base.replace("min(a)", "min(b)"), "求均值等")
+    same = item("m3", "h", "class_ = open(path).readlines()[0].strip().split(';')", "求平均值")
+    fresh = item("m4", "k", "return json.loads(requests.get(url, timeout=5).text)['rows']", "下载")
+    pairs = [train, near, same, fresh]
+    split = {train.key: "train", near.key: "test", same.key: "test", fresh.key: "test"}
+    leaks = functions._leaks(pairs, split)
+    assert leaks == {
+        near.key: "near twin of a training function",
+        same.key: "docstring of a training function",
+    }

@@ -1,0 +1,251 @@
+"""Evaluation: every row once, in any order, with figures that a plain computation confirms."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import evaluate as command
+from pipelines.evaluation.evaluator import evaluate_model
+from pipelines.evaluation.inference import Runner, batches_by_length, memory_inputs, split_inputs
+from pipelines.evaluation.tables import COLUMNS
+from pipelines.shards.dataset import open_corpus
+from skillnet.accounting import account_task
+from skillnet.model import SkillNet
+from skillnet_platform.errors import UserError
+from tests.helpers.readable_corpora import config, write_corpora
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(scope="module")
+def model() -> SkillNet:
+    torch.manual_seed(0)
+    return SkillNet(config()).eval()
+
+
+@pytest.fixture(scope="module")
+def rows(model: SkillNet, data: Path) -> list[dict]:
+    return evaluate_model(model, data, samples=200, precision="fp32", seed=3, steps=7)
+
+
+def value(rows: list[dict], task: str, metric: str, split: str = "test") -> float:
+    found = [r for r in rows if (r["task"], r["metric"], r["split"]) == (task, metric, split)]
+    assert len(found) == 1, f"{task} {metric} {split}: {len(found)} rows"
+    return found[0]["value"]
+
+
+def test_rows_are_tidy_and_complete(rows: list[dict], model: SkillNet):
+    assert all(tuple(row) == COLUMNS for row in rows)
+    names = {(r["task"], r["split"]) for r in rows}
+    assert names == {
+        ("text_classification", "test"),
+        ("speech_recognition", "test"),
+        ("text_to_image", "test"),
+        ("text_to_image", "test_unseen_concept"),
+        ("text_to_video", "test"),
+        ("text_to_code", "test"),
+    }
+    metrics = [r["metric"] for r in rows if r["task"] == "text_to_code"]
+    one_way = ["recall_at_1", "recall_at_5", "recall_at_10", "median_rank"]
+    assert metrics == one_way + [f"reverse_{m}" for m in one_way]
+    for row in rows:
+        assert row["low"] <= row["value"] <= row["high"]
+        assert (row["system"], row["seed"], row["steps"]) == ("skillnet", 3, 7)
+        assert row["activated_params"] == account_task(model, row["task"]).activated
+        assert row["flops_per_example"] > 0
+
+
+def test_figures_equal_a_row_by_row_computation(model: SkillNet, data: Path, rows: list[dict]):
+    table = open_corpus(data / "headings").splits["test"].table()
+    with torch.no_grad():
+        said = [
+            int(
+                model(
+                    "text_classification",
+                    {"input": {"tokens": torch.tensor([tokens])}},
+                )["logits"].argmax()
+            )
+            for tokens in table.column("tokens").to_pylist()
+        ]
+    right = table.column("label").to_pylist()
+    accuracy = np.mean(np.array(said) == np.array(right))
+    assert value(rows, "text_classification", "accuracy") == pytest.approx(accuracy)
+
+    table = open_corpus(data / "strokes").splits["test"].table()
+    queries, clips = [], []
+    with torch.no_grad():
+        for row in table.to_pylist():
+            tokens = torch.tensor([row["caption_tokens"][0]])
+            frames = torch.tensor(row["frames"], dtype=torch.uint8).view(1, 8, 32, 32, 1)
+            queries.append(model.embed("text_to_video", "query", {"tokens": tokens}))
+            clips.append(model.embed("text_to_video", "candidate", {"frames": frames}))
+    similar = torch.cat(queries) @ torch.cat(clips).T
+    ranks = (similar >= similar.diag()[:, None]).sum(1).numpy()
+    assert value(rows, "text_to_video", "recall_at_5") == pytest.approx(np.mean(ranks <= 5))
+    assert value(rows, "text_to_video", "median_rank") == pytest.approx(np.median(ranks))
+
+
+def test_batching_does_not_change_outputs(model: SkillNet, data: Path):
+    table = open_corpus(data / "syllables").splits["test"].table()
+    plan = model.config.tasks["speech_recognition"].towers["input"]
+    inputs = split_inputs(table, plan, model.config, "syllables/test")
+    many, few = Runner(model, "fp32", 4096), Runner(model, "fp32", 1)
+    assert (
+        many.transcribe("speech_recognition", inputs)[0]
+        == (few.transcribe("speech_recognition", inputs)[0])
+    )
+    plan = model.config.tasks["text_to_code"].towers["candidate"]
+    table = open_corpus(data / "functions").splits["test"].table()
+    inputs = split_inputs(table, plan, model.config, "functions/test", limit=9)
+    one = Runner(model, "fp32", 4096).embed("text_to_code", "candidate", inputs)
+    other = Runner(model, "fp32", 1).embed("text_to_code", "candidate", inputs)
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_memory_and_shard_inputs_agree(model: SkillNet, data: Path):
+    runner = Runner(model, "fp32")
+    table = open_corpus(data / "functions").splits["test"].table()
+    plan = model.config.tasks["text_to_code"].towers["candidate"]
+    stored = split_inputs(table, plan, model.config, "functions/test", limit=9)
+    arrays = [np.array(t[:9], np.int32) for t in table.column("tokens").to_pylist()]
+    in_memory = memory_inputs(arrays, plan, model.config)
+    np.testing.assert_array_equal(
+        runner.embed("text_to_code", "candidate", stored),
+        runner.embed("text_to_code", "candidate", in_memory),
+    )
+
+
+@pytest.mark.parametrize("positions", [1, 7, 64, 10_000])
+def test_batches_hold_every_row_once(positions: int):
+    lengths = np.random.default_rng(0).integers(0, 30, 101)
+    batches = list(batches_by_length(lengths, positions))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(101))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= positions
+
+
+def test_training_mode_is_left_as_it_was(data: Path):
+    model = SkillNet(config()).train()
+    evaluate_model(model, data, ["text_classification"], ["validation"], samples=0)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+def test_named_splits(model: SkillNet, data: Path):
+    rows = evaluate_model(model, data, splits=["test_unseen_concept"], samples=0)
+    assert {(r["task"], r["split"]) for r in rows} == {("text_to_image", "test_unseen_concept")}
+    assert all(np.isnan(r["low"]) for r in rows)
+    with pytest.raises(UserError, match=r"no corpus .* has the split 'tset'"):
+        evaluate_model(model, data, splits=["test", "tset"], samples=0)
+
+
+def test_mistakes_have_messages(model: SkillNet, data: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="did you mean 'text_to_image'"):
+        evaluate_model(model, data, ["text_to_imag"])
+    with pytest.raises(UserError, match="skillnet prepare headings"):
+        evaluate_model(model, tmp_path, ["text_classification"])
+    with pytest.raises(UserError, match="has no column 'pixels'"):
+        evaluate_model(model, data, ["text_to_image"], corpora={"text_to_image": "strokes"})
+    fewer = config()
+    fewer.tasks["text_classification"] = type(fewer.tasks["text_classification"])(
+        "classification", fewer.tasks["text_classification"].towers, outputs=9
+    )
+    with pytest.raises(UserError, match="has 15 labels, the model was built for 9"):
+        evaluate_model(SkillNet(fewer), data, ["text_classification"])
+
+
+def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: Path):
+    model.save_pretrained(tmp_path / "model")
+    words = ["--checkpoint", str(tmp_path / "model"), "--data", str(data), "--samples", "50"]
+    out = tmp_path / "figures.csv"
+    assert command.main([*words, "--output", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    with out.open(encoding="utf-8") as stream:
+        written = list(csv.DictReader(stream))
+    assert tuple(written[0]) == COLUMNS
+    assert len(written) == len(document["rows"]) + len(document["references"])
+    assert {row["system"] for row in written} == {"skillnet", "chance", "reference"}
+    assert command.main(words) == 0
+    table = capsys.readouterr().out
+    assert "text_to_image" in table
+    assert "test_unseen_concept, reverse" in table
+
+
+def test_command_refuses_what_is_no_model(data: Path, run_root: Path, capsys, tmp_path: Path):
+    assert command.main(["--checkpoint", str(tmp_path / "none"), "--data", str(data)]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert command.main(["--checkpoint", str(tmp_path), "--data", str(data)]) == 2
+    assert "holds no whole model" in capsys.readouterr().err
+    assert command.main(["--checkpoint", "a", "--run", "b"]) == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, run_root: Path):
+    from pipelines.evaluate import EvaluateConfig, evaluate
+    from pipelines.runs import model_source
+    from skillnet.growth import add_task
+    from skillnet.skills import SkillPlan, Task
+
+    plan = SkillPlan(("general", "text"), "text")
+    helper = Task("retrieval", {"query": plan, "candidate": plan})
+    torch.manual_seed(0)
+    model = add_task(SkillNet(config()), "text_to_definition", helper)
+    run = tmp_path / "run"
+    model.save_pretrained(run / "checkpoints" / "step-00000001")
+    (run / "config.yaml").write_text(
+        "seed: 5\ntasks:\n  text_to_definition: {corpus: headings, auxiliary: true}\n"
+        "  text_to_code: {corpus: functions, max_length: 9}\n",
+        encoding="utf-8",
+    )
+    source = model_source.find(str(run / "checkpoints" / "step-00000001"))
+    assert source.auxiliary == {"text_to_definition"}
+    assert source.limits["text_to_code"] == 9
+    result = evaluate(
+        EvaluateConfig(checkpoint=str(source.weights), data=str(data), samples=0, references=False)
+    )
+    assert {row["task"] for row in result.rows} == set(config().tasks)
+    assert {row["seed"] for row in result.rows} == {5}
+
+
+def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) -> None:
+    """As with five captions a photograph: as many queries, resampled by rows, outcomes by rows."""
+    from pipelines.evaluation.outcomes import Outcomes
+    from pipelines.evaluation.simple_baselines import references
+    from pipelines.shards.format import manifest_digest
+
+    data = write_corpora(tmp_path / "corpora")
+    path = data / "drawings" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    found = {}
+    for queries in ("first", "all"):
+        manifest["queries"] = queries
+        manifest["digest"] = manifest_digest(manifest)
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        outcomes = Outcomes()
+        rows = evaluate_model(
+            model, data, ["text_to_image"], ["test"], samples=20, outcomes=outcomes
+        )
+        figures = {row["metric"]: row["value"] for row in rows}
+        found[queries] = figures, outcomes["text_to_image", "test"]
+        spec = {"text_to_image": model.config.tasks["text_to_image"]}
+        simple = references(data, spec, ["test"], samples=0, keep=False)
+        found[queries] += ({(r["system"], r["metric"]): r["value"] for r in simple},)
+    (first, one, simple_first), (every, three, simple_every) = found["first"], found["all"]
+    assert len(one) == len(three) == open_corpus(data / "drawings").splits["test"].rows
+    assert set(three.weight) == {3.0}
+    assert three.value == pytest.approx(every["recall_at_10"])
+    assert one.value == pytest.approx(first["recall_at_10"])
+    assert first["median_rank"] != every["median_rank"]
+    assert simple_first["reference", "recall_at_1"] != simple_every["reference", "recall_at_1"]
+    chance = ("chance", "recall_at_1")
+    assert simple_first[chance] == pytest.approx(simple_every[chance])
+    back = ("chance", "reverse_recall_at_10")
+    missed = np.prod([(27 - k) / (30 - k) for k in range(10)])  # three right ones among thirty
+    assert simple_every[back] == pytest.approx(1 - missed)

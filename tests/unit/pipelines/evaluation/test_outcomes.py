@@ -1,0 +1,96 @@
+"""Outcomes of single rows: they give the figures that evaluation gives, and survive the file."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.evaluation.evaluator import evaluate_model
+from pipelines.evaluation.outcomes import (
+    SCHEMA,
+    Outcomes,
+    RowOutcomes,
+    paired_difference,
+    read_outcomes,
+    write_outcomes,
+)
+from skillnet.model import SkillNet
+from skillnet_platform.errors import UserError
+from tests.helpers.readable_corpora import config, write_corpora
+
+HEADLINE = {
+    "text_classification": "accuracy",
+    "speech_recognition": "token_error_rate",
+    "text_to_image": "recall_at_10",
+    "text_to_video": "recall_at_10",
+    "text_to_code": "recall_at_10",
+}
+
+
+def test_the_primary_metric_of_a_split_follows_from_its_rows(tmp_path: Path):
+    data = write_corpora(tmp_path / "corpora")
+    torch.manual_seed(0)
+    outcomes = Outcomes()
+    rows = evaluate_model(SkillNet(config()), data, samples=0, outcomes=outcomes)
+    write_outcomes(outcomes, tmp_path / "outcomes.parquet")
+    assert pq.read_schema(tmp_path / "outcomes.parquet").equals(SCHEMA)
+    again = read_outcomes(tmp_path / "outcomes.parquet")
+    compared = 0
+    for row in rows:
+        if row["metric"] == HEADLINE[row["task"]]:
+            found = again[row["task"], row["split"]]
+            assert found.value == pytest.approx(row["value"], abs=1e-6)
+            assert np.isfinite(found.rank).all() == row["task"].startswith("text_to_")
+            compared += 1
+    assert compared == len(again) == 6
+    ranks = again["text_to_code", "test"].rank
+    median = [r for r in rows if (r["task"], r["metric"]) == ("text_to_code", "median_rank")]
+    assert np.median(ranks) == median[0]["value"]
+
+
+def _table(rows: list[int]) -> pa.Table:
+    count = len(rows)
+    columns = [["a"] * count, ["test"] * count, rows, [1.0] * count, [1.0] * count, [0.0] * count]
+    arrays = [pa.array(c, field.type) for c, field in zip(columns, SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def test_rows_come_back_in_their_order(tmp_path: Path):
+    table = _table([2, 0, 1]).set_column(3, "amount", pa.array([2.0, 0.0, 1.0], pa.float32()))
+    pq.write_table(table, tmp_path / "o.parquet")
+    assert read_outcomes(tmp_path / "o.parquet")["a", "test"].amount.tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [0, 1, 1], [1]])
+def test_missing_and_doubled_rows_are_refused(tmp_path: Path, rows: list[int]):
+    pq.write_table(_table(rows), tmp_path / "o.parquet")
+    with pytest.raises(UserError, match="a test: rows are missing or there twice"):
+        read_outcomes(tmp_path / "o.parquet")
+
+
+def test_another_file_is_refused_in_one_line(tmp_path: Path):
+    path = tmp_path / "o.parquet"
+    with pytest.raises(UserError, match="no such file"):
+        read_outcomes(path)
+    path.write_text("task,split\n")
+    with pytest.raises(UserError, match="not a Parquet file"):
+        read_outcomes(path)
+    pq.write_table(_table([0]).drop_columns(["weight"]), path)
+    with pytest.raises(UserError, match="the column weight is missing"):
+        read_outcomes(path)
+
+
+def test_a_paired_difference_is_narrower_than_what_rows_alone_would_give() -> None:
+    random = np.random.default_rng(0)
+    hard = random.random(400)
+    one = RowOutcomes((hard < 0.6).astype(float), np.ones(400), np.full(400, np.nan))
+    other = RowOutcomes((hard < 0.5).astype(float), np.ones(400), np.full(400, np.nan))
+    found = paired_difference(one, other)
+    assert found.value == pytest.approx(one.value - other.value)
+    assert 0 < found.low < found.value < found.high < 0.15
+    assert paired_difference(one, one) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="not of the same rows"):
+        paired_difference(one, RowOutcomes(one.amount[1:], one.weight[1:], one.rank[1:]))

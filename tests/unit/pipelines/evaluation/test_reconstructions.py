@@ -1,0 +1,106 @@
+"""Pictures of what is restored: what is hidden lies where the mask is, and shows what was told."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.evaluation import reconstructions
+from pipelines.evaluation.inference import Runner
+from pipelines.loading.audio_units import units_of
+from pipelines.loading.dataloader import Batch
+from pipelines.loading.masking import FLAT, normalised
+from pipelines.shards.dataset import open_corpus
+from skillnet.multitask_model import TaskModel
+from skillnet.stems import patchify, stack_frames, tubelify
+from skillnet.systems import build_system
+from tests.helpers.small_corpora import small_pretraining, write_corpora
+
+UNITS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data", pretrain=20)
+
+
+def run_of(data: Path, units: int = 0) -> tuple[FinetuneConfig, TaskModel]:
+    config = small_pretraining(data, precision="fp32").joint()
+    config = replace(config, model=replace(config.model, sound_units=units))
+    return config, build_system("skillnet", config.model, {})
+
+
+class Oracle:
+    """Predicts what was asked for, or nothing at all; keeps the batch that it saw."""
+
+    def __init__(self, right: bool) -> None:
+        self.right, self.batch = right, None
+
+    def __call__(self, runner: Runner, batch: Batch) -> Tensor:
+        self.batch = batch
+        values = batch.targets["values"]
+        if not values.is_floating_point():
+            return torch.nn.functional.one_hot(values, UNITS).float()
+        return values if self.right else torch.zeros_like(values)
+
+    @property
+    def masked_BT(self) -> Tensor:
+        assert self.batch is not None
+        return self.batch.targets["masked"]
+
+
+def cut(config: FinetuneConfig, task: str, images: np.ndarray) -> Tensor:
+    """Pictures, clips or recordings as shown, cut into the tokens of the model."""
+    x = torch.from_numpy(images)
+    if task == "masked_image":
+        return patchify(x, config.model.patch_size)
+    if task == "masked_video":
+        return tubelify(x, config.model.tubelet)
+    return stack_frames(x.transpose(1, 2).nan_to_num(), config.model.mel_stack)
+
+
+@pytest.mark.parametrize("task", ["masked_image", "masked_video", "masked_sound"])
+def test_what_is_hidden_is_restored_in_its_place(
+    task: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model = run_of(data)
+    oracle = Oracle(right=True)
+    monkeypatch.setattr(reconstructions, "restored", oracle)
+    original, hidden, restored = reconstructions.restorations(config, model, task)
+    assert original.shape == hidden.shape == restored.shape
+    assert np.allclose(restored, original, atol=1e-4, equal_nan=True)
+    tokens, shown = cut(config, task, original), cut(config, task, hidden)
+    changed_BT = ((tokens - shown).abs() > 1e-5).any(-1)
+    assert oracle.masked_BT.any()
+    assert torch.equal(changed_BT, oracle.masked_BT), "hidden there, and nowhere else"
+
+    monkeypatch.setattr(reconstructions, "restored", Oracle(right=False))
+    _, _, nothing = reconstructions.restorations(config, model, task)
+    made = cut(config, task, nothing)
+    assert torch.allclose(made[~oracle.masked_BT], tokens[~oracle.masked_BT], atol=1e-5)
+    means = tokens.mean(-1, keepdim=True).expand_as(tokens)
+    assert torch.allclose(made[oracle.masked_BT], means[oracle.masked_BT], atol=1e-4)
+
+
+def test_a_unit_is_shown_as_the_mean_of_its_sounds(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model = run_of(data, UNITS)
+    oracle = Oracle(right=True)
+    monkeypatch.setattr(reconstructions, "restored", oracle)
+    original, _, restored = reconstructions.restorations(config, model, "masked_sound")
+    assert np.array_equal(np.isnan(original), np.isnan(restored)), "where a recording has ended"
+    tokens, made = (cut(config, "masked_sound", x) for x in (original, restored))
+    masked = oracle.masked_BT
+    assert torch.equal(made[~masked], tokens[~masked])
+    corpus = open_corpus(data / "syllables")
+    units = units_of(corpus, ("train",), config.model.mel_stack, UNITS)
+    assert oracle.batch is not None
+    means = normalised(units.centres_KP[oracle.batch.targets["values"]])
+    asked = tokens[masked]
+    spread = (asked.var(-1, keepdim=True, unbiased=False) + FLAT).sqrt()
+    assert torch.allclose(made[masked], means * spread + asked.mean(-1, keepdim=True), atol=1e-4)

@@ -1,0 +1,175 @@
+"""Folders with links that lead round, files that are none, and names that are not UTF-8."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpora import place_corpus
+from pipelines.corpora.base import Sources
+from pipelines.io.directory import Place
+from pipelines.io.symlink_guard import MOST_WAYS
+from pipelines.io.tar import BadTar, Tar
+from pipelines.preprocessing.blocks import Block, Summary, read_blocks
+from pipelines.preprocessing.describe import describe
+from skillnet_platform.errors import UserError
+from tests.helpers import user_corpora
+
+#: A name in GBK, as Python spells it.
+ODD = os.fsdecode("狗".encode("gbk"))
+
+
+def summary(place: Path, folder: Path, reader: str = "folder") -> tuple[list[str], Summary]:
+    """Keys of all rows that arrive, and what reading gave."""
+    corpus = place_corpus("mine", f"{reader}:{place}")
+    corpus.survey()
+    json.dumps(corpus.other_sources(), ensure_ascii=False).encode()
+    keys: list[str] = []
+    for found in read_blocks(corpus, Sources.none(), folder / "rejected.jsonl"):
+        if isinstance(found, Block):
+            keys += found.table["key"].to_pylist()
+    assert isinstance(found, Summary)
+    return sorted(keys), found
+
+
+def classes(folder: Path) -> Path:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            (folder / name / f"{number}.jpg").write_bytes(user_corpora.jpg(number))
+    return folder
+
+
+CLASSES = [f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(3)]
+
+
+class TestLinks:
+    @pytest.mark.parametrize("loops", [1, 3])
+    def test_circles_are_walked_once(self, tmp_path: Path, loops: int) -> None:
+        """Three loops were 3 ** 16 ways through the folder, and a picture was in all splits."""
+        given = classes(tmp_path / "given")
+        for number in range(loops):
+            (given / "cat" / f"loop{number}").symlink_to(".")
+            (given / "cat" / f"up{number}").symlink_to("..")
+        place = Place(str(given))
+        assert [entry.name for entry in place.walk()] == CLASSES
+        assert list(place.folders()) == ["", "cat", "dog"]
+        assert summary(given, tmp_path)[0] == CLASSES
+
+    def test_files_and_folders_elsewhere_are_followed(self, tmp_path: Path) -> None:
+        """Media mostly lie on another disk than their annotations."""
+        disk = classes(tmp_path / "disk")
+        given = tmp_path / "given"
+        given.mkdir()
+        (given / "cat").symlink_to(disk / "cat")
+        (given / "dog").mkdir()
+        for file in sorted((disk / "dog").iterdir()):
+            (given / "dog" / file.name).symlink_to(file)
+        assert summary(given, tmp_path)[0] == CLASSES
+
+    def test_two_names_of_a_folder_are_both_walked(self, tmp_path: Path) -> None:
+        given = classes(tmp_path / "given")
+        (given / "wolf").symlink_to("dog")
+        names = [entry.name for entry in Place(str(given)).walk()]
+        assert names == [*CLASSES, *(f"wolf/{number}.jpg" for number in range(3))]
+
+    def test_links_that_multiply_are_refused(self, tmp_path: Path) -> None:
+        """Folders of which each leads on to the next, twice: 2 ** 12 ways and no circle."""
+        for number in range(12):
+            (tmp_path / f"d{number}").mkdir()
+            for name in "ab":
+                (tmp_path / f"d{number}" / name).symlink_to(f"../d{number + 1}")
+        (tmp_path / "d12").mkdir()
+        with pytest.raises(UserError, match=f"more than {MOST_WAYS} links lead to this folder"):
+            list(Place(str(tmp_path / "d0")).walk())
+
+    def test_links_to_nothing_are_told(self, tmp_path: Path) -> None:
+        given = classes(tmp_path / "given")
+        (given / "cat" / "3.jpg").symlink_to("nowhere.jpg")
+        (given / "cat" / "4.jpg").symlink_to("4.jpg")
+        assert [entry.name for entry in Place(str(given)).walk("cat")][3:] == [
+            "cat/3.jpg",
+            "cat/4.jpg",
+        ]
+
+
+class TestFilesThatAreNone:
+    def test_metadata_that_are_a_pipe(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "metadata.jsonl")
+        with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
+            place_corpus("mine", f"folder:{tmp_path}")
+
+    def test_metadata_that_are_a_device(self, tmp_path: Path) -> None:
+        (tmp_path / "metadata.jsonl").symlink_to("/dev/zero")
+        with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
+            place_corpus("mine", f"folder:{tmp_path}")
+
+    def test_metadata_that_are_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "metadata.jsonl").mkdir()
+        with pytest.raises(UserError, match=r"metadata\.jsonl: a folder; expected a file"):
+            place_corpus("mine", f"folder:{tmp_path}")
+
+    def test_a_place_that_is_a_pipe(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "rows.jsonl")
+        with pytest.raises(UserError, match="a pipe, device or socket"):
+            Place(str(tmp_path / "rows.jsonl"))
+
+
+class TestNamesThatAreNotUtf8:
+    def test_a_class_and_a_picture_cost_their_rows(self, tmp_path: Path) -> None:
+        given = classes(tmp_path / "given")
+        (given / ODD).mkdir()
+        (given / ODD / "0.jpg").write_bytes(user_corpora.jpg(0))
+        for more in ("", "b"):
+            (given / "dog" / f"{ODD}{more}.jpg").write_bytes(user_corpora.jpg(0))
+        keys, found = summary(given, tmp_path)
+        assert keys == CLASSES
+        assert found.reasons == {
+            "not UTF-8": 1,
+            "the media file's name is not UTF-8; rename it": 2,
+        }
+        told = (tmp_path / "rejected.jsonl").read_text("utf-8")
+        assert r"dog/\\udcb9\\udcb7.jpg" in told
+
+    def test_annotations_of_such_a_name_are_read(self, tmp_path: Path) -> None:
+        rows = "".join(f'{{"text": "第{n}条", "label": "{n % 2}"}}\n' for n in range(20))
+        (tmp_path / "given").mkdir()
+        (tmp_path / "given" / f"train.{ODD}.jsonl").write_text(rows + '{"text', "utf-8")
+        keys, found = summary(tmp_path / "given", tmp_path)
+        assert len(keys) == 20
+        (name,) = found.broken
+        assert name == r"train.\udcb9\udcb7.jsonl"
+
+    def test_a_place_of_such_a_name_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / ODD).mkdir()
+        with pytest.raises(UserError, match=r"udcb9.udcb7: the path is not UTF-8"):
+            Place(str(tmp_path / ODD))
+        (tmp_path / "link").symlink_to(ODD)
+        assert not Place(str(tmp_path / "link")).entries()
+
+    def test_a_description_is_json_all_the_same(self, tmp_path: Path) -> None:
+        row = {"text": "甲", "label": "a", "more": {"\udcb9": ["\udcb7"]}}
+        (tmp_path / f"train.{ODD}.jsonl").write_text((json.dumps(row) + "\n") * 9)
+        found = describe(f"folder:{tmp_path}")
+        assert found["source"]["more"] == {r"\udcb9": [r"\udcb7"]}
+        json.dumps(found, ensure_ascii=False).encode()
+
+    def test_a_tar_of_such_a_name_is_told(self, tmp_path: Path) -> None:
+        tars = user_corpora.webdataset(tmp_path / "given", rows=6)
+        (tars / "train-000000.tar").rename(tars / f"train-{ODD}.tar")
+        _, found = summary(tars, tmp_path, "webdataset")
+        assert set(found.bad) == {"the media file's name is not UTF-8; rename it"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_tar_of_headers_without_end_is_refused(kind: bytes) -> None:
+    """tarfile takes each inside the one before it."""
+    record = b"abc\0" if kind == tarfile.GNUTYPE_LONGNAME else b"12 path=abc\n"
+    head = tarfile.TarInfo("x")
+    head.type, head.size = kind, len(record)
+    one = head.tobuf(tarfile.GNU_FORMAT) + record.ljust(512, b"\0")
+    with pytest.raises(BadTar, match="headers without end"):
+        list(Tar("x.tar", io.BytesIO(one * 2000)))

@@ -1,0 +1,231 @@
+"""A store or a disk that fails in the midst of a file is not taken for damage of the file."""
+
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.corpora import guess_reader, place_corpus
+from pipelines.corpora.base import Sources
+from pipelines.corpora.formats.record_reader import Broken, records
+from pipelines.io.directory import Place
+from pipelines.io.media import MediaRef, read_media
+from pipelines.io.source_file import SourceFails, open_stream
+from pipelines.preprocessing.blocks import Summary, read_blocks
+from pipelines.preprocessing.datasource import AWAY, Job, units
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories
+from skillnet_platform.storage.directories import StoreUnavailable
+from tests.helpers import user_corpora
+from tests.helpers.archive_files import tarred
+from tests.helpers.flaky_store import reads_fail
+from tests.helpers.object_store import ObjectStore
+from tests.unit.pipelines.corpora.readers.test_readers import read, sizes
+
+ROWS = [{"text": f"第{n}条新闻，其余是{'很长的话' * 40}", "label": str(n % 3)} for n in range(60)]
+
+
+def lines(rows: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet() -> bytes:
+    target = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), target, row_group_size=7)
+    return target.getvalue()
+
+
+def csv() -> bytes:
+    return ("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in ROWS)).encode()
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "rows.jsonl": lambda: lines(ROWS),
+    "rows.jsonl.gz": lambda: gzip.compress(lines(ROWS), 1),
+    "rows.json": lambda: json.dumps(ROWS).encode(),
+    "rows.csv": csv,
+    "rows.csv.gz": lambda: gzip.compress(csv(), 1),
+    "rows.parquet": parquet,
+}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "3")
+
+
+def put(name: str, data: bytes) -> Place:
+    fsspec.filesystem("memory").pipe({f"/source-files/{name}": data})
+    return Place(f"memory://source-files/{name}")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_records_are_read_on_after_an_outage(name: str) -> None:
+    place = put(name, FILES[name]())
+    with reads_fail(2, place=900) as faults:
+        found = [record for _, record in records(place, "")]
+    assert faults["left"] == 0
+    assert found == ROWS
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_outage_that_lasts_is_no_bad_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
+    place = put(name, FILES[name]())
+    with reads_fail(10**6, place=900), pytest.raises(StoreUnavailable, match=f"{name}: the store"):
+        list(records(place, ""))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tars_are_read_on_after_an_outage(
+    tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "all.tar.gz" if packed else "train-000000.tar"
+    folder = user_corpora.webdataset(tmp_path)
+    data = (folder / "train-000000.tar").read_bytes()
+    place = put(name, gzip.compress(data, 1) if packed else data)
+    corpus = place_corpus("mine", f"webdataset:{place.uri}")
+    with reads_fail(2, place=4000) as faults:
+        rows, reasons = read(corpus)
+    assert faults["left"] == 0
+    assert not reasons
+    assert sum(sizes(rows).values()) == 12
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
+    with reads_fail(10**6, place=4000), pytest.raises(StoreUnavailable):
+        read(corpus)
+
+
+def test_a_speakers_archive_waits_for_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = user_corpora.aishell1(tmp_path)
+    fsspec.filesystem("memory").put(str(folder), "/source-files/aishell", recursive=True)
+    corpus = place_corpus("aishell1", "memory://source-files/aishell")
+    with reads_fail(2, place=10, name=".tar.gz") as faults:
+        rows, _ = read(corpus)
+    assert (faults["left"], len(rows["train"])) == (0, 15)
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
+    with reads_fail(10**6, place=10, name=".tar.gz"), pytest.raises(StoreUnavailable):
+        read(corpus)
+
+
+def test_a_store_that_is_away_is_told_to_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a unit of work: Ray would wrap the exception."""
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
+    corpus = place_corpus("mine", f"folder:{put('rows.jsonl', lines(ROWS)).uri}")
+    with reads_fail(10**6, place=900):
+        *_, last = units(0, Job(corpus, Sources.none(), tmp_path))
+    assert last["shard"][0].as_py() == AWAY
+    assert "rows.jsonl: the store did not answer" in last["raw"][0].as_py().decode()
+
+
+def test_a_file_that_is_replaced_meanwhile_is_not_mixed() -> None:
+    place = put("rows.jsonl", lines(ROWS))
+    with reads_fail(1, place=900), open_stream(place.uri) as stream:
+        put("rows.jsonl", lines(ROWS[:30]))
+        with pytest.raises(SourceFails, match="replaced while it was read"):
+            stream.read()
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.jsonl.gz", "train.tar", "a.tar.gz"])
+def test_a_disk_that_fails_is_named(tmp_path: Path, name: str) -> None:
+    """Reading address 0 of a process gives EIO, as a broken disk or mount does."""
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    reader = "webdataset" if "tar" in name else "folder"
+    message = rf"{name}: cannot be read \(I.*\)\. .*no row is set aside"
+    with pytest.raises(UserError, match=message):
+        place_corpus(reader, str(tmp_path))
+    if reader == "webdataset":
+        with pytest.raises(UserError, match=message):
+            guess_reader(Place(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".gz", ".json"))])
+def test_damage_still_is_damage(name: str) -> None:
+    whole = FILES[name]()
+    place = put(name, whole[: len(whole) // 2])
+    *good, last = [record for _, record in records(place, "")]
+    assert good == ROWS[: len(good)]
+    assert isinstance(last, Broken)
+    assert last.rest
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_lines_that_end_in_the_midst_of_one_are_cut_short(tmp_path: Path, name: str) -> None:
+    """A bad line with an end says nothing of the rest: a download that broke off has none."""
+    every = FILES[name]().splitlines(keepends=True)
+    before = 9 + name.endswith(".csv")
+    cut = b"".join(every[:before]) + every[before][:10]
+    for ending, rest in ((b"", True), (b"\n", False)):
+        (tmp_path / name).write_bytes(cut + ending)
+        found = [record for _, record in records(Place(str(tmp_path / name)), "")]
+        assert found[:-1] == ROWS[:9]
+        assert isinstance(found[-1], Broken)
+        assert found[-1].rest == rest
+
+
+def summary(place: str, folder: Path, reader: str = "folder") -> Summary:
+    corpus = place_corpus("mine", f"{reader}:{place}")
+    *_, last = read_blocks(corpus, Sources.none(), folder / "rejected.jsonl")
+    assert isinstance(last, Summary)
+    return last
+
+
+def test_the_rest_of_a_file_weighs_as_a_file(tmp_path: Path) -> None:
+    """A JSON array that is cut at a sixth is one bad row of eleven: by rows it would pass."""
+    whole = FILES["rows.json"]()
+    (tmp_path / "rows.json").write_bytes(whole[: len(whole) // 6])
+    found = summary(str(tmp_path / "rows.json"), tmp_path)
+    assert found.bad == {"JSON damaged from here on (cut short)": 1}
+    good = found.rows - 1
+    assert found.broken == {
+        "rows.json": f"after {good} rows (JSON damaged from here on (cut short))"
+    }
+    told = found.too_broken(0.1)
+    assert told.startswith(
+        "1 of 1 files break off, and what stands behind is lost: rows.json after"
+    )
+    assert "--max_bad 1.00" in told
+    assert not found.too_broken(1.0)
+
+
+def test_one_tar_of_many_may_break_off(tmp_path: Path) -> None:
+    files = {f"{n}.txt": b"word" for n in range(20)} | {f"{n}.cls": b"1" for n in range(20)}
+    for number in range(12):
+        (tmp_path / f"train-{number}.tar.gz").write_bytes(tarred(dict(sorted(files.items()))))
+    cut = tmp_path / "train-3.tar.gz"
+    cut.write_bytes(cut.read_bytes()[:150])
+    found = summary(str(tmp_path), tmp_path, "webdataset")
+    assert list(found.broken) == ["train-3.tar.gz"]
+    assert found.files == 12
+    assert not found.too_broken(0.1)
+    assert found.too_broken(0.08)
+
+
+def test_a_bucket_that_is_away(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found, listed and read alike: patience, then one message, whatever the client raises."""
+    directories.write_bytes(f"{object_store.uri}/away/rows.jsonl", lines(ROWS))
+    place = Place(f"{object_store.uri}/away")
+    reference = MediaRef(f"{object_store.uri}/away/rows.jsonl").row()
+    monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
+    object_store.door.shut()
+    try:
+        for action in (
+            lambda: Place(f"{object_store.uri}/away"),
+            lambda: place.entries("other"),
+            lambda: list(records(place, "rows.jsonl")),
+            lambda: list(read_media([reference])),
+        ):
+            with pytest.raises(StoreUnavailable, match=r"away.* did not answer for 1 s"):
+                action()
+    finally:
+        object_store.door.unshut()
+    assert [record for _, record in records(place, "rows.jsonl")] == ROWS

@@ -1,0 +1,96 @@
+"""Units of sound: found once and alike, and asked for in place of frames."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.config.data import MaskConfig
+from pipelines.config.run import TaskTraining
+from pipelines.loading import audio_units
+from pipelines.loading.audio_units import SoundUnits, units_of
+from pipelines.loading.augment import Draws
+from pipelines.loading.masking import Hider
+from pipelines.loading.task_dataset import TaskRows
+from pipelines.shards.dataset import Corpus, open_corpus
+from skillnet.config import SkillNetConfig
+from skillnet.skills import find_task, masked_tasks
+from skillnet.stems import stack_frames
+from skillnet_platform.errors import UserError
+from tests.helpers import small_corpora
+
+STACK, COUNT = 4, 6
+MODEL = SkillNetConfig(
+    dim=16, heads=2, max_frames=40, mel_stack=STACK, sound_units=COUNT, tasks=masked_tasks()
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpora")
+    small_corpora.write_corpora(folder)
+    return open_corpus(folder / "syllables")
+
+
+def test_every_search_finds_the_same_units(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = units_of(corpus, ("train",), STACK, COUNT)
+    assert units_of(corpus, ("train",), STACK, COUNT) is first
+    monkeypatch.setattr(audio_units, "_known", {})
+    again = units_of(corpus, ("train",), STACK, COUNT)
+    assert again is not first
+    assert torch.equal(first.centres_KP, again.centres_KP)
+    assert first.centres_KP.shape == (COUNT, STACK * 80)
+
+
+def test_a_stack_belongs_to_the_nearest_mean() -> None:
+    random = torch.Generator().manual_seed(0)
+    centres, x = torch.randn(5, 8, generator=random), torch.randn(3, 7, 8, generator=random)
+    assert torch.equal(SoundUnits(centres)(x), torch.cdist(x, centres[None]).argmin(-1))
+
+
+def test_hidden_sound_is_asked_for_by_unit() -> None:
+    random = torch.Generator().manual_seed(0)
+    log_mel, frames = torch.randn(3, 40, 80, generator=random), torch.tensor([40, 20, 9])
+    units = SoundUnits(torch.randn(COUNT, STACK * 80, generator=random))
+    asked = {}
+    for name, given in (("frames", None), ("units", units)):
+        hide = Hider(MODEL, MaskConfig(), words=60, longest=24, units=given)
+        draws = Draws((0, 0), 3, slice(0, 3))
+        inputs, asked[name] = hide.frames(log_mel, frames, draws)
+        asked[name + " shown"] = inputs
+    masked = asked["units"]["masked"]
+    assert torch.equal(masked, asked["frames"]["masked"])
+    assert torch.equal(asked["units shown"]["log_mel"], asked["frames shown"]["log_mel"])
+    assert torch.equal(asked["units"]["values"], units(stack_frames(log_mel, STACK))[masked])
+
+
+def test_validation_rows_are_asked_for_the_units_of_training(corpus: Corpus) -> None:
+    units = units_of(corpus, ("train",), STACK, COUNT)
+    task = find_task("masked_sound", MODEL.tasks)
+    rows = TaskRows("masked_sound", task, corpus, MODEL, TaskTraining("syllables", split="test"))
+    numbers = np.arange(4)
+    _, targets = rows.load(numbers, Draws((0, 0), 4, slice(0, 4)))
+    whole = stack_frames(rows.inputs(numbers)["log_mel"], STACK)
+    wanted = units(whole)[:, : targets["masked"].shape[1]][targets["masked"]]
+    assert torch.equal(targets["values"], wanted)
+
+
+def test_too_few_sounds_for_the_units(corpus: Corpus) -> None:
+    with pytest.raises(UserError, match=r"too few for 1000000 units; lower model\.sound_units"):
+        units_of(corpus, ("train",), STACK, 1_000_000)
+
+
+def test_a_negative_number_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.sound_units must be from 0 to \d+, got -1"):
+        SkillNetConfig(sound_units=-1)
+
+
+def test_the_place_of_shards_does_not_matter(corpus: Corpus, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for file in corpus.path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert units_of(open_corpus(copy), ("train",), STACK, COUNT) is units_of(
+        corpus, ("train",), STACK, COUNT
+    )

@@ -1,0 +1,208 @@
+"""The stream is a pure function of (seed, step), whatever the number of workers."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.config.data import AugmentConfig
+from pipelines.loading.dataloader import Batch, MixedStream, Prefetcher, rank_slice
+from pipelines.training.setup import open_stream
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture
+def stream(data: Path) -> MixedStream:
+    return open_stream(small_config(data))
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    found = {f"{t}/{k}": x for t, inputs in batch.towers.items() for k, x in inputs.items()}
+    return found | batch.targets
+
+
+def rows_of(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows padded with zeros to ``width`` along the second axis, if they are sequences."""
+    if x.ndim < 2 or x.ndim > 3:
+        return x
+    out = x.new_zeros(x.shape[0], width, *x.shape[2:])
+    out[:, : x.shape[1]] = x
+    return out
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_slices_of_ranks_join_to_the_global_batch(stream: MixedStream, world: int) -> None:
+    tasks = set()
+    for step in range(20):
+        whole = stream.batch(step)
+        tasks.add(whole.task)
+        parts = [stream.batch(step, rank, world) for rank in range(world)]
+        real = [part for part in parts if not part.ghost]
+        assert np.array_equal(np.concatenate([part.rows for part in real]), whole.rows)
+        assert {part.global_rows for part in parts} == {len(whole.rows)}
+        for name, expected in tensors(whole).items():
+            width = expected.shape[1] if expected.ndim > 1 else 0
+            found = torch.cat([rows_of(tensors(part)[name], width) for part in real])
+            assert torch.equal(found, rows_of(expected, width)), (whole.task, name)
+    assert len(tasks) == 5
+
+
+def test_the_same_step_is_the_same_batch_again(data: Path) -> None:
+    first, second = (open_stream(small_config(data)) for _ in range(2))
+    for step in (7, 3, 7):
+        one, other = tensors(first.batch(step)), tensors(second.batch(step))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
+    config = small_config(data)
+    first = open_stream(config)
+    config.seed = 1
+    second = open_stream(config)
+    plans = [(first.plan(step), second.plan(step)) for step in range(20)]
+    assert [one.task for one, _ in plans] != [other.task for _, other in plans]
+    assert any(set(one.rows) != set(other.rows) for one, other in plans)
+
+
+def test_each_row_comes_once_an_epoch(stream: MixedStream) -> None:
+    seen: dict[str, list[int]] = {name: [] for name in stream.tasks}
+    for step in range(300):
+        plan = stream.plan(step)
+        seen[plan.task].extend(plan.rows.tolist())
+    for name, rows in seen.items():
+        count = stream.rows[name].count
+        whole = len(rows) // count
+        assert whole >= 3
+        for epoch in range(whole):
+            assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count)), name
+
+
+def test_rows_change_from_epoch_to_epoch(stream: MixedStream) -> None:
+    """Augmentation hangs on the step: a picture seen twice is not the same picture twice."""
+    steps = [step for step in range(200) if stream.plan(step).task == "text_to_image"]
+    seen: dict[int, torch.Tensor] = {}
+    for step in steps:
+        batch = stream.batch(step)
+        for place, row in enumerate(batch.rows.tolist()):
+            pixels = batch.towers["candidate"]["pixels"][place]
+            assert row not in seen or not torch.equal(pixels, seen[row])
+            seen[row] = pixels
+
+
+def test_sequences_of_a_batch_are_of_like_length(data: Path) -> None:
+    stream = open_stream(small_config(data))
+    rows = stream.rows["text_classification"]
+    lengths = rows.lengths()
+    assert lengths is not None
+    steps = [s for s in range(400) if stream.plan(s).task == "text_classification"]
+    spread = np.mean([np.ptp(lengths[stream.plan(step).rows]) for step in steps])
+    random = np.random.default_rng(0)
+    at_random = np.mean([np.ptp(random.choice(lengths, 7, replace=False)) for _ in range(200)])
+    assert spread < 0.6 * at_random
+
+
+def test_captions_of_a_row_are_all_used(stream: MixedStream) -> None:
+    stream.rows["text_to_image"]._first_caption = 0.0
+    table = stream.rows["text_to_image"].held.table()
+    captions = table.column("caption_tokens").to_pylist()
+    row = next(index for index, found in enumerate(captions) if len(found) == 3)
+    config = stream._augmentation
+    assert config is not None
+    config.token_dropout = 0.0
+    seen: Counter[tuple[int, ...]] = Counter()
+    for step in range(400):
+        plan = stream.plan(step)
+        if plan.task == "text_to_image" and row in plan.rows:
+            place = plan.rows.tolist().index(row)
+            tokens = stream.batch(step).towers["query"]["tokens"][place]
+            seen[tuple(tokens[tokens > 0].tolist())] += 1
+    assert set(seen) == {tuple(tokens) for tokens in captions[row]}
+
+
+def test_noise_is_as_loud_whatever_the_corpus_divided_by(data: Path, tmp_path: Path) -> None:
+    """Log power is stored divided by a deviation; noise adds to the power itself."""
+    config = small_config(data)
+    config.tasks = {"speech_recognition": config.tasks["speech_recognition"]}
+    config.training.augment = AugmentConfig(sound_noise=0.5, sound_gain=0.0)
+    plain = open_stream(config)
+    config.data = str(tmp_path)
+    write_scaled_sound(data / "syllables", tmp_path / "syllables", 3.2)
+    scaled = open_stream(config)
+    for step in range(4):
+        one, other = (x.batch(step).towers["input"]["log_mel"] for x in (plain, scaled))
+        torch.testing.assert_close(other * 3.2, one, rtol=1e-4, atol=1e-4)
+
+
+def test_prefetcher_gives_the_same_batches_in_order(stream: MixedStream) -> None:
+    with Prefetcher(stream, 4, 9) as ahead:
+        batches = list(ahead)
+    assert len(batches) == 5
+    for step, batch in zip(range(4, 9), batches, strict=True):
+        expected = tensors(stream.batch(step))
+        assert all(torch.equal(x, expected[name]) for name, x in tensors(batch).items())
+
+
+def test_prefetcher_raises_what_its_thread_met(stream: MixedStream) -> None:
+    stream.rows["text_to_video"].task.towers.clear()
+    stream.rows["text_to_video"].limit = None  # type: ignore[assignment]
+    stream.rows["text_to_video"].held._columns["frames"] = object()  # type: ignore[assignment]
+    with Prefetcher(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
+        list(ahead)
+
+
+def test_rank_slice_is_that_of_array_split() -> None:
+    for count in range(12):
+        for world in range(1, 6):
+            expected = [part.tolist() for part in np.array_split(np.arange(count), world)]
+            rows = [list(range(count))[rank_slice(count, rank, world)] for rank in range(world)]
+            assert rows == expected
+
+
+def test_a_corpus_of_another_modality_is_named(data: Path) -> None:
+    config = small_config(data)
+    config.tasks["text_to_image"].corpus = "strokes"
+    with pytest.raises(
+        UserError, match=r"text_to_image reads image, but corpus strokes holds video"
+    ):
+        open_stream(config)
+
+
+def test_an_unknown_split_is_named(data: Path) -> None:
+    config = small_config(data)
+    config.tasks["text_to_image"].split = "training"
+    with pytest.raises(UserError, match=r"drawings has no split 'training'; it has train, "):
+        open_stream(config)
+
+
+def test_a_missing_corpus_is_named(data: Path) -> None:
+    config = small_config(data)
+    config.tasks["text_to_image"].corpus = "paintings"
+    with pytest.raises(UserError, match="paintings"):
+        open_stream(config)
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(data: Path) -> None:
+    config = small_config(data)
+    config.model.vocab_size = 50
+    with pytest.raises(UserError, match="vocab_size is 50; set it to 64"):
+        open_stream(config)
+
+
+def test_labels_beyond_the_models_classes_are_refused(data: Path) -> None:
+    import dataclasses
+
+    config = small_config(data)
+    tasks = config.model.tasks
+    tasks["text_classification"] = dataclasses.replace(tasks["text_classification"], outputs=3)
+    stream = open_stream(config)
+    with pytest.raises(UserError, match=r"text_classification\.outputs 3"):
+        for step in range(40):
+            stream.batch(step)

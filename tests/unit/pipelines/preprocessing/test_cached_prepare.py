@@ -1,0 +1,103 @@
+"""A prepare with nothing changed reads no row: classes and symbols stand in the manifest."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipelines.corpora import PlacedCorpus, place_corpus
+from pipelines.preprocessing import prepare as preparing
+from pipelines.shards.format import manifest_digest, write_shard
+from skillnet_platform.cluster import connect as cluster_connect
+from tests.helpers import user_corpora
+
+
+class Started(Exception):
+    """Ray would be started."""
+
+
+def pictures(folder: Path) -> Path:
+    for number in range(6):
+        home = folder / "train" / "ab"[number % 2]
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"{number}.jpg").write_bytes(user_corpora.jpg(number))
+    return folder
+
+
+@pytest.fixture(params=[pictures, user_corpora.media_folder, user_corpora.aishell1])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    def no_ray(*_: object) -> None:
+        raise Started
+
+    monkeypatch.setattr(cluster_connect, "ensure_ray", no_ray)
+    reader = "aishell1" if request.param is user_corpora.aishell1 else "folder"
+    return f"{reader}:{request.param(tmp_path / 'given')}"
+
+
+def put(data: Path, corpus: PlacedCorpus) -> None:
+    """The corpus as if it had been prepared: its manifest, and a shard of nothing."""
+    corpus.survey()
+    home = data / corpus.name
+    home.mkdir(parents=True)
+    entry = write_shard(pa.table({"key": ["a"]}), home / "train-00000.arrow")
+    manifest: dict[str, Any] = {
+        "format_version": 1,
+        "corpus": corpus.name,
+        "modality": corpus.modality,
+        "task": corpus.task,
+        "splits": {"train": {"rows": 1, "shards": [entry]}},
+        **preparing.identity_of(corpus, corpus.other_sources(), data),
+        **corpus.facts(),
+        "rows_in": 1,
+        "rows_out": 1,
+        "quarantine": {},
+    }
+    manifest["digest"] = manifest_digest(manifest)
+    (home / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def deaf(corpus: PlacedCorpus) -> PlacedCorpus:
+    def rows(*_: object) -> Callable[..., None]:
+        raise AssertionError("a row is read")
+
+    corpus.rows = corpus._transcripts = rows  # type: ignore[method-assign, attr-defined]
+    return corpus
+
+
+def test_nothing_is_read_where_the_listing_tells_that_nothing_changed(
+    place: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    put(data, place_corpus("mine", place))
+    corpus = deaf(place_corpus("mine", place))
+    done = preparing.prepare([], data, tmp_path, placed=[corpus])
+    assert done["mine"]["state"] == "unchanged"
+    told = json.loads((data / "mine" / "manifest.json").read_text())
+    assert corpus.facts() == {key: told[key] for key in corpus.facts()}
+
+
+def test_what_was_added_is_read(place: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    put(data, place_corpus("mine", place))
+    first = next(path for path in sorted((tmp_path / "given").rglob("*.*")) if path.is_file())
+    first.with_name(f"new{first.suffix}").write_bytes(first.read_bytes() + b"\n")
+    with pytest.raises(AssertionError, match="a row is read"):
+        preparing.prepare([], data, tmp_path, placed=[deaf(place_corpus("mine", place))])
+    with pytest.raises(Started):
+        preparing.prepare([], data, tmp_path, placed=[place_corpus("mine", place)])
+
+
+def test_other_classes_are_not_taken_from_the_manifest(place: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    put(data, place_corpus("mine", place))
+    before = json.loads((data / "mine" / "manifest.json").read_text())
+    changed = before | {"preprocessing_digest": "of other options", "labels": [], "symbols": []}
+    changed["digest"] = manifest_digest(changed)
+    (data / "mine" / "manifest.json").write_text(json.dumps(changed))
+    corpus = place_corpus("mine", place)
+    with pytest.raises(Started):
+        preparing.prepare([], data, tmp_path, placed=[corpus])
+    assert corpus.facts() == {key: before[key] for key in corpus.facts()}

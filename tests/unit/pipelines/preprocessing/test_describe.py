@@ -1,0 +1,145 @@
+"""``prepare --describe``: true sizes, source fields, several rows, and an end in time."""
+
+import threading
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines import corpora, prepare
+from pipelines.io.directory import Entry, Place
+from pipelines.preprocessing import describe
+from skillnet_platform.errors import UserError
+from tests.helpers import user_corpora
+from tests.helpers import video_files as clips
+from tests.helpers.video_files import encode_video
+from tests.unit.pipelines.transforms.test_transforms import held
+
+POEMS = "tests.corpora_package.poem_files:Poems"
+
+
+@pytest.fixture
+def poems(tmp_path: Path) -> Path:
+    for number in range(12):
+        text = f"{'唐宋'[number % 2]}\n白日依山尽{number}\n黄河入海流\n"
+        (tmp_path / f"{number:02d}.poem").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_pictures_have_the_size_that_they_have(tmp_path: Path) -> None:
+    for number in range(4):
+        home = tmp_path / "train" / "ab"[number % 2]
+        home.mkdir(parents=True, exist_ok=True)
+        (home / f"{number}.jpg").write_bytes(user_corpora.jpg(number, (1600, 1200)))
+    found = describe.describe(str(tmp_path))
+    assert (found["media"]["width"], found["media"]["height"]) == ("1600", "1200")
+    (home / "3.jpg").write_bytes(held(6))
+    found = describe.describe(str(tmp_path))
+    assert found["media"]["width"].startswith("32 to 1600")
+    assert found["media"]["height"].startswith("64 to 1200")
+
+
+def test_a_clip_that_was_held_upright_is_higher_than_wide(tmp_path: Path) -> None:
+    home = tmp_path / "train" / "waving"
+    home.mkdir(parents=True)
+    wide = encode_video(np.zeros((4, 24, 32, 1), np.uint8))
+    (home / "1.mp4").write_bytes(clips.held(wide, 0, 1, -1, 0))
+    media = describe.describe(str(tmp_path))["media"]
+    assert (media["width"], media["height"]) == ("96", "128")
+
+
+def test_rows_of_each_split_and_the_fields_of_the_source_are_shown(tmp_path: Path) -> None:
+    found = describe.describe(str(user_corpora.tnews(tmp_path)))
+    assert found["source"] == {
+        "label": "100",
+        "label_desc": "news_story",
+        "sentence": "news_story的新闻研究0",
+        "keywords": "研究",
+    }
+    assert len({row["split"] for row in found["examples"]}) == 3
+    assert found["texts"]["texts"].endswith("characters")
+
+
+def test_code_has_lengths_and_tars_have_fields(tmp_path: Path) -> None:
+    found = describe.describe(str(user_corpora.codesearchnet(tmp_path / "code")))
+    assert found["texts"]["lines of code"] == "6"
+    assert {"docstring", "func_name", "code"} <= set(found["source"])
+    found = describe.describe(str(user_corpora.webdataset(tmp_path / "tars")))
+    assert set(found["source"]) == {"txt"}
+    merged = user_corpora.vatex(tmp_path / "vatex", merged=True)
+    assert {"enCap", "chCap"} <= set(describe.describe(str(merged))["source"])
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A description that waits for a fraction of a second; set the event to let what hangs go."""
+    monkeypatch.setattr(describe, "SECONDS", 0.2)
+    monkeypatch.setattr(describe, "COUNTING", 0.2)
+    free = threading.Event()
+    yield free
+    free.set()
+
+
+def test_a_listing_without_an_end_ends_it_not(
+    tmp_path: Path, impatient: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = user_corpora.vatex(tmp_path)
+
+    def walk(self: Place, relative: str = "", depth: int = 16) -> Iterator[Entry]:
+        yield Entry("a.mp4", 7)
+        impatient.wait(60)
+
+    monkeypatch.setattr(Place, "walk", walk)
+    found = describe.describe(f"vatex:{folder}")
+    assert (found["rows"], found["complete"]) == (0, False)
+    assert (found["files"], found["bytes"], found["counted"]) == (1, 7, False)
+    describe.show(found)
+
+
+def test_time_is_looked_at_at_every_row(
+    poems: Path, impatient: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Place.lines
+
+    def slow(self: Place, relative: str = "") -> Iterator[tuple[int, bytes]]:
+        if relative == "05.poem":
+            impatient.wait(60)
+        return lines(self, relative)
+
+    monkeypatch.setattr(Place, "lines", slow)
+    found = describe.describe(f"{POEMS}:{poems}")
+    assert (found["rows"], found["complete"]) == (5, False)
+
+
+def test_a_problem_of_a_reader_is_told(poems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Place, relative: str = "") -> Iterator[tuple[int, bytes]]:
+        raise UserError("no such file")
+
+    monkeypatch.setattr(Place, "lines", broken)
+    with pytest.raises(UserError, match="no such file"):
+        describe.describe(f"{POEMS}:{poems}")
+
+
+def test_readers_of_others_are_known_by_name(
+    poems: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert describe.describe(f"{POEMS}:{poems}")["rows"] == 12
+    point = EntryPoint("poems", POEMS, corpora.GROUP)
+    monkeypatch.setattr(corpora, "entry_points", lambda group: [point])
+    found = describe.describe(f"poems:{poems}", {"poems": {"verses": 1}})
+    assert (found["reader"], found["evidence"], found["rows"]) == ("poems", "named", 12)
+    assert found["example"]["text"] == "白日依山尽0"
+    with pytest.raises(UserError, match="did you mean 'poems'"):
+        describe.describe(f"pomes:{poems}")
+    assert prepare.main(["--describe", f"poems:{poems}"]) == 0
+    assert "--corpus poems=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [{"tnews": {"keywords": True}}, {"mine": {}}])
+def test_options_of_what_is_not_read_are_refused(tmp_path: Path, words: dict[str, Any]) -> None:
+    folder = user_corpora.codesearchnet(tmp_path)
+    with pytest.raises(UserError, match=r"is read as codesearchnet .*--options\.codesearchnet"):
+        describe.describe(str(folder), words)

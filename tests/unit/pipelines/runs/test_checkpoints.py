@@ -1,0 +1,187 @@
+"""Checkpoints are whole or refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.runs import checkpoints, model_source
+from pipelines.training import checkpointing
+from pipelines.training.loop import train
+from pipelines.training.optimizer import SkillAdamW, WeightAverage
+from pipelines.training.setup import build_model
+from skillnet import SkillNet
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config, write_corpora
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    train(small_config(data, steps=8, checkpoint_every=2, keep=3, ema=0.9), run=run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_the_newest_few_stay(run: Path) -> None:
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006", "step-00000008"]
+
+
+def test_what_is_read_is_what_was_written(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=5, ema=0.9)
+    done = train(config, run=tmp_path)
+    found = checkpoints.newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert (found.step, found.path) == (5, done.checkpoint)
+    model, optimizer, average = build_model(config).double(), SkillAdamW(0.1), WeightAverage(0.9)
+    checkpointing.load(found, model, optimizer, average)
+    again = checkpointing.save(
+        tmp_path / "again", 5, model, optimizer, average, dict(found.state), keep=1
+    )
+    for path in sorted(found.path.iterdir()):
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    # A state tensor for each parameter that some step touched, in its owner's file.
+    assert optimizer.state.keys() == average.values.keys()
+    average.swap(model)
+    for (name, one), (_, other) in zip(
+        model.named_parameters(), done.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_a_checkpoint_is_a_saved_model(run: Path) -> None:
+    model = SkillNet.from_pretrained(run / "checkpoints" / "step-00000008", task="text_to_image")
+    assert set(model.config.tasks) == {"text_to_image"}
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "state.json", "skill-general.safetensors", "config.json"]
+)
+def test_an_incomplete_one_is_refused_by_name(run: Path, name: str) -> None:
+    path = run / "checkpoints" / "step-00000008"
+    (path / name).unlink()
+    with pytest.raises(UserError, match=rf"checkpoint .*step-00000008 cannot be used: .*{name}"):
+        checkpoints.verify(path)
+
+
+@pytest.mark.parametrize("name", ["optimizer-shared.safetensors", "state.json"])
+def test_an_altered_one_is_refused_by_name(run: Path, name: str) -> None:
+    path = run / "checkpoints" / "step-00000008" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} was altered"):
+        checkpoints.verify(path.parent)
+
+
+def test_a_truncated_manifest_is_refused(run: Path) -> None:
+    path = run / "checkpoints" / "step-00000008" / "manifest.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        checkpoints.verify(path.parent)
+
+
+def test_newest_whole_one_is_taken_and_the_others_named(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints" / "step-00000008" / "manifest.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    (run / "checkpoints" / "step-00000006").mkdir()
+    (run / "checkpoints" / ".step-00000010.123.tmp").mkdir()
+    found = checkpoints.newest(run / "checkpoints")
+    assert found is not None
+    assert found.step == 4
+    said = capsys.readouterr().err
+    assert "step-00000008" in said
+    assert "step-00000006" in said
+
+
+def test_without_any_there_is_none(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path / "checkpoints") is None
+
+
+def test_a_saved_model_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
+    build_model(small_config(data)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="is a saved model, not a checkpoint"):
+        checkpoints.verify(tmp_path / "model")
+
+
+def test_weights_of_another_shape_are_refused(data: Path, run: Path) -> None:
+    config = small_config(data)
+    config.model.hidden = 32
+    with pytest.raises(UserError, match="this model has"):
+        checkpoints.load_weights(run / "checkpoints" / "step-00000008", build_model(config))
+
+
+def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
+    config = small_config(data)
+    config.init_from = str(run / "checkpoints" / "step-00000008")
+    start = dict(build_model(config).named_parameters())
+    saved = SkillNet.from_pretrained(config.init_from).named_parameters()
+    average = model_source.load(model_source.find(config.init_from)).named_parameters()
+    moved = 0
+    for (name, last), (_, mean) in zip(saved, average, strict=True):
+        assert torch.equal(start[name], mean.to(start[name].dtype)), name
+        moved += not torch.equal(last, mean)
+    assert moved > 20
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from pipelines.training import checkpoints
+from pipelines.training.loop import train
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config
+config = small_config(Path(sys.argv[1]), steps=6, checkpoint_every=2, keep=9)
+try:
+    train(config, run=Path(sys.argv[2]))
+except UserError as problem:
+    found = checkpoints.newest(Path(sys.argv[2]) / "checkpoints")
+    left = sorted(path.name for path in (Path(sys.argv[2]) / "checkpoints").iterdir())
+    print(found.step, left, problem, sep="|")
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
+    """On a file system with room for one checkpoint, in a namespace of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = f"mount -t tmpfs -o size=4m none {disk} && exec {sys.executable} - {data} {disk}"
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"]).returncode:
+        pytest.skip("needs user namespaces")
+    done = subprocess.run(
+        [*namespace, "sh", "-c", command],
+        input=SCRIPT,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[4],
+        env={"PYTHONPATH": ".:platform", "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},
+    )
+    assert done.stdout, done.stderr
+    step, left, message = done.stdout.strip().split("|")
+    assert (step, left) == ("2", "['step-00000002']"), done.stderr
+    assert "the disk is full" in message
+    assert "step-00000004" in message
+    assert "it takes" in message
+
+
+def test_manifest_is_json_with_every_file(run: Path) -> None:
+    path = run / "checkpoints" / "step-00000008"
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert set(files) == {p.name for p in path.iterdir()} - {"manifest.json"}

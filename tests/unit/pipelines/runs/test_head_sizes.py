@@ -1,0 +1,60 @@
+"""A task has as many outputs as its corpus has classes or symbols, unless a run names a number."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.shards.format import manifest_digest
+from pipelines.training.run import check, resolved
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import write_corpora
+
+
+def has(folder: Path, corpus: str, **told: object) -> None:
+    """Let a prepared corpus say more."""
+    path = folder / corpus / "manifest.json"
+    manifest = json.loads(path.read_text()) | told
+    manifest["digest"] = manifest_digest(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Five corpora in the places of the paper's, the recordings with 23 characters."""
+    folder = write_corpora(tmp_path / "corpora", rows=5, test_rows=5, shards=1)
+    names = {"headings": "tnews", "syllables": "aishell1", "drawings": "aic_icc"}
+    for old, new in (names | {"strokes": "vatex", "functions": "pytorrent"}).items():
+        (folder / old).rename(folder / new)
+    has(folder, "tnews", labels=[f"{number} news" for number in range(15)])
+    has(folder, "aishell1", symbols=list("一二三四五六七八九十百千万亿东南西北中上下左右"))
+    return folder
+
+
+def paper(data: Path, *words: str) -> FinetuneConfig:
+    said = ["--config", "paper", "--data", str(data), "--training.use_gpu", "false", *words]
+    return configuration.parse(FinetuneConfig, said, "skillnet finetune", "Train.")
+
+
+def test_the_paper_needs_no_number_of_symbols(data: Path, run_root: Path) -> None:
+    run = resolved(paper(data))
+    assert run.model.tasks["speech_recognition"].outputs == 23
+    assert run.model.tasks["text_classification"].outputs == 15
+    assert set(check(run).manifests) == {"tnews", "aishell1", "aic_icc", "vatex", "pytorrent"}
+
+
+def test_a_number_that_a_run_names_is_not_changed(data: Path, run_root: Path) -> None:
+    run = resolved(paper(data, "--model.tasks.speech_recognition.outputs", "30"))
+    assert run.model.tasks["speech_recognition"].outputs == 30
+    with pytest.raises(UserError, match="has 23 symbols, the model was built for 30"):
+        check(run)
+
+
+def test_what_is_no_corpus_is_refused_by_name_later(data: Path, run_root: Path) -> None:
+    (data / "aishell1" / "manifest.json").write_text("[")
+    run = resolved(paper(data))
+    assert run.model.tasks["speech_recognition"].outputs == 61
+    with pytest.raises(UserError, match="aishell1"):
+        check(run)

@@ -1,0 +1,78 @@
+"""Known captions and searched rows are bounded: memory does not grow with a corpus."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipelines.serving import bundle, retrieval_index
+from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.files import LocalShards
+from skillnet_platform.errors import UserError
+from tests.helpers.readable_corpora import write_corpora
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    return open_corpus(write_corpora(tmp_path / "corpora") / "drawings")
+
+
+def firsts(corpus: Corpus) -> list[str]:
+    rows = [row for split in corpus.splits.values() for row in split.column("captions").to_pylist()]
+    return list(dict.fromkeys(row[0] for row in rows))
+
+
+def test_all_captions_are_known_where_they_are_few(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "BATCH", 3)
+    assert bundle.known_captions(corpus) == firsts(corpus)
+
+
+def test_no_shard_is_opened_beyond_the_last_caption_that_is_taken(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = firsts(corpus)
+    opened: list[str] = []
+    before = LocalShards.open
+
+    def watched(self: LocalShards, shard: dict[str, str]) -> object:
+        opened.append(shard["file"])
+        return before(self, shard)
+
+    monkeypatch.setattr(LocalShards, "open", watched)
+    assert bundle.known_captions(corpus, 2) == expected[:2]
+    assert len(opened) == 1
+    assert "answers are chosen among the first ones" in capsys.readouterr().err
+
+
+def test_captions_are_spelt_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "BATCH", 4)
+    sizes: list[int] = []
+
+    def embed_texts(task: str, texts: list[str]) -> np.ndarray:
+        sizes.append(len(texts))
+        return np.array([[float(text)] for text in texts])
+
+    predictor = SimpleNamespace(embed_texts=embed_texts)
+    vectors = bundle.embedded(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
+    assert vectors[:, 0].tolist() == list(range(10))
+    assert sizes == [4, 4, 2]
+
+
+def test_a_search_that_would_not_fit_names_the_splits(
+    corpus: Corpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sum(split.rows for split in corpus.splits.values())
+    monkeypatch.setattr(retrieval_index, "MOST_BYTES", rows * 16 * 4 - 1)
+    predictor = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(embedding_dim=16)),
+        runner=SimpleNamespace(precision=SimpleNamespace(name="fp32")),
+        limits={},
+    )
+    source, splits = SimpleNamespace(digest="x"), list(corpus.splits)
+    with pytest.raises(
+        UserError, match=rf"vectors of {rows} rows take .*--splits (test|validation)"
+    ):
+        retrieval_index.index(predictor, source, "text_to_image", corpus, splits)  # type: ignore[arg-type]

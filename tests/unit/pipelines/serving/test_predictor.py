@@ -1,0 +1,88 @@
+"""A predictor reads inputs as its corpora were prepared."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.corpora import place_corpus
+from pipelines.corpora.base import Sources
+from pipelines.serving import bundle
+from pipelines.serving.inputs import read_rows
+from pipelines.serving.predictor import Item, Predictor
+from pipelines.tokenizer import training as tokenizers
+from skillnet.model import SkillNet
+from tests.helpers.readable_corpora import config
+from tests.helpers.user_corpora import tnews
+
+WORDS = "新闻研究概论教程史料手册论文集年鉴方法的_abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class Spelling(Predictor):
+    """Keeps the token ids that it was about to give the model."""
+
+    def tokens(self, texts: Any, limit: int) -> list[np.ndarray]:
+        self.spelt = super().tokens(texts, limit)
+        return self.spelt
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Any:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizers.train([WORDS], [], size=400), encoding="utf-8")
+    return tokenizers.load(path)
+
+
+def predictor(words: Any, task: str, prepared: Mapping[str, Any], **limits: int) -> Spelling:
+    torch.manual_seed(0)
+    names = {"text_classification": [f"class {number}" for number in range(15)]}
+    return Spelling(SkillNet(config()), words, names, limits=limits, prepared={task: prepared})
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_headlines_are_read_with_their_keywords_where_training_read_them(
+    words: Any, tmp_path: Path, keywords: bool
+) -> None:
+    place = tnews(tmp_path / "tnews", other=3)
+    corpus = place_corpus("tnews", str(place), {"keywords": keywords})
+    rows = [row for row in corpus.rows(Sources.none()) if isinstance(row, dict)]
+    trained = [row["text"] for row in rows if row["split"] == "unlabelled"]
+    made = predictor(words, "text_classification", corpus.preprocessing())
+    for row, text in zip(read_rows(place / "test.json", None), trained, strict=True):
+        assert row.item is not None
+        made.predict([row.item])
+        assert made.spelt[0].tolist() == words.encode(text).ids[:48]
+
+
+@pytest.mark.parametrize(
+    ("prepared", "kept"),
+    [({}, 20), ({"max_caption_tokens": 7}, 7), ({"caption_tokens": 64}, 24)],
+)
+def test_queries_are_as_long_as_captions_were(
+    words: Any, prepared: dict[str, int], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.transforms.text.CAPTION_TOKENS", 20)
+    made = predictor(words, "text_to_image", prepared)
+    made.model.config.max_tokens = 24
+    made.embed_texts("text_to_image", [" " + "abc" * 40])
+    assert len(made.spelt[0]) == kept
+    made.predict([Item("x", "abc" * 40, None, "text_to_image")])
+    assert len(made.spelt[0]) == kept
+
+
+def test_texts_and_code_are_cut_as_the_corpus_cut_them(words: Any) -> None:
+    made = predictor(words, "text_classification", {"max_tokens": 9})
+    made.predict([Item("x", "abc" * 40)])
+    assert len(made.spelt[0]) == 9
+    made = predictor(words, "text_to_code", {"code_tokens": 11}, text_to_code=10)
+    source = b"def send(message):\n    return client.post(message, message, message)\n"
+    made.predict([Item("a.py", None, source)])
+    assert len(made.spelt[0]) == 10
+
+
+def test_where_no_corpus_has_texts_no_tokenizer_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "bytes.json").write_bytes(bundle.tokenizer_of({}, tmp_path))
+    assert tokenizers.load(tmp_path / "bytes.json").get_vocab_size() >= 4 + 256

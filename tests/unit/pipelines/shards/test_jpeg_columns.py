@@ -1,0 +1,117 @@
+"""Pixels kept as JPEG read like raw ones, nearly the same values, at a fraction of the bytes."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.readers.folder import Folder
+from pipelines.preprocessing.blocks import to_table
+from pipelines.preprocessing.transform_task import transform_block
+from pipelines.shards.columns import Encoded, Fixed, open_column
+from pipelines.shards.jpeg import decode, encode, encoded_field, is_encoded
+from pipelines.transforms import video
+from skillnet_platform.errors import UserError
+from tests.helpers.video_files import encode_video
+from tests.unit.pipelines.transforms.test_transforms import PATHS
+
+PICTURE, CLIP = (224, 224, 3), (8, 96, 96, 1)
+
+
+def smooth(shape: tuple[int, ...], number: int) -> np.ndarray:
+    """Something that JPEG keeps well."""
+    y, x = np.mgrid[: shape[-3], : shape[-2]]
+    wave = 127 + 120 * np.sin((x + 2 * y) / (20 + number))
+    return np.broadcast_to(wave[..., None], shape).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [PICTURE, CLIP])
+def test_rows_come_back_nearly_as_they_were(shape: tuple[int, ...]) -> None:
+    rows = [smooth(shape, number) for number in range(5)]
+    cells = [encode(row) for row in rows]
+    back = decode(cells, shape)
+    assert back.shape == (5, *shape)
+    assert np.abs(back.astype(int) - np.stack(rows)).mean() < 2
+    assert sum(map(len, cells)) < 0.2 * sum(row.nbytes for row in rows)
+    assert cells == [encode(row) for row in rows]
+
+
+def test_storage_goes_by_size_unless_it_is_told() -> None:
+    assert not is_encoded((48, 48, 3), "auto")
+    assert is_encoded(PICTURE, "auto")
+    assert is_encoded((48, 48, 3), "encoded")
+    assert not is_encoded(PICTURE, "raw")
+    assert not is_encoded((400, 224, 224, 1), "auto")  # too high a strip
+    with pytest.raises(ValueError, match="higher than 65535"):
+        is_encoded((400, 224, 224, 1), "encoded")
+
+
+def column(rows: int = 6, chunks: int = 2) -> tuple[pa.Table, np.ndarray]:
+    """An encoded column in several chunks, and its decoded rows."""
+    cells = [encode(smooth(PICTURE, number)) for number in range(rows)]
+    schema = pa.schema([encoded_field("pixels", PICTURE)])
+    parts = [pa.table([cells[i::chunks]], schema=schema) for i in range(chunks)]
+    order = [number for i in range(chunks) for number in range(rows)[i::chunks]]
+    return pa.concat_tables(parts), decode(cells, PICTURE)[order]
+
+
+def test_a_column_is_read_in_any_order_across_shards() -> None:
+    table, want = column()
+    opened = open_column(table, "pixels", "made/train")
+    assert isinstance(opened, Encoded)
+    assert isinstance(opened, Fixed)  # what reads raw pixels reads these too
+    assert len(opened) == 6
+    rows = np.array([5, 0, 3, 3])
+    assert np.array_equal(opened.take(rows), want[rows])
+    assert opened.take(np.zeros(0, np.int64)).shape == (0, *PICTURE)
+    single = open_column(table.slice(0, 3).combine_chunks(), "pixels", "made/train")
+    assert np.array_equal(single.take(np.array([2, 1])), want[[2, 1]])
+
+
+def test_what_is_no_jpeg_of_that_shape_is_named() -> None:
+    schema = pa.schema([encoded_field("pixels", PICTURE)])
+    small = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(small, "JPEG")
+    table = pa.table([[b"no picture", small.getvalue()]], schema=schema)
+    opened = open_column(table, "pixels", "made/train")
+    with pytest.raises(UserError, match="made/train: column 'pixels': a row is no JPEG"):
+        opened.take(np.array([0]))
+    with pytest.raises(UserError, match=r"RGB pixels, 8 x 8.*\(224, 224, 3\)"):
+        opened.take(np.array([1]))
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_folder_is_prepared_encoded_and_its_bad_rows_set_aside(tmp_path: Path, kind: str) -> None:
+    ending = {"image": "jpg", "video": "mp4"}[kind]
+    good = io.BytesIO()
+    if kind == "image":
+        Image.fromarray(smooth((300, 400, 3), 3)).save(good, "JPEG", quality=95)
+    else:
+        good.write(encode_video(video.draw_paths(PATHS, 8, 64)))
+    lines = []
+    for number, data in enumerate([good.getvalue(), b"rubbish", good.getvalue()]):
+        (tmp_path / f"{number}.{ending}").write_bytes(data)
+        lines.append(json.dumps({"file_name": f"{number}.{ending}", "caption": f"第{number}个"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    size = {"size": 224} if kind == "image" else {"video_size": 96}
+    corpora = {}
+    for storage in ("encoded", "raw"):
+        corpus = Folder(str(tmp_path), Folder.Options(storage=storage, **size))
+        rows = [r for r in corpus.rows(Sources.none()) if not isinstance(r, Rejected)]
+        corpus.has = ()  # the pixels alone: no tokenizer is at hand
+        corpus.settle()
+        made = transform_block(corpus, None, to_table(corpus, rows)[0])
+        name = "pixels" if kind == "image" else "frames"
+        schema = pa.schema([corpus.schema("train").field(name)])
+        kept = made.filter(pa.compute.is_null(made["rejected"])).select([name]).cast(schema)
+        assert [bool(reason) for reason in made["rejected"].to_pylist()] == [False, True, False]
+        corpora[storage] = open_column(kept, name, "made").take(np.arange(2)), kept.nbytes
+    (encoded, small), (raw, large) = corpora["encoded"], corpora["raw"]
+    assert encoded.shape == raw.shape
+    assert np.abs(encoded.astype(int) - raw).mean() < 3
+    assert small < large / 3

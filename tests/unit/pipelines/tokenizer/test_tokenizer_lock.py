@@ -1,0 +1,107 @@
+"""One folder has one tokenizer, also while several prepares work in it."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpora import place_corpus
+from pipelines.preprocessing import prepare as preparing
+from pipelines.preprocessing import remote_staging
+from pipelines.preprocessing.remote_staging import Delivery
+from pipelines.tokenizer import selection
+from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
+from skillnet_platform.cluster import connect as cluster_connect
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import directories, sha256_file, write_json
+from tests.helpers.user_corpora import tnews
+from tests.unit.pipelines.tokenizer.test_shared_tokenizer import learnt, put
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("refused before Ray starts")
+
+    monkeypatch.setattr(cluster_connect, "ensure_ray", refuse)
+
+
+def test_many_spell_with_it_and_one_alone_replaces_it(tmp_path: Path) -> None:
+    with (
+        selection.claimed(tmp_path),
+        selection.claimed(tmp_path) as mine,
+        pytest.raises(UserError, match="another process prepares corpora with the tokenizer"),
+    ):
+        mine.alone()
+    with selection.claimed(tmp_path) as mine:
+        mine.alone()
+        with (
+            pytest.raises(UserError, match="puts a tokenizer into this folder now"),
+            selection.claimed(tmp_path),
+        ):
+            raise AssertionError("two at once")
+    with selection.claimed(tmp_path) as mine:
+        mine.alone()
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("lesson", ["their own", selection.LEARN])
+def test_a_prepare_does_not_replace_what_another_one_spells_with(
+    tmp_path: Path, no_ray: None, there: bool, lesson: str
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    if there:
+        learnt(data / TOKENIZER, "苹果和梨")
+    if lesson != selection.LEARN:
+        lesson = str(learnt(tmp_path / "tokenizer.json", "桌子和椅子"))
+    corpus = place_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
+    before = sha256_file(data / TOKENIZER) if there else None
+    with (
+        selection.claimed(data),
+        pytest.raises(UserError, match=f"{data}: another process prepares"),
+    ):
+        preparing.prepare([], data, tmp_path, placed=[corpus], tokenizer=lesson)
+    assert (sha256_file(data / TOKENIZER) if there else None) == before
+    assert (data / TOKENIZER).exists() == there
+
+
+def test_a_corpus_is_not_put_beside_the_tokenizer_of_another_machine(
+    run_root: Path, tmp_path: Path
+) -> None:
+    uri = f"memory://{tmp_path.name}-claim"
+    put(uri, learnt(tmp_path / "mine.json", "苹果"))
+    mine = Delivery.into(uri, "a", tmp_path, sha256_file(tmp_path / "mine.json"))
+    put(uri, learnt(tmp_path / "theirs.json", "桌子"))
+    with pytest.raises(UserError, match=f"{TOKENIZER}: another prepare replaced it meanwhile"):
+        mine.commit(tmp_path, {"splits": {}})
+    assert not directories.is_committed(f"{uri}/a")
+
+
+def test_what_another_prepare_has_not_sent_yet_stays(run_root: Path, tmp_path: Path) -> None:
+    uri = f"memory://{tmp_path.name}-staged"
+    with remote_staging.staged(uri) as here, selection.claimed(here) as mine:
+        mine.alone()
+        learnt(here / TOKENIZER, "苹果")
+        with pytest.raises(UserError, match="puts a tokenizer"), remote_staging.staged(uri):
+            raise AssertionError("two at once")
+        assert (here / TOKENIZER).is_file()
+
+
+def test_a_file_is_no_place_for_corpora(tmp_path: Path, no_ray: None) -> None:
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match="data: a file; data takes the folder"):
+        preparing.prepare(["drawings"], tmp_path / "data", tmp_path)
+
+
+def test_a_tokenizer_that_no_corpus_is_spelt_with_was_left_by_a_killed_prepare(
+    tmp_path: Path,
+) -> None:
+    tokenizer = learnt(tmp_path / TOKENIZER, "苹果")
+    told = {"sha256": sha256_file(tokenizer), selection.OF: ["a"]}
+    write_json(tmp_path / TOKENIZER_MANIFEST, told)
+    assert not selection.is_left_over(tokenizer, tmp_path), "the user's own, and not learnt"
+    write_json(tmp_path / TOKENIZER_MANIFEST, told | {selection.LESSON: "of before"})
+    assert selection.is_left_over(tokenizer, tmp_path)
+    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "a" / "manifest.json", {"tokenizer": {"sha256": told["sha256"]}})
+    assert not selection.is_left_over(tokenizer, tmp_path)

@@ -1,0 +1,77 @@
+"""Training only some files of a model: the others are read, and stay as they are to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.config.run import FinetuneConfig, TaskTraining
+from pipelines.training.loop import train
+from pipelines.training.setup import build_model
+from skillnet_platform.errors import UserError
+from tests.helpers.small_corpora import small_config, write_corpora
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data", rows=16, test_rows=4)
+
+
+def config_for(data: Path, *only: str, **training: object) -> FinetuneConfig:
+    return small_config(data, **({"steps": 6, "only": list(only)} | training))
+
+
+def changed(config: FinetuneConfig, run: Path | None = None) -> set[str]:
+    """Files with a weight that training changed."""
+    old = dict(build_model(config).double().named_parameters())
+    after = train(config, run=run).model
+    return {after.owner(n) for n, p in after.named_parameters() if not torch.equal(p, old[n])}
+
+
+def test_only_the_named_files_change_also_in_the_average(data: Path, tmp_path: Path) -> None:
+    config = config_for(data, "skill-text", "head-text_classification", ema=0.5)
+    config.tasks = {"text_classification": config.tasks["text_classification"]}
+    assert changed(config, tmp_path) == {"skill-text", "head-text_classification"}
+
+
+def test_what_is_frozen_has_no_optimiser_state_and_no_gradient(data: Path, tmp_path: Path) -> None:
+    config = config_for(data, "skill-general")
+    done = train(config, run=tmp_path)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    kept = {path.stem for path in folder.glob("optimizer-*.safetensors")}
+    assert kept == {"optimizer-skill-general"}
+    for name, parameter in done.model.named_parameters():
+        assert parameter.requires_grad == (done.model.owner(name) == "skill-general")
+        assert parameter.grad is None
+
+
+def test_tasks_that_are_only_measured_take_no_steps(data: Path) -> None:
+    config = config_for(data)
+    for name, task in config.tasks.items():
+        task.measured_only = name != "text_to_code"
+    assert set(config.trained) == {"text_to_code"}
+    assert set(config.measured) == set(config.tasks)
+    assert "head-speech_recognition" not in changed(config)
+    assert set(train(config).losses) == {"text_to_code"}
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("skill-texd", "no file 'skill-texd'; did you mean 'skill-text'"),
+        ("head-text_classification", "nothing to train for speech_recognition, which activates"),
+    ],
+)
+def test_what_cannot_train_is_named(data: Path, only: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(config_for(data, only))
+
+
+def test_no_task_to_train(data: Path) -> None:
+    config = config_for(data)
+    for task in config.tasks.values():
+        task.measured_only = True
+    with pytest.raises(UserError, match="no task to train"):
+        train(config)
+    with pytest.raises(ValueError, match="not both"):
+        TaskTraining("x", auxiliary=True, measured_only=True)

@@ -1,0 +1,170 @@
+"""AdamW on active parameters only, learning rates, clipping, averages."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.config.run import TrainingConfig
+from pipelines.training.loop import step_loss, train
+from pipelines.training.optimizer import (
+    SkillAdamW,
+    WeightAverage,
+    clip_by_norm,
+    decays,
+    learning_rate,
+)
+from pipelines.training.setup import build_model, open_stream
+from skillnet.precision import choose
+from tests.helpers.small_corpora import small_config, write_corpora
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
+
+
+def test_equals_torch_adamw() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+    theirs = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+    theirs.load_state_dict(ours.state_dict())
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.3},
+        {"params": [p for p in theirs.parameters() if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98))
+    optimizer = SkillAdamW(0.3, (0.9, 0.98))
+    for _ in range(5):
+        x = torch.randn(3, 4, dtype=torch.float64)
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        optimizer.step(list(ours.named_parameters()), 0.01)
+        reference.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_an_inactive_skill_stays_as_it_is(data: Path) -> None:
+    """Weights, gradients and optimiser state, also under weight decay and after being active."""
+    config = small_config(data, weight_decay=0.5)
+    stream, model = open_stream(config), build_model(config).double()
+    optimizer, precision = SkillAdamW(0.5), choose("fp64", torch.device("cpu"))
+    everything = dict(model.named_parameters())
+
+    def one_step(task: str) -> None:
+        step = next(s for s in range(100) if stream.plan(s).task == task)
+        batch = stream.batch(step).to(precision.device, torch.float64)
+        step_loss(model, config.model.tasks[task], batch, precision, config).backward()
+        active = list(model.active_parameters(task))
+        missing = [name for name, parameter in active if parameter.grad is None]
+        assert not missing
+        outside = everything.keys() - {name for name, _ in active}
+        assert all(everything[name].grad is None for name in outside)
+        optimizer.step(active, 0.01)
+        for _, parameter in active:
+            parameter.grad = None
+
+    for task in ("text_to_image", "text_to_video"):
+        one_step(task)
+    image = [name for name in everything if model.owner(name) == "skill-image"]
+    assert image
+    assert not any(model.owner(name) == "skill-sound" for name in optimizer.state)
+    weights = {name: everything[name].detach().clone() for name in everything}
+    state = {n: {k: x.clone() for k, x in optimizer.state[n].items()} for n in image}
+    for task in ("text_to_video", "speech_recognition", "text_classification", "text_to_code"):
+        one_step(task)
+    for name in image:
+        assert torch.equal(everything[name], weights[name]), name
+        for key, value in state[name].items():
+            assert torch.equal(optimizer.state[name][key], value), name
+    changed = [n for n in everything if model.owner(n) == "skill-general"]
+    assert all(not torch.equal(everything[name], weights[name]) for name in changed)
+
+
+def test_state_only_for_skills_that_were_used(data: Path) -> None:
+    config = small_config(data, steps=3)
+    config.tasks = {"text_classification": config.tasks["text_classification"]}
+    before = build_model(config).double()
+    after = train(config).model
+    for (name, one), (_, other) in zip(
+        before.named_parameters(), after.named_parameters(), strict=True
+    ):
+        active = name in {n for n, _ in after.active_parameters("text_classification")}
+        assert torch.equal(one, other) != active, name
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("encoder.layers.0.attention.qkv.weight.weights.text", (4, 4), True),
+        ("encoder.layers.0.attention.qkv.weight.weights.norm", (4, 4), True),
+        ("heads.text_to_image.query.weight", (4, 4), True),
+        ("stems.patch.project.weight", (4, 4), True),
+        ("stems.token.embedding.weight", (4, 4), False),
+        ("stems.patch.position", (4, 4), False),
+        ("encoder.norm.weight", (4,), False),
+        ("encoder.layers.0.feedforward.up", (3, 4, 4), True),
+        ("towers.a.input.model.pos_embed", (1, 4, 4), False),
+        ("towers.a.input.model.embeddings.word_embeddings.weight", (4, 4), False),
+        ("towers.a.input.model.embeddings.patch_embeddings.projection.weight", (4, 4), True),
+        ("towers.a.input.model.embeddings.cls_token", (1, 1, 4), False),
+        ("heads.text_classification.project.bias", (4,), False),
+    ],
+)
+def test_what_decays(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert decays(name, torch.zeros(shape)) == expected
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
+    config = TrainingConfig(steps=200, warmup=0.1, lr=2.0, final_lr=0.05, schedule=schedule)  # type: ignore[arg-type]
+    rates = [learning_rate(config, step) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[19] == pytest.approx(2.0)
+    assert all(b > a for a, b in pairwise(rates[:20]))
+    assert all(b <= a for a, b in pairwise(rates[19:]))
+    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.1, rel=0.35)
+    if schedule == "wsd":
+        assert rates[139] == 2.0
+        assert rates[160] < 2.0
+
+
+def test_warmup_in_steps() -> None:
+    assert learning_rate(TrainingConfig(steps=100, warmup=10, lr=1.0), 4) == pytest.approx(0.5)
+
+
+def test_clipping() -> None:
+    layer = nn.Linear(2, 2).double()
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    norm = clip_by_norm(list(layer.named_parameters()), 1.5)
+    assert float(norm) == pytest.approx(24**0.5)
+    scaled = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
+    assert float(scaled.norm()) == pytest.approx(1.5)
+    assert float(clip_by_norm(list(layer.named_parameters()), 0)) == pytest.approx(1.5)
+    assert float(clip_by_norm(list(layer.named_parameters()), 9)) == pytest.approx(1.5)
+
+
+def test_average_follows_and_swaps_back() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    average = WeightAverage(0.5)
+    seen = []
+    for step in range(4):
+        with torch.no_grad():
+            layer.weight.fill_(float(step))
+        average.update(list(layer.named_parameters()))
+        seen.append(float(average.values["weight"][0, 0]))
+    # Decays: 2/11, then 3/12, 4/13, 5/14, all below 0.5.
+    expected = 0.0
+    for step, decay in ((1, 3 / 12), (2, 4 / 13), (3, 5 / 14)):
+        expected = decay * expected + (1 - decay) * step
+    assert seen[0] == 0
+    assert seen[3] == pytest.approx(expected)
+    average.swap(layer)
+    assert float(layer.weight.detach()[0, 0]) == pytest.approx(expected)
+    average.swap(layer)
+    assert float(layer.weight.detach()[0, 0]) == 3.0

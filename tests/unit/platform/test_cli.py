@@ -1,0 +1,208 @@
+"""The shell: quick help, entry points, nearest names, exit codes."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import cli, console
+from skillnet_platform.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+def python(*words: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **(env or {})}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from skillnet_platform.cli import main\n"
+        "code = main(['--help']); took = time.perf_counter() - start\n"
+        "slow = {'torch', 'ray', 'mlflow', 'numpy', 'pyarrow', 'rich', 'yaml'}\n"
+        "heavy = slow & set(sys.modules)\n"
+        "print(f'took {took} heavy {heavy}', file=sys.stderr); sys.exit(code)"
+    )
+    best = 99.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = python("-c", code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0
+        assert "heavy set()" in done.stderr
+        # CPU seconds: on a busy machine the wall clock measures the others.
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        best = min(best, spent)
+    assert "quickstart" in done.stdout
+    assert best < 0.3, f"skillnet --help took {best:.2f} s"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("skillnet 0.")
+
+
+def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["finetun"]) == 2
+    captured = capsys.readouterr()
+    assert "unknown command 'finetun'; did you mean 'finetune'?" in captured.err
+    assert captured.out == ""
+
+
+def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: skillnet COMMAND" in capsys.readouterr().out
+
+
+def test_commands_of_other_packages_are_listed_and_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "other-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[skillnet.commands]\nextra = other_module:main\nbroken = absent_module:main\n"
+    )
+    (tmp_path / "other_module.py").write_text(
+        "def main(argv=None):\n    print(argv)\n    return 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["--help"]) == 0
+    assert "other_module:main" in capsys.readouterr().out
+    assert cli.main(["extra", "--x"]) == 7
+    assert "['--x']" in capsys.readouterr().out
+    assert cli.main(["broken"]) == 1
+    assert "absent_module" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "text"),
+    [
+        (UserError("file x, row 3: no label"), 2, "error: file x, row 3: no label\n"),
+        (ValueError("model.dim must be at least 1"), 2, "error: model.dim must be at least 1\n"),
+        (KeyError("k"), 1, "error: KeyError: 'k'\n"),
+        (RuntimeError("first\nlast"), 1, "error: RuntimeError: last\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_exit_codes(
+    problem: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @cli.command
+    def main(argv: list[str] | None = None) -> int:
+        raise problem
+
+    assert main([]) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith(text)
+    assert "Traceback" not in shown
+    assert ("SKILLNET_DEBUG=1" in shown) == (code == 1)
+
+
+def test_a_value_error_of_a_library_is_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.command
+    def main(argv: list[str] | None = None) -> int:
+        import fractions
+
+        fractions.Fraction("not a number")
+        return 0
+
+    assert main([]) == 1
+    assert "ValueError" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SKILLNET_DEBUG", "1")
+
+    @cli.command
+    def main(argv: list[str] | None = None) -> int:
+        raise UserError("wrong")
+
+    assert main([]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_output_ends_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.command
+    def main(argv: list[str] | None = None) -> None:
+        console.begin_json()
+        print("noise")
+        console.emit_json({"rows": 3})
+
+    assert main([]) == 0
+    assert not console.json_wanted()
+    captured = capsys.readouterr()
+    assert captured.out == '{\n  "rows": 3\n}\n'
+    assert "noise" in captured.err
+
+
+def test_json_output_holds_back_child_processes_too() -> None:
+    code = (
+        "import os; from skillnet_platform import console\n"
+        "console.begin_json(); os.system('echo child'); print('noise')\n"
+        "console.emit_json([1]); console.end_json(); print('after')"
+    )
+    done = python("-c", code)
+    assert done.stdout == "[\n  1\n]\nafter\n"
+    assert "child" in done.stderr
+    assert "noise" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = "from skillnet_platform.cli import main; raise SystemExit(main(['--help']))"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    shell = f'{sys.executable} -c "{code}" | true'
+    done = subprocess.run(
+        shell, shell=True, capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.integration
+def test_mistakes_inside_ray_are_still_mistakes(
+    ray_session: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    @ray.remote
+    def fails() -> None:
+        raise UserError("recording 7: no symbols")
+
+    @cli.command
+    def main(argv: list[str] | None = None) -> int:
+        ray.get(fails.remote())
+        return 0
+
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: recording 7: no symbols\n"
+
+
+def test_interrupt_from_outside_exits_with_130() -> None:
+    code = (
+        "import signal, time; from skillnet_platform.cli import command\n"
+        # A shell's background jobs are born with it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "@command\n"
+        "def main(argv=None):\n"
+        "    print('ready', flush=True); time.sleep(60)\n"
+        "raise SystemExit(main([]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    process.stdout.close()

@@ -1,0 +1,301 @@
+"""What the nodes saw becomes findings that name the node, the cause and what to do."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import doctor
+from skillnet_platform.checks import cluster as checks
+from skillnet_platform.checks import machine as machine_checks
+from skillnet_platform.checks import node_probe
+from skillnet_platform.checks.finding import GIB
+from skillnet_platform.checks.node_probe import Seen
+from skillnet_platform.cluster import versions
+from skillnet_platform.cluster.resource_request import Needs, checkpoint_bytes, needs
+from skillnet_platform.storage import local as local_storage
+from tests.helpers.object_store import ObjectStore
+
+ONE = Seen(
+    node="10.0.0.1",
+    versions=versions.installed(),
+    auth_mode="token",
+    interfaces={"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"},
+    addresses={"lo": "127.0.0.1", "eth0": "10.0.0.1"},
+    name_resolves_to="127.0.1.1",
+    home="/mnt/runs",
+    write_problem="",
+    files_seen={"/mnt/runs": ["10.0.0.1", "10.0.0.2"]},
+    free_bytes=100 * GIB,
+    tracker_problem="",
+)
+TWO = replace(ONE, node="10.0.0.2", addresses={"lo": "127.0.0.1", "eth0": "10.0.0.2"})
+
+
+def node(cpus: float, gpus: float = 0) -> dict[str, dict[str, float]]:
+    return {"Resources": {"CPU": cpus, "GPU": gpus}}
+
+
+def test_a_sound_cluster_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    for check in (checks.same_versions, checks.authentication, checks.room, checks.trackers):
+        assert [each.level for each in check([ONE, TWO])] == ["ok"], check
+    assert [each.level for each in checks.meeting([ONE, TWO], Needs(2))] == ["ok"]
+    (finding,) = checks.shared_storage([ONE, TWO], ["/mnt/runs"])
+    assert finding.level == "ok"
+
+
+def test_another_version_on_a_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(TWO, versions=TWO.versions | {"torch": "2.0.0"})
+    (finding,) = checks.same_versions([ONE, other])
+    assert finding.level == "error"
+    assert "torch 2.0.0 on 10.0.0.2" in finding.seen
+    assert "ray up" in finding.advice
+    monkeypatch.setenv(versions.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
+    told = checks.same_versions([ONE, TWO])
+    assert [each.level for each in told] == ["warning", "warning"]
+    assert "9.9 where the job was sent" in told[1].seen
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "growth", "level"),
+    [
+        ([node(2), node(2)], Needs(4), [], "ok"),
+        ([node(2), node(2)], Needs(5), [], "error"),
+        ([node(2), node(2)], Needs(2, spread=True), [], "ok"),
+        ([node(8)], Needs(2, spread=True), [], "error"),
+        ([node(0)], Needs(2, 2), [{"CPU": 8, "GPU": 1}] * 2, "warning"),
+        ([node(0)], Needs(3, 3), [{"CPU": 8, "GPU": 1}] * 2, "error"),
+        ([node(8)], Needs(1, 1), [], "error"),
+        ([node(4)], Needs(8, least=2), [], "warning"),
+        ([node(1)], Needs(8, least=2), [], "error"),
+        ([node(1)], Needs(8, least=2), [{"CPU": 1}], "warning"),
+        ([node(8)], Needs(4, spread=True, least=2), [], "error"),
+        ([node(8)], Needs(4, cpus=2), [], "ok"),
+        ([node(3), node(3)], Needs(3, cpus=2), [], "error"),
+        ([node(0.9)], Needs(3, cpus=0.3), [], "ok"),
+        ([node(8, 1)], Needs(2, 1), [], "ok"),
+    ],
+)
+def test_resources(
+    nodes: list[dict[str, dict[str, float]]],
+    asked: Needs,
+    growth: list[dict[str, float]],
+    level: str,
+) -> None:
+    (finding,) = checks.enough(nodes, asked, growth)
+    assert finding.level == level
+    assert asked.words() in finding.seen
+
+
+def test_each_stage_and_each_model_is_looked_at(tmp_path: Path) -> None:
+    told = checks.enough([node(2)], Needs(2, then=Needs(4)), [])
+    assert [each.level for each in told] == ["ok", "error"]
+    (tmp_path / "model").mkdir()
+    found = checks.models([str(tmp_path / "model"), str(tmp_path / "gone")])
+    assert [each.level for each in found] == ["ok", "error"]
+    assert found[1].seen == f"{tmp_path}/gone: not there, as seen from the head"
+
+
+def test_the_autoscaler_may_start_what_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    monkeypatch.setattr(checks, "BOOTSTRAP", file)
+    assert checks._growth() == []
+    source = Path(__file__).parents[3] / "ray_cluster.yaml"
+    file.write_bytes(source.read_bytes())
+    assert sorted(map(str, checks._growth())) == sorted(
+        ["{'CPU': 8, 'GPU': 1}"] * 4 + ["{'CPU': 8}"] * 4
+    )
+
+
+def test_a_node_that_asks_for_no_token_is_named() -> None:
+    (finding,) = checks.authentication([ONE, replace(TWO, auth_mode="disabled")])
+    assert (finding.level, finding.seen[-8:]) == ("error", "10.0.0.2")
+    assert "RAY_AUTH_MODE=token" in finding.advice
+    here = replace(ONE, node="127.0.0.1", auth_mode="disabled")
+    assert checks.authentication([here])[0].level == "warning", "for users of this machine alone"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Stands for servers: with or without a password, as the test says."""
+
+    code = 200
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else self.code)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    made = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+    made.server_close()
+
+
+def test_a_job_server_is_tried_without_the_token(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finding,) = checks.authentication([ONE, TWO], server)
+    assert (finding.level, server in finding.seen) == ("error", True)
+    monkeypatch.setattr(Answers, "code", 401)
+    assert checks.authentication([ONE, TWO], server)[0].level == "ok"
+
+
+def test_a_tracker_is_asked_for_more_than_its_health(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setattr(Answers, "code", 401)
+    (finding,) = machine_checks.tracker()
+    assert finding.level == "error"
+    assert "asks for a password, and none is set" in finding.seen
+    assert machine_checks.tracker(Needs())[0].level == "warning", "nothing is recorded"
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    problem, access = node_probe._tracker_problems()
+    assert (problem, "refuses the user me" in access) == ("", True)
+    told = [ONE, replace(TWO, access_problem=access)]
+    assert checks.trackers(told, Needs(records=True))[0].level == "error"
+    (finding,) = checks.trackers(told, Needs())
+    assert finding.level == "warning", "a command that records nothing needs no entry"
+    assert "--env_from MLFLOW_TRACKING_USERNAME" in finding.advice
+
+
+def test_room_is_held_against_what_the_run_takes(
+    run_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tmp_path / "big/mine/checkpoints/step-00000100"
+    step.mkdir(parents=True)
+    (step / "weights").write_bytes(b"x" * 1000)
+    words = ["finetune", "--run_dir", str(tmp_path / "big"), "--training.keep", "3"]
+    asked = needs([*words, "--name", "mine"])
+    assert (asked.run_dir, asked.name, asked.keep) == (str(tmp_path / "big"), "mine", 3)
+    assert checkpoint_bytes(asked) == 3 * 1000, "of four, while the oldest is still there"
+    assert checkpoint_bytes(needs([*words, "--from", str(step)])) == 4 * 3 * 1000
+    assert checkpoint_bytes(needs(words)) == 0
+    assert needs(["finetune", "--run_dir", "s3://b/runs"]).run_dir == ""
+    little = replace(TWO, free_bytes=2999)
+    (finding,) = checks.room([ONE, little], asked)
+    assert finding.level == "error"
+    assert finding.seen == "2.9 KiB free on 10.0.0.2; the run takes 2.9 KiB"
+    assert checks.room([ONE, replace(TWO, free_bytes=3000)], asked)[0].level == "ok"
+    monkeypatch.setattr(
+        local_storage, "free_bytes", lambda path: 2999 if "big" in str(path) else 10**12
+    )
+    assert [each.level for each in machine_checks.disk(asked)] == ["error"]
+    assert [each.level for each in machine_checks.disk()] == ["ok"]
+    away = node_probe._look_around("10.0.0.1", "x", [], asked.run_dir)
+    assert away["free_bytes"] == 2999
+    assert not (tmp_path / "new").exists()
+    assert machine_checks.disk(needs(["finetune", "--run_dir", str(tmp_path / "new")]))
+    assert not (tmp_path / "new").exists(), "doctor makes no folder of a run"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"home": ""}, "10.0.0.2: (not set)"),
+        ({"home": "/other"}, "10.0.0.2: /other"),
+        ({"write_problem": "/mnt/runs: denied"}, "from 10.0.0.2: /mnt/runs: denied"),
+        ({"files_seen": {"/mnt/runs": ["10.0.0.2"]}}, "10.0.0.2 does not see what 10.0.0.1 wrote"),
+    ],
+)
+def test_storage_that_is_not_shared_is_an_error(change: dict[str, object], words: str) -> None:
+    two = replace(TWO, **change)  # type: ignore[arg-type]
+    (finding,) = checks.shared_storage([ONE, two], ["/mnt/runs"])
+    assert finding.level == "error"
+    assert words in finding.seen
+    assert "SKILLNET_HOME" in finding.advice
+    assert "--run_dir s3://" in finding.advice
+
+
+def test_little_room_and_lost_trackers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = checks.room([ONE, replace(TWO, free_bytes=GIB)])
+    assert (finding.level, "10.0.0.2" in finding.seen) == ("warning", True)
+    lost = replace(TWO, tracker_problem="no MLflow server answers there")
+    (finding,) = checks.trackers([ONE, lost])
+    assert (finding.level, finding.seen[:8]) == ("error", "10.0.0.2")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("SKILLNET_HOME", "/mnt/runs")
+    (finding,) = checks.trackers([ONE, TWO])
+    assert finding.level == "warning"
+    assert "skillnet tracker" in finding.advice
+    # On a disk that only one host has, the others' metrics would go nowhere.
+    monkeypatch.setenv("SKILLNET_HOME", "/root/runs")
+    own = [replace(each, files_seen={"/root/runs": [each.node]}) for each in (ONE, TWO)]
+    (finding,) = checks.trackers(own)
+    assert finding.level == "error"
+    assert "sqlite:////root/runs/mlflow.db: a file. /root/runs: 10.0.0.1 does not" in finding.seen
+
+
+def test_workers_that_would_not_meet() -> None:
+    silent = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": ""})
+    (finding,) = checks.meeting([ONE, silent], Needs(2))
+    assert finding.level == "error"
+    assert "127.0.1.1" in finding.seen
+    (finding,) = checks.meeting([ONE, replace(silent, name_resolves_to="10.0.0.2")], Needs(2))
+    assert finding.level == "ok"
+    wrong = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"})
+    (finding,) = checks.meeting([ONE, wrong], Needs(2))
+    assert "GLOO_SOCKET_IFNAME=lo has 127.0.0.1" in finding.seen
+    assert checks.meeting([ONE], Needs(2)) == []
+
+
+def test_config_without_a_command_asks_about_finetune() -> None:
+    assert doctor._named(["--json", "--config", "tiny"]) == [
+        "--json",
+        "finetune",
+        "--config",
+        "tiny",
+    ]
+    assert doctor._named(["sweep", "--config", "x"]) == ["sweep", "--config", "x"]
+    assert doctor._named(["--ray", "false"]) == ["--ray", "false"]
+
+
+def test_each_place_that_a_run_names_is_looked_at() -> None:
+    both = {"/mnt/runs": ["10.0.0.1", "10.0.0.2"], "s3://b/runs": ["10.0.0.1", "10.0.0.2"]}
+    blind = both | {"s3://b/runs": []}
+    seen = [replace(ONE, files_seen=both), replace(TWO, files_seen=blind)]
+    told = checks.shared_storage(seen, list(both))
+    assert [each.level for each in told] == ["ok", "error"]
+    assert told[1].seen == "s3://b/runs: 10.0.0.2 does not see what 10.0.0.1 wrote there"
+
+
+@pytest.mark.integration
+def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
+    asked = Needs(2, places=(str(tmp_path),))
+    found = {each.check: each for each in checks.cluster_findings(ray_session, asked)}
+    assert found["versions"].level == "ok", found["versions"]
+    assert found["resources"].level == "ok"
+    assert "on 1 node" in found["resources"].seen
+    assert found["authentication"].level == "ok", "the embedded Ray has a token of its own"
+    assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads what all wrote"
+    assert list(tmp_path.iterdir()) == [], "cleaned up"
+
+
+@pytest.mark.integration
+def test_a_node_looks_at_a_store_as_runs_do(object_store: ObjectStore) -> None:
+    place, folder = f"{object_store.uri}/runs", ".doctor-test"
+    assert node_probe._leave_file("10.0.0.1", folder, [place]) == ""
+    assert node_probe._look_around("10.0.0.2", folder, [place])["files_seen"] == {
+        place: ["10.0.0.1"]
+    }
+    node_probe._clean_up(folder, [place])
+    assert node_probe._look_around("10.0.0.2", folder, [place])["files_seen"] == {place: []}
+    gone = node_probe._leave_file("10.0.0.1", folder, ["s3://no-such-bucket/runs"])
+    assert "there is no bucket 'no-such-bucket'" in gone

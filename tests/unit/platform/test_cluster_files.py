@@ -1,0 +1,219 @@
+"""The cluster files fit Ray's own schema, keep ports closed, and share one node set-up script."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from skillnet_platform.cluster import node_requirements
+from skillnet_platform.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "platform/deploy"
+AWS, ON_PREM = ROOT / "ray_cluster.yaml", DEPLOY / "on_prem.yaml"
+SCRIPT = DEPLOY / "setup_node.sh"
+
+
+def load(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return told
+
+
+def containers() -> list[dict[str, Any]]:
+    spec = load(DEPLOY / "kuberay.yaml")["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [group["template"]["spec"]["containers"][0] for group in groups]
+
+
+@pytest.mark.parametrize("path", [AWS, ON_PREM], ids=lambda path: path.name)
+def test_rays_own_schema_takes_the_file(path: Path) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(load(path)))
+    wrong = load(path) | {"max_wrokers": 2}
+    with pytest.raises(Exception, match="max_wrokers"):
+        validate_config(wrong)
+
+
+def test_the_head_on_aws_gives_no_cpu_away() -> None:
+    told = load(AWS)
+    kinds = told["available_node_types"]
+    assert kinds[told["head_node_type"]]["resources"] == {"CPU": 0}
+    gpu = [kind for kind in kinds.values() if kind["resources"].get("GPU")]
+    cpu = [name for name, kind in kinds.items() if kind["resources"] == {"CPU": 8}]
+    assert [(kind["min_workers"], kind["max_workers"]) for kind in gpu] == [(0, 4)]
+    assert cpu == ["data"]
+    assert all(
+        k["node_config"]["MetadataOptions"]["HttpTokens"] == "required" for k in kinds.values()
+    )
+
+
+def test_every_spot_machine_watches_for_its_notice() -> None:
+    told = load(AWS)
+    spot = {
+        name
+        for name, kind in told["available_node_types"].items()
+        if kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot"
+    }
+    assert spot == told["available_node_types"].keys() - {told["head_node_type"]}
+    mounted, source = next(iter(told["file_mounts"].items()))
+    command = told["worker_start_ray_commands"][-1]
+    assert command.startswith(f"setsid --fork bash {mounted}/watch_spot.sh")
+    assert "</dev/null" in command, "it must not hold the connection by which it is started"
+    assert (ROOT / source / "watch_spot.sh").is_file()
+
+
+def test_on_prem_counts_its_workers() -> None:
+    told = load(ON_PREM)
+    count = len(told["provider"]["worker_ips"])
+    assert (told["min_workers"], told["max_workers"]) == (count, count)
+
+
+@pytest.mark.parametrize("path", [AWS, ON_PREM], ids=lambda path: path.name)
+def test_a_node_gets_dependencies_token_and_a_closed_dashboard(path: Path) -> None:
+    told = load(path)
+    (setup,) = told["setup_commands"]
+    assert setup.endswith("bash ~/.skillnet/deploy/setup_node.sh install")
+    assert told["file_mounts"] == {
+        "~/.skillnet/deploy": "platform/deploy",
+        "~/.ray/auth_token": "~/.ray/auth_token",
+    }
+    (start,) = [line for line in told["head_start_ray_commands"] if "ray start" in line]
+    assert "--dashboard-host=127.0.0.1" in start
+    for line in [*told["head_start_ray_commands"], *told["worker_start_ray_commands"]]:
+        if "ray start" in line:
+            assert line.startswith('settings="$(bash ~/.skillnet/deploy/')
+    assert "IpPermissions" not in told["provider"].get("security_group", {})
+
+
+def test_the_kubernetes_manifest_is_a_cluster_with_a_token() -> None:
+    told = load(DEPLOY / "kuberay.yaml")
+    assert (told["apiVersion"], told["kind"]) == ("ray.io/v1", "RayCluster")
+    spec = told["spec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    pinned = version("ray")
+    assert spec["rayVersion"] == pinned, "change it with the version of ray"
+    for each in containers():
+        assert each["image"].startswith(f"rayproject/ray:{pinned}-")
+        assert "/skillnet/setup_node.sh install &&" in each["args"][0]
+        assert each["args"][0].endswith('eval "$KUBERAY_GEN_RAY_START_CMD"')
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        template = group["template"]
+        assert template["metadata"]["annotations"] == {"ray.io/overwrite-container-cmd": "true"}
+        mounted = {mount["name"] for mount in template["spec"]["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in template["spec"]["volumes"]}
+    kinds = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    limits = kinds["gpu"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "1"
+
+
+def test_shell_scripts_are_sound() -> None:
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    checker = Path(sys.executable).with_name("shellcheck")
+    if not checker.is_file():
+        pytest.skip("shellcheck is not installed: pip install -e '.[dev]'")
+    done = subprocess.run(
+        [str(checker), str(SCRIPT), str(ROOT / ".ci/run")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def run_script(home: Path, word: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["bash", str(home / "deploy/setup_node.sh"), word],
+        env={"HOME": str(home), "PATH": os.environ["PATH"], **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """A home as `ray up` leaves it before the set-up: the script, requirements, no token."""
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy/setup_node.sh").write_bytes(SCRIPT.read_bytes())
+    (tmp_path / "deploy/requirements.txt").write_text("# python 3.11\n")
+    return tmp_path
+
+
+def test_a_node_is_set_up_twice_with_the_same_result(node: Path) -> None:
+    python = node / "venv/bin/python"  # says how it was called; pip itself runs in tests/cluster
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >>"$HOME/called"\n')
+    python.chmod(0o755)
+    settings = {"SKILLNET_HOME": "/mnt/runs", "SKILLNET_VENV": str(node / "venv")}
+    missing = run_script(node, "install", **settings)
+    assert missing.returncode == 1
+    assert "ray get-auth-token --generate" in missing.stderr
+    (node / ".ray").mkdir()
+    (node / ".ray/auth_token").write_text("secret")
+    (node / ".bashrc").write_text("case $- in *i*) ;; *) return ;; esac\n")
+    for _ in range(2):
+        done = run_script(node, "install", **settings)
+        assert done.returncode == 0, done.stderr
+    assert f"--requirement {node}/deploy/requirements.txt" in (node / "called").read_text()
+    lines = (node / ".bashrc").read_text().splitlines()
+    assert lines == ['. "$HOME/.skillnet/env.sh"', "case $- in *i*) ;; *) return ;; esac"]
+    assert (node / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    told = subprocess.run(
+        ["bash", "-c", ". ~/.bashrc; . ~/.bashrc; echo $SKILLNET_HOME $RAY_AUTH_MODE $PATH"],
+        env={"HOME": str(node), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert told == ["/mnt/runs", "token", f"{node}/venv/bin:/usr/bin:/bin"]
+
+
+def test_a_node_without_its_settings_is_told_what_is_missing(node: Path) -> None:
+    assert "SKILLNET_HOME is not set" in run_script(node, "install").stderr
+    bucket = run_script(node, "install", SKILLNET_HOME="s3://bucket/runs")
+    assert "SKILLNET_HOME is a path" in bucket.stderr
+    (node / "deploy/requirements.txt").unlink()
+    done = run_script(node, "install", SKILLNET_HOME="/mnt/runs")
+    assert done.returncode == 1
+    assert "python -m skillnet_platform.cluster.node_requirements" in done.stderr
+    assert "say what: install or settings" in run_script(node, "go").stderr
+
+
+def test_a_node_finds_the_interface_of_the_head(node: Path) -> None:
+    done = run_script(node, "settings", RAY_HEAD_IP="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    assert "export SKILLNET_NODE_IP=127.0.0.1" in done.stdout
+    assert "GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo" in done.stdout
+    assert "ulimit -S -n " in done.stdout
+    named = run_script(node, "settings", SKILLNET_INTERFACE="lo")
+    assert "SKILLNET_NODE_IP=127.0.0.1" in named.stdout
+    wrong = run_script(node, "settings", SKILLNET_INTERFACE="none0")
+    assert wrong.returncode == 1
+    assert "none0 has no IPv4 address" in wrong.stderr
+
+
+def test_requirements_are_this_environment(tmp_path: Path) -> None:
+    path = tmp_path / "requirements.txt"
+    assert node_requirements.main([str(path)]) == 0
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"# python {sys.version_info.major}.{sys.version_info.minor}"
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert pins["ray"] == version("ray")
+    assert pins["torch"] == version("torch").partition("+")[0]
+    assert {"aiohttp", "grpcio", "ray"} <= set(pins), "what ray[default] brings is pinned too"
+    # What the stores and the tracker of a cluster need, as far as it is here.
+    assert {"boto3", "s3fs", "psycopg-binary", "flask-wtf"} <= set(pins)
+    assert not {"skillnet-platform", "pytest", "ruff"} & set(pins), "no code of ours, no tools"
+
+
+def test_requirements_name_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no-such-package>=1 is not installed here"):
+        node_requirements.pins(["no-such-package>=1"])
+    with pytest.raises(UserError, match=r"pytest<1 is needed, .* is installed here"):
+        node_requirements.pins(["pytest<1"])
+    with pytest.raises(UserError, match="a checkout of the repository"):
+        node_requirements.direct_dependencies(tmp_path / "pyproject.toml")

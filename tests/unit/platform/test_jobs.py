@@ -1,0 +1,379 @@
+"""Jobs: what is sent, how a job is found and followed, and what each mistake is told as."""
+
+import asyncio
+import json
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from skillnet_platform import cluster, config, submit
+from skillnet_platform.cluster import job_client, job_logs, versions, working_dir
+from skillnet_platform.cluster.resource_request import Needs, needs, split
+from skillnet_platform.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (*job_client.ADDRESSES, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_own_options_end_where_the_command_begins() -> None:
+    words = ["--detach", "--env.A", "b", "--json", "finetune", "--config", "tiny", "--json"]
+    assert split(words) == (words[:4], words[4:])
+    assert split(["--check=false", "--", "prepare"]) == (["--check=false"], ["prepare"])
+    assert split(["--attach"]) == (["--attach"], [])
+
+
+def test_what_a_command_asks_for(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text("training: {workers: 3, use_gpu: true}\n")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(f"run: {{include: {run}, training: {{placement: strict_spread}}}}\n")
+    assert needs([]) == needs(["prepare", "--config", str(run)]) == Needs()
+    assert needs(["prepare", "--data", "s3://b/corpora"]) == Needs(places=("s3://b/corpora",))
+    assert needs(["finetune", "--config", str(run)]) == Needs(3, 3)
+    assert needs(["finetune", "--config", str(run), "--training.workers=2"]) == Needs(2, 2)
+    assert needs(["sweep", "--config", str(sweep)]) == Needs(3, 3, spread=True)
+    assert needs(["sweep", "--run.training.workers", "4"]) == Needs(4)
+    # What a training does not name lies in the run root.
+    both = ["--run_dir", "s3://b/runs", "--data", "s3://b/corpora"]
+    assert needs(["finetune", *both]).places == ("s3://b/runs", "s3://b/corpora")
+    assert needs(["finetune", *both[:2]]).places == ("s3://b/runs", "")
+    assert needs(["sweep", *both[:2], "--run.data", both[3]]).places == (both[1], both[3])
+    mirrored = ["finetune", "--data", "s3://b/corpora", "--storage.mirror", "s3://b/runs"]
+    assert needs(mirrored).places == ("s3://b/corpora", "s3://b/runs")
+    assert Needs(2, 2, True).words() == "2 workers with a GPU each on 2 hosts"
+    with pytest.raises(UserError, match="neither a file nor a preset"):
+        needs(["finetune", "--config", "tinny"])
+
+
+def test_what_trials_and_elastic_runs_ask_for(tmp_path: Path) -> None:
+    elastic = needs(["finetune", "--training.workers", "8", "--training.min_workers", "2"])
+    assert elastic == Needs(8, least=2)
+    assert elastic.words() == "2 to 8 workers"
+    assert needs(["sweep", "--resources.cpus", "4", "--resources.gpus", "0.5"]) == Needs(
+        1, 0.5, cpus=4
+    )
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        "run: {training: {workers: 2}}\npretraining: {training: {workers: 4}}\n"
+        "resources: {cpus: 2}\n"
+    )
+    asked = needs(["compare", "--config", str(study)])
+    assert asked == Needs(2, cpus=2, then=Needs(4, cpus=2))
+    assert asked.words() == "2 workers with 2 CPUs each"
+    # A model by its place is looked at; a run's name, the registry, and a shape are not.
+    assert needs(["finetune", "--from", "s3://b/runs/x"]).models == ("s3://b/runs/x",)
+    assert needs(["evaluate", "--model", "/mnt/runs/x/model"]).models == ("/mnt/runs/x/model",)
+    for words in (["--from", "x"], ["--from", "models:/skillnet@champion"], ["--model.dim", "8"]):
+        assert needs(["finetune", *words]).models == ()
+
+
+@pytest.mark.parametrize("command", [["finetune"], ["sweep"]])
+def test_a_value_that_cannot_be_read_is_named(command: list[str]) -> None:
+    assert needs([*command, "--data", "["]).places[0] == "[", "a path is a path"
+    with pytest.raises(UserError, match=r"--training\.workers: cannot read '\['"):
+        needs([*command, "--training.workers", "["])
+    with pytest.raises(UserError, match=r"--training\.workers: cannot read '!!python/name:os"):
+        needs([*command, "--training.workers", "!!python/name:os.system"])
+
+
+def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    for name in (
+        "skillnet/model.py",
+        "run.sh",
+        ".git/config",
+        "my-env/pyvenv.cfg",
+        "my-env/lib/huge.so",
+        "skillnet/__pycache__/model.pyc",
+        "runs/model.safetensors",
+        "elsewhere/model.safetensors",
+        "secret/id.pem",
+        "secret/id_ed25519",
+        ".env",
+        "prod.env",
+        ".netrc",
+        ".aws/credentials",
+        "big/data.bin",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "run.sh").chmod(0o755)
+    (root / "outside").symlink_to("/etc/hostname")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(root / "elsewhere"))
+        first = working_dir.pack(root, tmp_path / "one.zip", ["big"])
+        (root / "skillnet/model.py").touch()
+        again = working_dir.pack(root, tmp_path / "two.zip", ["big/*"])
+    with zipfile.ZipFile(first.path) as package:
+        assert package.namelist() == ["run.sh", "skillnet/model.py"]
+        assert package.getinfo("run.sh").external_attr >> 16 == 0o755
+    assert (first.files, first.size) == (2, first.path.stat().st_size)
+    assert again.path.read_bytes() == first.path.read_bytes(), "same content, same bytes"
+    assert first.largest[0] == ("skillnet/model.py", 17)
+    private = [".aws", ".env", ".netrc", "elsewhere", "prod.env", "runs", "secret/id.pem"]
+    assert first.kept == [*private, "secret/id_ed25519"]
+    assert first.words().endswith(
+        "; left here: .aws, .env, .netrc, elsewhere, prod.env, runs and 2 more"
+    )
+
+
+def test_too_large_a_package_names_what_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
+    monkeypatch.setattr(working_dir, "LARGEST", 10)
+    with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); leave some here with --excl"):
+        working_dir.pack(tmp_path / "code", tmp_path / "code.zip")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ({}, ["prepare"], "RAY_ADDRESS is not set"),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, ["prepare"], "the http:// address of the dashboard"),
+        ({"RAY_ADDRESS": "http://127.0.0.1:9"}, ["prepare"], "no token in "),
+        (
+            {"RAY_ADDRESS": "http://127.0.0.1:9", "RAY_AUTH_TOKEN": "a" * 64},
+            ["prepare"],
+            "no cluster answers there",
+        ),
+        ({}, [], "give a command"),
+        ({}, ["--attach", "--json", "prepare"], "give a command"),
+    ],
+)
+def test_what_is_missing_is_said(
+    environment: dict[str, str],
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert submit.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+class Server:
+    """Stands for the job server: jobs by id, and a log that breaks off ``cuts`` times."""
+
+    def __init__(self, log: str = "", status: str = "SUCCEEDED", code: int = 0, cuts: int = 0):
+        self.log, self.cuts, self.status, self.code = log, cuts, status, code
+        self.sent: dict[str, Any] = {}
+        self.stopped: list[str] = []
+
+    def get_job_status(self, job: str) -> Any:
+        ended = self.cuts <= 0
+        return SimpleNamespace(value=self.status, is_terminal=lambda: ended)
+
+    def get_job_info(self, job: str) -> Any:
+        status = SimpleNamespace(value=self.status)
+        return SimpleNamespace(status=status, driver_exit_code=self.code, message="")
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        half = len(self.log) // 2
+        yield self.log[:half]
+        await asyncio.sleep(0)
+        self.cuts -= 1
+        if self.cuts >= 0:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield self.log[half:]
+
+    def get_job_logs(self, job: str) -> str:
+        return self.log
+
+    def list_jobs(self) -> list[Any]:
+        def job(name: str, start: int, command: str = "", user: str = "") -> Any:
+            metadata = {"skillnet": command, "user": user} if command else None
+            return SimpleNamespace(submission_id=name, start_time=start, metadata=metadata)
+
+        return [
+            job("finetune-1", 1, "finetune --config tiny", "me"),
+            job("finetune-2", 2, "finetune", "me"),
+            job("raysubmit_x", 3),
+            job("finetune-3", 4, "finetune", "you"),
+            job("tracker-1", 5, "tracker --host 10.0.0.1", "me"),
+            job("ui-1", 6, "ui", "me"),
+        ]
+
+    def stop_job(self, job: str) -> bool:
+        self.stopped.append(job)
+        return True
+
+    def submit_job(self, **given: Any) -> str:
+        with zipfile.ZipFile(given["runtime_env"]["working_dir"]) as package:
+            self.sent = given | {"files": package.namelist()}
+        return str(given["submission_id"])
+
+
+@pytest.mark.parametrize("cuts", [0, 1, 2])
+def test_a_lost_connection_loses_and_doubles_nothing(
+    cuts: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.follow(Server("one\ntwo\nthree\n", cuts=cuts), "job") == ("SUCCEEDED", 0)
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+class Quiet(Server):
+    """A job that says nothing for long; its log is closed, or its connection is dead."""
+
+    def __init__(self, tails: int, dead: bool = False, answers: bool = True) -> None:
+        super().__init__("one\ntwo\n", cuts=tails)
+        self.dead, self.answers = dead, answers
+
+    def get_job_status(self, job: str) -> Any:
+        if not self.answers:
+            raise ConnectionError("no route")
+        return super().get_job_status(job)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.cuts -= 1
+        if self.cuts >= 0:
+            await (asyncio.Event().wait() if self.dead else asyncio.sleep(0.03))
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+        yield self.log
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_quiet_job_keeps_its_follower(
+    dead: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("PATIENCE_S", 0.02), ("QUIET_S", 0.05), ("AGAIN_S", 0.0)):
+        monkeypatch.setattr(job_logs, name, value)
+    assert submit.follow(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
+    assert capsys.readouterr().out == "one\ntwo\n"
+    with pytest.raises(UserError, match=r"connection .* is lost .*; the job job goes on"):
+        submit.follow(Quiet(1000, answers=False), "job")
+
+
+@pytest.mark.parametrize(
+    ("code", "given"),
+    [(2, 2), (1, 1), (130, 130), (143, 143), (139, 139), (-15, 143), (None, 1), (256, 1)],
+)
+def test_the_exit_code_is_the_jobs(code: int, given: int) -> None:
+    assert submit.follow(Server(status="FAILED", code=code), "job") == ("FAILED", given)
+
+
+def test_jobs_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "me")
+    assert job_client.find_job(Server(), job_client.NEWEST) == "finetune-2", "mine, and a run"
+    assert job_client.find_job(Server(), "raysubmit_x") == "raysubmit_x"
+    assert job_client.find_job(Server(), "finetune-3") == "finetune-3"
+    with pytest.raises(UserError, match="no such job on the cluster; did you mean 'finetune-2'"):
+        job_client.find_job(Server(), "finetune-22")
+    monkeypatch.setenv("LOGNAME", "they")
+    with pytest.raises(UserError, match=r"they has sent no run .* give an id: finetune-1 of me"):
+        job_client.find_job(Server(), job_client.NEWEST)
+
+
+@pytest.mark.parametrize("problem", [RuntimeError, KeyboardInterrupt])
+def test_a_question_that_nobody_waits_for_leaves_no_job(
+    problem: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pending(Server):
+        def get_job_status(self, job: str) -> Any:
+            if problem is KeyboardInterrupt:
+                raise problem
+            return SimpleNamespace(value="PENDING", is_terminal=lambda: False)
+
+    server = Pending()
+    monkeypatch.setattr(submit, "ANSWER_S", 0.0)
+    monkeypatch.setattr(job_client, "connect", lambda: server)
+    monkeypatch.setattr(submit, "send", lambda client, options: ("doctor-1", None))
+    with pytest.raises(problem):
+        submit.ask(["doctor", "--json"])
+    assert server.stopped == ["doctor-1"]
+
+
+def test_options_behind_the_command_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server()
+    sent: list[list[str]] = []
+
+    def send(client: Any, options: submit.SubmitConfig) -> Any:
+        sent.append(options.entry)
+        return "finetune-1", SimpleNamespace(size=1, files=1)
+
+    server.get_address = lambda: "http://127.0.0.1:8265"  # type: ignore[attr-defined]
+    monkeypatch.setattr(job_client, "connect", lambda address: server)
+    monkeypatch.setattr(submit, "send", send)
+    assert submit.main(["finetune", "--config", "tiny", "--json"]) == 0
+    assert capsys.readouterr().out == "", "submit itself was not asked for JSON"
+    assert submit.main(["--json", "finetune", "--seed", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["job_id"] == "finetune-1"
+    assert sent == [["finetune", "--config", "tiny", "--json"], ["finetune", "--seed", "1"]]
+    assert submit.main(["prepare", "--help"]) == 0
+    assert "skillnet prepare" in capsys.readouterr().out
+    assert submit.main(["--help"]) == 0
+    assert "skillnet submit" in capsys.readouterr().out
+
+
+def test_passwords_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "from here")
+    secret, server = "from here", Server()
+    words = ["--env_from", "MLFLOW_TRACKING_PASSWORD", "--", "finetune"]
+    submit.send(server, config.parse(submit.SubmitConfig, words, "submit"))
+    assert server.sent["runtime_env"]["env_vars"]["MLFLOW_TRACKING_PASSWORD"] == secret
+    assert secret not in capsys.readouterr().err
+    submit.send(server, submit.SubmitConfig(["finetune"], env={"MLFLOW_TRACKING_PASSWORD": "x"}))
+    assert "give --env_from MLFLOW_TRACKING_PASSWORD" in capsys.readouterr().err
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD is not set here"):
+        submit.send(server, config.parse(submit.SubmitConfig, words, "submit"))
+
+
+def test_a_job_servers_address_is_not_one_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**given: Any) -> None:
+        raise ValueError("Malformed address")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    for address, words in (
+        ("http://127.0.0.1:8265", "`skillnet submit`, or unset RAY_ADDRESS"),
+        ("nonsense", "RAY_ADDRESS=nonsense: no Ray answers there"),
+    ):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(UserError, match=words):
+            cluster.ensure_ray()
+
+
+def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[3])
+    server = Server()
+    options = submit.SubmitConfig(["finetune", "--config", "tiny"], env={"SKILLNET_HOME": "s3://b"})
+    job, package = submit.send(server, options)
+    sent = server.sent
+    assert sent["submission_id"] == job
+    assert job.startswith("finetune-")
+    assert {"pyproject.toml", "skillnet/model.py", "platform/skillnet_platform/submit.py"} <= set(
+        sent["files"]
+    )
+    assert not [name for name in sent["files"] if name.startswith((".git/", "runs/"))]
+    assert package.files == len(sent["files"])
+    variables = sent["runtime_env"]["env_vars"]
+    assert (variables["PYTHONPATH"], variables["SKILLNET_HOME"]) == ("platform", "s3://b")
+    assert json.loads(variables[versions.VARIABLE])["ray"] == versions.installed()["ray"]
+    check, run = sent["entrypoint"].split(" && ")
+    assert "skillnet_platform.doctor --only problems finetune --config tiny" in check
+    assert run.endswith("skillnet_platform.cli finetune --config tiny")
+    with pytest.raises(UserError, match="unknown command 'finetun'; did you mean 'finetune'"):
+        submit.send(server, submit.SubmitConfig(["finetun"]))
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="not the root of the repository"):
+        submit.send(server, options)

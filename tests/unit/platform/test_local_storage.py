@@ -1,0 +1,160 @@
+"""Writing: the old or the whole new, never half; and a full disk said in one message."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import storage
+from skillnet_platform.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_run_root_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SKILLNET_HOME")
+    assert storage.run_root() == tmp_path / "runs"
+    monkeypatch.setenv("SKILLNET_HOME", "elsewhere")
+    assert storage.run_root() == tmp_path / "elsewhere"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    storage.write_json(path, {"old": "é"})
+    with pytest.raises(KeyError), storage.atomic_write(path, "w") as stream:
+        stream.write("half")
+        raise KeyError
+    assert storage.read_json(path) == {"old": "é"}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert storage.sha256_file(tmp_path / "x") == expected
+
+
+def test_staging_commits_on_success_only(tmp_path: Path) -> None:
+    final = tmp_path / "corpus"
+    with pytest.raises(RuntimeError), storage.staging(final) as aside:
+        (aside / "part").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for text in ("first", "second"):
+        with storage.staging(final) as aside:
+            (aside / "part").write_text(text)
+        assert (final / "part").read_text() == text
+        assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    final = tmp_path / "corpus"
+    code = (
+        "import sys, time; from skillnet_platform import storage\n"
+        f"with storage.staging({str(final)!r}) as aside:\n"
+        "    (aside / 'part').write_text('half'); print('ready', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    with storage.staging(tmp_path / "corpus2"):
+        pass
+    assert len(list(tmp_path.glob(".corpus.*"))) == 1, "a living writer is left alone"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not final.exists()
+    with storage.staging(final) as aside:
+        (aside / "part").write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus2"]
+
+
+def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    old = tmp_path / f".corpus.{gone.pid}.old.tmp"
+    old.mkdir()
+    (old / "part").write_text("old")
+    with pytest.raises(RuntimeError), storage.staging(tmp_path / "corpus"):
+        raise RuntimeError
+    assert (tmp_path / "corpus" / "part").read_text() == "old"
+
+
+def test_a_commit_removes_what_a_killed_one_has_replaced(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in ("corpus", f".corpus.{gone.pid}.old.tmp", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    storage.commit_directory(tmp_path / "new", tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert (tmp_path / "corpus" / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x: No space left on device")],
+)
+def test_a_full_disk_is_one_message(tmp_path: Path, problem: Exception) -> None:
+    with pytest.raises(UserError) as caught, storage.disk_guard(tmp_path / "x", needed=5 * 2**30):
+        raise problem
+    message = str(caught.value)
+    assert str(tmp_path / "x") in message
+    assert "5.0 GiB (5368709120 bytes)" in message
+    assert "SKILLNET_HOME" in message
+
+
+def test_other_errors_pass_the_guard(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), storage.disk_guard(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(UserError, match="the disk is full"), storage.disk_guard(tmp_path / "x"):
+        full.write_bytes(b"x" * 4096)
+
+
+def test_room_is_asked_for_before_a_long_write(tmp_path: Path) -> None:
+    storage.require_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(UserError, match="the disk is full"):
+        storage.require_space(tmp_path, 2**60)
+
+
+def test_json_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(UserError, match=r"m\.json: not a JSON file"):
+        storage.read_json(tmp_path / "m.json")
+    with pytest.raises(UserError, match=r"n\.json: no such file"):
+        storage.read_json(tmp_path / "n.json")
+
+
+def test_processes_are_told_apart_from_ended_ones() -> None:
+    assert storage.process_is_alive(os.getpid())
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    time.sleep(0.01)
+    assert not storage.process_is_alive(process.pid)
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "x.json"
+    with pytest.raises(UserError, match=r"x\.json: cannot be written \(Not a directory\)"):
+        storage.write_json(place, {})
+    with (
+        pytest.raises(UserError, match=r"x\.json: cannot be written \(Not a directory\)"),
+        storage.staging(place),
+    ):
+        raise AssertionError("nothing can be made there")

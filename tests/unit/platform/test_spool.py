@@ -1,0 +1,231 @@
+"""What runs record survives a tracker that is away, busy, or refuses it."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import (
+    Tracker,
+    backend,
+    operations,
+    spool,
+)
+from skillnet_platform.tracking import (
+    run as tracking_run,
+)
+from skillnet_platform.tracking import (
+    server as tracking_server,
+)
+from tests.helpers.ports import free_port
+from tests.helpers.tracked_runs import history, run_of, where
+
+
+@contextlib.contextmanager
+def server(database: Path, port: int) -> Iterator[str]:
+    """A real MLflow server for the length of a block; then killed, not asked."""
+    process = tracking_server.start(
+        f"sqlite:///{database}",
+        "127.0.0.1",
+        port,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            with contextlib.suppress(UserError):
+                backend.require_answer(uri)
+                break
+            time.sleep(0.2)
+        yield uri
+    finally:
+        tracking_server.end(process, patience=0)
+
+
+@pytest.mark.integration
+def test_a_run_outlives_its_tracker_and_nothing_is_lost(
+    run_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "FIRST_PAUSE_S", 3600.0)
+    apply, asked = operations.apply, 0
+
+    def counted(client: Any, run_id: str, operation: spool.Operation) -> None:
+        nonlocal asked
+        asked += 1
+        apply(client, run_id, operation)
+
+    monkeypatch.setattr(operations, "apply", counted)
+    port = free_port()
+    database = run_root / "server.db"
+    with contextlib.ExitStack() as stack:
+        with server(database, port) as uri:
+            tracker = stack.enter_context(tracking_run.start("spooled", None, where(uri=uri)))
+            left = Tracker.by_id(tracker.run_id, uri)
+            tracker.metrics({"loss": 0.0}, step=0)
+        asked = 0
+        for step in range(1, 200):
+            tracker.metrics({"loss": float(step)}, step)
+        tracker.text("kept", "notes.txt")
+        left.metrics({"other": 1.0}, step=1)
+        assert asked == 2, "each of the two asks an absent tracker once, not for each record"
+        assert "does not answer" in capsys.readouterr().err
+        # As if that process had ended: the next start of a run sends what it left.
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        (path,) = [p for p in spool.spool_root().glob("*.jsonl") if '"other"' in p.read_text()]
+        path.rename(str(path).replace(f".{os.getpid()}-", f".{ended.pid}-"))
+        with server(database, port):
+            assert tracker.flush()
+            assert tracker.flush()
+            assert history(tracker, "loss") == [(step, float(step)) for step in range(200)]
+            artifacts = backend.client(uri).list_artifacts(tracker.run_id)
+            assert "notes.txt" in [each.path for each in artifacts]
+            assert tracking_run.send_left_behind(uri) == 1
+            assert history(tracker, "other") == [(1, 1.0)]
+            assert list(spool.spool_root().glob("*.jsonl")) == []
+            stack.close()
+            assert run_of(tracker).info.status == "FINISHED"
+
+
+def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, refused = operations.apply, 0
+
+    def busy(client: Any, run_id: str, operation: spool.Operation) -> None:
+        nonlocal refused
+        if operation["kind"] == "end" and refused < 3:
+            refused += 1
+            raise ConnectionError("Read timed out.")
+        apply(client, run_id, operation)
+
+    monkeypatch.setattr(operations, "apply", busy)
+    monkeypatch.setattr(tracking_run, "SETTLE_PAUSE_S", 0.01)
+    with tracking_run.start("busy", None, where()) as tracker:
+        tracker.metrics({"loss": 1.0}, step=1)
+    assert refused == 3
+    assert run_of(tracker).info.status == "FINISHED"
+    assert list(spool.spool_root().glob(f"{tracker.run_id}.*")) == []
+
+    # No longer than it is told to; what is left then waits for the next run.
+    refused = 0
+    monkeypatch.setattr(tracking_run, "END_PATIENCE_S", 0.0)
+    with tracking_run.start("busier", None, where()) as tracker:
+        pass
+    assert run_of(tracker).info.status == "RUNNING"
+    assert len(list(spool.spool_root().glob(f"{tracker.run_id}.*"))) == 1
+    assert tracker.settle(0.0)
+    assert run_of(tracker).info.status == "FINISHED"
+
+
+def test_a_spool_cut_short_by_a_kill_is_read_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"run_id": "r", "uri": "u"}\n{"kind": "tags", "values": {}}\n{"kind": "me')
+    assert spool.read(path) == ("r", [{"kind": "tags", "values": {}}])
+
+
+def test_a_broken_line_costs_itself_only(tmp_path: Path) -> None:
+    path, note = tmp_path / "x.jsonl", {"kind": "tags", "values": {"note": "one\u2028two\x85"}}
+    lines = ['{"run_id": "r", "uri": "u"}', '{"kind": "me', json.dumps(note, ensure_ascii=False)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert spool.read(path) == ("r", [note])
+
+
+def dead_process() -> int:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+@pytest.mark.parametrize("text", ["", '{"run_id": "r", "ur', "[]\n", "\x80"])
+def test_a_spool_without_a_first_line_is_set_aside(
+    text: str, run_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spool.spool_root()
+    folder.mkdir()
+    name = f"{spool._host()}.{dead_process()}-0"
+    (folder / f"broken.{name}.jsonl").write_bytes(text.encode("latin-1"))
+    (folder / f"whole.{name}.jsonl").write_text('{"run_id": "whole", "uri": "u"}\n')
+    (folder / "not-ours.jsonl").touch()
+    assert [path.name for path in spool.left_behind("u")] == [f"whole.{name}.jsonl"]
+    assert (folder / f"broken.{name}.unreadable").read_bytes() == text.encode("latin-1")
+    assert f"broken.{name}.jsonl" in capsys.readouterr().err
+    assert spool.left_behind("other") == []
+    assert capsys.readouterr().err == "", "said once"
+
+
+def test_a_full_disk_leaves_no_half_line(run_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(operation: spool.Operation) -> None:
+        raise ConnectionError("away")
+
+    def full(*arguments: Any) -> Any:
+        yield
+        raise UserError("the disk is full")
+
+    kept = spool.Spool("r", "sqlite:///x.db", away)
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(spool.storage, "disk_guard", contextlib.contextmanager(full))
+        kept.send({"kind": "tags", "values": {"a": "1"}})
+    assert kept.path.read_text() == ""
+    kept.send({"kind": "tags", "values": {"b": "2"}})
+    assert spool.read(kept.path) == ("r", [{"kind": "tags", "values": {"b": "2"}}])
+
+
+class Server:
+    """Stands for a tracker: takes records, but some of them, or none while it is away."""
+
+    def __init__(self) -> None:
+        self.there, self.taken = False, dict[str, None]()
+
+    def __call__(self, operation: spool.Operation) -> None:
+        name = operation.get("name") or operation["path"]
+        if not self.there or "bad" in name:
+            problem = RuntimeError("too many 500 error responses")
+            problem.error_code = "INTERNAL_ERROR"  # type: ignore[attr-defined]
+            raise problem
+        self.taken[name] = None
+
+
+def test_a_record_that_always_fails_holds_up_no_other(
+    run_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(spool, "DOUBT_PAUSES_S", (0.0, 0.0))
+    server = Server()
+    kept = spool.Spool("r", "sqlite:///x.db", server)
+    (run_root / "bad.txt").write_text("bytes that the server cannot take")
+    kept.send({"kind": "tags", "name": "first"})
+    kept.send({"kind": "artifact", "path": str(run_root / "bad.txt"), "folder": "notes"})
+    kept.send({"kind": "tags", "name": "bad tags"})
+    for _ in range(3):  # a tracker that is away takes nothing, and nothing is lost
+        assert not kept.flush()
+    assert (len(kept), kept.rejected) == (3, 0)
+    # The last one that waits has no other to be held against.
+    server.there = True
+    assert not kept.flush()
+    assert (list(server.taken), len(kept), kept.rejected) == (["first"], 2, 0)
+    kept.send({"kind": "tags", "name": "last"})
+    assert kept.flush()
+    assert (list(server.taken), kept.rejected) == (["first", "last"], 2)
+    aside = kept.path.with_suffix(".rejected")
+    notes, tags = [json.loads(line) for line in aside.read_text().splitlines()]
+    assert tags["name"] == "bad tags"
+    assert Path(notes["path"]).read_text() == "bytes that the server cannot take"
+    said = capsys.readouterr().err
+    assert f"fails at tags: too many 500 error responses; it is set aside in {aside} (2 so" in said
+    assert not kept.path.exists()
+
+
+def test_a_refused_record_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with tracking_run.start("refused", None, where()) as tracker:
+        tracker.metrics({"bad name!\n": 1.0}, step=1)
+        tracker.metrics({"good": 1.0}, step=1)
+    assert "the tracker refused metrics" in capsys.readouterr().err
+    assert run_of(tracker).info.status == "FINISHED"
+    assert history(tracker, "good") == [(1, 1.0)]

@@ -1,0 +1,241 @@
+"""Runs record what made them, and end the way they ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import tracking
+from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend
+from tests.helpers.ports import free_port
+from tests.helpers.tracked_runs import history, run_of, where
+
+ROOT = Path(__file__).parents[3]
+
+
+@dataclass
+class Settings:
+    steps: int = 10
+    sizes: tuple[int, int] = (1, 2)
+    nested: dict[str, str] = field(default_factory=lambda: {"文": "字"})
+
+
+def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
+    with (
+        pytest.raises(UserError, match=r"cannot go on with the run 0+ .* remove that file"),
+        tracking.start("lost", None, where(), run_id="0" * 32),
+    ):
+        raise AssertionError("it went on")
+
+
+@pytest.mark.parametrize("told", ["[]", "3", "{}", '{"run_id": 7}', '{"run_id": ""}', "{"])
+def test_a_damaged_record_of_a_run_is_named(told: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert tracking.recorded(path) is None
+    path.write_text('{"run_id": "abc"}')
+    assert tracking.recorded(path) == "abc"
+    path.write_text(told)
+    with pytest.raises(UserError, match=r"run\.json"):
+        tracking.recorded(path)
+
+
+def test_a_run_records_what_made_it() -> None:
+    manifest = {
+        "digest": "ab" * 32,
+        "splits": {"train": {"rows": 7}},
+        "schema": {"text": "string"},
+        "sources": [{"file": "x.zip", "sha256": "00"}],
+        "quarantine": {"empty": 2},
+    }
+    with tracking.start(
+        "my run", Settings(), where(), tags={"seed": 3}, description="**what** it is"
+    ) as tracker:
+        tracker.metrics({"text_to_image/loss": 2.0, "lr": 1e-3}, step=1)
+        tracker.metrics({"text_to_image/loss": 1.0}, step=2)
+        tracker.inputs({"headings": manifest})
+        tracker.dict({"confusion": [[1, 2]]}, "evaluation/headings.json")
+        tracker.text("hello", "notes.txt")
+    run = run_of(tracker)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "my run"
+    assert run.data.tags["seed"] == "3"
+    assert run.data.tags["mlflow.note.content"] == "**what** it is"
+    assert run.data.params == {"steps": "10", "sizes": "[1, 2]", "nested.文": "字"}
+    assert history(tracker, "text_to_image/loss") == [(1, 2.0), (2, 1.0)]
+    (given,) = run.inputs.dataset_inputs
+    assert given.dataset.name == "headings"
+    assert manifest["digest"].startswith(given.dataset.digest)  # type: ignore[attr-defined]
+    assert json.loads(given.dataset.profile)["rows"] == {"train": 7}
+    assert run.data.tags["corpus.headings"] == manifest["digest"]
+    kept = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert json.loads((kept / "evaluation/headings.json").read_text()) == {"confusion": [[1, 2]]}
+    assert "steps: 10" in (kept / "config.yaml").read_text()
+
+
+def test_a_figure_is_kept_as_a_picture() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot([1, 2])
+    with tracking.start("figure", None, where()) as tracker:
+        tracker.figure(figure, "plots/loss.png")
+    kept = Path(run_of(tracker).info.artifact_uri.removeprefix("file://")) / "plots/loss.png"
+    assert kept.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "failure"),
+    [
+        (RuntimeError("loss is nan at step 7"), "FAILED", "RuntimeError: loss is nan at step 7"),
+        (UserError("no such corpus"), "FAILED", "UserError: no such corpus"),
+        (KeyboardInterrupt(), "KILLED", None),
+        (SystemExit(1), "FAILED", None),
+        (SystemExit(0), "FINISHED", None),
+    ],
+)
+def test_a_run_ends_as_it_ended(problem: BaseException, status: str, failure: str | None) -> None:
+    with pytest.raises(type(problem)), tracking.start("ends", None, where()) as tracker:
+        raise problem
+    run = run_of(tracker)
+    assert run.info.status == status
+    assert run.data.tags.get("failure") == failure
+
+
+def child(run_root: Path) -> "subprocess.Popen[str]":
+    code = (
+        "import time; from skillnet_platform import tracking\n"
+        "where = tracking.TrackingConfig(system_metrics=False)\n"
+        "with tracking.start('child', None, where) as tracker:\n"
+        "    print(tracker.run_id, flush=True); time.sleep(60)"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "platform"),
+        "SKILLNET_HOME": str(run_root),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+@pytest.mark.integration
+def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
+    place = backend.setup()
+    ids = {}
+    for name in (signal.SIGTERM, signal.SIGKILL):
+        process = child(run_root)
+        assert process.stdout is not None
+        ids[name] = process.stdout.readline().strip()
+        process.send_signal(name)
+        process.wait(30)
+        process.stdout.close()
+    client = backend.client(place.uri)
+    assert client.get_run(ids[signal.SIGTERM]).info.status == "KILLED"
+    assert client.get_run(ids[signal.SIGKILL]).info.status == "RUNNING"
+    with tracking.start("next", None, TrackingConfig(system_metrics=False)) as tracker:
+        closed = client.get_run(ids[signal.SIGKILL])
+        assert closed.info.status == "KILLED"
+        assert closed.data.tags["failure"] == "the process was killed"
+        assert client.get_run(tracker.run_id).info.status == "RUNNING", "its own run goes on"
+
+
+def test_rank_zero_writes_by_id_and_leaves_the_end_to_the_driver() -> None:
+    with tracking.start("worker", None, where()) as tracker:
+        Tracker.by_id(tracker.run_id, tracker.uri).metrics({"a/loss": 1.0}, step=5)
+        assert run_of(tracker).info.status == "RUNNING"
+    assert history(tracker, "a/loss") == [(5, 1.0)]
+
+
+def test_a_resumed_run_goes_on_and_says_what_changed() -> None:
+    with tracking.start("first", Settings(), where()) as first:
+        first.metrics({"loss": 2.0}, step=1)
+    with tracking.start("again", Settings(steps=20), where(), run_id=first.run_id) as second:
+        second.metrics({"loss": 1.0}, step=2)
+    run = run_of(first)
+    assert second.run_id == first.run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.params["steps"] == "10"
+    assert run.data.tags["changed.steps"] == "20"
+    assert history(first, "loss") == [(1, 2.0), (2, 1.0)]
+
+
+def test_children_stand_below_their_parent() -> None:
+    with (
+        tracking.start("sweep", None, where()) as parent,
+        tracking.start("trial", None, where(), parent=parent.run_id) as trial,
+    ):
+        pass
+    assert run_of(trial).data.tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_the_machine_is_recorded_along() -> None:
+    config = TrackingConfig(experiment="tests", system_metrics=True)
+    with tracking.start("system", None, config) as tracker:
+        pass
+    assert run_of(tracker).data.metrics["system/system_memory_usage_megabytes"] > 0
+
+
+def test_very_long_values_are_shortened_not_lost_runs() -> None:
+    with tracking.start("long", {"a": "x" * 9000}, where(), tags={"b": "y" * 9000}) as tracker:
+        pass
+    run = run_of(tracker)
+    assert len(run.data.params["a"]) == tracking.LONGEST_PARAMETER
+    assert len(run.data.tags["b"]) == tracking.LONGEST_TAG
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/runs", "./mlruns"])
+def test_file_stores_are_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="no longer keeps runs in plain files"):
+        backend.resolve_uri(uri)
+
+
+def test_the_default_store_is_in_the_run_root(
+    run_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backend.resolve_uri() == f"sqlite:///{run_root}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/")
+    assert backend.resolve_uri() == "http://127.0.0.1:9"
+    assert backend.resolve_uri("sqlite:////x/y.db") == "sqlite:////x/y.db"
+
+
+def test_a_server_that_is_not_there_is_said_at_the_start() -> None:
+    with (
+        pytest.raises(UserError, match="no MLflow server answers there"),
+        tracking.start("x", None, where(uri=f"http://127.0.0.1:{free_port()}")),
+    ):
+        pass
+
+
+def test_a_deleted_experiment_is_named() -> None:
+    place = backend.setup(experiment="deleted")
+    backend.client(place.uri).delete_experiment(place.experiment_id)
+    with pytest.raises(UserError, match="'deleted' was deleted"):
+        backend.setup(experiment="deleted")
+
+
+@pytest.mark.integration
+def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
+    code = "from skillnet_platform.tracking import backend; print(backend.setup().experiment_id)"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "platform"),
+        "SKILLNET_HOME": str(run_root),
+    }
+    command = [sys.executable, "-c", code]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    answers = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 3
+    assert len(answers) == 1

@@ -1,0 +1,232 @@
+"""Guards of the house: floors, sizes, names, presets, and that it installs both ways."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import cli, config
+
+ROOT = Path(__file__).parents[3]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGES = ("skillnet", "pipelines", "platform/skillnet_platform", "sweeps")
+COMMANDS = PROJECT["project"]["entry-points"]["skillnet.commands"]
+PRESETS = sorted((ROOT / "configs").rglob("*.yaml"))
+LONGEST_FILE = 450
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def module_file(module: str) -> Path:
+    relative = module.replace(".", "/") + ".py"
+    below = "platform" if module.startswith("skillnet_platform") else "."
+    return ROOT / below / relative
+
+
+def test_nothing_shadows_the_standard_librarys_platform() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert not (ROOT / "platform.py").exists()
+    code = "import sys; sys.path.insert(0, '.'); import platform; print(platform.system())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "Linux"
+
+
+def test_tests_live_in_tests_only() -> None:
+    strays = [
+        path
+        for path in sources(*PACKAGES, "benchmarks")
+        if path.name.startswith("test_") or path.name == "conftest.py"
+    ]
+    assert strays == []
+
+
+def test_a_file_holds_one_idea() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n")
+        for path in sources(*PACKAGES, "benchmarks")
+    }
+    too_long = {name: count for name, count in lengths.items() if count > LONGEST_FILE}
+    assert too_long == {}
+
+
+def test_every_module_and_public_name_is_described() -> None:
+    bare = []
+    for path in sources(*PACKAGES):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not ast.get_docstring(tree) and path.read_text().strip():
+            bare.append(str(path.relative_to(ROOT)))
+        for node in tree.body:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
+            if public and not ast.get_docstring(node):
+                bare.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert bare == []
+
+
+def test_nothing_is_unpickled() -> None:
+    forbidden = re.compile(r"\btorch\.load\(|\bpickle\b\.|import pickle|\byaml\.load\(|cloudpickle")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in sources(*PACKAGES, "benchmarks")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if forbidden.search(line)
+    ]
+    assert found == []
+
+
+def test_the_floors_hold() -> None:
+    program = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run(
+        [str(program)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_command_exists_and_is_described(name: str) -> None:
+    module, _, function = COMMANDS[name].partition(":")
+    path = module_file(module)
+    assert path.is_file(), f"{name}: {module} does not exist"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (main,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function]
+    assert "command" in [getattr(each, "id", "") for each in main.decorator_list]
+    assert name in cli.SUMMARIES, f"{name} has no line in `skillnet --help`"
+
+
+def test_the_help_lists_exactly_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    listed = re.findall(r"^  (\w+)  +\S", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_the_help_of_a_command_imports_nothing_heavy(name: str) -> None:
+    module = COMMANDS[name].partition(":")[0]
+    code = (
+        f"import sys; from {module} import main; code = main(['--help'])\n"
+        "heavy = {'torch', 'ray', 'mlflow'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: skillnet " + name in done.stdout
+    assert "example:" in done.stdout
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_presets_parse(path: Path) -> None:
+    """The folder of a preset says which command reads it."""
+    from pipelines.config.growth import GrowConfig
+    from pipelines.config.run import FinetuneConfig, PretrainConfig
+    from sweeps.config.study import StudyConfig
+    from sweeps.config.sweep import SweepConfig
+
+    kinds: dict[str, type] = {
+        "grow": GrowConfig,
+        "pretrain": PretrainConfig,
+        "studies": StudyConfig,
+        "sweeps": SweepConfig,
+    }
+    place = path.relative_to(ROOT / "configs")
+    kind = kinds.get(place.parts[0].removesuffix(".yaml"), FinetuneConfig)
+    made = config.parse(kind, ["--config", str(path)], prog="skillnet")
+    if isinstance(made, FinetuneConfig):
+        assert set(made.tasks) <= set(made.model.tasks)
+
+
+def test_upper_bounds_are_set() -> None:
+    needed = PROJECT["project"]["dependencies"]
+    by_date = ("fsspec", "packaging")  # versioned by date: no bound would say anything
+    open_ended = [each for each in needed if "<" not in each and not each.startswith(by_date)]
+    assert open_ended == []
+
+
+def test_the_version_is_said_once_and_the_same() -> None:
+    from skillnet_platform import __version__
+
+    assert PROJECT["project"]["version"] == __version__
+
+
+def bare_environment(place: Path) -> Path:
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(place)
+    return place / "bin" / "python"
+
+
+def install(python: Path, *what: str) -> None:
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--no-index", "--no-build-isolation", "--quiet", *what],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def run(python: Path, *words: str, cwd: Path) -> str:
+    environment = {key: v for key, v in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+WHERE = (
+    "import platform, skillnet.skills, skillnet_platform.errors, pipelines, sweeps\n"
+    "platform.system()\n"
+    "for module in (skillnet.skills, skillnet_platform.errors, pipelines, sweeps):\n"
+    "    print(module.__file__)"
+)
+
+
+@pytest.mark.integration
+def test_the_wheel_installs_alone(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    python = bare_environment(tmp_path / "environment")
+    install(python, str(wheel))
+    places = run(python, "-c", WHERE, cwd=tmp_path).split()
+    assert all(place.startswith(str(tmp_path / "environment")) for place in places), places
+    shell = run(python.with_name("skillnet"), "--help", cwd=tmp_path)
+    assert "quickstart" in shell
+    package = Path(places[1]).parent
+    assert (package / "configs" / "tiny.yaml").is_file(), "presets travel with the wheel"
+    assert not (package.parent / "tests").exists()
+    assert not (package.parent / "platform").exists()
+
+
+@pytest.mark.integration
+def test_the_editable_install_follows_the_checkout(tmp_path: Path) -> None:
+    python = bare_environment(tmp_path / "environment")
+    # What `pip install --editable` asks of the build backend, which the bare environment lacks.
+    code = f"import hatchling.build; print(hatchling.build.build_editable({str(tmp_path)!r}))"
+    made = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    install(python, str(tmp_path / made.stdout.split()[-1]))
+    places = run(python, "-c", WHERE, cwd=tmp_path).split()
+    assert places[0] == str(ROOT / "skillnet" / "skills.py")
+    assert places[1] == str(ROOT / "platform" / "skillnet_platform" / "errors.py")
+    assert "finetune" in run(python.with_name("skillnet"), "--help", cwd=tmp_path)

@@ -1,0 +1,115 @@
+"""Costs by formula against torch's counter and against what a backward pass touches."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from skillnet.accounting import account, account_task
+from skillnet.model import SkillNet
+from skillnet.skills import MODALITIES, SkillPlan
+from tests.helpers.small_models import (
+    PLANS,
+    batch_of,
+    loss_of,
+    small_config,
+    small_model,
+    towers_of,
+)
+
+TASKS = tuple(small_config().tasks)
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"skill_modules": "attention"},
+    {"skill_modules": "feedforward", "skill_every": 2, "depth": 3},
+    {"mel_stack": 4, "tubelet": (4, 8, 2), "patch_size": 2, "video_motion": False},
+]
+
+
+def counted(model: SkillNet, run) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def length_of(batch: dict[str, torch.Tensor], modality: str) -> int | None:
+    """Tokens or frames of a batch's first row, which is as long as the batch."""
+    if modality in ("text", "code"):
+        return batch["tokens"].shape[1]
+    return batch["log_mel"].shape[1] if modality == "sound" else None
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_flops_of_a_plan_equal_torchs_count(modality: str, changes: dict[str, Any]) -> None:
+    model = small_model(**changes).eval()
+    batch = batch_of(modality, model.config, rows=2)
+    for skills in (("general",), ("general", "text"), ("alignment", "code", "general", "image")):
+        plan = SkillPlan(skills, PLANS[modality].modality)
+        cost = account(model, plan, length_of(batch, modality))
+        flops = counted(model, lambda plan=plan: model.encode(batch, plan))
+        assert 2 * cost.flops_per_example == flops
+        assert cost.executed == cost.flops_per_example / cost.tokens
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_flops_of_a_task_equal_torchs_count(task: str, changes: dict[str, Any]) -> None:
+    model = small_model(**changes).eval()
+    towers = towers_of(task, model.config, rows=1)
+    plans = model.config.tasks[task].towers
+    lengths = {tower: length_of(towers[tower], plans[tower].modality) for tower in towers}
+    cost = account_task(model, task, {k: v for k, v in lengths.items() if v is not None})
+    assert cost.flops_per_example == counted(model, lambda: model(task, towers))
+
+
+def test_merging_more_skills_costs_attention_nothing() -> None:
+    model = small_model(skill_modules="attention")
+    few, many = (account(model, SkillPlan(model.config.skills[:k])) for k in (1, 7))
+    assert few.executed == many.executed
+    assert few.activated < many.activated
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_activated_parameters_are_those_with_a_gradient(
+    modality: str, changes: dict[str, Any]
+) -> None:
+    model = small_model(**changes)
+    model.encode(batch_of(modality, model.config), PLANS[modality]).sum().backward()
+    touched = sum(p.numel() for p in model.parameters() if p.grad is not None)
+    cost = account(model, PLANS[modality])
+    assert cost.activated == touched
+    assert cost.total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_activated_parameters_of_a_task_are_those_with_a_gradient(task: str) -> None:
+    model = small_model()
+    loss_of(model, task).backward()
+    touched = sum(p.numel() for p in model.parameters() if p.grad is not None)
+    assert account_task(model, task).activated == touched
+
+
+def test_default_lengths_are_the_longest_that_the_model_reads() -> None:
+    model = small_model()
+    assert account(model, PLANS["text"]).tokens == model.config.max_tokens
+    assert account(model, PLANS["sound"]).tokens == -(-model.config.max_frames // 3)
+    assert account(model, PLANS["image"]).tokens == 4
+    assert account(model, PLANS["video"]).tokens == 8
+    assert account_task(model, "text_to_image").tokens == 4 + model.config.max_tokens
+
+
+def test_growing_costs_an_older_plan_nothing() -> None:
+    few, many = small_model(), small_model(skills=(*small_config().skills, "depth", "touch"))
+    before, after = account(few, PLANS["text"]), account(many, PLANS["text"])
+    assert after.total > before.total
+    assert after[1:] == before[1:]
+
+
+def test_unknown_skills_and_tasks_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown skill 'generl'"):
+        account(small_model(), SkillPlan(("generl",)))
+    with pytest.raises(ValueError, match="unknown task 'text'"):
+        account_task(small_model(), "text")

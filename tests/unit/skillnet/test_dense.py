@@ -1,0 +1,116 @@
+"""The dense baseline: as large as its size says, and nothing else than SkillNet without skills."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from skillnet.accounting import account_task
+from skillnet.baselines import size_matching
+from skillnet.model import SkillNet
+from skillnet.multitask_model import TaskModel
+from skillnet.skills import SkillPlan, Task, default_tasks, masked_tasks
+from skillnet.systems import build_system, find_system, load, system_names
+from tests.helpers.small_models import small_config, towers_of
+
+#: Large enough for rounding of the width to weigh little.
+SIZES: dict[str, Any] = {"dim": 32, "hidden": 48, "heads": 4, "embedding_dim": 32}
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"skill_modules": "attention"},
+    {"skill_modules": "feedforward", "skill_every": 2, "depth": 4},
+]
+
+
+def mean_activated(model: TaskModel) -> float:
+    tasks = default_tasks()
+    return sum(model.activated_parameters(task) for task in tasks) / len(tasks)
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_sizes_match(changes: dict[str, Any]) -> None:
+    config = small_config(**SIZES, **changes)
+    ours = SkillNet(config)
+    dense = build_system("dense", config)
+    assert mean_activated(dense) == pytest.approx(mean_activated(ours), rel=0.01)
+    large = build_system("dense", config, {"size": "total"})
+    total = sum(p.numel() for p in ours.parameters())
+    assert sum(p.numel() for p in large.parameters()) == pytest.approx(total, rel=0.01)
+    equal = build_system("dense", config, {"size": "executed"})
+    work = [sum(account_task(m, t).flops_per_example for t in config.tasks) for m in (ours, equal)]
+    assert work[1] == pytest.approx(work[0], rel=0.01)
+
+
+def test_every_parameter_is_active_but_other_tasks_stems_and_heads() -> None:
+    model = build_system("dense", small_config())
+    for task in model.config.tasks:
+        inactive = {n for n, _ in model.named_parameters()} - {
+            n for n, _ in model.active_parameters(task)
+        }
+        assert {name.partition(".")[0] for name in inactive} == {"stems", "heads"}
+
+
+def test_equals_a_skillnet_of_one_skill() -> None:
+    torch.manual_seed(0)
+    dense = build_system("dense", small_config(), {"hidden": 12}).double()
+    tasks = {
+        name: Task(
+            task.objective,
+            {tower: SkillPlan(("x",), plan.modality) for tower, plan in task.towers.items()},
+            task.outputs,
+        )
+        for name, task in small_config().tasks.items()
+    }
+    plain = SkillNet(small_config(skills=("x",), tasks=tasks)).double()
+    plain.load_state_dict({k.replace(".dense", ".x"): v for k, v in dense.state_dict().items()})
+    for task in tasks:
+        batch = towers_of(task, dense.config)
+        expected, found = plain(task, batch), dense(task, batch)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_pretraining_and_finetuning_build_the_same_encoder() -> None:
+    tasks = small_config().tasks
+    for other in (masked_tasks(), masked_tasks() | {"text_to_image": tasks["text_to_image"]}):
+        for system in ("dense", "moe"):
+            first = build_system(system, small_config(tasks=other))
+            second = build_system(system, small_config())
+            fresh = second.adopt(dict(first.named_parameters()))
+            assert {name.partition(".")[0] for name in fresh} <= {"heads"}
+
+
+def test_the_mean_is_over_the_five_tasks() -> None:
+    config = small_config()
+    assert list(size_matching.reference_tasks(config)) == list(default_tasks())
+    assert size_matching.towers(config) == 1.6
+    own = {"mine": Task("classification", {"input": SkillPlan(("a",), "text")}, 3)}
+    other = small_config(skills=("a", "b"), tasks=own | {"m": masked_task("a")})
+    assert list(size_matching.reference_tasks(other)) == ["mine"]
+
+
+def masked_task(skill: str) -> Task:
+    return Task("masked", {"input": SkillPlan((skill,), "text")})
+
+
+def test_saved_models_name_their_system(tmp_path: Any) -> None:
+    model = build_system("dense", small_config(), {"size": "total"}).eval()
+    model.save_pretrained(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert (again.system, again.options) == ("dense", {"size": "total", "hidden": None})
+    assert again.config == model.config
+    one = load(tmp_path / "model", "text_to_code")
+    batch = towers_of("text_to_code", model.config)
+    expected, found = model("text_to_code", batch), one("text_to_code", batch)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_mistakes_are_named() -> None:
+    assert {"dense", "moe", "skillnet"} <= set(system_names())
+    with pytest.raises(ValueError, match="did you mean 'dense'"):
+        find_system("dens")
+    with pytest.raises(ValueError, match="system dense: unknown option 'sise'; did you mean"):
+        build_system("dense", small_config(), {"sise": "total"})
+    with pytest.raises(ValueError, match=r"options\.size is activated, total or executed"):
+        build_system("dense", small_config(), {"size": "large"})
+    with pytest.raises(ValueError, match=r"set options\.hidden yourself"):
+        size_matching.solve_width(100, 90, 20, "options.hidden")

@@ -1,0 +1,366 @@
+"""Saved models made to do harm: every loader names what is wrong, and nothing runs or explodes.
+
+Whoever makes a folder also makes its manifest, so the hashes below are right: ``resealed``.
+"""
+
+import json
+import pickle
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.runs import checkpoints, model_source
+from pipelines.serving import bundle
+from pipelines.training import checkpointing
+from pipelines.training.optimizer import SkillAdamW, WeightAverage
+from skillnet import systems
+from skillnet.baselines import library_models
+from skillnet.baselines.hf_checkpoints import find_checkpoint, require_finite
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import read_manifest, sha256, write_manifest
+from tests.helpers.small_models import small_model
+
+WEIGHTS = "skill-general.safetensors"
+
+
+class Harm:
+    """Unpickling it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.fixture
+def model() -> TaskModel:
+    return small_model(torch.float32)
+
+
+@pytest.fixture
+def saved(model: TaskModel, tmp_path: Path) -> Path:
+    """A checkpoint, with state of the optimiser and averages."""
+    optimizer, average = SkillAdamW(0.1), WeightAverage(0.9)
+    active = list(model.named_parameters())
+    for _, parameter in active:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(active, 0.01)
+    average.update(active)
+    return checkpointing.save(tmp_path / "run", 3, model, optimizer, average, {"seed": 1}, keep=1)
+
+
+def resealed(folder: Path) -> Path:
+    """With a manifest of what is there now."""
+    write_manifest(folder, [p.name for p in folder.iterdir() if p.name != "manifest.json"])
+    return folder
+
+
+LOADERS: dict[str, Callable[[Path, TaskModel], object]] = {
+    "load": lambda folder, model: systems.load(folder),
+    "checkpoint": lambda folder, model: checkpoints.load_weights(folder, model),
+    "source": lambda folder, model: model_source.load(model_source.find(str(folder))),
+}
+
+loaders = pytest.mark.parametrize("loader", LOADERS)
+
+
+def refused(folder: Path, model: TaskModel, loader: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LOADERS[loader](folder, model)
+
+
+def pickled(path: Path, mark: Path) -> None:
+    path.write_bytes(pickle.dumps(Harm(mark)))
+
+
+def saved_by_torch(path: Path, mark: Path) -> None:
+    torch.save({"weights": Harm(mark)}, path)
+
+
+@loaders
+@pytest.mark.parametrize("write", [pickled, saved_by_torch])
+def test_a_pickle_with_a_safetensors_name(
+    saved: Path, model: TaskModel, loader: str, write: Callable[[Path, Path], None]
+) -> None:
+    mark = saved.parent / "mark"
+    write(saved / WEIGHTS, mark)
+    refused(resealed(saved), model, loader, rf"{WEIGHTS} is no safetensors file .*run code")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("write", [pickled, saved_by_torch])
+def test_a_pickle_among_the_state_of_the_optimiser(
+    saved: Path, model: TaskModel, write: Callable[[Path, Path], None]
+) -> None:
+    mark = saved.parent / "mark"
+    write(saved / "optimizer-shared.safetensors", mark)
+    found = checkpoints.verify(resealed(saved))
+    with pytest.raises(ValueError, match=r"optimizer-shared\.safetensors is no safetensors file"):
+        checkpointing.load(found, model, SkillAdamW(0.1))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("ending", [".bin", ".pt", ".pth"])
+def test_pickles_are_no_weights_of_ours(saved: Path, model: TaskModel, ending: str) -> None:
+    mark = saved.parent / "mark"
+    pickled((saved / WEIGHTS).with_suffix(ending), mark)
+    (saved / WEIGHTS).unlink()
+    for loader in LOADERS:
+        refused(resealed(saved), model, loader, rf"incomplete: {WEIGHTS} is missing")
+    assert not mark.exists()
+
+
+@loaders
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers(
+    saved: Path, model: TaskModel, loader: str, number: float
+) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, saved / WEIGHTS)
+    refused(resealed(saved), model, loader, rf"{WEIGHTS}: {name} holds infinities or not-a-number")
+
+
+def test_large_weights_are_numbers(saved: Path) -> None:
+    tensors = load_file(saved / WEIGHTS)
+    for tensor in tensors.values():
+        tensor.fill_(3e38)  # whose sum is infinite
+    save_file(tensors, saved / WEIGHTS)
+    systems.load(resealed(saved))
+
+
+@loaders
+def test_weights_of_another_type(saved: Path, model: TaskModel, loader: str) -> None:
+    tensors = {name: x.to(torch.int32) for name, x in load_file(saved / WEIGHTS).items()}
+    save_file(tensors, saved / WEIGHTS)
+    refused(
+        resealed(saved), model, loader, rf"{WEIGHTS}: .* of type torch.int32, expected floating"
+    )
+
+
+def test_weights_of_several_types(saved: Path) -> None:
+    tensors = {name: x.double() for name, x in load_file(saved / WEIGHTS).items()}
+    save_file(tensors, saved / WEIGHTS)
+    with pytest.raises(ValueError, match="weights of several types"):
+        systems.load(resealed(saved))
+
+
+@loaders
+@pytest.mark.parametrize(
+    "start",
+    [
+        struct.pack("<Q", 2**63),  # a header of exabytes
+        struct.pack("<Q", 2**31) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+        struct.pack("<Q", 60) + b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,9e9]}}    ',
+        b"",
+    ],
+)
+def test_headers_that_lie(saved: Path, model: TaskModel, loader: str, start: bytes) -> None:
+    (saved / WEIGHTS).write_bytes(start)
+    refused(resealed(saved), model, loader, rf"{WEIGHTS} (is no safetensors|holds other weights)")
+
+
+@loaders
+def test_a_tensor_larger_than_memory(saved: Path, model: TaskModel, loader: str) -> None:
+    """The header is right but for one shape; the file is as short as before."""
+    data = (saved / WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    name = sorted(header)[0]
+    header[name]["shape"] = [2**40, 2**20]
+    text = json.dumps(header).encode()
+    (saved / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    refused(resealed(saved), model, loader, rf"{WEIGHTS} (does not fit|is no safetensors)")
+
+
+# -- the manifest and the configuration ----------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "a/b", "", ".", "a\\b", "x\0"]
+)
+def test_a_manifest_that_names_files_elsewhere(saved: Path, model: TaskModel, name: str) -> None:
+    manifest = read_manifest(saved)
+    manifest["files"][name] = {"bytes": 1, "sha256": "0"}
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    for loader in LOADERS:
+        refused(saved, model, loader, "no file of this folder")
+    with pytest.raises(ValueError, match="no file of this folder"):
+        checkpoints.verify(saved)
+
+
+@loaders
+def test_a_link_in_place_of_weights(saved: Path, model: TaskModel, loader: str) -> None:
+    elsewhere = saved.parent / "elsewhere"
+    (saved / WEIGHTS).rename(elsewhere)
+    (saved / WEIGHTS).symlink_to(elsewhere)
+    refused(saved, model, loader, f"{WEIGHTS} is a link")
+
+
+def test_state_that_the_manifest_does_not_list_is_not_read(saved: Path, model: TaskModel) -> None:
+    found = checkpoints.verify(saved)
+    pickled(saved / "optimizer-more.safetensors", saved.parent / "mark")
+    optimizer = SkillAdamW(0.1)
+    checkpointing.load(found, model, optimizer)
+    assert optimizer.state.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("key", ["nobody/step", "stems.token.embedding.weight/other", "no-slash"])
+def test_state_of_no_parameter(saved: Path, model: TaskModel, key: str) -> None:
+    path = saved / "optimizer-shared.safetensors"
+    save_file(load_file(path) | {key: torch.zeros(())}, path)
+    found = checkpoints.verify(resealed(saved))
+    with pytest.raises(ValueError, match="no state of a parameter of this model"):
+        checkpointing.load(found, model, SkillAdamW(0.1))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": "3"}', "[" * 100_000])
+def test_a_state_file_that_tells_no_step(saved: Path, text: str) -> None:
+    (saved / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"state\.json"):
+        checkpoints.verify(resealed(saved))
+    assert checkpoints.newest(saved.parent) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dim", 2**20),
+        ("hidden", 2**23),
+        ("vocab_size", 2**24),
+        ("dim", 2**60),
+        ("depth", 10**9),
+        ("max_frames", 2**60),
+        ("bigram_buckets", 2**40),
+        ("dim", "16"),
+        ("dim", 16.5),
+        ("heads", None),
+        ("tubelet", 3),
+        ("tasks", [1]),
+        ("tasks", {"x": {}}),
+        ("tasks", {"../x": {"objective": "ctc", "towers": {}, "outputs": 1}}),
+        ("skills", "general"),
+        ("skills", 7),
+        ("system", "os:system"),
+        ("system", 7),
+        ("options", {"unknown": 1}),
+        ("options", [1]),
+        ("drop_path", "x"),
+        ("no_such", 1),
+    ],
+)
+def test_a_configuration_that_asks_for_too_much_or_makes_no_sense(
+    saved: Path, key: str, value: object
+) -> None:
+    about = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(about | {key: value}))
+    resealed(saved)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"\w"):
+            systems.load(saved)
+        assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\xff"])
+def test_a_configuration_that_is_none(saved: Path, model: TaskModel, text: str) -> None:
+    (saved / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        systems.load(resealed(saved))
+
+
+# -- bundles of the registry ----------------------------------
+
+
+def bundled(model: TaskModel, folder: Path) -> Path:
+    """As far as it is looked at before the tokenizer."""
+    model.save_pretrained(folder / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    told = {str(path.relative_to(folder)): sha256(path) for path in files}
+    about = {"format": bundle.FORMAT, "tasks": {}, "files": told}
+    (folder / "serving.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
+    folder = bundled(model, tmp_path / "bundle")
+    about = bundle.check(folder)
+
+    def refused(words: str, **changes: object) -> None:
+        (folder / "serving.json").write_text(json.dumps(about | changes))
+        with pytest.raises(ValueError, match=words):
+            bundle.open_bundle(folder)
+
+    files = about["files"]
+    refused("names '../x'", files=files | {"../x": "0"})
+    refused("names '/etc/passwd'", files=files | {"/etc/passwd": "0"})
+    refused("does not list model/manifest.json", files={"tokenizer.json": files["tokenizer.json"]})
+    refused("are damaged", files=[1])
+    refused("are damaged", tasks={"x": 1})
+    refused("format None", format=None)
+    refused("tokenizer.json: not a tokenizer")
+    (folder / "model" / WEIGHTS).rename(tmp_path / "elsewhere")
+    (folder / "model" / WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    refused("is a link")
+    (folder / "serving.json").write_text("[]")
+    with pytest.raises(ValueError, match="format None"):
+        bundle.check(folder)
+
+
+def test_a_bank_of_captions_fits_its_vectors(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "captions-x.json").write_text('["one", "two"]')
+    save_file({"embeddings": torch.zeros(3, 4)}, tmp_path / "captions-x.safetensors")
+    with pytest.raises(ValueError, match="does not hold a vector for each text"):
+        bundle._bank(tmp_path, "x")
+    pickled(tmp_path / "captions-x.safetensors", mark)
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        bundle._bank(tmp_path, "x")
+    assert not mark.exists()
+
+
+# -- checkpoints of other libraries ----------------------------------
+
+
+def test_pickles_of_other_libraries_are_not_read(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    pickled(tmp_path / "pytorch_model.bin", mark)
+    with pytest.raises(ValueError, match=r"Pickled weights .* can run code"):
+        find_checkpoint(str(tmp_path), download=False)
+    pickled(tmp_path / "model.safetensors", mark)
+    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file"):
+        find_checkpoint(str(tmp_path), download=False)
+    assert not mark.exists()
+
+
+def test_a_checkpoint_names_nothing_else_to_load() -> None:
+    name = "vit_base_patch16_224"
+    library_models._check_architecture(name, {"embed_dim": 32})
+    for key in ("checkpoint_path", "pretrained", "pretrained_cfg"):
+        with pytest.raises(ValueError, match="name other things to load"):
+            library_models._check_architecture(name, {key: "x.pth"})
+    for other in ("hf-hub:someone/model", "vit_of_nobody", "resnet50", None, 7):
+        with pytest.raises(ValueError, match="is no Vision Transformer"):
+            library_models._check_architecture(other, {})
+
+
+def test_checkpoints_that_are_no_numbers(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    require_finite(layer, tmp_path)
+    with torch.no_grad():
+        layer.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="bias holds infinities or not-a-number"):
+        require_finite(layer, tmp_path)

@@ -1,0 +1,289 @@
+"""Saved models: a file per skill, whole or not at all, and refused when something is wrong."""
+
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from skillnet import SkillNet, serialization
+from skillnet.config import SkillNetConfig
+from skillnet.serialization import config_from_dict, config_to_dict
+from skillnet.skills import DEFAULT_SKILLS, MODALITIES, SkillPlan, Task
+from tests.helpers.small_models import small_config, small_model, towers_of
+
+TASKS = tuple(small_config().tasks)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    small_model(torch.float32).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_model_comes_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = small_model(dtype, skill_every=2, skill_modules="feedforward")
+    model.save_pretrained(tmp_path / "model")
+    back = SkillNet.from_pretrained(tmp_path / "model")
+    assert back.config == model.config
+    assert not back.training
+    theirs = dict(back.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert theirs[name].dtype == dtype
+        assert torch.equal(parameter, theirs[name]), name
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        small_model().save_pretrained(tmp_path / name)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_a_skills_file_holds_that_skill_only(saved: Path) -> None:
+    tensors = load_file(saved / "skill-image.safetensors")
+    assert tensors
+    assert all(name.endswith(".weights.image") for name in tensors)
+    assert {path.name for path in saved.glob("skill-*")} == {
+        f"skill-{name}.safetensors" for name in DEFAULT_SKILLS
+    }
+
+
+# -- loading for one task ----------------------------------
+
+_opened: list[str] | None = None
+
+
+def _hook(event: str, args: tuple) -> None:
+    if _opened is not None and event == "open" and isinstance(args[0], str):
+        _opened.append(args[0])
+
+
+sys.addaudithook(_hook)
+
+
+@contextmanager
+def opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Names of the files of a folder that Python or safetensors opens in a block."""
+    global _opened
+    names: set[str] = set()
+
+    def load(path: Path, *args, **kwargs):  # safetensors opens files outside of Python's sight
+        names.add(Path(path).name)
+        return load_file(path, *args, **kwargs)
+
+    monkeypatch.setattr(serialization, "load_file", load)
+    _opened = []
+    try:
+        yield names
+    finally:
+        names |= {Path(p).name for p in _opened if Path(p).parent == folder}
+        _opened = None
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_loading_for_a_task_opens_its_files_only(
+    saved: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = SkillNet.from_pretrained(saved)
+    wanted = {f"{name}.safetensors" for name in whole.files_of(task)}
+    with opened(saved, monkeypatch) as names:
+        part = SkillNet.from_pretrained(saved, task=task)
+    assert names == wanted | {"config.json", "manifest.json"}
+
+    for path in saved.glob("*.safetensors"):
+        if path.name not in wanted:
+            path.unlink()  # the proof that they are not read, by Python or by anyone
+    part = SkillNet.from_pretrained(saved, task=task)
+    towers = towers_of(task, whole.config)
+    for batch in towers.values():
+        if "log_mel" in batch:
+            batch["log_mel"] = batch["log_mel"].float()
+    with torch.no_grad():
+        ours, theirs = part(task, towers), whole.eval()(task, towers)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (part, whole)]
+    assert sizes[0] < 0.75 * sizes[1]
+    assert set(part.config.skills) == set(whole.config.tasks[task].skills)
+
+
+def test_a_part_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
+    SkillNet.from_pretrained(saved, task="text_to_image").save_pretrained(tmp_path / "part")
+    again = SkillNet.from_pretrained(tmp_path / "part")
+    assert list(again.config.tasks) == ["text_to_image"]
+    for path in (tmp_path / "part").glob("*.safetensors"):
+        assert path.read_bytes() == (saved / path.name).read_bytes()
+
+
+def test_loading_for_an_unknown_task_names_the_nearest(saved: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'text_to_image'"):
+        SkillNet.from_pretrained(saved, task="text_to_imag")
+
+
+# -- what is wrong is named ----------------------------------
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink], ids=["flip", "cut", "remove"])
+@pytest.mark.parametrize("file", ["config.json", "shared.safetensors", "skill-text.safetensors"])
+def test_an_altered_file_is_refused_by_name(saved: Path, file: str, damage) -> None:
+    damage(saved / file)
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")):
+        SkillNet.from_pretrained(saved)
+
+
+def test_another_skills_file_in_its_place_is_refused(saved: Path) -> None:
+    shutil.copy(saved / "skill-text.safetensors", saved / "skill-code.safetensors")
+    with pytest.raises(ValueError, match=r"skill-code\.safetensors was altered"):
+        SkillNet.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"files": 3}', '{"format": 1, "files": {"config.json": {}}}']
+)
+def test_a_damaged_manifest_is_refused_by_name(saved: Path, text: str) -> None:
+    (saved / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        SkillNet.from_pretrained(saved)
+
+
+def test_a_manifest_of_another_version_is_refused(saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(ValueError, match="format 99, expected 1"):
+        SkillNet.from_pretrained(saved)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        SkillNet.from_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        SkillNet.from_pretrained(tmp_path)
+
+
+def test_unknown_configuration_keys_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown model configuration keys: width"):
+        config_from_dict({**config_to_dict(small_config()), "width": 3})
+
+
+# -- whole or not at all ----------------------------------
+
+
+def test_a_disk_that_fills_up_leaves_the_older_model(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    written = []
+    save_file = serialization.save_file
+
+    def full(tensors, path) -> None:
+        written.append(path)
+        if len(written) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(serialization, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        small_model(seed=1).save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_new_model_that_cannot_take_its_place_leaves_the_older_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (saved / "manifest.json").read_bytes()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        small_model(seed=1).save_pretrained(saved)
+    assert (saved / "manifest.json").read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_newer_model_replaces_an_older_one(saved: Path) -> None:
+    model = small_model(torch.float32, seed=1, depth=1)
+    model.save_pretrained(saved)
+    back = SkillNet.from_pretrained(saved)
+    assert back.config.depth == 1
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
+def test_other_peoples_files_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for name in ("thesis", "file"):
+        with pytest.raises(ValueError, match="is not a saved model; choose another folder"):
+            small_model().save_pretrained(tmp_path / name)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+# -- configurations ----------------------------------
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> SkillNetConfig:
+    skills = tuple(draw(st.lists(st.sampled_from(DEFAULT_SKILLS), min_size=1, unique=True)))
+    plan = st.builds(
+        SkillPlan,
+        st.lists(st.sampled_from(skills), min_size=1, unique=True).map(tuple),
+        st.sampled_from(MODALITIES),
+    )
+    one = st.builds(
+        Task,
+        st.sampled_from(("classification", "ctc")),
+        plan.map(lambda p: {"input": p}),
+        st.integers(1, 9),
+    )
+    two = st.builds(
+        Task,
+        st.just("retrieval"),
+        st.tuples(plan, plan).map(lambda p: {"query": p[0], "candidate": p[1]}),
+    )
+    names = st.sampled_from(("first", "second", "标题"))
+    return small_config(
+        skills=skills,
+        tasks=draw(st.dictionaries(names, one | two, min_size=1)),
+        skill_modules=draw(st.sampled_from(("both", "attention", "feedforward"))),
+        skill_every=draw(st.integers(1, 3)),
+        bigram_buckets=draw(st.sampled_from((0, 5))),
+    )
+
+
+@given(configs())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_configuration_survives_files(tmp_path_factory, config: SkillNetConfig) -> None:
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    folder = tmp_path_factory.mktemp("model")
+    model = SkillNet(config)
+    model.save_pretrained(folder)
+    for task in config.tasks:
+        part = SkillNet.from_pretrained(folder, task=task)
+        whole = dict(model.named_parameters())
+        assert all(torch.equal(p, whole[name]) for name, p in part.named_parameters())

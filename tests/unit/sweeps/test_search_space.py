@@ -1,0 +1,245 @@
+"""Search spaces: what may vary, what is found wrong before anything starts, width at fixed cost."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config.run import FinetuneConfig
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from sweeps.config.space import Dimension
+from sweeps.config.sweep import SweepConfig
+from sweeps.config.trials import FixedCostConfig, ScoreConfig
+from sweeps.search.fixed_cost import at_fixed_cost, cost_of
+from sweeps.search.space import Space
+from sweeps.search.strategies import Guided, listed
+from sweeps.trials.trial import TrialOutcome
+
+PRESETS = sorted((Path(__file__).parents[3] / "configs" / "sweeps").glob("*.yaml"))
+VIDEO = "model.tasks.text_to_video.towers.candidate.skills"
+
+
+def space(dimensions: dict[str, Any]) -> Space:
+    return Space({name: Dimension(**kind) for name, kind in dimensions.items()}, FinetuneConfig())
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "said"),
+    [
+        ("training.lrr", {"choice": [1.0]}, "did you mean 'training.lr'"),
+        ("model.tasks.text_to_vidio.towers.candidate.skills", {"choice": [["video"]]},
+         "did you mean 'text_to_video'"),
+        (VIDEO.replace("candidate", "candidat"), {"choice": [["video"]]}, "'candidate'"),
+        ("training.lr", {"choice": [0.001, "fast"]}, r"choice: training\.lr: expected a number"),
+        ("model.skill_modules", {"choice": ["atention"]}, "one of both, attention, feedforward"),
+        (VIDEO, {"choice": ["video"]}, "expected a list"),
+        ("training.steps", {"uniform": [1, 9]}, "takes whole numbers; use integer"),
+        ("model.skill_modules", {"integer": [1, 2]}, "does not take numbers"),
+        ("training.lr", {"loguniform": [0, 1]}, "low must be above 0"),
+        ("training.lr", {"uniform": [1, 0]}, "low < high"),
+        ("training.lr", {"uniform": [0, 1], "choice": [1.0]}, "not choice and uniform"),
+        ("training.lr", {}, "not nothing"),
+        ("training.lr", {"choice": [1.0, 1.0]}, "there twice"),
+        ("training", {"choice": [1]}, "name a key of it"),
+        ("seed", {"choice": [1]}, "repeats are asked for with seeds"),
+        ("tracking.uri", {"choice": ["x"]}, "once for the sweep"),
+        ("text tower", {"options": {"own": {"model.skils": ["text"]}}},
+         "did you mean 'model.skills'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_space_is_said_at_once(
+    key: str, kind: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        space({key: kind})
+
+
+def test_two_dimensions_do_not_set_one_key() -> None:
+    with pytest.raises(UserError, match=r"training\.lr is set by both"):
+        space(
+            {"training.lr": {"choice": [0.1]}, "pace": {"options": {"slow": {"training.lr": 1.0}}}}
+        )
+
+
+def test_a_grid_crosses_values_and_options_set_keys_together() -> None:
+    made = space(
+        {
+            "model.skill_every": {"choice": [1, 2]},
+            "text tower": {
+                "options": {
+                    "shared": {},
+                    "own": {
+                        "model.skills": ["general", "text", "image", "sound", "video", "code",
+                                         "alignment", "ask"],
+                        "model.tasks.text_to_image.towers.query.skills": ["general", "ask"],
+                    },
+                }
+            },
+        }
+    )  # fmt: skip
+    points = list(made.crossed())
+    assert len(points) == 4
+    config = made.apply({"model.skill_every": 2, "text tower": "own"})
+    assert config.model.skill_every == 2
+    assert config.model.tasks["text_to_image"].towers["query"].skills == ("ask", "general")
+    assert config.model.tasks["text_to_code"].towers["query"].skills == (
+        "alignment", "general", "text",
+    )  # fmt: skip
+    assert FinetuneConfig() == made.apply({"model.skill_every": 1, "text tower": "shared"})
+
+
+def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
+    made = space(
+        {
+            "training.lr": {"loguniform": [1e-4, 1e-2]},
+            "model.depth": {"integer": [2, 4]},
+            "model.hidden": {"log_integer": [8, 64]},
+            "training.clip": {"uniform": [0.5, 2.0]},
+            "model.skill_every": {"grid": [1, 2]},
+        }
+    )
+    points = list(made.drawn(60, seed=3))
+    assert points == list(made.drawn(60, seed=3))
+    assert points != list(made.drawn(60, seed=4))
+    assert len(points) == 120
+    assert Counter(p["model.skill_every"] for p in points) == {1: 60, 2: 60}
+    assert {p["model.depth"] for p in points} == {2, 3, 4}
+    assert all(1e-4 <= p["training.lr"] <= 1e-2 for p in points)
+    # Half of a log-uniform range lies below its geometric mean.
+    low = sum(p["training.lr"] < 1e-3 for p in points)
+    assert 30 < low < 90
+    assert all(8 <= p["model.hidden"] <= 64 for p in points)
+    small = space({"model.skill_every": {"choice": [1, 2]}})
+    assert len(list(small.drawn(9, seed=0))) == 2
+
+
+def test_spread_points_leave_no_part_of_a_range_untried() -> None:
+    made = space(
+        {
+            "training.lr": {"loguniform": [1e-4, 1e-2]},
+            "model.depth": {"integer": [1, 8]},
+            "training.clip": {"uniform": [0.5, 2.5]},
+            "model.skill_every": {"choice": [1, 2]},
+        }
+    )
+    points = made.spread(8, seed=3)
+    assert points == made.spread(8, seed=3)
+    assert points != made.spread(8, seed=4)
+    eighths = [math.floor(8 * math.log(p["training.lr"] / 1e-4, 100)) for p in points]
+    assert sorted(eighths) == list(range(8))
+    assert sorted(p["model.depth"] for p in points) == list(range(1, 9))
+    assert sorted(math.floor((p["training.clip"] - 0.5) * 4) for p in points) == list(range(8))
+    assert Counter(p["model.skill_every"] for p in points) == {1: 4, 2: 4}
+    assert made.spread(0, seed=3) == space({}).spread(4, seed=3) == []
+
+
+def test_values_that_do_not_go_together_are_named() -> None:
+    made = space({"model.dim": {"choice": [192, 200]}, "model.heads": {"choice": [4, 3]}})
+    with pytest.raises(UserError, match=r"must divide by .*with model\.dim 200, model\.heads 3"):
+        listed(made, made.crossed(), lambda config: config)
+    unknown = space({VIDEO: {"choice": [["general", "vidio"]]}})
+    with pytest.raises(UserError, match="unknown skill 'vidio'; did you mean 'video'"):
+        listed(unknown, unknown.crossed(), lambda config: config)
+
+
+@pytest.mark.parametrize("adjust", ["hidden", "dim"])
+def test_width_at_fixed_cost(adjust: Any) -> None:
+    base = FinetuneConfig()
+    target = cost_of(base)
+    made = space({"model.skill_modules": {"choice": ["feedforward"]}, "model.skill_every": {
+        "choice": [2]}})  # fmt: skip
+    plain = made.apply({"model.skill_modules": "feedforward", "model.skill_every": 2})
+    assert cost_of(plain) < 0.9 * target
+    config = at_fixed_cost(plain, target, FixedCostConfig(adjust=adjust, tolerance=0.01))
+    assert abs(cost_of(config) / target - 1) <= 0.01
+    assert getattr(config.model, adjust) > getattr(base.model, adjust)
+    assert (config.model.hidden == base.model.hidden) == (adjust == "dim")
+    with pytest.raises(UserError, match=r"no model\.dim comes within 0\.001 %"):
+        at_fixed_cost(plain, target, FixedCostConfig(adjust="dim", tolerance=1e-5))
+
+
+def test_optuna_finds_the_better_half_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    made = space({"training.lr": {"loguniform": [1e-4, 1e-1]}, VIDEO: {
+        "choice": [["general", "video"], ["general", "image", "video"]]}})  # fmt: skip
+
+    def guided() -> Guided:
+        return Guided(made, 12, [0, 1], 0, lambda config: config, tmp_path)
+
+    def run(source: Guided, count: int) -> list[dict[str, Any]]:
+        points = []
+        for _ in range(count):
+            trial = source.next()
+            assert trial is not None
+            points.append(dict(trial.settings))
+            image = "image" in trial.settings[VIDEO]
+            score = 0.5 * image - abs(trial.config.training.lr - 1e-3) + 0.01 * trial.config.seed
+            report = {"step": 1, "score": score, "scores": {}}
+            assert trial.group is not None
+            source.tell(
+                TrialOutcome(
+                    trial.name, trial.group, tmp_path, "finished", {"step": 1}, [report],
+                    settings=dict(trial.settings), seed=trial.config.seed,
+                )
+            )  # fmt: skip
+        return points
+
+    first = guided()
+    before = run(first, 9)
+    again = guided()
+    after = run(again, 24)
+    assert after[:9] == before, "what was proposed before the kill comes first, unchanged"
+    assert again.next() is None
+    assert again.ended()
+    for one, other in zip(after[::2], after[1::2], strict=True):
+        assert one == other, "both seeds of a configuration before the next is proposed"
+    chosen = after[16::2]
+    assert sum("image" in point[VIDEO] for point in chosen) >= 3
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_the_shipped_sweeps_have_valid_spaces(path: Path) -> None:
+    config = configuration.parse(SweepConfig, ["--config", str(path)], "skillnet sweep")
+    made = Space(config.space, config.run)
+    points = made.drawn(3, 0) if config.search == "optuna" else made.crossed()
+    target = cost_of(config.run)
+    configurations = listed(made, points, lambda c: at_fixed_cost(c, target, config.fixed_cost))
+    assert len(configurations) * len(config.seeds) <= 16
+    if config.fixed_cost.adjust:
+        for each in configurations:
+            assert abs(cost_of(each.config) / target - 1) <= config.fixed_cost.tolerance
+
+
+def test_scores() -> None:
+    def row(task: str, metric: str, value: float, split: str = "validation") -> dict[str, Any]:
+        return {"task": task, "metric": metric, "value": value, "split": split}
+
+    rows = [
+        row("text_classification", "accuracy", 0.6),
+        row("text_classification", "accuracy", 0.9, "test"),
+        row("text_classification", "macro_f1", 0.1),
+        row("speech_recognition", "token_error_rate", 0.8),
+        row("text_to_image", "recall_at_10", 0.1),
+    ]
+    plain, scores = ScoreConfig().of(rows)
+    assert scores == pytest.approx(
+        {"text_classification": 0.6, "speech_recognition": 0.2, "text_to_image": 0.1}
+    )
+    assert plain == pytest.approx(0.3)
+    assert ScoreConfig().of([row("speech_recognition", "token_error_rate", 7.0)])[0] == 0.0
+    relative = ScoreConfig(
+        "relative",
+        tasks=["text_classification", "text_to_image"],
+        references={"text_classification": 0.5, "text_to_image": 0.2},
+    )
+    assert relative.of(rows)[0] == pytest.approx((1.2 + 0.5) / 2)
+    with pytest.raises(UserError, match=r"needs score\.references\.text_to_image"):
+        ScoreConfig("relative", references={"text_classification": 1.0}).check(
+            ["text_classification", "text_to_image"]
+        )
+    with pytest.raises(UserError, match="did you mean 'text_to_image'"):
+        ScoreConfig(tasks=["text_to_imag"]).check(["text_to_image"])
+    with pytest.raises(UserError, match="test splits are for what was chosen"):
+        ScoreConfig(split="test")

@@ -1,0 +1,299 @@
+"""The report of a comparison: one page that needs nothing else, and files that agree with it."""
+
+import base64
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.evaluation.tables import COLUMNS
+from skillnet_platform import tracking
+from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend
+from sweeps import compare as command
+from sweeps.analysis.comparison import MEAN, compare
+from sweeps.analysis.finished_runs import gather, read_run
+from sweeps.analysis.format import count, duration, p_text
+from sweeps.config.study import StudyConfig
+from sweeps.interpret import InterpretConfig
+from sweeps.report import report as report_report
+from sweeps.report import writer
+from sweeps.report.html import render
+from sweeps.report.plots import plots
+from sweeps.report.report import Report
+from sweeps.report.tables import Cell, score_table
+from sweeps.study.study import Tuned
+from tests.helpers.synthetic_runs import TASKS, write_study
+
+SYSTEMS = {
+    "skillnet": 0.5,
+    "skillnet-pretrained": 1.2,
+    "specialist": 0.0,
+    "specialist-pretrained": 0.2,
+    "dense": -0.6,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_study(tmp_path_factory.mktemp("runs"), SYSTEMS, seeds=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    made = report_report.make(compare(gather([read_run(f) for f in folders])), "five systems")
+    writer.write(made, tmp_path_factory.mktemp("report"))
+    return made
+
+
+class Links(HTMLParser):
+    """Collects what a page points at, the tags it uses, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.targets += [value for name, value in attrs if name in ("src", "href", "srcset")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(report: Report) -> str:
+    assert report.folder is not None
+    return (report.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_else(written: Report):
+    page = page_of(written)
+    found = Links(page)
+    assert "script" not in found.tags
+    assert "link" not in found.tags
+    inside = [target for target in found.targets if target.startswith("data:image/svg+xml;base64,")]
+    assert len(inside) == len(written.figures) == 4
+    assert all(t.startswith("#") for t in found.targets if t not in inside)
+    assert "url(" not in page
+    assert "@import" not in page
+    for target in inside:
+        drawing = base64.b64decode(target.partition(",")[2]).decode()
+        links = re.findall(r"(?:href|src)=\"([^\"]*)\"", drawing)
+        assert all(link.startswith("#") for link in links)
+        assert "<script" not in drawing
+        # Whatever looks like an address is the name of a vocabulary of XML.
+        names = re.findall(r"xmlns(?::\w+)?=\"([^\"]*)\"", drawing)
+        assert set(re.findall(r"https?://[^\s\"<>]+", drawing)) <= set(names)
+
+
+def test_every_text_from_outside_is_escaped(folders: list[Path], tmp_path: Path):
+    bad = "<img src=x onerror=alert(1)>$x_{$ & \"'"
+    names = [f"{bad}{place}" for place in range(len(SYSTEMS))]
+    of = compare(gather([read_run(f) for f in folders], names), names[0], names[2])
+    made = report_report.make(of, bad, facts={bad: bad})
+    made.texts[bad] = bad
+    made.captions["scores"] = bad
+    writer.write(made, tmp_path)
+    page = page_of(made)
+    assert "<img src=x" not in page
+    found = Links(page)
+    assert found.text.count(bad) > 20
+    assert all(target.startswith(("#", "data:")) for target in found.targets)
+    with (tmp_path / "summary.csv").open(encoding="utf-8", newline="") as stream:
+        assert {row["system"] for row in csv.DictReader(stream)} == set(names)
+
+
+def test_a_template_must_not_miss_a_value():
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError):
+        render("report.html", {})
+
+
+def test_files_agree_with_what_was_computed(written: Report):
+    of, folder = written.comparison, written.folder
+    assert folder is not None
+
+    def rows(name: str) -> list[dict[str, str]]:
+        with (folder / name).open(encoding="utf-8", newline="") as stream:
+            return list(csv.DictReader(stream))
+
+    results = rows("results.csv")
+    assert tuple(results[0]) == COLUMNS
+    assert len(results) == len(of.runs) * len(TASKS)
+    assert {row["system"] for row in results} == set(SYSTEMS)
+    summary = {(r["system"], r["task"], r["metric"]): r for r in rows("summary.csv")}
+    for (label, task, _), found in of.scores.items():
+        row = summary[label, task, of.metrics.get(task, "score")]
+        assert float(row["score"]) == pytest.approx(found.value, rel=1e-4)
+        assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    error = summary["dense", "speech_recognition", "token_error_rate"]
+    assert float(error["value"]) == pytest.approx(1 - float(error["score"]), abs=1e-5)
+    tests = rows("tests.csv")
+    assert len(tests) == len(of.tests)
+    assert float(tests[0]["p_corrected"]) == pytest.approx(of.tests[0].corrected, rel=1e-4)
+    claims = json.loads((folder / "claims.json").read_text())
+    assert [claim["verdict"] for claim in claims] == [c.verdict for c in written.claims]
+    outcomes = pq.read_table(folder / "outcomes.parquet")
+    assert outcomes.num_rows == sum(len(r.outcomes[t, "test"]) for r in of.runs for t in TASKS)
+    assert outcomes.column_names[:4] == ["system", "seed", "task", "split"]
+
+
+def test_the_table_marks_what_is_significant_and_best(written: Report):
+    table = score_table(written.comparison)
+    rows = {row[0].text: row for row in table.rows}
+    place = 2 + TASKS.index("text_to_image")
+    assert rows["dense"][place].mark == "▼"
+    assert rows["skillnet"][place].mark == ""
+    assert rows["skillnet-pretrained"][place].best
+    assert [row[place].best for row in table.rows].count(True) == 1
+    assert rows["specialist"][-1] == Cell("1")
+    assert rows["skillnet"][-1].small.count("–") == 1
+    page = Links(page_of(written))
+    for title in ("Results on held-out rows", "What pretraining added", "Cost", "All tests"):
+        assert title in page.text
+    for claim in written.claims:
+        assert claim.words in page.text
+
+
+def test_how_it_was_made_is_told(written: Report):
+    facts = written.facts
+    assert facts["seeds"].startswith("skillnet: 0, 1, 2")
+    assert "headings " + "a" * 64 in facts["corpora (digests)"]
+    assert "torch " in facts["software"]
+    assert facts["test rows"].startswith("text_classification 200")
+
+
+def test_plots_name_their_axes(written: Report):
+    for name, figure in plots(written.comparison).items():
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        assert any(axes.get_xlabel() or axes.get_ylabel() for axes in shown), name
+    panels = {axes.get_title() for axes in written.figures["scores"].axes}
+    assert "mean over tasks" in panels
+    assert "speech recognition, 1 − token error" in panels
+
+
+def test_words():
+    assert [count(x) for x in (950, 4.2e6, 1.25e9, float("nan"))] == ["950", "4.2 M", "1.25 G", "–"]
+    assert [duration(x) for x in (9, 95, 7200)] == ["9 s", "1.6 min", "2.0 h"]
+    assert [p_text(x) for x in (0.0004, 0.04, float("nan"))] == ["< 0.001", "0.040", "–"]
+
+
+# -- the command ---------------------------------------------------------------------------
+
+
+def test_finished_runs_from_the_command_line(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    # Twelve runs by the folder of their study, three by their names.
+    names = [folder.name for folder in folders]
+    entries = [
+        {"system": name.rpartition("-seed")[0], "folder": name, "status": "finished"}
+        for name in names[:-3]
+    ]
+    trial = {"settings": {}, "status": "finished", "score": 0.5, "steps": 6, "seconds": 2.0}
+    tuned = {"dense": {"label": "dense", "score": 0.5, "trials": [trial]}}
+    study = folders[0].parent
+    (study / "study.json").write_text(json.dumps({"tuning": tuned, "runs": entries}))
+    monkeypatch.setenv("SKILLNET_HOME", str(study))
+    words = ["--runs", str(study), *names[-3:], "--output", str(tmp_path / "out"), "--json"]
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert command.main([*words, "--tracking.uri", uri, "--name", "again"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {(run["system"], run["seed"]) for run in told["runs"]} == {
+        (system, seed) for system in SYSTEMS for seed in (0, 1, 2)
+    }
+    means = [r for r in told["summary"] if (r["system"], r["task"]) == ("skillnet", MEAN)]
+    assert means[0]["low"] < means[0]["score"] < means[0]["high"]
+    assert told["relative"]["skillnet-pretrained"]["against"] == "specialist-pretrained"
+    page = Links((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "Every system got 1 trial(s) of 6 steps" in page.text
+    client = backend.client(uri)
+    experiment = client.get_experiment_by_name(tracking.TrackingConfig().experiment)
+    runs = client.search_runs([experiment.experiment_id])
+    assert [(run.info.run_name, run.info.status) for run in runs] == [("again", "FINISHED")]
+    files = {entry.path for entry in client.list_artifacts(runs[0].info.run_id, "comparison")}
+    assert {f"comparison/{name}" for name in ("report.html", "summary.csv")} <= files
+    plotted = client.list_artifacts(runs[0].info.run_id, "plots")
+    assert "plots/score_against_FLOPs.png" in {entry.path for entry in plotted}
+    assert runs[0].data.tags["claim.the specialists_ pretrained"] == "holds"
+    assert runs[0].data.metrics["skillnet/mean_score"] == pytest.approx(means[0]["score"])
+
+
+def test_tuning_is_told_by_the_labels_of_the_report(tmp_path: Path):
+    def tuned(score: float) -> dict[str, Tuned]:
+        return {
+            "skillnet": Tuned("skillnet", {"training.lr": score}, score),
+            "skillnet-pretrained": Tuned("skillnet-pretrained", tuned_as="skillnet"),
+            "dense": Tuned("dense", {}, 0.1),
+        }
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs = [
+        (one / "runs" / "a", "skillnet", "skillnet"),
+        (one / "runs" / "b", "skillnet-pretrained", "skillnet-pretrained"),
+        (two / "runs" / "a", "skillnet", "skillnet-2"),
+        (two / "runs" / "b", "skillnet-pretrained", "mine"),
+    ]
+    made = command.relabelled([(one, tuned(0.5)), (two, tuned(0.7))], runs)
+    assert {label: (own.label, own.score) for label, own in made.items()} == {
+        "skillnet": ("skillnet", 0.5),
+        "skillnet-pretrained": ("skillnet-pretrained", None),
+        "dense": ("dense", 0.1),
+        "skillnet-2": ("skillnet-2", 0.7),
+        "mine": ("mine", None),
+    }
+    assert made["mine"].tuned_as == "skillnet-2"
+    assert made["skillnet-pretrained"].tuned_as == "skillnet"
+    # Seeds of one system out of two studies, each tuned on its own.
+    both = [(one / "runs" / "a", "skillnet", "net"), (two / "runs" / "a", "skillnet", "net")]
+    made = command.relabelled([(one, tuned(0.5)), (two, tuned(0.7))], both)
+    assert (made["net"].score, made["net (two)"].score) == (0.5, 0.7)
+
+
+def test_pictures_of_skills_lie_with_the_report(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[InterpretConfig] = []
+
+    def refuse(config: InterpretConfig) -> None:
+        asked.append(config)
+        raise UserError("not now")
+
+    monkeypatch.setattr("sweeps.interpret.interpret_source", refuse)
+    runs = [read_run(folder) for folder in folders if folder.name == "skillnet-seed0"]
+    (runs[0].folder / "model" / "manifest.json").write_text("{}")
+    made = report_report.make(compare(runs), "one")
+    command._add_skills(made, StudyConfig(runs=["x"]), tmp_path / "report")
+    assert [each.output for each in asked] == [str(tmp_path / "report" / "interpretation")]
+    assert asked[0].split == "validation"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "nothing to compare"),
+        (["--runs", "nowhere"], "no such folder, no such run"),
+        (["--systems.a.system", "skillnet"], "a study needs a name"),
+        (["--config", "studies/headlin"], "neither a file nor a preset"),
+        (["--seeds", "1,1"], "seeds must differ"),
+        (["--claims.margin", "-1"], "claims.margin must not be negative"),
+    ],
+)
+def test_mistakes_get_one_line(words: list[str], expected: str, run_root: Path, capsys):
+    assert command.main(words) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert expected in said[-1]
+    assert len([line for line in said if line.startswith("error")]) == 1
+
+
+def test_runs_and_names_take_several_words():
+    assert command.spread(["--runs", "a", "b", "--json"]) == ["a", "b", "--json"]
+    assert command.spread(["--names", "x", "y", "--runs", "a"]) == ["--names", "x,y", "a"]

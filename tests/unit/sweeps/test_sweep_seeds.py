@@ -1,0 +1,58 @@
+"""Which sweeps may be given more seeds: those whose trials do not hang on one another's scores."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from sweeps.config.space import Dimension
+from sweeps.config.sweep import SweepConfig
+from sweeps.sweep import CONFIG, _open, _source
+from tests.helpers.small_corpora import small_config
+
+
+def sweep_of(root: Path, **settings: Any) -> SweepConfig:
+    return SweepConfig(
+        name="sweep",
+        run_dir=str(root),
+        run=small_config(root / "data"),
+        space={"training.lr": Dimension(choice=[0.001, 0.003])},
+        seeds=[0, 1],
+        **settings,
+    )
+
+
+def kept(folder: Path) -> SweepConfig:
+    return configuration.build(SweepConfig, configuration.load_yaml(folder / CONFIG))
+
+
+@pytest.mark.parametrize("search", ["grid", "random"])
+def test_more_seeds_are_more_trials_of_the_same_names(tmp_path: Path, search: Any) -> None:
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    config = sweep_of(tmp_path, search=search, samples=2)
+    _open(config, folder)
+    more = replace(config, seeds=[0, 1, 2])
+    _open(more, folder)
+    assert kept(folder).seeds == [0, 1, 2]
+    before, after = ([trial.name for trial in _source(each, folder)[0]] for each in (config, more))
+    assert [name for name in after if name in before] == before
+    assert len(after) == 6
+    with pytest.raises(UserError, match=r"has seeds \[0, 1, 2\], not \[0, 1\]"):
+        _open(config, folder)
+    assert kept(folder).seeds == [0, 1, 2]
+
+
+@pytest.mark.parametrize("settings", [{"search": "optuna"}, {"scheduler": "asha"}])
+def test_what_hangs_on_earlier_scores_keeps_its_seeds(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    config = sweep_of(tmp_path, **settings)
+    _open(config, folder)
+    with pytest.raises(UserError, match="has seeds"):
+        _open(replace(config, seeds=[0, 1, 2]), folder)

@@ -1,0 +1,70 @@
+"""The table of docs/reliability.md, from the CSV of the chaos lane."""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measure import RESULTS
+from tests.chaos.__main__ import FAULTS
+from tests.chaos.result_rows import read
+from tools.docs.page_marks import put
+
+PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+HEAD = (
+    "| fault | tried: on hosts / with Ray / without | goes on | steps done again, most "
+    "| bytes lost, most | metrics lost / doubled | seconds to recover: median (longest) "
+    "| equal to the bit |\n"
+    "|---|---:|---|---:|---:|---:|---:|---:|"
+)
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown: a line a fault, and what it stands on."""
+    lines = [HEAD]
+    for fault in FAULTS:
+        mine = [row for row in rows if row["fault"] == fault]
+        if mine:
+            lines.append(_line(fault, mine))
+    equal = sum(row["equal_weights"] == "True" for row in rows)
+    machines = ", ".join(sorted({row["machine"] for row in rows}))
+    loads = [float(row["load"]) for row in rows]
+    dates = sorted({row["date"] for row in rows})
+    lines += [
+        "",
+        f"{len(rows)} runs, {equal} of them equal to the undisturbed run; {machines}, load "
+        f"{min(loads):.0f} to {max(loads):.0f}, {' and '.join(dates)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
+    launchers = [row["launcher"] for row in rows]
+    tried = " / ".join(str(launchers.count(each)) for each in ("hosts", "ray", "ranks"))
+    again = max(int(row["lost_steps"]) for row in rows)
+    lost = max(int(row["lost_bytes"]) for row in rows)
+    missing = sum(int(row["lost_metrics"]) for row in rows)
+    doubled = sum(int(row["doubled_metrics"]) for row in rows)
+    seconds = [float(row["recovery_seconds"]) for row in rows]
+    took = f"{statistics.median(seconds):.0f} ({max(seconds):.0f})"
+    equal = sum(row["equal_weights"] == "True" for row in rows)
+    ways = " or ".join(sorted({row["recovered"] for row in rows}))
+    return (
+        f"| {fault} | {tried} | {ways} | {again} | {lost:,} "
+        f"| {missing} / {doubled} | {took} | {equal} of {len(rows)} |"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Put the table in its place in the page."""
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.chaos_table", description=__doc__)
+    parser.add_argument("csv", nargs="?", type=Path, help="by default the newest committed one")
+    options = parser.parse_args(argv)
+    path = options.csv or max(RESULTS.glob("*-chaos.csv"))
+    put(PAGE, "chaos", table(read(path)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

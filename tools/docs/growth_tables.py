@@ -1,0 +1,138 @@
+"""A finished growth among the results, and its tables in docs/growth.md:
+``python -m tools.docs.growth_tables [runs/NAME]``.
+
+Keeps the report of ``skillnet grow``, its configuration and the figures of all tasks below
+``benchmarks/results/<date>-growth/``; with them ``references.csv``, if ``skillnet evaluate
+--output`` wrote the simple references there. Without a folder only the page is written anew.
+Figures are copied, none is computed here.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from benchmarks.measure import RESULTS
+from pipelines.evaluation import tables
+from pipelines.growth.report import GROWN, JSON, MARKDOWN, WORDS, Growth, Worth
+from tools.docs.kept_results import keep, rows_of
+from tools.docs.page_marks import put
+
+PAGE = Path(__file__).parent.parent / "docs" / "growth.md"
+EVALUATION, REFERENCES = "evaluation.csv", "references.csv"
+KEPT = (JSON, MARKDOWN, "grow.yaml", EVALUATION)
+BOUNDS = ("value", "low", "high")
+
+
+def collect(folder: Path, results: Path = RESULTS) -> Path:
+    """Keep the light files of a finished growth.
+
+    Raises:
+        ValueError: it has no report, or a file names a place of this machine.
+    """
+    if not (folder / JSON).is_file():
+        raise ValueError(f"{folder} is no finished growth: it has no {JSON}")
+    there = [name for name in (REFERENCES,) if (folder / name).is_file()]
+    target = results / f"{rows_of(folder / EVALUATION)[0]['date']}-growth"
+    keep(folder, [*KEPT, *there], target)
+    return target
+
+
+def newest(results: Path = RESULTS) -> Path | None:
+    """The folder that was kept last, or none."""
+    return max((path.parent for path in results.glob(f"*-growth/{JSON}")), default=None)
+
+
+def text_of(folder: Path) -> str:
+    """What stands between the page's marks."""
+    growth = Growth.from_dict(json.loads((folder / JSON).read_text(encoding="utf-8")))
+    first = rows_of(folder / EVALUATION)[0]
+    new = [each for each in growth.worth if each.split == "test"]
+    words = tables.words_of(new[0].metric)
+    lines = [
+        f"| trained | {words} (95 % interval) | grown less this, paired | parameters trained |",
+        "|---|---|---|---:|",
+        *(_line(each) for each in new),
+        *_simple(folder / REFERENCES, growth.task, new[0].metric),
+    ]
+    same = sum(each.state == "same" for each in growth.files)
+    changed = sum(each.state in ("changed", "gone") for each in growth.files)
+    moved = sum(not each.same for each in growth.tasks)
+    tasks = len({each.task for each in growth.tasks})
+    name = yaml.safe_load((folder / "grow.yaml").read_text(encoding="utf-8"))["name"]
+    parts = [
+        f"```sh\nskillnet prepare {growth.corpus}\n"
+        f"skillnet grow {growth.source} --config grow/stroke-count --name {name}\n"
+        f"skillnet evaluate --model {name} --tasks {growth.task} "
+        f"--output runs/{name}/{REFERENCES}\n```",
+        f"{growth.steps} steps each way, seed {growth.seed}; {first['machine']}, {first['date']}. "
+        f"The new task, `{growth.task}`, on the test split:",
+        "\n".join(lines),
+        f"The old tasks: {same} old files have the same sha256, {changed} another; of "
+        f"{len(growth.tasks)} figures of {tasks} tasks {moved} moved; of {growth.rows_compared:,} "
+        f"test rows {growth.rows_differing} came out otherwise; the optimiser kept state for "
+        f"{' and '.join(f'`{name}`' for name in growth.optimiser)} only.",
+    ]
+    everything = next((each for each in new if each.system == "everything" and each.lost), None)
+    if everything is not None:
+        head = ["task", "figure", "before, and after growing", "after everything was trained"]
+        shown = {metric for metric, _ in tables.HEADLINE.values()}
+        metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
+        cells = [
+            [f"`{task}`", tables.words_of(metric_of[task])]
+            + [tables.shown(metric_of[task], value) for value in pair]
+            for task, pair in everything.lost.items()
+        ]
+        parts += [f"With {WORDS['everything']} they move:", tables.markdown(head, cells)]
+    parts.append(f"Files: [{folder.name}](../benchmarks/results/{folder.name}).")
+    return "\n\n".join(parts)
+
+
+def _line(each: Worth) -> str:
+    behind = ""
+    if each.behind:
+        value, low, high = (100 * x for x in each.behind)
+        behind = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    bold = "**" if each.system == GROWN else ""
+    shown = tables.shown_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
+    words = WORDS.get(each.system, each.system)
+    return f"| {bold}{words}{bold} | {bold}{shown}{bold} | {behind} | {each.trained:,} |"
+
+
+def _simple(path: Path, task: str, metric: str) -> list[str]:
+    """Lines of chance and the simple references, where they were measured."""
+    if not path.is_file():
+        return []
+    rows = [
+        row
+        for row in rows_of(path)
+        if row["system"] in tables.SYSTEMS
+        and (row["task"], row["split"], row["metric"]) == (task, "test", metric)
+    ]
+    return [
+        f"| *{tables.SYSTEMS[row['system']]}* | "
+        + tables.shown_interval(
+            {"metric": metric} | {key: float(row[key]) for key in BOUNDS if row[key]}
+        )
+        + " | | |"
+        for row in rows
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Keep a growth, and put its tables in their place in the page."""
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.growth_tables", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="of a finished growth")
+    options = parser.parse_args(argv)
+    folder = collect(options.folder) if options.folder else newest()
+    if folder is None:
+        parser.error("no growth is kept yet; give the folder of one")
+    put(PAGE, "growth", text_of(folder))
+    print(f"{PAGE.name} tells {folder.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

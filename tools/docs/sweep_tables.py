@@ -1,0 +1,193 @@
+"""Finished sweeps among the results, and their tables in docs/sweeps.md:
+``python -m tools.docs.sweep_tables [runs/NAME]``.
+
+Keeps what is light of the sweep's folder below ``benchmarks/results/<date>-sweep-<name>/``: trials,
+configuration, the best one, the plot. Without a folder only the page is written anew, which has
+the newest of each name. What the tables say is computed from the kept ``trials.csv`` alone.
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from benchmarks.measure import RESULTS
+from tools.docs.kept_results import keep, rows_of
+from tools.docs.page_marks import put
+from tools.docs.quickstart_tables import seed_interval
+
+PAGE = Path(__file__).parent.parent / "docs" / "sweeps.md"
+TRIALS = "trials.csv"
+KEPT = ("sweep.yaml", TRIALS, "best.yaml", "score.png")
+#: Columns of a trial that only its machine can follow.
+PLACES = ("folder", "log", "run_id")
+
+Rows = Sequence[dict[str, str]]
+
+
+def collect(folder: Path, results: Path = RESULTS) -> Path:
+    """Keep the light files of a finished sweep.
+
+    Raises:
+        ValueError: the sweep has not ended, or a file names a place of this machine.
+    """
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder} is no finished sweep: it has no result.json")
+    rows = rows_of(folder / TRIALS)
+    done = [row["name"] for row in rows if row["status"] == "finished"]
+    measured = [rows_of(folder / "trials" / name / "evaluation.csv")[0] for name in done]
+    last = max(measured, key=lambda row: row["date"])
+    target = results / f"{last['date']}-sweep-{folder.name}"
+    keep(folder, KEPT, target)
+    told = {"date": last["date"], "machine": last["machine"]}
+    kept = rows_of(target / TRIALS)
+    light = [{k: v for k, v in row.items() if k not in PLACES} | told for row in kept]
+    with (target / TRIALS).open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(light[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(light)
+    return target
+
+
+def newest(results: Path = RESULTS) -> dict[str, Path]:
+    """Name of a sweep -> its folder that was kept last."""
+    found = (path.parent for path in results.glob(f"*-sweep-*/{TRIALS}"))
+    # Of one name the last stays, and folders begin with their date.
+    return dict(sorted((_name(folder), folder) for folder in found))
+
+
+def ranking(rows: Rows, keys: Sequence[str], plain: Mapping[str, Any]) -> str:
+    """Markdown: a line a configuration, best first; scores in per cent, over seeds.
+
+    Args:
+        rows: of the trials; those that did not finish do not count.
+        keys: columns of settings.
+        plain: key -> value where a configuration leaves it as the run has it.
+    """
+    tasks = [c for c in rows[0] if c.startswith("score/")]
+    groups: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "finished":
+            groups[row["group"]].append(row)
+    order = sorted(groups.values(), key=lambda members: -_mean(members, "score"))
+    heads = [*(_short(key) for key in keys), "score (95 % interval)"]
+    heads += [*(task.removeprefix("score/").replace("_", " ") for task in tasks), "M active"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(keys)}{'---:|' * (len(tasks) + 2)}"]
+    for members in order:
+        scores = [100 * float(row["score"]) for row in members]
+        cells = [
+            *(members[0][key] or str(plain.get(key, "")) for key in keys),
+            _with_interval(scores),
+        ]
+        cells += [f"{100 * _mean(members, task):.1f}" for task in tasks]
+        cells.append(f"{_mean(members, 'activated_params') / 1e6:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences(rows: Rows, keys: Sequence[str]) -> dict[tuple[str, str, str], list[float]]:
+    """(setting, one value, another) -> for each seed, score of the one less that of the other.
+
+    Compared are trials that are alike in all else, and a seed's figure is the mean over them: with
+    a crossed space every configuration speaks for each setting.
+    """
+    finished = [row for row in rows if row["status"] == "finished"]
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for key in keys:
+        values = list(dict.fromkeys(row[key] for row in finished))
+        scores = {
+            (row["seed"], tuple(row[k] for k in keys if k != key), row[key]): float(row["score"])
+            for row in finished
+        }
+        for one, other in itertools.combinations(values, 2):
+            by_seed: dict[str, list[float]] = defaultdict(list)
+            for (seed, rest, value), score in scores.items():
+                if value == one and (seed, rest, other) in scores:
+                    by_seed[seed].append(100 * (score - scores[seed, rest, other]))
+            if by_seed:
+                found[key, one, other] = [fmean(each) for each in by_seed.values()]
+    return found
+
+
+def effects(rows: Rows, keys: Sequence[str]) -> str:
+    """Markdown: a line a pair of values of a setting, with what the interval tells."""
+    lines = ["| setting | | points of mean score (95 % interval) | |", "|---|---|---:|---|"]
+    for (key, one, other), values in differences(rows, keys).items():
+        low, high = seed_interval(values)
+        apart = "told apart" if len(values) > 1 and low * high > 0 else "not told apart"
+        shown = _with_interval(values, signed=True)
+        lines.append(f"| {_short(key)} | {one} less {other} | {shown} | {apart} |")
+    return "\n".join(lines)
+
+
+def page_text(results: Path = RESULTS) -> str:
+    """What stands between the page's marks."""
+    parts = [f"### {name}\n\n{text_of(folder)}" for name, folder in newest(results).items()]
+    return "\n\n".join(parts) or "No result is kept yet."
+
+
+def text_of(folder: Path) -> str:
+    """The tables of a sweep that was kept."""
+    rows = rows_of(folder / TRIALS)
+    sweep: dict[str, Any] = yaml.safe_load((folder / "sweep.yaml").read_text(encoding="utf-8"))
+    run = sweep["run"]
+    ended = [row["status"] for row in rows]
+    minutes = sum(float(row["seconds"] or 0) for row in rows) / 60
+    counts = ", ".join(f"{ended.count(each)} {each}" for each in dict.fromkeys(ended))
+    model, space, adjusted = run["model"], list(sweep["space"]), sweep["fixed_cost"]["adjust"]
+    held = f", {adjusted} set so that all cost the same" if adjusted else ""
+    shown = [*space, *([f"model.{adjusted}"] if adjusted else [])]
+    ranked = ranking(rows, shown, {f"model.{key}": value for key, value in model.items()})
+    return (
+        f"{len(rows)} trials ({counts}) of {run['training']['steps']:,} steps, seeds "
+        f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['depth']} layers"
+        f"{held}; {minutes:.0f} minutes of training in "
+        f"all, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
+        f"splits; intervals are Student's t over seeds.\n\n{ranked}\n\nEach setting by "
+        "itself, over all configurations that are alike in everything else:\n\n"
+        f"{effects(rows, space)}\n\nFiles: [{folder.name}](../benchmarks/results/{folder.name})."
+    )
+
+
+def _name(folder: Path) -> str:
+    return folder.name.partition("-sweep-")[2]
+
+
+def _mean(rows: Rows, key: str) -> float:
+    return fmean(float(row[key]) for row in rows)
+
+
+def _with_interval(values: list[float], signed: bool = False) -> str:
+    low, high = seed_interval(values)
+    sign = "+" if signed else ""
+    told = f"{fmean(values):{sign}.1f}"
+    return told if math.isclose(low, high) else f"{told} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2].replace("_", " ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Keep a sweep, and put the tables of all that are kept in their place in the page."""
+    parser = argparse.ArgumentParser(prog="python -m tools.docs.sweep_tables", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="of a finished sweep")
+    options = parser.parse_args(argv)
+    if options.folder:
+        collect(options.folder)
+    put(PAGE, "sweep", page_text())
+    told = ", ".join(folder.name for folder in newest().values())
+    print(f"{PAGE.name} tells {told or 'that there is no result'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
