@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.measure import Result, Took, ratio, spread
 from benchmarks.media import PICTURE, decode, files
 from benchmarks.sides import Maker, rounds_of, side
-from pipelines.loading.rng import generator
+from pipelines.loading.rng import keyed_rng
 from pipelines.shards.columns import Fixed, open_column
 from pipelines.shards.format import write_shard
 from pipelines.shards.jpeg import encode, encoded_field
@@ -123,7 +123,7 @@ def shard_batches(table: pa.Table, epoch: int) -> Batches:
     pixels, labels = (open_column(table, name, "made") for name in ("pixels", "label"))
     assert isinstance(pixels, Fixed)
     assert isinstance(labels, Fixed)
-    order = generator(0, "order", epoch).permutation(table.num_rows)
+    order = keyed_rng(0, "order", epoch).permutation(table.num_rows)
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
         yield torch.from_numpy(pixels.take(rows)), torch.from_numpy(labels.take(rows))

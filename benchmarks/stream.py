@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import MixedStream
-from pipelines.shards.dataset import Corpus
+from pipelines.loading.dataloader import MultiTaskDataLoader
+from pipelines.shards.dataset import PreparedCorpus
 from pipelines.training.loop import train
 from pipelines.training.setup import open_corpora
 from skillnet_platform import console
@@ -59,12 +59,12 @@ def run(rounds: int, threads: int) -> list[Result]:
 
 
 def _task(
-    name: str, config: FinetuneConfig, corpora: dict[str, Corpus], rounds: int, threads: int
+    name: str, config: FinetuneConfig, corpora: dict[str, PreparedCorpus], rounds: int, threads: int
 ) -> list[Result]:
     only = {name: config.tasks[name]}
     corpus = corpora[config.tasks[name].corpus]
-    plain = MixedStream(corpora, only, config.model, 0)
-    changed = MixedStream(corpora, only, config.model, 0, config.training.augment)
+    plain = MultiTaskDataLoader(corpora, only, config.model, 0)
+    changed = MultiTaskDataLoader(corpora, only, config.model, 0, config.training.augment)
     dataset = _dataset(corpus, config.tasks[name].split, COLUMNS[name])
     limit = plain.rows[name].limit
 
@@ -93,7 +93,7 @@ def _task(
     ]
 
 
-def _dataset(corpus: Corpus, split: str, columns: list[str]) -> Any:
+def _dataset(corpus: PreparedCorpus, split: str, columns: list[str]) -> Any:
     from datasets import Dataset, concatenate_datasets, disable_progress_bars
 
     disable_progress_bars()

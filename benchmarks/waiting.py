@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.measure import Result, spread
 from benchmarks.media import PICTURE, files
 from benchmarks.scale import GPU_CPUS, GPU_ROWS
-from pipelines.loading.dataloader import MixedStream, Prefetcher
+from pipelines.loading.dataloader import MultiTaskDataLoader, Prefetcher
 
 PICTURES, BATCH, STEPS = 256, 64, 40
 #: Rounds whatever is asked for: each takes as long as its steps sleep.
@@ -58,7 +58,7 @@ def run(rounds: int, threads: int) -> list[Result]:
     ]  # fmt: skip
 
 
-def _stream(folder: Path) -> MixedStream:
+def _stream(folder: Path) -> MultiTaskDataLoader:
     from pipelines.config.run import FinetuneConfig, TaskTraining
     from pipelines.corpora.readers.folder import Folder
     from pipelines.preprocessing.prepare import prepare
@@ -76,7 +76,7 @@ def _stream(folder: Path) -> MixedStream:
     model = replace(config.model, image_size=PICTURE, patch_size=16)
     model = replace(model, vocab_size=max(words, model.vocab_size))
     tasks = {"text_to_image": TaskTraining("pictures", batch=BATCH)}
-    return MixedStream(opened, tasks, model, 0, config.training.augment)
+    return MultiTaskDataLoader(opened, tasks, model, 0, config.training.augment)
 
 
 def _first() -> bool:
@@ -90,7 +90,7 @@ def _first() -> bool:
 
 
 def _steps(
-    stream: MixedStream, start: int, stop: int, seconds: float
+    stream: MultiTaskDataLoader, start: int, stop: int, seconds: float
 ) -> tuple[float, float, float]:
     """(Waited, all, CPU) seconds of steps that take so long; the first batch is not counted."""
     with Prefetcher(stream, start, stop) as batches:

@@ -17,7 +17,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.shards.dataset import Corpus
+    from pipelines.shards.dataset import PreparedCorpus
 
 #: Pretraining never looks at a test split: what it measures, it measures here.
 SPLITS = ("validation",)
@@ -66,7 +66,7 @@ def check_unlabelled(config: FinetuneConfig) -> None:
             )
 
 
-def check_splits(config: FinetuneConfig, corpora: "Mapping[str, Corpus]") -> None:
+def check_splits(config: FinetuneConfig, corpora: "Mapping[str, PreparedCorpus]") -> None:
     """Refuse splits that a corpus' manifest does not allow for pretraining: test, validation."""
     from pipelines.loading.task_dataset import PRETRAINING, splits_of
 

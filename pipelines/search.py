@@ -18,7 +18,7 @@ from skillnet_platform.storage import atomic_write, data_root, run_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
-    from pipelines.shards.dataset import Corpus
+    from pipelines.shards.dataset import PreparedCorpus
 from pipelines.serving.retrieval_index import index
 
 
@@ -134,7 +134,7 @@ def write_page(
     query: str,
     task: str,
     model: str,
-    corpus: "Corpus",
+    corpus: "PreparedCorpus",
     hits: Sequence[Hit],
     searched: int,
 ) -> None:
@@ -157,7 +157,7 @@ def write_page(
         stream.write(page(query, cards, facts, credit(corpus)))
 
 
-def credit(corpus: "Corpus") -> str:
+def credit(corpus: "PreparedCorpus") -> str:
     """Who made what a built-in corpus shows, and its licences; "" for others."""
     from pipelines.corpora import BUILT_IN, find_corpus
 
@@ -180,7 +180,7 @@ def show(found: Found) -> None:
     )
 
 
-def _splits(corpus: "Corpus", wanted: Sequence[str] | None) -> list[str]:
+def _splits(corpus: "PreparedCorpus", wanted: Sequence[str] | None) -> list[str]:
     if wanted is None:
         return [name for name in corpus.splits if name != "pretrain"]
     for name in wanted:
@@ -191,7 +191,9 @@ def _splits(corpus: "Corpus", wanted: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def _hits(corpus: "Corpus", splits: Sequence[str], scores: np.ndarray, top: int) -> list[Hit]:
+def _hits(
+    corpus: "PreparedCorpus", splits: Sequence[str], scores: np.ndarray, top: int
+) -> list[Hit]:
     ends = np.cumsum([corpus.splits[name].rows for name in splits])
     hits: list[Hit] = []
     for rank in np.argsort(-scores, kind="stable")[:top]:
@@ -208,7 +210,7 @@ def _hits(corpus: "Corpus", splits: Sequence[str], scores: np.ndarray, top: int)
     return hits
 
 
-def _shown(corpus: "Corpus", hit: Hit) -> tuple[np.ndarray | None, str | None]:
+def _shown(corpus: "PreparedCorpus", hit: Hit) -> tuple[np.ndarray | None, str | None]:
     """The picture or clip of a hit, or its code."""
     from pipelines.shards.columns import Fixed, open_column
 

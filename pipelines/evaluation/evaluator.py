@@ -22,7 +22,7 @@ from pipelines.evaluation.outcomes import Outcomes
 from pipelines.evaluation.tables import COLUMNS, in_order
 from pipelines.runs.head_sizes import LISTED, outputs_of
 from pipelines.shards.columns import Fixed, Ragged, open_column
-from pipelines.shards.dataset import Corpus, Split, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, Split, open_corpus
 from skillnet.accounting import account_task
 from skillnet.metrics import (
     Interval,
@@ -269,7 +269,7 @@ def rank_figures(
     return figures
 
 
-def asks_with_all(corpus: Corpus) -> bool:
+def asks_with_all(corpus: PreparedCorpus) -> bool:
     """Whether every caption of a row is a query of its own, or only the first."""
     return corpus.manifest.get("queries") == "all"
 
@@ -314,14 +314,14 @@ def corpus_path(data: str | Path, task: str, corpora: Mapping[str, str] | None =
     return below(place(data, Path()), names[task])
 
 
-def chosen_splits(corpus: Corpus, splits: Sequence[str] | None) -> list[str]:
+def chosen_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[str]:
     """The named splits that a corpus has, or all test sets."""
     if splits is None:
         return [name for name in corpus.splits if name.startswith("test")]
     return [name for name in splits if name in corpus.splits]
 
 
-def check_outputs(corpus: Corpus, task: str, spec: Task) -> None:
+def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
     """Raise UserError if a corpus has another number of classes or symbols than the model."""
     found = outputs_of(corpus.manifest, spec)
     if found is not None and found != spec.outputs:

@@ -22,7 +22,7 @@ from skillnet.multitask_model import TaskModel
 from skillnet.skills import find_task
 
 if TYPE_CHECKING:
-    from pipelines.shards.dataset import Corpus
+    from pipelines.shards.dataset import PreparedCorpus
 
 BATCH = 64
 
@@ -30,7 +30,7 @@ BATCH = 64
 def hidden_batches(
     model: TaskModel,
     task: str,
-    corpus: "Corpus",
+    corpus: "PreparedCorpus",
     split: str,
     masks: MaskConfig | None = None,
     limit: int | None = None,
@@ -71,7 +71,7 @@ def restored(runner: Runner, batch: Batch) -> Tensor:
 def masked_losses(
     runner: Runner,
     task: str,
-    corpus: "Corpus",
+    corpus: "PreparedCorpus",
     split: str,
     masks: MaskConfig | None = None,
     limit: int | None = None,
@@ -95,7 +95,7 @@ def masked_losses(
 
 
 def mean_length(
-    model: TaskModel, task: str, corpus: "Corpus", split: str, limit: int | None = None
+    model: TaskModel, task: str, corpus: "PreparedCorpus", split: str, limit: int | None = None
 ) -> dict[str, int]:
     """Mean length of the rows of sequences, as costs are counted with; {} for the others."""
     lengths = source_of(model, task, corpus, split, None, limit).lengths()
@@ -105,7 +105,7 @@ def mean_length(
 def source_of(
     model: TaskModel,
     task: str,
-    corpus: "Corpus",
+    corpus: "PreparedCorpus",
     split: str,
     masks: MaskConfig | None,
     limit: int | None,

@@ -18,7 +18,7 @@ from pipelines.evaluation.masked import hidden_batches, restored, source_of
 from pipelines.loading.audio_units import units_of
 from pipelines.loading.masking import FLAT, normalised
 from pipelines.loading.task_dataset import PRETRAINING, splits_of
-from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.stems import (
@@ -166,7 +166,7 @@ def _pixels(x: Tensor) -> np.ndarray:
     return ((x + 1) / 2).clamp(0, 1).numpy()
 
 
-def _evenly(corpus: Corpus, split: str) -> np.ndarray:
+def _evenly(corpus: PreparedCorpus, split: str) -> np.ndarray:
     """A few row numbers spread over a split."""
     count = corpus.splits[split].rows
     return np.unique(np.linspace(0, count - 1, min(ROWS, count)).astype(np.int64))

@@ -34,7 +34,7 @@ from pipelines.evaluation.evaluator import (
     tidy,
 )
 from pipelines.shards.columns import Fixed, open_column
-from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import Interval, identities
 from skillnet.skills import Task, find_task
@@ -105,7 +105,9 @@ def references(
     return rows
 
 
-def _both(spec: Task, corpus: Corpus, split: str, seed: int, samples: int) -> dict[str, Figures]:
+def _both(
+    spec: Task, corpus: PreparedCorpus, split: str, seed: int, samples: int
+) -> dict[str, Figures]:
     train, test = _known(corpus.splits["train"].table()), corpus.splits[split].table()
     where = f"{corpus.name}/{split}"
     if spec.objective == "classification":

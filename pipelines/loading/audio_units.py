@@ -20,7 +20,7 @@ from skillnet.stems import stack_frames
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.shards.dataset import Corpus
+    from pipelines.shards.dataset import PreparedCorpus
 
 #: Stacks that the means are found from at most, spread evenly over the recordings.
 MOST_STACKS = 100_000
@@ -48,7 +48,9 @@ class SoundUnits:
 _known: dict[tuple[str, int, int], SoundUnits] = {}
 
 
-def units_of(corpus: "Corpus", splits: tuple[str, ...], stack: int, count: int) -> SoundUnits:
+def units_of(
+    corpus: "PreparedCorpus", splits: tuple[str, ...], stack: int, count: int
+) -> SoundUnits:
     """The units of a corpus of recordings; found once in a process.
 
     Args:
@@ -72,7 +74,7 @@ def units_of(corpus: "Corpus", splits: tuple[str, ...], stack: int, count: int) 
     return _known[key]
 
 
-def _stacks(corpus: "Corpus", splits: tuple[str, ...], stack: int) -> np.ndarray:
+def _stacks(corpus: "PreparedCorpus", splits: tuple[str, ...], stack: int) -> np.ndarray:
     """(N, P) whole stacks of the recordings, at most ``MOST_STACKS``."""
     parts = []
     for split in splits:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.config.data import AugmentConfig
-from pipelines.loading.rng import generator
+from pipelines.loading.rng import keyed_rng
 from pipelines.shards.row_threads import over_rows
 
 MASK_TOKEN = 2
@@ -38,7 +38,7 @@ class Draws:
 
     def uniform(self, name: str, *shape: int) -> np.ndarray:
         """(B, *shape) float32 in [0, 1). ``shape`` must not hang on the rank's rows."""
-        random = generator(*self._key, name)
+        random = keyed_rng(*self._key, name)
         return random.random((self._count, *shape), dtype=np.float32)[self._mine]
 
 
@@ -174,7 +174,7 @@ def recordings(
 @lru_cache(maxsize=4)
 def _noise(bins: int) -> np.ndarray:
     """(4096, bins) natural log of the power of white noise of mean power 1."""
-    power = generator("noise").standard_exponential((4096, bins), dtype=np.float32)
+    power = keyed_rng("noise").standard_exponential((4096, bins), dtype=np.float32)
     return np.log(power + 1e-3)
 
 

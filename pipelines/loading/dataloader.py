@@ -18,7 +18,7 @@ from torch import Tensor
 from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.run import TaskTraining
 from pipelines.loading.augment import Draws
-from pipelines.loading.samplers import RowOrder, Schedule, task_weights
+from pipelines.loading.samplers import RowOrder, TaskSampler, task_weights
 from pipelines.loading.shard_table import HeldRows
 from pipelines.loading.task_dataset import TaskRows
 from pipelines.loading.window_sampler import WindowOrder
@@ -27,7 +27,7 @@ from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.shards.dataset import Corpus
+    from pipelines.shards.dataset import PreparedCorpus
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def rank_slice(count: int, rank: int, world: int) -> slice:
     return slice(start, start + base + (rank < more))
 
 
-class MixedStream:
+class MultiTaskDataLoader:
     """Global batches of all tasks of a run.
 
     Args:
@@ -105,7 +105,7 @@ class MixedStream:
 
     def __init__(
         self,
-        corpora: Mapping[str, "Corpus"],
+        corpora: Mapping[str, "PreparedCorpus"],
         tasks: Mapping[str, TaskTraining],
         model: SkillNetConfig,
         seed: int,
@@ -131,7 +131,7 @@ class MixedStream:
             {name: rows.count for name, rows in self.rows.items()},
             temperature,
         )
-        self._schedule = Schedule(self.weights, seed)
+        self._schedule = TaskSampler(self.weights, seed)
 
     def plan(self, step: int) -> StepPlan:
         """Task and rows of the global batch of a step."""
@@ -202,7 +202,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        stream: MixedStream,
+        stream: MultiTaskDataLoader,
         start: int,
         stop: int,
         rank: int = 0,

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 
 
-def generator(*key: int | str) -> np.random.Generator:
+def keyed_rng(*key: int | str) -> np.random.Generator:
     """A Philox generator keyed by integers and names; the same key gives the same draws.
 
     Philox is a counter-based generator (Salmon et al., SC 2011).

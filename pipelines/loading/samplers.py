@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pipelines.loading.rng import generator
+from pipelines.loading.rng import keyed_rng
 
 #: Steps within which the tasks' counts follow their weights; their order inside is shuffled.
 BLOCK = 20
@@ -35,7 +35,7 @@ def task_weights(
     return {name: value / total for name, value in raw.items()}
 
 
-class Schedule:
+class TaskSampler:
     """Task of each step and how often it has occurred before.
 
     After every step the count of a task is within one of its share, before shuffling inside
@@ -77,7 +77,7 @@ class Schedule:
             tasks[step] = task
         for block in range(blocks):
             part = tasks[block * BLOCK : (block + 1) * BLOCK]
-            generator(self._seed, "schedule", block).shuffle(part)
+            keyed_rng(self._seed, "schedule", block).shuffle(part)
         occurrences = np.empty_like(tasks)
         for task in range(len(self.names)):
             mine = tasks == task
@@ -139,7 +139,7 @@ class RowOrder:
         return self._epochs[epoch]
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        random = generator(*self._key, epoch)
+        random = keyed_rng(*self._key, epoch)
         order = random.permutation(self._rows)
         if callable(self._lengths):
             self._lengths = self._lengths()

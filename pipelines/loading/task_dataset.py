@@ -22,7 +22,7 @@ from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.shards.dataset import Corpus
+    from pipelines.shards.dataset import PreparedCorpus
 
 Kind = TypeVar("Kind", Fixed, Ragged, Nested)
 
@@ -33,7 +33,7 @@ PRETRAINING = "pretraining"
 PAD_TO = 8
 
 
-def splits_of(corpus: "Corpus", named: str) -> tuple[str, ...]:
+def splits_of(corpus: "PreparedCorpus", named: str) -> tuple[str, ...]:
     """Splits that a task's ``split`` names: itself, or what pretraining may read of the corpus.
 
     Raises:
@@ -74,7 +74,7 @@ class TaskRows:
         self,
         name: str,
         task: Task,
-        corpus: "Corpus",
+        corpus: "PreparedCorpus",
         model: SkillNetConfig,
         settings: TaskTraining,
         masks: MaskConfig | None = None,
@@ -115,7 +115,7 @@ class TaskRows:
             masks = masks.for_views()
         self._hide = masking.Hider(model, masks, words, self.limit, self._units(corpus))
 
-    def _refuse_cropping(self, corpus: "Corpus") -> None:
+    def _refuse_cropping(self, corpus: "PreparedCorpus") -> None:
         """A transcript asks for all of its recording: raise UserError where the end is cut off."""
         if 100 * float(corpus.manifest["preprocessing"]["max_seconds"]) <= self.limit:
             return  # none is longer: nothing has to be read for it
@@ -129,7 +129,7 @@ class TaskRows:
                 f"{self.limit / 100:g}"
             )
 
-    def _units(self, corpus: "Corpus") -> SoundUnits | None:
+    def _units(self, corpus: "PreparedCorpus") -> SoundUnits | None:
         count = self._model.sound_units
         if not count or self.plan.modality != "sound" or self.task.objective != "masked":
             return None

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.loading.rng import generator
+from pipelines.loading.rng import keyed_rng
 from pipelines.loading.samplers import bucketed
 
 #: Windows whose rows are kept shuffled.
@@ -118,7 +118,7 @@ class WindowOrder:
                 del self._layouts[old]
             windows: list[list[int]] = [[]]
             held = 0
-            for shard in generator(*self._key, "shards", epoch).permutation(len(self._rows)):
+            for shard in keyed_rng(*self._key, "shards", epoch).permutation(len(self._rows)):
                 if windows[-1] and held + self._sizes[shard] > self._limit:
                     windows.append([])
                     held = 0
@@ -136,7 +136,7 @@ class WindowOrder:
 
     def _grow(self, shards: Sequence[int]) -> list[np.ndarray]:
         """Rows of the parts of a window that grows by these shards, one after the other."""
-        random = generator(*self._key, "growing")
+        random = keyed_rng(*self._key, "growing")
         waiting = [self._starts[s] + random.permutation(self._rows[s]) for s in shards]
         came, taken, parts = 0, 0, []
         for number, shard in enumerate(shards, 1):
@@ -162,7 +162,7 @@ class WindowOrder:
                 rows = np.concatenate(
                     [np.arange(self._starts[s], self._starts[s + 1]) for s in shards]
                 )
-            random = generator(*self._key, "window", epoch, number)
+            random = keyed_rng(*self._key, "window", epoch, number)
             place = random.permutation(len(rows))
             order = rows[place]
             lengths = self._lengths(rows) if self._lengths else None

@@ -23,7 +23,7 @@ from pipelines.runs.head_sizes import LISTED
 from pipelines.runs.model_source import Source
 from pipelines.runs.model_source import load_at_work as load_model
 from pipelines.serving.predictor import CaptionBank, Predictor
-from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.tokenizer import training as tokenizers
 from skillnet import systems
 from skillnet.precision import best_device
@@ -205,13 +205,13 @@ def open_predictor(source: Source, data: str | Path | None, precision: str = "au
     return open_bundle(kept, precision)
 
 
-def names_of(corpus: Corpus, spec: Task) -> list[str]:
+def names_of(corpus: PreparedCorpus, spec: Task) -> list[str]:
     """Names of a task's classes, or of its symbols from 1 on; [] for retrieval."""
     key = LISTED.get(spec.objective)
     return list(corpus.manifest.get(key, [])) if key else []
 
 
-def known_captions(corpus: Corpus, most: int = MOST_CAPTIONS) -> list[str]:
+def known_captions(corpus: PreparedCorpus, most: int = MOST_CAPTIONS) -> list[str]:
     """The distinct first captions of all splits but pretraining, in order, up to so many.
 
     Shards are read one by one, and none beyond the last caption that is taken.
@@ -244,7 +244,7 @@ def embedded(predictor: Predictor, task: str, captions: list[str]) -> np.ndarray
     return np.concatenate(parts) if parts else predictor.embed_texts(task, [])
 
 
-def tokenizer_of(corpora: Mapping[str, Corpus], data: Place) -> bytes:
+def tokenizer_of(corpora: Mapping[str, PreparedCorpus], data: Place) -> bytes:
     """The tokenizer file of some corpora, checked against their manifests.
 
     Raises:

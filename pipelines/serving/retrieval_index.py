@@ -13,7 +13,7 @@ from skillnet_platform.storage import atomic_write, human_bytes, run_root
 if TYPE_CHECKING:
     from pipelines.runs.model_source import Source
     from pipelines.serving.predictor import Predictor
-    from pipelines.shards.dataset import Corpus
+    from pipelines.shards.dataset import PreparedCorpus
 
 #: Goes up whenever the index changes, so that a kept one is not taken for a new one.
 VERSION = 1
@@ -22,7 +22,11 @@ MOST_BYTES = 4 * 2**30
 
 
 def index(
-    predictor: "Predictor", source: "Source", task: str, corpus: "Corpus", splits: Sequence[str]
+    predictor: "Predictor",
+    source: "Source",
+    task: str,
+    corpus: "PreparedCorpus",
+    splits: Sequence[str],
 ) -> np.ndarray:
     """Vectors of all rows of some splits, (N, E); kept by the digests of model and corpus.
 

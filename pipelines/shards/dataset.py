@@ -78,7 +78,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class PreparedCorpus:
     """A prepared corpus, opened."""
 
     path: Place
@@ -116,7 +116,9 @@ class Corpus:
         return (self.splits.get("train") or next(iter(self.splits.values()))).schema
 
 
-def open_corpus(path: str | Path, verify: bool = False, cache: FileCache | None = None) -> Corpus:
+def open_corpus(
+    path: str | Path, verify: bool = False, cache: FileCache | None = None
+) -> PreparedCorpus:
     """Open a prepared corpus.
 
     One in a store is opened by its manifest alone; shards come through the cache when they are
@@ -142,7 +144,7 @@ def open_corpus(path: str | Path, verify: bool = False, cache: FileCache | None 
         name: Split(name, files, tuple(entry["shards"]))
         for name, entry in manifest["splits"].items()
     }
-    return Corpus(files.where, manifest, splits)
+    return PreparedCorpus(files.where, manifest, splits)
 
 
 def verify_corpus(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch, Prefetcher
-from pipelines.loading.rng import generator
+from pipelines.loading.rng import keyed_rng
 from pipelines.runs.identity import identity_of
 from pipelines.shards import row_threads
 from pipelines.training import checkpointing, fault_injection, preemption
@@ -295,7 +295,7 @@ def task_loss(
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout hangs on (seed, step, rank) alone, not on what was drawn before."""
-    torch.manual_seed(int(generator(seed, "dropout", step, rank).integers(2**62)))
+    torch.manual_seed(int(keyed_rng(seed, "dropout", step, rank).integers(2**62)))
 
 
 @contextlib.contextmanager

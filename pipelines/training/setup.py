@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import MixedStream
+from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs import checkpoints
-from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.training import checkpointing
 from pipelines.training.init_from import start_model
 from pipelines.training.optimizer import SkillAdamW, WeightAverage
@@ -22,14 +22,14 @@ from skillnet_platform.storage.cache import GB, shared_cache
 from skillnet_platform.storage.location import below, place
 
 
-def open_stream(config: FinetuneConfig) -> MixedStream:
+def open_stream(config: FinetuneConfig) -> MultiTaskDataLoader:
     """The mixed stream over the corpora that the tasks name.
 
     Raises:
         UserError: a corpus that is missing or does not fit its task.
     """
     corpora = open_corpora(config)
-    stream = MixedStream(
+    stream = MultiTaskDataLoader(
         corpora,
         config.trained,
         config.model,
@@ -51,7 +51,7 @@ def open_stream(config: FinetuneConfig) -> MixedStream:
     return stream
 
 
-def open_corpora(config: FinetuneConfig) -> dict[str, Corpus]:
+def open_corpora(config: FinetuneConfig) -> dict[str, PreparedCorpus]:
     """Corpus name -> opened corpus, of all tasks; their vocabularies must fit the model's."""
     data = place(config.data, storage.data_root())
     cache = shared_cache(config.storage.cache_gb)

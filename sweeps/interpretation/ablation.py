@@ -15,7 +15,7 @@ from pipelines.evaluation.evaluator import asks_with_all, corpus_path, measure
 from pipelines.evaluation.inference import Runner
 from pipelines.evaluation.outcomes import Outcomes, RowOutcomes, paired_difference
 from pipelines.evaluation.tables import HEADLINE, in_order
-from pipelines.shards.dataset import Corpus, Split, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, Split, open_corpus
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet_platform.errors import UserError
@@ -152,7 +152,7 @@ def knockout_table(
 
 
 def _outcomes(
-    runner: Runner, name: str, task: Task, part: Split, corpus: Corpus, limit: int | None
+    runner: Runner, name: str, task: Task, part: Split, corpus: PreparedCorpus, limit: int | None
 ) -> RowOutcomes:
     """What becomes of every row of a split under a plan, asked as the evaluation asks."""
     kept = Outcomes()
@@ -177,14 +177,14 @@ def measured_splits(
     tasks: Sequence[str] | None,
     split: str,
     corpora: Mapping[str, str] | None,
-) -> list[tuple[str, Split, Corpus]]:
+) -> list[tuple[str, Split, PreparedCorpus]]:
     """(task, its split, its corpus) of the tasks that have a headline figure and the split.
 
     Raises:
         UserError: an unknown task, or no corpus with that split.
     """
     names = in_order(model.config.tasks) if tasks is None else list(tasks)
-    found: list[tuple[str, Split, Corpus]] = []
+    found: list[tuple[str, Split, PreparedCorpus]] = []
     seen: set[str] = set()
     for name in names:
         if find_task(name, model.config.tasks).objective not in HEADLINE:

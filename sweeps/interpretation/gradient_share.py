@@ -15,7 +15,7 @@ import torch
 from pipelines.config.run import TaskTraining
 from pipelines.evaluation.evaluator import corpus_path
 from pipelines.evaluation.tables import HEADLINE, in_order
-from pipelines.loading.dataloader import MixedStream
+from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss
 from skillnet.metrics import Interval, bootstrap_interval, ratio_of_sums
@@ -87,7 +87,7 @@ def gradient_share(
             corpus.name, batch=batch, split=split, max_length=(limits or {}).get(name)
         )
         settings = replace(settings, first_caption=1.0)
-        stream = MixedStream({corpus.name: corpus}, {name: settings}, model.config, seed)
+        stream = MultiTaskDataLoader({corpus.name: corpus}, {name: settings}, model.config, seed)
         squares, sizes = _squares(model, name, stream, batches, precision)
         whole = np.sum(list(squares.values()), 0)
         skills = np.sum([x for (kind, _), x in squares.items() if kind == "skill"], 0)
@@ -112,7 +112,7 @@ Part = tuple[str, str]
 
 
 def _squares(
-    model: SkillNet, task: str, stream: MixedStream, batches: int, precision: str
+    model: SkillNet, task: str, stream: MultiTaskDataLoader, batches: int, precision: str
 ) -> tuple[dict[Part, np.ndarray], dict[Part, int]]:
     """(kind, part) -> squared gradient norm of each batch, and the parameters it is over."""
     named = list(model.active_parameters(task))

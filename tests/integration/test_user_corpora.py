@@ -11,7 +11,7 @@ from pipelines import evaluate, finetune, predict, prepare
 from pipelines.corpora import place_corpus
 from pipelines.corpora.readers.tnews import LABELS
 from pipelines.preprocessing import prepare as preparation
-from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 
@@ -40,7 +40,7 @@ class Place:
         self.words = [f"--corpus={name}={self.given / name}" for name in NAMES]
         self.words += ["--data", str(self.data), "--vocabulary", "900", "--max_bad", "0.3"]
 
-    def open(self, name: str) -> Corpus:
+    def open(self, name: str) -> PreparedCorpus:
         """A prepared corpus, every shard hashed."""
         return open_corpus(self.data / name, verify=True)
 

@@ -13,7 +13,7 @@ from pipelines.loading.audio_units import SoundUnits, units_of
 from pipelines.loading.augment import Draws
 from pipelines.loading.masking import Hider
 from pipelines.loading.task_dataset import TaskRows
-from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.skills import find_task, masked_tasks
 from skillnet.stems import stack_frames
@@ -27,13 +27,15 @@ MODEL = SkillNetConfig(
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
     folder = tmp_path_factory.mktemp("corpora")
     small_corpora.write_corpora(folder)
     return open_corpus(folder / "syllables")
 
 
-def test_every_search_finds_the_same_units(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_search_finds_the_same_units(
+    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = units_of(corpus, ("train",), STACK, COUNT)
     assert units_of(corpus, ("train",), STACK, COUNT) is first
     monkeypatch.setattr(audio_units, "_known", {})
@@ -65,7 +67,7 @@ def test_hidden_sound_is_asked_for_by_unit() -> None:
     assert torch.equal(asked["units"]["values"], units(stack_frames(log_mel, STACK))[masked])
 
 
-def test_validation_rows_are_asked_for_the_units_of_training(corpus: Corpus) -> None:
+def test_validation_rows_are_asked_for_the_units_of_training(corpus: PreparedCorpus) -> None:
     units = units_of(corpus, ("train",), STACK, COUNT)
     task = find_task("masked_sound", MODEL.tasks)
     rows = TaskRows("masked_sound", task, corpus, MODEL, TaskTraining("syllables", split="test"))
@@ -76,7 +78,7 @@ def test_validation_rows_are_asked_for_the_units_of_training(corpus: Corpus) -> 
     assert torch.equal(targets["values"], wanted)
 
 
-def test_too_few_sounds_for_the_units(corpus: Corpus) -> None:
+def test_too_few_sounds_for_the_units(corpus: PreparedCorpus) -> None:
     with pytest.raises(UserError, match=r"too few for 1000000 units; lower model\.sound_units"):
         units_of(corpus, ("train",), STACK, 1_000_000)
 
@@ -86,7 +88,7 @@ def test_a_negative_number_is_refused() -> None:
         SkillNetConfig(sound_units=-1)
 
 
-def test_the_place_of_shards_does_not_matter(corpus: Corpus, tmp_path: Path) -> None:
+def test_the_place_of_shards_does_not_matter(corpus: PreparedCorpus, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere"
     copy.mkdir()
     for file in corpus.path.iterdir():

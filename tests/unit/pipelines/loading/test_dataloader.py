@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipelines.config.data import AugmentConfig
-from pipelines.loading.dataloader import Batch, MixedStream, Prefetcher, rank_slice
+from pipelines.loading.dataloader import Batch, MultiTaskDataLoader, Prefetcher, rank_slice
 from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
@@ -20,7 +20,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stream(data: Path) -> MixedStream:
+def stream(data: Path) -> MultiTaskDataLoader:
     return open_stream(small_config(data))
 
 
@@ -39,7 +39,7 @@ def rows_of(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_slices_of_ranks_join_to_the_global_batch(stream: MixedStream, world: int) -> None:
+def test_slices_of_ranks_join_to_the_global_batch(stream: MultiTaskDataLoader, world: int) -> None:
     tasks = set()
     for step in range(20):
         whole = stream.batch(step)
@@ -72,7 +72,7 @@ def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
     assert any(set(one.rows) != set(other.rows) for one, other in plans)
 
 
-def test_each_row_comes_once_an_epoch(stream: MixedStream) -> None:
+def test_each_row_comes_once_an_epoch(stream: MultiTaskDataLoader) -> None:
     seen: dict[str, list[int]] = {name: [] for name in stream.tasks}
     for step in range(300):
         plan = stream.plan(step)
@@ -85,7 +85,7 @@ def test_each_row_comes_once_an_epoch(stream: MixedStream) -> None:
             assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count)), name
 
 
-def test_rows_change_from_epoch_to_epoch(stream: MixedStream) -> None:
+def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
     """Augmentation hangs on the step: a picture seen twice is not the same picture twice."""
     steps = [step for step in range(200) if stream.plan(step).task == "text_to_image"]
     seen: dict[int, torch.Tensor] = {}
@@ -109,7 +109,7 @@ def test_sequences_of_a_batch_are_of_like_length(data: Path) -> None:
     assert spread < 0.6 * at_random
 
 
-def test_captions_of_a_row_are_all_used(stream: MixedStream) -> None:
+def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
     stream.rows["text_to_image"]._first_caption = 0.0
     table = stream.rows["text_to_image"].held.table()
     captions = table.column("caption_tokens").to_pylist()
@@ -141,7 +141,7 @@ def test_noise_is_as_loud_whatever_the_corpus_divided_by(data: Path, tmp_path: P
         torch.testing.assert_close(other * 3.2, one, rtol=1e-4, atol=1e-4)
 
 
-def test_prefetcher_gives_the_same_batches_in_order(stream: MixedStream) -> None:
+def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader) -> None:
     with Prefetcher(stream, 4, 9) as ahead:
         batches = list(ahead)
     assert len(batches) == 5
@@ -150,7 +150,7 @@ def test_prefetcher_gives_the_same_batches_in_order(stream: MixedStream) -> None
         assert all(torch.equal(x, expected[name]) for name, x in tensors(batch).items())
 
 
-def test_prefetcher_raises_what_its_thread_met(stream: MixedStream) -> None:
+def test_prefetcher_raises_what_its_thread_met(stream: MultiTaskDataLoader) -> None:
     stream.rows["text_to_video"].task.towers.clear()
     stream.rows["text_to_video"].limit = None  # type: ignore[assignment]
     stream.rows["text_to_video"].held._columns["frames"] = object()  # type: ignore[assignment]

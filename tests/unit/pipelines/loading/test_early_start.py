@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import MixedStream
+from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs.identity import identity_of
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.setup import open_stream
@@ -43,7 +43,7 @@ def config_of(data: Path | str, corpus: str = "drawings", early: bool = True) ->
     return replace(config, data=str(data), tasks=tasks)
 
 
-def names_of(stream: MixedStream) -> tuple[list[str], list[int]]:
+def names_of(stream: MultiTaskDataLoader) -> tuple[list[str], list[int]]:
     """Shards of the only task's split, and their numbers in the order in which they come."""
     (rows,), (order,) = stream.rows.values(), stream._orders.values()
     return [str(shard["file"]) for _, shard in rows.held._shards], order.shards(6)

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.loading.rng import generator
-from pipelines.loading.samplers import BLOCK, RowOrder, Schedule, task_weights
+from pipelines.loading.rng import keyed_rng
+from pipelines.loading.samplers import BLOCK, RowOrder, TaskSampler, task_weights
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 9))
 def test_counts_follow_the_shares_in_every_block(raw: list[float], seed: int, blocks: int) -> None:
     total = sum(raw)
     shares = {f"task{index}": weight / total for index, weight in enumerate(raw)}
-    counts = Schedule(shares, seed).counts(blocks * BLOCK)
+    counts = TaskSampler(shares, seed).counts(blocks * BLOCK)
     assert sum(counts.values()) == blocks * BLOCK
     for name, share in shares.items():
         assert abs(counts[name] - share * blocks * BLOCK) <= len(shares) - 1 + 1e-6
@@ -21,13 +21,13 @@ def test_counts_follow_the_shares_in_every_block(raw: list[float], seed: int, bl
 
 def test_a_step_does_not_hang_on_which_steps_were_asked_before() -> None:
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
-    far, near = Schedule(shares, 3), Schedule(shares, 3)
+    far, near = TaskSampler(shares, 3), TaskSampler(shares, 3)
     far.at(9_999)
     assert [far.at(step) for step in range(2_000)] == [near.at(step) for step in range(2_000)]
 
 
 def test_occurrences_count_up_per_task() -> None:
-    schedule = Schedule({"a": 0.6, "b": 0.4}, 0)
+    schedule = TaskSampler({"a": 0.6, "b": 0.4}, 0)
     seen = {"a": 0, "b": 0}
     for step in range(500):
         name, occurrence = schedule.at(step)
@@ -36,7 +36,7 @@ def test_occurrences_count_up_per_task() -> None:
 
 
 def test_tasks_are_not_in_a_fixed_turn() -> None:
-    schedule = Schedule({"a": 0.5, "b": 0.5}, 0)
+    schedule = TaskSampler({"a": 0.5, "b": 0.5}, 0)
     blocks = {
         tuple(schedule.at(step)[0] for step in range(start, start + BLOCK))
         for start in range(0, 10 * BLOCK, BLOCK)
@@ -83,6 +83,6 @@ def test_order_can_be_asked_anywhere() -> None:
 
 
 def test_generator_keys() -> None:
-    draws = [generator(*key).random() for key in [(1, 2), (2, 1), (1, "a"), (1, "b"), (1,)]]
+    draws = [keyed_rng(*key).random() for key in [(1, 2), (2, 1), (1, "a"), (1, "b"), (1,)]]
     assert len(set(draws)) == len(draws)
-    assert generator(1, "a").random() == draws[2]
+    assert keyed_rng(1, "a").random() == draws[2]

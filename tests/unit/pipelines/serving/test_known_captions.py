@@ -7,31 +7,31 @@ import numpy as np
 import pytest
 
 from pipelines.serving import bundle, retrieval_index
-from pipelines.shards.dataset import Corpus, open_corpus
+from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.shards.files import LocalShards
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import write_corpora
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
+def corpus(tmp_path: Path) -> PreparedCorpus:
     return open_corpus(write_corpora(tmp_path / "corpora") / "drawings")
 
 
-def firsts(corpus: Corpus) -> list[str]:
+def firsts(corpus: PreparedCorpus) -> list[str]:
     rows = [row for split in corpus.splits.values() for row in split.column("captions").to_pylist()]
     return list(dict.fromkeys(row[0] for row in rows))
 
 
 def test_all_captions_are_known_where_they_are_few(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundle, "BATCH", 3)
     assert bundle.known_captions(corpus) == firsts(corpus)
 
 
 def test_no_shard_is_opened_beyond_the_last_caption_that_is_taken(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = firsts(corpus)
     opened: list[str] = []
@@ -62,7 +62,7 @@ def test_captions_are_spelt_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_search_that_would_not_fit_names_the_splits(
-    corpus: Corpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: PreparedCorpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = sum(split.rows for split in corpus.splits.values())
     monkeypatch.setattr(retrieval_index, "MOST_BYTES", rows * 16 * 4 - 1)

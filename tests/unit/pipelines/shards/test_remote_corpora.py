@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.config.run import FinetuneConfig, StorageConfig
-from pipelines.loading.dataloader import Batch, MixedStream
+from pipelines.loading.dataloader import Batch, MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.shards.format import manifest_digest
 from pipelines.training.setup import open_stream
@@ -46,7 +46,9 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
     return [*towers, *batch.targets.values(), torch.from_numpy(batch.rows)]
 
 
-def same(one: MixedStream, other: MixedStream, steps: range, world: int = 1) -> None:
+def same(
+    one: MultiTaskDataLoader, other: MultiTaskDataLoader, steps: range, world: int = 1
+) -> None:
     for step in steps:
         for rank in range(world):
             mine, theirs = one.batch(step, rank, world), other.batch(step, rank, world)
@@ -114,7 +116,7 @@ def test_a_cache_that_cannot_do_is_refused_before_the_start(bucket: str) -> None
 def test_what_was_shuffled_whole_keeps_its_order(data: Path) -> None:
     config = small_config(data)
     corpora = {name: open_corpus(data / name) for name in MODALITY}
-    before = MixedStream(
+    before = MultiTaskDataLoader(
         corpora, config.trained, config.model, config.seed, config.training.augment
     )
     same(before, open_stream(config), range(8))
