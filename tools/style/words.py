@@ -1,0 +1,58 @@
+"""Words that the style guide replaces, and where they occur in source, messages and documents."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+#: Word or phrase (a regular expression) -> what to write. CONTRIBUTING.md explains the rule.
+BANNED = {
+    r"spelt|misspelt": "tokenized, encoded, written",
+    r"(?:is|are|was|were|be|been|being) told": "is reported, logged, stated",
+    r"told (?:apart|as|by|the|which|to)": "reported, distinguished",
+    r"tells? (?:how|which|what|whether|the user|apart)": "states, reports",
+    r"anew": "again, from scratch",
+    r"hangs? on": "depends on",
+    r"goes? on|going on|went on|gone on": "resumes, continues",
+    r"in the making": "in progress, staging",
+    r"mend(?:s|ed|ing)?": "fix",
+    r"how-manieth": "index",
+    r"user's mistake|users' mistakes?": "user error",
+    r"set aside|sets aside": "rejected, quarantined",
+    r"of one's own|one's own": "own, custom",
+    r"takes? up|taken up|took up": "resumes, occupies",
+    r"puts? up": "sets, starts",
+    r"at work": "running",
+    r"shall": "must",
+    r"so (?:many|long|often|much) (?!as\b)": "a number with its unit",
+    r"whoever|whatever|wherever": "name the actor, value or place",
+    r"thereof|therein|whereof": "of it; repeat the noun",
+    r"honest(?:ly)? (?:archive|file|row|tar)": "valid",
+}
+
+_PATTERN = re.compile(
+    "|".join(rf"(?P<w{i}>\b(?:{pattern})\b)" for i, pattern in enumerate(BANNED)), re.IGNORECASE
+)
+_REPLACEMENTS = list(BANNED.values())
+#: Files that are read: source, templates, configuration and documents.
+SUFFIXES = (".py", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".sh", ".cff")
+#: Data that commands have written, and the list of banned words itself.
+EXCLUDED = ("benchmarks/results/", "tools/style/", "CONTRIBUTING.md", "tests/golden/")
+
+
+def find_banned_words(root: Path, files: list[str]) -> Iterator[str]:
+    """Yield one line for each banned word: ``path:line: word -> replacement``.
+
+    Args:
+        root: the repository.
+        files: paths relative to ``root``; files of other kinds are skipped.
+    """
+    for name in files:
+        if not name.endswith(SUFFIXES) and Path(name).name not in ("Makefile", "Dockerfile"):
+            continue
+        if name.startswith(EXCLUDED):
+            continue
+        text = (root / name).read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            for match in _PATTERN.finditer(line):
+                index = int(str(match.lastgroup)[1:])
+                yield f"{name}:{number}: {match[0]!r} -> {_REPLACEMENTS[index]}"
