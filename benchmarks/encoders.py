@@ -24,10 +24,10 @@ class DenseEncoder(nn.Module):
 
     def __init__(self, config: SkillNetConfig, hidden: int, torch_attention: bool = False) -> None:
         super().__init__()
-        D, self.heads, self.torch_attention = config.dim, config.heads, torch_attention
+        D, self.heads, self.torch_attention = config.dim, config.num_heads, torch_attention
         shapes = {"qkv": (3 * D, D), "out": (D, D), "up": (hidden, D), "down": (D, hidden)}
         self.layers = nn.ModuleList()
-        for _ in range(config.depth):
+        for _ in range(config.num_layers):
             weights = {k: nn.Parameter(torch.randn(s) * s[1] ** -0.5) for k, s in shapes.items()}
             norms = {
                 f"{k}_{i}": nn.Parameter(torch.full((D,), float(k == "scale")))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipelines.corpora.archives import CNCHAR_DATA, members
+from pipelines.corpora.archives import CNCHAR_DATA, iter_members
 from pipelines.corpora.builtin.drawings import OPENMOJI
 from pipelines.corpora.builtin.strokes import _paths
 from pipelines.transforms import sound, video
@@ -201,7 +201,7 @@ def _some(archive: Path, start: str, end: str, every: int) -> list[tuple[str, by
         seen += 1
         return seen % every == 0 and seen // every <= KEPT
 
-    return [(n[len(start) : -len(end)], data) for n, data in members(archive, wanted)]
+    return [(n[len(start) : -len(end)], data) for n, data in iter_members(archive, wanted)]
 
 
 def main(argv: list[str] | None = None) -> int:

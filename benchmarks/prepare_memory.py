@@ -129,7 +129,7 @@ def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, in
 def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
     """The same reading and writing code with a pool of processes in Ray's place: this process
     reads, and waits while twice as many blocks as processes are on their way."""
-    from pipelines.corpora.base import Sources
+    from pipelines.corpora.base import SourceArchives
     from pipelines.preprocessing.datasource import Job, units
     from pipelines.preprocessing.transform_task import write_block
 
@@ -139,7 +139,7 @@ def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int,
         corpus.settle()
         corpus.shard_rows = shard_rows
     corpus.survey()
-    jobs = [Job(corpus, Sources.none(), data)]
+    jobs = [Job(corpus, SourceArchives.none(), data)]
     waiting: list[Any] = []
     rows = shards = 0
     begin = time.monotonic()

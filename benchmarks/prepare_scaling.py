@@ -104,11 +104,11 @@ def _reading(per_row: float, rounds: int) -> list[Result]:
 def _read(reader: str, folder: Path, rows: int) -> float:
     """Seconds of CPU that the reading task takes for a corpus, beyond finding it."""
     from pipelines.corpora import place_corpus
-    from pipelines.corpora.base import Sources
+    from pipelines.corpora.base import SourceArchives
     from pipelines.preprocessing.datasource import Job, units
 
     corpus = place_corpus("read", f"{reader}:{folder / 'corpus'}")
-    job = Job(corpus, Sources(folder, ()), folder)
+    job = Job(corpus, SourceArchives(folder, ()), folder)
     begin = process_time()
     last = None
     for unit in units(0, job):

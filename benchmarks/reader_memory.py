@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measure import Result, write
-from pipelines.corpora import PlacedCorpus, place_corpus
-from pipelines.corpora.base import Sources
+from pipelines.corpora import ExternalCorpus, place_corpus
+from pipelines.corpora.base import SourceArchives
 from pipelines.preprocessing.spool import write_spool
 
 SIZES = (1_000, 7_000)
@@ -86,19 +86,19 @@ def webdataset(folder: Path, rows: int) -> None:
 MAKERS: tuple[Callable[[Path, int], None], ...] = (aic_icc, vatex, aishell1, webdataset)
 
 
-def peak(corpus: PlacedCorpus) -> int:
+def peak(corpus: ExternalCorpus) -> int:
     """Bytes held at most while its rows are read, each dropped at once."""
     tracemalloc.start()
-    for _ in corpus.rows(Sources.none()):
+    for _ in corpus.rows(SourceArchives.none()):
         pass
     _, found = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return found
 
 
-def spooled(corpus: PlacedCorpus, path: Path) -> int:
+def spooled(corpus: ExternalCorpus, path: Path) -> int:
     """Bytes of the file that its rows are spooled to."""
-    write_spool(corpus, Sources.none(), path)
+    write_spool(corpus, SourceArchives.none(), path)
     return path.stat().st_size
 
 

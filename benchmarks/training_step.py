@@ -35,8 +35,8 @@ class Sizes:
             skills=skills,
             dim=self.dim,
             depth=self.depth,
-            heads=4,
-            hidden=4 * self.dim,
+            num_heads=4,
+            ffn_dim=4 * self.dim,
             drop_path=0.0,
             tasks={},
         )

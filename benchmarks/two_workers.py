@@ -87,7 +87,7 @@ def _config() -> SkillNetConfig:
     plan = SkillPlan(("general", "text"))
     return SkillNetConfig(
         dim=256,
-        hidden=1024,
+        ffn_dim=1024,
         vocab_size=1000,
         max_tokens=64,
         drop_path=0.0,

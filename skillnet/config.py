@@ -12,9 +12,9 @@ MOST_LAYERS = 1024
 
 _AT_LEAST_ONE = (
     "dim",
-    "depth",
-    "heads",
-    "hidden",
+    "num_layers",
+    "num_heads",
+    "ffn_dim",
     "skill_every",
     "vocab_size",
     "max_tokens",
@@ -36,9 +36,9 @@ class SkillNetConfig:
     Args:
         skills: names of all skills; each gets its own weights in every skill module.
         dim: model width D.
-        depth: number of encoder layers.
-        heads: attention heads; ``dim`` divides by it.
-        hidden: feed-forward width F of one skill.
+        num_layers: number of encoder layers.
+        num_heads: attention heads; ``dim`` divides by it.
+        ffn_dim: feed-forward width F of one skill.
         skill_modules: where skills sit: in attention projections (source: SkillNet-X), in the
             feed-forward layer (source: SkillNet-NLG's code), or both.
         skill_every: every n-th layer carries skill modules; the others are dense and shared.
@@ -65,9 +65,9 @@ class SkillNetConfig:
 
     skills: tuple[str, ...] = DEFAULT_SKILLS
     dim: int = 192
-    depth: int = 4
-    heads: int = 4
-    hidden: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+    ffn_dim: int = 384
     skill_modules: Literal["both", "attention", "feedforward"] = "both"
     skill_every: int = 1
     drop_path: float = 0.1
@@ -103,7 +103,7 @@ class SkillNetConfig:
             value = getattr(self, key)
             if not isinstance(value, Integral) or int(value) < 1:
                 raise ValueError(f"model.{key} must be at least 1, got {value!r}")
-            most = MOST_LAYERS if key == "depth" else MOST
+            most = MOST_LAYERS if key == "num_layers" else MOST
             if int(value) > most:
                 raise ValueError(f"model.{key} must be at most {most}, got {value}")
         for key in ("bigram_buckets", "sound_units"):
@@ -113,8 +113,10 @@ class SkillNetConfig:
             raise ValueError(
                 f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"
             )
-        if self.dim % self.heads:
-            raise ValueError(f"model.dim {self.dim} must divide by model.heads {self.heads}")
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"model.dim {self.dim} must divide by model.num_heads {self.num_heads}"
+            )
         for key in ("drop_path", "dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"model.{key} must be in [0, 1), got {getattr(self, key)}")

@@ -28,12 +28,12 @@ class EncoderLayer(nn.Module):
         self.attention_skills = carries and config.skill_modules in ("both", "attention")
         self.feedforward_skills = carries and config.skill_modules in ("both", "feedforward")
         std = config.dim**-0.5
-        out_std = (2 * config.depth) ** -0.5
+        out_std = (2 * config.num_layers) ** -0.5
         self.attention_norm = nn.LayerNorm(config.dim)
         self.attention = SkillAttention(
             config.skills if self.attention_skills else SHARED,
             config.dim,
-            config.heads,
+            config.num_heads,
             std=std,
             out_std=std * out_std,
         )
@@ -41,9 +41,9 @@ class EncoderLayer(nn.Module):
         self.feedforward = SkillFeedForward(
             config.skills if self.feedforward_skills else SHARED,
             config.dim,
-            config.hidden,
+            config.ffn_dim,
             std=std,
-            out_std=config.hidden**-0.5 * out_std,
+            out_std=config.ffn_dim**-0.5 * out_std,
         )
         self.drop_path = config.drop_path
 
@@ -83,7 +83,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config: SkillNetConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config, index) for index in range(config.depth))
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, index) for index in range(config.num_layers)
+        )
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None = None) -> Tensor:

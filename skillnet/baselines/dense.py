@@ -23,17 +23,17 @@ class DenseOptions:
         size: what it has in common with the study's SkillNet. ``activated``: as many parameters
             as a task of SkillNet activates, on average over tasks; ``total``: as many as
             SkillNet has; ``executed``: as many operations per example, on average.
-        hidden: feed-forward width; none follows from ``size``.
+        ffn_dim: feed-forward width; none follows from ``size``.
     """
 
     size: Literal["activated", "total", "executed"] = "activated"
-    hidden: int | None = None
+    ffn_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.size not in ("activated", "total", "executed"):
             raise ValueError(f"options.size is activated, total or executed, not {self.size!r}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"options.hidden must be at least 1, got {self.hidden}")
+        if self.ffn_dim is not None and self.ffn_dim < 1:
+            raise ValueError(f"options.ffn_dim must be at least 1, got {self.ffn_dim}")
 
 
 class Dense(SkillNet):
@@ -44,16 +44,16 @@ class Dense(SkillNet):
 
 def configure(config: SkillNetConfig, options: DenseOptions) -> SkillNetConfig:
     """The study's configuration with one skill, as wide as the options say."""
-    return size_matching.one_skill(config, SKILL, options.hidden or _width(config, options))
+    return size_matching.one_skill(config, SKILL, options.ffn_dim or _width(config, options))
 
 
 def _width(config: SkillNetConfig, options: DenseOptions) -> int:
     if options.size == "executed":
         return size_matching.rounded(size_matching.executed_width(config))
     measure: Any = size_matching.total if options.size == "total" else size_matching.activated
-    each = 2 * config.dim * config.depth
+    each = 2 * config.dim * config.num_layers
     narrow = size_matching.total(size_matching.one_skill(config, SKILL, 1))
-    return size_matching.solve_width(measure(config), narrow - each, each, "options.hidden")
+    return size_matching.solve_width(measure(config), narrow - each, each, "options.ffn_dim")
 
 
 DENSE = System(

@@ -60,8 +60,8 @@ class Transformers(Family):
         """Keyword arguments of the library's configuration, from scratch."""
         return {
             "hidden_size": config.dim,
-            "num_hidden_layers": config.depth,
-            "num_attention_heads": config.heads,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
             "intermediate_size": hidden,
         }
 
@@ -231,8 +231,8 @@ class Speech2Text(Transformers):
             )
         return {
             "d_model": config.dim,
-            "encoder_layers": config.depth,
-            "encoder_attention_heads": config.heads,
+            "encoder_layers": config.num_layers,
+            "encoder_attention_heads": config.num_heads,
             "encoder_ffn_dim": hidden,
             "input_feat_per_channel": config.n_mels,
             "num_conv_layers": layers,
@@ -302,8 +302,8 @@ class ViT(Family):
             "architecture": "vit_base_patch16_224",
             "arguments": {
                 "embed_dim": config.dim,
-                "depth": config.depth,
-                "num_heads": config.heads,
+                "depth": config.num_layers,
+                "num_heads": config.num_heads,
                 # timm rounds the product down.
                 "mlp_ratio": (hidden + 0.5) / config.dim,
                 "class_token": False,

@@ -31,7 +31,7 @@ class MoEOptions:
     Args:
         experts: experts of a layer.
         top_k: experts that a token is sent to.
-        hidden: feed-forward width of one expert; none makes ``top_k`` experts and the rest of
+        ffn_dim: feed-forward width of one expert; none makes ``top_k`` experts and the rest of
             the layers as large as what a task of SkillNet activates, on average over tasks.
         every: every n-th layer has experts; the others' feed-forward is one of ``top_k`` times
             the width.
@@ -42,14 +42,14 @@ class MoEOptions:
 
     experts: int = 8
     top_k: int = 2
-    hidden: int | None = None
+    ffn_dim: int | None = None
     every: int = 1
     balance: float = 0.01
     z: float = 0.001
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("top_k", "hidden", "every"):
+        for key in ("top_k", "ffn_dim", "every"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"options.{key} must be at least 1, got {value}")
@@ -67,12 +67,12 @@ class MoEOptions:
 class ExpertLayer(EncoderLayer):
     """A layer whose feed-forward part are experts. Keeps its last routings in training.
 
-    ``config.hidden`` is the width of a token's experts together.
+    ``config.ffn_dim`` is the width of a token's experts together.
     """
 
     def __init__(self, config: SkillNetConfig, index: int, options: MoEOptions) -> None:
         super().__init__(config, index)
-        hidden = config.hidden // options.top_k
+        hidden = config.ffn_dim // options.top_k
         std = config.dim**-0.5
         self.feedforward = ExpertFeedForward(  # type: ignore[assignment]
             config.dim,
@@ -80,7 +80,7 @@ class ExpertLayer(EncoderLayer):
             options.experts,
             options.top_k,
             std=std,
-            out_std=hidden**-0.5 * (2 * config.depth) ** -0.5,
+            out_std=hidden**-0.5 * (2 * config.num_layers) ** -0.5,
             jitter=options.jitter,
         )
         self.routings: list[Routing] = []
@@ -99,7 +99,7 @@ class ExpertEncoder(Encoder):
 
     def __init__(self, config: SkillNetConfig, options: MoEOptions) -> None:
         super().__init__(config)
-        for index in range(options.every - 1, config.depth, options.every):
+        for index in range(options.every - 1, config.num_layers, options.every):
             self.layers[index] = ExpertLayer(config, index, options)
 
 
@@ -187,16 +187,16 @@ class MoE(SkillNet):
 
 def configure(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig:
     """The study's configuration with one skill, and the width of a token's experts together."""
-    hidden = options.hidden or _width(config, options)
+    hidden = options.ffn_dim or _width(config, options)
     return size_matching.one_skill(config, SKILL, hidden * options.top_k)
 
 
 def _width(config: SkillNetConfig, options: MoEOptions) -> int:
-    each = 2 * config.dim * config.depth
-    routers = config.depth // options.every * options.experts * config.dim
+    each = 2 * config.dim * config.num_layers
+    routers = config.num_layers // options.every * options.experts * config.dim
     fixed = size_matching.total(size_matching.one_skill(config, SKILL, 1)) - each + routers
     wanted = size_matching.activated(config)
-    return size_matching.solve_width(wanted, fixed, each * options.top_k, "options.hidden")
+    return size_matching.solve_width(wanted, fixed, each * options.top_k, "options.ffn_dim")
 
 
 def _over(routings: list[Routing], what: Callable[[Routing], Tensor]) -> Tensor:

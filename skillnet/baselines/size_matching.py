@@ -63,7 +63,7 @@ def executed_width(config: SkillNetConfig) -> float:
         for plan in task.towers.values():
             tokens = longest(config, plan)
             active = (len(plan.skills) if layer.feedforward_skills else 1 for layer in layers)
-            work += tokens * config.hidden * sum(active) / len(layers)
+            work += tokens * config.ffn_dim * sum(active) / len(layers)
             count += tokens
     return work / count
 
@@ -93,7 +93,7 @@ def one_skill(config: SkillNetConfig, name: str, hidden: int) -> SkillNetConfig:
         config,
         skills=(name,),
         tasks=tasks,
-        hidden=hidden,
+        ffn_dim=hidden,
         skill_modules="both",
         skill_every=1,
     )

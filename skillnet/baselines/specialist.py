@@ -47,7 +47,7 @@ class SpecialistOptions:
         checkpoints: modality -> folder, or model of the Hugging Face hub, whose weights and sizes
             its towers start from; without one a model of the study's size starts from scratch.
         download: fetch checkpoints that are not on this machine.
-        hidden: feed-forward width from scratch; none makes the layers of a task's towers as
+        ffn_dim: feed-forward width from scratch; none makes the layers of a task's towers as
             large as what a task of SkillNet activates, both on average over tasks.
         shapes: modality -> configuration of the library's model that a checkpoint had; filled in
             when a model is saved, so that it can be read without the checkpoint.
@@ -60,7 +60,7 @@ class SpecialistOptions:
     video: str = "videomae"
     checkpoints: dict[str, str] = field(default_factory=dict)
     download: bool = False
-    hidden: int | None = None
+    ffn_dim: int | None = None
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,8 +73,8 @@ class SpecialistOptions:
                 if modality not in MODALITIES:
                     hint = nearest(modality, MODALITIES)
                     raise ValueError(f"options.{key}: unknown modality {modality!r}{hint}")
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"options.hidden must be at least 1, got {self.hidden}")
+        if self.ffn_dim is not None and self.ffn_dim < 1:
+            raise ValueError(f"options.ffn_dim must be at least 1, got {self.ffn_dim}")
 
     def family(self, modality: str) -> library_models.Family:
         """The family that reads a modality."""
@@ -120,7 +120,7 @@ class Specialist(TaskModel):
         if modality in options.shapes:
             return family.build(options.shapes[modality], dim)
         if modality not in options.checkpoints:
-            return family.build(family.fresh(self.config, self.config.hidden), dim)
+            return family.build(family.fresh(self.config, self.config.ffn_dim), dim)
         folder = find_checkpoint(options.checkpoints[modality], options.download)
         shape = family.read(folder, self.config)
         self.options["shapes"] = {**self.options["shapes"], modality: shape}
@@ -183,11 +183,11 @@ def configure(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetCon
         ValueError: a family that cannot read the study's inputs, or a checkpoint that is missing
             or does not fit.
     """
-    own = dataclasses.replace(config, hidden=options.hidden or _width(config))
+    own = dataclasses.replace(config, ffn_dim=options.ffn_dim or _width(config))
     for modality in {p.modality for task in config.tasks.values() for p in task.towers.values()}:
         family = options.family(modality)
         if modality not in options.checkpoints:
-            family.fresh(own, own.hidden)
+            family.fresh(own, own.ffn_dim)
         elif modality not in options.shapes:
             where = find_checkpoint(options.checkpoints[modality], options.download)
             family.read(where, own)
@@ -196,10 +196,10 @@ def configure(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetCon
 
 def _width(config: SkillNetConfig) -> int:
     """Feed-forward width of a Transformer with biases, as all families are."""
-    D, depth = config.dim, config.depth
+    D, depth = config.dim, config.num_layers
     wanted = size_matching.activated(config) / size_matching.towers(config)
     fixed = depth * (4 * D * D + 4 * D + D + 4 * D)
-    return size_matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.hidden")
+    return size_matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.ffn_dim")
 
 
 SPECIALIST = System(

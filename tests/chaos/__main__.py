@@ -154,7 +154,7 @@ class Lane:
             run_dir=str(self.folder),
             data=str(self.data),
             model=SkillNetConfig(
-                dim=32, depth=3, heads=2, hidden=128, embedding_dim=32, vocab_size=12000
+                dim=32, num_layers=3, num_heads=2, ffn_dim=128, embedding_dim=32, vocab_size=12000
             ),
             tasks={
                 "text_classification": TaskTraining("headings", weight=1.0, batch=12),

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.corpora import PlacedCorpus
-from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.readers.base import bad, clean_text, made_split
+from pipelines.corpora import ExternalCorpus
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.readers.base import error_row, clean_text, hash_split
 from pipelines.corpora.readers.columns import SplitOptions, TextOptions
 from pipelines.io.directory import Place
 
@@ -21,7 +21,7 @@ class PoemOptions(SplitOptions, TextOptions):
     verses: int = 4
 
 
-class Poems(PlacedCorpus):
+class Poems(ExternalCorpus):
     """Poems with their dynasties."""
 
     name = "poems"
@@ -35,7 +35,7 @@ class Poems(PlacedCorpus):
         found = next((e.name for e in place.walk() if e.name.endswith(".poem")), None)
         return f"{found} is a poem" if found else None
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Poems in the order of their names."""
         for entry in self.place.walk():
             if not entry.name.endswith(".poem"):
@@ -44,7 +44,7 @@ class Poems(PlacedCorpus):
             try:
                 text = clean_text("，".join(lines[1 : 1 + self.options.verses]))
                 yield {
-                    "split": made_split(entry.name, self.options),
+                    "split": hash_split(entry.name, self.options),
                     "key": entry.name,
                     "group": -1,
                     "text": text,
@@ -53,4 +53,4 @@ class Poems(PlacedCorpus):
                     "file": entry.name,
                 }
             except (ValueError, IndexError):
-                yield bad(entry.name, "a poem without a dynasty or verses", entry.name)
+                yield error_row(entry.name, "a poem without a dynasty or verses", entry.name)

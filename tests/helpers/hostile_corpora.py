@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.corpora.base import Corpus, Rejected, Row, Sources
+from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from pipelines.transforms import video
 from pipelines.transforms.decode_guard import read_each
 from tests.helpers.video_files import encode_video
@@ -237,7 +237,7 @@ class Deadly(Corpus):
     columns = pa.schema([("sum", pa.float64()), ("caption", pa.string())])
     shard_rows = 6
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Numbers as names of files."""
         for number in range(20):
             place = {"file": str(number), "row": number + 1}

@@ -51,9 +51,9 @@ def config() -> SkillNetConfig:
     """A model of some ten thousand weights that reads these corpora."""
     return SkillNetConfig(
         dim=16,
-        depth=1,
-        heads=2,
-        hidden=16,
+        num_layers=1,
+        num_heads=2,
+        ffn_dim=16,
         vocab_size=1200,
         max_tokens=48,
         max_frames=40,

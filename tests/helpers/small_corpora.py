@@ -62,9 +62,9 @@ def small_config(data: Path, **training: object) -> FinetuneConfig:
     }
     model = SkillNetConfig(
         dim=16,
-        depth=2,
-        heads=2,
-        hidden=24,
+        num_layers=2,
+        num_heads=2,
+        ffn_dim=24,
         dropout=0.0,
         drop_path=0.0,
         vocab_size=VOCABULARY,

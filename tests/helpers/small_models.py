@@ -28,9 +28,9 @@ def small_config(**changes: Any) -> SkillNetConfig:
     tasks["speech_recognition"] = Task("ctc", tasks["speech_recognition"].towers, outputs=7)
     values: dict[str, Any] = {
         "dim": 8,
-        "depth": 2,
-        "heads": 2,
-        "hidden": 12,
+        "num_layers": 2,
+        "num_heads": 2,
+        "ffn_dim": 12,
         "drop_path": 0.0,
         "dropout": 0.0,
         "vocab_size": 40,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipelines.corpora.archives import Archive
-from pipelines.corpora.base import Corpus, Rejected, Row, Sources
+from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from tests.helpers.archive_files import zipped
 
 #: Milliseconds that a block takes, for tests that interrupt the work.
@@ -40,11 +40,11 @@ class Made(Corpus):
     left_out: ClassVar = {"test": frozenset({"length"})}
     shard_rows = 8
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Lines in order; every fifth is for the test."""
         for number, line in enumerate(sources.read("made", "made/lines.txt").decode().split("\n")):
             if number % 10 == 0:
-                yield Rejected(line, "every tenth")
+                yield RejectedRow(line, "every tenth")
                 continue
             split = "test" if number % 5 == 1 else "train"
             yield {"split": split, "key": line, "group": number, "text": line}

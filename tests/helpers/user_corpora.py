@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.corpora.archives import members
+from pipelines.corpora.archives import iter_members
 from pipelines.corpora.readers.tnews import LABELS
 from pipelines.transforms import sound, video
 from tests.helpers.archive_files import tarred
@@ -49,7 +49,7 @@ def _recordings() -> tuple[np.ndarray, ...]:
     if not ARCHIVE.is_file():
         return ()
     names = {f"package/voice/{name}.mp3" for name in ("ba1", "ma3", "shi4", "zhuang1", "guo2")}
-    found = members(ARCHIVE, lambda name: name in names)
+    found = iter_members(ARCHIVE, lambda name: name in names)
     return tuple(sound.decode_audio(data) for _, data in found)
 
 

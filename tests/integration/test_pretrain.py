@@ -190,8 +190,8 @@ def test_what_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
     config.model.vocab_size = 80
     assert "model.vocab_size 64, this run 80" in refusal(config)
     config = tuning(data, start)
-    config.model.depth = 3
-    assert "model.depth 2, this run 3" in refusal(config)
+    config.model.num_layers = 3
+    assert "model.num_layers 2, this run 3" in refusal(config)
     about = json.loads((tmp_path / "model" / "config.json").read_text("utf-8"))
     (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"system": "moe"}), "utf-8")
     with pytest.raises(ValueError, match="altered"):

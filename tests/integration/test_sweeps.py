@@ -262,7 +262,7 @@ def test_optuna_with_seeds_from_the_command_line(
         search="optuna",
         samples=2,
         seeds=[0, 1],
-        fixed_cost={"adjust": "hidden", "tolerance": 0.05},
+        fixed_cost={"adjust": "ffn_dim", "tolerance": 0.05},
     )
     assert main(["--config", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {"size": "total"},
     "moe": {"experts": 3},
-    "specialist": {"hidden": 8},
+    "specialist": {"ffn_dim": 8},
 }
 
 
@@ -78,7 +78,7 @@ def test_going_on_after_an_interruption_is_exact(system: str, data: Path, tmp_pa
 def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> None:
     config = config_for(data, "moe", bucket_mb=0.004)
     # The balancing loss is that of a worker's own tokens: it alone hangs on their number.
-    config.options = {"experts": 9, "hidden": 8, "balance": 0.0, "z": 0.0}
+    config.options = {"experts": 9, "ffn_dim": 8, "balance": 0.0, "z": 0.0}
     config.tasks["text_to_video"].batch = 1  # leaves the second worker without a row
     found = []
     for world in (1, 2):

@@ -109,7 +109,7 @@ def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
     tasks = {task: {"batch": 4} for task in TASK.values()}
     config = {
         "model": {
-            **{"dim": 16, "depth": 1, "heads": 2, "hidden": 16, "embedding_dim": 8},
+            **{"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "embedding_dim": 8},
             **{"vocab_size": 900, "patch_size": 16, "tubelet": [4, 16, 16]},
         },
         "training": {"steps": 6, "workers": 0, "log_every": 1},

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.corpora.archives import members
+from pipelines.corpora.archives import iter_members
 from pipelines.runs import checkpoints
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
@@ -77,7 +77,7 @@ ARCHIVES = [zipped(FILES), tarred(FILES)]
 def test_damaged_archives(tmp_path_factory: Any, data: bytes, wounds: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.archive"
     path.write_bytes(damaged(data, wounds))
-    named(lambda: list(members(path, lambda name: True)))
+    named(lambda: list(iter_members(path, lambda name: True)))
 
 
 # -- corpora ----------------------------------
@@ -158,7 +158,7 @@ def test_damaged_shards_with_the_right_digest(shard: Path, wounds: Any) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a tiny model of one task."""
     folder = tmp_path_factory.mktemp("fuzz")
-    model = small_model(torch.float32, depth=1)
+    model = small_model(torch.float32, num_layers=1)
     small = folder / "model"
     model.save_pretrained(small)
     model = systems.load(small, "text_classification")

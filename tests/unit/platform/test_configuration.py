@@ -54,17 +54,17 @@ def test_later_layers_win(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("{lr: 0.1, name: first, model: {dim: 64}}")
     second.write_text("{name: second}")
-    made = parse("--config", str(first), "--config", str(second), "--model.depth", "2")
-    assert (made.lr, made.name, made.model.dim, made.model.depth) == (0.1, "second", 64, 2)
-    assert made.model.heads == SkillNetConfig().heads
+    made = parse("--config", str(first), "--config", str(second), "--model.num_layers", "2")
+    assert (made.lr, made.name, made.model.dim, made.model.num_layers) == (0.1, "second", 64, 2)
+    assert made.model.num_heads == SkillNetConfig().num_heads
 
 
 def test_a_mapping_starts_from_another_file(tmp_path: Path) -> None:
     (tmp_path / "sizes.yaml").write_text("{dim: 64, depth: 3, tasks: {text_to_code: null}}")
     outer = tmp_path / "outer.yaml"
     outer.write_text("model: {include: sizes.yaml, depth: 2, tasks: {text_to_image: null}}")
-    made = parse("--config", str(outer), "--model.heads", "2")
-    assert (made.model.dim, made.model.depth, made.model.heads) == (64, 2, 2)
+    made = parse("--config", str(outer), "--model.num_heads", "2")
+    assert (made.model.dim, made.model.num_layers, made.model.num_heads) == (64, 2, 2)
     assert not {"text_to_code", "text_to_image"} & made.model.tasks.keys()
     (tmp_path / "sizes.yaml").write_text("{tasks: {own: {objective: ctc, towers: {}}}}")
     outer.write_text("{model: {include: sizes.yaml, tasks: {own: null, text_to_code: null}}}")
@@ -186,8 +186,8 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, expected:
 
 
 def test_what_the_dataclass_says_passes_through() -> None:
-    with pytest.raises(ValueError, match=r"model\.dim 192 must divide by model\.heads 5"):
-        parse("--model.heads", "5")
+    with pytest.raises(ValueError, match=r"model\.dim 192 must divide by model\.num_heads 5"):
+        parse("--model.num_heads", "5")
 
 
 def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_the_dense_encoder_computes_what_skillnet_does(torch_attention: bool) ->
     torch.manual_seed(0)
     config = small_config()
     ours = Encoder(config).double()
-    dense = DenseEncoder(config, len(PLAN) * config.hidden, torch_attention).double()
+    dense = DenseEncoder(config, len(PLAN) * config.ffn_dim, torch_attention).double()
     with torch.no_grad():
         for theirs, layer in zip(dense.layers, ours.layers, strict=True):
             attention, forward = layer.attention, layer.feedforward

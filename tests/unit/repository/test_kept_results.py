@@ -56,7 +56,7 @@ def made_sweep(home: Path) -> Path:
                         "training.lr": rate,
                         "model.skill_every": every,
                         # At equal cost the width follows from the rest, and varies with it.
-                        "model.hidden": "" if every == 1 else 96,
+                        "model.ffn_dim": "" if every == 1 else 96,
                         "status": "finished",
                         "score": score,
                         "score/text_to_code": score,
@@ -71,8 +71,8 @@ def made_sweep(home: Path) -> Path:
     write_rows(folder / "trials.csv", trials)
     for trial in trials[:-1]:
         write_rows(folder / "trials" / str(trial["name"]) / "evaluation.csv", [{**DAY}])
-    run = {"model": {"dim": 8, "depth": 1, "hidden": 64}, "training": {"steps": 50}}
-    told = {"run": run, "space": space, "seeds": [0, 1, 2], "fixed_cost": {"adjust": "hidden"}}
+    run = {"model": {"dim": 8, "num_layers": 1, "ffn_dim": 64}, "training": {"steps": 50}}
+    told = {"run": run, "space": space, "seeds": [0, 1, 2], "fixed_cost": {"adjust": "ffn_dim"}}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
     (folder / "best.yaml").write_text("steps: 50\n")
     (folder / "score.png").write_bytes(b"")

@@ -18,7 +18,14 @@ def test_the_table_has_each_systems_costs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_corpora(tmp_path / "data")
-    sizes = {"dim": 16, "depth": 2, "heads": 2, "hidden": 24, "patch_size": 16, "vocab_size": 4000}
+    sizes = {
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "ffn_dim": 24,
+        "patch_size": 16,
+        "vocab_size": 4000,
+    }
     words = [word for key, value in sizes.items() for word in (f"--model.{key}", str(value))]
     systems = ["--systems", "skillnet,dense:size=total", "--markdown"]
     assert main([*systems, "--data", str(data), *words]) == 0

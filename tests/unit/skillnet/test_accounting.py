@@ -22,7 +22,7 @@ TASKS = tuple(small_config().tasks)
 SHAPES: list[dict[str, Any]] = [
     {},
     {"skill_modules": "attention"},
-    {"skill_modules": "feedforward", "skill_every": 2, "depth": 3},
+    {"skill_modules": "feedforward", "skill_every": 2, "num_layers": 3},
     {"mel_stack": 4, "tubelet": (4, 8, 2), "patch_size": 2, "video_motion": False},
 ]
 

@@ -14,11 +14,11 @@ from skillnet.systems import build_system, find_system, load, system_names
 from tests.helpers.small_models import small_config, towers_of
 
 #: Large enough for rounding of the width to weigh little.
-SIZES: dict[str, Any] = {"dim": 32, "hidden": 48, "heads": 4, "embedding_dim": 32}
+SIZES: dict[str, Any] = {"dim": 32, "ffn_dim": 48, "num_heads": 4, "embedding_dim": 32}
 SHAPES: list[dict[str, Any]] = [
     {},
     {"skill_modules": "attention"},
-    {"skill_modules": "feedforward", "skill_every": 2, "depth": 4},
+    {"skill_modules": "feedforward", "skill_every": 2, "num_layers": 4},
 ]
 
 
@@ -52,7 +52,7 @@ def test_every_parameter_is_active_but_other_tasks_stems_and_heads() -> None:
 
 def test_equals_a_skillnet_of_one_skill() -> None:
     torch.manual_seed(0)
-    dense = build_system("dense", small_config(), {"hidden": 12}).double()
+    dense = build_system("dense", small_config(), {"ffn_dim": 12}).double()
     tasks = {
         name: Task(
             task.objective,
@@ -113,4 +113,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"options\.size is activated, total or executed"):
         build_system("dense", small_config(), {"size": "large"})
     with pytest.raises(ValueError, match=r"set options\.hidden yourself"):
-        size_matching.solve_width(100, 90, 20, "options.hidden")
+        size_matching.solve_width(100, 90, 20, "options.ffn_dim")

@@ -14,7 +14,7 @@ from tests.helpers.small_models import PLANS, batch_of, loss_of, small_config, s
 @pytest.mark.parametrize("init_from", [None, "image"])
 @pytest.mark.parametrize("modules", ["both", "attention", "feedforward"])
 def test_a_new_skill_leaves_the_rest_to_the_bit(modules: str, init_from: str | None) -> None:
-    model = small_model(skill_modules=modules, skill_every=2, depth=4)
+    model = small_model(skill_modules=modules, skill_every=2, num_layers=4)
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     batches = {m: batch_of(m, model.config) for m in PLANS}
     encoded = {m: model.encode(batches[m], plan) for m, plan in PLANS.items()}
@@ -47,7 +47,7 @@ def test_a_skill_that_starts_as_a_copy_does_what_its_model_does() -> None:
 
 
 def test_a_fresh_skill_is_drawn_as_the_others_were() -> None:
-    model = SkillNet(small_config(dim=32, hidden=64, heads=4))
+    model = SkillNet(small_config(dim=32, ffn_dim=64, num_heads=4))
     add_skill(model, "depth")
     for layer in model.encoder.layers:
         for weights in (layer.attention.qkv.weight, layer.feedforward.down):

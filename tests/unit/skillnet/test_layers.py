@@ -88,7 +88,7 @@ def encoder_of(config: SkillNetConfig) -> Encoder:
     ("modules", "every"), [(m, e) for m in ("attention", "feedforward", "both") for e in (1, 2, 3)]
 )
 def test_encoder_equals_the_loop_over_skills(modules: str, every: int, skills: Skills) -> None:
-    encoder = encoder_of(small_config(skill_modules=modules, skill_every=every, depth=4))
+    encoder = encoder_of(small_config(skill_modules=modules, skill_every=every, num_layers=4))
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(5) < torch.tensor([[5], [2], [4]])
     parameters = {**dict(encoder.named_parameters()), "x": x}
@@ -324,7 +324,7 @@ def test_drop_path_keeps_the_mean() -> None:
 
 
 def test_the_skill_of_every_nth_layer() -> None:
-    encoder = Encoder(small_config(depth=6, skill_every=3))
+    encoder = Encoder(small_config(num_layers=6, skill_every=3))
     carries = [layer.attention_skills for layer in encoder.layers]
     assert carries == [False, False, True, False, False, True]
     dense = {name for name, _ in encoder.named_parameters() if name.endswith(".shared")}
@@ -332,7 +332,7 @@ def test_the_skill_of_every_nth_layer() -> None:
 
 
 def test_layers_without_skills_are_shared_by_all_plans() -> None:
-    encoder = encoder_of(small_config(skill_modules="attention", depth=1))
+    encoder = encoder_of(small_config(skill_modules="attention", num_layers=1))
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     layer = encoder.layers[0]
     for one, two in itertools.combinations(PLANS, 2):

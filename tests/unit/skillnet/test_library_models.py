@@ -164,7 +164,7 @@ def written(name: str, folder: Path, **changes: Any) -> Any:
     import timm
     import transformers
 
-    config = study(dim=12, heads=3, depth=1, **changes)
+    config = study(dim=12, num_heads=3, num_layers=1, **changes)
     shape = FAMILIES[name].fresh(config, 20)
     if name == "vit":
         arguments = {k: v for k, v in shape["arguments"].items() if k != "num_classes"}

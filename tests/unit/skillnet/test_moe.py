@@ -171,7 +171,7 @@ def test_the_balance_loss_spreads_the_load(balance: float) -> None:
 def moe(seed: int = 0, **changes: Any) -> MoE:
     torch.manual_seed(seed)
     options = changes.pop("options", {})
-    model = build_system("moe", small_config(**changes), {"hidden": 6, "experts": 4} | options)
+    model = build_system("moe", small_config(**changes), {"ffn_dim": 6, "experts": 4} | options)
     assert isinstance(model, MoE)
     return model.double()
 
@@ -235,8 +235,8 @@ def test_experts_without_a_token_have_a_gradient_of_zeros() -> None:
 
 
 def test_costs() -> None:
-    config = small_config(dim=32, hidden=48, heads=4, embedding_dim=32)
-    model, reference = build_system("moe", config), small_model(dim=32, hidden=48, heads=4)
+    config = small_config(dim=32, ffn_dim=48, num_heads=4, embedding_dim=32)
+    model, reference = build_system("moe", config), small_model(dim=32, ffn_dim=48, num_heads=4)
     means = [
         sum(m.activated_parameters(task) for task in default_tasks()) / 5
         for m in (model, build_system("dense", config))
@@ -262,7 +262,7 @@ def floats(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_every_second_layer_and_a_round_trip(tmp_path: Any) -> None:
-    model = moe(depth=4, options={"every": 2}).eval()
+    model = moe(num_layers=4, options={"every": 2}).eval()
     assert [layer.__class__.__name__ for layer in model.encoder.layers] == [
         "EncoderLayer",
         "ExpertLayer",

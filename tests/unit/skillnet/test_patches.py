@@ -45,7 +45,9 @@ def test_recordings_come_back_and_the_rest_is_zero(frames: int) -> None:
 
 
 def test_stems_and_targets_lie_on_one_grid() -> None:
-    config = SkillNetConfig(dim=16, heads=2, patch_size=12, tubelet=(1, 16, 16), video_motion=False)
+    config = SkillNetConfig(
+        dim=16, num_heads=2, patch_size=12, tubelet=(1, 16, 16), video_motion=False
+    )
     pixels = torch.rand(2, 48, 48, 3)
     assert torch.equal(PatchStem(config).patches(pixels), patchify(pixels * 2 - 1, 12))
     frames = torch.rand(2, 8, 32, 32, 3)
@@ -56,7 +58,7 @@ def test_stems_and_targets_lie_on_one_grid() -> None:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_a_head_gives_what_a_token_stands_for(modality: str) -> None:
-    config = SkillNetConfig(dim=16, heads=2, vocab_size=30)
+    config = SkillNetConfig(dim=16, num_heads=2, vocab_size=30)
     head = MaskedHead(config, masked_tasks()[f"masked_{modality}"])
     embedding = torch.randn(30, 16) if head.tied else None
     width = head(torch.randn(7, 16), embedding).shape[1]

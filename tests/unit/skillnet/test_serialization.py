@@ -227,10 +227,10 @@ def test_a_new_model_that_cannot_take_its_place_leaves_the_older_one(
 
 
 def test_a_newer_model_replaces_an_older_one(saved: Path) -> None:
-    model = small_model(torch.float32, seed=1, depth=1)
+    model = small_model(torch.float32, seed=1, num_layers=1)
     model.save_pretrained(saved)
     back = SkillNet.from_pretrained(saved)
-    assert back.config.depth == 1
+    assert back.config.num_layers == 1
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 

@@ -110,8 +110,8 @@ def test_names_in_any_script_are_welcome(name: str) -> None:
     ("changes", "message"),
     [
         ({"skills": ()}, r"model\.skills is empty"),
-        ({"dim": 10, "heads": 4}, r"model\.dim 10 must divide by model\.heads 4"),
-        ({"depth": 0}, r"model\.depth must be at least 1, got 0"),
+        ({"dim": 10, "num_heads": 4}, r"model\.dim 10 must divide by model\.num_heads 4"),
+        ({"num_layers": 0}, r"model\.num_layers must be at least 1, got 0"),
         ({"patch_size": 0}, r"model\.patch_size must be at least 1"),
         ({"vocab_size": -1}, r"model\.vocab_size must be at least 1"),
         ({"patch_size": 7}, r"model\.image_size 48 must divide by model\.patch_size\s+7"),

@@ -26,7 +26,7 @@ from tests.helpers.small_models import loss_of, small_config, towers_of
 def specialist(options: dict[str, Any] | None = None, **changes: Any) -> Specialist:
     torch.manual_seed(0)
     config = small_config(**({"mel_stack": 4, "n_mels": 8} | changes))
-    model = build_system("specialist", config, {"hidden": 10} | (options or {}))
+    model = build_system("specialist", config, {"ffn_dim": 10} | (options or {}))
     assert isinstance(model, Specialist)
     return model.double()
 
@@ -45,7 +45,7 @@ def test_a_task_touches_its_own_encoders_and_head_and_all_of_them(task: str) -> 
 
 
 def test_layers_are_as_large_as_what_skillnet_activates() -> None:
-    config = small_config(dim=32, hidden=48, heads=4, embedding_dim=32, mel_stack=4)
+    config = small_config(dim=32, ffn_dim=48, num_heads=4, embedding_dim=32, mel_stack=4)
     own = SPECIALIST.configure(config, SpecialistOptions())
     model = Specialist(own)
     sizes = [
@@ -60,7 +60,7 @@ def test_layers_are_as_large_as_what_skillnet_activates() -> None:
     pretrained = SPECIALIST.configure(
         dataclasses.replace(config, tasks=masked_tasks()), SpecialistOptions()
     )
-    assert pretrained.hidden == own.hidden
+    assert pretrained.ffn_dim == own.ffn_dim
 
 
 def test_costs_are_counted() -> None:
@@ -134,7 +134,7 @@ def test_towers_start_from_the_encoder_pretrained_on_their_modality() -> None:
             )
         if name in fresh:
             assert torch.equal(parameter, before[name])
-    other = specialist(tasks=masked_tasks(), options={"hidden": 12})
+    other = specialist(tasks=masked_tasks(), options={"ffn_dim": 12})
     with pytest.raises(ValueError, match="give both the same model section"):
         model.adopt(dict(other.named_parameters()))
 
@@ -180,7 +180,7 @@ def test_mistakes_are_named() -> None:
         ({"text": "brt"}, "did you mean 'bert'"),
         ({"sound": "vit"}, "options.sound: no family 'vit'; Known: speech2text, ast"),
         ({"checkpoints": {"txt": "x"}}, "options.checkpoints: unknown modality 'txt'"),
-        ({"hidden": 0}, "options.hidden must be at least 1"),
+        ({"ffn_dim": 0}, "options.ffn_dim must be at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             SpecialistOptions(**options)  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def test_mistakes_are_named() -> None:
 def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
     """To the bit, with dropout on: the claim that specialists are trained as if alone."""
     config = small_run(write_corpora(tmp_path / "data"), steps=15, clip=0.5)
-    config.system, config.options = "specialist", {"hidden": 8}
+    config.system, config.options = "specialist", {"ffn_dim": 8}
     config.model.drop_path = 0.2
     together = dict(train(config).model.named_parameters())
 

@@ -95,8 +95,8 @@ def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
     made = space(
         {
             "training.lr": {"loguniform": [1e-4, 1e-2]},
-            "model.depth": {"integer": [2, 4]},
-            "model.hidden": {"log_integer": [8, 64]},
+            "model.num_layers": {"integer": [2, 4]},
+            "model.ffn_dim": {"log_integer": [8, 64]},
             "training.clip": {"uniform": [0.5, 2.0]},
             "model.skill_every": {"grid": [1, 2]},
         }
@@ -106,12 +106,12 @@ def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
     assert points != list(made.drawn(60, seed=4))
     assert len(points) == 120
     assert Counter(p["model.skill_every"] for p in points) == {1: 60, 2: 60}
-    assert {p["model.depth"] for p in points} == {2, 3, 4}
+    assert {p["model.num_layers"] for p in points} == {2, 3, 4}
     assert all(1e-4 <= p["training.lr"] <= 1e-2 for p in points)
     # Half of a log-uniform range lies below its geometric mean.
     low = sum(p["training.lr"] < 1e-3 for p in points)
     assert 30 < low < 90
-    assert all(8 <= p["model.hidden"] <= 64 for p in points)
+    assert all(8 <= p["model.ffn_dim"] <= 64 for p in points)
     small = space({"model.skill_every": {"choice": [1, 2]}})
     assert len(list(small.drawn(9, seed=0))) == 2
 
@@ -120,7 +120,7 @@ def test_spread_points_leave_no_part_of_a_range_untried() -> None:
     made = space(
         {
             "training.lr": {"loguniform": [1e-4, 1e-2]},
-            "model.depth": {"integer": [1, 8]},
+            "model.num_layers": {"integer": [1, 8]},
             "training.clip": {"uniform": [0.5, 2.5]},
             "model.skill_every": {"choice": [1, 2]},
         }
@@ -130,15 +130,17 @@ def test_spread_points_leave_no_part_of_a_range_untried() -> None:
     assert points != made.spread(8, seed=4)
     eighths = [math.floor(8 * math.log(p["training.lr"] / 1e-4, 100)) for p in points]
     assert sorted(eighths) == list(range(8))
-    assert sorted(p["model.depth"] for p in points) == list(range(1, 9))
+    assert sorted(p["model.num_layers"] for p in points) == list(range(1, 9))
     assert sorted(math.floor((p["training.clip"] - 0.5) * 4) for p in points) == list(range(8))
     assert Counter(p["model.skill_every"] for p in points) == {1: 4, 2: 4}
     assert made.spread(0, seed=3) == space({}).spread(4, seed=3) == []
 
 
 def test_values_that_do_not_go_together_are_named() -> None:
-    made = space({"model.dim": {"choice": [192, 200]}, "model.heads": {"choice": [4, 3]}})
-    with pytest.raises(UserError, match=r"must divide by .*with model\.dim 200, model\.heads 3"):
+    made = space({"model.dim": {"choice": [192, 200]}, "model.num_heads": {"choice": [4, 3]}})
+    with pytest.raises(
+        UserError, match=r"must divide by .*with model\.dim 200, model\.num_heads 3"
+    ):
         listed(made, made.crossed(), lambda config: config)
     unknown = space({VIDEO: {"choice": [["general", "vidio"]]}})
     with pytest.raises(UserError, match="unknown skill 'vidio'; did you mean 'video'"):
@@ -156,7 +158,7 @@ def test_width_at_fixed_cost(adjust: Any) -> None:
     config = at_fixed_cost(plain, target, FixedCostConfig(adjust=adjust, tolerance=0.01))
     assert abs(cost_of(config) / target - 1) <= 0.01
     assert getattr(config.model, adjust) > getattr(base.model, adjust)
-    assert (config.model.hidden == base.model.hidden) == (adjust == "dim")
+    assert (config.model.ffn_dim == base.model.ffn_dim) == (adjust == "dim")
     with pytest.raises(UserError, match=r"no model\.dim comes within 0\.001 %"):
         at_fixed_cost(plain, target, FixedCostConfig(adjust="dim", tolerance=1e-5))
 

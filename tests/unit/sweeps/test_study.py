@@ -21,7 +21,7 @@ SYSTEMS = {
     "skillnet": SystemConfig("skillnet"),
     "skillnet-pretrained": SystemConfig("skillnet", pretrain=True),
     "dense": SystemConfig("dense", set={"training.lr": 0.002}),
-    "dense-wide": SystemConfig("dense", set={"model.hidden": 48}, tuned_as="dense"),
+    "dense-wide": SystemConfig("dense", set={"model.ffn_dim": 48}, tuned_as="dense"),
 }
 
 
@@ -91,7 +91,7 @@ def test_final_runs_differ_in_what_their_system_sets_and_in_nothing_else():
     plain = configuration.flatten(configuration.to_dict(made["skillnet"].config))
     wide = configuration.flatten(configuration.to_dict(made["dense-wide"].config))
     differing = {key for key in plain.keys() | wide.keys() if plain.get(key) != wide.get(key)}
-    assert differing == {"system", "model.hidden"}
+    assert differing == {"system", "model.ffn_dim"}
     assert made["skillnet"].config.evaluate
     assert made["skillnet"].config.seed == 1
     chosen = st.final_trial(config, "dense", {"training.lr": 0.007}, 1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import find_corpus
-from pipelines.corpora.archives import Archive, check_archive, members, read_member
-from pipelines.corpora.base import Sources
+from pipelines.corpora.archives import Archive, check_archive, iter_members, read_member
+from pipelines.corpora.base import SourceArchives
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred, zipped
 
@@ -45,7 +45,7 @@ def test_anything_else_is_refused_with_what_to_do(
 def test_members_are_read_in_place(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "x"
     path.write_bytes(pack({"p/一.json": b"1", "p/b.txt": b"2"}))
-    found = dict(members(path, lambda name: name.endswith(".json")))
+    found = dict(iter_members(path, lambda name: name.endswith(".json")))
     assert found == {"p/一.json": b"1"}
     assert read_member(path, "p/b.txt") == b"2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]  # nothing was extracted
@@ -60,12 +60,12 @@ def test_a_damaged_archive_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "broken"
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"broken: cannot be read as a zip or tar"):
-        list(members(path, lambda name: True))
+        list(iter_members(path, lambda name: True))
 
 
 def test_sources_name_members_between_prefix_and_suffix(tmp_path: Path) -> None:
     (tmp_path / PIN.file).write_bytes(CONTENT)
-    sources = Sources(tmp_path, (PIN,))
+    sources = SourceArchives(tmp_path, (PIN,))
     assert list(sources.members("a-", "package/b/", ".mp3")) == [("c", b"sound")]
 
 

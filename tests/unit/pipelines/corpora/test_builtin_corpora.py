@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import BUILT_IN, find_corpus
-from pipelines.corpora.base import Rejected, Sources, draw
+from pipelines.corpora.base import RejectedRow, SourceArchives, stable_hash
 from pipelines.corpora.builtin import drawings, functions, headings, strokes
 from pipelines.corpora.builtin.syllables import SYMBOLS, WEB_PAGE, Syllables, spell, symbols
 from tests.helpers.archive_files import tarred, zipped
@@ -18,8 +18,8 @@ NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not 
 def read(corpus, directory: Path) -> tuple[dict[str, dict], dict[str, str]]:  # type: ignore[no-untyped-def,type-arg]
     """Rows and reasons of rejection, by key."""
     rows, rejected = {}, {}
-    for row in corpus.rows(Sources(directory, corpus.archives)):
-        if isinstance(row, Rejected):
+    for row in corpus.rows(SourceArchives(directory, corpus.archives)):
+        if isinstance(row, RejectedRow):
             rejected[row.key] = row.reason
         else:
             rows[row["key"]] = row
@@ -43,8 +43,8 @@ def test_pins_are_complete_and_agree() -> None:
 
 
 def test_draw_is_a_constant_of_its_words() -> None:
-    assert draw("strokes", "横、竖") == 14410517122331008962
-    assert draw("ab", "c") != draw("a", "bc")
+    assert stable_hash("strokes", "横、竖") == 14410517122331008962
+    assert stable_hash("ab", "c") != stable_hash("a", "bc")
 
 
 # --- headings

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.corpora import BUILT_IN, FURTHER, find_corpus
-from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.builtin import strokes
 from pipelines.corpora.builtin.stroke_counts import LABELS, StrokeCounts, label_of
 from pipelines.corpora.builtin.strokes import Strokes
@@ -18,7 +18,7 @@ ORDER = {"一": "j", "十": "js", "三": "jjj", "田": "sjjss", "二": "jj"}
 DRAWN = {"一": 1, "十": 2, "三": 3, "田": 5, "二": 7, "龘": 4}
 
 
-def archives(folder: Path) -> Sources:
+def archives(folder: Path) -> SourceArchives:
     """The two archives with six characters, of which "二" and "龘" have no confirmed count."""
     letters, names = json.dumps(ORDER), {"j": {"name": "横"}, "s": {"name": "竖"}}
     script = f"f(JSON.parse('{letters}'),JSON.parse('{json.dumps(names)}'))"
@@ -37,7 +37,7 @@ def archives(folder: Path) -> Sources:
     for start, data in content.items():
         (name,) = [a.file for a in StrokeCounts.archives if a.file.startswith(start)]
         (folder / name).write_bytes(data)
-    return Sources(folder, StrokeCounts.archives)
+    return SourceArchives(folder, StrokeCounts.archives)
 
 
 def test_it_is_known_by_name_but_not_among_the_built_in() -> None:
@@ -55,9 +55,9 @@ def test_rows_and_splits_are_those_of_strokes(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(strokes, "TEST", 1)
     monkeypatch.setattr(strokes, "VALIDATION", 1)
     sources = archives(tmp_path)
-    clips = {row["key"]: row for row in Strokes().rows(sources) if not isinstance(row, Rejected)}
+    clips = {row["key"]: row for row in Strokes().rows(sources) if not isinstance(row, RejectedRow)}
     found = list(StrokeCounts().rows(sources))
-    counted = {row["key"]: row for row in found if not isinstance(row, Rejected)}
+    counted = {row["key"]: row for row in found if not isinstance(row, RejectedRow)}
     assert {key: row["label"] for key, row in counted.items()} == {
         "一": 0, "十": 0, "三": 0, "田": 2
     }  # fmt: skip
@@ -65,14 +65,14 @@ def test_rows_and_splits_are_those_of_strokes(tmp_path: Path, monkeypatch) -> No
         key: clips[key]["split"] for key in counted
     }
     assert {row["split"] for row in counted.values()} == {"train", "validation", "test"}
-    set_aside = {row.key: row.reason for row in found if isinstance(row, Rejected)}
+    set_aside = {row.key: row.reason for row in found if isinstance(row, RejectedRow)}
     assert set_aside.keys() == {"二", "龘"}
     assert "confirms the count" in set_aside["龘"]
 
 
 def test_clips_are_those_of_strokes_to_the_byte(tmp_path: Path) -> None:
     corpus = StrokeCounts()
-    rows = [r for r in corpus.rows(archives(tmp_path)) if not isinstance(r, Rejected)]
+    rows = [r for r in corpus.rows(archives(tmp_path)) if not isinstance(r, RejectedRow)]
     block, _ = to_table(corpus, rows)
     made = transform_block(corpus, None, block)
     drawn = strokes.drawn_clips(block)[0]

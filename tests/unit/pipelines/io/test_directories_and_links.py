@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.base import Sources
+from pipelines.corpora.base import SourceArchives
 from pipelines.io.directory import Place
 from pipelines.io.symlink_guard import MOST_WAYS
 from pipelines.io.tar import BadTar, Tar
@@ -28,7 +28,7 @@ def summary(place: Path, folder: Path, reader: str = "folder") -> tuple[list[str
     corpus.survey()
     json.dumps(corpus.other_sources(), ensure_ascii=False).encode()
     keys: list[str] = []
-    for found in read_blocks(corpus, Sources.none(), folder / "rejected.jsonl"):
+    for found in read_blocks(corpus, SourceArchives.none(), folder / "rejected.jsonl"):
         if isinstance(found, Block):
             keys += found.table["key"].to_pylist()
     assert isinstance(found, Summary)

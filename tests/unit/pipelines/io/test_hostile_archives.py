@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import archives
-from pipelines.corpora.archives import members
+from pipelines.corpora.archives import iter_members
 from pipelines.io.archive import Limits
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred, zipped
@@ -23,7 +23,7 @@ def read(folder: Path, data: bytes) -> list[tuple[str, bytes]]:
     path = folder / "x"
     path.write_bytes(data)
     try:
-        return list(members(path, lambda name: True))
+        return list(iter_members(path, lambda name: True))
     finally:
         assert [each.name for each in folder.iterdir()] == ["x"], "something was extracted"
 
@@ -105,7 +105,7 @@ def test_a_bomb_is_met_before_it_goes_off(tmp_path: Path, pack) -> None:  # type
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match="refused"):
-            list(members(path, lambda name: True))
+            list(iter_members(path, lambda name: True))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

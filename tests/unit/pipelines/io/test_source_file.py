@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
-from pipelines.corpora.base import Sources
+from pipelines.corpora.base import SourceArchives
 from pipelines.corpora.formats.record_reader import Broken, records
 from pipelines.io.directory import Place
 from pipelines.io.media import MediaRef, read_media
@@ -122,7 +122,7 @@ def test_a_store_that_is_away_is_told_to_the_driver(
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
     corpus = place_corpus("mine", f"folder:{put('rows.jsonl', lines(ROWS)).uri}")
     with reads_fail(10**6, place=900):
-        *_, last = units(0, Job(corpus, Sources.none(), tmp_path))
+        *_, last = units(0, Job(corpus, SourceArchives.none(), tmp_path))
     assert last["shard"][0].as_py() == AWAY
     assert "rows.jsonl: the store did not answer" in last["raw"][0].as_py().decode()
 
@@ -174,7 +174,7 @@ def test_lines_that_end_in_the_midst_of_one_are_cut_short(tmp_path: Path, name: 
 
 def summary(place: str, folder: Path, reader: str = "folder") -> Summary:
     corpus = place_corpus("mine", f"{reader}:{place}")
-    *_, last = read_blocks(corpus, Sources.none(), folder / "rejected.jsonl")
+    *_, last = read_blocks(corpus, SourceArchives.none(), folder / "rejected.jsonl")
     assert isinstance(last, Summary)
     return last
 

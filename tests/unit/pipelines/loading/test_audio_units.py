@@ -22,7 +22,7 @@ from tests.helpers import small_corpora
 
 STACK, COUNT = 4, 6
 MODEL = SkillNetConfig(
-    dim=16, heads=2, max_frames=40, mel_stack=STACK, sound_units=COUNT, tasks=masked_tasks()
+    dim=16, num_heads=2, max_frames=40, mel_stack=STACK, sound_units=COUNT, tasks=masked_tasks()
 )
 
 

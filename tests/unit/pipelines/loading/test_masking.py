@@ -11,7 +11,13 @@ from skillnet.config import SkillNetConfig
 from skillnet.stems import patchify, stack_frames, tubelify
 
 MODEL = SkillNetConfig(
-    dim=16, heads=2, vocab_size=60, max_tokens=24, max_frames=40, patch_size=8, tubelet=(2, 8, 8)
+    dim=16,
+    num_heads=2,
+    vocab_size=60,
+    max_tokens=24,
+    max_frames=40,
+    patch_size=8,
+    tubelet=(2, 8, 8),
 )
 
 

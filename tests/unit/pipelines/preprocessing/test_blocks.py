@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.corpora.base import Rejected, Row, Sources
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.io.key_set import Seen
 from pipelines.io.media import MEDIA, MediaRef
 from pipelines.preprocessing import blocks as blocks_module
@@ -25,9 +25,9 @@ from tests.helpers.synthetic_corpora import Made, put_archive
 class Given(Made):
     """Rows as they are handed over."""
 
-    given: tuple[Row | Rejected, ...] = ()
+    given: tuple[Row | RejectedRow, ...] = ()
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Those rows."""
         yield from self.given
 
@@ -36,10 +36,10 @@ def row(key: str, **more: Any) -> Row:
     return {"split": "train", "key": key, "group": 1, "text": "x", **more}
 
 
-def read(rows: list[Row | Rejected], folder: Path) -> tuple[list[Block], Summary, list[Any]]:
+def read(rows: list[Row | RejectedRow], folder: Path) -> tuple[list[Block], Summary, list[Any]]:
     corpus = Given()
     corpus.given = tuple(rows)
-    *blocks, summary = read_blocks(corpus, Sources(folder, ()), folder / "rejected")
+    *blocks, summary = read_blocks(corpus, SourceArchives(folder, ()), folder / "rejected")
     lines = (folder / "rejected").read_text(encoding="utf-8").splitlines()
     return blocks, summary, [json.loads(line) for line in lines]  # type: ignore[return-value]
 
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_told_with_its_place(tmp_path: Path) -> None:
         row("c", text="长" * (LONGEST_TEXT + 1)),
         row("d \udcff"),
         row("e", group="three"),
-        Rejected("f", "by choice"),
+        RejectedRow("f", "by choice"),
         row("g"),
     ]
     (block,), summary, lines = read(rows, tmp_path)
@@ -109,8 +109,8 @@ def test_a_unit_of_work_gives_its_rows_back_without_a_copy(tmp_path: Path) -> No
 def test_a_spool_gives_what_reading_gives(tmp_path: Path) -> None:
     archives = put_archive(tmp_path)
     corpus = Made()
-    write_spool(corpus, Sources(archives, corpus.archives), tmp_path / "made.arrows")
-    job = Job(corpus, Sources(archives, corpus.archives), tmp_path)
+    write_spool(corpus, SourceArchives(archives, corpus.archives), tmp_path / "made.arrows")
+    job = Job(corpus, SourceArchives(archives, corpus.archives), tmp_path)
     live = list(units(3, job))
     told = (tmp_path / REJECTED_ROWS).read_bytes()
     spooled = list(units(3, Job(corpus, job.sources, tmp_path, spool=tmp_path / "made.arrows")))
@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_while_rows_are_spooled_is_a_message(tmp_path: Path
     archives, corpus = put_archive(tmp_path), Made()
     (tmp_path / "made.arrows").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"made\.arrows: the disk is full"):
-        write_spool(corpus, Sources(archives, corpus.archives), tmp_path / "made.arrows")
+        write_spool(corpus, SourceArchives(archives, corpus.archives), tmp_path / "made.arrows")
 
 
 def test_the_quarantine_tells_where_a_row_stands_and_its_medium() -> None:
@@ -156,7 +156,7 @@ def test_the_quarantine_tells_where_a_row_stands_and_its_medium() -> None:
 def test_finished_blocks_are_not_given_again_unless_their_rows_changed(tmp_path: Path) -> None:
     archives = put_archive(tmp_path)
     corpus = Made()
-    job = Job(corpus, Sources(archives, corpus.archives), tmp_path)
+    job = Job(corpus, SourceArchives(archives, corpus.archives), tmp_path)
     every = list(units(0, job))
     keys = {f"{u['split'][0]}-{u['shard'][0].as_py():05d}": u["keys"][0].as_py() for u in every[:3]}
     first = next(iter(keys))

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.corpora import PlacedCorpus, place_corpus
+from pipelines.corpora import ExternalCorpus, place_corpus
 from pipelines.preprocessing import prepare as preparing
 from pipelines.shards.format import manifest_digest, write_shard
 from skillnet_platform.cluster import connect as cluster_connect
@@ -37,7 +37,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return f"{reader}:{request.param(tmp_path / 'given')}"
 
 
-def put(data: Path, corpus: PlacedCorpus) -> None:
+def put(data: Path, corpus: ExternalCorpus) -> None:
     """The corpus as if it had been prepared: its manifest, and a shard of nothing."""
     corpus.survey()
     home = data / corpus.name
@@ -59,7 +59,7 @@ def put(data: Path, corpus: PlacedCorpus) -> None:
     (home / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def deaf(corpus: PlacedCorpus) -> PlacedCorpus:
+def deaf(corpus: ExternalCorpus) -> ExternalCorpus:
     def rows(*_: object) -> Callable[..., None]:
         raise AssertionError("a row is read")
 

@@ -122,7 +122,7 @@ def test_a_saved_model_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
 
 def test_weights_of_another_shape_are_refused(data: Path, run: Path) -> None:
     config = small_config(data)
-    config.model.hidden = 32
+    config.model.ffn_dim = 32
     with pytest.raises(UserError, match="this model has"):
         checkpoints.load_weights(run / "checkpoints" / "step-00000008", build_model(config))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.base import Sources
+from pipelines.corpora.base import SourceArchives
 from pipelines.serving import bundle
 from pipelines.serving.inputs import read_rows
 from pipelines.serving.predictor import Item, Predictor
@@ -48,7 +48,7 @@ def test_headlines_are_read_with_their_keywords_where_training_read_them(
 ) -> None:
     place = tnews(tmp_path / "tnews", other=3)
     corpus = place_corpus("tnews", str(place), {"keywords": keywords})
-    rows = [row for row in corpus.rows(Sources.none()) if isinstance(row, dict)]
+    rows = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, dict)]
     trained = [row["text"] for row in rows if row["split"] == "unlabelled"]
     made = predictor(words, "text_classification", corpus.preprocessing())
     for row, text in zip(read_rows(place / "test.json", None), trained, strict=True):

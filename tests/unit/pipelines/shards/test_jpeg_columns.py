@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.readers.folder import Folder
 from pipelines.preprocessing.blocks import to_table
 from pipelines.preprocessing.transform_task import transform_block
@@ -102,7 +102,7 @@ def test_a_folder_is_prepared_encoded_and_its_bad_rows_set_aside(tmp_path: Path,
     corpora = {}
     for storage in ("encoded", "raw"):
         corpus = Folder(str(tmp_path), Folder.Options(storage=storage, **size))
-        rows = [r for r in corpus.rows(Sources.none()) if not isinstance(r, Rejected)]
+        rows = [r for r in corpus.rows(SourceArchives.none()) if not isinstance(r, RejectedRow)]
         corpus.has = ()  # the pixels alone: no tokenizer is at hand
         corpus.settle()
         made = transform_block(corpus, None, to_table(corpus, rows)[0])

@@ -9,7 +9,7 @@ import polars
 import pyarrow as pa
 import pytest
 
-from pipelines.corpora.base import shaped
+from pipelines.corpora.base import tensor_field
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.shards.format import manifest_digest, shard_bytes, write_shard
 from skillnet_platform.errors import UserError
@@ -23,7 +23,7 @@ def table() -> pa.Table:
     schema = pa.schema(
         [
             pa.field("key", pa.string()),
-            shaped("pixels", pa.uint8(), (2, 2, 3)),
+            tensor_field("pixels", pa.uint8(), (2, 2, 3)),
             pa.field("log_mel", pa.list_(pa.list_(pa.float32(), 2))),
             pa.field("caption_tokens", pa.list_(pa.list_(pa.int32()))),
         ]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.formats import csv_reader
 from pipelines.corpora.formats.csv_reader import UNCLOSED
 from pipelines.corpora.formats.encoding import CUT, Broken
@@ -94,5 +94,5 @@ def test_a_packed_file_that_is_none_is_damaged(tmp_path: Path) -> None:
 def test_rows_of_a_corpus_carry_their_lines(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f'{HEAD}"甲\n乙",a\n"丙"丁,b\n戊,b\n', "utf-8")
     corpus = place_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
-    found = [r.row if isinstance(r, Rejected) else r["row"] for r in corpus.rows(Sources.none())]
+    found = [r.row if isinstance(r, RejectedRow) else r["row"] for r in corpus.rows(SourceArchives.none())]
     assert found == [3, 4, 5]

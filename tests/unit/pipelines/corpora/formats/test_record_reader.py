@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.base import Sources
+from pipelines.corpora.base import SourceArchives
 from pipelines.corpora.formats.encoding import CUT, Broken
 from pipelines.corpora.formats.record_reader import SPREAD, TWICE, entries, json_lines, records
 from pipelines.io import directory
@@ -111,7 +111,7 @@ def test_tnews_is_read_from_an_array(tmp_path: Path) -> None:
     rows = [{"label": "107", "sentence": row["text"]} for row in ROWS]
     for indent in (None, 2):
         (tmp_path / "train.json").write_text(json.dumps(rows, indent=indent))
-        found: list[Any] = list(place_corpus("tnews", str(tmp_path)).rows(Sources.none()))
+        found: list[Any] = list(place_corpus("tnews", str(tmp_path)).rows(SourceArchives.none()))
         assert [row["text"] for row in found] == [row["text"] for row in ROWS]
         assert found[3]["key"] == "train.json:4"
 

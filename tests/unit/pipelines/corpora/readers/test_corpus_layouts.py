@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
-from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.io.directory import Place
 from pipelines.prepare import named_corpora
 from pipelines.preprocessing import describe
@@ -130,7 +130,7 @@ class TestAicIcc:
             file.write_text(json.dumps([{"image_id": r["image_id"]} for r in records]))
         corpus = place_corpus("aic_icc", str(folder))
         assert len(corpus.other_sources()) == len(before)
-        found = [row for row in corpus.rows(Sources.none()) if isinstance(row, Rejected)]
+        found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
         bare = [row.bad for row in found if row.reason == "a picture of a test without captions"]
         assert bare == [False] * 60
         rows, _ = read(corpus)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
-from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.io.directory import Place
 from pipelines.io.media import Unreadable, read_media
 from skillnet_platform.errors import UserError
@@ -69,11 +69,11 @@ class TestFolder:
             text = "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in lines)
             (tmp_path / "rows.csv").write_text(text, "utf-8")
         corpus = place_corpus("mine", f"folder:{tmp_path / f'rows.{kind}'}")
-        found = list(corpus.rows(Sources.none()))
+        found = list(corpus.rows(SourceArchives.none()))
         first = 2 if kind == "csv" else 1  # a CSV file's rows are named by their line
-        numbers = [row.row if isinstance(row, Rejected) else row["row"] for row in found]
+        numbers = [row.row if isinstance(row, RejectedRow) else row["row"] for row in found]
         assert numbers == [first, first + 1, first + 2, first + 3]
-        assert isinstance(found[-1], Rejected)
+        assert isinstance(found[-1], RejectedRow)
 
     def test_rows_stand_in_their_metadata(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=3)
@@ -182,8 +182,8 @@ class TestFolder:
             out.write(
                 '{"file_name": "data/1.wav"}\n{"file_name": "data/2.wav", "transcription": 7}'
             )
-        found = place_corpus("folder", str(folder)).rows(Sources.none())
-        rejected = [(r.reason, r.row, r.bad) for r in found if isinstance(r, Rejected)]
+        found = place_corpus("folder", str(folder)).rows(SourceArchives.none())
+        rejected = [(r.reason, r.row, r.bad) for r in found if isinstance(r, RejectedRow)]
         assert rejected == [
             ("a recording without a transcript", 4, False),
             ("a recording without a transcript", 5, False),
@@ -249,7 +249,7 @@ class TestWebDataset:
         (tmp_path / "x.tar").write_bytes(gzip.decompress(tarred(files)))
         corpus = place_corpus("webdataset", str(tmp_path))
         assert corpus.task == "text_to_image"
-        (bare,) = [row for row in corpus.rows(Sources.none()) if isinstance(row, Rejected)]
+        (bare,) = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
         assert (bare.reason, bare.row, bare.bad) == ("a picture without captions", 1, False)
 
     def test_members_are_ranges_of_their_tar(self, tmp_path: Path) -> None:

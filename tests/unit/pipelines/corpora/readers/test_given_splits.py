@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.readers.base import PlacedCorpus
+from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.preprocessing import describe
 from skillnet_platform.errors import UserError
 from tests.helpers.user_corpora import write_lines
 from tests.unit.pipelines.corpora.readers.test_readers import Rows, read, sizes
 
 
-def folder(place: Path, options: dict | None = None) -> PlacedCorpus:
+def folder(place: Path, options: dict | None = None) -> ExternalCorpus:
     return place_corpus("mine", f"folder:{place}", options)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.base import RejectedRow, SourceArchives
 from skillnet_platform.errors import UserError
 from tests.unit.pipelines.corpora.readers.test_readers import media, read
 
@@ -96,9 +96,9 @@ def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
     file.write_bytes(data.replace(word, b"\xff" * len(word)))
     for place in (tmp_path / "saved", in_store(tmp_path / "saved")):
         corpus = place_corpus("mine", f"hf_dataset:{place}")
-        found = list(corpus.rows(Sources.none()))
+        found = list(corpus.rows(SourceArchives.none()))
         assert len(found) == 60
-        (bad,) = [row for row in found if isinstance(row, Rejected)]
+        (bad,) = [row for row in found if isinstance(row, RejectedRow)]
         assert (bad.row, bad.reason, bad.rest) == (8, "not UTF-8", False)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import place_corpus
-from pipelines.corpora.readers.base import ordered
+from pipelines.corpora.readers.base import sort_labels
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from pipelines.corpora.readers.base import ordered
 )
 def test_labels_have_one_order(labels: list[str], order: list[str]) -> None:
     for shuffled in permutations(labels):  # the order of a set hangs on the hash seed
-        assert ordered(dict.fromkeys(shuffled).keys()) == order
+        assert sort_labels(dict.fromkeys(shuffled).keys()) == order
 
 
 def test_a_survey_numbers_by_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pipelines.corpora import (
     guess_reader,
     place_corpus,
 )
-from pipelines.corpora.base import Sources
+from pipelines.corpora.base import SourceArchives
 from pipelines.io.directory import Place
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
@@ -40,7 +40,7 @@ def test_the_format_is_guessed(tmp_path: Path, name: str) -> None:
 def test_reading_twice_gives_the_same(tmp_path: Path, name: str) -> None:
     folder = str(BUILDERS[name](tmp_path / "here"))
     first, second = (place_corpus(name, folder) for _ in range(2))
-    assert list(first.rows(Sources.none())) == list(second.rows(Sources.none()))
+    assert list(first.rows(SourceArchives.none())) == list(second.rows(SourceArchives.none()))
     assert first.other_sources() == second.other_sources()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from pipelines.corpora import (
-    PlacedCorpus,
+    ExternalCorpus,
     place_corpus,
 )
-from pipelines.corpora.base import Rejected, Sources
+from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.readers.tnews import LABELS
 from pipelines.corpora.readers.vatex import youtube_id
 from pipelines.io.media import MediaRef, Unreadable, read_media
@@ -22,13 +22,13 @@ from tests.helpers import user_corpora
 Rows = dict[str, list[dict[str, Any]]]
 
 
-def read(corpus: PlacedCorpus) -> tuple[Rows, Counter[str]]:
+def read(corpus: ExternalCorpus) -> tuple[Rows, Counter[str]]:
     """(Split -> rows, reason -> number of rows set aside). Keys are unique."""
     rows: Rows = defaultdict(list)
     reasons: Counter[str] = Counter()
     keys = []
-    for row in corpus.rows(Sources.none()):
-        if isinstance(row, Rejected):
+    for row in corpus.rows(SourceArchives.none()):
+        if isinstance(row, RejectedRow):
             reasons[row.reason] += 1
             keys.append(row.key)
         else:
@@ -174,11 +174,11 @@ class TestAishell:
         (folder / "data_aishell" / "wav" / "S0009.tar.gz").write_bytes(content)
         corpus = place_corpus("aishell1", str(folder))
         corpus.survey()
-        found = list(corpus.rows(Sources.none()))
-        (bad,) = [row for row in found if isinstance(row, Rejected) and row.rest]
+        found = list(corpus.rows(SourceArchives.none()))
+        (bad,) = [row for row in found if isinstance(row, RejectedRow) and row.rest]
         assert (bad.file, bad.bad) == ("data_aishell/wav/S0009.tar.gz", True)
         assert bad.reason == "the speaker's archive is cut short or damaged"
-        assert len([row for row in found if not isinstance(row, Rejected)]) == 23
+        assert len([row for row in found if not isinstance(row, RejectedRow)]) == 23
 
     def test_tabs_and_upper_case_endings(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
@@ -198,8 +198,8 @@ class TestAishell:
         file.write_text("\n".join(lines), "utf-8")
         corpus = place_corpus("aishell1", str(folder))
         name = "data_aishell/transcript/aishell_transcript_v0.8.txt"
-        for row in corpus.rows(Sources.none()):
-            if not isinstance(row, Rejected):
+        for row in corpus.rows(SourceArchives.none()):
+            if not isinstance(row, RejectedRow):
                 assert row["file"] == name
                 assert lines[row["row"] - 1].split(" ")[0] in row["key"]
             elif row.reason != "a recording without a transcript":
@@ -252,8 +252,8 @@ class TestAicIcc:
 
     def test_every_row_says_where_it_stands(self, tmp_path: Path) -> None:
         corpus = place_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path)))
-        for row in corpus.rows(Sources.none()):
-            if not isinstance(row, Rejected):
+        for row in corpus.rows(SourceArchives.none()):
+            if not isinstance(row, RejectedRow):
                 records = json.loads((tmp_path / row["file"]).read_text("utf-8"))
                 assert row["key"].endswith(records[row["row"] - 1]["image_id"])
             elif row.bad:
@@ -290,8 +290,8 @@ class TestVatex:
         records[2]["chCap"] = "一句话"
         file.write_text(json.dumps(records), "utf-8")
         corpus = place_corpus("vatex", str(folder))
-        found = list(corpus.rows(Sources.none()))
-        (nameless,) = [row for row in found if isinstance(row, Rejected) and "ID" in row.reason]
+        found = list(corpus.rows(SourceArchives.none()))
+        (nameless,) = [row for row in found if isinstance(row, RejectedRow) and "ID" in row.reason]
         assert (nameless.reason, nameless.file, nameless.row) == ("no videoID", file.name, 2)
         rows, _ = read(corpus)
         (one,) = [row for row in rows["train"] if row["row"] == 3]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpora import guess_reader, place_corpus
-from pipelines.corpora.base import Rejected, Sources
-from pipelines.corpora.readers.base import PlacedCorpus
+from pipelines.corpora.base import RejectedRow, SourceArchives
+from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.corpora.readers.webdataset import APART, SECOND, SPARSE
 from pipelines.io.directory import Place
 from tests.helpers.archive_files import tarred
@@ -21,7 +21,7 @@ from tests.unit.pipelines.corpora.readers.test_readers import Rows, media, read,
 Files = dict[str, bytes]
 
 
-def tar(home: Path, files: Files, name: str = "x.tar") -> PlacedCorpus:
+def tar(home: Path, files: Files, name: str = "x.tar") -> ExternalCorpus:
     packed = tarred(files)
     (home / name).write_bytes(gzip.decompress(packed) if name.lower().endswith("tar") else packed)
     return place_corpus("webdataset", str(home))
@@ -44,7 +44,7 @@ def test_a_name_ends_at_its_first_dot(tmp_path: Path) -> None:
     # What is taken belongs together, and nothing of what is not goes uncounted.
     assert pairs(rows) == {b"picture 0": "words 0"}
     assert reasons == {SECOND: 38}
-    found = [row for row in corpus.rows(Sources.none()) if isinstance(row, Rejected)]
+    found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
     assert Counter(row.bad for row in found) == {True: 19, False: 19}  # so that a prepare stops
     assert found[0].file == "x.tar"
 
@@ -54,7 +54,7 @@ def test_a_mask_beside_a_picture_is_left_out_by_choice(tmp_path: Path) -> None:
     for n in range(3):
         files |= {f"{n}.txt": b"words", f"{n}.jpg": b"picture", f"{n}.mask.png": b"mask"}
     corpus = tar(tmp_path, files)
-    found = [row for row in corpus.rows(Sources.none()) if isinstance(row, Rejected)]
+    found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
     assert [(row.reason, row.bad) for row in found] == [(SECOND, False)] * 3
 
 
@@ -74,8 +74,8 @@ def test_what_systems_leave_in_a_tar_is_passed_over(tmp_path: Path, name: str) -
 def test_members_that_are_not_side_by_side(tmp_path: Path) -> None:
     files = captioned(3)
     apart = {name: files[name] for name in sorted(files, key=lambda name: name[-3:])}
-    found = tar(tmp_path, apart).rows(Sources.none())
-    reasons = Counter(row.reason for row in found if isinstance(row, Rejected))
+    found = tar(tmp_path, apart).rows(SourceArchives.none())
+    reasons = Counter(row.reason for row in found if isinstance(row, RejectedRow))
     assert reasons == {"a picture without captions": 3, APART: 3}
 
 
