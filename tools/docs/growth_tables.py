@@ -20,7 +20,7 @@ from pipelines.growth.report import GROWN, JSON, MARKDOWN, WORDS, Growth, Worth
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 
-PAGE = Path(__file__).parent.parent / "docs" / "growth.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "growth.md"
 EVALUATION, REFERENCES = "evaluation.csv", "references.csv"
 KEPT = (JSON, MARKDOWN, "grow.yaml", EVALUATION)
 BOUNDS = ("value", "low", "high")
@@ -52,7 +52,7 @@ def text_of(folder: Path) -> str:
     new = [each for each in growth.worth if each.split == "test"]
     words = tables.words_of(new[0].metric)
     lines = [
-        f"| trained | {words} (95 % interval) | grown less this, paired | parameters trained |",
+        f"| trained | {words} (95 % interval) | grown minus this, paired | trained parameters |",
         "|---|---|---|---:|",
         *(_line(each) for each in new),
         *_simple(folder / REFERENCES, growth.task, new[0].metric),
@@ -67,17 +67,19 @@ def text_of(folder: Path) -> str:
         f"skillnet grow {growth.source} --config grow/stroke-count --name {name}\n"
         f"skillnet evaluate --model {name} --tasks {growth.task} "
         f"--output runs/{name}/{REFERENCES}\n```",
-        f"{growth.steps} steps each way, seed {growth.seed}; {first['machine']}, {first['date']}. "
+        f"{growth.steps} steps per model, seed {growth.seed}; {first['machine']}, {first['date']}. "
         f"The new task, `{growth.task}`, on the test split:",
         "\n".join(lines),
-        f"The old tasks: {same} old files have the same sha256, {changed} another; of "
-        f"{len(growth.tasks)} figures of {tasks} tasks {moved} moved; of {growth.rows_compared:,} "
-        f"test rows {growth.rows_differing} came out otherwise; the optimiser kept state for "
-        f"{' and '.join(f'`{name}`' for name in growth.optimiser)} only.",
+        "Effect on the old tasks:\n\n"
+        f"- {same} old files have the same sha256, and {changed} differ.\n"
+        f"- {moved} of {len(growth.tasks)} metrics of {tasks} tasks changed.\n"
+        f"- {growth.rows_differing} of {growth.rows_compared:,} test rows changed their outcome.\n"
+        "- The optimizer kept state only for "
+        f"{' and '.join(f'`{name}`' for name in growth.optimiser)}.",
     ]
     everything = next((each for each in new if each.system == "everything" and each.lost), None)
     if everything is not None:
-        head = ["task", "figure", "before, and after growing", "after everything was trained"]
+        head = ["task", "metric", "before and after growth", "after training everything"]
         shown = {metric for metric, _ in tables.HEADLINE.values()}
         metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
         cells = [
@@ -85,7 +87,7 @@ def text_of(folder: Path) -> str:
             + [tables.shown(metric_of[task], value) for value in pair]
             for task, pair in everything.lost.items()
         ]
-        parts += [f"With {WORDS['everything']} they move:", tables.markdown(head, cells)]
+        parts += ["If everything is trained, the old tasks change:", tables.markdown(head, cells)]
     parts.append(f"Files: [{folder.name}](../benchmarks/results/{folder.name}).")
     return "\n\n".join(parts)
 

@@ -24,7 +24,7 @@ from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 from tools.docs.quickstart_tables import seed_interval
 
-PAGE = Path(__file__).parent.parent / "docs" / "sweeps.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "sweeps.md"
 TRIALS = "trials.csv"
 KEPT = ("sweep.yaml", TRIALS, "best.yaml", "score.png")
 #: Columns of a trial that only its machine can follow.
@@ -119,12 +119,12 @@ def differences(rows: Rows, keys: Sequence[str]) -> dict[tuple[str, str, str], l
 
 def effects(rows: Rows, keys: Sequence[str]) -> str:
     """Markdown: a line a pair of values of a setting, with what the interval tells."""
-    lines = ["| setting | | points of mean score (95 % interval) | |", "|---|---|---:|---|"]
+    lines = ["| setting | difference | points (95 % interval) | significant |", "|---|---|---:|---|"]
     for (key, one, other), values in differences(rows, keys).items():
         low, high = seed_interval(values)
-        apart = "told apart" if len(values) > 1 and low * high > 0 else "not told apart"
+        apart = "yes" if len(values) > 1 and low * high > 0 else "no"
         shown = _with_interval(values, signed=True)
-        lines.append(f"| {_short(key)} | {one} less {other} | {shown} | {apart} |")
+        lines.append(f"| {_short(key)} | {one} − {other} | {shown} | {apart} |")
     return "\n".join(lines)
 
 
@@ -143,16 +143,16 @@ def text_of(folder: Path) -> str:
     minutes = sum(float(row["seconds"] or 0) for row in rows) / 60
     counts = ", ".join(f"{ended.count(each)} {each}" for each in dict.fromkeys(ended))
     model, space, adjusted = run["model"], list(sweep["space"]), sweep["fixed_cost"]["adjust"]
-    held = f", {adjusted} set so that all cost the same" if adjusted else ""
+    held = f", {adjusted} adjusted to equal cost" if adjusted else ""
     shown = [*space, *([f"model.{adjusted}"] if adjusted else [])]
     ranked = ranking(rows, shown, {f"model.{key}": value for key, value in model.items()})
     return (
         f"{len(rows)} trials ({counts}) of {run['training']['steps']:,} steps, seeds "
         f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['depth']} layers"
         f"{held}; {minutes:.0f} minutes of training in "
-        f"all, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
-        f"splits; intervals are Student's t over seeds.\n\n{ranked}\n\nEach setting by "
-        "itself, over all configurations that are alike in everything else:\n\n"
+        f"total, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
+        f"splits; intervals are Student's t over seeds.\n\n{ranked}\n\nEach setting "
+        "alone, over all configurations that are equal otherwise:\n\n"
         f"{effects(rows, space)}\n\nFiles: [{folder.name}](../benchmarks/results/{folder.name})."
     )
 
