@@ -3,11 +3,9 @@ and MosaicML streaming: the same JPEG bytes in each one's own format, in a bucke
 
 An epoch starts with nothing of the corpus on this machine, and each contender fetches it as it is
 meant to: ours and MosaicML's shard by shard into a cache on the disk (ours hashed), datasets and
-WebDataset as streams with a shuffle buffer of all rows. Ours is read as training reads it, twice:
-in the order of ``training.early_start``, whose first batch needs one shard (WebDataset's buffer
-likewise gives one row for two that it reads), and in that of all rows, whose first batch needs all
-shards. The server is a process of its own, in Python: its CPU time is nobody's, and on the wall it
-is slow for all alike.
+WebDataset as streams with a shuffle buffer of all rows. Ours is read as training reads it: all rows
+are shuffled, so the first batch needs all shards. The server is a process of its own, in Python:
+its CPU time is nobody's, and on the wall it is slow for all alike.
 """
 
 import contextlib
@@ -49,7 +47,6 @@ from benchmarks.sides import Maker, rounds_of
 if TYPE_CHECKING:
     from pipelines.loading.samplers import RowOrder
     from pipelines.loading.shard_table import HeldRows
-    from pipelines.loading.window_sampler import WindowOrder
 
 PORT, BUCKET, PREFIX = 15_555, "pictures", "contender-"
 ADDRESS = f"http://127.0.0.1:{PORT}"
@@ -122,18 +119,9 @@ def _upload(folder: Path) -> list[str]:
     return keys
 
 
-def _early(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
-    return _shards(cells, home, early=True)
-
-
-def _whole(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
-    return _shards(cells, home, early=False)
-
-
-def _shards(cells: list[bytes], home: Path, early: bool) -> Callable[[], object]:
+def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
     from pipelines.loading.samplers import RowOrder
     from pipelines.loading.shard_table import HeldRows
-    from pipelines.loading.window_sampler import WindowOrder
     from pipelines.shards.dataset import open_corpus
     from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
     from skillnet_platform.storage import write_json
@@ -153,29 +141,25 @@ def _shards(cells: list[bytes], home: Path, early: bool) -> Callable[[], object]
     def epoch(cache: Path, number: int) -> None:
         corpus = open_corpus(f"s3://{BUCKET}/{PREFIX}{os.getpid()}", cache=FileCache(cache, 10**9))
         held, key = HeldRows([corpus.splits["train"]], "made"), (number, "order")
-        order: RowOrder | WindowOrder = RowOrder(len(held), BATCH, None, key)
-        if early:
-            everything = float("inf")
-            order = WindowOrder(held.rows, held.bytes, BATCH, everything, key, early=True)
-        take(_held_batches(held, order), len(cells))
+        take(_held_batches(held, RowOrder(len(held), BATCH, None, key)), len(cells))
 
     return _afresh(epoch)
 
 
-def _held_batches(held: "HeldRows", order: "RowOrder | WindowOrder") -> Batches:
+def _held_batches(held: "HeldRows", order: "RowOrder") -> Batches:
     """Batches of one epoch, as the stream of a training takes them."""
     import torch
 
     from pipelines.loading.dataloader import follow
-    from pipelines.shards.columns import Fixed
+    from pipelines.shards.columns import FixedColumn
 
     for occurrence in range(len(held) // BATCH):
         rows = order.batch(occurrence)
         follow(order, held, occurrence)
         held.add(rows)
         pixels, labels = (held.column(name) for name in ("pixels", "label"))
-        assert isinstance(pixels, Fixed)
-        assert isinstance(labels, Fixed)
+        assert isinstance(pixels, FixedColumn)
+        assert isinstance(labels, FixedColumn)
         local = held.local(rows)
         yield torch.from_numpy(pixels.take(local)), torch.from_numpy(labels.take(local))
 
@@ -220,8 +204,7 @@ def _mosaic(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
 
 
 MAKERS: dict[str, tuple[str, Maker]] = {
-    OURS: ("", _early),
-    f"{OURS}, shuffled whole": ("", _whole),
+    OURS: ("", _shards),
     "datasets": ("datasets", _datasets),
     "WebDataset": ("webdataset", _webdataset),
     "MosaicML streaming": ("streaming", _mosaic),

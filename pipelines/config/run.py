@@ -106,9 +106,6 @@ class TrainingConfig:
         masking: what masked tasks hide.
         shuffle_gb: a task's rows are shuffled whole up to so many 10^9 bytes of shards; beyond,
             in windows of so many bytes of shards, drawn anew each epoch. It decides the order.
-        early_start: the first epoch begins with the rows of one shard and mixes those of the next
-            in, shard by shard: the first batch of a corpus in a store does not wait for all of
-            them. It decides the order.
     """
 
     steps: int = 2000
@@ -141,7 +138,6 @@ class TrainingConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     masking: MaskConfig = field(default_factory=MaskConfig)
     shuffle_gb: float = 4.0
-    early_start: bool = False
 
     def __post_init__(self) -> None:
         for key in ("steps", "keep", "log_every"):

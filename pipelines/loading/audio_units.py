@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.shards.columns import Ragged, open_column
+from pipelines.shards.columns import RaggedColumn, open_column
 from skillnet.stems import stack_frames
 from skillnet_platform.errors import UserError
 
@@ -79,7 +79,7 @@ def _stacks(corpus: "PreparedCorpus", splits: tuple[str, ...], stack: int) -> np
     parts = []
     for split in splits:
         column = open_column(corpus.splits[split].table(), "log_mel", f"{corpus.name}/{split}")
-        assert isinstance(column, Ragged)
+        assert isinstance(column, RaggedColumn)
         total = int((column.lengths() // stack).sum())
         every = max(1, -(-total // MOST_STACKS))
         for rows in np.array_split(np.arange(len(column))[::every], max(1, len(column) // 256)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.config.data import AugmentConfig
 from pipelines.loading.rng import keyed_rng
-from pipelines.shards.row_threads import over_rows
+from pipelines.shards.row_threads import map_row_slices
 
 MASK_TOKEN = 2
 
@@ -74,7 +74,7 @@ def pictures(pixels_BHWC: np.ndarray, config: AugmentConfig, draws: Draws) -> Te
             x_BCHW = (x_BCHW * tint[mine][:, :, None, None]).clamp_(0, 1)
         out_BHWC[mine] = x_BCHW.permute(0, 2, 3, 1)
 
-    over_rows(B, some)
+    map_row_slices(B, some)
     return out_BHWC
 
 
@@ -91,7 +91,7 @@ def clips(frames_BNHWC: np.ndarray, config: AugmentConfig, draws: Draws) -> Tens
             x = _shift_and_scale(x, *place, mine)
         out_BNHWC[mine] = x.view(-1, N, C, H, W).permute(0, 1, 3, 4, 2)
 
-    over_rows(B, some)
+    map_row_slices(B, some)
     return out_BNHWC
 
 

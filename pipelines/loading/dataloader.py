@@ -96,8 +96,6 @@ class MultiTaskDataLoader:
         masks: what masked tasks hide.
         shuffle: bytes of shards up to which a task's rows are shuffled whole; beyond, in windows
             of so many bytes.
-        early: the first epoch of a task begins with the rows of one shard; see
-            :mod:`pipelines.loading.window_sampler`.
 
     Raises:
         UserError: an unknown task, a corpus that is missing or of the wrong kind.
@@ -113,7 +111,6 @@ class MultiTaskDataLoader:
         temperature: float = 2.0,
         masks: MaskConfig | None = None,
         shuffle: float = float("inf"),
-        early: bool = False,
     ) -> None:
         if not tasks:
             raise UserError("no task to train: name at least one under tasks")
@@ -125,7 +122,7 @@ class MultiTaskDataLoader:
             rows = TaskRows(name, task, corpus, model, settings, masks)
             self.rows[name] = rows
             key = (seed, "order", name)
-            self._orders[name] = _order(rows, settings.batch, key, shuffle, early)
+            self._orders[name] = _order(rows, settings.batch, key, shuffle)
         self.weights = task_weights(
             {name: settings.weight for name, settings in tasks.items()},
             {name: rows.count for name, rows in self.rows.items()},
@@ -181,11 +178,11 @@ def follow(order: RowOrder | WindowOrder, held: HeldRows, occurrence: int) -> No
 
 
 def _order(
-    rows: TaskRows, batch: int, key: tuple[int | str, ...], shuffle: float, early: bool
+    rows: TaskRows, batch: int, key: tuple[int | str, ...], shuffle: float
 ) -> RowOrder | WindowOrder:
     held = rows.held
-    if (early or sum(held.bytes) > shuffle) and len(held.bytes) > 1:
-        return WindowOrder(held.rows, held.bytes, batch, shuffle, key, rows.lengths, early=early)
+    if sum(held.bytes) > shuffle and len(held.bytes) > 1:
+        return WindowOrder(held.rows, held.bytes, batch, shuffle, key, rows.lengths)
     if held.remote:
         return RowOrder(rows.count, batch, rows.lengths, key)
     # On a disk opening costs nothing, and what is missing is best found now.

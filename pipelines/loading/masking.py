@@ -1,6 +1,6 @@
 """What a self-supervised row hides: masks of tokens, patches, tubelets and spans of frames.
 
-Masks hang on draws made for their rows (see ``pipelines.loading.augment.Draws``), so on (seed, step, row)
+Masks hang on draws made for their rows (see ``augment.Draws``), so on (seed, step, row)
 and on no number of workers. They lie on the model's own grid of tokens; hiding is done to the
 *input*, so that it is the same for every system: tokens as BERT's 80/10/10; patches, tubelets and
 frames take the mean of what is left of their row, by channel or mel bin.
@@ -17,13 +17,13 @@ from pipelines.loading.audio_units import SoundUnits
 from pipelines.loading.augment import MASK_TOKEN, Draws
 from skillnet.config import SkillNetConfig
 from skillnet.stems import (
+    cut_tubelets,
+    join_tubelets,
     patchify,
-    signed,
+    scale_to_signed,
     stack_frames,
-    tubelify,
     unpatchify,
     unstack_frames,
-    untubelify,
 )
 
 #: Ids below are padding, unknown, mask and class: never put in a word's place.
@@ -138,7 +138,7 @@ class Hider:
         masked = pick(draws.uniform("mask", T), np.full(B, T), self._config.image)
         flags = torch.from_numpy(masked)
         cover = unpatchify(_spread(flags, side * side), side, size)
-        values = normalised(patchify(signed(x, x.dtype), side))
+        values = normalised(patchify(scale_to_signed(x, x.dtype), side))
         return _together({"pixels": _blanked(x, cover)}, flags, values)
 
     def tubelets(self, frames_BNHWC: Tensor, draws: Draws) -> Masked:
@@ -153,9 +153,9 @@ class Hider:
             T = times * places
             masked = pick(draws.uniform("mask", T), np.full(B, T), self._config.video)
         flags = torch.from_numpy(masked)
-        cover = untubelify(_spread(flags, f * h * w), tubelet, count, size)
-        three = signed(x, x.dtype).expand(*x.shape[:-1], 3)
-        values = normalised(tubelify(three, tubelet))
+        cover = join_tubelets(_spread(flags, f * h * w), tubelet, count, size)
+        three = scale_to_signed(x, x.dtype).expand(*x.shape[:-1], 3)
+        values = normalised(cut_tubelets(three, tubelet))
         return _together({"frames": _blanked(x, cover)}, flags, values)
 
     def frames(self, log_mel_BNM: Tensor, frames_B: Tensor, draws: Draws) -> Masked:

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.shards.columns import Column, open_column
-from pipelines.shards.dataset import Split
-from pipelines.shards.files import Opened
+from pipelines.shards.dataset import CorpusSplit
+from pipelines.shards.files import OpenShard
 
 #: Rows looked at for each shard, to find out which shards are needed first.
 AHEAD = 64
@@ -26,14 +26,14 @@ class HeldRows:
         where: names them in messages.
     """
 
-    def __init__(self, splits: Sequence[Split], where: str) -> None:
+    def __init__(self, splits: Sequence[CorpusSplit], where: str) -> None:
         self.where = where
         self._splits = list(splits)
         self._shards = [(split, shard) for split in splits for shard in split.shards]
         self.rows = [int(shard["rows"]) for _, shard in self._shards]
         self.bytes = [int(shard["bytes"]) for _, shard in self._shards]
         self._starts = np.concatenate([[0], np.cumsum(self.rows, dtype=np.int64)])
-        self._open: dict[int, Opened] = {}
+        self._open: dict[int, OpenShard] = {}
         self._columns: dict[str, Column] = {}
         self._names: list[str] | None = None
         self._fetched = False

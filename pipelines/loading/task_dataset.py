@@ -16,7 +16,7 @@ from pipelines.loading import augment, masking
 from pipelines.loading.audio_units import SoundUnits, units_of
 from pipelines.loading.augment import Draws
 from pipelines.loading.shard_table import HeldRows
-from pipelines.shards.columns import Fixed, Nested, Ragged
+from pipelines.shards.columns import FixedColumn, NestedRaggedColumn, RaggedColumn
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
@@ -24,7 +24,7 @@ from skillnet_platform.errors import UserError
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
-Kind = TypeVar("Kind", Fixed, Ragged, Nested)
+Kind = TypeVar("Kind", FixedColumn, RaggedColumn, NestedRaggedColumn)
 
 #: A task's split of this name stands for the splits that a corpus allows for pretraining.
 PRETRAINING = "pretraining"
@@ -254,14 +254,14 @@ class TaskRows:
             tokens = augment.drop_tokens(tokens, lengths, config.caption_dropout, draws, longest)
         return {"tokens": _tensor(tokens)}
 
-    def _fixed(self, name: str) -> Fixed:
-        return self._as(name, Fixed)
+    def _fixed(self, name: str) -> FixedColumn:
+        return self._as(name, FixedColumn)
 
-    def _ragged(self, name: str) -> Ragged:
-        return self._as(name, Ragged)
+    def _ragged(self, name: str) -> RaggedColumn:
+        return self._as(name, RaggedColumn)
 
-    def _nested(self, name: str) -> Nested:
-        return self._as(name, Nested)
+    def _nested(self, name: str) -> NestedRaggedColumn:
+        return self._as(name, NestedRaggedColumn)
 
     def _as(self, name: str, kind: type[Kind]) -> Kind:
         column = self.held.column(name)

@@ -25,16 +25,11 @@ RHYTHM = (
     "bucket_mb",
     "max_failures",
 )
-#: Keys that came later, with what was done before: checkpoints from then are still of the same run.
-LATER = {"shuffle_gb": 4.0, "early_start": False}
 
 
 def identity_of(config: FinetuneConfig) -> dict[str, Any]:
     """What decides the weights: the configuration without names, places and rhythm."""
     training = {k: v for k, v in asdict(config.training).items() if k not in RHYTHM}
-    for key, default in LATER.items():
-        if training.get(key) == default:
-            del training[key]
     return {
         "seed": config.seed,
         "init_from": digest_of(config.init_from),

@@ -38,7 +38,6 @@ def open_stream(config: FinetuneConfig) -> MultiTaskDataLoader:
         config.training.temperature,
         config.training.masking,
         config.training.shuffle_gb * GB,
-        config.training.early_start,
     )
     needed, limit = stream.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
     if needed > limit:

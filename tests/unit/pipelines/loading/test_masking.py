@@ -8,7 +8,7 @@ from pipelines.config.data import MaskConfig
 from pipelines.loading.augment import MASK_TOKEN, Draws
 from pipelines.loading.masking import FIRST_WORD, Hider, normalised, pick, pick_spans, pick_tubes
 from skillnet.config import SkillNetConfig
-from skillnet.stems import patchify, stack_frames, tubelify
+from skillnet.stems import cut_tubelets, patchify, stack_frames
 
 MODEL = SkillNetConfig(
     dim=16,
@@ -126,8 +126,8 @@ def test_tubelets_are_blanked_and_their_pixels_are_asked_for(tubes: bool) -> Non
     assert (masked.sum(1) == 48).all()
     places = masked.view(6, 4, 16)
     assert bool((places == places[:, :1]).all()) == tubes
-    cut = tubelify(shown["frames"], (2, 8, 8))
-    whole = tubelify(frames.float() / 255, (2, 8, 8))
+    cut = cut_tubelets(shown["frames"], (2, 8, 8))
+    whole = cut_tubelets(frames.float() / 255, (2, 8, 8))
     assert torch.equal(cut[~masked], whole[~masked])
     for row in range(6):
         blank = cut[row, masked[row]]

@@ -8,14 +8,12 @@ from hypothesis import strategies as st
 from pipelines.loading.window_sampler import WindowOrder
 
 
-def make(
-    rows: list[int], batch: int, limit: float, bucketed: bool = False, early: bool = False
-) -> WindowOrder:
+def make(rows: list[int], batch: int, limit: float, bucketed: bool = False) -> WindowOrder:
     total = sum(rows)
     lengths = np.random.default_rng(0).integers(1, 50, total)
     return WindowOrder(
         rows, [10 * count for count in rows], batch, limit, (1, "x"),
-        (lambda wanted: lengths[wanted]) if bucketed else None, window=3, early=early,
+        (lambda wanted: lengths[wanted]) if bucketed else None, window=3,
     )  # fmt: skip
 
 
@@ -24,13 +22,10 @@ def make(
     batch=st.integers(1, 40),
     limit=st.integers(1, 900),
     bucketed=st.booleans(),
-    early=st.booleans(),
 )
 @settings(deadline=None)
-def test_every_row_once_an_epoch(
-    rows: list[int], batch: int, limit: float, bucketed: bool, early: bool
-) -> None:
-    order, total = make(rows, batch, limit, bucketed, early), sum(rows)
+def test_every_row_once_an_epoch(rows: list[int], batch: int, limit: float, bucketed: bool) -> None:
+    order, total = make(rows, batch, limit, bucketed), sum(rows)
     count = -(-3 * total // batch)
     seen = np.concatenate([order.batch(occurrence) for occurrence in range(count)])
     for epoch in range(3):
@@ -42,34 +37,31 @@ def test_every_row_once_an_epoch(
     rows=st.lists(st.integers(1, 20), min_size=2, max_size=12),
     batch=st.integers(1, 15),
     limit=st.integers(1, 900),
-    early=st.booleans(),
 )
 @settings(deadline=None)
 def test_a_batch_needs_the_shards_of_its_windows_only(
-    rows: list[int], batch: int, limit: float, early: bool
+    rows: list[int], batch: int, limit: float
 ) -> None:
-    order = make(rows, batch, limit, early=early)
+    order = make(rows, batch, limit)
     starts = np.concatenate([[0], np.cumsum(rows)])
     for occurrence in range(12):
         shards = order.shards(occurrence)
         touched = np.searchsorted(starts, order.batch(occurrence), side="right") - 1
         assert set(touched.tolist()) <= set(shards)
         touched = order._touched(occurrence)
-        # Parts of a window that grows are one window.
-        windows = len({(e, max(n - len(order._layout(e).growing), -1)) for e, n, _, _ in touched})
+        windows = len({(epoch, window) for epoch, window, _, _ in touched})
         largest = max(limit, 10 * max(rows))
         assert sum(10 * rows[shard] for shard in shards) <= windows * largest
         if windows == 2:
             assert sum(10 * rows[shard] for shard in shards) <= order.largest()
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_it_is_a_function_of_the_occurrence_alone(early: bool) -> None:
+def test_it_is_a_function_of_the_occurrence_alone() -> None:
     rows = [7, 3, 9, 4, 8]
-    straight = make(rows, 5, 120, bucketed=True, early=early)
+    straight = make(rows, 5, 120, bucketed=True)
     batches = [straight.batch(occurrence) for occurrence in range(20)]
     for occurrence in (17, 2, 9):
-        fresh = make(rows, 5, 120, bucketed=True, early=early)
+        fresh = make(rows, 5, 120, bucketed=True)
         np.testing.assert_array_equal(fresh.batch(occurrence), batches[occurrence])
         np.testing.assert_array_equal(straight.batch(occurrence), batches[occurrence])
     later = np.concatenate(batches[7:14])
@@ -111,51 +103,16 @@ def test_windows_mix_shards() -> None:
         np.testing.assert_array_equal(order.batch(0), order.batch(20))
 
 
-def test_an_early_start_needs_one_shard_and_looks_ahead() -> None:
-    rows = [40] * 8
-    order = make(rows, 10, float("inf"), early=True)
-    shards = [order.shards(occurrence) for occurrence in range(32)]
-    assert [len(each) for each in shards[:8]] == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert len(shards[14]) == len(shards[-1]) == 8
-    for occurrence in range(14):
-        # What comes is what is needed next, in that order, and not everything at once.
-        now, ahead = shards[occurrence], order.ahead(occurrence)
-        assert shards[14][: len(now)] == now
-        assert ahead == shards[14][len(now) : len(now) + max(2, len(now))]
-
-
-def test_lengths_are_asked_for_of_shards_that_came_only() -> None:
+def test_lengths_are_read_from_shards_of_the_window_only() -> None:
     asked: list[np.ndarray] = []
 
     def lengths(rows: np.ndarray) -> np.ndarray:
         asked.append(rows)
         return rows % 7
 
-    order = WindowOrder([40] * 8, [1] * 8, 10, 8, (0, "x"), lengths, early=True)
+    order = WindowOrder([40] * 8, [1] * 8, 10, 2, (0, "x"), lengths)
     for occurrence in range(32):
+        asked.clear()
         order.batch(occurrence)
-        assert set(np.unique(np.concatenate(asked) // 40)) <= set(order.shards(occurrence))
-
-
-def test_an_early_start_changes_the_first_window_alone() -> None:
-    rows = [10] * 9
-    early, late = (make(rows, 5, 300, early=each) for each in (True, False))
-    for occurrence in range(18, 54):
-        np.testing.assert_array_equal(early.batch(occurrence), late.batch(occurrence))
-    assert set(early.shards(5)) == set(late.shards(5))
-    first = [np.concatenate([o.batch(n) for n in range(6)]) for o in (early, late)]
-    assert not np.array_equal(*first)
-    assert sorted(first[0]) == sorted(first[1])
-
-
-def test_an_early_start_draws_from_all_that_came() -> None:
-    """A row has come and waits: each such row is as likely to be the next, whatever its shard."""
-    of_first = []
-    for seed in range(200):
-        order = WindowOrder([100, 100], [1, 1], 50, 2, (seed, "z"), early=True)
-        first = order.shards(0)[0]
-        assert set(order.batch(0) // 100) == {first}
-        # 50 of the first shard wait beside 100 of the second.
-        of_first.append(int((order.batch(1) // 100 == first).sum()))
-    assert np.mean(of_first) == pytest.approx(50 / 3, abs=1.0)
-    assert len(set(of_first)) > 5
+        if asked:
+            assert set(np.unique(np.concatenate(asked) // 40)) <= set(order.shards(occurrence))

@@ -143,7 +143,7 @@ def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from pipelines.training import checkpoints
+from pipelines.training import checkpointing as checkpoints
 from pipelines.training.loop import train
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
