@@ -3,7 +3,7 @@
 
 Keeps the report of ``skillnet grow``, its configuration and the figures of all tasks below
 ``benchmarks/results/<date>-growth/``; with them ``references.csv``, if ``skillnet evaluate
---output`` wrote the simple references there. Without a folder only the page is written anew.
+--output`` wrote the simple references there. Without a folder only the page is written again.
 Figures are copied, none is computed here.
 """
 

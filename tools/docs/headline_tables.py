@@ -127,7 +127,7 @@ def page_text(folder: Path) -> str:
     run, before = study["run"], study["pretraining"]["training"]
     tried = study["tuning"]["trials"] + len(study["tuning"].get("points", ()))
     setting = (
-        f"Width {run['model']['dim']}, {run['model']['depth']} layers. "
+        f"Width {run['model']['dim']}, {run['model']['num_layers']} layers. "
         f"{run['training']['steps']:,} steps of fine-tuning and {before['steps']:,} of "
         f"pretraining. {tried} tuning trials per system. Run on {machines}, {dates}."
     )

@@ -2,7 +2,7 @@
 ``python -m tools.docs.sweep_tables [runs/NAME]``.
 
 Keeps what is light of the sweep's folder below ``benchmarks/results/<date>-sweep-<name>/``: trials,
-configuration, the best one, the plot. Without a folder only the page is written anew, which has
+configuration, the best one, the plot. Without a folder only the page is written again, which has
 the newest of each name. What the tables say is computed from the kept ``trials.csv`` alone.
 """
 
@@ -119,7 +119,10 @@ def differences(rows: Rows, keys: Sequence[str]) -> dict[tuple[str, str, str], l
 
 def effects(rows: Rows, keys: Sequence[str]) -> str:
     """Markdown: a line a pair of values of a setting, with what the interval tells."""
-    lines = ["| setting | difference | points (95 % interval) | significant |", "|---|---|---:|---|"]
+    lines = [
+        "| setting | difference | points (95 % interval) | significant |",
+        "|---|---|---:|---|",
+    ]
     for (key, one, other), values in differences(rows, keys).items():
         low, high = seed_interval(values)
         apart = "yes" if len(values) > 1 and low * high > 0 else "no"
@@ -148,7 +151,7 @@ def text_of(folder: Path) -> str:
     ranked = ranking(rows, shown, {f"model.{key}": value for key, value in model.items()})
     return (
         f"{len(rows)} trials ({counts}) of {run['training']['steps']:,} steps, seeds "
-        f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['depth']} layers"
+        f"{', '.join(map(str, sweep['seeds']))}; width {model['dim']}, {model['num_layers']} layers"
         f"{held}; {minutes:.0f} minutes of training in "
         f"total, {rows[0]['machine']}, {rows[0]['date']}. Scores are per cent, on the validation "
         f"splits; intervals are Student's t over seeds.\n\n{ranked}\n\nEach setting "

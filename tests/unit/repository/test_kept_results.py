@@ -96,10 +96,10 @@ def test_a_sweep_is_kept_and_each_setting_weighed_over_all_that_is_alike(tmp_pat
     assert found["training.lr", "0.1", "0.2"] == pytest.approx([-0.8, 0.0, 0.8])
     text = sweep_result.text_of(kept)
     assert "13 trials (12 finished, 1 failed) of 50 steps, seeds 0, 1, 2" in text
-    assert "6 minutes of training in all, a machine, 2 cores, 2026-01-02" in text
+    assert "6 minutes of training in total, a machine, 2 cores, 2026-01-02" in text
     lines = text.splitlines()
-    assert "| skill every | 1 less 2 | -2.0 | told apart |" in lines
-    assert "| lr | 0.1 less 0.2 | +0.0 (-2.0 to +2.0) | not told apart |" in lines
+    assert "| skill every | 1 − 2 | -2.0 | yes |" in lines
+    assert "| lr | 0.1 − 0.2 | +0.0 (-2.0 to +2.0) | no |" in lines
     ranked = [line.split(" | ")[:4] for line in lines if line.startswith("| 0.")]
     assert [(line[1], line[2]) for line in ranked] == [("2", "96")] * 2 + [("1", "64")] * 2
     assert ranked[0][3] == "32.0 (31.0 to 33.0)"
@@ -148,9 +148,9 @@ def test_a_growth_is_kept_and_told_as_its_report_has_it(tmp_path: Path) -> None:
         "| everything trained further | 45.0 % (40.0–50.0) | +5.0 (-1.0 to +11.0) | 9 |"
     )
     assert not any("90.0 %" in line for line in lines)
-    told = next(line for line in lines if line.startswith("The old tasks:"))
-    assert "1 old files have the same sha256, 0 another" in told
-    assert "of 1 figures of 1 tasks 0 moved; of 1,234 test rows 0 came out otherwise" in told
+    assert "- 1 old files have the same sha256, and 0 differ." in lines
+    assert "- 0 of 1 metrics of 1 tasks changed." in lines
+    assert "- 0 of 1,234 test rows changed their outcome." in lines
     assert "| `text_to_code` | R@10 | 50.0 % | 25.0 % |" in lines
 
     simple = row | {"system": "reference", "value": 0.2, "low": 0.1, "high": 0.3}
