@@ -8,9 +8,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from pipelines.corpora.base import Corpus
-from pipelines.corpora.readers.base import PlacedCorpus
-from pipelines.io.directory import Place
-from pipelines.io.source_file import SourceFails, failing
+from pipelines.corpora.readers.base import ExternalCorpus
+from pipelines.io.directory import SourceDirectory
+from pipelines.io.source_file import SourceReadError, make_read_error
 from skillnet_platform import config
 from skillnet_platform.config.schema import checked
 from skillnet_platform.errors import UserError, nearest
@@ -20,31 +20,31 @@ GROUP = "skillnet.corpora"
 #: The built-in corpora, in the order of the paper's tasks. Also entry points; named here too
 #: so that a checkout works before it is installed.
 BUILT_IN = {
-    "headings": "pipelines.corpora.builtin.headings:Headings",
-    "syllables": "pipelines.corpora.builtin.syllables:Syllables",
-    "drawings": "pipelines.corpora.builtin.drawings:Drawings",
-    "strokes": "pipelines.corpora.builtin.strokes:Strokes",
-    "functions": "pipelines.corpora.builtin.functions:Functions",
+    "headings": "pipelines.corpora.builtin.headings:HeadingsCorpus",
+    "syllables": "pipelines.corpora.builtin.syllables:SyllablesCorpus",
+    "drawings": "pipelines.corpora.builtin.drawings:DrawingsCorpus",
+    "strokes": "pipelines.corpora.builtin.strokes:StrokesCorpus",
+    "functions": "pipelines.corpora.builtin.functions:FunctionsCorpus",
 }
 
 #: Made of the same archives for tasks that a model is grown by: fetched and prepared by name only.
-FURTHER = {
-    "stroke_counts": "pipelines.corpora.builtin.stroke_counts:StrokeCounts",
+EXTRA_BUILT_IN = {
+    "stroke_counts": "pipelines.corpora.builtin.stroke_counts:StrokeCountsCorpus",
 }
 
 
 #: Formats of corpora that the user has: ``skillnet prepare --corpus tnews=PATH``. In the order in
 #: which a folder's format is guessed: the particular ones first.
 READERS = {
-    "tnews": "pipelines.corpora.readers.tnews:Tnews",
-    "aishell1": "pipelines.corpora.readers.aishell1:Aishell1",
-    "aic_icc": "pipelines.corpora.readers.aic_icc:AicIcc",
-    "vatex": "pipelines.corpora.readers.vatex:Vatex",
-    "pytorrent": "pipelines.corpora.readers.pytorrent:PyTorrent",
-    "codesearchnet": "pipelines.corpora.readers.codesearchnet:CodeSearchNet",
-    "hf_dataset": "pipelines.corpora.readers.hf_dataset:HfDataset",
-    "webdataset": "pipelines.corpora.readers.webdataset:WebDataset",
-    "folder": "pipelines.corpora.readers.folder:Folder",
+    "tnews": "pipelines.corpora.readers.tnews:TnewsCorpus",
+    "aishell1": "pipelines.corpora.readers.aishell1:AishellCorpus",
+    "aic_icc": "pipelines.corpora.readers.aic_icc:AicIccCorpus",
+    "vatex": "pipelines.corpora.readers.vatex:VatexCorpus",
+    "pytorrent": "pipelines.corpora.readers.pytorrent:PyTorrentCorpus",
+    "codesearchnet": "pipelines.corpora.readers.codesearchnet:CodeSearchNetCorpus",
+    "hf_dataset": "pipelines.corpora.readers.hf_dataset:HfDatasetCorpus",
+    "webdataset": "pipelines.corpora.readers.webdataset:WebDatasetCorpus",
+    "folder": "pipelines.corpora.readers.folder:FolderCorpus",
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -59,12 +59,14 @@ def find_corpus(name: str) -> Corpus:
         UserError: nobody provides it; with the nearest name. Or it needs to be given a place.
     """
     found = _find_class(name)
-    if issubclass(found, PlacedCorpus):
+    if issubclass(found, ExternalCorpus):
         raise UserError(f"corpus {name} is read from your disk: give --corpus {name}=PATH")
     return found()
 
 
-def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None) -> PlacedCorpus:
+def open_external_corpus(
+    name: str, place: str, options: Mapping[str, Any] | None = None
+) -> ExternalCorpus:
     """A corpus of the user's: ``place_corpus("tnews", "/data/tnews")``.
 
     Args:
@@ -77,9 +79,9 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"--corpus {name}: a name has letters, digits, - and _, at most 64 of them")
-    if name in BUILT_IN or name in FURTHER:
+    if name in BUILT_IN or name in EXTRA_BUILT_IN:
         raise UserError(f"--corpus {name}: that is a built-in corpus; choose another name")
-    named = named_reader(place)
+    named = parse_reader_prefix(place)
     reader, place = named or (name, place)
     try:
         found = _find_class(reader, READERS)
@@ -90,7 +92,7 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
             f"{problem}. A name of your own needs its format: --corpus {name}=FORMAT:{place}; "
             f"skillnet prepare --describe {place} says which it is"
         ) from None
-    if not issubclass(found, PlacedCorpus):
+    if not issubclass(found, ExternalCorpus):
         raise UserError(f"corpus {reader} is not read from a place: name it alone")
     where = f"options.{name}"
     try:
@@ -104,13 +106,13 @@ def place_corpus(name: str, place: str, options: Mapping[str, Any] | None = None
         raise UserError(f"{where}: {problem}") from None
 
 
-def named_reader(place: str) -> tuple[str, str] | None:
+def parse_reader_prefix(place: str) -> tuple[str, str] | None:
     """(Reader, path) of ``reader:path``; none where a place stands alone."""
     given = _READER.fullmatch(place)
     return (given.group(1), given.group(2)) if given else None
 
 
-def guess_reader(place: Place) -> tuple[str, str] | None:
+def detect_reader(place: SourceDirectory) -> tuple[str, str] | None:
     """(Reader, what shows it) of a place that holds a known format.
 
     Raises:
@@ -120,11 +122,11 @@ def guess_reader(place: Place) -> tuple[str, str] | None:
     for name in {**READERS, **others}:
         try:
             found = _find_class(name)
-            evidence = found.guess(place) if issubclass(found, PlacedCorpus) else None
-        except SourceFails:
+            evidence = found.detect(place) if issubclass(found, ExternalCorpus) else None
+        except SourceReadError:
             raise
         except OSError as problem:
-            raise failing(problem.filename or place.uri, problem) from None
+            raise make_read_error(problem.filename or place.uri, problem) from None
         except ValueError:
             continue  # not that one: a reader may stumble over another's files
         if evidence is not None:
@@ -134,10 +136,10 @@ def guess_reader(place: Place) -> tuple[str, str] | None:
 
 def _find_class(name: str, first: Mapping[str, str] | None = None) -> type[Corpus]:
     others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
-    known = others | FURTHER | READERS | BUILT_IN
+    known = others | EXTRA_BUILT_IN | READERS | BUILT_IN
     place = known.get(name) or (name if ":" in name else None)
     if place is None:
-        listed = [*(first or {**BUILT_IN, **FURTHER, **READERS}), *others]
+        listed = [*(first or {**BUILT_IN, **EXTRA_BUILT_IN, **READERS}), *others]
         raise UserError(f"unknown corpus {name!r}{nearest(name, listed)}")
     module, _, attribute = place.partition(":")
     try:
@@ -151,12 +153,12 @@ def _find_class(name: str, first: Mapping[str, str] | None = None) -> type[Corpu
 
 __all__ = [
     "BUILT_IN",
-    "FURTHER",
+    "EXTRA_BUILT_IN",
     "READERS",
     "Corpus",
-    "PlacedCorpus",
+    "ExternalCorpus",
+    "detect_reader",
     "find_corpus",
-    "guess_reader",
-    "named_reader",
-    "place_corpus",
+    "open_external_corpus",
+    "parse_reader_prefix",
 ]

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.io.archive import Limits, tar_members, zip_members
+from pipelines.io.archive import ArchiveLimits, iter_tar_members, iter_zip_members
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import sha256_file
 
-LIMITS = Limits()
+LIMITS = ArchiveLimits()
 
 #: What Python's readers raise over an archive that is damaged.
-DAMAGE = (
+DAMAGE_ERRORS = (
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
@@ -49,7 +49,7 @@ class Archive:
     requirement: str
     licence: str
 
-    def by_hand(self) -> str:
+    def download_command(self) -> str:
         """The command that downloads it into the current directory."""
         if self.registry == "npm":
             return f"npm pack {self.requirement}"
@@ -63,7 +63,7 @@ def check_archive(archive: Archive, directory: Path) -> Path:
         UserError: it is missing, empty, cut short or another file.
     """
     path = directory / archive.file
-    remedy = f"Run `skillnet fetch`, or put it there by hand: cd {directory} && {archive.by_hand()}"
+    remedy = f"Run `skillnet fetch`, or put it there by hand: cd {directory} && {archive.download_command()}"
     if not path.is_file():
         raise UserError(
             f"{path}: missing ({archive.requirement} from {archive.registry}). {remedy}"
@@ -82,7 +82,7 @@ def check_archive(archive: Archive, directory: Path) -> Path:
     return path
 
 
-def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def iter_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of the wanted regular files of a zip or tar, in the archive's order.
 
     Nothing is extracted.
@@ -93,12 +93,12 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
     """
     try:
         if zipfile.is_zipfile(path):
-            yield from zip_members(path, wanted, LIMITS)
+            yield from iter_zip_members(path, wanted, LIMITS)
         else:
-            yield from tar_members(path, wanted, LIMITS)
+            yield from iter_tar_members(path, wanted, LIMITS)
     except UserError:
         raise
-    except DAMAGE as problem:
+    except DAMAGE_ERRORS as problem:
         # A place that a damaged zip points to may lie before its start: no fault of the disk.
         if isinstance(problem, OSError) and problem.errno not in (None, errno.EINVAL):
             raise
@@ -114,7 +114,7 @@ def read_member(path: Path, name: str) -> bytes:
     Raises:
         UserError: the archive has no such member, or is damaged.
     """
-    for _, data in members(path, lambda found: found == name):
+    for _, data in iter_members(path, lambda found: found == name):
         return data
     raise UserError(f"{path}: holds no {name}; is it another version of the archive?")
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.corpora.archives import Archive, members, read_member
+from pipelines.corpora.archives import Archive, iter_members, read_member
 
 #: A row of raw values: the columns of ``Corpus.raw`` and ``split``, ``key``, ``group``.
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedRow:
     """A row that is set aside before it is transformed.
 
     Args:
@@ -34,19 +34,19 @@ class Rejected:
     reason: str
     file: str | None = None
     row: int | None = None
-    bad: bool = False
-    rest: bool = False
+    counts_as_error: bool = False
+    truncates_file: bool = False
 
 
 @dataclass(frozen=True)
-class Sources:
+class SourceArchives:
     """The archives of a corpus, found on disk and verified by the caller."""
 
     directory: Path
     archives: tuple[Archive, ...]
 
     @classmethod
-    def none(cls) -> "Sources":
+    def none(cls) -> "SourceArchives":
         """No archives: for a corpus that the user has."""
         return cls(Path(), ())
 
@@ -66,7 +66,7 @@ class Sources:
         def wanted(name: str) -> bool:
             return name.startswith(prefix) and name.endswith(suffix)
 
-        for name, data in members(self.path(start), wanted):
+        for name, data in iter_members(self.path(start), wanted):
             yield name[len(prefix) : len(name) - len(suffix)], data
 
 
@@ -86,11 +86,11 @@ class Corpus(ABC):
     version: ClassVar[int] = 1
     #: Raw columns that ``rows`` yields, beside split, key and group. Those named ``file`` (text)
     #: and ``row`` (a number, from 1) stand in the quarantine's line of a row set aside later.
-    raw: pa.Schema
+    raw_schema: pa.Schema
     #: Columns of the finished shards after key and group, of every split together.
     columns: pa.Schema
     #: Columns left out in a split, where they would be empty.
-    left_out: ClassVar[dict[str, frozenset[str]]] = {}
+    omitted_columns: ClassVar[dict[str, frozenset[str]]] = {}
     #: Raw columns whose text of the splits "pretrain" and "train" the tokenizer learns from.
     text_columns: tuple[str, ...] = ()
     #: Words that the tokenizer keeps whole.
@@ -100,7 +100,7 @@ class Corpus(ABC):
     shard_rows: int = 1024
 
     @abstractmethod
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Every row of the corpus, in an order that only the archives decide."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Corpus(ABC):
     def preprocessing(self) -> dict[str, Any]:
         """Every number that decides the bytes, for the manifest and its digest."""
 
-    def travels(self) -> bool:
+    def can_run_remotely(self) -> bool:
         """Whether ``transform`` can run on a host that sees neither the archives nor this disk."""
         return True
 
@@ -123,24 +123,24 @@ class Corpus(ABC):
         """More for the manifest: names of labels or symbols."""
         return {}
 
-    def other_sources(self) -> list[dict[str, str]]:
+    def extra_sources(self) -> list[dict[str, str]]:
         """Sources that are not archives, each a file (or a name) with a sha256."""
         return []
 
-    def files_of_rows(self) -> int:
+    def num_source_files(self) -> int:
         """How many files its rows stand in: a file that breaks off costs one of so many."""
         return 1
 
     def schema(self, split: str) -> pa.Schema:
         """Columns of the shards of a split."""
-        skipped = self.left_out.get(split, frozenset())
+        skipped = self.omitted_columns.get(split, frozenset())
         return pa.schema(
             [pa.field("key", pa.string()), pa.field("group", pa.int64())]
             + [column for column in self.columns if column.name not in skipped]
         )
 
 
-def shaped(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
+def tensor_field(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
     """A column of tensors of one shape, flat; the shape stands in the field's metadata."""
     size = 1
     for length in shape:
@@ -149,7 +149,7 @@ def shaped(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
     return pa.field(name, pa.list_(dtype, size), metadata={b"shape": text.encode()})
 
 
-def draw(*parts: object) -> int:
+def stable_hash(*parts: object) -> int:
     """A number that only ``parts`` decide, spread evenly over 0 … 2**64 - 1: for splits."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(
@@ -158,7 +158,7 @@ def draw(*parts: object) -> int:
 
 
 @dataclass
-class Numbering:
+class IdAllocator:
     """Consecutive numbers for names, in the order in which they come."""
 
     numbers: dict[str, int] = field(default_factory=dict)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from pipelines.corpora import ExternalCorpus
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.readers.base import error_row, clean_text, hash_split
+from pipelines.corpora.readers.base import clean_text, error_row, hash_split
 from pipelines.corpora.readers.columns import SplitOptions, TextOptions
-from pipelines.io.directory import Place
+from pipelines.io.directory import SourceDirectory
 
 
 @dataclass
@@ -27,20 +27,20 @@ class Poems(ExternalCorpus):
     name = "poems"
     modality = "text"
     Options = PoemOptions
-    has = ("labels",)
+    annotations_present = ("labels",)
 
     @classmethod
-    def guess(cls, place: Place) -> str | None:
+    def detect(cls, place: SourceDirectory) -> str | None:
         """Files that end in .poem."""
         found = next((e.name for e in place.walk() if e.name.endswith(".poem")), None)
         return f"{found} is a poem" if found else None
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Poems in the order of their names."""
-        for entry in self.place.walk():
+        for entry in self.source.walk():
             if not entry.name.endswith(".poem"):
                 continue
-            lines = [line.decode("utf-8", "replace") for _, line in self.place.lines(entry.name)]
+            lines = [line.decode("utf-8", "replace") for _, line in self.source.lines(entry.name)]
             try:
                 text = clean_text("，".join(lines[1 : 1 + self.options.verses]))
                 yield {

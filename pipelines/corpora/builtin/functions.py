@@ -18,7 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpora.archives import Archive
-from pipelines.corpora.base import Corpus, Numbering, Rejected, Row, Sources, draw
+from pipelines.corpora.base import (
+    Corpus,
+    IdAllocator,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    stable_hash,
+)
 from pipelines.transforms import code as source_code
 from pipelines.transforms import text
 from skillnet_platform.config import digest
@@ -104,18 +111,18 @@ ARCHIVES = (
 class _Found:
     package: str
     module: str
-    function: source_code.Function
+    function: source_code.SourceFunction
 
     @property
     def key(self) -> str:
         return f"{self.package}/{self.module}:{self.function.name}:{self.function.line}"
 
     @property
-    def place(self) -> tuple[str, str]:
+    def module_id(self) -> tuple[str, str]:
         return self.package, self.module
 
 
-class Functions(Corpus):
+class FunctionsCorpus(Corpus):
     """Functions, each with the first paragraph of its docstring as its caption."""
 
     name = "functions"
@@ -123,7 +130,7 @@ class Functions(Corpus):
     task = "text_to_code"
     version = 2
     archives = ARCHIVES
-    raw = pa.schema(
+    raw_schema = pa.schema(
         [
             ("code", pa.string()),
             ("captions", pa.list_(pa.string())),
@@ -141,33 +148,33 @@ class Functions(Corpus):
             ("module", pa.string()),
         ]
     )
-    left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
+    omitted_columns: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
     text_columns = ("code", "captions")
     shard_rows = 8_192
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Functions in the order of the packages above, then of the standard library."""
         found: list[_Found] = []
         for item in self._read(sources):
-            if isinstance(item, Rejected):
+            if isinstance(item, RejectedRow):
                 yield item
             else:
                 found.append(item)
         reasons = _reasons(found)
         pairs = [f for f in found if f.key not in reasons and _is_pair(f)]
         split = _split(pairs)
-        held_out = {f.place for f in pairs if split[f.key] != "train"}
+        held_out = {f.module_id for f in pairs if split[f.key] != "train"}
         reasons |= _leaks(pairs, split)
-        number = Numbering()
+        number = IdAllocator()
         for item in found:
             key = item.key
             home = split.get(key, "pretrain")
-            evaluated = item.place in held_out or item.package == HELD_OUT_PACKAGE
+            evaluated = item.module_id in held_out or item.package == HELD_OUT_PACKAGE
             if key in reasons:
-                yield Rejected(key, reasons[key])
+                yield RejectedRow(key, reasons[key])
                 continue
             if home == "pretrain" and evaluated:
-                yield Rejected(key, "of a module that is evaluated")
+                yield RejectedRow(key, "of a module that is evaluated")
                 continue
             caption = item.function.summary
             yield {
@@ -182,7 +189,7 @@ class Functions(Corpus):
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """Tokens of code and captions."""
-        tokens = text.encode(tokenizer, block["code"].to_pylist(), text.CODE_TOKENS)
+        tokens = text.encode_texts(tokenizer, block["code"].to_pylist(), text.CODE_TOKENS)
         captions = block["captions"].to_pylist()
         return pa.table(
             {
@@ -210,13 +217,13 @@ class Functions(Corpus):
             "split_by": "module; package",
         }
 
-    def other_sources(self) -> list[dict[str, str]]:
+    def extra_sources(self) -> list[dict[str, str]]:
         """The standard library, by a digest over its files."""
         root, files = _standard_library()
         content = {path.relative_to(root).as_posix(): sha256_file(path) for path in files}
         return [{"file": f"{STANDARD_LIBRARY}-{python_version()}", "sha256": digest(content)}]
 
-    def _read(self, sources: Sources) -> Iterator[_Found | Rejected]:
+    def _read(self, sources: SourceArchives) -> Iterator[_Found | RejectedRow]:
         for archive in self.archives:
             package = archive.requirement.split("==")[0]
             for path, data in sources.members(archive.file, "", ".py"):
@@ -235,17 +242,17 @@ def _standard_library() -> tuple[Path, list[Path]]:
     return root, sorted(p for p in kept if not p.name.startswith("_sysconfigdata"))
 
 
-def _module(package: str, path: str, data: bytes) -> Iterator[_Found | Rejected]:
+def _module(package: str, path: str, data: bytes) -> Iterator[_Found | RejectedRow]:
     parts = path.split("/")
     module = ".".join(parts)
     if _SKIPPED_FOLDERS & set(parts) or re.match(r"tests?_|conftest$", parts[-1]):
-        yield Rejected(f"{package}/{module}", "test module")
+        yield RejectedRow(f"{package}/{module}", "test module")
         return
     try:
-        for function in source_code.functions(source_code.decode_source(data)):
+        for function in source_code.parse_functions(source_code.decode_source(data)):
             yield _Found(package, module, function)
     except ValueError as problem:
-        yield Rejected(f"{package}/{module}", f"module is {problem}")
+        yield RejectedRow(f"{package}/{module}", f"module is {problem}")
 
 
 def _reasons(found: list[_Found]) -> dict[str, str]:
@@ -266,17 +273,17 @@ def _reasons(found: list[_Found]) -> dict[str, str]:
 def _is_pair(item: _Found) -> bool:
     if item.package == STANDARD_LIBRARY:
         return False
-    return source_code.chinese_characters(item.function.summary) >= FEWEST_CHINESE
+    return source_code.count_chinese_characters(item.function.summary) >= FEWEST_CHINESE
 
 
 def _split(pairs: list[_Found]) -> dict[str, str]:
     """Key -> split, by module."""
     modules = defaultdict(list)
     for item in pairs:
-        modules[item.place].append(item.key)
+        modules[item.module_id].append(item.key)
     split = {key: "train" for keys in modules.values() for key in keys}
     taken = 0
-    for place in sorted(modules, key=lambda place: draw("functions", *place)):
+    for place in sorted(modules, key=lambda place: stable_hash("functions", *place)):
         keys = modules[place]
         if place[0] == HELD_OUT_PACKAGE:
             split |= dict.fromkeys(keys, "test_unseen_package")
@@ -304,7 +311,7 @@ def _overlaps(asked: list[_Found], train: list[_Found]) -> np.ndarray:
     """The largest Jaccard overlap of each asked function with a training function."""
     from scipy import sparse
 
-    number = Numbering()
+    number = IdAllocator()
 
     def matrix(items: list[_Found]) -> Any:
         rows, columns = [], []

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipelines.corpora.archives import CNCHAR_DATA, Archive
-from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
+from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.transforms import text
 
 SHORTEST = 3
@@ -51,7 +51,7 @@ LABELS = (
 LABEL_OF = {name.split(" ")[0]: number for number, name in enumerate(LABELS)}
 
 
-class Headings(Corpus):
+class HeadingsCorpus(Corpus):
     """Headings with the top class that they stand under."""
 
     name = "headings"
@@ -59,7 +59,7 @@ class Headings(Corpus):
     task = "text_classification"
     archives = (CLASSIFICATION, CNCHAR_DATA)
     version = 2
-    raw = pa.schema(
+    raw_schema = pa.schema(
         [("text", pa.string()), ("label", pa.int32()), ("captions", pa.list_(pa.string()))]
     )
     columns = pa.schema(
@@ -71,14 +71,14 @@ class Headings(Corpus):
             ("caption_tokens", pa.list_(pa.list_(pa.int32()))),
         ]
     )
-    left_out: ClassVar = {
+    omitted_columns: ClassVar = {
         "pretrain": frozenset({"label"}),
         **{s: frozenset({"captions", "caption_tokens"}) for s in ("train", "validation", "test")},
     }
     text_columns = ("text", "captions")
     shard_rows = 32_768
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Headings first, in the order of the tree, then definitions."""
         tree = json.loads(sources.read("chinese_library", TREE))
         yield from _headings(tree)
@@ -89,7 +89,7 @@ class Headings(Corpus):
         return pa.table(
             {
                 "text": block["text"],
-                "tokens": text.encode(tokenizer, block["text"].to_pylist(), text.TEXT_TOKENS),
+                "tokens": text.encode_texts(tokenizer, block["text"].to_pylist(), text.TEXT_TOKENS),
                 "label": block["label"],
                 "captions": block["captions"],
                 "caption_tokens": text.encode_captions(tokenizer, block["captions"].to_pylist()),
@@ -113,7 +113,7 @@ class Headings(Corpus):
         return {"labels": list(LABELS)}
 
 
-def _headings(tree: dict[str, Any]) -> Iterator[Row | Rejected]:
+def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
     top = {code: _ancestor(tree, code, 1) for code in tree}
     classes = defaultdict(set)
     for code, entry in tree.items():
@@ -137,14 +137,14 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | Rejected]:
             by_class[top[code]].append(code)
     split: dict[str, str] = {}
     for codes in by_class.values():
-        codes.sort(key=lambda code: draw("headings", code))
+        codes.sort(key=lambda code: stable_hash("headings", code))
         for code in codes[LARGEST_CLASS:]:
             reasons[code] = f"class is full ({LARGEST_CLASS} headings)"
         split |= _split(tree, codes[:LARGEST_CLASS])
     for code, entry in tree.items():
         key = f"heading/{code}"
         if code in reasons:
-            yield Rejected(key, reasons[code])
+            yield RejectedRow(key, reasons[code])
             continue
         yield {
             "split": split[code],
@@ -164,7 +164,7 @@ def _split(tree: dict[str, Any], codes: list[str]) -> dict[str, str]:
     home: dict[str, str] = {}
     for name, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
         room = round(share * len(codes))
-        for root in sorted(sizes, key=lambda root: draw("headings", name, root)):
+        for root in sorted(sizes, key=lambda root: stable_hash("headings", name, root)):
             # Half of the room at most for one subtree: a test of one subtree says little.
             if root not in home and sizes[root] <= min(room, share * len(codes) / 2):
                 home[root] = name
@@ -179,12 +179,12 @@ def _ancestor(tree: dict[str, Any], code: str, level: int) -> str:
     return code
 
 
-def _definitions(sources: Sources) -> Iterator[Row | Rejected]:
+def _definitions(sources: SourceArchives) -> Iterator[Row | RejectedRow]:
     for first, data in sources.members("cnchar-data", "package/explanation/", ".json"):
         for word, definition in json.loads(data).items():
             key = f"definition/{first}/{word}"
             if not definition.strip():
-                yield Rejected(key, "definition is empty")
+                yield RejectedRow(key, "definition is empty")
                 continue
             yield {
                 "split": "pretrain",

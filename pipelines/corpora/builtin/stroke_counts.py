@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.builtin.strokes import Strokes, drawn_clips
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.builtin.strokes import StrokesCorpus, render_clips
 
 #: Rarer counts are one class at either end.
 FEWEST, MOST = 3, 19
@@ -24,45 +24,47 @@ LABELS = (
 )
 
 
-class StrokeCounts(Strokes):
+class StrokeCountsCorpus(StrokesCorpus):
     """Clips, each labelled with the class of its number of strokes."""
 
     name = "stroke_counts"
     task = "stroke_count"
     version = 1
-    raw = pa.schema([*(f for f in Strokes.raw if f.name != "captions"), ("label", pa.int32())])
-    columns = pa.schema([Strokes.columns.field("frames"), pa.field("label", pa.int32())])
-    left_out: ClassVar = {}
+    raw_schema = pa.schema(
+        [*(f for f in StrokesCorpus.raw_schema if f.name != "captions"), ("label", pa.int32())]
+    )
+    columns = pa.schema([StrokesCorpus.columns.field("frames"), pa.field("label", pa.int32())])
+    omitted_columns: ClassVar = {}
     text_columns = ()
     terms = ()
     pretraining = ()
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """The characters of ``strokes`` that have stroke names, in its order and split."""
         for row in super().rows(sources):
-            if isinstance(row, Rejected):
+            if isinstance(row, RejectedRow):
                 yield row
             elif row["split"] == "pretrain":
-                yield Rejected(row["key"], "no stroke order that confirms the count")
+                yield RejectedRow(row["key"], "no stroke order that confirms the count")
             else:
                 kept = {key: value for key, value in row.items() if key != "captions"}
-                yield kept | {"label": label_of(len(row["counts"]))}
+                yield kept | {"label": stroke_count_class(len(row["counts"]))}
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """Frames and labels."""
-        frames, rejected = drawn_clips(block)
+        frames, rejected = render_clips(block)
         return pa.table({"frames": frames, "label": block["label"], "rejected": rejected})
 
     def preprocessing(self) -> dict[str, Any]:
         """Those of ``strokes``, its version, and the borders of the classes."""
         kept = {k: v for k, v in super().preprocessing().items() if k != "caption_tokens"}
-        return kept | {"strokes_version": Strokes.version, "fewest": FEWEST, "most": MOST}
+        return kept | {"strokes_version": StrokesCorpus.version, "fewest": FEWEST, "most": MOST}
 
     def facts(self) -> dict[str, Any]:
         """Names of the labels."""
         return {"labels": list(LABELS)}
 
 
-def label_of(strokes: int) -> int:
+def stroke_count_class(strokes: int) -> int:
     """The class of a number of strokes, 0 … 16."""
     return min(max(strokes, FEWEST), MOST) - FEWEST

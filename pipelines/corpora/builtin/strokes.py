@@ -14,9 +14,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpora.archives import CNCHAR_DATA, Archive
-from pipelines.corpora.base import Corpus, Numbering, Rejected, Row, Sources, draw, shaped
+from pipelines.corpora.base import (
+    Corpus,
+    IdAllocator,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    stable_hash,
+    tensor_field,
+)
 from pipelines.transforms import text, video
-from pipelines.transforms.decode_guard import read_each
+from pipelines.transforms.decode_guard import decode_each
 from skillnet_platform.errors import UserError
 
 TEST, VALIDATION = 1_000, 400
@@ -35,14 +43,14 @@ CNCHAR_ORDER = Archive(
 _LITERAL = re.compile(r"JSON\.parse\('((?:[^'\\]|\\.)*)'\)")
 
 
-class Strokes(Corpus):
+class StrokesCorpus(Corpus):
     """Clips of characters being written, with one caption each."""
 
     name = "strokes"
     modality = "video"
     task = "text_to_video"
     archives = (CNCHAR_DATA, CNCHAR_ORDER)
-    raw = pa.schema(
+    raw_schema = pa.schema(
         [
             # Points of all paths as x, y, x, y …, and how many points each path has.
             ("points", pa.list_(pa.int16())),
@@ -52,12 +60,12 @@ class Strokes(Corpus):
     )
     columns = pa.schema(
         [
-            shaped("frames", pa.uint8(), (video.FRAMES, video.SIZE, video.SIZE, 1)),
+            tensor_field("frames", pa.uint8(), (video.FRAMES, video.SIZE, video.SIZE, 1)),
             pa.field("captions", pa.list_(pa.string())),
             pa.field("caption_tokens", pa.list_(pa.list_(pa.int32()))),
         ]
     )
-    left_out: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
+    omitted_columns: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
     text_columns: tuple[str, ...] = ("captions",)
     #: One token a stroke: a name such as 横折钩 means one movement, not three.
     terms: ClassVar[tuple[str, ...]] = (
@@ -66,10 +74,10 @@ class Strokes(Corpus):
     )  # fmt: skip
     shard_rows = 512
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Characters in the order of the archive; those without stroke names for pretraining."""
         captions = _captions(sources)
-        number = Numbering()
+        number = IdAllocator()
         found = []
         for name, data in sources.members("cnchar-data", "package/draw/", ".json"):
             if len(name) == 1:
@@ -83,7 +91,7 @@ class Strokes(Corpus):
         for name, paths in found:
             caption = named.get(name)
             if not paths:
-                yield Rejected(name, "no pen path")
+                yield RejectedRow(name, "no pen path")
                 continue
             yield {
                 "split": split[name] if caption else "pretrain",
@@ -97,7 +105,7 @@ class Strokes(Corpus):
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """Frames and tokens."""
         captions = block["captions"].to_pylist()
-        frames, rejected = drawn_clips(block)
+        frames, rejected = render_clips(block)
         return pa.table(
             {
                 "frames": frames,
@@ -121,13 +129,13 @@ class Strokes(Corpus):
         }
 
 
-def drawn_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
+def render_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
     """The clips of a block of raw rows, and why a row cannot be drawn (null where it is)."""
     size = video.FRAMES * video.SIZE * video.SIZE
     drawn = np.zeros((block.num_rows, size), np.uint8)
     rejected: list[str | None] = []
     rows = zip(block["points"].to_pylist(), block["counts"].to_pylist(), strict=True)
-    for clip, reason in read_each(rows, lambda row: video.draw_paths(_paths(*row))):
+    for clip, reason in decode_each(rows, lambda row: video.draw_pen_paths(_paths(*row))):
         if clip is not None:
             drawn[len(rejected)] = clip.reshape(-1)
         rejected.append(reason)
@@ -135,7 +143,7 @@ def drawn_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
     return frames, pa.array(rejected, pa.string())
 
 
-def _captions(sources: Sources) -> dict[str, list[str]]:
+def _captions(sources: SourceArchives) -> dict[str, list[str]]:
     """Character -> names of its strokes in order."""
     script = sources.read("cnchar-order", "package/cnchar.order.min.js").decode("utf-8")
     tables = [json.loads(found) for found in _LITERAL.findall(script)]
@@ -153,7 +161,7 @@ def _split(named: dict[str, str]) -> dict[str, str]:
     same = defaultdict(list)
     for char, caption in named.items():
         same[caption].append(char)
-    ordered = sorted(same, key=lambda caption: draw("strokes", caption))
+    ordered = sorted(same, key=lambda caption: stable_hash("strokes", caption))
     split = dict.fromkeys(named, "train")
     taken = 0
     for caption in ordered:

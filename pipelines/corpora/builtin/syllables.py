@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpora.archives import CNCHAR_DATA
-from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
+from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.transforms import sound
-from pipelines.transforms.decode_guard import read_each
+from pipelines.transforms.decode_guard import decode_each
 
 #: One syllable in so many gives a second tone to validation.
 VALIDATION_EVERY = 4
@@ -37,14 +37,14 @@ _NUMBER = {symbol: number for number, symbol in enumerate(SYMBOLS, start=1)}
 _SHORT = {"iu": "iou", "ui": "uei", "un": "uen"}
 
 
-class Syllables(Corpus):
+class SyllablesCorpus(Corpus):
     """Recordings with their symbols."""
 
     name = "syllables"
     modality = "sound"
     task = "speech_recognition"
     archives = (CNCHAR_DATA,)
-    raw = pa.schema([("text", pa.string()), ("audio", pa.binary())])
+    raw_schema = pa.schema([("text", pa.string()), ("audio", pa.binary())])
     columns = pa.schema(
         [
             pa.field(
@@ -61,14 +61,14 @@ class Syllables(Corpus):
     pretraining = ("train",)
     shard_rows = 256
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Recordings in the order of the archive."""
         files = dict(sources.members("cnchar-data", "package/voice/", ".mp3"))
         reasons = {name: reason for name in files if (reason := _reject(name, files))}
         split = _split([name for name in files if name not in reasons])
         for name, data in files.items():
             if name in reasons:
-                yield Rejected(f"{name}.mp3", reasons[name])
+                yield RejectedRow(f"{name}.mp3", reasons[name])
             else:
                 row = {"split": split[name], "key": f"{name}.mp3", "group": -1}
                 yield {**row, "text": name, "audio": data}
@@ -78,7 +78,7 @@ class Syllables(Corpus):
         mels: list[np.ndarray] = []
         rejected: list[str | None] = []
         empty = np.zeros((0, sound.MELS), np.float32)
-        for mel, reason in read_each(block["audio"], lambda x: sound.load_log_mel(x.as_py())):
+        for mel, reason in decode_each(block["audio"], lambda x: sound.load_log_mel(x.as_py())):
             mels.append(empty if mel is None else mel)
             rejected.append(reason)
         frames = [len(mel) for mel in mels]
@@ -90,7 +90,8 @@ class Syllables(Corpus):
                 "log_mel": pa.ListArray.from_arrays(ends, per_frame),
                 "frames": pa.array(frames, pa.int32()),
                 "symbols": pa.array(
-                    [symbols(name) for name in block["text"].to_pylist()], pa.list_(pa.int32())
+                    [encode_symbols(name) for name in block["text"].to_pylist()],
+                    pa.list_(pa.int32()),
                 ),
                 "text": block["text"],
                 "rejected": pa.array(rejected, pa.string()),
@@ -122,7 +123,7 @@ class Syllables(Corpus):
         return {"symbols": list(SYMBOLS), "blank": 0}
 
 
-def spell(pinyin: str) -> list[str]:
+def split_pinyin(pinyin: str) -> list[str]:
     """Initial (if any), final and tone of a syllable: "zhuang1" -> ["zh", "uang", "1"].
 
     Raises:
@@ -138,13 +139,13 @@ def spell(pinyin: str) -> list[str]:
     return [*([initial] if initial else []), final, tone]
 
 
-def symbols(pinyin: str) -> list[int]:
+def encode_symbols(pinyin: str) -> list[int]:
     """CTC targets of a syllable, from 1.
 
     Raises:
         ValueError: see ``spell``.
     """
-    return [_NUMBER[symbol] for symbol in spell(pinyin)]
+    return [_NUMBER[symbol] for symbol in split_pinyin(pinyin)]
 
 
 def _parts(letters: str) -> tuple[str, str]:
@@ -175,7 +176,7 @@ def _reject(name: str, files: dict[str, bytes]) -> str:
     if name.endswith("5"):
         return "tone 5 is tone 1 squeezed in time"
     try:
-        spell(name)
+        split_pinyin(name)
     except ValueError:
         return "not a syllable of standard Mandarin"
     return ""
@@ -188,9 +189,12 @@ def _split(names: list[str]) -> dict[str, str]:
         tones[name[:-1]].append(name)
     split = dict.fromkeys(names, "train")
     for syllable, recordings in tones.items():
-        ordered = sorted(recordings, key=lambda name: draw("syllables", name))
+        ordered = sorted(recordings, key=lambda name: stable_hash("syllables", name))
         if len(ordered) > 1:
             split[ordered[0]] = "test"
-        if len(ordered) > 2 and draw("syllables-validation", syllable) % VALIDATION_EVERY == 0:
+        if (
+            len(ordered) > 2
+            and stable_hash("syllables-validation", syllable) % VALIDATION_EVERY == 0
+        ):
             split[ordered[1]] = "validation"
     return split

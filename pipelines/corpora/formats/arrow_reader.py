@@ -7,8 +7,8 @@ followed. So each batch is validated before a value of it is looked at.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipelines.corpora.formats.encoding import Broken, Found
-from pipelines.io.directory import Place
+from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord
+from pipelines.io.directory import SourceDirectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,7 +19,7 @@ _NO_VALUE = (ValueError, ArithmeticError, LookupError, TypeError, NotImplemented
 _TOGETHER = 256
 
 
-def rows_of(batch: "pa.RecordBatch") -> Iterator[dict[str, Any] | Broken]:
+def iter_batch_rows(batch: "pa.RecordBatch") -> Iterator[dict[str, Any] | BadRecord]:
     """The rows of a batch; those that hold what cannot be read are broken by themselves.
 
     Raises:
@@ -33,25 +33,25 @@ def rows_of(batch: "pa.RecordBatch") -> Iterator[dict[str, Any] | Broken]:
         else:
             for place in range(some.num_rows):
                 one = _values(some.slice(place, 1))
-                yield one if isinstance(one, Broken) else one[0]
+                yield one if isinstance(one, BadRecord) else one[0]
 
 
-def _values(batch: "pa.RecordBatch") -> list[dict[str, Any]] | Broken:
+def _values(batch: "pa.RecordBatch") -> list[dict[str, Any]] | BadRecord:
     """All rows, or why one of them cannot be had."""
     try:
         batch.validate(full=True)
     except _NO_VALUE as problem:
-        return Broken("not UTF-8" if "UTF8" in str(problem) else "a damaged value")
+        return BadRecord("not UTF-8" if "UTF8" in str(problem) else "a damaged value")
     try:
         found: list[dict[str, Any]] = batch.to_pylist()
     except UnicodeError:
-        return Broken("not UTF-8")
+        return BadRecord("not UTF-8")
     except _NO_VALUE:
-        return Broken("a date or time that cannot be read")
+        return BadRecord("a date or time that cannot be read")
     return found
 
 
-def parquet_rows(place: Place, file: str) -> Iterator[Found]:
+def read_parquet_rows(place: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
     """Rows of a Parquet file, a small batch at a time; named by their number from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -60,9 +60,9 @@ def parquet_rows(place: Place, file: str) -> Iterator[Found]:
     with place.open(file) as stream:
         try:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
-                for row in rows_of(batch):
+                for row in iter_batch_rows(batch):
                     yield number, row
                     number += 1
         # A disk or store that fails raises none of these. Names of columns may be no UTF-8, too.
         except (pa.ArrowException, OSError, UnicodeDecodeError):
-            yield number, Broken("Parquet damaged from here on", rest=True)
+            yield number, BadRecord("Parquet damaged from here on", truncates_file=True)

@@ -4,24 +4,36 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 
-from pipelines.corpora.formats.encoding import CUT, PACKED, Broken, Found, opening_of
-from pipelines.io.directory import DAMAGED, LONGEST_LINE, MOST_EMPTY, Flood, Place
+from pipelines.corpora.formats.encoding import (
+    DAMAGED_COMPRESSION,
+    TRUNCATED_LINE,
+    BadRecord,
+    NumberedRecord,
+    peek_start,
+)
+from pipelines.io.directory import (
+    DAMAGE_ERRORS,
+    MAX_EMPTY_LINES,
+    MAX_LINE_BYTES,
+    OversizedInputError,
+    SourceDirectory,
+)
 
 #: Where the quote was meant to end nobody knows, so nobody knows which rows it took in.
-UNCLOSED = Broken("a quote that is not closed, from here on", rest=True)
+UNCLOSED_QUOTE = BadRecord("a quote that is not closed, from here on", truncates_file=True)
 
 
-def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
+def read_csv_rows(place: SourceDirectory, file: str, separator: str) -> Iterator[NumberedRecord]:
     """Rows of a CSV file with a head line; named by the number of their last line.
 
     Quotes are read strictly: a lenient reader takes whatever follows a quote that is not closed
     into one field, row after row. Between tabs a quote mostly is one of the text: where it does
     not enclose a field of its line, it is kept as it stands.
     """
-    csv.field_size_limit(LONGEST_LINE)  # texts too long for a row are told further on
+    csv.field_size_limit(MAX_LINE_BYTES)  # texts too long for a row are told further on
     with place.open(file) as stream:
-        start = opening_of(stream)
-        if isinstance(start, Broken):
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
             yield 1, start
             return
         # "replace" and not an error: the reader goes on, and the row is told by the mark.
@@ -30,7 +42,7 @@ def csv_rows(place: Place, file: str, separator: str) -> Iterator[Found]:
             yield from _rows(_Lines(text), separator)
 
 
-def _rows(lines: "_Lines", separator: str) -> Iterator[Found]:
+def _rows(lines: "_Lines", separator: str) -> Iterator[NumberedRecord]:
     quoted = csv.reader(lines, delimiter=separator, strict=True)
     reader = _tab_separated(lines) if separator == "\t" else quoted
     names: list[str] | None = None
@@ -42,21 +54,21 @@ def _rows(lines: "_Lines", separator: str) -> Iterator[Found]:
             return
         except csv.Error as problem:
             if lines.number > lines.first or (lines.ended and lines.whole):
-                yield lines.first, UNCLOSED
+                yield lines.first, UNCLOSED_QUOTE
                 return
             if not lines.whole:
-                yield lines.number, CUT
+                yield lines.number, TRUNCATED_LINE
                 return
             # Without its head line nobody knows what the fields are.
-            yield lines.number, Broken(f"not CSV ({problem})", rest=names is None)
+            yield lines.number, BadRecord(f"not CSV ({problem})", truncates_file=names is None)
             if names is None:
                 return
             continue
-        except Flood as problem:
-            yield lines.number + 1, Broken(str(problem), rest=True)
+        except OversizedInputError as problem:
+            yield lines.number + 1, BadRecord(str(problem), truncates_file=True)
             return
-        except DAMAGED:
-            yield lines.number + 1, PACKED
+        except DAMAGE_ERRORS:
+            yield lines.number + 1, DAMAGED_COMPRESSION
             return
         if not values:
             continue
@@ -64,13 +76,13 @@ def _rows(lines: "_Lines", separator: str) -> Iterator[Found]:
             names = values
         elif len(values) != len(names):
             if not lines.whole:
-                yield lines.number, CUT
+                yield lines.number, TRUNCATED_LINE
                 return
-            yield lines.number, Broken("another number of fields than the head line")
+            yield lines.number, BadRecord("another number of fields than the head line")
         elif any("\ufffd" in value for value in values):
-            yield lines.number, Broken("not UTF-8")
+            yield lines.number, BadRecord("not UTF-8")
         elif any("\0" in value for value in values):
-            yield lines.number, Broken("null characters in it")
+            yield lines.number, BadRecord("null characters in it")
         else:
             yield lines.number, dict(zip(names, values, strict=True))
 
@@ -106,16 +118,16 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self.text.readline(LONGEST_LINE + 1 - self._taken)
+        line = self.text.readline(MAX_LINE_BYTES + 1 - self._taken)
         if not line:
             self.ended = True
             raise StopIteration
         self._taken += len(line)
         self._empty = 0 if line.strip() else self._empty + 1
-        if self._taken > LONGEST_LINE:
-            raise Flood("a line or a quoted field beyond 64 MiB")
-        if self._empty > MOST_EMPTY:
-            raise Flood("a flood of empty lines")
+        if self._taken > MAX_LINE_BYTES:
+            raise OversizedInputError("a line or a quoted field beyond 64 MiB")
+        if self._empty > MAX_EMPTY_LINES:
+            raise OversizedInputError("a flood of empty lines")
         self.number += 1
         self.whole = line.endswith(("\n", "\r"))
         return line

@@ -9,11 +9,11 @@ import json
 from dataclasses import dataclass
 from typing import IO, Any
 
-from pipelines.io.directory import DAMAGED
+from pipelines.io.directory import DAMAGE_ERRORS
 
 
 @dataclass(frozen=True)
-class Broken:
+class BadRecord:
     """Stands for a record that cannot be read.
 
     Args:
@@ -22,34 +22,34 @@ class Broken:
     """
 
     reason: str
-    rest: bool = False
+    truncates_file: bool = False
 
 
 #: A bad line without an end can only be the last one of its file.
-CUT = Broken("the file is cut short in the midst of a line", rest=True)
+TRUNCATED_LINE = BadRecord("the file is cut short in the midst of a line", truncates_file=True)
 #: A compressed file that ends or breaks.
-PACKED = Broken("the compressed file is cut short or damaged", rest=True)
+DAMAGED_COMPRESSION = BadRecord("the compressed file is cut short or damaged", truncates_file=True)
 #: Of what such a record says nobody knows which is meant; most readers take the last.
-TWICE = Broken("a field that stands twice in its record")
+DUPLICATE_FIELD = BadRecord("a field that stands twice in its record")
 #: (Number of the line or record in its file, from 1; the record).
-Found = tuple[int, "dict[str, Any] | Broken"]
+NumberedRecord = tuple[int, "dict[str, Any] | BadRecord"]
 
 
 #: Of a file's start, bytes that are looked at.
 _SAMPLE = 1 << 16
 
 
-def opening_of(stream: IO[bytes]) -> bytes | Broken:
+def peek_start(stream: IO[bytes]) -> bytes | BadRecord:
     """The first bytes of a stream, which then is read from its start all the same; or why it
     cannot be read: it is in another encoding, or compressed and damaged from its first byte on."""
     try:
         start: bytes = stream.peek(_SAMPLE)[:_SAMPLE]  # type: ignore[attr-defined]
-    except DAMAGED:
-        return PACKED
+    except DAMAGE_ERRORS:
+        return DAMAGED_COMPRESSION
     return _misencoded(start) or start
 
 
-def _misencoded(start: bytes) -> Broken | None:
+def _misencoded(start: bytes) -> BadRecord | None:
     # Tells by a mark at the start, or by where the zero bytes of the first characters are.
     name = json.detect_encoding(start)
     if not name.startswith("utf-8"):
@@ -73,5 +73,7 @@ def _decoded(data: bytes, encoding: str) -> str | None:
         return None
 
 
-def _told(name: str, look: str = "") -> Broken:
-    return Broken(f"{look or name}, not UTF-8; convert it: iconv -f {name} -t UTF-8", rest=True)
+def _told(name: str, look: str = "") -> BadRecord:
+    return BadRecord(
+        f"{look or name}, not UTF-8; convert it: iconv -f {name} -t UTF-8", truncates_file=True
+    )

@@ -1,6 +1,6 @@
 """Records out of JSON, JSON lines, CSV and Parquet files, one at a time, bad ones by themselves.
 
-A record that cannot be read comes as ``Broken`` in its place, and the ones after it still come:
+A record that cannot be read comes as ``BadRecord`` in its place, and the ones after it still come:
 one bad line does not cost a corpus. Memory holds a record, never a file.
 """
 
@@ -10,18 +10,25 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from pipelines.corpora.formats.arrow_reader import parquet_rows
-from pipelines.corpora.formats.csv_reader import csv_rows
-from pipelines.corpora.formats.encoding import CUT, PACKED, TWICE, Broken, Found, opening_of
-from pipelines.io.directory import DAMAGED, Flood, Place, lines_of
+from pipelines.corpora.formats.arrow_reader import read_parquet_rows
+from pipelines.corpora.formats.csv_reader import read_csv_rows
+from pipelines.corpora.formats.encoding import (
+    DAMAGED_COMPRESSION,
+    DUPLICATE_FIELD,
+    TRUNCATED_LINE,
+    BadRecord,
+    NumberedRecord,
+    peek_start,
+)
+from pipelines.io.directory import DAMAGE_ERRORS, OversizedInputError, SourceDirectory, iter_lines
 from skillnet_platform.errors import UserError
 
 __all__ = [
     "LONGEST_ENTRY",
-    "TWICE",
-    "Broken",
+    "DUPLICATE_FIELD",
+    "BadRecord",
     "Decoder",
-    "Found",
+    "NumberedRecord",
     "entries",
     "json_lines",
     "records",
@@ -29,11 +36,11 @@ __all__ = [
 ]
 
 #: A single entry of a JSON array beyond this many characters is taken for damage.
-LONGEST_ENTRY = 64 * 2**20
+MAX_ENTRY_CHARS = 64 * 2**20
 #: An object over several lines, as programs print them for people.
-SPREAD = Broken(
+MULTILINE_JSON = BadRecord(
     "JSON over several lines; expected one object a line (jq -c . makes it so), or one array",
-    rest=True,
+    truncates_file=True,
 )
 _BLOCK = 1 << 18
 _SOLID = re.compile(r"\S")
@@ -42,28 +49,28 @@ _ARRAY = re.compile(rb"\[\s*[{\]]")
 _OPENED = re.compile(rb"\{[ \t]*\r?\n")
 
 
-def records(place: Place, file: str) -> Iterator[Found]:
+def read_records(place: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
     """The records of a file of any of those kinds, by its name; ``.gz`` is unpacked."""
     name = _plain_name(place, file)
     if name.endswith((".csv", ".tsv")):
-        return csv_rows(place, file, "\t" if name.endswith(".tsv") else ",")
+        return read_csv_rows(place, file, "\t" if name.endswith(".tsv") else ",")
     if name.endswith(".parquet"):
-        return parquet_rows(place, file)
-    return json_lines(place, file)
+        return read_parquet_rows(place, file)
+    return read_json_lines(place, file)
 
 
-def why_unread(place: Place, file: str) -> str:
+def describe_first_error(place: SourceDirectory, file: str) -> str:
     """Behind a message that a file has no readable row: " (reason of its first row)", or ""."""
-    first = next(records(place, file), (1, None))[1]
-    return f" ({first.reason})" if isinstance(first, Broken) else ""
+    first = next(read_records(place, file), (1, None))[1]
+    return f" ({first.reason})" if isinstance(first, BadRecord) else ""
 
 
-def json_lines(place: Place, file: str) -> Iterator[Found]:
+def read_json_lines(place: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
     """The objects of a file with one a line, named by the number of their line; or with all in
     one array, named by their number in it."""
     with place.open(file) as stream:
-        start = opening_of(stream)
-        if isinstance(start, Broken):
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
             yield 1, start
             return
         text = start.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -71,40 +78,40 @@ def json_lines(place: Place, file: str) -> Iterator[Found]:
         if bracket or _ARRAY.match(text):
             yield from ((number, _mapping(value)) for number, _, value in _entries(stream))
         elif _OPENED.match(text):
-            yield 1, SPREAD
+            yield 1, MULTILINE_JSON
         else:
             yield from _lines(stream)
 
 
-def _lines(stream: IO[bytes]) -> Iterator[Found]:
-    number, decoder = 0, Decoder()
+def _lines(stream: IO[bytes]) -> Iterator[NumberedRecord]:
+    number, decoder = 0, StrictJsonDecoder()
     try:
-        for number, line in lines_of(stream, ends=True):
+        for number, line in iter_lines(stream, ends=True):
             try:
                 value: Any = decoder.decode(line.decode("utf-8"))
             except (ValueError, RecursionError) as problem:
                 if not line.endswith(b"\n"):
-                    value = CUT
+                    value = TRUNCATED_LINE
                 else:
-                    value = Broken(
+                    value = BadRecord(
                         f"not {'UTF-8' if isinstance(problem, UnicodeError) else 'JSON'}"
                     )
             yield number, _mapping(value)
-    except Flood as problem:
-        yield number + 1, Broken(str(problem), rest=True)
-    except DAMAGED:
-        yield number + 1, PACKED
+    except OversizedInputError as problem:
+        yield number + 1, BadRecord(str(problem), truncates_file=True)
+    except DAMAGE_ERRORS:
+        yield number + 1, DAMAGED_COMPRESSION
 
 
-def entries(place: Place, file: str) -> Iterator[tuple[int, str | None, Any]]:
+def read_json_entries(place: SourceDirectory, file: str) -> Iterator[tuple[int, str | None, Any]]:
     """Entries of a JSON array, or of a JSON object of objects, as they come.
 
     (Number from 1, key in an object, value). After damage there is no telling where the next entry
-    begins: it ends with one ``Broken``.
+    begins: it ends with one ``BadRecord``.
     """
     with place.open(file) as stream:
-        start = opening_of(stream)
-        if isinstance(start, Broken):
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
             yield 1, None, start
         else:
             yield from _entries(stream)
@@ -114,7 +121,7 @@ def _entries(stream: IO[bytes]) -> Iterator[tuple[int, str | None, Any]]:
     text = _Text(stream)
     opening = text.next_character()
     if opening not in ("[", "{"):
-        yield 1, None, Broken("neither a JSON array nor a JSON object", rest=True)
+        yield 1, None, BadRecord("neither a JSON array nor a JSON object", truncates_file=True)
         return
     number, closing = 1, "]" if opening == "[" else "}"
     while (following := text.next_character(eat=False)) != closing:
@@ -132,17 +139,21 @@ def _entries(stream: IO[bytes]) -> Iterator[tuple[int, str | None, Any]]:
             raise
         except ValueError:
             cut = " (cut short)" if text.ended else ""
-            yield number, None, Broken(f"JSON damaged from here on{cut}", rest=True)
+            yield number, None, BadRecord(f"JSON damaged from here on{cut}", truncates_file=True)
             return
         yield number, name, value
         number += 1
     text.next_character()
     if text.next_character():
-        yield number, None, Broken("something stands behind the end of the JSON", rest=True)
+        yield (
+            number,
+            None,
+            BadRecord("something stands behind the end of the JSON", truncates_file=True),
+        )
 
 
-class Decoder(json.JSONDecoder):
-    """Python's own, which gives ``TWICE`` where an object has two values of one name."""
+class StrictJsonDecoder(json.JSONDecoder):
+    """Python's own, which gives ``DUPLICATE_FIELD`` where an object has two values of one name."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=self._object)
@@ -152,7 +163,7 @@ class Decoder(json.JSONDecoder):
         """A value and where it ends; ``decode`` calls this."""
         self.twice = False
         value, end = super().raw_decode(s, idx)
-        return (TWICE if self.twice else value), end
+        return (DUPLICATE_FIELD if self.twice else value), end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -160,13 +171,13 @@ class Decoder(json.JSONDecoder):
         return made
 
 
-def _mapping(value: Any) -> "dict[str, Any] | Broken":
-    if isinstance(value, dict | Broken):
+def _mapping(value: Any) -> "dict[str, Any] | BadRecord":
+    if isinstance(value, dict | BadRecord):
         return value
-    return Broken("not a JSON object")
+    return BadRecord("not a JSON object")
 
 
-def _plain_name(place: Place, file: str) -> str:
+def _plain_name(place: SourceDirectory, file: str) -> str:
     return (file or place.name).removesuffix(".gz").lower()
 
 
@@ -177,7 +188,7 @@ class _Text:
         self.stream, self.ended = stream, False
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self.buffer, self.at = "", 0
-        self.json = Decoder()
+        self.json = StrictJsonDecoder()
 
     def next_character(self, eat: bool = True) -> str:
         """The next character that is not white space; "" at the end."""
@@ -207,7 +218,7 @@ class _Text:
             except RecursionError:
                 raise ValueError("nested too deep") from None
             except ValueError:
-                if self.ended or len(self.buffer) - self.at > LONGEST_ENTRY:
+                if self.ended or len(self.buffer) - self.at > MAX_ENTRY_CHARS:
                     raise
             # Twice as much each time, so that a long entry is not parsed over and over.
             self._more(block)
@@ -216,7 +227,7 @@ class _Text:
     def _more(self, size: int) -> bool:
         try:
             data = self.stream.read(size)
-        except DAMAGED:
+        except DAMAGE_ERRORS:
             data = b""
         self.ended = not data
         self.buffer = self.buffer[self.at :] + self.decoder.decode(data, final=self.ended)

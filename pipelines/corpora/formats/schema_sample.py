@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 #: So many rows of a file, or members of a tar, are looked at.
-LOOKED_AT = 1000
+SAMPLE_ROWS = 1000
 
 
-class Glance:
+class SchemaSample:
     """Fields of some rows."""
 
     def __init__(self) -> None:
@@ -25,16 +25,16 @@ class Glance:
         """Look at a row, of that split if it is known."""
         self.names += [name for name in fields if name not in self.names]
         for name, value in fields.items():
-            if not is_nothing(value):
+            if not is_empty_value(value):
                 self._held[split].add(name)
                 (self._less if is_minus_one(value) else self._more)[split].add(name)
 
     @property
-    def held(self) -> list[str]:
+    def filled_fields(self) -> list[str]:
         """Fields that hold a value in any row."""
         return [name for name in self.names if any(name in held for held in self._held.values())]
 
-    def says(self, split: str | None, field: str) -> bool:
+    def has_value(self, split: str | None, field: str) -> bool:
         """Whether any row of a split says something in a field. A label of -1 stands for none, as
         in the tests of GLUE, unless the training rows have it, too."""
         if field in self._more[split]:
@@ -42,7 +42,7 @@ class Glance:
         return field in self._less[split] and field in self._less["train"]
 
 
-def is_nothing(value: Any) -> bool:
+def is_empty_value(value: Any) -> bool:
     """Whether it is none, not a number, an empty text, or an empty list."""
     if isinstance(value, str):
         return not value.strip()

@@ -17,26 +17,26 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.formats.packed import lacking
-from pipelines.corpora.formats.record_reader import Broken, entries
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.record_reader import BadRecord, read_json_entries
 from pipelines.corpora.readers.base import (
     CaptionedCorpus,
     MediaOptions,
-    bad,
     clean_captions,
-    half,
-    key_of,
+    error_row,
+    make_key,
     media_row,
+    val_or_test,
 )
 from pipelines.corpora.readers.columns import CaptionOptions, ImageOptions
-from pipelines.corpora.readers.fields import ENDINGS, ending_of
-from pipelines.io.directory import Place
+from pipelines.corpora.readers.fields import MEDIA_EXTENSIONS, file_extension
+from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef
 
 ANNOTATIONS = re.compile(r"caption_(train|validation|test_?a|test_?b|test)_annotations_\w+\.json$")
 #: So many pictures of a test are looked at for captions.
-LOOKED_AT = 100
+SAMPLE_IMAGES = 100
 SPLITS = {"train": "train", "validation": "validation", "testa": "test", "testb": "test_b"}
 
 
@@ -45,7 +45,7 @@ class AicOptions(CaptionOptions, ImageOptions, MediaOptions):
     """AIC-ICC: the options of pictures and captions."""
 
 
-class AicIcc(CaptionedCorpus):
+class AicIccCorpus(CaptionedCorpus):
     """Photographs, each with all of its captions."""
 
     name = "aic_icc"
@@ -54,72 +54,72 @@ class AicIcc(CaptionedCorpus):
     version = 2  # endings in capitals, folders unpacked deeper, tests without captions
 
     @classmethod
-    def guess(cls, place: Place) -> str | None:
+    def detect(cls, place: SourceDirectory) -> str | None:
         """A file of annotations."""
         found = list(_annotations(place))
         return f"{found[0][1]} is an annotation file of AIC-ICC" if found else None
 
-    def locate(self) -> None:
+    def discover(self) -> None:
         """Find the files of annotations."""
-        files = list(_annotations(self.place))
+        files = list(_annotations(self.source))
         if not files:
-            raise lacking(
-                self.place,
+            raise missing_format_error(
+                self.source,
                 "no caption_train_annotations_….json in it or up to three folders below; AIC-ICC "
                 "has one in each of its folders",
             )
         tests = [file for split, file in files if split.startswith("test")]
         #: Files of tests that have no captions.
         self.bare_tests = [file for file in tests if not self._captioned(file)]
-        self.take([each for each in files if each[1] not in self.bare_tests])
+        self.set_annotation_files([each for each in files if each[1] not in self.bare_tests])
 
-    def annotations(self) -> list[str]:
+    def annotation_files(self) -> list[str]:
         """The files of annotations, those of tests without captions too."""
-        return super().annotations() + self.bare_tests
+        return super().annotation_files() + self.bare_tests
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Pictures in the order of the annotations, then those without captions."""
-        pictures: dict[str, Pictures] = {}  # of each folder: splits may share one
+        pictures: dict[str, ImageIndex] = {}  # of each folder: splits may share one
         told: dict[str, set[str]] = defaultdict(set)
         for split, file in self.files:
             folder = self._folder(file)
             if folder not in pictures:
                 pictures[folder] = self._pictures(folder)
-            for number, _, record in entries(self.place, file):
-                key = key_of(f"{file}:{number}")
-                if isinstance(record, Broken):
-                    yield bad(key, record.reason, file, number, record.rest)
+            for number, _, record in read_json_entries(self.source, file):
+                key = make_key(f"{file}:{number}")
+                if isinstance(record, BadRecord):
+                    yield error_row(key, record.reason, file, number, record.truncates_file)
                     continue
                 try:
                     row = self._row(split, folder, pictures[folder], told[folder], record)
                 except ValueError as problem:
-                    yield bad(key, str(problem), file, number)
+                    yield error_row(key, str(problem), file, number)
                     continue
                 yield row | {"file": file, "row": number}
         yield from self._bare_tests(told)
         for folder, there in pictures.items():
             for name in sorted(there.names - told[folder]):
                 path = _below(folder, name)
-                yield Rejected(key_of(path), "a picture without captions", path)
+                yield RejectedRow(make_key(path), "a picture without captions", path)
 
-    def _bare_tests(self, told: dict[str, set[str]]) -> Iterator[Rejected]:
+    def _bare_tests(self, told: dict[str, set[str]]) -> Iterator[RejectedRow]:
         for file in self.bare_tests:
             folder = self._folder(file)
-            for number, _, record in entries(self.place, file):
-                key = key_of(f"{file}:{number}")
-                if isinstance(record, Broken):
-                    yield bad(key, record.reason, file, number, record.rest)
+            for number, _, record in read_json_entries(self.source, file):
+                key = make_key(f"{file}:{number}")
+                if isinstance(record, BadRecord):
+                    yield error_row(key, record.reason, file, number, record.truncates_file)
                     continue
                 name = record.get("image_id") if isinstance(record, dict) else None
                 told[folder].add(str(name))
-                yield Rejected(key, "a picture of a test without captions", file, number)
+                yield RejectedRow(key, "a picture of a test without captions", file, number)
 
     def _captioned(self, file: str) -> bool:
-        first = islice(entries(self.place, file), LOOKED_AT)
+        first = islice(read_json_entries(self.source, file), SAMPLE_IMAGES)
         return any(isinstance(record, dict) and record.get("caption") for _, _, record in first)
 
     def _row(
-        self, split: str, folder: str, there: "Pictures", told: set[str], record: object
+        self, split: str, folder: str, there: "ImageIndex", told: set[str], record: object
     ) -> Row:
         if not isinstance(record, dict) or not isinstance(record.get("image_id"), str):
             raise ValueError("no image_id")
@@ -128,14 +128,14 @@ class AicIcc(CaptionedCorpus):
             raise ValueError("a path that leads out of the folder")
         found = there.find(name)
         inside = _below(folder, found or name)
-        path = self.home.path(inside)
+        path = self.media_source.path(inside)
         told.add(found or name)
         captions = clean_captions(record.get("caption"))
         if found is None:
             raise ValueError("captions without a picture")
-        if split == "validation" and self.halved:
-            split = half(name)
-        return media_row(split, key_of(inside), MediaRef(path), captions)
+        if split == "validation" and self.lacks_test:
+            split = val_or_test(name)
+        return media_row(split, make_key(inside), MediaRef(path), captions)
 
     def _folder(self, file: str) -> str:
         """The folder of a file's pictures, "" for the place itself."""
@@ -144,18 +144,18 @@ class AicIcc(CaptionedCorpus):
         last = "" if self.options.media else home
         deeper = f"{images}/{images}"
         looked_for = (_below(home, deeper), _below(home, images), deeper, images)
-        return next((f for f in looked_for if self.home.exists(f)), last)
+        return next((f for f in looked_for if self.media_source.exists(f)), last)
 
-    def _pictures(self, folder: str) -> "Pictures":
+    def _pictures(self, folder: str) -> "ImageIndex":
         """Those in a folder."""
-        return Pictures(
+        return ImageIndex(
             entry.name
-            for entry in self.home.entries(folder)
-            if not entry.is_folder and ending_of(entry.name) in ENDINGS["image"]
+            for entry in self.media_source.entries(folder)
+            if not entry.is_folder and file_extension(entry.name) in MEDIA_EXTENSIONS["image"]
         )
 
 
-class Pictures:
+class ImageIndex:
     """Names of pictures, found whether or not their endings are in capitals."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -180,7 +180,7 @@ def _below(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _annotations(place: Place) -> Iterator[tuple[str, str]]:
+def _annotations(place: SourceDirectory) -> Iterator[tuple[str, str]]:
     """(Split, file) of every file of annotations, in order."""
     if place.is_file:
         return

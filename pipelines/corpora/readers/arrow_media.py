@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.corpora.formats.arrow_reader import rows_of
-from pipelines.corpora.formats.encoding import Broken
-from pipelines.corpora.readers.fields import MODALITY_OF, ending_of
-from pipelines.io.directory import Place
+from pipelines.corpora.formats.arrow_reader import iter_batch_rows
+from pipelines.corpora.formats.encoding import BadRecord
+from pipelines.corpora.readers.fields import MODALITY_OF_EXTENSION, file_extension
+from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef
-from pipelines.io.source_file import check_regular, open_stream
+from pipelines.io.source_file import check_regular_file, open_stream
 from skillnet_platform.errors import UserError
 
 #: What the parts of a media column may be; one that is not there counts as null.
@@ -28,7 +28,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Body:
+class BatchBody:
     """Bytes of a file that a batch's buffers lie in, in memory.
 
     Args:
@@ -42,16 +42,16 @@ class Body:
     offset: int
 
 
-def mapped(path: str) -> Iterator[tuple[pa.RecordBatch, Body]]:
+def iter_mapped_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]:
     """Batches of a file on a disk."""
-    check_regular(path)
+    check_regular_file(path)
     with pa.memory_map(path) as file:
         whole = file.read_buffer()
         for batch in pa.ipc.open_stream(pa.BufferReader(whole)):
-            yield batch, Body(whole.address, whole.size, 0)
+            yield batch, BatchBody(whole.address, whole.size, 0)
 
 
-def streamed(path: str) -> Iterator[tuple[pa.RecordBatch, Body]]:
+def iter_streamed_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]:
     """The same of a file in a store, one batch at a time."""
     with open_stream(path) as stream:
         messages = iter(pa.ipc.MessageReader.open_stream(stream))
@@ -67,17 +67,17 @@ def streamed(path: str) -> Iterator[tuple[pa.RecordBatch, Body]]:
                 )
             body = message.body
             batch = pa.ipc.read_record_batch(message, schema)
-            yield batch, Body(body.address, body.size, stream.tell() - body.size)
+            yield batch, BatchBody(body.address, body.size, stream.tell() - body.size)
 
 
-def rows_with_media(
-    batch: pa.RecordBatch, media: str | None, path: str, body: Body, home: Place
-) -> Iterator[dict[str, Any] | Broken]:
+def iter_media_rows(
+    batch: pa.RecordBatch, media: str | None, path: str, body: BatchBody, home: SourceDirectory
+) -> Iterator[dict[str, Any] | BadRecord]:
     """Rows of a batch, of which the column ``media`` holds references.
 
     Args:
         batch: of the file ``path``, as it came with ``body``.
-        media: name of a column that :func:`misfit` finds nothing wrong with, if there is one.
+        media: name of a column that :func:`media_column_error` finds nothing wrong with, if there is one.
         home: the folder of media that have a path and no bytes.
 
     Raises:
@@ -87,25 +87,25 @@ def rows_with_media(
     if batch.num_rows > 8 * body.size:  # columns of nulls alone may have any length
         raise pa.ArrowInvalid("more rows than bits")
     names = batch.schema.names
-    plain = rows_of(batch.select([n for n, name in enumerate(names) if name != media]))
+    plain = iter_batch_rows(batch.select([n for n, name in enumerate(names) if name != media]))
     if media is None:
         yield from plain
         return
     column = batch.column(names.index(media))
     for row, found in zip(plain, _references(column, path, body, home), strict=True):
-        if isinstance(row, Broken):
+        if isinstance(row, BadRecord):
             yield row
         else:
-            yield found if isinstance(found, Broken) else row | {media: found}
+            yield found if isinstance(found, BadRecord) else row | {media: found}
 
 
 def _references(
-    column: pa.Array, path: str, body: Body, home: Place
-) -> Iterator[MediaRef | Broken | None]:
+    column: pa.Array, path: str, body: BatchBody, home: SourceDirectory
+) -> Iterator[MediaRef | BadRecord | None]:
     """Where the bytes of each value of ``struct<bytes, path>`` stand in the file."""
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    files = rows_of(pa.record_batch({"path": _part(column, "path")}))
+    files = iter_batch_rows(pa.record_batch({"path": _part(column, "path")}))
     data = _part(column, "bytes")
     # Not value by value: to look whether one is there, pyarrow would follow its offsets.
     given, filled = column.is_valid().to_pylist(), data.is_valid().to_pylist()
@@ -118,14 +118,14 @@ def _references(
             if 0 <= start <= end <= body.size:
                 yield MediaRef(path, body.offset + start, end - start)
             else:  # so it is, too, where buffers are compressed, which the library never does
-                yield Broken("media that do not lie in their Arrow file")
-        elif isinstance(file, Broken):
+                yield BadRecord("media that do not lie in their Arrow file")
+        elif isinstance(file, BadRecord):
             yield file
         else:
             yield _beside(home, file["path"])
 
 
-def _spans(data: pa.Array, body: Body) -> Iterator[tuple[int, int]]:
+def _spans(data: pa.Array, body: BatchBody) -> Iterator[tuple[int, int]]:
     """First and last byte of each value of a binary column, from the start of ``body``."""
     _, ends, values = data.buffers()
     wide = pa.types.is_large_binary(data.type) or pa.types.is_large_string(data.type)
@@ -135,7 +135,7 @@ def _spans(data: pa.Array, body: Body) -> Iterator[tuple[int, int]]:
     return ((start + a, start + b) for a, b in pairwise(numbers))
 
 
-def misfit(schema: pa.Schema, media: str | None) -> str:
+def media_column_error(schema: pa.Schema, media: str | None) -> str:
     """Why media cannot be found in a file of that schema; "" if they can."""
     if media is None:
         return ""
@@ -150,10 +150,10 @@ def misfit(schema: pa.Schema, media: str | None) -> str:
     return "media of a type that is not read; expected struct<bytes: binary, path: string>"
 
 
-def _beside(home: Place, file: str | None) -> MediaRef | None:
+def _beside(home: SourceDirectory, file: str | None) -> MediaRef | None:
     """A file that the dataset only names: below its folder, or below ``media``."""
     try:
-        if file and ending_of(file) in MODALITY_OF:
+        if file and file_extension(file) in MODALITY_OF_EXTENSION:
             return MediaRef(home.path(file))
     except ValueError:
         pass  # it leads out of the folder: a saved dataset may come from anywhere

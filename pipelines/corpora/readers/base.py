@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipelines.config.bounds import Ranged, within
-from pipelines.corpora.base import Corpus, Rejected, Row, Sources, draw
+from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.corpora.readers import columns
-from pipelines.io.directory import Place, listing_digest, printable
-from pipelines.io.media import MAX_BYTES, MediaRef
+from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
+from pipelines.io.media import MAX_MEDIA_BYTES, MediaRef
 from pipelines.transforms import image, sound, video
 from skillnet_platform.config import to_dict
 from skillnet_platform.errors import UserError
@@ -29,12 +29,12 @@ from skillnet_platform.errors import UserError
 #: Stands for characters that the training transcripts do not hold.
 UNKNOWN_SYMBOL = "<unk>"
 #: Digits that Python reads as a number, however it is set.
-LONGEST_NUMBER = 640
+MAX_LABEL_DIGITS = 640
 #: Of one thing; the field's corpora have five to twenty.
-MOST_CAPTIONS = 1_000
+MAX_CAPTIONS = 1_000
 #: Bytes of a shard, about: how many rows it holds follows from it.
-SHARD_BYTES = 32 * 2**20
-TASKS = {
+TARGET_SHARD_BYTES = 32 * 2**20
+TASK_NAMES = {
     ("text", "labels"): "text_classification",
     ("sound", "transcripts"): "speech_recognition",
     ("image", "captions"): "text_to_image",
@@ -55,10 +55,10 @@ class MediaOptions(Ranged):
     """
 
     media: str | None = None
-    max_megabytes: int = within(MAX_BYTES // 2**20, 1)
+    max_megabytes: int = within(MAX_MEDIA_BYTES // 2**20, 1)
 
 
-class PlacedCorpus(Corpus):
+class ExternalCorpus(Corpus):
     """One format of the user's corpora.
 
     Args:
@@ -74,11 +74,11 @@ class PlacedCorpus(Corpus):
     #: Dataclass of what the user may choose.
     Options: ClassVar[type]
     #: What a row brings beside its media: of "labels", "captions", "transcripts".
-    has: tuple[str, ...] = ()
+    annotations_present: tuple[str, ...] = ()
     #: Captions of a row are alike: each is a query when a model is evaluated, not the first alone.
-    alike: ClassVar[bool] = False
+    captions_equivalent: ClassVar[bool] = False
     #: Splits whose rows have nothing of that: for prediction, or for pretraining.
-    bare: tuple[str, ...] = ()
+    unlabelled_splits: tuple[str, ...] = ()
     #: Names of the classes, in the order of their numbers.
     labels: Sequence[str] = ()
     #: CTC symbols, number 1 first.
@@ -86,56 +86,60 @@ class PlacedCorpus(Corpus):
 
     def __init__(self, place: str, options: Any = None, name: str | None = None) -> None:
         self.name = name or type(self).name
-        self.place = Place(place)
+        self.source = SourceDirectory(place)
         self.options = options if options is not None else type(self).Options()
-        self.locate()
-        self.settle()
+        self.discover()
+        self.finalize_schema()
 
     @classmethod
-    def guess(cls, place: Place) -> str | None:
+    def detect(cls, place: SourceDirectory) -> str | None:
         """What in a folder shows that it holds this format, in words; none if nothing does."""
         return None
 
-    def locate(self) -> None:
+    def discover(self) -> None:
         """Find the corpus' parts in ``place``.
 
         Raises:
             UserError: something without which there is nothing to read is not there.
         """
 
-    def settle(self) -> None:
+    def finalize_schema(self) -> None:
         """What follows from modality, options and what rows bring."""
-        self.raw = columns.raw_columns(self.modality)
-        self.columns = columns.finished_columns(self.modality, self.has, self.options)
+        self.raw_schema = columns.raw_columns_schema(self.modality)
+        self.columns = columns.shard_columns(self.modality, self.annotations_present, self.options)
         self.text_columns = tuple(
             [self.modality] * (self.modality in ("text", "code"))
-            + ["captions"] * ("captions" in self.has)
+            + ["captions"] * ("captions" in self.annotations_present)
         )
-        size = columns.bytes_of_row(self.modality, self.options)
-        self.shard_rows = min(max(SHARD_BYTES // size, 64), 8192)
-        found = [TASKS[self.modality, what] for what in self.has if (self.modality, what) in TASKS]
-        other = f"{self.modality}_classification" if "labels" in self.has else None
+        size = columns.estimate_row_bytes(self.modality, self.options)
+        self.shard_rows = min(max(TARGET_SHARD_BYTES // size, 64), 8192)
+        found = [
+            TASK_NAMES[self.modality, what]
+            for what in self.annotations_present
+            if (self.modality, what) in TASK_NAMES
+        ]
+        other = f"{self.modality}_classification" if "labels" in self.annotations_present else None
         self.task = found[0] if found else other or f"masked_{self.modality}"
 
-    def travels(self) -> bool:
+    def can_run_remotely(self) -> bool:
         """Its rows name media, which other hosts find by URI only."""
-        return all(each.remote for each in vars(self).values() if isinstance(each, Place))
+        return all(each.remote for each in vars(self).values() if isinstance(each, SourceDirectory))
 
-    def survey(self) -> None:
+    def scan_labels(self) -> None:
         """Learn what rows alone can tell, before they are prepared: classes and symbols.
 
         One pass over ``rows``, only where it is needed.
         """
-        wants_labels = "labels" in self.has and not self.labels
-        wants_symbols = "transcripts" in self.has and not self.symbols
+        wants_labels = "labels" in self.annotations_present and not self.labels
+        wants_symbols = "transcripts" in self.annotations_present and not self.symbols
         if not wants_labels and not wants_symbols:
             return
         labels: set[str] = set()
         characters: set[str] = set()
         unread = Counter[str]()
-        for row in self.rows(Sources.none()):
-            if isinstance(row, Rejected):
-                unread[row.reason] += row.bad
+        for row in self.rows(SourceArchives.none()):
+            if isinstance(row, RejectedRow):
+                unread[row.reason] += row.counts_as_error
                 continue
             if row["split"] != "train":
                 continue
@@ -143,9 +147,9 @@ class PlacedCorpus(Corpus):
                 labels.add(row["label"])
             if wants_symbols:
                 characters.update(row.get("text") or "")
-        self.keep(ordered(labels), sorted(characters), unread)
+        self.set_labels(sort_labels(labels), sorted(characters), unread)
 
-    def keep(
+    def set_labels(
         self,
         labels: Sequence[str],
         characters: Sequence[str],
@@ -159,41 +163,41 @@ class PlacedCorpus(Corpus):
         """
         (reason, count), *_ = [*Counter(unread).most_common(1), ("", 0)]
         why = f" ({count} × {reason})" if count else ""
-        if "labels" in self.has and not self.labels:
+        if "labels" in self.annotations_present and not self.labels:
             if not labels:
-                raise UserError(f"{self.place.uri}: no training row has a label{why}")
+                raise UserError(f"{self.source.uri}: no training row has a label{why}")
             self.labels = tuple(labels)
-        if "transcripts" in self.has and not self.symbols:
+        if "transcripts" in self.annotations_present and not self.symbols:
             if not characters:
-                raise UserError(f"{self.place.uri}: no training row has a transcript{why}")
+                raise UserError(f"{self.source.uri}: no training row has a transcript{why}")
             self.symbols = (UNKNOWN_SYMBOL, *characters)
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Every row, in an order that only the corpus decides; see ``Corpus.rows``."""
         raise NotImplementedError
 
-    def finish(self, block: pa.Table, tokenizer: Any = None) -> dict[str, Any]:
+    def build_columns(self, block: pa.Table, tokenizer: Any = None) -> dict[str, Any]:
         """What the modality's stem reads of a block, and why a row cannot be finished."""
-        limit = getattr(self.options, "max_megabytes", 0) * 2**20 or MAX_BYTES
+        limit = getattr(self.options, "max_megabytes", 0) * 2**20 or MAX_MEDIA_BYTES
         made: dict[str, Any] = {
-            "text": lambda: columns.finish_text(block, tokenizer, self.options),
-            "code": lambda: columns.finish_code(block, tokenizer, self.options),
-            "sound": lambda: columns.finish_sound(block, self.options, limit),
-            "image": lambda: columns.finish_image(block, self.options, limit),
-            "video": lambda: columns.finish_video(block, self.options, limit),
+            "text": lambda: columns.build_text_columns(block, tokenizer, self.options),
+            "code": lambda: columns.build_code_columns(block, tokenizer, self.options),
+            "sound": lambda: columns.build_sound_columns(block, self.options, limit),
+            "image": lambda: columns.build_image_columns(block, self.options, limit),
+            "video": lambda: columns.build_video_columns(block, self.options, limit),
         }[self.modality]()
         return {"rejected": pa.nulls(block.num_rows, pa.string())} | made
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """The finished columns of a block, row for row."""
-        made = self.finish(block, tokenizer)
+        made = self.build_columns(block, tokenizer)
         rejected = made.pop("rejected").to_pylist()
-        if "captions" in self.has:
-            made |= columns.finish_captions(block, tokenizer, self.options)
-        if "transcripts" in self.has:
+        if "captions" in self.annotations_present:
+            made |= columns.build_caption_columns(block, tokenizer, self.options)
+        if "transcripts" in self.annotations_present:
             made["text"] = block["text"]
             made["symbols"] = self._numbers(block["text"].to_pylist())
-        if "labels" in self.has:
+        if "labels" in self.annotations_present:
             number = {name: place for place, name in enumerate(self.labels)}
             found = block["label"].to_pylist()
             made["label"] = pa.array([number.get(label) for label in found], pa.int32())
@@ -205,7 +209,7 @@ class PlacedCorpus(Corpus):
     def schema(self, split: str) -> pa.Schema:
         """Columns of the shards of a split; ``bare`` splits have no labels and captions."""
         whole = super().schema(split)
-        if split not in self.bare:
+        if split not in self.unlabelled_splits:
             return whole
         absent = {"label", "captions", "caption_tokens", "symbols"}
         absent |= {"text"} if self.modality != "text" else set()
@@ -225,39 +229,42 @@ class PlacedCorpus(Corpus):
 
     def facts(self) -> dict[str, Any]:
         """Names of classes and symbols, and what the queries of an evaluation are."""
-        made: dict[str, Any] = {"labels": list(self.labels)} if "labels" in self.has else {}
-        if "transcripts" in self.has:
+        made: dict[str, Any] = (
+            {"labels": list(self.labels)} if "labels" in self.annotations_present else {}
+        )
+        if "transcripts" in self.annotations_present:
             made |= {"symbols": list(self.symbols), "blank": 0}
-        if "captions" in self.has and self.alike:
+        if "captions" in self.annotations_present and self.captions_equivalent:
             made |= {"queries": "all"}
         return made
 
-    def annotations(self) -> list[str]:
+    def annotation_files(self) -> list[str]:
         """Files that hold rows rather than media: told by their content."""
         return []
 
-    def files_of_rows(self) -> int:
+    def num_source_files(self) -> int:
         """The files of annotations."""
-        return len(self.annotations()) or 1
+        return len(self.annotation_files()) or 1
 
-    def other_sources(self) -> list[dict[str, str]]:
+    def extra_sources(self) -> list[dict[str, str]]:
         """Annotations by their content; media by names and sizes."""
-        if self.place.is_file:
-            found = [{"file": printable(self.place.name), "sha256": self.place.digest("")}]
+        if self.source.is_file:
+            found = [{"file": to_printable(self.source.name), "sha256": self.source.digest("")}]
         else:
-            annotations = sorted(self.annotations())
+            annotations = sorted(self.annotation_files())
             told = set(annotations)
             found = [
-                {"file": printable(name), "sha256": self.place.digest(name)} for name in annotations
+                {"file": to_printable(name), "sha256": self.source.digest(name)}
+                for name in annotations
             ]
-            files, size, digest = listing_digest(
-                entry for entry in self.place.walk() if entry.name not in told
+            files, size, digest = digest_listing(
+                entry for entry in self.source.walk() if entry.name not in told
             )
             if files:
                 found.append({"file": f"{files} files, {size} bytes", "sha256": digest})
         other = getattr(self.options, "media", None)
         if other:
-            files, size, digest = listing_digest(Place(other).walk())
+            files, size, digest = digest_listing(SourceDirectory(other).walk())
             found.append({"file": f"media: {files} files, {size} bytes", "sha256": digest})
         return found
 
@@ -268,11 +275,11 @@ class PlacedCorpus(Corpus):
         return pa.array(rows, pa.list_(pa.int32()))
 
 
-def ordered(labels: Collection[str]) -> list[str]:
+def sort_labels(labels: Collection[str]) -> list[str]:
     """Names of classes in the order of their numbers: by value where all are numbers, else as
     texts. ``"1"`` and ``"01"`` are two names of one value: their texts part them, so that every
     reading gives the same order."""
-    if all(label.isdecimal() and len(label) <= LONGEST_NUMBER for label in labels):
+    if all(label.isdecimal() and len(label) <= MAX_LABEL_DIGITS for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)
 
@@ -289,7 +296,7 @@ def media_row(
     return {
         "split": split,
         "key": key,
-        "group": group_of(captions),
+        "group": hash_caption_group(captions),
         "media": reference.row(),
         "text": text,
         "label": label,
@@ -298,42 +305,44 @@ def media_row(
     }
 
 
-def bad(
-    key: str, reason: str, file: str | None = None, row: int | None = None, rest: bool = False
-) -> Rejected:
+def error_row(
+    key: str, reason: str, file: str | None = None, row: int | None = None, truncates_file: bool = False
+) -> RejectedRow:
     """A row that should have been readable: too large a share of such stops a prepare.
 
     ``rest`` says that the file cannot be read on behind it.
     """
-    return Rejected(key, reason, file, row, bad=True, rest=rest)
+    return RejectedRow(key, reason, file, row, counts_as_error=True, truncates_file=truncates_file)
 
 
-class NothingSaid(ValueError):
+class NoAnnotationError(ValueError):
     """A medium that no caption or transcript goes with: set aside by choice, as it says nothing of
     the state of a corpus."""
 
 
-def aside(key: str, problem: ValueError, file: str | None, row: int | None) -> Rejected:
+def rejected_row(key: str, problem: ValueError, file: str | None, row: int | None) -> RejectedRow:
     """A row that cannot be used, and why: held against the corpus unless nothing is said."""
-    return Rejected(key, str(problem), file, row, bad=not isinstance(problem, NothingSaid))
+    return RejectedRow(
+        key, str(problem), file, row, counts_as_error=not isinstance(problem, NoAnnotationError)
+    )
 
 
-def group_of(captions: Sequence[str]) -> int:
+def hash_caption_group(captions: Sequence[str]) -> int:
     """A number that rows with the same first caption share: they are right answers to it alike."""
-    return draw("caption", captions[0]) >> 2 if captions else -1
+    return stable_hash("caption", captions[0]) >> 2 if captions else -1
 
 
-def made_split(key: str, options: Any) -> str:
+def hash_split(key: str, options: Any) -> str:
     """The split that a key falls into, by a hash of it: the same whatever else there is."""
-    share = draw("split", key) / 2**64
+    share = stable_hash("split", key) / 2**64
     if share < options.test:
         return "test"
     return "validation" if share < options.test + options.validation else "train"
 
 
-def half(key: str) -> str:
+def val_or_test(key: str) -> str:
     """Validation or test, half and half, by a hash of the key."""
-    return "test" if draw("half", key) % 2 else "validation"
+    return "test" if stable_hash("half", key) % 2 else "validation"
 
 
 def clean_text(value: Any) -> str:
@@ -362,8 +371,8 @@ def clean_captions(value: Any) -> list[str]:
         ValueError: none is usable, or there are more than anybody writes of one thing.
     """
     listed = value if isinstance(value, list | tuple) else [value]
-    if len(listed) > MOST_CAPTIONS:
-        raise ValueError(f"more than {MOST_CAPTIONS} captions")
+    if len(listed) > MAX_CAPTIONS:
+        raise ValueError(f"more than {MAX_CAPTIONS} captions")
     found = []
     for caption in listed:
         try:
@@ -376,37 +385,39 @@ def clean_captions(value: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def characters_of(transcript: str) -> str:
+def normalize_transcript(transcript: str) -> str:
     """A transcript as CTC spells it: white space only between words of other scripts."""
     return _SPACE.sub("", " ".join(transcript.split()))
 
 
-def key_of(*parts: object) -> str:
+def make_key(*parts: object) -> str:
     """A key that a person can find the row by, short whatever a file name holds."""
-    key = printable("/".join(str(part) for part in parts))
+    key = to_printable("/".join(str(part) for part in parts))
     if len(key) <= 512:
         return key
     return f"{key[:400]}…{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
-class CaptionedCorpus(PlacedCorpus):
+class CaptionedCorpus(ExternalCorpus):
     """Media, each with all of its captions, told by annotations that name splits."""
 
-    has = ("captions",)
-    alike = True
+    annotations_present = ("captions",)
+    captions_equivalent = True
     files: list[tuple[str, str]]
-    home: Place
+    media_source: SourceDirectory
 
-    def take(self, files: list[tuple[str, str]]) -> None:
+    def set_annotation_files(self, files: list[tuple[str, str]]) -> None:
         """Read these annotations, (split, file) each, and the media beside them or elsewhere."""
         self.files = files
-        self.home = Place(self.options.media) if self.options.media else self.place
+        self.media_source = (
+            SourceDirectory(self.options.media) if self.options.media else self.source
+        )
 
     @property
-    def halved(self) -> bool:
+    def lacks_test(self) -> bool:
         """Whether the validation rows are parted in halves, for there is no test."""
         return not any(split.startswith("test") for split, _ in self.files)
 
-    def annotations(self) -> list[str]:
+    def annotation_files(self) -> list[str]:
         """The files of annotations."""
         return [file for _, file in self.files]

@@ -12,19 +12,25 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipelines.config.bounds import within
-from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.formats.packed import lacking
-from pipelines.corpora.formats.record_reader import Broken, json_lines
-from pipelines.corpora.readers.base import PlacedCorpus, bad, clean_text, group_of, key_of
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.record_reader import BadRecord, read_json_lines
+from pipelines.corpora.readers.base import (
+    ExternalCorpus,
+    clean_text,
+    error_row,
+    hash_caption_group,
+    make_key,
+)
 from pipelines.corpora.readers.columns import CaptionOptions, CodeOptions
-from pipelines.io.directory import Place
-from pipelines.transforms.code import summary
+from pipelines.io.directory import SourceDirectory
+from pipelines.transforms.code import first_paragraph
 from skillnet_platform.errors import UserError
 
 PARTS = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
 SUFFIXES = (".jsonl.gz", ".jsonl")
 #: So many functions are looked at for their fields.
-LOOKED_AT = 100
+SAMPLE_FUNCTIONS = 100
 #: Fields that tell a line of CodeSearchNet.
 FIELDS = {"docstring", "code", "func_name"}
 
@@ -46,29 +52,29 @@ class CodePairOptions(CaptionOptions, CodeOptions):
     shortest: int = within(4, 0)
 
 
-class CodeSearchNet(PlacedCorpus):
+class CodeSearchNetCorpus(ExternalCorpus):
     """Functions, each with what its docstring says."""
 
     name = "codesearchnet"
     modality = "code"
     Options = CodePairOptions
-    has = ("captions",)
+    annotations_present = ("captions",)
     layout = "python/final/jsonl/train/python_train_0.jsonl.gz"
 
     @classmethod
-    def guess(cls, place: Place) -> str | None:
+    def detect(cls, place: SourceDirectory) -> str | None:
         """Lines with its fields, none of them PyTorrent's."""
-        found = fields_of(place)
+        found = first_record_fields(place)
         if FIELDS <= found and not {"code_with_docstrings", "summary"} & found:
             return "train, valid and test hold lines with the fields of CodeSearchNet"
         return None
 
-    def locate(self) -> None:
+    def discover(self) -> None:
         """Find the files of each split."""
-        self.files = list(_files(self.place))
+        self.files = list(_files(self.source))
         if not any(split == "train" for split, _ in self.files):
-            raise lacking(
-                self.place,
+            raise missing_format_error(
+                self.source,
                 "no folder train with .jsonl.gz files in it or up to four folders below; expected "
                 f"{self.layout}",
             )
@@ -81,36 +87,36 @@ class CodeSearchNet(PlacedCorpus):
             UserError: they have none; with their fields.
         """
         (file, *_) = (file for split, file in self.files if split == "train")
-        found = islice(json_lines(self.place, file), LOOKED_AT)
+        found = islice(read_json_lines(self.source, file), SAMPLE_FUNCTIONS)
         names = list(dict.fromkeys(n for _, row in found if isinstance(row, dict) for n in row))
         wanted = self.options.docstring
         if names and wanted not in names:
             likely = next((n for n in names if n.startswith("doc") and "token" not in n), "FIELD")
             raise UserError(
-                f"{self.place.path(file)}: no field {wanted!r} with the docstrings; rows have "
+                f"{self.source.path(file)}: no field {wanted!r} with the docstrings; rows have "
                 f"{', '.join(names)}. Name it: --options.{self.name}.docstring {likely}"
             )
 
-    def annotations(self) -> list[str]:
+    def annotation_files(self) -> list[str]:
         """All of its files."""
         return [file for _, file in self.files]
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Functions in the order of the files."""
         for split, file in self.files:
-            for number, row in json_lines(self.place, file):
+            for number, row in read_json_lines(self.source, file):
                 key = f"{file}:{number}"
-                if isinstance(row, Broken):
-                    yield bad(key_of(key), row.reason, file, number, row.rest)
+                if isinstance(row, BadRecord):
+                    yield error_row(make_key(key), row.reason, file, number, row.truncates_file)
                     continue
                 try:
                     yield self._row(split, key, row) | {"file": file, "row": number}
                 except ValueError as problem:
                     reason = str(problem)
                     if reason in _CHOSEN:
-                        yield Rejected(key_of(key), reason, file, number)
+                        yield RejectedRow(make_key(key), reason, file, number)
                     else:
-                        yield bad(key_of(key), reason, file, number)
+                        yield error_row(make_key(key), reason, file, number)
 
     def _row(self, split: str, key: str, row: Row) -> Row:
         options = self.options
@@ -122,13 +128,13 @@ class CodeSearchNet(PlacedCorpus):
             raise ValueError(f"no field {options.code}")
         if not isinstance(text, str):
             raise ValueError(f"no field {options.docstring}")
-        caption = summary(clean_text(text)) if text.strip() else ""
+        caption = first_paragraph(clean_text(text)) if text.strip() else ""
         if len(caption) < options.shortest:
             raise ValueError("a docstring that is too short")
         return {
             "split": split,
-            "key": key_of(key),
-            "group": group_of([caption]),
+            "key": make_key(key),
+            "group": hash_caption_group([caption]),
             "code": clean_text(source.replace("\r\n", "\n")),
             "label": None,
             "captions": [caption],
@@ -139,17 +145,17 @@ class CodeSearchNet(PlacedCorpus):
 _CHOSEN = ("of another language", "a docstring that is too short")
 
 
-def fields_of(place: Place) -> set[str]:
+def first_record_fields(place: SourceDirectory) -> set[str]:
     """The fields of a place's first line, if it has files in folders train, valid and test."""
     if place.is_file:
         return set()
     for _, file in _files(place):
-        for _, row in json_lines(place, file):
+        for _, row in read_json_lines(place, file):
             return set(row) if isinstance(row, dict) else set()
     return set()
 
 
-def _files(place: Place) -> Iterator[tuple[str, str]]:
+def _files(place: SourceDirectory) -> Iterator[tuple[str, str]]:
     """(Split, file), training first."""
     found: dict[str, list[str]] = {split: [] for split in PARTS.values()}
     for folder in place.folders(depth=5):

@@ -13,16 +13,16 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.config.bounds import Ranged, within
-from pipelines.corpora.base import shaped
-from pipelines.io.media import MEDIA, Unreadable, read_media
-from pipelines.shards.jpeg import Storage, encode, encoded_field, is_encoded
+from pipelines.corpora.base import tensor_field
+from pipelines.io.media import MEDIA, MediaReadError, read_media
+from pipelines.shards.jpeg import PixelStorage, encode_jpeg, jpeg_field, uses_jpeg
 from pipelines.transforms import code, image, sound, text, video
-from pipelines.transforms.decode_guard import read_each
+from pipelines.transforms.decode_guard import decode_each
 
 #: Frames a second: one every 10 ms.
 FRAME_RATE = sound.RATE // sound.HOP
 #: Pixels per side, and frames: beyond, a single row takes gigabytes.
-LARGEST = 4096
+MAX_SIDE = 4096
 
 
 @dataclass
@@ -98,9 +98,9 @@ class ImageOptions(Ranged):
         storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
     """
 
-    size: int = within(image.SIZE, 1, LARGEST)
+    size: int = within(image.SIZE, 1, MAX_SIDE)
     fit: Literal["crop", "pad"] = "crop"
-    storage: Storage = "auto"
+    storage: PixelStorage = "auto"
 
 
 @dataclass
@@ -113,9 +113,9 @@ class VideoOptions(Ranged):
         storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
     """
 
-    frames: int = within(video.FRAMES, 1, LARGEST)
-    video_size: int = within(video.SIZE, 1, LARGEST)
-    storage: Storage = "auto"
+    frames: int = within(video.FRAMES, 1, MAX_SIDE)
+    video_size: int = within(video.SIZE, 1, MAX_SIDE)
+    storage: PixelStorage = "auto"
 
 
 @dataclass
@@ -132,10 +132,10 @@ class CodeOptions(Ranged):
 
 
 #: Column of reasons; see ``Corpus.transform``.
-Finished = dict[str, pa.Array]
+ColumnArrays = dict[str, pa.Array]
 
 
-def raw_columns(modality: str) -> pa.Schema:
+def raw_columns_schema(modality: str) -> pa.Schema:
     """What ``rows`` yields, beside key, split and group: absent values are null or empty."""
     own = {"text": [("text", pa.string())], "code": [("code", pa.string())]}
     # A transcript, for sound; a docstring to take out, for code.
@@ -151,7 +151,7 @@ def raw_columns(modality: str) -> pa.Schema:
     )
 
 
-def finished_columns(modality: str, has: Sequence[str], options: Any) -> pa.Schema:
+def shard_columns(modality: str, has: Sequence[str], options: Any) -> pa.Schema:
     """Columns of the shards: what the modality's stem reads, and ``has`` of labels, captions,
     transcripts."""
     tokens = pa.list_(pa.int32())
@@ -174,25 +174,25 @@ def finished_columns(modality: str, has: Sequence[str], options: Any) -> pa.Sche
     return pa.schema(fields)
 
 
-def bytes_of_row(modality: str, options: Any) -> int:
+def estimate_row_bytes(modality: str, options: Any) -> int:
     """Roughly what a finished row takes: decides how many go into a shard."""
     if modality in ("image", "video"):
         shape = _picture(options) if modality == "image" else _clip(options)
         raw = int(np.prod(shape))
-        return raw // 6 if is_encoded(shape, options.storage) else raw
+        return raw // 6 if uses_jpeg(shape, options.storage) else raw
     return 5 * FRAME_RATE * sound.MELS * 4 if modality == "sound" else 1024
 
 
-def finish_text(block: pa.Table, tokenizer: Any, options: TextOptions) -> Finished:
+def build_text_columns(block: pa.Table, tokenizer: Any, options: TextOptions) -> ColumnArrays:
     """Texts, cut, and their tokens."""
     texts = [(t or "")[: options.max_characters] for t in block["text"].to_pylist()]
     return {
         "text": pa.array(texts, pa.string()),
-        "tokens": text.encode(tokenizer, texts, options.max_tokens),
+        "tokens": text.encode_texts(tokenizer, texts, options.max_tokens),
     }
 
 
-def finish_captions(block: pa.Table, tokenizer: Any, options: CaptionOptions) -> Finished:
+def build_caption_columns(block: pa.Table, tokenizer: Any, options: CaptionOptions) -> ColumnArrays:
     """Captions, each cut, and their tokens. All of a row's captions are kept."""
     longest = options.max_caption_characters
     captions = [[c[:longest] for c in row or ()] for row in block["captions"].to_pylist()]
@@ -200,25 +200,25 @@ def finish_captions(block: pa.Table, tokenizer: Any, options: CaptionOptions) ->
     return {"captions": pa.array(captions, pa.list_(pa.string())), "caption_tokens": tokens}
 
 
-def finish_code(block: pa.Table, tokenizer: Any, options: CodeOptions) -> Finished:
+def build_code_columns(block: pa.Table, tokenizer: Any, options: CodeOptions) -> ColumnArrays:
     """Functions without their docstrings: the query must not stand in what it shall find."""
 
     def read(source: str) -> str:
-        found = code.without_docstring(source)[: options.max_code_characters]
+        found = code.remove_docstring(source)[: options.max_code_characters]
         if not found.strip():
             raise ValueError("no code beside the docstring")
         return found
 
-    made = list(read_each(block["code"].to_pylist(), read))
+    made = list(decode_each(block["code"].to_pylist(), read))
     found = [source or "" for source, _ in made]
     return {
         "code": pa.array(found, pa.string()),
-        "tokens": text.encode(tokenizer, found, options.max_code_tokens),
+        "tokens": text.encode_texts(tokenizer, found, options.max_code_tokens),
         "rejected": pa.array([reason for _, reason in made], pa.string()),
     }
 
 
-def finish_sound(block: pa.Table, options: SoundOptions, max_bytes: int) -> Finished:
+def build_sound_columns(block: pa.Table, options: SoundOptions, max_bytes: int) -> ColumnArrays:
     """Log-mel frames of recordings."""
     longest = round(options.max_seconds * FRAME_RATE)
     transcripts = block["text"].to_pylist()
@@ -227,7 +227,7 @@ def finish_sound(block: pa.Table, options: SoundOptions, max_bytes: int) -> Fini
         wave = sound.decode_audio(data)
         if transcripts[row] is not None and wave.size > options.max_seconds * sound.RATE:
             raise ValueError(f"a recording longer than {options.max_seconds:g} s")
-        return sound.log_mel(wave, longest, options.trim)
+        return sound.compute_log_mel(wave, longest, options.trim)
 
     mels, rejected = [], []
     for mel, reason in _decoded(block, decode, max_bytes):
@@ -244,7 +244,7 @@ def finish_sound(block: pa.Table, options: SoundOptions, max_bytes: int) -> Fini
     }
 
 
-def finish_image(block: pa.Table, options: ImageOptions, max_bytes: int) -> Finished:
+def build_image_columns(block: pa.Table, options: ImageOptions, max_bytes: int) -> ColumnArrays:
     """Pixels of pictures."""
 
     def decode(data: bytes, row: int) -> np.ndarray:
@@ -253,11 +253,11 @@ def finish_image(block: pa.Table, options: ImageOptions, max_bytes: int) -> Fini
     return _stored(block, "pixels", _picture(options), options.storage, decode, max_bytes)
 
 
-def finish_video(block: pa.Table, options: VideoOptions, max_bytes: int) -> Finished:
+def build_video_columns(block: pa.Table, options: VideoOptions, max_bytes: int) -> ColumnArrays:
     """Frames of clips."""
 
     def decode(data: bytes, row: int) -> np.ndarray:
-        return video.load_clip(data, options.frames, options.video_size)
+        return video.load_video_frames(data, options.frames, options.video_size)
 
     return _stored(block, "frames", _clip(options), options.storage, decode, max_bytes)
 
@@ -270,10 +270,10 @@ def _clip(options: VideoOptions) -> tuple[int, ...]:
     return options.frames, options.video_size, options.video_size, 1
 
 
-def _pixels(name: str, shape: tuple[int, ...], storage: Storage) -> pa.Field:
-    if is_encoded(shape, storage):
-        return encoded_field(name, shape)
-    return shaped(name, pa.uint8(), shape)
+def _pixels(name: str, shape: tuple[int, ...], storage: PixelStorage) -> pa.Field:
+    if uses_jpeg(shape, storage):
+        return jpeg_field(name, shape)
+    return tensor_field(name, pa.uint8(), shape)
 
 
 #: A file's bytes, and the number of its row in the block.
@@ -285,15 +285,15 @@ def _stored(
     block: pa.Table,
     name: str,
     shape: tuple[int, ...],
-    storage: Storage,
+    storage: PixelStorage,
     decode: Decode,
     max_bytes: int,
-) -> Finished:
+) -> ColumnArrays:
     """A column of pixels, raw or encoded row by row, and why a row has none."""
     rejected: list[str | None] = []
-    if is_encoded(shape, storage):
+    if uses_jpeg(shape, storage):
         cells: list[bytes] = []
-        decoded = _decoded(block, lambda data, row: encode(decode(data, row)), max_bytes)
+        decoded = _decoded(block, lambda data, row: encode_jpeg(decode(data, row)), max_bytes)
         for value, reason in decoded:
             cells.append(value or b"")
             rejected.append(reason)
@@ -313,10 +313,10 @@ def _decoded(
 ) -> Iterator[tuple[Result | None, str | None]]:
     """(Result, None) or (None, reason) of each row; one file is in memory at a time."""
 
-    def read(found: tuple[int, bytes | Unreadable]) -> Result:
+    def read(found: tuple[int, bytes | MediaReadError]) -> Result:
         row, data = found
-        if isinstance(data, Unreadable):
+        if isinstance(data, MediaReadError):
             raise ValueError(data.reason)
         return decode(data, row)
 
-    yield from read_each(enumerate(read_media(block["media"], max_bytes)), read)
+    yield from decode_each(enumerate(read_media(block["media"], max_bytes)), read)

@@ -4,19 +4,19 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines.corpora.base import Row, draw
-from pipelines.corpora.formats.schema_sample import Glance, is_nothing
+from pipelines.corpora.base import Row, stable_hash
+from pipelines.corpora.formats.schema_sample import SchemaSample, is_empty_value
 from pipelines.corpora.readers.base import (
+    ExternalCorpus,
     MediaOptions,
-    NothingSaid,
-    PlacedCorpus,
-    characters_of,
+    NoAnnotationError,
     clean_captions,
     clean_text,
-    group_of,
-    half,
-    made_split,
+    hash_caption_group,
+    hash_split,
     media_row,
+    normalize_transcript,
+    val_or_test,
 )
 from pipelines.corpora.readers.columns import (
     CaptionOptions,
@@ -28,37 +28,39 @@ from pipelines.corpora.readers.columns import (
     VideoOptions,
 )
 from pipelines.io.media import MediaRef
-from pipelines.transforms.code import summary
+from pipelines.transforms.code import first_paragraph
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, nearest
 
 #: Endings of media files, and what they are.
-ENDINGS = {
+MEDIA_EXTENSIONS = {
     "sound": ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "amr", "aif",
               "aiff"),
     "image": ("jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "svg"),
     "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "3gp", "flv", "wmv"),
 }  # fmt: skip
-MODALITY_OF = {ending: modality for modality, each in ENDINGS.items() for ending in each}
-NOUNS = {"sound": "a recording", "image": "a picture", "video": "a clip"}
+MODALITY_OF_EXTENSION = {
+    ending: modality for modality, each in MEDIA_EXTENSIONS.items() for ending in each
+}
+MEDIA_NOUNS = {"sound": "a recording", "image": "a picture", "video": "a clip"}
 #: Usual names of fields, the likeliest first.
-CODE = ("code", "function", "func_code_string", "original_string")
-CAPTION = ("captions", "caption", "sentences", "docstring", "description", "text", "txt")
-TRANSCRIPT = ("transcription", "transcript", "sentence", "text", "txt")
-TEXT = ("text", "sentence", "txt", "content")
-LABEL = ("label", "labels", "cls", "class", "category", "intent")
+CODE_FIELDS = ("code", "function", "func_code_string", "original_string")
+CAPTION_FIELDS = ("captions", "caption", "sentences", "docstring", "description", "text", "txt")
+TRANSCRIPT_FIELDS = ("transcription", "transcript", "sentence", "text", "txt")
+TEXT_FIELDS = ("text", "sentence", "txt", "content")
+LABEL_FIELDS = ("label", "labels", "cls", "class", "category", "intent")
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
-ALL = frozenset(SPLIT_NAMES.values())
+ALL_SPLITS = frozenset(SPLIT_NAMES.values())
 #: Where the rows of a test go that says nothing of them: for prediction.
 UNLABELLED = "unlabelled"
 
 
 @dataclass
-class FieldedOptions(
+class RecordOptions(
     SplitOptions,
     TextOptions,
     CaptionOptions,
@@ -89,21 +91,21 @@ class FieldedOptions(
     task: Literal["labels", "captions", "transcripts"] | None = None
 
 
-class FieldedCorpus(PlacedCorpus):
+class RecordCorpus(ExternalCorpus):
     """Rows are mappings of fields, beside a media file or without one."""
 
-    Options = FieldedOptions
-    alike = True
+    Options = RecordOptions
+    captions_equivalent = True
     #: Splits that the corpus names.
-    given: frozenset[str] = frozenset()
-    field: str | None = None
-    label: str | None = None
+    named_splits: frozenset[str] = frozenset()
+    text_field: str | None = None
+    label_field: str | None = None
     #: Field that names the split of each row.
     split_field: str | None = None
     #: The test says nothing of its rows: it is none to evaluate by.
-    silent: bool = False
+    test_unlabelled: bool = False
 
-    def decide(
+    def infer_schema(
         self, fields: Iterable[str], ending: str | None, held: Collection[str] | None = None
     ) -> None:
         """Choose modality and fields by the rows' field names and the ending of their media files.
@@ -119,21 +121,25 @@ class FieldedCorpus(PlacedCorpus):
         """
         names, options = list(fields), self.options
         held = names if held is None else held
-        own = "code" if _first(held, CODE) and ending is None else "text"
-        self.modality = options.modality or (MODALITY_OF.get(ending, "") if ending else own)
+        own = "code" if _first(held, CODE_FIELDS) and ending is None else "text"
+        self.modality = options.modality or (
+            MODALITY_OF_EXTENSION.get(ending, "") if ending else own
+        )
         if not self.modality:
             raise UserError(
-                f"{self.place.uri}: cannot tell the modality of .{ending} files; give "
+                f"{self.source.uri}: cannot tell the modality of .{ending} files; give "
                 f"--options.{self.name}.modality"
             )
-        usual = {"text": TEXT, "sound": TRANSCRIPT}.get(self.modality, CAPTION)
-        self.field = _named(names, options.text, held, usual, f"options.{self.name}.text")
-        self.label = _named(names, options.label, held, LABEL, f"options.{self.name}.label")
+        usual = {"text": TEXT_FIELDS, "sound": TRANSCRIPT_FIELDS}.get(self.modality, CAPTION_FIELDS)
+        self.text_field = _named(names, options.text, held, usual, f"options.{self.name}.text")
+        self.label_field = _named(
+            names, options.label, held, LABEL_FIELDS, f"options.{self.name}.label"
+        )
         for key in ("split", "split_by"):
             _named(names, getattr(options, key), (), (), f"options.{self.name}.{key}")
         pair = "transcripts" if self.modality == "sound" else "captions"
-        found = [pair] * (self.modality != "text" and self.field is not None)
-        found += ["labels"] * (self.label is not None)
+        found = [pair] * (self.modality != "text" and self.text_field is not None)
+        found += ["labels"] * (self.label_field is not None)
         if options.task is not None:
             if options.task not in found:
                 raise UserError(
@@ -141,40 +147,43 @@ class FieldedCorpus(PlacedCorpus):
                     f"{', '.join(names) or 'no fields'}"
                 )
             found = [options.task]
-        if self.modality == "text" and self.field is None:
+        if self.modality == "text" and self.text_field is None:
             raise UserError(
-                f"{self.place.uri}: no field of texts among {', '.join(names) or 'none'}; give "
+                f"{self.source.uri}: no field of texts among {', '.join(names) or 'none'}; give "
                 f"--options.{self.name}.text"
             )
         if not found and held:
             console.warn(
-                f"{self.place.uri}: neither captions nor labels among the fields "
+                f"{self.source.uri}: neither captions nor labels among the fields "
                 f"{', '.join(held)}: rows are read without them, for pretraining. If a field holds "
                 "them, name it: "
                 f"--options.{self.name}.text FIELD, or --options.{self.name}.label FIELD"
             )
-        self.has = tuple(found)
+        self.annotations_present = tuple(found)
         self.split_field = options.split
 
-    def settle_test(self, glance: Glance) -> None:
+    def resolve_test_split(self, glance: SchemaSample) -> None:
         """Take a test whose rows have neither labels nor captions for none.
 
         Its labels are what a competition asks for. Rows to classify become the split
         ``unlabelled``; media without captions or transcripts are set aside. A test to evaluate by
         is made, as where none is given.
         """
-        asked = [self.label if what == "labels" else self.field for what in self.has]
-        if "test" not in self.given or not asked:
+        asked = [
+            self.label_field if what == "labels" else self.text_field
+            for what in self.annotations_present
+        ]
+        if "test" not in self.named_splits or not asked:
             return
-        if not any(glance.says("test", field) for field in asked if field is not None):
-            self.take_no_test()
+        if not any(glance.has_value("test", field) for field in asked if field is not None):
+            self.mark_test_unlabelled()
 
-    def take_no_test(self) -> None:
+    def mark_test_unlabelled(self) -> None:
         """The test says nothing of its rows."""
-        self.silent, self.given = True, self.given - {"test"}
-        self.bare = (UNLABELLED,) if self.has == ("labels",) else ()
+        self.test_unlabelled, self.named_splits = True, self.named_splits - {"test"}
+        self.unlabelled_splits = (UNLABELLED,) if self.annotations_present == ("labels",) else ()
 
-    def row(
+    def build_row(
         self,
         key: str,
         fields: Mapping[str, Any],
@@ -196,73 +205,73 @@ class FieldedCorpus(PlacedCorpus):
             ValueError: a field is missing or of no use; says which.
         """
         split = split or self._named_split(fields)
-        untold = self.silent and split == "test"
-        label = self._label(fields) if "labels" in self.has and not untold else None
-        home = UNLABELLED if untold else self.home_of(split, drawn_by or key, fields)
+        untold = self.test_unlabelled and split == "test"
+        label = self._label(fields) if "labels" in self.annotations_present and not untold else None
+        home = UNLABELLED if untold else self.assign_split(split, drawn_by or key, fields)
         if self.modality in ("text", "code"):
             return self._written(home, key, fields, label)
         if reference is None:
             raise ValueError("no media file")
         captions: list[str] = []
         text = None
-        said = _listed(fields.get(self.field or ""))
-        if "captions" in self.has:
+        said = _listed(fields.get(self.text_field or ""))
+        if "captions" in self.annotations_present:
             if untold or _is_empty(said):
-                raise NothingSaid(f"{NOUNS[self.modality]} without captions")
+                raise NoAnnotationError(f"{MEDIA_NOUNS[self.modality]} without captions")
             captions = clean_captions(said)
-        if "transcripts" in self.has:
+        if "transcripts" in self.annotations_present:
             if untold or _is_empty(said):
-                raise NothingSaid("a recording without a transcript")
-            text = characters_of(clean_text(said))
+                raise NoAnnotationError("a recording without a transcript")
+            text = normalize_transcript(clean_text(said))
         return media_row(home, key, reference, captions, text, label)
 
-    def home_of(self, split: str | None, key: str, fields: Mapping[str, Any]) -> str:
+    def assign_split(self, split: str | None, key: str, fields: Mapping[str, Any]) -> str:
         """The split of a row: as named; what the corpus lacks is made of the others."""
         options = self.options
         if options.split_by is not None:
             value = fields.get(options.split_by)
-            if value is None and (split is None or not self.given >= {"validation", "test"}):
+            if value is None and (split is None or not self.named_splits >= {"validation", "test"}):
                 raise ValueError(f"no field {options.split_by}, which splits are made by")
             key = str(value)
-        if split is None or self.given <= {"train"}:
-            return made_split(key, options)
-        if split == "validation" and "test" not in self.given:
-            return half(key)
-        if split == "train" and "validation" not in self.given:
-            share = draw("split", key) / 2**64
+        if split is None or self.named_splits <= {"train"}:
+            return hash_split(key, options)
+        if split == "validation" and "test" not in self.named_splits:
+            return val_or_test(key)
+        if split == "train" and "validation" not in self.named_splits:
+            share = stable_hash("split", key) / 2**64
             return "validation" if share < options.validation else "train"
         return split
 
     def _named_split(self, fields: Mapping[str, Any]) -> str | None:
         if self.split_field is None:
             return None
-        named = split_named(fields.get(self.split_field))
+        named = parse_split_name(fields.get(self.split_field))
         if named is None:
             raise ValueError("a split that is none of train, validation, test")
         return named
 
     def _label(self, fields: Mapping[str, Any]) -> str:
-        value = fields.get(self.label or "")
+        value = fields.get(self.label_field or "")
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
-        if is_nothing(value) or isinstance(value, list | dict):
+        if is_empty_value(value) or isinstance(value, list | dict):
             raise ValueError("no label")
         return clean_text(str(value))
 
     def _written(self, split: str, key: str, fields: Mapping[str, Any], label: str | None) -> Row:
         row: Row = {"split": split, "key": key, "group": -1, "label": label, "captions": []}
         if self.modality == "text":
-            return row | {"text": clean_text(fields.get(self.field or ""))}
-        name = _first(list(fields), CODE)
+            return row | {"text": clean_text(fields.get(self.text_field or ""))}
+        name = _first(list(fields), CODE_FIELDS)
         row["code"] = clean_text(fields.get(name or ""))
-        if "captions" in self.has:
-            said = _listed(fields.get(self.field or ""))
+        if "captions" in self.annotations_present:
+            said = _listed(fields.get(self.text_field or ""))
             empty = _is_empty(said) or split == UNLABELLED
-            captions = [] if empty else [summary(c) for c in clean_captions(said)]
+            captions = [] if empty else [first_paragraph(c) for c in clean_captions(said)]
             if _is_empty(captions):
-                raise NothingSaid("a function without a docstring")
+                raise NoAnnotationError("a function without a docstring")
             row["captions"] = clean_captions(captions)
-            row["group"] = group_of(row["captions"])
+            row["group"] = hash_caption_group(row["captions"])
         return row
 
 
@@ -279,12 +288,12 @@ def _is_empty(said: Any) -> bool:
     return all(text is None or (isinstance(text, str) and not text.strip()) for text in listed)
 
 
-def split_named(name: Any) -> str | None:
+def parse_split_name(name: Any) -> str | None:
     """``"Val" -> "validation"``; none if it names no split."""
     return SPLIT_NAMES.get(str(name).strip().lower())
 
 
-def split_begun(name: str) -> str | None:
+def parse_split_prefix(name: str) -> str | None:
     """``"train-00000.tar" -> "train"``: the split that a name begins with."""
     lower = name.lower()
     for known, split in SPLIT_NAMES.items():
@@ -311,6 +320,6 @@ def _named(
     return wanted or _first(held, usual)
 
 
-def ending_of(name: str) -> str:
+def file_extension(name: str) -> str:
     """``"a/b.JPG" -> "jpg"``."""
     return name.rpartition("/")[2].rpartition(".")[2].lower()

@@ -16,30 +16,40 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.formats.packed import lacking
-from pipelines.corpora.formats.record_reader import LONGEST_ENTRY, Broken
-from pipelines.corpora.formats.schema_sample import LOOKED_AT, Glance
-from pipelines.corpora.readers.arrow_media import mapped, misfit, rows_with_media, streamed
-from pipelines.corpora.readers.base import aside, bad, key_of
-from pipelines.corpora.readers.fields import ALL, FieldedCorpus, split_begun, split_named
-from pipelines.io.directory import Place
-from pipelines.io.source_file import failing
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.record_reader import MAX_ENTRY_CHARS, BadRecord
+from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
+from pipelines.corpora.readers.arrow_media import (
+    iter_mapped_batches,
+    iter_media_rows,
+    iter_streamed_batches,
+    media_column_error,
+)
+from pipelines.corpora.readers.base import error_row, make_key, rejected_row
+from pipelines.corpora.readers.fields import (
+    ALL_SPLITS,
+    RecordCorpus,
+    parse_split_name,
+    parse_split_prefix,
+)
+from pipelines.io.directory import SourceDirectory
+from pipelines.io.source_file import make_read_error
 from skillnet_platform.errors import UserError, first_line
 
 #: Features of the library that hold media.
 MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
-DAMAGED = Broken("an Arrow file that is cut short or damaged", rest=True)
+DAMAGED = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)
 
 
-class HfDataset(FieldedCorpus):
+class HfDatasetCorpus(RecordCorpus):
     """Rows of a saved dataset."""
 
     name = "hf_dataset"
     version = 3  # a test without labels is for prediction; a field for splits is heeded
 
     @classmethod
-    def guess(cls, place: Place) -> str | None:
+    def detect(cls, place: SourceDirectory) -> str | None:
         """The files that ``save_to_disk`` writes."""
         if place.is_file:
             return None
@@ -48,19 +58,21 @@ class HfDataset(FieldedCorpus):
                 return f"{name} is written by save_to_disk"
         return None
 
-    def locate(self) -> None:
+    def discover(self) -> None:
         """Find its splits; see what its features are."""
-        self.home = Place(self.options.media) if self.options.media else self.place
-        self.folders = _splits(self.place)
+        self.media_source = (
+            SourceDirectory(self.options.media) if self.options.media else self.source
+        )
+        self.folders = _splits(self.source)
         if not self.folders:
-            raise lacking(
-                self.place,
+            raise missing_format_error(
+                self.source,
                 "neither dataset_dict.json nor state.json in it; it is made by save_to_disk",
             )
-        self.given = frozenset(split for split, _ in self.folders if split)
-        if self.options.split is not None and not self.given:
-            self.given = ALL
-        features = _features(self.place, self.folders[0][1])
+        self.named_splits = frozenset(split for split, _ in self.folders if split)
+        if self.options.split is not None and not self.named_splits:
+            self.named_splits = ALL_SPLITS
+        features = _features(self.source, self.folders[0][1])
         types = {n: a.get("_type") for n, a in features.items() if isinstance(a, dict)}
         kinds = {
             name: MEDIA_FEATURES[kind]
@@ -71,73 +83,75 @@ class HfDataset(FieldedCorpus):
         fields = [name for name in features if name != self.media_field]
         if self.media_field is not None and self.options.modality is None:
             self.options.modality = kinds[self.media_field]
-        self.decide(fields, "" if self.media_field is not None else None)
-        named = features.get(self.label or "", {})
-        if "labels" in self.has and isinstance(named, dict) and named.get("names"):
+        self.infer_schema(fields, "" if self.media_field is not None else None)
+        named = features.get(self.label_field or "", {})
+        if "labels" in self.annotations_present and isinstance(named, dict) and named.get("names"):
             self.labels = tuple(named["names"])
-        if "test" in self.given and self.options.split is None:
-            self.settle_test(self._look())
+        if "test" in self.named_splits and self.options.split is None:
+            self.resolve_test_split(self._look())
 
-    def _look(self) -> Glance:
+    def _look(self) -> SchemaSample:
         """At the first rows of the test: its labels may all be -1, for none. Of the training rows'
         it is known what they are, unless they have no names."""
-        glance = Glance()
+        glance = SchemaSample()
         looked_at = {"test"} if self.labels else {"test", "train"}
-        for split, folder in self.folders if self.has else ():
-            for file in _files(self.place, folder)[:1] if split in looked_at else ():
+        for split, folder in self.folders if self.annotations_present else ():
+            for file in _files(self.source, folder)[:1] if split in looked_at else ():
                 found = (row for row in self._records(file) if isinstance(row, dict))
-                for record in islice(found, LOOKED_AT):
+                for record in islice(found, SAMPLE_ROWS):
                     glance.add(split, record)
         return glance
 
-    def files_of_rows(self) -> int:
+    def num_source_files(self) -> int:
         """The Arrow files."""
-        return sum(len(_files(self.place, folder)) for _, folder in self.folders) or 1
+        return sum(len(_files(self.source, folder)) for _, folder in self.folders) or 1
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Rows in the order of splits and files."""
         for split, folder in self.folders:
-            for file in _files(self.place, folder):
+            for file in _files(self.source, folder):
                 for number, record in enumerate(self._records(file), start=1):
-                    key = key_of(f"{file}:{number}")
-                    if isinstance(record, Broken):
-                        yield bad(key, record.reason, file, number, record.rest)
+                    key = make_key(f"{file}:{number}")
+                    if isinstance(record, BadRecord):
+                        yield error_row(key, record.reason, file, number, record.truncates_file)
                         continue
                     try:
                         media = record.pop(self.media_field) if self.media_field else None
-                        row = self.row(key, self._named(record), media, split)
+                        row = self.build_row(key, self._named(record), media, split)
                     except ValueError as problem:
-                        yield aside(key, problem, file, number)
+                        yield rejected_row(key, problem, file, number)
                         continue
                     yield row | {"file": file, "row": number}
 
-    def _records(self, file: str) -> Iterator[dict[str, Any] | Broken]:
+    def _records(self, file: str) -> Iterator[dict[str, Any] | BadRecord]:
         """Rows of a file; the media field holds a reference."""
-        path = self.place.path(file)
+        path = self.source.path(file)
         try:
-            for batch, body in (streamed if self.place.remote else mapped)(path):
-                if why := misfit(batch.schema, self.media_field):
-                    yield Broken(why, rest=True)
+            for batch, body in (
+                iter_streamed_batches if self.source.remote else iter_mapped_batches
+            )(path):
+                if why := media_column_error(batch.schema, self.media_field):
+                    yield BadRecord(why, truncates_file=True)
                     return
-                yield from rows_with_media(batch, self.media_field, path, body, self.home)
+                yield from iter_media_rows(batch, self.media_field, path, body, self.media_source)
         except FileNotFoundError:
-            yield Broken("the Arrow file is missing", rest=True)
+            yield BadRecord("the Arrow file is missing", truncates_file=True)
         except OSError as problem:
             if problem.errno is not None:
-                raise failing(path, problem) from None
+                raise make_read_error(path, problem) from None
             yield DAMAGED
         except (pa.ArrowException, UnicodeDecodeError):  # names of columns may be no UTF-8
             yield DAMAGED
 
     def _named(self, record: dict[str, Any]) -> dict[str, Any]:
         """Class numbers by their names."""
-        value = record.get(self.label or "")
+        value = record.get(self.label_field or "")
         if self.labels and isinstance(value, int) and 0 <= value < len(self.labels):
-            record[self.label or ""] = self.labels[value]
+            record[self.label_field or ""] = self.labels[value]
         return record
 
 
-def _splits(place: Place) -> list[tuple[str | None, str]]:
+def _splits(place: SourceDirectory) -> list[tuple[str | None, str]]:
     """(Split, folder with a slash behind it or "")."""
     if place.is_file:
         return []
@@ -149,13 +163,13 @@ def _splits(place: Place) -> list[tuple[str | None, str]]:
     _check(_are_texts(names), place, "dataset_dict.json", "splits are no list of names")
     for name in names:
         _inside(place, "dataset_dict.json", name)
-    found = [(split_named(name), name) for name in names]
+    found = [(parse_split_name(name), name) for name in names]
     if not any(split == "train" for split, _ in found):  # "train.clean.100"
-        found = [(split_begun(name), name) for _, name in found]
+        found = [(parse_split_prefix(name), name) for _, name in found]
     return [(split or name, f"{name}/") for split, name in found]
 
 
-def _files(place: Place, folder: str) -> list[str]:
+def _files(place: SourceDirectory, folder: str) -> list[str]:
     told = f"{folder}state.json"
     listed = _json(place, told).get("_data_files")
     right = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
@@ -166,7 +180,7 @@ def _files(place: Place, folder: str) -> list[str]:
     return [f"{folder}{name}" for name in names]
 
 
-def _features(place: Place, folder: str) -> dict[str, Any]:
+def _features(place: SourceDirectory, folder: str) -> dict[str, Any]:
     """Column -> what the library says of it."""
     told = f"{folder}dataset_info.json"
     features = _json(place, told).get("features") or {}
@@ -181,23 +195,23 @@ def _are_texts(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _check(right: bool, place: Place, file: str, wrong: str) -> None:
+def _check(right: bool, place: SourceDirectory, file: str, wrong: str) -> None:
     if not right:
         raise UserError(f"{place.path(file)}: {wrong}; save_to_disk does not write this")
 
 
-def _inside(place: Place, file: str, name: str) -> None:
+def _inside(place: SourceDirectory, file: str, name: str) -> None:
     try:
         place.path(name)
     except ValueError as problem:
         raise UserError(f"{place.path(file)}: names {name!r}, {problem}") from None
 
 
-def _json(place: Place, file: str) -> dict[str, Any]:
+def _json(place: SourceDirectory, file: str) -> dict[str, Any]:
     with place.open(file) as stream:
-        data = stream.read(LONGEST_ENTRY + 1)
+        data = stream.read(MAX_ENTRY_CHARS + 1)
     try:
-        value: Any = json.loads(data.decode("utf-8")) if len(data) <= LONGEST_ENTRY else None
+        value: Any = json.loads(data.decode("utf-8")) if len(data) <= MAX_ENTRY_CHARS else None
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{place.path(file)}: not JSON ({first_line(problem)})") from None
     _check(isinstance(value, dict), place, file, "no JSON object")

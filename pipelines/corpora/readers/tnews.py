@@ -13,13 +13,13 @@ has labels, splits are as given.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.corpora.base import Rejected, Row, Sources, draw
-from pipelines.corpora.formats.packed import lacking
-from pipelines.corpora.formats.record_reader import Broken, Found, records
-from pipelines.corpora.readers.base import PlacedCorpus, bad, clean_text
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives, stable_hash
+from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.record_reader import BadRecord, NumberedRecord, read_records
+from pipelines.corpora.readers.base import ExternalCorpus, clean_text, error_row
 from pipelines.corpora.readers.columns import TextOptions
-from pipelines.io.directory import Place
-from pipelines.transforms.text import with_keywords
+from pipelines.io.directory import SourceDirectory
+from pipelines.transforms.text import append_keywords
 
 #: Code -> description, as CLUE's ``labels.json`` has them.
 LABELS = {
@@ -61,62 +61,62 @@ class TnewsOptions(TextOptions):
             raise ValueError(f"validation must be in [0, 1), got {self.validation}")
 
 
-class Tnews(PlacedCorpus):
+class TnewsCorpus(ExternalCorpus):
     """Headlines, each with its class."""
 
     name = "tnews"
     modality = "text"
     Options = TnewsOptions
-    has = ("labels",)
+    annotations_present = ("labels",)
     version = 2  # keys without the folder
-    bare = ("unlabelled",)
+    unlabelled_splits = ("unlabelled",)
     labels = tuple(f"{code} {description}" for code, description in LABELS.items())
 
     @classmethod
-    def guess(cls, place: Place) -> str | None:
+    def detect(cls, place: SourceDirectory) -> str | None:
         """Lines with a sentence and a label of CLUE's."""
         for _, file in _files(place):
-            for _, row in records(place, file):
+            for _, row in read_records(place, file):
                 if isinstance(row, dict) and "sentence" in row and _code(row) in LABELS:
                     return f"{file} has sentences with labels of TNEWS"
                 break
         return None
 
-    def locate(self) -> None:
+    def discover(self) -> None:
         """Find the three files; a test is not needed."""
-        self.files = dict(_files(self.place))
+        self.files = dict(_files(self.source))
         if "train" not in self.files:
-            raise lacking(
-                self.place,
+            raise missing_format_error(
+                self.source,
                 "no train.json in it; TNEWS is a folder with train.json, dev.json and test.json",
             )
         self.labelled_test = "test" in self.files and any(
             isinstance(row, dict) and _code(row) is not None
-            for _, row in _first(records(self.place, self.files["test"]))
+            for _, row in _first(read_records(self.source, self.files["test"]))
         )
 
-    def annotations(self) -> list[str]:
+    def annotation_files(self) -> list[str]:
         """The three files."""
         return list(self.files.values())
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Lines in the order of the files."""
         for part, file in self.files.items():
-            for number, row in records(self.place, file):
+            for number, row in read_records(self.source, file):
                 # Not of the folder or the ending: the split that is made must not hang on those.
                 key = f"{part}.json:{number}"
-                if isinstance(row, Broken):
-                    yield bad(key, row.reason, file, number, row.rest)
+                if isinstance(row, BadRecord):
+                    yield error_row(key, row.reason, file, number, row.truncates_file)
                     continue
                 try:
                     yield self._row(part, key, row) | {"file": file, "row": number}
                 except ValueError as problem:
-                    yield bad(key, str(problem), file, number)
+                    yield error_row(key, str(problem), file, number)
 
     def _row(self, part: str, key: str, row: Row) -> Row:
         text = clean_text(row.get("sentence"))
         if self.options.keywords:
-            text = with_keywords(text, row.get("keywords"))
+            text = append_keywords(text, row.get("keywords"))
         split, code = self._split(part, key), _code(row)
         if split != "unlabelled":
             if code is None:
@@ -136,12 +136,12 @@ class Tnews(PlacedCorpus):
         if self.labelled_test:
             return FILES[part]
         if part == "train":
-            held_out = draw("tnews", key) / 2**64 < self.options.validation
+            held_out = stable_hash("tnews", key) / 2**64 < self.options.validation
             return "validation" if held_out else "train"
         return "test" if part == "dev" else "unlabelled"
 
 
-def _files(place: Place) -> list[tuple[str, str]]:
+def _files(place: SourceDirectory) -> list[tuple[str, str]]:
     """(Part, file) of the parts that are there; in ``tnews_public`` or ``tnews`` below, too."""
     if place.is_file:
         return []
@@ -160,5 +160,5 @@ def _code(row: Row) -> str | None:
     return None if label is None or label == "" else str(label).strip()
 
 
-def _first(rows: Iterator[Found]) -> list[Found]:
+def _first(rows: Iterator[NumberedRecord]) -> list[NumberedRecord]:
     return [row for row, _ in zip(rows, range(1), strict=False)]

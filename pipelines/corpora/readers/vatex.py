@@ -15,26 +15,26 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from pipelines.corpora.base import Rejected, Row, Sources
-from pipelines.corpora.formats.packed import lacking
-from pipelines.corpora.formats.record_reader import Broken, entries
+from pipelines.corpora.base import RejectedRow, Row, SourceArchives
+from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.record_reader import BadRecord, read_json_entries
 from pipelines.corpora.readers.base import (
     CaptionedCorpus,
     MediaOptions,
-    bad,
     clean_captions,
-    half,
-    key_of,
+    error_row,
+    make_key,
     media_row,
+    val_or_test,
 )
 from pipelines.corpora.readers.columns import CaptionOptions, VideoOptions
-from pipelines.corpora.readers.fields import ENDINGS, ending_of
-from pipelines.io.directory import Place
+from pipelines.corpora.readers.fields import MEDIA_EXTENSIONS, file_extension
+from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef
 from skillnet_platform.errors import UserError
 
 #: So many clips are looked at for captions.
-LOOKED_AT = 100
+SAMPLE_VIDEOS = 100
 FIELDS = {"chinese": ("chCap",), "english": ("enCap",), "both": ("chCap", "enCap")}
 
 
@@ -49,7 +49,7 @@ class VatexOptions(CaptionOptions, VideoOptions, MediaOptions):
     captions: Literal["chinese", "english", "both"] = "chinese"
 
 
-class Vatex(CaptionedCorpus):
+class VatexCorpus(CaptionedCorpus):
     """Clips, each with all of its captions."""
 
     name = "vatex"
@@ -58,24 +58,26 @@ class Vatex(CaptionedCorpus):
     version = 2  # "both" needs a test with both
 
     @classmethod
-    def guess(cls, place: Place) -> str | None:
+    def detect(cls, place: SourceDirectory) -> str | None:
         """A file of annotations."""
         found = list(_annotations(place))
         return f"{found[0][1]} is an annotation file of VATEX" if found else None
 
-    def locate(self) -> None:
+    def discover(self) -> None:
         """Find the files of annotations."""
-        files = list(_annotations(self.place))
+        files = list(_annotations(self.source))
         if not files:
-            raise lacking(
-                self.place,
+            raise missing_format_error(
+                self.source,
                 "no vatex_training_v1.0.json in it or up to three folders below; VATEX is such "
                 "files and clips named by videoID",
             )
         for _, file in sorted(each for each in files if each[0] != "test")[:1]:
             self._look(file)
         # The public test is of use only if it holds all the captions that are asked for.
-        self.take([(s, file) for s, file in files if s != "test" or self._captioned(file)])
+        self.set_annotation_files(
+            [(s, file) for s, file in files if s != "test" or self._captioned(file)]
+        )
 
     def _look(self, file: str) -> None:
         """At the first clips: whether they have captions of the language that is asked for.
@@ -83,7 +85,9 @@ class Vatex(CaptionedCorpus):
         Raises:
             UserError: they have those of the other alone.
         """
-        first = [record for _, _, record in islice(entries(self.place, file), LOOKED_AT)]
+        first = [
+            record for _, _, record in islice(read_json_entries(self.source, file), SAMPLE_VIDEOS)
+        ]
         there = [
             language
             for language in ("chinese", "english")
@@ -91,29 +95,29 @@ class Vatex(CaptionedCorpus):
         ]
         if there and self.options.captions not in (*there, "both"):
             raise UserError(
-                f"{self.place.path(file)}: its captions are {there[0]} alone; to take them, give "
+                f"{self.source.path(file)}: its captions are {there[0]} alone; to take them, give "
                 f"--options.{self.name}.captions {there[0]}"
             )
 
-    def rows(self, sources: Sources) -> Iterator[Row | Rejected]:
+    def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Clips in the order of the annotations, then those that nobody describes."""
         clips = self._clips()
         told: set[str] = set()
         for split, file in self.files:
-            for number, name, record in entries(self.place, file):
-                key = key_of(f"{file}:{number}")
-                if isinstance(record, Broken):
-                    yield bad(key, record.reason, file, number, record.rest)
+            for number, name, record in read_json_entries(self.source, file):
+                key = make_key(f"{file}:{number}")
+                if isinstance(record, BadRecord):
+                    yield error_row(key, record.reason, file, number, record.truncates_file)
                     continue
                 try:
                     row = self._row(split, name, record, clips, told)
                 except ValueError as problem:
-                    yield bad(key, str(problem), file, number)
+                    yield error_row(key, str(problem), file, number)
                     continue
                 yield row | {"file": file, "row": number}
         for name, path in clips.items():
             if name not in told:
-                yield Rejected(key_of(path), "a clip without captions", path)
+                yield RejectedRow(make_key(path), "a clip without captions", path)
 
     def _row(
         self, split: str, key: str | None, record: Any, clips: dict[str, str], told: set[str]
@@ -132,21 +136,23 @@ class Vatex(CaptionedCorpus):
         )
         if clip is None:
             raise ValueError("captions without a clip")
-        if split == "validation" and self.halved:
-            split = half(youtube)
-        return media_row(split, key_of(name), MediaRef(self.home.path(clips[clip])), captions)
+        if split == "validation" and self.lacks_test:
+            split = val_or_test(youtube)
+        return media_row(
+            split, make_key(name), MediaRef(self.media_source.path(clips[clip])), captions
+        )
 
     def _clips(self) -> dict[str, str]:
         """Name without its ending -> path, of every clip below the folder."""
         found: dict[str, str] = {}
-        for entry in self.home.walk():
-            if ending_of(entry.name) in ENDINGS["video"]:
+        for entry in self.media_source.walk():
+            if file_extension(entry.name) in MEDIA_EXTENSIONS["video"]:
                 name = entry.name.rpartition("/")[2].rpartition(".")[0]
                 found.setdefault(name, entry.name)
         return found
 
     def _captioned(self, file: str) -> bool:
-        for _, _, record in entries(self.place, file):
+        for _, _, record in read_json_entries(self.source, file):
             if isinstance(record, dict):
                 return all(record.get(key) for key in FIELDS[self.options.captions])
         return False
@@ -163,7 +169,7 @@ def youtube_id(name: str) -> str:
     return parts[0] if len(parts) == 3 and all(p.isdigit() for p in parts[1:]) else name
 
 
-def _annotations(place: Place) -> Iterator[tuple[str, str]]:
+def _annotations(place: SourceDirectory) -> Iterator[tuple[str, str]]:
     """(Split, file) of every file of annotations: training first."""
     if place.is_file:
         return

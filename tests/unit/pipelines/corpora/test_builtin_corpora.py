@@ -9,7 +9,13 @@ import pytest
 from pipelines.corpora import BUILT_IN, find_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives, stable_hash
 from pipelines.corpora.builtin import drawings, functions, headings, strokes
-from pipelines.corpora.builtin.syllables import SYMBOLS, WEB_PAGE, Syllables, spell, symbols
+from pipelines.corpora.builtin.syllables import (
+    SYMBOLS,
+    WEB_PAGE,
+    SyllablesCorpus,
+    encode_symbols,
+    split_pinyin,
+)
 from tests.helpers.archive_files import tarred, zipped
 
 NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not Found</html>'
@@ -71,7 +77,7 @@ def tree() -> dict[str, dict]:  # type: ignore[type-arg]
 
 
 def test_headings_of_one_subtree_stay_together_and_traps_are_set_aside(tmp_path: Path) -> None:
-    corpus = headings.Headings()
+    corpus = headings.HeadingsCorpus()
     put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
     words = {"一定": "1.必然，如一定要去。", "二": " "}
     put(
@@ -109,7 +115,7 @@ def test_headings_of_one_subtree_stay_together_and_traps_are_set_aside(tmp_path:
 
 def test_a_class_is_capped(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(headings, "LARGEST_CLASS", 20)
-    corpus = headings.Headings()
+    corpus = headings.HeadingsCorpus()
     put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
     put(tmp_path, "cnchar", tarred({"package/explanation/一.json": b"{}"}), corpus)
     rows, _ = read(corpus, tmp_path)
@@ -121,21 +127,21 @@ def test_a_class_is_capped(tmp_path: Path, monkeypatch) -> None:  # type: ignore
 
 def test_sixty_one_symbols_spell_standard_mandarin() -> None:
     assert len(SYMBOLS) == len(set(SYMBOLS)) == 61
-    assert spell("zhuang1") == ["zh", "uang", "1"]
-    assert spell("er4") == ["er", "4"]
-    assert spell("yuan2") == ["üan", "2"]
-    assert spell("jun1") == ["j", "ün", "1"]
-    assert spell("you3") == ["iou", "3"]
-    assert spell("liu2") == ["l", "iou", "2"]
-    assert spell("weng1") == ["ueng", "1"]
-    assert spell("wei4") == ["uei", "4"]
-    assert spell("hun2") == ["h", "uen", "2"]
-    assert spell("lüe4") == ["l", "üe", "4"]
-    assert spell("yi1") == ["i", "1"]
-    assert all(1 <= number <= 61 for number in symbols("shuang3"))
+    assert split_pinyin("zhuang1") == ["zh", "uang", "1"]
+    assert split_pinyin("er4") == ["er", "4"]
+    assert split_pinyin("yuan2") == ["üan", "2"]
+    assert split_pinyin("jun1") == ["j", "ün", "1"]
+    assert split_pinyin("you3") == ["iou", "3"]
+    assert split_pinyin("liu2") == ["l", "iou", "2"]
+    assert split_pinyin("weng1") == ["ueng", "1"]
+    assert split_pinyin("wei4") == ["uei", "4"]
+    assert split_pinyin("hun2") == ["h", "uen", "2"]
+    assert split_pinyin("lüe4") == ["l", "üe", "4"]
+    assert split_pinyin("yi1") == ["i", "1"]
+    assert all(1 <= number <= 61 for number in encode_symbols("shuang3"))
     for wrong in ("ma5", "ma", "quxu1", "ng2", "123"):
         with pytest.raises(ValueError, match=wrong):
-            symbols(wrong)
+            encode_symbols(wrong)
 
 
 def test_error_pages_are_found_by_content_and_a_tone_is_held_out(tmp_path: Path) -> None:
@@ -145,8 +151,8 @@ def test_error_pages_are_found_by_content_and_a_tone_is_held_out(tmp_path: Path)
     files["package/voice/ao4.mp3"] = NOT_FOUND
     files["package/voice/an3.mp3"] = NOT_FOUND
     files["package/voice/quxu1.mp3"] = b"\xff\xfb8?"
-    put(tmp_path, "cnchar", tarred(files), Syllables())
-    rows, rejected = read(Syllables(), tmp_path)
+    put(tmp_path, "cnchar", tarred(files), SyllablesCorpus())
+    rows, rejected = read(SyllablesCorpus(), tmp_path)
     assert rejected["ao4.mp3"] == rejected["an3.mp3"] == WEB_PAGE
     assert "copy" in rejected["lv2.mp3"]
     assert "squeezed" in rejected["ma5.mp3"]
@@ -162,16 +168,22 @@ def test_error_pages_are_found_by_content_and_a_tone_is_held_out(tmp_path: Path)
 
 
 def test_variants_of_a_concept_are_one_family() -> None:
-    runner = drawings.family("1f3c3")
+    runner = drawings.concept_family("1f3c3")
     for variant in ("1f3c3-200d-2640", "1f3c3-1f3fd-200d-2642", "1f3c3-200d-27a1"):
-        assert drawings.family(variant) == runner
-    assert drawings.family("1f468-200d-1f373") == drawings.family("1f469-200d-1f373")
-    assert drawings.family("1f468-200d-1f466") == drawings.family("1f469-200d-1f467-200d-1f467")
+        assert drawings.concept_family(variant) == runner
+    assert drawings.concept_family("1f468-200d-1f373") == drawings.concept_family(
+        "1f469-200d-1f373"
+    )
+    assert drawings.concept_family("1f468-200d-1f466") == drawings.concept_family(
+        "1f469-200d-1f467-200d-1f467"
+    )
     for couple in ("1f491", "1f48f", "1f46a", "1f46b"):  # one code point for what others spell out
-        assert drawings.family(couple) == drawings.family("1f469-200d-2764-200d-1f468")
-    assert drawings.family("1f1e8-1f1f3") == drawings.family("1f1fa-1f1f8")
-    assert drawings.family("1f34e") != drawings.family("1f34f")
-    assert drawings.family("27a1") == "27a1"
+        assert drawings.concept_family(couple) == drawings.concept_family(
+            "1f469-200d-2764-200d-1f468"
+        )
+    assert drawings.concept_family("1f1e8-1f1f3") == drawings.concept_family("1f1fa-1f1f8")
+    assert drawings.concept_family("1f34e") != drawings.concept_family("1f34f")
+    assert drawings.concept_family("27a1") == "27a1"
     assert drawings.is_flag("1f3f4-e0067-e0062-e0065-e006e-e0067-e007f")
     assert not drawings.is_flag("1f3f4-200d-2620")
 
@@ -189,7 +201,7 @@ def test_drawings_are_split_by_family_and_artist(monkeypatch) -> None:  # type: 
     assert sizes["test_unseen_concept"] == 2 * 20
     homes = defaultdict(set)
     for (code, artist), home in split.items():
-        homes[drawings.family(code), artist].add(home)
+        homes[drawings.concept_family(code), artist].add(home)
         if home in ("test", "validation"):
             assert artist == "openmoji"
             assert split[code, "twemoji"] == "train"
@@ -204,7 +216,7 @@ def test_drawings_are_split_by_family_and_artist(monkeypatch) -> None:  # type: 
 
 
 def test_stroke_names_come_from_the_script_and_groups_share_a_split(tmp_path: Path) -> None:
-    corpus = strokes.Strokes()
+    corpus = strokes.StrokesCorpus()
     names = {"j": {"name": "横"}, "f": {"name": "竖"}, "d": {"name": "点2"}, "w": {"name": "甲|乙"}}
     script = "x=JSON.parse('{}');y=JSON.parse('{}')".replace("{}", "%s") % tuple(
         json.dumps(t, ensure_ascii=False)
@@ -259,7 +271,7 @@ def test_functions_are_split_by_module_and_twins_are_set_aside(tmp_path: Path, m
     monkeypatch.setattr(functions, "_standard_library", lambda: (tmp_path, []))
     monkeypatch.setattr(functions, "TEST", 8)
     monkeypatch.setattr(functions, "VALIDATION", 4)
-    corpus = functions.Functions()
+    corpus = functions.FunctionsCorpus()
     for archive in corpus.archives:
         put(tmp_path, archive.file, zipped({}), corpus)
     files = {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.corpora import BUILT_IN, FURTHER, find_corpus
+from pipelines.corpora import BUILT_IN, EXTRA_BUILT_IN, find_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.builtin import strokes
-from pipelines.corpora.builtin.stroke_counts import LABELS, StrokeCounts, label_of
-from pipelines.corpora.builtin.strokes import Strokes
-from pipelines.preprocessing.blocks import to_table
+from pipelines.corpora.builtin.stroke_counts import LABELS, StrokeCountsCorpus, stroke_count_class
+from pipelines.corpora.builtin.strokes import StrokesCorpus
+from pipelines.preprocessing.blocks import rows_to_table
 from pipelines.preprocessing.transform_task import transform_block
 from tests.helpers.archive_files import tarred
 
@@ -35,28 +35,30 @@ def archives(folder: Path) -> SourceArchives:
         "cnchar-data": tarred(files),
     }
     for start, data in content.items():
-        (name,) = [a.file for a in StrokeCounts.archives if a.file.startswith(start)]
+        (name,) = [a.file for a in StrokeCountsCorpus.archives if a.file.startswith(start)]
         (folder / name).write_bytes(data)
-    return SourceArchives(folder, StrokeCounts.archives)
+    return SourceArchives(folder, StrokeCountsCorpus.archives)
 
 
 def test_it_is_known_by_name_but_not_among_the_built_in() -> None:
-    assert isinstance(find_corpus("stroke_counts"), StrokeCounts)
-    assert not FURTHER.keys() & BUILT_IN.keys()
+    assert isinstance(find_corpus("stroke_counts"), StrokeCountsCorpus)
+    assert not EXTRA_BUILT_IN.keys() & BUILT_IN.keys()
 
 
 def test_classes_are_counts_with_open_ends() -> None:
-    assert [label_of(n) for n in (1, 3, 4, 18, 19, 30)] == [0, 0, 1, 15, 16, 16]
+    assert [stroke_count_class(n) for n in (1, 3, 4, 18, 19, 30)] == [0, 0, 1, 15, 16, 16]
     assert len(LABELS) == 17
-    assert LABELS[label_of(7)] == "7 strokes"
+    assert LABELS[stroke_count_class(7)] == "7 strokes"
 
 
 def test_rows_and_splits_are_those_of_strokes(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(strokes, "TEST", 1)
     monkeypatch.setattr(strokes, "VALIDATION", 1)
     sources = archives(tmp_path)
-    clips = {row["key"]: row for row in Strokes().rows(sources) if not isinstance(row, RejectedRow)}
-    found = list(StrokeCounts().rows(sources))
+    clips = {
+        row["key"]: row for row in StrokesCorpus().rows(sources) if not isinstance(row, RejectedRow)
+    }
+    found = list(StrokeCountsCorpus().rows(sources))
     counted = {row["key"]: row for row in found if not isinstance(row, RejectedRow)}
     assert {key: row["label"] for key, row in counted.items()} == {
         "一": 0, "十": 0, "三": 0, "田": 2
@@ -71,11 +73,11 @@ def test_rows_and_splits_are_those_of_strokes(tmp_path: Path, monkeypatch) -> No
 
 
 def test_clips_are_those_of_strokes_to_the_byte(tmp_path: Path) -> None:
-    corpus = StrokeCounts()
+    corpus = StrokeCountsCorpus()
     rows = [r for r in corpus.rows(archives(tmp_path)) if not isinstance(r, RejectedRow)]
-    block, _ = to_table(corpus, rows)
+    block, _ = rows_to_table(corpus, rows)
     made = transform_block(corpus, None, block)
-    drawn = strokes.drawn_clips(block)[0]
+    drawn = strokes.render_clips(block)[0]
     assert made["frames"].combine_chunks().equals(drawn)
     assert np.asarray(drawn.flatten()).any()
     assert set(made.column_names) >= {field.name for field in corpus.schema("train")}

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.corpora.formats.arrow_reader import rows_of
-from pipelines.corpora.formats.encoding import Broken
-from pipelines.corpora.formats.record_reader import records
-from pipelines.io.directory import Place
+from pipelines.corpora.formats.arrow_reader import iter_batch_rows
+from pipelines.corpora.formats.encoding import BadRecord
+from pipelines.corpora.formats.record_reader import read_records
+from pipelines.io.directory import SourceDirectory
 
-NOT_UTF8 = Broken("not UTF-8")
+NOT_UTF8 = BadRecord("not UTF-8")
 
 
 def strings(*values: bytes) -> pa.Array:
@@ -25,7 +25,7 @@ def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
     for bad in (3, 300, 599):
         texts[bad] = b"\xff\xfe"
     pq.write_table(pa.table({"text": strings(*texts)}), tmp_path / "rows.parquet")
-    found = list(records(Place(str(tmp_path)), "rows.parquet"))
+    found = list(read_records(SourceDirectory(str(tmp_path)), "rows.parquet"))
     assert [number for number, _ in found] == list(range(1, 601))
     for number, row in found:
         bad = number - 1 in (3, 300, 599)
@@ -41,11 +41,13 @@ def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
 )
 def test_a_date_beyond_the_calendar_costs_its_row(tmp_path: Path, column: pa.Array) -> None:
     pq.write_table(pa.table({"text": ["a", "b", "c"], "t": column}), tmp_path / "rows.parquet")
-    (_, first), (number, second), (_, third) = records(Place(str(tmp_path)), "rows.parquet")
+    (_, first), (number, second), (_, third) = read_records(
+        SourceDirectory(str(tmp_path)), "rows.parquet"
+    )
     assert isinstance(first, dict)
     assert isinstance(third, dict)
     assert (first["text"], third["text"]) == ("a", "c")
-    assert (number, second) == (2, Broken("a date or time that cannot be read"))
+    assert (number, second) == (2, BadRecord("a date or time that cannot be read"))
 
 
 def batch_with(offsets: list[int]) -> pa.RecordBatch:
@@ -62,12 +64,12 @@ def batch_with(offsets: list[int]) -> pa.RecordBatch:
 
 
 def test_an_offset_that_leads_astray_costs_its_rows() -> None:
-    found = list(rows_of(batch_with([0, 2, 2**30, 6, 8])))
+    found = list(iter_batch_rows(batch_with([0, 2, 2**30, 6, 8])))
     assert found[0] == {"t": "ab"}
     assert found[3] == {"t": "ab"}
-    assert found[1:3] == [Broken("a damaged value")] * 2
+    assert found[1:3] == [BadRecord("a damaged value")] * 2
 
 
 def test_a_batch_whose_parts_do_not_fit_has_no_rows() -> None:
     with pytest.raises(pa.ArrowInvalid):
-        list(rows_of(batch_with([0, 2, 4, 6, 2**30])))
+        list(iter_batch_rows(batch_with([0, 2, 4, 6, 2**30])))

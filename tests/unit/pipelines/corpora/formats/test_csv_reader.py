@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.formats import csv_reader
-from pipelines.corpora.formats.csv_reader import UNCLOSED
-from pipelines.corpora.formats.encoding import CUT, Broken
-from pipelines.corpora.formats.record_reader import records
-from pipelines.io.directory import Place
+from pipelines.corpora.formats.csv_reader import UNCLOSED_QUOTE
+from pipelines.corpora.formats.encoding import TRUNCATED_LINE, BadRecord
+from pipelines.corpora.formats.record_reader import read_records
+from pipelines.io.directory import SourceDirectory
 
 HEAD = "text,label\n"
 
@@ -20,7 +20,7 @@ HEAD = "text,label\n"
 def read(folder: Path, text: str | bytes, name: str = "rows.csv") -> list[tuple[int, Any]]:
     data = text if isinstance(text, bytes) else text.encode()
     (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    return list(records(Place(str(folder)), name))
+    return list(read_records(SourceDirectory(str(folder)), name))
 
 
 def row(text: str, label: str) -> dict[str, str]:
@@ -31,11 +31,11 @@ def row(text: str, label: str) -> dict[str, str]:
 def test_a_quote_that_is_not_closed_is_told_where_it_stands(tmp_path: Path, behind: str) -> None:
     """Whether the file ends or another quote comes first: nothing behind it is a row."""
     found = read(tmp_path, f'{HEAD}甲,a\n"乙,a\n丙,b\n{behind}')
-    assert found == [(2, row("甲", "a")), (3, UNCLOSED)]
+    assert found == [(2, row("甲", "a")), (3, UNCLOSED_QUOTE)]
 
 
 def test_a_file_that_ends_in_a_quoted_field_is_cut_short(tmp_path: Path) -> None:
-    assert read(tmp_path, f'{HEAD}甲,a\n乙,"b') == [(2, row("甲", "a")), (3, CUT)]
+    assert read(tmp_path, f'{HEAD}甲,a\n乙,"b') == [(2, row("甲", "a")), (3, TRUNCATED_LINE)]
 
 
 def test_quoted_fields_hold_lines_quotes_and_empty_lines(tmp_path: Path) -> None:
@@ -47,12 +47,12 @@ def test_a_bad_row_is_told_by_its_own_line_and_its_neighbours_arrive(tmp_path: P
     found = read(tmp_path, f'{HEAD}甲,a\n"乙"丙,a\n丁,b\n庚\n戊\0,b\n己,a\n')
     good = [(2, row("甲", "a")), (4, row("丁", "b")), (7, row("己", "a"))]
     assert [each for each in found if isinstance(each[1], dict)] == good
-    bad = {number: each for number, each in found if isinstance(each, Broken)}
+    bad = {number: each for number, each in found if isinstance(each, BadRecord)}
     assert sorted(bad) == [3, 5, 6]
     assert bad[3].reason == "not CSV (',' expected after '\"')"
     assert bad[5].reason == "another number of fields than the head line"
     assert bad[6].reason == "null characters in it"
-    assert not any(each.rest for each in bad.values())
+    assert not any(each.truncates_file for each in bad.values())
 
 
 def test_a_field_may_be_as_long_as_in_other_formats(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_quotes_between_tabs_are_those_of_the_text(tmp_path: Path) -> None:
 
 def test_no_row_is_read_by_another_line_than_the_head(tmp_path: Path) -> None:
     ((number, broken),) = read(tmp_path, 'te"x"t,"la"bel\n甲,a\n乙,b\n')
-    assert (number, broken.rest) == (1, True)
+    assert (number, broken.truncates_file) == (1, True)
 
 
 @pytest.mark.parametrize("flood", ["x" * 5000, '"' + "甲,a\n" * 1000, "\n" * 5000])
@@ -80,19 +80,22 @@ def test_a_flood_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(csv_reader, "MOST_EMPTY", 2000)
     first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{flood}\n乙,a\n", "rows.csv.gz")
     assert first == (2, row("甲", "a"))
-    assert broken.rest
+    assert broken.truncates_file
     assert number > 2
     assert "flood" in broken.reason or "beyond" in broken.reason
 
 
 def test_a_packed_file_that_is_none_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "rows.csv.gz").write_bytes(b"xx")
-    ((_, broken),) = records(Place(str(tmp_path)), "rows.csv.gz")
-    assert broken == Broken("the compressed file is cut short or damaged", rest=True)
+    ((_, broken),) = read_records(SourceDirectory(str(tmp_path)), "rows.csv.gz")
+    assert broken == BadRecord("the compressed file is cut short or damaged", truncates_file=True)
 
 
 def test_rows_of_a_corpus_carry_their_lines(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f'{HEAD}"甲\n乙",a\n"丙"丁,b\n戊,b\n', "utf-8")
-    corpus = place_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
-    found = [r.row if isinstance(r, RejectedRow) else r["row"] for r in corpus.rows(SourceArchives.none())]
+    corpus = open_external_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
+    found = [
+        r.row if isinstance(r, RejectedRow) else r["row"]
+        for r in corpus.rows(SourceArchives.none())
+    ]
     assert found == [3, 4, 5]

@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import SourceArchives
-from pipelines.corpora.formats.encoding import CUT, Broken
-from pipelines.corpora.formats.record_reader import SPREAD, TWICE, entries, json_lines, records
+from pipelines.corpora.formats.encoding import TRUNCATED_LINE, BadRecord
+from pipelines.corpora.formats.record_reader import (
+    MULTILINE_JSON,
+    DUPLICATE_FIELD,
+    read_json_entries,
+    read_json_lines,
+    read_records,
+)
 from pipelines.io import directory
-from pipelines.io.directory import Place
+from pipelines.io.directory import SourceDirectory
 
 GOOD, DOUBLE = '{"a": 1, "b": {"a": 2}}', '{"a": 1, "b": [{"c": 1, "c": 2}]}'
 
@@ -26,9 +32,9 @@ GOOD, DOUBLE = '{"a": 1, "b": {"a": 2}}', '{"a": 1, "b": [{"c": 1, "c": 2}]}'
 )
 def test_a_field_that_stands_twice_costs_its_record(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    found = list(records(Place(str(tmp_path)), name))
+    found = list(read_records(SourceDirectory(str(tmp_path)), name))
     good = {"a": 1, "b": {"a": 2}}
-    assert found == [(1, good), (2, TWICE), (3, good)]
+    assert found == [(1, good), (2, DUPLICATE_FIELD), (3, good)]
 
 
 ROWS = [{"text": f"第{n}条新闻的标题", "label": "ab"[n % 2]} for n in range(20)]
@@ -47,15 +53,15 @@ def written(kind: str) -> str:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "gbk"])
 def test_another_encoding_is_one_message(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(written(name).encode(encoding))
-    ((number, broken),) = records(Place(str(tmp_path)), name)
-    assert (number, broken.rest) == (1, True)
+    ((number, broken),) = read_records(SourceDirectory(str(tmp_path)), name)
+    assert (number, broken.truncates_file) == (1, True)
     said = "GB18030" if encoding == "gbk" else encoding.upper().replace("6-", "6")
     assert broken.reason.endswith(f"not UTF-8; convert it: iconv -f {said} -t UTF-8")
 
 
 def test_annotations_in_another_encoding_are_one_message(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_bytes(written("rows.json").encode("gbk"))
-    ((_, _, broken),) = entries(Place(str(tmp_path)), "rows.json")
+    ((_, _, broken),) = read_json_entries(SourceDirectory(str(tmp_path)), "rows.json")
     assert broken.reason.startswith("GBK by its look, not UTF-8")
 
 
@@ -66,14 +72,14 @@ def test_a_few_rows_that_are_not_utf8_are_bad_by_themselves(tmp_path: Path, name
     at = 1 if name.endswith(".csv") else 0
     other = b'{"text": "' + bad + b'", "label": "a"}\n' if not at else bad + b",a\n"
     (tmp_path / name).write_bytes(b"".join([*good[:at], other, *good[at:]]))
-    (_, first), *rest = records(Place(str(tmp_path)), name)
-    assert first == Broken("not UTF-8")
+    (_, first), *rest = read_records(SourceDirectory(str(tmp_path)), name)
+    assert first == BadRecord("not UTF-8")
     assert [row for _, row in rest] == ROWS
 
 
 def test_zeros_that_a_crash_left_are_no_encoding(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(bytes(4096))
-    assert list(records(Place(str(tmp_path)), "rows.jsonl")) == [(1, CUT)]
+    assert list(read_records(SourceDirectory(str(tmp_path)), "rows.jsonl")) == [(1, TRUNCATED_LINE)]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -83,35 +89,44 @@ def test_an_array_is_read_where_lines_are_expected(
 ) -> None:
     data = json.dumps(ROWS, indent=indent).encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    assert list(json_lines(Place(str(tmp_path)), name)) == list(enumerate(ROWS, start=1))
+    assert list(read_json_lines(SourceDirectory(str(tmp_path)), name)) == list(
+        enumerate(ROWS, start=1)
+    )
 
 
 def test_objects_over_several_lines_are_one_message(tmp_path: Path) -> None:
     text = "\n".join(json.dumps(row, indent=2) for row in ROWS)
     (tmp_path / "rows.jsonl").write_text(text)
-    assert list(json_lines(Place(str(tmp_path)), "rows.jsonl")) == [(1, SPREAD)]
+    assert list(read_json_lines(SourceDirectory(str(tmp_path)), "rows.jsonl")) == [
+        (1, MULTILINE_JSON)
+    ]
 
 
 def test_a_line_that_begins_with_a_bracket_is_one_bad_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("[[[[[[\n" + written("rows.jsonl"), "utf-8")
-    first, *rest = json_lines(Place(str(tmp_path)), "rows.jsonl")
-    assert first == (1, Broken("not JSON"))
+    first, *rest = read_json_lines(SourceDirectory(str(tmp_path)), "rows.jsonl")
+    assert first == (1, BadRecord("not JSON"))
     assert [row for _, row in rest] == ROWS
 
 
 def test_what_stands_behind_an_array_is_told(tmp_path: Path) -> None:
     """Two arrays, one behind the other: the second would be lost without a word."""
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:2]) + "\n" + json.dumps(ROWS[2:]))
-    *good, (number, last) = records(Place(str(tmp_path)), "rows.json")
+    *good, (number, last) = read_records(SourceDirectory(str(tmp_path)), "rows.json")
     assert [row for _, row in good] == ROWS[:2]
-    assert (number, last) == (3, Broken("something stands behind the end of the JSON", rest=True))
+    assert (number, last) == (
+        3,
+        BadRecord("something stands behind the end of the JSON", truncates_file=True),
+    )
 
 
 def test_tnews_is_read_from_an_array(tmp_path: Path) -> None:
     rows = [{"label": "107", "sentence": row["text"]} for row in ROWS]
     for indent in (None, 2):
         (tmp_path / "train.json").write_text(json.dumps(rows, indent=indent))
-        found: list[Any] = list(place_corpus("tnews", str(tmp_path)).rows(SourceArchives.none()))
+        found: list[Any] = list(
+            open_external_corpus("tnews", str(tmp_path)).rows(SourceArchives.none())
+        )
         assert [row["text"] for row in found] == [row["text"] for row in ROWS]
         assert found[3]["key"] == "train.json:4"
 
@@ -121,11 +136,11 @@ def test_a_flood_ends_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: bytes
 ) -> None:
     """A small file may unpack to a line, or to empty ones, of any length."""
-    monkeypatch.setattr(directory, "LONGEST_LINE", 2000)
-    monkeypatch.setattr(directory, "MOST_EMPTY", 2000)
+    monkeypatch.setattr(directory, "MAX_LINE_BYTES", 2000)
+    monkeypatch.setattr(directory, "MAX_EMPTY_LINES", 2000)
     good = b'{"a": 1}\n'
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(good + flood + b"\n" + good))
-    first, (number, broken) = records(Place(str(tmp_path)), "rows.jsonl.gz")
+    first, (number, broken) = read_records(SourceDirectory(str(tmp_path)), "rows.jsonl.gz")
     assert first == (1, {"a": 1})
-    assert (number > 1, broken.rest) == (True, True)
+    assert (number > 1, broken.truncates_file) == (True, True)
     assert broken.reason in ("a line longer than 64 MiB", "a flood of empty lines")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import guess_reader, place_corpus
+from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
-from pipelines.io.directory import Place
+from pipelines.io.directory import SourceDirectory
 from pipelines.prepare import named_corpora
 from pipelines.preprocessing import describe
 from skillnet_platform.errors import UserError
@@ -46,13 +46,13 @@ class TestAishell:
                 (wav / f"S{number:04d}" / f"{name}.wav").write_bytes(b"sound")
         (wav.parent / "transcript").mkdir()
         (wav.parent / "transcript" / "aishell_transcript_v0.8.txt").write_text("".join(said))
-        corpus = place_corpus("aishell1", str(tmp_path))
+        corpus = open_external_corpus("aishell1", str(tmp_path))
         rows, reasons = read(corpus)
         assert not reasons
         speakers = {s: {row["key"][-13:-8] for row in each} for s, each in rows.items()}
         assert set(speakers) == {"train", "validation", "test"}
         assert sum(map(len, speakers.values())) == 40
-        corpus.survey()
+        corpus.scan_labels()
         assert corpus.symbols == ("<unk>", *sorted("今天气"))
 
     def test_a_speaker_outside_the_given_splits_is_counted(self, tmp_path: Path) -> None:
@@ -60,16 +60,16 @@ class TestAishell:
         wav = folder / "data_aishell" / "wav"
         (wav / "train" / "S0002").rename(wav / "S0002")
         (wav / "train").rename(wav / "Train")
-        rows, reasons = read(place_corpus("aishell1", str(folder)))
+        rows, reasons = read(open_external_corpus("aishell1", str(folder)))
         assert len(rows["train"]) == 12
         assert reasons["neither train, dev nor test in its path"] == 4
 
     @pytest.mark.parametrize("above", ["", "data_aishell"])
     def test_it_is_found_where_it_was_unpacked(self, tmp_path: Path, above: str) -> None:
         folder = user_corpora.aishell1(tmp_path / "data_aishell")
-        assert guess_reader(Place(str(tmp_path / above))) is not None
-        rows, _ = read(place_corpus("aishell1", str(tmp_path / above)))
-        expected, _ = read(place_corpus("aishell1", str(folder)))
+        assert detect_reader(SourceDirectory(str(tmp_path / above))) is not None
+        rows, _ = read(open_external_corpus("aishell1", str(tmp_path / above)))
+        expected, _ = read(open_external_corpus("aishell1", str(folder)))
         assert sizes(rows) == sizes(expected)
 
     @pytest.mark.parametrize("part", ["wav", "wav/train", "transcript"])
@@ -90,7 +90,7 @@ class TestAishell:
         shutil.rmtree(folder / "data_aishell" / "wav")
         (folder / "data_aishell" / "wav").mkdir()
         with pytest.raises(UserError, match="no folders of speakers in it"):
-            place_corpus("aishell1", str(folder))
+            open_external_corpus("aishell1", str(folder))
 
     def test_what_macos_leaves_in_an_archive(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
@@ -98,9 +98,9 @@ class TestAishell:
         with tarfile.open(file) as archive:
             names = archive.getnames()
         files = {f"train/S0004/._{Path(name).name}": b"x" for name in names}
-        before, _ = read(place_corpus("aishell1", str(folder)))
+        before, _ = read(open_external_corpus("aishell1", str(folder)))
         file.write_bytes(tarred(files | dict.fromkeys(names, b"sound")))
-        rows, reasons = read(place_corpus("aishell1", str(folder)))
+        rows, reasons = read(open_external_corpus("aishell1", str(folder)))
         assert sizes(rows) == sizes(before)
         assert reasons["a recording without a transcript"] == 1
 
@@ -117,21 +117,25 @@ class TestAicIcc:
             path.rename(deeper / path.with_suffix((".JPG", ".jpg", ".Jpg")[number % 3]).name)
         for file in folder.rglob("*.json"):
             file.write_text(file.read_text("utf-8").replace('.jpg"', f'{told}"'), "utf-8")
-        rows, reasons = read(place_corpus("aic_icc", str(folder)))
+        rows, reasons = read(open_external_corpus("aic_icc", str(folder)))
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
         assert reasons == {"captions without a picture": 1, "a picture without captions": 1}
         assert all(media(row)[:2] == b"\xff\xd8" for each in rows.values() for row in each)
 
     def test_tests_without_captions_are_none(self, tmp_path: Path) -> None:
         folder = user_corpora.aic_icc(tmp_path, other=30)
-        before = place_corpus("aic_icc", str(folder)).other_sources()
+        before = open_external_corpus("aic_icc", str(folder)).extra_sources()
         for file in folder.rglob("*test*.json"):
             records = json.loads(file.read_text("utf-8"))
             file.write_text(json.dumps([{"image_id": r["image_id"]} for r in records]))
-        corpus = place_corpus("aic_icc", str(folder))
-        assert len(corpus.other_sources()) == len(before)
+        corpus = open_external_corpus("aic_icc", str(folder))
+        assert len(corpus.extra_sources()) == len(before)
         found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
-        bare = [row.bad for row in found if row.reason == "a picture of a test without captions"]
+        bare = [
+            row.counts_as_error
+            for row in found
+            if row.reason == "a picture of a test without captions"
+        ]
         assert bare == [False] * 60
         rows, _ = read(corpus)
         assert len(rows["validation"]) + len(rows["test"]) == 30
@@ -147,20 +151,20 @@ def test_captions_of_the_other_language_alone(tmp_path: Path, kept: str, asked: 
         file.write_text(json.dumps([{k: r[k] for k in fields if k in r} for r in records]))
     other = {"chinese": "english", "english": "chinese"}[asked]
     with pytest.raises(UserError, match=f"captions are {other} alone; .*captions {other}"):
-        place_corpus("vatex", str(folder), {"captions": asked})
-    rows, _ = read(place_corpus("vatex", str(folder), {"captions": other}))
+        open_external_corpus("vatex", str(folder), {"captions": asked})
+    rows, _ = read(open_external_corpus("vatex", str(folder), {"captions": other}))
     assert {"train", "validation", "test"} == set(rows)
 
 
 def test_tnews_as_an_array(tmp_path: Path) -> None:
     folder = user_corpora.tnews(tmp_path)
-    expected, _ = read(place_corpus("tnews", str(folder)))
+    expected, _ = read(open_external_corpus("tnews", str(folder)))
     for name in ("train", "dev", "test"):
         lines = (folder / f"{name}.json").read_text("utf-8").splitlines()
         whole = json.dumps([json.loads(line) for line in lines], indent=2)
         (folder / f"{name}.json").write_text(whole)
-    assert guess_reader(Place(str(folder))) is not None
-    assert read(place_corpus("tnews", str(folder))) == (expected, Counter())
+    assert detect_reader(SourceDirectory(str(folder))) is not None
+    assert read(open_external_corpus("tnews", str(folder))) == (expected, Counter())
 
 
 def test_a_docstring_of_another_name_is_told(tmp_path: Path) -> None:
@@ -176,6 +180,6 @@ def test_a_docstring_of_another_name_is_told(tmp_path: Path) -> None:
 
 def test_names_of_corpora_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown corpus 'tnew'.*'tnews'.*tnew=FORMAT:/x"):
-        place_corpus("tnew", "/x")
+        open_external_corpus("tnew", "/x")
     with pytest.raises(UserError, match=r"--corpus tnews is given twice.*NAME=FORMAT:/b"):
         named_corpora(["--corpus", "tnews=/a", "--corpus=tnews=/b"])

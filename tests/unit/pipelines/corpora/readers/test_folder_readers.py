@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.corpora import guess_reader, place_corpus
+from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
-from pipelines.io.directory import Place
-from pipelines.io.media import Unreadable, read_media
+from pipelines.io.directory import SourceDirectory
+from pipelines.io.media import MediaReadError, read_media
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
@@ -30,7 +30,7 @@ class TestFolder:
         folder = user_corpora.media_folder(tmp_path)
         (folder / "data" / "extra.wav").write_bytes(user_corpora.wav(1))
         (folder / "data" / "3.wav").unlink()
-        corpus = place_corpus("mine", f"folder:{folder}", {"test": 0.2})
+        corpus = open_external_corpus("mine", f"folder:{folder}", {"test": 0.2})
         assert (corpus.modality, corpus.task) == ("sound", "speech_recognition")
         rows, reasons = read(corpus)
         assert reasons == {"the media file is missing": 1, "a media file that no row names": 1}
@@ -40,7 +40,7 @@ class TestFolder:
     def test_a_made_split_keeps_speakers_together(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=24)
         options = {"split_by": "speaker", "test": 0.4, "validation": 0.3}
-        rows, _ = read(place_corpus("mine", f"folder:{folder}", options))
+        rows, _ = read(open_external_corpus("mine", f"folder:{folder}", options))
         homes: dict[str, set[str]] = {}
         for split, each in rows.items():
             for row in each:
@@ -53,7 +53,7 @@ class TestFolder:
         folder = user_corpora.media_folder(tmp_path, rows=4)
         with (folder / "metadata.jsonl").open("a") as out:
             out.write('{"file_name": "data/1.wav", "transcription": "x"}\n')
-        _, reasons = read(place_corpus("mine", f"folder:{folder}", {"split_by": "speaker"}))
+        _, reasons = read(open_external_corpus("mine", f"folder:{folder}", {"split_by": "speaker"}))
         assert reasons == {"no field speaker, which splits are made by": 1}
 
     @pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
@@ -68,7 +68,7 @@ class TestFolder:
         else:
             text = "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in lines)
             (tmp_path / "rows.csv").write_text(text, "utf-8")
-        corpus = place_corpus("mine", f"folder:{tmp_path / f'rows.{kind}'}")
+        corpus = open_external_corpus("mine", f"folder:{tmp_path / f'rows.{kind}'}")
         found = list(corpus.rows(SourceArchives.none()))
         first = 2 if kind == "csv" else 1  # a CSV file's rows are named by their line
         numbers = [row.row if isinstance(row, RejectedRow) else row["row"] for row in found]
@@ -77,7 +77,7 @@ class TestFolder:
 
     def test_rows_stand_in_their_metadata(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=3)
-        rows, _ = read(place_corpus("folder", str(folder)))
+        rows, _ = read(open_external_corpus("folder", str(folder)))
         every = [row for each in rows.values() for row in each]
         assert {row["file"] for row in every} == {"metadata.jsonl"}
         assert all(row["media"]["path"].endswith(f"/{row['row'] - 1}.wav") for row in every)
@@ -100,7 +100,7 @@ class TestFolder:
                 pq.write_table(pa.Table.from_pylist(lines), home / "metadata.parquet")
             else:
                 user_corpora.write_lines(home / "metadata.jsonl", lines)
-        corpus = place_corpus("folder", str(tmp_path))
+        corpus = open_external_corpus("folder", str(tmp_path))
         assert corpus.task == "text_to_image"
         rows, reasons = read(corpus)
         assert not reasons
@@ -117,8 +117,8 @@ class TestFolder:
                     data = user_corpora.jpg(number)
                     (tmp_path / split / name / f"{number}.jpg").write_bytes(data)
         (tmp_path / "train" / "loose.jpg").write_bytes(user_corpora.jpg(1))
-        corpus = place_corpus("animals", f"folder:{tmp_path}", {"validation": 0.0})
-        corpus.survey()
+        corpus = open_external_corpus("animals", f"folder:{tmp_path}", {"validation": 0.0})
+        corpus.scan_labels()
         assert corpus.task == "image_classification"
         assert corpus.facts() == {"labels": ["cat", "dog"]}
         rows, reasons = read(corpus)
@@ -128,7 +128,7 @@ class TestFolder:
     def test_one_file_of_texts(self, tmp_path: Path) -> None:
         lines = [f'{n},{"好" if n % 2 else "坏"},"第{n}\n\u2028条, 新闻"' for n in range(20)]
         (tmp_path / "rows.csv").write_text("id,label,text\n" + "\n".join(lines) + "\nx\n", "utf-8")
-        corpus = place_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
+        corpus = open_external_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
         assert corpus.task == "text_classification"
         rows, reasons = read(corpus)
         assert reasons == {"another number of fields than the head line": 1}
@@ -141,7 +141,7 @@ class TestFolder:
         lines.append(lines[0] | {"part": "nowhere"})
         user_corpora.write_lines(tmp_path / "functions.jsonl", lines)
         options = {"split": "part", "text": "docstring"}
-        corpus = place_corpus("mine", f"folder:{tmp_path / 'functions.jsonl'}", options)
+        corpus = open_external_corpus("mine", f"folder:{tmp_path / 'functions.jsonl'}", options)
         assert corpus.task == "text_to_code"
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 3, "train": 3, "validation": 3}
@@ -153,7 +153,7 @@ class TestFolder:
         with (folder / "metadata.jsonl").open("a") as out:
             for name in names:
                 out.write(f'{{"file_name": {__import__("json").dumps(name)}}}\n')
-        _, reasons = read(place_corpus("folder", str(folder)))
+        _, reasons = read(open_external_corpus("folder", str(folder)))
         assert reasons == {
             "a path that leads out of the folder": 4,
             "a path with a null character": 1,
@@ -173,7 +173,7 @@ class TestFolder:
     def test_fields_that_are_not_there(self, tmp_path: Path, options: dict, message: str) -> None:
         user_corpora.media_folder(tmp_path)
         with pytest.raises(UserError, match=message):
-            place_corpus("folder", str(tmp_path), options)
+            open_external_corpus("folder", str(tmp_path), options)
 
     def test_media_that_nothing_is_said_of_are_not_bad(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=3)
@@ -182,8 +182,10 @@ class TestFolder:
             out.write(
                 '{"file_name": "data/1.wav"}\n{"file_name": "data/2.wav", "transcription": 7}'
             )
-        found = place_corpus("folder", str(folder)).rows(SourceArchives.none())
-        rejected = [(r.reason, r.row, r.bad) for r in found if isinstance(r, RejectedRow)]
+        found = open_external_corpus("folder", str(folder)).rows(SourceArchives.none())
+        rejected = [
+            (r.reason, r.row, r.counts_as_error) for r in found if isinstance(r, RejectedRow)
+        ]
         assert rejected == [
             ("a recording without a transcript", 4, False),
             ("a recording without a transcript", 5, False),
@@ -193,13 +195,13 @@ class TestFolder:
     def test_metadata_named_by_the_user_lie_beside_their_media(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=5)
         (folder / "metadata.jsonl").rename(folder / "index.jsonl")
-        corpus = place_corpus("mine", f"folder:{folder / 'index.jsonl'}")
+        corpus = open_external_corpus("mine", f"folder:{folder / 'index.jsonl'}")
         rows, reasons = read(corpus)
         assert not reasons
         assert all(media(row)[:4] == b"RIFF" for each in rows.values() for row in each)
-        before = corpus.other_sources()
+        before = corpus.extra_sources()
         (folder / "data" / "0.wav").write_bytes(b"another")
-        assert corpus.other_sources() != before
+        assert corpus.extra_sources() != before
 
     def test_a_store_is_not_asked_for_each_row(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -216,13 +218,13 @@ class TestFolder:
             return info(self, path, **more)
 
         monkeypatch.setattr(type(store), "info", noting)
-        corpus = place_corpus("mine", "folder:memory://not-asked/mine")
-        corpus.survey()
+        corpus = open_external_corpus("mine", "folder:memory://not-asked/mine")
+        corpus.scan_labels()
         rows, _ = read(corpus)
         assert not [path for path in asked if path.endswith(".wav")]
         monkeypatch.undo()
         every = [row["media"] for each in rows.values() for row in each]
-        missing = [data for data in read_media(every) if isinstance(data, Unreadable)]
+        missing = [data for data in read_media(every) if isinstance(data, MediaReadError)]
         assert [data.reason for data in missing] == ["the media file is missing"]
 
     def test_a_tar_left_beside_metadata_is_not_the_corpus(self, tmp_path: Path) -> None:
@@ -230,13 +232,13 @@ class TestFolder:
         (folder / "backup.tar.gz").write_bytes(
             tarred({"0.wav": user_corpora.wav(0), "0.txt": b"x"})
         )
-        found = guess_reader(Place(str(folder)))
+        found = detect_reader(SourceDirectory(str(folder)))
         assert found is not None
         assert found[0] == "folder"
         # A description beside tars does not make them a folder of media.
         tars = user_corpora.webdataset(tmp_path / "tars")
         (tars / "metadata.json").write_text('{"description": "pictures", "samples": 36}')
-        found = guess_reader(Place(str(tars)))
+        found = detect_reader(SourceDirectory(str(tars)))
         assert found is not None
         assert found[0] == "webdataset"
 
@@ -247,13 +249,19 @@ class TestWebDataset:
         for n in (1, 2):
             files |= {f"{n}.jpg": user_corpora.jpg(n), f"{n}.txt": b"words"}
         (tmp_path / "x.tar").write_bytes(gzip.decompress(tarred(files)))
-        corpus = place_corpus("webdataset", str(tmp_path))
+        corpus = open_external_corpus("webdataset", str(tmp_path))
         assert corpus.task == "text_to_image"
-        (bare,) = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
-        assert (bare.reason, bare.row, bare.bad) == ("a picture without captions", 1, False)
+        (bare,) = [
+            row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)
+        ]
+        assert (bare.reason, bare.row, bare.counts_as_error) == (
+            "a picture without captions",
+            1,
+            False,
+        )
 
     def test_members_are_ranges_of_their_tar(self, tmp_path: Path) -> None:
-        corpus = place_corpus("webdataset", str(user_corpora.webdataset(tmp_path)))
+        corpus = open_external_corpus("webdataset", str(user_corpora.webdataset(tmp_path)))
         assert corpus.task == "text_to_image"
         rows, reasons = read(corpus)
         assert not reasons
@@ -273,7 +281,7 @@ class TestWebDataset:
             files[f"a/{n}.json"] = f'{{"transcription": "第{n}句"}}'.encode()
         files["a/3.json"] = b'{"transcription": '
         (tmp_path / "x.tar.gz").write_bytes(tarred(files))
-        corpus = place_corpus("webdataset", str(tmp_path / "x.tar.gz"))
+        corpus = open_external_corpus("webdataset", str(tmp_path / "x.tar.gz"))
         assert corpus.task == "speech_recognition"
         rows, reasons = read(corpus)
         assert reasons == {"not JSON": 1}
@@ -285,7 +293,7 @@ class TestWebDataset:
         with tarfile.open(tar) as archive:
             cut = archive.getmembers()[10].offset_data + 5
         tar.write_bytes(tar.read_bytes()[:cut])
-        rows, reasons = read(place_corpus("webdataset", str(folder)))
+        rows, reasons = read(open_external_corpus("webdataset", str(folder)))
         assert reasons == {"the archive is cut short or damaged from here on": 1}
         assert len(rows["train"]) + len(rows.get("validation", [])) == 17
 
@@ -303,7 +311,7 @@ class TestWebDataset:
             flood.type, flood.size = tarfile.GNUTYPE_LONGNAME, 8 * 2**20
             out.addfile(flood, io.BytesIO(os.urandom(flood.size)))
         (tmp_path / name).write_bytes(target.getvalue())
-        rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+        rows, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
         why = "a name or an attribute of a member is a flood of bytes"
         assert reasons == {f"the archive is refused: {why} from here on": 1}
         assert sum(map(len, rows.values())) == 2
@@ -315,28 +323,30 @@ def test_a_corpus_in_a_bucket_is_read_alike(tmp_path: Path) -> None:
         builder = getattr(user_corpora, name)
         local = builder(tmp_path / name)
         store.put(str(local), f"/bucket/{name}", recursive=True)
-        here = place_corpus(name, str(local))
-        there = place_corpus(name, f"memory://bucket/{name}")
+        here = open_external_corpus(name, str(local))
+        there = open_external_corpus(name, f"memory://bucket/{name}")
         (rows, reasons), (far, far_reasons) = read(here), read(there)
         assert reasons == far_reasons
         assert sizes(rows) == sizes(far)
         assert [row["key"] for row in rows["train"]] == [row["key"] for row in far["train"]]
-        assert here.other_sources() == there.other_sources()
+        assert here.extra_sources() == there.extra_sources()
         if "media" in rows["train"][0]:
             assert [media(row) for row in rows["train"]] == [media(row) for row in far["train"]]
         shutil.rmtree(local)
 
 
 def test_samples_are_finished_as_the_model_reads_them(tmp_path: Path) -> None:
-    corpus = place_corpus("webdataset", str(user_corpora.webdataset(tmp_path)), {"size": 32})
+    corpus = open_external_corpus(
+        "webdataset", str(user_corpora.webdataset(tmp_path)), {"size": 32}
+    )
     from pipelines.tokenizer import training as tokenizer_training
 
     rows, _ = read(corpus)
-    block = pa.Table.from_pylist(rows["test"], schema=corpus.raw)
+    block = pa.Table.from_pylist(rows["test"], schema=corpus.raw_schema)
     (tmp_path / "t.json").write_text(
-        tokenizer_training.train(["红色的方块"], [], size=600), "utf-8"
+        tokenizer_training.train_tokenizer(["红色的方块"], [], size=600), "utf-8"
     )
-    made = corpus.transform(block, tokenizer_training.load(tmp_path / "t.json"))
+    made = corpus.transform(block, tokenizer_training.load_tokenizer(tmp_path / "t.json"))
     assert made["rejected"].null_count == 12
     assert np.array(made["pixels"][0].as_py()).size == 32 * 32 * 3
     assert made.schema.names == [*corpus.columns.names, "rejected"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.preprocessing import describe
 from skillnet_platform.errors import UserError
@@ -14,7 +14,7 @@ from tests.unit.pipelines.corpora.readers.test_readers import Rows, read, sizes
 
 
 def folder(place: Path, options: dict | None = None) -> ExternalCorpus:
-    return place_corpus("mine", f"folder:{place}", options)
+    return open_external_corpus("mine", f"folder:{place}", options)
 
 
 def pictures(home: Path, *names: str) -> None:
@@ -41,11 +41,11 @@ def test_folders_of_splits_in_capitals_or_unpacked_deeper(
     corpus = folder(tmp_path)
     rows, reasons = read(corpus)
     assert not reasons
-    assert corpus.given == {"train", "validation" if other == "VAL" else "test"}
+    assert corpus.named_splits == {"train", "validation" if other == "VAL" else "test"}
     wanted = {"test", "validation"} if other == "VAL" else {"test"}
     assert homes(rows, f"/{other}/") == wanted
     assert homes(rows, f"/{train}/") <= {"train", "validation"}
-    corpus.survey()
+    corpus.scan_labels()
     assert corpus.labels == ("c", "d")
 
 
@@ -58,7 +58,7 @@ def test_splits_below_classes_are_refused(tmp_path: Path) -> None:
 def test_one_folder_is_no_class(tmp_path: Path) -> None:
     pictures(tmp_path, *(f"audio/{n}.wav" for n in range(3)), "meta/notes.txt")
     corpus = folder(tmp_path)
-    assert (corpus.task, corpus.has) == ("masked_sound", ())
+    assert (corpus.task, corpus.annotations_present) == ("masked_sound", ())
     rows, reasons = read(corpus)
     assert (sum(sizes(rows).values()), reasons) == (3, {})
 
@@ -85,7 +85,7 @@ def test_metadata_further_down_are_not_passed_over(tmp_path: Path, name: str) ->
 def test_names_of_files_in_capitals(tmp_path: Path) -> None:
     for name in ("train.csv", "TEST.CSV"):
         (tmp_path / name).write_text("text,label\n一,a\n二,b\n")
-    assert folder(tmp_path).given == {"train", "test"}
+    assert folder(tmp_path).named_splits == {"train", "test"}
 
 
 def captioned(home: Path, rows: list[dict]) -> None:
@@ -117,7 +117,7 @@ def test_a_field_named_split(tmp_path: Path) -> None:
     rows, _ = read(folder(tmp_path))
     assert [row["captions"] for row in rows["test"]] == [[f"图{n}"] for n in range(10)]
     captioned(tmp_path, [row | {"split": f"part {n}"} for n, row in enumerate(said)])
-    assert folder(tmp_path).given == frozenset()
+    assert folder(tmp_path).named_splits == frozenset()
 
 
 def test_splits_by_files_stand_whatever_a_field_says(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_test_without_labels(tmp_path: Path, nothing: dict) -> None:
     lines = [{"text": f"答{n}", "label": n % 3} for n in range(100)]
     write_lines(tmp_path / "train.jsonl", lines)
     corpus = folder(tmp_path)
-    assert (corpus.task, corpus.bare) == ("text_classification", ("unlabelled",))
+    assert (corpus.task, corpus.unlabelled_splits) == ("text_classification", ("unlabelled",))
     rows, reasons = read(corpus)
     assert not reasons
     assert {row["text"] for row in rows["unlabelled"]} == {f"问{n}" for n in range(20)}

@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from skillnet_platform.errors import UserError
 from tests.unit.pipelines.corpora.readers.test_readers import media, read
@@ -78,12 +78,12 @@ def test_odd_metadata_are_a_users_mistake(tmp_path: Path, name: str, text: str) 
         (tmp_path / "saved" / "state.json").unlink()
     (tmp_path / "saved" / name).write_text(text)
     with pytest.raises(UserError, match=name):
-        place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}").survey()
+        open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}").scan_labels()
 
 
 def test_what_is_said_of_a_column_may_be_anything(tmp_path: Path) -> None:
     save(tmp_path / "saved", texts(), {"text": 5, "label": {"_type": []}})
-    rows, reasons = read(place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
+    rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert not reasons
     assert sum(map(len, rows.values())) == 60
 
@@ -95,11 +95,11 @@ def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
     assert data.count(word) == 1
     file.write_bytes(data.replace(word, b"\xff" * len(word)))
     for place in (tmp_path / "saved", in_store(tmp_path / "saved")):
-        corpus = place_corpus("mine", f"hf_dataset:{place}")
+        corpus = open_external_corpus("mine", f"hf_dataset:{place}")
         found = list(corpus.rows(SourceArchives.none()))
         assert len(found) == 60
         (bad,) = [row for row in found if isinstance(row, RejectedRow)]
-        assert (bad.row, bad.reason, bad.rest) == (8, "not UTF-8", False)
+        assert (bad.row, bad.reason, bad.truncates_file) == (8, "not UTF-8", False)
 
 
 def in_store(folder: Path) -> str:
@@ -115,14 +115,14 @@ def test_an_empty_arrow_file_is_damaged(tmp_path: Path) -> None:
     save(tmp_path / "saved", texts(), TEXTS).write_bytes(b"")
     for place in (tmp_path / "saved", in_store(tmp_path / "saved")):
         with pytest.raises(UserError, match="Arrow file that is cut short or damaged"):
-            place_corpus("mine", f"hf_dataset:{place}").survey()
+            open_external_corpus("mine", f"hf_dataset:{place}").scan_labels()
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string(), pa.large_string()])
 def test_media_of_every_type_that_has_offsets(tmp_path: Path, kind: pa.DataType) -> None:
     values = [None if n == 3 else f"picture {n}" for n in range(30)]
     save(tmp_path / "saved", pictures(kind, values), PICTURES)
-    rows, reasons = read(place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
+    rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     found = {media(row) for each in rows.values() for row in each}
     assert found == {value.encode() for value in values if value}
     assert reasons == {"no media file": 1}
@@ -139,7 +139,7 @@ def test_media_of_every_type_that_has_offsets(tmp_path: Path, kind: pa.DataType)
 )
 def test_media_of_another_type_are_told(tmp_path: Path, kind: pa.DataType, value: Any) -> None:
     save(tmp_path / "saved", pictures(kind, [value] * 30), PICTURES)
-    rows, reasons = read(place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
+    rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert not rows
     ((reason, count),) = reasons.items()
     assert reason.startswith("media of a type that is not read; expected struct<bytes: binary")
@@ -151,7 +151,7 @@ def test_media_that_do_not_lie_in_the_file_are_told(tmp_path: Path) -> None:
     values = [bytes([n]) * 500 for n in range(30)]
     packed = pa.ipc.IpcWriteOptions(compression="lz4")
     save(tmp_path / "saved", pictures(pa.binary(), values), PICTURES, packed)
-    rows, reasons = read(place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
+    rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert not rows
     assert reasons == {"media that do not lie in their Arrow file": 30}
 

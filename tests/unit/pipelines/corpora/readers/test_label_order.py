@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.readers.base import sort_labels
 
 
@@ -27,6 +27,6 @@ def test_labels_have_one_order(labels: list[str], order: list[str]) -> None:
 def test_a_survey_numbers_by_it(tmp_path: Path) -> None:
     rows = [f"一行文字,{label}\n" for label in ("②", "01", "1", "10") * 5]
     (tmp_path / "train.csv").write_text("text,label\n" + "".join(rows))
-    corpus = place_corpus("mine", f"folder:{tmp_path}")
-    corpus.survey()
+    corpus = open_external_corpus("mine", f"folder:{tmp_path}")
+    corpus.scan_labels()
     assert corpus.labels == ("01", "1", "10", "②")

@@ -8,12 +8,12 @@ import pytest
 from pipelines.corpora import (
     READERS,
     _find_class,
+    detect_reader,
     find_corpus,
-    guess_reader,
-    place_corpus,
+    open_external_corpus,
 )
 from pipelines.corpora.base import SourceArchives
-from pipelines.io.directory import Place
+from pipelines.io.directory import SourceDirectory
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 
@@ -31,7 +31,7 @@ BUILDERS = {
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_format_is_guessed(tmp_path: Path, name: str) -> None:
-    found = guess_reader(Place(str(BUILDERS[name](tmp_path / "here"))))
+    found = detect_reader(SourceDirectory(str(BUILDERS[name](tmp_path / "here"))))
     assert found is not None
     assert found[0] == name
 
@@ -39,14 +39,14 @@ def test_the_format_is_guessed(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", BUILDERS)
 def test_reading_twice_gives_the_same(tmp_path: Path, name: str) -> None:
     folder = str(BUILDERS[name](tmp_path / "here"))
-    first, second = (place_corpus(name, folder) for _ in range(2))
+    first, second = (open_external_corpus(name, folder) for _ in range(2))
     assert list(first.rows(SourceArchives.none())) == list(second.rows(SourceArchives.none()))
-    assert first.other_sources() == second.other_sources()
+    assert first.extra_sources() == second.extra_sources()
 
 
 def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
-    assert guess_reader(Place(str(tmp_path))) is None
+    assert detect_reader(SourceDirectory(str(tmp_path))) is None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_mistakes_have_one_message(
     user_corpora.tnews(tmp_path / "tnews")
     where = place.format(empty=tmp_path / "empty", tnews=tmp_path / "tnews")
     with pytest.raises(UserError, match=message):
-        place_corpus(name, where, options)
+        open_external_corpus(name, where, options)
 
 
 def test_a_format_alone_is_no_corpus() -> None:

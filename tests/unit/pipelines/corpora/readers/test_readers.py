@@ -11,12 +11,12 @@ import pytest
 
 from pipelines.corpora import (
     ExternalCorpus,
-    place_corpus,
+    open_external_corpus,
 )
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.readers.tnews import LABELS
 from pipelines.corpora.readers.vatex import youtube_id
-from pipelines.io.media import MediaRef, Unreadable, read_media
+from pipelines.io.media import MediaReadError, MediaRef, read_media
 from tests.helpers import user_corpora
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -46,13 +46,13 @@ def sizes(rows: Rows) -> dict[str, int]:
 def media(row: dict[str, Any]) -> bytes:
     """The bytes that a row refers to."""
     (found,) = read_media([row["media"]])
-    assert not isinstance(found, Unreadable), found
+    assert not isinstance(found, MediaReadError), found
     return found
 
 
 class TestTnews:
     def test_labels_as_numbers_and_under_either_name(self, tmp_path: Path) -> None:
-        corpus = place_corpus("tnews", str(user_corpora.tnews(tmp_path)))
+        corpus = open_external_corpus("tnews", str(user_corpora.tnews(tmp_path)))
         rows, reasons = read(corpus)
         assert not reasons
         assert len(rows["train"]) + len(rows["validation"]) == 60
@@ -65,7 +65,7 @@ class TestTnews:
     def test_a_test_with_labels_is_the_test(self, tmp_path: Path) -> None:
         folder = user_corpora.tnews(tmp_path)
         shutil.copy(folder / "dev.json", folder / "test.json")
-        rows, _ = read(place_corpus("tnews", str(folder)))
+        rows, _ = read(open_external_corpus("tnews", str(folder)))
         assert sizes(rows) == {"test": 15, "train": 60, "validation": 15}
 
     def test_bad_lines_are_set_aside_by_themselves(self, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ class TestTnews:
         ]
         with (folder / "train.json").open("ab") as stream:
             stream.write(b"\n".join(bad))
-        rows, reasons = read(place_corpus("tnews", str(folder)))
+        rows, reasons = read(open_external_corpus("tnews", str(folder)))
         assert len(rows["train"]) + len(rows.get("validation", [])) == 4
         assert reasons == {
             "not JSON": 1,
@@ -95,14 +95,14 @@ class TestTnews:
     def test_splits_do_not_hang_on_where_one_points(self, tmp_path: Path) -> None:
         folder = user_corpora.tnews(tmp_path / "tnews_public")
         options = {"validation": 0.3}
-        above, _ = read(place_corpus("tnews", str(tmp_path), options))
-        here, _ = read(place_corpus("tnews", str(folder), options))
+        above, _ = read(open_external_corpus("tnews", str(tmp_path), options))
+        here, _ = read(open_external_corpus("tnews", str(folder), options))
         keys = {split: [row["key"] for row in rows] for split, rows in here.items()}
         assert keys == {split: [row["key"] for row in rows] for split, rows in above.items()}
         assert {row["file"] for row in above["train"]} == {"tnews_public/train.json"}
 
     def test_keywords_if_wanted(self, tmp_path: Path) -> None:
-        corpus = place_corpus(
+        corpus = open_external_corpus(
             "tnews", str(user_corpora.tnews(tmp_path)), {"keywords": True, "validation": 0.0}
         )
         rows, _ = read(corpus)
@@ -116,7 +116,7 @@ class TestTnews:
 
 class TestAishell:
     def test_speakers_in_folders_and_in_archives(self, tmp_path: Path) -> None:
-        corpus = place_corpus("aishell1", str(user_corpora.aishell1(tmp_path)))
+        corpus = open_external_corpus("aishell1", str(user_corpora.aishell1(tmp_path)))
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
         assert reasons == {
@@ -129,8 +129,10 @@ class TestAishell:
         assert all(" " not in row["text"] for row in rows["train"])
 
     def test_symbols_are_the_characters_of_training(self, tmp_path: Path) -> None:
-        corpus = place_corpus("aishell1", str(user_corpora.aishell1(tmp_path) / "data_aishell"))
-        corpus.survey()
+        corpus = open_external_corpus(
+            "aishell1", str(user_corpora.aishell1(tmp_path) / "data_aishell")
+        )
+        corpus.scan_labels()
         rows, _ = read(corpus)
         said = {c for row in rows["train"] for c in row["text"]}
         # A transcript whose recording is missing may add characters; nothing else does.
@@ -142,7 +144,7 @@ class TestAishell:
         folder = user_corpora.aishell1(tmp_path)
         (packed,) = folder.rglob("train/*.tar.gz")
         packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
-        rows, reasons = read(place_corpus("aishell1", str(folder)))
+        rows, reasons = read(open_external_corpus("aishell1", str(folder)))
         assert reasons["the speaker's archive is cut short or damaged"] == 1
         assert 11 <= len(rows["train"]) < 15
         assert sizes(rows)["test"] == 4
@@ -158,7 +160,7 @@ class TestAishell:
             archive.extractall(beside.parent, filter="data")
         first = min((beside.parent / "train" / "S0004").iterdir())
         first.unlink()
-        corpus = place_corpus("aishell1", str(folder))
+        corpus = open_external_corpus("aishell1", str(folder))
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
         assert reasons["a recording without a transcript"] == 1
@@ -172,11 +174,11 @@ class TestAishell:
     def test_an_archive_that_is_none_is_named(self, tmp_path: Path, content: bytes) -> None:
         folder = user_corpora.aishell1(tmp_path)
         (folder / "data_aishell" / "wav" / "S0009.tar.gz").write_bytes(content)
-        corpus = place_corpus("aishell1", str(folder))
-        corpus.survey()
+        corpus = open_external_corpus("aishell1", str(folder))
+        corpus.scan_labels()
         found = list(corpus.rows(SourceArchives.none()))
-        (bad,) = [row for row in found if isinstance(row, RejectedRow) and row.rest]
-        assert (bad.file, bad.bad) == ("data_aishell/wav/S0009.tar.gz", True)
+        (bad,) = [row for row in found if isinstance(row, RejectedRow) and row.truncates_file]
+        assert (bad.file, bad.counts_as_error) == ("data_aishell/wav/S0009.tar.gz", True)
         assert bad.reason == "the speaker's archive is cut short or damaged"
         assert len([row for row in found if not isinstance(row, RejectedRow)]) == 23
 
@@ -187,7 +189,7 @@ class TestAishell:
         (file,) = folder.rglob("aishell_transcript*")
         lines = [line.replace(" ", "\t", 1) for line in file.read_text("utf-8").splitlines()]
         file.write_text("\n".join(lines), "utf-8")
-        rows, _ = read(place_corpus("aishell1", str(folder)))
+        rows, _ = read(open_external_corpus("aishell1", str(folder)))
         assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
 
     def test_every_row_says_where_its_transcript_stands(self, tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ class TestAishell:
         lines = file.read_text("utf-8").splitlines()
         lines[3] = lines[3].split(" ")[0]
         file.write_text("\n".join(lines), "utf-8")
-        corpus = place_corpus("aishell1", str(folder))
+        corpus = open_external_corpus("aishell1", str(folder))
         name = "data_aishell/transcript/aishell_transcript_v0.8.txt"
         for row in corpus.rows(SourceArchives.none()):
             if not isinstance(row, RejectedRow):
@@ -210,7 +212,7 @@ class TestAishell:
 
 class TestAicIcc:
     def test_pictures_and_all_of_their_captions(self, tmp_path: Path) -> None:
-        rows, reasons = read(place_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path))))
+        rows, reasons = read(open_external_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path))))
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
         assert reasons == {"captions without a picture": 1, "a picture without captions": 1}
         assert all(len(row["captions"]) == 5 for row in rows["train"])
@@ -220,7 +222,7 @@ class TestAicIcc:
         folder = user_corpora.aic_icc(tmp_path, other=30)
         for part in ("a", "b"):
             shutil.rmtree(folder / f"ai_challenger_caption_test_{part}_20180103")
-        rows, _ = read(place_corpus("aic_icc", str(folder)))
+        rows, _ = read(open_external_corpus("aic_icc", str(folder)))
         assert len(rows["test"]) + len(rows["validation"]) == 30
         assert min(len(rows["test"]), len(rows["validation"])) > 5
 
@@ -231,7 +233,7 @@ class TestAicIcc:
         records[1]["image_id"] = "/etc/passwd"
         records[2]["image_id"] = "../../x.jpg"
         file.write_text(json.dumps(records)[:-60], encoding="utf-8")
-        rows, reasons = read(place_corpus("aic_icc", str(folder)))
+        rows, reasons = read(open_external_corpus("aic_icc", str(folder)))
         assert reasons["a path that leads out of the folder"] == 2
         assert reasons["JSON damaged from here on (cut short)"] == 1
         assert sizes(rows)["test"] == 5
@@ -244,26 +246,26 @@ class TestAicIcc:
         for path in [*folder.rglob("*.jpg"), *([] if elsewhere else folder.rglob("*.json"))]:
             path.rename(flat / path.name)
         options = {"media": str(flat)} if elsewhere else {}
-        corpus = place_corpus("aic_icc", str(folder if elsewhere else flat), options)
+        corpus = open_external_corpus("aic_icc", str(folder if elsewhere else flat), options)
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
         assert reasons == {"captions without a picture": 1, "a picture without captions": 1}
         assert media(rows["train"][0])[:2] == b"\xff\xd8"
 
     def test_every_row_says_where_it_stands(self, tmp_path: Path) -> None:
-        corpus = place_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path)))
+        corpus = open_external_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path)))
         for row in corpus.rows(SourceArchives.none()):
             if not isinstance(row, RejectedRow):
                 records = json.loads((tmp_path / row["file"]).read_text("utf-8"))
                 assert row["key"].endswith(records[row["row"] - 1]["image_id"])
-            elif row.bad:
+            elif row.counts_as_error:
                 assert row.row == 1  # its picture was taken away
 
 
 class TestVatex:
     @pytest.mark.parametrize("merged", [False, True])
     def test_array_or_object_and_clips_anywhere(self, tmp_path: Path, merged: bool) -> None:
-        corpus = place_corpus("vatex", str(user_corpora.vatex(tmp_path, merged)))
+        corpus = open_external_corpus("vatex", str(user_corpora.vatex(tmp_path, merged)))
         rows, reasons = read(corpus)
         assert reasons == {"captions without a clip": 1, "a clip without captions": 9}
         assert len(rows["train"]) + len(rows["validation"]) + len(rows["test"]) == 17
@@ -275,10 +277,10 @@ class TestVatex:
 
     def test_english_has_a_test_of_its_own(self, tmp_path: Path) -> None:
         folder = user_corpora.vatex(tmp_path)
-        rows, reasons = read(place_corpus("vatex", str(folder), {"captions": "english"}))
+        rows, reasons = read(open_external_corpus("vatex", str(folder), {"captions": "english"}))
         assert sizes(rows) == {"test": 8, "train": 9, "validation": 8}
         assert reasons["a clip without captions"] == 1
-        both, _ = read(place_corpus("vatex", str(folder), {"captions": "both"}))
+        both, _ = read(open_external_corpus("vatex", str(folder), {"captions": "both"}))
         assert {len(row["captions"]) for each in both.values() for row in each} == {20}
         assert len(both["test"]) + len(both["validation"]) == 8  # the public test has no Chinese
 
@@ -289,7 +291,7 @@ class TestVatex:
         del records[1]["videoID"]
         records[2]["chCap"] = "一句话"
         file.write_text(json.dumps(records), "utf-8")
-        corpus = place_corpus("vatex", str(folder))
+        corpus = open_external_corpus("vatex", str(folder))
         found = list(corpus.rows(SourceArchives.none()))
         (nameless,) = [row for row in found if isinstance(row, RejectedRow) and "ID" in row.reason]
         assert (nameless.reason, nameless.file, nameless.row) == ("no videoID", file.name, 2)
@@ -300,11 +302,11 @@ class TestVatex:
     def test_clips_in_another_folder(self, tmp_path: Path) -> None:
         folder = user_corpora.vatex(tmp_path / "a")
         (folder / "clips").rename(tmp_path / "elsewhere")
-        rows, reasons = read(place_corpus("vatex", str(folder)))
+        rows, reasons = read(open_external_corpus("vatex", str(folder)))
         assert reasons["captions without a clip"] > 1
         (folder / "more").rename(tmp_path / "elsewhere" / "more")
         options = {"media": str(tmp_path / "elsewhere")}
-        rows, reasons = read(place_corpus("vatex", str(folder), options))
+        rows, reasons = read(open_external_corpus("vatex", str(folder), options))
         assert reasons["captions without a clip"] == 1
         assert len(rows["train"]) == 9
 
@@ -323,23 +325,23 @@ class TestVatex:
 
 class TestCode:
     def test_pytorrent(self, tmp_path: Path) -> None:
-        corpus = place_corpus("pytorrent", str(user_corpora.pytorrent(tmp_path)))
+        corpus = open_external_corpus("pytorrent", str(user_corpora.pytorrent(tmp_path)))
         rows, reasons = read(corpus)
         assert not reasons
         assert sizes(rows) == {"test": 5, "train": 12, "validation": 5}
         assert rows["train"][0]["captions"] == ["读取文件0的函数，见"]
-        named = place_corpus("mine", f"pytorrent:{tmp_path}", {"docstring": "docstring_zh"})
+        named = open_external_corpus("mine", f"pytorrent:{tmp_path}", {"docstring": "docstring_zh"})
         rows, _ = read(named)
         assert rows["train"][0]["captions"] == ["读取一个文件"]
         assert named.name == "mine"
 
     def test_a_translated_docstring_is_taken_out_of_the_code(self, tmp_path: Path) -> None:
-        from pipelines.transforms.code import without_docstring
+        from pipelines.transforms.code import remove_docstring
 
         for row in user_corpora.code_rows(3):
-            assert "函数" not in without_docstring(row["code"])
+            assert "函数" not in remove_docstring(row["code"])
         python_2 = 'def f(x):\n    """Says it."""\n    print x\n'
-        assert without_docstring(python_2) == "def f(x):\n    print x"
+        assert remove_docstring(python_2) == "def f(x):\n    print x"
 
     def test_codesearchnet(self, tmp_path: Path) -> None:
         folder = user_corpora.codesearchnet(tmp_path)
@@ -349,7 +351,7 @@ class TestCode:
         lines[0]["language"], lines[1]["docstring"], lines[2]["code"] = "java", "x", ""
         del lines[2]["original_string"]
         user_corpora.write_lines(file.with_name("python_train_2.jsonl.gz"), lines)
-        rows, reasons = read(place_corpus("codesearchnet", str(folder)))
+        rows, reasons = read(open_external_corpus("codesearchnet", str(folder)))
         assert reasons == {
             "the compressed file is cut short or damaged": 1,
             "of another language": 1,
@@ -358,5 +360,5 @@ class TestCode:
         }
         assert sizes(rows)["test"] == 6
         assert len(rows["train"]) >= 7
-        capital = place_corpus("codesearchnet", str(folder), {"language": "Python"})
+        capital = open_external_corpus("codesearchnet", str(folder), {"language": "Python"})
         assert read(capital) == (rows, reasons)

@@ -7,8 +7,8 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipelines.corpora import guess_reader, place_corpus
-from pipelines.io.directory import Place
+from pipelines.corpora import detect_reader, open_external_corpus
+from pipelines.io.directory import SourceDirectory
 from skillnet_platform.storage import directories
 from tests.helpers import user_corpora
 from tests.helpers.object_store import ObjectStore
@@ -22,10 +22,12 @@ def test_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> N
     whole = datasets.Dataset.from_dict({"image": pictures, "caption": texts}, features)
     parts = datasets.DatasetDict({"train": whole, "test": whole.select(range(3, 7))})
     parts.save_to_disk(str(tmp_path / "saved"))
-    found = guess_reader(Place(str(tmp_path / "saved")))
+    found = detect_reader(SourceDirectory(str(tmp_path / "saved")))
     assert found is not None
     assert found[0] == "hf_dataset"
-    corpus = place_corpus("pictures", f"hf_dataset:{tmp_path / 'saved'}", {"validation": 0.0})
+    corpus = open_external_corpus(
+        "pictures", f"hf_dataset:{tmp_path / 'saved'}", {"validation": 0.0}
+    )
     assert (corpus.modality, corpus.task) == ("image", "text_to_image")
     rows, reasons = read(corpus)
     assert not reasons
@@ -37,8 +39,8 @@ def test_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> N
     for path in (tmp_path / "saved").rglob("*.*"):
         name = path.relative_to(tmp_path / "saved").as_posix()
         directories.write_bytes(f"{place}/{name}", path.read_bytes())
-    there = place_corpus("pictures", f"hf_dataset:{place}", {"validation": 0.0})
-    assert there.travels()
+    there = open_external_corpus("pictures", f"hf_dataset:{place}", {"validation": 0.0})
+    assert there.can_run_remotely()
     far, far_reasons = read(there)
     assert not far_reasons
     assert [media(row) for row in far["train"]] == [p["bytes"] for p in pictures]
@@ -57,7 +59,7 @@ def test_a_file_cut_short_costs_its_end(tmp_path: Path, in_store: bool) -> None:
     if in_store:
         fsspec.filesystem("memory").put(place, "/bucket/cut", recursive=True)
         place = "memory://bucket/cut"
-    found, reasons = read(place_corpus("mine", f"hf_dataset:{place}"))
+    found, reasons = read(open_external_corpus("mine", f"hf_dataset:{place}"))
     assert sum(map(len, found.values())) in (1000, 2000)
     assert reasons == {"an Arrow file that is cut short or damaged": 1}
 
@@ -68,7 +70,7 @@ def test_class_names_and_one_split(tmp_path: Path) -> None:
     )
     rows = {"text": [f"第{n}条" for n in range(30)], "label": [n % 2 for n in range(30)]}
     datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
-    corpus = place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}")
+    corpus = open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}")
     assert corpus.facts() == {"labels": ["坏", "好"]}
     found, _ = read(corpus)
     assert {row["label"] for row in found["train"]} == {"坏", "好"}
@@ -85,7 +87,7 @@ def test_recordings(tmp_path: Path) -> None:
     saved = datasets.Dataset(table).cast_column("audio", datasets.Audio(decode=False))
     saved.save_to_disk(str(tmp_path / "saved"))
     place = f"hf_dataset:{tmp_path / 'saved'}"
-    rows, reasons = read(place_corpus("mine", place))
+    rows, reasons = read(open_external_corpus("mine", place))
     read_back = [media(row) for each in rows.values() for row in each]
     # Whether the library puts the outside file's bytes in is its own affair; a path is not
     # followed out of the folder.
@@ -105,7 +107,7 @@ def test_labels_of_minus_one_are_none(tmp_path: Path, names: list[str] | None) -
     parts = {"train": labelled([0, 1] * 15, names), "test": labelled([-1] * 5, names)}
     parts["validation"] = labelled([0, 1] * 10, names)
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    corpus = place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}")
+    corpus = open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}")
     rows, reasons = read(corpus)
     assert not reasons
     assert (len(rows["unlabelled"]), rows["unlabelled"][0]["label"]) == (5, None)
@@ -116,7 +118,7 @@ def test_labels_of_minus_one_are_none(tmp_path: Path, names: list[str] | None) -
 def test_minus_one_may_be_a_class(tmp_path: Path) -> None:
     parts = {"train": labelled([-1, 0, 1] * 5), "test": labelled([-1] * 4)}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    rows, _ = read(place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
+    rows, _ = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert [row["label"] for row in rows["test"]] == ["-1"] * 4
 
 
@@ -124,13 +126,13 @@ def test_splits_of_longer_names(tmp_path: Path) -> None:
     names = {"train.clean.100": 9, "validation.clean": 3, "test.clean": 2, "other": 1}
     parts = {name: labelled([0, 1] * rows) for name, rows in names.items()}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
-    rows, _ = read(place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
+    rows, _ = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert sizes(rows) == {"other": 2, "test": 4, "train": 18, "validation": 6}
 
 
 def test_a_field_of_splits_is_heeded(tmp_path: Path) -> None:
     rows = {"text": [f"第{n}条" for n in range(9)], "part": ["train", "dev", "test"] * 3}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
-    corpus = place_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}", {"split": "part"})
+    corpus = open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}", {"split": "part"})
     found, _ = read(corpus)
     assert [row["text"] for row in found["test"]] == ["第2条", "第5条", "第8条"]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import guess_reader, place_corpus
+from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.readers.base import ExternalCorpus
-from pipelines.corpora.readers.webdataset import APART, SECOND, SPARSE
-from pipelines.io.directory import Place
+from pipelines.corpora.readers.webdataset import DUPLICATE_MEMBER, NO_MEDIA_MEMBER, SPARSE_MEMBER
+from pipelines.io.directory import SourceDirectory
 from tests.helpers.archive_files import tarred
 from tests.unit.pipelines.corpora.readers.test_readers import Rows, media, read, sizes
 
@@ -24,7 +24,7 @@ Files = dict[str, bytes]
 def tar(home: Path, files: Files, name: str = "x.tar") -> ExternalCorpus:
     packed = tarred(files)
     (home / name).write_bytes(gzip.decompress(packed) if name.lower().endswith("tar") else packed)
-    return place_corpus("webdataset", str(home))
+    return open_external_corpus("webdataset", str(home))
 
 
 def captioned(count: int, prefix: str = "") -> Files:
@@ -43,9 +43,12 @@ def test_a_name_ends_at_its_first_dot(tmp_path: Path) -> None:
     rows, reasons = read(corpus)
     # What is taken belongs together, and nothing of what is not goes uncounted.
     assert pairs(rows) == {b"picture 0": "words 0"}
-    assert reasons == {SECOND: 38}
+    assert reasons == {DUPLICATE_MEMBER: 38}
     found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
-    assert Counter(row.bad for row in found) == {True: 19, False: 19}  # so that a prepare stops
+    assert Counter(row.counts_as_error for row in found) == {
+        True: 19,
+        False: 19,
+    }  # so that a prepare stops
     assert found[0].file == "x.tar"
 
 
@@ -55,7 +58,7 @@ def test_a_mask_beside_a_picture_is_left_out_by_choice(tmp_path: Path) -> None:
         files |= {f"{n}.txt": b"words", f"{n}.jpg": b"picture", f"{n}.mask.png": b"mask"}
     corpus = tar(tmp_path, files)
     found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
-    assert [(row.reason, row.bad) for row in found] == [(SECOND, False)] * 3
+    assert [(row.reason, row.counts_as_error) for row in found] == [(DUPLICATE_MEMBER, False)] * 3
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.TAR", "x.TGZ"])
@@ -65,7 +68,7 @@ def test_what_systems_leave_in_a_tar_is_passed_over(tmp_path: Path, name: str) -
         files |= {f"./._{member}": b"\0\5\26\7", f"./{member}": data, "./Thumbs.db": b"x"}
         files[f"__MACOSX/{member}"] = b"\0\5\26\7"
     corpus = tar(tmp_path, files, name)
-    assert guess_reader(Place(str(tmp_path))) is not None
+    assert detect_reader(SourceDirectory(str(tmp_path))) is not None
     rows, reasons = read(corpus)
     assert not reasons
     assert pairs(rows) == {b"picture %d" % n: f"words {n}" for n in range(6)}
@@ -76,7 +79,7 @@ def test_members_that_are_not_side_by_side(tmp_path: Path) -> None:
     apart = {name: files[name] for name in sorted(files, key=lambda name: name[-3:])}
     found = tar(tmp_path, apart).rows(SourceArchives.none())
     reasons = Counter(row.reason for row in found if isinstance(row, RejectedRow))
-    assert reasons == {"a picture without captions": 3, APART: 3}
+    assert reasons == {"a picture without captions": 3, NO_MEDIA_MEMBER: 3}
 
 
 def test_a_test_without_labels_comes_before_the_rest(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_a_tar_is_what_its_first_bytes_say(tmp_path: Path) -> None:
     packed = tarred(captioned(5))
     (tmp_path / "packed.tar").write_bytes(packed)
     (tmp_path / "plain.tgz").write_bytes(gzip.decompress(packed))
-    rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+    rows, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
     assert not reasons
     assert Counter(media(row) for row in rows["train"]) <= Counter(
         {b"picture %d" % n: 2 for n in range(5)}
@@ -117,9 +120,9 @@ def test_what_has_holes_is_not_taken_for_what_stands_behind_it(tmp_path: Path, f
     words = ["tar", "--create", "--sparse", f"--format={format}", "--sort=name"]
     subprocess.run([*words, "--file=x.tar", "--directory=made", "."], cwd=tmp_path, check=True)
     shutil.rmtree(home)
-    rows, reasons = read(place_corpus("webdataset", str(tmp_path)))
+    rows, reasons = read(open_external_corpus("webdataset", str(tmp_path)))
     assert sum(len(each) for each in rows.values()) == 2
-    assert reasons == {SPARSE: 1}
+    assert reasons == {SPARSE_MEMBER: 1}
 
 
 def test_nobody_writes_a_thousand_captions(tmp_path: Path) -> None:
