@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.encoders import DenseEncoder, LoopEncoder
 from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
-from pipelines.training.optimizer import SkillAdamW, clip_by_norm
+from pipelines.config.run import TrainingConfig
+from pipelines.training.optimizer import build_optimizer, clip_gradients
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
 from skillnet.precision import native_bf16
@@ -59,17 +60,16 @@ class Step:
         self.forward, self.named = forward, list(named)
         self.x_BTD = torch.randn(sizes.rows, sizes.tokens, sizes.dim)
         self.probe_BTD = torch.randn_like(self.x_BTD) / self.x_BTD.numel()
-        self.optimizer = SkillAdamW(weight_decay=0.05)
+        self.optimizer = build_optimizer(self.named, TrainingConfig(lr=1e-4))
         self.bf16 = native_bf16(torch.device("cpu"))
 
     def __call__(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
             y_BTD = self.forward(self.x_BTD)
         (y_BTD * self.probe_BTD).sum().backward()
-        clip_by_norm(self.named, 1.0)
-        self.optimizer.step(self.named, 1e-4)
-        for _, parameter in self.named:
-            parameter.grad = None
+        clip_gradients((p for _, p in self.named), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def state_bytes(self) -> int:
         """Bytes of optimiser state."""

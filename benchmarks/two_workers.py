@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.measure import Result, ratio, spread
 from pipelines.config.run import TrainingConfig
 from pipelines.training.gradient_sync import GradientSync
-from pipelines.training.optimizer import SkillAdamW, clip_by_norm
+from pipelines.training.optimizer import build_optimizer, clip_gradients
 from skillnet.config import SkillNetConfig
 from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet.model import SkillNet
@@ -107,7 +107,7 @@ def _worker(rank: int, folder: str, shape: tuple[int, int], rounds: int) -> None
 
     named = list(model.active_parameters(TASK))
     sync = GradientSync({TASK: named}, 2, TrainingConfig().bucket_mb * 2**20)
-    optimizer = SkillAdamW(0.05)
+    optimizer = build_optimizer(model.named_parameters(), TrainingConfig(lr=1e-4))
 
     def ours() -> None:
         sync.begin(TASK)
@@ -117,7 +117,7 @@ def _worker(rank: int, folder: str, shape: tuple[int, int], rounds: int) -> None
 
     ddp = DistributedDataParallel(twin, find_unused_parameters=True)
     twins = list(twin.active_parameters(TASK))
-    other = SkillAdamW(0.05)
+    other = build_optimizer(twin.named_parameters(), TrainingConfig(lr=1e-4))
 
     def theirs() -> None:
         _backward(ddp, towers, labels)
@@ -147,11 +147,10 @@ def _backward(model: Callable, towers: dict, labels: torch.Tensor) -> None:
     torch.nn.functional.cross_entropy(logits.float(), labels).backward()
 
 
-def _update(named: list, optimizer: SkillAdamW) -> None:
-    clip_by_norm(named, 1.0)
-    optimizer.step(named, 1e-4)
-    for _, parameter in named:
-        parameter.grad = None
+def _update(named: list, optimizer: torch.optim.Optimizer) -> None:
+    clip_gradients((p for _, p in named), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _in_turns(

@@ -12,14 +12,16 @@ There is no generator state: all randomness hangs on (seed, step).
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.runs.checkpoints import PREFIX, Checkpoint, _folders, _listed, load_weights
-from pipelines.training.optimizer import SkillAdamW, WeightAverage
+from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
     load_tensors,
@@ -29,12 +31,30 @@ from skillnet.serialization import (
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
+#: Tensors that AdamW keeps for each parameter.
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: TaskModel, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return the optimizer state of named parameters, as ``<parameter>/<field>`` -> tensor.
+
+    Parameters that no step has updated have no state.
+    """
+    return {
+        f"{name}/{field}": optimizer.state[parameter][field]
+        for name in names
+        if (parameter := model.get_parameter(name)) in optimizer.state
+        for field in OPTIMIZER_STATE
+    }
+
 
 def save(
     folder: Path,
     step: int,
     model: TaskModel,
-    optimizer: SkillAdamW,
+    optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
     state: dict[str, Any],
     keep: int,
@@ -56,7 +76,7 @@ def save(
     with storage.disk_guard(final, needed), storage.staging(final) as aside:
         written = write_parts(model, aside)
         for file, names in files.items():
-            tensors = optimizer.tensors(names)
+            tensors = optimizer_tensors(optimizer, model, names)
             if tensors:
                 save_file(_ready(tensors), aside / f"optimizer-{file}.safetensors")
                 written.append(f"optimizer-{file}.safetensors")
@@ -79,7 +99,7 @@ def save(
 def load(
     checkpoint: Checkpoint,
     model: TaskModel,
-    optimizer: SkillAdamW,
+    optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,
 ) -> None:
     """Put a verified checkpoint's weights and optimiser state in place.
@@ -89,16 +109,19 @@ def load(
     """
     device = next(model.parameters()).device
     load_weights(checkpoint.path, model)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     for path in _listed(checkpoint.path, "optimizer-"):
         tensors = load_tensors(path, str(device))
         for key, value in tensors.items():
             name, _, what = key.rpartition("/")
             expected = None if what == "step" else shapes.get(name)
-            known = name in shapes and what in SkillAdamW.FIELDS
+            known = name in shapes and what in OPTIMIZER_STATE
             if not known or value.shape != (expected or ()):
                 raise UserError(f"{path}: {key} is no state of a parameter of this model")
-        optimizer.load(tensors)
+        for key, value in tensors.items():
+            name, _, what = key.rpartition("/")
+            optimizer.state[parameters[name]][what] = value.clone()
     if average is not None:
         for path in _listed(checkpoint.path, "average-"):
             for name, value in load_tensors(path, str(device)).items():

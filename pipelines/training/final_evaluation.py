@@ -45,7 +45,7 @@ def conclude(
     from skillnet import systems
     from skillnet.accounting import account_task
 
-    model = systems.load(run / "model")
+    model = systems.load_model(run / "model")
     costs = {task: account_task(model, task) for task in config.measured}
     # Whoever compares runs need not have their models.
     result["total_params"] = total = sum(p.numel() for p in model.parameters())

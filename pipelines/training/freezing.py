@@ -33,7 +33,7 @@ def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, 
     }
     for task, named in active.items():
         if not named:
-            touched = ", ".join(sorted(model.needs(task)))
+            touched = ", ".join(sorted(model.required_files(task)))
             raise UserError(
                 f"training.only leaves nothing to train for {task}, which activates {touched}"
             )

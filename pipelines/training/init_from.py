@@ -26,7 +26,7 @@ from skillnet_platform.storage.objects import is_uri
 SETTINGS = "settings.json"
 
 #: Keys that change what a model computes though every tensor that both have may fit.
-_SAME = ("depth", "heads", "skill_modules", "skill_every")
+_SAME = ("num_layers", "num_heads", "skill_modules", "skill_every")
 _NOT_SHAPE = ("tasks", "skills", "drop_path", "dropout")
 
 
@@ -97,7 +97,7 @@ def start_model(config: FinetuneConfig, model: TaskModel) -> Start | None:
     differing = _differences(config, source.weights, where)
     try:
         given = dict(model_source.load(source).named_parameters())
-        fresh = set(model.adopt(given))
+        fresh = set(model.load_partial(given))
     except ValueError as problem:
         keys = ", ".join(
             f"model.{key} {there} there and {mine} here" for key, there, mine in differing

@@ -19,17 +19,17 @@ from pipelines.training import checkpointing, fault_injection, preemption
 from pipelines.training.freezing import trainable_parameters
 from pipelines.training.gradient_sync import Gather, GradientSync
 from pipelines.training.optimizer import (
-    SkillAdamW,
     WeightAverage,
-    clip_by_norm,
-    learning_rate,
+    build_lr_scheduler,
+    build_optimizer,
+    clip_gradients,
 )
 from pipelines.training.setup import build_model, open_stream, pick_device, resume
 from pipelines.training.throughput import Meter
 from skillnet import losses as skillnet_losses
-from skillnet.losses import Gather as Collect
+from skillnet.losses import RankGather as Collect
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import Precision, choose
+from skillnet.precision import ComputePrecision, choose_precision
 from skillnet.skills import Task
 from skillnet_platform import config as configuration
 
@@ -121,23 +121,24 @@ def train(
     settings = config.training
     reporter = reporter or Reporter()
     device = pick_device(settings.use_gpu)
-    precision = choose(settings.precision, device)
+    precision = choose_precision(settings.precision, device)
     if settings.threads_per_worker:
         torch.set_num_threads(settings.threads_per_worker)
-    row_threads.limit(torch.get_num_threads())
+    row_threads.limit_row_threads(torch.get_num_threads())
 
     stream = open_stream(config)
     model = build_model(config).to(device, precision.weights)
     if world > 1:
         for parameter in model.parameters():
             dist.broadcast(parameter.data, src=0)
-    optimizer = SkillAdamW(settings.weight_decay, (settings.beta1, settings.beta2))
+    optimizer = build_optimizer(model.named_parameters(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
     active = trainable_parameters(model, config)
     sync = GradientSync(active, world, settings.bucket_mb * 2**20)
 
     identity = configuration.digest(identity_of(config))
     start = resume(run, identity, model, optimizer, average, world) if run else 0
+    scheduler = build_lr_scheduler(optimizer, settings, start)
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = Meter(config, start, world, device)
     stopped, path, failed, leaving = None, None, 0, False
@@ -163,7 +164,6 @@ def train(
         for batch in meter.timed(prefetcher):
             batch = batch.to(device, precision.weights)
             task = config.model.tasks[batch.task]
-            lr = learning_rate(settings, step)
             seed_dropout(config.seed, step, rank)
             if breaks is not None:
                 breaks.at(step)
@@ -172,9 +172,9 @@ def train(
             loss = step_loss(model, task, batch, precision, config, rank, world)
             loss.backward()
             leaving = sync.finish()
-            norm = clip_by_norm(active[batch.task], settings.clip)
+            norm = clip_gradients((p for _, p in active[batch.task]), settings.clip)
             if torch.isfinite(norm):
-                optimizer.step(active[batch.task], lr)
+                optimizer.step()
                 if average is not None:
                     average.update(active[batch.task])
                 failed = 0
@@ -186,11 +186,11 @@ def train(
                         f" lower training.lr ({settings.lr}) or training.clip, or set "
                         "training.precision fp32"
                     )
-            for _, parameter in active[batch.task]:
-                parameter.grad = None
+            optimizer.zero_grad()
 
             step += 1
-            meter.add(batch, loss.detach(), norm, lr, skipped=failed > 0)
+            meter.add(batch, loss.detach(), norm, scheduler.get_last_lr()[0], skipped=failed > 0)
+            scheduler.step()
             if step % settings.log_every == 0 or step == last or leaving:
                 values = meter.values(step) | model.statistics()
                 reporter.metrics(values, step)
@@ -236,7 +236,7 @@ def step_loss(
     model: TaskModel,
     task: Task,
     batch: Batch,
-    precision: Precision,
+    precision: ComputePrecision,
     config: FinetuneConfig,
     rank: int = 0,
     world: int = 1,
@@ -269,12 +269,12 @@ def task_loss(
             outputs["logits"][real], targets["labels"][real], count, smoothing
         )
     if task.objective == "masked":
-        loss = skillnet_losses.masked(
+        loss = skillnet_losses.masked_loss(
             outputs["predicted"], targets["values"], targets["masked"], count
         )
         return loss * 0 if batch.ghost else loss
     if task.objective == "ctc":
-        loss = skillnet_losses.ctc(
+        loss = skillnet_losses.ctc_loss(
             outputs["log_probs"],
             outputs["lengths"],
             targets["symbols"],

@@ -1,27 +1,28 @@
-"""AdamW over the active parameters of a step, and the learning rate's way.
+"""AdamW over all parameters of a model, the learning rate of each step, and a weight average.
 
-``torch.optim.AdamW`` walks all parameters each step to find those with gradients. Here a step
-names its parameters, so its time and its state do not grow with skills that are never used.
-An inactive parameter gets no update, no weight decay and no state.
+A step computes gradients only for the parameters of its task. ``torch.optim.AdamW`` skips a
+parameter without a gradient: it gets no update, no weight decay and no optimizer state, and its
+step count, which corrects the bias of the averages, stays as it is.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
 
 from pipelines.config.run import TrainingConfig
 
-Named = Sequence[tuple[str, nn.Parameter]]
+NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
-#: What timm and transformers call position vectors and class tokens.
+#: Names of position vectors and class tokens in timm and transformers.
 _OF_LIBRARIES = ("pos_embed", "cls_token", "distillation_token")
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: weight matrices only; no biases, norms or embeddings."""
+    """Return whether weight decay applies: only to weight matrices, not to embeddings."""
     parts = name.split(".")
     kept = parts[:-1] if "weights" in parts[-2:-1] else parts  # a skill may be called anything
     if "patch_embeddings" in kept:  # transformers' name for the projection of patches
@@ -47,88 +48,54 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * fall)
 
 
-class SkillAdamW:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019) on named parameters.
-
-    Each parameter counts its own updates, so bias correction is right for skills that join
-    late. Kernels are torch's fused ones.
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: TrainingConfig
+) -> torch.optim.AdamW:
+    """Build AdamW (Loshchilov & Hutter 2019) in two groups: with and without weight decay.
 
     Args:
-        weight_decay: on weight matrices, see ``decays``.
-        betas: decay of the averages of gradient and squared gradient.
-        eps: added to the root of the squared average.
+        parameters: names and tensors of the model.
+        config: learning rate, betas and weight decay.
     """
-
-    #: What it keeps of a parameter.
-    FIELDS = ("step", "exp_avg", "exp_avg_sq")
-
-    def __init__(
-        self, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8
-    ) -> None:
-        self._weight_decay, self._betas, self._eps = weight_decay, betas, eps
-        self.state: dict[str, dict[str, Tensor]] = {}
-
-    @torch.no_grad()
-    def step(self, active: Named, lr: float) -> None:
-        """Update the active parameters that have a gradient."""
-        for with_decay in (True, False):
-            names = [
-                (name, parameter)
-                for name, parameter in active
-                if parameter.grad is not None and decays(name, parameter) == with_decay
-            ]
-            if not names:
-                continue
-            states = [self._state(name, parameter) for name, parameter in names]
-            adamw(
-                [parameter for _, parameter in names],
-                [parameter.grad for _, parameter in names],  # type: ignore[misc]
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=self._betas[0],
-                beta2=self._betas[1],
-                lr=lr,
-                weight_decay=self._weight_decay if with_decay else 0.0,
-                eps=self._eps,
-                maximize=False,
-            )
-
-    def _state(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
-        if name not in self.state:
-            self.state[name] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        return self.state[name]
-
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """State of the named parameters, keys ``<parameter>/<exp_avg|exp_avg_sq|step>``."""
-        return {
-            f"{name}/{key}": value
-            for name in names
-            if name in self.state
-            for key, value in self.state[name].items()
-        }
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over state written by ``tensors``."""
-        for key, value in tensors.items():
-            name, _, field = key.rpartition("/")
-            self.state.setdefault(name, {})[field] = value.clone()
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in parameters:
+        groups[decays(name, parameter)].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
 
 
-def clip_by_norm(active: Named, largest: float) -> Tensor:
-    """Scale the active gradients to a global norm of at most ``largest``; returns the norm."""
-    grads = [parameter.grad for _, parameter in active if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    if largest > 0:
-        torch._foreach_mul_(grads, torch.clamp(largest / (norm + 1e-6), max=1.0))
-    return norm
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int = 0
+) -> LambdaLR:
+    """Build a scheduler that sets :func:`learning_rate`.
+
+    Args:
+        optimizer: its rates are set.
+        config: schedule.
+        step: steps done before.
+    """
+    for group in optimizer.param_groups:
+        # LambdaLR multiplies by this: with 1 the rate is the function's value to the bit.
+        group["initial_lr"] = 1.0
+    return LambdaLR(optimizer, partial(learning_rate, config), last_epoch=step - 1)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients to a global norm of at most ``max_norm``; 0 does not scale.
+
+    Returns:
+        The norm before scaling.
+    """
+    limit = max_norm or math.inf
+    # foreach: one call for all tensors; torch chooses it by itself only on GPUs.
+    return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
 
 
 class WeightAverage:
@@ -144,7 +111,7 @@ class WeightAverage:
         self.updates: dict[str, int] = {}
 
     @torch.no_grad()
-    def update(self, active: Named) -> None:
+    def update(self, active: NamedParameters) -> None:
         """Move the averages of the active parameters towards them."""
         by_rate: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for name, parameter in active:

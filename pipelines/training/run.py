@@ -171,7 +171,7 @@ def check(config: FinetuneConfig) -> Checked:
     from skillnet.systems import find_system
 
     system = find_system(config.system)
-    system.configure(config.model, system.read_options(config.options))
+    system.configure(config.model, system.model.parse_options(config.options))
     corpora = open_corpora(config)
     open_stream(config)
     for name, settings in config.tasks.items():

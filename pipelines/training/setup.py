@@ -13,7 +13,7 @@ from pipelines.runs import checkpoints
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.training import checkpointing
 from pipelines.training.init_from import start_model
-from pipelines.training.optimizer import SkillAdamW, WeightAverage
+from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet.systems import build_system
 from skillnet_platform import storage
@@ -80,7 +80,7 @@ def resume(
     run: Path,
     identity: str,
     model: TaskModel,
-    optimizer: SkillAdamW,
+    optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
     world: int = 1,
 ) -> int:

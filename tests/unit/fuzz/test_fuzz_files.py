@@ -14,13 +14,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.config.run import FinetuneConfig
+from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.corpora.archives import iter_members
 from pipelines.runs import checkpoints
 from pipelines.shards.dataset import open_corpus
 from pipelines.shards.format import manifest_digest, write_shard
 from pipelines.training import checkpointing
-from pipelines.training.optimizer import SkillAdamW
+from pipelines.training.optimizer import build_optimizer
 from skillnet import systems
 from skillnet.serialization import write_manifest
 from skillnet_platform import config
@@ -161,8 +161,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = small_model(torch.float32, num_layers=1)
     small = folder / "model"
     model.save_pretrained(small)
-    model = systems.load(small, "text_classification")
-    return checkpointing.save(folder / "run", 1, model, SkillAdamW(0.1), None, {}, keep=1)
+    model = systems.load_model(small, "text_classification")
+    optimizer = build_optimizer(model.named_parameters(), TrainingConfig())
+    return checkpointing.save(folder / "run", 1, model, optimizer, None, {}, keep=1)
 
 
 @given(st.integers(0, 20), WOUNDS, st.booleans())
@@ -177,4 +178,4 @@ def test_damaged_checkpoints(saved: Path, number: int, wounds: Any, sealed: bool
     if sealed and path.name != "manifest.json":
         write_manifest(copy, [each.name for each in files if each.name != "manifest.json"])
     named(lambda: checkpoints.verify(copy))
-    named(lambda: systems.load(copy))
+    named(lambda: systems.load_model(copy))

@@ -9,25 +9,29 @@ import pytest
 import torch
 
 from pipelines.training.loop import seed_dropout, step_loss, train
-from pipelines.training.optimizer import SkillAdamW, clip_by_norm, learning_rate
+from pipelines.training.optimizer import (
+    build_lr_scheduler,
+    build_optimizer,
+    clip_gradients,
+)
 from pipelines.training.setup import build_model, open_stream
 from skillnet.accounting import account_task
 from skillnet.baselines import size_matching
-from skillnet.baselines.specialist import SPECIALIST, Specialist, SpecialistOptions
+from skillnet.baselines.specialist import SPECIALIST, SpecialistModel, SpecialistOptions
 from skillnet.growth import remove_task
-from skillnet.precision import choose
+from skillnet.precision import choose_precision
 from skillnet.skills import SkillPlan, Task, masked_tasks
-from skillnet.systems import build_system, load
+from skillnet.systems import build_system, load_model
 from tests.helpers.small_corpora import small_config as small_run
 from tests.helpers.small_corpora import write_corpora
 from tests.helpers.small_models import loss_of, small_config, towers_of
 
 
-def specialist(options: dict[str, Any] | None = None, **changes: Any) -> Specialist:
+def specialist(options: dict[str, Any] | None = None, **changes: Any) -> SpecialistModel:
     torch.manual_seed(0)
     config = small_config(**({"mel_stack": 4, "n_mels": 8} | changes))
     model = build_system("specialist", config, {"ffn_dim": 10} | (options or {}))
-    assert isinstance(model, Specialist)
+    assert isinstance(model, SpecialistModel)
     return model.double()
 
 
@@ -38,7 +42,7 @@ def test_a_task_touches_its_own_encoders_and_head_and_all_of_them(task: str) -> 
     touched = {name for name, p in model.named_parameters() if p.grad is not None}
     assert touched == {name for name, _ in model.active_parameters(task)}
     towers = {f"specialist-{task}-{tower}" for tower in model.config.tasks[task].towers}
-    assert {model.owner(name) for name in touched} == towers | {f"head-{task}"}
+    assert {model.file_of(name) for name in touched} == towers | {f"head-{task}"}
     assert sum(p.numel() for p in model.parameters()) == sum(
         model.activated_parameters(other) for other in model.config.tasks
     )
@@ -47,7 +51,7 @@ def test_a_task_touches_its_own_encoders_and_head_and_all_of_them(task: str) -> 
 def test_layers_are_as_large_as_what_skillnet_activates() -> None:
     config = small_config(dim=32, ffn_dim=48, num_heads=4, embedding_dim=32, mel_stack=4)
     own = SPECIALIST.configure(config, SpecialistOptions())
-    model = Specialist(own)
+    model = SpecialistModel(own)
     sizes = [
         sum(
             p.numel()
@@ -56,7 +60,9 @@ def test_layers_are_as_large_as_what_skillnet_activates() -> None:
         )
         for task in config.tasks
     ]
-    assert sum(sizes) / len(sizes) == pytest.approx(size_matching.activated(config), rel=0.01)
+    assert sum(sizes) / len(sizes) == pytest.approx(
+        size_matching.mean_activated_params(config), rel=0.01
+    )
     pretrained = SPECIALIST.configure(
         dataclasses.replace(config, tasks=masked_tasks()), SpecialistOptions()
     )
@@ -86,7 +92,7 @@ def test_a_round_trip_and_one_task_of_it(tmp_path: Path) -> None:
     for kept in (*(tmp_path / "model").glob("*text_to_code*"),):
         kept.unlink()  # not read for another task
     for task in ("text_classification", "speech_recognition", "text_to_video"):
-        one = load(tmp_path / "model", task)
+        one = load_model(tmp_path / "model", task)
         batch = towers_of(task, model.config)
         expected, found = model(task, batch), one(task, batch)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -108,7 +114,7 @@ def test_a_trained_model_is_read_without_the_checkpoint_it_started_from(tmp_path
         assert torch.equal(taken.embeddings.word_embeddings.weight, expected)
     model.save_pretrained(tmp_path / "model")
     shutil.rmtree(folder)
-    again = load(tmp_path / "model")
+    again = load_model(tmp_path / "model")
     batch = towers_of("text_to_code", model.config)
     expected, found = model("text_to_code", batch), again("text_to_code", batch)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -120,7 +126,7 @@ def test_towers_start_from_the_encoder_pretrained_on_their_modality() -> None:
     pretrained = specialist(tasks=masked_tasks())
     model = specialist()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fresh = model.adopt(dict(pretrained.named_parameters()))
+    fresh = model.load_partial(dict(pretrained.named_parameters()))
     assert {name.partition(".")[0] for name in fresh} == {"heads"}
     source = dict(pretrained.named_parameters())
     for name, parameter in model.named_parameters():
@@ -136,7 +142,7 @@ def test_towers_start_from_the_encoder_pretrained_on_their_modality() -> None:
             assert torch.equal(parameter, before[name])
     other = specialist(tasks=masked_tasks(), options={"ffn_dim": 12})
     with pytest.raises(ValueError, match="give both the same model section"):
-        model.adopt(dict(other.named_parameters()))
+        model.load_partial(dict(other.named_parameters()))
 
 
 def test_self_supervised_tasks_of_a_modality_train_one_encoder() -> None:
@@ -204,17 +210,20 @@ def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
         with torch.no_grad():
             for name, parameter in alone.named_parameters():
                 parameter.copy_(start[name])
-        optimizer = SkillAdamW(config.training.weight_decay, (0.9, 0.98))
+        optimizer = build_optimizer(alone.named_parameters(), config.training)
         active = list(alone.named_parameters())
         for step in steps:
             batch = stream.batch(step).to(device, torch.float64)
             seed_dropout(config.seed, step, 0)
-            loss = step_loss(alone, config.model.tasks[task], batch, choose("fp64", device), config)
+            loss = step_loss(
+                alone, config.model.tasks[task], batch, choose_precision("fp64", device), config
+            )
             loss.backward()
-            clip_by_norm(active, config.training.clip)
-            optimizer.step(active, learning_rate(config.training, step))
-            for _, parameter in active:
-                parameter.grad = None
+            clip_gradients((p for _, p in active), config.training.clip)
+            # The rate follows the steps of all tasks.
+            build_lr_scheduler(optimizer, config.training, step)
+            optimizer.step()
+            optimizer.zero_grad()
         for name, parameter in active:
             assert torch.equal(parameter, together[name]), name
             assert name.endswith("key.bias") or not torch.equal(parameter, start[name].double())

@@ -25,7 +25,7 @@ def changed(config: FinetuneConfig, run: Path | None = None) -> set[str]:
     """Files with a weight that training changed."""
     old = dict(build_model(config).double().named_parameters())
     after = train(config, run=run).model
-    return {after.owner(n) for n, p in after.named_parameters() if not torch.equal(p, old[n])}
+    return {after.file_of(n) for n, p in after.named_parameters() if not torch.equal(p, old[n])}
 
 
 def test_only_the_named_files_change_also_in_the_average(data: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_what_is_frozen_has_no_optimiser_state_and_no_gradient(data: Path, tmp_p
     kept = {path.stem for path in folder.glob("optimizer-*.safetensors")}
     assert kept == {"optimizer-skill-general"}
     for name, parameter in done.model.named_parameters():
-        assert parameter.requires_grad == (done.model.owner(name) == "skill-general")
+        assert parameter.requires_grad == (done.model.file_of(name) == "skill-general")
         assert parameter.grad is None
 
 

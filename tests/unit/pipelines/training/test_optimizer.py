@@ -10,14 +10,15 @@ from torch import nn
 from pipelines.config.run import TrainingConfig
 from pipelines.training.loop import step_loss, train
 from pipelines.training.optimizer import (
-    SkillAdamW,
     WeightAverage,
-    clip_by_norm,
+    build_lr_scheduler,
+    build_optimizer,
+    clip_gradients,
     decays,
     learning_rate,
 )
 from pipelines.training.setup import build_model, open_stream
-from skillnet.precision import choose
+from skillnet.precision import choose_precision
 from tests.helpers.small_corpora import small_config, write_corpora
 
 
@@ -26,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpora(tmp_path_factory.mktemp("corpora") / "data")
 
 
-def test_equals_torch_adamw() -> None:
+def test_weight_matrices_decay_and_vectors_do_not() -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double()
     theirs = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2)).double()
@@ -36,13 +37,14 @@ def test_equals_torch_adamw() -> None:
         {"params": [p for p in theirs.parameters() if p.ndim != 2], "weight_decay": 0.0},
     ]
     reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.98))
-    optimizer = SkillAdamW(0.3, (0.9, 0.98))
+    config = TrainingConfig(weight_decay=0.3, lr=0.01)
+    optimizer = build_optimizer(ours.named_parameters(), config)
     for _ in range(5):
         x = torch.randn(3, 4, dtype=torch.float64)
         for model in (ours, theirs):
             model.zero_grad()
             model(x).square().sum().backward()
-        optimizer.step(list(ours.named_parameters()), 0.01)
+        optimizer.step()
         reference.step()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -52,7 +54,8 @@ def test_an_inactive_skill_stays_as_it_is(data: Path) -> None:
     """Weights, gradients and optimiser state, also under weight decay and after being active."""
     config = small_config(data, weight_decay=0.5)
     stream, model = open_stream(config), build_model(config).double()
-    optimizer, precision = SkillAdamW(0.5), choose("fp64", torch.device("cpu"))
+    optimizer = build_optimizer(model.named_parameters(), config.training)
+    precision = choose_precision("fp64", torch.device("cpu"))
     everything = dict(model.named_parameters())
 
     def one_step(task: str) -> None:
@@ -64,24 +67,27 @@ def test_an_inactive_skill_stays_as_it_is(data: Path) -> None:
         assert not missing
         outside = everything.keys() - {name for name, _ in active}
         assert all(everything[name].grad is None for name in outside)
-        optimizer.step(active, 0.01)
-        for _, parameter in active:
-            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
 
     for task in ("text_to_image", "text_to_video"):
         one_step(task)
-    image = [name for name in everything if model.owner(name) == "skill-image"]
+    image = [name for name in everything if model.file_of(name) == "skill-image"]
     assert image
-    assert not any(model.owner(name) == "skill-sound" for name in optimizer.state)
+    assert not any(
+        model.file_of(name) == "skill-sound"
+        for name in everything
+        if everything[name] in optimizer.state
+    )
     weights = {name: everything[name].detach().clone() for name in everything}
-    state = {n: {k: x.clone() for k, x in optimizer.state[n].items()} for n in image}
+    state = {n: {k: x.clone() for k, x in optimizer.state[everything[n]].items()} for n in image}
     for task in ("text_to_video", "speech_recognition", "text_classification", "text_to_code"):
         one_step(task)
     for name in image:
         assert torch.equal(everything[name], weights[name]), name
         for key, value in state[name].items():
-            assert torch.equal(optimizer.state[name][key], value), name
-    changed = [n for n in everything if model.owner(n) == "skill-general"]
+            assert torch.equal(optimizer.state[everything[name]][key], value), name
+    changed = [n for n in everything if model.file_of(n) == "skill-general"]
     assert all(not torch.equal(everything[name], weights[name]) for name in changed)
 
 
@@ -137,16 +143,30 @@ def test_warmup_in_steps() -> None:
     assert learning_rate(TrainingConfig(steps=100, warmup=10, lr=1.0), 4) == pytest.approx(0.5)
 
 
+def test_scheduler_sets_the_learning_rate_of_each_step_also_after_a_resume() -> None:
+    config = TrainingConfig(steps=50, lr=0.3)
+    expected = [learning_rate(config, step) for step in range(50)]
+    for start in (0, 1, 20):
+        optimizer = build_optimizer(nn.Linear(2, 2).named_parameters(), config)
+        scheduler = build_lr_scheduler(optimizer, config, start)
+        rates = []
+        for _ in range(start, 50):
+            rates.append(optimizer.param_groups[1]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates == expected[start:]
+
+
 def test_clipping() -> None:
     layer = nn.Linear(2, 2).double()
     for parameter in layer.parameters():
         parameter.grad = torch.full_like(parameter, 2.0)
-    norm = clip_by_norm(list(layer.named_parameters()), 1.5)
+    norm = clip_gradients(layer.parameters(), 1.5)
     assert float(norm) == pytest.approx(24**0.5)
     scaled = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
     assert float(scaled.norm()) == pytest.approx(1.5)
-    assert float(clip_by_norm(list(layer.named_parameters()), 0)) == pytest.approx(1.5)
-    assert float(clip_by_norm(list(layer.named_parameters()), 9)) == pytest.approx(1.5)
+    assert float(clip_gradients(layer.parameters(), 0)) == pytest.approx(1.5)
+    assert float(clip_gradients(layer.parameters(), 9)) == pytest.approx(1.5)
 
 
 def test_average_follows_and_swaps_back() -> None:
