@@ -30,7 +30,6 @@ def run_block(language: str, code: str, folder: Path, environment: dict[str, str
 
 
 @pytest.mark.integration
-@pytest.mark.xdist_group("ray")
 def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
     environment = {
         **os.environ,

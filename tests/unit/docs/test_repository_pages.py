@@ -1,0 +1,72 @@
+"""The README's limits, its links, the citation, the lock file and the image's recipe."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+MOST_LINES = 130
+MOST_CELL_CHARACTERS = 40
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= MOST_LINES
+
+
+def test_no_table_cell_of_the_readme_is_long() -> None:
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in row.strip("|").split("|")]
+    assert [cell for cell in cells if len(cell) > MOST_CELL_CHARACTERS] == []
+
+
+def test_the_readme_states_its_status() -> None:
+    head = README[: README.index("## ")]
+    assert "tested on CPU and on emulated nodes; not yet on a GPU or a cloud" in head
+
+
+def test_the_readme_has_one_results_table_with_five_rows() -> None:
+    tables = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    assert len(tables) == 1
+    assert tables[0].count("\n") == 2 + 5
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_front_pages_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (ROOT / target).exists(), f"{page}: {target}"
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_the_lock_file_refers_to_the_public_index_only() -> None:
+    text = (ROOT / "uv.lock").read_text(encoding="utf-8")
+    hosts = set(re.findall(r"https?://([^/\"]+)", text))
+    assert hosts == {"pypi.org", "files.pythonhosted.org"}
+
+
+def test_the_image_contains_every_package() -> None:
+    recipe = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for name in ("configs", "platform", "skillnet", "pipelines", "sweeps"):
+        assert f"COPY {name} {name}\n" in recipe
+        assert f"!{name}" in ignored
+
+
+def test_the_workflow_runs_the_ci_script() -> None:
+    path = ROOT / ".github" / "workflows" / "ci.yml"
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    assert "bash .ci/run" in commands

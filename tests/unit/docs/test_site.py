@@ -1,0 +1,44 @@
+"""The hooks of the documentation site."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="needs the extra docs")
+
+from skillnet_platform import cli
+from tools.docs import site_hooks
+from tools.docs.draw_headline import FIGURE, STUDY, draw_headline, read_means
+from tools.docs.draw_overview import ASSETS, draw_overview, draw_pipeline
+
+
+def test_each_command_has_a_page_with_its_complete_help() -> None:
+    assert set(site_hooks.command_names()) == set(cli.SUMMARIES)
+    page = site_hooks.command_page("fetch")
+    assert "# skillnet fetch" in page
+    assert "usage: skillnet fetch" in page
+
+
+def test_a_link_out_of_the_docs_becomes_a_path() -> None:
+    text = "see [the preset](../configs/quickstart.yaml) and [skills](skills.md#x)"
+    replaced = site_hooks.replace_outside_links(text, "page.md")
+    assert replaced == "see the preset (`configs/quickstart.yaml`) and [skills](skills.md#x)"
+
+
+def test_a_link_to_a_missing_file_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"docs/page\.md"):
+        site_hooks.replace_outside_links("[x](../nothing.yaml)", "page.md")
+
+
+def test_the_committed_diagrams_are_those_of_the_scripts() -> None:
+    drawn = {
+        ASSETS / "overview.svg": draw_overview(),
+        ASSETS / "pipeline.svg": draw_pipeline(),
+        FIGURE: draw_headline(read_means(STUDY)),
+    }
+    for path, canvas in drawn.items():
+        assert Path(path).read_text(encoding="utf-8") == canvas.to_svg()
+
+
+def test_a_diagram_has_colours_for_the_dark_scheme() -> None:
+    assert "@media (prefers-color-scheme: dark)" in draw_overview().to_svg()

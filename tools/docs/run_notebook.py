@@ -1,0 +1,49 @@
+"""Execute the notebooks of ``examples/`` in place: ``python -m tools.docs.run_notebook``.
+
+The saved notebook contains its outputs, without times and machine data, so that a second execution
+on the same processor changes nothing.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+CELL_TIMEOUT_S = 120
+
+
+def execute_notebook(path: Path) -> Any:
+    """Return the notebook with the outputs of a fresh execution.
+
+    Args:
+        path: of the notebook, which stays as it is.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell raises.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", record_timing=False
+    )
+    client.execute(cwd=str(path.parent))
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.metadata = {}
+    return notebook
+
+
+def main() -> int:
+    """Execute every notebook and write it with its outputs."""
+    for path in sorted(EXAMPLES.glob("*.ipynb")):
+        nbformat.write(execute_notebook(path), path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
