@@ -9,7 +9,6 @@ from typing import Any, Literal, Optional
 from pipelines.evaluation.tables import write_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import parse
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import place
@@ -162,7 +161,7 @@ def log(
         console.warn(f"MLflow does not answer; the figures of run {run_id} wait in the spool")
 
 
-def show(result: Evaluation) -> None:
+def show_evaluation(result: Evaluation) -> None:
     """Print the tables of an evaluation."""
     from pipelines.evaluation.tables import result_cells
 
@@ -176,24 +175,17 @@ def show(result: Evaluation) -> None:
     console.note(f"{result.seconds:.1f} s for the model; all figures are in {result.output}")
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet evaluate``."""
-    config = parse(
-        EvaluateConfig,
-        argv or [],
-        "skillnet evaluate",
-        description="Measure a model on every row of the test sets, each figure with a 95 % "
-        "bootstrap interval, beside chance and simple references.",
-        example="skillnet evaluate --model models:/skillnet@champion\n"
-        "skillnet evaluate --run my-run --splits validation --json",
-    )
-    result = evaluate(config)
-    if console.json_wanted():
-        console.emit_json(result)
-    else:
-        show(result)
-    return 0
+@command(
+    EvaluateConfig,
+    description="Measure a model on every row of the test sets, each figure with a 95 % "
+    "bootstrap interval, beside chance and simple references.",
+    example="skillnet evaluate --model models:/skillnet@champion\n"
+    "skillnet evaluate --run my-run --splits validation --json",
+    show=show_evaluation,
+)
+def main(config: EvaluateConfig) -> Evaluation:
+    """Run ``skillnet evaluate``."""
+    return evaluate(config)
 
 
 if __name__ == "__main__":

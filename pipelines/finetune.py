@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.progress_log import PROGRESS, followed
-from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.storage import (
@@ -103,37 +102,13 @@ def carry_out(
     return result
 
 
-def tell(result: dict[str, Any], words: str) -> None:
-    """Print the result of a run: its figures, and a line that ends in ``words``; or as JSON."""
-    if console.json_wanted():
-        console.emit_json(result)
-        return
+def show_run(result: dict[str, Any], words: str) -> None:
+    """Print the result of a run: its figures, and a line that ends in ``words``."""
     if result["evaluation"]:
         from pipelines.evaluation.tables import result_cells
 
         console.table(result["name"], *result_cells(result["evaluation"]))
     console.note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {words}")
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet finetune``."""
-    config = configuration.parse(
-        FinetuneConfig,
-        argv or [],
-        "skillnet finetune",
-        description="Train all tasks jointly: one sparse model, one task a step, only the "
-        "skills of that task computed, updated and exchanged.",
-        example="skillnet finetune --name first --training.steps 2000\n"
-        "skillnet finetune --config tiny --training.workers 2 --json",
-    )
-    result = finetune(config)
-    tell(result, f"the model is in {result['model']}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
 
 
 def register(
@@ -154,3 +129,20 @@ def register(
     source = model_source.find(str(run), config.tracking.uri)
     made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
+
+
+@command(
+    FinetuneConfig,
+    description="Train all tasks jointly: one sparse model, one task a step, only the "
+    "skills of that task computed, updated and exchanged.",
+    example="skillnet finetune --name first --training.steps 2000\n"
+    "skillnet finetune --config tiny --training.workers 2 --json",
+    show=lambda result: show_run(result, f"the model is in {result['model']}"),
+)
+def main(config: FinetuneConfig) -> dict[str, Any]:
+    """Run ``skillnet finetune``."""
+    return finetune(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

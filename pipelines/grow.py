@@ -168,23 +168,8 @@ def _register(
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet grow``."""
-    config = configuration.parse(
-        GrowConfig,
-        argv or [],
-        "skillnet grow",
-        description="Add a skill and a task to a trained model and train only them. The report "
-        "shows, by hash, that every other file is the same to the byte, that every figure of the "
-        "old tasks is the same to the digit, and what the new skill is worth.",
-        example="skillnet prepare stroke_counts\n"
-        "skillnet grow my-run --config grow/stroke-count --name counting",
-    )
-    result = grow(config)
-    if console.json_wanted():
-        console.emit_json(result)
-        return 0
+def show_growth(result: dict[str, Any]) -> None:
+    """Print the tables of the report, and where the model is."""
     from pipelines.growth.report import Growth
 
     report = Growth.from_dict(result["growth"])
@@ -194,7 +179,20 @@ def main(argv: list[str] | None = None) -> int:
     console.note(f"the model is in {result['model']}")
     if result.get("registered"):
         console.note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
-    return 0
+
+
+@command(
+    GrowConfig,
+    description="Add a skill and a task to a trained model and train only them. The report "
+    "shows, by hash, that every other file is the same to the byte, that every figure of the "
+    "old tasks is the same to the digit, and what the new skill is worth.",
+    example="skillnet prepare stroke_counts\n"
+    "skillnet grow my-run --config grow/stroke-count --name counting",
+    show=show_growth,
+)
+def main(config: GrowConfig) -> dict[str, Any]:
+    """Run ``skillnet grow``."""
+    return grow(config)
 
 
 if __name__ == "__main__":

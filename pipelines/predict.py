@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import parse, positional
+from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, data_root
 from skillnet_platform.storage.location import place
@@ -153,7 +153,7 @@ def clue_lines(answers: "list[tuple[Given, Prediction]]") -> list[dict[str, Any]
     return made
 
 
-def show(predictions: "list[Prediction]") -> None:
+def print_tables(predictions: "list[Prediction]") -> None:
     """Print predictions, a table per task."""
     for task in dict.fromkeys(p.task for p in predictions):
         rows = []
@@ -171,39 +171,16 @@ def show(predictions: "list[Prediction]") -> None:
             console.note(f'to rank what a text stands for: skillnet search "…" --task {task}')
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet predict``."""
-    config = parse(
-        PredictConfig,
-        argv or [],
-        "skillnet predict",
-        description="Class of a text, transcript of a recording, known captions nearest to a "
-        "picture, a clip or the functions of a Python file.",
-        example='skillnet predict --text "中国古代文学史"\n'
-        "skillnet predict heart.png speech.mp3 module.py --top 3\n"
-        "skillnet predict rows.jsonl --output predictions.jsonl --json\n"
-        "skillnet predict --task text_classification --input test.json "
-        "--output tnews_predict.json --format clue",
-    )
-    answers = answered(config)
-    predictions = [prediction for _, prediction in answers]
-    lines: list[dict[str, Any]] = [_plain(prediction) for prediction in predictions]
-    if config.format == "clue":
-        lines = clue_lines(answers)
-    if config.output:
-        with atomic_write(config.output, "w") as stream:
-            for line in lines:
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if console.json_wanted():
-        console.emit_json(lines)
-    elif config.format == "clue" and config.output:
+def show_predictions(
+    predictions: "list[Prediction]", lines: list[dict[str, Any]], config: PredictConfig
+) -> None:
+    """Print predictions as tables, or in CLUE's format."""
+    if config.format == "clue" and config.output:
         console.note(f"{len(lines)} predictions in {config.output}")
     elif config.format == "clue":
         print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     else:
-        show(predictions)
-    return 0
+        print_tables(predictions)
 
 
 def _plain(prediction: "Prediction") -> dict[str, Any]:
@@ -219,6 +196,32 @@ def _plain(prediction: "Prediction") -> dict[str, Any]:
 def _short(text: str, longest: int = 48) -> str:
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+@command(
+    PredictConfig,
+    description="Class of a text, transcript of a recording, known captions nearest to a "
+    "picture, a clip or the functions of a Python file.",
+    example='skillnet predict --text "中国古代文学史"\n'
+    "skillnet predict heart.png speech.mp3 module.py --top 3\n"
+    "skillnet predict rows.jsonl --output predictions.jsonl --json\n"
+    "skillnet predict --task text_classification --input test.json "
+    "--output tnews_predict.json --format clue",
+    show=lambda result: show_predictions(*result),
+    to_json=lambda result: result[1],
+)
+def main(config: PredictConfig) -> "tuple[list[Prediction], list[dict[str, Any]], PredictConfig]":
+    """Run ``skillnet predict``."""
+    answers = answered(config)
+    predictions = [prediction for _, prediction in answers]
+    lines: list[dict[str, Any]] = [_plain(prediction) for prediction in predictions]
+    if config.format == "clue":
+        lines = clue_lines(answers)
+    if config.output:
+        with atomic_write(config.output, "w") as stream:
+            for line in lines:
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return predictions, lines, config
 
 
 if __name__ == "__main__":

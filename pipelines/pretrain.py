@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import finetune as training
 from pipelines.config.run import FinetuneConfig, PretrainConfig
-from skillnet_platform import config as configuration
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
@@ -81,22 +80,20 @@ def check_splits(config: FinetuneConfig, corpora: "Mapping[str, PreparedCorpus]"
                 )
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet pretrain``."""
-    config = configuration.parse(
-        PretrainConfig,
-        argv or [],
-        "skillnet pretrain",
-        description="Train the skills on unlabelled rows: a part of each row is hidden and "
-        "restored, one modality a step, only its skills computed and updated. Then "
-        "`skillnet finetune --from NAME`.",
-        example="skillnet pretrain --config pretrain --name first-pretraining\n"
-        "skillnet finetune --config quickstart --from first-pretraining",
-    )
-    result = pretrain(config)
-    training.tell(result, f"go on with: skillnet finetune --from {result['name']}")
-    return 0
+@command(
+    PretrainConfig,
+    description="Train the skills on unlabelled rows: a part of each row is hidden and "
+    "restored, one modality a step, only its skills computed and updated. Then "
+    "`skillnet finetune --from NAME`.",
+    example="skillnet pretrain --config pretrain --name first-pretraining\n"
+    "skillnet finetune --config quickstart --from first-pretraining",
+    show=lambda result: training.show_run(
+        result, f"go on with: skillnet finetune --from {result['name']}"
+    ),
+)
+def main(config: PretrainConfig) -> dict[str, Any]:
+    """Run ``skillnet pretrain``."""
+    return pretrain(config)
 
 
 if __name__ == "__main__":

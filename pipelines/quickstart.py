@@ -10,7 +10,6 @@ from typing import Any, Literal, Optional
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import parse
 from skillnet_platform.storage import archive_root, data_root
 from skillnet_platform.storage.location import local_folder
 
@@ -176,7 +175,7 @@ def _tell(
     from skillnet import systems
     from skillnet_platform.tracking import Tracker, backend
 
-    model = systems.load(result["model"])
+    model = systems.load_model(result["model"])
     total = sum(p.numel() for p in model.parameters())
     if others:
         tracker = Tracker.by_id(result["run_id"], backend.resolve_uri(config.tracking.uri))
@@ -201,7 +200,7 @@ def _warn_of_slow_arithmetic(config: QuickstartConfig) -> None:
         )
 
 
-def show(done: dict[str, Any], config: QuickstartConfig) -> None:
+def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     """The table at the end, and what to type next."""
     from pipelines.evaluation.tables import summary_cells
 
@@ -227,25 +226,20 @@ def show(done: dict[str, Any], config: QuickstartConfig) -> None:
     )
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet quickstart``."""
-    config = parse(
-        QuickstartConfig,
-        ["--config", PRESET, *(argv or [])],
-        "skillnet quickstart",
-        description="Fetch and prepare five corpora, train one sparse model on all of them, "
-        "evaluate it on held-out data, register it, and show what it reached beside chance and "
-        "simple references. Takes about 12 minutes on two cores; starts from the preset "
-        f"'{PRESET}'.",
-        example="skillnet quickstart\nskillnet quickstart --training.steps 20 --json",
-    )
-    done = quickstart(config)
-    if console.json_wanted():
-        console.emit_json(done)
-    else:
-        show(done, config)
-    return 0
+@command(
+    QuickstartConfig,
+    description="Fetch and prepare five corpora, train one sparse model on all of them, "
+    "evaluate it on held-out data, register it, and show what it reached beside chance and "
+    "simple references. Takes about 12 minutes on two cores; starts from the preset "
+    f"'{PRESET}'.",
+    example="skillnet quickstart\nskillnet quickstart --training.steps 20 --json",
+    show=lambda result: show_quickstart(*result),
+    to_json=lambda result: result[0],
+    rewrite_arguments=lambda argv: ["--config", PRESET, *argv],
+)
+def main(config: QuickstartConfig) -> tuple[dict[str, Any], QuickstartConfig]:
+    """Run ``skillnet quickstart``."""
+    return quickstart(config), config
 
 
 if __name__ == "__main__":

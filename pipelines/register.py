@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Optional
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import parse, positional
+from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
 from skillnet_platform.storage.location import place
@@ -40,7 +40,7 @@ class RegisterConfig:
     tracking_uri: Optional[str] = None  # noqa: UP045
 
 
-def show(made: "Registered") -> None:
+def show_registration(made: "Registered") -> None:
     """Print what was registered, under which alias, and why."""
     console.note(f"{made.uri} is now @{made.alias}")
     rows = [reason.partition(": ")[::2] for reason in made.verdict.reasons]
@@ -48,18 +48,16 @@ def show(made: "Registered") -> None:
     console.note(f"try: skillnet predict --model models:/{made.name}@{made.alias} --text …")
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet register``."""
-    config = parse(
-        RegisterConfig,
-        argv or [],
-        "skillnet register",
-        description="Log a trained model with its tokenizer and names, make it a version of the "
-        "registry, and let the gate decide whether it becomes the champion: at least as good on "
-        "all tasks and better on one, by confidence interval.",
-        example="skillnet register my-run",
-    )
+@command(
+    RegisterConfig,
+    description="Log a trained model with its tokenizer and names, make it a version of the "
+    "registry, and let the gate decide whether it becomes the champion: at least as good on "
+    "all tasks and better on one, by confidence interval.",
+    example="skillnet register my-run",
+    show=show_registration,
+)
+def main(config: RegisterConfig) -> "Registered":
+    """Run ``skillnet register``."""
     from dataclasses import replace
 
     from pipelines.runs import model_source
@@ -73,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             task: {**tasks.get(task, {}), "corpus": name} for task, name in config.corpora.items()
         }
         source = replace(source, settings={**source.settings, "tasks": {**tasks, **named}})
-    made = register_model(
+    return register_model(
         source,
         place(config.data, data_root()),
         name=config.name,
@@ -82,11 +80,6 @@ def main(argv: list[str] | None = None) -> int:
         force=config.force,
         description=config.description,
     )
-    if console.json_wanted():
-        console.emit_json(made)
-    else:
-        show(made)
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import parse, positional
+from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, data_root, run_root
 from skillnet_platform.storage.location import place
@@ -167,7 +167,7 @@ def credit(corpus: "PreparedCorpus") -> str:
     return f"From {'; '.join(f'{a.requirement}: {a.licence}' for a in archives)}."
 
 
-def show(found: Found) -> None:
+def show_search(found: Found) -> None:
     """Print the ranked table."""
     rows = [
         [hit.rank, f"{hit.score:.3f}", _short(hit.caption), hit.key, hit.split]
@@ -212,13 +212,13 @@ def _hits(
 
 def _shown(corpus: "PreparedCorpus", hit: Hit) -> tuple[np.ndarray | None, str | None]:
     """The picture or clip of a hit, or its code."""
-    from pipelines.shards.columns import Fixed, open_column
+    from pipelines.shards.columns import FixedColumn, open_column
 
     table: Any = corpus.splits[hit.split].table()
     for name in ("pixels", "frames"):
         if name in table.column_names:
             column = open_column(table, name, corpus.name)
-            if isinstance(column, Fixed):
+            if isinstance(column, FixedColumn):
                 media = column.take(np.array([hit.row]))[0]
                 # Clips are white on black for the model; on paper it is the other way round.
                 return (255 - media if corpus.modality == "video" else media), None
@@ -236,27 +236,21 @@ def _short(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet search``."""
-    config = parse(
-        SearchConfig,
-        argv or [],
-        "skillnet search",
-        description="Rank the pictures, clips or functions of a prepared corpus for a Chinese "
-        "text, as a table and as an HTML page with thumbnails.",
-        example='skillnet search "红色的心" --open\n'
-        'skillnet search "横、竖、撇、捺" --task text_to_video\n'
-        'skillnet search "发送消息给用户" --task text_to_code --top 5',
-    )
+@command(
+    SearchConfig,
+    description="Rank the pictures, clips or functions of a prepared corpus for a Chinese "
+    "text, as a table and as an HTML page with thumbnails.",
+    example='skillnet search "红色的心" --open\n'
+    'skillnet search "横、竖、撇、捺" --task text_to_video\n'
+    'skillnet search "发送消息给用户" --task text_to_code --top 5',
+    show=show_search,
+)
+def main(config: SearchConfig) -> Found:
+    """Run ``skillnet search``."""
     found = search(config)
-    if console.json_wanted():
-        console.emit_json(found)
-    else:
-        show(found)
     if config.open and not webbrowser.open(found.page.as_uri()):
         console.warn(f"no browser could be started; open {found.page} by hand")
-    return 0
+    return found
 
 
 if __name__ == "__main__":

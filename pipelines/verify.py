@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import parse, positional
+from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import archive_root, data_root, sha256_file
 from skillnet_platform.storage.location import Place, below, content, local_folder, place
@@ -45,7 +45,7 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
-class Check:
+class HashCheck:
     """One thing that was compared. ``absent``: it is not on this machine, nothing to compare."""
 
     what: str
@@ -53,7 +53,7 @@ class Check:
     detail: str
 
 
-def verify(config: VerifyConfig) -> list[Check]:
+def verify(config: VerifyConfig) -> list[HashCheck]:
     """Compare every hash that is recorded for a model with the bytes it stands for.
 
     Raises:
@@ -66,7 +66,7 @@ def verify(config: VerifyConfig) -> list[Check]:
     except UserError as problem:
         if "altered" not in str(problem):
             raise
-        return [Check("model", "altered", str(problem))]
+        return [HashCheck("model", "altered", str(problem))]
     data = place(config.data, data_root())
     archives = local_folder(config.archives, archive_root(), "archives")
     checks = [_guarded("weights", lambda: _weights(source))]
@@ -105,7 +105,7 @@ def _weights(source: "Source") -> str:
     return f"{len(manifest['files'])} files, {total / 2**20:.1f} MiB in {source.weights}"
 
 
-def _bundle(source: "Source", uri: str | None) -> Iterator[Check]:
+def _bundle(source: "Source", uri: str | None) -> Iterator[HashCheck]:
     from pipelines.serving import bundle
 
     assert source.bundle is not None
@@ -131,7 +131,7 @@ def _bundle(source: "Source", uri: str | None) -> Iterator[Check]:
     yield _guarded("registry", tag)
 
 
-def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterator[Check]:
+def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterator[HashCheck]:
     from mlflow.exceptions import MlflowException
 
     from skillnet.serialization import read_manifest
@@ -140,7 +140,7 @@ def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterato
     try:
         run = backend.client(backend.resolve_uri(uri)).get_run(str(source.run_id))
     except MlflowException:
-        yield Check("run", "absent", f"no run {source.run_id} in this tracker")
+        yield HashCheck("run", "absent", f"no run {source.run_id} in this tracker")
         return
     tags = run.data.tags
 
@@ -163,14 +163,14 @@ def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterato
         yield _guarded("run's model", same)
 
 
-def _corpus(where: Place, digest: str | None) -> tuple[Check, list[dict[str, str]]]:
+def _corpus(where: Place, digest: str | None) -> tuple[HashCheck, list[dict[str, str]]]:
     """The check of a corpus, and the sources that its manifest names."""
     from pipelines.shards.dataset import verify_corpus
-    from pipelines.shards.files import shard_files
+    from pipelines.shards.files import open_shard_store
 
     what = f"corpus {Path(where).name}"
-    if not shard_files(where).is_there():
-        return Check(what, "absent", f"{where} does not exist"), []
+    if not open_shard_store(where).is_there():
+        return HashCheck(what, "absent", f"{where} does not exist"), []
     manifest: dict[str, Any] = {}
 
     def shards() -> str:
@@ -184,7 +184,7 @@ def _corpus(where: Place, digest: str | None) -> tuple[Check, list[dict[str, str
     return _guarded(what, shards), manifest.get("sources", [])
 
 
-def _source(entry: dict[str, str], archives: Path, others: dict[str, str]) -> Check:
+def _source(entry: dict[str, str], archives: Path, others: dict[str, str]) -> HashCheck:
     """One download of a corpus, or another source that this machine has at hand."""
     name = entry["file"]
     path = archives / name
@@ -192,22 +192,22 @@ def _source(entry: dict[str, str], archives: Path, others: dict[str, str]) -> Ch
         return _guarded(name, lambda: _equal(str(path), sha256_file(path), entry["sha256"]))
     if name in others:
         return _guarded(name, lambda: _equal(name, others[name], entry["sha256"]))
-    return Check(name, "absent", f"not in {archives}")
+    return HashCheck(name, "absent", f"not in {archives}")
 
 
 def _other_sources(names: list[str]) -> dict[str, str]:
     """Sources of built-in corpora that are not downloads (the standard library): name -> hash."""
     from pipelines.corpora import BUILT_IN, find_corpus
 
-    listed = [find_corpus(name).other_sources() for name in names if name in BUILT_IN]
+    listed = [find_corpus(name).extra_sources() for name in names if name in BUILT_IN]
     return {entry["file"]: entry["sha256"] for entries in listed for entry in entries}
 
 
-def _tokenizer(bundle: Path, data: Place) -> Check:
+def _tokenizer(bundle: Path, data: Place) -> HashCheck:
     there = below(data, "tokenizer.json")
     found = content(there)
     if found is None:
-        return Check("tokenizer", "absent", f"{there} does not exist")
+        return HashCheck("tokenizer", "absent", f"{there} does not exist")
     mine = sha256_file(bundle / "tokenizer.json")
     return _guarded(
         "tokenizer", lambda: _equal(str(there), hashlib.sha256(found).hexdigest(), mine)
@@ -221,37 +221,41 @@ def _equal(what: str, found: str | None, expected: str | None) -> str:
     return f"sha256 {found[:16]}…"
 
 
-def _guarded(what: str, compare: Callable[[], str]) -> Check:
+def _guarded(what: str, compare: Callable[[], str]) -> HashCheck:
     try:
-        return Check(what, "ok", compare())
+        return HashCheck(what, "ok", compare())
     except ValueError as problem:
-        return Check(what, "altered", str(problem))
+        return HashCheck(what, "altered", str(problem))
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet verify``."""
-    config = parse(
-        VerifyConfig,
-        argv or [],
-        "skillnet verify",
-        description="Hash everything again, from the weights back to the downloads, and compare "
-        "with what was recorded. Exits with 1 if anything was altered.",
-        example="skillnet verify models:/skillnet@champion",
-    )
+def show_verification(checks: list[HashCheck], model: str) -> None:
+    """Print the checks as a table."""
+    rows = [[check.what, check.state, check.detail] for check in checks]
+    console.table(f"verify {model}", ["what", "state", ""], rows)
+
+
+def _altered(checks: list[HashCheck]) -> list[HashCheck]:
+    return [check for check in checks if check.state == "altered"]
+
+
+@command(
+    VerifyConfig,
+    description="Hash everything again, from the weights back to the downloads, and compare "
+    "with what was recorded. Exits with 1 if anything was altered.",
+    example="skillnet verify models:/skillnet@champion",
+    show=lambda result: show_verification(*result),
+    to_json=lambda result: {"whole": not _altered(result[0]), "checks": result[0]},
+    exit_code=lambda result: int(bool(_altered(result[0]))),
+)
+def main(config: VerifyConfig) -> tuple[list[HashCheck], str]:
+    """Run ``skillnet verify``."""
     checks = verify(config)
-    altered = [check for check in checks if check.state == "altered"]
-    if console.json_wanted():
-        console.emit_json({"whole": not altered, "checks": checks})
-    else:
-        rows = [[check.what, check.state, check.detail] for check in checks]
-        console.table(f"verify {config.model}", ["what", "state", ""], rows)
-    for check in altered:
+    for check in _altered(checks):
         console.error(f"{check.what}: {check.detail}")
     absent = sum(check.state == "absent" for check in checks)
     if absent:
         console.note(f"{absent} of {len(checks)} are not on this machine and were not compared")
-    return 1 if altered else 0
+    return checks, config.model
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from sweeps.config.study import StudyConfig
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
     from sweeps.analysis.finished_runs import FinishedRun
-    from sweeps.report.report import Report
-    from sweeps.study.study import Tuned
+    from sweeps.report.report import ComparisonReport
+    from sweeps.study.study import TuningResult
 
 
-def compare(config: StudyConfig) -> tuple["Report", int]:
+def compare(config: StudyConfig) -> tuple["ComparisonReport", int]:
     """Run a study, or read finished runs; write, record and give the report.
 
     Returns:
@@ -33,7 +33,7 @@ def compare(config: StudyConfig) -> tuple["Report", int]:
             does not fit.
     """
     if config.runs:
-        return _of_runs(config), 0
+        return _compare_runs(config), 0
     if not config.systems:
         raise UserError(
             "nothing to compare: name finished runs (skillnet compare RUN RUN …), or a study "
@@ -41,19 +41,19 @@ def compare(config: StudyConfig) -> tuple["Report", int]:
         )
     if not config.name:
         raise UserError("a study needs a name, so that it can be gone on with: give --name")
-    return _of_study(config)
+    return _compare_study(config)
 
 
-def _of_study(config: StudyConfig) -> tuple["Report", int]:
+def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     from sweeps.analysis.finished_runs import read_run
-    from sweeps.report.writer import FILES
-    from sweeps.study.study import BEGUN, check_study, run_study, say_failures
+    from sweeps.report.writer import REPORT_FILES
+    from sweeps.study.study import START_FILES, check_study, run_study, warn_about_failures
     from sweeps.trials import remote_ledger
     from sweeps.trials.remote_ledger import RUN
 
     folder, mirror = config.folder, config.mirror
     if mirror is not None:
-        remote_ledger.take_up(mirror, BEGUN, ("tuning", "runs"))
+        remote_ledger.restore_ledger(mirror, START_FILES, ("tuning", "runs"))
     check_study(config)
     with tracking.start(
         str(config.name),
@@ -64,7 +64,7 @@ def _of_study(config: StudyConfig) -> tuple["Report", int]:
     ) as tracker:
         write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         study = run_study(config, tracker)
-        say_failures(study)
+        warn_about_failures(study)
         runs = [
             read_run(outcome.folder, outcome.group)
             for outcome in study.outcomes
@@ -73,38 +73,38 @@ def _of_study(config: StudyConfig) -> tuple["Report", int]:
         if not runs:
             raise UserError(f"no run of the study finished; see {folder / 'runs'}")
         place = Path(config.output) if config.output else folder
-        report = _report(config, runs, study.tuned, place)
+        report = _build_report(config, runs, study.tuning, place)
         report.facts["configuration"] = f"study.yaml, digest {configuration.digest(config)[:12]}"
         report.texts["Configuration of the study"] = configuration.to_yaml(config)
-        if study.failed:
-            told = [f"{each.name}: {each.error or each.status}" for each in study.failed]
+        if study.failed_runs:
+            told = [f"{each.name}: {each.error or each.status}" for each in study.failed_runs]
             report.facts["without a result"] = "; ".join(told)
-        _keep(report, place, tracker)
+        _write_and_record(report, place, tracker)
         if mirror is not None:
-            mirror.put_files(*FILES)
-    return report, len(study.failed)
+            mirror.put_files(*REPORT_FILES)
+    return report, len(study.failed_runs)
 
 
-def _of_runs(config: StudyConfig) -> "Report":
-    from sweeps.analysis.finished_runs import find_run, gather, read_run
-    from sweeps.study.study import read_ledger
-    from sweeps.trials.remote_ledger import STUDY_LEDGER, fetch_finished
+def _compare_runs(config: StudyConfig) -> "ComparisonReport":
+    from sweeps.analysis.finished_runs import find_run, label_runs, read_run
+    from sweeps.study.study import read_study_ledger
+    from sweeps.trials.remote_ledger import STUDY_LEDGER, fetch_finished_runs
 
     runs: list[FinishedRun] = []
-    studies: list[tuple[Path, dict[str, Tuned]]] = []
+    studies: list[tuple[Path, dict[str, TuningResult]]] = []
     for named in config.runs:
-        given = str(fetch_finished(named)) if is_uri(named) else named
+        given = str(fetch_finished_runs(named)) if is_uri(named) else named
         for path in (Path(given).expanduser(), run_root() / given):
             if (path / STUDY_LEDGER).is_file():
-                told, members = read_ledger(path.absolute())
+                told, members = read_study_ledger(path.absolute())
                 studies.append((path.absolute(), told))
                 runs += [read_run(folder, label) for label, folder in members]
                 break
         else:
             runs.append(read_run(find_run(given, config.tracking.uri)))
     read = {run.folder: run.label for run in runs}
-    runs = gather(runs, config.names)
-    tuned = relabelled(studies, [(run.folder, read[run.folder], run.label) for run in runs])
+    runs = label_runs(runs, config.names)
+    tuned = relabel_tuning(studies, [(run.folder, read[run.folder], run.label) for run in runs])
     name = config.name or time.strftime("compare-%Y%m%d-%H%M%S")
     folder = Path(config.output) if config.output else run_root() / "comparisons" / name
     with tracking.start(
@@ -113,15 +113,15 @@ def _of_runs(config: StudyConfig) -> "Report":
         replace(config.tracking, system_metrics=False),
         tags={"run_dir": str(folder.absolute()), "stage": "compare"},
     ) as tracker:
-        report = _report(replace(config, name=name), runs, tuned, folder)
-        _keep(report, folder, tracker)
+        report = _build_report(replace(config, name=name), runs, tuned, folder)
+        _write_and_record(report, folder, tracker)
     return report
 
 
-def relabelled(
-    studies: Sequence[tuple[Path, Mapping[str, "Tuned"]]],
+def relabel_tuning(
+    studies: Sequence[tuple[Path, Mapping[str, "TuningResult"]]],
     runs: Sequence[tuple[Path, str, str]],
-) -> dict[str, "Tuned"]:
+) -> dict[str, "TuningResult"]:
     """What was told of tuning, by the labels of the report.
 
     Two studies may call different systems alike, and the report may call them otherwise.
@@ -130,38 +130,38 @@ def relabelled(
         studies: folder of each, and label there -> what that system got.
         runs: folder of each run, its label in its study, and its label in the report.
     """
-    made: dict[str, Tuned] = {}
+    made: dict[str, TuningResult] = {}
     for folder, told in studies:
         new = {old: label for run, old, label in runs if old in told and folder in run.parents}
         for old, own in told.items():
-            label, other = new.get(old, old), own.tuned_as
-            entry = replace(own, label=label, tuned_as=other and new.get(other, other))
+            label, other = new.get(old, old), own.reuse_tuning_of
+            entry = replace(own, label=label, reuse_tuning_of=other and new.get(other, other))
             if label in made and made[label] != entry:
                 entry = replace(entry, label=f"{label} ({folder.name})")
             made[entry.label] = entry
     return made
 
 
-def _report(
+def _build_report(
     config: StudyConfig,
     runs: Sequence["FinishedRun"],
-    tuned: dict[str, "Tuned"],
+    tuned: dict[str, "TuningResult"],
     folder: Path,
-) -> "Report":
+) -> "ComparisonReport":
     from sweeps.analysis import comparison
     from sweeps.report import report
-    from sweeps.report.tuning_tables import tuning_tables
+    from sweeps.report.tuning_tables import build_tuning_tables
 
-    of = comparison.compare(runs, config.reference, config.specialist)
-    made = report.make(of, str(config.name), config.claims)
+    of = comparison.compare_systems(runs, config.reference, config.specialist)
+    made = report.build_report(of, str(config.name), config.claims)
     pretrained = [label for label, runs in of.systems.items() if runs[0].settings.get("init_from")]
-    made.tables += tuning_tables(tuned, pretrained)
+    made.tables += build_tuning_tables(tuned, pretrained)
     if config.interpret:
-        _add_skills(made, config, folder)
+        _add_skill_figures(made, config, folder)
     return made
 
 
-def _add_skills(report: "Report", config: StudyConfig, folder: Path) -> None:
+def _add_skill_figures(report: "ComparisonReport", config: StudyConfig, folder: Path) -> None:
     """Pictures of what the skills of one run of the reference do, if it has skills.
 
     Its files lie with the report: in the run's folder ``skillnet interpret`` keeps its own.
@@ -175,14 +175,14 @@ def _add_skills(report: "Report", config: StudyConfig, folder: Path) -> None:
         (label, run, model)
         for label in labels
         for run in of.systems.get(label, ())
-        if run.system == "skillnet" and (model := _model_of(run, config)) is not None
+        if run.system == "skillnet" and (model := _find_model(run, config)) is not None
     )
     first = next(found, None)
     if first is None:
         return
     label, run, model = first
     from sweeps.interpret import INTERPRETATION, InterpretConfig, interpret_source
-    from sweeps.interpretation.analysis import caption_of
+    from sweeps.interpretation.analysis import find_caption
 
     asked = InterpretConfig(
         model=model,
@@ -199,14 +199,14 @@ def _add_skills(report: "Report", config: StudyConfig, folder: Path) -> None:
         console.warn(f"no pictures of what the skills do: {problem}")
         return
     report.skills = made.figures()
-    report.captions |= {name: caption_of(name) for name in report.skills}
+    report.captions |= {name: find_caption(name) for name in report.skills}
     report.skills_note = (
         f"Of {label}, seed {run.seed}, on the validation rows. The numbers are in "
         f"{files[0].parent.name} beside this page."
     )
 
 
-def _model_of(run: "FinishedRun", config: StudyConfig) -> str | None:
+def _find_model(run: "FinishedRun", config: StudyConfig) -> str | None:
     """Where the model of a run lies, here or in the study's store; none if it is gone."""
     if (run.folder / "model" / "manifest.json").is_file():
         return str(run.folder)
@@ -216,14 +216,14 @@ def _model_of(run: "FinishedRun", config: StudyConfig) -> str | None:
     return model if directories.is_committed(directories.join(model, "model")) else None
 
 
-def _keep(report: "Report", folder: Path, tracker: "Tracker") -> None:
+def _write_and_record(report: "ComparisonReport", folder: Path, tracker: "Tracker") -> None:
     from sweeps.report import writer as reporting
 
-    reporting.write(report, folder)
-    reporting.record(report, tracker)
+    reporting.write_report(report, folder)
+    reporting.record_report(report, tracker)
 
 
-def spread(argv: Sequence[str]) -> list[str]:
+def normalize_arguments(argv: Sequence[str]) -> list[str]:
     """``--runs A B`` as bare words: ``A B``. The names of systems likewise join with commas."""
     words: list[str] = []
     queue = list(argv)
@@ -242,42 +242,43 @@ def spread(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def show(report: "Report") -> None:
+def show_comparison(report: "ComparisonReport") -> None:
     """Print the claims and the main tables."""
     from sweeps.report import report as reporting
 
-    reporting.show(report)
+    reporting.show_report(report)
     assert report.folder is not None
     console.note(f"the page is {report.folder / 'report.html'}; its figures lie beside it as CSV")
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet compare``."""
-    config = configuration.parse(
-        StudyConfig,
-        spread(argv or []),
-        "skillnet compare",
-        description="Compare systems with intervals over seeds and test rows, paired tests with "
-        "one correction, and claims that hold, do not hold or are not decided: by running a "
-        "study, which goes on where it ended, or from finished runs.",
-        example="skillnet compare --config studies/headline\n"
-        "skillnet compare --runs skillnet-0 skillnet-1 dense-0 dense-1 --open\n"
-        "skillnet compare headline --json",
-    )
-    report, failed = compare(config)
-    if console.json_wanted():
-        from sweeps.report.report import plain
+def report_document(report: "ComparisonReport") -> dict[str, Any]:
+    """Return the report as a JSON document."""
+    from sweeps.report.report import report_to_dict
 
-        document: dict[str, Any] = plain(report)
-        console.emit_json(document)
-    else:
-        show(report)
+    return report_to_dict(report)
+
+
+@command(
+    StudyConfig,
+    description="Compare systems with intervals over seeds and test rows, paired tests with "
+    "one correction, and claims that hold, do not hold or are not decided: by running a "
+    "study, which goes on where it ended, or from finished runs.",
+    example="skillnet compare --config studies/headline\n"
+    "skillnet compare --runs skillnet-0 skillnet-1 dense-0 dense-1 --open\n"
+    "skillnet compare headline --json",
+    show=lambda result: show_comparison(result[0]),
+    to_json=lambda result: report_document(result[0]),
+    exit_code=lambda result: int(bool(result[1])),
+    rewrite_arguments=normalize_arguments,
+)
+def main(config: StudyConfig) -> tuple["ComparisonReport", int]:
+    """Run ``skillnet compare``."""
+    report, failed = compare(config)
     if config.open and report.folder is not None:
         page = (report.folder / "report.html").absolute().as_uri()
         if not webbrowser.open(page):
             console.warn(f"no browser could be started; open {page} by hand")
-    return 1 if failed else 0
+    return report, failed
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import parse, positional
+from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import Source
-    from sweeps.interpretation.analysis import Interpretation
+    from sweeps.interpretation.analysis import SkillInterpretation
 
 #: Its folder below a run.
 INTERPRETATION = "interpretation"
@@ -49,7 +49,7 @@ class InterpretConfig:
     swaps: bool = True
     tokens: int = 2048
     batches: int = 8
-    samples: int = 1000
+    bootstrap_samples: int = 1000
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     output: Optional[str] = None  # noqa: UP045
@@ -57,12 +57,12 @@ class InterpretConfig:
     tracking_uri: Optional[str] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
-        for key in ("tokens", "batches", "samples"):
+        for key in ("tokens", "batches", "bootstrap_samples"):
             if getattr(self, key) < 1:
                 raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
 
 
-def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Path]]:
+def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", list[Path]]:
     """Interpret a model, write it down and record it in the model's MLflow run.
 
     Returns:
@@ -74,7 +74,7 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
     from pipelines.evaluation.evaluator import machine
     from pipelines.runs import model_source
     from skillnet.model import SkillNet
-    from sweeps.interpretation.analysis import interpret
+    from sweeps.interpretation.analysis import interpret_model
 
     source = model_source.find(config.model, config.tracking_uri)
     model = model_source.load_at_work(source)
@@ -82,7 +82,7 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
         raise UserError(f"{config.model} is a {model.system} model; only a skillnet has skills")
     begin = time.monotonic()
     with console.progress("interpreting", None, "rows") as bar:
-        made = interpret(
+        made = interpret_model(
             model,
             place(config.data, data_root()),
             config.tasks,
@@ -94,7 +94,7 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
             tokens=config.tokens,
             batches=config.batches,
             seed=config.seed,
-            samples=config.samples,
+            bootstrap_samples=config.bootstrap_samples,
             precision=config.precision,
             on_progress=lambda words, count: bar.advance(count, words),
         )
@@ -108,13 +108,13 @@ def interpret_source(config: InterpretConfig) -> tuple["Interpretation", list[Pa
             "seconds": f"{time.monotonic() - begin:.0f}",
         }
     )
-    files = made.write(_folder(config, source))
+    files = made.write(_output_folder(config, source))
     if config.log and source.run_id:
-        _log(files, source.run_id, config.tracking_uri)
+        _record_files(files, source.run_id, config.tracking_uri)
     return made, files
 
 
-def _folder(config: InterpretConfig, source: "Source") -> Path:
+def _output_folder(config: InterpretConfig, source: "Source") -> Path:
     if config.output:
         return Path(config.output)
     if source.run is not None:
@@ -122,7 +122,7 @@ def _folder(config: InterpretConfig, source: "Source") -> Path:
     return run_root() / "interpretations" / source.digest[:12]
 
 
-def _log(files: list[Path], run_id: str, uri: str | None) -> None:
+def _record_files(files: list[Path], run_id: str, uri: str | None) -> None:
     from pipelines.runs.model_source import knows_run
     from skillnet_platform.tracking import Tracker, backend
 
@@ -135,51 +135,53 @@ def _log(files: list[Path], run_id: str, uri: str | None) -> None:
     tracker.flush()
 
 
-def knockout_cells(
+def build_ablation_cells(
     rows: list[dict[str, Any]], skills: tuple[str, ...]
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and cells for the terminal: points lost, in brackets where a skill is put in."""
-    from sweeps.interpretation.ablation import PUT_IN, SWAPPED
+    from sweeps.interpretation.ablation import ADD, SWAP
 
     cells: dict[str, list[str]] = {}
     for row in rows:
         line = cells.setdefault(row["task"], [row["task"], *[""] * len(skills)])
-        if row["change"] == SWAPPED:
+        if row["change"] == SWAP:
             continue
         text = "n/a" if row["lost"] is None else f"{100 * row['lost']:.1f}"
         sure = row["lost"] is not None and (row["low"] > 0 or row["high"] < 0)
         text += "*" if sure else ""
-        line[1 + skills.index(row["skill"])] = f"({text})" if row["change"] == PUT_IN else text
+        line[1 + skills.index(row["skill"])] = f"({text})" if row["change"] == ADD else text
     return ["task", *skills], list(cells.values())
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet interpret``."""
-    config = parse(
-        InterpretConfig,
-        argv or [],
-        "skillnet interpret",
-        description="Show what the skills of a model do: what every task loses when a skill is "
-        "left out, put in or swapped for another; how alike skills are, layer by layer; where the "
-        "gradient goes. Writes a page, CSV files and pictures.",
-        example="skillnet interpret my-run --split validation",
-    )
-    made, files = interpret_source(config)
-    if console.json_wanted():
-        console.emit_json({"files": files, **{k: v[1] for k, v in _rows(made).items()}})
-        return 0
+def show_interpretation(made: "SkillInterpretation", files: list[Path], split: str) -> None:
+    """Print the points that each task loses, and where the page is."""
     console.table(
-        f"{made.model}: points lost on {config.split}",
-        *knockout_cells(made.knockout, made.skills),
+        f"{made.model}: points lost on {split}",
+        *build_ablation_cells(made.ablations, made.skills),
         caption="an active skill is left out, (another is put in); *: the interval excludes 0",
     )
     console.note(f"the page is {files[0]}")
-    return 0
 
 
-def _rows(made: "Interpretation") -> dict[str, Any]:
+def _tables_by_name(made: "SkillInterpretation") -> dict[str, Any]:
     return {name.removesuffix(".csv"): table for name, table in made.tables().items()}
+
+
+@command(
+    InterpretConfig,
+    description="Show what the skills of a model do: what every task loses when a skill is "
+    "left out, put in or swapped for another; how alike skills are, layer by layer; where the "
+    "gradient goes. Writes a page, CSV files and pictures.",
+    example="skillnet interpret my-run --split validation",
+    show=lambda result: show_interpretation(*result),
+    to_json=lambda result: {
+        "files": result[1],
+        **{name: rows[1] for name, rows in _tables_by_name(result[0]).items()},
+    },
+)
+def main(config: InterpretConfig) -> tuple["SkillInterpretation", list[Path], str]:
+    """Run ``skillnet interpret``."""
+    return *interpret_source(config), config.split
 
 
 if __name__ == "__main__":

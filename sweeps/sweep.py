@@ -39,10 +39,10 @@ from sweeps.trials.trial import TrialOutcome
 
 CONFIG = "sweep.yaml"
 RESULT = "result.json"
-BEGUN = (CONFIG, RUN)
+START_FILES = (CONFIG, RUN)
 
 #: What may change between two parts of a sweep.
-FREE = ("name", "run_dir", "resources", "keep", "max_failures", "tracking")
+CHANGEABLE_KEYS = ("name", "run_dir", "resources", "keep", "max_failures", "tracking")
 
 
 def sweep(config: SweepConfig) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     from sweeps.trials.engine import check_trial, run_trials
 
     begin = time.monotonic()
-    config, folder, mirror = _resolved(config)
+    config, folder, mirror = _resolve_config(config)
     if mirror is not None:
-        remote_ledger.take_up(mirror, BEGUN, ("trials",))
-    source, run = _source(config, folder)
+        remote_ledger.restore_ledger(mirror, START_FILES, ("trials",))
+    source, run = _build_source(config, folder)
     asha = config.asha if config.scheduler == "asha" else None
     # A mistake that all trials share shows before anything is written or recorded.
     check_trial(
@@ -73,7 +73,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         asha,
         config.resources,
     )
-    _open(config, folder)
+    _store_config(config, folder)
     with tracking.start(
         folder.name,
         config,
@@ -83,7 +83,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     ) as parent:
         write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
         if mirror is not None:
-            mirror.put_files(*BEGUN)
+            mirror.put_files(*START_FILES)
         outcomes = run_trials(
             source,
             folder=folder / "trials",
@@ -96,16 +96,16 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             label="sweep",
             store=mirror.place("trials") if mirror is not None else None,
         )
-        result = _conclude(config, run, folder, parent, outcomes)
+        result = _rank_and_record(config, run, folder, parent, outcomes)
     result["seconds"] = time.monotonic() - begin
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(folder / RESULT, console.plain(result))
     if mirror is not None:
-        mirror.put_files(*remote_ledger.ENDED)
+        mirror.put_files(*remote_ledger.RESULT_FILES)
     return result
 
 
-def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
+def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
     """With a name and a run directory; the sweep's folder on this disk, and in a store."""
     name = config.name or time.strftime("sweep-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
@@ -116,17 +116,17 @@ def _resolved(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
             "s3://… instead"
         )
     root = place(config.run_dir, run_root())
-    folder, mirror = location.located(root, name)
+    folder, mirror = location.resolve_result_folder(root, name)
     return replace(config, name=name, run_dir=str(root)), folder, mirror
 
 
-def _open(config: SweepConfig, folder: Path) -> None:
+def _store_config(config: SweepConfig, folder: Path) -> None:
     """Keep the configuration, or compare it with that of the sweep that is gone on with."""
     stored = folder / CONFIG
     if stored.is_file():
-        old, new = (_identity(tree) for tree in (configuration.load_yaml(stored), config))
+        old, new = (_sweep_identity(tree) for tree in (configuration.load_yaml(stored), config))
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key) or (key == "seeds" and _more_seeds(old, new)):
+            if old.get(key) == new.get(key) or (key == "seeds" and _only_adds_seeds(old, new)):
                 continue
             raise UserError(
                 f"the sweep {folder.name} has {key} {old.get(key)}, not {new.get(key)}; give "
@@ -140,7 +140,7 @@ def _open(config: SweepConfig, folder: Path) -> None:
         stream.write(configuration.to_yaml(config))
 
 
-def _more_seeds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+def _only_adds_seeds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether the repeats were only added to, of trials that do not depend on one another.
 
     What Optuna proposes next, and what halving stops, hangs on the scores of all seeds so far.
@@ -150,49 +150,49 @@ def _more_seeds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return free and isinstance(before, list) and all(seed in new["seeds"] for seed in before)
 
 
-def _identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
+def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
     tree = dict(config) if isinstance(config, Mapping) else configuration.to_dict(config)
-    return configuration.flatten({key: v for key, v in tree.items() if key not in FREE})
+    return configuration.flatten({key: v for key, v in tree.items() if key not in CHANGEABLE_KEYS})
 
 
-def _source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
+def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
     """The trials, or what makes them, and the run that they vary."""
     from pipelines.training.run import resolved
-    from sweeps.search.fixed_cost import at_fixed_cost, cost_of
-    from sweeps.search.space import Space
-    from sweeps.search.strategies import Guided, listed
+    from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
+    from sweeps.search.space import SearchSpace
+    from sweeps.search.strategies import OptunaSource, configurations_from_points
 
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
     run = resolved(replace(named, run_dir=str(folder.parent)))
     if not config.space:
         raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
-    space = Space(config.space, run)
+    space = SearchSpace(config.space, run)
     if f"model.{config.fixed_cost.adjust}" in config.space:
         raise UserError(
             f"fixed_cost.adjust sets model.{config.fixed_cost.adjust}: not in the space"
         )
     target = 0.0
     if config.fixed_cost.adjust is not None:
-        target = config.fixed_cost.target or cost_of(run, config.fixed_cost.by)
+        target = config.fixed_cost.target or compute_model_cost(run, config.fixed_cost.by)
 
     def finish(made: FinetuneConfig) -> FinetuneConfig:
-        return at_fixed_cost(made, target, config.fixed_cost)
+        return fit_fixed_cost(made, target, config.fixed_cost)
 
     if config.search == "optuna":
-        guided = Guided(
+        guided = OptunaSource(
             space, config.samples, config.seeds, config.search_seed, finish, folder / "trials"
         )
         return guided, run
     points = (
-        space.crossed()
+        space.grid_points()
         if config.search == "grid"
-        else space.drawn(config.samples, config.search_seed)
+        else space.random_points(config.samples, config.search_seed)
     )
-    made = listed(space, points, finish)
-    return [trial for each in made for trial in each.trials(config.seeds)], run
+    made = configurations_from_points(space, points, finish)
+    return [trial for each in made for trial in each.make_trials(config.seeds)], run
 
 
-def _conclude(
+def _rank_and_record(
     config: SweepConfig,
     run: FinetuneConfig,
     folder: Path,
@@ -201,16 +201,16 @@ def _conclude(
 ) -> dict[str, Any]:
     """Rank, write the files, and record them under the parent run."""
     from sweeps.search import ranking
-    from sweeps.trials.ledger import plain
+    from sweeps.trials.ledger import outcome_to_dict
 
-    configurations = ranking.ranked(outcomes)
-    ranking.write_trials(outcomes, folder / "trials.csv")
+    configurations = ranking.rank_configurations(outcomes)
+    ranking.write_trials_csv(outcomes, folder / "trials.csv")
     parent.artifact(folder / "trials.csv")
-    figure = ranking.cost_figure(configurations)
+    figure = ranking.draw_ranking_figure(configurations)
     if figure is not None:
         figure.savefig(folder / "score.png", dpi=120)
         parent.artifact(folder / "score.png", "plots")
-    counts = {state: sum(o.status == state for o in outcomes) for state in ranking.STATES}
+    counts = {state: sum(o.status == state for o in outcomes) for state in ranking.STATUSES}
     parent.metrics({f"trials/{state}": count for state, count in counts.items()})
     best = configurations[0]
     if best.score is None:
@@ -223,8 +223,8 @@ def _conclude(
     parent.artifact(path)
     parent.metrics({"score": best.score})
     parent.tags({"best": best.name})
-    columns, cells = ranking.table(configurations)
-    said = [[_said(value) for value in row] for row in cells]
+    columns, cells = ranking.build_ranking_table(configurations)
+    said = [[_format_cell(value) for value in row] for row in cells]
     best_first = f"Sweep **{folder.name}**, best first, on the validation split."
     parent.note(f"{best_first}\n\n{markdown(columns, said)}")
     return {
@@ -239,7 +239,7 @@ def _conclude(
         },
         "counts": counts,
         "configurations": configurations,
-        "trials": [plain(outcome) for outcome in outcomes],
+        "trials": [outcome_to_dict(outcome) for outcome in outcomes],
         "files": {"trials": str(folder / "trials.csv"), "best": str(path)},
     }
 
@@ -265,36 +265,34 @@ def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
     return path
 
 
-def _said(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``skillnet sweep``."""
-    config = configuration.parse(
-        SweepConfig,
-        argv or [],
-        "skillnet sweep",
-        description="Run many trainings over a space of settings, on Ray: every combination, "
-        "random draws or Optuna, with or without stopping bad ones early. Ranks by the validation "
-        "split; the test splits are not looked at.",
-        example="skillnet sweep --config sweeps/plans\n"
-        "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json",
-    )
-    result = sweep(config)
-    if console.json_wanted():
-        console.emit_json(result)
-        return 0
+def show_sweep(result: dict[str, Any]) -> None:
+    """Print the ranking, and how to train the best configuration."""
     from sweeps.search import ranking
 
-    console.table(result["name"], *ranking.table(result["configurations"]))
+    console.table(result["name"], *ranking.build_ranking_table(result["configurations"]))
     best = result["best"]
     console.note(
         f"best: {best['name']} with {best['score']:.4f}; train it with\n"
         f"  skillnet finetune --config {best['config']}"
     )
-    return 0
+
+
+@command(
+    SweepConfig,
+    description="Run many trainings over a space of settings, on Ray: every combination, "
+    "random draws or Optuna, with or without stopping bad ones early. Ranks by the validation "
+    "split; the test splits are not looked at.",
+    example="skillnet sweep --config sweeps/plans\n"
+    "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json",
+    show=show_sweep,
+)
+def main(config: SweepConfig) -> dict[str, Any]:
+    """Run ``skillnet sweep``."""
+    return sweep(config)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ make_venv() {
 
 install_dependencies() {
     [ -f "$requirements" ] ||
-        fail "no $requirements; make it with: python -m skillnet_platform.cluster.node_requirements"
+        fail "$requirements is missing; write it with: skillnet pin-nodes"
     venv="${SKILLNET_VENV:-$state/venv}"
     [ -x "$venv/bin/python" ] || make_venv
     # Nothing is fetched where all is there already: a second `ray up` takes seconds.

@@ -7,10 +7,10 @@ Exit codes: 0 done, 2 the user's mistake, 130 interrupted, 143 ended by SIGTERM,
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from skillnet_platform import __version__, console
 from skillnet_platform.errors import Terminated, UserError, nearest
@@ -21,6 +21,7 @@ GROUP = "skillnet.commands"
 SUMMARIES = {
     "quickstart": "fetch, prepare, train, evaluate and register, with a table at the end",
     "fetch": "download the corpora, or say what to put where by hand",
+    "inspect": "report the content of a directory or URI before it is prepared",
     "prepare": "turn the downloads into verified Arrow shards",
     "pretrain": "train the skills on unlabelled data",
     "finetune": "train the tasks jointly",
@@ -34,6 +35,7 @@ SUMMARIES = {
     "compare": "compare systems, with statistics",
     "interpret": "show what the skills of a trained model do",
     "submit": "send a command to a Ray cluster",
+    "pin-nodes": "pin the packages that cluster nodes install",
     "doctor": "check this machine before a run",
     "tracker": "run an MLflow server for several machines",
     "ui": "open the MLflow pages of the runs here",
@@ -42,7 +44,8 @@ SUMMARIES = {
 #: A plain ValueError raised by these packages is a message to the user; elsewhere it is a defect.
 OUR_PACKAGES = ("skillnet", "skillnet_platform", "pipelines", "sweeps")
 
-Main = Callable[[list[str] | None], int | None]
+PlainMain = Callable[[list[str] | None], int | None]
+ConfigT = TypeVar("ConfigT")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,23 +66,131 @@ def main(argv: list[str] | None = None) -> int:
     return _load_and_run(known[name], rest)
 
 
-def command(function: Main) -> Callable[..., int]:
-    """Decorate a command's ``main(argv)``: one line for an error, and the exit code returned."""
+class Command(Generic[ConfigT]):
+    """Command of ``skillnet`` that is called with the arguments of its command line.
 
-    @functools.wraps(function)
-    def wrapper(argv: list[str] | None = None) -> int:
-        return run_command(function, argv)
+    Made by :func:`command`. ``python -m MODULE`` and the entry point call the same object.
+    """
 
-    return wrapper
+    __name__: str
+
+    def __init__(
+        self,
+        function: Callable[[ConfigT], Any],
+        config_class: type[ConfigT],
+        *,
+        description: str,
+        example: str,
+        name: str,
+        show: Callable[[Any], None] | None,
+        to_json: Callable[[Any], Any] | None,
+        exit_code: Callable[[Any], int] | None,
+        rewrite_arguments: Callable[[Sequence[str]], list[str]] | None,
+    ) -> None:
+        self.config_class = config_class
+        self.description, self.example, self.name = description, example, name
+        self._function, self._show = function, show
+        self._to_json, self._exit_code = to_json, exit_code
+        self._rewrite_arguments = rewrite_arguments
+        functools.update_wrapper(self, function)
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Run the command and return its exit code.
+
+        Args:
+            argv: arguments after the command's name. ``None`` means ``sys.argv[1:]``.
+        """
+        return run_command(self._run, argv, self.__module__)
+
+    def parse_arguments(self, argv: Sequence[str]) -> ConfigT:
+        """Build the configuration of the command from its arguments.
+
+        Raises:
+            UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
+            SystemExit: with 0 after ``--help``.
+        """
+        from skillnet_platform.config import parse
+
+        words = self._rewrite_arguments(argv) if self._rewrite_arguments else list(argv)
+        prog = f"skillnet {self.name}"
+        return parse(self.config_class, words, prog, self.description, self.example)
+
+    def _run(self, argv: list[str] | None) -> int:
+        config = self.parse_arguments(argv or [])
+        result = self._function(config)
+        if result is None or isinstance(result, int):
+            return int(result or 0)
+        if console.json_wanted():
+            console.emit_json(self._to_json(result) if self._to_json else result)
+        elif self._show is not None:
+            self._show(result)
+        return self._exit_code(result) if self._exit_code else 0
 
 
-def run_command(function: Main, argv: list[str] | None = None) -> int:
-    """Call ``function(argv)`` and turn whatever it raises into a message and an exit code.
+def command(
+    config_class: type[ConfigT],
+    *,
+    description: str,
+    example: str = "",
+    name: str | None = None,
+    show: Callable[[Any], None] | None = None,
+    to_json: Callable[[Any], Any] | None = None,
+    exit_code: Callable[[Any], int] | None = None,
+    rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None,
+) -> Callable[[Callable[[ConfigT], Any]], Command[ConfigT]]:
+    """Make a command of a function that takes a configuration and returns a result.
 
-    ``argv`` None means ``sys.argv[1:]``. ``SKILLNET_DEBUG=1`` shows tracebacks.
+    The command parses its arguments, runs the function, and prints the result as a table or,
+    with ``--json``, as one JSON document. A result that is an integer or ``None`` is the exit code.
+
+    Args:
+        config_class: dataclass of the options.
+        description: one paragraph for ``--help``.
+        example: command lines that work, one per line, for ``--help``.
+        name: what follows ``skillnet``. By default the name of the module.
+        show: prints the result for people.
+        to_json: returns the JSON document of a result. By default the result itself.
+        exit_code: returns the exit code of a result. By default 0.
+        rewrite_arguments: changes the arguments before they are parsed.
+    """
+
+    def decorate(function: Callable[[ConfigT], Any]) -> Command[ConfigT]:
+        return Command(
+            function,
+            config_class,
+            description=description,
+            example=example,
+            name=name or _command_name(function.__module__),
+            show=show,
+            to_json=to_json,
+            exit_code=exit_code,
+            rewrite_arguments=rewrite_arguments,
+        )
+
+    return decorate
+
+
+def _command_name(module: str) -> str:
+    """Return the name of the command in a module; ``python -m MODULE`` calls it ``__main__``."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    full = spec.name if module == "__main__" and spec is not None else module
+    return full.rpartition(".")[2].replace("_", "-")
+
+
+def run_command(
+    function: PlainMain, argv: list[str] | None = None, module: str | None = None
+) -> int:
+    """Call ``function(argv)`` and turn an exception into a message and an exit code.
+
+    ``SKILLNET_DEBUG=1`` shows tracebacks.
+
+    Args:
+        function: a plain ``main(argv)``, for example of a third-party command.
+        argv: its arguments. ``None`` means ``sys.argv[1:]``.
+        module: whose package's ValueErrors are user errors. By default the function's.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    ours = (*OUR_PACKAGES, function.__module__.partition(".")[0])
+    ours = (*OUR_PACKAGES, (module or function.__module__).partition(".")[0])
     try:
         code = function(arguments) or 0
         sys.stdout.flush()

@@ -2,10 +2,11 @@
 ``RAY_ADDRESS``, with what to do about it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from skillnet_platform import cluster, config, console
+from skillnet_platform import cluster, console
 from skillnet_platform.checks.finding import Finding
 from skillnet_platform.checks.machine import _state_api, checks
 from skillnet_platform.cli import command
@@ -35,43 +36,42 @@ class DoctorConfig:
     env_from: list[str] = field(default_factory=list)
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Print the findings; 0 if none is an error, else 1."""
-    own, words = split(_named(argv or []))
+@dataclass(frozen=True)
+class DoctorReport:
+    """Findings about this machine or a cluster.
+
+    Args:
+        title: of the table.
+        findings: all of them.
+        shown: those that are printed.
+    """
+
+    title: str
+    findings: list[Finding]
+    shown: list[Finding]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a finding is an error."""
+        return any(finding.level == "error" for finding in self.findings)
+
+
+def show_findings(report: DoctorReport) -> None:
+    """Print the findings as a table."""
+    if report.shown:
+        rows = [(each.check, each.level, each.seen, each.advice) for each in report.shown]
+        console.table(report.title, ("check", "state", "seen", "what to do"), rows)
+    elif not report.failed:
+        console.note(f"checked: {len(report.findings)} findings, none of them a problem")
+
+
+def split_doctor_arguments(argv: Sequence[str]) -> list[str]:
+    """Separate doctor's own options from the command that it is asked about, by ``--``."""
+    own, words = split(_named(list(argv)))
     # The command is only asked about: these can mean nobody but doctor, wherever they stand.
     own += [word for word in words if word in ("--json", "--help", "-h")]
     words = [word for word in words if word not in ("--json", "--help", "-h")]
-    options = config.parse(
-        DoctorConfig,
-        [*own, "--", *words],
-        prog="skillnet doctor",
-        description="Check this machine before a run: versions, CPUs, memory, disk, ports, "
-        "MLflow and Ray. With RAY_ADDRESS set, check every node of that cluster, and whether it "
-        "has what a command asks for.",
-        example="skillnet doctor --ray false\n"
-        "skillnet doctor finetune --config small --training.workers 4",
-    )
-    asked = needs(options.entry)
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith(("http://", "https://")) and options.ray:
-        title, findings = f"The cluster of {address}", _from_inside(options.entry, options.env_from)
-    else:
-        title = f"The cluster of {address}" if address else "This machine"
-        listed = checks(options.ray and not address, asked)
-        if address and options.ray:
-            listed.append(lambda: _cluster(asked))
-        findings = [finding for check in listed for finding in check()]
-    failed = any(finding.level == "error" for finding in findings)
-    shown = [f for f in findings if options.only == "all" or f.level != "ok"]
-    if console.json_wanted():
-        console.emit_json({"ok": not failed, "findings": [asdict(each) for each in shown]})
-    elif shown:
-        rows = [(each.check, each.level, each.seen, each.advice) for each in shown]
-        console.table(title, ("check", "state", "seen", "what to do"), rows)
-    if not failed and not shown:
-        console.note(f"checked: {len(findings)} findings, none of them a problem")
-    return int(failed)
+    return [*own, "--", *words]
 
 
 def _named(argv: list[str]) -> list[str]:
@@ -100,6 +100,37 @@ def _cluster(asked: Any) -> list[Finding]:
             return [_state_api(), *cluster_findings(ray, asked)]
     except UserError as problem:
         return [Finding("cluster", "error", str(problem), "see the lines above")]
+
+
+@command(
+    DoctorConfig,
+    description="Check this machine before a run: versions, CPUs, memory, disk, ports, "
+    "MLflow and Ray. With RAY_ADDRESS set, check every node of that cluster, and whether it "
+    "has what a command asks for.",
+    example="skillnet doctor --ray false\n"
+    "skillnet doctor finetune --config small --training.workers 4",
+    show=show_findings,
+    to_json=lambda report: {
+        "ok": not report.failed,
+        "findings": [asdict(each) for each in report.shown],
+    },
+    exit_code=lambda report: int(report.failed),
+    rewrite_arguments=split_doctor_arguments,
+)
+def main(config: DoctorConfig) -> DoctorReport:
+    """Run ``skillnet doctor``: 0 if no finding is an error, else 1."""
+    asked = needs(config.entry)
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")) and config.ray:
+        title, findings = f"The cluster of {address}", _from_inside(config.entry, config.env_from)
+    else:
+        title = f"The cluster of {address}" if address else "This machine"
+        listed = checks(config.ray and not address, asked)
+        if address and config.ray:
+            listed.append(lambda: _cluster(asked))
+        findings = [finding for check in listed for finding in check()]
+    shown = [f for f in findings if config.only == "all" or f.level != "ok"]
+    return DoctorReport(title, findings, shown)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from skillnet_platform import cli, config, console
+from skillnet_platform import cli, console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import working_dir
 from skillnet_platform.cluster.job_client import (
@@ -66,43 +66,12 @@ class SubmitConfig:
     exclude: list[str] = field(default_factory=list)
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Send a command, or attach to one; the exit code is the job's."""
-    own, words = split(_attach_newest(argv or []))
+def split_submit_arguments(argv: Sequence[str]) -> list[str]:
+    """Separate the own options from the command that is sent, by ``--``."""
+    own, words = split(_attach_newest(argv))
     if {"--help", "-h"} & set(words):
-        return cli.main(words)  # what the command can do is known here
-    options = config.parse(
-        SubmitConfig,
-        [*own, "--", *words],
-        prog="skillnet submit",
-        description="Send a command with this checkout's code to the cluster of RAY_ADDRESS and "
-        "follow its log. The job goes on when this command ends.",
-        example="skillnet submit finetune --config small --training.workers 4\n"
-        "skillnet submit --attach",
-    )
-    if bool(options.entry) == bool(options.attach):
-        raise UserError(
-            "skillnet submit: give a command, such as `skillnet submit finetune --config small`, "
-            "or --attach to follow a job that was sent before"
-        )
-    began = time.monotonic()
-    client = connect(options.address)
-    told: dict[str, Any] = {"address": client.get_address()}
-    if options.attach:
-        job = find_job(client, options.attach)
-    else:
-        job, package = send(client, options)
-        told |= {"upload_bytes": package.size, "upload_files": package.files}
-    told["job_id"] = job
-    if options.detach:
-        console.note(f"{job} is on its way; follow it with: skillnet submit --attach {job}")
-        told["status"], code = str(client.get_job_status(job).value), 0
-    else:
-        told["status"], code = follow(client, job)
-    if console.json_wanted():
-        console.emit_json(told | {"exit_code": code, "seconds": time.monotonic() - began})
-    return code
+        raise SystemExit(cli.main(words))  # what the command can do is known here
+    return [*own, "--", *words]
 
 
 def send(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Package]:
@@ -184,6 +153,39 @@ def _attach_newest(argv: Sequence[str]) -> list[str]:
         if place + 1 == len(words) or words[place + 1].startswith("--"):
             words.insert(place + 1, NEWEST)
     return words
+
+
+@command(
+    SubmitConfig,
+    description="Send a command with this checkout's code to the cluster of RAY_ADDRESS and "
+    "follow its log. The job goes on when this command ends.",
+    example="skillnet submit finetune --config small --training.workers 4\n"
+    "skillnet submit --attach",
+    exit_code=lambda result: int(result["exit_code"]),
+    rewrite_arguments=split_submit_arguments,
+)
+def main(config: SubmitConfig) -> dict[str, Any]:
+    """Send a command, or attach to one; the exit code is the job's."""
+    if bool(config.entry) == bool(config.attach):
+        raise UserError(
+            "skillnet submit: give a command, such as `skillnet submit finetune --config small`, "
+            "or --attach to follow a job that was sent before"
+        )
+    began = time.monotonic()
+    client = connect(config.address)
+    told: dict[str, Any] = {"address": client.get_address()}
+    if config.attach:
+        job = find_job(client, config.attach)
+    else:
+        job, package = send(client, config)
+        told |= {"upload_bytes": package.size, "upload_files": package.files}
+    told["job_id"] = job
+    if config.detach:
+        console.note(f"{job} is on its way; follow it with: skillnet submit --attach {job}")
+        told["status"], code = str(client.get_job_status(job).value), 0
+    else:
+        told["status"], code = follow(client, job)
+    return told | {"exit_code": code, "seconds": time.monotonic() - began}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from skillnet_platform import config, console, signals, storage, ui
+from skillnet_platform import console, signals, storage, ui
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError, first_line
@@ -52,24 +52,21 @@ class TrackerConfig:
     allowed_hosts: list[str] = field(default_factory=list)
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
+@command(
+    TrackerConfig,
+    description="Run an MLflow server that several machines record to. Clients name it by "
+    "MLFLOW_TRACKING_URI, and with --auth by MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD.",
+    example="skillnet tracker --store postgresql://mlflow@/mlflow\n"
+    "skillnet tracker --store postgresql://mlflow@db/mlflow --artifacts s3://runs/mlflow "
+    "--host 10.0.0.5 --auth true",
+)
+def main(config: TrackerConfig) -> int:
     """Serve until interrupted."""
-    options = config.parse(
-        TrackerConfig,
-        argv or [],
-        prog="skillnet tracker",
-        description="Run an MLflow server that several machines record to. Clients name it by "
-        "MLFLOW_TRACKING_URI, and with --auth by MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD.",
-        example="skillnet tracker --store postgresql://mlflow@/mlflow\n"
-        "skillnet tracker --store postgresql://mlflow@db/mlflow --artifacts s3://runs/mlflow "
-        "--host 10.0.0.5 --auth true",
-    )
-    require_safe(options.host, options.auth)
-    ui.require_free(options.host, options.port)
-    uri = resolve_store(options.store or os.environ.get(tracking_server.STORE_VARIABLE))
-    if options.store and _without_password(options.store) != options.store:
+    require_safe(config.host, config.auth)
+    ui.require_free(config.host, config.port)
+    uri = resolve_store(config.store or os.environ.get(tracking_server.STORE_VARIABLE))
+    if config.store and _without_password(config.store) != config.store:
         console.warn(
             "--store with a password: other users of this machine see command lines; keep it in "
             f"~/.pgpass, or give the URI as {tracking_server.STORE_VARIABLE}"
@@ -77,15 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     prepare(uri)
     words: list[str] = []
     secret: dict[str, str] = {}
-    if options.auth:
+    if config.auth:
         secret = prepare_auth(uri, auth_folder())
         words += ["--app-name", "basic-auth"]
         console.note(f"user {ADMIN}, password in {auth_folder() / PASSWORD}")
-    if options.allowed_hosts:
-        words += ["--allowed-hosts", ",".join(options.allowed_hosts)]
-    program = tracking_server.command(
-        options.host, options.port, options.artifacts, options.workers
-    )
+    if config.allowed_hosts:
+        words += ["--allowed-hosts", ",".join(config.allowed_hosts)]
+    program = tracking_server.command(config.host, config.port, config.artifacts, config.workers)
     with tracking_server.started(
         [*program, *words], tracking_server.environment(uri) | secret
     ) as server:

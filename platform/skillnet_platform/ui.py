@@ -10,7 +10,7 @@ import webbrowser
 from dataclasses import dataclass
 from typing import Optional
 
-from skillnet_platform import config, console, signals, tracking
+from skillnet_platform import console, signals, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError
@@ -42,31 +42,28 @@ class UiConfig:
     open: bool = False
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
+@command(
+    UiConfig,
+    description="Show runs, metrics and registered models in MLflow's pages, on this machine.",
+    example="skillnet ui --port 5001 --open",
+)
+def main(config: UiConfig) -> int:
     """Serve MLflow's pages until interrupted."""
-    options = config.parse(
-        UiConfig,
-        argv or [],
-        prog="skillnet ui",
-        description="Show runs, metrics and registered models in MLflow's pages, on this machine.",
-        example="skillnet ui --port 5001 --open",
-    )
-    uri = backend.resolve_uri(options.uri)
+    uri = backend.resolve_uri(config.uri)
     if uri.startswith("http"):
         console.note(f"the runs are kept by a server already: {uri}")
         return 0
-    if not loopback.is_local(options.host) and not options.without_password:
+    if not loopback.is_local(config.host) and not config.without_password:
         raise UserError(
-            f"--host {options.host} lets others read and change every run, without a password: "
+            f"--host {config.host} lets others read and change every run, without a password: "
             "keep to 127.0.0.1 and reach it through ssh -L, start `skillnet tracker --auth true`, "
             "or, on a network that is yours alone, add --without_password"
         )
-    port = options.port or _free_port(options.host)
-    require_free(options.host, port)
-    place = backend.setup(uri, options.experiment)
+    port = config.port or _free_port(config.host)
+    require_free(config.host, port)
+    place = backend.setup(uri, config.experiment)
     tracking.send_left_behind(uri)
-    return _serve(place, options.host, port, options.open)
+    return _serve(place, config.host, port, config.open)
 
 
 def _serve(place: backend.Place, host: str, port: int, open_browser: bool) -> int:

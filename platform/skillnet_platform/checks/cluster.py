@@ -65,7 +65,7 @@ def same_versions(seen: Sequence[Seen]) -> list[Finding]:
         if version == have or (name == "python" and _minor(version) == _minor(have)):
             continue
         what = f"{name} {have or 'is missing'} on the cluster, {version} where the job was sent"
-        advice = "pin anew (python -m skillnet_platform.cluster.node_requirements), then `ray up`"
+        advice = "run `skillnet pin-nodes`, then `ray up`"
         found.append(Finding("versions", "warning", what, advice))
     if not found:
         some = ", ".join(f"{name} {here[name]}" for name in ("python", "ray", "torch"))

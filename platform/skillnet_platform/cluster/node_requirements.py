@@ -1,10 +1,9 @@
-"""What the nodes of a cluster install: the project's dependencies at the versions used here.
+"""Requirements of cluster nodes: the project's dependencies, pinned to the installed versions.
 
-    python -m skillnet_platform.cluster.node_requirements        # writes platform/deploy/requirements.txt
-
-The names come from ``pyproject.toml``, the versions from the environment that runs this, so that
-a node runs what was tried here and two nodes started days apart run the same. Our own code is not
-among them: it is shipped with each job.
+``skillnet pin-nodes`` writes them to ``platform/deploy/requirements.txt``. The names come from
+``pyproject.toml``, the versions from the environment that runs the command. Nodes therefore run
+the tested versions, and nodes that start days apart run the same versions. The project's own code
+is not pinned: each job uploads it.
 """
 
 import sys
@@ -12,8 +11,6 @@ from collections import deque
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-from skillnet_platform import console, storage
-from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
@@ -84,8 +81,8 @@ def requirements_text(project: Path = PROJECT) -> str:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     head = [
         f"# python {python}",
-        "# Written by python -m skillnet_platform.cluster.node_requirements; names from pyproject.toml, versions",
-        "# from the environment that wrote it.",
+        "# Written by `skillnet pin-nodes`: names from pyproject.toml, versions from the installed",
+        "# packages.",
     ]
     pinned = [f"{name}=={version}" for name, version in pins(direct_dependencies(project)).items()]
     return "\n".join([*head, *pinned]) + "\n"
@@ -106,23 +103,3 @@ def _is_installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Write the pinned requirements of a node: to ``platform/deploy``, or to the path given."""
-    words = list(argv or [])
-    if "--help" in words or "-h" in words or len(words) > 1:
-        print("usage: python -m skillnet_platform.cluster.node_requirements [FILE]\n")
-        print(f"Pin what the nodes of a cluster install, by default to {REQUIREMENTS}.")
-        return 2 if len(words) > 1 else 0
-    path = Path(words[0]) if words else PROJECT.parent / REQUIREMENTS
-    text = requirements_text()
-    with storage.atomic_write(path, "w") as stream:
-        stream.write(text)
-    console.note(f"{path}: {text.count('==')} packages pinned")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

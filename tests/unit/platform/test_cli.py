@@ -96,11 +96,10 @@ def test_commands_of_other_packages_are_listed_and_run(
 def test_exit_codes(
     problem: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @cli.command
     def main(argv: list[str] | None = None) -> int:
         raise problem
 
-    assert main([]) == code
+    assert cli.run_command(main, []) == code
     shown = capsys.readouterr().err
     assert shown.startswith(text)
     assert "Traceback" not in shown
@@ -108,14 +107,13 @@ def test_exit_codes(
 
 
 def test_a_value_error_of_a_library_is_a_defect(capsys: pytest.CaptureFixture[str]) -> None:
-    @cli.command
     def main(argv: list[str] | None = None) -> int:
         import fractions
 
         fractions.Fraction("not a number")
         return 0
 
-    assert main([]) == 1
+    assert cli.run_command(main, []) == 1
     assert "ValueError" in capsys.readouterr().err
 
 
@@ -124,22 +122,20 @@ def test_debug_shows_the_traceback(
 ) -> None:
     monkeypatch.setenv("SKILLNET_DEBUG", "1")
 
-    @cli.command
     def main(argv: list[str] | None = None) -> int:
         raise UserError("wrong")
 
-    assert main([]) == 2
+    assert cli.run_command(main, []) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_json_output_ends_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    @cli.command
     def main(argv: list[str] | None = None) -> None:
         console.begin_json()
         print("noise")
         console.emit_json({"rows": 3})
 
-    assert main([]) == 0
+    assert cli.run_command(main, []) == 0
     assert not console.json_wanted()
     captured = capsys.readouterr()
     assert captured.out == '{\n  "rows": 3\n}\n'
@@ -178,24 +174,22 @@ def test_mistakes_inside_ray_are_still_mistakes(
     def fails() -> None:
         raise UserError("recording 7: no symbols")
 
-    @cli.command
     def main(argv: list[str] | None = None) -> int:
         ray.get(fails.remote())
         return 0
 
-    assert main([]) == 2
+    assert cli.run_command(main, []) == 2
     assert capsys.readouterr().err == "error: recording 7: no symbols\n"
 
 
 def test_interrupt_from_outside_exits_with_130() -> None:
     code = (
-        "import signal, time; from skillnet_platform.cli import command\n"
+        "import signal, time; from skillnet_platform.cli import run_command\n"
         # A shell's background jobs are born with it ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "@command\n"
         "def main(argv=None):\n"
         "    print('ready', flush=True); time.sleep(60)\n"
-        "raise SystemExit(main([]))"
+        "raise SystemExit(run_command(main, []))"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
     process = subprocess.Popen(

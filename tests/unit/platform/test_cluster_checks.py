@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skillnet_platform import doctor
+from skillnet_platform import doctor, storage
 from skillnet_platform.checks import cluster as checks
 from skillnet_platform.checks import machine as machine_checks
 from skillnet_platform.checks import node_probe
@@ -16,7 +16,6 @@ from skillnet_platform.checks.finding import GIB
 from skillnet_platform.checks.node_probe import Seen
 from skillnet_platform.cluster import versions
 from skillnet_platform.cluster.resource_request import Needs, checkpoint_bytes, needs
-from skillnet_platform.storage import local as local_storage
 from tests.helpers.object_store import ObjectStore
 
 ONE = Seen(
@@ -194,9 +193,7 @@ def test_room_is_held_against_what_the_run_takes(
     assert finding.level == "error"
     assert finding.seen == "2.9 KiB free on 10.0.0.2; the run takes 2.9 KiB"
     assert checks.room([ONE, replace(TWO, free_bytes=3000)], asked)[0].level == "ok"
-    monkeypatch.setattr(
-        local_storage, "free_bytes", lambda path: 2999 if "big" in str(path) else 10**12
-    )
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 2999 if "big" in str(path) else 10**12)
     assert [each.level for each in machine_checks.disk(asked)] == ["error"]
     assert [each.level for each in machine_checks.disk()] == ["ok"]
     away = node_probe._look_around("10.0.0.1", "x", [], asked.run_dir)

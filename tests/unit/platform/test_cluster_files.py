@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from skillnet_platform import pin_nodes
 from skillnet_platform.cluster import node_requirements
 from skillnet_platform.errors import UserError
 
@@ -179,7 +180,7 @@ def test_a_node_without_its_settings_is_told_what_is_missing(node: Path) -> None
     (node / "deploy/requirements.txt").unlink()
     done = run_script(node, "install", SKILLNET_HOME="/mnt/runs")
     assert done.returncode == 1
-    assert "python -m skillnet_platform.cluster.node_requirements" in done.stderr
+    assert "skillnet pin-nodes" in done.stderr
     assert "say what: install or settings" in run_script(node, "go").stderr
 
 
@@ -198,7 +199,7 @@ def test_a_node_finds_the_interface_of_the_head(node: Path) -> None:
 
 def test_requirements_are_this_environment(tmp_path: Path) -> None:
     path = tmp_path / "requirements.txt"
-    assert node_requirements.main([str(path)]) == 0
+    assert pin_nodes.main([str(path)]) == 0
     lines = path.read_text().splitlines()
     assert lines[0] == f"# python {sys.version_info.major}.{sys.version_info.minor}"
     pins = dict(line.split("==") for line in lines if "==" in line)

@@ -288,7 +288,7 @@ def test_a_question_that_nobody_waits_for_leaves_no_job(
 
     server = Pending()
     monkeypatch.setattr(submit, "ANSWER_S", 0.0)
-    monkeypatch.setattr(job_client, "connect", lambda: server)
+    monkeypatch.setattr(submit, "connect", lambda: server)
     monkeypatch.setattr(submit, "send", lambda client, options: ("doctor-1", None))
     with pytest.raises(problem):
         submit.ask(["doctor", "--json"])
@@ -306,7 +306,7 @@ def test_options_behind_the_command_are_its_own(
         return "finetune-1", SimpleNamespace(size=1, files=1)
 
     server.get_address = lambda: "http://127.0.0.1:8265"  # type: ignore[attr-defined]
-    monkeypatch.setattr(job_client, "connect", lambda address: server)
+    monkeypatch.setattr(submit, "connect", lambda address: server)
     monkeypatch.setattr(submit, "send", send)
     assert submit.main(["finetune", "--config", "tiny", "--json"]) == 0
     assert capsys.readouterr().out == "", "submit itself was not asked for JSON"

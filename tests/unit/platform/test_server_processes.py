@@ -13,8 +13,8 @@ from skillnet_platform.tracking import server as tracking_server
 SERVER = "echo $$; sleep 1000 & echo $!; wait"
 STARTS = f"""
 import os, time
-from skillnet_platform import family
-with family.started(["sh", "-c", {SERVER!r}], os.environ):
+from skillnet_platform.tracking import server
+with server.started(["sh", "-c", {SERVER!r}], os.environ):
     print("in", flush=True)
     time.sleep(1000)
 """
