@@ -98,9 +98,11 @@ def resident(pid: int, kind: str) -> int:
 
 def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict[str, Any]:
     """Prepare a corpus from this process and say what it took."""
-    from pipelines.corpora.readers.folder import Folder
+    from pipelines.corpora.readers.folder import FolderCorpus
 
-    corpus = Folder(str(folder), Folder.Options(validation=0.0, test=0.0, **SIZES[kind]))
+    corpus = FolderCorpus(
+        str(folder), FolderCorpus.Options(validation=0.0, test=0.0, **SIZES[kind])
+    )
     corpus.shard_rows = shard_rows  # type: ignore[misc]  # small: a twentieth of the rows is many
     peaks = Peaks()
     with tempfile.TemporaryDirectory(dir=folder.parent) as data:
@@ -130,22 +132,23 @@ def _without_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int,
     """The same reading and writing code with a pool of processes in Ray's place: this process
     reads, and waits while twice as many blocks as processes are on their way."""
     from pipelines.corpora.base import SourceArchives
-    from pipelines.preprocessing.datasource import Job, units
+    from pipelines.preprocessing.corpus_job import CorpusJob
+    from pipelines.preprocessing.datasource import read_units
     from pipelines.preprocessing.transform_task import write_block
 
     if corpus.text_columns:
-        corpus.has = ()  # no tokenizer is learnt here
+        corpus.annotations_present = ()  # no tokenizer is learnt here
         shard_rows = corpus.shard_rows
-        corpus.settle()
+        corpus.finalize_schema()
         corpus.shard_rows = shard_rows
-    corpus.survey()
-    jobs = [Job(corpus, SourceArchives.none(), data)]
+    corpus.scan_labels()
+    jobs = [CorpusJob(corpus, SourceArchives.none(), data, staging_dir=data)]
     waiting: list[Any] = []
     rows = shards = 0
     begin = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(cpus) as pool:
         peaks.start()
-        for unit in units(0, jobs[0]):
+        for unit in read_units(0, jobs[0]):
             waiting.append(pool.apply_async(write_block, (jobs, "memory", unit)))
             if len(waiting) >= 2 * cpus:
                 rows, shards = _count(waiting.pop(0), rows, shards)

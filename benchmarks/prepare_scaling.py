@@ -103,15 +103,16 @@ def _reading(per_row: float, rounds: int) -> list[Result]:
 
 def _read(reader: str, folder: Path, rows: int) -> float:
     """Seconds of CPU that the reading task takes for a corpus, beyond finding it."""
-    from pipelines.corpora import place_corpus
+    from pipelines.corpora import open_external_corpus
     from pipelines.corpora.base import SourceArchives
-    from pipelines.preprocessing.datasource import Job, units
+    from pipelines.preprocessing.corpus_job import CorpusJob
+    from pipelines.preprocessing.datasource import read_units
 
-    corpus = place_corpus("read", f"{reader}:{folder / 'corpus'}")
-    job = Job(corpus, SourceArchives(folder, ()), folder)
+    corpus = open_external_corpus("read", f"{reader}:{folder / 'corpus'}")
+    job = CorpusJob(corpus, SourceArchives(folder, ()), folder, staging_dir=folder)
     begin = process_time()
     last = None
-    for unit in units(0, job):
+    for unit in read_units(0, job):
         last = unit
     took = process_time() - begin
     assert last is not None

@@ -222,16 +222,17 @@ def map_of(given: Work, folder: Path, stack: ExitStack) -> Pass:
 def corpus_of(kind: str, paths: list[Path]) -> Any:
     """A user's folder of those files, with the pixels or frames alone, as the others have them:
     no tokens, no symbols."""
-    from pipelines.corpora.readers.folder import Folder
+    from pipelines.corpora.readers.folder import FolderCorpus
 
-    corpus = Folder(str(paths[0].parent.parent), Folder.Options(**OPTIONS[kind]))
-    corpus.has = ()
-    corpus.settle()
+    corpus = FolderCorpus(str(paths[0].parent.parent), FolderCorpus.Options(**OPTIONS[kind]))
+    corpus.annotations_present = ()
+    corpus.finalize_schema()
     return corpus
 
 
 def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
+    from pipelines.corpora.base import SourceArchives
     from pipelines.corpora.readers.base import media_row
     from pipelines.io.media import MediaRef
     from skillnet_platform import cluster
@@ -243,9 +244,9 @@ def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     def work(rows: int) -> None:
         if not opened:
             opened.append(stack.enter_context(cluster.session(given.processes)))
-        from pipelines.preprocessing.datasource import Order
-        from pipelines.preprocessing.pipeline import Hosts, write_corpora
-        from pipelines.preprocessing.prepare import identity_of
+        from pipelines.preprocessing.corpus_job import CorpusJob
+        from pipelines.preprocessing.pipeline import SchedulingOptions, write_corpora
+        from pipelines.preprocessing.prepare import build_corpus_identity
 
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -254,8 +255,9 @@ def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
             for number, path in enumerate(_rows(given.paths, rows))
         ]
         corpus.rows = lambda sources: iter(made)
-        order = Order(corpus, folder / "made", identity_of(corpus, [], folder))
-        for manifest in write_corpora([order], folder, 0.0, Hosts()):
+        identity = build_corpus_identity(corpus, [], folder)
+        job = CorpusJob(corpus, SourceArchives.none(), folder / "made", identity)
+        for manifest in write_corpora([job], 0.0, SchedulingOptions()):
             assert manifest["rows_out"] == rows, manifest["quarantine"]
 
     return work
@@ -273,10 +275,10 @@ def _code(rounds: int, threads: int) -> Result:
 
     modules = (argparse, inspect, shutil, tempfile)
     sources = [inspect.getsource(module) for module in modules]
-    functions = [found.code for source in sources for found in code.functions(source)]
-    tokenizer = Tokenizer.from_str(tokenizers.train(functions, [], size=2_000))
+    functions = [found.code for source in sources for found in code.parse_functions(source)]
+    tokenizer = Tokenizer.from_str(tokenizers.train_tokenizer(functions, [], size=2_000))
     seconds = in_turns(
-        {"code": lambda: text.encode(tokenizer, functions, text.CODE_TOKENS)},
+        {"code": lambda: text.encode_texts(tokenizer, functions, text.CODE_TOKENS)},
         rounds,
         clock_for(threads),
         warmup=1,

@@ -60,16 +60,16 @@ def run(rounds: int, threads: int) -> list[Result]:
 
 def _stream(folder: Path) -> MultiTaskDataLoader:
     from pipelines.config.run import FinetuneConfig, TaskTraining
-    from pipelines.corpora.readers.folder import Folder
+    from pipelines.corpora.readers.folder import FolderCorpus
     from pipelines.preprocessing.prepare import prepare
     from pipelines.shards.dataset import open_corpus
     from skillnet_platform import cluster
 
     media = files("image", PICTURES)[0].parent.parent
-    options = Folder.Options(size=PICTURE, validation=0.0, test=0.0)
-    corpus = Folder(str(media), options, "pictures")
+    options = FolderCorpus.Options(size=PICTURE, validation=0.0, test=0.0)
+    corpus = FolderCorpus(str(media), options, "pictures")
     with cluster.session():
-        prepare([], folder, folder, placed=[corpus])
+        prepare([], folder, folder, external=[corpus])
     config = FinetuneConfig()
     opened = {"pictures": open_corpus(folder / "pictures")}
     words = int(opened["pictures"].manifest["tokenizer"]["vocab_size"])

@@ -18,11 +18,11 @@ from typing import IO
 
 from skillnet_platform.errors import UserError
 
-Wanted = Callable[[str], bool]
+MemberFilter = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ArchiveLimits:
     """How much an archive may hold.
 
     Args:
@@ -42,7 +42,7 @@ class Limits:
     headers: int = 2**20
 
 
-class Refused(UserError):
+class UnsafeArchiveError(UserError):
     """The one message about an archive that attacks.
 
     Args:
@@ -58,20 +58,22 @@ class Refused(UserError):
         self.why = why
 
 
-def check_name(path: Path, name: str) -> None:
+def check_member_name(path: Path, name: str) -> None:
     """UserError if a member's name leads out of the archive."""
     parts = name.replace("\\", "/").split("/")
     absolute = name.startswith(("/", "\\")) or name[1:2] == ":"
     if absolute or ".." in parts or "\0" in name:
-        raise Refused(path, f"the name {name!r} leads outside of the archive")
+        raise UnsafeArchiveError(path, f"the name {name!r} leads outside of the archive")
 
 
-def zip_members(path: Path, wanted: Wanted, limits: Limits) -> Iterator[tuple[str, bytes]]:
+def iter_zip_members(
+    path: Path, wanted: MemberFilter, limits: ArchiveLimits
+) -> Iterator[tuple[str, bytes]]:
     """The wanted members of a zip; the whole directory is checked before the first."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if len(entries) > limits.members:
-            raise Refused(path, f"{len(entries)} members, more than {limits.members}")
+            raise UnsafeArchiveError(path, f"{len(entries)} members, more than {limits.members}")
         for entry in entries:
             _check_entry(path, entry, limits)
         total = sum(entry.file_size for entry in entries)
@@ -82,54 +84,62 @@ def zip_members(path: Path, wanted: Wanted, limits: Limits) -> Iterator[tuple[st
                 data = archive.read(entry)
                 if len(data) != entry.file_size:
                     told = f"{entry.file_size} bytes declared, {len(data)} there"
-                    raise Refused(path, f"{entry.filename!r} lies about its size: {told}")
+                    raise UnsafeArchiveError(
+                        path, f"{entry.filename!r} lies about its size: {told}"
+                    )
                 yield entry.filename, data
 
 
-def tar_members(path: Path, wanted: Wanted, limits: Limits) -> Iterator[tuple[str, bytes]]:
+def iter_tar_members(
+    path: Path, wanted: MemberFilter, limits: ArchiveLimits
+) -> Iterator[tuple[str, bytes]]:
     """The wanted members of a tar, plain or compressed, read once from front to back."""
     with path.open("rb") as file:
-        meter = metered(path, file, limits)
+        meter = open_with_budget(path, file, limits)
         with tarfile.open(fileobj=meter, mode="r|") as archive:
             # Whatever does not fit, tarfile takes into memory: it never gets more than was granted.
             for count, entry in enumerate(iter(archive.next, None), start=1):
                 archive.members = []  # type: ignore[attr-defined]  # it would keep all it has seen
                 if count > limits.members:
-                    raise Refused(path, f"more than {limits.members} members")
-                check_name(path, entry.name)
+                    raise UnsafeArchiveError(path, f"more than {limits.members} members")
+                check_member_name(path, entry.name)
                 if not (entry.isreg() or entry.isdir()):
-                    raise Refused(path, f"{entry.name!r} is {_kind(entry)}")
+                    raise UnsafeArchiveError(path, f"{entry.name!r} is {_kind(entry)}")
                 if entry.size > limits.total:
-                    raise Refused(path, f"{entry.size} bytes in {entry.name!r}")
-                meter.grant(entry.size + limits.headers)
+                    raise UnsafeArchiveError(path, f"{entry.size} bytes in {entry.name!r}")
+                meter.allow(entry.size + limits.headers)
                 if entry.isreg() and wanted(entry.name):
                     if entry.size > limits.member:
                         what = f"{entry.size} bytes in {entry.name!r}"
-                        raise Refused(path, f"{what}, more than {limits.member}")
+                        raise UnsafeArchiveError(path, f"{what}, more than {limits.member}")
                     stream = archive.extractfile(entry)
                     assert stream is not None, "a regular file has content"
                     yield entry.name, stream.read()
 
 
-def _check_entry(path: Path, entry: zipfile.ZipInfo, limits: Limits) -> None:
-    check_name(path, entry.orig_filename)
+def _check_entry(path: Path, entry: zipfile.ZipInfo, limits: ArchiveLimits) -> None:
+    check_member_name(path, entry.orig_filename)
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise Refused(path, f"{entry.filename!r} is a link or a device")
+        raise UnsafeArchiveError(path, f"{entry.filename!r} is a link or a device")
     if entry.flag_bits & 0x1:
-        raise Refused(path, f"{entry.filename!r} is encrypted")
+        raise UnsafeArchiveError(path, f"{entry.filename!r} is encrypted")
     # Python decompresses the other methods without a limit.
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Refused(path, f"{entry.filename!r} has compression method {entry.compress_type}")
+        raise UnsafeArchiveError(
+            path, f"{entry.filename!r} has compression method {entry.compress_type}"
+        )
     sizes = entry.file_size, limits.member, entry.compress_size
     _check_amount(path, repr(entry.filename), *sizes, limits)
 
 
-def _check_amount(path: Path, what: str, size: int, most: int, packed: int, limits: Limits) -> None:
+def _check_amount(
+    path: Path, what: str, size: int, most: int, packed: int, limits: ArchiveLimits
+) -> None:
     if size > most:
-        raise Refused(path, f"{size} bytes in {what}, more than {most}")
+        raise UnsafeArchiveError(path, f"{size} bytes in {what}, more than {most}")
     if size > max(limits.small, packed * limits.ratio):
-        raise Refused(path, f"{what} expands to {size // max(packed, 1)} times its size")
+        raise UnsafeArchiveError(path, f"{what} expands to {size // max(packed, 1)} times its size")
 
 
 def _kind(entry: tarfile.TarInfo) -> str:
@@ -138,7 +148,7 @@ def _kind(entry: tarfile.TarInfo) -> str:
     return "a device or pipe" if entry.isdev() else "of an unknown kind"
 
 
-def metered(path: Path | str, file: IO[bytes], limits: Limits) -> "Meter":
+def open_with_budget(path: Path | str, file: IO[bytes], limits: ArchiveLimits) -> "ByteBudget":
     """The content of a tar, decompressed by what its first bytes say it is, behind the limits.
 
     Args:
@@ -147,19 +157,19 @@ def metered(path: Path | str, file: IO[bytes], limits: Limits) -> "Meter":
         limits: of which ``total``, ``ratio`` and ``small`` bound what comes out of it.
     """
     packed = file.seek(0, io.SEEK_END)
-    how = compression(file)
+    how = detect_compression(file)
     most = min(limits.total, max(limits.small, packed * limits.ratio))
     if how == "gzip":
-        meter = Meter(path, gzip.GzipFile(fileobj=file), most)
+        meter = ByteBudget(path, gzip.GzipFile(fileobj=file), most)
     elif how == "bzip2":
-        meter = Meter(path, bz2.BZ2File(file), most)
+        meter = ByteBudget(path, bz2.BZ2File(file), most)
     else:
-        meter = Meter(path, file, most)
-    meter.grant(limits.headers)
+        meter = ByteBudget(path, file, most)
+    meter.allow(limits.headers)
     return meter
 
 
-def compression(file: IO[bytes]) -> str:
+def detect_compression(file: IO[bytes]) -> str:
     """``"gzip"``, ``"bzip2"`` or ``""`` by a file's first bytes, whatever its name; rewinds it."""
     file.seek(0)
     start = file.read(3)
@@ -167,7 +177,7 @@ def compression(file: IO[bytes]) -> str:
     return "gzip" if start[:2] == b"\x1f\x8b" else "bzip2" if start == b"BZh" else ""
 
 
-class Meter(io.RawIOBase):
+class ByteBudget(io.RawIOBase):
     """A stream that ends in a refusal where more is read than was granted.
 
     Args:
@@ -185,7 +195,7 @@ class Meter(io.RawIOBase):
         self._read: Callable[[int], bytes] = getattr(inner, "read1" if packed else "read")
         self._granted = self._taken = 0
 
-    def grant(self, count: int) -> None:
+    def allow(self, count: int) -> None:
         """Let so many bytes through from here on."""
         self._granted = self._taken + count
 
@@ -194,9 +204,11 @@ class Meter(io.RawIOBase):
         data = self._read(size)
         self._taken += len(data)
         if self._taken > self._most:
-            raise Refused(self._path, f"expands to more than {self._most} bytes")
+            raise UnsafeArchiveError(self._path, f"expands to more than {self._most} bytes")
         if self._taken > self._granted:
-            raise Refused(self._path, "a name or an attribute of a member is a flood of bytes")
+            raise UnsafeArchiveError(
+                self._path, "a name or an attribute of a member is a flood of bytes"
+            )
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:

@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipelines.io.source_file import (
-    OWN,
-    ask,
-    check_regular,
-    failing,
+    PER_FILE_ERRORS,
+    check_regular_file,
     is_remote,
-    local_path,
+    make_read_error,
     open_stream,
+    query_store,
+    strip_file_scheme,
 )
-from pipelines.io.symlink_guard import Trail
+from pipelines.io.symlink_guard import SymlinkGuard
 from skillnet_platform.errors import UserError
 
 #: What a compressed file that is cut short or damaged raises while it is read.
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+DAMAGE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 #: A line of more bytes is no line of a corpus.
-LONGEST_LINE = 64 * 2**20
+MAX_LINE_BYTES = 64 * 2**20
 #: More empty lines one after the other are no text of a corpus.
-MOST_EMPTY = 2**20
+MAX_EMPTY_LINES = 2**20
 
 
-class Flood(EOFError):
+class OversizedInputError(EOFError):
     """What no honest file has, and what would be read for ever or take all memory.
 
     It counts as ``DAMAGED``: the file is not read on. Its text is short, for rows are counted by
@@ -43,7 +43,7 @@ class Flood(EOFError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class DirectoryEntry:
     """Something in a folder: its name, and its size in bytes if it is a file."""
 
     name: str
@@ -55,7 +55,7 @@ class Entry:
         return self.size is None
 
 
-class Place:
+class SourceDirectory:
     """A folder, or one file, by path or URI.
 
     Args:
@@ -67,19 +67,21 @@ class Place:
 
     def __init__(self, uri: str) -> None:
         self.remote = is_remote(uri)
-        uri = uri if self.remote else str(Path(local_path(uri)).expanduser().absolute())
+        uri = uri if self.remote else str(Path(strip_file_scheme(uri)).expanduser().absolute())
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
-        if printable(self.uri) != self.uri:
+        if to_printable(self.uri) != self.uri:
             raise UserError(
-                f"{printable(self.uri)}: the path is not UTF-8, so that no manifest can name it; "
+                f"{to_printable(self.uri)}: the path is not UTF-8, so that no manifest can name it; "
                 "rename the folder, or make a link to it"
             )
         if not self._exists(self.uri):
             raise UserError(f"{uri}: no such file or folder")
         if self.remote:
-            self.is_file = ask(self.uri, lambda system, path: system.info(path))["type"] == "file"
+            self.is_file = (
+                query_store(self.uri, lambda system, path: system.info(path))["type"] == "file"
+            )
         else:
-            check_regular(self.uri)
+            check_regular_file(self.uri)
             self.is_file = Path(self.uri).is_file()
 
     @property
@@ -105,7 +107,7 @@ class Place:
         """Whether there is such a file or folder."""
         return self._exists(self.path(relative))
 
-    def entries(self, relative: str = "") -> list[Entry]:
+    def entries(self, relative: str = "") -> list[DirectoryEntry]:
         """What is in a folder, sorted by name; hidden files are passed over.
 
         Raises:
@@ -117,27 +119,27 @@ class Place:
         except PermissionError:
             raise UserError(f"{self.path(relative)}: no permission to read this folder") from None
 
-    def walk(self, relative: str = "", depth: int = 16) -> Iterator[Entry]:
+    def walk(self, relative: str = "", depth: int = 16) -> Iterator[DirectoryEntry]:
         """All files below a folder, in order; each one's name is its path from this place.
 
         Links are followed, but not into a folder that they stand in.
         """
-        yield from self._walk(relative, depth, Trail())
+        yield from self._walk(relative, depth, SymlinkGuard())
 
     def folders(self, relative: str = "", depth: int = 4) -> Iterator[str]:
         """The folder itself and all below it, down to a depth; each before those inside it."""
-        yield from self._folders(relative, depth, Trail())
+        yield from self._folders(relative, depth, SymlinkGuard())
 
-    def _walk(self, relative: str, depth: int, trail: Trail) -> Iterator[Entry]:
+    def _walk(self, relative: str, depth: int, trail: SymlinkGuard) -> Iterator[DirectoryEntry]:
         with self._entered(relative, trail) as entered:
             for entry in self._seen(relative) if entered else ():
                 below = f"{relative}/{entry.name}" if relative else entry.name
                 if not entry.is_folder:
-                    yield Entry(below, entry.size)
+                    yield DirectoryEntry(below, entry.size)
                 elif depth > 0:
                     yield from self._walk(below, depth - 1, trail)
 
-    def _folders(self, relative: str, depth: int, trail: Trail) -> Iterator[str]:
+    def _folders(self, relative: str, depth: int, trail: SymlinkGuard) -> Iterator[str]:
         with self._entered(relative, trail) as entered:
             if not entered:
                 return
@@ -148,35 +150,35 @@ class Place:
                     yield from self._folders(below, depth - 1, trail)
 
     @contextlib.contextmanager
-    def _entered(self, relative: str, trail: Trail) -> Iterator[bool]:
+    def _entered(self, relative: str, trail: SymlinkGuard) -> Iterator[bool]:
         """Whether a walk may go into a folder; of stores, which have no links, into any."""
         with contextlib.ExitStack() as stack:
             entered = True
             if not self.remote:
                 # One that is not there has nothing in it.
                 with contextlib.suppress(OSError):
-                    entered = stack.enter_context(trail.into(self.path(relative)))
+                    entered = stack.enter_context(trail.enter(self.path(relative)))
             yield entered
 
-    def _seen(self, relative: str) -> list[Entry]:
+    def _seen(self, relative: str) -> list[DirectoryEntry]:
         """What a walk sees in a folder; nothing in one that it may not read."""
         try:
             return self._scanned(relative)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return []
 
-    def _scanned(self, relative: str) -> list[Entry]:
+    def _scanned(self, relative: str) -> list[DirectoryEntry]:
         folder = self.path(relative)
         if self.remote:
-            found = ask(folder, _listed)
+            found = query_store(folder, _listed)
         else:
             try:
                 with os.scandir(folder) as each:
                     found = [_entry(entry) for entry in each]
-            except OWN:
+            except PER_FILE_ERRORS:
                 raise
             except OSError as problem:
-                raise failing(folder, problem) from None
+                raise make_read_error(folder, problem) from None
         return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
 
     def open(self, relative: str = "") -> IO[bytes]:
@@ -197,7 +199,7 @@ class Place:
         return gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream  # type: ignore[return-value]
 
     def lines(self, relative: str = "", ends: bool = False) -> Iterator[tuple[int, bytes]]:
-        """Lines of a file, see :func:`lines_of`.
+        """Lines of a file, see :func:`iter_lines`.
 
         Raises:
             EOFError, zlib.error, BadGzipFile: ``DAMAGED``: a compressed file ends or breaks, or
@@ -205,7 +207,7 @@ class Place:
             SourceFails, StoreUnavailable: see :func:`source_files.open_stream`.
         """
         with self.open(relative) as stream:
-            yield from lines_of(stream, ends)
+            yield from iter_lines(stream, ends)
 
     def digest(self, relative: str) -> str:
         """SHA-256 of a file as it lies there, not unpacked."""
@@ -220,13 +222,13 @@ class Place:
             return os.path.exists(path)  # noqa: PTH110 - called for many files
         try:
             # Not ``exists``: of most clients it says no, too, when the store does not answer.
-            ask(path, lambda system, plain: system.info(plain))
+            query_store(path, lambda system, plain: system.info(plain))
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
 
-def lines_of(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes]]:
+def iter_lines(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes]]:
     """Lines of a stream with their numbers, from 1; empty ones and a byte order mark are left
     out. With ``ends`` a line keeps its own: what has none stands last, and may be cut short.
 
@@ -234,9 +236,9 @@ def lines_of(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes
         Flood: a line, or a run of empty ones, seems to have no end.
     """
     number = empty = 0
-    while line := stream.readline(LONGEST_LINE + 1):
-        if len(line) > LONGEST_LINE:
-            raise Flood("a line longer than 64 MiB")
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise OversizedInputError("a line longer than 64 MiB")
         number += 1
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -244,11 +246,11 @@ def lines_of(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes
         if line.strip():
             empty = 0
             yield number, line
-        elif (empty := empty + 1) > MOST_EMPTY:
-            raise Flood("a flood of empty lines")
+        elif (empty := empty + 1) > MAX_EMPTY_LINES:
+            raise OversizedInputError("a flood of empty lines")
 
 
-def printable(name: str) -> str:
+def to_printable(name: str) -> str:
     """A file's name for messages and files of ours: what is no Unicode is spelt with backslashes.
 
     A disk takes any bytes for a name; those that are not UTF-8 cannot be written anywhere else.
@@ -256,7 +258,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def listing_digest(entries: Iterable[Entry]) -> tuple[int, int, str]:
+def digest_listing(entries: Iterable[DirectoryEntry]) -> tuple[int, int, str]:
     """(files, bytes, SHA-256) of names and sizes: what tells that media were added or replaced.
 
     Their content is not read: of a large corpus that would take as long as preparing it.
@@ -268,9 +270,9 @@ def listing_digest(entries: Iterable[Entry]) -> tuple[int, int, str]:
     return files, total, found.hexdigest()
 
 
-def _listed(system: Any, folder: str) -> list[Entry]:
+def _listed(system: Any, folder: str) -> list[DirectoryEntry]:
     return [
-        Entry(
+        DirectoryEntry(
             posixpath.basename(about["name"].rstrip("/")),
             None if about["type"] == "directory" else int(about["size"] or 0),
         )
@@ -279,8 +281,8 @@ def _listed(system: Any, folder: str) -> list[Entry]:
     ]
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry:
+def _entry(entry: "os.DirEntry[str]") -> DirectoryEntry:
     try:
-        return Entry(entry.name, None if entry.is_dir() else entry.stat().st_size)
+        return DirectoryEntry(entry.name, None if entry.is_dir() else entry.stat().st_size)
     except OSError:  # a link to nothing, or to itself: reading it will say so
-        return Entry(entry.name, 0)
+        return DirectoryEntry(entry.name, 0)

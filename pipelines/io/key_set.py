@@ -6,23 +6,23 @@ from hashlib import blake2b
 from pathlib import Path
 
 #: So many digests are kept in memory; the rest lies in a file.
-IN_MEMORY = 1 << 16
+MAX_KEYS_IN_MEMORY = 1 << 16
 
 
-class Seen:
+class KeySet:
     """A set of keys of any size. Close it, or leave its ``with`` block, to remove its file.
 
     Kept are digests of 128 bits: among 100 million keys two that differ share one with a
     probability below 1e-22.
     """
 
-    def __init__(self, in_memory: int = IN_MEMORY) -> None:
+    def __init__(self, in_memory: int = MAX_KEYS_IN_MEMORY) -> None:
         self._recent: set[bytes] = set()
         self._in_memory = in_memory
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._table: sqlite3.Connection | None = None
 
-    def __enter__(self) -> "Seen":
+    def __enter__(self) -> "KeySet":
         return self
 
     def __exit__(self, *problem: object) -> None:

@@ -24,9 +24,16 @@ from typing import IO, Any
 import pyarrow as pa
 
 from pipelines.io import prefetch
-from pipelines.io.prefetch import ReadAhead
-from pipelines.io.source_file import OWN, ask, failing, is_remote, local_path, open_stream
-from pipelines.io.tar import BadTar, Tar
+from pipelines.io.prefetch import OrderedPrefetcher
+from pipelines.io.source_file import (
+    PER_FILE_ERRORS,
+    is_remote,
+    make_read_error,
+    open_stream,
+    query_store,
+    strip_file_scheme,
+)
+from pipelines.io.tar import TarReader, TarReadError
 from skillnet_platform.storage import human_bytes
 
 #: Type of a raw column of references: ``pa.field("media", MEDIA)``. A null is a row without any.
@@ -39,7 +46,7 @@ MEDIA = pa.struct(
     ]
 )
 #: Larger files are set aside unless a corpus says otherwise.
-MAX_BYTES = 256 * 2**20
+MAX_MEDIA_BYTES = 256 * 2**20
 #: What a local file's own name or kind is to blame for; anything else is its disk's failing.
 _OF_THE_NAME = {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO, errno.EILSEQ}
 
@@ -69,7 +76,7 @@ class MediaRef:
 
 
 @dataclass(frozen=True)
-class Unreadable:
+class MediaReadError:
     """Stands for bytes that could not be had. ``reason`` is short: rows are counted by it."""
 
     reason: str
@@ -77,8 +84,8 @@ class Unreadable:
 
 def read_media(
     references: pa.Array | pa.ChunkedArray | Iterable[dict[str, Any] | None],
-    max_bytes: int = MAX_BYTES,
-) -> Iterator[bytes | Unreadable]:
+    max_bytes: int = MAX_MEDIA_BYTES,
+) -> Iterator[bytes | MediaReadError]:
     """The bytes of each reference, in order and one at a time, so that memory holds one file.
 
     The next ones are read ahead: see :mod:`pipelines.io.prefetch`. Of files in a store those that
@@ -99,21 +106,21 @@ def read_media(
     wanted = [_reference(value) for value in values]
     with _archives() as archives, _fetched(wanted, max_bytes) as fetched:
         for number, reference in enumerate(wanted):
-            _tell(wanted, number + prefetch.TOLD)
+            _tell(wanted, number + prefetch.ADVISED_FILES)
             if reference is None:
-                yield Unreadable("no media file")
+                yield MediaReadError("no media file")
                 continue
             try:
                 if reference.member is not None:
                     data = archives.read(reference, max_bytes)
                 elif is_remote(reference.path):
-                    data = fetched.take()
+                    data = fetched.next_result()
                 else:
                     data = _read(reference, max_bytes)
             except _Refused as problem:
-                yield Unreadable(str(problem))
+                yield MediaReadError(str(problem))
                 continue
-            yield data if data else Unreadable("an empty file")
+            yield data if data else MediaReadError("an empty file")
 
 
 def _reference(value: dict[str, Any] | None) -> MediaRef | None:
@@ -121,14 +128,14 @@ def _reference(value: dict[str, Any] | None) -> MediaRef | None:
 
 
 @contextlib.contextmanager
-def _fetched(wanted: list[MediaRef | None], max_bytes: int) -> Iterator[ReadAhead[bytes]]:
+def _fetched(wanted: list[MediaRef | None], max_bytes: int) -> Iterator[OrderedPrefetcher[bytes]]:
     """The bytes of those that lie in a store by themselves or as ranges, in order."""
     remote = [r for r in wanted if r is not None and r.member is None and is_remote(r.path)]
 
     def fetch(number: int, grant: Callable[[int], None]) -> bytes:
         return _read_remote(remote[number], max_bytes, grant)
 
-    ahead = ReadAhead(len(remote), fetch)
+    ahead = OrderedPrefetcher(len(remote), fetch)
     try:
         yield ahead
     finally:
@@ -139,7 +146,9 @@ def _tell(wanted: list[MediaRef | None], number: int) -> None:
     """Have the kernel read a local file that is wanted soon."""
     reference = wanted[number] if number < len(wanted) else None
     if reference is not None and reference.member is None and not is_remote(reference.path):
-        prefetch.tell(local_path(reference.path), reference.offset or 0, reference.length)
+        prefetch.advise_kernel(
+            strip_file_scheme(reference.path), reference.offset or 0, reference.length
+        )
 
 
 class _Refused(Exception):
@@ -155,14 +164,14 @@ def _read(reference: MediaRef, max_bytes: int) -> bytes:
         raise _Refused("no permission to read the media file") from None
     except OSError as problem:
         if problem.errno not in _OF_THE_NAME:
-            raise failing(reference.path, problem) from None
+            raise make_read_error(reference.path, problem) from None
         raise _Refused(f"the media file cannot be read ({problem.strerror})") from None
     except ValueError as problem:  # a null character
         raise _Refused(f"the media file cannot be read ({problem})") from None
 
 
 def _read_local(reference: MediaRef, max_bytes: int) -> bytes:
-    path = local_path(reference.path)
+    path = strip_file_scheme(reference.path)
     about = os.stat(path)  # noqa: PTH116 - a hot path
     if not stat.S_ISREG(about.st_mode):
         raise _Refused("not a regular file")  # opening a named pipe would wait for ever
@@ -202,7 +211,7 @@ def _read_remote(reference: MediaRef, max_bytes: int, grant: Callable[[int], Non
             raise _Refused("no permission to read the media file") from None
         return length, data
 
-    wanted, data = ask(reference.path, read)
+    wanted, data = query_store(reference.path, read)
     if len(data) < wanted:
         raise _Refused("cut short: the file ends before the media")
     return data
@@ -214,7 +223,7 @@ class _Archives:
     def __init__(self) -> None:
         self.path = ""
         self.state: tuple[int, ...] = ()
-        self.archive: Tar | None = None
+        self.archive: TarReader | None = None
         self.stream: IO[bytes] | None = None
 
     def read(self, reference: MediaRef, max_bytes: int) -> bytes:
@@ -227,10 +236,10 @@ class _Archives:
                 data = self._next(reference.member, max_bytes)
             except FileNotFoundError:
                 raise _Refused("the archive is missing") from None
-            except BadTar as problem:
+            except TarReadError as problem:
                 self.close()
                 raise _Refused(str(problem)) from None
-            except OWN as problem:
+            except PER_FILE_ERRORS as problem:
                 self.close()
                 raise _Refused(f"the archive cannot be opened ({problem.strerror})") from None
             if data is not None:
@@ -246,7 +255,7 @@ class _Archives:
     def _open(self, path: str) -> None:
         self.close()
         self.path, self.state, self.stream = path, _state(path), open_stream(path)
-        self.archive = Tar(path, self.stream)
+        self.archive = TarReader(path, self.stream)
 
     def _next(self, member: str | None, max_bytes: int) -> bytes | None:
         assert self.archive is not None
@@ -290,7 +299,7 @@ def _state(path: str) -> tuple[int, ...]:
     if is_remote(path):
         return ()
     try:
-        about = Path(local_path(path)).stat()
+        about = Path(strip_file_scheme(path)).stat()
     except OSError:
         return (-1,)
     return about.st_ino, about.st_size, about.st_mtime_ns

@@ -20,18 +20,18 @@ from typing import Generic, TypeVar
 Result = TypeVar("Result")
 
 #: Files of a disk that the kernel is told of ahead, and how much of each.
-TOLD, TOLD_BYTES = 2, 8 * 2**20
+ADVISED_FILES, ADVISED_BYTES = 2, 8 * 2**20
 #: Objects of a store that are on their way at once.
-STREAMS = 8
+MAX_FETCHES = 8
 #: Bytes that wait to be asked for, beside the object whose turn it is.
-HELD = 32 * 2**20
+MAX_WAITING_BYTES = 32 * 2**20
 
 
-class Closed(Exception):
+class PrefetchClosedError(Exception):
     """Nobody asks for this any more."""
 
 
-def tell(path: str, offset: int, length: int | None) -> None:
+def advise_kernel(path: str, offset: int, length: int | None) -> None:
     """Have the kernel read a part of a local file soon; whoever reads it sees what is wrong."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is None:
@@ -42,14 +42,14 @@ def tell(path: str, offset: int, length: int | None) -> None:
     except (OSError, ValueError):
         return
     try:
-        advise(file, offset, min(length or TOLD_BYTES, TOLD_BYTES), os.POSIX_FADV_WILLNEED)
+        advise(file, offset, min(length or ADVISED_BYTES, ADVISED_BYTES), os.POSIX_FADV_WILLNEED)
     except (OSError, OverflowError):
         pass
     finally:
         os.close(file)
 
 
-class ReadAhead(Generic[Result]):
+class OrderedPrefetcher(Generic[Result]):
     """Results of a function for the numbers 0, 1, 2 …, worked out ahead by threads.
 
     Args:
@@ -64,8 +64,8 @@ class ReadAhead(Generic[Result]):
         self,
         count: int,
         fetch: Callable[[int, Callable[[int], None]], Result],
-        streams: int = STREAMS,
-        held: int = HELD,
+        streams: int = MAX_FETCHES,
+        held: int = MAX_WAITING_BYTES,
     ) -> None:
         self._count, self._fetch, self._most = count, fetch, held
         self._room = threading.Condition()
@@ -78,7 +78,7 @@ class ReadAhead(Generic[Result]):
         for _ in range(streams):
             self._submit()
 
-    def take(self) -> Result:
+    def next_result(self) -> Result:
         """The next result, or what its function raised."""
         future = self._waiting.popleft()
         try:
@@ -118,5 +118,5 @@ class ReadAhead(Generic[Result]):
                 )
             )
             if self._closed:
-                raise Closed
+                raise PrefetchClosedError
             self._sizes[number] = size

@@ -23,17 +23,17 @@ Result = TypeVar("Result")
 #: Bytes read ahead of a file: each read of it passes through Python.
 _AHEAD = 1 << 18
 #: What says something of one file, not of the disk or the store that it lies on.
-OWN = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+PER_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
-class SourceFails(UserError):
+class SourceReadError(UserError):
     """A file's disk or store fails: nothing is known of the file."""
 
 
-def failing(path: object, problem: OSError) -> SourceFails:
+def make_read_error(path: object, problem: OSError) -> SourceReadError:
     """The message that a file cannot be read for no fault of its own."""
     why = problem.strerror or f"{type(problem).__name__}: {problem}"
-    return SourceFails(
+    return SourceReadError(
         f"{path}: cannot be read ({why}). Its disk or mount fails, or this machine is at a limit; "
         "no row is set aside for that. Mend it, or take the file away, and run the same command "
         "again"
@@ -58,7 +58,7 @@ def _opened(root: str) -> Any:
             raise UserError(f"{root}: cannot be opened ({problem})") from None
 
 
-def filesystem(uri: str) -> Any:
+def open_filesystem(uri: str) -> Any:
     """The fsspec file system of a URI.
 
     fsspec's own driver is taken where it is installed, else that of pyarrow (S3, GCS, HDFS).
@@ -70,14 +70,14 @@ def filesystem(uri: str) -> Any:
     return _opened(f"{scheme}://{rest.split('/', 1)[0]}")
 
 
-def ask(uri: str, action: Callable[[Any, str], Result]) -> Result:
+def query_store(uri: str, action: Callable[[Any, str], Result]) -> Result:
     """Ask the store of a URI, patiently: ``action`` gets its file system and the path in it.
 
     Raises:
         FileNotFoundError: there is no such object.
         UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
     """
-    system = filesystem(uri)
+    system = open_filesystem(uri)
     path = str(system._strip_protocol(uri))
 
     def once() -> tuple[Result | None, Exception | None]:
@@ -88,10 +88,10 @@ def ask(uri: str, action: Callable[[Any, str], Result]) -> Result:
 
     try:
         found, missing = steadily(uri, once)
-    except OWN:
+    except PER_FILE_ERRORS:
         raise
     except OSError as problem:
-        raise failing(uri, problem) from problem
+        raise make_read_error(uri, problem) from problem
     if missing is not None:
         raise missing
     return cast("Result", found)
@@ -103,12 +103,12 @@ def is_remote(path: str) -> bool:
     return bool(mark) and scheme not in ("file", "local")
 
 
-def local_path(path: str) -> str:
+def strip_file_scheme(path: str) -> str:
     """A local path without the scheme that it may carry."""
     return path.partition("://")[2] if "://" in path else path
 
 
-def check_regular(path: str) -> None:
+def check_regular_file(path: str) -> None:
     """UserError if a local file is a named pipe, a device or a socket: it would be waited for, or
     read, without end."""
     about = os.stat(path)  # noqa: PTH116 - called for many files
@@ -128,12 +128,12 @@ def open_stream(path: str) -> IO[bytes]:
     if is_remote(path):
         return io.BufferedReader(_InStore(path), _AHEAD)
     try:
-        check_regular(local_path(path))
-        return io.BufferedReader(_OnDisk(local_path(path)), _AHEAD)
-    except OWN:
+        check_regular_file(strip_file_scheme(path))
+        return io.BufferedReader(_OnDisk(strip_file_scheme(path)), _AHEAD)
+    except PER_FILE_ERRORS:
         raise
     except OSError as problem:
-        raise failing(path, problem) from None
+        raise make_read_error(path, problem) from None
 
 
 class _OnDisk(io.FileIO):
@@ -143,19 +143,19 @@ class _OnDisk(io.FileIO):
         try:
             return super().readinto(buffer) or 0
         except OSError as problem:
-            raise failing(self.name, problem) from None
+            raise make_read_error(self.name, problem) from None
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         try:
             return super().seek(offset, whence)
         except OSError as problem:
-            raise failing(self.name, problem) from None
+            raise make_read_error(self.name, problem) from None
 
     def readall(self) -> bytes:
         try:
             return super().readall() or b""
         except OSError as problem:
-            raise failing(self.name, problem) from None
+            raise make_read_error(self.name, problem) from None
 
 
 class _InStore(io.RawIOBase):
@@ -165,7 +165,7 @@ class _InStore(io.RawIOBase):
         self._uri, self._at = uri, 0
         self._size: int | None = None
         self._file: Any = None
-        ask(uri, self._open)
+        query_store(uri, self._open)
 
     def readable(self) -> bool:
         return True
@@ -178,7 +178,9 @@ class _InStore(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self._size is None:
-            raise SourceFails(f"{self._uri}: its store does not tell its size; copy it elsewhere")
+            raise SourceReadError(
+                f"{self._uri}: its store does not tell its size; copy it elsewhere"
+            )
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size or 0}[whence]
         self._at = start + offset
         return self._at
@@ -186,9 +188,9 @@ class _InStore(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         try:
-            data = ask(self._uri, lambda system, path: self._read(system, path, len(view)))
-        except OWN as problem:
-            raise failing(self._uri, problem) from None
+            data = query_store(self._uri, lambda system, path: self._read(system, path, len(view)))
+        except PER_FILE_ERRORS as problem:
+            raise make_read_error(self._uri, problem) from None
         view[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -214,7 +216,7 @@ class _InStore(io.RawIOBase):
         if callable(size):  # pyarrow's
             size = size()
         if self._size is not None and size != self._size:
-            raise SourceFails(
+            raise SourceReadError(
                 f"{self._uri}: it was replaced while it was read; run the same command again"
             )
         self._size = size

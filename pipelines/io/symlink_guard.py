@@ -9,10 +9,10 @@ from skillnet_platform.errors import UserError
 
 #: So often links may lead into one folder: a few that each lead on to the next, twice, are a
 #: thousand ways.
-MOST_WAYS = 16
+MAX_LINKS_PER_FOLDER = 16
 
 
-class Trail:
+class SymlinkGuard:
     """The folders on the way down to where a walk is, and how often links led it into which."""
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Trail:
         self._linked: Counter[tuple[int, int]] = Counter()
 
     @contextmanager
-    def into(self, folder: str) -> Iterator[bool]:
+    def enter(self, folder: str) -> Iterator[bool]:
         """Within it the walk is in that folder of a disk; false if it was in it already.
 
         Raises:
@@ -34,9 +34,9 @@ class Trail:
             return
         if os.path.islink(folder):  # noqa: PTH114 - the same
             self._linked[here] += 1
-            if self._linked[here] > MOST_WAYS:
+            if self._linked[here] > MAX_LINKS_PER_FOLDER:
                 raise UserError(
-                    f"{folder}: more than {MOST_WAYS} links lead to this folder, so that its files "
+                    f"{folder}: more than {MAX_LINKS_PER_FOLDER} links lead to this folder, so that its files "
                     "would be read as many times; remove them"
                 )
         self._way.append(here)

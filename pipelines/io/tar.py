@@ -12,19 +12,19 @@ import zlib
 from collections.abc import Iterator
 from typing import IO
 
-from pipelines.io.archive import Limits, Refused, metered
-from pipelines.io.source_file import SourceFails
+from pipelines.io.archive import ArchiveLimits, UnsafeArchiveError, open_with_budget
+from pipelines.io.source_file import SourceReadError
 
 #: ``member`` is the reader's to say.
-LIMITS = Limits(total=2**62, members=2**62)
-CUT = "the archive is cut short or damaged"
+TAR_LIMITS = ArchiveLimits(total=2**62, members=2**62)
+TRUNCATED_ARCHIVE = "the archive is cut short or damaged"
 
 
-class BadTar(Exception):
+class TarReadError(Exception):
     """Why a tar cannot be read on: short, for rows are counted by it."""
 
 
-class Tar:
+class TarReader:
     """The regular files of a tar, plain or compressed by gzip or bzip2.
 
     Args:
@@ -39,7 +39,7 @@ class Tar:
 
     def __init__(self, path: str, file: IO[bytes], ranges: bool = False) -> None:
         with _told():
-            self._meter = metered(path, file, LIMITS)
+            self._meter = open_with_budget(path, file, TAR_LIMITS)
             mode = "r:" if ranges else "r|"
             self._tar = tarfile.open(fileobj=self._meter, mode=mode)  # type: ignore[call-overload]  # noqa: SIM115
 
@@ -52,7 +52,7 @@ class Tar:
                 return
             self._tar.members = []  # type: ignore[attr-defined]  # it would keep all it has seen
             # To pass over a member of a compressed tar is to read it.
-            self._meter.grant(entry.size + LIMITS.headers)
+            self._meter.allow(entry.size + TAR_LIMITS.headers)
             if entry.isreg():
                 yield entry
 
@@ -72,11 +72,11 @@ class Tar:
 def _told() -> Iterator[None]:
     try:
         yield
-    except Refused as problem:
-        raise BadTar(f"the archive is refused: {problem.why}") from None
-    except SourceFails:
+    except UnsafeArchiveError as problem:
+        raise TarReadError(f"the archive is refused: {problem.why}") from None
+    except SourceReadError:
         raise
     except RecursionError:  # tarfile takes headers of headers one inside the other
-        raise BadTar("the archive is refused: headers without end") from None
+        raise TarReadError("the archive is refused: headers without end") from None
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError):
-        raise BadTar(CUT) from None
+        raise TarReadError(TRUNCATED_ARCHIVE) from None

@@ -1,9 +1,8 @@
-"""Rows of a corpus cut into blocks, each the work of one shard, while they are read.
+"""Cut the rows of a corpus into blocks while they are read. One block becomes one shard.
 
-A block holds rows of one split in the order of the corpus, ``shard_rows`` of them, or fewer whose
-texts are long: how rows fall into shards hangs on the rows alone. Nothing of a block is kept once
-it is given away, and rows that are set aside go to a file, so that memory does not grow with the
-corpus.
+A block holds consecutive rows of one split: ``shard_rows`` of them, or fewer if their texts are
+long. The rows alone decide how they are divided into shards. A block is dropped once it was
+yielded, and rejected rows go to a file, so memory does not grow with the corpus.
 """
 
 import hashlib
@@ -16,28 +15,28 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpora.base import Corpus, Rejected, Row, Sources
-from pipelines.io.directory import printable
-from pipelines.io.key_set import Seen
+from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
+from pipelines.io.directory import to_printable
+from pipelines.io.key_set import KeySet
 
-#: A longer string in a row is no caption, heading or function: the row is set aside.
-LONGEST_TEXT = 1_000_000
-#: Characters that the rows of one block hold in all, about: a block lies in memory.
-MOST_TEXT = 128 * 2**20
-#: Columns of a row that say where it came from, for the quarantine.
-PLACES = ("file", "row")
-TWICE = "the key came before"
+#: Characters. No caption, heading or function is longer: a row with a longer string is rejected.
+MAX_TEXT_LENGTH = 1_000_000
+#: Characters of all rows of one block, approximately: a block lies in memory.
+MAX_BLOCK_CHARACTERS = 128 * 2**20
+#: Columns of a row that the quarantine records to locate the row in its source.
+SOURCE_COLUMNS = ("file", "row")
+DUPLICATE_KEY = "the key came before"
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Raw rows of one shard.
 
     Args:
-        split: of all rows.
-        shard: number of the shard in its split, from 0.
+        split: split of all rows.
+        shard: index of the shard in its split, from 0.
         table: key, group and the raw columns of the corpus.
-        keys: a digest of the rows' keys, in order.
+        keys: digest of the rows' keys, in order.
     """
 
     split: str
@@ -47,149 +46,176 @@ class Block:
 
 
 @dataclass
-class Summary:
-    """What reading a corpus gave in all.
+class ReadSummary:
+    """Counts of all rows that were read from one corpus.
 
     Args:
-        counts: rows of each split.
-        shards: blocks of each split.
-        reasons: of the rejected rows, counted.
-        bad: the same of those rows that should have been readable.
-        files: how many files the rows stand in.
-        broken: file -> after how many rows it breaks off, and why. What stood behind is lost, and
-            nobody knows how much that is.
+        split_rows: split -> accepted rows.
+        split_shards: split -> blocks.
+        rejections: reason -> rejected rows.
+        errors: the part of ``rejections`` that counts as errors: rows that should have been
+            readable.
+        num_files: files that hold the rows.
+        truncated_files: file -> number of rows before the file ends early, and why. The number of
+            rows after that point is unknown.
     """
 
-    counts: dict[str, int] = field(default_factory=dict)
-    shards: dict[str, int] = field(default_factory=dict)
-    reasons: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, int] = field(default_factory=dict)
-    files: int = 1
-    broken: dict[str, str] = field(default_factory=dict)
+    split_rows: dict[str, int] = field(default_factory=dict)
+    split_shards: dict[str, int] = field(default_factory=dict)
+    rejections: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    num_files: int = 1
+    truncated_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
-        """All that were read."""
-        return sum(self.counts.values()) + sum(self.reasons.values())
+        """Number of rows that were read, accepted and rejected."""
+        return sum(self.split_rows.values()) + sum(self.rejections.values())
 
-    def too_broken(self, max_bad: float) -> str:
-        """The message that more than that share of the files breaks off; "" if not.
+    def truncation_error(self, max_error_rate: float) -> str:
+        """Return the message that too many files are truncated, or "" if they are not.
 
-        Files and not rows are counted: of the rows that are lost nobody knows the number.
+        Files are counted and not rows, because the number of lost rows is unknown.
+
+        Args:
+            max_error_rate: allowed fraction of truncated files.
         """
-        if len(self.broken) <= max_bad * self.files:
+        if len(self.truncated_files) <= max_error_rate * self.num_files:
             return ""
-        share = min(1.0, len(self.broken) / self.files)
-        most = "; ".join(f"{file} {how}" for file, how in list(self.broken.items())[:5])
+        share = min(1.0, len(self.truncated_files) / self.num_files)
+        examples = list(self.truncated_files.items())[:5]
+        listed = "; ".join(f"{file} {where}" for file, where in examples)
         return (
-            f"{len(self.broken)} of {self.files} files break off, and what stands behind is lost: "
-            f"{most}. At most {max_bad:.1%} of the files may (max_bad). Put whole files in their "
-            f"place, or go on without the rest: --max_bad {min(share + 0.005, 1.0):.2f}"
+            f"{len(self.truncated_files)} of {self.num_files} files are truncated, and the rows "
+            f"after that point are lost: {listed}. The limit is {max_error_rate:.1%} of the files "
+            "(max_error_rate). Replace the files, or raise the limit: "
+            f"--max_error_rate {min(share + 0.005, 1.0):.2f}"
         )
 
 
-def read_blocks(corpus: Corpus, sources: Sources, rejected: Path) -> Iterator[Block | Summary]:
-    """Blocks of raw rows, and last a summary.
+def read_blocks(
+    corpus: Corpus, sources: SourceArchives, rejected: Path
+) -> Iterator[RowBlock | ReadSummary]:
+    """Yield blocks of raw rows, and last a summary.
 
     Args:
-        corpus: whose rows are read.
-        sources: where they come from.
-        rejected: a file for the rows that are set aside while reading; written anew.
+        corpus: corpus whose rows are read.
+        sources: archives that hold the rows.
+        rejected: file for rows that are rejected while reading; it is replaced.
     """
     waiting: dict[str, list[Row]] = defaultdict(list)
-    texts = Counter[str]()
-    counts, shards = Counter[str](), Counter[str]()
-    reasons, bad = Counter[str](), Counter[str]()
-    broken: dict[str, str] = {}
-    with rejected.open("w", encoding="utf-8") as stream, Seen() as seen:
+    characters = Counter[str]()
+    split_rows, split_shards = Counter[str](), Counter[str]()
+    rejections, errors = Counter[str](), Counter[str]()
+    truncated: dict[str, str] = {}
+    with rejected.open("w", encoding="utf-8") as stream, KeySet() as seen:
 
-        def reject(row: Rejected) -> None:
-            stream.write(json_line(told(row)))
-            reasons[row.reason] += 1
-            if row.bad:
-                bad[row.reason] += 1
-            if row.rest:
+        def reject(row: RejectedRow) -> None:
+            stream.write(format_json_line(quarantine_record(row)))
+            rejections[row.reason] += 1
+            if row.counts_as_error:
+                errors[row.reason] += 1
+            if row.truncates_file:
                 before = "" if row.row is None else f"after {row.row - 1} rows "
-                broken[printable(row.file or row.key)] = f"{before}({row.reason})"
+                truncated[to_printable(row.file or row.key)] = f"{before}({row.reason})"
 
-        def cut(split: str) -> Iterator[Block]:
-            table, refused = to_table(corpus, waiting.pop(split))
-            texts[split] = 0
+        def cut(split: str) -> Iterator[RowBlock]:
+            table, refused = rows_to_table(corpus, waiting.pop(split))
+            characters[split] = 0
             for row in refused:
                 reject(row)
             if table.num_rows:
-                counts[split] += table.num_rows
-                yield Block(split, shards[split], table, digest_of_keys(table))
-                shards[split] += 1
+                split_rows[split] += table.num_rows
+                yield RowBlock(split, split_shards[split], table, digest_keys(table))
+                split_shards[split] += 1
 
         for row in corpus.rows(sources):
-            row = _checked(row, seen)
-            if isinstance(row, Rejected):
+            row = _check_row(row, seen)
+            if isinstance(row, RejectedRow):
                 reject(row)
                 continue
             split = row["split"]
             waiting[split].append(row)
-            texts[split] += _characters(row)
-            if len(waiting[split]) == corpus.shard_rows or texts[split] > MOST_TEXT:
+            characters[split] += _count_characters(row)
+            full = len(waiting[split]) == corpus.shard_rows
+            if full or characters[split] > MAX_BLOCK_CHARACTERS:
                 yield from cut(split)
         for split in sorted(waiting):
             yield from cut(split)
-    files = corpus.files_of_rows()
-    yield Summary(dict(counts), dict(shards), dict(reasons), dict(bad), files, broken)
+    yield ReadSummary(
+        dict(split_rows),
+        dict(split_shards),
+        dict(rejections),
+        dict(errors),
+        corpus.num_source_files(),
+        truncated,
+    )
 
 
-def told(row: Rejected) -> dict[str, Any]:
-    """The line of a row in the quarantine: key and reason, with file and row where known."""
-    places = {"file": row.file and printable(row.file), "row": row.row}
-    line = {"key": row.key, **{k: v for k, v in places.items() if v is not None}}
+def quarantine_record(row: RejectedRow) -> dict[str, Any]:
+    """Return a row's line of the quarantine: key, reason, and file and row number if known."""
+    located = {"file": row.file and to_printable(row.file), "row": row.row}
+    line = {"key": row.key, **{k: v for k, v in located.items() if v is not None}}
     return line | {"reason": row.reason}
 
 
-def json_line(line: dict[str, Any]) -> str:
-    """A line of a quarantine file; what is no Unicode is spelt with backslashes."""
+def format_json_line(line: dict[str, Any]) -> str:
+    """Return a line of a quarantine file. Characters that UTF-8 cannot encode are escaped."""
     text = json.dumps(line, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
-def to_table(corpus: Corpus, rows: list[Row]) -> tuple[pa.Table, list[Rejected]]:
-    """The rows as a table, without those whose values are not of the corpus' types."""
-    schema = pa.schema([("key", pa.string()), ("group", pa.int64()), *corpus.raw])
+def rows_to_table(corpus: Corpus, rows: list[Row]) -> tuple[pa.Table, list[RejectedRow]]:
+    """Convert rows to a table, and reject rows whose values have wrong types.
+
+    Args:
+        corpus: corpus that declares the types of its raw columns.
+        rows: raw rows.
+
+    Returns:
+        The table of the rows that fit, and the other rows.
+    """
+    schema = pa.schema([("key", pa.string()), ("group", pa.int64()), *corpus.raw_schema])
     try:
         return pa.Table.from_pylist(rows, schema=schema), []
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError, TypeError):
+        # At least one row does not fit. Only now pay for a check of each row.
         pass
     good, refused = [], []
     for row in rows:
-        reason = _misfit(row, schema)
+        reason = _find_misfit(row, schema)
         if reason:
-            refused.append(_refused(row, reason))
+            refused.append(_make_error_row(row, reason))
         else:
             good.append(row)
     return pa.Table.from_pylist(good, schema=schema), refused
 
 
-def digest_of_keys(table: pa.Table) -> str:
-    """Of the keys of some rows in their order: equal digests, equal rows of an unchanged corpus."""
+def digest_keys(table: pa.Table) -> str:
+    """Return the SHA-256 of the keys of a table, in order.
+
+    In an unchanged corpus, equal digests mean equal rows.
+    """
     text = "\n".join(table["key"].to_pylist())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _checked(row: Row | Rejected, seen: Seen) -> Row | Rejected:
-    if isinstance(row, Rejected):
-        return row if seen.add(row.key) else _again(row.key, row.file, row.row)
+def _check_row(row: Row | RejectedRow, seen: KeySet) -> Row | RejectedRow:
+    if isinstance(row, RejectedRow):
+        return row if seen.add(row.key) else _make_duplicate(row.key, row.file, row.row)
     key = row["key"]
     if isinstance(row.get("file"), str):
-        row["file"] = printable(row["file"])
+        row["file"] = to_printable(row["file"])
     if not seen.add(key):
-        return _again(key, row.get("file"), row.get("row"))
+        return _make_duplicate(key, row.get("file"), row.get("row"))
     for name, value in row.items():
         texts = value if isinstance(value, list) else (value,)
-        if texts and isinstance(texts[0], str) and max(map(len, texts)) > LONGEST_TEXT:
-            return _refused(row, f"{name} is longer than {LONGEST_TEXT} characters")
+        if texts and isinstance(texts[0], str) and max(map(len, texts)) > MAX_TEXT_LENGTH:
+            return _make_error_row(row, f"{name} is longer than {MAX_TEXT_LENGTH} characters")
     return row
 
 
-def _characters(row: Row) -> int:
+def _count_characters(row: Row) -> int:
     count = 0
     for value in row.values():
         if isinstance(value, str):
@@ -199,16 +225,18 @@ def _characters(row: Row) -> int:
     return count
 
 
-def _again(key: str, file: Any, row: Any) -> Rejected:
-    return Rejected(key, TWICE, file=file, row=row, bad=True)
+def _make_duplicate(key: str, file: Any, row: Any) -> RejectedRow:
+    return RejectedRow(key, DUPLICATE_KEY, file=file, row=row, counts_as_error=True)
 
 
-def _refused(row: Row, reason: str) -> Rejected:
-    return Rejected(str(row["key"]), reason, file=row.get("file"), row=row.get("row"), bad=True)
+def _make_error_row(row: Row, reason: str) -> RejectedRow:
+    return RejectedRow(
+        str(row["key"]), reason, file=row.get("file"), row=row.get("row"), counts_as_error=True
+    )
 
 
-def _misfit(row: Row, schema: pa.Schema) -> str:
-    """Which value does not fit its column; "" if all do."""
+def _find_misfit(row: Row, schema: pa.Schema) -> str:
+    """Return which value does not fit its column, or "" if all values fit."""
     for column in schema:
         try:
             pa.array([row.get(column.name)], column.type)

@@ -1,32 +1,33 @@
-"""Preparing corpora with Ray Data: blocks of raw rows flow in, finished shards stay on the disk.
+"""Preparation of corpora with Ray Data: blocks of raw rows flow in, finished shards stay on disk.
 
-    a task a corpus: rows -> blocks  ==>  tasks: transform a block, write its shard  ==>  driver
-         |                 (as many as the object store holds)      |                  |
-         +--> rows set aside                     shard and entry <--+      manifest <--+
+    one task per corpus: rows -> blocks  ==>  tasks: transform a block, write its shard  ==>  driver
+         |              (limited by the object store)                |                      |
+         +--> rejected rows                      shard and entry <---+          manifest <--+
 
-Nothing but a few blocks is in memory at any time, however large a corpus is. A shard is whole
-once its entry lies beside it, and a prepare that was killed goes on with the shards that are
-whole (``pipelines/preprocessing/staging.py``). The driver counts, stops if too many rows are bad, and puts a
-corpus in place, manifest last, as soon as all of its blocks are done. Towards a store each shard is
-sent as soon as it is whole (``pipelines/preprocessing/remote_staging.py``).
+Only a few blocks are in memory at any time. A shard is complete once its entry exists, and a killed
+run resumes with the complete shards (:mod:`pipelines.preprocessing.staging`). The driver counts
+rows, stops if too many are bad, and publishes each corpus, manifest last, as soon as all of its
+blocks are done. With an object store, each shard is uploaded as soon as it is complete
+(:mod:`pipelines.preprocessing.remote_staging`).
 """
 
 import contextlib
+import functools
 import json
 import logging
 import secrets
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-from pipelines.corpora.base import Corpus, Sources
+from pipelines.corpora.base import Corpus, SourceArchives
 from pipelines.preprocessing import staging
-from pipelines.preprocessing.datasource import CorpusBlocks, Job, Order
-from pipelines.preprocessing.progress import Making
-from pipelines.preprocessing.remote_staging import Delivery, clear_making
-from pipelines.preprocessing.spool import texts, write_spool
+from pipelines.preprocessing.corpus_job import CorpusJob
+from pipelines.preprocessing.datasource import CorpusDatasource
+from pipelines.preprocessing.progress import CorpusProgress
+from pipelines.preprocessing.remote_staging import RemoteStaging, clear_staging
+from pipelines.preprocessing.spool import iter_texts, write_spool
 from pipelines.preprocessing.transform_task import write_block
 from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import decode_guard
@@ -35,179 +36,208 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, require_space
 from skillnet_platform.storage.directories import StoreUnavailable
 
-#: Fewer bytes free than this, and nothing is begun.
-LEAST_FREE = 2**20
+#: With fewer free bytes than this, no corpus is started.
+MIN_FREE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """Where Ray's tasks run.
+class SchedulingOptions:
+    """Ray options that decide on which nodes tasks run.
 
     Args:
-        here: options of those that need the disk of this host.
-        anywhere: of those that do not.
-        cpus: that one of the former takes.
+        this_node: options of tasks that need the disk of this node.
+        any_node: options of tasks that do not.
+        cpus: CPUs of a task that runs on this node.
     """
 
-    here: dict[str, Any] = field(default_factory=dict)
-    anywhere: dict[str, Any] = field(default_factory=dict)
+    this_node: dict[str, Any] = field(default_factory=dict)
+    any_node: dict[str, Any] = field(default_factory=dict)
     cpus: float = 1.0
 
 
-def hosts_for(corpora: Sequence[Corpus], store: str | None) -> Hosts:
-    """All hosts, which share a disk; or, towards a store, this one for reading, and all others that
-    can do it for transforming.
+def choose_scheduling(corpora: Sequence[Corpus], store: str | None) -> SchedulingOptions:
+    """Return scheduling options: any node if the nodes share a disk.
+
+    With an object store, this node reads, and any node transforms.
+
+    Args:
+        corpora: corpora to prepare.
+        store: URI of the folder of prepared corpora, or ``None`` for a shared disk.
 
     Raises:
-        UserError: all of the work must be done here, and this host has no CPU to give away.
+        UserError: a corpus must be read on this node, and this node has no CPU for Ray.
     """
     if store is None:
-        return Hosts()
+        return SchedulingOptions()
     import ray
 
     node = ray.get_runtime_context().get_node_id()
-    (mine,) = [each for each in ray.nodes() if each["NodeID"] == node]
-    has_cpu, here = bool(mine["Resources"].get("CPU")), cluster.on_this_host(ray)
-    bound_here = [corpus.name for corpus in corpora if not corpus.travels()]
+    (own,) = [each for each in ray.nodes() if each["NodeID"] == node]
+    has_cpu, this_node = bool(own["Resources"].get("CPU")), cluster.on_this_host(ray)
+    bound_here = [corpus.name for corpus in corpora if not corpus.can_run_remotely()]
     if bound_here and not has_cpu:
         raise UserError(
-            f"{', '.join(bound_here)}: media on a disk are read on the host that runs the command, "
-            "and this one gives Ray no CPU. Put them into the store and name them by their URI, or "
-            "run the same command on any machine that reaches the store"
+            f"{', '.join(bound_here)}: media on a disk are read on the node that runs the command, "
+            "and this node offers no CPU to Ray. Put the media into the store and name them by "
+            "URI, or run the same command on a machine that reaches the store"
         )
-    return Hosts(here, here if bound_here else {}, float(has_cpu))
+    return SchedulingOptions(this_node, this_node if bound_here else {}, float(has_cpu))
 
 
-def spool(
-    teachers: Sequence[Corpus], archives: Path, folder: Path, hosts: Hosts
+def spool_corpora(
+    corpora: Sequence[Corpus], archives: Path, folder: Path, scheduling: SchedulingOptions
 ) -> dict[str, Path]:
-    """Read those corpora in parallel, each into a file of blocks; returns name -> file."""
+    """Read corpora in parallel, each into a spool file.
+
+    Args:
+        corpora: corpora to read.
+        archives: directory of the downloads.
+        folder: directory of the spool files.
+        scheduling: see :func:`choose_scheduling`.
+
+    Returns:
+        Corpus name -> spool file.
+    """
     import ray
 
-    task = ray.remote(num_cpus=hosts.cpus, max_retries=0, **hosts.here)(write_spool)
-    files = {corpus.name: folder / f"{corpus.name}.arrows" for corpus in teachers}
-    work = [task.remote(c, Sources(archives, c.archives), files[c.name]) for c in teachers]
+    task = ray.remote(num_cpus=scheduling.cpus, max_retries=0, **scheduling.this_node)(write_spool)
+    files = {corpus.name: folder / f"{corpus.name}.arrows" for corpus in corpora}
+    pending = [task.remote(c, SourceArchives(archives, c.archives), files[c.name]) for c in corpora]
     try:
-        ray.get(work)
-    except ray.exceptions.RayTaskError as problem:
-        if isinstance(problem.cause, StoreUnavailable):
-            raise problem.cause from None
+        ray.get(pending)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StoreUnavailable):
+            raise error.cause from None
         raise
     return files
 
 
-def train_tokenizer(
-    teachers: Sequence[Corpus],
+def train_shared_tokenizer(
+    corpora: Sequence[Corpus],
     spools: dict[str, Path],
     path: Path,
     size: int,
-    hosts: Hosts,
+    scheduling: SchedulingOptions,
 ) -> None:
-    """Learn the tokenizer of that many tokens from the spooled blocks of those corpora, and write
-    it."""
+    """Train the tokenizer on the spooled texts of corpora, and write it.
+
+    Args:
+        corpora: training corpora.
+        spools: corpus name -> spool file.
+        path: tokenizer file to write.
+        size: number of tokens.
+        scheduling: see :func:`choose_scheduling`.
+    """
     import ray
 
-    task = ray.remote(num_cpus=hosts.cpus, max_retries=0, **hosts.here)(_train_tokenizer)
-    learnt = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in teachers], size))
+    task = ray.remote(num_cpus=scheduling.cpus, max_retries=0, **scheduling.this_node)(
+        _train_tokenizer
+    )
+    text = ray.get(task.remote([(corpus, spools[corpus.name]) for corpus in corpora], size))
     with atomic_write(path, "w") as stream:
-        stream.write(learnt)
+        stream.write(text)
 
 
 def write_corpora(
-    orders: Sequence[Order],
-    archives: Path,
-    max_bad: float,
-    hosts: Hosts,
+    jobs: Sequence[CorpusJob],
+    max_error_rate: float,
+    scheduling: SchedulingOptions,
     store: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Prepare corpora, all at once; yields the manifest of each when it is in place.
+    """Prepare corpora at the same time; yield the manifest of each one when it is published.
 
     Args:
-        orders: what to prepare.
-        archives: directory of the downloads.
-        max_bad: share of a corpus' rows that may be bad.
-        hosts: where the work is done; see :func:`hosts_for`.
-        store: URI of the folder that the corpora go to; none leaves them on this disk.
+        jobs: corpora to prepare.
+        max_error_rate: allowed fraction of a corpus' rows that are bad.
+        scheduling: see :func:`choose_scheduling`.
+        store: URI of the folder of prepared corpora; ``None`` leaves them on this disk.
 
     Raises:
-        UserError: the disk is full; too many bad rows; another process prepares one of them.
-        StoreUnavailable: the store does not answer. What has arrived there stays.
+        UserError: the disk is full, too many rows are bad, or another process prepares one of the
+            corpora.
+        StoreUnavailable: the store does not answer. Uploaded shards stay there.
     """
-    if not orders:
+    if not jobs:
         return
     session = secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
-        stack.callback(decode_guard.forget, session)
-        states, jobs = [], []
-        for order in orders:
-            require_space(order.final, LEAST_FREE)
-            folder = stack.enter_context(staging.partial(order.final, order.identity))
-            delivery, words = None, order.identity["tokenizer"]
-            if store is not None:
-                clear_making(store, order.final.name, but=folder.name)
-                sha256 = words["sha256"] if words else None
-                delivery = Delivery.into(store, order.final.name, folder, sha256)
-            before = delivery.finished(folder) if delivery else staging.finished(folder)
-            states.append(Making(order, folder, before, delivery))
-            if before:
-                console.note(f"{order.corpus.name}: {len(before)} shards are there")
-            job = Job(order.corpus, Sources(archives, order.corpus.archives), folder)
-            job = replace(job, tokenizer=order.tokenizer, spool=order.spool, delivery=delivery)
-            jobs.append(replace(job, finished={k: e["keys"] for k, e in states[-1].before.items()}))
+        stack.callback(decode_guard.remove_attempts, session)
+        states = [_start_job(job, store, stack) for job in jobs]
+        running = [state.job for state in states]
         with (
             console.progress("preparing", unit="rows") as bar,
-            contextlib.closing(_run(jobs, session, hosts)) as work,
+            contextlib.closing(_run_tasks(running, session, scheduling)) as results,
         ):
-            for done in work:
-                if "mistake" in done:
-                    raise UserError(done["mistake"])
-                if "away" in done:
-                    raise StoreUnavailable(done["away"])
-                state = states[done["corpus"]]
-                bar.advance(state.count(done), state.order.corpus.name)
-                state.judge(max_bad)
+            for result in results:
+                if "user_error" in result:
+                    raise UserError(result["user_error"])
+                if "store_unavailable" in result:
+                    raise StoreUnavailable(result["store_unavailable"])
+                state = states[result["corpus"]]
+                bar.advance(state.add_result(result), state.job.corpus.name)
+                state.check_error_rate(max_error_rate)
                 if state.is_complete():
                     yield state.finish()
 
 
-def _run(jobs: Sequence[Job], session: str, hosts: Hosts) -> Generator[dict[str, Any], None, None]:
-    """What each task did, in the order in which they end."""
+def _start_job(job: CorpusJob, store: str | None, stack: contextlib.ExitStack) -> CorpusProgress:
+    """Lock the staging directory of a job, and find the shards that an earlier run finished."""
+    require_space(job.final_dir, MIN_FREE_BYTES)
+    folder = stack.enter_context(staging.staging_dir(job.final_dir, job.identity))
+    remote, tokenizer = None, job.identity["tokenizer"]
+    if store is not None:
+        clear_staging(store, job.final_dir.name, keep=folder.name)
+        sha256 = tokenizer["sha256"] if tokenizer else None
+        remote = RemoteStaging.create(store, job.final_dir.name, folder, sha256)
+    finished = remote.finished_shards(folder) if remote else staging.finished_shards(folder)
+    if finished:
+        console.note(f"{job.corpus.name}: resumes with {len(finished)} finished shards")
+    keys = {stem: entry["keys"] for stem, entry in finished.items()}
+    job = replace(job, staging_dir=folder, finished_keys=keys, remote=remote)
+    return CorpusProgress(job, finished)
+
+
+def _run_tasks(
+    jobs: Sequence[CorpusJob], session: str, scheduling: SchedulingOptions
+) -> Generator[dict[str, Any], None, None]:
+    """Yield the results of all tasks in the order in which the tasks end."""
     import ray
 
     context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = False  # names and bytes hang on blocks alone
+    # Names and bytes of shards depend on the blocks alone, so their order is free.
+    context.execution_options.preserve_order = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # A row is the work of a shard: it never waits for another one to join it in a block.
+    # A row is the work of a shard. It must not wait until other rows fill a block.
     context.target_max_block_size = 1
-    # What fails is raised here and told once, by the command.
+    # Errors are raised here, and the command reports them once.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     with ray.data.DataContext.current(context):
-        # A reading task waits most of the time: it holds no CPU.
+        # A reading task waits most of the time, so it reserves no CPU.
         read = ray.data.read_datasource(
-            CorpusBlocks(jobs),
+            CorpusDatasource(jobs),
             num_cpus=0,
             override_num_blocks=len(jobs),
             concurrency=min(len(jobs), max(2, int(ray.cluster_resources().get("CPU", 1)))),
-            ray_remote_args=dict(hosts.here),
+            ray_remote_args=dict(scheduling.this_node),
         )
         dataset = read.map_batches(
-            bound(write_block, jobs, session),
+            functools.partial(write_block, jobs, session),
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
             num_cpus=1,
-            **hosts.anywhere,
+            **scheduling.any_node,
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from map(json.loads, block["done"].to_pylist())
+        yield from map(json.loads, block["result"].to_pylist())
 
 
 def _train_tokenizer(parts: list[tuple[Corpus, Path]], size: int) -> str:
     terms = [term for corpus, _ in parts for term in corpus.terms]
 
-    def of(*splits: str) -> Iterator[str]:
+    def texts_of(*splits: str) -> Iterator[str]:
         for corpus, path in parts:
-            yield from texts(corpus, path, splits)
+            yield from iter_texts(corpus, path, splits)
 
-    return tokenizers.train(of("train"), of("pretrain"), terms, size)
+    return tokenizers.train_tokenizer(texts_of("train"), texts_of("pretrain"), terms, size)

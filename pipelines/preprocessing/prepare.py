@@ -1,14 +1,19 @@
-"""TODO: pipelines.preprocessing.prepare."""
+"""Prepare corpora and the tokenizer that they share: the library of ``skillnet prepare``.
+
+:func:`prepare` finds corpora that are current, trains the tokenizer if necessary, and passes the
+other corpora to :mod:`pipelines.preprocessing.pipeline`.
+"""
 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.corpora import BUILT_IN, Corpus, PlacedCorpus, find_corpus
+from pipelines.corpora import BUILT_IN, Corpus, ExternalCorpus, find_corpus
 from pipelines.corpora.archives import check_archive
-from pipelines.preprocessing.datasource import Order
-from pipelines.preprocessing.remote_staging import clear_making, send_shared
+from pipelines.corpora.base import SourceArchives
+from pipelines.preprocessing.corpus_job import CorpusJob
+from pipelines.preprocessing.remote_staging import clear_staging, upload_shared_files
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.tokenizer import selection
 from pipelines.tokenizer import training as tokenizers
@@ -18,9 +23,10 @@ from skillnet_platform.cli import users_mistake
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 
-#: Count it up when the engine (not one corpus) changes what is prepared.
-VERSION = 1
-MAX_BAD = 0.1
+#: Increase it when the engine (not one corpus) changes the prepared bytes.
+ENGINE_VERSION = 1
+#: Fraction of the rows.
+MAX_ERROR_RATE = 0.1
 
 
 def prepare(
@@ -28,57 +34,62 @@ def prepare(
     data: Path,
     archives: Path,
     cpus: int | None = None,
-    max_bad: float = MAX_BAD,
-    placed: Sequence[PlacedCorpus] = (),
+    max_error_rate: float = MAX_ERROR_RATE,
+    external: Sequence[ExternalCorpus] = (),
     tokenizer: str | None = None,
-    vocabulary: int = tokenizers.VOCABULARY,
+    vocabulary: int = tokenizers.VOCABULARY_SIZE,
     store: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Prepare those corpora under ``data``, and the tokenizer if one of them needs it.
+    """Prepare corpora, and the tokenizer if one of them needs it.
 
     Args:
-        names: corpora, each once.
-        data: directory to write to; with a store, for what it is made from.
-        archives: directory with the downloads.
+        names: names of built-in or installed corpora.
+        data: directory to write to; with an object store, the local staging directory.
+        archives: directory of the downloads.
         cpus: CPUs of the embedded Ray.
-        max_bad: share of a corpus' rows that may be bad.
-        placed: corpora that the user has.
+        max_error_rate: allowed fraction of a corpus' rows that are bad.
+        external: external corpora, already opened.
         tokenizer: see ``PrepareConfig``.
-        vocabulary: tokens of a tokenizer that is learnt from ``placed``.
-        store: URI of the folder that the corpora go to, shard by shard. Other hosts of the cluster
-            do not see ``data`` then: they transform what needs no disk of this one.
+        vocabulary: number of tokens of a tokenizer that is trained on ``external``.
+        store: URI of the folder that the corpora are uploaded to, shard by shard. Other nodes of
+            the cluster do not see ``data`` then: they transform what does not need the disk of
+            this node.
 
     Returns:
-        Name -> state ("prepared" or "unchanged"), rows, splits, set aside, bytes, digest.
+        Name -> state ("prepared" or "cached"), rows, splits, rejected rows, bytes, digest.
 
     Raises:
-        UserError: an unknown corpus, a missing or damaged archive, a full disk, too many bad
-            rows. What is finished is kept, and the next run goes on from there.
+        UserError: an unknown corpus, a missing or damaged archive, a full disk, or too many bad
+            rows. Finished shards stay, and the next run resumes with them.
     """
-    if not 0 <= max_bad <= 1:
-        raise UserError(f"max_bad is {max_bad}; expected a share of the rows, from 0 to 1")
+    if not 0 <= max_error_rate <= 1:
+        raise UserError(
+            f"max_error_rate is {max_error_rate}; expected a fraction of the rows, from 0 to 1"
+        )
     corpora: list[Corpus] = [find_corpus(name) for name in dict.fromkeys(names)]
-    if twice := {corpus.name for corpus in corpora} & {corpus.name for corpus in placed}:
+    if twice := {corpus.name for corpus in corpora} & {corpus.name for corpus in external}:
         raise UserError(f"the corpus {min(twice)} is named twice")
     data = data.absolute()
     if data.exists() and not data.is_dir():
-        raise UserError(f"{data}: a file; data takes the folder of the prepared corpora")
-    corpora += placed
+        raise UserError(f"{data}: a file; expected the directory of the prepared corpora (data)")
+    corpora += external
     try:
-        reads = tokenizer is not None or any(corpus.text_columns for corpus in corpora)
-        with selection.claimed(data) if reads else contextlib.nullcontext() as claim:
-            if claim is not None and tokenizer not in (None, selection.LEARN):
-                claim.alone()
-                asked = {corpus.name for corpus in corpora}
+        has_text = tokenizer is not None or any(corpus.text_columns for corpus in corpora)
+        with selection.lock_tokenizer(data) if has_text else contextlib.nullcontext() as lock:
+            if lock is not None and tokenizer not in (None, selection.LEARN):
+                lock.exclusive()
+                requested = {corpus.name for corpus in corpora}
                 manifest = data / TOKENIZER_MANIFEST
-                selection.take(tokenizer, data / TOKENIZER, manifest, asked, store or data)
-            lesson = selection.Lesson(tokenizer == selection.LEARN, vocabulary, claim)
-            return _prepare(corpora, data, archives.absolute(), cpus, max_bad, lesson, store)
-    except Exception as problem:
-        message = users_mistake(problem)
-        if message is None or isinstance(problem, UserError):
+                selection.install_tokenizer(
+                    tokenizer, data / TOKENIZER, manifest, requested, store or data
+                )
+            policy = selection.TokenizerPolicy(tokenizer == selection.LEARN, vocabulary, lock)
+            return _prepare(corpora, data, archives.absolute(), cpus, max_error_rate, policy, store)
+    except Exception as error:
+        message = users_mistake(error)
+        if message is None or isinstance(error, UserError):
             raise
-        raise UserError(message) from problem
+        raise UserError(message) from error
 
 
 def _prepare(
@@ -86,78 +97,96 @@ def _prepare(
     data: Path,
     archives: Path,
     cpus: int | None = None,
-    max_bad: float = MAX_BAD,
-    own: selection.Lesson | None = None,
+    max_error_rate: float = MAX_ERROR_RATE,
+    policy: selection.TokenizerPolicy | None = None,
     store: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    own = own or selection.Lesson()
-    known = {corpus.name: _sources(corpus, archives) for corpus in corpora}
+    policy = policy or selection.TokenizerPolicy()
+    sources = {corpus.name: _check_sources(corpus, archives) for corpus in corpora}
     tokenizer = data / TOKENIZER
-    absent = not tokenizer.is_file() or selection.is_left_over(tokenizer, store or data)
-    teachers = _teachers(corpora, tokenizer, archives, own.anew, absent)
-    size = own.vocabulary if any(isinstance(c, PlacedCorpus) for c in teachers) else None
-    lesson = _lesson(teachers, archives, known) | ({"vocabulary": size} if size else {})
-    learnt = not teachers or selection.is_learnt(tokenizer, lesson)
+    absent = not tokenizer.is_file() or selection.is_leftover_tokenizer(tokenizer, store or data)
+    training_corpora = tokenizer_training_corpora(
+        corpora, tokenizer, archives, policy.retrain, absent
+    )
+    is_external = any(isinstance(corpus, ExternalCorpus) for corpus in training_corpora)
+    size = policy.vocabulary if is_external else None
+    fingerprint = tokenizer_fingerprint(training_corpora, archives, sources)
+    fingerprint |= {"vocabulary": size} if size else {}
+    is_trained = not training_corpora or selection.matches_fingerprint(tokenizer, fingerprint)
     done: dict[str, dict[str, Any]] = {}
     for corpus in corpora:
-        if learnt or not corpus.text_columns:
-            _note_unchanged(corpus, data, known[corpus.name], done, store)
+        if is_trained or not corpus.text_columns:
+            reuse_if_current(corpus, data, sources[corpus.name], done, store)
     for corpus in corpora:
-        if corpus.name not in done and isinstance(corpus, PlacedCorpus):
-            corpus.survey()
-    if not learnt and own.claim is not None:
-        own.claim.alone()
-    if not learnt and size is not None:
-        selection.keep_spelling(tokenizer, {corpus.name for corpus in corpora}, store or data)
+        if corpus.name not in done and isinstance(corpus, ExternalCorpus):
+            corpus.scan_labels()
+    if not is_trained and policy.lock is not None:
+        policy.lock.exclusive()
+    if not is_trained and size is not None:
+        requested = {corpus.name for corpus in corpora}
+        selection.check_replaceable(tokenizer, requested, store or data)
     if len(done) == len(corpora):
         if store is not None:
-            send_shared(data, store)  # whose tokenizer it is may have been said anew
+            # All corpora are current, but the manifest of the tokenizer may have changed.
+            upload_shared_files(data, store)
         return {corpus.name: done[corpus.name] for corpus in corpora}
     cluster.ensure_ray(cpus)
-    from pipelines.preprocessing import (
-        pipeline,  # imports Ray Data: not for --help, nor if nothing is to do
-    )
+    # Ray Data is imported only if there is work: not for --help.
+    from pipelines.preprocessing import pipeline
 
-    hosts = pipeline.hosts_for(corpora, store)
-    # After Ray's start, whose own handler would print a stack of C++.
-    with signals.terminate_as_interrupt(), storage.scratch(data / "reading") as aside:
+    scheduling = pipeline.choose_scheduling(corpora, store)
+    # After Ray's start: Ray's own handler of SIGTERM would print a C++ stack.
+    with signals.terminate_as_interrupt(), storage.scratch(data / "reading") as spool_dir:
         spools: dict[str, Path] = {}
-        if not learnt:
-            spools = pipeline.spool(teachers, archives, aside, hosts)
-            words = size or tokenizers.VOCABULARY
-            pipeline.train_tokenizer(teachers, spools, tokenizer, words, hosts)
-            told = {
-                selection.LESSON: config.digest(lesson),
+        if not is_trained:
+            spools = pipeline.spool_corpora(training_corpora, archives, spool_dir, scheduling)
+            num_tokens = size or tokenizers.VOCABULARY_SIZE
+            pipeline.train_shared_tokenizer(
+                training_corpora, spools, tokenizer, num_tokens, scheduling
+            )
+            recorded = {
+                selection.FINGERPRINT: config.digest(fingerprint),
                 "sha256": storage.sha256_file(tokenizer),
             }
-            whose = {selection.OF: [corpus.name for corpus in teachers]} if size else {}
-            storage.write_json(data / TOKENIZER_MANIFEST, whose | told)
-            for corpus in corpora:  # a new lesson may have given the same tokenizer
+            names = [corpus.name for corpus in training_corpora]
+            trained_on = {selection.TRAINED_ON: names} if size else {}
+            storage.write_json(data / TOKENIZER_MANIFEST, trained_on | recorded)
+            for corpus in corpora:
+                # Other training texts can give an equal tokenizer: these corpora are current.
                 if corpus.name not in done:
-                    _note_unchanged(corpus, data, known[corpus.name], done, store)
+                    reuse_if_current(corpus, data, sources[corpus.name], done, store)
         if store is not None:
-            send_shared(data, store)  # the manifests name its hash
-        orders = [
-            Order(
+            upload_shared_files(data, store)  # before the manifests, which name its hash
+        jobs = [
+            CorpusJob(
                 corpus,
+                SourceArchives(archives, corpus.archives),
                 data / corpus.name,
-                identity_of(corpus, known[corpus.name], data),
+                build_corpus_identity(corpus, sources[corpus.name], data),
                 tokenizer if corpus.text_columns else None,
                 spools.get(corpus.name),
             )
             for corpus in corpora
             if corpus.name not in done
         ]
-        for manifest in pipeline.write_corpora(orders, archives, max_bad, hosts, store):
-            done[manifest["corpus"]] = _summary(manifest, "prepared")
+        for manifest in pipeline.write_corpora(jobs, max_error_rate, scheduling, store):
+            done[manifest["corpus"]] = _summarize_manifest(manifest, "prepared")
             console.note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
 
 
-def identity_of(corpus: Corpus, sources: list[dict[str, str]], data: Path) -> dict[str, Any]:
-    """The part of a manifest that is known before the work: if it is equal, so are the bytes."""
+def build_corpus_identity(
+    corpus: Corpus, sources: list[dict[str, str]], data: Path
+) -> dict[str, Any]:
+    """Return the part of a manifest that is known before the work. Equal parts mean equal bytes.
+
+    Args:
+        corpus: corpus to prepare.
+        sources: file and SHA-256 of each source.
+        data: directory of the tokenizer.
+    """
     preprocessing = {
-        "engine": VERSION,
+        "engine": ENGINE_VERSION,
         "version": corpus.version,
         "shard_rows": corpus.shard_rows,
         **corpus.preprocessing(),
@@ -166,63 +195,91 @@ def identity_of(corpus: Corpus, sources: list[dict[str, str]], data: Path) -> di
         "sources": sources,
         "preprocessing": preprocessing,
         "preprocessing_digest": config.digest(preprocessing),
-        "tokenizer": _tokenizer_entry(data / TOKENIZER) if corpus.text_columns else None,
+        "tokenizer": _describe_tokenizer(data / TOKENIZER) if corpus.text_columns else None,
     }
 
 
-def _teachers(
-    corpora: list[Corpus], tokenizer: Path, archives: Path, anew: bool, absent: bool
+def tokenizer_training_corpora(
+    corpora: list[Corpus], tokenizer: Path, archives: Path, retrain: bool, absent: bool
 ) -> list[Corpus]:
-    """Corpora that the tokenizer learns from. Built-in ones: the same whichever of them are asked
-    for, so that preparing one now and another later gives what preparing both at once gives.
+    """Return the corpora that the tokenizer is trained on; an empty list keeps the existing one.
 
-    None if no corpus needs a tokenizer, or if one is there and what it was learnt from is not, or
-    it is the user's: corpora that come later are prepared with the tokenizer that a model may
-    know already. The user's corpora teach one only where there is none, or none that a finished
-    corpus is spelt with, or if they shall.
+    Built-in corpora always train on the same corpora, independent of the requested ones. So
+    preparing one now and another later gives the same tokenizer as preparing both at once.
+    External corpora train a tokenizer if none exists, if no finished corpus uses it, or on
+    request.
+
+    The list is empty if no corpus has text, if the existing tokenizer is custom, or if its training
+    corpora were not downloaded: later corpora then use the tokenizer that a model may know already.
+
+    Args:
+        corpora: corpora to prepare.
+        tokenizer: existing or future tokenizer file.
+        archives: directory of the downloads.
+        retrain: train on the external corpora, even if a tokenizer exists.
+        absent: no tokenizer exists, or no finished corpus uses it.
     """
     readers = [corpus for corpus in corpora if corpus.text_columns]
-    placed: list[Corpus] = [corpus for corpus in readers if isinstance(corpus, PlacedCorpus)]
-    if anew or (placed and len(placed) == len(readers)):
-        return placed if anew or absent else []
-    if not readers or selection.is_the_users(tokenizer.with_name(TOKENIZER_MANIFEST)):
+    external: list[Corpus] = [corpus for corpus in readers if isinstance(corpus, ExternalCorpus)]
+    if retrain or (external and len(external) == len(readers)):
+        return external if retrain or absent else []
+    if not readers or selection.is_custom_tokenizer(tokenizer.with_name(TOKENIZER_MANIFEST)):
         return []
-    teachers = [c for name in BUILT_IN if (c := find_corpus(name)).text_columns]
-    files = [archives / archive.file for corpus in teachers for archive in corpus.archives]
+    built_in = [c for name in BUILT_IN if (c := find_corpus(name)).text_columns]
+    files = [archives / archive.file for corpus in built_in for archive in corpus.archives]
     if tokenizer.is_file() and not all(file.is_file() for file in files):
         return []
-    return teachers
+    return built_in
 
 
-def _lesson(
-    teachers: list[Corpus], archives: Path, known: dict[str, list[dict[str, str]]]
+def tokenizer_fingerprint(
+    training_corpora: list[Corpus], archives: Path, sources: dict[str, list[dict[str, str]]]
 ) -> dict[str, Any]:
-    """All that decides the tokenizer."""
+    """Return all values that decide a trained tokenizer.
+
+    Args:
+        training_corpora: see :func:`tokenizer_training_corpora`.
+        archives: directory of the downloads.
+        sources: corpus name -> sources that were checked before.
+    """
     return {
         "version": tokenizers.VERSION,
-        "engine": VERSION,
-        "learnt_from": {
-            c.name: [known.get(c.name) or _sources(c, archives), c.version, c.preprocessing()]
-            for c in teachers
+        "engine": ENGINE_VERSION,
+        "trained_on": {
+            c.name: [
+                sources.get(c.name) or _check_sources(c, archives),
+                c.version,
+                c.preprocessing(),
+            ]
+            for c in training_corpora
         },
     }
 
 
-def _sources(corpus: Corpus, archives: Path) -> list[dict[str, str]]:
+def _check_sources(corpus: Corpus, archives: Path) -> list[dict[str, str]]:
+    """Check the downloads of a corpus, and return file and SHA-256 of each source."""
     for archive in corpus.archives:
         check_archive(archive, archives)
     pinned = [{"file": a.file, "sha256": a.sha256} for a in corpus.archives]
-    return pinned + corpus.other_sources()
+    return pinned + corpus.extra_sources()
 
 
-def _note_unchanged(
+def reuse_if_current(
     corpus: Corpus,
     data: Path,
     sources: list[dict[str, str]],
     done: dict[str, dict[str, Any]],
     store: str | None,
 ) -> None:
-    """Add the corpus to ``done`` if it is there, whole, and what would be prepared now."""
+    """Add a corpus to ``done`` if it exists, is verified, and would be prepared identically.
+
+    Args:
+        corpus: corpus to look for.
+        data: directory of prepared corpora.
+        sources: file and SHA-256 of each source.
+        done: corpus name -> summary; extended in place.
+        store: URI of the folder of prepared corpora, if they are in an object store.
+    """
     try:
         if store is None:
             manifest = verify_corpus(data / corpus.name)
@@ -231,37 +288,37 @@ def _note_unchanged(
     except UserError:
         return
 
-    def has(told: dict[str, Any]) -> bool:
-        return all(manifest.get(key) == value for key, value in told.items())
+    def contains(entries: dict[str, Any]) -> bool:
+        return all(manifest.get(key) == value for key, value in entries.items())
 
-    if not has(identity_of(corpus, sources, data)):
+    if not contains(build_corpus_identity(corpus, sources, data)):
         return
-    if isinstance(corpus, PlacedCorpus):
-        # Of the same sources a survey would find the same, by a pass over all rows.
-        corpus.keep(manifest.get("labels") or (), (manifest.get("symbols") or ())[1:])
-        if not has(corpus.facts()):
-            corpus.survey()
-    if has(corpus.facts()):
-        done[corpus.name] = _summary(manifest, "unchanged")
+    if isinstance(corpus, ExternalCorpus):
+        # A scan of equal sources would find the labels of the manifest, in a pass over all rows.
+        corpus.set_labels(manifest.get("labels") or (), (manifest.get("symbols") or ())[1:])
+        if not contains(corpus.facts()):
+            corpus.scan_labels()
+    if contains(corpus.facts()):
+        done[corpus.name] = _summarize_manifest(manifest, "cached")
         if store is not None:
-            clear_making(store, corpus.name)
+            clear_staging(store, corpus.name)
 
 
-def _tokenizer_entry(path: Path) -> dict[str, Any]:
+def _describe_tokenizer(path: Path) -> dict[str, Any]:
     return {
         "file": path.name,
         "sha256": storage.sha256_file(path),
-        "vocab_size": tokenizers.load(path).get_vocab_size(),
+        "vocab_size": tokenizers.load_tokenizer(path).get_vocab_size(),
     }
 
 
-def _summary(manifest: dict[str, Any], state: str) -> dict[str, Any]:
+def _summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
     shards = [s for entry in manifest["splits"].values() for s in entry["shards"]]
-    broken = manifest.get("broken_off", {})
-    for file, how in broken.items():
+    truncated = manifest.get("truncated_files", {})
+    for file, where in truncated.items():
         console.warn(
-            f"{manifest['corpus']}: {file} breaks off {how}; what stood behind is not in the "
-            "corpus. Put the whole file in its place and prepare again"
+            f"{manifest['corpus']}: {file} is truncated {where}; the rest is not in the corpus. "
+            "Replace the file and prepare again"
         )
     return {
         "state": state,
@@ -269,7 +326,7 @@ def _summary(manifest: dict[str, Any], state: str) -> dict[str, Any]:
         "rows_out": manifest["rows_out"],
         "splits": {name: entry["rows"] for name, entry in manifest["splits"].items()},
         "quarantine": manifest["quarantine"],
-        "broken_off": broken,
+        "truncated_files": truncated,
         "bytes": sum(shard["bytes"] for shard in shards),
         "digest": manifest["digest"],
     }

@@ -1,5 +1,4 @@
-"""A corpus in the making, as the driver sees it: what is done, whether too much of it is bad, and
-the manifest that puts it in place."""
+"""Driver-side progress of one corpus: finished shards, error rate, and the final manifest."""
 
 import json
 from collections import Counter
@@ -9,156 +8,173 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pipelines.preprocessing import staging
-from pipelines.preprocessing.blocks import Summary
-from pipelines.preprocessing.datasource import Order
-from pipelines.preprocessing.remote_staging import Delivery
+from pipelines.preprocessing.blocks import ReadSummary
+from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, write_json
 
+#: Packages whose versions the manifest records.
 MADE_WITH = ("pyarrow", "numpy", "pillow", "resvg_py", "av", "tokenizers", "ray")
-#: A corpus of fewer rows is looked at whole, so that all of its bad rows are told at once.
-WORTH_STOPPING = 10_000
-#: With a share of bad rows above this nobody is told to go on without them.
-MOST_ADVISED = 0.5
-ASTRAY = "With so many, mend the files, or how they are named and laid out: see docs/own-corpora.md"
-#: A manifest counts so many reasons by name, the most frequent.
-MOST_REASONS = 100
+#: A corpus with fewer rows is read completely, so that one message lists all of its bad rows.
+MIN_ROWS_TO_STOP = 10_000
+#: Above this error rate the message does not advise to raise the limit.
+MAX_ADVISED_RATE = 0.5
+MOSTLY_BAD_ADVICE = (
+    "At this rate, fix the files, or their names and layout: see docs/own-corpora.md"
+)
+#: A manifest counts this number of reasons by name, the most frequent ones.
+MAX_REASONS = 100
 
 
 @dataclass
-class Making:
-    """A corpus in the making: how far it is.
+class CorpusProgress:
+    """Progress of one corpus in the driver.
 
     Args:
-        order: the corpus.
-        folder: of its shards.
-        before: entries of shards that an earlier run finished, by stem.
-        delivery: where the shards go, if that is a store.
+        job: corpus that is prepared.
+        finished_before: entries of shards that an earlier run finished, by stem.
+        summary: counts of all rows, once the reading task has ended.
+        units: blocks of this run, once the reading task has ended.
+        stems: shards that this run finished.
+        rows: rows of finished shards, accepted and rejected.
+        errors: reason -> rows that the transform rejected.
     """
 
-    order: Order
-    folder: Path
-    before: dict[str, dict[str, Any]]
-    delivery: Delivery | None = None
-    summary: Summary | None = None
+    job: CorpusJob
+    finished_before: dict[str, dict[str, Any]]
+    summary: ReadSummary | None = None
     units: int = 0
-    done: set[str] = field(default_factory=set)
+    stems: set[str] = field(default_factory=set)
     rows: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        (self.folder / staging.READ).unlink(missing_ok=True)
-        for entry in self.before.values():
+        (self.job.staging_dir / staging.READ_SUMMARY).unlink(missing_ok=True)
+        for entry in self.finished_before.values():
             self.rows += len(entry["rejected"]) + (entry["file"] or {"rows": 0})["rows"]
-            self.bad.update(row["reason"] for row in entry["rejected"])
+            self.errors.update(row["reason"] for row in entry["rejected"])
 
-    def count(self, done: dict[str, Any]) -> int:
-        """Take note of what a task did; returns how many rows that were."""
-        if "summary" in done:
-            self.summary, self.units = Summary(**done["summary"]), done["units"]
+    def add_result(self, result: dict[str, Any]) -> int:
+        """Count the result of one task; return its number of rows."""
+        if "summary" in result:
+            self.summary, self.units = ReadSummary(**result["summary"]), result["units"]
             return 0
-        self.done.add(done["stem"])
-        if done["entry"] is not None:  # it was written on whichever host
-            write_json(self.folder / f"{done['stem']}.json", done["entry"])
-        self.bad.update(done["bad"])
-        self.rows += done["rows"]
-        return int(done["rows"])
+        self.stems.add(result["stem"])
+        if result["entry"] is not None:  # another node wrote the shard and uploaded it
+            write_json(self.job.staging_dir / f"{result['stem']}.json", result["entry"])
+        self.errors.update(result["bad"])
+        self.rows += result["rows"]
+        return int(result["rows"])
 
     def is_complete(self) -> bool:
-        """Whether all blocks were read and all of them are done."""
-        return self.summary is not None and len(self.done) == self.units
+        """Return whether all blocks were read and all of their shards are finished."""
+        return self.summary is not None and len(self.stems) == self.units
 
-    def judge(self, max_bad: float) -> None:
-        """Stop once it is certain that more than that share of all rows is bad.
+    def check_error_rate(self, max_error_rate: float) -> None:
+        """Stop the run once it is certain that too many rows are bad.
 
-        Bad rows may stand close together, so a share of some of the rows says little: it is
-        judged from when all rows are read, which is long before all of them are decoded. Only
-        where most of many rows could not be decoded it is not worth reading to the end.
+        Bad rows may lie close together, so the rate of a part of the rows says little. The rate
+        is checked once all rows are read, which is long before all of them are decoded. It is
+        checked earlier only if most of many rows could not be decoded.
+
+        Args:
+            max_error_rate: allowed fraction of bad rows.
 
         Raises:
-            UserError: saying how many, and why.
+            UserError: states the number of bad rows and the reasons.
         """
-        if (over := self._read()) is None:
-            bad = self.bad.total()
-            if self.rows >= WORTH_STOPPING and bad > max(max_bad, MOST_ADVISED) * self.rows:
-                advice = f"{ASTRAY}. If only the first rows are like that: --max_bad 1"
+        if (read := self._find_read_summary()) is None:
+            bad = self.errors.total()
+            limit = max(max_error_rate, MAX_ADVISED_RATE)
+            if self.rows >= MIN_ROWS_TO_STOP and bad > limit * self.rows:
+                advice = f"{MOSTLY_BAD_ADVICE}. If only the first rows are bad: --max_error_rate 1"
                 first = f"{bad} of the first {self.rows}"
-                self._stop(max_bad, first, bad / self.rows, self.bad, advice)
+                self._stop(max_error_rate, first, bad / self.rows, self.errors, advice)
             return
-        read, units = over
-        if told := read.too_broken(max_bad):
-            raise UserError(f"{self.order.corpus.name}: {told}")
-        reasons = self.bad + Counter(read.bad)
+        summary, units = read
+        if message := summary.truncation_error(max_error_rate):
+            raise UserError(f"{self.job.corpus.name}: {message}")
+        reasons = self.errors + Counter(summary.errors)
         bad = reasons.total()
-        complete = len(self.done) == units
-        if bad <= max_bad * read.rows or (read.rows < WORTH_STOPPING and not complete):
+        complete = len(self.stems) == units
+        if bad <= max_error_rate * summary.rows or (
+            summary.rows < MIN_ROWS_TO_STOP and not complete
+        ):
             return
-        share = bad / read.rows
-        least = "" if complete else "at least "
+        share = bad / summary.rows
+        at_least = "" if complete else "at least "
         if not complete:
-            advice = "Mend them; not all rows were looked at yet"
-        elif share > MOST_ADVISED:
-            advice = ASTRAY
+            advice = "Fix them; some rows were not checked yet"
+        elif share > MAX_ADVISED_RATE:
+            advice = MOSTLY_BAD_ADVICE
         else:
-            advice = f"Mend them, or go on without them: --max_bad {share + 0.005:.2f}"
-        self._stop(max_bad, f"{least}{bad} of {read.rows}", share, reasons, advice)
+            advice = f"Fix them, or raise the limit: --max_error_rate {share + 0.005:.2f}"
+        count = f"{at_least}{bad} of {summary.rows}"
+        self._stop(max_error_rate, count, share, reasons, advice)
 
     def _stop(
-        self, max_bad: float, bad: str, share: float, reasons: Counter[str], advice: str
+        self, max_error_rate: float, count: str, share: float, reasons: Counter[str], advice: str
     ) -> NoReturn:
-        with atomic_write(self.told, "w") as stream:
-            stream.writelines(staging.rejected_lines(self.folder))
-        most = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
+        with atomic_write(self.rejected_path, "w") as stream:
+            stream.writelines(staging.iter_rejected_lines(self.job.staging_dir))
+        frequent = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
         raise UserError(
-            f"{self.order.corpus.name}: {bad} rows cannot be used, {share:.1%}; at most "
-            f"{max_bad:.1%} may be (max_bad). {most}. Each of them stands in {self.told}. {advice}"
+            f"{self.job.corpus.name}: {count} rows ({share:.1%}) were rejected; the limit is "
+            f"{max_error_rate:.1%} (max_error_rate). {frequent}. See {self.rejected_path}. {advice}"
         )
 
-    def _read(self) -> tuple[Summary, int] | None:
-        """What reading gave and in how many units, if it is over: that may be long before the
-        unit that tells of it has its turn."""
+    def _find_read_summary(self) -> tuple[ReadSummary, int] | None:
+        """Return the summary and the number of units, if reading has ended.
+
+        The reading task writes both to a file, because the unit that carries them may wait in Ray
+        long after reading has ended.
+        """
         if self.summary is not None:
             return self.summary, self.units
         try:
-            told = (self.folder / staging.READ).read_text(encoding="utf-8")
+            text = (self.job.staging_dir / staging.READ_SUMMARY).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
-        found = json.loads(told)
-        return Summary(**found["summary"]), found["units"]
+        recorded = json.loads(text)
+        return ReadSummary(**recorded["summary"]), recorded["units"]
 
     @property
-    def told(self) -> Path:
-        """Where a person finds the bad rows of a corpus that was not prepared."""
-        return self.order.final.with_name(f"{self.order.corpus.name}.rejected.jsonl")
+    def rejected_path(self) -> Path:
+        """Path of the rejected rows, for a corpus that was not prepared."""
+        return self.job.final_dir.with_name(f"{self.job.corpus.name}.rejected.jsonl")
 
     def finish(self) -> dict[str, Any]:
-        """Write the manifest and put the corpus in place; returns the manifest.
+        """Write the manifest and publish the corpus; return the manifest.
 
         Raises:
-            UserError: there is no row to train on.
+            UserError: no row is left to train on.
         """
         assert self.summary is not None
-        corpus, splits = self.order.corpus, sorted(self.summary.counts)
-        parts, reasons, set_aside = staging.gather(self.folder, self.summary.shards)
+        job, corpus = self.job, self.job.corpus
+        splits = sorted(self.summary.split_rows)
+        parts, reasons, rejected = staging.gather_entries(
+            job.staging_dir, self.summary.split_shards
+        )
         rows_in = self.summary.rows
         rows_out = sum(entry["rows"] for entry in parts.values())
-        if rows_in != rows_out + set_aside:
+        if rows_in != rows_out + rejected:
             raise RuntimeError(
-                f"{corpus.name}: {rows_in} rows in, but {rows_out} out and {set_aside} set aside; "
-                "nothing was put in place"
+                f"{corpus.name}: {rows_in} rows in, but {rows_out} out and {rejected} rejected; "
+                "nothing was published"
             )
-        reasons.update(self.summary.reasons)
+        reasons.update(self.summary.rejections)
         if not any(parts[name]["rows"] for name in {"train", *corpus.pretraining} & parts.keys()):
-            rest = ", ".join(f"{name} {entry['rows']}" for name, entry in parts.items())
-            why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(5))
+            counts = ", ".join(f"{name} {entry['rows']}" for name, entry in parts.items())
+            frequent = "; ".join(f"{count} × {why}" for why, count in reasons.most_common(5))
             raise UserError(
-                f"{corpus.name}: no row is left to train on, so it was not put in place. Of "
-                f"{rows_in} rows {rows_out} can be used ({rest or 'none'}), and {set_aside} were "
-                f"set aside{': ' * bool(why)}{why}. Mend them, or the options that choose rows and "
-                "splits"
+                f"{corpus.name}: no row is left to train on, so it was not published. "
+                f"{rows_out} of {rows_in} rows can be used ({counts or 'none'}), and {rejected} "
+                f"were rejected{': ' * bool(frequent)}{frequent}. Fix the rows, or the options "
+                "that choose rows and splits"
             )
         schemas = [corpus.schema(split) for split in splits]
+        # Keys and their values decide the digest of the corpus; do not rename them.
         manifest = {
             "format_version": FORMAT_VERSION,
             "corpus": corpus.name,
@@ -167,28 +183,32 @@ class Making:
             "pretraining": [name for name in corpus.pretraining if name in parts],
             "schema": {f.name: str(f.type) for schema in schemas for f in schema},
             "splits": parts,
-            **self.order.identity,
+            **job.identity,
             **corpus.facts(),
             "rows_in": rows_in,
             "rows_out": rows_out,
-            "quarantine": counted(reasons),
-            **({"broken_off": self.summary.broken} if self.summary.broken else {}),
+            "quarantine": count_reasons(reasons),
+            **(
+                {"truncated_files": self.summary.truncated_files}
+                if self.summary.truncated_files
+                else {}
+            ),
             "made_with": {name: version(name) for name in MADE_WITH},
         }
         manifest["digest"] = manifest_digest(manifest)
-        write_json(self.folder / MANIFEST, manifest)
-        if self.delivery is not None:
-            self.delivery.commit(self.folder, manifest)
+        write_json(job.staging_dir / MANIFEST, manifest)
+        if job.remote is not None:
+            job.remote.commit(job.staging_dir, manifest)
         else:
-            staging.commit(self.folder, self.order.final)
-        self.told.unlink(missing_ok=True)
+            staging.commit_corpus(job.staging_dir, job.final_dir)
+        self.rejected_path.unlink(missing_ok=True)
         return manifest
 
 
-def counted(reasons: Counter[str]) -> dict[str, int]:
-    """Reasons by name, each with its number of rows; rare ones together if there are many."""
-    if len(reasons) <= MOST_REASONS:
+def count_reasons(reasons: Counter[str]) -> dict[str, int]:
+    """Return the rows of each reason, sorted by name; sum up rare reasons if there are many."""
+    if len(reasons) <= MAX_REASONS:
         return dict(sorted(reasons.items()))
-    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MOST_REASONS]
-    rest = reasons.total() - sum(count for _, count in most)
-    return dict(sorted([*most, ("other reasons", rest)]))
+    frequent = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:MAX_REASONS]
+    rest = reasons.total() - sum(count for _, count in frequent)
+    return dict(sorted([*frequent, ("other reasons", rest)]))

@@ -1,13 +1,13 @@
-"""A corpus that is prepared into a store: each shard goes there as soon as it is whole.
+"""Staging of a corpus in an object store: each shard is uploaded as soon as it is complete.
 
-    <data>/.<name>.partial-<digest of what decides the bytes>/
+    <data>/.<name>.partial-<digest of the identity>/
         train-00000.arrow     a shard
-        train-00000.json      put after it: what the manifest will say of it, and its rejected rows
-    <data>/<name>/            the corpus, copied from there within the store, its manifest last
+        train-00000.json      uploaded after it: its manifest entry and its rejected rows
+    <data>/<name>/            the corpus, copied from there inside the store, its manifest last
 
-A host's disk holds the shards that it makes, that of the driver small entries of all. A prepare
-that was killed goes on with the shards that the store has, on any machine. A
-corpus that is there already stays whole until all shards of the new one have arrived.
+The disk of a node holds only the shards that the node writes; the disk of the driver holds the
+small entries of all shards. A killed ``prepare`` resumes on any machine with the shards that the
+store has. An existing corpus stays valid until all shards of the new one have arrived.
 """
 
 import contextlib
@@ -21,177 +21,198 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.shards.format import MANIFEST, QUARANTINE
-from pipelines.tokenizer.selection import claimed
+from pipelines.tokenizer.selection import lock_tokenizer
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.location import Place, content
 
-#: What corpora share; sent before them, since their manifests name its hash.
-SHARED = (TOKENIZER, TOKENIZER_MANIFEST)
+#: Files that the corpora of a folder share. They are uploaded first: manifests name their hash.
+SHARED_FILES = (TOKENIZER, TOKENIZER_MANIFEST)
+#: Small objects that are read at once.
+MAX_ENTRY_READS = 16
 
 
 @contextlib.contextmanager
-def staged(data: Place) -> Iterator[Path]:
-    """The folder to prepare in.
+def stage_locally(data: Place) -> Iterator[Path]:
+    """Provide the local directory to prepare in.
 
-    For a path it is that path. For a URI it is a folder below the run root, for the tokenizer and
-    what is in the making: shards leave it one by one (``pipelines/preprocessing/remote_staging.py``). It may be removed
-    at any time.
+    A path is returned as it is. For a URI the directory lies below the run root and holds the
+    tokenizer and unfinished work; shards are uploaded from it one by one. It may be removed at
+    any time.
+
+    Args:
+        data: directory or URI of the prepared corpora.
 
     Raises:
-        UserError: the store refuses, or another process of this machine puts a tokenizer there;
-            found before the block starts.
-        StoreUnavailable: it does not answer.
+        UserError: the store denies access, or another process of this machine replaces its
+            tokenizer; raised before the block starts.
+        StoreUnavailable: the store does not answer.
     """
     if isinstance(data, Path):
         yield data
         return
-    folder = staging_folder(data)
+    folder = local_staging_dir(data)
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder):  # what another prepare of this machine has not sent yet is its own
-        for name in SHARED:
-            # As the store has it, whatever an earlier prepare left here: its corpora are spelt so,
-            # and other hosts may have put it there since.
-            there = directories.join(data, name)
-            if directories.exists(there):
-                directories.get_file(there, folder / name)
+    # The lock protects files that another prepare of this machine has not uploaded yet.
+    with lock_tokenizer(folder):
+        for name in SHARED_FILES:
+            # The store's copy replaces a local one: its corpora use that tokenizer, and another
+            # machine may have uploaded it after the last prepare on this one.
+            remote = directories.join(data, name)
+            if directories.exists(remote):
+                directories.get_file(remote, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
     yield folder
 
 
-def staging_folder(uri: str) -> Path:
-    """Where corpora are prepared on their way to a URI."""
+def local_staging_dir(uri: str) -> Path:
+    """Return the local directory for corpora that are prepared into a URI."""
     key = hashlib.sha256(uri.encode()).hexdigest()[:12]
     return storage.run_root() / "staging" / f"{directories.name_of(uri)}-{key}"
 
 
-def send_shared(folder: Path, uri: str) -> None:
-    """Send what the corpora of a folder share, where the store has it otherwise."""
-    for name in SHARED:
-        there = directories.join(uri, name)
-        if (folder / name).is_file() and content(there) != (folder / name).read_bytes():
-            directories.put_file(folder / name, there)
+def upload_shared_files(folder: Path, uri: str) -> None:
+    """Upload the tokenizer and its manifest if the store's copies differ.
 
-
-#: Small objects read at once.
-STREAMS = 16
+    Args:
+        folder: local directory of the files.
+        uri: URI of the folder of prepared corpora.
+    """
+    for name in SHARED_FILES:
+        remote = directories.join(uri, name)
+        if (folder / name).is_file() and content(remote) != (folder / name).read_bytes():
+            directories.put_file(folder / name, remote)
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """Where the shards of a corpus go.
+class RemoteStaging:
+    """Destination of one corpus in an object store.
 
     Args:
-        uri: of the corpus.
-        making: URI of the folder of its shards in the making.
-        words: hash of the tokenizer beside the corpus, if it needs one.
+        uri: URI of the finished corpus.
+        staging_uri: URI of the folder of its shards until all are finished.
+        tokenizer_sha256: hash of the tokenizer beside the corpus, if the corpus needs one.
     """
 
     uri: str
-    making: str
-    words: str | None = None
+    staging_uri: str
+    tokenizer_sha256: str | None = None
 
     @classmethod
-    def into(cls, data: str, name: str, folder: Path, words: str | None = None) -> "Delivery":
-        """Of a corpus below a URI.
+    def create(
+        cls, data: str, name: str, folder: Path, tokenizer_sha256: str | None = None
+    ) -> "RemoteStaging":
+        """Return the destination of a corpus below a URI.
 
         Args:
-            data: that URI.
-            name: of the corpus.
-            folder: of the corpus in the making here; see ``pipelines/preprocessing/staging.py``.
-            words: hash of the tokenizer beside the corpus.
+            data: URI of the folder of prepared corpora.
+            name: name of the corpus.
+            folder: local staging directory of the corpus; see
+                :func:`pipelines.preprocessing.staging.staging_dir`.
+            tokenizer_sha256: hash of the tokenizer beside the corpus.
         """
-        return cls(directories.join(data, name), directories.join(data, folder.name), words)
+        staging_uri = directories.join(data, folder.name)
+        return cls(directories.join(data, name), staging_uri, tokenizer_sha256)
 
-    def tokenizer(self) -> Path | None:
-        """The tokenizer on this host, fetched if it is not here yet; none if none is needed."""
-        if self.words is None:
+    def fetch_tokenizer(self) -> Path | None:
+        """Return the tokenizer file on this node, downloaded if necessary; ``None`` if unused."""
+        if self.tokenizer_sha256 is None:
             return None
-        path = run_root() / "cache" / "tokenizers" / f"{self.words}.json"
+        path = run_root() / "cache" / "tokenizers" / f"{self.tokenizer_sha256}.json"
         if not path.is_file():
-            directories.get_file(
-                directories.join(self.uri, "..", TOKENIZER), path, sha256=self.words
-            )
+            remote = directories.join(self.uri, "..", TOKENIZER)
+            directories.get_file(remote, path, sha256=self.tokenizer_sha256)
         return path
 
-    def workplace(self, folder: Path) -> Path:
-        """Where a shard is written on this host: in ``folder``, if this host has it."""
+    def scratch_dir(self, folder: Path) -> Path:
+        """Return the directory for shards on this node: ``folder`` if this node has it."""
         if not folder.is_dir():
             folder = run_root() / "staging" / "visiting" / folder.name
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def finished(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Entries of the shards that are in the store and whole, by stem; they are in ``folder``
-        then. A shard without its entry, or of another size, is made again.
+    def finished_shards(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Return the entries of all complete shards in the store by stem.
+
+        The entries are also written to ``folder``. A shard without an entry, or of another size
+        than its entry states, is prepared again.
         """
-        there = {entry.name: entry.bytes for entry in directories.list_files(self.making)}
+        existing = {entry.name: entry.bytes for entry in directories.list_files(self.staging_uri)}
         for path in folder.glob("*-*.json"):
             path.unlink()
-        stems = [n.removesuffix(".json") for n in there if n.endswith(".json") and "/" not in n]
-        with ThreadPoolExecutor(STREAMS, "entries") as pool:
-            entries = dict(zip(stems, pool.map(self._entry, stems), strict=True))
-        found = {}
+        stems = [n.removesuffix(".json") for n in existing if n.endswith(".json") and "/" not in n]
+        with ThreadPoolExecutor(MAX_ENTRY_READS, "entries") as pool:
+            entries = dict(zip(stems, pool.map(self._read_entry, stems), strict=True))
+        complete = {}
         for stem, entry in entries.items():
-            said = (entry or {}).get("file")
-            if entry is None or (said and there.get(said["file"]) != said["bytes"]):
-                directories.remove_file(directories.join(self.making, f"{stem}.json"))
+            recorded = (entry or {}).get("file")
+            if entry is None or (recorded and existing.get(recorded["file"]) != recorded["bytes"]):
+                directories.remove_file(directories.join(self.staging_uri, f"{stem}.json"))
                 continue
             (folder / f"{stem}.json").write_text(json.dumps(entry), encoding="utf-8")
-            found[stem] = entry
-        return found
+            complete[stem] = entry
+        return complete
 
-    def _entry(self, stem: str) -> dict[str, Any] | None:
+    def _read_entry(self, stem: str) -> dict[str, Any] | None:
         try:
-            entry = json.loads(
-                directories.read_bytes(directories.join(self.making, f"{stem}.json"))
-            )
-            said = entry["file"]
-            whole = said is None or said["file"] == f"{stem}.arrow"
-            return entry if whole and {"keys", "rejected"} <= entry.keys() else None
+            uri = directories.join(self.staging_uri, f"{stem}.json")
+            entry = json.loads(directories.read_bytes(uri))
+            recorded = entry["file"]
+            valid = recorded is None or recorded["file"] == f"{stem}.arrow"
+            return entry if valid and {"keys", "rejected"} <= entry.keys() else None
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def send(self, folder: Path, stem: str) -> None:
-        """Send a finished shard, then its entry. Neither is on this disk any longer then."""
+    def upload_shard(self, folder: Path, stem: str) -> None:
+        """Upload a finished shard, then its entry, and delete both on this disk.
+
+        Args:
+            folder: local directory of the files.
+            stem: name of the files without their suffixes.
+        """
         for name in (f"{stem}.arrow", f"{stem}.json"):
             if (folder / name).is_file():
-                directories.put_file(folder / name, directories.join(self.making, name))
+                directories.put_file(folder / name, directories.join(self.staging_uri, name))
                 (folder / name).unlink()
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """Put the finished corpus in place, and leave nothing of its making here or there.
+        """Publish the finished corpus and remove all staging files, local and remote.
 
-        A lock of this machine keeps no other one from replacing the tokenizer of the store: so it
-        is looked at once more.
+        The tokenizer of the store is compared once more, because a lock on this machine does not
+        stop another machine from replacing it.
 
         Args:
-            folder: of the corpus in the making here, with its manifest and its quarantine.
-            manifest: of the corpus.
+            folder: local staging directory with the manifest and the quarantine.
+            manifest: manifest of the corpus.
 
         Raises:
-            UserError: the store has another tokenizer by now.
+            UserError: the store has another tokenizer now.
         """
-        words = directories.join(self.uri, "..", TOKENIZER)
-        if self.words is not None and self.words != _sha256(content(words)):
+        name = directories.name_of(self.uri)
+        tokenizer = directories.join(self.uri, "..", TOKENIZER)
+        if self.tokenizer_sha256 is not None and self.tokenizer_sha256 != _sha256(
+            content(tokenizer)
+        ):
             raise UserError(
-                f"{words}: another prepare replaced it meanwhile. {directories.name_of(self.uri)} is "
-                "spelt with the one before, and was not put in place; prepare it again"
+                f"{tokenizer}: the tokenizer was replaced by another `skillnet prepare` while this "
+                f"one ran; {name} was not published. Run prepare again"
             )
         shards = [s["file"] for split in manifest["splits"].values() for s in split["shards"]]
-        there = {entry.name for entry in directories.list_files(self.uri)}
+        old_files = {entry.name for entry in directories.list_files(self.uri)}
+        # A corpus without a manifest is not read: remove it first and write it last.
         directories.remove_file(directories.join(self.uri, MANIFEST))
-        name = directories.name_of(self.uri)
-        with console.progress(f"putting {name} in place", len(shards), "shards") as bar:
-            directories.copy_files(self.making, self.uri, shards, lambda _: bar.advance(1, name))
+        with console.progress(f"publishing {name}", len(shards), "shards") as bar:
+            directories.copy_files(
+                self.staging_uri, self.uri, shards, lambda _: bar.advance(1, name)
+            )
         directories.put_file(folder / QUARANTINE, directories.join(self.uri, QUARANTINE))
-        for left in there - {*shards, QUARANTINE, MANIFEST}:
-            directories.remove_file(directories.join(self.uri, left))
+        for old in old_files - {*shards, QUARANTINE, MANIFEST}:
+            directories.remove_file(directories.join(self.uri, old))
         directories.put_file(folder / MANIFEST, directories.join(self.uri, MANIFEST))
-        directories.remove_directory(self.making)
+        directories.remove_directory(self.staging_uri)
         shutil.rmtree(folder)
 
 
@@ -199,14 +220,14 @@ def _sha256(data: bytes | None) -> str | None:
     return None if data is None else hashlib.sha256(data).hexdigest()
 
 
-def clear_making(data: str, name: str, but: str = "") -> None:
-    """Remove what is left of a corpus in the making.
+def clear_staging(data: str, name: str, keep: str = "") -> None:
+    """Remove the remote staging folders of a corpus.
 
     Args:
-        data: URI that the corpus lies below.
-        name: of the corpus.
-        but: name of the folder that stays.
+        data: URI of the folder of prepared corpora.
+        name: name of the corpus.
+        keep: name of the staging folder that stays.
     """
-    for found in directories.list_folders(data):
-        if found.startswith(f".{name}.partial-") and found != but:
-            directories.remove_directory(directories.join(data, found))
+    for folder in directories.list_folders(data):
+        if folder.startswith(f".{name}.partial-") and folder != keep:
+            directories.remove_directory(directories.join(data, folder))

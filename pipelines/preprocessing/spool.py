@@ -1,4 +1,8 @@
-"""TODO: pipelines.preprocessing.spool."""
+"""Units of work in Arrow, and the spool file that keeps them for a second reading.
+
+Corpora that train the tokenizer are read once into a spool file. The tokenizer reads their texts
+from the file, and the transform tasks read the same blocks from it afterwards.
+"""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,13 +11,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.corpora.base import Corpus, Sources
-from pipelines.preprocessing.blocks import Block, Summary, read_blocks
+from pipelines.corpora.base import Corpus, SourceArchives
+from pipelines.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
 from skillnet_platform.storage import disk_guard
 
-#: Of a unit of work. The last unit of a corpus has no split: its ``raw`` is the summary, and
-#: ``units`` the number of units before it.
-UNIT = pa.schema(
+#: Schema of a unit of work. The last unit of a corpus has no split: its ``raw`` is the summary,
+#: and ``units`` is the number of units before it.
+UNIT_SCHEMA = pa.schema(
     [
         ("corpus", pa.int32()),
         ("split", pa.string()),
@@ -25,31 +29,39 @@ UNIT = pa.schema(
 )
 
 
-def pack(part: Block | Summary) -> pa.Table:
-    """A unit of work."""
-    if isinstance(part, Summary):
-        return pa.Table.from_pylist([{"raw": json.dumps(asdict(part)).encode()}], schema=UNIT)
+def pack_unit(part: RowBlock | ReadSummary) -> pa.Table:
+    """Return a block or a summary as a table of one row, a unit of work."""
+    if isinstance(part, ReadSummary):
+        return pa.Table.from_pylist(
+            [{"raw": json.dumps(asdict(part)).encode()}], schema=UNIT_SCHEMA
+        )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, part.table.schema) as writer:
         writer.write_table(part.table)
     raw = sink.getvalue()
+    # The binary cell is built from buffers: ``pa.array`` would copy the block.
     ends = pa.py_buffer(memoryview(bytes(8) + len(raw).to_bytes(8, "little")))
     cell = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, raw])
     row = {"split": part.split, "shard": part.shard, "keys": part.keys}
-    values = [pa.array([row.get(f.name)], f.type) for f in UNIT if f.name != "raw"]
-    return pa.Table.from_arrays([*values, cell], schema=UNIT)
+    values = [pa.array([row.get(f.name)], f.type) for f in UNIT_SCHEMA if f.name != "raw"]
+    return pa.Table.from_arrays([*values, cell], schema=UNIT_SCHEMA)
 
 
-def unpack(unit: pa.Table) -> pa.Table:
-    """The raw rows of a unit, without a copy."""
+def unpack_unit(unit: pa.Table) -> pa.Table:
+    """Return the raw rows of a unit without a copy."""
     with pa.ipc.open_stream(unit["raw"].chunk(0)[0].as_buffer()) as reader:
         return reader.read_all()
 
 
-def write_spool(corpus: Corpus, sources: Sources, path: Path) -> None:
-    """Read a corpus once and keep its blocks in a file, for those that read them twice.
+def write_spool(corpus: Corpus, sources: SourceArchives, path: Path) -> None:
+    """Read a corpus once and write its blocks to a file for later readers.
 
-    The rows that were set aside go to a file beside it.
+    Rows that are rejected while reading go to a file beside it, see :func:`rejected_rows_path`.
+
+    Args:
+        corpus: corpus to read.
+        sources: archives that hold its rows.
+        path: spool file to write.
 
     Raises:
         UserError: the disk is full.
@@ -57,30 +69,36 @@ def write_spool(corpus: Corpus, sources: Sources, path: Path) -> None:
     with (
         disk_guard(path),
         pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_stream(sink, UNIT) as writer,
+        pa.ipc.new_stream(sink, UNIT_SCHEMA) as writer,
     ):
-        for part in read_blocks(corpus, sources, rejected_beside(path)):
-            writer.write_table(pack(part))
+        for part in read_blocks(corpus, sources, rejected_rows_path(path)):
+            writer.write_table(pack_unit(part))
 
 
 def read_spool(path: Path) -> Iterator[pa.Table]:
-    """The units of a spool file, mapped, one at a time."""
+    """Yield the units of a spool file one at a time, memory-mapped."""
     with pa.memory_map(str(path)) as stream:
         for batch in pa.ipc.open_stream(stream):
             yield pa.Table.from_batches([batch])
 
 
-def rejected_beside(spool: Path) -> Path:
-    """The file of rows that were set aside while a spool was written."""
+def rejected_rows_path(spool: Path) -> Path:
+    """Return the path of the rows that were rejected while a spool file was written."""
     return spool.with_suffix(".rejected.jsonl")
 
 
-def texts(corpus: Corpus, spool: Path, splits: Iterable[str]) -> Iterator[str]:
-    """The texts of some splits that the tokenizer learns from."""
+def iter_texts(corpus: Corpus, spool: Path, splits: Iterable[str]) -> Iterator[str]:
+    """Yield the texts that the tokenizer is trained on.
+
+    Args:
+        corpus: corpus that names its text columns.
+        spool: spool file of the corpus.
+        splits: splits to read.
+    """
     for unit in read_spool(spool):
         if unit["split"][0].as_py() not in splits:
             continue
-        block = unpack(unit)
+        block = unpack_unit(unit)
         for name in corpus.text_columns:
             values = block[name]
             kind = values.type

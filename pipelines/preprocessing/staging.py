@@ -1,13 +1,14 @@
-"""A corpus in the making: finished shards in a hidden folder, which another run can go on with.
+"""Staging directory of one corpus: its finished shards, from which a later run can resume.
 
-    .<name>.partial-<digest of what decides the bytes>/
-        train-00000.arrow     a shard, renamed to its name once it is whole
-        train-00000.json      beside it, what the manifest will say of it, and its rejected rows
-        rejected.jsonl        rows set aside while reading, of the present run
-        read.json             what reading gave in all, once the present run has read everything
+    .<name>.partial-<digest of the identity>/
+        train-00000.arrow     a shard, renamed to this name once it is complete
+        train-00000.json      its entry for the manifest, and its rejected rows
+        rejected.jsonl        rows rejected while reading, in the present run
+        read.json             counts of all rows, once the present run has read everything
 
-What decides the bytes is the part of the manifest that is known before the work. So a changed
-source, setting or version has another folder and starts anew, and the old folder is removed.
+The identity is the part of the manifest that is known before the work. A changed source, setting
+or version gives another digest, so the work starts from scratch in another directory and the old
+directory is removed.
 """
 
 import contextlib
@@ -23,26 +24,26 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pipelines.preprocessing.blocks import json_line
+from pipelines.preprocessing.blocks import format_json_line
 from pipelines.shards.format import MANIFEST, QUARANTINE, write_shard
 from skillnet_platform import storage
 from skillnet_platform.config import digest
 from skillnet_platform.errors import UserError
 
 REJECTED_ROWS = "rejected.jsonl"
-READ = "read.json"
+READ_SUMMARY = "read.json"
 LOCK = "lock"
 
 
 @contextlib.contextmanager
-def partial(final: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """The folder of a corpus in the making, kept for this process alone while the block runs.
+def staging_dir(final: Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """Create and lock the staging directory of a corpus while the block runs.
 
-    It stays after an error if it holds a finished shard.
+    After an error the directory stays if it holds a finished shard.
 
     Args:
-        final: the corpus directory.
-        identity: what decides the bytes; see ``prepare.identity_of``.
+        final: directory of the finished corpus.
+        identity: decides the bytes of the corpus; see ``prepare.build_corpus_identity``.
 
     Raises:
         UserError: another process prepares the same corpus.
@@ -61,18 +62,18 @@ def partial(final: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(folder)
 
 
-def finished(folder: Path) -> dict[str, dict[str, Any]]:
-    """Entries of the shards that are there and whole, by stem ("train-00003").
+def finished_shards(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of all verified shards by stem ("train-00003").
 
-    Each shard is hashed; what does not agree with its entry is removed, to be made again.
+    Each shard is hashed. A shard that differs from its entry is removed and prepared again.
     """
     stems = sorted(path.stem for path in folder.glob("*-*.json"))
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock
-        entries = dict(zip(stems, pool.map(lambda s: _whole(folder, s), stems), strict=True))
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        entries = dict(zip(stems, pool.map(lambda s: _read_entry(folder, s), stems), strict=True))
     return {stem: entry for stem, entry in entries.items() if entry is not None}
 
 
-def write_entry(
+def write_shard_entry(
     folder: Path,
     split: str,
     shard: int,
@@ -80,51 +81,59 @@ def write_entry(
     rejected: list[dict[str, Any]],
     keys: str,
 ) -> dict[str, Any]:
-    """Write a shard and the entry beside it; returns the entry.
+    """Write a shard and its entry; return the entry.
 
-    Names and content depend on the rows alone, never on the task that writes them: a repeated
-    task writes the same again.
+    Names and content depend on the rows alone and not on the task that writes them, so a
+    repeated task writes the same bytes.
 
     Args:
-        folder: see ``partial``; all nodes see it.
-        split: of the rows.
-        shard: its number.
-        table: the good rows; without any, no shard is written, only the entry.
+        folder: see :func:`staging_dir`.
+        split: split of the rows.
+        shard: index of the shard in its split.
+        table: accepted rows. If it is empty, only the entry is written.
         rejected: lines of the quarantine.
-        keys: digest of the raw rows' keys; see ``blocks.Block``.
+        keys: digest of the raw rows' keys; see ``blocks.RowBlock``.
 
     Raises:
         UserError: the disk is full.
     """
-    stem = stem_of(split, shard)
+    stem = shard_stem(split, shard)
     entry: dict[str, Any] = {"split": split, "shard": shard, "keys": keys, "file": None}
     if table.num_rows:
         final = folder / f"{stem}.arrow"
-        aside = final.with_name(f".{stem}.{os.uname().nodename}.{os.getpid()}.tmp")
+        # Node and process are in the name: two attempts of one task may write at the same time.
+        temporary = final.with_name(f".{stem}.{os.uname().nodename}.{os.getpid()}.tmp")
         try:
-            entry["file"] = write_shard(table, aside) | {"file": final.name}
-            aside.replace(final)
+            entry["file"] = write_shard(table, temporary) | {"file": final.name}
+            temporary.replace(final)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     storage.write_json(folder / f"{stem}.json", entry | {"rejected": rejected})
     return entry | {"rejected": rejected}
 
 
-def stem_of(split: str, shard: int) -> str:
-    """Name of a shard's files, without their endings."""
+def shard_stem(split: str, shard: int) -> str:
+    """Return the name of a shard's files without their suffixes.
+
+    Args:
+        split: split of the shard.
+        shard: index in the split.
+    """
     return f"{split}-{shard:05d}"
 
 
-def gather(folder: Path, shards: dict[str, int]) -> tuple[dict[str, Any], Counter[str], int]:
-    """Splits for the manifest, out of the entries in their order; the quarantine file is written.
+def gather_entries(
+    folder: Path, shards: dict[str, int]
+) -> tuple[dict[str, Any], Counter[str], int]:
+    """Collect the splits of the manifest from the entries, and write the quarantine file.
 
     Args:
-        folder: see ``partial``.
-        shards: blocks of each split.
+        folder: see :func:`staging_dir`.
+        shards: split -> number of blocks.
 
     Returns:
-        Split -> rows and shards; reasons of rows that their transform rejected, counted; number
-        of lines in the quarantine.
+        Split -> rows and shards; reason -> rows that the transform rejected; lines of the
+        quarantine.
     """
     splits: dict[str, Any] = {split: {"rows": 0, "shards": []} for split in sorted(shards)}
     reasons = Counter[str]()
@@ -136,28 +145,33 @@ def gather(folder: Path, shards: dict[str, int]) -> tuple[dict[str, Any], Counte
                 lines += 1
         for split, count in sorted(shards.items()):
             for shard in range(count):
-                entry = storage.read_json(folder / f"{stem_of(split, shard)}.json")
+                entry = storage.read_json(folder / f"{shard_stem(split, shard)}.json")
                 if entry["file"] is not None:
                     splits[split]["rows"] += entry["file"]["rows"]
                     splits[split]["shards"].append(entry["file"])
                 for row in entry["rejected"]:
-                    stream.write(json_line(row))
+                    stream.write(format_json_line(row))
                     reasons[row["reason"]] += 1
                     lines += 1
     return splits, reasons, lines
 
 
-def rejected_lines(folder: Path) -> Iterator[str]:
-    """Lines of the quarantine as far as it is known."""
+def iter_rejected_lines(folder: Path) -> Iterator[str]:
+    """Yield the lines of the quarantine that are known so far."""
     read = folder / REJECTED_ROWS
     if read.exists():
         yield from read.read_text(encoding="utf-8").splitlines(keepends=True)
     for path in sorted(folder.glob("*-*.json")):
-        yield from map(json_line, storage.read_json(path)["rejected"])
+        yield from map(format_json_line, storage.read_json(path)["rejected"])
 
 
-def commit(folder: Path, final: Path) -> None:
-    """Put the finished corpus in place: nothing is left in it that helped to make it."""
+def commit_corpus(folder: Path, final: Path) -> None:
+    """Remove temporary files and rename the staging directory to the final directory.
+
+    Args:
+        folder: see :func:`staging_dir`; it holds the manifest.
+        final: directory of the finished corpus.
+    """
     for path in folder.iterdir():
         entry = path.suffix == ".json" and path.name != MANIFEST
         if entry or path.name in (REJECTED_ROWS, LOCK) or path.name.startswith("."):
@@ -165,15 +179,16 @@ def commit(folder: Path, final: Path) -> None:
     storage.commit_directory(folder, final)
 
 
-def _whole(folder: Path, stem: str) -> dict[str, Any] | None:
+def _read_entry(folder: Path, stem: str) -> dict[str, Any] | None:
+    """Return the entry of a verified shard; remove the files of any other shard."""
     path = folder / f"{stem}.arrow"
     try:
         entry: dict[str, Any] = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-        said = entry["file"]
-        if said is None and not path.exists():
+        recorded = entry["file"]
+        if recorded is None and not path.exists():
             return entry
-        same = path.stat().st_size == said["bytes"]
-        if same and storage.sha256_file(path) == said["sha256"]:
+        same_size = path.stat().st_size == recorded["bytes"]
+        if same_size and storage.sha256_file(path) == recorded["sha256"]:
             return entry
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -184,7 +199,7 @@ def _whole(folder: Path, stem: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[IO[bytes]]:
-    """Hold the lock of a folder. It ends with the process, however that ends."""
+    """Hold the lock of a directory. The operating system releases it when the process ends."""
     with (folder / LOCK).open("ab") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

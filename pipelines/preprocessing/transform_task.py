@@ -1,4 +1,4 @@
-"""The work of one shard: a block of raw rows is transformed, and what is good of it written."""
+"""Ray task of one shard: transform a block of raw rows, and write the rows that are good."""
 
 import json
 from collections import Counter
@@ -11,93 +11,125 @@ import pyarrow as pa
 from pipelines.corpora.base import Corpus
 from pipelines.io.media import MEDIA, MediaRef
 from pipelines.preprocessing import staging
-from pipelines.preprocessing.blocks import PLACES
-from pipelines.preprocessing.datasource import AWAY, MISTAKE, Job
-from pipelines.preprocessing.spool import unpack
+from pipelines.preprocessing.blocks import SOURCE_COLUMNS
+from pipelines.preprocessing.corpus_job import CorpusJob
+from pipelines.preprocessing.datasource import STORE_UNAVAILABLE, USER_ERROR
+from pipelines.preprocessing.spool import unpack_unit
 from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import decode_guard
 from skillnet.malloc import keep_freed_memory
 from skillnet_platform.cli import users_mistake
 from skillnet_platform.storage.directories import StoreUnavailable
 
-#: The column of a transform that says why a row goes nowhere.
-REJECTED = "rejected"
+#: Column of a transformed block: the reason of a rejected row, null for a good row.
+REJECTED_COLUMN = "rejected"
 
 
-def write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> pa.Table:
-    """Do a unit of work: transform its block and write its shard. Returns what was done."""
-    keep_freed_memory()  # what decoders give back they want again at once: a tenth of their time
+def write_block(jobs: Sequence[CorpusJob], session: str, unit: pa.Table) -> pa.Table:
+    """Transform the block of one unit and write its shard.
+
+    Args:
+        jobs: all corpora; the unit names its corpus by index.
+        session: identifies this run for :mod:`pipelines.transforms.decode_guard`.
+        unit: unit of work, see ``spool.UNIT_SCHEMA``.
+
+    Returns:
+        A table with one JSON cell: the result for ``CorpusProgress.add_result``, or the message
+        of an error. Ray would wrap an exception beyond recognition.
+    """
+    # Decoders allocate what they freed at once again. Keeping the memory saves a tenth of the time.
+    keep_freed_memory()
     try:
-        done = _write_block(jobs, session, unit)
-    except StoreUnavailable as problem:
-        done = {"away": str(problem)}  # Ray would wrap either beyond recognition
-    except Exception as problem:
-        message = users_mistake(problem)
+        result = _write_block(jobs, session, unit)
+    except StoreUnavailable as error:
+        result = {"store_unavailable": str(error)}
+    except Exception as error:
+        message = users_mistake(error)
         if message is None:
             raise
-        done = {"mistake": message}
-    return pa.table({"done": [json.dumps(done)]})
+        result = {"user_error": message}
+    return pa.table({"result": [json.dumps(result)]})
 
 
-def _write_block(jobs: Sequence[Job], session: str, unit: pa.Table) -> dict[str, Any]:
-    number, split, shard = (unit[name][0].as_py() for name in ("corpus", "split", "shard"))
-    job = jobs[number]
-    if shard in (MISTAKE, AWAY):
-        kind = "mistake" if shard == MISTAKE else "away"
+def _write_block(jobs: Sequence[CorpusJob], session: str, unit: pa.Table) -> dict[str, Any]:
+    index, split, shard = (unit[name][0].as_py() for name in ("corpus", "split", "shard"))
+    job = jobs[index]
+    if shard in (USER_ERROR, STORE_UNAVAILABLE):
+        kind = "user_error" if shard == USER_ERROR else "store_unavailable"
         return {kind: unit["raw"][0].as_py().decode()}
     if split is None:
         summary = json.loads(unit["raw"][0].as_py())
-        return {"corpus": number, "summary": summary, "units": unit["units"][0].as_py()}
-    block, stem = unpack(unit), staging.stem_of(split, shard)
-    tokenizer = job.delivery.tokenizer() if job.delivery is not None else job.tokenizer
-    with decode_guard.watched(session, f"{number}-{stem}"):
-        made = transform_block(job.corpus, tokenizer, block)
-    good, rejected = split_rejected(made, block)
+        return {"corpus": index, "summary": summary, "units": unit["units"][0].as_py()}
+    block, stem = unpack_unit(unit), staging.shard_stem(split, shard)
+    tokenizer = job.remote.fetch_tokenizer() if job.remote is not None else job.tokenizer
+    with decode_guard.watch_block(session, f"{index}-{stem}"):
+        transformed = transform_block(job.corpus, tokenizer, block)
+    good, rejected = split_rejected(transformed, block)
     schema = job.corpus.schema(split)
     table = good.select(schema.names).cast(schema)
-    folder = job.folder if job.delivery is None else job.delivery.workplace(job.folder)
+    folder = job.staging_dir if job.remote is None else job.remote.scratch_dir(job.staging_dir)
     keys = unit["keys"][0].as_py()
-    entry = staging.write_entry(folder, split, shard, table, rejected, keys)
-    if job.delivery is not None:
-        job.delivery.send(folder, stem)
+    entry = staging.write_shard_entry(folder, split, shard, table, rejected, keys)
+    if job.remote is not None:
+        job.remote.upload_shard(folder, stem)
     return {
-        "corpus": number,
+        "corpus": index,
         "stem": stem,
-        "entry": entry if job.delivery is not None else None,
+        "entry": entry if job.remote is not None else None,
         "rows": block.num_rows,
         "bad": Counter(row["reason"] for row in rejected),
     }
 
 
 def transform_block(corpus: Corpus, tokenizer: Path | None, block: pa.Table) -> pa.Table:
-    """The finished block: the columns of the corpus, key, group, and why a row is rejected."""
-    made = corpus.transform(block, tokenizers.load(tokenizer) if tokenizer else None)
-    assert made.num_rows == block.num_rows, f"{corpus.name}: the transform lost rows"
-    if REJECTED not in made.column_names:
-        made = made.append_column(REJECTED, pa.nulls(made.num_rows, pa.string()))
+    """Transform a block of raw rows.
+
+    Args:
+        corpus: corpus of the rows.
+        tokenizer: tokenizer file, if the corpus needs one.
+        block: key, group and the raw columns.
+
+    Returns:
+        The columns of the corpus, key, group, and ``REJECTED_COLUMN``; one row per raw row.
+    """
+    transformed = corpus.transform(
+        block, tokenizers.load_tokenizer(tokenizer) if tokenizer else None
+    )
+    assert transformed.num_rows == block.num_rows, f"{corpus.name}: the transform lost rows"
+    if REJECTED_COLUMN not in transformed.column_names:
+        nulls = pa.nulls(transformed.num_rows, pa.string())
+        transformed = transformed.append_column(REJECTED_COLUMN, nulls)
     for name in ("key", "group"):
-        made = made.append_column(name, block[name])
-    return made
+        transformed = transformed.append_column(name, block[name])
+    return transformed
 
 
-def split_rejected(made: pa.Table, block: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """The good rows of a finished block, and a line of the quarantine for each other one."""
-    bad = pa.compute.is_valid(made[REJECTED])
+def split_rejected(transformed: pa.Table, block: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """Separate good rows from rejected rows.
+
+    Args:
+        transformed: see :func:`transform_block`.
+        block: raw rows of the same block, in the same order.
+
+    Returns:
+        The good rows, and one line of the quarantine for each rejected row.
+    """
+    bad = pa.compute.is_valid(transformed[REJECTED_COLUMN])
     if not pa.compute.any(bad).as_py():
-        return made, []
-    rows = block.select(_places(block)).filter(bad).to_pylist()
+        return transformed, []
+    rows = block.select(_quarantine_columns(block)).filter(bad).to_pylist()
     for row in rows:
         if row.get("media") is not None:
             row["media"] = str(MediaRef(**row["media"]))
-    reasons = made[REJECTED].filter(bad).to_pylist()
+    reasons = transformed[REJECTED_COLUMN].filter(bad).to_pylist()
     lines = [
         {key: value for key, value in row.items() if value is not None} | {"reason": reason}
         for row, reason in zip(rows, reasons, strict=True)
     ]
-    return made.filter(pa.compute.invert(bad)), lines
+    return transformed.filter(pa.compute.invert(bad)), lines
 
 
-def _places(block: pa.Table) -> list[str]:
-    """What the quarantine tells of a row: its place, and the medium that it refers to."""
-    wanted = [*PLACES, *(f.name for f in block.schema if f.name == "media" and f.type == MEDIA)]
-    return ["key", *(name for name in wanted if name in block.column_names)]
+def _quarantine_columns(block: pa.Table) -> list[str]:
+    """Return the columns that locate a row in its source, and its media reference."""
+    media = (f.name for f in block.schema if f.name == "media" and f.type == MEDIA)
+    return ["key", *(name for name in (*SOURCE_COLUMNS, *media) if name in block.column_names)]

@@ -16,7 +16,7 @@ from typing import Any
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, sha256_file
 
-NOTES = ".verified.json"
+VERIFIED_NOTES = ".verified.json"
 #: Hashing is bound by one core each, or by the disk.
 THREADS = 4
 
@@ -44,7 +44,10 @@ def check_shards(directory: Path, shards: Sequence[Mapping[str, Any]]) -> None:
             )
         )
     # Another process may have noted others meanwhile. Notes that cannot be kept only cost time.
-    with contextlib.suppress(OSError, UserError), atomic_write(directory / NOTES, "w") as stream:
+    with (
+        contextlib.suppress(OSError, UserError),
+        atomic_write(directory / VERIFIED_NOTES, "w") as stream,
+    ):
         json.dump(_read_notes(directory) | whole, stream, indent=1, sort_keys=True)
 
 
@@ -73,7 +76,7 @@ def _state(directory: Path, shard: Mapping[str, Any]) -> list[Any]:
 
 def _read_notes(directory: Path) -> dict[str, Any]:
     try:
-        notes = json.loads((directory / NOTES).read_text(encoding="utf-8"))
+        notes = json.loads((directory / VERIFIED_NOTES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return notes if isinstance(notes, dict) else {}

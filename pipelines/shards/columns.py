@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shards.jpeg import ENCODING, JPEG, decode
+from pipelines.shards.jpeg import ENCODING, JPEG, decode_jpegs
 from skillnet_platform.errors import UserError
 
 
-class Fixed:
+class FixedColumn:
     """A column whose rows have one shape: numbers, or fixed-size lists of them.
 
     Args:
@@ -40,7 +40,7 @@ class Fixed:
         return out
 
 
-class Encoded(Fixed):
+class JpegColumn(FixedColumn):
     """A column of pictures or clips kept as JPEG; taking rows decodes them.
 
     Args:
@@ -64,10 +64,10 @@ class Encoded(Fixed):
             begins, ends = offsets[local].tolist(), offsets[local + 1].tolist()
             for place, begin, end in zip(places, begins, ends, strict=True):
                 cells[place] = values[begin:end]
-        return decode(cells, self._shape, self._where)
+        return decode_jpegs(cells, self._shape, self._where)
 
 
-class Ragged:
+class RaggedColumn:
     """A column of lists of numbers, or of lists of fixed-size lists (frames of mel bins).
 
     Args:
@@ -134,7 +134,7 @@ class Ragged:
         return out, lengths
 
 
-class Nested:
+class NestedRaggedColumn:
     """A column of lists of lists of numbers: several token sequences a row.
 
     Args:
@@ -146,7 +146,7 @@ class Nested:
         self._outer = [_offsets(chunk) for chunk in chunks]
         self._starts = _starts(chunks)
         inner = [chunk.values for chunk in chunks]
-        self.inner = Ragged(pa.chunked_array(inner, type=column.type.value_type))
+        self.inner = RaggedColumn(pa.chunked_array(inner, type=column.type.value_type))
         self._inner_starts = np.concatenate([[0], np.cumsum([len(part) for part in inner])])
 
     def counts(self, rows: np.ndarray) -> np.ndarray:
@@ -167,7 +167,7 @@ class Nested:
         return begin, count
 
 
-Column = Fixed | Ragged | Nested
+Column = FixedColumn | RaggedColumn | NestedRaggedColumn
 
 
 def open_column(table: pa.Table, name: str, where: str) -> Column:
@@ -191,13 +191,13 @@ def open_column(table: pa.Table, name: str, where: str) -> Column:
         raise UserError(f"{where}: column {name!r} has {column.null_count} empty cells")
     kind = field.type
     if (field.metadata or {}).get(ENCODING) == JPEG:
-        return Encoded(column, _shape(field), f"{where}: column {name!r}")
+        return JpegColumn(column, _shape(field), f"{where}: column {name!r}")
     if _is_list(kind):
-        return Nested(column) if _is_list(kind.value_type) else Ragged(column)
+        return NestedRaggedColumn(column) if _is_list(kind.value_type) else RaggedColumn(column)
     if pa.types.is_fixed_size_list(kind):
-        return Fixed(column, _shape(field))
+        return FixedColumn(column, _shape(field))
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return Fixed(column)
+        return FixedColumn(column)
     raise UserError(f"{where}: column {name!r} holds {kind}, expected numbers or lists of them")
 
 

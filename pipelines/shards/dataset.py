@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.shards.files import Opened, ShardFiles, shard_files
+from pipelines.shards.files import OpenShard, ShardStore, open_shard_store
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.cache import FileCache
@@ -24,11 +24,11 @@ from skillnet_platform.storage.location import Place, below, place
 
 
 @dataclass(frozen=True)
-class Split:
+class CorpusSplit:
     """Some shards of a corpus, in order."""
 
     name: str
-    files: ShardFiles
+    files: ShardStore
     shards: tuple[dict[str, Any], ...]
 
     @property
@@ -61,7 +61,7 @@ class Split:
         table = self.table()
         if name not in table.column_names:
             raise UserError(
-                f"{self.files.where}: split {self.name} has no column {name!r}; "
+                f"{self.files.location}: split {self.name} has no column {name!r}; "
                 f"known: {', '.join(table.column_names)}"
             )
         return table.column(name)
@@ -72,7 +72,7 @@ class Split:
         return self.files.open(self.shards[0]).table.schema
 
     @cached_property
-    def _opened(self) -> list[Opened]:
+    def _opened(self) -> list[OpenShard]:
         self.files.prefetch(self.shards)
         return [self.files.open(shard) for shard in self.shards]
 
@@ -83,7 +83,7 @@ class PreparedCorpus:
 
     path: Place
     manifest: dict[str, Any]
-    splits: dict[str, Split] = field(default_factory=dict)
+    splits: dict[str, CorpusSplit] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -134,17 +134,17 @@ def open_corpus(
             missing, has another size or (with ``verify``) another content.
         StoreUnavailable: the store does not answer.
     """
-    files = shard_files(place(path, Path()), cache)
+    files = open_shard_store(place(path, Path()), cache)
     manifest = _read_manifest(files)
     shards = _all_shards(manifest)
     files.check_sizes(shards)
     if verify:
         files.check_digests(shards)
     splits = {
-        name: Split(name, files, tuple(entry["shards"]))
+        name: CorpusSplit(name, files, tuple(entry["shards"]))
         for name, entry in manifest["splits"].items()
     }
-    return PreparedCorpus(files.where, manifest, splits)
+    return PreparedCorpus(files.location, manifest, splits)
 
 
 def verify_corpus(path: str | Path) -> dict[str, Any]:
@@ -156,27 +156,27 @@ def verify_corpus(path: str | Path) -> dict[str, Any]:
     return open_corpus(path, verify=True).manifest
 
 
-def _read_manifest(files: ShardFiles) -> dict[str, Any]:
-    named = below(files.where, MANIFEST)
-    name = str(files.where).rsplit("/", 1)[-1]
-    again = files.again if files.remote else f"Run `skillnet prepare {name}`."
+def _read_manifest(files: ShardStore) -> dict[str, Any]:
+    named = below(files.location, MANIFEST)
+    name = str(files.location).rsplit("/", 1)[-1]
+    again = files.repair_hint if files.remote else f"Run `skillnet prepare {name}`."
     try:
         manifest = json.loads(files.manifest(MANIFEST).decode("utf-8"))
     except FileNotFoundError:
         state = "not a prepared corpus (no manifest.json)" if files.is_there() else "missing"
-        raise UserError(f"{files.where}: {state}. {again}") from None
+        raise UserError(f"{files.location}: {state}. {again}") from None
     except (ValueError, RecursionError) as problem:
-        raise UserError(f"{named}: not JSON ({problem}). {files.again}") from None
+        raise UserError(f"{named}: not JSON ({problem}). {files.repair_hint}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{named}: format version {version}, this program reads {FORMAT_VERSION}. {again}"
         )
     if manifest_digest(manifest) != manifest.get("digest"):
-        raise UserError(f"{named}: changed after it was written. {files.again}")
+        raise UserError(f"{named}: changed after it was written. {files.repair_hint}")
     wrong = _wrong_key(named, manifest)
     if wrong:
-        raise UserError(f"{named}: {wrong} is missing or damaged. {files.again}")
+        raise UserError(f"{named}: {wrong} is missing or damaged. {files.repair_hint}")
     return manifest
 
 

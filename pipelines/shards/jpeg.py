@@ -15,21 +15,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.shards.row_threads import over_rows
+from pipelines.shards.row_threads import map_row_slices
 from skillnet_platform.errors import UserError
 
-Storage = Literal["auto", "raw", "encoded"]
+PixelStorage = Literal["auto", "raw", "encoded"]
 
 #: Rows of up to so many bytes are kept raw, unless the user says otherwise.
-RAW_BYTES = 64 * 1024
+MAX_RAW_BYTES = 64 * 1024
 QUALITY = 90
 #: JPEG knows no longer side.
-LONGEST_SIDE = 65_535
+MAX_JPEG_SIDE = 65_535
 #: Key of a field's metadata, and its only value today.
 ENCODING, JPEG = b"encoding", b"jpeg"
 
 
-def is_encoded(shape: Sequence[int], storage: Storage) -> bool:
+def uses_jpeg(shape: Sequence[int], storage: PixelStorage) -> bool:
     """Whether rows of that shape (uint8) are kept as JPEG.
 
     Raises:
@@ -37,22 +37,22 @@ def is_encoded(shape: Sequence[int], storage: Storage) -> bool:
     """
     if storage == "raw":
         return False
-    fits = int(np.prod(shape[:-2])) <= LONGEST_SIDE
+    fits = int(np.prod(shape[:-2])) <= MAX_JPEG_SIDE
     if storage == "encoded" and not fits:
         raise ValueError(
             f"storage encoded: a strip of {shape[0]} frames of {shape[1]} lines is higher than "
-            f"{LONGEST_SIDE}, which JPEG allows; take fewer or smaller frames, or storage raw"
+            f"{MAX_JPEG_SIDE}, which JPEG allows; take fewer or smaller frames, or storage raw"
         )
-    return storage == "encoded" or (fits and int(np.prod(shape)) > RAW_BYTES)
+    return storage == "encoded" or (fits and int(np.prod(shape)) > MAX_RAW_BYTES)
 
 
-def encoded_field(name: str, shape: Sequence[int]) -> pa.Field:
+def jpeg_field(name: str, shape: Sequence[int]) -> pa.Field:
     """The column of rows of that shape, (H, W, 3) or (F, H, W, 1)."""
     text = "[" + ",".join(str(length) for length in shape) + "]"
     return pa.field(name, pa.binary(), metadata={b"shape": text.encode(), ENCODING: JPEG})
 
 
-def encode(row: NDArray[np.uint8]) -> bytes:
+def encode_jpeg(row: NDArray[np.uint8]) -> bytes:
     """A picture (H, W, 3) or clip (F, H, W, 1) as JPEG. Equal rows, equal bytes."""
     from PIL import Image
 
@@ -62,7 +62,7 @@ def encode(row: NDArray[np.uint8]) -> bytes:
     return target.getvalue()
 
 
-def decode(cells: Sequence[Any], shape: Sequence[int], where: str = "") -> NDArray[np.uint8]:
+def decode_jpegs(cells: Sequence[Any], shape: Sequence[int], where: str = "") -> NDArray[np.uint8]:
     """(len(cells), *shape) pixels of encoded rows, by several threads.
 
     Args:
@@ -79,7 +79,7 @@ def decode(cells: Sequence[Any], shape: Sequence[int], where: str = "") -> NDArr
         for cell, row in zip(cells[span], out[span], strict=True):
             _into(cell, row, where)
 
-    over_rows(len(cells), some)
+    map_row_slices(len(cells), some)
     return out
 
 

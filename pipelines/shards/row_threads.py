@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 #: Of a process.
-THREADS = 8
+MAX_THREADS = 8
 #: Rows that a thread is started for.
-FEWEST = 8
-_limit = THREADS
+MIN_ROWS_PER_THREAD = 8
+_limit = MAX_THREADS
 
 
-def limit(threads: int) -> None:
+def limit_row_threads(threads: int) -> None:
     """From now on no more than so many."""
     global _limit
     if threads != _limit:
@@ -25,12 +25,12 @@ def limit(threads: int) -> None:
         _pool.cache_clear()
 
 
-def over_rows(count: int, work: Callable[[slice], None]) -> None:
+def map_row_slices(count: int, work: Callable[[slice], None]) -> None:
     """Call ``work`` with slices that make up ``range(count)``, several at once.
 
     What a row becomes must not hang on which rows come with it. The first error is raised.
     """
-    threads = min(_threads(), -(-count // FEWEST))
+    threads = min(_threads(), -(-count // MIN_ROWS_PER_THREAD))
     if threads <= 1:
         work(slice(0, count))
         return
@@ -52,4 +52,4 @@ def _pool() -> ThreadPoolExecutor:
 
 def _threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(THREADS, cores or 1, _limit)
+    return min(MAX_THREADS, cores or 1, _limit)

@@ -3,7 +3,7 @@
 The model knows four ids by number (0 padding, 1 unknown, 2 mask, 3 class), and nothing may be
 unknown to it. So an adopted tokenizer keeps its tokens and their merges or scores, and its ids
 are counted anew: those four first, then the 256 bytes, then its own tokens in their order. What
-it would call unknown is spelt in bytes (``pipelines.transforms.text.encode``).
+it would call unknown is spelt in bytes (``pipelines.transforms.text.encode_texts``).
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.tokenizer.training import PAD, SPECIAL, UNKNOWN
 from skillnet_platform.errors import UserError
 
-BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 #: Names under which tokenizers know the four that come first.
 ALIASES = (
     ("[PAD]", "<pad>", "<|pad|>"),
@@ -22,10 +22,10 @@ ALIASES = (
     ("[CLS]", "<s>", "<cls>", "<|startoftext|>"),
 )
 #: Score of tokens that a Unigram model must never choose by itself.
-NEVER = -1e4
+UNUSED_TOKEN_SCORE = -1e4
 
 
-def adopt(path: str | Path) -> str:
+def convert_tokenizer(path: str | Path) -> str:
     """The JSON of an adopted tokenizer.
 
     Args:
@@ -49,7 +49,7 @@ def adopt(path: str | Path) -> str:
         for place, aliases in enumerate(ALIASES)
         if (alias := next((a for a in aliases if a in own), None)) is not None
     }
-    first = dict.fromkeys((*SPECIAL, *BYTES))
+    first = dict.fromkeys((*SPECIAL, *BYTE_TOKENS))
     order = [*first, *(token for token in own if token not in first and token not in renamed)]
     number_of = {token: number for number, token in enumerate(order)}
     _number(model, order, renamed, own)
@@ -117,7 +117,7 @@ def _vocabulary(tree: dict[str, Any]) -> dict[str, int]:
 
 
 def _has_bytes(tree: dict[str, Any]) -> bool:
-    return set(BYTES) <= set(_vocabulary(tree))
+    return set(BYTE_TOKENS) <= set(_vocabulary(tree))
 
 
 def _number(
@@ -126,7 +126,7 @@ def _number(
     """Give the model's tokens their new numbers, in place."""
     if model["type"] == "Unigram":
         scores = dict(model["vocab"])
-        model["vocab"] = [[token, scores.get(token, NEVER)] for token in order]
+        model["vocab"] = [[token, scores.get(token, UNUSED_TOKEN_SCORE)] for token in order]
         model["unk_id"] = UNKNOWN
         return
     model["vocab"] = {token: number for number, token in enumerate(order)}
@@ -146,7 +146,7 @@ def _check(path: str | Path, text: str) -> None:
         made = _parse(text)
     except Exception as problem:
         raise UserError(f"{path}: cannot be counted anew ({problem})") from None
-    for number, name in enumerate((*SPECIAL, *BYTES)):
+    for number, name in enumerate((*SPECIAL, *BYTE_TOKENS)):
         if made.token_to_id(name) != number:
             raise UserError(f"{path}: {name} did not get the number {number}")
     if made.encode("一 a").ids and PAD in made.encode("一 a").ids:

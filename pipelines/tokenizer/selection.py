@@ -1,7 +1,8 @@
-"""Which tokenizer the user's corpora get: the one that is there, one of their own, or a learnt one.
+"""Selection of the tokenizer for external corpora: the existing one, a given one, or a new one.
 
-One directory of prepared corpora has one tokenizer, since one model reads them all. So a tokenizer
-that is there stays: corpora that come later are spelt with it, and what it lacks is spelt in bytes.
+A directory of prepared corpora has one tokenizer, because one model reads them all. An existing
+tokenizer therefore stays: later corpora are tokenized with it, and text that its vocabulary lacks
+is encoded as bytes.
 """
 
 import contextlib
@@ -15,121 +16,128 @@ from typing import IO, Any
 
 from pipelines.shards.format import MANIFEST
 from pipelines.tokenizer import training as tokenizers
-from pipelines.tokenizer.conversion import adopt
+from pipelines.tokenizer.conversion import convert_tokenizer
 from pipelines.tokenizer.training import TOKENIZER_MANIFEST
 from skillnet_platform import config, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import Place, below, content
 
-#: ``--tokenizer learn``: learn one from these corpora, whatever is there.
+#: Value of ``--tokenizer``: train a new tokenizer on these corpora, even if one exists.
 LEARN = "learn"
-#: Key of the tokenizer's manifest that says whose it is; the built-in lesson has none.
-OF = "of"
-#: Key of the digest of what it was learnt from.
-LESSON = "lesson"
+#: Key of the tokenizer's manifest: names of its training corpora, or of the file it was copied
+#: from. The tokenizer of the built-in corpora has no such key.
+TRAINED_ON = "trained_on"
+#: Key of the tokenizer's manifest: digest of all that decides a trained tokenizer.
+FINGERPRINT = "fingerprint"
 LOCK = ".tokenizer.lock"
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """How the user's corpora get a tokenizer.
+class TokenizerPolicy:
+    """Rule by which external corpora get a tokenizer.
 
     Args:
-        anew: learn one from them whatever is there.
-        vocabulary: its number of tokens.
-        claim: on the tokenizer of the folder; none if no other process can be there.
+        retrain: train a new tokenizer on them, even if one exists.
+        vocabulary: number of tokens of a new tokenizer.
+        lock: lock on the tokenizer of the directory; ``None`` if no other process can use it.
     """
 
-    anew: bool = False
-    vocabulary: int = tokenizers.VOCABULARY
-    claim: "Claim | None" = None
+    retrain: bool = False
+    vocabulary: int = tokenizers.VOCABULARY_SIZE
+    lock: "TokenizerLock | None" = None
 
 
-class Claim:
-    """A prepare's hold on the tokenizer of a folder. Many may spell with it at once; one that
-    replaces it has it alone, or corpora of one folder would be spelt with two."""
+class TokenizerLock:
+    """Lock on a directory's tokenizer: shared while tokenizing, exclusive while replacing it.
+
+    It ensures that all corpora in the directory use one tokenizer.
+    """
 
     def __init__(self, data: Path, lock: IO[bytes] | None) -> None:
         self._data, self._lock = data, lock
 
-    def alone(self) -> None:
-        """From here on the tokenizer may be replaced.
+    def exclusive(self) -> None:
+        """Make the lock exclusive, so that this process may replace the tokenizer.
 
         Raises:
-            UserError: another process prepares corpora that are spelt with it.
+            UserError: another process prepares corpora with the tokenizer.
         """
-        self._take(
+        self._acquire(
             fcntl.LOCK_EX,
-            "prepares corpora with the tokenizer of this folder, and this one would replace it",
+            "prepares corpora with the tokenizer of this directory, which this one would replace",
         )
 
-    def _take(self, kind: int, what: str) -> None:
+    def _acquire(self, kind: int, reason: str) -> None:
         if self._lock is None:
             return
         try:
             fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self._data}: another process {what}. Wait for it, or give --data another "
+                f"{self._data}: another process {reason}. Wait for it, or give --data another "
                 "directory."
             ) from None
 
 
 @contextlib.contextmanager
-def claimed(data: Path) -> Iterator[Claim]:
-    """The tokenizer of a folder stays as it is while the block runs, unless this process itself
-    replaces it.
+def lock_tokenizer(data: Path) -> Iterator[TokenizerLock]:
+    """Hold a shared lock on a directory's tokenizer while the block runs.
+
+    Args:
+        data: directory of prepared corpora; created if it is missing.
 
     Raises:
-        UserError: another process is about to put one there.
+        UserError: another process replaces the tokenizer.
     """
     try:
         data.mkdir(parents=True, exist_ok=True)
         lock = (data / LOCK).open("ab")
-    except OSError:  # what cannot be written is told by what wants to write
-        yield Claim(data, None)
+    except OSError:  # a read-only directory is reported by the code that writes to it
+        yield TokenizerLock(data, None)
         return
     with lock:
-        claim = Claim(data, lock)
-        claim._take(fcntl.LOCK_SH, "puts a tokenizer into this folder now")
-        yield claim
+        held = TokenizerLock(data, lock)
+        held._acquire(fcntl.LOCK_SH, "replaces the tokenizer of this directory now")
+        yield held
 
 
-def take(path: str, tokenizer: Path, manifest: Path, replaced: set[str], data: Place) -> None:
-    """Put a tokenizer of the user's in place.
+def install_tokenizer(
+    path: str, tokenizer: Path, manifest: Path, replaced: set[str], data: Place
+) -> None:
+    """Convert a given tokenizer and write it to a directory of prepared corpora.
 
     Args:
-        path: what the user named.
-        tokenizer: where it goes.
-        manifest: where it is said whose it is.
-        replaced: names of corpora that are prepared anew now.
-        data: folder of the prepared corpora, or its URI.
+        path: a ``tokenizer.json``, or the directory of a saved transformers tokenizer.
+        tokenizer: file to write.
+        manifest: manifest of the tokenizer to write.
+        replaced: names of corpora that are prepared again in this run.
+        data: directory or URI of the prepared corpora.
 
     Raises:
-        UserError: there is no usable tokenizer, or other corpora are spelt with another one.
+        UserError: the tokenizer cannot be used, or other corpora depend on the existing one.
     """
-    text = adopt(path)
-    now = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    if not tokenizer.is_file() or storage.sha256_file(tokenizer) != now:
-        keep_spelling(tokenizer, replaced, data)
+    text = convert_tokenizer(path)
+    sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    if not tokenizer.is_file() or storage.sha256_file(tokenizer) != sha256:
+        check_replaceable(tokenizer, replaced, data)
         with storage.atomic_write(tokenizer, "w") as stream:
             stream.write(text)
-    storage.write_json(manifest, {OF: [Path(path).name], "sha256": now})
+    storage.write_json(manifest, {TRAINED_ON: [Path(path).name], "sha256": sha256})
 
 
-def keep_spelling(tokenizer: Path, replaced: set[str], data: Place) -> None:
-    """Refuse to replace a tokenizer that other corpora are spelt with.
+def check_replaceable(tokenizer: Path, replaced: set[str], data: Place) -> None:
+    """Check that no other corpus depends on the existing tokenizer.
 
     Args:
-        tokenizer: the one that is there; of a store, the copy here.
-        replaced: names of corpora that are prepared anew now.
-        data: folder of the prepared corpora, or its URI: what is here may be its tokenizer alone.
+        tokenizer: existing tokenizer; for an object store, its local copy.
+        replaced: names of corpora that are prepared again in this run.
+        data: directory or URI of the prepared corpora.
 
     Raises:
-        UserError: naming them.
+        UserError: names the corpora that depend on it.
     """
-    if others := _spelt_with(tokenizer, replaced, data):
+    if others := _corpora_using(tokenizer, replaced, data):
         raise UserError(
             f"{below(data, tokenizer.name)}: {', '.join(others)} there are prepared with it; a "
             "model reads corpora of one tokenizer. Give another --data, or prepare them again in "
@@ -137,57 +145,72 @@ def keep_spelling(tokenizer: Path, replaced: set[str], data: Place) -> None:
         )
 
 
-def is_left_over(tokenizer: Path, data: Place) -> bool:
-    """Whether a prepare that did not end learnt the tokenizer that is there: from the user's
-    corpora, and none is spelt with it."""
+def is_leftover_tokenizer(tokenizer: Path, data: Place) -> bool:
+    """Return whether an interrupted run left this tokenizer.
+
+    Such a tokenizer was trained on external corpora, and no prepared corpus uses it.
+
+    Args:
+        tokenizer: existing tokenizer; for an object store, its local copy.
+        data: directory or URI of the prepared corpora.
+    """
     try:
-        told = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
+        manifest = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
     except UserError:
         return False
-    learnt = isinstance(told, dict) and {OF, LESSON} <= told.keys()
-    return learnt and not _spelt_with(tokenizer, set(), data)
+    trained = isinstance(manifest, dict) and {TRAINED_ON, FINGERPRINT} <= manifest.keys()
+    return trained and not _corpora_using(tokenizer, set(), data)
 
 
-def _spelt_with(tokenizer: Path, but: set[str], data: Place) -> list[str]:
-    """Names of corpora that are spelt with a tokenizer, but for some."""
+def _corpora_using(tokenizer: Path, excluded: set[str], data: Place) -> list[str]:
+    """Return the names of prepared corpora that use a tokenizer, without excluded ones."""
     if not tokenizer.is_file():
         return []
-    spelt = storage.sha256_file(tokenizer)
+    sha256 = storage.sha256_file(tokenizer)
     return [
         name
-        for name in _folders(data)
-        if name not in but and _words_of(below(data, name, MANIFEST)) == spelt
+        for name in _list_folders(data)
+        if name not in excluded and _tokenizer_of(below(data, name, MANIFEST)) == sha256
     ]
 
 
-def _folders(data: Place) -> list[str]:
+def _list_folders(data: Place) -> list[str]:
     if isinstance(data, str):
         return directories.list_folders(data)
     return sorted(entry.name for entry in data.iterdir() if entry.is_dir())
 
 
-def _words_of(manifest: Place) -> str | None:
-    """SHA-256 of the tokenizer that a corpus is spelt with; none for what is no corpus."""
+def _tokenizer_of(manifest: Place) -> str | None:
+    """Return the SHA-256 of a corpus' tokenizer; ``None`` if the folder is not a corpus."""
     try:
-        told = json.loads(content(manifest) or b"{}")
-        return str(told["tokenizer"]["sha256"])
+        recorded = json.loads(content(manifest) or b"{}")
+        return str(recorded["tokenizer"]["sha256"])
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def is_the_users(manifest: Path) -> bool:
-    """Whether the tokenizer that is there is the user's, and not that of the built-in lesson."""
+def is_custom_tokenizer(manifest: Path) -> bool:
+    """Return whether the existing tokenizer is not that of the built-in corpora.
+
+    Args:
+        manifest: manifest of the tokenizer.
+    """
     try:
-        return OF in storage.read_json(manifest)
+        return TRAINED_ON in storage.read_json(manifest)
     except UserError:
         return False
 
 
-def is_learnt(tokenizer: Path, lesson: dict[str, Any]) -> bool:
-    """Whether the tokenizer that is there was learnt from just that."""
+def matches_fingerprint(tokenizer: Path, fingerprint: dict[str, Any]) -> bool:
+    """Return whether the existing tokenizer was trained on exactly these inputs.
+
+    Args:
+        tokenizer: existing tokenizer.
+        fingerprint: all that decides a trained tokenizer.
+    """
     try:
         entry = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
-        same = entry[LESSON] == config.digest(lesson)
+        same = entry[FINGERPRINT] == config.digest(fingerprint)
         return bool(same and entry["sha256"] == storage.sha256_file(tokenizer))
     except (UserError, OSError, KeyError, TypeError):
         return False

@@ -22,9 +22,9 @@ TOKENIZER_MANIFEST = "tokenizer.manifest.json"
 VERSION = 1
 PAD, UNKNOWN, MASK, CLASS = 0, 1, 2, 3
 SPECIAL = ("[PAD]", "[UNK]", "[MASK]", "[CLS]")
-VOCABULARY = 12_000
+VOCABULARY_SIZE = 12_000
 #: A Chinese character that only pretraining text holds gets a token from this many occurrences.
-RARE = 10
+MIN_OCCURRENCES = 10
 _ALWAYS = string.ascii_lowercase + string.digits + string.punctuation
 _CJK = (
     r"\u2e80-\u2fdf\u3007\u31c0-\u31ef\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -33,11 +33,11 @@ _WORDS = rf"[{_CJK}]|[a-z]+|[0-9]{{1,3}}|_+|[^\s\w]+|[^\s{_CJK}a-z0-9_]+"
 _CAMEL = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
 
 
-def train(
+def train_tokenizer(
     task_texts: Iterable[str],
     other_texts: Iterable[str],
     terms: Sequence[str] = (),
-    size: int = VOCABULARY,
+    size: int = VOCABULARY_SIZE,
 ) -> str:
     """Learn a tokenizer; returns its JSON. Equal texts in any order give equal JSON.
 
@@ -76,7 +76,7 @@ def train(
 
 
 @lru_cache(maxsize=4)
-def load(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a file, kept for the next call.
 
     Raises:
@@ -127,7 +127,7 @@ def _chunks(texts: Iterable[str], size: int = 1 << 16) -> Iterable[str]:
 def _alphabet(task: Counter[str], other: Counter[str], most: int) -> list[str]:
     """Characters that get a token; if they are more than ``most``, the commonest of them."""
     both = task + other
-    kept = {c for c, n in both.items() if n >= RARE} | set(task) | set(_ALWAYS)
+    kept = {c for c, n in both.items() if n >= MIN_OCCURRENCES} | set(task) | set(_ALWAYS)
     kept = {c for c in kept if not c.isspace() and c.isprintable()}
     if len(kept) > most:
         rest = sorted(kept - set(_ALWAYS), key=lambda c: (-both[c], c))

@@ -15,7 +15,7 @@ _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
-class Function:
+class SourceFunction:
     """One function or method.
 
     Args:
@@ -46,7 +46,7 @@ def decode_source(data: bytes) -> str:
         raise ValueError(f"not UTF-8 ({problem.reason})") from None
 
 
-def functions(source: str) -> Iterator[Function]:
+def parse_functions(source: str) -> Iterator[SourceFunction]:
     """Every function of a module, in the order of the text. Parsed, never executed.
 
     Raises:
@@ -62,14 +62,14 @@ def functions(source: str) -> Iterator[Function]:
     yield from _walk(tree, lines)
 
 
-def without_docstring(source: str) -> str:
+def remove_docstring(source: str) -> str:
     """The source of one function without its docstring, indented from the margin.
 
     Source that does not parse (of another Python, cut short) loses the first text that stands on
     lines of its own.
     """
     try:
-        found = next(functions(textwrap.dedent(source)), None)
+        found = next(parse_functions(textwrap.dedent(source)), None)
     except ValueError:
         found = None
     if found is not None:
@@ -91,13 +91,13 @@ def _without_loose_text(source: str) -> str:
     return source
 
 
-def summary(docstring: str) -> str:
+def first_paragraph(docstring: str) -> str:
     """The first paragraph on one line, web addresses and markup colons removed."""
     first = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return re.sub(r"\s+", " ", _URL.sub(" ", first)).strip(" \t:：-—*#=")
 
 
-def chinese_characters(text: str) -> int:
+def count_chinese_characters(text: str) -> int:
     """How many Chinese characters it holds."""
     return len(_CHINESE.findall(text))
 
@@ -106,7 +106,7 @@ def chinese_characters(text: str) -> int:
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
-def _walk(tree: ast.AST, lines: list[bytes]) -> Iterator[Function]:
+def _walk(tree: ast.AST, lines: list[bytes]) -> Iterator[SourceFunction]:
     # A chain of elif is as deep as it is long: no function that calls itself.
     waiting: list[tuple[ast.AST, str]] = [(tree, "")]
     while waiting:
@@ -126,7 +126,7 @@ def _walk(tree: ast.AST, lines: list[bytes]) -> Iterator[Function]:
 
 def _function(
     node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, lines: list[bytes]
-) -> Function:
+) -> SourceFunction:
     first = node.body[0]
     docstring = ast.get_docstring(node)
     start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
@@ -139,7 +139,9 @@ def _function(
         body = _cut(lines, (first.end_lineno or 0, first.end_col_offset or 0), end)
         code = textwrap.dedent(margin + head + body.lstrip("; \t"))
     code = re.sub(r"\n(?:[ \t]*\n)+", "\n", code).strip()
-    return Function(name, node.lineno, code, body.strip("; \t\n"), summary(docstring or ""))
+    return SourceFunction(
+        name, node.lineno, code, body.strip("; \t\n"), first_paragraph(docstring or "")
+    )
 
 
 def _cut(lines: list[bytes], start: tuple[int, int], end: tuple[int, int]) -> str:

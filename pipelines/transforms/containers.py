@@ -19,12 +19,12 @@ FORMATS = (
 )
 #: No protocol has that name: the bytes are at hand, and a file that asks for more gets none.
 _LIMITS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
-UNREAD = "a playlist, a picture or another format that is not read as sound or video"
+UNSUPPORTED_FORMAT = "a playlist, a picture or another format that is not read as sound or video"
 UNKNOWN_CODEC = "a codec that FFmpeg does not know"
 
 
 @contextlib.contextmanager
-def opened(data: bytes, **options: str) -> Iterator[Any]:
+def open_container(data: bytes, **options: str) -> Iterator[Any]:
     """PyAV's container of a file's bytes.
 
     Args:
@@ -42,12 +42,12 @@ def opened(data: bytes, **options: str) -> Iterator[Any]:
             io.BytesIO(data), "r", metadata_errors="ignore", options=_LIMITS | options
         )
     except av.ArgumentError:  # what FFmpeg says of formats that are not on its list
-        raise ValueError(UNREAD) from None
+        raise ValueError(UNSUPPORTED_FORMAT) from None
     with container:
         yield container
 
 
-def first(streams: Any, missing: str) -> Any:
+def first_stream(streams: Any, missing: str) -> Any:
     """The first of PyAV's streams of a kind; the picture on a record's cover is none.
 
     Raises:

@@ -30,20 +30,20 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 #: Wall time that decoding one row may take.
-SECONDS = 60.0
+DECODE_TIMEOUT_S = 60.0
 #: A row at work when so many workers died is set aside.
-STRIKES = 2
-TOO_SLOW = f"decoding took longer than {SECONDS:.0f} seconds"
-DEADLY = f"decoding ended {STRIKES} workers"
+MAX_CRASHES = 2
+TOO_SLOW = f"decoding took longer than {DECODE_TIMEOUT_S:.0f} seconds"
+CRASHES_WORKER = f"decoding ended {MAX_CRASHES} workers"
 TOO_LARGE = "decoding needs more memory than there is"
 
 
-class TooSlow(BaseException):
+class DecodeTimeoutError(BaseException):
     """Raised in the midst of a decoder whose time is up; nothing that means errors catches it."""
 
 
-def read_each(
-    values: Iterable[Value], read: Callable[[Value], Result], seconds: float = SECONDS
+def decode_each(
+    values: Iterable[Value], read: Callable[[Value], Result], seconds: float = DECODE_TIMEOUT_S
 ) -> Iterator[tuple[Result | None, str | None]]:
     """Decode values one by one; what cannot be decoded is told, not raised.
 
@@ -62,8 +62,8 @@ def read_each(
     attempts = _current
     with _timer(seconds) as timer:
         for value in values:
-            if attempts is not None and attempts.is_deadly():
-                yield None, DEADLY
+            if attempts is not None and attempts.must_skip_next():
+                yield None, CRASHES_WORKER
                 continue
             try:
                 timer.start()
@@ -73,8 +73,11 @@ def read_each(
                 raise
             except ValueError as problem:
                 outcome: tuple[Result | None, str | None] = None, str(problem)
-            except TooSlow:
-                outcome = None, TOO_SLOW if seconds == SECONDS else f"longer than {seconds:.3g} s"
+            except DecodeTimeoutError:
+                outcome = (
+                    None,
+                    TOO_SLOW if seconds == DECODE_TIMEOUT_S else f"longer than {seconds:.3g} s",
+                )
             except MemoryError:
                 outcome = None, TOO_LARGE
             except Exception as problem:
@@ -86,11 +89,11 @@ def read_each(
             finally:
                 timer.stop()
                 if attempts is not None:
-                    attempts.rest()
+                    attempts.end_row()
             yield outcome
 
 
-class Attempts:
+class DecodeAttempts:
     """Which row of a block is being decoded, kept where a later attempt finds it.
 
     Rows are numbered in the order in which ``read_each`` comes to them. The file lies in this
@@ -102,7 +105,7 @@ class Attempts:
     """
 
     def __init__(self, session: str, block: str) -> None:
-        self.path = folder(session) / block
+        self.path = attempts_dir(session) / block
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._strikes: dict[int, int] = {}
         for row in self._read():
@@ -114,14 +117,14 @@ class Attempts:
         self._map = mmap.mmap(self._stream.fileno(), 0)
         self._slot, self._row = len(before), 0
 
-    def is_deadly(self) -> bool:
+    def must_skip_next(self) -> bool:
         """Go on to the next row, and say whether it must not be tried again."""
         row, self._row = self._row, self._row + 1
-        deadly = self._strikes.get(row, 0) >= STRIKES
+        deadly = self._strikes.get(row, 0) >= MAX_CRASHES
         struct.pack_into("<q", self._map, self._slot, 0 if deadly else row + 1)
         return deadly
 
-    def rest(self) -> None:
+    def end_row(self) -> None:
         """No row is at work."""
         struct.pack_into("<q", self._map, self._slot, 0)
 
@@ -138,14 +141,14 @@ class Attempts:
         return [row - 1 for (row,) in struct.iter_unpack("<q", data[: len(data) // 8 * 8]) if row]
 
 
-_current: Attempts | None = None
+_current: DecodeAttempts | None = None
 
 
 @contextlib.contextmanager
-def watched(session: str, block: str) -> Iterator[None]:
+def watch_block(session: str, block: str) -> Iterator[None]:
     """Keep count of the rows that ``read_each`` decodes inside this ``with`` block."""
     global _current
-    attempts = _current = Attempts(session, block)
+    attempts = _current = DecodeAttempts(session, block)
     try:
         yield
     finally:
@@ -154,14 +157,14 @@ def watched(session: str, block: str) -> Iterator[None]:
         attempts.close()
 
 
-def folder(session: str) -> Path:
+def attempts_dir(session: str) -> Path:
     """Where a prepare keeps its attempts on this machine."""
     return Path(tempfile.gettempdir()) / f"skillnet-attempts-{session}"
 
 
-def forget(session: str) -> None:
+def remove_attempts(session: str) -> None:
     """Remove what workers that died left on this machine."""
-    shutil.rmtree(folder(session), ignore_errors=True)
+    shutil.rmtree(attempts_dir(session), ignore_errors=True)
 
 
 class _Timer:
@@ -203,4 +206,4 @@ def _timer(seconds: float) -> Iterator[_Timer | _NoTimer]:
 
 
 def _time_is_up(number: int, frame: Any) -> None:
-    raise TooSlow
+    raise DecodeTimeoutError

@@ -16,21 +16,21 @@ from xml.parsers import expat
 
 MAX_BYTES = 8 * 2**20
 #: A taller picture is drawn narrower: groups and filters each take a picture of that size again.
-MAX_DRAWN = 4 * 2**20
+MAX_DRAWN_PIXELS = 4 * 2**20
 #: Of all pictures within a drawing together: that is what a photograph may have.
-MAX_EMBEDDED = 64 * 2**20
+MAX_EMBEDDED_PIXELS = 64 * 2**20
 MAX_DEPTH = 1000
 #: Expat (before 2.7) goes as deep as they build on each other. Illustrator writes ten.
 MAX_ENTITIES = 1000
 #: resvg ends at a depth of 1,024 by itself, but a usual stack ends at 120.
-STACK = 128 * 2**20
+STACK_BYTES = 128 * 2**20
 #: Of CSS. The binding's own default is none, which makes nothing of a width in millimetres.
 DPI = 96
 #: No folder: where the files would lie that slipped through.
-NOWHERE = "/dev/null"
+NO_RESOURCES_DIR = "/dev/null"
 
-REFERS = "a drawing that refers to another file"
-EMBEDS = "a drawing with an embedded part that is no PNG, JPEG, GIF or WebP"
+REFERS_TO_FILE = "a drawing that refers to another file"
+EMBEDS_UNSUPPORTED = "a drawing with an embedded part that is no PNG, JPEG, GIF or WebP"
 _EMBEDDED = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)((?:;[^,#]*)?),", re.IGNORECASE)
 
 
@@ -92,14 +92,16 @@ class _Check:
         found = _EMBEDDED.match(value)
         if found:
             self.pixels += _pixels(found[1], value[found.end() :])
-            if self.pixels > MAX_EMBEDDED:
+            if self.pixels > MAX_EMBEDDED_PIXELS:
                 raise ValueError(
-                    f"a drawing with pictures of more than {MAX_EMBEDDED // 10**6} million pixels"
+                    f"a drawing with pictures of more than {MAX_EMBEDDED_PIXELS // 10**6} million pixels"
                 )
         elif value.strip()[:5].lower() == "data:":
-            raise ValueError(EMBEDS)  # a drawing, too: it would have to be checked in its turn
+            raise ValueError(
+                EMBEDS_UNSUPPORTED
+            )  # a drawing, too: it would have to be checked in its turn
         elif value.strip() and not value.startswith("#"):
-            raise ValueError(REFERS)
+            raise ValueError(REFERS_TO_FILE)
 
 
 def _check(data: bytes) -> None:
@@ -125,7 +127,7 @@ def _pixels(parameters: str, rest: str) -> int:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP")) as picture:
             return picture.width * picture.height
     except Exception:  # as for any picture, damaged ones raise nearly everything there is
-        raise ValueError(EMBEDS) from None
+        raise ValueError(EMBEDS_UNSUPPORTED) from None
 
 
 def _local(name: str) -> str:
@@ -140,8 +142,8 @@ def _draw(text: str, side: int) -> bytes:
             resvg_py.svg_to_bytes(
                 svg_string=text,
                 width=side,
-                height=max(side, MAX_DRAWN // side),
-                resources_dir=NOWHERE,
+                height=max(side, MAX_DRAWN_PIXELS // side),
+                resources_dir=NO_RESOURCES_DIR,
                 dpi=DPI,
             )
         )
@@ -167,7 +169,7 @@ def _with_stack(action: Callable[[], bytes]) -> bytes:
         except BaseException as problem:
             found.append(problem)
 
-    before = threading.stack_size(STACK)
+    before = threading.stack_size(STACK_BYTES)
     try:
         thread = threading.Thread(target=run)
         thread.start()

@@ -16,9 +16,9 @@ SIZE = 48
 #: An SVG is drawn this many times larger and then reduced, as a photograph would be.
 SVG_SCALE = 2
 #: Modes of Pillow's without an alpha channel; a file may still say that one colour is none.
-OPAQUE = ("RGB", "L", "CMYK")
+OPAQUE_MODES = ("RGB", "L", "CMYK")
 #: Greys of 16 bits: of a PNG or TIFF; of a PGM. Pillow would cut them off at 255, which is white.
-DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+GREY_16BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 #: What Pillow may take a file for. It knows dozens more: EPS would be a program that it runs.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA", "DIB"),
@@ -59,9 +59,9 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
     try:
         image.draft("RGB", (2 * size, 2 * size))  # other formats than JPEG pass over it
         _turn(image)
-        if image.mode in DEEP:
+        if image.mode in GREY_16BIT_MODES:
             image = _pillow().fromarray(_high_bytes(image))
-        opaque = image.mode in OPAQUE and not image.has_transparency_data
+        opaque = image.mode in OPAQUE_MODES and not image.has_transparency_data
         return image.convert("RGB" if opaque else "RGBA")
     except MemoryError:
         raise
@@ -69,7 +69,7 @@ def decode_image(data: bytes, size: int = SIZE) -> Any:
         raise _refusal(problem) from None
 
 
-def size_of(data: bytes) -> tuple[int, int] | None:
+def read_image_size(data: bytes) -> tuple[int, int] | None:
     """(Width, height) of a picture file in pixels, as it is shown; none of a drawing (SVG).
 
     Read from the file's head: nothing is decoded.
@@ -118,7 +118,7 @@ def _refusal(problem: Exception) -> ValueError:
     return ValueError(f"a damaged picture ({told})")
 
 
-def cropped(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
+def crop_image(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     """The middle square of a photograph, on white, reduced: uint8 (size, size, 3)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -126,7 +126,7 @@ def cropped(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     return np.asarray(_on_white(_reduced(square, (size, size)), (size, size)))
 
 
-def pixels(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
+def fit_image(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
     """Fit a Pillow image into a white square: uint8 (size, size, 3).
 
     What is transparent becomes white, and a transparent margin is cut off: how much of it there
@@ -175,7 +175,7 @@ def load_pixels(data: bytes, size: int = SIZE, fit: str = "pad") -> NDArray[np.u
         ValueError: the bytes are no picture.
     """
     image = decode_image(data, size)
-    return cropped(image, size) if fit == "crop" else pixels(image, size)
+    return crop_image(image, size) if fit == "crop" else fit_image(image, size)
 
 
 def _open(data: bytes) -> Any:

@@ -34,7 +34,7 @@ MAX_FRAMES = 192
 MAX_SECONDS = 600
 TOO_LONG = f"longer than {MAX_SECONDS} seconds"
 CUT_SHORT = "cut short: the file ends before its recording does"
-NO_NUMBERS = "samples that are no numbers (NaN or infinite)"
+NON_FINITE_SAMPLES = "samples that are no numbers (NaN or infinite)"
 #: Who writes to a pipe cannot know the length, and writes the most: ``ffmpeg`` all ones, ``sox``
 #: whole frames of a little less than this half.
 _UNKNOWN = 0x7FFF0000
@@ -65,8 +65,8 @@ def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
         raise ValueError(CUT_SHORT)
     options = {"probesize": str(_PROBED)} if _is_wav(data) else {}
     try:
-        with containers.opened(data, **options) as container:
-            stream = containers.first(container.streams.audio, "no sound in the file")
+        with containers.open_container(data, **options) as container:
+            stream = containers.first_stream(container.streams.audio, "no sound in the file")
             said = _seconds_said(container, stream, data)
             if said > MAX_SECONDS:
                 raise ValueError(TOO_LONG)
@@ -78,7 +78,7 @@ def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
     if wave.size / rate < 0.95 * said - 0.25:
         raise ValueError(CUT_SHORT)
     if not np.isfinite(wave).all():
-        raise ValueError(NO_NUMBERS)
+        raise ValueError(NON_FINITE_SAMPLES)
     return wave
 
 
@@ -154,7 +154,7 @@ def _is_wav(data: bytes) -> bool:
     return data[:4] == b"RIFF" and data[8:12] == b"WAVE"
 
 
-def log_mel(
+def compute_log_mel(
     wave: NDArray[np.float32], max_frames: int = MAX_FRAMES, trimmed: bool = True
 ) -> NDArray[np.float32]:
     """Trim to speech, scale to one level, and take normalised log-mel frames.
@@ -171,11 +171,11 @@ def log_mel(
         ValueError: the recording is silent, or as loud as no numbers are.
     """
     with np.errstate(over="ignore"):  # refused below
-        speech = emphasise(wave)
-    speech = trim(speech) if trimmed else np.pad(speech, (0, max(0, WINDOW - speech.size)))
+        speech = apply_preemphasis(wave)
+    speech = trim_silence(speech) if trimmed else np.pad(speech, (0, max(0, WINDOW - speech.size)))
     level = float(np.sqrt(np.mean(speech.astype(np.float64) ** 2)))
     if not np.isfinite(level):
-        raise ValueError(NO_NUMBERS)
+        raise ValueError(NON_FINITE_SAMPLES)
     if level <= 1e-6:
         raise ValueError("a silent recording")
     power = _power(speech * (LEVEL / level))[:max_frames]
@@ -193,15 +193,15 @@ def load_log_mel(
     Raises:
         ValueError: the bytes are no recording, or it is silent.
     """
-    return log_mel(decode_audio(data), max_frames, trimmed)
+    return compute_log_mel(decode_audio(data), max_frames, trimmed)
 
 
-def emphasise(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def apply_preemphasis(wave: NDArray[np.float32]) -> NDArray[np.float32]:
     """Weaken low frequencies: a first-order difference."""
     return wave[1:] - np.float32(EMPHASIS) * wave[:-1]
 
 
-def trim(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def trim_silence(wave: NDArray[np.float32]) -> NDArray[np.float32]:
     """Cut what lies before and after the frames within ``TRIM_DB`` of the loudest one."""
     if wave.size <= WINDOW:
         return np.pad(wave, (0, WINDOW - wave.size))

@@ -12,7 +12,7 @@ CAPTION_TOKENS = 48
 CODE_TOKENS = 192
 
 
-def encode(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
+def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
     """Token ids of each text, cut after ``limit``: one list<int32> for each text.
 
     What the tokenizer calls unknown is spelt in bytes, if it has tokens for them.
@@ -34,7 +34,7 @@ def encode_captions(
 ) -> pa.ListArray:
     """Token ids of each caption of each row: list<list<int32>>."""
     flat = [caption for row in captions for caption in row]
-    tokens = encode(tokenizer, flat, limit)
+    tokens = encode_texts(tokenizer, flat, limit)
     ends, end = [0], 0
     for row in captions:
         end += len(row)
@@ -42,7 +42,7 @@ def encode_captions(
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), tokens)
 
 
-def with_keywords(text: str, keywords: Any) -> str:
+def append_keywords(text: str, keywords: Any) -> str:
     """A sentence with its keywords behind it, where it has any: as TNEWS may be read."""
     return f"{text} {keywords}".strip() if isinstance(keywords, str) else text
 

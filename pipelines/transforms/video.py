@@ -27,7 +27,7 @@ MAX_PIXELS = 36 * 2**20
 CUT_SHORT = "cut short: the file ends before its clip does"
 
 #: A pen path: points (x, y) on a square of side 1, y downward.
-Path = Sequence[tuple[float, float]]
+PenPath = Sequence[tuple[float, float]]
 
 
 def count_frames(data: bytes) -> int:
@@ -58,7 +58,7 @@ def count_frames(data: bytes) -> int:
     return count
 
 
-def size_of(data: bytes) -> tuple[int, int]:
+def read_video_size(data: bytes) -> tuple[int, int]:
     """(Width, height) of a video file's frames in pixels, as they are shown.
 
     Raises:
@@ -78,8 +78,8 @@ def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
     import av
 
     try:
-        with containers.opened(data) as container:
-            stream = containers.first(container.streams.video, "no pictures in the file")
+        with containers.open_container(data) as container:
+            stream = containers.first_stream(container.streams.video, "no pictures in the file")
             if stream.width * stream.height > MAX_PIXELS:
                 raise ValueError(f"frames of more than {MAX_PIXELS // 10**6} million pixels")
             # A worker has a core of its own: more threads only get in each other's way.
@@ -100,7 +100,9 @@ def _frames(data: bytes) -> Iterator[Any]:
             yield frame
 
 
-def clip(frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:
+def sample_frames(
+    frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE
+) -> NDArray[np.uint8]:
     """Take ``count`` frames evenly, make them square and grey: uint8 (count, size, size, 1).
 
     The last frame is always taken: what happens by the end of a clip is seen.
@@ -111,7 +113,7 @@ def clip(frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE) -> ND
     return np.stack([_square(frames[i], size) for i in _chosen(len(frames), count)])[..., None]
 
 
-def load_clip(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:
+def load_video_frames(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:
     """A video file's bytes to uint8 (count, size, size, 1), as ``clip`` would choose them.
 
     Frames that are not taken are decoded, as later ones build on them, and dropped at once:
@@ -145,7 +147,7 @@ def _take(data: bytes, length: int, count: int, size: int) -> tuple[int, list[ND
             same = len(taken) > 0 and wanted[len(taken) - 1] == found
             if not same:
                 pixels = colours.reformat(frame, format="rgb24").to_ndarray()
-            taken.append(taken[-1] if same else upright(frame, _square(pixels, size)))
+            taken.append(taken[-1] if same else rotate_upright(frame, _square(pixels, size)))
         found += 1
     if not found:
         raise ValueError("a video without frames")
@@ -171,7 +173,7 @@ def _square(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(square)
 
 
-def upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def rotate_upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pixels (H, W) of a frame of PyAV's, turned and mirrored as it is to be shown."""
     a, b, c, d = _display(frame)
     if abs(b) > abs(a):  # a quarter turn: what ran to the right runs downward, or upward
@@ -193,7 +195,9 @@ def _display(frame: Any) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def draw_paths(paths: Sequence[Path], count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:
+def draw_pen_paths(
+    paths: Sequence[PenPath], count: int = FRAMES, size: int = SIZE
+) -> NDArray[np.uint8]:
     """Film pen paths being written, white on black: uint8 (count, size, size, 1).
 
     Frame i shows the paths up to the share (i + 1) / count of their total length. Moves with

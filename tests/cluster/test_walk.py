@@ -286,7 +286,7 @@ def test_prepare_by_plain_job_submission_and_by_ours(
     assert made.startswith(".made.partial-"), "the other host has transformed blocks, too"
     again = submit(client, *words)
     assert (again["status"], again["exit_code"]) == ("SUCCEEDED", 0)
-    assert "unchanged" in again["log"]
+    assert "cached" in again["log"]
     assert 0 < again["upload_bytes"] < 20 * 2**20
     assert "upload: " in again["log"]
 

@@ -1,4 +1,4 @@
-"""A format that another package adds by entry point is guessed, described and prepared by name."""
+"""A format that another package adds by entry point is detected, inspected and prepared by name."""
 
 import json
 import os
@@ -37,9 +37,13 @@ def poems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run_command(installed, "prepare", *words)
+
+
+def run_command(installed: Path, command: str, *words: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(map(str, (installed, ROOT, ROOT / "platform")))
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.prepare", *words, "--json"],
+        [sys.executable, "-m", f"pipelines.{command}", *words, "--json"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
@@ -63,7 +67,7 @@ def test_it_is_prepared_by_its_name(installed: Path, poems: Path, tmp_path: Path
 
 
 def test_it_is_guessed_and_its_options_are_checked(installed: Path, poems: Path) -> None:
-    found = prepare(installed, "--describe", str(poems))
+    found = run_command(installed, "inspect", str(poems))
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["reader"] == "poems"
     wrong = prepare(installed, "--corpus", f"poems={poems}", "--options.poems.verse", "2")

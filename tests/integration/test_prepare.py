@@ -14,13 +14,13 @@ import pytest
 
 from pipelines import prepare as preparing
 from pipelines.corpora import find_corpus
-from pipelines.corpora.builtin.syllables import WEB_PAGE, Syllables
+from pipelines.corpora.builtin.syllables import WEB_PAGE, SyllablesCorpus
 from pipelines.preprocessing import pipeline
 from pipelines.preprocessing import prepare as preprocessing_prepare
 from pipelines.preprocessing.prepare import prepare
 from pipelines.shards import checksums
 from pipelines.shards.dataset import open_corpus, verify_corpus
-from pipelines.transforms.containers import UNREAD
+from pipelines.transforms.containers import UNSUPPORTED_FORMAT
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred
 from tests.helpers.synthetic_corpora import SLOW, Made, put_archive
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 def files_of(directory: Path) -> dict[str, bytes]:
     """Name -> content of a corpus directory, without the notes of who read it."""
-    found = (path for path in sorted(directory.iterdir()) if path.name != checksums.NOTES)
+    found = (path for path in sorted(directory.iterdir()) if path.name != checksums.VERIFIED_NOTES)
     return {path.name: path.read_bytes() for path in found}
 
 
@@ -86,7 +86,7 @@ def test_rows_keep_their_order_and_shards_their_size(made: tuple[Path, Path]) ->
 def test_a_second_run_does_nothing(made: tuple[Path, Path]) -> None:
     data, archives = made
     before = {p: p.stat().st_mtime_ns for p in (data / "made").iterdir()}
-    assert prepare([MADE], data, archives)["made"]["state"] == "unchanged"
+    assert prepare([MADE], data, archives)["made"]["state"] == "cached"
     assert before == {p: p.stat().st_mtime_ns for p in (data / "made").iterdir()}
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_named_and_leaves_no_corpus(
 ) -> None:
     """Seen before the work where that is possible, else where a worker meets it."""
     if not foreseen:
-        monkeypatch.setattr(pipeline, "LEAST_FREE", 0)
+        monkeypatch.setattr(pipeline, "MIN_FREE_BYTES", 0)
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
@@ -260,12 +260,12 @@ def test_too_many_bad_rows_stop_with_a_summary(
 ) -> None:
     """Of the hundred lines one is bad; the ten that are set aside by choice are not."""
     if share > 0.01:
-        assert prepare([MADE], tmp_path, made[1], max_bad=share)["made"]["rows_out"] == 89
+        assert prepare([MADE], tmp_path, made[1], max_error_rate=share)["made"]["rows_out"] == 89
         return
     with pytest.raises(
-        UserError, match=r"made: 1 of 100 rows.*1 × unlucky.*--max_bad 0\.0"
+        UserError, match=r"made: 1 of 100 rows.*1 × unlucky.*--max_error_rate 0\.0"
     ) as told:
-        prepare([MADE], tmp_path, made[1], max_bad=share)
+        prepare([MADE], tmp_path, made[1], max_error_rate=share)
     listed = (tmp_path / "made.rejected.jsonl").read_text(encoding="utf-8")
     assert str(tmp_path / "made.rejected.jsonl") in str(told.value)
     assert '{"key": "line 33", "reason": "unlucky"}' in listed
@@ -284,14 +284,14 @@ def test_recordings_and_error_pages_end_where_they_belong(tmp_path: Path, ray_se
     page = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<title>404 Not Found</title>'
     files |= {f"package/voice/{name}.mp3": page for name in ("ao4", "xin3")}
     files["package/voice/shi3.mp3"] = files["package/voice/shi3.mp3"][:1] + b"\0" * 900
-    corpus = _on_small_archive(Syllables, tarred(files), tmp_path)
+    corpus = _on_small_archive(SyllablesCorpus, tarred(files), tmp_path)
     done = prepare_one(corpus, tmp_path)
     assert done["quarantine"][WEB_PAGE] == 2
     lines = (tmp_path / "data" / "syllables" / "quarantine.jsonl").read_text(encoding="utf-8")
     reasons = {row["key"]: row["reason"] for row in map(json.loads, lines.splitlines())}
     assert reasons["ao4.mp3"] == reasons["xin3.mp3"] == WEB_PAGE
     # What FFmpeg takes zeros for is its own affair.
-    assert reasons["shi3.mp3"].startswith(("not a recording", "no sound", UNREAD))
+    assert reasons["shi3.mp3"].startswith(("not a recording", "no sound", UNSUPPORTED_FORMAT))
     prepared = open_corpus(tmp_path / "data" / "syllables")
     for split in prepared.splits.values():
         for row in split.table().to_pylist():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines import prepare as preparing
-from pipelines.preprocessing.remote_staging import staging_folder
+from pipelines.preprocessing.remote_staging import local_staging_dir
 from pipelines.shards.dataset import open_corpus
 from skillnet_platform.storage import directories
 from tests.helpers.object_store import ObjectStore
@@ -72,7 +72,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     kill_family(process)
     assert not directories.is_committed(f"{uri}/made")
     before = len(in_the_making(uri))
-    shutil.rmtree(staging_folder(uri))
+    shutil.rmtree(local_staging_dir(uri))
 
     # The store goes away: what has arrived stays.
     process = start(words, **{SLOW: "400", "SKILLNET_STORE_PATIENCE": "1"})
@@ -95,13 +95,13 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     names = {path.name for path in (here / "made").iterdir()}
     assert {entry.name for entry in directories.list_files(f"{uri}/made")} == names
     assert not in_the_making(uri), "nothing is left of its making"
-    assert not list(staging_folder(uri).rglob("*.arrow")), "no shard is left on this disk"
+    assert not list(local_staging_dir(uri).rglob("*.arrow")), "no shard is left on this disk"
 
     # Nothing changed: nothing is prepared. What another state left in the making is removed.
     directories.write_bytes(f"{uri}/.made.partial-0123456789abcdef/train-00000.json", b"{}")
     capsys.readouterr()
     assert preparing.main([*words, "--json"]) == 0
-    assert '"state": "unchanged"' in capsys.readouterr().out
+    assert '"state": "cached"' in capsys.readouterr().out
     assert not in_the_making(uri)
 
     # Another state of it takes its place; until then the old one is whole.

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pipelines import prepare
-from pipelines.preprocessing.blocks import TWICE
+from pipelines.preprocessing.blocks import DUPLICATE_KEY
 from pipelines.shards.dataset import open_corpus
-from pipelines.transforms.decode_guard import DEADLY
+from pipelines.transforms.decode_guard import CRASHES_WORKER
 from tests.helpers import hostile_corpora as hostile
 from tests.helpers import user_corpora
 
@@ -30,11 +30,11 @@ def quarantine(corpus: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["file"], row.get("row", 0)): row for row in map(json.loads, lines)}
 
 
-def words(kind: str, folder: Path, data: Path, max_bad: float | None) -> list[str]:
+def words(kind: str, folder: Path, data: Path, max_error_rate: float | None) -> list[str]:
     """The command line of a prepare of a folder."""
     given = ["--corpus", f"{kind}=folder:{folder}", "--data", str(data), "--vocabulary", "400"]
     given += [f"--options.{kind}.validation", "0", f"--options.{kind}.test", "0"]
-    return [*given, *([] if max_bad is None else ["--max_bad", str(max_bad)])]
+    return [*given, *([] if max_error_rate is None else ["--max_error_rate", str(max_error_rate)])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +69,7 @@ def test_every_hostile_row_is_set_aside_and_its_neighbours_arrive(
     assert re.findall(r"\d+", line)[:4] == [
         str(n) for n in (len(wanted), len(good), aside, len(good))
     ]
-    assert f"metadata.jsonl breaks off after {len(wanted) - 1} rows" in " ".join(said.err.split())
+    assert f"metadata.jsonl is truncated after {len(wanted) - 1} rows" in " ".join(said.err.split())
     assert sum(corpus.manifest["quarantine"].values()) == aside
 
 
@@ -83,9 +83,9 @@ def test_a_share_of_bad_rows_above_the_limit_stops_with_a_summary(
     assert prepare.main(words(kind, folder, data, None)) == 2
     said = " ".join(capsys.readouterr().err.split())
     bad = sum(map(bool, wanted))
-    assert f"{kind}: {bad} of {len(wanted)} rows cannot be used" in said
-    assert re.search(r"at most 10\.0% may be \(max_bad\).* \d+ × ", said)
-    assert ("go on without them: --max_bad 0." in said) == (2 * bad <= len(wanted))
+    assert re.search(rf"{kind}: {bad} of {len(wanted)} rows \([\d.]+%\) were rejected", said)
+    assert re.search(r"the limit is 10\.0% \(max_error_rate\).* \d+ × ", said)
+    assert ("raise the limit: --max_error_rate 0." in said) == (2 * bad <= len(wanted))
     listed = data / f"{kind}.rejected.jsonl"
     assert listed.name in said
     rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
@@ -108,12 +108,12 @@ def test_a_key_that_comes_twice_costs_its_second_row(tmp_path: Path, ray_session
             out.addfile(entry, io.BytesIO(content))
     given = [f"--corpus={name}={tmp_path / name}" for name in ("aic_icc", "webdataset")]
     data = tmp_path / "data"
-    given += ["--data", str(data), "--max_bad", "0.2", "--vocabulary", "400"]
+    given += ["--data", str(data), "--max_error_rate", "0.2", "--vocabulary", "400"]
     assert prepare.main(given) == 0
     found = quarantine(data / "aic_icc")
-    assert found[str(file.relative_to(aic)), 10]["reason"] == TWICE
+    assert found[str(file.relative_to(aic)), 10]["reason"] == DUPLICATE_KEY
     assert open_corpus(data / "aic_icc").splits["train"].rows == 11
-    assert quarantine(data / "webdataset")["train-000000.tar", 7]["reason"] == TWICE
+    assert quarantine(data / "webdataset")["train-000000.tar", 7]["reason"] == DUPLICATE_KEY
     assert open_corpus(data / "webdataset").rows == 18
 
 
@@ -123,14 +123,14 @@ def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(tmp_path: Path, ray_se
         "tests.helpers.hostile_corpora:Deadly",
         "--data",
         str(tmp_path / "data"),
-        "--max_bad",
+        "--max_error_rate",
         "1.0",
     ]
     assert prepare.main(given) == 0
     corpus = open_corpus(tmp_path / "data" / "deadly")
     assert {row: told["reason"] for (_, row), told in quarantine(corpus.path).items()} == {
-        5: DEADLY,
-        10: DEADLY,
+        5: CRASHES_WORKER,
+        10: CRASHES_WORKER,
         14: "longer than 0.5 s",
     }
     kept = corpus.splits["train"].table()["key"].to_pylist()

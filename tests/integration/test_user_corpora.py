@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import evaluate, finetune, predict, prepare
-from pipelines.corpora import place_corpus
+from pipelines import evaluate, finetune, inspect, predict, prepare
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.readers.tnews import LABELS
 from pipelines.preprocessing import prepare as preparation
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
@@ -38,7 +38,7 @@ class Place:
         first.write_bytes(first.read_bytes()[:2000])
         self.data = root / "corpora"
         self.words = [f"--corpus={name}={self.given / name}" for name in NAMES]
-        self.words += ["--data", str(self.data), "--vocabulary", "900", "--max_bad", "0.3"]
+        self.words += ["--data", str(self.data), "--vocabulary", "900", "--max_error_rate", "0.3"]
 
     def open(self, name: str) -> PreparedCorpus:
         """A prepared corpus, every shard hashed."""
@@ -140,9 +140,9 @@ def test_too_many_missing_clips_stop_with_a_summary(place: Place, tmp_path: Path
     folder = user_corpora.vatex(tmp_path / "vatex")
     for clip in list(folder.rglob("*.mp4"))[::2]:
         clip.unlink()
-    corpus = place_corpus("vatex", str(folder))
+    corpus = open_external_corpus("vatex", str(folder))
     with pytest.raises(UserError, match=r"vatex: \d+ of \d+ rows.*captions without a clip"):
-        preparation.prepare([], tmp_path / "data", tmp_path, placed=[corpus])
+        preparation.prepare([], tmp_path / "data", tmp_path, external=[corpus])
     assert not (tmp_path / "data" / "vatex").exists()
 
 
@@ -164,15 +164,30 @@ def test_a_tokenizer_of_ones_own(place: Place, tmp_path: Path, capsys: Any) -> N
 
 def test_a_description_in_plain_values(place: Place, capsys: Any) -> None:
     capsys.readouterr()
-    assert prepare.main(["--describe", str(place.given / "vatex"), "--json"]) == 0
+    assert inspect.main([str(place.given / "vatex"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["reader"], found["modality"], found["complete"]) == ("vatex", "video", True)
     assert found["rows"] == 27
-    assert found["set_aside"] == {"a clip without captions": 9, "captions without a clip": 1}
+    assert found["rejected"] == {"a clip without captions": 9, "captions without a clip": 1}
     assert found["media"]["frames"] == "12"
-    assert len(found["media"]["set_aside"]) == 1
+    assert len(found["media"]["rejected"]) == 1
     assert found["example"]["captions"][0].startswith("写")
     assert not list(place.given.parent.glob("given/*/*.arrow"))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/nowhere", "/nowhere: no such file or folder"),
+        ("{empty}", "no known format"),
+    ],
+)
+def test_inspecting_a_wrong_path_exits_with_two(
+    tmp_path: Path, capsys: Any, path: str, message: str
+) -> None:
+    capsys.readouterr()
+    assert inspect.main([path.format(empty=tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -183,8 +198,6 @@ def test_a_description_in_plain_values(place: Place, capsys: Any) -> None:
         (["--corpus", "tnesw=/"], "did you mean 'tnews'"),
         (["tnews"], "give --corpus tnews=PATH"),
         (["--options.tnews.max_tokens", "3"], "no such corpus is given with --corpus"),
-        (["--describe", "/nowhere"], "/nowhere: no such file or folder"),
-        (["--describe", "{empty}"], "no known format"),
         (["--corpus", "tnews={tnews}", "--tokenizer", "/nowhere"], "no tokenizer there"),
         (["--corpus", "tnews={tnews}", "--options.tnews.max_tokns", "3"], "did you mean 'max_tok"),
     ],

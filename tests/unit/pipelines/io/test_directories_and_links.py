@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import SourceArchives
-from pipelines.io.directory import Place
-from pipelines.io.symlink_guard import MOST_WAYS
-from pipelines.io.tar import BadTar, Tar
-from pipelines.preprocessing.blocks import Block, Summary, read_blocks
-from pipelines.preprocessing.describe import describe
+from pipelines.io.directory import SourceDirectory
+from pipelines.io.symlink_guard import MAX_LINKS_PER_FOLDER
+from pipelines.io.tar import TarReader, TarReadError
+from pipelines.preprocessing.blocks import ReadSummary, RowBlock, read_blocks
+from pipelines.preprocessing.inspection import inspect_corpus
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 
@@ -22,16 +22,16 @@ from tests.helpers import user_corpora
 ODD = os.fsdecode("狗".encode("gbk"))
 
 
-def summary(place: Path, folder: Path, reader: str = "folder") -> tuple[list[str], Summary]:
+def summary(place: Path, folder: Path, reader: str = "folder") -> tuple[list[str], ReadSummary]:
     """Keys of all rows that arrive, and what reading gave."""
-    corpus = place_corpus("mine", f"{reader}:{place}")
-    corpus.survey()
-    json.dumps(corpus.other_sources(), ensure_ascii=False).encode()
+    corpus = open_external_corpus("mine", f"{reader}:{place}")
+    corpus.scan_labels()
+    json.dumps(corpus.extra_sources(), ensure_ascii=False).encode()
     keys: list[str] = []
     for found in read_blocks(corpus, SourceArchives.none(), folder / "rejected.jsonl"):
-        if isinstance(found, Block):
+        if isinstance(found, RowBlock):
             keys += found.table["key"].to_pylist()
-    assert isinstance(found, Summary)
+    assert isinstance(found, ReadSummary)
     return sorted(keys), found
 
 
@@ -54,7 +54,7 @@ class TestLinks:
         for number in range(loops):
             (given / "cat" / f"loop{number}").symlink_to(".")
             (given / "cat" / f"up{number}").symlink_to("..")
-        place = Place(str(given))
+        place = SourceDirectory(str(given))
         assert [entry.name for entry in place.walk()] == CLASSES
         assert list(place.folders()) == ["", "cat", "dog"]
         assert summary(given, tmp_path)[0] == CLASSES
@@ -73,7 +73,7 @@ class TestLinks:
     def test_two_names_of_a_folder_are_both_walked(self, tmp_path: Path) -> None:
         given = classes(tmp_path / "given")
         (given / "wolf").symlink_to("dog")
-        names = [entry.name for entry in Place(str(given)).walk()]
+        names = [entry.name for entry in SourceDirectory(str(given)).walk()]
         assert names == [*CLASSES, *(f"wolf/{number}.jpg" for number in range(3))]
 
     def test_links_that_multiply_are_refused(self, tmp_path: Path) -> None:
@@ -83,14 +83,16 @@ class TestLinks:
             for name in "ab":
                 (tmp_path / f"d{number}" / name).symlink_to(f"../d{number + 1}")
         (tmp_path / "d12").mkdir()
-        with pytest.raises(UserError, match=f"more than {MOST_WAYS} links lead to this folder"):
-            list(Place(str(tmp_path / "d0")).walk())
+        with pytest.raises(
+            UserError, match=f"more than {MAX_LINKS_PER_FOLDER} links lead to this folder"
+        ):
+            list(SourceDirectory(str(tmp_path / "d0")).walk())
 
     def test_links_to_nothing_are_told(self, tmp_path: Path) -> None:
         given = classes(tmp_path / "given")
         (given / "cat" / "3.jpg").symlink_to("nowhere.jpg")
         (given / "cat" / "4.jpg").symlink_to("4.jpg")
-        assert [entry.name for entry in Place(str(given)).walk("cat")][3:] == [
+        assert [entry.name for entry in SourceDirectory(str(given)).walk("cat")][3:] == [
             "cat/3.jpg",
             "cat/4.jpg",
         ]
@@ -100,22 +102,22 @@ class TestFilesThatAreNone:
     def test_metadata_that_are_a_pipe(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "metadata.jsonl")
         with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
-            place_corpus("mine", f"folder:{tmp_path}")
+            open_external_corpus("mine", f"folder:{tmp_path}")
 
     def test_metadata_that_are_a_device(self, tmp_path: Path) -> None:
         (tmp_path / "metadata.jsonl").symlink_to("/dev/zero")
         with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
-            place_corpus("mine", f"folder:{tmp_path}")
+            open_external_corpus("mine", f"folder:{tmp_path}")
 
     def test_metadata_that_are_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "metadata.jsonl").mkdir()
         with pytest.raises(UserError, match=r"metadata\.jsonl: a folder; expected a file"):
-            place_corpus("mine", f"folder:{tmp_path}")
+            open_external_corpus("mine", f"folder:{tmp_path}")
 
     def test_a_place_that_is_a_pipe(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "rows.jsonl")
         with pytest.raises(UserError, match="a pipe, device or socket"):
-            Place(str(tmp_path / "rows.jsonl"))
+            SourceDirectory(str(tmp_path / "rows.jsonl"))
 
 
 class TestNamesThatAreNotUtf8:
@@ -127,7 +129,7 @@ class TestNamesThatAreNotUtf8:
             (given / "dog" / f"{ODD}{more}.jpg").write_bytes(user_corpora.jpg(0))
         keys, found = summary(given, tmp_path)
         assert keys == CLASSES
-        assert found.reasons == {
+        assert found.rejections == {
             "not UTF-8": 1,
             "the media file's name is not UTF-8; rename it": 2,
         }
@@ -146,14 +148,14 @@ class TestNamesThatAreNotUtf8:
     def test_a_place_of_such_a_name_is_told(self, tmp_path: Path) -> None:
         (tmp_path / ODD).mkdir()
         with pytest.raises(UserError, match=r"udcb9.udcb7: the path is not UTF-8"):
-            Place(str(tmp_path / ODD))
+            SourceDirectory(str(tmp_path / ODD))
         (tmp_path / "link").symlink_to(ODD)
-        assert not Place(str(tmp_path / "link")).entries()
+        assert not SourceDirectory(str(tmp_path / "link")).entries()
 
     def test_a_description_is_json_all_the_same(self, tmp_path: Path) -> None:
         row = {"text": "甲", "label": "a", "more": {"\udcb9": ["\udcb7"]}}
         (tmp_path / f"train.{ODD}.jsonl").write_text((json.dumps(row) + "\n") * 9)
-        found = describe(f"folder:{tmp_path}")
+        found = inspect_corpus(f"folder:{tmp_path}")
         assert found["source"]["more"] == {r"\udcb9": [r"\udcb7"]}
         json.dumps(found, ensure_ascii=False).encode()
 
@@ -161,7 +163,7 @@ class TestNamesThatAreNotUtf8:
         tars = user_corpora.webdataset(tmp_path / "given", rows=6)
         (tars / "train-000000.tar").rename(tars / f"train-{ODD}.tar")
         _, found = summary(tars, tmp_path, "webdataset")
-        assert set(found.bad) == {"the media file's name is not UTF-8; rename it"}
+        assert set(found.errors) == {"the media file's name is not UTF-8; rename it"}
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
@@ -171,5 +173,5 @@ def test_a_tar_of_headers_without_end_is_refused(kind: bytes) -> None:
     head = tarfile.TarInfo("x")
     head.type, head.size = kind, len(record)
     one = head.tobuf(tarfile.GNU_FORMAT) + record.ljust(512, b"\0")
-    with pytest.raises(BadTar, match="headers without end"):
-        list(Tar("x.tar", io.BytesIO(one * 2000)))
+    with pytest.raises(TarReadError, match="headers without end"):
+        list(TarReader("x.tar", io.BytesIO(one * 2000)))

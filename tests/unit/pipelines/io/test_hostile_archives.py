@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.corpora import archives
 from pipelines.corpora.archives import iter_members
-from pipelines.io.archive import Limits
+from pipelines.io.archive import ArchiveLimits
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred, zipped
 
@@ -37,7 +37,7 @@ def refused(folder: Path, data: bytes, why: str) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a test reaches in no time."""
-    monkeypatch.setattr(archives, "LIMITS", Limits(5000, 30_000, 20, 50, 20_000, 12_000))
+    monkeypatch.setattr(archives, "LIMITS", ArchiveLimits(5000, 30_000, 20, 50, 20_000, 12_000))
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
@@ -110,7 +110,7 @@ def test_a_bomb_is_met_before_it_goes_off(tmp_path: Path, pack) -> None:  # type
     finally:
         tracemalloc.stop()
     # At most what a file of its size may expand to, twice: read, and joined.
-    assert peak < 2 * Limits().ratio * path.stat().st_size + 4 * 2**20
+    assert peak < 2 * ArchiveLimits().ratio * path.stat().st_size + 4 * 2**20
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])

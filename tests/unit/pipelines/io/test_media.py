@@ -12,18 +12,18 @@ import pyarrow as pa
 import pytest
 
 from pipelines.io import media
-from pipelines.io.archive import Limits
-from pipelines.io.media import MEDIA, MediaRef, Unreadable, read_media
+from pipelines.io.archive import ArchiveLimits
+from pipelines.io.media import MEDIA, MediaReadError, MediaRef, read_media
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import StoreUnavailable
 from tests.helpers.archive_files import tarred
 
 
-def read(*references: MediaRef, max_bytes: int = media.MAX_BYTES) -> list[bytes | str]:
+def read(*references: MediaRef, max_bytes: int = media.MAX_MEDIA_BYTES) -> list[bytes | str]:
     """What a column of those references gives: bytes, or the reason."""
     column = pa.array([reference.row() for reference in references], MEDIA)
     return [
-        found.reason if isinstance(found, Unreadable) else found
+        found.reason if isinstance(found, MediaReadError) else found
         for found in read_media(column, max_bytes)
     ]
 
@@ -95,7 +95,7 @@ def test_a_tar_that_attacks_costs_its_rows_and_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = flooded(tmp_path)
-    monkeypatch.setattr("pipelines.io.tar.LIMITS", Limits(2**62, 2**62, 2**62, 2000))
+    monkeypatch.setattr("pipelines.io.tar.TAR_LIMITS", ArchiveLimits(2**62, 2**62, 2**62, 2000))
     tracemalloc.start()
     try:
         found = read(MediaRef(str(path), member="good.wav"), MediaRef(str(path), member="bad.wav"))

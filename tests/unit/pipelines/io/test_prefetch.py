@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.io import prefetch
-from pipelines.io.media import MediaRef, Unreadable, read_media
-from pipelines.io.prefetch import ReadAhead
+from pipelines.io.media import MediaReadError, MediaRef, read_media
+from pipelines.io.prefetch import OrderedPrefetcher
 
 
 def test_results_come_in_order_and_errors_in_their_place() -> None:
@@ -19,11 +19,11 @@ def test_results_come_in_order_and_errors_in_their_place() -> None:
             raise ValueError("five")
         return number * number
 
-    ahead = ReadAhead(20, fetch, streams=4)
+    ahead = OrderedPrefetcher(20, fetch, streams=4)
     found: list[object] = []
     for _ in range(20):
         try:
-            found.append(ahead.take())
+            found.append(ahead.next_result())
         except ValueError as problem:
             found.append(str(problem))
     ahead.close()
@@ -37,8 +37,8 @@ def test_several_are_on_their_way_at_once() -> None:
         together.wait(timeout=30)  # broken unless three of them meet
         return number
 
-    ahead = ReadAhead(6, fetch, streams=3)
-    assert [ahead.take() for _ in range(6)] == list(range(6))
+    ahead = OrderedPrefetcher(6, fetch, streams=3)
+    assert [ahead.next_result() for _ in range(6)] == list(range(6))
     ahead.close()
 
 
@@ -54,12 +54,12 @@ def test_no_more_bytes_wait_than_there_is_room_for() -> None:
             most = max(most, waiting - (sizes[number] if sizes[number] > 10 else 0))
         return number
 
-    ahead = ReadAhead(len(sizes), fetch, streams=5, held=10)
+    ahead = OrderedPrefetcher(len(sizes), fetch, streams=5, held=10)
     for number in range(len(sizes)):
         # What is taken next counts no longer: its successors may come before it is looked at.
         with lock:
             waiting -= sizes[number]
-        assert ahead.take() == number
+        assert ahead.next_result() == number
     ahead.close()
     # The one whose turn it is needs no room: of those that fit, the largest has 9.
     assert most <= 10 + 9
@@ -71,13 +71,13 @@ def test_who_waits_for_room_is_let_go_at_the_end() -> None:
     def fetch(number: int, grant: Callable[[int], None]) -> int:
         try:
             grant(10)
-        except prefetch.Closed:
+        except prefetch.PrefetchClosedError:
             let_go.set()
             raise
         return number
 
-    ahead = ReadAhead(3, fetch, streams=3, held=10)
-    assert ahead.take() == 0
+    ahead = OrderedPrefetcher(3, fetch, streams=3, held=10)
+    assert ahead.next_result() == 0
     ahead.close()
     assert let_go.wait(timeout=30)
 
@@ -86,8 +86,8 @@ def test_a_file_that_is_not_there_or_a_pipe_is_only_told_of(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(b"abc")
     for name in ("pipe", "none", "file", "with\0null"):
-        prefetch.tell(f"{tmp_path}/{name}", 0, None)
-    prefetch.tell(f"{tmp_path}/file", 2**62, 2**62)
+        prefetch.advise_kernel(f"{tmp_path}/{name}", 0, None)
+    prefetch.advise_kernel(f"{tmp_path}/file", 2**62, 2**62)
 
 
 def test_files_and_objects_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_files_and_objects_in_one_block(tmp_path: Path, monkeypatch: pytest.Monk
         MediaRef("memory://read-ahead/both", 2, 3),
     ]
     told: list[str] = []
-    monkeypatch.setattr(prefetch, "tell", lambda path, *_: told.append(path))
+    monkeypatch.setattr(prefetch, "advise_kernel", lambda path, *_: told.append(path))
     found = list(read_media([None, *(reference.row() for reference in references)]))
-    missing = Unreadable("the media file is missing")
-    assert found == [Unreadable("no media file"), b"one", b"three", missing, missing, b"two"]
+    missing = MediaReadError("the media file is missing")
+    assert found == [MediaReadError("no media file"), b"one", b"three", missing, missing, b"two"]
     assert told == [f"{tmp_path}/three", f"{tmp_path}/none"]

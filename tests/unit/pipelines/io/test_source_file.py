@@ -11,14 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.corpora import guess_reader, place_corpus
+from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.corpora.base import SourceArchives
-from pipelines.corpora.formats.record_reader import Broken, records
-from pipelines.io.directory import Place
+from pipelines.corpora.formats.record_reader import BadRecord, read_records
+from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef, read_media
-from pipelines.io.source_file import SourceFails, open_stream
-from pipelines.preprocessing.blocks import Summary, read_blocks
-from pipelines.preprocessing.datasource import AWAY, Job, units
+from pipelines.io.source_file import SourceReadError, open_stream
+from pipelines.preprocessing.blocks import ReadSummary, read_blocks
+from pipelines.preprocessing.corpus_job import CorpusJob
+from pipelines.preprocessing.datasource import STORE_UNAVAILABLE, read_units
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.directories import StoreUnavailable
@@ -60,16 +61,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "3")
 
 
-def put(name: str, data: bytes) -> Place:
+def put(name: str, data: bytes) -> SourceDirectory:
     fsspec.filesystem("memory").pipe({f"/source-files/{name}": data})
-    return Place(f"memory://source-files/{name}")
+    return SourceDirectory(f"memory://source-files/{name}")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_records_are_read_on_after_an_outage(name: str) -> None:
     place = put(name, FILES[name]())
     with reads_fail(2, place=900) as faults:
-        found = [record for _, record in records(place, "")]
+        found = [record for _, record in read_records(place, "")]
     assert faults["left"] == 0
     assert found == ROWS
 
@@ -79,7 +80,7 @@ def test_an_outage_that_lasts_is_no_bad_row(name: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
     place = put(name, FILES[name]())
     with reads_fail(10**6, place=900), pytest.raises(StoreUnavailable, match=f"{name}: the store"):
-        list(records(place, ""))
+        list(read_records(place, ""))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -90,7 +91,7 @@ def test_tars_are_read_on_after_an_outage(
     folder = user_corpora.webdataset(tmp_path)
     data = (folder / "train-000000.tar").read_bytes()
     place = put(name, gzip.compress(data, 1) if packed else data)
-    corpus = place_corpus("mine", f"webdataset:{place.uri}")
+    corpus = open_external_corpus("mine", f"webdataset:{place.uri}")
     with reads_fail(2, place=4000) as faults:
         rows, reasons = read(corpus)
     assert faults["left"] == 0
@@ -106,7 +107,7 @@ def test_a_speakers_archive_waits_for_its_store(
 ) -> None:
     folder = user_corpora.aishell1(tmp_path)
     fsspec.filesystem("memory").put(str(folder), "/source-files/aishell", recursive=True)
-    corpus = place_corpus("aishell1", "memory://source-files/aishell")
+    corpus = open_external_corpus("aishell1", "memory://source-files/aishell")
     with reads_fail(2, place=10, name=".tar.gz") as faults:
         rows, _ = read(corpus)
     assert (faults["left"], len(rows["train"])) == (0, 15)
@@ -120,10 +121,12 @@ def test_a_store_that_is_away_is_told_to_the_driver(
 ) -> None:
     """As a unit of work: Ray would wrap the exception."""
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
-    corpus = place_corpus("mine", f"folder:{put('rows.jsonl', lines(ROWS)).uri}")
+    corpus = open_external_corpus("mine", f"folder:{put('rows.jsonl', lines(ROWS)).uri}")
     with reads_fail(10**6, place=900):
-        *_, last = units(0, Job(corpus, SourceArchives.none(), tmp_path))
-    assert last["shard"][0].as_py() == AWAY
+        *_, last = read_units(
+            0, CorpusJob(corpus, SourceArchives.none(), tmp_path, staging_dir=tmp_path)
+        )
+    assert last["shard"][0].as_py() == STORE_UNAVAILABLE
     assert "rows.jsonl: the store did not answer" in last["raw"][0].as_py().decode()
 
 
@@ -131,7 +134,7 @@ def test_a_file_that_is_replaced_meanwhile_is_not_mixed() -> None:
     place = put("rows.jsonl", lines(ROWS))
     with reads_fail(1, place=900), open_stream(place.uri) as stream:
         put("rows.jsonl", lines(ROWS[:30]))
-        with pytest.raises(SourceFails, match="replaced while it was read"):
+        with pytest.raises(SourceReadError, match="replaced while it was read"):
             stream.read()
 
 
@@ -142,20 +145,20 @@ def test_a_disk_that_fails_is_named(tmp_path: Path, name: str) -> None:
     reader = "webdataset" if "tar" in name else "folder"
     message = rf"{name}: cannot be read \(I.*\)\. .*no row is set aside"
     with pytest.raises(UserError, match=message):
-        place_corpus(reader, str(tmp_path))
+        open_external_corpus(reader, str(tmp_path))
     if reader == "webdataset":
         with pytest.raises(UserError, match=message):
-            guess_reader(Place(str(tmp_path)))
+            detect_reader(SourceDirectory(str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".gz", ".json"))])
 def test_damage_still_is_damage(name: str) -> None:
     whole = FILES[name]()
     place = put(name, whole[: len(whole) // 2])
-    *good, last = [record for _, record in records(place, "")]
+    *good, last = [record for _, record in read_records(place, "")]
     assert good == ROWS[: len(good)]
-    assert isinstance(last, Broken)
-    assert last.rest
+    assert isinstance(last, BadRecord)
+    assert last.truncates_file
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
@@ -166,16 +169,16 @@ def test_lines_that_end_in_the_midst_of_one_are_cut_short(tmp_path: Path, name: 
     cut = b"".join(every[:before]) + every[before][:10]
     for ending, rest in ((b"", True), (b"\n", False)):
         (tmp_path / name).write_bytes(cut + ending)
-        found = [record for _, record in records(Place(str(tmp_path / name)), "")]
+        found = [record for _, record in read_records(SourceDirectory(str(tmp_path / name)), "")]
         assert found[:-1] == ROWS[:9]
-        assert isinstance(found[-1], Broken)
-        assert found[-1].rest == rest
+        assert isinstance(found[-1], BadRecord)
+        assert found[-1].truncates_file == rest
 
 
-def summary(place: str, folder: Path, reader: str = "folder") -> Summary:
-    corpus = place_corpus("mine", f"{reader}:{place}")
+def summary(place: str, folder: Path, reader: str = "folder") -> ReadSummary:
+    corpus = open_external_corpus("mine", f"{reader}:{place}")
     *_, last = read_blocks(corpus, SourceArchives.none(), folder / "rejected.jsonl")
-    assert isinstance(last, Summary)
+    assert isinstance(last, ReadSummary)
     return last
 
 
@@ -184,17 +187,17 @@ def test_the_rest_of_a_file_weighs_as_a_file(tmp_path: Path) -> None:
     whole = FILES["rows.json"]()
     (tmp_path / "rows.json").write_bytes(whole[: len(whole) // 6])
     found = summary(str(tmp_path / "rows.json"), tmp_path)
-    assert found.bad == {"JSON damaged from here on (cut short)": 1}
+    assert found.errors == {"JSON damaged from here on (cut short)": 1}
     good = found.rows - 1
-    assert found.broken == {
+    assert found.truncated_files == {
         "rows.json": f"after {good} rows (JSON damaged from here on (cut short))"
     }
-    told = found.too_broken(0.1)
+    told = found.truncation_error(0.1)
     assert told.startswith(
         "1 of 1 files break off, and what stands behind is lost: rows.json after"
     )
-    assert "--max_bad 1.00" in told
-    assert not found.too_broken(1.0)
+    assert "--max_error_rate 1.00" in told
+    assert not found.truncation_error(1.0)
 
 
 def test_one_tar_of_many_may_break_off(tmp_path: Path) -> None:
@@ -204,28 +207,28 @@ def test_one_tar_of_many_may_break_off(tmp_path: Path) -> None:
     cut = tmp_path / "train-3.tar.gz"
     cut.write_bytes(cut.read_bytes()[:150])
     found = summary(str(tmp_path), tmp_path, "webdataset")
-    assert list(found.broken) == ["train-3.tar.gz"]
-    assert found.files == 12
-    assert not found.too_broken(0.1)
-    assert found.too_broken(0.08)
+    assert list(found.truncated_files) == ["train-3.tar.gz"]
+    assert found.num_files == 12
+    assert not found.truncation_error(0.1)
+    assert found.truncation_error(0.08)
 
 
 def test_a_bucket_that_is_away(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found, listed and read alike: patience, then one message, whatever the client raises."""
     directories.write_bytes(f"{object_store.uri}/away/rows.jsonl", lines(ROWS))
-    place = Place(f"{object_store.uri}/away")
+    place = SourceDirectory(f"{object_store.uri}/away")
     reference = MediaRef(f"{object_store.uri}/away/rows.jsonl").row()
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
     object_store.door.shut()
     try:
         for action in (
-            lambda: Place(f"{object_store.uri}/away"),
+            lambda: SourceDirectory(f"{object_store.uri}/away"),
             lambda: place.entries("other"),
-            lambda: list(records(place, "rows.jsonl")),
+            lambda: list(read_records(place, "rows.jsonl")),
             lambda: list(read_media([reference])),
         ):
             with pytest.raises(StoreUnavailable, match=r"away.* did not answer for 1 s"):
                 action()
     finally:
         object_store.door.unshut()
-    assert [record for _, record in records(place, "rows.jsonl")] == ROWS
+    assert [record for _, record in read_records(place, "rows.jsonl")] == ROWS

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,27 @@ import pyarrow as pa
 import pytest
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.io.key_set import Seen
+from pipelines.io.key_set import KeySet
 from pipelines.io.media import MEDIA, MediaRef
 from pipelines.preprocessing import blocks as blocks_module
-from pipelines.preprocessing.blocks import LONGEST_TEXT, TWICE, Block, Summary, read_blocks
-from pipelines.preprocessing.datasource import Job, units
-from pipelines.preprocessing.progress import MOST_REASONS, counted
-from pipelines.preprocessing.spool import pack, read_spool, rejected_beside, unpack, write_spool
-from pipelines.preprocessing.staging import REJECTED_ROWS, partial, write_entry
+from pipelines.preprocessing.blocks import (
+    DUPLICATE_KEY,
+    MAX_TEXT_LENGTH,
+    ReadSummary,
+    RowBlock,
+    read_blocks,
+)
+from pipelines.preprocessing.corpus_job import CorpusJob
+from pipelines.preprocessing.datasource import read_units
+from pipelines.preprocessing.progress import MAX_REASONS, count_reasons
+from pipelines.preprocessing.spool import (
+    pack_unit,
+    read_spool,
+    rejected_rows_path,
+    unpack_unit,
+    write_spool,
+)
+from pipelines.preprocessing.staging import REJECTED_ROWS, staging_dir, write_shard_entry
 from pipelines.preprocessing.transform_task import split_rejected
 from skillnet_platform.errors import UserError
 from tests.helpers.synthetic_corpora import Made, put_archive
@@ -36,7 +50,9 @@ def row(key: str, **more: Any) -> Row:
     return {"split": "train", "key": key, "group": 1, "text": "x", **more}
 
 
-def read(rows: list[Row | RejectedRow], folder: Path) -> tuple[list[Block], Summary, list[Any]]:
+def read(
+    rows: list[Row | RejectedRow], folder: Path
+) -> tuple[list[RowBlock], ReadSummary, list[Any]]:
     corpus = Given()
     corpus.given = tuple(rows)
     *blocks, summary = read_blocks(corpus, SourceArchives(folder, ()), folder / "rejected")
@@ -49,17 +65,20 @@ def test_blocks_are_full_but_the_last_of_each_split(tmp_path: Path) -> None:
     blocks, summary, _ = read(rows, tmp_path)
     found = [(b.split, b.shard, b.table.num_rows) for b in blocks]
     assert found == [("train", 0, 8), ("train", 1, 8), ("test", 0, 5), ("train", 2, 4)]
-    assert (summary.counts, summary.shards) == ({"test": 5, "train": 20}, {"test": 1, "train": 3})
+    assert (summary.split_rows, summary.split_shards) == (
+        {"test": 5, "train": 20},
+        {"test": 1, "train": 3},
+    )
     assert len({block.keys for block in blocks}) == 4
 
 
 def test_long_texts_fill_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few megabytes unpack to thousands of texts of a million characters."""
-    monkeypatch.setattr(blocks_module, "MOST_TEXT", 1000)
+    monkeypatch.setattr(blocks_module, "MAX_BLOCK_CHARACTERS", 1000)
     rows = [row(str(n), text="长" * (400 if n < 6 else 1)) for n in range(12)]
     blocks, summary, _ = read(rows, tmp_path)
     assert [(b.shard, b.table.num_rows) for b in blocks] == [(0, 3), (1, 3), (2, 6)]
-    assert summary.shards == {"train": 3}
+    assert summary.split_shards == {"train": 3}
 
 
 def test_what_does_not_fit_is_told_with_its_place(tmp_path: Path) -> None:
@@ -67,7 +86,7 @@ def test_what_does_not_fit_is_told_with_its_place(tmp_path: Path) -> None:
         row("a", file="list.jsonl", row=1),
         row("a", file="list.jsonl", row=2),
         row("b", file="list.jsonl", row=3, text=["not", "one", "text"]),
-        row("c", text="长" * (LONGEST_TEXT + 1)),
+        row("c", text="长" * (MAX_TEXT_LENGTH + 1)),
         row("d \udcff"),
         row("e", group="three"),
         RejectedRow("f", "by choice"),
@@ -76,21 +95,21 @@ def test_what_does_not_fit_is_told_with_its_place(tmp_path: Path) -> None:
     (block,), summary, lines = read(rows, tmp_path)
     assert block.table["key"].to_pylist() == ["a", "g"]
     assert {(line["key"], line["reason"]) for line in lines} == {
-        ("a", TWICE),
+        ("a", DUPLICATE_KEY),
         ("b", "text is of type list, expected string"),
-        ("c", f"text is longer than {LONGEST_TEXT} characters"),
+        ("c", f"text is longer than {MAX_TEXT_LENGTH} characters"),
         ("d \udcff", "key is not Unicode text"),
         ("e", "group is of type str, expected int64"),
         ("f", "by choice"),
     }
-    assert {"key": "a", "file": "list.jsonl", "row": 2, "reason": TWICE} in lines
+    assert {"key": "a", "file": "list.jsonl", "row": 2, "reason": DUPLICATE_KEY} in lines
     assert summary.rows == 8
-    assert sum(summary.bad.values()) == 5
-    assert "by choice" not in summary.bad
+    assert sum(summary.errors.values()) == 5
+    assert "by choice" not in summary.errors
 
 
 def test_keys_are_found_again_wherever_they_are_kept() -> None:
-    with Seen(in_memory=10) as seen:
+    with KeySet(in_memory=10) as seen:
         assert all(seen.add(str(number)) for number in range(57))
         assert not any(seen.add(str(number)) for number in range(57))
         assert seen.add("\udcff")
@@ -99,9 +118,9 @@ def test_keys_are_found_again_wherever_they_are_kept() -> None:
 
 def test_a_unit_of_work_gives_its_rows_back_without_a_copy(tmp_path: Path) -> None:
     (block,), _, _ = read([row("a"), row("b", text="二")], tmp_path)
-    unit = pack(block)
+    unit = pack_unit(block)
     before = pa.total_allocated_bytes()
-    table = unpack(unit)
+    table = unpack_unit(unit)
     assert pa.total_allocated_bytes() == before
     assert table.equals(block.table)
 
@@ -110,13 +129,15 @@ def test_a_spool_gives_what_reading_gives(tmp_path: Path) -> None:
     archives = put_archive(tmp_path)
     corpus = Made()
     write_spool(corpus, SourceArchives(archives, corpus.archives), tmp_path / "made.arrows")
-    job = Job(corpus, SourceArchives(archives, corpus.archives), tmp_path)
-    live = list(units(3, job))
+    job = CorpusJob(
+        corpus, SourceArchives(archives, corpus.archives), tmp_path, staging_dir=tmp_path
+    )
+    live = list(read_units(3, job))
     told = (tmp_path / REJECTED_ROWS).read_bytes()
-    spooled = list(units(3, Job(corpus, job.sources, tmp_path, spool=tmp_path / "made.arrows")))
+    spooled = list(read_units(3, replace(job, spool=tmp_path / "made.arrows")))
     assert all(a.equals(b) for a, b in zip(live, spooled, strict=True))
     assert len(live) == len(list(read_spool(tmp_path / "made.arrows"))) == 13
-    assert told == rejected_beside(tmp_path / "made.arrows").read_bytes()
+    assert told == rejected_rows_path(tmp_path / "made.arrows").read_bytes()
 
 
 def test_a_disk_that_fills_up_while_rows_are_spooled_is_a_message(tmp_path: Path) -> None:
@@ -156,23 +177,28 @@ def test_the_quarantine_tells_where_a_row_stands_and_its_medium() -> None:
 def test_finished_blocks_are_not_given_again_unless_their_rows_changed(tmp_path: Path) -> None:
     archives = put_archive(tmp_path)
     corpus = Made()
-    job = Job(corpus, SourceArchives(archives, corpus.archives), tmp_path)
-    every = list(units(0, job))
+    job = CorpusJob(
+        corpus, SourceArchives(archives, corpus.archives), tmp_path, staging_dir=tmp_path
+    )
+    every = list(read_units(0, job))
     keys = {f"{u['split'][0]}-{u['shard'][0].as_py():05d}": u["keys"][0].as_py() for u in every[:3]}
     first = next(iter(keys))
-    job = Job(corpus, job.sources, tmp_path, finished=keys | {first: "of other rows"})
-    again = list(units(0, job))
+    job = replace(job, finished_keys=keys | {first: "of other rows"})
+    again = list(read_units(0, job))
     assert len(again) == len(every) - 2
     assert again[-1]["units"][0].as_py() == len(again) - 1
 
 
 def test_a_folder_in_the_making_goes_with_its_last_shard(tmp_path: Path) -> None:
     table = pa.table({"key": ["a"]})
-    with pytest.raises(ValueError, match="stop"), partial(tmp_path / "made", {"a": 1}) as folder:
-        write_entry(folder, "train", 0, table, [], "")
+    with (
+        pytest.raises(ValueError, match="stop"),
+        staging_dir(tmp_path / "made", {"a": 1}) as folder,
+    ):
+        write_shard_entry(folder, "train", 0, table, [], "")
         raise ValueError("stop")
     assert folder.is_dir()
-    with partial(tmp_path / "made", {"a": 2}):
+    with staging_dir(tmp_path / "made", {"a": 2}):
         assert not folder.exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -180,8 +206,8 @@ def test_a_folder_in_the_making_goes_with_its_last_shard(tmp_path: Path) -> None
 def test_rare_reasons_are_counted_together() -> None:
     from collections import Counter
 
-    reasons = Counter({f"reason {n}": n for n in range(1, MOST_REASONS + 11)})
-    told = counted(reasons)
-    assert len(told) == MOST_REASONS + 1
+    reasons = Counter({f"reason {n}": n for n in range(1, MAX_REASONS + 11)})
+    told = count_reasons(reasons)
+    assert len(told) == MAX_REASONS + 1
     assert told["other reasons"] == sum(range(1, 11))
     assert sum(told.values()) == reasons.total()

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.corpora import ExternalCorpus, place_corpus
+from pipelines.corpora import ExternalCorpus, open_external_corpus
 from pipelines.preprocessing import prepare as preparing
 from pipelines.shards.format import manifest_digest, write_shard
 from skillnet_platform.cluster import connect as cluster_connect
@@ -39,7 +39,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def put(data: Path, corpus: ExternalCorpus) -> None:
     """The corpus as if it had been prepared: its manifest, and a shard of nothing."""
-    corpus.survey()
+    corpus.scan_labels()
     home = data / corpus.name
     home.mkdir(parents=True)
     entry = write_shard(pa.table({"key": ["a"]}), home / "train-00000.arrow")
@@ -49,7 +49,7 @@ def put(data: Path, corpus: ExternalCorpus) -> None:
         "modality": corpus.modality,
         "task": corpus.task,
         "splits": {"train": {"rows": 1, "shards": [entry]}},
-        **preparing.identity_of(corpus, corpus.other_sources(), data),
+        **preparing.build_corpus_identity(corpus, corpus.extra_sources(), data),
         **corpus.facts(),
         "rows_in": 1,
         "rows_out": 1,
@@ -71,33 +71,33 @@ def test_nothing_is_read_where_the_listing_tells_that_nothing_changed(
     place: str, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    put(data, place_corpus("mine", place))
-    corpus = deaf(place_corpus("mine", place))
-    done = preparing.prepare([], data, tmp_path, placed=[corpus])
-    assert done["mine"]["state"] == "unchanged"
+    put(data, open_external_corpus("mine", place))
+    corpus = deaf(open_external_corpus("mine", place))
+    done = preparing.prepare([], data, tmp_path, external=[corpus])
+    assert done["mine"]["state"] == "cached"
     told = json.loads((data / "mine" / "manifest.json").read_text())
     assert corpus.facts() == {key: told[key] for key in corpus.facts()}
 
 
 def test_what_was_added_is_read(place: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    put(data, place_corpus("mine", place))
+    put(data, open_external_corpus("mine", place))
     first = next(path for path in sorted((tmp_path / "given").rglob("*.*")) if path.is_file())
     first.with_name(f"new{first.suffix}").write_bytes(first.read_bytes() + b"\n")
     with pytest.raises(AssertionError, match="a row is read"):
-        preparing.prepare([], data, tmp_path, placed=[deaf(place_corpus("mine", place))])
+        preparing.prepare([], data, tmp_path, external=[deaf(open_external_corpus("mine", place))])
     with pytest.raises(Started):
-        preparing.prepare([], data, tmp_path, placed=[place_corpus("mine", place)])
+        preparing.prepare([], data, tmp_path, external=[open_external_corpus("mine", place)])
 
 
 def test_other_classes_are_not_taken_from_the_manifest(place: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    put(data, place_corpus("mine", place))
+    put(data, open_external_corpus("mine", place))
     before = json.loads((data / "mine" / "manifest.json").read_text())
     changed = before | {"preprocessing_digest": "of other options", "labels": [], "symbols": []}
     changed["digest"] = manifest_digest(changed)
     (data / "mine" / "manifest.json").write_text(json.dumps(changed))
-    corpus = place_corpus("mine", place)
+    corpus = open_external_corpus("mine", place)
     with pytest.raises(Started):
-        preparing.prepare([], data, tmp_path, placed=[corpus])
+        preparing.prepare([], data, tmp_path, external=[corpus])
     assert corpus.facts() == {key: before[key] for key in corpus.facts()}

@@ -1,4 +1,4 @@
-"""When a corpus in the making is stopped for its bad rows."""
+"""When a corpus is stopped because of its error rate."""
 
 import json
 from pathlib import Path
@@ -6,94 +6,101 @@ from typing import Any
 
 import pytest
 
-from pipelines.preprocessing.datasource import Order
-from pipelines.preprocessing.progress import WORTH_STOPPING, Making
-from pipelines.preprocessing.staging import READ, REJECTED_ROWS
+from pipelines.corpora.base import SourceArchives
+from pipelines.preprocessing.corpus_job import CorpusJob
+from pipelines.preprocessing.progress import MIN_ROWS_TO_STOP, CorpusProgress
+from pipelines.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS
 from skillnet_platform.errors import UserError
 from tests.helpers.synthetic_corpora import Made
 
 
-def making(folder: Path) -> Making:
-    partial = folder / ".made.partial"
-    partial.mkdir()
-    return Making(Order(Made(), folder / "made", {}), partial, {})
+def start_progress(folder: Path) -> CorpusProgress:
+    """Return the progress of a corpus without finished shards."""
+    staging = folder / ".made.partial"
+    staging.mkdir(exist_ok=True)
+    job = CorpusJob(Made(), SourceArchives.none(), folder / "made", staging_dir=staging)
+    return CorpusProgress(job, {})
 
 
-def shard(number: int, rows: int, **bad: int) -> dict[str, Any]:
+def shard_result(number: int, rows: int, **bad: int) -> dict[str, Any]:
     return {"stem": f"train-{number:05d}", "entry": None, "rows": rows, "bad": bad}
 
 
-def read(rows: int, **bad: int) -> dict[str, Any]:
-    return {"counts": {"train": rows}, "reasons": {"by choice": 5} | bad, "bad": bad}
+def read_summary(rows: int, **errors: int) -> dict[str, Any]:
+    rejections = {"by choice": 5} | errors
+    return {"split_rows": {"train": rows}, "rejections": rejections, "errors": errors}
 
 
-def is_over(state: Making, units: int, summary: dict[str, Any]) -> None:
-    told = {"summary": summary, "units": units}
-    (state.folder / READ).write_text(json.dumps(told), encoding="utf-8")
+def end_reading(progress: CorpusProgress, units: int, summary: dict[str, Any]) -> None:
+    """Write the file that the reading task leaves when it has ended."""
+    text = json.dumps({"summary": summary, "units": units})
+    (progress.job.staging_dir / READ_SUMMARY).write_text(text, encoding="utf-8")
 
 
 def test_bad_rows_at_the_head_of_a_corpus_do_not_stop_it(tmp_path: Path) -> None:
-    """Half of what is done is bad; of all rows it is a twentieth."""
-    state = making(tmp_path)
-    state.count(shard(0, 8192, damaged=4096))
-    state.judge(0.1)
-    is_over(state, 10, read(8192 * 10, cut=100))
-    state.judge(0.1)
+    """Half of the finished rows are bad, but only a twentieth of all rows."""
+    progress = start_progress(tmp_path)
+    progress.add_result(shard_result(0, 8192, damaged=4096))
+    progress.check_error_rate(0.1)
+    end_reading(progress, 10, read_summary(8192 * 10, cut=100))
+    progress.check_error_rate(0.1)
 
 
-def test_it_is_stopped_as_soon_as_the_share_is_certain(tmp_path: Path) -> None:
-    state = making(tmp_path)
-    state.count(shard(0, 1000, damaged=800))
-    is_over(state, 20, read(WORTH_STOPPING, cut=150))
-    state.judge(0.1)
-    state.count(shard(1, 1000, damaged=200))
-    with pytest.raises(UserError, match=r"made: at least 1150 of 10155 rows.*11\.3%") as told:
-        state.judge(0.1)
-    assert "1000 × damaged; 150 × cut" in str(told.value)
-    assert "--max_bad" not in str(told.value)
+def test_a_corpus_is_stopped_as_soon_as_the_error_rate_is_certain(tmp_path: Path) -> None:
+    progress = start_progress(tmp_path)
+    progress.add_result(shard_result(0, 1000, damaged=800))
+    end_reading(progress, 20, read_summary(MIN_ROWS_TO_STOP, cut=150))
+    progress.check_error_rate(0.1)
+    progress.add_result(shard_result(1, 1000, damaged=200))
+    with pytest.raises(UserError, match=r"made: at least 1150 of 10155 rows.*11\.3%") as error:
+        progress.check_error_rate(0.1)
+    assert "1000 × damaged; 150 × cut" in str(error.value)
+    assert "--max_error_rate" not in str(error.value)
 
 
-def test_a_large_corpus_most_of_which_is_bad_is_not_read_to_its_end(tmp_path: Path) -> None:
-    state = making(tmp_path)
-    state.count(shard(0, WORTH_STOPPING // 2, damaged=WORTH_STOPPING // 2))
-    state.judge(0.1)
-    state.count(shard(1, WORTH_STOPPING // 2, damaged=1))
-    with pytest.raises(UserError, match=r"5001 of the first 10000 rows.*50\.0%.*mend the files"):
-        state.judge(0.1)
-    state.judge(0.6)
+def test_a_large_corpus_with_mostly_bad_rows_is_not_read_to_its_end(tmp_path: Path) -> None:
+    progress = start_progress(tmp_path)
+    progress.add_result(shard_result(0, MIN_ROWS_TO_STOP // 2, damaged=MIN_ROWS_TO_STOP // 2))
+    progress.check_error_rate(0.1)
+    progress.add_result(shard_result(1, MIN_ROWS_TO_STOP // 2, damaged=1))
+    with pytest.raises(UserError, match=r"5001 of the first 10000 rows.*50\.0%.*fix the files"):
+        progress.check_error_rate(0.1)
+    progress.check_error_rate(0.6)
 
 
-def test_a_small_corpus_is_looked_at_whole(tmp_path: Path) -> None:
-    state = making(tmp_path)
-    is_over(state, 2, read(90, cut=20))
-    state.count(shard(0, 50, damaged=5))
-    state.judge(0.1)
-    state.count(shard(1, 40))
-    with pytest.raises(UserError, match=r"made: 25 of 115 rows.*21\.7%.*--max_bad 0\.22") as told:
-        state.judge(0.1)
-    assert "20 × cut; 5 × damaged" in str(told.value)
+def test_a_small_corpus_is_read_completely_before_it_is_stopped(tmp_path: Path) -> None:
+    progress = start_progress(tmp_path)
+    end_reading(progress, 2, read_summary(90, cut=20))
+    progress.add_result(shard_result(0, 50, damaged=5))
+    progress.check_error_rate(0.1)
+    progress.add_result(shard_result(1, 40))
+    message = r"made: 25 of 115 rows.*21\.7%.*--max_error_rate 0\.22"
+    with pytest.raises(UserError, match=message) as error:
+        progress.check_error_rate(0.1)
+    assert "20 × cut; 5 × damaged" in str(error.value)
 
 
-def test_nobody_is_told_to_go_on_without_most_of_a_corpus(tmp_path: Path) -> None:
-    state = making(tmp_path)
-    state.count({"summary": read(0, cut=95), "units": 0})
-    with pytest.raises(UserError, match=r"95 of 100 rows.*95 × cut.*mend the files") as told:
-        state.judge(0.1)
-    assert "--max_bad" not in str(told.value)
+def test_a_message_about_mostly_bad_rows_does_not_advise_a_higher_limit(tmp_path: Path) -> None:
+    progress = start_progress(tmp_path)
+    progress.add_result({"summary": read_summary(0, cut=95), "units": 0})
+    with pytest.raises(UserError, match=r"95 of 100 rows.*95 × cut.*fix the files") as error:
+        progress.check_error_rate(0.1)
+    assert "--max_error_rate" not in str(error.value)
 
 
-def test_what_an_earlier_run_read_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    partial = tmp_path / ".made.partial"
-    partial.mkdir()
-    (partial / READ).write_text('{"summary": {"bad": {"cut": 9}}, "units": 0}', encoding="utf-8")
-    Making(Order(Made(), tmp_path / "made", {}), partial, {}).judge(0.1)
+def test_the_read_summary_of_an_earlier_run_is_ignored(tmp_path: Path) -> None:
+    staging = tmp_path / ".made.partial"
+    staging.mkdir()
+    text = '{"summary": {"errors": {"cut": 9}}, "units": 0}'
+    (staging / READ_SUMMARY).write_text(text, encoding="utf-8")
+    start_progress(tmp_path).check_error_rate(0.1)
 
 
-def test_a_corpus_without_a_row_to_train_on_is_not_put_in_place(tmp_path: Path) -> None:
-    state = making(tmp_path)
-    (state.folder / REJECTED_ROWS).touch()
-    state.count({"summary": {"reasons": {}}, "units": 0})
-    assert state.is_complete()
+def test_a_corpus_without_a_row_to_train_on_is_not_published(tmp_path: Path) -> None:
+    progress = start_progress(tmp_path)
+    (progress.job.staging_dir / REJECTED_ROWS).touch()
+    progress.add_result({"summary": {"rejections": {}}, "units": 0})
+    assert progress.is_complete()
     with pytest.raises(UserError, match="made: no row is left to train on"):
-        state.finish()
+        progress.finish()
     assert not (tmp_path / "made").exists()

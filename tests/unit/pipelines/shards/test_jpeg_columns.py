@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from pipelines.corpora.base import RejectedRow, SourceArchives
-from pipelines.corpora.readers.folder import Folder
-from pipelines.preprocessing.blocks import to_table
+from pipelines.corpora.readers.folder import FolderCorpus
+from pipelines.preprocessing.blocks import rows_to_table
 from pipelines.preprocessing.transform_task import transform_block
-from pipelines.shards.columns import Encoded, Fixed, open_column
-from pipelines.shards.jpeg import decode, encode, encoded_field, is_encoded
+from pipelines.shards.columns import FixedColumn, JpegColumn, open_column
+from pipelines.shards.jpeg import decode_jpegs, encode_jpeg, jpeg_field, uses_jpeg
 from pipelines.transforms import video
 from skillnet_platform.errors import UserError
 from tests.helpers.video_files import encode_video
@@ -33,38 +33,38 @@ def smooth(shape: tuple[int, ...], number: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [PICTURE, CLIP])
 def test_rows_come_back_nearly_as_they_were(shape: tuple[int, ...]) -> None:
     rows = [smooth(shape, number) for number in range(5)]
-    cells = [encode(row) for row in rows]
-    back = decode(cells, shape)
+    cells = [encode_jpeg(row) for row in rows]
+    back = decode_jpegs(cells, shape)
     assert back.shape == (5, *shape)
     assert np.abs(back.astype(int) - np.stack(rows)).mean() < 2
     assert sum(map(len, cells)) < 0.2 * sum(row.nbytes for row in rows)
-    assert cells == [encode(row) for row in rows]
+    assert cells == [encode_jpeg(row) for row in rows]
 
 
 def test_storage_goes_by_size_unless_it_is_told() -> None:
-    assert not is_encoded((48, 48, 3), "auto")
-    assert is_encoded(PICTURE, "auto")
-    assert is_encoded((48, 48, 3), "encoded")
-    assert not is_encoded(PICTURE, "raw")
-    assert not is_encoded((400, 224, 224, 1), "auto")  # too high a strip
+    assert not uses_jpeg((48, 48, 3), "auto")
+    assert uses_jpeg(PICTURE, "auto")
+    assert uses_jpeg((48, 48, 3), "encoded")
+    assert not uses_jpeg(PICTURE, "raw")
+    assert not uses_jpeg((400, 224, 224, 1), "auto")  # too high a strip
     with pytest.raises(ValueError, match="higher than 65535"):
-        is_encoded((400, 224, 224, 1), "encoded")
+        uses_jpeg((400, 224, 224, 1), "encoded")
 
 
 def column(rows: int = 6, chunks: int = 2) -> tuple[pa.Table, np.ndarray]:
     """An encoded column in several chunks, and its decoded rows."""
-    cells = [encode(smooth(PICTURE, number)) for number in range(rows)]
-    schema = pa.schema([encoded_field("pixels", PICTURE)])
+    cells = [encode_jpeg(smooth(PICTURE, number)) for number in range(rows)]
+    schema = pa.schema([jpeg_field("pixels", PICTURE)])
     parts = [pa.table([cells[i::chunks]], schema=schema) for i in range(chunks)]
     order = [number for i in range(chunks) for number in range(rows)[i::chunks]]
-    return pa.concat_tables(parts), decode(cells, PICTURE)[order]
+    return pa.concat_tables(parts), decode_jpegs(cells, PICTURE)[order]
 
 
 def test_a_column_is_read_in_any_order_across_shards() -> None:
     table, want = column()
     opened = open_column(table, "pixels", "made/train")
-    assert isinstance(opened, Encoded)
-    assert isinstance(opened, Fixed)  # what reads raw pixels reads these too
+    assert isinstance(opened, JpegColumn)
+    assert isinstance(opened, FixedColumn)  # what reads raw pixels reads these too
     assert len(opened) == 6
     rows = np.array([5, 0, 3, 3])
     assert np.array_equal(opened.take(rows), want[rows])
@@ -74,7 +74,7 @@ def test_a_column_is_read_in_any_order_across_shards() -> None:
 
 
 def test_what_is_no_jpeg_of_that_shape_is_named() -> None:
-    schema = pa.schema([encoded_field("pixels", PICTURE)])
+    schema = pa.schema([jpeg_field("pixels", PICTURE)])
     small = io.BytesIO()
     Image.new("RGB", (8, 8)).save(small, "JPEG")
     table = pa.table([[b"no picture", small.getvalue()]], schema=schema)
@@ -92,7 +92,7 @@ def test_a_folder_is_prepared_encoded_and_its_bad_rows_set_aside(tmp_path: Path,
     if kind == "image":
         Image.fromarray(smooth((300, 400, 3), 3)).save(good, "JPEG", quality=95)
     else:
-        good.write(encode_video(video.draw_paths(PATHS, 8, 64)))
+        good.write(encode_video(video.draw_pen_paths(PATHS, 8, 64)))
     lines = []
     for number, data in enumerate([good.getvalue(), b"rubbish", good.getvalue()]):
         (tmp_path / f"{number}.{ending}").write_bytes(data)
@@ -101,11 +101,11 @@ def test_a_folder_is_prepared_encoded_and_its_bad_rows_set_aside(tmp_path: Path,
     size = {"size": 224} if kind == "image" else {"video_size": 96}
     corpora = {}
     for storage in ("encoded", "raw"):
-        corpus = Folder(str(tmp_path), Folder.Options(storage=storage, **size))
+        corpus = FolderCorpus(str(tmp_path), FolderCorpus.Options(storage=storage, **size))
         rows = [r for r in corpus.rows(SourceArchives.none()) if not isinstance(r, RejectedRow)]
-        corpus.has = ()  # the pixels alone: no tokenizer is at hand
-        corpus.settle()
-        made = transform_block(corpus, None, to_table(corpus, rows)[0])
+        corpus.annotations_present = ()  # the pixels alone: no tokenizer is at hand
+        corpus.finalize_schema()
+        made = transform_block(corpus, None, rows_to_table(corpus, rows)[0])
         name = "pixels" if kind == "image" else "frames"
         schema = pa.schema([corpus.schema("train").field(name)])
         kept = made.filter(pa.compute.is_null(made["rejected"])).select([name]).cast(schema)

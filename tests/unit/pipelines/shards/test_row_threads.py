@@ -10,7 +10,7 @@ from pipelines.config.data import AugmentConfig
 from pipelines.loading import augment
 from pipelines.loading.augment import Draws
 from pipelines.shards import row_threads
-from pipelines.shards.row_threads import over_rows
+from pipelines.shards.row_threads import map_row_slices
 
 
 @pytest.fixture(params=[1, 3, 8])
@@ -29,7 +29,7 @@ def test_every_row_comes_once(cores: int, count: int) -> None:
     def mark(mine: slice) -> None:
         seen[mine] += 1
 
-    over_rows(count, mark)
+    map_row_slices(count, mark)
     assert (seen == 1).all()
 
 
@@ -39,18 +39,18 @@ def test_an_error_in_a_thread_is_raised(cores: int) -> None:
             raise ValueError("the last rows")
 
     with pytest.raises(ValueError, match="the last rows"):
-        over_rows(64, fail)
+        map_row_slices(64, fail)
 
 
 def test_no_more_threads_than_the_process_computes_with() -> None:
     before = row_threads._limit
     try:
-        row_threads.limit(1)
+        row_threads.limit_row_threads(1)
         seen = []
-        over_rows(640, seen.append)
+        map_row_slices(640, seen.append)
         assert seen == [slice(0, 640)]
     finally:
-        row_threads.limit(before)
+        row_threads.limit_row_threads(before)
 
 
 def test_pictures_and_clips_change_alike_however_many_threads(cores: int) -> None:

@@ -71,9 +71,9 @@ def test_a_shard_that_may_have_changed_is_hashed_again(corpus: Path, hashed: lis
 def test_notes_that_are_damaged_or_cannot_be_kept_only_cost_time(
     corpus: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (corpus / checksums.NOTES).write_text('{"train-')
+    (corpus / checksums.VERIFIED_NOTES).write_text('{"train-')
     open_corpus(corpus).splits["train"].table()
-    (corpus / checksums.NOTES).unlink()
+    (corpus / checksums.VERIFIED_NOTES).unlink()
 
     def refused(path: Path, mode: str) -> None:
         raise PermissionError(path)

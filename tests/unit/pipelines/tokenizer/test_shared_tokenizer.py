@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.preprocessing import prepare as preparing
 from pipelines.preprocessing import remote_staging
 from pipelines.tokenizer import selection
@@ -24,7 +24,7 @@ def uri(run_root: Path) -> str:
 
 
 def learnt(path: Path, text: str) -> Path:
-    path.write_text(tokenizers.train([text] * 3, [], size=400), encoding="utf-8")
+    path.write_text(tokenizers.train_tokenizer([text] * 3, [], size=400), encoding="utf-8")
     return path
 
 
@@ -49,12 +49,12 @@ def test_the_tokenizer_of_a_stores_corpora_is_not_replaced(
         raise AssertionError("refused before Ray starts")
 
     monkeypatch.setattr(cluster_connect, "ensure_ray", no_ray)
-    corpus = place_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
+    corpus = open_external_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
     with (
         pytest.raises(UserError, match=rf"{uri}/{TOKENIZER}: functions there are prepared with it"),
-        remote_staging.staged(uri) as here,
+        remote_staging.stage_locally(uri) as here,
     ):
-        preparing.prepare([], here, tmp_path, placed=[corpus], tokenizer=lesson, store=uri)
+        preparing.prepare([], here, tmp_path, external=[corpus], tokenizer=lesson, store=uri)
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == before
 
 
@@ -63,11 +63,11 @@ def test_the_stores_tokenizer_wins_over_what_an_earlier_prepare_left_here(
 ) -> None:
     old, new = learnt(tmp_path / "old.json", "苹果"), learnt(tmp_path / "new.json", "桌子")
     put(uri, old)
-    with remote_staging.staged(uri) as here:
+    with remote_staging.stage_locally(uri) as here:
         assert (here / TOKENIZER).read_bytes() == old.read_bytes()
         (here / TOKENIZER_MANIFEST).write_text("{}")
     put(uri, new)  # by another host
-    with remote_staging.staged(uri) as here:
+    with remote_staging.stage_locally(uri) as here:
         assert (here / TOKENIZER).read_bytes() == new.read_bytes()
         assert not (here / TOKENIZER_MANIFEST).exists(), "it speaks of the old one"
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == new.read_bytes()
@@ -82,9 +82,9 @@ def test_what_corpora_share_is_sent_once(
         directories, "put_file", lambda path, to: sent.append(to) or put_file(path, to)
     )
     learnt(tmp_path / TOKENIZER, "苹果")
-    remote_staging.send_shared(tmp_path, uri)
-    remote_staging.send_shared(tmp_path, uri)
+    remote_staging.upload_shared_files(tmp_path, uri)
+    remote_staging.upload_shared_files(tmp_path, uri)
     assert sent == [f"{uri}/{TOKENIZER}"]
     learnt(tmp_path / TOKENIZER, "桌子")
-    remote_staging.send_shared(tmp_path, uri)
+    remote_staging.upload_shared_files(tmp_path, uri)
     assert len(sent) == 2

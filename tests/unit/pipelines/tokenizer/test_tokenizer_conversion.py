@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipelines.tokenizer import training as tokenizers
-from pipelines.tokenizer.conversion import BYTES, adopt
+from pipelines.tokenizer.conversion import BYTE_TOKENS, convert_tokenizer
 from pipelines.transforms import text
 from skillnet_platform.errors import UserError
 
@@ -57,12 +57,12 @@ def adopted(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Tokenizer, 
     """(As it was, as adopted)."""
     before = KINDS[request.param]()
     before.save(str(tmp_path / "tokenizer.json"))
-    return before, Tokenizer.from_str(adopt(tmp_path))
+    return before, Tokenizer.from_str(convert_tokenizer(tmp_path))
 
 
 def test_the_four_and_the_bytes_come_first(adopted: tuple[Tokenizer, Tokenizer]) -> None:
     _, made = adopted
-    names = [*tokenizers.SPECIAL, *BYTES]
+    names = [*tokenizers.SPECIAL, *BYTE_TOKENS]
     assert [made.token_to_id(name) for name in names] == list(range(260))
     assert sorted(made.get_vocab().values()) == list(range(made.get_vocab_size()))
 
@@ -79,7 +79,7 @@ def test_nothing_is_unknown_and_different_characters_stay_different(
     adopted: tuple[Tokenizer, Tokenizer], strange: str
 ) -> None:
     _, made = adopted
-    ids, other = text.encode(made, [strange, strange[:-1] + "齾"], 64).to_pylist()
+    ids, other = text.encode_texts(made, [strange, strange[:-1] + "齾"], 64).to_pylist()
     assert ids
     assert tokenizers.UNKNOWN not in ids
     assert ids != other
@@ -90,28 +90,30 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "红", "色", "read", "##er"]
     BertTokenizer(vocab={token: n for n, token in enumerate(vocabulary)}).save_pretrained(tmp_path)
-    made = Tokenizer.from_str(adopt(tmp_path))
+    made = Tokenizer.from_str(convert_tokenizer(tmp_path))
     assert made.encode("红色reader").tokens == ["红", "色", "read", "##er"]
-    (row,) = text.encode(made, ["红龘"], 9).to_pylist()
+    (row,) = text.encode_texts(made, ["红龘"], 9).to_pylist()
     assert row == [made.token_to_id("红"), *(4 + byte for byte in "龘".encode())]
 
 
 def test_one_of_ours_is_taken_as_it_is(tmp_path: Path) -> None:
-    ours = tokenizers.train(TEXTS, [], size=500)
+    ours = tokenizers.train_tokenizer(TEXTS, [], size=500)
     (tmp_path / "ours.json").write_text(ours, encoding="utf-8")
-    assert adopt(tmp_path / "ours.json") == ours
+    assert convert_tokenizer(tmp_path / "ours.json") == ours
 
 
 def test_every_kind_of_chinese_character_is_spelt_by_a_learnt_one() -> None:
-    learnt = Tokenizer.from_str(tokenizers.train(TEXTS, [], size=500))
-    rows = text.encode(learnt, STRANGE, 64).to_pylist()
+    learnt = Tokenizer.from_str(tokenizers.train_tokenizer(TEXTS, [], size=500))
+    rows = text.encode_texts(learnt, STRANGE, 64).to_pylist()
     assert all(row and tokenizers.UNKNOWN not in row for row in rows)
     assert len({tuple(row) for row in rows}) == len(STRANGE)
 
 
 def test_a_corpus_of_more_characters_than_tokens_keeps_the_commonest() -> None:
     many = "".join(chr(0x4E00 + n) for n in range(2000))
-    learnt = json.loads(tokenizers.train([many, "的" * 50], [], size=1000))["model"]["vocab"]
+    learnt = json.loads(tokenizers.train_tokenizer([many, "的" * 50], [], size=1000))["model"][
+        "vocab"
+    ]
     assert len(learnt) <= 1000
     assert "的" in learnt
 
@@ -132,4 +134,4 @@ def test_what_is_no_tokenizer_is_named(
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
     with pytest.raises(UserError, match=message):
-        adopt(path.parent if "folder" in name else path)
+        convert_tokenizer(path.parent if "folder" in name else path)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.preprocessing import prepare as preparing
 from pipelines.preprocessing import remote_staging
-from pipelines.preprocessing.remote_staging import Delivery
+from pipelines.preprocessing.remote_staging import RemoteStaging
 from pipelines.tokenizer import selection
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform.cluster import connect as cluster_connect
@@ -27,20 +27,20 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_many_spell_with_it_and_one_alone_replaces_it(tmp_path: Path) -> None:
     with (
-        selection.claimed(tmp_path),
-        selection.claimed(tmp_path) as mine,
+        selection.lock_tokenizer(tmp_path),
+        selection.lock_tokenizer(tmp_path) as mine,
         pytest.raises(UserError, match="another process prepares corpora with the tokenizer"),
     ):
-        mine.alone()
-    with selection.claimed(tmp_path) as mine:
-        mine.alone()
+        mine.exclusive()
+    with selection.lock_tokenizer(tmp_path) as mine:
+        mine.exclusive()
         with (
-            pytest.raises(UserError, match="puts a tokenizer into this folder now"),
-            selection.claimed(tmp_path),
+            pytest.raises(UserError, match="replaces the tokenizer of this directory now"),
+            selection.lock_tokenizer(tmp_path),
         ):
             raise AssertionError("two at once")
-    with selection.claimed(tmp_path) as mine:
-        mine.alone()
+    with selection.lock_tokenizer(tmp_path) as mine:
+        mine.exclusive()
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -54,13 +54,13 @@ def test_a_prepare_does_not_replace_what_another_one_spells_with(
         learnt(data / TOKENIZER, "苹果和梨")
     if lesson != selection.LEARN:
         lesson = str(learnt(tmp_path / "tokenizer.json", "桌子和椅子"))
-    corpus = place_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
+    corpus = open_external_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
     before = sha256_file(data / TOKENIZER) if there else None
     with (
-        selection.claimed(data),
+        selection.lock_tokenizer(data),
         pytest.raises(UserError, match=f"{data}: another process prepares"),
     ):
-        preparing.prepare([], data, tmp_path, placed=[corpus], tokenizer=lesson)
+        preparing.prepare([], data, tmp_path, external=[corpus], tokenizer=lesson)
     assert (sha256_file(data / TOKENIZER) if there else None) == before
     assert (data / TOKENIZER).exists() == there
 
@@ -70,26 +70,29 @@ def test_a_corpus_is_not_put_beside_the_tokenizer_of_another_machine(
 ) -> None:
     uri = f"memory://{tmp_path.name}-claim"
     put(uri, learnt(tmp_path / "mine.json", "苹果"))
-    mine = Delivery.into(uri, "a", tmp_path, sha256_file(tmp_path / "mine.json"))
+    mine = RemoteStaging.create(uri, "a", tmp_path, sha256_file(tmp_path / "mine.json"))
     put(uri, learnt(tmp_path / "theirs.json", "桌子"))
-    with pytest.raises(UserError, match=f"{TOKENIZER}: another prepare replaced it meanwhile"):
+    with pytest.raises(UserError, match=f"{TOKENIZER}: the tokenizer was replaced by another"):
         mine.commit(tmp_path, {"splits": {}})
     assert not directories.is_committed(f"{uri}/a")
 
 
 def test_what_another_prepare_has_not_sent_yet_stays(run_root: Path, tmp_path: Path) -> None:
     uri = f"memory://{tmp_path.name}-staged"
-    with remote_staging.staged(uri) as here, selection.claimed(here) as mine:
-        mine.alone()
+    with remote_staging.stage_locally(uri) as here, selection.lock_tokenizer(here) as mine:
+        mine.exclusive()
         learnt(here / TOKENIZER, "苹果")
-        with pytest.raises(UserError, match="puts a tokenizer"), remote_staging.staged(uri):
+        with (
+            pytest.raises(UserError, match="replaces the tokenizer"),
+            remote_staging.stage_locally(uri),
+        ):
             raise AssertionError("two at once")
         assert (here / TOKENIZER).is_file()
 
 
 def test_a_file_is_no_place_for_corpora(tmp_path: Path, no_ray: None) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(UserError, match="data: a file; data takes the folder"):
+    with pytest.raises(UserError, match="data: a file; expected the directory"):
         preparing.prepare(["drawings"], tmp_path / "data", tmp_path)
 
 
@@ -97,11 +100,13 @@ def test_a_tokenizer_that_no_corpus_is_spelt_with_was_left_by_a_killed_prepare(
     tmp_path: Path,
 ) -> None:
     tokenizer = learnt(tmp_path / TOKENIZER, "苹果")
-    told = {"sha256": sha256_file(tokenizer), selection.OF: ["a"]}
+    told = {"sha256": sha256_file(tokenizer), selection.TRAINED_ON: ["a"]}
     write_json(tmp_path / TOKENIZER_MANIFEST, told)
-    assert not selection.is_left_over(tokenizer, tmp_path), "the user's own, and not learnt"
-    write_json(tmp_path / TOKENIZER_MANIFEST, told | {selection.LESSON: "of before"})
-    assert selection.is_left_over(tokenizer, tmp_path)
+    assert not selection.is_leftover_tokenizer(tokenizer, tmp_path), (
+        "the user's own, and not learnt"
+    )
+    write_json(tmp_path / TOKENIZER_MANIFEST, told | {selection.FINGERPRINT: "of before"})
+    assert selection.is_leftover_tokenizer(tokenizer, tmp_path)
     (tmp_path / "a").mkdir()
     write_json(tmp_path / "a" / "manifest.json", {"tokenizer": {"sha256": told["sha256"]}})
-    assert not selection.is_left_over(tokenizer, tmp_path)
+    assert not selection.is_leftover_tokenizer(tokenizer, tmp_path)

@@ -14,12 +14,14 @@ OTHER = ["def get_stock_data(code):\n    return load_data(code)"] * 9 + ["罕见
 
 @pytest.fixture(scope="module")
 def learnt() -> Tokenizer:
-    return Tokenizer.from_str(tokenizers.train(TASK, OTHER, ("横折",), size=500))
+    return Tokenizer.from_str(tokenizers.train_tokenizer(TASK, OTHER, ("横折",), size=500))
 
 
 def test_learning_does_not_depend_on_the_order_or_the_run() -> None:
-    first = tokenizers.train(TASK, OTHER, ("横折", "横折钩"), size=500)
-    assert first == tokenizers.train(TASK[::-1], OTHER[::-1], ("横折钩", "横折"), size=500)
+    first = tokenizers.train_tokenizer(TASK, OTHER, ("横折", "横折钩"), size=500)
+    assert first == tokenizers.train_tokenizer(
+        TASK[::-1], OTHER[::-1], ("横折钩", "横折"), size=500
+    )
 
 
 def test_special_tokens_come_first(learnt: Tokenizer) -> None:
@@ -63,7 +65,7 @@ def test_the_vocabulary_is_not_larger_than_asked(learnt: Tokenizer) -> None:
 
 
 def test_tokens_are_cut_at_the_limit_and_captions_keep_their_rows(learnt: Tokenizer) -> None:
-    assert text.encode(learnt, ["红" * 9, ""], 4).to_pylist() == [
+    assert text.encode_texts(learnt, ["红" * 9, ""], 4).to_pylist() == [
         [learnt.token_to_id("红")] * 4,
         [],
     ]
@@ -74,7 +76,7 @@ def test_tokens_are_cut_at_the_limit_and_captions_keep_their_rows(learnt: Tokeni
 
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="no tokenizer there"):
-        tokenizers.load(tmp_path / "tokenizer.json")
+        tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="not a tokenizer"):
-        tokenizers.load(tmp_path / "bad.json")
+        tokenizers.load_tokenizer(tmp_path / "bad.json")

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 
 from pipelines.corpora.readers import columns
-from pipelines.io.source_file import SourceFails
+from pipelines.io.source_file import SourceReadError
 from pipelines.transforms import decode_guard
-from pipelines.transforms.decode_guard import DEADLY, TOO_LARGE, Attempts, read_each
+from pipelines.transforms.decode_guard import CRASHES_WORKER, TOO_LARGE, DecodeAttempts, decode_each
 from skillnet_platform.storage.retry import StoreUnavailable
 
 
@@ -30,7 +30,7 @@ def refuse(value: int) -> int:
 
 
 def test_each_row_gets_its_result_or_its_reason() -> None:
-    found = list(read_each(range(5), refuse, seconds=0.2))
+    found = list(decode_each(range(5), refuse, seconds=0.2))
     assert found == [
         (0, None),
         (None, "a damaged one"),
@@ -41,7 +41,7 @@ def test_each_row_gets_its_result_or_its_reason() -> None:
 
 
 def test_what_a_decoder_raises_costs_one_row_and_is_told_by_its_type() -> None:
-    found = list(read_each([1, 0, 2, None], lambda value: 2 // value))  # type: ignore[operator]
+    found = list(decode_each([1, 0, 2, None], lambda value: 2 // value))  # type: ignore[operator]
     assert found == [
         (2, None),
         (None, "the decoder failed (ZeroDivisionError)"),
@@ -50,19 +50,19 @@ def test_what_a_decoder_raises_costs_one_row_and_is_told_by_its_type() -> None:
     ]
 
 
-@pytest.mark.parametrize("problem", [SourceFails("a disk fails"), StoreUnavailable("away")])
+@pytest.mark.parametrize("problem", [SourceReadError("a disk fails"), StoreUnavailable("away")])
 @pytest.mark.parametrize("within", [True, False])
 def test_a_store_that_fails_is_no_bad_row(problem: Exception, within: bool) -> None:
     def fail(value: int) -> int:
         raise problem
 
     with pytest.raises(type(problem)):
-        list(read_each([0], fail) if within else read_each(map(fail, [0]), int))
+        list(decode_each([0], fail) if within else decode_each(map(fail, [0]), int))
 
 
 def test_signals_are_as_before_and_no_alarm_is_left() -> None:
     before = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGPROF)
-    list(read_each(range(3), refuse, seconds=0.2))
+    list(decode_each(range(3), refuse, seconds=0.2))
     assert before == (signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGPROF))
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
@@ -70,7 +70,7 @@ def test_signals_are_as_before_and_no_alarm_is_left() -> None:
 
 def test_a_thread_without_signals_reads_too() -> None:
     found: list[object] = []
-    thread = threading.Thread(target=lambda: found.extend(read_each(range(2), refuse)))
+    thread = threading.Thread(target=lambda: found.extend(decode_each(range(2), refuse)))
     thread.start()
     thread.join()
     assert found == [(0, None), (None, "a damaged one")]
@@ -97,23 +97,23 @@ def test_a_row_that_ended_two_processes_is_not_tried_again(tmp_path: Path) -> No
         (0, None),
         (1, None),
         (2, None),
-        (None, DEADLY),
+        (None, CRASHES_WORKER),
         (4, None),
     ]
-    assert list(decode_guard.folder(f"test-{name}").iterdir()) == []  # the block is done
-    decode_guard.forget(f"test-{name}")
-    assert not decode_guard.folder(f"test-{name}").exists()
+    assert list(decode_guard.attempts_dir(f"test-{name}").iterdir()) == []  # the block is done
+    decode_guard.remove_attempts(f"test-{name}")
+    assert not decode_guard.attempts_dir(f"test-{name}").exists()
 
 
 def test_a_worker_that_ends_between_rows_blames_none() -> None:
-    first = Attempts("between", "block")
-    assert not first.is_deadly()
-    first.rest()
-    second = Attempts("between", "block")
-    assert not second.is_deadly()
+    first = DecodeAttempts("between", "block")
+    assert not first.must_skip_next()
+    first.end_row()
+    second = DecodeAttempts("between", "block")
+    assert not second.must_skip_next()
     assert second._strikes == {}
     second.close()
-    decode_guard.forget("between")
+    decode_guard.remove_attempts("between")
 
 
 def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(columns.code, "without_docstring", strip)
     monkeypatch.setattr(columns.text, "encode", lambda tokenizer, texts, longest: pa.array(texts))
-    made = columns.finish_code(
+    made = columns.build_code_columns(
         pa.table({"code": ["a = 1", "deep", " ", "b = 2"]}), None, columns.CodeOptions()
     )
     assert made["code"].to_pylist() == ["a = 1", "", "", "b = 2"]

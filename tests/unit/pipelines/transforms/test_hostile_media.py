@@ -67,7 +67,7 @@ def test_what_names_other_files_opens_none(
     # FFmpeg finds lists of segments by their names, too, and here there are none.
     told = "not a (recording|video)" if name[:-4] in ("hls", "dash") else "a playlist"
     with pytest.raises(ValueError, match=told):
-        (sound.load_log_mel if name.endswith("mp3") else video.load_clip)(made.encode())
+        (sound.load_log_mel if name.endswith("mp3") else video.load_video_frames)(made.encode())
 
 
 def test_what_is_read_is_known_and_opens_nothing_else() -> None:
@@ -85,12 +85,12 @@ def test_what_is_read_is_known_and_opens_nothing_else() -> None:
 )  # fmt: skip
 def test_a_picture_is_no_clip(data: bytes) -> None:
     with pytest.raises(ValueError, match="a playlist, a picture"):
-        video.load_clip(data)
+        video.load_video_frames(data)
 
 
 def test_a_codec_that_nobody_knows_is_a_bad_row() -> None:
     data = unknown_codec()
-    for read in (video.load_clip, video.count_frames, video.size_of):
+    for read in (video.load_video_frames, video.count_frames, video.read_video_size):
         with pytest.raises(ValueError, match="codec that FFmpeg does not know"):
             read(data)
     spoken = encoded(tone(0.5, 48_000), 48_000, "matroska", "libopus")
@@ -105,7 +105,7 @@ def test_the_cover_of_a_record_is_no_clip() -> None:
     data = b"ID3\3\0\0" + size + tag + mp3(tone(), 32_000)
     assert sound.decode_audio(data).size
     with pytest.raises(ValueError, match="no pictures"):
-        video.load_clip(data)
+        video.load_video_frames(data)
 
 
 @pytest.mark.parametrize("form", ["w64", "aiff", "caf", "au", "nut"])
@@ -128,7 +128,7 @@ def test_usual_formats_of_clips_are_read(form: str) -> None:
             picture = np.full((64, 64, 3), 30 * number, np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         out.mux(stream.encode(None))
-    made = video.load_clip(target.getvalue(), 8, 16)
+    made = video.load_video_frames(target.getvalue(), 8, 16)
     assert np.abs(made.mean((1, 2, 3)) - 30 * np.arange(8)).max() < 12
 
 
@@ -180,7 +180,7 @@ def test_a_wav_whose_length_nobody_knew_is_whole(data: bytes) -> None:
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "SGI", "DDS", "ICNS"])
 def test_formats_that_nobody_has_are_no_pictures(kind: str) -> None:
     data = saved(Image.new("RGB", (128, 128)), kind)
-    for read in (image.load_pixels, image.size_of):
+    for read in (image.load_pixels, image.read_image_size):
         with pytest.raises(ValueError, match="not a picture"):
             read(data)
 

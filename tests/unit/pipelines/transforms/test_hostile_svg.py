@@ -134,7 +134,7 @@ def test_a_file_of_illustrator_is_drawn() -> None:
 def test_no_drawing_is_larger_than_is_needed(about: str) -> None:
     body = '<rect width="1" height="1000000"/>'
     with Image.open(io.BytesIO(drawing.draw_svg(svg(body, about), 96))) as drawn:
-        assert drawn.width * drawn.height <= drawing.MAX_DRAWN
+        assert drawn.width * drawn.height <= drawing.MAX_DRAWN_PIXELS
 
 
 def test_sizes_may_have_any_unit() -> None:
@@ -189,7 +189,7 @@ def test_a_photograph_that_speaks_of_svg_is_a_photograph() -> None:
     target = io.BytesIO()
     Image.new("RGB", (30, 20), (250, 0, 0)).save(target, "JPEG", comment=b"<svg> made by a tool")
     assert b"<svg" in target.getvalue()[:512]
-    assert image.size_of(target.getvalue()) == (30, 20)
+    assert image.read_image_size(target.getvalue()) == (30, 20)
     assert image.load_pixels(target.getvalue(), 8, "crop")[..., 0].min() > 200
 
 

@@ -157,7 +157,7 @@ def mp3(samples: np.ndarray, rate: int) -> bytes:
 def test_a_recording_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None:  # type: ignore[no-untyped-def]
     decoded = sound.decode_audio(encode(tone(), 32_000))
     assert abs(len(decoded) - 24_000) < 1_600
-    mel = sound.log_mel(decoded)
+    mel = sound.compute_log_mel(decoded)
     assert mel.dtype == np.float32
     assert mel.shape[1] == 80
     assert 46 <= len(mel) <= 56  # the half second of tone, without the silence on either side
@@ -173,14 +173,14 @@ def test_every_bin_of_the_spectrum_counts_as_its_triangle_says() -> None:
     time = np.arange(sound.RATE) / sound.RATE
     for mel in (20, 40, 60, 75):
         tone = np.sin(2 * np.pi * centres[mel + 1] * time).astype(np.float32)
-        frames = sound.log_mel(tone, trimmed=False)
+        frames = sound.compute_log_mel(tone, trimmed=False)
         assert frames.flags.c_contiguous
         assert (frames.mean(axis=0).argmax()) == mel
 
 
 def test_level_does_not_matter() -> None:
-    loud = sound.log_mel(sound.decode_audio(wav(tone(), 32_000)))
-    quiet = sound.log_mel(sound.decode_audio(wav(tone() * 0.25, 32_000)))
+    loud = sound.compute_log_mel(sound.decode_audio(wav(tone(), 32_000)))
+    quiet = sound.compute_log_mel(sound.decode_audio(wav(tone() * 0.25, 32_000)))
     assert np.abs(loud[5:45] - quiet[5:45]).max() < 0.15
 
 
@@ -214,22 +214,22 @@ def test_recordings_of_other_formats_sound_alike(kind: str, codec: str) -> None:
     """Opus as voice messages and browsers record it, and what else people have."""
     rate = 48_000
     said = tone(0.5, rate)
-    mel = sound.log_mel(sound.decode_audio(encoded(said, rate, kind, codec)))
-    plain = sound.log_mel(sound.decode_audio(wav(said, rate)))
+    mel = sound.compute_log_mel(sound.decode_audio(encoded(said, rate, kind, codec)))
+    plain = sound.compute_log_mel(sound.decode_audio(wav(said, rate)))
     assert abs(len(mel) - len(plain)) < 8
     assert abs(int(mel[20].argmax()) - int(plain[20].argmax())) <= 1
 
 
 def test_silence_is_refused() -> None:
     with pytest.raises(ValueError, match="silent"):
-        sound.log_mel(np.zeros(16_000, np.float32))
+        sound.compute_log_mel(np.zeros(16_000, np.float32))
 
 
 PATHS = [[(0.1, 0.2), (0.9, 0.2)], [(0.5, 0.3), (0.5, 0.9)]]
 
 
 def test_pen_paths_appear_in_order_and_stay() -> None:
-    frames = video.draw_paths(PATHS)
+    frames = video.draw_pen_paths(PATHS)
     assert frames.shape == (8, 32, 32, 1)
     ink = frames.reshape(8, -1).astype(int)
     assert (np.diff(ink, axis=0) >= 0).all()
@@ -242,12 +242,12 @@ def test_pen_paths_appear_in_order_and_stay() -> None:
 
 def test_without_a_path_there_is_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="no pen path"):
-        video.draw_paths([[(0.5, 0.5)]])
+        video.draw_pen_paths([[(0.5, 0.5)]])
 
 
 def test_a_clip_survives_an_mp4_file() -> None:
-    frames = video.draw_paths(PATHS)
-    read = video.load_clip(encode_video(frames))
+    frames = video.draw_pen_paths(PATHS)
+    read = video.load_video_frames(encode_video(frames))
     assert read.shape == frames.shape
     assert np.abs(read.astype(int) - frames.astype(int)).mean() < 6
 
@@ -255,7 +255,7 @@ def test_a_clip_survives_an_mp4_file() -> None:
 def test_a_longer_video_is_thinned_to_its_end() -> None:
     frames = np.zeros((31, 40, 60, 3), np.uint8)
     frames += np.arange(31, dtype=np.uint8)[:, None, None, None] * 8
-    out = video.clip(frames)
+    out = video.sample_frames(frames)
     assert out.shape == (8, 32, 32, 1)
     assert out[:, 0, 0, 0].tolist() == [24, 56, 88, 120, 152, 184, 216, 240]
 
@@ -279,15 +279,15 @@ def test_a_clip_is_turned_as_its_camera_was_held(
     quarters = np.array([[50, 100], [150, 200]], np.uint8).repeat(16, 0).repeat(16, 1)
     wide = np.pad(quarters, ((0, 0), (8, 8)))
     data = clips.held(encode_video(np.stack([wide] * 4)[..., None]), *matrix)
-    for frame in video.load_clip(data, 3, 32)[..., 0]:
+    for frame in video.load_video_frames(data, 3, 32)[..., 0]:
         seen = [frame[:14, :14], frame[:14, 18:], frame[18:, :14], frame[18:, 18:]]
         assert [round(part.mean() / 50) for part in seen] == list(numbers)
-    assert video.size_of(data) == ((128, 192) if matrix[1] else (192, 128))
+    assert video.read_video_size(data) == ((128, 192) if matrix[1] else (192, 128))
 
 
 def test_what_is_no_video_is_refused() -> None:
     with pytest.raises(ValueError, match="not a video"):
-        video.load_clip(b"\0" * 400)
+        video.load_video_frames(b"\0" * 400)
 
 
 SOURCE = '''
@@ -313,7 +313,7 @@ def outer():
 
 
 def test_functions_lose_their_docstring_and_keep_the_rest() -> None:
-    found = {f.name: f for f in code.functions(SOURCE)}
+    found = {f.name: f for f in code.parse_functions(SOURCE)}
     assert list(found) == ["Box.size", "Box.open", "outer", "outer.inner"]
     size = found["Box.size"]
     assert size.summary == "返回盒子的大小，见 说明"
@@ -327,7 +327,7 @@ def test_functions_lose_their_docstring_and_keep_the_rest() -> None:
 
 def test_what_is_not_python_is_refused() -> None:
     with pytest.raises(ValueError, match="not Python"):
-        list(code.functions("def f(:"))
+        list(code.parse_functions("def f(:"))
     with pytest.raises(ValueError, match="not UTF-8"):
         code.decode_source("中文".encode("gbk"))
 
@@ -335,8 +335,8 @@ def test_what_is_not_python_is_refused() -> None:
 def test_a_long_chain_of_elif_is_read() -> None:
     chain = "".join(f"    elif x == {n}:\n        y = {n}\n" for n in range(1_200))
     source = f"def f(x):\n    '''说明'''\n    if x:\n        def g(): pass\n{chain}    return y"
-    assert [f.name for f in code.functions(source)] == ["f", "f.g"]
-    assert "说明" not in code.without_docstring(source)
+    assert [f.name for f in code.parse_functions(source)] == ["f", "f.g"]
+    assert "说明" not in code.remove_docstring(source)
 
 
 @pytest.mark.parametrize(
@@ -351,10 +351,10 @@ def test_a_long_chain_of_elif_is_read() -> None:
     ],
 )
 def test_source_that_does_not_parse_loses_its_first_text(source: str, left: str) -> None:
-    assert code.without_docstring(source) == left
+    assert code.remove_docstring(source) == left
 
 
 def test_texts_that_never_end_are_passed_over_at_once() -> None:
     """Were each of them followed to the end, this would take hours."""
     source = "def f(:" + 300_000 * '\n"""a' + 300_000 * "\n'''b"
-    assert code.without_docstring(source) == source
+    assert code.remove_docstring(source) == source

@@ -1,4 +1,4 @@
-"""``prepare --describe``: true sizes, source fields, several rows, and an end in time."""
+"""``skillnet inspect``: sizes, source fields, examples, and time limits."""
 
 import threading
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import corpora, prepare
-from pipelines.io.directory import Entry, Place
-from pipelines.preprocessing import describe
+from pipelines import corpora, inspect
+from pipelines.io.directory import DirectoryEntry, SourceDirectory
+from pipelines.preprocessing import inspection
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers import video_files as clips
@@ -34,10 +34,10 @@ def test_pictures_have_the_size_that_they_have(tmp_path: Path) -> None:
         home = tmp_path / "train" / "ab"[number % 2]
         home.mkdir(parents=True, exist_ok=True)
         (home / f"{number}.jpg").write_bytes(user_corpora.jpg(number, (1600, 1200)))
-    found = describe.describe(str(tmp_path))
+    found = inspection.inspect_corpus(str(tmp_path))
     assert (found["media"]["width"], found["media"]["height"]) == ("1600", "1200")
     (home / "3.jpg").write_bytes(held(6))
-    found = describe.describe(str(tmp_path))
+    found = inspection.inspect_corpus(str(tmp_path))
     assert found["media"]["width"].startswith("32 to 1600")
     assert found["media"]["height"].startswith("64 to 1200")
 
@@ -47,12 +47,12 @@ def test_a_clip_that_was_held_upright_is_higher_than_wide(tmp_path: Path) -> Non
     home.mkdir(parents=True)
     wide = encode_video(np.zeros((4, 24, 32, 1), np.uint8))
     (home / "1.mp4").write_bytes(clips.held(wide, 0, 1, -1, 0))
-    media = describe.describe(str(tmp_path))["media"]
+    media = inspection.inspect_corpus(str(tmp_path))["media"]
     assert (media["width"], media["height"]) == ("96", "128")
 
 
 def test_rows_of_each_split_and_the_fields_of_the_source_are_shown(tmp_path: Path) -> None:
-    found = describe.describe(str(user_corpora.tnews(tmp_path)))
+    found = inspection.inspect_corpus(str(user_corpora.tnews(tmp_path)))
     assert found["source"] == {
         "label": "100",
         "label_desc": "news_story",
@@ -64,20 +64,20 @@ def test_rows_of_each_split_and_the_fields_of_the_source_are_shown(tmp_path: Pat
 
 
 def test_code_has_lengths_and_tars_have_fields(tmp_path: Path) -> None:
-    found = describe.describe(str(user_corpora.codesearchnet(tmp_path / "code")))
+    found = inspection.inspect_corpus(str(user_corpora.codesearchnet(tmp_path / "code")))
     assert found["texts"]["lines of code"] == "6"
     assert {"docstring", "func_name", "code"} <= set(found["source"])
-    found = describe.describe(str(user_corpora.webdataset(tmp_path / "tars")))
+    found = inspection.inspect_corpus(str(user_corpora.webdataset(tmp_path / "tars")))
     assert set(found["source"]) == {"txt"}
     merged = user_corpora.vatex(tmp_path / "vatex", merged=True)
-    assert {"enCap", "chCap"} <= set(describe.describe(str(merged))["source"])
+    assert {"enCap", "chCap"} <= set(inspection.inspect_corpus(str(merged))["source"])
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """A description that waits for a fraction of a second; set the event to let what hangs go."""
-    monkeypatch.setattr(describe, "SECONDS", 0.2)
-    monkeypatch.setattr(describe, "COUNTING", 0.2)
+    monkeypatch.setattr(inspection, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(inspection, "COUNT_TIMEOUT_S", 0.2)
     free = threading.Event()
     yield free
     free.set()
@@ -88,53 +88,55 @@ def test_a_listing_without_an_end_ends_it_not(
 ) -> None:
     folder = user_corpora.vatex(tmp_path)
 
-    def walk(self: Place, relative: str = "", depth: int = 16) -> Iterator[Entry]:
-        yield Entry("a.mp4", 7)
+    def walk(
+        self: SourceDirectory, relative: str = "", depth: int = 16
+    ) -> Iterator[DirectoryEntry]:
+        yield DirectoryEntry("a.mp4", 7)
         impatient.wait(60)
 
-    monkeypatch.setattr(Place, "walk", walk)
-    found = describe.describe(f"vatex:{folder}")
+    monkeypatch.setattr(SourceDirectory, "walk", walk)
+    found = inspection.inspect_corpus(f"vatex:{folder}")
     assert (found["rows"], found["complete"]) == (0, False)
     assert (found["files"], found["bytes"], found["counted"]) == (1, 7, False)
-    describe.show(found)
+    inspection.show_inspection(found)
 
 
 def test_time_is_looked_at_at_every_row(
     poems: Path, impatient: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = Place.lines
+    lines = SourceDirectory.lines
 
-    def slow(self: Place, relative: str = "") -> Iterator[tuple[int, bytes]]:
+    def slow(self: SourceDirectory, relative: str = "") -> Iterator[tuple[int, bytes]]:
         if relative == "05.poem":
             impatient.wait(60)
         return lines(self, relative)
 
-    monkeypatch.setattr(Place, "lines", slow)
-    found = describe.describe(f"{POEMS}:{poems}")
+    monkeypatch.setattr(SourceDirectory, "lines", slow)
+    found = inspection.inspect_corpus(f"{POEMS}:{poems}")
     assert (found["rows"], found["complete"]) == (5, False)
 
 
 def test_a_problem_of_a_reader_is_told(poems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Place, relative: str = "") -> Iterator[tuple[int, bytes]]:
+    def broken(self: SourceDirectory, relative: str = "") -> Iterator[tuple[int, bytes]]:
         raise UserError("no such file")
 
-    monkeypatch.setattr(Place, "lines", broken)
+    monkeypatch.setattr(SourceDirectory, "lines", broken)
     with pytest.raises(UserError, match="no such file"):
-        describe.describe(f"{POEMS}:{poems}")
+        inspection.inspect_corpus(f"{POEMS}:{poems}")
 
 
 def test_readers_of_others_are_known_by_name(
     poems: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert describe.describe(f"{POEMS}:{poems}")["rows"] == 12
+    assert inspection.inspect_corpus(f"{POEMS}:{poems}")["rows"] == 12
     point = EntryPoint("poems", POEMS, corpora.GROUP)
     monkeypatch.setattr(corpora, "entry_points", lambda group: [point])
-    found = describe.describe(f"poems:{poems}", {"poems": {"verses": 1}})
+    found = inspection.inspect_corpus(f"poems:{poems}", {"poems": {"verses": 1}})
     assert (found["reader"], found["evidence"], found["rows"]) == ("poems", "named", 12)
     assert found["example"]["text"] == "白日依山尽0"
     with pytest.raises(UserError, match="did you mean 'poems'"):
-        describe.describe(f"pomes:{poems}")
-    assert prepare.main(["--describe", f"poems:{poems}"]) == 0
+        inspection.inspect_corpus(f"pomes:{poems}")
+    assert inspect.main([f"poems:{poems}"]) == 0
     assert "--corpus poems=" in capsys.readouterr().err
 
 
@@ -142,4 +144,4 @@ def test_readers_of_others_are_known_by_name(
 def test_options_of_what_is_not_read_are_refused(tmp_path: Path, words: dict[str, Any]) -> None:
     folder = user_corpora.codesearchnet(tmp_path)
     with pytest.raises(UserError, match=r"is read as codesearchnet .*--options\.codesearchnet"):
-        describe.describe(str(folder), words)
+        inspection.inspect_corpus(str(folder), words)

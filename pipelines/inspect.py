@@ -1,0 +1,46 @@
+"""``skillnet inspect``: report the content of a directory, file or URI before it is prepared."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from skillnet_platform.cli import command
+from skillnet_platform.config import positional
+
+
+@dataclass
+class InspectConfig:
+    """Options of ``skillnet inspect``.
+
+    Args:
+        path: directory, file or URI, or ``FORMAT:PATH`` if the format is known.
+        options: format -> its options, listed in docs/own-corpora.md.
+    """
+
+    path: str = positional()
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Print the report of an inspected path."""
+    from pipelines.preprocessing.inspection import show_inspection
+
+    show_inspection(report)
+
+
+@command(
+    InspectConfig,
+    description="Report the format, splits, columns, examples and media of a directory or URI in "
+    "seconds. Nothing is prepared or written.",
+    example="skillnet inspect /data/unknown\n"
+    "skillnet inspect folder:s3://bucket/images --options.folder.val_fraction 0.2",
+    show=show_report,
+)
+def main(config: InspectConfig) -> dict[str, Any]:
+    """Run ``skillnet inspect``."""
+    from pipelines.preprocessing.inspection import inspect_corpus
+
+    return inspect_corpus(config.path, config.options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
