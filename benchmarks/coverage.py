@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from sweeps.analysis import statistics
-from sweeps.analysis.statistics import Sample
+from sweeps.analysis.statistics import RunSample
 
 ROWS, SYSTEMS = 300, 6
 BY_ROW, BY_BOTH, REST, MIDDLE = 1.0, 0.4, 0.6, 0.5
@@ -59,12 +59,12 @@ def measure(seeds: int, by_seed: float, trials: int, random: np.random.Generator
     tests = trials * (SYSTEMS - 1)
     for _ in range(trials):
         answers_KSN = answers(random, seeds, by_seed)
-        study: list[Sample] = [
-            statistics.sample(dict(enumerate(own)), np.ones(ROWS), "t") for own in answers_KSN
+        study: list[RunSample] = [
+            statistics.build_sample(dict(enumerate(own)), np.ones(ROWS), "t") for own in answers_KSN
         ]
-        pooled = statistics.pool(study)
+        pooled = statistics.pool_seed_variance(study)
         assert pooled is not None
-        ours = (statistics.estimate(study[0], pooled), statistics.estimate(study[0]))
+        ours = (statistics.estimate_mean(study[0], pooled), statistics.estimate_mean(study[0]))
         intervals: list[tuple[float, float]] = [(each.low, each.high) for each in ours]
         low, high = bootstrap(answers_KSN[0], random)
         intervals.append((float(low), float(high)))
@@ -72,9 +72,9 @@ def measure(seeds: int, by_seed: float, trials: int, random: np.random.Generator
             cover[place] += low <= right <= high
             width[place] += high - low
         for other in range(1, SYSTEMS):
-            change = statistics.difference(study[other], study[0])
-            for place, known in enumerate((pooled.of_difference(), None)):
-                alarms[place] += statistics.p_value(change, known) <= np.array(LEVELS)
+            change = statistics.subtract_samples(study[other], study[0])
+            for place, known in enumerate((pooled.for_difference(), None)):
+                alarms[place] += statistics.compute_p_value(change, known) <= np.array(LEVELS)
             low, high = bootstrap(answers_KSN[other] - answers_KSN[0], random, 200)
             alarms[2, 0] += not low <= 0 <= high
     cells = [str(seeds), f"{100 * spread(by_seed):.1f}"]

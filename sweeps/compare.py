@@ -13,6 +13,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root, write_json
 from skillnet_platform.storage.directories import is_uri
+from sweeps.config.resources import request_study
 from sweeps.config.study import StudyConfig
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
             report.facts["without a result"] = "; ".join(told)
         _write_and_record(report, place, tracker)
         if mirror is not None:
-            mirror.put_files(*REPORT_FILES)
+            mirror.upload_files(*REPORT_FILES)
     return report, len(study.failed_runs)
 
 
@@ -212,7 +213,7 @@ def _find_model(run: "FinishedRun", config: StudyConfig) -> str | None:
         return str(run.folder)
     if config.mirror is None or config.runs:
         return None
-    model = config.mirror.place("runs", run.folder.name)
+    model = config.mirror.uri_of("runs", run.folder.name)
     return model if directories.is_committed(directories.join(model, "model")) else None
 
 
@@ -270,6 +271,7 @@ def report_document(report: "ComparisonReport") -> dict[str, Any]:
     to_json=lambda result: report_document(result[0]),
     exit_code=lambda result: int(bool(result[1])),
     rewrite_arguments=normalize_arguments,
+    resources=request_study,
 )
 def main(config: StudyConfig) -> tuple["ComparisonReport", int]:
     """Run ``skillnet compare``."""

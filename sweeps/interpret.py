@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
+from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
@@ -13,7 +14,7 @@ from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import Source
+    from pipelines.runs.model_source import ModelSource
     from sweeps.interpretation.analysis import SkillInterpretation
 
 #: Its folder below a run.
@@ -76,8 +77,8 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
     from skillnet.model import SkillNet
     from sweeps.interpretation.analysis import interpret_model
 
-    source = model_source.find(config.model, config.tracking_uri)
-    model = model_source.load_at_work(source)
+    source = model_source.resolve_model(config.model, config.tracking_uri)
+    model = model_source.load_trained_tasks(source)
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(f"{config.model} is a {model.system} model; only a skillnet has skills")
     begin = time.monotonic()
@@ -114,7 +115,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
     return made, files
 
 
-def _output_folder(config: InterpretConfig, source: "Source") -> Path:
+def _output_folder(config: InterpretConfig, source: "ModelSource") -> Path:
     if config.output:
         return Path(config.output)
     if source.run is not None:
@@ -123,10 +124,10 @@ def _output_folder(config: InterpretConfig, source: "Source") -> Path:
 
 
 def _record_files(files: list[Path], run_id: str, uri: str | None) -> None:
-    from pipelines.runs.model_source import knows_run
+    from pipelines.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend
 
-    if not knows_run(run_id, uri):
+    if not is_known_run(run_id, uri):
         console.note(f"the run {run_id} is not in this tracker: the files are on disk only")
         return
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
@@ -178,6 +179,7 @@ def _tables_by_name(made: "SkillInterpretation") -> dict[str, Any]:
         "files": result[1],
         **{name: rows[1] for name, rows in _tables_by_name(result[0]).items()},
     },
+    resources=lambda config: request_model(config.model, config.data),
 )
 def main(config: InterpretConfig) -> tuple["SkillInterpretation", list[Path], str]:
     """Run ``skillnet interpret``."""

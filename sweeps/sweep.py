@@ -22,7 +22,7 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation.tables import markdown
-from pipelines.runs.mirror import Mirror
+from pipelines.runs.mirror import RunMirror
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
@@ -32,6 +32,7 @@ from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import place
 from skillnet_platform.tracking import Tracker
 from sweeps.config import location
+from sweeps.config.resources import request_sweep
 from sweeps.config.sweep import SweepConfig
 from sweeps.trials import remote_ledger
 from sweeps.trials.remote_ledger import RUN
@@ -83,7 +84,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     ) as parent:
         write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
         if mirror is not None:
-            mirror.put_files(*START_FILES)
+            mirror.upload_files(*START_FILES)
         outcomes = run_trials(
             source,
             folder=folder / "trials",
@@ -94,18 +95,18 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             keep=config.keep,
             max_failures=config.max_failures,
             label="sweep",
-            store=mirror.place("trials") if mirror is not None else None,
+            store=mirror.uri_of("trials") if mirror is not None else None,
         )
         result = _rank_and_record(config, run, folder, parent, outcomes)
     result["seconds"] = time.monotonic() - begin
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(folder / RESULT, console.plain(result))
     if mirror is not None:
-        mirror.put_files(*remote_ledger.RESULT_FILES)
+        mirror.upload_files(*remote_ledger.RESULT_FILES)
     return result
 
 
-def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, Mirror | None]:
+def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, RunMirror | None]:
     """With a name and a run directory; the sweep's folder on this disk, and in a store."""
     name = config.name or time.strftime("sweep-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
@@ -289,6 +290,7 @@ def show_sweep(result: dict[str, Any]) -> None:
     example="skillnet sweep --config sweeps/plans\n"
     "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json",
     show=show_sweep,
+    resources=request_sweep,
 )
 def main(config: SweepConfig) -> dict[str, Any]:
     """Run ``skillnet sweep``."""

@@ -14,8 +14,8 @@ from pipelines.evaluation.tables import in_order
 from skillnet_platform.errors import UserError
 from sweeps.analysis import statistics
 from sweeps.analysis.finished_runs import PRETRAINED, FinishedRun, check_comparable
-from sweeps.analysis.statistics import Estimate, Sample, Spread
-from sweeps.config.trials import PRIMARY
+from sweeps.analysis.statistics import RunSample, ScoreEstimate, SeedVariance
+from sweeps.config.trials import PRIMARY_METRICS
 
 SPLIT = "test"
 
@@ -25,7 +25,7 @@ MEAN = "mean"
 ALPHA = 0.05
 
 
-class Cost(NamedTuple):
+class TaskCost(NamedTuple):
     """What one example of a task costs a system.
 
     Args:
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Test:
+class PairedTest:
     """A paired test of two systems on a task.
 
     Args:
@@ -57,26 +57,26 @@ class Test:
     system: str
     against: str
     task: str
-    change: Estimate
+    difference: ScoreEstimate
     p: float
-    corrected: float
+    p_corrected: float
 
     @property
-    def significant(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the difference is not chance, at 5 % after correction."""
-        return self.corrected <= ALPHA
+        return self.p_corrected <= ALPHA
 
 
 @dataclass(frozen=True)
-class Relative:
+class RelativeScore:
     """Mean over tasks of a system's score divided by the specialists'."""
 
     against: str
-    value: Estimate
+    value: ScoreEstimate
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SystemComparison:
     """All that is computed of a set of finished runs.
 
     Args:
@@ -98,14 +98,14 @@ class Comparison:
     reference: str
     specialist: str
     tasks: Sequence[str]
-    common: Sequence[str]
+    common_tasks: Sequence[str]
     metrics: Mapping[str, str]
     splits: Mapping[str, Sequence[str]]
-    samples: Mapping[tuple[str, str, str], Sample]
-    scores: Mapping[tuple[str, str, str], Estimate]
-    relative: Mapping[str, Relative]
-    tests: Sequence[Test]
-    costs: Mapping[tuple[str, str], Cost]
+    samples: Mapping[tuple[str, str, str], RunSample]
+    scores: Mapping[tuple[str, str, str], ScoreEstimate]
+    relative: Mapping[str, RelativeScore]
+    tests: Sequence[PairedTest]
+    costs: Mapping[tuple[str, str], TaskCost]
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -117,11 +117,11 @@ class Comparison:
         """The smallest number of seeds of a system."""
         return min(len(runs) for runs in self.systems.values())
 
-    def score(self, label: str, task: str, split: str = SPLIT) -> Estimate | None:
+    def find_score(self, label: str, task: str, split: str = SPLIT) -> ScoreEstimate | None:
         """Estimate of a score, if the system has the task."""
         return self.scores.get((label, task, split))
 
-    def test(self, system: str, against: str, task: str) -> Test | None:
+    def find_test(self, system: str, against: str, task: str) -> PairedTest | None:
         """The test of two systems on a task, if there is one."""
         for test in self.tests:
             if (test.system, test.against, test.task) == (system, against, task):
@@ -129,9 +129,9 @@ class Comparison:
         return None
 
 
-def compare(
+def compare_systems(
     runs: Sequence[FinishedRun], reference: str = "skillnet", specialist: str = "specialist"
-) -> Comparison:
+) -> SystemComparison:
     """Compare the systems of finished runs.
 
     Args:
@@ -157,20 +157,26 @@ def compare(
         for task, split in run.outcomes:
             if split not in splits.setdefault(task, []):
                 splits[task].append(split)
-        metrics |= {row["task"]: row["metric"] for row in run.rows if row["metric"] in PRIMARY}
+        metrics |= {
+            row["task"]: row["metric"] for row in run.rows if row["metric"] in PRIMARY_METRICS
+        }
     tasks = [task for task in in_order(splits) if task in metrics]
-    samples = _samples(systems, tasks, splits, metrics)
+    samples = _build_samples(systems, tasks, splits, metrics)
     common = [t for t in tasks if all((label, t, SPLIT) in samples for label in systems)]
     if not common:
         raise UserError("the systems have no task in common that was measured on the split test")
     for label in systems:
-        samples[label, MEAN, SPLIT] = statistics.mean([samples[label, t, SPLIT] for t in common])
+        samples[label, MEAN, SPLIT] = statistics.average_samples(
+            [samples[label, t, SPLIT] for t in common]
+        )
     spreads = {
-        key: statistics.pool([sample for own, sample in samples.items() if own[1:] == key])
+        key: statistics.pool_seed_variance(
+            [sample for own, sample in samples.items() if own[1:] == key]
+        )
         for key in dict.fromkeys(key[1:] for key in samples)
     }
     scores = {
-        (label, task, split): statistics.estimate(
+        (label, task, split): statistics.estimate_mean(
             sample,
             spreads[task, split],
             # More symbols may be wrong than there are: that score has no lower end.
@@ -179,7 +185,7 @@ def compare(
         )
         for (label, task, split), sample in samples.items()
     }
-    return Comparison(
+    return SystemComparison(
         systems,
         reference,
         specialist,
@@ -189,13 +195,13 @@ def compare(
         splits,
         samples,
         scores,
-        _relative(samples, list(systems), common, specialist),
-        _tests(samples, spreads, list(systems), [*tasks, MEAN], reference),
-        _costs(systems, tasks, common),
+        _estimate_relative_scores(samples, list(systems), common, specialist),
+        _run_tests(samples, spreads, list(systems), [*tasks, MEAN], reference),
+        _collect_costs(systems, tasks, common),
     )
 
 
-def variant(base: str, label: str, labels: Sequence[str]) -> str | None:
+def find_variant(base: str, label: str, labels: Sequence[str]) -> str | None:
     """The variant of ``base`` that ``label`` is held against: pretrained against pretrained."""
     wanted = base + PRETRAINED if label.endswith(PRETRAINED) else base
     for name in (wanted, base, base + PRETRAINED):
@@ -204,12 +210,12 @@ def variant(base: str, label: str, labels: Sequence[str]) -> str | None:
     return None
 
 
-def _samples(
+def _build_samples(
     systems: Mapping[str, Sequence[FinishedRun]],
     tasks: Sequence[str],
     splits: Mapping[str, Sequence[str]],
     metrics: Mapping[str, str],
-) -> dict[tuple[str, str, str], Sample]:
+) -> dict[tuple[str, str, str], RunSample]:
     samples = {}
     for label, runs in systems.items():
         for task in tasks:
@@ -219,48 +225,54 @@ def _samples(
                     continue
                 parts = {run.seed: run.outcomes[task, split] for run in having}
                 weight = next(iter(parts.values())).weight
-                more_is_better = PRIMARY[metrics[task]]
+                more_is_better = PRIMARY_METRICS[metrics[task]]
                 amounts = {
                     seed: part.amount if more_is_better else weight - part.amount
                     for seed, part in parts.items()
                 }
-                samples[label, task, split] = statistics.sample(amounts, weight, (task, split))
+                samples[label, task, split] = statistics.build_sample(
+                    amounts, weight, (task, split)
+                )
     return samples
 
 
-def _relative(
-    samples: Mapping[tuple[str, str, str], Sample],
+def _estimate_relative_scores(
+    samples: Mapping[tuple[str, str, str], RunSample],
     labels: Sequence[str],
     common: Sequence[str],
     specialist: str,
-) -> dict[str, Relative]:
-    means: dict[str, tuple[str, Sample]] = {}
+) -> dict[str, RelativeScore]:
+    means: dict[str, tuple[str, RunSample]] = {}
     for label in labels:
-        against = variant(specialist, label, labels)
+        against = find_variant(specialist, label, labels)
         if against is None:
             continue
         ratios = [
-            statistics.ratio(samples[label, task, SPLIT], samples[against, task, SPLIT])
+            statistics.divide_samples(samples[label, task, SPLIT], samples[against, task, SPLIT])
             for task in common
         ]
-        means[label] = (against, statistics.mean(ratios))
-    spread = statistics.pool([own for label, (against, own) in means.items() if label != against])
+        means[label] = (against, statistics.average_samples(ratios))
+    spread = statistics.pool_seed_variance(
+        [own for label, (against, own) in means.items() if label != against]
+    )
     return {
-        label: Relative(against, statistics.estimate(own, spread if label != against else None))
+        label: RelativeScore(
+            against, statistics.estimate_mean(own, spread if label != against else None)
+        )
         for label, (against, own) in means.items()
     }
 
 
-def _tests(
-    samples: Mapping[tuple[str, str, str], Sample],
-    spreads: Mapping[tuple[str, str], Spread | None],
+def _run_tests(
+    samples: Mapping[tuple[str, str, str], RunSample],
+    spreads: Mapping[tuple[str, str], SeedVariance | None],
     labels: Sequence[str],
     tasks: Sequence[str],
     reference: str,
-) -> list[Test]:
+) -> list[PairedTest]:
     pairs: list[tuple[Literal["system", "pretraining"], str, str]] = []
     for label in labels:
-        against = variant(reference, label, labels)
+        against = find_variant(reference, label, labels)
         if against is not None and label.removesuffix(PRETRAINED) != reference:
             pairs.append(("system", label, against))
     for label in labels:
@@ -272,19 +284,19 @@ def _tests(
             left, right = samples.get((label, task, SPLIT)), samples.get((against, task, SPLIT))
             if left is None or right is None:
                 continue
-            change = statistics.difference(left, right)
+            change = statistics.subtract_samples(left, right)
             pooled = spreads[task, SPLIT]
-            spread = pooled.of_difference() if pooled else None
-            estimate = statistics.estimate(change, spread)
-            p = statistics.p_value(change, spread)
+            spread = pooled.for_difference() if pooled else None
+            estimate = statistics.estimate_mean(change, spread)
+            p = statistics.compute_p_value(change, spread)
             found.append((kind, label, against, task, estimate, p))
-    corrected = statistics.holm([p for *_, p in found])
-    return [Test(*values, both) for values, both in zip(found, corrected, strict=True)]
+    corrected = statistics.correct_p_values([p for *_, p in found])
+    return [PairedTest(*values, both) for values, both in zip(found, corrected, strict=True)]
 
 
-def _costs(
+def _collect_costs(
     systems: Mapping[str, Sequence[FinishedRun]], tasks: Sequence[str], common: Sequence[str]
-) -> dict[tuple[str, str], Cost]:
+) -> dict[tuple[str, str], TaskCost]:
     costs = {}
     for label, runs in systems.items():
         for task in tasks:
@@ -295,12 +307,12 @@ def _costs(
                 if (row["task"], row["split"]) == (task, SPLIT)
             ]
             if rows:
-                costs[label, task] = Cost(
+                costs[label, task] = TaskCost(
                     float(np.mean([row["activated_params"] for row in rows])),
                     float(np.mean([row["flops_per_example"] for row in rows])),
                 )
         own = [costs[label, task] for task in common]
-        costs[label, MEAN] = Cost(
+        costs[label, MEAN] = TaskCost(
             float(np.mean([cost.activated for cost in own])),
             float(np.mean([cost.flops for cost in own])),
         )

@@ -19,7 +19,7 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, run_root
 
 #: Keys of a run's configuration that say where and for whom it ran, not what was trained.
-PLACES = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
+UNCOMPARED_KEYS = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
 
 PRETRAINED = "-pretrained"
 REMEDY = "leave this run out, or run it again"
@@ -64,7 +64,7 @@ class FinishedRun:
     @property
     def seconds(self) -> float:
         """Time in the training loop."""
-        return whole_time(self.trained)
+        return total_training_seconds(self.trained)
 
     @property
     def pretraining_seconds(self) -> float | None:
@@ -74,7 +74,7 @@ class FinishedRun:
         start = Path(str(self.settings["init_from"]))
         for path in (start / TRAINED, start.parent / TRAINED):
             if path.is_file():
-                return whole_time(read_trained(path))
+                return total_training_seconds(read_trained(path))
         return None
 
 
@@ -92,7 +92,7 @@ def read_trained(path: Path) -> dict[str, Any]:
     return read_record(path, told, REMEDY)
 
 
-def whole_time(trained: Mapping[str, Any]) -> float:
+def total_training_seconds(trained: Mapping[str, Any]) -> float:
     """Seconds in the loop; of a run that was taken up again all of it, at its last part's rate.
 
     Args:
@@ -114,7 +114,7 @@ def find_run(given: str, uri: str | None = None) -> Path:
             return path.absolute()
     from pipelines.runs import model_source
 
-    found = model_source.find(given, uri)
+    found = model_source.resolve_model(given, uri)
     if found.run is None:
         raise UserError(f"{given} is a model without its run's folder; give the run")
     return found.run
@@ -147,23 +147,23 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
     }
     path = folder / "result.json"
     result = read_record(path, told, REMEDY) if path.is_file() else {}
-    digests = result.get("corpora") or corpora_of(settings)
+    digests = result.get("corpora") or read_corpus_digests(settings)
     return FinishedRun(
-        label or label_of(settings),
+        label or make_label(settings),
         folder,
         seed,
         settings,
-        read_rows(folder / "evaluation.csv"),
+        read_evaluation_rows(folder / "evaluation.csv"),
         read_outcomes(folder / OUTCOMES),
         read_trained(folder / TRAINED),
         result.get("total_params") or count_parameters(folder / "model"),
         result.get("run_id"),
         digests,
-        pretraining_of(settings),
+        read_pretraining_settings(settings),
     )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of an ``evaluation.csv``; empty numbers are NaN.
 
     Raises:
@@ -190,13 +190,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def label_of(settings: Mapping[str, Any]) -> str:
+def make_label(settings: Mapping[str, Any]) -> str:
     """``moe``, or ``moe-pretrained`` if the run started from another model."""
     system = str(settings.get("system", "skillnet"))
     return system + (PRETRAINED if settings.get("init_from") else "")
 
 
-def pretraining_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def read_pretraining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of the run that a run started from; {} if there is none, or it is gone."""
     if not settings.get("init_from"):
         return {}
@@ -226,7 +226,7 @@ def count_parameters(model: Path) -> int:
     return total
 
 
-def corpora_of(settings: Mapping[str, Any]) -> dict[str, str]:
+def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:
     """Corpus -> digest now, of the prepared corpora that a run names; what is gone is left out."""
     tasks = settings.get("tasks") or {}
     found = {}
@@ -239,7 +239,7 @@ def corpora_of(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def gather(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[FinishedRun]:
+def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[FinishedRun]:
     """Give runs of one configuration one label, and different configurations different ones.
 
     Args:
@@ -251,7 +251,7 @@ def gather(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[Finis
         UserError: another number of names than of configurations, or two runs of one
             configuration with one seed.
     """
-    groups = _by_configuration(runs)
+    groups = _group_by_configuration(runs)
     if names and len(names) != len(groups):
         told = ", ".join(f"{members[0].label} ({len(members)} runs)" for members in groups.values())
         raise UserError(
@@ -262,7 +262,7 @@ def gather(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[Finis
     labels: list[str] = []
     named: list[FinishedRun] = []
     for place, members in enumerate(groups.values()):
-        label = names[place] if names else _free(members[0].label, labels)
+        label = names[place] if names else _make_unique(members[0].label, labels)
         labels.append(label)
         seeds = [run.seed for run in members]
         for seed in seeds:
@@ -300,13 +300,13 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                 )
 
 
-def differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
+def find_differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
     """Flat key -> label -> value, of the settings in which the systems differ.
 
     Those of pretrainings are compared among the systems that have one, as ``pretraining.KEY``.
     """
-    own = _differing({run.label: run.settings for run in runs})
-    before = _differing({run.label: run.pretraining for run in runs if run.pretraining})
+    own = _flat_differences({run.label: run.settings for run in runs})
+    before = _flat_differences({run.label: run.pretraining for run in runs if run.pretraining})
     labels = [run.label for run in runs]
     # Its system and its sizes follow the run's: the run's own lines say so already.
     added = {
@@ -317,10 +317,10 @@ def differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]
     return own | added
 
 
-def _differing(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+def _flat_differences(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     flat: dict[str, dict[str, str]] = {}
     for label, settings in trees.items():
-        tree = {key: value for key, value in settings.items() if key not in PLACES}
+        tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
         flat[label] = {
             key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
             for key, value in configuration.flatten(tree).items()
@@ -333,15 +333,19 @@ def _differing(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, st
     }
 
 
-def _by_configuration(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], list[FinishedRun]]:
+def _group_by_configuration(
+    runs: Sequence[FinishedRun],
+) -> dict[tuple[str, str], list[FinishedRun]]:
     """Runs that differ in nothing but their seed, together; of pretrained ones also by what that
     pretraining was. One that is not known any more counts as the only known one, if it is.
     """
     own = [
-        _essence(run.settings, label=run.label, pretrained=bool(run.settings.get("init_from")))
+        _configuration_digest(
+            run.settings, label=run.label, pretrained=bool(run.settings.get("init_from"))
+        )
         for run in runs
     ]
-    before = [_essence(run.pretraining) if run.pretraining else "" for run in runs]
+    before = [_configuration_digest(run.pretraining) if run.pretraining else "" for run in runs]
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run, key, start in zip(runs, own, before, strict=True):
         known = {b for k, b in zip(own, before, strict=True) if k == key and b}
@@ -349,16 +353,16 @@ def _by_configuration(runs: Sequence[FinishedRun]) -> dict[tuple[str, str], list
     return groups
 
 
-def _essence(settings: Mapping[str, Any], **more: Any) -> str:
+def _configuration_digest(settings: Mapping[str, Any], **more: Any) -> str:
     """Equal for configurations that differ in nothing but seed, places and rhythm."""
-    from pipelines.runs.identity import RHYTHM
+    from pipelines.runs.identity import NON_IDENTITY_KEYS
 
-    tree = {key: value for key, value in settings.items() if key not in PLACES}
-    training = {k: v for k, v in (tree.get("training") or {}).items() if k not in RHYTHM}
+    tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
+    training = {k: v for k, v in (tree.get("training") or {}).items() if k not in NON_IDENTITY_KEYS}
     return configuration.digest({"settings": tree | {"training": training}, **more})
 
 
-def _free(label: str, taken: Sequence[str]) -> str:
+def _make_unique(label: str, taken: Sequence[str]) -> str:
     if label not in taken:
         return label
     return next(f"{label}-{n}" for n in range(2, len(taken) + 3) if f"{label}-{n}" not in taken)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def count(value: float) -> str:
+def format_count(value: float) -> str:
     """``4,200,000 -> "4.2 M"``: three digits and a unit."""
     if np.isnan(value):
         return "–"
@@ -15,26 +15,26 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``95 -> "1.6 min"``."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def signed(value: float) -> str:
+def format_signed_points(value: float) -> str:
     """A difference in points, with its sign: ``0.0123 -> "+1.2"``."""
     # Minus nothing is nothing.
     return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
-def points(change: Sequence[float]) -> str:
+def format_interval(change: Sequence[float]) -> str:
     """(difference, low, high, …) as ``+1.2 (+0.3 to +2.1)``, in points."""
-    value, low, high = (signed(x) for x in change[:3])
+    value, low, high = (format_signed_points(x) for x in change[:3])
     return f"{value} ({low} to {high})"
 
 
-def p_text(p: float) -> str:
+def format_p_value(p: float) -> str:
     """A p-value with as many digits as it deserves."""
     if np.isnan(p):
         return "–"

@@ -11,11 +11,11 @@ with Satterthwaite's degrees of freedom: the analysis of several readers and man
 
 Two or three seeds say little of how much seeds matter: by chance they may agree, and a test would
 be sure of itself for no reason. So the spread over seeds is pooled over the systems of a study
-(:class:`Spread`), as in any analysis of variance, and a system's own spread counts where it is
+(:class:`SeedVariance`), as in any analysis of variance, and a system's own spread counts where it is
 larger. ``docs/comparison.md`` has the measured coverage and false alarms of this, of each
 system's own spread, and of a crossed bootstrap.
 
-A :class:`Sample` is any figure that every run has, together with what each row adds to it. Means
+A :class:`RunSample` is any figure that every run has, together with what each row adds to it. Means
 over tasks, ratios to a baseline and differences are again samples, so one estimator serves all.
 Differences pair by row and seed.
 
@@ -33,7 +33,7 @@ from scipy import stats
 LEVEL = 0.95
 
 
-class Estimate(NamedTuple):
+class ScoreEstimate(NamedTuple):
     """A mean over seeds and rows and what is known of it.
 
     Args:
@@ -49,12 +49,12 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
-    error: float
-    freedom: float
+    std_error: float
+    dof: float
     seeds: int
 
 
-class Spread(NamedTuple):
+class SeedVariance(NamedTuple):
     """How much one run's figure varies over seeds, from the runs of several systems.
 
     Args:
@@ -63,15 +63,15 @@ class Spread(NamedTuple):
     """
 
     variance: float
-    freedom: float
+    dof: float
 
-    def of_difference(self) -> "Spread":
+    def for_difference(self) -> "SeedVariance":
         """The spread of the difference of two systems' runs."""
-        return Spread(2 * self.variance, self.freedom)
+        return SeedVariance(2 * self.variance, self.dof)
 
 
 @dataclass(frozen=True)
-class Sample:
+class RunSample:
     """A figure of every run of one system, and the rows behind it.
 
     Args:
@@ -95,14 +95,14 @@ class Sample:
                     f"rows), not {part.shape}"
                 )
 
-    def of(self, places: Sequence[int]) -> "Sample":
+    def select(self, places: Sequence[int]) -> "RunSample":
         """The runs at some places."""
         chosen = list(places)
         rows = {key: part[chosen] for key, part in self.rows.items()}
-        return Sample(tuple(self.seeds[i] for i in chosen), self.values[chosen], rows)
+        return RunSample(tuple(self.seeds[i] for i in chosen), self.values[chosen], rows)
 
 
-def sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hashable) -> Sample:
+def build_sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hashable) -> RunSample:
     """The ratio sum(amount) / sum(weight) of each run over a split's rows.
 
     Args:
@@ -117,35 +117,37 @@ def sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hashable) -
         raise ValueError(f"{key}: the weights of the rows sum to nothing")
     values_S = amount_SN.sum(1) / weight_N.sum()
     rows_SN = (amount_SN - values_S[:, None] * weight_N) / weight_N.mean()
-    return Sample(seeds, values_S, {key: rows_SN})
+    return RunSample(seeds, values_S, {key: rows_SN})
 
 
 # -- samples of samples --------------------------------------------------------------------
 
 
-def mean(parts: Sequence[Sample]) -> Sample:
+def average_samples(parts: Sequence[RunSample]) -> RunSample:
     """Mean of several figures, seed by seed."""
     parts = _on_common_seeds(parts)
     values = np.mean([part.values for part in parts], axis=0)
-    return Sample(parts[0].seeds, values, _sum_rows([(part, 1 / len(parts)) for part in parts]))
+    return RunSample(parts[0].seeds, values, _sum_rows([(part, 1 / len(parts)) for part in parts]))
 
 
-def difference(left: Sample, right: Sample) -> Sample:
+def subtract_samples(left: RunSample, right: RunSample) -> RunSample:
     """``left - right``, run by run."""
-    left, right = paired(left, right)
-    return Sample(left.seeds, left.values - right.values, _sum_rows([(left, 1.0), (right, -1.0)]))
+    left, right = pair_samples(left, right)
+    return RunSample(
+        left.seeds, left.values - right.values, _sum_rows([(left, 1.0), (right, -1.0)])
+    )
 
 
-def ratio(above: Sample, below: Sample) -> Sample:
+def divide_samples(above: RunSample, below: RunSample) -> RunSample:
     """``above / below``, run by run; rows by the delta method. NaN where ``below`` is 0."""
-    above, below = paired(above, below)
+    above, below = pair_samples(above, below)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where(below.values == 0, np.nan, above.values / below.values)
         scale = np.where(below.values == 0, np.nan, 1 / below.values)
-    return Sample(above.seeds, values, _sum_rows([(above, scale), (below, -values * scale)]))
+    return RunSample(above.seeds, values, _sum_rows([(above, scale), (below, -values * scale)]))
 
 
-def paired(left: Sample, right: Sample) -> tuple[Sample, Sample]:
+def pair_samples(left: RunSample, right: RunSample) -> tuple[RunSample, RunSample]:
     """Two samples on the seeds that both have.
 
     Runs without two common seeds pair in the order of their seeds: seeds are exchangeable, so
@@ -156,22 +158,22 @@ def paired(left: Sample, right: Sample) -> tuple[Sample, Sample]:
     common = sorted(set(left.seeds) & set(right.seeds))
     if len(common) >= 2 or len(common) == min(len(left.seeds), len(right.seeds)):
         return (
-            left.of([left.seeds.index(seed) for seed in common]),
-            right.of([right.seeds.index(seed) for seed in common]),
+            left.select([left.seeds.index(seed) for seed in common]),
+            right.select([right.seeds.index(seed) for seed in common]),
         )
     count = min(len(left.seeds), len(right.seeds))
-    return left.of(range(count)), right.of(range(count))
+    return left.select(range(count)), right.select(range(count))
 
 
-def _on_common_seeds(parts: Sequence[Sample]) -> list[Sample]:
+def _on_common_seeds(parts: Sequence[RunSample]) -> list[RunSample]:
     if not parts:
         raise ValueError("a mean needs at least one figure")
     common = sorted(set.intersection(*(set(part.seeds) for part in parts)))
-    return [part.of([part.seeds.index(seed) for seed in common]) for part in parts]
+    return [part.select([part.seeds.index(seed) for seed in common]) for part in parts]
 
 
 def _sum_rows(
-    terms: Sequence[tuple[Sample, float | NDArray]],
+    terms: Sequence[tuple[RunSample, float | NDArray]],
 ) -> dict[Hashable, NDArray[np.float64]]:
     rows: dict[Hashable, NDArray[np.float64]] = {}
     for part, factor in terms:
@@ -188,22 +190,22 @@ def _sum_rows(
 # -- estimates and tests -------------------------------------------------------------------
 
 
-def pool(samples: Sequence[Sample]) -> Spread | None:
+def pool_seed_variance(samples: Sequence[RunSample]) -> SeedVariance | None:
     """The spread over seeds that systems have in common; none without repeated runs."""
     parts = [(_variance(each.values), len(each.seeds) - 1) for each in samples]
     freedom = sum(own for _, own in parts)
     if not freedom:
         return None
-    return Spread(sum(variance * own for variance, own in parts if own) / freedom, freedom)
+    return SeedVariance(sum(variance * own for variance, own in parts if own) / freedom, freedom)
 
 
-def estimate(
-    of: Sample,
-    spread: Spread | None = None,
+def estimate_mean(
+    of: RunSample,
+    spread: SeedVariance | None = None,
     level: float = LEVEL,
     least: float = -np.inf,
     most: float = np.inf,
-) -> Estimate:
+) -> ScoreEstimate:
     """Mean over seeds with its interval; bounds are cut at ``least`` and ``most``.
 
     Args:
@@ -212,15 +214,15 @@ def estimate(
         level: share of intervals that shall hold the truth.
         least, most: ends of the figure's scale.
     """
-    value, error, freedom = _error(of, spread)
+    value, error, freedom = _mean_and_error(of, spread)
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * error if error else 0.0 * error
     low, high = (float(np.clip(x, least, most)) for x in (value - half, value + half))
-    return Estimate(value, low, high, error, freedom, len(of.seeds))
+    return ScoreEstimate(value, low, high, error, freedom, len(of.seeds))
 
 
-def p_value(of: Sample, spread: Spread | None = None, null: float = 0.0) -> float:
-    """Two-sided p-value of "the mean is ``null``" (Student's t); see :func:`estimate`."""
-    value, error, freedom = _error(of, spread)
+def compute_p_value(of: RunSample, spread: SeedVariance | None = None, null: float = 0.0) -> float:
+    """Two-sided p-value of "the mean is ``null``" (Student's t); see :func:`estimate_mean`."""
+    value, error, freedom = _mean_and_error(of, spread)
     if np.isnan(value) or np.isnan(error):
         return float("nan")
     if error == 0:
@@ -235,15 +237,15 @@ def _variance(values_S: NDArray[np.float64]) -> float:
     return float(values_S.var(ddof=1))
 
 
-def _error(of: Sample, spread: Spread | None) -> tuple[float, float, float]:
+def _mean_and_error(of: RunSample, spread: SeedVariance | None) -> tuple[float, float, float]:
     """Mean, standard error, degrees of freedom."""
     count = len(of.seeds)
     value = float(of.values.mean())
     variances, squares = [], []
     if count > 1 or spread is not None:
-        known = spread or Spread(0.0, count - 1)
+        known = spread or SeedVariance(0.0, count - 1)
         variances.append(max(_variance(of.values), known.variance) / count)
-        squares.append(variances[-1] ** 2 / known.freedom)
+        squares.append(variances[-1] ** 2 / known.dof)
     for part in of.rows.values():
         rows = part.shape[1]
         mean_N = part.mean(0)
@@ -258,7 +260,7 @@ def _error(of: Sample, spread: Spread | None) -> tuple[float, float, float]:
     return value, float(np.sqrt(total)), float(freedom)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def correct_p_values(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (source: Holm 1979); NaN stays and does not count.
 
     Rejecting those that are at most alpha keeps the chance of any false rejection below alpha,

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from pipelines.runs.mirror import Mirror
+from pipelines.runs.mirror import RunMirror
 from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.location import Place
 
 
-def located(root: Place, name: str) -> tuple[Path, Mirror | None]:
+def resolve_result_folder(root: Place, name: str) -> tuple[Path, RunMirror | None]:
     """The folder of a sweep or study on this disk, and its place in a store if it is kept in one.
 
     Args:
@@ -17,4 +17,4 @@ def located(root: Place, name: str) -> tuple[Path, Mirror | None]:
     if isinstance(root, Path):
         return root / name, None
     folder = run_root() / name
-    return folder, Mirror(directories.join(root, name), folder)
+    return folder, RunMirror(directories.join(root, name), folder)

@@ -10,7 +10,7 @@ Range = list[float]
 
 
 @dataclass
-class Dimension:
+class SearchDimension:
     """What one key takes; exactly one of these is given.
 
     Args:
@@ -50,7 +50,7 @@ class Dimension:
         """The values of a list, or the names of options."""
         return list(self.options) if self.options else list(self.grid or self.choice)
 
-    def at(self, share: float) -> Any:
+    def value_at(self, share: float) -> Any:
         """The value below which this share, in [0, 1), of what is drawn lies."""
         if self.range is None:
             return self.values[int(share * len(self.values))]
@@ -85,8 +85,8 @@ class Dimension:
             raise UserError(f"{where}.{self.kind}: low must be above 0, got {ends[0]}")
 
 
-def shown(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value in one word, for names and tables: lists joined with +."""
     if isinstance(value, list | tuple):
-        return "+".join(map(shown, value))
+        return "+".join(map(format_setting, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

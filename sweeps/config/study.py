@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig
-from pipelines.runs.mirror import Mirror
+from pipelines.runs.mirror import RunMirror
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.storage import run_root
 from skillnet_platform.storage.location import place
 from skillnet_platform.tracking import TrackingConfig
-from sweeps.config.location import located
-from sweeps.config.space import Dimension
+from sweeps.config.location import resolve_result_folder
+from sweeps.config.space import SearchDimension
 from sweeps.config.trials import ResourceConfig
 
 
@@ -46,9 +46,9 @@ class SystemConfig:
         options: options of that system.
         pretrain: start each run from a pretraining of its own, with the run's seed.
         set: flat key -> value, over the study's ``run``, for this system alone.
-        tuned_as: take the settings that were chosen for that system in place of trials of its
+        reuse_tuning_of: take the settings that were chosen for that system in place of trials of its
             own.
-        more_seeds: seeds beyond the study's, for what is close. Two systems are tested on the
+        extra_seeds: seeds beyond the study's, for what is close. Two systems are tested on the
             seeds that both have.
     """
 
@@ -56,8 +56,8 @@ class SystemConfig:
     options: dict[str, Any] = field(default_factory=dict)
     pretrain: bool = False
     set: dict[str, Any] = field(default_factory=dict)
-    tuned_as: Optional[str] = None  # noqa: UP045
-    more_seeds: list[int] = field(default_factory=list)
+    reuse_tuning_of: Optional[str] = None  # noqa: UP045
+    extra_seeds: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -71,22 +71,24 @@ class TuningConfig:
         trials: per system; 0 tunes nothing.
         space: key -> what it takes, as in a sweep.
         seed: of the trials, and of their points; none of the study's seeds.
-        share: steps of a trial, as a share of the run's.
+        step_fraction: steps of a trial, as a share of the run's.
         points: settings (key -> value) that every system tries besides: where the best lay at an
             end of a range, one beyond it.
     """
 
     trials: int = 0
-    space: dict[str, Dimension] = field(default_factory=dict)
+    space: dict[str, SearchDimension] = field(default_factory=dict)
     seed: int = 1000
-    share: float = 1.0
+    step_fraction: float = 1.0
     points: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.trials < 0:
             raise UserError(f"tuning.trials must not be negative, got {self.trials}")
-        if not 0 < self.share <= 1:
-            raise UserError(f"tuning.share must be above 0 and at most 1, got {self.share}")
+        if not 0 < self.step_fraction <= 1:
+            raise UserError(
+                f"tuning.step_fraction must be above 0 and at most 1, got {self.step_fraction}"
+            )
         if self.trials > 1 and not self.space:
             raise UserError("tuning.trials without a tuning.space: name what is to be tuned")
 
@@ -144,7 +146,7 @@ class StudyConfig:
             raise UserError("seeds must not be empty")
         for label in [None, *self.systems]:
             seeds = self.seeds if label is None else self.seeds_of(label)
-            key = "seeds" if label is None else f"seeds and systems.{label}.more_seeds"
+            key = "seeds" if label is None else f"seeds and systems.{label}.extra_seeds"
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"{key} must differ, got {seeds}")
             if self.tuning.trials and self.tuning.seed in seeds:
@@ -155,29 +157,29 @@ class StudyConfig:
         for label, entry in self.systems.items():
             if "/" in label or label.startswith(".") or not label:
                 raise UserError(f"systems: {label!r} cannot be a folder's name")
-            other = entry.tuned_as
+            other = entry.reuse_tuning_of
             if other is not None and (other == label or other not in self.systems):
                 raise UserError(
-                    f"systems.{label}.tuned_as: {other!r} is no other system"
+                    f"systems.{label}.reuse_tuning_of: {other!r} is no other system"
                     f"{nearest(other, self.systems)}"
                 )
-            if other is not None and self.systems[other].tuned_as is not None:
-                raise UserError(f"systems.{label}.tuned_as: {other} is not tuned itself")
+            if other is not None and self.systems[other].reuse_tuning_of is not None:
+                raise UserError(f"systems.{label}.reuse_tuning_of: {other} is not tuned itself")
 
     def seeds_of(self, label: str) -> list[int]:
         """Seeds of a system's final runs."""
-        return [*self.seeds, *self.systems[label].more_seeds]
+        return [*self.seeds, *self.systems[label].extra_seeds]
 
     @property
     def folder(self) -> Path:
         """Of the study, on this disk."""
-        return self._located[0]
+        return self._location[0]
 
     @property
-    def mirror(self) -> Mirror | None:
+    def mirror(self) -> RunMirror | None:
         """Its place in a store, if it is kept in one."""
-        return self._located[1]
+        return self._location[1]
 
     @property
-    def _located(self) -> tuple[Path, Mirror | None]:
-        return located(place(self.run_dir, run_root()), self.name or "study")
+    def _location(self) -> tuple[Path, RunMirror | None]:
+        return resolve_result_folder(place(self.run_dir, run_root()), self.name or "study")

@@ -6,7 +6,7 @@ from typing import Literal, Optional
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
-from sweeps.config.space import Dimension
+from sweeps.config.space import SearchDimension
 from sweeps.config.trials import AshaConfig, FixedCostConfig, ResourceConfig, ScoreConfig
 
 
@@ -40,7 +40,7 @@ class SweepConfig:
     name: Optional[str] = None  # noqa: UP045
     run_dir: Optional[str] = None  # noqa: UP045
     run: FinetuneConfig = field(default_factory=FinetuneConfig)
-    space: dict[str, Dimension] = field(default_factory=dict)
+    space: dict[str, SearchDimension] = field(default_factory=dict)
     search: Literal["grid", "random", "optuna"] = "grid"
     samples: int = 8
     seeds: list[int] = field(default_factory=lambda: [0])

@@ -8,8 +8,8 @@ from pipelines.evaluation.tables import HEADLINE
 from skillnet_platform.errors import UserError, nearest
 
 #: The primary figure of a task with labels, and whether more of it is better.
-PRIMARY = dict(figure for objective, figure in HEADLINE.items() if objective != "masked")
-Status = Literal["finished", "stopped", "failed", "interrupted"]
+PRIMARY_METRICS = dict(figure for objective, figure in HEADLINE.items() if objective != "masked")
+TrialStatus = Literal["finished", "stopped", "failed", "interrupted"]
 
 
 @dataclass
@@ -17,7 +17,7 @@ class FixedCostConfig:
     """Give every configuration the width at which it costs what the reference costs.
 
     Args:
-        adjust: the width that is set: ``hidden`` (of a skill's feed-forward layer) or ``dim`` (of
+        adjust: the width that is set: ``ffn_dim`` (of a skill's feed-forward layer) or ``dim`` (of
             the model, in steps of its heads); none leaves widths alone.
         by: what is held fixed, on average over the tasks: ``activated`` parameters, or
             ``flops`` of one example of full length.
@@ -25,7 +25,7 @@ class FixedCostConfig:
         tolerance: largest relative difference.
     """
 
-    adjust: Optional[Literal["hidden", "dim"]] = None  # noqa: UP045
+    adjust: Optional[Literal["ffn_dim", "dim"]] = None  # noqa: UP045
     by: Literal["activated", "flops"] = "activated"
     target: Optional[float] = None  # noqa: UP045
     tolerance: float = 0.01
@@ -45,12 +45,12 @@ class ResourceConfig:
         cpus: CPUs of a trial, or of each of its workers where training.workers is above 1; may
             be a fraction.
         gpus: the same for GPUs, along with training.use_gpu: one without the other is refused.
-        parallel: trials at the same time; 0 as many as fit.
+        max_concurrent_trials: trials at the same time; 0 as many as fit.
     """
 
     cpus: float = 1.0
     gpus: float = 0.0
-    parallel: int = 0
+    max_concurrent_trials: int = 0
 
     def __post_init__(self) -> None:
         if self.cpus <= 0:
@@ -59,8 +59,10 @@ class ResourceConfig:
             raise UserError(f"resources.gpus must not be negative, got {self.gpus}")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise UserError(f"resources.gpus above 1 must be whole, got {self.gpus}")
-        if self.parallel < 0:
-            raise UserError(f"resources.parallel must not be negative, got {self.parallel}")
+        if self.max_concurrent_trials < 0:
+            raise UserError(
+                f"resources.max_concurrent_trials must not be negative, got {self.max_concurrent_trials}"
+            )
 
     def check(self, use_gpu: bool) -> None:
         """Refuse a GPU that is kept and not used, and one that is wanted and not given.
@@ -85,18 +87,18 @@ class AshaConfig:
     """Asynchronous successive halving (Li et al. 2020): bad trials are stopped early.
 
     Args:
-        grace: steps before a trial may be stopped; 0 until its first evaluation.
-        reduction: of so many trials that reach a rung, one goes on; rungs lie apart by this factor.
+        grace_period: steps before a trial may be stopped; 0 until its first evaluation.
+        reduction_factor: of so many trials that reach a rung, one goes on; rungs lie apart by this factor.
     """
 
-    grace: int = 0
-    reduction: float = 3.0
+    grace_period: int = 0
+    reduction_factor: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.grace < 0:
-            raise UserError(f"asha.grace must not be negative, got {self.grace}")
-        if self.reduction <= 1:
-            raise UserError(f"asha.reduction must be above 1, got {self.reduction}")
+        if self.grace_period < 0:
+            raise UserError(f"asha.grace_period must not be negative, got {self.grace_period}")
+        if self.reduction_factor <= 1:
+            raise UserError(f"asha.reduction_factor must be above 1, got {self.reduction_factor}")
 
 
 @dataclass
@@ -142,13 +144,15 @@ class ScoreConfig:
                     "that counts as 1"
                 )
 
-    def of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, dict[str, float]]:
+    def compute_score(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, dict[str, float]]:
         """The score, and each task's, of tidy evaluation rows."""
         scores: dict[str, float] = {}
         for row in rows:
-            if row["split"] == self.split and row["metric"] in PRIMARY:
+            if row["split"] == self.split and row["metric"] in PRIMARY_METRICS:
                 value = float(row["value"])
-                scores[row["task"]] = value if PRIMARY[row["metric"]] else max(1.0 - value, 0.0)
+                scores[row["task"]] = (
+                    value if PRIMARY_METRICS[row["metric"]] else max(1.0 - value, 0.0)
+                )
         if self.tasks:
             scores = {name: scores[name] for name in self.tasks}
         if self.kind == "relative":

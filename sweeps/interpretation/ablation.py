@@ -15,14 +15,14 @@ from pipelines.evaluation.evaluator import asks_with_all, corpus_path, measure
 from pipelines.evaluation.inference import Runner
 from pipelines.evaluation.outcomes import Outcomes, RowOutcomes, paired_difference
 from pipelines.evaluation.tables import HEADLINE, in_order
-from pipelines.shards.dataset import PreparedCorpus, Split, open_corpus
+from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet_platform.errors import UserError
 
-LEFT_OUT, PUT_IN, SWAPPED = "left out", "put in", "swapped"
+REMOVE, ADD, SWAP = "left out", "put in", "swapped"
 
-#: Keys of a row of :func:`knockout_table`.
+#: Keys of a row of :func:`measure_ablations`.
 COLUMNS = (
     "task",
     "split",
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Change:
+class PlanChange:
     """Another plan for a task.
 
     Args:
@@ -56,7 +56,7 @@ class Change:
     task: Task | None
 
 
-def changes(task: Task, skills: Sequence[str], swaps: bool = True) -> list[Change]:
+def list_plan_changes(task: Task, skills: Sequence[str], swaps: bool = True) -> list[PlanChange]:
     """Every change of a task's plans by one skill.
 
     A skill is left out of each tower that activates it; put in, it joins every tower of a task
@@ -67,23 +67,23 @@ def changes(task: Task, skills: Sequence[str], swaps: bool = True) -> list[Chang
     for skill in skills:
         if skill not in task.skills:
             towers = {name: (*plan.skills, skill) for name, plan in task.towers.items()}
-            found.append(Change(PUT_IN, skill, "", _with(task, towers)))
+            found.append(PlanChange(ADD, skill, "", _replace_skills(task, towers)))
             continue
         left = {
             name: tuple(each for each in plan.skills if each != skill)
             for name, plan in task.towers.items()
         }
-        found.append(Change(LEFT_OUT, skill, "", _with(task, left)))
+        found.append(PlanChange(REMOVE, skill, "", _replace_skills(task, left)))
         homes = [name for name, plan in task.towers.items() if skill in plan.skills]
         for other in skills if swaps else ():
             if any(other in task.towers[name].skills for name in homes):
                 continue
             towers = left | {name: (*left[name], other) for name in homes}
-            found.append(Change(SWAPPED, skill, other, _with(task, towers)))
+            found.append(PlanChange(SWAP, skill, other, _replace_skills(task, towers)))
     return found
 
 
-def knockout_table(
+def measure_ablations(
     model: SkillNet,
     data: str | Path,
     tasks: Sequence[str] | None = None,
@@ -93,7 +93,7 @@ def knockout_table(
     limits: Mapping[str, int | None] | None = None,
     swaps: bool = True,
     seed: int = 0,
-    samples: int = 1000,
+    bootstrap_samples: int = 1000,
     precision: str = "auto",
     on_change: Callable[[str, int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def knockout_table(
         limits: task -> longest sequence, as in training.
         swaps: also put each other skill in the place of each active one.
         seed: of the resampling of rows.
-        samples: resamplings of each interval.
+        bootstrap_samples: resamplings of each interval.
         precision: see :class:`pipelines.evaluation.inference.Runner`.
         on_change: called with the task and the rows before each measurement.
 
@@ -123,12 +123,12 @@ def knockout_table(
     """
     found: list[dict[str, Any]] = []
     runner = Runner(model, precision)
-    for name, part, corpus in measured_splits(model, data, tasks, split, corpora):
+    for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
         metric, more = HEADLINE[spec.objective]
         limit = (limits or {}).get(name)
-        whole = _outcomes(runner, name, spec, part, corpus, limit)
-        for change in changes(spec, model.config.skills, swaps):
+        whole = _measure_outcomes(runner, name, spec, part, corpus, limit)
+        for change in list_plan_changes(spec, model.config.skills, swaps):
             if on_change is not None:
                 on_change(name, part.rows)
             row = {
@@ -142,22 +142,27 @@ def knockout_table(
                 "rows": len(whole),
             }
             if change.task is not None:
-                altered = _outcomes(runner, name, change.task, part, corpus, limit)
+                altered = _measure_outcomes(runner, name, change.task, part, corpus, limit)
                 pair = (whole, altered) if more else (altered, whole)
-                interval = paired_difference(*pair, seed=seed, samples=samples)
+                interval = paired_difference(*pair, seed=seed, samples=bootstrap_samples)
                 row |= {"after": _score(altered.value, more), "lost": interval.value}
                 row |= {"low": interval.low, "high": interval.high}
             found.append({column: row.get(column) for column in COLUMNS})
     return found
 
 
-def _outcomes(
-    runner: Runner, name: str, task: Task, part: Split, corpus: PreparedCorpus, limit: int | None
+def _measure_outcomes(
+    runner: Runner,
+    name: str,
+    task: Task,
+    part: CorpusSplit,
+    corpus: PreparedCorpus,
+    limit: int | None,
 ) -> RowOutcomes:
     """What becomes of every row of a split under a plan, asked as the evaluation asks."""
     kept = Outcomes()
     assert isinstance(runner.model, SkillNet)
-    with planned(runner.model, name, task):
+    with override_plan(runner.model, name, task):
         measure(
             runner,
             name,
@@ -171,20 +176,20 @@ def _outcomes(
     return kept[name, part.name]
 
 
-def measured_splits(
+def find_measured_splits(
     model: SkillNet,
     data: str | Path,
     tasks: Sequence[str] | None,
     split: str,
     corpora: Mapping[str, str] | None,
-) -> list[tuple[str, Split, PreparedCorpus]]:
+) -> list[tuple[str, CorpusSplit, PreparedCorpus]]:
     """(task, its split, its corpus) of the tasks that have a headline figure and the split.
 
     Raises:
         UserError: an unknown task, or no corpus with that split.
     """
     names = in_order(model.config.tasks) if tasks is None else list(tasks)
-    found: list[tuple[str, Split, PreparedCorpus]] = []
+    found: list[tuple[str, CorpusSplit, PreparedCorpus]] = []
     seen: set[str] = set()
     for name in names:
         if find_task(name, model.config.tasks).objective not in HEADLINE:
@@ -202,7 +207,7 @@ def measured_splits(
 
 
 @contextlib.contextmanager
-def planned(model: SkillNet, name: str, task: Task) -> Iterator[None]:
+def override_plan(model: SkillNet, name: str, task: Task) -> Iterator[None]:
     """The model with another plan for a task, for the length of a block; weights stay."""
     before = model.config
     model.config = replace(before, tasks=before.tasks | {name: task})
@@ -216,7 +221,7 @@ def planned(model: SkillNet, name: str, task: Task) -> Iterator[None]:
         model.train(training)
 
 
-def _with(task: Task, skills: Mapping[str, Sequence[str]]) -> Task | None:
+def _replace_skills(task: Task, skills: Mapping[str, Sequence[str]]) -> Task | None:
     """The task with other skills in its towers; None if a tower had none left."""
     if not all(skills.values()):
         return None

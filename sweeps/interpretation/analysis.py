@@ -20,10 +20,10 @@ from skillnet_platform.storage import atomic_write
 from sweeps.interpretation import ablation as knockout_module
 from sweeps.interpretation import gradient_share as gradients_module
 from sweeps.interpretation import similarity as similarity_module
-from sweeps.interpretation.ablation import knockout_table
-from sweeps.interpretation.figures import figures
-from sweeps.interpretation.gradient_share import gradient_share
-from sweeps.interpretation.similarity import skill_similarity
+from sweeps.interpretation.ablation import measure_ablations
+from sweeps.interpretation.figures import draw_figures
+from sweeps.interpretation.gradient_share import measure_gradient_share
+from sweeps.interpretation.similarity import measure_skill_similarity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,53 +48,53 @@ CAPTIONS = {
 
 
 @dataclass(frozen=True)
-class Interpretation:
+class SkillInterpretation:
     """Tidy rows of a model's interpretation.
 
     Args:
         model: what was interpreted, for titles.
         skills: of the model, in order.
-        knockout: of :func:`sweeps.interpretation.ablation.knockout_table`.
-        similarity: of :func:`sweeps.interpretation.similarity.skill_similarity`.
-        gradients: of :func:`sweeps.interpretation.gradient_share.gradient_share`.
+        knockout: of :func:`sweeps.interpretation.ablation.measure_ablations`.
+        similarity: of :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
+        gradients: of :func:`sweeps.interpretation.gradient_share.measure_gradient_share`.
         facts: name -> value, how it was made.
     """
 
     model: str
     skills: tuple[str, ...]
-    knockout: list[dict[str, Any]]
+    ablations: list[dict[str, Any]]
     similarity: list[dict[str, Any]]
     gradients: list[dict[str, Any]]
     facts: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> "dict[str, Figure]":
         """File name -> figure; drawn at each call."""
-        return figures(self.knockout, self.similarity, self.gradients, self.skills)
+        return draw_figures(self.ablations, self.similarity, self.gradients, self.skills)
 
     def tables(self) -> dict[str, tuple[Sequence[str], list[dict[str, Any]]]]:
         """File name -> (columns, rows)."""
         return {
-            "knockout.csv": (knockout_module.COLUMNS, self.knockout),
+            "knockout.csv": (knockout_module.COLUMNS, self.ablations),
             "similarity.csv": (similarity_module.COLUMNS, self.similarity),
-            "gradient_share.csv": (gradients_module.COLUMNS, self.gradients),
+            "measure_gradient_share.csv": (gradients_module.COLUMNS, self.gradients),
         }
 
     def write(self, folder: Path) -> list[Path]:
         """Write all of it into a folder; the paths, the page first."""
-        from sweeps.report.html import render
-        from sweeps.report.plots import png
+        from sweeps.report.html import render_template
+        from sweeps.report.plots import encode_png
 
         # As pixels: as outlines, the thousands of numbers of a deep model make a page too heavy.
-        drawn = {name: png(figure) for name, figure in self.figures().items()}
-        pictures = [
+        drawn = {name: encode_png(figure) for name, figure in self.figures().items()}
+        encoded = [
             {
                 "name": _title(name),
                 "uri": "data:image/png;base64," + base64.b64encode(data).decode(),
-                "caption": caption_of(name),
+                "caption": find_caption(name),
             }
             for name, data in drawn.items()
         ]
-        page = render("interpretation.html", {"interpretation": self, "pictures": pictures})
+        page = render_template("interpretation.html", {"interpretation": self, "figures": encoded})
         with atomic_write(folder / PAGE, "w") as stream:
             stream.write(page)
         for name, (columns, rows) in self.tables().items():
@@ -108,7 +108,7 @@ class Interpretation:
         return [folder / name for name in (PAGE, *self.tables(), *drawn)]
 
 
-def interpret(
+def interpret_model(
     model: SkillNet,
     data: str | Path,
     tasks: Sequence[str] | None = None,
@@ -121,10 +121,10 @@ def interpret(
     tokens: int = 2048,
     batches: int = 8,
     seed: int = 0,
-    samples: int = 1000,
+    bootstrap_samples: int = 1000,
     precision: str = "auto",
     on_progress: Callable[[str, int], None] | None = None,
-) -> Interpretation:
+) -> SkillInterpretation:
     """Interpret a trained model: knock-outs, likeness of skills, shares of the gradient.
 
     Args:
@@ -136,10 +136,10 @@ def interpret(
         corpora: task -> corpus, where it is not the built-in one.
         limits: task -> longest sequence, as in training.
         swaps: also put each other skill in the place of each active one.
-        tokens: see :func:`sweeps.interpretation.similarity.skill_similarity`.
+        tokens: see :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
         batches: training batches of each task for the gradient.
         seed: of the choice of rows and of resampling.
-        samples: resamplings of each interval.
+        bootstrap_samples: resamplings of each interval.
         precision: see :class:`pipelines.evaluation.inference.Runner`.
         on_progress: called with words and the rows before each measurement.
 
@@ -147,25 +147,33 @@ def interpret(
         UserError: an unknown task, or corpora that do not fit.
     """
     common: dict[str, Any] = {"corpora": corpora, "limits": limits, "seed": seed}
-    lost = knockout_table(
+    lost = measure_ablations(
         model,
         data,
         tasks,
         split,
         swaps=swaps,
-        samples=samples,
+        bootstrap_samples=bootstrap_samples,
         precision=precision,
         on_change=on_progress,
         **common,
     )
-    alike = skill_similarity(model, data, tasks, split, tokens=tokens, **common)
-    shares = gradient_share(
-        model, data, tasks, batches=batches, samples=samples, precision=precision, **common
+    alike = measure_skill_similarity(model, data, tasks, split, tokens=tokens, **common)
+    shares = measure_gradient_share(
+        model,
+        data,
+        tasks,
+        batches=batches,
+        bootstrap_samples=bootstrap_samples,
+        precision=precision,
+        **common,
     )
-    return Interpretation(name, tuple(model.config.skills), lost, alike, shares, {"split": split})
+    return SkillInterpretation(
+        name, tuple(model.config.skills), lost, alike, shares, {"split": split}
+    )
 
 
-def caption_of(name: str) -> str:
+def find_caption(name: str) -> str:
     """Words below the figure of that file name."""
     return next(words for start, words in CAPTIONS.items() if name.startswith(start))
 

@@ -18,12 +18,12 @@ from pipelines.evaluation.tables import HEADLINE, in_order
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss
-from skillnet.metrics import Interval, bootstrap_interval, ratio_of_sums
+from skillnet.metrics import ConfidenceInterval, bootstrap_interval, ratio_of_sums
 from skillnet.model import SkillNet
-from skillnet.precision import choose
+from skillnet.precision import choose_precision
 from skillnet.skills import find_task
 
-#: Keys of a row of :func:`gradient_share`.
+#: Keys of a row of :func:`measure_gradient_share`.
 COLUMNS = (
     "task",
     "kind",
@@ -39,7 +39,7 @@ COLUMNS = (
 )
 
 
-def gradient_share(
+def measure_gradient_share(
     model: SkillNet,
     data: str | Path,
     tasks: Sequence[str] | None = None,
@@ -50,7 +50,7 @@ def gradient_share(
     batches: int = 8,
     batch: int = 64,
     seed: int = 0,
-    samples: int = 1000,
+    bootstrap_samples: int = 1000,
     precision: str = "auto",
 ) -> list[dict[str, Any]]:
     """Share of the squared gradient norm by part, for every task.
@@ -65,7 +65,7 @@ def gradient_share(
         batches: number of batches of a task.
         batch: rows of each.
         seed: of the choice of rows, and of the resampling.
-        samples: resamplings of each interval, which is over batches.
+        bootstrap_samples: resamplings of each interval, which is over batches.
         precision: as in training.
 
     Returns:
@@ -88,43 +88,47 @@ def gradient_share(
         )
         settings = replace(settings, first_caption=1.0)
         stream = MultiTaskDataLoader({corpus.name: corpus}, {name: settings}, model.config, seed)
-        squares, sizes = _squares(model, name, stream, batches, precision)
+        squares, sizes = _squared_norms(model, name, stream, batches, precision)
         whole = np.sum(list(squares.values()), 0)
         skills = np.sum([x for (kind, _), x in squares.items() if kind == "skill"], 0)
         for (kind, part), values in squares.items():
             row: dict[str, Any] = {"task": name, "kind": kind, "part": part, "batches": batches}
             row["parameters"] = sizes[kind, part]
             keys = ("share", "low", "high")
-            row |= zip(keys, _ratio(values, whole, seed, samples), strict=True)
+            row |= zip(keys, _share_interval(values, whole, seed, bootstrap_samples), strict=True)
             if kind == "skill":
                 keys = ("of_skills", "of_skills_low", "of_skills_high")
-                row |= zip(keys, _ratio(values, skills, seed, samples), strict=True)
+                row |= zip(
+                    keys, _share_interval(values, skills, seed, bootstrap_samples), strict=True
+                )
             found.append({column: row.get(column) for column in COLUMNS})
     return found
 
 
-def _ratio(values: np.ndarray, whole: np.ndarray, seed: int, samples: int) -> Interval:
+def _share_interval(
+    values: np.ndarray, whole: np.ndarray, seed: int, bootstrap_samples: int
+) -> ConfidenceInterval:
     rows_N2 = np.stack([values, whole], 1)
-    return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=samples)
+    return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=bootstrap_samples)
 
 
-Part = tuple[str, str]
+ModelPart = tuple[str, str]
 
 
-def _squares(
+def _squared_norms(
     model: SkillNet, task: str, stream: MultiTaskDataLoader, batches: int, precision: str
-) -> tuple[dict[Part, np.ndarray], dict[Part, int]]:
+) -> tuple[dict[ModelPart, np.ndarray], dict[ModelPart, int]]:
     """(kind, part) -> squared gradient norm of each batch, and the parameters it is over."""
     named = list(model.active_parameters(task))
-    parts: dict[Part, int] = {("skill", skill): 0 for skill in model.config.skills}
+    parts: dict[ModelPart, int] = {("skill", skill): 0 for skill in model.config.skills}
     parts |= {(kind, kind): 0 for kind in ("shared", "stem", "head")}
-    owners = [_part_of(model.owner(name)) for name, _ in named]
+    owners = [_parse_part(model.file_of(name)) for name, _ in named]
     for owner, (_, parameter) in zip(owners, named, strict=True):
         parts[owner] += parameter.numel()
     squares = {part: np.zeros(batches) for part in parts}
     first = next(model.parameters())
     frozen = [parameter for _, parameter in named if not parameter.requires_grad]
-    numbers = choose("fp64" if first.dtype == torch.float64 else precision, first.device)
+    numbers = choose_precision("fp64" if first.dtype == torch.float64 else precision, first.device)
     training = model.training
     model.eval()
     try:
@@ -146,6 +150,6 @@ def _squares(
     return squares, parts
 
 
-def _part_of(file: str) -> Part:
+def _parse_part(file: str) -> ModelPart:
     kind, _, name = file.partition("-")
     return (kind, name) if kind == "skill" else (kind, kind)

@@ -26,11 +26,11 @@ from skillnet.growth import add_skill
 from skillnet.layers import SkillAttention, SkillWeights
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
-from sweeps.interpretation.ablation import measured_splits
+from sweeps.interpretation.ablation import find_measured_splits
 
 CKA, WEIGHTS = "outputs (CKA)", "weights (cosine)"
 
-#: Keys of a row of :func:`skill_similarity`.
+#: Keys of a row of :func:`measure_skill_similarity`.
 COLUMNS = ("measure", "modality", "task", "layer", "module", "skill", "other", "value", "tokens")
 
 #: The skill of fresh weights that is compared along.
@@ -40,7 +40,7 @@ Modules = dict[tuple[int, str], nn.Module]
 Pairs = dict[tuple[str, str], float | None]
 
 
-def skill_similarity(
+def measure_skill_similarity(
     model: SkillNet,
     data: str | Path,
     tasks: Sequence[str] | None = None,
@@ -74,14 +74,14 @@ def skill_similarity(
         UserError: an unknown task, or no corpus with that split.
     """
     model = _with_untrained(model, seed)
-    modules = skill_modules(model)
+    modules = find_skill_modules(model)
     found = []
     for (layer, module), carrier in modules.items():
         vectors = {name: _flat_weights(carrier, name) for name in model.config.skills}
         common = {"measure": WEIGHTS, "modality": "", "task": "", "layer": layer, "module": module}
-        found += _rows(_cosines(vectors), common | {"tokens": None})
+        found += _build_rows(_cosines(vectors), common | {"tokens": None})
     seen: set[str] = set()
-    for name, part, corpus in measured_splits(model, data, tasks, split, corpora):
+    for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
         tower = "input" if "input" in spec.towers else "candidate"
         plan = spec.towers[tower]
@@ -91,17 +91,17 @@ def skill_similarity(
         limit = (limits or {}).get(name)
         where = f"{corpus.name}/{part.name}"
         inputs = split_inputs(part.table(), plan, model.config, where, limit=limit)
-        rows = _enough_rows(inputs.lengths, max(tokens, 8 * model.config.dim), seed)
-        outputs = _outputs(model, modules, plan, inputs, rows)
+        rows = _sample_rows(inputs.lengths, max(tokens, 8 * model.config.dim), seed)
+        outputs = _collect_outputs(model, modules, plan, inputs, rows)
         for (layer, module), by_skill in outputs.items():
             common = {"measure": CKA, "modality": plan.modality, "task": name}
             common |= {"layer": layer, "module": module}
             count = len(next(iter(by_skill.values())))
-            found += _rows(linear_cka(by_skill), common | {"tokens": count})
+            found += _build_rows(compute_linear_cka(by_skill), common | {"tokens": count})
     return found
 
 
-def skill_modules(model: SkillNet) -> Modules:
+def find_skill_modules(model: SkillNet) -> Modules:
     """(layer from 1, "attention" or "feedforward") -> module, of those that carry skills."""
     found: Modules = {}
     for index, layer in enumerate(model.encoder.layers):
@@ -113,7 +113,7 @@ def skill_modules(model: SkillNet) -> Modules:
     return found
 
 
-def linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
+def compute_linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
     """||Y'X||² / (||X'X|| ||Y'Y||) of centred outputs (n, D) of every pair (Frobenius norms).
 
     None for a pair with outputs that are all the same.
@@ -137,7 +137,7 @@ def _with_untrained(model: SkillNet, seed: int) -> SkillNet:
 
 
 @torch.no_grad()
-def _outputs(
+def _collect_outputs(
     model: SkillNet, modules: Modules, plan: SkillPlan, inputs: Any, rows: np.ndarray
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
     """Module -> skill -> its outputs (n, D) on the real tokens of some rows."""
@@ -175,7 +175,7 @@ def _outputs(
     }
 
 
-def _enough_rows(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:
+def _sample_rows(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:
     """Rows in random order, as many as it takes to have so many tokens."""
     order = np.random.default_rng(seed).permutation(len(lengths))
     enough = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1
@@ -201,7 +201,7 @@ def _cosines(vectors: Mapping[str, Tensor]) -> Pairs:
     }
 
 
-def _rows(pairs: Pairs, common: dict[str, Any]) -> list[dict[str, Any]]:
+def _build_rows(pairs: Pairs, common: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each pair both ways."""
     both = pairs | {(other, one): value for (one, other), value in pairs.items()}
     rows = [common | {"skill": a, "other": b, "value": value} for (a, b), value in both.items()]

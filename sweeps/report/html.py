@@ -1,40 +1,46 @@
-"""The report as one HTML page that needs nothing else: plots inside, every text escaped."""
+"""The comparison report as one self-contained HTML page; every text is escaped."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import html_page as pages
-from sweeps.report.plots import png_uri, svg_uri
+from sweeps.report.plots import encode_png_uri, encode_svg_uri
 
 if TYPE_CHECKING:
-    from sweeps.report.report import Report
+    from sweeps.report.report import ComparisonReport
 
+#: Anchor -> heading of each section, in the order of the page.
 SECTIONS = {
     "claims": "Claims",
     "results": "Results",
     "plots": "Plots",
-    "skills": "What the skills do",
+    "skills": "Effect of each skill",
     "details": "Details",
-    "made": "How it was made",
+    "provenance": "Provenance",
 }
 
 
-def page(report: "Report") -> str:
-    """The page as text."""
+def render_report(report: "ComparisonReport") -> str:
+    """Return the report as the text of an HTML page, with its plots as data URIs."""
     values: dict[str, Any] = {"report": report}
-    for key, figures, uri in (
-        ("pictures", report.figures, svg_uri),
-        # As outlines, the many numbers in these would make a heavy page.
-        ("skills", report.skills, png_uri),
+    for key, figures, encode in (
+        ("figures", report.figures, encode_svg_uri),
+        # These figures hold thousands of numbers: as SVG outlines they make the page too large.
+        ("skills", report.skills, encode_png_uri),
     ):
         values[key] = [
-            {"name": name, "uri": uri(figure), "caption": report.captions.get(name, name)}
+            {"name": name, "uri": encode(figure), "caption": report.captions.get(name, name)}
             for name, figure in figures.items()
         ]
-    shown = {id: name for id, name in SECTIONS.items() if id != "skills" or report.skills}
-    return render("report.html", values | {"sections": shown})
+    sections = {id: name for id, name in SECTIONS.items() if id != "skills" or report.skills}
+    return render_template("report.html", values | {"sections": sections})
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """A template of this package, filled in and escaped; see :func:`skillnet_platform.html_page.render`."""
+def render_template(template: str, values: Mapping[str, Any]) -> str:
+    """Fill in and escape a template of this package.
+
+    Args:
+        template: file name below ``sweeps/report/templates``.
+        values: variables of the template.
+    """
     return pages.render(template, values, "sweeps.report")

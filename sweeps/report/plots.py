@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.evaluation.tables import COLOURS, quiet, words_of
-from sweeps.analysis.comparison import MEAN, Comparison
+from sweeps.analysis.comparison import MEAN, SystemComparison
 from sweeps.analysis.finished_runs import PRETRAINED
 
 if TYPE_CHECKING:
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
-def plots(of: Comparison) -> "dict[str, Figure]":
+def draw_plots(of: SystemComparison) -> "dict[str, Figure]":
     """Name -> figure, in the order of the report."""
     import matplotlib
 
     # A dollar sign in a system's name is no formula.
     with matplotlib.rc_context({"text.parse_math": False}):
-        made = {"scores": score_figure(of), "score against FLOPs": cost_figure(of)}
+        made = {"scores": draw_score_figure(of), "score against FLOPs": draw_score_cost_figure(of)}
         if any(test.kind == "pretraining" for test in of.tests):
-            made["what pretraining added"] = pretraining_figure(of)
-        learning = learning_figure(of)
+            made["what pretraining added"] = draw_pretraining_figure(of)
+        learning = draw_learning_figure(of)
         if learning is not None:
             made["learning"] = learning
     return made
 
 
-def score_figure(of: Comparison) -> "Figure":
+def draw_score_figure(of: SystemComparison) -> "Figure":
     """A panel per task: the score of each system with its interval."""
     labels = list(of.systems)
     tasks = [*of.tasks, MEAN]
-    figure, axes = _panels(tasks, 0.9 + 0.24 * len(labels), sharey=True)
+    figure, axes = _make_panels(tasks, 0.9 + 0.24 * len(labels), sharey=True)
     for task, panel in zip(tasks, axes, strict=True):
         for place, label in enumerate(labels):
-            found = of.score(label, task)
+            found = of.find_score(label, task)
             if found is None:
                 continue
             low, high = found.value - found.low, found.high - found.value
@@ -51,7 +51,7 @@ def score_figure(of: Comparison) -> "Figure":
                 **_style(label, labels),
             )
         panel.set_title(_title(of, task), fontsize=9)
-        panel.set_xlim(*_at_least(panel.get_xlim()))
+        panel.set_xlim(*_widen_limits(panel.get_xlim()))
         panel.set_yticks(range(len(labels)), labels, fontsize=8)
         panel.set_ylim(len(labels) - 0.5, -0.5)
         quiet(panel)
@@ -60,15 +60,15 @@ def score_figure(of: Comparison) -> "Figure":
     return figure
 
 
-def cost_figure(of: Comparison) -> "Figure":
+def draw_score_cost_figure(of: SystemComparison) -> "Figure":
     """A panel per task: score against executed operations, sizes of one system joined."""
     labels = list(of.systems)
     tasks = [*of.tasks, MEAN]
-    figure, axes = _panels(tasks, 2.2)
+    figure, axes = _make_panels(tasks, 2.2)
     for task, panel in zip(tasks, axes, strict=True):
         families: dict[str, list[tuple[float, float]]] = {}
         for label in labels:
-            found, cost = of.score(label, task), of.costs.get((label, task))
+            found, cost = of.find_score(label, task), of.costs.get((label, task))
             if found is None or cost is None:
                 continue
             low, high = found.value - found.low, found.high - found.value
@@ -78,14 +78,14 @@ def cost_figure(of: Comparison) -> "Figure":
                 yerr=[[100 * max(low, 0)], [100 * max(high, 0)]],
                 **_style(label, labels),
             )
-            system = of.systems[label][0].system + label[len(_base(label)) :]
+            system = of.systems[label][0].system + label[len(_base_label(label)) :]
             families.setdefault(system, []).append((cost.flops, 100 * found.value))
         for members in families.values():
             if len(members) > 1:
                 x, y = zip(*sorted(members), strict=True)
                 panel.plot(x, y, color="#999999", linewidth=0.8, zorder=1)
         panel.set_title(_title(of, task), fontsize=9)
-        panel.set_ylim(*_at_least(panel.get_ylim()))
+        panel.set_ylim(*_widen_limits(panel.get_ylim()))
         panel.set_xscale("log")
         _log_ticks(panel)
         quiet(panel)
@@ -97,19 +97,19 @@ def cost_figure(of: Comparison) -> "Figure":
     return figure
 
 
-def pretraining_figure(of: Comparison) -> "Figure":
+def draw_pretraining_figure(of: SystemComparison) -> "Figure":
     """Points that pretraining added, per task and system."""
     tests = [test for test in of.tests if test.kind == "pretraining"]
     systems = list(dict.fromkeys(test.against for test in tests))
     tasks = [*of.tasks, MEAN]
-    figure = _figure(7.6, 2.6)
+    figure = _make_figure(7.6, 2.6)
     panel = figure.add_subplot()
     panel.axhline(0, color="#777777", linewidth=0.8)
     labels = list(of.systems)
     width = 0.7 / len(systems)
     for test in tests:
         place = tasks.index(test.task) + (systems.index(test.against) + 0.5) * width - 0.35
-        value, low, high = (100 * x for x in test.change[:3])
+        value, low, high = (100 * x for x in test.difference[:3])
         panel.errorbar(
             place, value, yerr=[[value - low], [high - value]], **_style(test.system, labels)
         )
@@ -122,17 +122,17 @@ def pretraining_figure(of: Comparison) -> "Figure":
     return figure
 
 
-def learning_figure(of: Comparison) -> "Figure | None":
+def draw_learning_figure(of: SystemComparison) -> "Figure | None":
     """Validation metric over steps where runs kept it, else the training loss; mean over seeds."""
     from pipelines.evaluation.tables import smooth
-    from pipelines.runs.progress_log import PROGRESS, history
+    from pipelines.runs.progress_log import PROGRESS, read_metric_history
 
     told = {
         label: [history(run.folder / PROGRESS) for run in runs if (run.folder / PROGRESS).is_file()]
         for label, runs in of.systems.items()
     }
     labels = list(of.systems)
-    figure, axes = _panels(of.tasks, 2.2)
+    figure, axes = _make_panels(of.tasks, 2.2)
     drawn = False
     for task, panel in zip(of.tasks, axes, strict=True):
         validation = f"{task}/validation_{of.metrics[task]}"
@@ -156,7 +156,7 @@ def learning_figure(of: Comparison) -> "Figure | None":
         panel.set_title(task.replace("_", " "), fontsize=9)
         panel.set_ylabel(what, fontsize=8)
         if kept:
-            panel.set_ylim(*_at_least(panel.get_ylim()))
+            panel.set_ylim(*_widen_limits(panel.get_ylim()))
         quiet(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("step", fontsize=8)
@@ -166,7 +166,7 @@ def learning_figure(of: Comparison) -> "Figure | None":
     return figure
 
 
-def svg_uri(figure: "Figure") -> str:
+def encode_svg_uri(figure: "Figure") -> str:
     """A figure as an SVG inside a data URI: letters as outlines, nothing from elsewhere."""
     import matplotlib
 
@@ -179,12 +179,12 @@ def svg_uri(figure: "Figure") -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(body).decode()
 
 
-def png_uri(figure: "Figure") -> str:
+def encode_png_uri(figure: "Figure") -> str:
     """A figure as pixels inside a data URI."""
-    return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_png(figure)).decode()
 
 
-def png(figure: "Figure") -> bytes:
+def encode_png(figure: "Figure") -> bytes:
     """A figure as pixels."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -194,13 +194,13 @@ def png(figure: "Figure") -> bytes:
 # -- parts ---------------------------------------------------------------------------------
 
 
-def _base(label: str) -> str:
+def _base_label(label: str) -> str:
     return label.removesuffix(PRETRAINED)
 
 
 def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
-    bases = list(dict.fromkeys(_base(name) for name in labels))
-    place = bases.index(_base(label)) if _base(label) in bases else 0
+    bases = list(dict.fromkeys(_base_label(name) for name in labels))
+    place = bases.index(_base_label(label)) if _base_label(label) in bases else 0
     colour = COLOURS[place % len(COLOURS)]
     return {
         "fmt": MARKERS[place % len(MARKERS)],
@@ -247,10 +247,10 @@ def _legend(
     )
 
 
-def _panels(names: Sequence[str], height: float, **more: Any) -> "tuple[Figure, list[Any]]":
+def _make_panels(names: Sequence[str], height: float, **more: Any) -> "tuple[Figure, list[Any]]":
     across = min(len(names), 3)
     down = -(-len(names) // across)
-    figure = _figure(0.6 + 2.7 * across, height * down + 0.3)
+    figure = _make_figure(0.6 + 2.7 * across, height * down + 0.3)
     grid = figure.subplots(down, across, squeeze=False, **more)
     panels = list(grid.flat)
     for panel in panels[len(names) :]:
@@ -258,13 +258,13 @@ def _panels(names: Sequence[str], height: float, **more: Any) -> "tuple[Figure, 
     return figure, panels[: len(names)]
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _make_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _title(of: Comparison, task: str) -> str:
+def _title(of: SystemComparison, task: str) -> str:
     if task == MEAN:
         return "mean over tasks"
     metric = of.metrics[task]
@@ -288,7 +288,7 @@ def _mean_curve(
 def _log_ticks(panel: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-    from sweeps.analysis.format import count
+    from sweeps.analysis.format import format_count
 
     low, high = panel.get_xlim()
     if high / low < 20:
@@ -297,11 +297,11 @@ def _log_ticks(panel: Any) -> None:
         panel.xaxis.set_minor_locator(NullLocator())
     else:
         panel.xaxis.set_major_locator(LogLocator(base=10))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     panel.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _at_least(limits: tuple[float, float], span: float = 2.0) -> tuple[float, float]:
+def _widen_limits(limits: tuple[float, float], span: float = 2.0) -> tuple[float, float]:
     """Limits of an axis in per cent that do not blow up what is no difference."""
     low, high = limits
     if high - low >= span:

@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
-from sweeps.analysis.claims import Claim, claims
-from sweeps.analysis.comparison import MEAN, SPLIT, Comparison
+from sweeps.analysis.claims import EvaluatedClaim, evaluate_claims
+from sweeps.analysis.comparison import MEAN, SPLIT, SystemComparison
 from sweeps.config.study import ClaimsConfig
-from sweeps.report.plots import plots
-from sweeps.report.tables import Table, tables
+from sweeps.report.plots import draw_plots
+from sweeps.report.tables import ReportTable, build_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-SUMMARY = (
+SUMMARY_COLUMNS = (
     "system", "task", "split", "metric", "value", "low", "high", "score", "error", "freedom",
     "seeds", "activated_params", "flops_per_example",
 )  # fmt: skip
-TESTS = (
+TEST_COLUMNS = (
     "kind", "system", "against", "task", "difference", "low", "high", "error", "freedom", "seeds",
     "p", "p_corrected", "significant",
 )  # fmt: skip
@@ -53,7 +53,7 @@ CAPTIONS = {
 
 
 @dataclass
-class Report:
+class ComparisonReport:
     """Everything that is shown of a comparison.
 
     Args:
@@ -71,9 +71,9 @@ class Report:
     """
 
     title: str
-    comparison: Comparison
-    claims: Sequence[Claim]
-    tables: list[Table]
+    comparison: SystemComparison
+    claims: Sequence[EvaluatedClaim]
+    tables: list[ReportTable]
     figures: "dict[str, Figure]"
     captions: dict[str, str] = field(default_factory=lambda: dict(CAPTIONS))
     skills: "dict[str, Figure]" = field(default_factory=dict)
@@ -89,32 +89,32 @@ class Report:
         seeds = sorted({len(runs) for runs in of.systems.values()})
         told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         counts = [
-            _counted(len(of.systems), "system"),
+            _format_plural(len(of.systems), "system"),
             f"{told} {'seed' if seeds == [1] else 'seeds'} each",
-            _counted(len(of.tasks), "task"),
-            _counted(len(of.runs), "run"),
+            _format_plural(len(of.tasks), "task"),
+            _format_plural(len(of.runs), "run"),
         ]
         return ", ".join(counts)
 
 
-def make(
-    of: Comparison,
+def build_report(
+    of: SystemComparison,
     title: str,
     rules: ClaimsConfig | None = None,
     facts: Mapping[str, str] | None = None,
-) -> Report:
+) -> ComparisonReport:
     """A report of what the runs tell; ``facts`` come before those that every report has."""
-    return Report(
+    return ComparisonReport(
         title,
         of,
-        claims(of, rules),
-        tables(of),
-        plots(of),
-        facts=dict(facts or {}) | run_facts(of),
+        evaluate_claims(of, rules),
+        build_tables(of),
+        draw_plots(of),
+        facts=dict(facts or {}) | collect_facts(of),
     )
 
 
-def run_facts(of: Comparison) -> dict[str, str]:
+def collect_facts(of: SystemComparison) -> dict[str, str]:
     """How the runs of a comparison, and the report, were made."""
     corpora: dict[str, str] = {}
     for run in of.runs:
@@ -150,40 +150,43 @@ def run_facts(of: Comparison) -> dict[str, str]:
 # -- out -----------------------------------------------------------------------------------
 
 
-def show(report: Report) -> None:
+def show_report(report: ComparisonReport) -> None:
     """Print the claims and the main tables."""
-    cells = [[claim.verdict, claim.standing, claim.words, claim.why] for claim in report.claims]
+    cells = [
+        [claim.verdict, claim.winner_text, claim.text, claim.undecided_reason]
+        for claim in report.claims
+    ]
     columns = ["verdict", "winner", "claim", ""]
     console.table(report.title, columns, cells)
     for table in report.tables:
-        if not table.aside:
-            lines = [[cell.lines() for cell in row] for row in table.rows]
+        if not table.collapsed:
+            lines = [[cell.to_lines() for cell in row] for row in table.rows]
             console.table(table.title, list(table.columns), lines, table.caption)
 
 
-def markdown(report: Report) -> str:
+def report_to_markdown(report: ComparisonReport) -> str:
     """The head of the run's page: claims and the table of results."""
     from pipelines.evaluation.tables import markdown as drawn
 
     columns = ["claim", "verdict", "winner"]
-    cells = [[c.words, c.verdict, c.standing] for c in report.claims]
+    cells = [[c.text, c.verdict, c.winner_text] for c in report.claims]
     parts = [report.lead + ".", drawn(columns, cells)]
     for table in report.tables:
-        if not table.aside:
-            lines = [[cell.line() for cell in row] for row in table.rows]
+        if not table.collapsed:
+            lines = [[cell.to_line() for cell in row] for row in table.rows]
             parts += [f"#### {table.title}", drawn(list(table.columns), lines), table.caption]
     return "\n\n".join(part for part in parts if part)
 
 
-def plain(report: Report) -> dict[str, Any]:
+def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
     """What ``--json`` gives."""
     of = report.comparison
     return {
         "title": report.title,
         "folder": report.folder,
-        "claims": claim_rows(report.claims),
-        "summary": summary_rows(of),
-        "tests": test_rows(of),
+        "claims": build_claim_rows(report.claims),
+        "summary": build_summary_rows(of),
+        "tests": build_test_rows(of),
         "relative": {
             label: {"against": found.against, **found.value._asdict()}
             for label, found in of.relative.items()
@@ -196,7 +199,7 @@ def plain(report: Report) -> dict[str, Any]:
     }
 
 
-def summary_rows(of: Comparison) -> list[dict[str, Any]]:
+def build_summary_rows(of: SystemComparison) -> list[dict[str, Any]]:
     """One row per system, task and test set, with intervals; also the mean and relative scores."""
     rows = []
     for (label, task, split), found in of.scores.items():
@@ -215,8 +218,8 @@ def summary_rows(of: Comparison) -> list[dict[str, Any]]:
                 "low": low,
                 "high": high,
                 "score": found.value,
-                "error": found.error,
-                "freedom": found.freedom,
+                "error": found.std_error,
+                "freedom": found.dof,
                 "seeds": found.seeds,
                 "activated_params": cost.activated if cost else None,
                 "flops_per_example": cost.flops if cost else None,
@@ -231,7 +234,7 @@ def summary_rows(of: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
-def test_rows(of: Comparison) -> list[dict[str, Any]]:
+def build_test_rows(of: SystemComparison) -> list[dict[str, Any]]:
     """One row per paired test."""
     return [
         {
@@ -239,31 +242,31 @@ def test_rows(of: Comparison) -> list[dict[str, Any]]:
             "system": test.system,
             "against": test.against,
             "task": test.task,
-            "difference": test.change.value,
-            **{k: v for k, v in test.change._asdict().items() if k != "value"},
+            "difference": test.difference.value,
+            **{k: v for k, v in test.difference._asdict().items() if k != "value"},
             "p": test.p,
-            "p_corrected": test.corrected,
-            "significant": test.significant,
+            "p_corrected": test.p_corrected,
+            "significant": test.is_significant,
         }
         for test in of.tests
     ]
 
 
-def claim_rows(told: Sequence[Claim]) -> list[dict[str, Any]]:
+def build_claim_rows(told: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
     """Claims as plain values, with their verdicts."""
     return [
         {
             "name": claim.name,
-            "claim": claim.words,
+            "claim": claim.text,
             "rule": claim.rule,
             "verdict": claim.verdict,
             "winner": claim.winner,
-            "why": claim.why,
-            "parts": [{"words": part.words, "shown": part.shown} for part in claim.parts],
+            "why": claim.undecided_reason,
+            "parts": [{"words": part.text, "shown": part.shown} for part in claim.conditions],
         }
         for claim in told
     ]
 
 
-def _counted(number: int, noun: str) -> str:
+def _format_plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

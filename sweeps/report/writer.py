@@ -9,40 +9,40 @@ from skillnet_platform import console
 from skillnet_platform.storage import atomic_write, write_json
 from sweeps.analysis.comparison import SPLIT
 from sweeps.report.report import (
-    SUMMARY,
-    TESTS,
-    Report,
-    claim_rows,
-    markdown,
-    summary_rows,
-    test_rows,
+    SUMMARY_COLUMNS,
+    TEST_COLUMNS,
+    ComparisonReport,
+    build_claim_rows,
+    build_summary_rows,
+    build_test_rows,
+    report_to_markdown,
 )
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
 
 #: What a report's folder holds; the last two are a study's.
-FILES = (
+REPORT_FILES = (
     "report.html", "results.csv", "summary.csv", "tests.csv", "claims.json", "outcomes.parquet",
     "study.yaml", "study.json",
 )  # fmt: skip
 
 
-def write(report: Report, folder: Path) -> Path:
+def write_report(report: ComparisonReport, folder: Path) -> Path:
     """Write all files of a report; the path of the page."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from pipelines.evaluation.tables import write_csv
-    from sweeps.report.html import page
+    from sweeps.report.html import render_report
 
     folder.mkdir(parents=True, exist_ok=True)
     of = report.comparison
     rows = [dict(row) | {"system": run.label} for run in of.runs for row in run.rows]
     write_csv(rows, folder / "results.csv")
-    _write_rows(summary_rows(of), SUMMARY, folder / "summary.csv")
-    _write_rows(test_rows(of), TESTS, folder / "tests.csv")
-    write_json(folder / "claims.json", console.plain(claim_rows(report.claims)))
+    _write_rows(build_summary_rows(of), SUMMARY_COLUMNS, folder / "summary.csv")
+    _write_rows(build_test_rows(of), TEST_COLUMNS, folder / "tests.csv")
+    write_json(folder / "claims.json", console.plain(build_claim_rows(report.claims)))
     parts = []
     for run in of.runs:
         own = run.outcomes.table()
@@ -52,15 +52,15 @@ def write(report: Report, folder: Path) -> Path:
     with atomic_write(folder / "outcomes.parquet") as stream:
         pq.write_table(pa.concat_tables(parts), stream, compression="zstd")
     with atomic_write(folder / "report.html", "w") as text:
-        text.write(page(report))
+        text.write(render_report(report))
     report.folder = folder
     return folder / "report.html"
 
 
-def record(report: Report, tracker: "Tracker") -> None:
+def record_report(report: ComparisonReport, tracker: "Tracker") -> None:
     """Log the files of a written report, its plots and its figures to the MLflow run."""
     assert report.folder is not None
-    for name in FILES:
+    for name in REPORT_FILES:
         if (report.folder / name).is_file():
             tracker.artifact(report.folder / name, "comparison")
     for name, figure in (report.figures | report.skills).items():
@@ -69,15 +69,17 @@ def record(report: Report, tracker: "Tracker") -> None:
     values = {}
     for (label, task, split), found in of.scores.items():
         if split == SPLIT:
-            values[tracked(f"{label}/{task}_score")] = found.value
+            values[make_mlflow_name(f"{label}/{task}_score")] = found.value
     for label, relative in of.relative.items():
-        values[tracked(f"{label}/relative_score")] = relative.value.value
+        values[make_mlflow_name(f"{label}/relative_score")] = relative.value.value
     tracker.metrics(values)
-    tracker.tags({tracked(f"claim.{claim.name}"): claim.verdict for claim in report.claims})
-    tracker.note(markdown(report))
+    tracker.tags(
+        {make_mlflow_name(f"claim.{claim.name}"): claim.verdict for claim in report.claims}
+    )
+    tracker.note(report_to_markdown(report))
 
 
-def tracked(text: str) -> str:
+def make_mlflow_name(text: str) -> str:
     """A name that MLflow takes for a metric or a tag: other letters become underscores."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in text)
 

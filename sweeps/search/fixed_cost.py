@@ -15,10 +15,12 @@ from skillnet_platform.errors import UserError
 from sweeps.config.trials import FixedCostConfig
 
 #: Widths beyond this are no answer.
-WIDEST = 1 << 16
+MAX_WIDTH = 1 << 16
 
 
-def cost_of(config: FinetuneConfig, by: Literal["activated", "flops"] = "activated") -> float:
+def compute_model_cost(
+    config: FinetuneConfig, by: Literal["activated", "flops"] = "activated"
+) -> float:
     """Mean over the evaluated tasks of activated parameters, or of FLOPs per example.
 
     The model is built without memory for its weights.
@@ -36,7 +38,7 @@ def cost_of(config: FinetuneConfig, by: Literal["activated", "flops"] = "activat
     )
 
 
-def at_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig) -> FinetuneConfig:
+def fit_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig) -> FinetuneConfig:
     """The configuration with the width at which it costs ``target``.
 
     Raises:
@@ -44,7 +46,7 @@ def at_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig)
     """
     if fixed.adjust is None:
         return config
-    step = config.model.heads if fixed.adjust == "dim" else 1
+    step = config.model.num_heads if fixed.adjust == "dim" else 1
 
     def with_width(count: int) -> FinetuneConfig:
         changes = {str(fixed.adjust): count * step}
@@ -54,10 +56,10 @@ def at_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig)
 
     def cost(count: int) -> float:
         if count not in tried:
-            tried[count] = cost_of(with_width(count), fixed.by)
+            tried[count] = compute_model_cost(with_width(count), fixed.by)
         return tried[count]
 
-    best = _nearest(cost, target, WIDEST // step)
+    best = _find_nearest_count(cost, target, MAX_WIDTH // step)
     if abs(cost(best) - target) > fixed.tolerance * target:
         beside = ", ".join(
             f"{count * step} gives {tried[count]:,.0f}"
@@ -70,13 +72,13 @@ def at_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig)
     return with_width(best)
 
 
-def _nearest(cost: Callable[[int], float], target: float, most: int) -> int:
+def _find_nearest_count(cost: Callable[[int], float], target: float, most: int) -> int:
     """The count from 1 to ``most`` whose cost, which grows with it, is nearest to the target."""
     low, high = 1, 2
     while high < most and cost(high) < target:
         low, high = high, min(high * 2, most)
     while high - low > 1:
-        middle = _between(cost, target, low, high)
+        middle = _interpolate_count(cost, target, low, high)
         if cost(middle) < target:
             low = middle
         else:
@@ -84,7 +86,7 @@ def _nearest(cost: Callable[[int], float], target: float, most: int) -> int:
     return min((low, high), key=lambda count: abs(cost(count) - target))
 
 
-def _between(cost: Callable[[int], float], target: float, low: int, high: int) -> int:
+def _interpolate_count(cost: Callable[[int], float], target: float, low: int, high: int) -> int:
     """Where a straight line meets the target: exact for ``hidden``; kept inside the bracket."""
     rise = cost(high) - cost(low)
     share = (target - cost(low)) / rise if rise > 0 else 0.5

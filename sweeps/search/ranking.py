@@ -9,18 +9,18 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform.storage import atomic_write
-from sweeps.config.space import shown
-from sweeps.trials.ledger import mean_scores, plain
+from sweeps.config.space import format_setting
+from sweeps.trials.ledger import compute_mean_scores, outcome_to_dict
 from sweeps.trials.trial import TrialOutcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STATES = ("finished", "stopped", "failed")
+STATUSES = ("finished", "stopped", "failed")
 
 
 @dataclass
-class Ranked:
+class RankedConfiguration:
     """One configuration and what its repeats came to.
 
     Args:
@@ -42,55 +42,57 @@ class Ranked:
     name: str
     settings: dict[str, Any]
     score: float | None
-    spread: float | None
+    score_std: float | None
     scores: dict[str, float]
-    states: dict[str, int]
+    status_counts: dict[str, int]
     activated_params: float | None
     flops_per_example: float | None
     step: int
     trials: list[str] = field(default_factory=list)
 
     @property
-    def words(self) -> str:
+    def status_text(self) -> str:
         """How its trials ended: ``3 finished``, ``1 finished, 2 stopped``."""
-        return ", ".join(f"{count} {state}" for state, count in self.states.items() if count)
+        return ", ".join(f"{count} {state}" for state, count in self.status_counts.items() if count)
 
 
-def ranked(outcomes: Sequence[TrialOutcome]) -> list[Ranked]:
+def rank_configurations(outcomes: Sequence[TrialOutcome]) -> list[RankedConfiguration]:
     """The configurations of trials, best first."""
     groups: dict[str, list[TrialOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.group, []).append(outcome)
-    order = [*mean_scores(outcomes)]
+    order = [*compute_mean_scores(outcomes)]
     order += [name for name in groups if name not in order]
-    return [_ranked(rank, name, groups[name]) for rank, name in enumerate(order, 1)]
+    return [_summarize_group(rank, name, groups[name]) for rank, name in enumerate(order, 1)]
 
 
-def _ranked(rank: int, name: str, members: list[TrialOutcome]) -> Ranked:
+def _summarize_group(rank: int, name: str, members: list[TrialOutcome]) -> RankedConfiguration:
     scored = [each for each in members if each.score is not None]
     values = [float(each.score) for each in scored if each.score is not None]
     tasks = scored[0].reports[-1]["scores"] if scored else {}
-    return Ranked(
+    return RankedConfiguration(
         rank=rank,
         name=name,
         settings=members[0].settings,
         score=fmean(values) if values else None,
-        spread=stdev(values) if len(values) > 1 else None,
+        score_std=stdev(values) if len(values) > 1 else None,
         scores={task: fmean(e.reports[-1]["scores"][task] for e in scored) for task in tasks},
-        states={state: sum(each.status == state for each in members) for state in STATES},
-        activated_params=_cost(scored, "activated_params"),
-        flops_per_example=_cost(scored, "flops_per_example"),
+        status_counts={state: sum(each.status == state for each in members) for state in STATUSES},
+        activated_params=_mean_cost(scored, "activated_params"),
+        flops_per_example=_mean_cost(scored, "flops_per_example"),
         step=max(each.step for each in members),
         trials=[each.name for each in members],
     )
 
 
-def _cost(members: Sequence[TrialOutcome], key: str) -> float | None:
+def _mean_cost(members: Sequence[TrialOutcome], key: str) -> float | None:
     values = [e.reports[-1][key] for e in members if e.reports[-1].get(key) is not None]
     return fmean(values) if values else None
 
 
-def table(configurations: Sequence[Ranked]) -> tuple[list[str], list[list[Any]]]:
+def build_ranking_table(
+    configurations: Sequence[RankedConfiguration],
+) -> tuple[list[str], list[list[Any]]]:
     """Columns and cells: rank, what varies, scores, cost, how the trials ended."""
     keys = list(dict.fromkeys(key for each in configurations for key in each.settings))
     tasks = list(dict.fromkeys(task for each in configurations for task in each.scores))
@@ -99,25 +101,28 @@ def table(configurations: Sequence[Ranked]) -> tuple[list[str], list[list[Any]]]
     columns += ["activated M", "MFLOP", "steps", "trials"]
     cells = []
     for each in configurations:
-        spread = f" ±{each.spread:.4f}" if each.spread is not None else ""
+        spread = f" ±{each.score_std:.4f}" if each.score_std is not None else ""
         score = f"{each.score:.4f}{spread}" if each.score is not None else None
         cells.append(
             [
                 each.rank,
                 each.name,
-                *(shown(each.settings[key]) if key in each.settings else None for key in keys),
+                *(
+                    format_setting(each.settings[key]) if key in each.settings else None
+                    for key in keys
+                ),
                 score,
                 *(each.scores.get(task, math.nan) for task in tasks),
-                _scaled(each.activated_params),
-                _scaled(each.flops_per_example),
+                _in_millions(each.activated_params),
+                _in_millions(each.flops_per_example),
                 each.step,
-                each.words,
+                each.status_text,
             ]
         )
     return columns, cells
 
 
-def _scaled(value: float | None) -> float | None:
+def _in_millions(value: float | None) -> float | None:
     return None if value is None else value / 1e6
 
 
@@ -134,15 +139,15 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def write_trials(outcomes: Sequence[TrialOutcome], path: Path) -> None:
+def write_trials_csv(outcomes: Sequence[TrialOutcome], path: Path) -> None:
     """One row per trial: what it set, what it reached, what it cost, how it ended."""
     rows = []
     for outcome in outcomes:
-        values = plain(outcome)
+        values = outcome_to_dict(outcome)
         settings, scores = values.pop("settings"), values.pop("scores")
         rows.append(
             {"name": values.pop("name"), "group": values.pop("group"), "seed": values.pop("seed")}
-            | {key: shown(value) for key, value in settings.items()}
+            | {key: format_setting(value) for key, value in settings.items()}
             | {"status": values.pop("status"), "score": values.pop("score")}
             | {f"score/{task}": value for task, value in scores.items()}
             | values
@@ -154,7 +159,7 @@ def write_trials(outcomes: Sequence[TrialOutcome], path: Path) -> None:
         writer.writerows(rows)
 
 
-def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
+def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figure | None":
     """Score against activated FLOPs and against activated parameters; none without two points."""
     from matplotlib.figure import Figure
 
@@ -172,11 +177,11 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
     for panel, (key, words) in zip(axes, panels, strict=True):
         costs = [getattr(each, key) / 1e6 for each in points]
         for each, cost in zip(points, costs, strict=True):
-            whole = each.states["stopped"] == 0
+            whole = each.status_counts["stopped"] == 0
             panel.errorbar(
                 cost,
                 each.score,
-                yerr=each.spread or 0.0,
+                yerr=each.score_std or 0.0,
                 fmt="o" if whole else "x",
                 color=COLOURS[0] if whole else "#999999",
                 markersize=6,
@@ -190,6 +195,6 @@ def cost_figure(configurations: Sequence[Ranked]) -> "Figure | None":
             panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))
         quiet(panel)
     axes[0].set_ylabel("mean validation score", fontsize=9)
-    if any(each.states["stopped"] for each in points):
+    if any(each.status_counts["stopped"] for each in points):
         figure.suptitle("× was stopped early: its score is of fewer steps", fontsize=8)
     return figure

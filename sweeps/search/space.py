@@ -25,13 +25,13 @@ from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.config.schema import checked, children, hint_at, nested, without_none
 from skillnet_platform.errors import UserError, nearest
-from sweeps.config.space import Dimension, shown
+from sweeps.config.space import SearchDimension, format_setting
 
 #: A value per dimension; of a dimension with options the option's name.
-Point = dict[str, Any]
+SearchPoint = dict[str, Any]
 
 #: Keys that a sweep sets itself, and what to use instead.
-NOT_SEARCHED = {
+UNSEARCHABLE_KEYS = {
     "name": "trials are named by the sweep",
     "run_dir": "trials lie in the sweep's folder",
     "seed": "repeats are asked for with seeds",
@@ -43,7 +43,7 @@ NOT_SEARCHED = {
 }
 
 
-class Space:
+class SearchSpace:
     """The dimensions of a sweep over a base run.
 
     Args:
@@ -54,7 +54,7 @@ class Space:
         UserError: an unknown key, a value of a wrong type, a range that is none; names the key.
     """
 
-    def __init__(self, dimensions: Mapping[str, Dimension], base: FinetuneConfig) -> None:
+    def __init__(self, dimensions: Mapping[str, SearchDimension], base: FinetuneConfig) -> None:
         self.dimensions, self.base = dict(dimensions), base
         self._tree = configuration.to_dict(base)
         self._owners: dict[str, str] = {}
@@ -65,7 +65,7 @@ class Space:
 
     # -- points ---------------------------------------------------------------------------------
 
-    def crossed(self) -> Iterator[Point]:
+    def grid_points(self) -> Iterator[SearchPoint]:
         """Every combination of the listed values."""
         names = list(self.dimensions)
         for name, dimension in self.dimensions.items():
@@ -77,7 +77,7 @@ class Space:
         for values in itertools.product(*(self.dimensions[name].values for name in names)):
             yield dict(zip(names, values, strict=True))
 
-    def drawn(self, count: int, seed: int) -> Iterator[Point]:
+    def random_points(self, count: int, seed: int) -> Iterator[SearchPoint]:
         """``count`` random points, all different, each with every value of the grids.
 
         Fewer come if the space has no more.
@@ -90,7 +90,7 @@ class Space:
         seen: set[str] = set()
         for _ in range(max(count, 1)):
             for _ in range(200):
-                point = {name: each.at(float(random.random())) for name, each in rest.items()}
+                point = {name: each.value_at(float(random.random())) for name, each in rest.items()}
                 mark = json.dumps(point, sort_keys=True)
                 if mark not in seen:
                     break
@@ -101,7 +101,7 @@ class Space:
                 whole = point | dict(zip(grids, values, strict=True))
                 yield {name: whole[name] for name in self.dimensions}
 
-    def spread(self, count: int, seed: int) -> list[Point]:
+    def latin_hypercube_points(self, count: int, seed: int) -> list[SearchPoint]:
         """``count`` points that cover every dimension: a Latin hypercube (McKay et al., 1979).
 
         Each range is cut into ``count`` parts, and each part has one point. Grids are taken as
@@ -114,13 +114,13 @@ class Space:
         shares = qmc.LatinHypercube(len(self.dimensions), rng=seed).random(count)
         return [
             {
-                name: each.at(float(share))
+                name: each.value_at(float(share))
                 for (name, each), share in zip(self.dimensions.items(), row, strict=True)
             }
             for row in shares
         ]
 
-    def assignments(self, point: Point) -> dict[str, Any]:
+    def resolve_assignments(self, point: SearchPoint) -> dict[str, Any]:
         """The keys that a point sets, and to what."""
         found: dict[str, Any] = {}
         for name, value in point.items():
@@ -128,7 +128,7 @@ class Space:
             found |= options[value] if options else {name: value}
         return found
 
-    def apply(self, point: Point) -> FinetuneConfig:
+    def apply_point(self, point: SearchPoint) -> FinetuneConfig:
         """The run of a point.
 
         Raises:
@@ -138,18 +138,18 @@ class Space:
         if mark in self._applied:
             return self._applied[mark]
         tree = json.loads(json.dumps(self._tree))
-        for key, value in self.assignments(point).items():
-            _put(tree, key, value)
+        for key, value in self.resolve_assignments(point).items():
+            _set_key(tree, key, value)
         try:
             made = self._applied[mark] = configuration.build(FinetuneConfig, tree)
         except ValueError as problem:
-            words = ", ".join(f"{name} {shown(value)}" for name, value in point.items())
+            words = ", ".join(f"{name} {format_setting(value)}" for name, value in point.items())
             raise UserError(f"{problem} (with {words})") from None
         return made
 
     # -- checks ---------------------------------------------------------------------------------
 
-    def _check(self, name: str, dimension: Dimension) -> None:
+    def _check(self, name: str, dimension: SearchDimension) -> None:
         if not dimension.options:
             self._check_key(name, name)
             hint = without_none(hint_at(FinetuneConfig, name))
@@ -167,7 +167,7 @@ class Space:
             self._check_value(f"space.{name}.options.{option}", keys)
 
     def _check_key(self, key: str, owner: str, where: str = "space") -> None:
-        for parent, instead in NOT_SEARCHED.items():
+        for parent, instead in UNSEARCHABLE_KEYS.items():
             if key == parent or key.startswith(parent + "."):
                 raise UserError(f"{where}: {key} cannot be searched: {instead}")
         # Names the nearest key where a dataclass lacks one; what dictionaries hold comes below.
@@ -187,7 +187,7 @@ class Space:
         if self._owners.setdefault(key, owner) != owner:
             raise UserError(f"space: {key} is set by both {self._owners[key]!r} and {owner!r}")
 
-    def _check_range(self, name: str, dimension: Dimension, hint: Any) -> None:
+    def _check_range(self, name: str, dimension: SearchDimension, hint: Any) -> None:
         where = f"space.{name}.{dimension.kind}"
         if hint not in (int, float, typing.Any):
             raise UserError(f"{where}: {name} does not take numbers; give choice")
@@ -199,7 +199,7 @@ class Space:
         """A wrong type is found here; whether values go together shows with whole points."""
         tree = json.loads(json.dumps(self._tree))
         for key, value in assignments.items():
-            _put(tree, key, value)
+            _set_key(tree, key, value)
         try:
             configuration.build(FinetuneConfig, tree)
         except UserError as problem:
@@ -208,7 +208,7 @@ class Space:
             return
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         tree = tree[part]

@@ -15,18 +15,18 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
-from sweeps.search.space import Point, Space
-from sweeps.trials.source import PROPOSED
+from sweeps.search.space import SearchPoint, SearchSpace
+from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import Trial, TrialOutcome
 
 #: Points that are tried for fit before Optuna starts.
-PROBES = 8
+NUM_PROBES = 8
 
 SPLITS = ("validation",)
 
 
 @dataclass(frozen=True)
-class Configuration:
+class CandidateConfiguration:
     """A point of the space and the run that it means.
 
     Args:
@@ -37,11 +37,11 @@ class Configuration:
     """
 
     name: str
-    point: Point
+    point: SearchPoint
     config: FinetuneConfig
     settings: dict[str, Any]
 
-    def trials(self, seeds: Sequence[int]) -> list[Trial]:
+    def make_trials(self, seeds: Sequence[int]) -> list[Trial]:
         """One trial per seed."""
         return [
             Trial(
@@ -57,38 +57,42 @@ class Configuration:
 
 
 #: Gives the run of a point its final width.
-Finish = Callable[[FinetuneConfig], FinetuneConfig]
+ConfigFinisher = Callable[[FinetuneConfig], FinetuneConfig]
 
 
-def configure(space: Space, index: int, point: Point, finish: Finish) -> Configuration:
+def build_candidate(
+    space: SearchSpace, index: int, point: SearchPoint, finish: ConfigFinisher
+) -> CandidateConfiguration:
     """The configuration of a point.
 
     Raises:
         UserError: values that do not go together, or no width at the fixed cost.
     """
-    plain = space.apply(point)
+    plain = space.apply_point(point)
     config = finish(plain)
     settings = dict(point)
-    for width in ("hidden", "dim"):
+    for width in ("ffn_dim", "dim"):
         key = f"model.{width}"
         if getattr(config.model, width) != getattr(plain.model, width):
             settings[key] = getattr(config.model, width)
-    return Configuration(f"{index:03d}", point, config, settings)
+    return CandidateConfiguration(f"{index:03d}", point, config, settings)
 
 
-def listed(space: Space, points: Iterable[Point], finish: Finish) -> list[Configuration]:
+def configurations_from_points(
+    space: SearchSpace, points: Iterable[SearchPoint], finish: ConfigFinisher
+) -> list[CandidateConfiguration]:
     """The configurations of points that are known from the start.
 
     Raises:
         UserError: one of them cannot be built; nothing has started yet.
     """
-    made = [configure(space, index, point, finish) for index, point in enumerate(points)]
+    made = [build_candidate(space, index, point, finish) for index, point in enumerate(points)]
     if not made:
         raise UserError("the space is empty: give it at least one key with a value")
     return made
 
 
-class Guided:
+class OptunaSource:
     """A source that Optuna guides (Akiba et al. 2019), through Tune's adapter.
 
     Args:
@@ -96,42 +100,47 @@ class Guided:
         count: configurations in all.
         seeds: of each configuration.
         seed: of the sampler.
-        finish: see :func:`configure`.
+        finish: see :func:`build_candidate`.
         folder: of the sweep; what was proposed is kept there.
     """
 
     def __init__(
         self,
-        space: Space,
+        space: SearchSpace,
         count: int,
         seeds: Sequence[int],
         seed: int,
-        finish: Finish,
+        finish: ConfigFinisher,
         folder: Path,
     ) -> None:
-        self._space, self._count, self._seeds, self._finish = space, count, list(seeds), finish
-        self._kept = folder / PROPOSED
-        self._search, self._codes = _optuna(space, seed)
-        self._made: dict[str, Configuration] = {}
-        self._known = _read(self._kept)
+        self._space, self._num_configurations, self._seeds, self._finish = (
+            space,
+            count,
+            list(seeds),
+            finish,
+        )
+        self._proposals_path = folder / PROPOSALS
+        self._search, self._categories = _build_optuna_search(space, seed)
+        self._candidates: dict[str, CandidateConfiguration] = {}
+        self._stored_points = _read_proposals(self._proposals_path)
         self._queue: list[Trial] = []
         self._scores: dict[str, list[float | None]] = {}
         #: Configurations of this process, which Optuna itself asked to be run.
-        self._asked: set[str] = set()
+        self._proposed_here: set[str] = set()
         self.total = count * len(self._seeds)
         self.example = self._probe()
 
-    def next(self) -> Trial | None:
+    def next_trial(self) -> Trial | None:
         """The next trial: of what was proposed before the driver was killed, then of new ones."""
-        if not self._queue and len(self._made) < self._count:
-            self._queue = self._propose().trials(self._seeds)
+        if not self._queue and len(self._candidates) < self._num_configurations:
+            self._queue = self._propose().make_trials(self._seeds)
         return self._queue.pop(0) if self._queue else None
 
-    def ended(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether all configurations have been proposed."""
-        return not self._queue and len(self._made) >= self._count
+        return not self._queue and len(self._candidates) >= self._num_configurations
 
-    def tell(self, outcome: TrialOutcome) -> None:
+    def record_outcome(self, outcome: TrialOutcome) -> None:
         """Optuna hears of a configuration when the last of its seeds has ended."""
         scores = self._scores.setdefault(outcome.group, [])
         scores.append(outcome.score if outcome.status != "failed" else None)
@@ -139,49 +148,51 @@ class Guided:
             return
         good = [score for score in scores if score is not None]
         name = outcome.group
-        if name in self._asked:
+        if name in self._proposed_here:
             told = {"score": fmean(good)} if good else None
             self._search.on_trial_complete(name, told, error=not good)
         elif good:
-            self._search.add_evaluated_point(self._coded(self._made[name].point), fmean(good))
+            self._search.add_evaluated_point(
+                self._encode_point(self._candidates[name].point), fmean(good)
+            )
 
-    def _propose(self) -> Configuration:
-        index = len(self._made)
+    def _propose(self) -> CandidateConfiguration:
+        index = len(self._candidates)
         name = f"{index:03d}"
-        if index < len(self._known):
-            point = self._known[index]
+        if index < len(self._stored_points):
+            point = self._stored_points[index]
         else:
-            point = self._decoded(self._search.suggest(name))
-            self._asked.add(name)
-            with self._kept.open("a", encoding="utf-8") as stream:
+            point = self._decode_point(self._search.suggest(name))
+            self._proposed_here.add(name)
+            with self._proposals_path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(point, ensure_ascii=False) + "\n")
-        self._made[name] = configure(self._space, index, point, self._finish)
-        return self._made[name]
+        self._candidates[name] = build_candidate(self._space, index, point, self._finish)
+        return self._candidates[name]
 
     def _probe(self) -> Trial:
         """Try some points before anything starts: Optuna may propose any of the space."""
         first: Trial | None = None
-        for index, point in enumerate(self._space.drawn(PROBES, 0)):
-            made = configure(self._space, index, point, self._finish)
-            first = first or made.trials(self._seeds)[0]
+        for index, point in enumerate(self._space.random_points(NUM_PROBES, 0)):
+            made = build_candidate(self._space, index, point, self._finish)
+            first = first or made.make_trials(self._seeds)[0]
         if first is None:
             raise UserError("the space is empty: give it at least one key with a value")
         return first
 
-    def _coded(self, point: Point) -> dict[str, Any]:
+    def _encode_point(self, point: SearchPoint) -> dict[str, Any]:
         return {
-            name: self._codes[name].index(value) if name in self._codes else value
+            name: self._categories[name].index(value) if name in self._categories else value
             for name, value in point.items()
         }
 
-    def _decoded(self, given: dict[str, Any]) -> Point:
+    def _decode_point(self, given: dict[str, Any]) -> SearchPoint:
         return {
-            name: self._codes[name][given[name]] if name in self._codes else given[name]
+            name: self._categories[name][given[name]] if name in self._categories else given[name]
             for name in self._space.dimensions
         }
 
 
-def _optuna(space: Space, seed: int) -> tuple[Any, dict[str, list[Any]]]:
+def _build_optuna_search(space: SearchSpace, seed: int) -> tuple[Any, dict[str, list[Any]]]:
     """Tune's Optuna search over the space, and the values that it knows by their number only."""
     try:
         from optuna.distributions import (
@@ -215,7 +226,7 @@ def _optuna(space: Space, seed: int) -> tuple[Any, dict[str, list[Any]]]:
     return OptunaSearch(distributions, metric="score", mode="max", sampler=sampler), codes
 
 
-def _read(path: Path) -> list[Point]:
+def _read_proposals(path: Path) -> list[SearchPoint]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")

@@ -15,10 +15,10 @@ from skillnet_platform.errors import UserError
 from sweeps.config.study import StudyConfig
 from sweeps.trials.trial import Trial
 
-STUDY = "study.yaml"
+STUDY_FILE = "study.yaml"
 
 
-def check_same(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> None:
+def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> None:
     """Refuse trials that were begun with other settings, before anything is written.
 
     Args:
@@ -34,15 +34,17 @@ def check_same(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> No
         if not stored.is_file():
             continue
         before = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
-        found = _first(_identity(before), _identity(trial.config)) or _of_pretraining(before, trial)
+        found = _first_difference(
+            _run_identity(before), _run_identity(trial.config)
+        ) or _compare_pretraining(before, trial)
         if not found:
             continue
-        study = config.folder / STUDY
-        known = _plain(configuration.load_yaml(study)) if study.is_file() else {}
-        now = _plain(configuration.to_dict(config))
+        study = config.folder / STUDY_FILE
+        known = _decisive_keys(configuration.load_yaml(study)) if study.is_file() else {}
+        now = _decisive_keys(configuration.to_dict(config))
         # It may have grown: only what both know counts.
         both = known.keys() & now.keys()
-        changed = _first({k: known[k] for k in both}, {k: now[k] for k in both})
+        changed = _first_difference({k: known[k] for k in both}, {k: now[k] for k in both})
         cause = f"has {changed}; its run" if changed else "was begun with other settings: its run"
         raise UserError(
             f"the study {config.name} {cause} {trial.name} was made with {found}. Give another "
@@ -50,7 +52,7 @@ def check_same(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> No
         )
 
 
-def _of_pretraining(before: FinetuneConfig, trial: Trial) -> str:
+def _compare_pretraining(before: FinetuneConfig, trial: Trial) -> str:
     """The same for what a run started from, as far as that is still there."""
     if (trial.pretrain is None) != (not before.init_from):
         return "another start: pretrain"
@@ -60,23 +62,23 @@ def _of_pretraining(before: FinetuneConfig, trial: Trial) -> str:
     if not stored.is_file():
         return ""
     start = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
-    found = _first(_identity(start), _identity(trial.pretrain.joint()))
+    found = _first_difference(_run_identity(start), _run_identity(trial.pretrain.joint()))
     return f"a pretraining with {found}" if found else ""
 
 
-def _identity(config: FinetuneConfig) -> dict[str, Any]:
-    from pipelines.runs.identity import identity_of
+def _run_identity(config: FinetuneConfig) -> dict[str, Any]:
+    from pipelines.runs.identity import compute_identity
 
-    return configuration.flatten(identity_of(replace(config, init_from=None)))
+    return configuration.flatten(compute_identity(replace(config, init_from=None)))
 
 
-def _plain(study: Mapping[str, Any]) -> dict[str, Any]:
+def _decisive_keys(study: Mapping[str, Any]) -> dict[str, Any]:
     """What of a study decides its runs, flat."""
     decisive = ("run", "pretraining", "systems", "tuning")
     return configuration.flatten({key: study[key] for key in decisive if key in study})
 
 
-def _first(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """``training.lr 0.1, not 0.2, and 3 more`` of what differs; "" for nothing."""
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if not differing:

@@ -24,22 +24,22 @@ from skillnet_platform import console
 from skillnet_platform.config.schema import checked, nested
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
-from sweeps.config.space import Dimension, shown
+from sweeps.config.space import SearchDimension, format_setting
 from sweeps.config.study import StudyConfig
 from sweeps.config.trials import ScoreConfig
-from sweeps.search.space import Space
-from sweeps.study.identity import STUDY, check_same
+from sweeps.search.space import SearchSpace
+from sweeps.study.identity import STUDY_FILE, check_unchanged
 from sweeps.trials.remote_ledger import RUN, STUDY_LEDGER
 from sweeps.trials.trial import Trial, TrialOutcome
 
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
 
-BEGUN = (STUDY, RUN)
+START_FILES = (STUDY_FILE, RUN)
 
 
 @dataclass
-class Tuned:
+class TuningResult:
     """What one system got in tuning.
 
     Args:
@@ -47,26 +47,26 @@ class Tuned:
         settings: flat key -> chosen value; empty is the run as configured.
         score: mean validation score of the chosen trial; none without trials.
         trials: settings, status, score, steps and seconds of each.
-        tuned_as: the system whose trials these are, if they are another's.
+        reuse_tuning_of: the system whose trials these are, if they are another's.
     """
 
     label: str
     settings: dict[str, Any] = field(default_factory=dict)
     score: float | None = None
     trials: list[dict[str, Any]] = field(default_factory=list)
-    tuned_as: str | None = None
+    reuse_tuning_of: str | None = None
 
 
 @dataclass
-class Study:
+class StudyResult:
     """A study that was run: what was tuned, and what became of the final runs."""
 
     config: StudyConfig
-    tuned: dict[str, Tuned]
+    tuning: dict[str, TuningResult]
     outcomes: list[TrialOutcome]
 
     @property
-    def failed(self) -> list[TrialOutcome]:
+    def failed_runs(self) -> list[TrialOutcome]:
         """Final runs without a result."""
         return [outcome for outcome in self.outcomes if outcome.status != "finished"]
 
@@ -77,20 +77,20 @@ def check_study(config: StudyConfig) -> None:
     Raises:
         UserError: what does not fit, or is not what the study of this name has run so far.
     """
-    trials = tuning_trials(config)
-    check_same(config, trials, config.folder / "tuning")
-    known: dict[str, Tuned] = {}
+    trials = build_tuning_trials(config)
+    check_unchanged(config, trials, config.folder / "tuning")
+    known: dict[str, TuningResult] = {}
     if (config.folder / STUDY_LEDGER).is_file():
-        known, _ = read_ledger(config.folder)
-    tuned = {label: known.get(label, Tuned(label)) for label in config.systems}
-    finals = final_trials(config, tuned)
+        known, _ = read_study_ledger(config.folder)
+    tuned = {label: known.get(label, TuningResult(label)) for label in config.systems}
+    finals = build_final_trials(config, tuned)
     # What will be chosen is not known without the ledger.
-    check_same(
+    check_unchanged(
         config, [t for t in finals if not trials or t.group in known], config.folder / "runs"
     )
 
 
-def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
+def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     """Tune and run all systems; go on where an earlier call ended.
 
     Args:
@@ -110,11 +110,11 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
             "runs to compare"
         )
     folder, mirror = config.folder, config.mirror
-    with atomic_write(folder / STUDY, "w") as stream:
+    with atomic_write(folder / STUDY_FILE, "w") as stream:
         stream.write(configuration.to_yaml(config))
     if mirror is not None:
-        mirror.put_files(*BEGUN)
-    trials = tuning_trials(config)
+        mirror.upload_files(*START_FILES)
+    trials = build_tuning_trials(config)
     tried: list[TrialOutcome] = []
     if trials:
         tried = run_trials(
@@ -125,44 +125,44 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> Study:
             resources=config.resources,
             keep=0,
             label="tuning",
-            store=mirror.place("tuning") if mirror is not None else None,
+            store=mirror.uri_of("tuning") if mirror is not None else None,
         )
-    tuned = choose(config, trials, tried)
-    write_ledger(Study(config, tuned, []), folder)
-    finals = final_trials(config, tuned)
-    check_same(config, finals, folder / "runs")
+    tuned = choose_settings(config, trials, tried)
+    write_study_ledger(StudyResult(config, tuned, []), folder)
+    finals = build_final_trials(config, tuned)
+    check_unchanged(config, finals, folder / "runs")
     outcomes = run_trials(
         finals,
         folder=folder / "runs",
         parent=tracker,
         resources=config.resources,
         label="final runs",
-        store=mirror.place("runs") if mirror is not None else None,
+        store=mirror.uri_of("runs") if mirror is not None else None,
     )
-    study = Study(config, tuned, outcomes)
-    write_ledger(study, folder)
+    study = StudyResult(config, tuned, outcomes)
+    write_study_ledger(study, folder)
     return study
 
 
-def tuning_trials(config: StudyConfig) -> list[Trial]:
+def build_tuning_trials(config: StudyConfig) -> list[Trial]:
     """The tuning trials of all systems, measured on the validation splits."""
     trials: list[Trial] = []
     if not config.tuning.trials:
         return trials
-    drawn = points(config)
+    drawn = build_tuning_points(config)
     for label, entry in config.systems.items():
-        if entry.tuned_as is not None:
+        if entry.reuse_tuning_of is not None:
             continue
-        base = base_run(config, label, config.tuning.seed)
-        steps = math.ceil(config.tuning.share * base.training.steps)
+        base = build_base_run(config, label, config.tuning.seed)
+        steps = math.ceil(config.tuning.step_fraction * base.training.steps)
         base = replace(base, evaluate=False, training=replace(base.training, steps=steps))
         for place, settings in enumerate(drawn):
-            made = overridden(base, settings, "tuning.space")
+            made = override_run(base, settings, "tuning.space")
             trials.append(
                 Trial(
                     f"{label}-t{place}",
                     made,
-                    pretrain=pretraining_of(config, label, made),
+                    pretrain=build_pretraining(config, label, made),
                     splits=("validation",),
                     group=f"{label}-t{place}",
                     settings={"system": label, **settings},
@@ -171,33 +171,35 @@ def tuning_trials(config: StudyConfig) -> list[Trial]:
     return trials
 
 
-def points(config: StudyConfig) -> list[dict[str, Any]]:
+def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
     """Settings of every system's tuning trials: none, points spread over the space, those named."""
-    space = Space(config.tuning.space, config.run)
-    spread = space.spread(config.tuning.trials - 1, config.tuning.seed)
-    made = [{}, *(space.assignments(point) for point in spread)]
+    space = SearchSpace(config.tuning.space, config.run)
+    spread = space.latin_hypercube_points(config.tuning.trials - 1, config.tuning.seed)
+    made = [{}, *(space.resolve_assignments(point) for point in spread)]
     for point in config.tuning.points:
         try:
-            Space({key: Dimension(choice=[value]) for key, value in point.items()}, config.run)
+            SearchSpace(
+                {key: SearchDimension(choice=[value]) for key, value in point.items()}, config.run
+            )
         except UserError as problem:
             raise UserError(f"tuning.points: {problem}") from None
     return [*made[: config.tuning.trials], *config.tuning.points]
 
 
-def choose(
+def choose_settings(
     config: StudyConfig, trials: Sequence[Trial], outcomes: Sequence[TrialOutcome]
-) -> dict[str, Tuned]:
+) -> dict[str, TuningResult]:
     """The settings with the best mean validation score of each system; of equals the first.
 
     Raises:
         UserError: no trial of a system finished.
     """
     by_name = {outcome.name: outcome for outcome in outcomes}
-    tuned: dict[str, Tuned] = {}
+    tuned: dict[str, TuningResult] = {}
     for label, entry in config.systems.items():
-        if entry.tuned_as is not None:
+        if entry.reuse_tuning_of is not None:
             continue
-        own = Tuned(label)
+        own = TuningResult(label)
         for trial in trials:
             if trial.settings["system"] != label:
                 continue
@@ -219,37 +221,41 @@ def choose(
             raise UserError(f"no tuning trial of {label} finished; see {config.folder / 'tuning'}")
         tuned[label] = own
     for label, entry in config.systems.items():
-        if entry.tuned_as is not None:
-            other = tuned[entry.tuned_as]
-            tuned[label] = Tuned(label, other.settings, other.score, [], entry.tuned_as)
+        if entry.reuse_tuning_of is not None:
+            other = tuned[entry.reuse_tuning_of]
+            tuned[label] = TuningResult(
+                label, other.settings, other.score, [], entry.reuse_tuning_of
+            )
     return {label: tuned[label] for label in config.systems}
 
 
-def final_trials(config: StudyConfig, tuned: Mapping[str, Tuned]) -> list[Trial]:
+def build_final_trials(config: StudyConfig, tuned: Mapping[str, TuningResult]) -> list[Trial]:
     """The final runs, seed by seed: what is stopped early has as many of each system."""
     seeds = dict.fromkeys(seed for label in config.systems for seed in config.seeds_of(label))
     return [
-        final_trial(config, label, tuned[label].settings, seed)
+        build_final_trial(config, label, tuned[label].settings, seed)
         for seed in seeds
         for label in config.systems
         if seed in config.seeds_of(label)
     ]
 
 
-def final_trial(config: StudyConfig, label: str, settings: Mapping[str, Any], seed: int) -> Trial:
+def build_final_trial(
+    config: StudyConfig, label: str, settings: Mapping[str, Any], seed: int
+) -> Trial:
     """The run of a system and a seed that is measured on the test splits."""
-    made = overridden(base_run(config, label, seed), settings, f"systems.{label}")
+    made = override_run(build_base_run(config, label, seed), settings, f"systems.{label}")
     made = replace(made, evaluate=True)
     return Trial(
         f"{label}-seed{seed}",
         made,
-        pretrain=pretraining_of(config, label, made),
+        pretrain=build_pretraining(config, label, made),
         group=label,
         settings={"system": label, **settings},
     )
 
 
-def base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig:
+def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig:
     """The study's run with what a system sets.
 
     Raises:
@@ -259,17 +265,19 @@ def base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig:
 
     entry = config.systems[label]
     try:
-        find_system(entry.system).read_options(entry.options)
+        find_system(entry.system).model.parse_options(entry.options)
     except (ValueError, TypeError) as problem:
         raise UserError(f"systems.{label}: {problem}") from None
-    run = overridden(config.run, entry.set, f"systems.{label}.set")
+    run = override_run(config.run, entry.set, f"systems.{label}.set")
     tracking = replace(config.tracking, register=False, system_metrics=False)
     return replace(
         run, seed=seed, system=entry.system, options=dict(entry.options), tracking=tracking
     )
 
 
-def pretraining_of(config: StudyConfig, label: str, run: FinetuneConfig) -> PretrainConfig | None:
+def build_pretraining(
+    config: StudyConfig, label: str, run: FinetuneConfig
+) -> PretrainConfig | None:
     """The pretraining that a run starts from: its system, sizes and seed; none without."""
     if not config.systems[label].pretrain:
         return None
@@ -285,7 +293,7 @@ def pretraining_of(config: StudyConfig, label: str, run: FinetuneConfig) -> Pret
     )
 
 
-def overridden(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> FinetuneConfig:
+def override_run(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> FinetuneConfig:
     """A run with some flat keys set to other values.
 
     Raises:
@@ -302,14 +310,14 @@ def overridden(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> Fine
 # -- the ledger ----------------------------------------------------------------------------
 
 
-def write_ledger(study: Study, folder: Path) -> None:
+def write_study_ledger(study: StudyResult, folder: Path) -> None:
     """Write down what is known of a study."""
     write_json(
         folder / STUDY_LEDGER,
         {
             "name": study.config.name,
             "seeds": {label: study.config.seeds_of(label) for label in study.config.systems},
-            "tuning": {label: vars(tuned) for label, tuned in study.tuned.items()},
+            "tuning": {label: vars(tuned) for label, tuned in study.tuning.items()},
             "runs": [
                 {
                     "system": outcome.group,
@@ -325,12 +333,12 @@ def write_ledger(study: Study, folder: Path) -> None:
     )
 
 
-def read_ledger(folder: Path) -> tuple[dict[str, Tuned], list[tuple[str, Path]]]:
+def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple[str, Path]]]:
     """What each system got in tuning, and (system, folder) of the finished runs of a study."""
     told = read_json(folder / STUDY_LEDGER)
-    known = {f.name for f in fields(Tuned)}
+    known = {f.name for f in fields(TuningResult)}
     tuned = {
-        label: Tuned(**{key: value for key, value in entry.items() if key in known})
+        label: TuningResult(**{key: value for key, value in entry.items() if key in known})
         for label, entry in told["tuning"].items()
     }
     runs = [
@@ -341,12 +349,15 @@ def read_ledger(folder: Path) -> tuple[dict[str, Tuned], list[tuple[str, Path]]]
     return tuned, runs
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
+def format_settings(settings: Mapping[str, Any]) -> str:
     """``training.lr 0.002, training.weight_decay 0.1``; "as configured" for none."""
-    return ", ".join(f"{key} {shown(value)}" for key, value in settings.items()) or "as configured"
+    return (
+        ", ".join(f"{key} {format_setting(value)}" for key, value in settings.items())
+        or "as configured"
+    )
 
 
-def say_failures(study: Study) -> None:
+def warn_about_failures(study: StudyResult) -> None:
     """Name the final runs that have no result."""
-    for outcome in study.failed:
+    for outcome in study.failed_runs:
         console.warn(f"{outcome.name} {outcome.status}: {outcome.error or 'no result'}")

@@ -10,23 +10,36 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipelines.runs.mirror import Mirror
+from pipelines.runs.mirror import RunMirror
 from skillnet_platform import console, tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root, write_json
 from skillnet_platform.tracking.spool import is_away
 from sweeps.trials import remote_ledger
-from sweeps.trials.ledger import Entry, last_line, mean_scores, prune
-from sweeps.trials.source import Options, Source, first_rung_step
-from sweeps.trials.trial import ERROR, STOP, Trial, TrialOutcome, placed, reports_of, write_trial
+from sweeps.trials.ledger import LedgerEntry, compute_mean_scores, last_line, prune_entries
+from sweeps.trials.source import TrialOptions, TrialSource, find_first_rung
+from sweeps.trials.trial import (
+    ERROR,
+    STOP,
+    Trial,
+    TrialOutcome,
+    place_config,
+    read_reports,
+    write_trial,
+)
 
 #: Seconds that a sweep waits at its end for a tracker that does not answer.
 TRACKER_PATIENCE_S = 60.0
 #: MLflow's word for the end of a run, by what became of its trial.
-ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUS = {
+    "finished": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
 
 
-class Driver:
+class TrialDriver:
     """Runs what a source gives.
 
     Args:
@@ -36,37 +49,40 @@ class Driver:
     """
 
     def __init__(
-        self, source: Source, options: Options, start: Callable[[Trial], Trial] | None = None
+        self,
+        source: TrialSource,
+        options: TrialOptions,
+        start: Callable[[Trial], Trial] | None = None,
     ) -> None:
         self.source, self.options = source, options
-        self.entries: dict[str, Entry] = {}
-        self._start = start or (lambda trial: trial)
-        self._halving: Any = None
-        self._warned = False
+        self.entries: dict[str, LedgerEntry] = {}
+        self._prepare_start = start or (lambda trial: trial)
+        self._asha: Any = None
+        self._has_warned = False
         #: Trials whose run could not be opened yet: the tracker was away.
-        self._waiting: list[Entry] = []
-        self._first: tuple[str, dict[str, Any]] | None = None
+        self._waiting: list[LedgerEntry] = []
+        self._first_assignment: tuple[str, dict[str, Any]] | None = None
 
     # -- trials in ----------------------------------------------------------------------------
 
-    def give(self) -> tuple[str, dict[str, Any]] | None:
+    def next_assignment(self) -> tuple[str, dict[str, Any]] | None:
         """The next trial that is to be run, as Tune gets it; those already settled are told."""
-        given, self._first = self._first, None
-        return given or self._look()
+        given, self._first_assignment = self._first_assignment, None
+        return given or self._find_next()
 
-    def _look(self) -> tuple[str, dict[str, Any]] | None:
-        while (entry := self._next()) is not None:
-            settled = entry.settled()
-            if self._halving is not None:
-                self._halving.remember(entry.trial.name, reports_of(entry.folder))
-            entry.before = entry.steps_done() if settled is None else math.inf
+    def _find_next(self) -> tuple[str, dict[str, Any]] | None:
+        while (entry := self._next_entry()) is not None:
+            settled = entry.load_settled()
+            if self._asha is not None:
+                self._asha.replay_reports(entry.trial.name, read_reports(entry.folder))
+            entry.steps_before = entry.steps_done() if settled is None else math.inf
             self.entries[entry.trial.name] = entry
             if settled is not None:
                 entry.outcome = settled
-                self.source.tell(settled)
+                self.source.record_outcome(settled)
                 continue
             try:
-                self._open(entry)
+                self._open_run(entry)
             except UserError as problem:
                 self._settle(entry, "failed", str(problem))
                 continue
@@ -77,42 +93,42 @@ class Driver:
                 return None
             used = {"cpus": self.options.resources.cpus, "gpus": self.options.resources.gpus}
             workers = entry.trial.config.training.workers
-            return entry.trial.name, {**self._where(entry), "workers": workers, **used}
+            return entry.trial.name, {**self._process_location(entry), "workers": workers, **used}
         return None
 
-    def _where(self, entry: Entry) -> dict[str, Any]:
+    def _process_location(self, entry: LedgerEntry) -> dict[str, Any]:
         """Where its process finds it: on a disk that all see, or in the store and its own disk."""
         store = self.options.store
         if store is None:
             return {"folder": str(entry.folder), "store": None}
         return {"folder": str(entry.folder.relative_to(run_root())), "store": store}
 
-    def ended(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether all trials have been given."""
-        return not self._waiting and self._first is None and self.source.ended()
+        return not self._waiting and self._first_assignment is None and self.source.is_exhausted()
 
-    def _next(self) -> Entry | None:
+    def _next_entry(self) -> LedgerEntry | None:
         if self._waiting:
             return self._waiting.pop(0)
-        trial = self.source.next()
+        trial = self.source.next_trial()
         if trial is None:
             return None
         folder, store = self.options.folder / trial.name, self.options.store
-        mirror = Mirror(directories.join(store, trial.name), folder) if store else None
-        return Entry(trial, folder, mirror)
+        mirror = RunMirror(directories.join(store, trial.name), folder) if store else None
+        return LedgerEntry(trial, folder, mirror)
 
-    def _open(self, entry: Entry) -> None:
+    def _open_run(self, entry: LedgerEntry) -> None:
         """The trial's folder, and its run in MLflow."""
         from pipelines.runs import layout
         from pipelines.training import run as training_run
 
-        entry.reopen()
-        entry.trial = self._start(entry.trial)
-        config = training_run.resolved(placed(entry.trial.config, entry.folder))
+        entry.clear_failure()
+        entry.trial = self._prepare_start(entry.trial)
+        config = training_run.resolved(place_config(entry.trial.config, entry.folder))
         if entry.mirror is not None:
-            entry.mirror.settle_in(config)
+            entry.mirror.relocate_config(config)
         training_run.open_run(config, entry.folder)
-        known = entry.describe("interrupted").run_id
+        known = entry.build_outcome("interrupted").run_id
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
         parent = self.options.parent
@@ -122,19 +138,19 @@ class Driver:
         tracked = [entry.tracker.run_id, entry.tracker.uri]
         write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)
         if entry.mirror is not None:
-            remote_ledger.hand_over(entry.mirror)
+            remote_ledger.send_trial(entry.mirror)
 
-    def _wait_for_tracker(self, entry: Entry) -> None:
+    def _wait_for_tracker(self, entry: LedgerEntry) -> None:
         self._waiting.append(entry)
-        if not self._warned:
+        if not self._has_warned:
             console.warn("the tracker is away: trials that have not begun wait for it")
-        self._warned = True
+        self._has_warned = True
 
     # -- trials out ---------------------------------------------------------------------------
 
     def on_report(self, name: str, line: dict[str, Any]) -> None:
         """A trial was evaluated."""
-        self.entries[name].report(line)
+        self.entries[name].add_report(line)
 
     def on_end(self, name: str, error: str | None) -> None:
         """Tune is done with a trial."""
@@ -143,22 +159,22 @@ class Driver:
         if entry.outcome is not None:
             return
         if entry.mirror is not None:
-            remote_ledger.bring(entry.mirror)
-        if entry.describe("finished").result is not None:
+            remote_ledger.fetch_trial(entry.mirror)
+        if entry.build_outcome("finished").result is not None:
             self._settle(entry, "finished")
         elif written.is_file():
             self._settle(entry, "failed", last_line(written.read_text(encoding="utf-8")))
-        elif self._interrupt.wanted:
+        elif self._stopper.stop_requested:
             self._settle(entry, "interrupted")
         elif error is not None:
             written.write_text(error + "\n", encoding="utf-8")
             self._settle(entry, "failed", error.strip().splitlines()[0])
-        elif self.options.asha is not None and reports_of(entry.folder):
+        elif self.options.asha is not None and read_reports(entry.folder):
             self._settle(entry, "stopped")
         else:
             self._settle(entry, "failed", "it ended without a result and without an error")
 
-    def _settle(self, entry: Entry, status: Any, error: str | None = None) -> None:
+    def _settle(self, entry: LedgerEntry, status: Any, error: str | None = None) -> None:
         outcome = entry.settle(status, error)
         if entry.tracker is not None:
             tags = {"outcome": status}
@@ -169,17 +185,17 @@ class Driver:
             entry.tracker.tags(tags)
             if outcome.score is not None:
                 entry.tracker.metrics({"score": outcome.score}, outcome.step)
-            entry.tracker.end(ENDS[status])
+            entry.tracker.end(MLFLOW_STATUS[status])
         if status == "stopped":
-            entry.prune()
+            entry.remove_weights()
         if status == "failed":
             console.warn(f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})")
         if status != "interrupted":
-            self.source.tell(outcome)
+            self.source.record_outcome(outcome)
 
-    def _send_the_rest(self) -> None:
+    def _flush_trackers(self) -> None:
         """What a busy tracker did not take when trials ended: nobody else would send it today."""
-        end = time.monotonic() + (0.0 if self._interrupt.wanted else TRACKER_PATIENCE_S)
+        end = time.monotonic() + (0.0 if self._stopper.stop_requested else TRACKER_PATIENCE_S)
         for entry in self.entries.values():
             if entry.tracker is not None:
                 entry.tracker.settle(max(end - time.monotonic(), 0.0))
@@ -191,50 +207,52 @@ class Driver:
 
     # -- the whole ----------------------------------------------------------------------------
 
-    def go(self) -> list[TrialOutcome]:
+    def run(self) -> list[TrialOutcome]:
         """Run, and leave nothing open."""
         from sweeps.trials import ray_tune
 
-        self._interrupt = ray_tune.Interrupt(self._stop_trials)
+        self._stopper = ray_tune.GracefulStopper(self._stop_trials)
         if self.options.asha is not None:
             example = self.source.example
-            last, grace = example.config.training.steps, first_rung_step(self.options.asha, example)
-            self._halving = ray_tune.Halving(last, grace, self.options.asha.reduction)
+            last, grace = example.config.training.steps, find_first_rung(self.options.asha, example)
+            self._asha = ray_tune.ResumableASHA(last, grace, self.options.asha.reduction_factor)
         try:
-            self._first = self._look()
-            if self._first is not None or not self.ended():
-                self._run()
-                self._send_the_rest()
+            self._first_assignment = self._find_next()
+            if self._first_assignment is not None or not self.is_exhausted():
+                self._run_tune()
+                self._flush_trackers()
         finally:
             for entry in self.entries.values():
                 if entry.outcome is None and entry.tracker is not None:
                     # An error of the sweep itself: the trial goes on next time.
                     self._settle(entry, "interrupted")
             shutil.rmtree(self.options.folder / "tune", ignore_errors=True)
-        if self._interrupt.wanted:
+        if self._stopper.stop_requested:
             raise KeyboardInterrupt
-        prune(list(self.entries.values()), self.options.keep)
+        prune_entries(list(self.entries.values()), self.options.keep)
         return [entry.outcome for entry in self.entries.values() if entry.outcome is not None]
 
-    def _run(self) -> None:
+    def _run_tune(self) -> None:
         from skillnet_platform import cluster
         from sweeps.trials import placement_groups, ray_tune
 
-        with cluster.session() as ray, ray_tune.quiet_environment(), self._shown():
-            with self._interrupt.listening():
-                ray_tune.fit(
-                    ray_tune.Hand(self.give, self.ended, self._parallel(ray)),
-                    ray_tune.Listener(self.on_end, self.on_report),
-                    self._interrupt,
-                    self._halving.scheduler if self._halving else None,
+        with cluster.session() as ray, ray_tune.quiet_environment(), self._show_progress():
+            with self._stopper.handle_signals():
+                ray_tune.run_tuner(
+                    ray_tune.TrialFeeder(
+                        self.next_assignment, self.is_exhausted, self._max_concurrent(ray)
+                    ),
+                    ray_tune.TrialListener(self.on_end, self.on_report),
+                    self._stopper,
+                    self._asha.scheduler if self._asha else None,
                     self.options.folder / "tune",
                     nested=self.source.example.config.training.workers > 1,
                     max_failures=self.options.max_failures,
                 )
-            patience = 5.0 if self._interrupt.wanted else 15.0
-            placement_groups.leave_no_placement_group(ray, patience)
+            patience = 5.0 if self._stopper.stop_requested else 15.0
+            placement_groups.remove_placement_groups(ray, patience)
 
-    def _parallel(self, ray: Any) -> int:
+    def _max_concurrent(self, ray: Any) -> int:
         """Trials at the same time: what is asked for, and no more than fit.
 
         Raises:
@@ -252,10 +270,10 @@ class Driver:
                         f"{each:g}), Ray has {have.get(name, 0):g}; lower "
                         f"resources.{name.lower()}s or training.workers"
                     )
-        return min(fit, used.parallel or fit)
+        return min(fit, used.max_concurrent_trials or fit)
 
     @contextlib.contextmanager
-    def _shown(self) -> Iterator[None]:
+    def _show_progress(self) -> Iterator[None]:
         """One line that counts the steps of all trials, while a block runs; or the trials, if
         time ends them.
         """
@@ -274,9 +292,9 @@ class Driver:
                 while True:
                     last = over.wait(0.5)
                     entries = list(self.entries.values())
-                    bar.found(sum(counted(entry.before) for entry in entries) - bar.first)
+                    bar.found(sum(counted(entry.steps_before) for entry in entries) - bar.first)
                     done = sum(counted(math.inf if e.outcome else e.steps_done()) for e in entries)
-                    bar.advance(max(done - bar.done, 0), self._words(entries))
+                    bar.advance(max(done - bar.done, 0), self._progress_text(entries))
                     if last:
                         return
 
@@ -289,7 +307,7 @@ class Driver:
             over.set()
             thread.join(timeout=10 + time.monotonic() - begin)
 
-    def _words(self, entries: Sequence[Entry]) -> str:
+    def _progress_text(self, entries: Sequence[LedgerEntry]) -> str:
         outcomes = [entry.outcome for entry in entries if entry.outcome is not None]
         counts = {
             "done": sum(each.status == "finished" for each in outcomes),
@@ -300,5 +318,5 @@ class Driver:
             ),
         }
         words = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        best = next(iter(mean_scores(outcomes).items()), None)
+        best = next(iter(compute_mean_scores(outcomes).items()), None)
         return f"{words}, best {best[1]:.4f} ({best[0]})" if best else words

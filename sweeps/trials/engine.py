@@ -13,12 +13,12 @@ from pathlib import Path
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker
 from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
-from sweeps.trials.source import Listed, Source, first_rung_step
-from sweeps.trials.trial import Trial, TrialOutcome, placed
+from sweeps.trials.source import ListedTrials, TrialSource, find_first_rung
+from sweeps.trials.trial import Trial, TrialOutcome, place_config
 
 
 def run_trials(
-    trials: Sequence[Trial] | Source,
+    trials: Sequence[Trial] | TrialSource,
     *,
     folder: Path,
     parent: Tracker,
@@ -59,37 +59,39 @@ def run_trials(
         KeyboardInterrupt: after an orderly stop, on the first Ctrl-C or SIGTERM.
     """
     from skillnet_platform import cluster
-    from sweeps.trials.driver import Driver
-    from sweeps.trials.shared_pretraining import Pretrainings
-    from sweeps.trials.source import Options
+    from sweeps.trials.driver import TrialDriver
+    from sweeps.trials.shared_pretraining import SharedPretrainings
+    from sweeps.trials.source import TrialOptions
 
     folder = folder.absolute()
     used = resources or ResourceConfig()
-    options = Options(folder, parent, score, used, asha, keep, max_failures, label, store)
-    with _only_driver(folder):
+    options = TrialOptions(folder, parent, score, used, asha, keep, max_failures, label, store)
+    with _lock_folder(folder):
         if isinstance(trials, Sequence):
             if not trials:
                 return []
-            listed = [_absolute(trial) for trial in trials]
+            listed = [_resolve_trial(trial) for trial in trials]
             _check_names(listed)
             for trial in listed:
                 check_trial(trial, folder, score, asha, used)
-            source: Source = Listed(listed)
+            source: TrialSource = ListedTrials(listed)
         else:
             source, listed = trials, [trials.example]
             check_trial(source.example, None, score, asha, used)
-        before = Pretrainings(listed, folder, store)
-        first = before.trials()
+        before = SharedPretrainings(listed, folder, store)
+        first = before.list_trials()
         with cluster.session() if first else contextlib.nullcontext():
             if first:
                 for trial in first:
                     check_trial(trial, folder, None, None, used)
                 alone = replace(options, score=None, asha=None, keep=None)
-                before.tell(Driver(Listed(first), replace(alone, label="pretraining")).go())
-            return Driver(source, options, before.start).go()
+                before.record_outcomes(
+                    TrialDriver(ListedTrials(first), replace(alone, label="pretraining")).run()
+                )
+            return TrialDriver(source, options, before.set_init_from).run()
 
 
-def _absolute(trial: Trial) -> Trial:
+def _resolve_trial(trial: Trial) -> Trial:
     from pipelines.training.run import resolved
 
     return replace(trial, config=resolved(replace(trial.config, name=trial.name)))
@@ -118,19 +120,21 @@ def check_trial(
         training_run.check(training_run.resolved(trial.config))
         if folder is not None and trial.pretrain is None:
             place = folder / trial.name
-            training_run.finished_run(training_run.resolved(placed(trial.config, place)), place)
+            training_run.finished_run(
+                training_run.resolved(place_config(trial.config, place)), place
+            )
     except UserError as problem:
         raise UserError(f"trial {trial.name}: {problem}") from None
     if score is not None:
         score.check(list(trial.config.measured))
     if asha is not None:
-        first_rung_step(asha, trial)
+        find_first_rung(asha, trial)
         if score is None:
             raise UserError("asha needs a score to stop trials by")
 
 
 @contextlib.contextmanager
-def _only_driver(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """One driver at a time: two would run the same trials in the same folders."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:

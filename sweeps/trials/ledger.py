@@ -12,20 +12,29 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipelines.finetune import PROGRESS
 from pipelines.runs.layout import CONFIG, RESULT, RUN, read_result
-from pipelines.runs.mirror import Mirror
+from pipelines.runs.mirror import RunMirror
+from pipelines.runs.progress_log import PROGRESS
 from skillnet_platform.storage import directories, read_record, write_json
 from skillnet_platform.tracking import Tracker, recorded
-from sweeps.config.trials import Status
-from sweeps.trials.trial import ERROR, LOG, OUTCOME, REPORTS, STOP, Trial, TrialOutcome, reports_of
+from sweeps.config.trials import TrialStatus
+from sweeps.trials.trial import (
+    ERROR,
+    LOG,
+    OUTCOME,
+    REPORTS,
+    STOP,
+    Trial,
+    TrialOutcome,
+    read_reports,
+)
 
 #: What a trial leaves that is of no use unless it is among the best.
-HEAVY = ("model", "checkpoints", "ray")
+WEIGHT_FOLDERS = ("model", "checkpoints", "ray")
 
 
 @dataclass
-class Entry:
+class LedgerEntry:
     """One trial in the ledger.
 
     Args:
@@ -40,20 +49,20 @@ class Entry:
 
     trial: Trial
     folder: Path
-    mirror: Mirror | None = None
+    mirror: RunMirror | None = None
     tracker: Tracker | None = None
     outcome: TrialOutcome | None = None
-    reached: int = 0
-    before: float = 0
+    reported_step: int = 0
+    steps_before: float = 0
 
-    def report(self, line: dict[str, Any]) -> None:
+    def add_report(self, line: dict[str, Any]) -> None:
         """Keep an evaluation that its process told of, which may run on another machine."""
-        self.reached = max(self.reached, int(line["step"]))
-        if line["step"] not in {known["step"] for known in reports_of(self.folder)}:
+        self.reported_step = max(self.reported_step, int(line["step"]))
+        if line["step"] not in {known["step"] for known in read_reports(self.folder)}:
             with (self.folder / REPORTS).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
-    def settled(self) -> TrialOutcome | None:
+    def load_settled(self) -> TrialOutcome | None:
         """What became of it in an earlier part of the sweep; none if it is to be run.
 
         A trial that failed is tried again.
@@ -62,14 +71,14 @@ class Entry:
             UserError: a file that tells of it is damaged.
         """
         if (self.folder / RESULT).is_file():
-            return self.describe("finished")
+            return self.build_outcome("finished")
         if (self.folder / OUTCOME).is_file():
             remedy = "remove it, and the same command goes on with the trial"
             told = read_record(self.folder / OUTCOME, {"status": str}, remedy)
-            return self.describe("stopped") if told["status"] == "stopped" else None
+            return self.build_outcome("stopped") if told["status"] == "stopped" else None
         return None
 
-    def describe(self, status: Status, error: str | None = None) -> TrialOutcome:
+    def build_outcome(self, status: TrialStatus, error: str | None = None) -> TrialOutcome:
         """An outcome of that status, with everything that its folder tells."""
         result = self.folder / RESULT
         log = next((p for p in (self.folder / ERROR, self.folder / LOG) if p.is_file()), None)
@@ -79,7 +88,7 @@ class Entry:
             folder=self.folder,
             status=status,
             result=read_result(result) if status == "finished" and result.is_file() else None,
-            reports=reports_of(self.folder),
+            reports=read_reports(self.folder),
             error=error,
             log=log if status == "failed" else self.folder / LOG,
             run_id=self.tracker.run_id if self.tracker else recorded(self.folder / RUN),
@@ -87,45 +96,45 @@ class Entry:
             seed=self.trial.config.seed,
         )
 
-    def settle(self, status: Status, error: str | None = None) -> TrialOutcome:
+    def settle(self, status: TrialStatus, error: str | None = None) -> TrialOutcome:
         """Write down what became of it. An interrupted trial stays open in the ledger."""
-        self.outcome = self.describe(status, error)
+        self.outcome = self.build_outcome(status, error)
         if status != "interrupted" and (self.folder / CONFIG).is_file():
             told = {"status": status, "error": error, "score": self.outcome.score}
             write_json(self.folder / OUTCOME, told | {"step": self.outcome.step})
             if self.mirror is not None:
-                self.mirror.put_files(REPORTS, OUTCOME)
+                self.mirror.upload_files(REPORTS, OUTCOME)
         return self.outcome
 
-    def reopen(self) -> None:
+    def clear_failure(self) -> None:
         """Forget an earlier failure before it is run again."""
         for name in (OUTCOME, ERROR, STOP):
             if (self.folder / name).is_file():
                 (self.folder / name).unlink()
                 if self.mirror is not None:
-                    directories.remove_file(self.mirror.place(name))
+                    directories.remove_file(self.mirror.uri_of(name))
 
-    def prune(self) -> None:
+    def remove_weights(self) -> None:
         """Remove its model and its checkpoints; its small files stay."""
         prune_trial(self.folder)
         if self.mirror is not None:
-            for name in HEAVY:
-                self.mirror.clear(name)
+            for name in WEIGHT_FOLDERS:
+                self.mirror.remove_if_reachable(name)
 
     def steps_done(self) -> int:
         """Steps of its training so far, from the last line of its progress on this machine."""
         path = self.folder / PROGRESS
         if not path.is_file():
-            return self.reached
+            return self.reported_step
         with path.open("rb") as stream:
             stream.seek(max(path.stat().st_size - 4096, 0))
             lines = stream.read().splitlines()
         for line in reversed(lines):
             try:
-                return max(int(json.loads(line)["step"]), self.reached)
+                return max(int(json.loads(line)["step"]), self.reported_step)
             except (ValueError, KeyError, TypeError):
                 continue
-        return self.reached
+        return self.reported_step
 
 
 def last_line(text: str) -> str:
@@ -134,7 +143,7 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "no message"
 
 
-def mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
+def compute_mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
     """Group -> mean score over its repeats, best first.
 
     A group counts only with its repeats that have a score; one that was stopped early counts
@@ -151,7 +160,7 @@ def mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda item: (item[0] in short, -item[1])))
 
 
-def prune(entries: Sequence[Entry], keep: int | None) -> None:
+def prune_entries(entries: Sequence[LedgerEntry], keep: int | None) -> None:
     """Remove the models and checkpoints of trials that are not among the best ``keep`` groups.
 
     A trial that failed or was interrupted keeps its checkpoints: it goes on from them.
@@ -159,21 +168,21 @@ def prune(entries: Sequence[Entry], keep: int | None) -> None:
     if keep is None:
         return
     outcomes = [entry.outcome for entry in entries if entry.outcome is not None]
-    best = set(list(mean_scores(outcomes))[:keep])
+    best = set(list(compute_mean_scores(outcomes))[:keep])
     for entry in entries:
         if entry.outcome is None or entry.outcome.status in ("failed", "interrupted"):
             continue
         if entry.outcome.group not in best or entry.outcome.status == "stopped":
-            entry.prune()
+            entry.remove_weights()
 
 
 def prune_trial(folder: Path) -> None:
     """Remove the model and the checkpoints of a run; its small files stay."""
-    for name in HEAVY:
+    for name in WEIGHT_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def plain(outcome: TrialOutcome) -> dict[str, Any]:
+def outcome_to_dict(outcome: TrialOutcome) -> dict[str, Any]:
     """An outcome as plain values, for JSON, without the long parts of its result."""
     values: Mapping[str, Any] = dataclasses.asdict(outcome)
     short = {key: value for key, value in values.items() if key not in ("result", "reports")}

@@ -7,23 +7,23 @@ from typing import Any
 from skillnet_platform import console
 
 
-def leave_no_placement_group(ray: Any, patience_s: float) -> int:
+def remove_placement_groups(ray: Any, patience_s: float) -> int:
     """Wait until no placement group of this driver is left; remove those that stay. How many.
 
     Tune removes its own, Ray Train's controllers theirs, some seconds after they end.
     """
     end = time.monotonic() + patience_s
-    while left := placement_groups(ray):
+    while left := find_placement_groups(ray):
         if time.monotonic() >= end:
             for identity in left:
-                _remove(ray, identity)
+                _remove_group(ray, identity)
             console.warn(f"{len(left)} placement groups were left by trials, and removed")
             return len(left)
         time.sleep(0.1)
     return 0
 
 
-def placement_groups(ray: Any) -> list[str]:
+def find_placement_groups(ray: Any) -> list[str]:
     """Ids of the placement groups of this driver that hold or wait for resources."""
     from ray.util.placement_group import placement_group_table
     from ray.util.state import list_placement_groups
@@ -47,7 +47,7 @@ def placement_groups(ray: Any) -> list[str]:
     return [group.placement_group_id for group in groups]
 
 
-def _remove(ray: Any, identity: str) -> None:
+def _remove_group(ray: Any, identity: str) -> None:
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(identity))))

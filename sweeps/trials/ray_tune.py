@@ -26,7 +26,7 @@ from skillnet.malloc import give_back_freed_memory
 from skillnet_platform import console
 from skillnet_platform.storage import directories, run_root
 from sweeps.trials.ledger import prune_trial
-from sweeps.trials.trial import ERROR, LOG, STOP, read_trial, reports_of, run_one
+from sweeps.trials.trial import ERROR, LOG, STOP, read_reports, read_trial, run_trial
 
 METRIC, STEP, REPORT, FAILED = "score", "step", "report", "failed"
 
@@ -44,7 +44,7 @@ ENVIRONMENT = {
 }
 
 
-def trial_process(told: dict[str, Any]) -> None:
+def run_trial_process(told: dict[str, Any]) -> None:
     """What runs in a trial's process: train, report, and leave the cause of a failure on disk.
 
     Args:
@@ -54,29 +54,29 @@ def trial_process(told: dict[str, Any]) -> None:
     """
     import torch
 
-    from pipelines.runs.mirror import Mirror
+    from pipelines.runs.mirror import RunMirror
     from sweeps.trials import remote_ledger
 
     folder, store = run_root() / told["folder"], told["store"]
-    mirror = Mirror(directories.join(store, folder.name), folder) if store else None
+    mirror = RunMirror(directories.join(store, folder.name), folder) if store else None
     folder.mkdir(parents=True, exist_ok=True)
     with (
         (folder / LOG).open("a", encoding="utf-8", buffering=1) as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
-        _stoppable(folder / STOP),
+        _watch_stop_file(folder / STOP),
     ):
         try:
             if mirror is not None:
-                remote_ledger.receive(mirror)
+                remote_ledger.receive_trial(mirror)
             trial, score, more = read_trial(folder)
             training = trial.config.training
             nested = None
             if training.workers > 1:
-                nested = _nested(told)
+                nested = _nested_workers(told)
             elif not training.threads_per_worker:
                 torch.set_num_threads(max(1, int(told["cpus"])))
-            result = run_one(
+            result = run_trial(
                 trial,
                 folder,
                 tracked=tuple(more["tracked"]),
@@ -86,29 +86,29 @@ def trial_process(told: dict[str, Any]) -> None:
                 store=store,
             )
             if mirror is not None:
-                remote_ledger.hand_back(mirror)
+                remote_ledger.return_logs(mirror)
                 prune_trial(folder)
         except Exception as problem:
             (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
             if mirror is not None:
-                remote_ledger.hand_back(mirror)
+                remote_ledger.return_logs(mirror)
             tune.report({STEP: 0, FAILED: f"{type(problem).__name__}: {problem}"})
             return
-        except _Stopped:
+        except _TrialStopped:
             return
         finally:
             give_back_freed_memory()
-    made = reports_of(folder)
-    last = _said(made[-1]) if made and made[-1][STEP] == result["step"] else {}
+    made = read_reports(folder)
+    last = tune_metrics(made[-1]) if made and made[-1][STEP] == result["step"] else {}
     tune.report({STEP: result["step"], **last})
 
 
-class _Stopped(BaseException):
+class _TrialStopped(BaseException):
     """The driver has asked this trial to end."""
 
 
 @contextlib.contextmanager
-def _stoppable(path: Path) -> Iterator[None]:
+def _watch_stop_file(path: Path) -> Iterator[None]:
     """Raise ``_Stopped`` in this thread when the driver puts the file ``path`` there.
 
     Tune asks a trial to stop only when it reports, and kills its process ten seconds later. Here
@@ -120,7 +120,7 @@ def _stoppable(path: Path) -> Iterator[None]:
         while not over.wait(0.2):
             if path.exists():
                 raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-                raise_in(ctypes.c_ulong(target), ctypes.py_object(_Stopped))
+                raise_in(ctypes.c_ulong(target), ctypes.py_object(_TrialStopped))
                 return
 
     thread = threading.Thread(target=watch, name="stop-watch", daemon=True)
@@ -134,10 +134,10 @@ def _stoppable(path: Path) -> Iterator[None]:
 
 def _report(made: dict[str, Any]) -> None:
     if made:
-        tune.report(_said(made))
+        tune.report(tune_metrics(made))
 
 
-def _said(line: dict[str, Any]) -> dict[str, Any]:
+def tune_metrics(line: dict[str, Any]) -> dict[str, Any]:
     """What Tune is told of an evaluation: two numbers for itself, and all of it for the driver."""
     return {STEP: line[STEP], METRIC: line[METRIC], REPORT: line}
 
@@ -147,19 +147,19 @@ def _report_nested(made: dict[str, Any]) -> None:
     import ray.train
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    ray.train.report(_said(made) if made else {})
+    ray.train.report(tune_metrics(made) if made else {})
 
 
-def _nested(told: dict[str, Any]) -> Any:
+def _nested_workers(told: dict[str, Any]) -> Any:
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from pipelines.training.ray_train.fit import Nested
+    from pipelines.training.ray_train.fit import NestedFit
 
     resources = {"CPU": told["cpus"]} | ({"GPU": told["gpus"]} if told["gpus"] else {})
-    return Nested(resources, [TuneReportCallback()])
+    return NestedFit(resources, [TuneReportCallback()])
 
 
-class Hand(Searcher):
+class TrialFeeder(Searcher):
     """Hands trials to Tune one after the other, never more than ``parallel`` at a time.
 
     Args:
@@ -175,16 +175,16 @@ class Hand(Searcher):
         parallel: int,
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._give, self._ended, self._parallel = give, ended, parallel
+        self._next_assignment, self._is_exhausted, self._max_concurrent = give, ended, parallel
         self._live: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
         """What the process of the next trial is told, or FINISHED, or none for now."""
-        if len(self._live) >= self._parallel:
+        if len(self._live) >= self._max_concurrent:
             return None
-        given = self._give()
+        given = self._next_assignment()
         if given is None:
-            return Searcher.FINISHED if self._ended() else None
+            return Searcher.FINISHED if self._is_exhausted() else None
         name, told = given
         self._live.add(trial_id)
         return {"name": name, **told}
@@ -205,7 +205,7 @@ class Hand(Searcher):
         return {}
 
 
-class Listener(tune.Callback):
+class TrialListener(tune.Callback):
     """Tells the driver's side of a sweep about ends of trials.
 
     Args:
@@ -241,7 +241,7 @@ class Listener(tune.Callback):
         return {}
 
 
-class Interrupt(Stopper):
+class GracefulStopper(Stopper):
     """Ends a sweep in order on the first Ctrl-C or SIGTERM; a second one ends it at once.
 
     Args:
@@ -249,32 +249,32 @@ class Interrupt(Stopper):
     """
 
     def __init__(self, on_ask: Callable[[], None]) -> None:
-        self.wanted = False
-        self._on_ask = on_ask
+        self.stop_requested = False
+        self._on_request = on_ask
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"wanted": self.wanted}
+        return {"wanted": self.stop_requested}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
         """Whether all trials are to be stopped."""
-        return self.wanted
+        return self.stop_requested
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """Take the signals for the length of a block."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.wanted:
+            if self.stop_requested:
                 raise KeyboardInterrupt
-            self.wanted = True
+            self.stop_requested = True
             console.note("stopping the trials; the same command goes on with them")
-            self._on_ask()
+            self._on_request()
 
         before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -284,7 +284,7 @@ class Interrupt(Stopper):
                 signal.signal(each, handler)
 
 
-class Halving:
+class ResumableASHA:
     """ASHA, that can be told what trials reported in an earlier part of the sweep."""
 
     def __init__(self, last_step: int, grace: int, reduction: float) -> None:
@@ -298,7 +298,7 @@ class Halving:
             stop_last_trials=False,
         )
 
-    def remember(self, name: str, reports: list[dict[str, Any]]) -> None:
+    def replay_reports(self, name: str, reports: list[dict[str, Any]]) -> None:
         """Put the scores that a trial had before the driver was killed into the rungs."""
         past: Any = SimpleNamespace(trial_id=f"past-{name}")
         if reports:
@@ -307,10 +307,10 @@ class Halving:
             self.scheduler.on_trial_result(None, past, line)  # type: ignore[arg-type]
 
 
-def fit(
-    hand: Hand,
-    listener: Listener,
-    interrupt: Interrupt,
+def run_tuner(
+    hand: TrialFeeder,
+    listener: TrialListener,
+    interrupt: GracefulStopper,
     scheduler: TrialScheduler | None,
     folder: Path,
     *,
@@ -328,7 +328,7 @@ def fit(
         return tune.PlacementGroupFactory([{"memory": 1.0} if nested else plain])
 
     tuner = tune.Tuner(
-        tune.with_resources(trial_process, resources),
+        tune.with_resources(run_trial_process, resources),
         tune_config=tune.TuneConfig(
             search_alg=hand, scheduler=scheduler, num_samples=-1, reuse_actors=not nested
         ),

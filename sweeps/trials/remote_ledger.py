@@ -17,49 +17,49 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from pipelines.runs.mirror import CONFIG, RESULT, STATE, Mirror
+from pipelines.runs.mirror import CONFIG, RESULT, STATE, RunMirror
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_json, run_root
 from skillnet_platform.storage.directories import StoreUnavailable
-from sweeps.trials.source import PROPOSED
+from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 
 #: Of a sweep or a study: its MLflow run.
 RUN = "run.json"
 #: What a trial's process leaves, beside what every run leaves.
-TOLD = (LOG, ERROR)
+PROCESS_FILES = (LOG, ERROR)
 #: What the driver writes about a trial.
-LEDGER = (REPORTS, OUTCOME)
+DRIVER_FILES = (REPORTS, OUTCOME)
 #: What a study tells of its tuning and its runs.
 STUDY_LEDGER = "study.json"
 #: Of a sweep itself: what it comes to, the result last.
-ENDED = ("trials.csv", "score.png", "best.yaml", "result.json")
+RESULT_FILES = ("trials.csv", "score.png", "best.yaml", "result.json")
 
 
-def hand_over(trial: Mirror) -> None:
+def send_trial(trial: RunMirror) -> None:
     """Before a trial's process starts, on whichever host: what it needs to know."""
-    trial.put_files(CONFIG, *STATE, TRIAL)
-    Mirror(directories.join(trial.uri, ".."), trial.run.parent).put_files(PROPOSED)
+    trial.upload_files(CONFIG, *STATE, TRIAL)
+    RunMirror(directories.join(trial.uri, ".."), trial.run.parent).upload_files(PROPOSALS)
 
 
-def receive(trial: Mirror) -> None:
+def receive_trial(trial: RunMirror) -> None:
     """In the process of a trial: what the driver handed over."""
     directories.get_file(trial.place(TRIAL), trial.run / TRIAL)
 
 
-def hand_back(trial: Mirror) -> None:
+def return_logs(trial: RunMirror) -> None:
     """At the end of a trial's process: what it said. The run itself is in the store by then.
 
     Without an answer of the store that is all that is missing: Ray tells the driver the error.
     """
     try:
-        trial.put_files(*TOLD)
+        trial.upload_files(*PROCESS_FILES)
     except StoreUnavailable as problem:
         console.warn(f"the log of the trial is on this host only: {problem.reason}")
 
 
-def bring(trial: Mirror) -> None:
+def fetch_trial(trial: RunMirror) -> None:
     """Have on this disk what the store knows of a trial, but models and checkpoints.
 
     What only the driver writes is taken where it is missing; it may be newer here.
@@ -68,17 +68,17 @@ def bring(trial: Mirror) -> None:
     if not there:
         return
     # First of all: a folder without it is taken for somebody else's.
-    for name in (CONFIG, TRIAL, *STATE[:1], *LEDGER):
+    for name in (CONFIG, TRIAL, *STATE[:1], *DRIVER_FILES):
         if name in there and not (trial.run / name).is_file():
             directories.get_file(trial.place(name), trial.run / name)
-    for name in (*STATE[1:], *TOLD):
+    for name in (*STATE[1:], *PROCESS_FILES):
         if name in there:
             directories.get_file(trial.place(name), trial.run / name)
     if RESULT in there and not (trial.run / RESULT).is_file():
-        trial.take_results(folders=())
+        trial.download_results(folders=())
 
 
-def take_up(whole: Mirror, begun: Sequence[str], groups: Sequence[str]) -> None:
+def restore_ledger(whole: RunMirror, begun: Sequence[str], groups: Sequence[str]) -> None:
     """Bring the ledger of a sweep or study that was begun on another machine.
 
     Args:
@@ -89,22 +89,22 @@ def take_up(whole: Mirror, begun: Sequence[str], groups: Sequence[str]) -> None:
     Raises:
         UserError, StoreUnavailable: the store refuses, or does not answer.
     """
-    if not directories.exists(whole.place(begun[0])):
+    if not directories.exists(whole.uri_of(begun[0])):
         return
     folder, known = whole.run, (whole.run / begun[0]).is_file()
-    for name in (*begun, *(f"{group}/{PROPOSED}" for group in groups)):
-        if not (folder / name).is_file() and directories.exists(whole.place(name)):
-            directories.get_file(whole.place(name), folder / name)
+    for name in (*begun, *(f"{group}/{PROPOSALS}" for group in groups)):
+        if not (folder / name).is_file() and directories.exists(whole.uri_of(name)):
+            directories.get_file(whole.uri_of(name), folder / name)
     for group in groups:
-        for name in directories.list_folders(whole.place(group)):
-            trial = Mirror(whole.place(group, name), folder / group / name)
+        for name in directories.list_folders(whole.uri_of(group)):
+            trial = RunMirror(whole.uri_of(group, name), folder / group / name)
             if not any((trial.run / done).is_file() for done in (OUTCOME, RESULT)):
-                bring(trial)
+                fetch_trial(trial)
     if not known:
         console.note(f"{folder.name} is taken up from {whole.uri}")
 
 
-def fetch_finished(uri: str) -> Path:
+def fetch_finished_runs(uri: str) -> Path:
     """Copy a finished run, or all finished runs of a study, from a store: no models.
 
     Args:
@@ -118,23 +118,23 @@ def fetch_finished(uri: str) -> Path:
         StoreUnavailable: the store does not answer.
     """
     kept = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    whole = Mirror(uri, kept / uri.rstrip("/").rpartition("/")[2])
-    if not directories.exists(whole.place(STUDY_LEDGER)):
+    whole = RunMirror(uri, kept / uri.rstrip("/").rpartition("/")[2])
+    if not directories.exists(whole.uri_of(STUDY_LEDGER)):
         _fetch_run(whole)
         return whole.run
-    directories.get_file(whole.place(STUDY_LEDGER), whole.run / STUDY_LEDGER)
+    directories.get_file(whole.uri_of(STUDY_LEDGER), whole.run / STUDY_LEDGER)
     for entry in read_json(whole.run / STUDY_LEDGER)["runs"]:
         # A name out of the store: it must not lead out of the folder.
         names = PurePosixPath(str(entry["folder"])).parts
         if entry["status"] == "finished" and ".." not in names and "/" not in names:
-            _fetch_run(Mirror(whole.place(*names), whole.run.joinpath(*names)))
+            _fetch_run(RunMirror(whole.uri_of(*names), whole.run.joinpath(*names)))
     return whole.run
 
 
-def _fetch_run(run: Mirror) -> None:
+def _fetch_run(run: RunMirror) -> None:
     if not run.is_finished():
         raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
     for name in (CONFIG, *STATE):
         if directories.exists(run.place(name)):
             directories.get_file(run.place(name), run.run / name)
-    run.take_results(folders=())
+    run.download_results(folders=())

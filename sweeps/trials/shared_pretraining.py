@@ -1,71 +1,73 @@
-"""Pretrainings that trials start from: each is run once, however many trials name it."""
+"""Pretrainings that trials start from: trials with equal pretrainings share one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.config.run import FinetuneConfig, PretrainConfig
+from pipelines.config.run import FinetuneConfig
+from pipelines.training.pretraining import build_joint_run
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from sweeps.trials.trial import Trial, TrialOutcome
 
 
-class Pretrainings:
-    """The pretrainings of some trials, and where their models lie.
+class SharedPretrainings:
+    """The pretrainings of a list of trials, and the locations of their models.
 
     Args:
-        trials: that may name one.
-        folder: of all trials.
-        store: URI of that folder in a store, where hosts find the models; none if all see the disk.
+        trials: trials, some of which name a pretraining.
+        folder: directory of all trials.
+        store: URI of that directory in an object store; None if all nodes share the disk.
+
+    Raises:
+        UserError: a pretraining has tasks with labels, or reads a reserved split.
     """
 
     def __init__(self, trials: Sequence[Trial], folder: Path, store: str | None = None) -> None:
         self._folder, self._store = folder, store
-        self._needed: dict[str, Trial] = {}
-        self._failed: dict[str, str] = {}
+        self._trials: dict[str, Trial] = {}
+        self._errors: dict[str, str] = {}
         for trial in trials:
             if trial.pretrain is None:
                 continue
-            joint = _joint(trial.pretrain)
-            name = name_of(joint)
-            if name not in self._needed:
-                self._needed[name] = Trial(name, joint, splits=("validation",))
+            joint = build_joint_run(trial.pretrain)
+            name = make_pretraining_name(joint)
+            if name not in self._trials:
+                self._trials[name] = Trial(name, joint, splits=("validation",))
 
-    def trials(self) -> list[Trial]:
-        """One trial per pretraining."""
-        return list(self._needed.values())
+    def list_trials(self) -> list[Trial]:
+        """Return one trial per distinct pretraining."""
+        return list(self._trials.values())
 
-    def tell(self, outcomes: Sequence[TrialOutcome]) -> None:
-        """What became of them."""
+    def record_outcomes(self, outcomes: Sequence[TrialOutcome]) -> None:
+        """Store the outcomes of :meth:`list_trials`; later starts fail where one failed."""
         for outcome in outcomes:
             if outcome.status != "finished":
-                self._failed[outcome.name] = outcome.error or outcome.status
+                self._errors[outcome.name] = outcome.error or outcome.status
 
-    def start(self, trial: Trial) -> Trial:
-        """The trial as it is run: it starts from the model of its pretraining.
+    def set_init_from(self, trial: Trial) -> Trial:
+        """Return the trial with ``init_from`` set to the model of its pretraining.
 
         Raises:
             UserError: the pretraining failed.
         """
         if trial.pretrain is None:
             return trial
-        name = name_of(_joint(trial.pretrain))
-        if name in self._failed:
-            raise UserError(f"its pretraining {name} failed: {self._failed[name]}")
-        place = directories.join(self._store, name) if self._store else str(self._folder / name)
-        config = replace(trial.config, init_from=place)
+        name = make_pretraining_name(build_joint_run(trial.pretrain))
+        if name in self._errors:
+            raise UserError(f"its pretraining {name} failed: {self._errors[name]}")
+        path = directories.join(self._store, name) if self._store else str(self._folder / name)
+        config = replace(trial.config, init_from=path)
         return replace(trial, config=config, pretrain=None)
 
 
-def name_of(joint: FinetuneConfig) -> str:
-    """Equal pretrainings have equal names."""
-    from pipelines.runs.identity import identity_of
+def make_pretraining_name(joint: FinetuneConfig) -> str:
+    """Return a name that is equal for equal pretrainings.
 
-    return f"pretraining-{configuration.digest(identity_of(joint))[:10]}"
+    Args:
+        joint: the pretraining as a joint run.
+    """
+    from pipelines.runs.identity import compute_identity
 
-
-def _joint(config: PretrainConfig) -> FinetuneConfig:
-    from pipelines.pretrain import joint_run
-
-    return joint_run(config)
+    return f"pretraining-{configuration.digest(compute_identity(joint))[:10]}"

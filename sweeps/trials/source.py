@@ -11,11 +11,11 @@ from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
 from sweeps.trials.trial import Trial, TrialOutcome
 
 #: What Optuna proposed, one configuration a line, so that a resumed sweep goes on with it.
-PROPOSED = "proposed.jsonl"
+PROPOSALS = "proposed.jsonl"
 
 
 @dataclass(frozen=True)
-class Options:
+class TrialOptions:
     """How trials are run; see :func:`sweeps.trials.engine.run_trials` for each."""
 
     folder: Path
@@ -29,7 +29,7 @@ class Options:
     store: str | None = None
 
 
-class Source(Protocol):
+class TrialSource(Protocol):
     """Where trials come from, one after the other.
 
     Attributes:
@@ -40,36 +40,36 @@ class Source(Protocol):
     total: int
     example: Trial
 
-    def next(self) -> Trial | None:
+    def next_trial(self) -> Trial | None:
         """The next trial; none if there is none now."""
 
-    def ended(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether there will be no further trial."""
 
-    def tell(self, outcome: TrialOutcome) -> None:
+    def record_outcome(self, outcome: TrialOutcome) -> None:
         """A trial has ended, now or in an earlier part of the sweep."""
 
 
-class Listed:
+class ListedTrials:
     """A source of trials that are known from the start."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self.total, self.example = len(trials), trials[0]
         self._waiting = list(trials)
 
-    def next(self) -> Trial | None:
+    def next_trial(self) -> Trial | None:
         """The next of the list."""
         return self._waiting.pop(0) if self._waiting else None
 
-    def ended(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether the list is at its end."""
         return not self._waiting
 
-    def tell(self, outcome: TrialOutcome) -> None:
+    def record_outcome(self, outcome: TrialOutcome) -> None:
         """Nothing hangs on outcomes."""
 
 
-def first_rung_step(asha: AshaConfig, trial: Trial) -> int:
+def find_first_rung(asha: AshaConfig, trial: Trial) -> int:
     """Return the step at which ASHA first compares a trial with others.
 
     Args:
@@ -85,6 +85,8 @@ def first_rung_step(asha: AshaConfig, trial: Trial) -> int:
             "asha stops trials by their evaluations: set training.evaluate_every between 1 "
             f"and training.steps - 1 ({steps - 1}), not {every}"
         )
-    if asha.grace > steps:
-        raise UserError(f"asha.grace {asha.grace} is more than training.steps {steps}")
-    return asha.grace or every
+    if asha.grace_period > steps:
+        raise UserError(
+            f"asha.grace_period {asha.grace_period} is more than training.steps {steps}"
+        )
+    return asha.grace_period or every

@@ -21,8 +21,8 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json, write_json
 
 if TYPE_CHECKING:
-    from pipelines.training.ray_train.fit import Nested
-from sweeps.config.trials import ScoreConfig, Status
+    from pipelines.training.ray_train.fit import NestedFit
+from sweeps.config.trials import ScoreConfig, TrialStatus
 
 TRIAL = "trial.json"
 REPORTS = "reports.jsonl"
@@ -82,7 +82,7 @@ class TrialOutcome:
     name: str
     group: str
     folder: Path
-    status: Status
+    status: TrialStatus
     result: dict[str, Any] | None = None
     reports: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
@@ -109,14 +109,14 @@ class TrialOutcome:
         return float(self.result["seconds"]) if self.result is not None else None
 
 
-def run_one(
+def run_trial(
     trial: Trial,
     folder: Path,
     *,
     tracked: tuple[str, str],
     score: ScoreConfig | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
-    nested: "Nested | None" = None,
+    nested: "NestedFit | None" = None,
     store: str | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate a trial: in this process, or on several nested Ray workers.
@@ -140,28 +140,28 @@ def run_one(
     """
     from pipelines.runs import layout
     from pipelines.runs.mirror import mirror_of
-    from pipelines.runs.uploads import deliver
+    from pipelines.runs.uploads import upload_results
     from pipelines.training import run as training_run
     from pipelines.training.worker import TRACKER_PATIENCE_S
     from skillnet_platform.tracking import Tracker
 
-    config = training_run.resolved(placed(trial.config, folder, store))
+    config = training_run.resolved(place_config(trial.config, folder, store))
     mirror = mirror_of(config, folder)
     if mirror is not None:
-        mirror.take_up(config)
+        mirror.restore(config)
     known = (folder / layout.CONFIG).is_file()
     finished = training_run.open_run(config, folder)
     if finished is not None:
         return finished
     if mirror is not None:
-        mirror.begin(known)
+        mirror.check_writable(known)
     checked = training_run.check(config)
     alone = config.training.workers <= 1
     # Trials share the cluster: none grows into the place of another.
     workers = 0 if alone else config.training.workers
     config = replace(config, training=replace(config.training, workers=workers, min_workers=None))
     tracker = Tracker.by_id(*tracked)
-    watch = Evaluations(folder, score, report) if score is not None else None
+    watch = EvaluationRecorder(folder, score, report) if score is not None else None
     try:
         result = training_run.execute(
             config,
@@ -181,11 +181,11 @@ def run_one(
         watch.record(result["evaluation"], result["step"])
     write_json(folder / layout.RESULT, result)
     if mirror is not None:
-        deliver(mirror, config.training.keep, config.storage.patience)
+        upload_results(mirror, config.training.keep, config.storage.patience)
     return result
 
 
-def placed(config: FinetuneConfig, folder: Path, store: str | None = None) -> FinetuneConfig:
+def place_config(config: FinetuneConfig, folder: Path, store: str | None = None) -> FinetuneConfig:
     """The configuration of a run in that very folder, which registers no model.
 
     Args:
@@ -210,7 +210,7 @@ def placed(config: FinetuneConfig, folder: Path, store: str | None = None) -> Fi
     )
 
 
-class Evaluations:
+class EvaluationRecorder:
     """Scores the evaluations of a run, keeps them in ``reports.jsonl``, and passes them on.
 
     Picklable: with several workers each has its own copy, and only the first gets rows.
@@ -232,22 +232,22 @@ class Evaluations:
 
     def record(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
         """Score rows and keep the line of that step; none if it is known already."""
-        score, scores = self._score.of(rows)
+        score, scores = self._score.compute_score(rows)
         line = {
             "step": step,
             "score": score,
             "scores": scores,
-            **costs_of(rows),
+            **compute_mean_costs(rows),
             "time": time.time(),
         }
-        if step in {known["step"] for known in reports_of(self._folder)}:
+        if step in {known["step"] for known in read_reports(self._folder)}:
             return None
         with (self._folder / REPORTS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         return line
 
 
-def costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def compute_mean_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean over tasks of activated parameters and of FLOPs per example, from tidy rows."""
     by_task = {row["task"]: row for row in rows}
     costs = {}
@@ -258,7 +258,7 @@ def costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return costs
 
 
-def reports_of(folder: Path) -> list[dict[str, Any]]:
+def read_reports(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of a trial so far, in the order of steps; a line cut short is left out.
 
     Raises:

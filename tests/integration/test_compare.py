@@ -11,7 +11,7 @@ from pipelines.evaluation.outcomes import read_outcomes
 from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
 from sweeps import compare as command
-from sweeps.config.space import Dimension
+from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
 from tests.helpers.small_corpora import small_config, write_corpora
 
@@ -31,9 +31,9 @@ def study(root: Path) -> StudyConfig:
         pretraining=pretraining,
         systems={
             "skillnet": SystemConfig("skillnet"),
-            "skillnet-pretrained": SystemConfig("skillnet", pretrain=True, tuned_as="skillnet"),
+            "skillnet-pretrained": SystemConfig("skillnet", pretrain=True, reuse_tuning_of="skillnet"),
         },
-        tuning=TuningConfig(2, {"training.lr": Dimension(choice=[0.01])}, seed=9),
+        tuning=TuningConfig(2, {"training.lr": SearchDimension(choice=[0.01])}, seed=9),
         interpret=False,
     )
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.pretrain import joint_run, main, pretrain
+from pipelines.pretrain import main, pretrain
 from pipelines.runs import model_source
-from pipelines.runs.identity import identity_of
+from pipelines.runs.identity import compute_identity
 from pipelines.training.init_from import locate
 from pipelines.training.loop import train
+from pipelines.training.pretraining import build_joint_run
 from pipelines.training.setup import build_model
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
@@ -55,7 +56,7 @@ def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> Non
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.safetensors"
-        run_ranks(world, train_and_save, joint_run(config), None, str(out))
+        run_ranks(world, train_and_save, build_joint_run(config), None, str(out))
         found.append(load_file(out))
     alone, two = found
     assert any(name.endswith("masked_text/loss") for name in alone)
@@ -64,7 +65,7 @@ def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> Non
 
 
 def test_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
-    config = joint_run(small_pretraining(data, steps=11, precision="bf16", ema=0.9))
+    config = build_joint_run(small_pretraining(data, steps=11, precision="bf16", ema=0.9))
     config.model.drop_path = 0.3
     whole = train(config, run=tmp_path / "whole")
     train(config, run=tmp_path / "parts", stop_at=4)
@@ -149,7 +150,7 @@ def test_from_a_run_a_folder_and_a_checkpoint(data: Path, run_root: Path) -> Non
 
     result = finetune(tuning(data, "pretraining"))
     told = result["init_from"]
-    assert told["digest"] == model_source.find(made["run"]).digest
+    assert told["digest"] == model_source.resolve_model(made["run"]).digest
     assert {f"head-{task}" for task in small_config(data).tasks} == set(told["fresh"])
     assert {"shared", "skill-general", "skill-sound", "stem-token"} <= set(told["taken"])
     # The same weights from another place are the same run; other weights are not.
@@ -168,7 +169,9 @@ def test_from_a_registered_version(place: Place, tmp_path: Path) -> None:
     model, expected = build_model(config), saved(place.saved)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
-    assert identity_of(config)["init_from"] == model_source.find(str(place.saved)).digest
+    assert (
+        compute_identity(config)["init_from"] == model_source.resolve_model(str(place.saved)).digest
+    )
 
 
 def refusal(config: FinetuneConfig) -> str:
@@ -178,7 +181,7 @@ def refusal(config: FinetuneConfig) -> str:
 
 
 def test_what_does_not_fit_is_named(data: Path, tmp_path: Path) -> None:
-    joint = joint_run(small_pretraining(data))
+    joint = build_joint_run(small_pretraining(data))
     build_model(joint).save_pretrained(tmp_path / "model")
     start = str(tmp_path / "model")
     config = tuning(data, start)
@@ -202,7 +205,7 @@ def test_a_model_of_another_system_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SkillNet, "system", "moe")
-    build_model(joint_run(small_pretraining(data))).save_pretrained(tmp_path / "model")
+    build_model(build_joint_run(small_pretraining(data))).save_pretrained(tmp_path / "model")
     monkeypatch.undo()
     assert "system 'moe', this run trains 'skillnet'" in refusal(
         tuning(data, str(tmp_path / "model"))
@@ -212,7 +215,7 @@ def test_a_model_of_another_system_is_refused(
 def test_a_start_without_stems_of_a_task_leaves_them_fresh(data: Path, tmp_path: Path) -> None:
     config = small_pretraining(data)
     config.tasks = {"masked_sound": config.tasks["masked_sound"]}
-    build_model(joint_run(config)).save_pretrained(tmp_path / "model")
+    build_model(build_joint_run(config)).save_pretrained(tmp_path / "model")
     from pipelines.training.init_from import preview
 
     start = preview(tuning(data, str(tmp_path / "model")))

@@ -56,7 +56,7 @@ def sweep_file(path: Path, data: str) -> Path:
         "tracking": {"system_metrics": False},
         # The last one fails while it trains: its weights leave the numbers.
         "space": {"training.lr": {"choice": [1e-3, 2e-3, 1e300]}},
-        "resources": {"parallel": 1},
+        "resources": {"max_concurrent_trials": 1},
         "keep": 1,
     }
     path.write_text(json.dumps(body), encoding="utf-8")
@@ -187,12 +187,12 @@ def study_file(path: Path, data: str) -> Path:
         "systems": {
             "skillnet": {"system": "skillnet"},
             "skillnet-pretrained": {
-                "system": "skillnet", "pretrain": True, "tuned_as": "skillnet", "more_seeds": [1]
+                "system": "skillnet", "pretrain": True, "reuse_tuning_of": "skillnet", "extra_seeds": [1]
             },
         },
         "tuning": {"trials": 2, "seed": 9, "space": {"training.lr": {"choice": [0.01]}}},
         "tracking": {"system_metrics": False},
-        "resources": {"parallel": 1},
+        "resources": {"max_concurrent_trials": 1},
     }  # fmt: skip
     path.write_text(json.dumps(body), encoding="utf-8")
     return path
@@ -242,7 +242,7 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     assert "runs/skillnet-pretrained-seed1/model/manifest.json" in there
     assert not [name for name in there if name.startswith("tuning/") and "/model/" in name]
     page = (here / "report.html").read_text(encoding="utf-8")
-    assert "What the skills do" in page
+    assert "Effect of each skill" in page
     settings = configuration.load_yaml(here / "runs/skillnet-pretrained-seed1/config.yaml")
     start_of_it = Path(settings["init_from"])
     assert start_of_it.is_relative_to(tmp_path / "second/driver")
@@ -259,4 +259,4 @@ def test_a_run_that_the_store_does_not_have_is_named(
 ) -> None:
     directories.write_bytes(f"{object_store.uri}/marker", b"")
     with pytest.raises(UserError, match="holds no finished run"):
-        remote_ledger.fetch_finished(f"{object_store.uri}/no-such-run")
+        remote_ledger.fetch_finished_runs(f"{object_store.uri}/no-such-run")

@@ -91,9 +91,9 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
         "folder": run_root / "sweep",
         "parent": parent,
         "score": ScoreConfig(),
-        "asha": AshaConfig(reduction=2),
+        "asha": AshaConfig(reduction_factor=2),
         # One after the other: halving asks who came first.
-        "resources": ResourceConfig(parallel=1),
+        "resources": ResourceConfig(max_concurrent_trials=1),
         "keep": 1,
     }
     outcomes = {outcome.name: outcome for outcome in run_trials(trials, **settings)}
@@ -118,7 +118,7 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
     assert children["broken"].data.tags["failure"] == broken.error
     assert children["good"].data.metrics["score"] == pytest.approx(outcomes["good"].score)
     assert children["good"].data.params["training.lr"] == "0.003"
-    assert placement_groups.placement_groups(ray_session) == []
+    assert placement_groups.find_placement_groups(ray_session) == []
 
     best = max((o for o in outcomes.values() if o.status == "finished"), key=lambda o: o.score or 0)
     for outcome in outcomes.values():
@@ -150,7 +150,7 @@ def test_a_trial_that_is_behind_is_stopped_and_stays_so(
         "folder": run_root / "halved",
         "parent": parent,
         "score": ScoreConfig(),
-        "asha": AshaConfig(reduction=2),
+        "asha": AshaConfig(reduction_factor=2),
         "keep": 1,
     }
     (first,) = run_trials([trial("first", config)], **settings)
@@ -194,7 +194,7 @@ def test_workers_of_a_trial_give_what_one_process_gives(
     assert two.result["losses"] == pytest.approx(alone["losses"])
     assert [line["step"] for line in two.reports] == [3, 6]
     assert runs_below(parent.run_id)["two"].info.status == "FINISHED"
-    assert placement_groups.placement_groups(ray_session) == []
+    assert placement_groups.find_placement_groups(ray_session) == []
     with pytest.raises(UserError, match=r"a trial takes 18 CPUs .*lower resources\.cpus"):
         run_trials(
             [trial("wide", config)],
@@ -325,7 +325,7 @@ def test_a_killed_driver_and_an_interrupted_one(
         base(data, steps=100, checkpoint_every=10, log_every=10),
         name="killed",
         space={"training.lr": {"choice": [1e-3, 2e-3, 3e-3]}},
-        resources={"parallel": 1},
+        resources={"max_concurrent_trials": 1},
     )
     trials = run_root / "killed" / "trials"
 
@@ -366,7 +366,7 @@ def test_a_killed_driver_and_an_interrupted_one(
     states = {name: run.info.status for name, run in runs_below(identity).items()}
     assert states == {"000-seed0": "FINISHED", "001-seed0": "FINISHED", "002-seed0": "KILLED"}
     assert client.get_run(identity).info.status == "KILLED"
-    assert placement_groups.placement_groups(ray_session) == []
+    assert placement_groups.find_placement_groups(ray_session) == []
 
     assert main(["--config", str(path)]) == 0
     result = json.loads((run_root / "killed" / "result.json").read_text(encoding="utf-8"))

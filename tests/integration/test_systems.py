@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.pretrain import joint_run
-from pipelines.runs.progress_log import history
+from pipelines.runs.progress_log import read_metric_history
 from pipelines.training.init_from import preview
 from pipelines.training.loop import train
+from pipelines.training.pretraining import build_joint_run
 from pipelines.training.setup import build_model
-from skillnet.systems import build_system, load, system_names
+from skillnet.systems import build_system, load_model, system_names
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 
@@ -51,12 +51,12 @@ def test_a_run_of_each_system(system: str, data: Path, run_root: Path) -> None:
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
     assert {row["system"] for row in result["evaluation"]} == {system}
     costs = {row["task"]: row["activated_params"] for row in result["evaluation"]}
-    model = load(result["model"])
+    model = load_model(result["model"])
     assert model.system == system
     assert costs == {task: model.activated_parameters(task) for task in config.tasks}
     torch.manual_seed(config.seed)
     start = dict(build_system(system, config.model, config.options).named_parameters())
-    trained = set(history(Path(result["run"]) / "progress.jsonl"))
+    trained = set(read_metric_history(Path(result["run"]) / "progress.jsonl"))
     seen = {name.partition("/")[0] for name in trained if name.endswith("/loss")}
     for task in seen:
         changed = [not torch.equal(p, start[n]) for n, p in model.active_parameters(task)]
@@ -94,7 +94,7 @@ def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> No
 def test_pretrained_and_started_from(system: str, data: Path, tmp_path: Path) -> None:
     config = small_pretraining(data, steps=5, precision="fp32")
     config.system, config.options = system, OPTIONS[system]
-    trained = train(joint_run(config)).model
+    trained = train(build_joint_run(config)).model
     trained.save_pretrained(tmp_path / "pretrained")
     after = config_for(data, system)
     after.init_from = str(tmp_path / "pretrained")
@@ -150,7 +150,7 @@ def test_a_system_of_a_third_party_is_trained_by_its_name(data: Path, run_root: 
     result = finetune(config)
     assert {row["system"] for row in result["evaluation"]} == {"bag"}
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
-    model = load(result["model"], "text_to_video")
+    model = load_model(result["model"], "text_to_video")
     assert model.options == {"layers": 2}
     weights = {name for name, _ in model.named_parameters() if name.startswith("layers.")}
     assert weights == {f"layers.{n}.0.{what}" for n in (0, 1) for what in ("weight", "bias")}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs import model_source
-from sweeps.analysis.finished_runs import check_comparable, gather, read_run
+from sweeps.analysis.finished_runs import check_comparable, label_runs, read_run
 from sweeps.search import ranking
-from sweeps.trials.ledger import Entry
+from sweeps.trials.ledger import LedgerEntry
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
 from tests.helpers.synthetic_runs import write_run
@@ -44,10 +44,10 @@ TRIAL: dict[str, list[Any]] = {
 
 def read_trial(folder: Path) -> TrialOutcome | None:
     """What a sweep that goes on does with each trial's folder, up to its table."""
-    entry = Entry(Trial("000", FinetuneConfig()), folder)
-    settled = entry.settled()
+    entry = LedgerEntry(Trial("000", FinetuneConfig()), folder)
+    settled = entry.load_settled()
     if settled is not None:
-        ranking.table(ranking.ranked([settled]))
+        ranking.build_ranking_table(ranking.rank_configurations([settled]))
     entry.steps_done()
     return settled
 
@@ -114,7 +114,7 @@ def copied(run: Path, place: Path) -> Path:
 
 def read_compared(folder: Path) -> None:
     """What ``compare`` does with each run before it computes."""
-    runs = gather([read_run(folder)])
+    runs = label_runs([read_run(folder)])
     check_comparable(runs)
     assert runs[0].seconds is not None
 
@@ -166,9 +166,9 @@ def lay_model(folder: Path, kind: str) -> list[Path]:
     return [folder / name for name in MODELS[kind] if not name.startswith("model/")]
 
 
-def look_up(folder: Path) -> model_source.Source:
+def look_up(folder: Path) -> model_source.ModelSource:
     """What every command that takes a model does first."""
-    source = model_source.find(str(folder))
+    source = model_source.resolve_model(str(folder))
     assert source.seed is not None
     assert source.auxiliary <= set(source.corpora) == set(source.limits)
     return source

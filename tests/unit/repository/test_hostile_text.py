@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.serving.search_page import Card
 from pipelines.serving.search_page import page as gallery
-from sweeps.report.html import render
+from sweeps.report.html import render_template
 from tests.helpers.html_probe import HOSTILE, NASTY, assert_harmless
 
 PICTURE = "data:image/png;base64,"
@@ -49,13 +49,13 @@ def comparison_page() -> str:
     pictures = [{"name": NASTY, "uri": PICTURE, "caption": NASTY}]
     sections = {"claims": NASTY}
     values = {"report": report, "pictures": pictures, "skills": pictures, "sections": sections}
-    return render("report.html", values)
+    return render_template("report.html", values)
 
 
 def interpretation_page() -> str:
     told = SimpleNamespace(model=NASTY, skills=(NASTY,), facts={NASTY: NASTY})
     pictures = [{"name": NASTY, "uri": PICTURE, "caption": NASTY}]
-    return render("interpretation.html", {"interpretation": told, "pictures": pictures})
+    return render_template("interpretation.html", {"interpretation": told, "pictures": pictures})
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -82,11 +82,11 @@ def test_the_watch_sees_a_page_that_does_harm() -> None:
 def test_hostile_names_in_plots_stay_text() -> None:
     from matplotlib.figure import Figure
 
-    from sweeps.report.plots import svg_uri
+    from sweeps.report.plots import encode_svg_uri
 
     figure = Figure()
     figure.subplots().set_title(NASTY.replace("$", ""))
-    assert svg_uri(figure).startswith("data:image/svg+xml;base64,"), "a picture runs no scripts"
+    assert encode_svg_uri(figure).startswith("data:image/svg+xml;base64,"), "a picture runs no scripts"
 
 
 # -- for real ----------------------------------

@@ -11,22 +11,24 @@ import pytest
 
 from skillnet_platform.errors import UserError
 from sweeps.analysis import claims as cl
-from sweeps.analysis.comparison import MEAN, Comparison, compare
-from sweeps.analysis.finished_runs import differing_settings, find_run, gather, read_run
-from sweeps.analysis.format import signed
+from sweeps.analysis.comparison import MEAN, SystemComparison, compare_systems
+from sweeps.analysis.finished_runs import find_differing_settings, find_run, label_runs, read_run
+from sweeps.analysis.format import format_signed_points
 from sweeps.config.study import ClaimsConfig
 from sweeps.report import report as reporting
-from sweeps.report.html import page
-from sweeps.report.tables import score_table, settings_table, tables
+from sweeps.report.html import render_report
+from sweeps.report.tables import build_score_table, build_settings_table, build_tables
 from tests.helpers.synthetic_runs import TASKS, write_pretraining, write_run, write_study
 
 
-def compared(root: Path, systems: dict, **more) -> Comparison:
-    return compare(gather([read_run(path) for path in write_study(root, systems, **more)]))
+def compared(root: Path, systems: dict, **more) -> SystemComparison:
+    return compare_systems(
+        label_runs([read_run(path) for path in write_study(root, systems, **more)])
+    )
 
 
 @pytest.fixture(scope="module")
-def clear(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def clear(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
     """SkillNet ahead of all, the more so pretrained; dense behind, one system alike."""
     systems = {
         "skillnet": 0.6,
@@ -39,11 +41,11 @@ def clear(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compared(tmp_path_factory.mktemp("clear"), systems)
 
 
-def verdicts(of: Comparison, config: ClaimsConfig | None = None) -> dict[str, str]:
-    return {claim.name: claim.verdict for claim in cl.claims(of, config)}
+def verdicts(of: SystemComparison, config: ClaimsConfig | None = None) -> dict[str, str]:
+    return {claim.name: claim.verdict for claim in cl.evaluate_claims(of, config)}
 
 
-def test_estimates_are_means_over_seeds_of_what_the_runs_say(clear: Comparison):
+def test_estimates_are_means_over_seeds_of_what_the_runs_say(clear: SystemComparison):
     for label, runs in clear.systems.items():
         for task in TASKS:
             said = [r["value"] for run in runs for r in run.rows if r["task"] == task]
@@ -55,7 +57,7 @@ def test_estimates_are_means_over_seeds_of_what_the_runs_say(clear: Comparison):
         assert clear.scores[label, MEAN, "test"].value == pytest.approx(mean)
 
 
-def test_relative_scores_count_the_specialists_of_the_same_pretraining(clear: Comparison):
+def test_relative_scores_count_the_specialists_of_the_same_pretraining(clear: SystemComparison):
     assert clear.relative["specialist"].value[:3] == (1, 1, 1)
     assert clear.relative["skillnet"].against == "specialist"
     assert clear.relative["skillnet-pretrained"].against == "specialist-pretrained"
@@ -71,7 +73,7 @@ def test_relative_scores_count_the_specialists_of_the_same_pretraining(clear: Co
     assert 1 < found.low < found.high
 
 
-def test_tests_cover_each_system_once_and_are_corrected_together(clear: Comparison):
+def test_tests_cover_each_system_once_and_are_corrected_together(clear: SystemComparison):
     pairs = {(t.kind, t.system, t.against) for t in clear.tests}
     assert pairs == {
         ("system", "specialist", "skillnet"),
@@ -82,16 +84,16 @@ def test_tests_cover_each_system_once_and_are_corrected_together(clear: Comparis
         ("pretraining", "specialist-pretrained", "specialist"),
     }
     assert len(clear.tests) == len(pairs) * (len(TASKS) + 1)
-    assert all(test.corrected >= test.p for test in clear.tests)
+    assert all(test.p_corrected >= test.p for test in clear.tests)
     smallest = min(clear.tests, key=lambda test: test.p)
-    assert smallest.corrected == pytest.approx(min(1, len(clear.tests) * smallest.p))
-    dense = clear.test("dense", "skillnet", MEAN)
+    assert smallest.p_corrected == pytest.approx(min(1, len(clear.tests) * smallest.p))
+    dense = clear.find_test("dense", "skillnet", MEAN)
     assert dense is not None
-    assert dense.significant
-    assert dense.change.high < 0
+    assert dense.is_significant
+    assert dense.difference.high < 0
 
 
-def test_claims_hold_where_the_difference_is_large(clear: Comparison):
+def test_claims_hold_where_the_difference_is_large(clear: SystemComparison):
     assert verdicts(clear) == {
         "the specialists": "holds",
         "the specialists, pretrained": "holds",
@@ -99,86 +101,99 @@ def test_claims_hold_where_the_difference_is_large(clear: Comparison):
         "text to image": "holds",
         "equal activated cost": "holds",
     }
-    assert {claim.winner for claim in cl.claims(clear)} == {"skillnet", "skillnet-pretrained"}
+    assert {claim.winner for claim in cl.evaluate_claims(clear)} == {
+        "skillnet",
+        "skillnet-pretrained",
+    }
     assert verdicts(clear, ClaimsConfig(relative=5.0))["the specialists"] == "does not hold"
 
 
 def test_claims_are_refuted_by_a_clear_loss(tmp_path: Path):
     lost = {"text_to_image": -0.9, "text_to_code": 0.4}
     found = compared(tmp_path, {"skillnet": lost, "specialist": 0.0, "dense": 0.6, "moe": 0.9})
-    told = {claim.name: claim for claim in cl.claims(found)}
+    told = {claim.name: claim for claim in cl.evaluate_claims(found)}
     assert told["the specialists"].verdict == "does not hold"
     assert told["text to image"].verdict == "does not hold"
     assert told["text to image"].winner == "moe"
     assert told["equal activated cost"].verdict == "does not hold"
     assert told["equal activated cost"].winner == "moe"
     assert told["pretraining"].verdict == "not decided"
-    assert told["pretraining"].why == "skillnet-pretrained not run"
+    assert told["pretraining"].undecided_reason == "skillnet-pretrained not run"
 
 
 def test_nothing_is_decided_between_equals_or_with_two_seeds(tmp_path: Path):
     found = compared(tmp_path / "equal", {"skillnet": 0.0, "specialist": 0.0, "dense": 0.0})
-    told = {claim.name: claim for claim in cl.claims(found, ClaimsConfig(relative=1.0, margin=0.0))}
+    told = {
+        claim.name: claim
+        for claim in cl.evaluate_claims(found, ClaimsConfig(relative=1.0, margin=0.0))
+    }
     assert told["the specialists"].verdict == "not decided"
     assert told["the specialists"].winner is None
-    assert told["equal activated cost"].why.startswith("no moe within 10 %")
+    assert told["equal activated cost"].undecided_reason.startswith("no moe within 10 %")
     two = compared(tmp_path / "two", {"skillnet": 1.5, "specialist": 0.0}, seeds=(0, 1))
-    claim = cl.claims(two)[0]
+    claim = cl.evaluate_claims(two)[0]
     assert claim.verdict == "not decided"
-    assert claim.why.startswith("2 seeds per system")
-    assert len(claim.parts) == len(TASKS) + 1
+    assert claim.undecided_reason.startswith("2 seeds per system")
+    assert len(claim.conditions) == len(TASKS) + 1
 
 
 def test_a_claim_that_holds_by_not_being_behind_has_none_ahead(tmp_path: Path):
     found = compared(tmp_path, {"skillnet": 0.01, "specialist": 0.0})
-    claim = cl.claims(found, ClaimsConfig(relative=0.5, margin=0.5))[0]
-    assert (claim.verdict, claim.winner, claim.standing) == ("holds", None, "none is ahead")
-    made = reporting.make(found, "alike", ClaimsConfig(relative=0.5, margin=0.5))
-    first = re.search(r"<article.*?</article>", page(made), re.DOTALL)
+    claim = cl.evaluate_claims(found, ClaimsConfig(relative=0.5, margin=0.5))[0]
+    assert (claim.verdict, claim.winner, claim.winner_text) == ("holds", None, "none is ahead")
+    made = reporting.build_report(found, "alike", ClaimsConfig(relative=0.5, margin=0.5))
+    first = re.search(r"<article.*?</article>", render_report(made), re.DOTALL)
     assert first is not None
     assert "Winner: none is ahead" in first.group()
-    assert "| holds | none is ahead |" in reporting.markdown(made)
+    assert "| holds | none is ahead |" in reporting.report_to_markdown(made)
 
 
 def test_a_specialist_that_scores_nothing_leaves_the_relative_score_open(tmp_path: Path):
     found = compared(tmp_path, {"skillnet": 0.5, "specialist": {"text_to_code": -50.0}})
     assert np.isnan(found.relative["skillnet"].value.value)
-    claim = cl.claims(found)[0]
+    claim = cl.evaluate_claims(found)[0]
     assert claim.verdict == "not decided"
-    assert claim.parts[-1].words.startswith("mean relative score unknown")
-    rows = score_table(found).rows
+    assert claim.conditions[-1].text.startswith("mean relative score unknown")
+    rows = build_score_table(found).rows
     assert [row[-1].text for row in rows] == ["–", "–"]
     assert "nan" not in "".join(
-        cell.text for table in tables(found) for r in table.rows for cell in r
+        cell.text for table in build_tables(found) for r in table.rows for cell in r
     )
 
 
 def test_a_larger_model_does_not_win_at_equal_cost(tmp_path: Path):
     paths = write_study(tmp_path, {"skillnet": 0.5}, activated=1500)
     paths += write_study(tmp_path, {"dense": -0.5, "specialist": -0.5}, activated=1000)
-    found = compare(gather([read_run(path) for path in paths]))
-    told = {claim.name: claim for claim in cl.claims(found)}
+    found = compare_systems(label_runs([read_run(path) for path in paths]))
+    told = {claim.name: claim for claim in cl.evaluate_claims(found)}
     assert told["text to image"].verdict == "does not hold"
-    assert "1.50 of its activated parameters" in told["text to image"].parts[0].words
+    assert "1.50 of its activated parameters" in told["text to image"].conditions[0].text
     assert told["equal activated cost"].verdict == "not decided"
 
 
 def test_a_missing_task_leaves_the_others(tmp_path: Path):
     write_study(tmp_path, {"skillnet": 0.5, "specialist": 0.0}, seeds=(0, 1, 2))
     write_study(tmp_path, {"dense": 0.0}, seeds=(0, 1, 2), tasks=TASKS[:2])
-    found = compare(gather([read_run(path) for path in sorted(tmp_path.glob("*-seed*"))]))
+    found = compare_systems(
+        label_runs([read_run(path) for path in sorted(tmp_path.glob("*-seed*"))])
+    )
     assert list(found.tasks) == list(TASKS)
-    assert list(found.common) == list(TASKS[:2])
+    assert list(found.common_tasks) == list(TASKS[:2])
     assert found.score("dense", "text_to_image") is None
-    assert found.test("dense", "skillnet", "text_to_image") is None
+    assert found.find_test("dense", "skillnet", "text_to_image") is None
     with pytest.raises(UserError, match="no task in common"):
         write_run(tmp_path / "other", "moe", tasks=TASKS[3:])
         runs = [read_run(tmp_path / "other"), read_run(tmp_path / "dense-seed0")]
-        compare(gather(runs))
+        compare_systems(label_runs(runs))
 
 
 def test_signs_of_differences():
-    assert [signed(x) for x in (0.0123, -0.0123, -0.0, -0.0001)] == ["+1.2", "−1.2", "+0.0", "+0.0"]
+    assert [format_signed_points(x) for x in (0.0123, -0.0123, -0.0, -0.0001)] == [
+        "+1.2",
+        "−1.2",
+        "+0.0",
+        "+0.0",
+    ]
 
 
 def test_one_seed_and_one_system_still_give_a_table(tmp_path: Path):
@@ -188,7 +203,7 @@ def test_one_seed_and_one_system_still_give_a_table(tmp_path: Path):
     assert found.scores["skillnet", MEAN, "test"].low > 0
     assert set(verdicts(found).values()) == {"not decided"}
     with pytest.raises(UserError, match="no finished runs"):
-        compare([])
+        compare_systems([])
 
 
 # -- reading runs --------------------------------------------------------------------------
@@ -199,7 +214,7 @@ def test_runs_of_other_settings_get_other_labels(tmp_path: Path, capsys):
         write_run(tmp_path / f"a{seed}", "dense", seed, options={"width": "activated"})
         write_run(tmp_path / f"b{seed}", "dense", seed, options={"width": "total"})
     runs = [read_run(tmp_path / name) for name in ("a0", "b0", "a1", "b1")]
-    named = gather(runs)
+    named = label_runs(runs)
     assert [(run.label, run.seed) for run in named] == [
         ("dense", 0),
         ("dense", 1),
@@ -207,16 +222,16 @@ def test_runs_of_other_settings_get_other_labels(tmp_path: Path, capsys):
         ("dense-2", 1),
     ]
     assert "dense-2: dense with other settings" in capsys.readouterr().err
-    assert {run.label for run in gather(runs, ["narrow", "wide"])} == {"narrow", "wide"}
-    assert differing_settings(named) == {
+    assert {run.label for run in label_runs(runs, ["narrow", "wide"])} == {"narrow", "wide"}
+    assert find_differing_settings(named) == {
         "options.width": {"dense": "activated", "dense-2": "total"}
     }
     with pytest.raises(UserError, match=r"1 names for 2 configurations: dense \(2 runs\)"):
-        gather(runs, ["narrow"])
+        label_runs(runs, ["narrow"])
     with pytest.raises(UserError, match="names must differ"):
-        gather(runs, ["same", "same"])
+        label_runs(runs, ["same", "same"])
     with pytest.raises(UserError, match="the seed 0 is there twice"):
-        gather([runs[0], runs[0]])
+        label_runs([runs[0], runs[0]])
 
 
 def pretrained_runs(root: Path) -> list[Path]:
@@ -236,7 +251,7 @@ def pretrained_runs(root: Path) -> list[Path]:
 def test_other_pretrainings_make_other_systems(tmp_path: Path, capsys):
     runs = [read_run(path) for path in pretrained_runs(tmp_path)]
     assert [run.pretraining_seconds for run in runs] == [4.0] * 4, "as of a run taken up again"
-    named = gather(runs)
+    named = label_runs(runs)
     assert [(run.label, run.seed) for run in named] == [
         ("skillnet-pretrained", 0),
         ("skillnet-pretrained", 1),
@@ -244,12 +259,12 @@ def test_other_pretrainings_make_other_systems(tmp_path: Path, capsys):
         ("skillnet-pretrained-2", 1),
     ]
     rates = {"skillnet-pretrained": "0.1", "skillnet-pretrained-2": "0.2"}
-    assert differing_settings(named) == {"pretraining.training.lr": rates}
+    assert find_differing_settings(named) == {"pretraining.training.lr": rates}
     write_run(tmp_path / "plain")
     plain = replace(read_run(tmp_path / "plain"), label="skillnet")
-    rows = differing_settings([plain, *named])
+    rows = find_differing_settings([plain, *named])
     assert rows == {"pretraining.training.lr": rates | {"skillnet": "–"}}
-    caption = settings_table(compare([plain, *named])).caption
+    caption = build_settings_table(compare_systems([plain, *named])).caption
     assert "So it is in those of their pretrainings" in caption
     assert "not known" not in caption
 
@@ -258,12 +273,12 @@ def test_a_pretraining_that_is_gone_counts_as_the_only_known_one(tmp_path: Path)
     folders = pretrained_runs(tmp_path)
     shutil.rmtree(tmp_path / "before-a1")
     runs = [read_run(path) for path in folders]
-    assert [run.label for run in gather(runs[:2])] == ["skillnet-pretrained"] * 2
-    assert len({run.label for run in gather(runs)}) == 3, "it may be of either"
+    assert [run.label for run in label_runs(runs[:2])] == ["skillnet-pretrained"] * 2
+    assert len({run.label for run in label_runs(runs)}) == 3, "it may be of either"
     shutil.rmtree(tmp_path / "before-a0")
-    alone = gather([read_run(path) for path in folders[:2]])
+    alone = label_runs([read_run(path) for path in folders[:2]])
     assert {run.label for run in alone} == {"skillnet-pretrained"}
-    told = settings_table(compare(alone)).caption
+    told = build_settings_table(compare_systems(alone)).caption
     assert "How skillnet-pretrained was pretrained is not known here." in told
 
 
@@ -274,10 +289,10 @@ def test_runs_on_other_rows_or_corpora_are_refused(tmp_path: Path):
     with pytest.raises(
         UserError, match=r"different rows of text_classification test \(199 and 200"
     ):
-        compare([one, other])
+        compare_systems([one, other])
     altered = replace(one, digests={"headings": "c" * 64}, label="dense")
     with pytest.raises(UserError, match="different states of the corpus headings"):
-        compare([one, altered])
+        compare_systems([one, altered])
 
 
 def test_what_a_run_tells(tmp_path: Path, run_root: Path):

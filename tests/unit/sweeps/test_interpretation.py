@@ -15,11 +15,17 @@ from skillnet.growth import add_skill
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
-from sweeps.interpret import knockout_cells, main
-from sweeps.interpretation.ablation import LEFT_OUT, PUT_IN, SWAPPED, changes, knockout_table
-from sweeps.interpretation.analysis import caption_of, interpret
-from sweeps.interpretation.gradient_share import gradient_share
-from sweeps.interpretation.similarity import CKA, UNTRAINED, WEIGHTS, linear_cka, skill_similarity
+from sweeps.interpret import build_ablation_cells, main
+from sweeps.interpretation.ablation import ADD, REMOVE, SWAP, list_plan_changes, measure_ablations
+from sweeps.interpretation.analysis import find_caption, interpret_model
+from sweeps.interpretation.gradient_share import measure_gradient_share
+from sweeps.interpretation.similarity import (
+    CKA,
+    UNTRAINED,
+    WEIGHTS,
+    compute_linear_cka,
+    measure_skill_similarity,
+)
 from tests.helpers.small_corpora import small_config, write_corpora
 
 FIVE = {
@@ -54,39 +60,39 @@ def test_every_change_of_a_plan_is_listed_once() -> None:
         "retrieval",
         {"query": SkillPlan(("a", "b")), "candidate": SkillPlan(("a", "c"), "image")},
     )
-    found = {(c.kind, c.skill, c.other): c.task for c in changes(task, "abcd")}
-    assert {key for key in found if key[0] == LEFT_OUT} == {(LEFT_OUT, s, "") for s in "abc"}
-    assert {key for key in found if key[0] == PUT_IN} == {(PUT_IN, "d", "")}
-    assert {key[1:] for key in found if key[0] == SWAPPED} == {
+    found = {(c.kind, c.skill, c.other): c.task for c in list_plan_changes(task, "abcd")}
+    assert {key for key in found if key[0] == REMOVE} == {(REMOVE, s, "") for s in "abc"}
+    assert {key for key in found if key[0] == ADD} == {(ADD, "d", "")}
+    assert {key[1:] for key in found if key[0] == SWAP} == {
         ("a", "d"), ("b", "c"), ("b", "d"), ("c", "b"), ("c", "d"),
     }  # fmt: skip
-    left = found[LEFT_OUT, "a", ""]
+    left = found[REMOVE, "a", ""]
     assert left is not None
     assert left.towers["query"] == SkillPlan(("b",))
-    swapped = found[SWAPPED, "b", "c"]
+    swapped = found[SWAP, "b", "c"]
     assert swapped is not None
     assert swapped.towers["query"].skills == ("a", "c")
     assert swapped.towers["candidate"].skills == ("a", "c")
-    put = found[PUT_IN, "d", ""]
+    put = found[ADD, "d", ""]
     assert put is not None
     assert all("d" in plan.skills for plan in put.towers.values())
     alone = Task("classification", {"input": SkillPlan(("a",))}, 3)
-    assert next(iter(changes(alone, "ab"))).task is None
-    assert not [c for c in changes(task, "abcd", swaps=False) if c.kind == SWAPPED]
+    assert next(iter(list_plan_changes(alone, "ab"))).task is None
+    assert not [c for c in list_plan_changes(task, "abcd", swaps=False) if c.kind == SWAP]
 
 
 def test_a_skill_that_adds_nothing_is_not_missed(data: Path, model: SkillNet) -> None:
     """The mean of two equal skills is either of them: without one nothing changes."""
     task = "text_classification"
-    differing = knockout_table(model, data, [task], samples=20)
-    assert any(row["lost"] for row in differing if row["change"] == LEFT_OUT)
+    differing = measure_ablations(model, data, [task], bootstrap_samples=20)
+    assert any(row["lost"] for row in differing if row["change"] == REMOVE)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name.endswith("weights.text"):
                 parameter.copy_(parameters[name.removesuffix("text") + "general"])
-    rows = knockout_table(model, data, [task], samples=20)
-    left = [row for row in rows if row["change"] == LEFT_OUT]
+    rows = measure_ablations(model, data, [task], bootstrap_samples=20)
+    left = [row for row in rows if row["change"] == REMOVE]
     assert {row["skill"] for row in left} == {"general", "text"}
     assert all((row["lost"], row["low"], row["high"]) == (0, 0, 0) for row in left)
 
@@ -96,15 +102,15 @@ def test_without_weights_no_skill_is_missed(data: Path, model: SkillNet) -> None
         for name, parameter in model.named_parameters():
             if ".out.weight.weights." in name or ".down.weights." in name:
                 parameter.zero_()
-    rows = knockout_table(model, data, ["text_to_image"], samples=5)
-    assert {row["change"] for row in rows} == {LEFT_OUT, PUT_IN, SWAPPED}
+    rows = measure_ablations(model, data, ["text_to_image"], bootstrap_samples=5)
+    assert {row["change"] for row in rows} == {REMOVE, ADD, SWAP}
     assert {row["lost"] for row in rows} == {0.0}
 
 
 def test_rows_are_scores_and_the_model_is_left_as_it_was(data: Path, model: SkillNet) -> None:
     before = model.config
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    rows = knockout_table(model, data, split="validation", swaps=False, samples=20)
+    rows = measure_ablations(model, data, split="validation", swaps=False, bootstrap_samples=20)
     assert model.config is before
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert {row["task"] for row in rows} == FIVE
@@ -122,8 +128,8 @@ def test_a_plan_of_one_skill_has_none_left(data: Path, model: SkillNet) -> None:
         model.config.tasks[task], towers={"input": SkillPlan(("text",), "text")}
     )
     model.config = dataclasses.replace(model.config, tasks=model.config.tasks | {task: alone})
-    rows = knockout_table(model, data, [task], swaps=False, samples=5)
-    (left,) = [row for row in rows if row["change"] == LEFT_OUT]
+    rows = measure_ablations(model, data, [task], swaps=False, bootstrap_samples=5)
+    (left,) = [row for row in rows if row["change"] == REMOVE]
     assert (left["lost"], left["after"], left["low"]) == (None, None, None)
 
 
@@ -136,13 +142,13 @@ def test_every_caption_asks_where_the_evaluation_asks_with_all(
     path.write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}), encoding="utf-8")
     evaluated = evaluate_model(model, own, ["text_to_image"], ["test"], samples=0)
     (recall,) = (row["value"] for row in evaluated if row["metric"] == "recall_at_10")
-    table = knockout_table(model, own, ["text_to_image"], swaps=False, samples=2)
+    table = measure_ablations(model, own, ["text_to_image"], swaps=False, bootstrap_samples=2)
     assert [row["before"] for row in table] == pytest.approx([recall] * len(table))
 
 
 def test_a_split_that_no_corpus_has(data: Path, model: SkillNet) -> None:
     with pytest.raises(UserError, match="'tset'; they have test, train, validation"):
-        knockout_table(model, data, split="tset")
+        measure_ablations(model, data, split="tset")
 
 
 # --- likeness
@@ -150,7 +156,7 @@ def test_a_split_that_no_corpus_has(data: Path, model: SkillNet) -> None:
 
 def test_a_skill_is_like_its_copy_and_like_itself(data: Path, model: SkillNet) -> None:
     add_skill(model, "twin", init_from="image")
-    rows = skill_similarity(model, data, split="validation", tokens=200)
+    rows = measure_skill_similarity(model, data, split="validation", tokens=200)
     names = {*model.config.skills, UNTRAINED}
     assert {row["modality"] for row in rows if row["measure"] == CKA} == {
         "text", "sound", "image", "video", "code",
@@ -172,7 +178,7 @@ def test_only_modules_with_skills_are_compared(data: Path) -> None:
     config = dataclasses.replace(
         small_config(data).model, skill_modules="feedforward", skill_every=2
     )
-    rows = skill_similarity(SkillNet(config), data, ["text_classification"], tokens=50)
+    rows = measure_skill_similarity(SkillNet(config), data, ["text_classification"], tokens=50)
     assert {(row["layer"], row["module"]) for row in rows} == {(2, "feedforward")}
 
 
@@ -181,7 +187,7 @@ def test_cka_knows_rotation_and_scale_and_constants() -> None:
     turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     other = torch.randn(200, 6, dtype=torch.float64)
     made = {"x": x, "turned": 3 * x @ turn + 5, "other": other, "still": torch.ones(200, 6)}
-    pairs = linear_cka(made)
+    pairs = compute_linear_cka(made)
     assert pairs["x", "turned"] == pytest.approx(1, abs=1e-5)
     assert pairs["x", "other"] is not None
     assert pairs["x", "other"] < 0.2
@@ -197,7 +203,7 @@ def test_weights_of_a_silent_skill_have_no_direction(data: Path, model: SkillNet
         for name, parameter in model.named_parameters():
             if name.endswith("weights.code"):
                 parameter.zero_()
-    rows = skill_similarity(model, data, ["text_classification"], tokens=50)
+    rows = measure_skill_similarity(model, data, ["text_classification"], tokens=50)
     weights = [row for row in rows if row["measure"] == WEIGHTS and row["skill"] == "code"]
     assert weights
     assert all(row["value"] is None for row in weights)
@@ -207,7 +213,7 @@ def test_weights_of_a_silent_skill_have_no_direction(data: Path, model: SkillNet
 
 
 def test_shares_add_up_and_inactive_skills_have_none(data: Path, model: SkillNet) -> None:
-    rows = gradient_share(model, data, batches=3, batch=6, samples=20)
+    rows = measure_gradient_share(model, data, batches=3, batch=6, bootstrap_samples=20)
     assert all(parameter.grad is None for parameter in model.parameters())
     for task in FIVE:
         mine = [row for row in rows if row["task"] == task]
@@ -225,10 +231,10 @@ def test_shares_add_up_and_inactive_skills_have_none(data: Path, model: SkillNet
 
 
 def test_frozen_weights_count_too_and_stay_frozen(data: Path, model: SkillNet) -> None:
-    expected = gradient_share(model, data, ["text_to_code"], batches=2, batch=6, samples=5)
+    expected = measure_gradient_share(model, data, ["text_to_code"], batches=2, batch=6, bootstrap_samples=5)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.owner(name) == "skill-code")
-    found = gradient_share(model, data, ["text_to_code"], batches=2, batch=6, samples=5)
+        parameter.requires_grad_(model.file_of(name) == "skill-code")
+    found = measure_gradient_share(model, data, ["text_to_code"], batches=2, batch=6, bootstrap_samples=5)
     assert [row["share"] for row in found] == pytest.approx([row["share"] for row in expected])
     assert not model.get_parameter("encoder.norm.weight").requires_grad
 
@@ -237,7 +243,7 @@ def test_frozen_weights_count_too_and_stay_frozen(data: Path, model: SkillNet) -
 
 
 def test_everything_is_written_and_drawn(data: Path, model: SkillNet, tmp_path: Path) -> None:
-    made = interpret(
+    made = interpret_model(
         model,
         data,
         ["text_classification", "text_to_image"],
@@ -245,7 +251,7 @@ def test_everything_is_written_and_drawn(data: Path, model: SkillNet, tmp_path: 
         name="a <small> model",
         tokens=60,
         batches=2,
-        samples=5,
+        bootstrap_samples=5,
     )
     paths = made.write(tmp_path / "out")
     page = paths[0].read_text(encoding="utf-8")
@@ -253,14 +259,14 @@ def test_everything_is_written_and_drawn(data: Path, model: SkillNet, tmp_path: 
     assert "http:" not in page
     pictures = {path.name for path in paths if path.suffix == ".png"}
     similar = {f"similarity_{what}.png" for what in ("text", "image", "weights")}
-    assert pictures == {"knockout.png", "swaps.png", "gradient_share.png", *similar}
+    assert pictures == {"knockout.png", "swaps.png", "measure_gradient_share.png", *similar}
     assert page.count("<img") == len(pictures)
     for name in pictures:
         with Image.open(tmp_path / "out" / name) as picture:
             assert min(picture.size) > 300
-        assert caption_of(name)
+        assert find_caption(name)
     lines = (tmp_path / "out" / "knockout.csv").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1 + len(made.knockout)
+    assert len(lines) == 1 + len(made.ablations)
     assert lines[0].startswith("task,split,change,skill,other,metric")
 
 
@@ -273,12 +279,12 @@ def test_command_line(
     words += ["--tokens", "40", "--batches", "1", "--samples", "5"]
     assert main([*words, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert {row["change"] for row in said["knockout"]} == {LEFT_OUT, PUT_IN}
+    assert {row["change"] for row in said["knockout"]} == {REMOVE, ADD}
     assert said["files"][0].endswith("interpretation.html")
     assert main([*words, "--split", "tset"]) == 2
     assert "split 'tset'" in capsys.readouterr().err
     assert main([*words, "--samples", "0"]) == 2
-    columns, cells = knockout_cells(said["knockout"], model.config.skills)
+    columns, cells = build_ablation_cells(said["knockout"], model.config.skills)
     assert columns == ["task", *model.config.skills]
     (line,) = cells
     bracketed = {skill for skill, cell in zip(columns[1:], line[1:], strict=True) if "(" in cell}

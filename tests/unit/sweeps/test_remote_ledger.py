@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.run import FinetuneConfig, StorageConfig
-from pipelines.runs.mirror import Mirror
+from pipelines.runs.mirror import RunMirror
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, write_json
 from sweeps.config.sweep import SweepConfig
-from sweeps.sweep import BEGUN, _resolved
+from sweeps.sweep import START_FILES, _resolve_config
 from sweeps.trials import remote_ledger
-from sweeps.trials.ledger import Entry
-from sweeps.trials.trial import Trial, reports_of
+from sweeps.trials.ledger import LedgerEntry
+from sweeps.trials.trial import Trial, read_reports
 from tests.helpers.object_store import ObjectStore
 
 
-def trial_at(folder: Path, uri: str) -> Entry:
+def trial_at(folder: Path, uri: str) -> LedgerEntry:
     folder.mkdir(parents=True)
-    return Entry(Trial("000", FinetuneConfig()), folder, Mirror(uri, folder))
+    return LedgerEntry(Trial("000", FinetuneConfig()), folder, RunMirror(uri, folder))
 
 
 def test_an_empty_disk_gets_the_ledger_and_no_models(
@@ -31,24 +31,24 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
     for name in ("config.yaml", "trial.json", "run.json"):
         (here.folder / name).write_text('{"run_id": "known"}')
     (here.folder.parent / "proposed.jsonl").write_text('{"lr": 1}\n')
-    remote_ledger.hand_over(here.mirror)
+    remote_ledger.send_trial(here.mirror)
     for step in (4, 2, 4):
-        here.report({"step": step, "score": step / 10, "scores": {}})
-    assert [line["step"] for line in reports_of(here.folder)] == [2, 4], "none is kept twice"
+        here.add_report({"step": step, "score": step / 10, "scores": {}})
+    assert [line["step"] for line in read_reports(here.folder)] == [2, 4], "none is kept twice"
     assert here.steps_done() == 4
     assert here.settle("stopped").score == 0.4
     directories.write_bytes(f"{uri}/trials/000/checkpoints/step-00000002/weights", b"heavy")
     directories.write_bytes(f"{uri}/trials/000/log.txt", b"said")
 
     there = tmp_path / "there"
-    whole = Mirror(uri, there)
-    remote_ledger.take_up(whole, BEGUN, ("trials",))
+    whole = RunMirror(uri, there)
+    remote_ledger.restore_ledger(whole, START_FILES, ("trials",))
     assert not there.exists(), "without its configuration it is no sweep"
     directories.write_bytes(f"{uri}/sweep.yaml", b"{}")
-    remote_ledger.take_up(whole, BEGUN, ("trials",))
+    remote_ledger.restore_ledger(whole, START_FILES, ("trials",))
     assert (there / "trials/proposed.jsonl").read_text() == '{"lr": 1}\n'
-    again = Entry(here.trial, there / "trials/000", here.mirror)
-    settled = again.settled()
+    again = LedgerEntry(here.trial, there / "trials/000", here.mirror)
+    settled = again.load_settled()
     assert settled is not None
     assert (settled.status, settled.score, settled.step) == ("stopped", 0.4, 4)
     assert settled.run_id == "known"
@@ -63,15 +63,15 @@ def test_what_the_driver_wrote_stays_and_what_the_trial_said_is_taken(
     uri = f"{object_store.uri}/sweep/trials/000"
     here = trial_at(tmp_path / "000", uri)
     assert here.mirror is not None
-    here.report({"step": 1, "score": 0.5, "scores": {}})
+    here.add_report({"step": 1, "score": 0.5, "scores": {}})
     (here.folder / "log.txt").write_text("of an earlier attempt")
     directories.write_bytes(f"{uri}/reports.jsonl", b"")
     directories.write_bytes(f"{uri}/log.txt", b"of this one")
     result = {"run": "/elsewhere/000", "model": "/elsewhere/000/model", "step": 1, "seconds": 1.0}
     result |= {"name": "000", "evaluation": []}
     directories.write_bytes(f"{uri}/result.json", json.dumps(result).encode())
-    remote_ledger.bring(here.mirror)
-    assert len(reports_of(here.folder)) == 1
+    remote_ledger.fetch_trial(here.mirror)
+    assert len(read_reports(here.folder)) == 1
     assert (here.folder / "log.txt").read_text() == "of this one"
     finished = here.describe("finished").result
     assert finished is not None
@@ -87,18 +87,18 @@ def test_a_trial_that_failed_is_forgotten_in_both_places(
     write_json(here.folder / "error.txt", "Traceback")
     here.settle("failed", "it broke")
     assert directories.exists(f"{uri}/outcome.json")
-    here.reopen()
+    here.clear_failure()
     assert not directories.exists(f"{uri}/outcome.json")
     assert not (here.folder / "error.txt").exists()
 
 
 def test_a_sweep_knows_its_two_places(run_root: Path, tmp_path: Path) -> None:
-    config, folder, mirror = _resolved(SweepConfig(name="a", run_dir="s3://bucket/runs"))
+    config, folder, mirror = _resolve_config(SweepConfig(name="a", run_dir="s3://bucket/runs"))
     assert (folder, config.run_dir) == (run_root / "a", "s3://bucket/runs")
     assert mirror is not None
     assert mirror.uri == "s3://bucket/runs/a"
-    _, folder, mirror = _resolved(SweepConfig(name="a", run_dir=f"file://{tmp_path}/b"))
+    _, folder, mirror = _resolve_config(SweepConfig(name="a", run_dir=f"file://{tmp_path}/b"))
     assert (folder, mirror) == (tmp_path / "b/a", None)
     run = FinetuneConfig(storage=StorageConfig(mirror="s3://bucket/runs"))
     with pytest.raises(UserError, match="give the sweep --run_dir"):
-        _resolved(SweepConfig(run=run))
+        _resolve_config(SweepConfig(run=run))

@@ -10,20 +10,22 @@ import pytest
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps.config.space import Dimension
+from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
 from sweeps.config.trials import FixedCostConfig, ScoreConfig
-from sweeps.search.fixed_cost import at_fixed_cost, cost_of
-from sweeps.search.space import Space
-from sweeps.search.strategies import Guided, listed
+from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
+from sweeps.search.space import SearchSpace
+from sweeps.search.strategies import OptunaSource, configurations_from_points
 from sweeps.trials.trial import TrialOutcome
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs" / "sweeps").glob("*.yaml"))
 VIDEO = "model.tasks.text_to_video.towers.candidate.skills"
 
 
-def space(dimensions: dict[str, Any]) -> Space:
-    return Space({name: Dimension(**kind) for name, kind in dimensions.items()}, FinetuneConfig())
+def space(dimensions: dict[str, Any]) -> SearchSpace:
+    return SearchSpace(
+        {name: SearchDimension(**kind) for name, kind in dimensions.items()}, FinetuneConfig()
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,15 +82,15 @@ def test_a_grid_crosses_values_and_options_set_keys_together() -> None:
             },
         }
     )  # fmt: skip
-    points = list(made.crossed())
+    points = list(made.grid_points())
     assert len(points) == 4
-    config = made.apply({"model.skill_every": 2, "text tower": "own"})
+    config = made.apply_point({"model.skill_every": 2, "text tower": "own"})
     assert config.model.skill_every == 2
     assert config.model.tasks["text_to_image"].towers["query"].skills == ("ask", "general")
     assert config.model.tasks["text_to_code"].towers["query"].skills == (
         "alignment", "general", "text",
     )  # fmt: skip
-    assert FinetuneConfig() == made.apply({"model.skill_every": 1, "text tower": "shared"})
+    assert FinetuneConfig() == made.apply_point({"model.skill_every": 1, "text tower": "shared"})
 
 
 def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
@@ -101,9 +103,9 @@ def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
             "model.skill_every": {"grid": [1, 2]},
         }
     )
-    points = list(made.drawn(60, seed=3))
-    assert points == list(made.drawn(60, seed=3))
-    assert points != list(made.drawn(60, seed=4))
+    points = list(made.random_points(60, seed=3))
+    assert points == list(made.random_points(60, seed=3))
+    assert points != list(made.random_points(60, seed=4))
     assert len(points) == 120
     assert Counter(p["model.skill_every"] for p in points) == {1: 60, 2: 60}
     assert {p["model.num_layers"] for p in points} == {2, 3, 4}
@@ -113,7 +115,7 @@ def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
     assert 30 < low < 90
     assert all(8 <= p["model.ffn_dim"] <= 64 for p in points)
     small = space({"model.skill_every": {"choice": [1, 2]}})
-    assert len(list(small.drawn(9, seed=0))) == 2
+    assert len(list(small.random_points(9, seed=0))) == 2
 
 
 def test_spread_points_leave_no_part_of_a_range_untried() -> None:
@@ -125,15 +127,17 @@ def test_spread_points_leave_no_part_of_a_range_untried() -> None:
             "model.skill_every": {"choice": [1, 2]},
         }
     )
-    points = made.spread(8, seed=3)
-    assert points == made.spread(8, seed=3)
-    assert points != made.spread(8, seed=4)
+    points = made.latin_hypercube_points(8, seed=3)
+    assert points == made.latin_hypercube_points(8, seed=3)
+    assert points != made.latin_hypercube_points(8, seed=4)
     eighths = [math.floor(8 * math.log(p["training.lr"] / 1e-4, 100)) for p in points]
     assert sorted(eighths) == list(range(8))
     assert sorted(p["model.num_layers"] for p in points) == list(range(1, 9))
     assert sorted(math.floor((p["training.clip"] - 0.5) * 4) for p in points) == list(range(8))
     assert Counter(p["model.skill_every"] for p in points) == {1: 4, 2: 4}
-    assert made.spread(0, seed=3) == space({}).spread(4, seed=3) == []
+    assert (
+        made.latin_hypercube_points(0, seed=3) == space({}).latin_hypercube_points(4, seed=3) == []
+    )
 
 
 def test_values_that_do_not_go_together_are_named() -> None:
@@ -141,46 +145,46 @@ def test_values_that_do_not_go_together_are_named() -> None:
     with pytest.raises(
         UserError, match=r"must divide by .*with model\.dim 200, model\.num_heads 3"
     ):
-        listed(made, made.crossed(), lambda config: config)
+        configurations_from_points(made, made.grid_points(), lambda config: config)
     unknown = space({VIDEO: {"choice": [["general", "vidio"]]}})
     with pytest.raises(UserError, match="unknown skill 'vidio'; did you mean 'video'"):
-        listed(unknown, unknown.crossed(), lambda config: config)
+        configurations_from_points(unknown, unknown.grid_points(), lambda config: config)
 
 
-@pytest.mark.parametrize("adjust", ["hidden", "dim"])
+@pytest.mark.parametrize("adjust", ["ffn_dim", "dim"])
 def test_width_at_fixed_cost(adjust: Any) -> None:
     base = FinetuneConfig()
-    target = cost_of(base)
+    target = compute_model_cost(base)
     made = space({"model.skill_modules": {"choice": ["feedforward"]}, "model.skill_every": {
         "choice": [2]}})  # fmt: skip
-    plain = made.apply({"model.skill_modules": "feedforward", "model.skill_every": 2})
-    assert cost_of(plain) < 0.9 * target
-    config = at_fixed_cost(plain, target, FixedCostConfig(adjust=adjust, tolerance=0.01))
-    assert abs(cost_of(config) / target - 1) <= 0.01
+    plain = made.apply_point({"model.skill_modules": "feedforward", "model.skill_every": 2})
+    assert compute_model_cost(plain) < 0.9 * target
+    config = fit_fixed_cost(plain, target, FixedCostConfig(adjust=adjust, tolerance=0.01))
+    assert abs(compute_model_cost(config) / target - 1) <= 0.01
     assert getattr(config.model, adjust) > getattr(base.model, adjust)
     assert (config.model.ffn_dim == base.model.ffn_dim) == (adjust == "dim")
     with pytest.raises(UserError, match=r"no model\.dim comes within 0\.001 %"):
-        at_fixed_cost(plain, target, FixedCostConfig(adjust="dim", tolerance=1e-5))
+        fit_fixed_cost(plain, target, FixedCostConfig(adjust="dim", tolerance=1e-5))
 
 
 def test_optuna_finds_the_better_half_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     made = space({"training.lr": {"loguniform": [1e-4, 1e-1]}, VIDEO: {
         "choice": [["general", "video"], ["general", "image", "video"]]}})  # fmt: skip
 
-    def guided() -> Guided:
-        return Guided(made, 12, [0, 1], 0, lambda config: config, tmp_path)
+    def guided() -> OptunaSource:
+        return OptunaSource(made, 12, [0, 1], 0, lambda config: config, tmp_path)
 
-    def run(source: Guided, count: int) -> list[dict[str, Any]]:
+    def run(source: OptunaSource, count: int) -> list[dict[str, Any]]:
         points = []
         for _ in range(count):
-            trial = source.next()
+            trial = source.next_trial()
             assert trial is not None
             points.append(dict(trial.settings))
             image = "image" in trial.settings[VIDEO]
             score = 0.5 * image - abs(trial.config.training.lr - 1e-3) + 0.01 * trial.config.seed
             report = {"step": 1, "score": score, "scores": {}}
             assert trial.group is not None
-            source.tell(
+            source.record_outcome(
                 TrialOutcome(
                     trial.name, trial.group, tmp_path, "finished", {"step": 1}, [report],
                     settings=dict(trial.settings), seed=trial.config.seed,
@@ -193,8 +197,8 @@ def test_optuna_finds_the_better_half_and_goes_on_after_a_kill(tmp_path: Path) -
     again = guided()
     after = run(again, 24)
     assert after[:9] == before, "what was proposed before the kill comes first, unchanged"
-    assert again.next() is None
-    assert again.ended()
+    assert again.next_trial() is None
+    assert again.is_exhausted()
     for one, other in zip(after[::2], after[1::2], strict=True):
         assert one == other, "both seeds of a configuration before the next is proposed"
     chosen = after[16::2]
@@ -204,14 +208,16 @@ def test_optuna_finds_the_better_half_and_goes_on_after_a_kill(tmp_path: Path) -
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_the_shipped_sweeps_have_valid_spaces(path: Path) -> None:
     config = configuration.parse(SweepConfig, ["--config", str(path)], "skillnet sweep")
-    made = Space(config.space, config.run)
-    points = made.drawn(3, 0) if config.search == "optuna" else made.crossed()
-    target = cost_of(config.run)
-    configurations = listed(made, points, lambda c: at_fixed_cost(c, target, config.fixed_cost))
+    made = SearchSpace(config.space, config.run)
+    points = made.random_points(3, 0) if config.search == "optuna" else made.grid_points()
+    target = compute_model_cost(config.run)
+    configurations = configurations_from_points(
+        made, points, lambda c: fit_fixed_cost(c, target, config.fixed_cost)
+    )
     assert len(configurations) * len(config.seeds) <= 16
     if config.fixed_cost.adjust:
         for each in configurations:
-            assert abs(cost_of(each.config) / target - 1) <= config.fixed_cost.tolerance
+            assert abs(compute_model_cost(each.config) / target - 1) <= config.fixed_cost.tolerance
 
 
 def test_scores() -> None:
@@ -225,18 +231,20 @@ def test_scores() -> None:
         row("speech_recognition", "token_error_rate", 0.8),
         row("text_to_image", "recall_at_10", 0.1),
     ]
-    plain, scores = ScoreConfig().of(rows)
+    plain, scores = ScoreConfig().compute_score(rows)
     assert scores == pytest.approx(
         {"text_classification": 0.6, "speech_recognition": 0.2, "text_to_image": 0.1}
     )
     assert plain == pytest.approx(0.3)
-    assert ScoreConfig().of([row("speech_recognition", "token_error_rate", 7.0)])[0] == 0.0
+    assert (
+        ScoreConfig().compute_score([row("speech_recognition", "token_error_rate", 7.0)])[0] == 0.0
+    )
     relative = ScoreConfig(
         "relative",
         tasks=["text_classification", "text_to_image"],
         references={"text_classification": 0.5, "text_to_image": 0.2},
     )
-    assert relative.of(rows)[0] == pytest.approx((1.2 + 0.5) / 2)
+    assert relative.compute_score(rows)[0] == pytest.approx((1.2 + 0.5) / 2)
     with pytest.raises(UserError, match=r"needs score\.references\.text_to_image"):
         ScoreConfig("relative", references={"text_classification": 1.0}).check(
             ["text_classification", "text_to_image"]

@@ -22,7 +22,7 @@ def truth(shift=0.0, by_seed=0.1, by_row=1.0, rest=0.7):
 
 def as_sample(answers_SN, key="test", weight=None):
     weight = np.ones(answers_SN.shape[1]) if weight is None else weight
-    return st.sample(dict(enumerate(answers_SN)), weight, key)
+    return st.build_sample(dict(enumerate(answers_SN)), weight, key)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -32,7 +32,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int, by_seed: flo
     right, trials = truth(by_seed=by_seed), 400
     hits = 0
     for _ in range(trials):
-        found = st.estimate(as_sample(world(random, seeds, by_seed=by_seed)))
+        found = st.estimate_mean(as_sample(world(random, seeds, by_seed=by_seed)))
         hits += found.low <= right <= found.high
     # Four standard errors of 400 trials below, and not so wide that they say nothing.
     assert 0.95 - 4 * np.sqrt(0.95 * 0.05 / trials) <= hits / trials <= 0.99
@@ -44,7 +44,7 @@ def test_intervals_over_rows_alone_would_be_too_short():
     right, both, alone = truth(by_seed=0.4), 0, 0
     for _ in range(200):
         answers = world(random, 3, rows=300, by_seed=0.4)
-        found = st.estimate(as_sample(answers))
+        found = st.estimate_mean(as_sample(answers))
         both += found.low <= right <= found.high
         rows = answers.mean(0)
         half = 1.96 * rows.std(ddof=1) / np.sqrt(300)
@@ -61,7 +61,7 @@ def p_values(trials: int, shift: float, seeds: int = 4, start: int = 0) -> np.nd
         one, other = world(random, seeds, row_N=row_N), world(random, seeds, row_N=row_N)
         if shift:
             one = world(random, seeds, shift=shift, row_N=row_N)
-        found.append(st.p_value(st.difference(as_sample(one), as_sample(other))))
+        found.append(st.compute_p_value(st.subtract_samples(as_sample(one), as_sample(other))))
     return np.array(found)
 
 
@@ -78,8 +78,8 @@ def test_a_large_effect_is_found_and_pairing_by_row_helps():
     row_N = random.normal(0, 2, ROWS)
     one = as_sample(world(random, 4, shift=0.2, rest=0.3, row_N=row_N))
     other = as_sample(world(random, 4, rest=0.3, row_N=row_N))
-    paired = st.estimate(st.difference(one, other)).error
-    apart = np.hypot(st.estimate(one).error, st.estimate(other).error)
+    paired = st.estimate_mean(st.subtract_samples(one, other)).std_error
+    apart = np.hypot(st.estimate_mean(one).std_error, st.estimate_mean(other).std_error)
     assert paired < 0.7 * apart
 
 
@@ -90,10 +90,12 @@ def false_alarms(level: float, pooled: bool, trials: int = 400) -> float:
     for _ in range(trials):
         row_N = random.normal(0, 1, ROWS)
         study = [as_sample(world(random, 3, by_seed=0.15, row_N=row_N)) for _ in range(6)]
-        spread = st.pool(study)
+        spread = st.pool_seed_variance(study)
         assert spread is not None
-        told = spread.of_difference() if pooled else None
-        alarms += [st.p_value(st.difference(x, study[0]), told) <= level for x in study[1:]]
+        told = spread.for_difference() if pooled else None
+        alarms += [
+            st.compute_p_value(st.subtract_samples(x, study[0]), told) <= level for x in study[1:]
+        ]
     return float(np.mean(alarms))
 
 
@@ -106,28 +108,28 @@ def test_pooling_the_spread_over_seeds_ends_false_certainty():
 
 def test_a_pooled_spread_by_hand():
     rows = {"t": np.zeros((3, 4))}
-    one = st.Sample((0, 1, 2), np.array([0.1, 0.2, 0.3]), rows)
-    two = st.Sample((0, 1), np.array([0.5, 0.5]), {"t": np.zeros((2, 4))})
-    alone = st.Sample((0,), np.array([0.7]), {"t": np.zeros((1, 4))})
-    spread = st.pool([one, two, alone])
+    one = st.RunSample((0, 1, 2), np.array([0.1, 0.2, 0.3]), rows)
+    two = st.RunSample((0, 1), np.array([0.5, 0.5]), {"t": np.zeros((2, 4))})
+    alone = st.RunSample((0,), np.array([0.7]), {"t": np.zeros((1, 4))})
+    spread = st.pool_seed_variance([one, two, alone])
     assert spread == pytest.approx((2 * 0.01 / 3, 3))
-    assert st.pool([alone]) is None
+    assert st.pool_seed_variance([alone]) is None
     # A system that varies more counts with its own variance, one that varies less with the pool's.
-    assert st.estimate(one, spread).error == pytest.approx(np.sqrt(0.01 / 3))
-    assert st.estimate(two, spread).error == pytest.approx(np.sqrt(0.02 / 3 / 2))
-    assert st.estimate(alone, spread).error == pytest.approx(np.sqrt(0.02 / 3))
-    assert st.estimate(two, spread).freedom == 3
-    assert spread.of_difference().variance == 2 * spread.variance
+    assert st.estimate_mean(one, spread).std_error == pytest.approx(np.sqrt(0.01 / 3))
+    assert st.estimate_mean(two, spread).std_error == pytest.approx(np.sqrt(0.02 / 3 / 2))
+    assert st.estimate_mean(alone, spread).std_error == pytest.approx(np.sqrt(0.02 / 3))
+    assert st.estimate_mean(two, spread).dof == 3
+    assert spread.for_difference().variance == 2 * spread.variance
 
 
 def test_one_estimate_by_hand():
     """Two seeds, three rows: the mean squares of the two-way table, worked out."""
     answers = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
-    found = st.estimate(as_sample(answers))
+    found = st.estimate_mean(as_sample(answers))
     assert found.value == pytest.approx(4 / 6)
     # Both seeds reach 2/3: MS_seed 0. Rows: 1, 1/2, 1/2, so MS_row = 2 * var = 1/6;
     # MS_rest = 1 / (1 * 2) = 1/2 is above it, so nothing is left but zero.
-    assert found.error == 0
+    assert found.std_error == 0
     unequal = np.array([[1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
     mean_N, mean_S = unequal.mean(0), unequal.mean(1)
     ms_seed = 4 * mean_S.var(ddof=1)
@@ -135,10 +137,10 @@ def test_one_estimate_by_hand():
     rest = unequal - mean_N - mean_S[:, None] + unequal.mean()
     ms_rest = (rest**2).sum() / 3
     variance = (ms_seed + max(ms_row - ms_rest, 0)) / 8
-    found = st.estimate(as_sample(unequal))
-    assert found.error == pytest.approx(np.sqrt(variance))
+    found = st.estimate_mean(as_sample(unequal))
+    assert found.std_error == pytest.approx(np.sqrt(variance))
     freedom = variance**2 / ((ms_seed / 8) ** 2 / 1 + (max(ms_row - ms_rest, 0) / 8) ** 2 / 3)
-    assert found.freedom == pytest.approx(freedom)
+    assert found.dof == pytest.approx(freedom)
 
 
 def test_weighted_rows_give_the_ratio_of_sums():
@@ -158,9 +160,9 @@ def test_ratios_and_means_agree_with_a_bootstrap_of_rows():
         systems[name] = {
             key: world(random, seeds, rows=400, shift=shift, by_seed=0.0) for key in ("x", "y")
         }
-    relative = st.mean(
+    relative = st.average_samples(
         [
-            st.ratio(as_sample(systems["a"][key], key), as_sample(systems["b"][key], key))
+            st.divide_samples(as_sample(systems["a"][key], key), as_sample(systems["b"][key], key))
             for key in ("x", "y")
         ]
     )
@@ -184,64 +186,64 @@ def test_ratios_and_means_agree_with_a_bootstrap_of_rows():
 def test_equal_systems_do_not_differ():
     random = np.random.default_rng(0)
     answers = as_sample(world(random, 3))
-    none = st.difference(answers, answers)
-    assert st.p_value(none) == 1.0
-    assert st.estimate(none)[:4] == (0, 0, 0, 0)
+    none = st.subtract_samples(answers, answers)
+    assert st.compute_p_value(none) == 1.0
+    assert st.estimate_mean(none)[:4] == (0, 0, 0, 0)
 
 
 def test_all_right_and_all_wrong():
     right, wrong = as_sample(np.ones((3, 5))), as_sample(np.zeros((3, 5)))
-    assert st.estimate(right, least=0, most=1)[:3] == (1, 1, 1)
-    assert st.p_value(st.difference(right, wrong)) == 0.0
-    assert np.isnan(st.p_value(st.ratio(right, wrong)))
-    assert np.isnan(st.estimate(st.ratio(right, wrong)).low)
+    assert st.estimate_mean(right, least=0, most=1)[:3] == (1, 1, 1)
+    assert st.compute_p_value(st.subtract_samples(right, wrong)) == 0.0
+    assert np.isnan(st.compute_p_value(st.divide_samples(right, wrong)))
+    assert np.isnan(st.estimate_mean(st.divide_samples(right, wrong)).low)
 
 
 def test_one_seed_counts_rows_only():
     random = np.random.default_rng(0)
     answers = world(random, 1)
-    found = st.estimate(as_sample(answers))
+    found = st.estimate_mean(as_sample(answers))
     assert found.seeds == 1
-    assert found.error == pytest.approx(answers.std(ddof=1) / np.sqrt(ROWS))
+    assert found.std_error == pytest.approx(answers.std(ddof=1) / np.sqrt(ROWS))
 
 
 def test_bounds_are_cut_at_the_ends_of_the_scale():
     answers = np.zeros((3, 20))
     answers[0, 0] = 1
-    found = st.estimate(as_sample(answers), least=0.0, most=1.0)
+    found = st.estimate_mean(as_sample(answers), least=0.0, most=1.0)
     assert found.low == 0.0 < found.value < found.high
 
 
 def test_pairs_take_common_seeds_or_else_the_order():
     random = np.random.default_rng(0)
     answers = world(random, 3)
-    one = st.sample({1: answers[0], 2: answers[1], 3: answers[2]}, np.ones(ROWS), "t")
-    two = st.sample({2: answers[1], 3: answers[2], 9: answers[0]}, np.ones(ROWS), "t")
-    assert st.difference(one, two).seeds == (2, 3)
-    assert st.p_value(st.difference(one, two)) == 1.0
-    other = st.sample({7: answers[0], 8: answers[1]}, np.ones(ROWS), "t")
-    assert st.difference(one, other).seeds == (1, 2)
-    assert st.p_value(st.difference(one, other)) == 1.0
+    one = st.build_sample({1: answers[0], 2: answers[1], 3: answers[2]}, np.ones(ROWS), "t")
+    two = st.build_sample({2: answers[1], 3: answers[2], 9: answers[0]}, np.ones(ROWS), "t")
+    assert st.subtract_samples(one, two).seeds == (2, 3)
+    assert st.compute_p_value(st.subtract_samples(one, two)) == 1.0
+    other = st.build_sample({7: answers[0], 8: answers[1]}, np.ones(ROWS), "t")
+    assert st.subtract_samples(one, other).seeds == (1, 2)
+    assert st.compute_p_value(st.subtract_samples(one, other)) == 1.0
 
 
 def test_other_rows_are_refused():
     random = np.random.default_rng(0)
     with pytest.raises(ValueError, match="150 rows do not pair with 149"):
-        st.difference(as_sample(world(random, 2)), as_sample(world(random, 2, rows=149)))
+        st.subtract_samples(as_sample(world(random, 2)), as_sample(world(random, 2, rows=149)))
     with pytest.raises(ValueError, match="at least one run"):
-        st.Sample((), np.zeros(0), {})
+        st.RunSample((), np.zeros(0), {})
     with pytest.raises(ValueError, match="at least 2"):
-        st.sample({0: [1.0]}, [1.0], "t")
+        st.build_sample({0: [1.0]}, [1.0], "t")
     with pytest.raises(ValueError, match="at least one figure"):
-        st.mean([])
+        st.average_samples([])
 
 
 def test_holm_against_known_values():
     # R: p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm")
-    assert st.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert st.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert st.holm([]) == []
-    with_gap = st.holm([0.01, float("nan"), 0.04])
+    assert st.correct_p_values([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert st.correct_p_values([0.5, 0.9]) == [1.0, 1.0]
+    assert st.correct_p_values([]) == []
+    with_gap = st.correct_p_values([0.01, float("nan"), 0.04])
     assert with_gap[0] == pytest.approx(0.02)
     assert np.isnan(with_gap[1])
     assert with_gap[2] == pytest.approx(0.04)
@@ -251,5 +253,5 @@ def test_holm_keeps_the_chance_of_any_false_rejection():
     random = np.random.default_rng(0)
     shared = random.normal(size=(1500, 1))
     p = 2 * stats.norm.sf(abs(0.6 * shared + 0.8 * random.normal(size=(1500, 10))))
-    rejected = [min(st.holm(list(row))) <= 0.05 for row in p]
+    rejected = [min(st.correct_p_values(list(row))) <= 0.05 for row in p]
     assert np.mean(rejected) <= 0.065

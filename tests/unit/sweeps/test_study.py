@@ -10,9 +10,9 @@ import pytest
 from pipelines.config.run import PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps.config.space import Dimension
+from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
-from sweeps.report.tuning_tables import tuning_tables
+from sweeps.report.tuning_tables import build_tuning_tables
 from sweeps.study import study as st
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config
@@ -21,13 +21,13 @@ SYSTEMS = {
     "skillnet": SystemConfig("skillnet"),
     "skillnet-pretrained": SystemConfig("skillnet", pretrain=True),
     "dense": SystemConfig("dense", set={"training.lr": 0.002}),
-    "dense-wide": SystemConfig("dense", set={"model.ffn_dim": 48}, tuned_as="dense"),
+    "dense-wide": SystemConfig("dense", set={"model.ffn_dim": 48}, reuse_tuning_of="dense"),
 }
 
 
 def study(**values: Any) -> StudyConfig:
     tuning = TuningConfig(
-        4, {"training.lr": Dimension(loguniform=[1e-4, 1e-2])}, seed=77, share=0.5
+        4, {"training.lr": SearchDimension(loguniform=[1e-4, 1e-2])}, seed=77, step_fraction=0.5
     )
     common: dict[str, Any] = {
         "name": "s",
@@ -55,7 +55,7 @@ def outcome(trial: Trial, score: float | None, status: str = "finished") -> Tria
 def test_every_system_gets_the_same_trials():
     config = study()
     by_system: dict[str, list[Trial]] = {}
-    for trial in st.tuning_trials(config):
+    for trial in st.build_tuning_trials(config):
         by_system.setdefault(trial.settings["system"], []).append(trial)
         assert trial.splits == ("validation",)
         assert not trial.config.evaluate
@@ -72,20 +72,20 @@ def test_every_system_gets_the_same_trials():
 
 def test_named_points_are_tried_by_every_system_besides():
     tuning = replace(study().tuning, points=[{"training.lr": 0.05}])
-    trials = st.tuning_trials(study(tuning=tuning))
+    trials = st.build_tuning_trials(study(tuning=tuning))
     assert len(trials) == 15
     last = [trial for trial in trials if trial.name.endswith("-t4")]
     assert [trial.config.training.lr for trial in last] == [0.05] * 3
     wrong = replace(study().tuning, points=[{"training.lrr": 0.05}])
     with pytest.raises(UserError, match=r"tuning\.points: .*'training\.lr'"):
-        st.tuning_trials(study(tuning=wrong))
+        st.build_tuning_trials(study(tuning=wrong))
     none = replace(tuning, trials=0)
-    assert st.tuning_trials(study(tuning=none)) == []
+    assert st.build_tuning_trials(study(tuning=none)) == []
 
 
 def test_final_runs_differ_in_what_their_system_sets_and_in_nothing_else():
     config = study()
-    made = {label: st.final_trial(config, label, {}, 1) for label in SYSTEMS}
+    made = {label: st.build_final_trial(config, label, {}, 1) for label in SYSTEMS}
     assert made["skillnet"].name == "skillnet-seed1"
     assert made["skillnet"].splits is None
     plain = configuration.flatten(configuration.to_dict(made["skillnet"].config))
@@ -94,87 +94,87 @@ def test_final_runs_differ_in_what_their_system_sets_and_in_nothing_else():
     assert differing == {"system", "model.ffn_dim"}
     assert made["skillnet"].config.evaluate
     assert made["skillnet"].config.seed == 1
-    chosen = st.final_trial(config, "dense", {"training.lr": 0.007}, 1)
+    chosen = st.build_final_trial(config, "dense", {"training.lr": 0.007}, 1)
     assert chosen.config.training.lr == 0.007
 
 
 def test_pretraining_follows_the_run_in_seed_and_sizes():
     config = study(pretraining=PretrainConfig(seed=5))
-    made = st.final_trial(config, "skillnet-pretrained", {}, 1)
+    made = st.build_final_trial(config, "skillnet-pretrained", {}, 1)
     plan = made.pretrain
     assert isinstance(plan, PretrainConfig)
     assert (plan.seed, plan.system, plan.data) == (1, "skillnet", "corpora")
     assert plan.model.dim == made.config.model.dim == 16
     assert plan.model.tasks == config.pretraining.model.tasks
-    assert st.final_trial(config, "skillnet", {}, 1).pretrain is None
+    assert st.build_final_trial(config, "skillnet", {}, 1).pretrain is None
     # Trials that differ in how they are trained later share one pretraining.
-    trials = [t for t in st.tuning_trials(config) if t.pretrain]
+    trials = [t for t in st.build_tuning_trials(config) if t.pretrain]
     assert len({configuration.digest(t.pretrain) for t in trials}) == 1
 
 
 def test_the_best_validation_score_is_chosen_and_told():
     config = study()
-    trials = st.tuning_trials(config)
+    trials = st.build_tuning_trials(config)
     scores = {"skillnet": [0.3, 0.5, 0.5, 0.4], "skillnet-pretrained": [0.6, 0.2, 0.1, 0.3]}
     scores["dense"] = [0.1, 0.2, None, 0.4]
     outcomes = []
     for trial in trials:
         score = scores[trial.settings["system"]][int(trial.name[-1])]
         outcomes.append(outcome(trial, score, "finished" if score is not None else "failed"))
-    tuned = st.choose(config, trials, outcomes)
+    tuned = st.choose_settings(config, trials, outcomes)
     assert list(tuned) == list(SYSTEMS)
     assert tuned["skillnet"].settings == tuned["skillnet"].trials[1]["settings"]
     assert tuned["skillnet-pretrained"].settings == {}
     assert tuned["dense"].score == 0.4
     assert tuned["dense"].trials[2]["status"] == "failed"
     assert tuned["dense-wide"].settings == tuned["dense"].settings
-    chosen, every = tuning_tables(tuned)
+    chosen, every = build_tuning_tables(tuned)
     assert [row[1].text for row in chosen.rows] == ["4", "4", "4", "as dense"]
     assert [row[2].text for row in chosen.rows] == ["30.0", "60.0", "10.0", "–"]
     assert "4 trial(s) of 6 steps" in chosen.caption
-    assert sum(row[3].best for row in every.rows) == 4  # two of skillnet's are equal
+    assert sum(row[3].is_best for row in every.rows) == 4  # two of skillnet's are equal
     with pytest.raises(UserError, match="no tuning trial of dense finished"):
-        st.choose(config, trials, [o for o in outcomes if not o.name.startswith("dense")])
+        st.choose_settings(config, trials, [o for o in outcomes if not o.name.startswith("dense")])
 
 
 def test_the_report_says_what_equal_tuning_does_not_make_equal():
     trial = {"settings": {"training.lr": 0.1}, "status": "finished", "score": 0.5}
     trial |= {"steps": 6, "seconds": 1.0}
     tuned = {
-        "skillnet": st.Tuned("skillnet", {}, 0.5, [trial]),
-        "skillnet-pretrained": st.Tuned("skillnet-pretrained", {}, 0.5, [], "skillnet"),
+        "skillnet": st.TuningResult("skillnet", {}, 0.5, [trial]),
+        "skillnet-pretrained": st.TuningResult("skillnet-pretrained", {}, 0.5, [], "skillnet"),
     }
-    told = tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
+    told = build_tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
     assert "Tuned: training.lr. All else was given to every system alike" in told
     assert "Without trials of their own: skillnet-pretrained those of skillnet." in told
     assert "tuned without the pretraining that they are used with" in told
     assert "pretraining, its learning rate too, were tuned for nobody" in told
-    own = {label: st.Tuned(label, {}, 0.5, [trial]) for label in tuned}
-    told = tuning_tables(own, ["skillnet-pretrained"])[0].caption
+    own = {label: st.TuningResult(label, {}, 0.5, [trial]) for label in tuned}
+    told = build_tuning_tables(own, ["skillnet-pretrained"])[0].caption
     assert "Without trials of their own" not in told
     assert "tuned without the pretraining" not in told
-    assert "pretraining" not in tuning_tables(own)[0].caption
+    assert "pretraining" not in build_tuning_tables(own)[0].caption
 
 
 def test_without_tuning_nothing_is_chosen():
     config = study(tuning=TuningConfig())
-    assert st.tuning_trials(config) == []
-    tuned = st.choose(config, [], [])
+    assert st.build_tuning_trials(config) == []
+    tuned = st.choose_settings(config, [], [])
     assert all(own.settings == {} for own in tuned.values())
-    assert tuning_tables(tuned) == []
+    assert build_tuning_tables(tuned) == []
 
 
 def test_the_ledger_reads_back(tmp_path: Path):
     config = study()
-    trials = [st.final_trial(config, "dense", {}, seed) for seed in (0, 1)]
+    trials = [st.build_final_trial(config, "dense", {}, seed) for seed in (0, 1)]
     outcomes = [outcome(trials[0], None), outcome(trials[1], None, "failed")]
     for each in outcomes:
         each.folder = tmp_path / "runs" / each.name
-    tuned = {"dense": st.Tuned("dense", {"training.lr": 0.1}, 0.5, [])}
-    made = st.Study(config, tuned, outcomes)
-    assert [each.name for each in made.failed] == ["dense-seed1"]
-    st.write_ledger(made, tmp_path)
-    again, runs = st.read_ledger(tmp_path)
+    tuned = {"dense": st.TuningResult("dense", {"training.lr": 0.1}, 0.5, [])}
+    made = st.StudyResult(config, tuned, outcomes)
+    assert [each.name for each in made.failed_runs] == ["dense-seed1"]
+    st.write_study_ledger(made, tmp_path)
+    again, runs = st.read_study_ledger(tmp_path)
     assert again == tuned
     assert runs == [("dense", tmp_path / "runs" / "dense-seed0")]
 
@@ -195,19 +195,21 @@ def begun(config: StudyConfig, trial: Trial, group: str) -> Path:
 
 
 def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
-    lesson = SystemConfig("skillnet", pretrain=True, tuned_as="skillnet")
+    lesson = SystemConfig("skillnet", pretrain=True, reuse_tuning_of="skillnet")
     few = {"skillnet": SystemConfig("skillnet"), "skillnet-pretrained": lesson}
-    tuning = TuningConfig(2, {"training.lr": Dimension(loguniform=[1e-4, 1e-2])}, share=0.5)
+    tuning = TuningConfig(
+        2, {"training.lr": SearchDimension(loguniform=[1e-4, 1e-2])}, step_fraction=0.5
+    )
     common: dict[str, Any] = {"seeds": [0], "systems": few, "tuning": tuning}
     config = study(**common)
     config.folder.mkdir()
     (config.folder / "study.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-    for trial in st.tuning_trials(config):
+    for trial in st.build_tuning_trials(config):
         begun(config, trial, "tuning")
-    tuned = {label: st.Tuned(label, {"training.lr": 0.1}) for label in few}
-    for trial in st.final_trials(config, tuned):
+    tuned = {label: st.TuningResult(label, {"training.lr": 0.1}) for label in few}
+    for trial in st.build_final_trials(config, tuned):
         begun(config, trial, "runs")
-    st.write_ledger(st.Study(config, tuned, []), config.folder)
+    st.write_study_ledger(st.StudyResult(config, tuned, []), config.folder)
     more = few | {"moe": SystemConfig("moe")}
     st.check_study(study(**common | {"seeds": [0, 1], "systems": more, "reference": "moe"}))
 
@@ -217,7 +219,7 @@ def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
     said = str(told.value)
     assert said.startswith("the study s has run.training.steps 12, not 10; its run skillnet-t0 ")
     assert "with training.steps 6, not 5. Give another --name, or go on with --config " in said
-    space = {"training.lr": Dimension(loguniform=[1e-3, 1e-1])}
+    space = {"training.lr": SearchDimension(loguniform=[1e-3, 1e-1])}
     wider = study(**common | {"tuning": replace(tuning, space=space)})
     with pytest.raises(UserError, match=r"the study s has tuning\.space\.training\.lr\.loguniform"):
         st.check_study(wider)
@@ -230,7 +232,7 @@ def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
     alone = few | {"skillnet-pretrained": replace(lesson, pretrain=False)}
     with pytest.raises(UserError, match=r"systems\.skillnet-pretrained\.pretrain True, not False"):
         st.check_study(study(**common | {"systems": alone}))
-    chosen = st.final_trial(config, "skillnet", {"training.lr": 0.3}, 0)
+    chosen = st.build_final_trial(config, "skillnet", {"training.lr": 0.3}, 0)
     with pytest.raises(
         UserError, match=r"skillnet-seed0 was made with training\.lr 0\.1, not 0\.3"
     ):
@@ -239,10 +241,12 @@ def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
 
 def test_what_is_close_gets_more_seeds():
     config = study(
-        systems={"a": SystemConfig("dense"), "b": SystemConfig("dense", more_seeds=[4, 3])},
+        systems={"a": SystemConfig("dense"), "b": SystemConfig("dense", extra_seeds=[4, 3])},
         tuning=TuningConfig(),
     )
-    made = st.final_trials(config, {label: st.Tuned(label) for label in config.systems})
+    made = st.build_final_trials(
+        config, {label: st.TuningResult(label) for label in config.systems}
+    )
     assert [trial.name for trial in made] == [
         "a-seed0", "b-seed0", "a-seed1", "b-seed1", "b-seed4", "b-seed3"
     ]  # fmt: skip
@@ -254,21 +258,21 @@ def test_what_is_close_gets_more_seeds():
         ({"seeds": []}, "seeds must not be empty"),
         ({"seeds": [1, 1]}, "seeds must differ, got"),
         (
-            {"systems": {"a": SystemConfig("dense", more_seeds=[1])}},
-            r"systems.a.more_seeds must differ, got \[0, 1, 1\]",
+            {"systems": {"a": SystemConfig("dense", extra_seeds=[1])}},
+            r"systems.a.extra_seeds must differ, got \[0, 1, 1\]",
         ),
         (
-            {"systems": {"a": SystemConfig("dense", more_seeds=[77])}},
-            "77 is also one of seeds and systems.a.more_seeds",
+            {"systems": {"a": SystemConfig("dense", extra_seeds=[77])}},
+            "77 is also one of seeds and systems.a.extra_seeds",
         ),
         ({"seeds": [77]}, "tuning.seed 77 is also one of seeds"),
         ({"systems": {"a/b": SystemConfig("dense")}}, "cannot be a folder's name"),
         (
-            {"systems": {"dense": SystemConfig("dense", tuned_as="dens")}},
-            "tuned_as: 'dens' is no other system",
+            {"systems": {"dense": SystemConfig("dense", reuse_tuning_of="dens")}},
+            "reuse_tuning_of: 'dens' is no other system",
         ),
         (
-            {"systems": SYSTEMS | {"c": SystemConfig("dense", tuned_as="dense-wide")}},
+            {"systems": SYSTEMS | {"c": SystemConfig("dense", reuse_tuning_of="dense-wide")}},
             "dense-wide is not tuned itself",
         ),
     ],
@@ -289,20 +293,20 @@ def test_mistakes_in_a_study_are_named(values: dict[str, Any], expected: str):
 )
 def test_mistakes_in_a_system_are_named(entry: SystemConfig, expected: str):
     with pytest.raises(UserError, match=expected):
-        st.base_run(study(systems={"x": entry}), "x", 0)
+        st.build_base_run(study(systems={"x": entry}), "x", 0)
 
 
 def test_bad_tuning_is_refused():
     for values, expected in (
         ({"trials": -1}, "must not be negative"),
-        ({"share": 0.0}, "above 0"),
+        ({"step_fraction": 0.0}, "above 0"),
         ({"trials": 2}, "without a tuning.space"),
     ):
         with pytest.raises(UserError, match=expected):
             TuningConfig(**values)
     with pytest.raises(UserError, match="lrr"):
-        st.tuning_trials(
-            study(tuning=TuningConfig(2, {"training.lrr": Dimension(uniform=[0.1, 0.2])}))
+        st.build_tuning_trials(
+            study(tuning=TuningConfig(2, {"training.lrr": SearchDimension(uniform=[0.1, 0.2])}))
         )
 
 
@@ -313,7 +317,7 @@ def test_presets_of_studies_expand(name: str):
     assert config.reference in config.systems
     seen = set()
     for label in config.systems:
-        trial = st.final_trial(config, label, {}, config.seeds[0])
+        trial = st.build_final_trial(config, label, {}, config.seeds[0])
         assert (trial.pretrain is not None) == label.endswith("-pretrained")
         same = replace(trial.config, system="", options={}, model=config.run.model)
         seen.add(configuration.digest({"run": same}))
@@ -321,4 +325,4 @@ def test_presets_of_studies_expand(name: str):
     one = replace(config, systems={"skillnet": config.systems["skillnet"]})
     tuning = config.tuning
     tried = tuning.trials and tuning.trials + len(tuning.points)
-    assert len(st.tuning_trials(one)) == tried
+    assert len(st.build_tuning_trials(one)) == tried

@@ -15,18 +15,18 @@ from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from sweeps import compare as command
-from sweeps.analysis.comparison import MEAN, compare
-from sweeps.analysis.finished_runs import gather, read_run
-from sweeps.analysis.format import count, duration, p_text
+from sweeps.analysis.comparison import MEAN, compare_systems
+from sweeps.analysis.finished_runs import label_runs, read_run
+from sweeps.analysis.format import format_count, format_duration, format_p_value
 from sweeps.config.study import StudyConfig
 from sweeps.interpret import InterpretConfig
 from sweeps.report import report as report_report
 from sweeps.report import writer
-from sweeps.report.html import render
-from sweeps.report.plots import plots
-from sweeps.report.report import Report
-from sweeps.report.tables import Cell, score_table
-from sweeps.study.study import Tuned
+from sweeps.report.html import render_template
+from sweeps.report.plots import draw_plots
+from sweeps.report.report import ComparisonReport
+from sweeps.report.tables import TableCell, build_score_table
+from sweeps.study.study import TuningResult
 from tests.helpers.synthetic_runs import TASKS, write_study
 
 SYSTEMS = {
@@ -44,9 +44,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
-    made = report_report.make(compare(gather([read_run(f) for f in folders])), "five systems")
-    writer.write(made, tmp_path_factory.mktemp("report"))
+def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ComparisonReport:
+    made = report_report.build_report(
+        compare_systems(label_runs([read_run(f) for f in folders])), "five systems"
+    )
+    writer.write_report(made, tmp_path_factory.mktemp("report"))
     return made
 
 
@@ -68,12 +70,12 @@ class Links(HTMLParser):
         self.text += data
 
 
-def page_of(report: Report) -> str:
+def page_of(report: ComparisonReport) -> str:
     assert report.folder is not None
     return (report.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_needs_nothing_else(written: Report):
+def test_the_page_needs_nothing_else(written: ComparisonReport):
     page = page_of(written)
     found = Links(page)
     assert "script" not in found.tags
@@ -96,11 +98,11 @@ def test_the_page_needs_nothing_else(written: Report):
 def test_every_text_from_outside_is_escaped(folders: list[Path], tmp_path: Path):
     bad = "<img src=x onerror=alert(1)>$x_{$ & \"'"
     names = [f"{bad}{place}" for place in range(len(SYSTEMS))]
-    of = compare(gather([read_run(f) for f in folders], names), names[0], names[2])
-    made = report_report.make(of, bad, facts={bad: bad})
+    of = compare_systems(label_runs([read_run(f) for f in folders], names), names[0], names[2])
+    made = report_report.build_report(of, bad, facts={bad: bad})
     made.texts[bad] = bad
     made.captions["scores"] = bad
-    writer.write(made, tmp_path)
+    writer.write_report(made, tmp_path)
     page = page_of(made)
     assert "<img src=x" not in page
     found = Links(page)
@@ -114,10 +116,10 @@ def test_a_template_must_not_miss_a_value():
     from jinja2 import UndefinedError
 
     with pytest.raises(UndefinedError):
-        render("report.html", {})
+        render_template("report.html", {})
 
 
-def test_files_agree_with_what_was_computed(written: Report):
+def test_files_agree_with_what_was_computed(written: ComparisonReport):
     of, folder = written.comparison, written.folder
     assert folder is not None
 
@@ -138,7 +140,7 @@ def test_files_agree_with_what_was_computed(written: Report):
     assert float(error["value"]) == pytest.approx(1 - float(error["score"]), abs=1e-5)
     tests = rows("tests.csv")
     assert len(tests) == len(of.tests)
-    assert float(tests[0]["p_corrected"]) == pytest.approx(of.tests[0].corrected, rel=1e-4)
+    assert float(tests[0]["p_corrected"]) == pytest.approx(of.tests[0].p_corrected, rel=1e-4)
     claims = json.loads((folder / "claims.json").read_text())
     assert [claim["verdict"] for claim in claims] == [c.verdict for c in written.claims]
     outcomes = pq.read_table(folder / "outcomes.parquet")
@@ -146,15 +148,15 @@ def test_files_agree_with_what_was_computed(written: Report):
     assert outcomes.column_names[:4] == ["system", "seed", "task", "split"]
 
 
-def test_the_table_marks_what_is_significant_and_best(written: Report):
-    table = score_table(written.comparison)
+def test_the_table_marks_what_is_significant_and_best(written: ComparisonReport):
+    table = build_score_table(written.comparison)
     rows = {row[0].text: row for row in table.rows}
     place = 2 + TASKS.index("text_to_image")
     assert rows["dense"][place].mark == "▼"
     assert rows["skillnet"][place].mark == ""
-    assert rows["skillnet-pretrained"][place].best
-    assert [row[place].best for row in table.rows].count(True) == 1
-    assert rows["specialist"][-1] == Cell("1")
+    assert rows["skillnet-pretrained"][place].is_best
+    assert [row[place].is_best for row in table.rows].count(True) == 1
+    assert rows["specialist"][-1] == TableCell("1")
     assert rows["skillnet"][-1].small.count("–") == 1
     page = Links(page_of(written))
     for title in ("Results on held-out rows", "What pretraining added", "Cost", "All tests"):
@@ -163,7 +165,7 @@ def test_the_table_marks_what_is_significant_and_best(written: Report):
         assert claim.words in page.text
 
 
-def test_how_it_was_made_is_told(written: Report):
+def test_how_it_was_made_is_told(written: ComparisonReport):
     facts = written.facts
     assert facts["seeds"].startswith("skillnet: 0, 1, 2")
     assert "headings " + "a" * 64 in facts["corpora (digests)"]
@@ -171,8 +173,8 @@ def test_how_it_was_made_is_told(written: Report):
     assert facts["test rows"].startswith("text_classification 200")
 
 
-def test_plots_name_their_axes(written: Report):
-    for name, figure in plots(written.comparison).items():
+def test_plots_name_their_axes(written: ComparisonReport):
+    for name, figure in draw_plots(written.comparison).items():
         shown = [axes for axes in figure.axes if axes.get_visible()]
         assert any(axes.get_xlabel() or axes.get_ylabel() for axes in shown), name
     panels = {axes.get_title() for axes in written.figures["scores"].axes}
@@ -181,9 +183,14 @@ def test_plots_name_their_axes(written: Report):
 
 
 def test_words():
-    assert [count(x) for x in (950, 4.2e6, 1.25e9, float("nan"))] == ["950", "4.2 M", "1.25 G", "–"]
-    assert [duration(x) for x in (9, 95, 7200)] == ["9 s", "1.6 min", "2.0 h"]
-    assert [p_text(x) for x in (0.0004, 0.04, float("nan"))] == ["< 0.001", "0.040", "–"]
+    assert [format_count(x) for x in (950, 4.2e6, 1.25e9, float("nan"))] == [
+        "950",
+        "4.2 M",
+        "1.25 G",
+        "–",
+    ]
+    assert [format_duration(x) for x in (9, 95, 7200)] == ["9 s", "1.6 min", "2.0 h"]
+    assert [format_p_value(x) for x in (0.0004, 0.04, float("nan"))] == ["< 0.001", "0.040", "–"]
 
 
 # -- the command ---------------------------------------------------------------------------
@@ -228,11 +235,11 @@ def test_finished_runs_from_the_command_line(
 
 
 def test_tuning_is_told_by_the_labels_of_the_report(tmp_path: Path):
-    def tuned(score: float) -> dict[str, Tuned]:
+    def tuned(score: float) -> dict[str, TuningResult]:
         return {
-            "skillnet": Tuned("skillnet", {"training.lr": score}, score),
-            "skillnet-pretrained": Tuned("skillnet-pretrained", tuned_as="skillnet"),
-            "dense": Tuned("dense", {}, 0.1),
+            "skillnet": TuningResult("skillnet", {"training.lr": score}, score),
+            "skillnet-pretrained": TuningResult("skillnet-pretrained", reuse_tuning_of="skillnet"),
+            "dense": TuningResult("dense", {}, 0.1),
         }
 
     one, two = tmp_path / "one", tmp_path / "two"
@@ -242,7 +249,7 @@ def test_tuning_is_told_by_the_labels_of_the_report(tmp_path: Path):
         (two / "runs" / "a", "skillnet", "skillnet-2"),
         (two / "runs" / "b", "skillnet-pretrained", "mine"),
     ]
-    made = command.relabelled([(one, tuned(0.5)), (two, tuned(0.7))], runs)
+    made = command.relabel_tuning([(one, tuned(0.5)), (two, tuned(0.7))], runs)
     assert {label: (own.label, own.score) for label, own in made.items()} == {
         "skillnet": ("skillnet", 0.5),
         "skillnet-pretrained": ("skillnet-pretrained", None),
@@ -250,11 +257,11 @@ def test_tuning_is_told_by_the_labels_of_the_report(tmp_path: Path):
         "skillnet-2": ("skillnet-2", 0.7),
         "mine": ("mine", None),
     }
-    assert made["mine"].tuned_as == "skillnet-2"
-    assert made["skillnet-pretrained"].tuned_as == "skillnet"
+    assert made["mine"].reuse_tuning_of == "skillnet-2"
+    assert made["skillnet-pretrained"].reuse_tuning_of == "skillnet"
     # Seeds of one system out of two studies, each tuned on its own.
     both = [(one / "runs" / "a", "skillnet", "net"), (two / "runs" / "a", "skillnet", "net")]
-    made = command.relabelled([(one, tuned(0.5)), (two, tuned(0.7))], both)
+    made = command.relabel_tuning([(one, tuned(0.5)), (two, tuned(0.7))], both)
     assert (made["net"].score, made["net (two)"].score) == (0.5, 0.7)
 
 
@@ -270,8 +277,8 @@ def test_pictures_of_skills_lie_with_the_report(
     monkeypatch.setattr("sweeps.interpret.interpret_source", refuse)
     runs = [read_run(folder) for folder in folders if folder.name == "skillnet-seed0"]
     (runs[0].folder / "model" / "manifest.json").write_text("{}")
-    made = report_report.make(compare(runs), "one")
-    command._add_skills(made, StudyConfig(runs=["x"]), tmp_path / "report")
+    made = report_report.build_report(compare_systems(runs), "one")
+    command._add_skill_figures(made, StudyConfig(runs=["x"]), tmp_path / "report")
     assert [each.output for each in asked] == [str(tmp_path / "report" / "interpretation")]
     assert asked[0].split == "validation"
 
@@ -295,5 +302,9 @@ def test_mistakes_get_one_line(words: list[str], expected: str, run_root: Path, 
 
 
 def test_runs_and_names_take_several_words():
-    assert command.spread(["--runs", "a", "b", "--json"]) == ["a", "b", "--json"]
-    assert command.spread(["--names", "x", "y", "--runs", "a"]) == ["--names", "x,y", "a"]
+    assert command.normalize_arguments(["--runs", "a", "b", "--json"]) == ["a", "b", "--json"]
+    assert command.normalize_arguments(["--names", "x", "y", "--runs", "a"]) == [
+        "--names",
+        "x,y",
+        "a",
+    ]

@@ -15,8 +15,8 @@ def outcome(name: str, params: float, flops: float) -> TrialOutcome:
 
 
 def test_costs_that_are_the_same_are_drawn_as_the_same() -> None:
-    ranked = ranking.ranked([outcome("a", 2.000e6, 1e8), outcome("b", 2.001e6, 2e8)])
-    figure = ranking.cost_figure(ranked)
+    ranked = ranking.rank_configurations([outcome("a", 2.000e6, 1e8), outcome("b", 2.001e6, 2e8)])
+    figure = ranking.draw_ranking_figure(ranked)
     assert figure is not None
     flops, params = figure.axes
     low, high = params.get_xlim()

@@ -8,9 +8,9 @@ import pytest
 
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from sweeps.config.space import Dimension
+from sweeps.config.space import SearchDimension
 from sweeps.config.sweep import SweepConfig
-from sweeps.sweep import CONFIG, _open, _source
+from sweeps.sweep import CONFIG, _build_source, _store_config
 from tests.helpers.small_corpora import small_config
 
 
@@ -19,7 +19,7 @@ def sweep_of(root: Path, **settings: Any) -> SweepConfig:
         name="sweep",
         run_dir=str(root),
         run=small_config(root / "data"),
-        space={"training.lr": Dimension(choice=[0.001, 0.003])},
+        space={"training.lr": SearchDimension(choice=[0.001, 0.003])},
         seeds=[0, 1],
         **settings,
     )
@@ -34,15 +34,17 @@ def test_more_seeds_are_more_trials_of_the_same_names(tmp_path: Path, search: An
     folder = tmp_path / "sweep"
     folder.mkdir()
     config = sweep_of(tmp_path, search=search, samples=2)
-    _open(config, folder)
+    _store_config(config, folder)
     more = replace(config, seeds=[0, 1, 2])
-    _open(more, folder)
+    _store_config(more, folder)
     assert kept(folder).seeds == [0, 1, 2]
-    before, after = ([trial.name for trial in _source(each, folder)[0]] for each in (config, more))
+    before, after = (
+        [trial.name for trial in _build_source(each, folder)[0]] for each in (config, more)
+    )
     assert [name for name in after if name in before] == before
     assert len(after) == 6
     with pytest.raises(UserError, match=r"has seeds \[0, 1, 2\], not \[0, 1\]"):
-        _open(config, folder)
+        _store_config(config, folder)
     assert kept(folder).seeds == [0, 1, 2]
 
 
@@ -53,6 +55,6 @@ def test_what_hangs_on_earlier_scores_keeps_its_seeds(
     folder = tmp_path / "sweep"
     folder.mkdir()
     config = sweep_of(tmp_path, **settings)
-    _open(config, folder)
+    _store_config(config, folder)
     with pytest.raises(UserError, match="has seeds"):
-        _open(replace(config, seeds=[0, 1, 2]), folder)
+        _store_config(replace(config, seeds=[0, 1, 2]), folder)

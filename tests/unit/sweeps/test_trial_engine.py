@@ -11,8 +11,8 @@ from ray.tune.schedulers import TrialScheduler
 from skillnet_platform.errors import UserError
 from sweeps.config.trials import ResourceConfig
 from sweeps.trials.engine import run_trials
-from sweeps.trials.ledger import HEAVY, Entry, prune
-from sweeps.trials.ray_tune import Halving
+from sweeps.trials.ledger import WEIGHT_FOLDERS, LedgerEntry, prune_entries
+from sweeps.trials.ray_tune import ResumableASHA
 from sweeps.trials.trial import Trial, TrialOutcome
 from tests.helpers.small_corpora import small_config
 
@@ -39,7 +39,7 @@ def test_a_gpu_is_asked_for_and_used_or_neither(
     ResourceConfig(gpus=gpus).check(use_gpu=not use_gpu)
 
 
-def decision(halving: Halving, name: str, score: float) -> str:
+def decision(halving: ResumableASHA, name: str, score: float) -> str:
     """What becomes of a trial that reaches the first rung with that score."""
     trial: Any = SimpleNamespace(trial_id=name)
     runner: Any = None
@@ -48,21 +48,21 @@ def decision(halving: Halving, name: str, score: float) -> str:
 
 
 def test_halving_remembers_what_was_reported_before_a_kill() -> None:
-    fresh, gone_on = Halving(6, 2, 2.0), Halving(6, 2, 2.0)
-    gone_on.remember("good", REPORTS)
-    gone_on.remember("new", [])
+    fresh, gone_on = ResumableASHA(6, 2, 2.0), ResumableASHA(6, 2, 2.0)
+    gone_on.replay_reports("good", REPORTS)
+    gone_on.replay_reports("new", [])
     assert decision(fresh, "lame", 0.1) == TrialScheduler.CONTINUE, "it is the first"
     assert decision(gone_on, "lame", 0.1) == TrialScheduler.STOP
     assert decision(gone_on, "better", 0.99) == TrialScheduler.CONTINUE
 
 
-def entry(root: Path, name: str, status: Any, score: float) -> Entry:
+def entry(root: Path, name: str, status: Any, score: float) -> LedgerEntry:
     """A trial that has ended, and what it left."""
     folder = root / name
-    for heavy in HEAVY:
+    for heavy in WEIGHT_FOLDERS:
         (folder / heavy / "part").mkdir(parents=True)
     (folder / "evaluation.csv").touch()
-    made = Entry(Trial(name, small_config(root)), folder)
+    made = LedgerEntry(Trial(name, small_config(root)), folder)
     reports = [{"step": 2, "score": score}]
     made.outcome = TrialOutcome(name, name, folder, status, reports=reports)
     return made
@@ -77,10 +77,10 @@ def test_only_the_best_keep_models_and_checkpoints(tmp_path: Path) -> None:
         entry(tmp_path, "interrupted", "interrupted", 0.1),
     ]
     running = replace(entries[0], folder=tmp_path / "none", outcome=None)
-    prune([*entries, running], keep=1)
+    prune_entries([*entries, running], keep=1)
     left = {each.trial.name for each in entries if (each.folder / "checkpoints").exists()}
     assert left == {"best", "failed", "interrupted"}, "what did not end goes on from there"
-    assert not any((tmp_path / "second" / heavy).exists() for heavy in HEAVY)
+    assert not any((tmp_path / "second" / heavy).exists() for heavy in WEIGHT_FOLDERS)
     assert all((each.folder / "evaluation.csv").is_file() for each in entries)
-    prune(entries, keep=0)
+    prune_entries(entries, keep=0)
     assert not (tmp_path / "best" / "model").exists()

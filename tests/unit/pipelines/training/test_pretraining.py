@@ -10,9 +10,9 @@ import torch
 from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.loading.augment import Draws
 from pipelines.loading.task_dataset import splits_of
-from pipelines.pretrain import joint_run
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss, train
+from pipelines.training.pretraining import build_joint_run
 from pipelines.training.setup import build_model, open_corpora, open_stream
 from skillnet.skills import masked_tasks
 from skillnet_platform.errors import UserError
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(data: Path) -> FinetuneConfig:
-    return joint_run(small_pretraining(data))
+    return build_joint_run(small_pretraining(data))
 
 
 # -- the model ------------------------------------------------------------------------------------
@@ -96,7 +96,9 @@ def test_inactive_skills_stay_as_they_were_to_the_bit(config: FinetuneConfig) ->
 
 
 def test_losses_fall_on_rows_that_can_be_learnt(data: Path) -> None:
-    config = joint_run(small_pretraining(data, steps=150, lr=3e-3, precision="fp32", log_every=25))
+    config = build_joint_run(
+        small_pretraining(data, steps=150, lr=3e-3, precision="fp32", log_every=25)
+    )
     first = train(config, stop_at=25).losses
     last = train(config).losses
     assert last.keys() == set(TASKS)
@@ -142,7 +144,7 @@ def test_a_split_that_is_evaluated_is_refused(data: Path, split: str) -> None:
     config = small_pretraining(data)
     config.tasks["masked_image"].split = split
     with pytest.raises(UserError, match=rf"drawings allows pretrain, train for .*not {split}"):
-        joint_run(config)
+        build_joint_run(config)
 
 
 def test_a_corpus_that_allows_nothing_is_refused(data: Path) -> None:
@@ -156,13 +158,13 @@ def test_a_task_with_labels_is_refused(data: Path) -> None:
     config = small_pretraining(data)
     config.tasks["text_classification"] = TaskTraining("headings")
     with pytest.raises(UserError, match=r"text_classification learns from labels"):
-        joint_run(config)
+        build_joint_run(config)
 
 
 def test_the_switch_adds_pairs_of_training_rows(data: Path) -> None:
     config = small_pretraining(data)
     config.contrastive = True
-    joint = joint_run(config)
+    joint = build_joint_run(config)
     pairs = {"text_to_image", "text_to_video", "text_to_code", "text_to_definition"}
     assert set(joint.tasks) == set(TASKS) | pairs == set(joint.model.tasks)
     stream = open_stream(joint)
@@ -171,14 +173,14 @@ def test_the_switch_adds_pairs_of_training_rows(data: Path) -> None:
         assert {key.split("/")[0] for key in keys} == {
             "pretrain" if name == "text_to_definition" else "train"
         }
-    without = joint_run(small_pretraining(data))
+    without = build_joint_run(small_pretraining(data))
     assert set(without.model.tasks) == set(TASKS)
 
 
 def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
     config = small_pretraining(data)
     config.views = True
-    joint = joint_run(config)
+    joint = build_joint_run(config)
     names = {"views_image", "views_video", "views_code"}
     assert set(joint.tasks) == set(TASKS) | names
     assert names.isdisjoint(joint.measured)
@@ -205,7 +207,7 @@ def test_views_of_captions_are_refused(data: Path) -> None:
     config = small_pretraining(data)
     config.tasks["text_to_image"] = TaskTraining("drawings", views=True)
     with pytest.raises(UserError, match=r"tasks\.text_to_image\.views .* both read image"):
-        open_stream(joint_run(config))
+        open_stream(build_joint_run(config))
 
 
 def test_a_configuration_comes_back_from_yaml() -> None:
