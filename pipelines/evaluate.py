@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from pipelines.config.resources import request_model
 from pipelines.evaluation.tables import write_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -59,9 +60,9 @@ class EvaluateConfig:
     @property
     def source(self) -> str:
         """The model that was asked for."""
-        from pipelines.runs.model_source import DEFAULT
+        from pipelines.runs.model_source import DEFAULT_MODEL
 
-        return self.model or self.checkpoint or self.run or DEFAULT
+        return self.model or self.checkpoint or self.run or DEFAULT_MODEL
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     from pipelines.runs import model_source
     from skillnet.skills import find_task
 
-    source = model_source.find(config.source, config.tracking_uri)
-    model = model_source.load(source)
+    source = model_source.resolve_model(config.source, config.tracking_uri)
+    model = model_source.load_source_model(source)
     data = place(config.data, data_root())
     corpora = source.corpora | config.corpora
     chosen = config.tasks or source.at_work(in_order(model.config.tasks))
@@ -147,11 +148,11 @@ def log(
 ) -> None:
     """Record figures and the CSV file in an MLflow run."""
     from pipelines.evaluation.tables import flat_metrics
-    from pipelines.runs.model_source import knows_run
+    from pipelines.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend
 
     backend.setup(uri)
-    if not knows_run(run_id, uri):
+    if not is_known_run(run_id, uri):
         console.note(f"run {run_id} is not in this tracker; the figures are in {path} only")
         return
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
@@ -182,6 +183,9 @@ def show_evaluation(result: Evaluation) -> None:
     example="skillnet evaluate --model models:/skillnet@champion\n"
     "skillnet evaluate --run my-run --splits validation --json",
     show=show_evaluation,
+    resources=lambda config: request_model(
+        config.model or config.checkpoint or config.run, config.data
+    ),
 )
 def main(config: EvaluateConfig) -> Evaluation:
     """Run ``skillnet evaluate``."""

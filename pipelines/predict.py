@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
+from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
@@ -89,7 +90,7 @@ def answered(config: PredictConfig) -> "list[tuple[Given, Prediction]]":
     from pipelines.serving.inputs import Given, check_some, tell
 
     given = gather(config)
-    source = model_source.find(config.model, config.tracking_uri)
+    source = model_source.resolve_model(config.model, config.tracking_uri)
     data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     whole = [row for row in given if not row.reason]
@@ -209,6 +210,7 @@ def _short(text: str, longest: int = 48) -> str:
     "--output tnews_predict.json --format clue",
     show=lambda result: show_predictions(*result),
     to_json=lambda result: result[1],
+    resources=lambda config: request_model(config.model, config.data),
 )
 def main(config: PredictConfig) -> "tuple[list[Prediction], list[dict[str, Any]], PredictConfig]":
     """Run ``skillnet predict``."""

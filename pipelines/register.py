@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Optional
 
+from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
@@ -55,6 +56,7 @@ def show_registration(made: "Registered") -> None:
     "all tasks and better on one, by confidence interval.",
     example="skillnet register my-run",
     show=show_registration,
+    resources=lambda config: request_model(config.source, config.data),
 )
 def main(config: RegisterConfig) -> "Registered":
     """Run ``skillnet register``."""
@@ -64,7 +66,7 @@ def main(config: RegisterConfig) -> "Registered":
 
     if config.samples < 1:
         raise UserError("the gate compares intervals: samples must be at least 1")
-    source = model_source.find(config.source, config.tracking_uri)
+    source = model_source.resolve_model(config.source, config.tracking_uri)
     if config.corpora:
         tasks = source.settings.get("tasks", {})
         named = {

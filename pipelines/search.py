@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
+from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
@@ -106,7 +107,7 @@ def search(config: SearchConfig) -> Found:
     from pipelines.shards.dataset import open_corpus
     from skillnet.skills import find_task
 
-    source = model_source.find(config.model, config.tracking_uri)
+    source = model_source.resolve_model(config.model, config.tracking_uri)
     data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     tasks = predictor.model.config.tasks
@@ -244,6 +245,7 @@ def _short(text: str, longest: int = 60) -> str:
     'skillnet search "横、竖、撇、捺" --task text_to_video\n'
     'skillnet search "发送消息给用户" --task text_to_code --top 5',
     show=show_search,
+    resources=lambda config: request_model(config.model, config.data),
 )
 def main(config: SearchConfig) -> Found:
     """Run ``skillnet search``."""

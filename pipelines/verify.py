@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
+from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional
@@ -22,7 +23,7 @@ from skillnet_platform.storage import archive_root, data_root, sha256_file
 from skillnet_platform.storage.location import Place, below, content, local_folder, place
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import Source
+    from pipelines.runs.model_source import ModelSource
 
 State = Literal["ok", "altered", "absent"]
 
@@ -62,7 +63,7 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     from pipelines.runs import model_source
 
     try:
-        source = model_source.find(config.model, config.tracking_uri)
+        source = model_source.resolve_model(config.model, config.tracking_uri)
     except UserError as problem:
         if "altered" not in str(problem):
             raise
@@ -94,7 +95,7 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     return checks
 
 
-def _weights(source: "Source") -> str:
+def _weights(source: "ModelSource") -> str:
     from skillnet.serialization import check_file, read_manifest
 
     manifest = read_manifest(source.weights)
@@ -105,7 +106,7 @@ def _weights(source: "Source") -> str:
     return f"{len(manifest['files'])} files, {total / 2**20:.1f} MiB in {source.weights}"
 
 
-def _bundle(source: "Source", uri: str | None) -> Iterator[HashCheck]:
+def _bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]:
     from pipelines.serving import bundle
 
     assert source.bundle is not None
@@ -131,7 +132,7 @@ def _bundle(source: "Source", uri: str | None) -> Iterator[HashCheck]:
     yield _guarded("registry", tag)
 
 
-def _run(source: "Source", recorded: dict[str, str], uri: str | None) -> Iterator[HashCheck]:
+def _run(source: "ModelSource", recorded: dict[str, str], uri: str | None) -> Iterator[HashCheck]:
     from mlflow.exceptions import MlflowException
 
     from skillnet.serialization import read_manifest
@@ -246,6 +247,7 @@ def _altered(checks: list[HashCheck]) -> list[HashCheck]:
     show=lambda result: show_verification(*result),
     to_json=lambda result: {"whole": not _altered(result[0]), "checks": result[0]},
     exit_code=lambda result: int(bool(_altered(result[0]))),
+    resources=lambda config: request_model(config.model, config.data),
 )
 def main(config: VerifyConfig) -> tuple[list[HashCheck], str]:
     """Run ``skillnet verify``."""

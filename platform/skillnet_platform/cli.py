@@ -86,12 +86,13 @@ class Command(Generic[ConfigT]):
         to_json: Callable[[Any], Any] | None,
         exit_code: Callable[[Any], int] | None,
         rewrite_arguments: Callable[[Sequence[str]], list[str]] | None,
+        resources: Callable[[ConfigT], Any] | None,
     ) -> None:
         self.config_class = config_class
         self.description, self.example, self.name = description, example, name
         self._function, self._show = function, show
         self._to_json, self._exit_code = to_json, exit_code
-        self._rewrite_arguments = rewrite_arguments
+        self._rewrite_arguments, self._resources = rewrite_arguments, resources
         functools.update_wrapper(self, function)
 
     def __call__(self, argv: list[str] | None = None) -> int:
@@ -115,6 +116,19 @@ class Command(Generic[ConfigT]):
         prog = f"skillnet {self.name}"
         return parse(self.config_class, words, prog, self.description, self.example)
 
+    def request_resources(self, argv: Sequence[str]) -> Any:
+        """Return what the command needs of a cluster; ``None`` for a command without a hook.
+
+        Args:
+            argv: arguments after the command's name. ``--json`` has no effect.
+
+        Raises:
+            UserError: arguments that the command rejects.
+        """
+        if self._resources is None:
+            return None
+        return self._resources(self.parse_arguments([word for word in argv if word != "--json"]))
+
     def _run(self, argv: list[str] | None) -> int:
         config = self.parse_arguments(argv or [])
         result = self._function(config)
@@ -137,6 +151,7 @@ def command(
     to_json: Callable[[Any], Any] | None = None,
     exit_code: Callable[[Any], int] | None = None,
     rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None,
+    resources: Callable[[ConfigT], Any] | None = None,
 ) -> Callable[[Callable[[ConfigT], Any]], Command[ConfigT]]:
     """Make a command of a function that takes a configuration and returns a result.
 
@@ -152,6 +167,8 @@ def command(
         to_json: returns the JSON document of a result. By default the result itself.
         exit_code: returns the exit code of a result. By default 0.
         rewrite_arguments: changes the arguments before they are parsed.
+        resources: returns the ``ResourceRequest`` of a configuration, for ``skillnet doctor`` and
+            ``skillnet submit``. By default one worker with one CPU.
     """
 
     def decorate(function: Callable[[ConfigT], Any]) -> Command[ConfigT]:
@@ -165,6 +182,7 @@ def command(
             to_json=to_json,
             exit_code=exit_code,
             rewrite_arguments=rewrite_arguments,
+            resources=resources,
         )
 
     return decorate

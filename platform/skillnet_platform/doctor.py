@@ -11,8 +11,8 @@ from skillnet_platform.checks.finding import Finding
 from skillnet_platform.checks.machine import _state_api, checks
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import (
-    needs,
-    split,
+    request_resources,
+    split_own_options,
 )
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
@@ -66,9 +66,9 @@ def show_findings(report: DoctorReport) -> None:
 
 
 def split_doctor_arguments(argv: Sequence[str]) -> list[str]:
-    """Separate doctor's own options from the command that it is asked about, by ``--``."""
-    own, words = split(_named(list(argv)))
-    # The command is only asked about: these can mean nobody but doctor, wherever they stand.
+    """Separate doctor's own options from the command that it is request about, by ``--``."""
+    own, words = split_own_options(_named(list(argv)))
+    # The command is only request about: these can mean nobody but doctor, wherever they stand.
     own += [word for word in words if word in ("--json", "--help", "-h")]
     words = [word for word in words if word not in ("--json", "--help", "-h")]
     return [*own, "--", *words]
@@ -76,7 +76,7 @@ def split_doctor_arguments(argv: Sequence[str]) -> list[str]:
 
 def _named(argv: list[str]) -> list[str]:
     """``--config FILE`` without a command asks about ``finetune``."""
-    before, words = split(argv)
+    before, words = split_own_options(argv)
     given = "--config" in before or any(word.startswith("--config=") for word in before)
     if not given or words:
         return argv
@@ -92,12 +92,12 @@ def _from_inside(entry: list[str], env_from: list[str]) -> list[Finding]:
     return [Finding(**each) for each in told["findings"]]
 
 
-def _cluster(asked: Any) -> list[Finding]:
+def _cluster(request: Any) -> list[Finding]:
     from skillnet_platform.checks.cluster import cluster_findings
 
     try:
         with cluster.session() as ray:
-            return [_state_api(), *cluster_findings(ray, asked)]
+            return [_state_api(), *cluster_findings(ray, request)]
     except UserError as problem:
         return [Finding("cluster", "error", str(problem), "see the lines above")]
 
@@ -119,15 +119,15 @@ def _cluster(asked: Any) -> list[Finding]:
 )
 def main(config: DoctorConfig) -> DoctorReport:
     """Run ``skillnet doctor``: 0 if no finding is an error, else 1."""
-    asked = needs(config.entry)
+    request = request_resources(config.entry)
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://")) and config.ray:
         title, findings = f"The cluster of {address}", _from_inside(config.entry, config.env_from)
     else:
         title = f"The cluster of {address}" if address else "This machine"
-        listed = checks(config.ray and not address, asked)
+        listed = checks(config.ray and not address, request)
         if address and config.ray:
-            listed.append(lambda: _cluster(asked))
+            listed.append(lambda: _cluster(request))
         findings = [finding for check in listed for finding in check()]
     shown = [f for f in findings if config.only == "all" or f.level != "ok"]
     return DoctorReport(title, findings, shown)

@@ -31,7 +31,7 @@ from skillnet_platform.cluster.job_client import (
     job_environment,
 )
 from skillnet_platform.cluster.job_logs import follow
-from skillnet_platform.cluster.resource_request import needs, split
+from skillnet_platform.cluster.resource_request import request_resources, split_own_options
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError, nearest
 
@@ -68,7 +68,7 @@ class SubmitConfig:
 
 def split_submit_arguments(argv: Sequence[str]) -> list[str]:
     """Separate the own options from the command that is sent, by ``--``."""
-    own, words = split(_attach_newest(argv))
+    own, words = split_own_options(_attach_newest(argv))
     if {"--help", "-h"} & set(words):
         raise SystemExit(cli.main(words))  # what the command can do is known here
     return [*own, "--", *words]
@@ -87,7 +87,7 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Package]:
     if not (here / "platform" / "skillnet_platform").is_dir():
         raise UserError(f"{here}: not the root of the repository, whose code is sent with a job")
     if options.check:
-        needs(options.entry)  # a missing preset shows before anything is sent
+        request_resources(options.entry)  # a missing preset shows before anything is sent
     variables = {**job_environment(), **options.env, **from_here(options.env_from)}
     for name in options.env:
         if SECRET.search(name.upper()):

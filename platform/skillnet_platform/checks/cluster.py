@@ -24,7 +24,7 @@ from skillnet_platform.checks.node_probe import (
     tracker_folder,
 )
 from skillnet_platform.cluster import loopback, versions
-from skillnet_platform.cluster.resource_request import Needs, checkpoint_bytes
+from skillnet_platform.cluster.resource_request import ResourceRequest, estimate_checkpoint_bytes
 from skillnet_platform.errors import first_line
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import place
@@ -40,15 +40,18 @@ ENTRY = (
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 
 
-def cluster_findings(ray: Any, asked: Needs) -> list[Finding]:
+def cluster_findings(ray: Any, request: ResourceRequest) -> list[Finding]:
     """All checks of the cluster that ``ray`` is connected to, for a run that asks for that."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    seen, silent = look_everywhere(ray, nodes, asked)
+    seen, silent = look_everywhere(ray, nodes, request)
     if silent:
-        return [*silent, *enough(nodes, asked, _growth())]
-    found = [*same_versions(seen), *enough(nodes, asked, _growth()), *models(asked.models)]
-    found += [*authentication(seen, _dashboard(ray)), *shared_storage(seen, roots(asked.places))]
-    return [*found, *room(seen, asked), *trackers(seen, asked), *meeting(seen, asked)]
+        return [*silent, *enough(nodes, request, _growth())]
+    found = [*same_versions(seen), *enough(nodes, request, _growth()), *models(request.models)]
+    found += [
+        *authentication(seen, _dashboard(ray)),
+        *shared_storage(seen, roots(request.locations)),
+    ]
+    return [*found, *room(seen, request), *trackers(seen, request), *meeting(seen, request)]
 
 
 def same_versions(seen: Sequence[Seen]) -> list[Finding]:
@@ -74,54 +77,58 @@ def same_versions(seen: Sequence[Seen]) -> list[Finding]:
 
 
 def enough(
-    nodes: Sequence[Mapping[str, Any]], asked: Needs, growth: Sequence[Mapping[str, float]]
+    nodes: Sequence[Mapping[str, Any]],
+    request: ResourceRequest,
+    growth: Sequence[Mapping[str, float]],
 ) -> list[Finding]:
     """CPUs and GPUs for the run: now, or once the autoscaler has started what it may."""
     now = [dict(node.get("Resources", {})) for node in nodes]
     cpus, gpus = (sum(each.get(key, 0) for each in now) for key in ("CPU", "GPU"))
     on = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-    have = f"{cpus:g} CPUs, {gpus:g} GPUs on {on}; asked: {asked.words()}"
-    later = enough(nodes, asked.then, growth) if asked.then else []
-    return [_resources(now, [*now, *growth], asked, have), *later]
+    have = f"{cpus:g} CPUs, {gpus:g} GPUs on {on}; request: {request.format()}"
+    later = enough(nodes, request.next_stage, growth) if request.next_stage else []
+    return [_resources(now, [*now, *growth], request, have), *later]
 
 
 def _resources(
     now: Sequence[Mapping[str, float]],
     most: Sequence[Mapping[str, float]],
-    asked: Needs,
+    request: ResourceRequest,
     have: str,
 ) -> Finding:
-    if _places(now, asked) >= asked.workers:
+    if _places(now, request) >= request.workers:
         return Finding("resources", "ok", have)
-    if _places(most, asked) >= asked.workers:
+    if _places(most, request) >= request.workers:
         advice = "nothing: the autoscaler starts more nodes, which takes minutes"
         return Finding("resources", "warning", have, advice)
-    if asked.least and (found := _places(most, asked)) >= asked.least:
+    if request.min_workers and (found := _places(most, request)) >= request.min_workers:
         advice = f"nothing: the run trains with {found}, and with more when there are hosts"
         return Finding("resources", "warning", have, advice)
-    if asked.spread and _places(most, replace(asked, spread=False)) >= asked.workers:
-        advice = f"use placement pack or spread, or have {asked.least or asked.workers} nodes"
+    if request.spread and _places(most, replace(request, spread=False)) >= request.workers:
+        advice = (
+            f"use placement pack or spread, or have {request.min_workers or request.workers} nodes"
+        )
         return Finding("resources", "error", f"too few nodes: {have}", advice)
     advice = "lower --training.workers, or raise max_workers in the cluster's file"
-    if asked.cpus != 1 or asked.gpus not in (0, asked.workers):
+    if request.cpus != 1 or request.gpus not in (0, request.workers):
         advice = f"lower resources.cpus or resources.gpus; or {advice}"
     return Finding("resources", "error", f"never enough: {have}", advice)
 
 
-def _places(nodes: Sequence[Mapping[str, float]], asked: Needs) -> int:
+def _places(nodes: Sequence[Mapping[str, float]], request: ResourceRequest) -> int:
     """For how many of the workers there is a place at once."""
-    gpus = asked.gpus / asked.workers
+    gpus = request.gpus / request.workers
     found = [
         # As in Ray, three tenths three times are nine tenths.
         int(
             min(
-                node.get("CPU", 0) / asked.cpus + 1e-6,
+                node.get("CPU", 0) / request.cpus + 1e-6,
                 node.get("GPU", 0) / gpus + 1e-6 if gpus else math.inf,
             )
         )
         for node in nodes
     ]
-    return sum(min(count, 1) if asked.spread else count for count in found)
+    return sum(min(count, 1) if request.spread else count for count in found)
 
 
 def _growth() -> list[dict[str, float]]:
@@ -235,13 +242,13 @@ def _unseen(seen: Sequence[Seen], where: str) -> str:
     return ""
 
 
-def room(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
+def room(seen: Sequence[Seen], request: ResourceRequest | None = None) -> list[Finding]:
     """Space for checkpoints on every node, where the run writes them."""
-    asked = asked or Needs()
+    request = request or ResourceRequest()
     least = min(seen, key=lambda each: each.free_bytes)
     free = storage.human_bytes(least.free_bytes)
     advice = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk"
-    needed = checkpoint_bytes(asked)
+    needed = estimate_checkpoint_bytes(request)
     if needed > least.free_bytes:
         what = f"{free} free on {least.node}; the run takes {storage.human_bytes(needed)}"
         return [Finding("checkpoints", "error", what, advice)]
@@ -250,9 +257,9 @@ def room(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
     return [Finding("checkpoints", "ok", f"at least {free} free")]
 
 
-def trackers(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
+def trackers(seen: Sequence[Seen], request: ResourceRequest | None = None) -> list[Finding]:
     """Every node reaches the MLflow server, and is let in."""
-    records = asked is not None and asked.records
+    records = request is not None and request.uses_tracker
     for each in seen:
         if each.tracker_problem:
             advice = f"{backend.URI_VARIABLE} must name an address that every node reaches"
@@ -273,11 +280,11 @@ def trackers(seen: Sequence[Seen], asked: Needs | None = None) -> list[Finding]:
     return [Finding("tracker on nodes", "ok", uri)]
 
 
-def meeting(seen: Sequence[Seen], asked: Needs) -> list[Finding]:
+def meeting(seen: Sequence[Seen], request: ResourceRequest) -> list[Finding]:
     """Workers on different nodes find each other: gloo and NCCL need the right interface."""
     if len(seen) < 2:
         return []
-    wanted = INTERFACES if asked.gpus else INTERFACES[:1]
+    wanted = INTERFACES if request.gpus else INTERFACES[:1]
     for each in seen:
         for name in wanted:
             interface = each.interfaces.get(name, "")

@@ -14,9 +14,9 @@ from pathlib import Path
 from skillnet_platform import cluster, storage
 from skillnet_platform.checks.finding import FREE_DISK_BYTES, GIB, Finding, Level
 from skillnet_platform.cluster.resource_request import (
-    Needs,
-    checkpoint_bytes,
-    folder_of_runs,
+    ResourceRequest,
+    estimate_checkpoint_bytes,
+    runs_directory,
 )
 from skillnet_platform.cluster.versions import PACKAGES
 from skillnet_platform.errors import UserError, first_line
@@ -27,10 +27,12 @@ SHARED_MEMORY_BYTES = cluster.OBJECT_STORE_BYTES + 2**26
 OPEN_FILES = 4096
 
 
-def checks(with_ray: bool = True, asked: Needs | None = None) -> list[Callable[[], list[Finding]]]:
+def checks(
+    with_ray: bool = True, request: ResourceRequest | None = None
+) -> list[Callable[[], list[Finding]]]:
     """All checks, cheap ones first."""
     found: list[Callable[[], list[Finding]]]
-    where, entry = functools.partial(disk, asked), functools.partial(tracker, asked)
+    where, entry = functools.partial(disk, request), functools.partial(tracker, request)
     found = [versions, cpus, memory, shared_memory, where, open_files, loopback, entry]
     return [*found, ray_works] if with_ray else found
 
@@ -75,7 +77,7 @@ def memory() -> list[Finding]:
 
 def shared_memory() -> list[Finding]:
     """The memory file system in which Ray keeps its objects."""
-    place = Path("/dev/shm")  # noqa: S108 - asked about, not written to
+    place = Path("/dev/shm")  # noqa: S108 - request about, not written to
     if not place.is_dir():
         return [Finding("shared memory", "warning", "no /dev/shm", "Ray falls back to /tmp")]
     free = shutil.disk_usage(place).free
@@ -85,17 +87,17 @@ def shared_memory() -> list[Finding]:
     return [Finding("shared memory", "warning", f"{storage.human_bytes(free)} free", advice)]
 
 
-def disk(asked: Needs | None = None) -> list[Finding]:
+def disk(request: ResourceRequest | None = None) -> list[Finding]:
     """Room, and the right to write, where runs are kept."""
-    asked = asked or Needs()
-    root = folder_of_runs(asked.run_dir)
+    request = request or ResourceRequest()
+    root = runs_directory(request.run_dir)
     advice = (
         "give another --run_dir"
-        if asked.run_dir
+        if request.run_dir
         else f"set {storage.HOME_VARIABLE} to a directory that you may write to"
     )
     try:
-        if not asked.run_dir:
+        if not request.run_dir:
             root.mkdir(parents=True, exist_ok=True)
         while not root.exists():
             root = root.absolute().parent  # a run makes its folder, a look at it does not
@@ -104,10 +106,10 @@ def disk(asked: Needs | None = None) -> list[Finding]:
         (root / ".doctor").unlink()
     except (OSError, UserError) as problem:
         return [Finding("disk", "error", f"{root}: {problem}", advice)]
-    free, needed = storage.free_bytes(root), checkpoint_bytes(asked)
+    free, needed = storage.free_bytes(root), estimate_checkpoint_bytes(request)
     seen = f"{storage.human_bytes(free)} free in {root}"
     larger = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk: " + (
-        "another --run_dir" if asked.run_dir else storage.HOME_VARIABLE
+        "another --run_dir" if request.run_dir else storage.HOME_VARIABLE
     )
     if needed > free:
         seen += f"; the run's checkpoints take {storage.human_bytes(needed)}"
@@ -140,7 +142,7 @@ def loopback() -> list[Finding]:
     return [Finding("loopback", "ok", "127.0.0.1 answers")]
 
 
-def tracker(asked: Needs | None = None) -> list[Finding]:
+def tracker(request: ResourceRequest | None = None) -> list[Finding]:
     """Whether the tracker can be reached, and lets us in; who records nothing need not get in."""
     try:
         uri = backend.resolve_uri()
@@ -153,7 +155,7 @@ def tracker(asked: Needs | None = None) -> list[Finding]:
         backend.require_access(uri)
     except UserError as problem:
         advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        level: Level = "error" if asked is None or asked.records else "warning"
+        level: Level = "error" if request is None or request.uses_tracker else "warning"
         return [Finding("tracker", level, str(problem), advice)]
     return [Finding("tracker", "ok", uri)]
 

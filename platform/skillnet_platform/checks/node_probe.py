@@ -13,7 +13,7 @@ from typing import Any
 from skillnet_platform import storage
 from skillnet_platform.checks.finding import Finding
 from skillnet_platform.cluster import versions
-from skillnet_platform.cluster.resource_request import Needs, folder_of_runs
+from skillnet_platform.cluster.resource_request import ResourceRequest, runs_directory
 from skillnet_platform.errors import first_line
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import below, place
@@ -47,17 +47,17 @@ class Seen:
 
 
 def look_everywhere(
-    ray: Any, nodes: Sequence[Mapping[str, Any]], asked: Needs
+    ray: Any, nodes: Sequence[Mapping[str, Any]], request: ResourceRequest
 ) -> tuple[list[Seen], list[Finding]]:
     """One task a node: first each leaves a file in the storage, then each says what it sees."""
-    places: Sequence[str] = asked.places
+    places: Sequence[str] = request.locations
     if folder_of_tracker := tracker_folder():
         places = list(dict.fromkeys([*roots(places), folder_of_tracker]))
     folder = f".doctor-{secrets.token_hex(4)}"
     written, problems = _on_each(ray, nodes, _leave_file, folder, places)
     seen: dict[str, Any] = {}
     if not problems:  # a node that is silent says nothing about the storage of the others
-        seen, problems = _on_each(ray, nodes, _look_around, folder, places, asked.run_dir)
+        seen, problems = _on_each(ray, nodes, _look_around, folder, places, request.run_dir)
     _clean_up(folder, places)
     told = [Seen(**answer, write_problem=written[node]) for node, answer in seen.items()]
     return sorted(told, key=lambda each: each.node), problems
@@ -128,7 +128,7 @@ def _look_around(
         "name_resolves_to": resolved,
         "home": os.environ.get(storage.HOME_VARIABLE, ""),
         "files_seen": {where: _files_in(where, folder) for where in roots(places)},
-        "free_bytes": storage.free_bytes(folder_of_runs(run_dir)),
+        "free_bytes": storage.free_bytes(runs_directory(run_dir)),
         "tracker_problem": away,
         "access_problem": access,
     }

@@ -1,198 +1,168 @@
-"""What a command asks of a cluster, read from its words without loading it.
+"""Resource request of a command: what ``skillnet doctor`` and ``skillnet submit`` check.
 
-The configuration classes of the commands live on higher floors; the few keys that count are the
-same in all of them, at the top or below ``run`` (a sweep, a study).
+A command states its request by the ``resources`` hook of :func:`skillnet_platform.cli.command`.
+The hook gets the configuration that the command itself would run with. This package therefore
+knows no configuration of ``pipelines`` or ``sweeps``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from skillnet_platform import config, storage
-from skillnet_platform.config.schema import nested, value_at
+from skillnet_platform import cli, storage
+from skillnet_platform.errors import UserError, nearest
 from skillnet_platform.storage.objects import is_uri
 
-#: Commands that train; the others need one CPU somewhere.
-TRAINING = ("pretrain", "finetune", "quickstart", "sweep", "compare", "grow")
-#: Commands that train many runs: what is asked of one of them lies below ``run``.
-MANY = ("sweep", "compare")
-#: Commands that are no clients of the tracker.
-UNRECORDED = ("", "fetch", "prepare", "doctor", "tracker", "ui")
-#: Keys that name where results are written and corpora are read.
-KEYS = ("run_dir", "data", "run.data", "storage.mirror", "run.storage.mirror")
-#: Keys that name a model to start from or to look at. ``model`` may be a shape instead.
-MODELS = ("from", "init_from", "run.init_from", "pretraining.init_from", "source", "model")
-#: What else counts: a run's parallelism, and what a trial takes.
-COUNTED = ("training.", "run.training.", "pretraining.training.", "resources.")
-#: Options of our own that take no value.
-FLAGS = ("json", "help", "detach")
+#: Options of ``doctor`` and ``submit`` that take no value.
+VALUELESS_OPTIONS = ("json", "help", "detach")
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Of one run.
+class ResourceRequest:
+    """Workers, CPUs, GPUs and storage that one run needs.
 
     Args:
-        workers: processes that train at once.
-        gpus: of all of them together.
-        spread: each worker on a host of its own.
-        places: paths and URIs that the run names for its results and corpora. An empty one stands
-            for the run root, and so do none at all.
-        least: workers that an elastic run makes do with; 0 if it needs all.
-        cpus: of each worker.
-        models: paths and URIs of models that the run starts from.
-        then: what a further stage asks for, once this one is done.
-        run_dir: where the run writes, if that is a folder; empty for the run root.
-        name: of the run.
-        keep: checkpoints that it keeps.
-        records: whether it records to the tracker, or asks the registry.
+        workers: processes that train at the same time.
+        gpus: GPUs of all workers together.
+        cpus: CPUs of each worker.
+        min_workers: fewest workers of an elastic run. 0 if the run needs all workers.
+        spread: whether each worker needs a node of its own.
+        locations: paths and URIs of results and corpora. An empty string stands for the run root,
+            and so does an empty tuple.
+        models: paths and URIs of models that the run reads.
+        next_stage: request of a second stage that starts when the first stage ends.
+        run_dir: directory of runs, if it is a path. Empty for the run root.
+        run_name: name of the run.
+        keep_checkpoints: number of checkpoints that the run keeps.
+        uses_tracker: whether the run writes to the tracker or reads the registry.
     """
 
     workers: int = 1
     gpus: float = 0
-    spread: bool = False
-    places: tuple[str, ...] = ()
-    least: int = 0
     cpus: float = 1.0
+    min_workers: int = 0
+    spread: bool = False
+    locations: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
-    then: "Needs | None" = None
+    next_stage: "ResourceRequest | None" = None
     run_dir: str = ""
-    name: str = ""
-    keep: int = 2
-    records: bool = field(default=False, compare=False)
+    run_name: str = ""
+    keep_checkpoints: int = 2
+    uses_tracker: bool = field(default=False, compare=False)
 
-    def words(self) -> str:
-        """``2 workers with a GPU each, on 2 hosts``."""
-        one = self.workers == 1
-        parts = ["1 worker" if one else f"{self.workers} workers"]
-        if self.least:
-            parts[0] = f"{self.least} to {parts[0]}"
+    def format(self) -> str:
+        """Return the request in words: ``2 workers with a GPU each on 2 nodes``."""
+        single = self.workers == 1
+        parts = ["1 worker" if single else f"{self.workers} workers"]
+        if self.min_workers:
+            parts[0] = f"{self.min_workers} to {parts[0]}"
+        each = "" if single else " each"
         if self.cpus != 1:
-            parts.append(f"with {self.cpus:g} CPUs" if one else f"with {self.cpus:g} CPUs each")
+            parts.append(f"with {self.cpus:g} CPUs{each}")
         if self.gpus:
             gpus = self.gpus / self.workers
-            count = "a GPU" if gpus == 1 else f"{gpus:g} GPUs"
-            parts.append(f"with {count}" if one else f"with {count} each")
-        if self.spread and not one:
-            parts.append(f"on {self.workers} hosts")
+            parts.append(f"with {'a GPU' if gpus == 1 else f'{gpus:g} GPUs'}{each}")
+        if self.spread and not single:
+            parts.append(f"on {self.workers} nodes")
         return " ".join(parts)
 
 
-def split(argv: Sequence[str], flags: Sequence[str] = FLAGS) -> tuple[list[str], list[str]]:
-    """Own options, and from the first bare word on the command that they are about.
+def split_own_options(
+    argv: Sequence[str], valueless: Sequence[str] = VALUELESS_OPTIONS
+) -> tuple[list[str], list[str]]:
+    """Split arguments into own options and the command that they are about.
 
     ``--detach finetune --config tiny`` gives ``[--detach]`` and ``[finetune, --config, tiny]``.
+
+    Args:
+        argv: arguments of ``doctor`` or ``submit``.
+        valueless: options that take no value.
+
+    Returns:
+        The options before the first bare word, and the rest.
     """
     own: list[str] = []
     rest = list(argv)
     while rest and rest[0].startswith("--") and rest[0] != "--":
         word = rest.pop(0)
         own.append(word)
-        if "=" not in word and word[2:] not in flags and rest:
+        if "=" not in word and word[2:] not in valueless and rest:
             own.append(rest.pop(0))
     return own, rest[1:] if rest[:1] == ["--"] else rest
 
 
-def needs(words: Sequence[str]) -> Needs:
-    """What ``finetune --config tiny --training.workers 2`` asks for.
+def request_resources(arguments: Sequence[str]) -> ResourceRequest:
+    """Return the resource request of a command line such as ``finetune --training.workers 2``.
+
+    Args:
+        arguments: name of a command and its arguments. Empty for no command.
 
     Raises:
-        UserError: a file of ``--config`` that is missing or not YAML; a value that cannot be read.
+        UserError: an unknown command, or arguments that the command rejects.
     """
-    command, *options = words or [""]
-    tree: dict[str, Any] = {}
-    for key, value in _options(options):
-        if key == "config":
-            config.merge(tree, config.load_layer(config.find_config(value)))
-        elif key in KEYS or key in MODELS or key == "name":
-            config.merge(tree, nested(key, config.read_value(value, str | None, key)))
-        elif key.startswith(COUNTED):
-            config.merge(tree, nested(key, config.read_value(value, Any, key)))
-    named = {key: value_at(tree, key) for key in KEYS}
-    places = tuple(dict.fromkeys(str(each) for each in named.values() if each))
-    given = [value_at(tree, key) for key in MODELS]
-    models = tuple(each for each in given if isinstance(each, str) and _is_place(each))
-    if command not in TRAINING:
-        return Needs(places=places, models=models, records=command not in UNRECORDED)
-    read = any(named[key] for key in named if key.endswith("data"))
-    written = any(named[key] for key in named if not key.endswith("data"))
-    if places and not (read and written):
-        places += ("",)  # what is not named lies in the run root
-    many = command in MANY
-    first = _of_training(tree, "run." if many else "", many)
-    if command == "compare" and value_at(tree, "pretraining.training") is not None:
-        then = _of_training(tree, "pretraining.", many)
-        first = replace(first, then=then if then != first else None)
-    run_dir = str(named["run_dir"] or "")
-    return replace(
-        first,
-        places=places,
-        models=models,
-        run_dir="" if is_uri(run_dir) else run_dir,  # a mirror: the run root is written first
-        name=str(value_at(tree, "name") or ""),
-        records=True,
+    if not arguments:
+        return ResourceRequest()
+    name, *rest = arguments
+    known = cli.commands()
+    if name not in known:
+        raise UserError(f"unknown command {name!r}{nearest(name, known)}")
+    loaded = known[name].load()
+    request = loaded.request_resources(rest) if isinstance(loaded, cli.Command) else None
+    return request if isinstance(request, ResourceRequest) else ResourceRequest()
+
+
+def collect_locations(data: str | None, *results: str | None) -> tuple[str, ...]:
+    """Return the locations of a training run, with the run root where one is not named.
+
+    Args:
+        data: path or URI of the corpora.
+        results: paths and URIs of the results.
+    """
+    named = [each for each in results if each]
+    if not data and not named:
+        return ()
+    return tuple(dict.fromkeys([*(named or [""]), data or ""]))
+
+
+def select_model_paths(*models: str | None) -> tuple[str, ...]:
+    """Return the models that are named by a path or URI, not by a run's name or in the registry."""
+    registered = ("models:", "runs:")
+    return tuple(
+        each for each in models if each and "/" in each and not each.startswith(registered)
     )
 
 
-def _of_training(tree: dict[str, Any], prefix: str, many: bool) -> Needs:
-    """What the training below a key takes; the command itself tells what is wrong in it."""
-
-    def number(key: str, otherwise: float) -> float:
-        value = value_at(tree, key)
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if usable and value > 0 else otherwise
-
-    workers = max(int(number(f"{prefix}training.workers", 1)), 1)
-    least = int(number(f"{prefix}training.min_workers", 0))
-    gpu = 1.0 if value_at(tree, f"{prefix}training.use_gpu") is True else 0.0
-    cpus = 1.0
-    if many:
-        cpus, gpu = number("resources.cpus", 1.0), number("resources.gpus", gpu)
-    strict = value_at(tree, f"{prefix}training.placement") == "strict_spread"
-    keep = int(number(f"{prefix}training.keep", Needs.keep))
-    least = least if least < workers else 0
-    return Needs(workers, workers * gpu, strict, least=least, cpus=cpus, keep=keep)
-
-
-def folder_of_runs(run_dir: str) -> Path:
-    """Where runs are written."""
+def runs_directory(run_dir: str) -> Path:
+    """Return the directory of runs. An empty ``run_dir`` means the run root."""
     return Path(run_dir).expanduser() if run_dir else storage.run_root()
 
 
-def checkpoint_bytes(asked: Needs) -> int:
-    """What the checkpoints that a run keeps take, while one more is written.
+def local_run_dir(run_dir: str | None) -> str:
+    """Return ``run_dir`` if it is a path, else "": a mirrored run writes to the run root."""
+    return "" if not run_dir or is_uri(run_dir) else run_dir
 
-    Known of a run that goes on, by its newest checkpoints; and of one that starts from a model on
-    this disk, which an optimiser triples. 0 where neither tells.
+
+def estimate_checkpoint_bytes(request: ResourceRequest) -> int:
+    """Return the bytes that the checkpoints of a run still need, with one checkpoint to spare.
+
+    The estimate uses the checkpoints of a run that resumes, or three times the bytes of a local
+    model that the run starts from: the optimizer keeps two values per weight.
+
+    Returns:
+        Bytes. 0 if neither is known.
     """
-    there = folder_of_runs(asked.run_dir) / asked.name / "checkpoints" if asked.name else None
-    made = [_size(each) for each in there.glob("step-*")] if there and there.is_dir() else []
-    begun = [3 * _size(Path(model)) for model in asked.models if Path(model).is_dir()]
-    one = max([*made, *(begun if not made else [])], default=0)
-    return one * max(asked.keep + 1 - len(made), 1) if one else 0
+    run = runs_directory(request.run_dir) / request.run_name if request.run_name else None
+    folder = run / "checkpoints" if run is not None else None
+    written = (
+        [_directory_bytes(each) for each in folder.glob("step-*")]
+        if folder is not None and folder.is_dir()
+        else []
+    )
+    models = [Path(model) for model in request.models if not written]
+    expected = [3 * _directory_bytes(model) for model in models if model.is_dir()]
+    largest = max([*written, *expected], default=0)
+    return largest * max(request.keep_checkpoints + 1 - len(written), 1) if largest else 0
 
 
-def _size(folder: Path) -> int:
+def _directory_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _is_place(model: str) -> bool:
-    """Whether a model is named by where it is, and not by a run's name or in the registry."""
-    return "/" in model and not model.startswith(("models:", "runs:"))
-
-
-def _options(words: Sequence[str]) -> list[tuple[str, str]]:
-    """(key, text) of ``--key value`` and ``--key=value``; a flag has the text "true"."""
-    found: list[tuple[str, str]] = []
-    waiting = list(words)
-    while waiting:
-        word = waiting.pop(0)
-        if not word.startswith("--"):
-            continue
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            takes = bool(waiting) and not waiting[0].startswith("--")
-            text = waiting.pop(0) if takes else "true"
-        found.append((key, text))
-    return found

@@ -1,4 +1,4 @@
-"""Single files in an object store, by URI; see :mod:`skillnet_platform.storage.directories` for folders."""
+"""Single files in an object store, by URI."""
 
 import base64
 import os

@@ -15,7 +15,11 @@ from skillnet_platform.checks import node_probe
 from skillnet_platform.checks.finding import GIB
 from skillnet_platform.checks.node_probe import Seen
 from skillnet_platform.cluster import versions
-from skillnet_platform.cluster.resource_request import Needs, checkpoint_bytes, needs
+from skillnet_platform.cluster.resource_request import (
+    ResourceRequest,
+    estimate_checkpoint_bytes,
+    request_resources,
+)
 from tests.helpers.object_store import ObjectStore
 
 ONE = Seen(
@@ -42,7 +46,7 @@ def test_a_sound_cluster_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     for check in (checks.same_versions, checks.authentication, checks.room, checks.trackers):
         assert [each.level for each in check([ONE, TWO])] == ["ok"], check
-    assert [each.level for each in checks.meeting([ONE, TWO], Needs(2))] == ["ok"]
+    assert [each.level for each in checks.meeting([ONE, TWO], ResourceRequest(2))] == ["ok"]
     (finding,) = checks.shared_storage([ONE, TWO], ["/mnt/runs"])
     assert finding.level == "ok"
 
@@ -62,36 +66,36 @@ def test_another_version_on_a_node_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("nodes", "asked", "growth", "level"),
     [
-        ([node(2), node(2)], Needs(4), [], "ok"),
-        ([node(2), node(2)], Needs(5), [], "error"),
-        ([node(2), node(2)], Needs(2, spread=True), [], "ok"),
-        ([node(8)], Needs(2, spread=True), [], "error"),
-        ([node(0)], Needs(2, 2), [{"CPU": 8, "GPU": 1}] * 2, "warning"),
-        ([node(0)], Needs(3, 3), [{"CPU": 8, "GPU": 1}] * 2, "error"),
-        ([node(8)], Needs(1, 1), [], "error"),
-        ([node(4)], Needs(8, least=2), [], "warning"),
-        ([node(1)], Needs(8, least=2), [], "error"),
-        ([node(1)], Needs(8, least=2), [{"CPU": 1}], "warning"),
-        ([node(8)], Needs(4, spread=True, least=2), [], "error"),
-        ([node(8)], Needs(4, cpus=2), [], "ok"),
-        ([node(3), node(3)], Needs(3, cpus=2), [], "error"),
-        ([node(0.9)], Needs(3, cpus=0.3), [], "ok"),
-        ([node(8, 1)], Needs(2, 1), [], "ok"),
+        ([node(2), node(2)], ResourceRequest(4), [], "ok"),
+        ([node(2), node(2)], ResourceRequest(5), [], "error"),
+        ([node(2), node(2)], ResourceRequest(2, spread=True), [], "ok"),
+        ([node(8)], ResourceRequest(2, spread=True), [], "error"),
+        ([node(0)], ResourceRequest(2, 2), [{"CPU": 8, "GPU": 1}] * 2, "warning"),
+        ([node(0)], ResourceRequest(3, 3), [{"CPU": 8, "GPU": 1}] * 2, "error"),
+        ([node(8)], ResourceRequest(1, 1), [], "error"),
+        ([node(4)], ResourceRequest(8, min_workers=2), [], "warning"),
+        ([node(1)], ResourceRequest(8, min_workers=2), [], "error"),
+        ([node(1)], ResourceRequest(8, min_workers=2), [{"CPU": 1}], "warning"),
+        ([node(8)], ResourceRequest(4, spread=True, min_workers=2), [], "error"),
+        ([node(8)], ResourceRequest(4, cpus=2), [], "ok"),
+        ([node(3), node(3)], ResourceRequest(3, cpus=2), [], "error"),
+        ([node(0.9)], ResourceRequest(3, cpus=0.3), [], "ok"),
+        ([node(8, 1)], ResourceRequest(2, 1), [], "ok"),
     ],
 )
 def test_resources(
     nodes: list[dict[str, dict[str, float]]],
-    asked: Needs,
+    asked: ResourceRequest,
     growth: list[dict[str, float]],
     level: str,
 ) -> None:
     (finding,) = checks.enough(nodes, asked, growth)
     assert finding.level == level
-    assert asked.words() in finding.seen
+    assert asked.format() in finding.seen
 
 
 def test_each_stage_and_each_model_is_looked_at(tmp_path: Path) -> None:
-    told = checks.enough([node(2)], Needs(2, then=Needs(4)), [])
+    told = checks.enough([node(2)], ResourceRequest(2, next_stage=ResourceRequest(4)), [])
     assert [each.level for each in told] == ["ok", "error"]
     (tmp_path / "model").mkdir()
     found = checks.models([str(tmp_path / "model"), str(tmp_path / "gone")])
@@ -163,14 +167,14 @@ def test_a_tracker_is_asked_for_more_than_its_health(
     (finding,) = machine_checks.tracker()
     assert finding.level == "error"
     assert "asks for a password, and none is set" in finding.seen
-    assert machine_checks.tracker(Needs())[0].level == "warning", "nothing is recorded"
+    assert machine_checks.tracker(ResourceRequest())[0].level == "warning", "nothing is recorded"
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     problem, access = node_probe._tracker_problems()
     assert (problem, "refuses the user me" in access) == ("", True)
     told = [ONE, replace(TWO, access_problem=access)]
-    assert checks.trackers(told, Needs(records=True))[0].level == "error"
-    (finding,) = checks.trackers(told, Needs())
+    assert checks.trackers(told, ResourceRequest(uses_tracker=True))[0].level == "error"
+    (finding,) = checks.trackers(told, ResourceRequest())
     assert finding.level == "warning", "a command that records nothing needs no entry"
     assert "--env_from MLFLOW_TRACKING_USERNAME" in finding.advice
 
@@ -182,12 +186,15 @@ def test_room_is_held_against_what_the_run_takes(
     step.mkdir(parents=True)
     (step / "weights").write_bytes(b"x" * 1000)
     words = ["finetune", "--run_dir", str(tmp_path / "big"), "--training.keep", "3"]
-    asked = needs([*words, "--name", "mine"])
-    assert (asked.run_dir, asked.name, asked.keep) == (str(tmp_path / "big"), "mine", 3)
-    assert checkpoint_bytes(asked) == 3 * 1000, "of four, while the oldest is still there"
-    assert checkpoint_bytes(needs([*words, "--from", str(step)])) == 4 * 3 * 1000
-    assert checkpoint_bytes(needs(words)) == 0
-    assert needs(["finetune", "--run_dir", "s3://b/runs"]).run_dir == ""
+    asked = request_resources([*words, "--name", "mine"])
+    assert (asked.run_dir, asked.run_name) == (str(tmp_path / "big"), "mine")
+    assert asked.keep_checkpoints == 3
+    assert estimate_checkpoint_bytes(asked) == 3 * 1000, "of four, while the oldest is still there"
+    assert (
+        estimate_checkpoint_bytes(request_resources([*words, "--from", str(step)])) == 4 * 3 * 1000
+    )
+    assert estimate_checkpoint_bytes(request_resources(words)) == 0
+    assert request_resources(["finetune", "--run_dir", "s3://b/runs"]).run_dir == ""
     little = replace(TWO, free_bytes=2999)
     (finding,) = checks.room([ONE, little], asked)
     assert finding.level == "error"
@@ -199,7 +206,7 @@ def test_room_is_held_against_what_the_run_takes(
     away = node_probe._look_around("10.0.0.1", "x", [], asked.run_dir)
     assert away["free_bytes"] == 2999
     assert not (tmp_path / "new").exists()
-    assert machine_checks.disk(needs(["finetune", "--run_dir", str(tmp_path / "new")]))
+    assert machine_checks.disk(request_resources(["finetune", "--run_dir", str(tmp_path / "new")]))
     assert not (tmp_path / "new").exists(), "doctor makes no folder of a run"
 
 
@@ -242,15 +249,17 @@ def test_little_room_and_lost_trackers_are_named(monkeypatch: pytest.MonkeyPatch
 
 def test_workers_that_would_not_meet() -> None:
     silent = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": ""})
-    (finding,) = checks.meeting([ONE, silent], Needs(2))
+    (finding,) = checks.meeting([ONE, silent], ResourceRequest(2))
     assert finding.level == "error"
     assert "127.0.1.1" in finding.seen
-    (finding,) = checks.meeting([ONE, replace(silent, name_resolves_to="10.0.0.2")], Needs(2))
+    (finding,) = checks.meeting(
+        [ONE, replace(silent, name_resolves_to="10.0.0.2")], ResourceRequest(2)
+    )
     assert finding.level == "ok"
     wrong = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"})
-    (finding,) = checks.meeting([ONE, wrong], Needs(2))
+    (finding,) = checks.meeting([ONE, wrong], ResourceRequest(2))
     assert "GLOO_SOCKET_IFNAME=lo has 127.0.0.1" in finding.seen
-    assert checks.meeting([ONE], Needs(2)) == []
+    assert checks.meeting([ONE], ResourceRequest(2)) == []
 
 
 def test_config_without_a_command_asks_about_finetune() -> None:
@@ -275,7 +284,7 @@ def test_each_place_that_a_run_names_is_looked_at() -> None:
 
 @pytest.mark.integration
 def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
-    asked = Needs(2, places=(str(tmp_path),))
+    asked = ResourceRequest(2, locations=(str(tmp_path),))
     found = {each.check: each for each in checks.cluster_findings(ray_session, asked)}
     assert found["versions"].level == "ok", found["versions"]
     assert found["resources"].level == "ok"

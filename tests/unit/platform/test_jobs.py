@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +13,11 @@ import pytest
 
 from skillnet_platform import cluster, config, submit
 from skillnet_platform.cluster import job_client, job_logs, versions, working_dir
-from skillnet_platform.cluster.resource_request import Needs, needs, split
+from skillnet_platform.cluster.resource_request import (
+    ResourceRequest,
+    request_resources,
+    split_own_options,
+)
 from skillnet_platform.errors import UserError
 
 
@@ -26,63 +31,79 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_own_options_end_where_the_command_begins() -> None:
     words = ["--detach", "--env.A", "b", "--json", "finetune", "--config", "tiny", "--json"]
-    assert split(words) == (words[:4], words[4:])
-    assert split(["--check=false", "--", "prepare"]) == (["--check=false"], ["prepare"])
-    assert split(["--attach"]) == (["--attach"], [])
+    assert split_own_options(words) == (words[:4], words[4:])
+    assert split_own_options(["--check=false", "--", "prepare"]) == (["--check=false"], ["prepare"])
+    assert split_own_options(["--attach"]) == (["--attach"], [])
 
 
-def test_what_a_command_asks_for(tmp_path: Path) -> None:
+def test_a_command_states_its_resource_request(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text("training: {workers: 3, use_gpu: true}\n")
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(f"run: {{include: {run}, training: {{placement: strict_spread}}}}\n")
-    assert needs([]) == needs(["prepare", "--config", str(run)]) == Needs()
-    assert needs(["prepare", "--data", "s3://b/corpora"]) == Needs(places=("s3://b/corpora",))
-    assert needs(["finetune", "--config", str(run)]) == Needs(3, 3)
-    assert needs(["finetune", "--config", str(run), "--training.workers=2"]) == Needs(2, 2)
-    assert needs(["sweep", "--config", str(sweep)]) == Needs(3, 3, spread=True)
-    assert needs(["sweep", "--run.training.workers", "4"]) == Needs(4)
-    # What a training does not name lies in the run root.
-    both = ["--run_dir", "s3://b/runs", "--data", "s3://b/corpora"]
-    assert needs(["finetune", *both]).places == ("s3://b/runs", "s3://b/corpora")
-    assert needs(["finetune", *both[:2]]).places == ("s3://b/runs", "")
-    assert needs(["sweep", *both[:2], "--run.data", both[3]]).places == (both[1], both[3])
-    mirrored = ["finetune", "--data", "s3://b/corpora", "--storage.mirror", "s3://b/runs"]
-    assert needs(mirrored).places == ("s3://b/corpora", "s3://b/runs")
-    assert Needs(2, 2, True).words() == "2 workers with a GPU each on 2 hosts"
+    corpora = "s3://b/corpora"
+    assert request_resources([]) == request_resources(["fetch", "headings"]) == ResourceRequest()
+    prepare = request_resources(["prepare", "--corpus", "tnews=/data", "--data", corpora, "--json"])
+    assert (prepare, prepare.uses_tracker) == (ResourceRequest(locations=(corpora,)), False)
+    finetune = ["finetune", "--config", str(run)]
+    assert request_resources(finetune) == ResourceRequest(3, 3)
+    assert request_resources([*finetune, "--training.workers=2"]) == ResourceRequest(2, 2)
+    expected = ResourceRequest(3, 3, spread=True)
+    assert request_resources(["sweep", "--config", str(sweep)]) == expected
+    assert request_resources(["sweep", "--run.training.workers", "4"]) == ResourceRequest(4)
+    assert request_resources(["quickstart", "--json"]).uses_tracker
+    assert ResourceRequest(2, 2, spread=True).format() == "2 workers with a GPU each on 2 nodes"
     with pytest.raises(UserError, match="neither a file nor a preset"):
-        needs(["finetune", "--config", "tinny"])
+        request_resources(["finetune", "--config", "tinny"])
+    with pytest.raises(UserError, match="unknown command 'finetun'; did you mean 'finetune'"):
+        request_resources(["finetun"])
 
 
-def test_what_trials_and_elastic_runs_ask_for(tmp_path: Path) -> None:
-    elastic = needs(["finetune", "--training.workers", "8", "--training.min_workers", "2"])
-    assert elastic == Needs(8, least=2)
-    assert elastic.words() == "2 to 8 workers"
-    assert needs(["sweep", "--resources.cpus", "4", "--resources.gpus", "0.5"]) == Needs(
-        1, 0.5, cpus=4
+def test_locations_without_a_name_are_in_the_run_root() -> None:
+    both = ["--run_dir", "s3://b/runs", "--data", "s3://b/corpora"]
+    assert request_resources(["finetune", *both]).locations == ("s3://b/runs", "s3://b/corpora")
+    assert request_resources(["finetune", *both[:2]]).locations == ("s3://b/runs", "")
+    sweep = request_resources(["sweep", *both[:2], "--run.data", both[3]])
+    assert sweep.locations == (both[1], both[3])
+    mirrored = ["finetune", "--data", "s3://b/corpora", "--storage.mirror", "s3://b/runs"]
+    assert request_resources(mirrored).locations == ("s3://b/runs", "s3://b/corpora")
+
+
+def test_trials_and_elastic_runs_state_their_resource_request(tmp_path: Path) -> None:
+    elastic = request_resources(
+        ["finetune", "--training.workers", "8", "--training.min_workers", "2"]
     )
+    assert elastic == ResourceRequest(8, min_workers=2)
+    assert elastic.format() == "2 to 8 workers"
+    trial = ["sweep", "--resources.cpus", "4", "--resources.gpus", "0.5"]
+    assert request_resources(trial) == ResourceRequest(1, 0.5, cpus=4)
     study = tmp_path / "study.yaml"
     study.write_text(
         "run: {training: {workers: 2}}\npretraining: {training: {workers: 4}}\n"
-        "resources: {cpus: 2}\n"
+        "resources: {cpus: 2}\nsystems: {skillnet: {system: skillnet}}\n"
     )
-    asked = needs(["compare", "--config", str(study)])
-    assert asked == Needs(2, cpus=2, then=Needs(4, cpus=2))
-    assert asked.words() == "2 workers with 2 CPUs each"
-    # A model by its place is looked at; a run's name, the registry, and a shape are not.
-    assert needs(["finetune", "--from", "s3://b/runs/x"]).models == ("s3://b/runs/x",)
-    assert needs(["evaluate", "--model", "/mnt/runs/x/model"]).models == ("/mnt/runs/x/model",)
-    for words in (["--from", "x"], ["--from", "models:/skillnet@champion"], ["--model.dim", "8"]):
-        assert needs(["finetune", *words]).models == ()
+    compare = ["compare", "--config", str(study)]
+    assert request_resources(compare) == ResourceRequest(2, cpus=2)
+    asked = request_resources([*compare, "--systems.skillnet.pretrain", "true"])
+    assert asked == ResourceRequest(2, cpus=2, next_stage=ResourceRequest(4, cpus=2))
+    assert asked.format() == "2 workers with 2 CPUs each"
 
 
-@pytest.mark.parametrize("command", [["finetune"], ["sweep"]])
-def test_a_value_that_cannot_be_read_is_named(command: list[str]) -> None:
-    assert needs([*command, "--data", "["]).places[0] == "[", "a path is a path"
-    with pytest.raises(UserError, match=r"--training\.workers: cannot read '\['"):
-        needs([*command, "--training.workers", "["])
-    with pytest.raises(UserError, match=r"--training\.workers: cannot read '!!python/name:os"):
-        needs([*command, "--training.workers", "!!python/name:os.system"])
+def test_only_models_with_a_path_are_checked() -> None:
+    path = "/mnt/runs/x/model"
+    assert request_resources(["finetune", "--from", "s3://b/x"]).models == ("s3://b/x",)
+    assert request_resources(["evaluate", "--model", path]).models == (path,)
+    for words in (["--from", "x"], ["--from", "models:/skillnet@champion"], ["--model.dim", "64"]):
+        assert request_resources(["finetune", *words]).models == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "key"), [("finetune", "training.workers"), ("sweep", "run.training.workers")]
+)
+def test_a_value_that_cannot_be_read_is_named(command: str, key: str) -> None:
+    for text in ("[", "!!python/name:os.system"):
+        with pytest.raises(UserError, match=rf"--{key}: cannot read '{re.escape(text)}'"):
+            request_resources([command, f"--{key}", text])
 
 
 def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Resource requests of commands, computed from their configurations.
+
+The ``resources`` hooks of the commands call these functions; ``skillnet doctor`` and
+``skillnet submit`` compare the requests with a cluster.
+"""
+
+from dataclasses import replace
+
+from pipelines.config.growth import GrowConfig
+from pipelines.config.run import FinetuneConfig, TrainingConfig
+from skillnet_platform.cluster.resource_request import (
+    ResourceRequest,
+    collect_locations,
+    local_run_dir,
+    select_model_paths,
+)
+
+
+def request_workers(
+    training: TrainingConfig, cpus: float = 1.0, gpus: float = 0.0
+) -> ResourceRequest:
+    """Return the workers, CPUs and GPUs that a training needs.
+
+    Args:
+        training: settings of the training.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker. 0 takes one GPU with ``use_gpu``, else none.
+    """
+    workers = max(training.workers, 1)
+    fewest = training.min_workers or 0
+    return ResourceRequest(
+        workers,
+        workers * (gpus or float(training.use_gpu)),
+        cpus,
+        min_workers=fewest if fewest < workers else 0,
+        spread=training.placement == "strict_spread",
+        keep_checkpoints=training.keep,
+        uses_tracker=True,
+    )
+
+
+def request_training(config: FinetuneConfig) -> ResourceRequest:
+    """Return the request of a fine-tuning, pretraining or quickstart run."""
+    return replace(
+        request_workers(config.training),
+        locations=collect_locations(config.data, config.run_dir, config.storage.mirror),
+        models=select_model_paths(config.init_from),
+        run_dir=local_run_dir(config.run_dir),
+        run_name=config.name or "",
+    )
+
+
+def request_growth(config: GrowConfig) -> ResourceRequest:
+    """Return the request of ``skillnet grow``."""
+    return replace(
+        request_workers(config.training),
+        locations=collect_locations(config.data, config.run_dir),
+        models=select_model_paths(config.source),
+        run_dir=local_run_dir(config.run_dir),
+        run_name=config.name or "",
+    )
+
+
+def request_model(model: str | None, data: str | None) -> ResourceRequest:
+    """Return the request of a command that reads a trained model and corpora, on one CPU.
+
+    Args:
+        model: path, URI, run name or registry address of the model.
+        data: path or URI of the corpora.
+    """
+    return ResourceRequest(
+        locations=(data,) if data else (), models=select_model_paths(model), uses_tracker=True
+    )
