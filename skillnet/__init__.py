@@ -1,6 +1,6 @@
 """SkillNet: one Transformer whose parameters are split into skills, activated per task.
 
-The names below load on first use, so that importing a configuration does not import torch.
+The public names load on first use, so importing a configuration does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

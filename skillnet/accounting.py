@@ -1,15 +1,15 @@
-"""What a plan costs: parameters and floating-point operations, total, activated and executed.
+"""Cost of a plan or task: total and activated parameters, and executed floating-point operations.
 
-The counts are closed formulas over the model's shapes; tests hold them equal to what
-``torch.utils.flop_counter`` counts and to the parameters that a backward pass touches. One
-multiply-add is two operations. Element-wise work (norms, activations, merging of skill
-weights) is left out, as the counter leaves it out.
+The counts of SkillNet are closed formulas over the shapes of the model. Tests compare them with
+``torch.utils.flop_counter`` and with the parameters that a backward pass uses. One multiply-add
+is two operations. Element-wise work (norms, activations, merging of skill weights) is excluded,
+as in torch's counter.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from skillnet.flops import _flops
+from skillnet.flops import plan_flops
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, check_plan, find_task
@@ -19,11 +19,11 @@ class Account(NamedTuple):
     """Cost of one plan or task.
 
     Attributes:
-        total: parameters of the whole model.
-        activated: parameters that the plan reads (and that training it would change).
+        total: parameters of the complete model.
+        activated: parameters that the plan reads, and that training it can change.
         executed: floating-point operations of a forward pass, per token.
-        flops_per_example: the same for one example of ``tokens`` tokens.
-        tokens: length of that example (summed over towers for a task).
+        flops_per_example: floating-point operations of a forward pass, per example.
+        tokens: length of the example in tokens, summed over towers for a task.
     """
 
     total: int
@@ -34,30 +34,39 @@ class Account(NamedTuple):
 
 
 def account(model: SkillNet, plan: SkillPlan, length: int | None = None) -> Account:
-    """Cost of encoding one example with a plan: stem and encoder, without a head.
+    """Compute the cost of encoding one example with a plan: stem and encoder, without a head.
 
     Args:
-        model: the model.
-        plan: the active skills and the modality.
-        length: text and code: tokens; sound: frames. Default: the longest that the model
-            reads. Pictures and clips have one size.
+        model: a SkillNet.
+        plan: active skills and modality.
+        length: tokens of text or code, or frames of sound; the longest supported input by default.
+            Images and videos have one size.
+
+    Raises:
+        ValueError: a plan with an unknown skill.
     """
     check_plan(plan, model.config.skills)
-    flops, tokens = _flops(model, plan, length)
+    flops, tokens = plan_flops(model, plan, length)
     wanted = {"shared", f"stem-{plan.stem}", *(f"skill-{name}" for name in plan.skills)}
     activated = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if model.owner(name) in wanted and not _other_modality(name, plan)
+        if model.file_of(name) in wanted and not _other_modality(name, plan)
     )
     total = sum(p.numel() for p in model.parameters())
     return Account(total, activated, flops / tokens, flops, tokens)
 
 
 def account_task(model: TaskModel, task: str, lengths: Mapping[str, int] | None = None) -> Account:
-    """Cost of one example of a task, for any system: all its towers and its head.
+    """Compute the cost of one example of a task, for any system: all towers and the head.
 
-    ``lengths`` gives a tower's length (see :func:`account`).
+    Args:
+        model: any system.
+        task: name of the task.
+        lengths: tower -> length (see :func:`account`).
+
+    Raises:
+        ValueError: an unknown task.
     """
     find_task(task, model.config.tasks)
     flops, tokens = model.flops(task, lengths)

@@ -1,11 +1,11 @@
-"""Attention for the short sequences of a CPU, as one operation with a backward pass of its own.
+"""Attention for the short sequences of CPU training, as one operation with its own backward pass.
 
 Shapes: B batch, T tokens, H heads, d width of a head, D = H d.
 
-torch's fused CPU attention takes 5 to 10 times as long in its backward pass as plain products
-do (measured at T 12 to 96); plain products under autograd spend as much time on copies as on
-products. Here the projections' output is laid out once for batched products on the way in, and
-its gradient once on the way out.
+torch's fused CPU attention needs 5 to 10 times as long in its backward pass as plain products
+(measured at T 12 to 96). Plain products under autograd spend as much time on copies as on
+products. This operation copies the projections once into the layout of batched products, and
+their gradient once back.
 """
 
 from typing import Any
@@ -15,29 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Up to this length the T x T probabilities are kept for the backward pass.
+#: Longest sequence (tokens) whose T x T probabilities are kept for the backward pass.
 PLAIN_TOKENS = 256
 
-#: Lengths at which the CPU's softmax is faster by way of float32 (up to twice, measured).
+#: Lengths (tokens) at which the CPU's softmax is faster in float32 (up to twice, measured).
 FLOAT32_SOFTMAX = range(16, 64)
 
 
 def padding_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 at real tokens and -10,000 at padding, (B, 1, 1, T).
+    """Return the additive attention bias (B, 1, 1, T): 0 at real tokens, -10,000 at padding.
 
-    exp(-10,000) is 0 in every type, so padding has no weight at all; and, unlike -inf, a row
-    that is all padding gives no NaN.
+    exp(-10,000) is 0 in every floating-point type, so padding gets no weight. Unlike -inf, the bias
+    gives no NaN for a row that is all padding.
+
+    Args:
+        mask_BT: True at real tokens.
+        dtype: type of the result.
     """
     return (~mask_BT)[:, None, None, :].to(dtype) * -1e4
 
 
-def attend(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None = None) -> Tensor:
-    """Multi-head scaled dot-product attention, (B, T, 3 D) -> (B, T, D).
+def multihead_attention(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None = None) -> Tensor:
+    """Compute multi-head scaled dot-product attention, (B, T, 3 D) -> (B, T, D).
 
     Args:
-        qkv_BT3D: queries, keys and values side by side, each of them heads side by side.
-        heads: number of heads.
-        bias_B11T: added to every query's scores; see :func:`padding_bias`.
+        qkv_BT3D: queries, keys and values side by side, each with its heads side by side.
+        heads: number of heads H.
+        bias_B11T: added to the scores of every query; see :func:`padding_bias`.
     """
     B, T, width = qkv_BT3D.shape
     qkv_BT3Hd = qkv_BT3D.view(B, T, 3, heads, width // (3 * heads))
@@ -51,12 +55,12 @@ def attend(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None = None) -> Ten
 
 
 class _PlainAttention(torch.autograd.Function):
-    """softmax(q k' / sqrt(d) + bias) v for all heads, in batched products of (B H) matrices."""
+    """softmax(q k' / sqrt(d) + bias) v of all heads, in batched products of B H matrices."""
 
     @staticmethod
     def forward(ctx: Any, qkv_BT3Hd: Tensor, bias_B11T: Tensor | None) -> Tensor:
         B, T, _, H, d = qkv_BT3Hd.shape
-        # A fresh tensor in any case: the queries are scaled in place.
+        # Always a new tensor, because the queries are scaled in place.
         laid_out = qkv_BT3Hd.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format)
         q, k, v = laid_out.view(3, B * H, T, d).unbind(0)
         q.mul_(d**-0.5)

@@ -1,4 +1,4 @@
-"""Shape of a SkillNet: widths, depth, where skills sit, sizes of the inputs, tasks."""
+"""Model configuration: sizes of the layers and inputs, skills and tasks."""
 
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -6,9 +6,10 @@ from typing import Literal
 
 from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
 
-#: A saved configuration may come from anyone: beyond these, making the model would not end.
-MOST = 2**24
-MOST_LAYERS = 1024
+#: Upper limits. A saved configuration can come from anyone, and building a larger model would not
+#: end.
+MAX_SIZE = 2**24
+MAX_LAYERS = 1024
 
 _AT_LEAST_ONE = (
     "dim",
@@ -31,36 +32,39 @@ _AT_LEAST_ONE = (
 
 @dataclass
 class SkillNetConfig:
-    """Everything that decides the shape of the weights. Sizes are in tokens, pixels or frames.
+    """Sizes of a SkillNet, its skills and its tasks. Units are tokens, pixels or frames.
 
     Args:
-        skills: names of all skills; each gets its own weights in every skill module.
+        skills: names of all skills; each has its own weights in every skill module.
         dim: model width D.
         num_layers: number of encoder layers.
-        num_heads: attention heads; ``dim`` divides by it.
+        num_heads: attention heads; must divide ``dim``.
         ffn_dim: feed-forward width F of one skill.
-        skill_modules: where skills sit: in attention projections (source: SkillNet-X), in the
-            feed-forward layer (source: SkillNet-NLG's code), or both.
-        skill_every: every n-th layer carries skill modules; the others are dense and shared.
-        drop_path: probability of leaving out a residual branch of a row (stochastic depth).
-        dropout: probability, on the tokens that leave a stem.
-        vocab_size: tokens of the shared text and code vocabulary, padding included (id 0).
-        max_tokens: longest text or code sequence.
-        bigram_buckets: rows of the hashed table of token bigrams added by the token stem
-            (the idea of fastText's n-gram features); 0 leaves it out.
-        n_mels: log-mel bins of a frame.
-        mel_stack: consecutive frames joined into one token.
-        max_frames: longest recording, in frames (before stacking).
-        sound_units: masked sound is predicted as one of so many units, clusters of its frames
-            (HuBERT, Hsu et al. 2021); 0 regresses the frames.
-        image_size: pixels per side.
+        skill_modules: modules with skills: attention projections (source: SkillNet-X), the
+            feed-forward layer (source: the SkillNet-NLG code), or both.
+        skill_every: every n-th layer has skill modules; the other layers are shared.
+        drop_path: probability of dropping a residual branch of a row (stochastic depth).
+        dropout: dropout probability on the tokens of a stem.
+        vocab_size: tokens of the vocabulary of text and code, including padding (id 0).
+        max_tokens: longest sequence of text or code.
+        bigram_buckets: rows of the hashed table of token bigrams in the token stem (the idea of
+            fastText's n-gram features); 0 disables it.
+        n_mels: log-mel bins per frame.
+        mel_stack: consecutive frames per token of sound.
+        max_frames: longest sound, in frames before stacking.
+        sound_units: number of frame clusters that masked sound predicts (HuBERT, Hsu et al.
+            2021); 0 regresses the frames.
+        image_size: pixels per side of an image.
         patch_size: pixels per side of a patch.
-        video_frames: frames of a clip.
+        video_frames: frames of a video.
         video_size: pixels per side of a frame.
         tubelet: (frames, height, width) of one video token.
-        video_motion: give each frame its difference to the one before as further channels.
+        video_motion: add the difference to the previous frame as further channels.
         embedding_dim: width of the retrieval space.
-        tasks: name -> task (objective, towers with their plans, outputs).
+        tasks: name -> task (objective, plans of its towers, outputs).
+
+    Raises:
+        ValueError: a value outside its range, sizes that do not divide, or an unknown skill.
     """
 
     skills: tuple[str, ...] = DEFAULT_SKILLS
@@ -103,12 +107,14 @@ class SkillNetConfig:
             value = getattr(self, key)
             if not isinstance(value, Integral) or int(value) < 1:
                 raise ValueError(f"model.{key} must be at least 1, got {value!r}")
-            most = MOST_LAYERS if key == "num_layers" else MOST
+            most = MAX_LAYERS if key == "num_layers" else MAX_SIZE
             if int(value) > most:
                 raise ValueError(f"model.{key} must be at most {most}, got {value}")
         for key in ("bigram_buckets", "sound_units"):
-            if not 0 <= getattr(self, key) <= MOST:
-                raise ValueError(f"model.{key} must be from 0 to {MOST}, got {getattr(self, key)}")
+            if not 0 <= getattr(self, key) <= MAX_SIZE:
+                raise ValueError(
+                    f"model.{key} must be from 0 to {MAX_SIZE}, got {getattr(self, key)}"
+                )
         if self.skill_modules not in ("both", "attention", "feedforward"):
             raise ValueError(
                 f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"

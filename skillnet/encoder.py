@@ -1,4 +1,4 @@
-"""The Transformer: pre-norm layers whose attention and feed-forward parts may carry skills.
+"""Transformer encoder: pre-norm layers whose attention and feed-forward parts may have skills.
 
 Shapes: B batch, T tokens, D model width.
 """
@@ -12,7 +12,7 @@ from skillnet.attention import padding_bias
 from skillnet.config import SkillNetConfig
 from skillnet.layers import SkillAttention, SkillFeedForward, Skills, compute_dtype
 
-#: The one "skill" of a layer without skill modules; its weights belong to all tasks.
+#: Name of the only "skill" of a layer without skill modules. All tasks use its weights.
 SHARED: Skills = ("shared",)
 
 
@@ -20,7 +20,12 @@ Branch = Callable[[Tensor, Skills, Tensor | None], Tensor]
 
 
 class EncoderLayer(nn.Module):
-    """One pre-norm layer. ``index`` counts from 0; every n-th layer carries skills."""
+    """Pre-norm Transformer layer.
+
+    Args:
+        config: sizes, and the layers and modules that have skills.
+        index: position of the layer, from 0. Every ``skill_every``-th layer has skills.
+    """
 
     def __init__(self, config: SkillNetConfig, index: int) -> None:
         super().__init__()
@@ -62,10 +67,10 @@ class EncoderLayer(nn.Module):
     def _add(
         self, branch: Branch, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None
     ) -> Tensor:
-        """Add a residual branch; in training only to a random share of the rows.
+        """Add a residual branch. In training, only a random subset of the rows gets the branch.
 
-        Stochastic depth (Huang et al. 2016) in the form of DINOv2: the rows to leave out are
-        drawn first, so their branch costs nothing, and those kept count B / kept times.
+        This is stochastic depth (Huang et al. 2016) in the form of DINOv2. Dropped rows are drawn
+        first, so their branch costs nothing. Kept rows are weighted by B / kept.
         """
         B = x_BTD.shape[0]
         kept = max(round(B * (1 - self.drop_path)), 1) if self.training else B
@@ -79,7 +84,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers and a final norm. (B, T, D) -> (B, T, D)."""
+    """Stack of encoder layers and a final norm. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, config: SkillNetConfig) -> None:
         super().__init__()
@@ -89,7 +94,13 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x_BTD: Tensor, skills: Skills, mask_BT: Tensor | None = None) -> Tensor:
-        """``mask_BT`` is True at real tokens; None means that every token is real."""
+        """Encode tokens (B, T, D) with the active skills.
+
+        Args:
+            x_BTD: tokens of a stem.
+            skills: active skills, sorted.
+            mask_BT: True at real tokens; None if all are real.
+        """
         bias_B11T = None if mask_BT is None else padding_bias(mask_BT, compute_dtype(x_BTD))
         for layer in self.layers:
             x_BTD = layer(x_BTD, skills, bias_B11T)

@@ -1,62 +1,72 @@
-"""TODO: skillnet.flops."""
+"""Floating-point operations of one example: closed formulas for SkillNet, a counter for others.
+
+:mod:`skillnet.accounting` reports the results. The models are described by protocols, so that
+the base class of all systems can import this module. One multiply-add is two operations.
+"""
 
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
-from skillnet.model import SkillNet
-from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, find_task
 from skillnet.stems import LogMelStem, PatchStem, TokenStem, TubeletStem, masked_outputs
 
 
-def task_flops(
-    model: SkillNet, task: str, lengths: Mapping[str, int] | None = None
-) -> tuple[int, int]:
-    """(operations, tokens) of one example of a SkillNet's task."""
-    spec = find_task(task, model.config.tasks)
-    config, flops, tokens = model.config, 0, 0
-    for tower, plan in spec.towers.items():
-        tower_flops, tower_tokens = _flops(model, plan, (lengths or {}).get(tower))
-        flops, tokens = flops + tower_flops, tokens + tower_tokens
-        outputs = {
-            "classification": spec.outputs,
-            "ctc": tower_tokens * (spec.outputs + 1),
-            "retrieval": config.embedding_dim,
-            "masked": tower_tokens * _masked_outputs(config, plan),
-        }[spec.objective]
-        flops += 2 * config.dim * outputs
-    return flops, tokens
+class SupportsTasks(Protocol):
+    """The part of a multi-task model that counting needs."""
+
+    config: SkillNetConfig
+    training: bool
+
+    def tower_tokens(self, task: str, tower: str, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Encode the input of one tower: tokens (B, T, D) and their mask."""
+
+    def parameters(self) -> Any:
+        """Iterate over the parameters."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training or evaluation mode."""
+
+    def __call__(self, task: str, towers: dict[str, Any]) -> Any:
+        """Run a task."""
 
 
-def _masked_outputs(config: SkillNetConfig, plan: SkillPlan) -> int:
-    """Outputs of the layers of a masked task's head, at one token; counted at every token."""
-    if plan.stem == "token":
-        return config.dim + config.vocab_size
-    return masked_outputs(config, plan.modality)
+class SupportsPlans(Protocol):
+    """The part of a SkillNet that the closed formulas need."""
+
+    config: SkillNetConfig
+    stems: nn.ModuleDict
+    encoder: Encoder
 
 
 def count_flops(
-    model: TaskModel, task: str, lengths: Mapping[str, int] | None = None
+    model: SupportsTasks, task: str, lengths: Mapping[str, int] | None = None
 ) -> tuple[int, int]:
-    """(operations, tokens) of one example of a task of any system, counted by torch.
+    """Count the forward operations of one example with torch's counter, for any system.
 
-    Runs the task once on an example of the given lengths.
+    Args:
+        model: a system; the task runs once on a batch of one row.
+        task: name of the task.
+        lengths: tower -> length of its input; the longest supported input by default.
+
+    Returns:
+        (floating-point operations, tokens), summed over towers.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     spec = find_task(task, model.config.tasks)
     towers = {
-        tower: _example(model, plan, (lengths or {}).get(tower))
+        tower: _example_batch(model, plan, (lengths or {}).get(tower))
         for tower, plan in spec.towers.items()
     }
     training = model.training
-    model.eval()
-    # Without gradients the counter's tracker stumbles over a weight that a module is given as an
-    # argument, as the head of masked tokens is given the embedding.
+    model.train(False)
+    # Without gradients the counter's module tracker fails on a weight that is passed as an
+    # argument, as the token embedding is passed to the head of masked tokens.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(task, towers)
     tokens = 0
@@ -67,40 +77,57 @@ def count_flops(
     return counter.get_total_flops(), tokens
 
 
-def _example(model: TaskModel, plan: SkillPlan, length: int | None) -> dict[str, Tensor]:
-    """A batch of one row that a plan can read; its values do not matter."""
-    config, device = model.config, next(model.parameters()).device
-    if plan.modality in ("text", "code"):
-        return {"tokens": torch.ones(1, length or config.max_tokens, dtype=torch.long).to(device)}
-    if plan.modality == "sound":
-        frames = length or config.max_frames
-        return {
-            "log_mel": torch.zeros(1, frames, config.n_mels, device=device),
-            "frames": torch.tensor([frames], device=device),
-        }
-    if plan.modality == "image":
-        size = config.image_size
-        return {"pixels": torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)}
-    shape = (1, config.video_frames, config.video_size, config.video_size, 1)
-    return {"frames": torch.zeros(shape, dtype=torch.uint8, device=device)}
+def task_flops(
+    model: SupportsPlans, task: str, lengths: Mapping[str, int] | None = None
+) -> tuple[int, int]:
+    """Compute the forward operations of one example of a SkillNet's task.
+
+    Args:
+        model: a SkillNet.
+        task: name of the task.
+        lengths: tower -> length of its input; the longest supported input by default.
+
+    Returns:
+        (floating-point operations, tokens), summed over towers, including the head.
+    """
+    spec = find_task(task, model.config.tasks)
+    config, flops, tokens = model.config, 0, 0
+    for tower, plan in spec.towers.items():
+        tower_flops, tower_tokens = plan_flops(model, plan, (lengths or {}).get(tower))
+        flops, tokens = flops + tower_flops, tokens + tower_tokens
+        outputs = {
+            "classification": spec.outputs,
+            "ctc": tower_tokens * (spec.outputs + 1),
+            "retrieval": config.embedding_dim,
+            "masked": tower_tokens * _masked_head_outputs(config, plan),
+        }[spec.objective]
+        flops += 2 * config.dim * outputs
+    return flops, tokens
 
 
-def _flops(model: SkillNet, plan: SkillPlan, length: int | None) -> tuple[int, int]:
-    """(operations, tokens) of one example's way through stem, encoder and pooling."""
+def plan_flops(model: SupportsPlans, plan: SkillPlan, length: int | None = None) -> tuple[int, int]:
+    """Compute the operations of one example in stem and encoder, without a head.
+
+    Args:
+        model: a SkillNet.
+        plan: active skills and modality.
+        length: tokens of text or code, or frames of sound; the longest supported by default.
+
+    Returns:
+        (floating-point operations, tokens).
+
+    Raises:
+        TypeError: a stem without a known formula.
+    """
     config, stem, dim = model.config, model.stems[plan.stem], model.config.dim
     if isinstance(stem, TokenStem):
         tokens, flops = length or config.max_tokens, 0
     elif isinstance(stem, LogMelStem):
         frames = length or config.max_frames
         tokens = -(-frames // config.mel_stack)
-        flops = (
-            2
-            * dim
-            * (
-                frames * config.n_mels * stem.first.kernel_size[0]
-                + tokens * dim * stem.second.kernel_size[0]
-            )
-        )
+        first = frames * config.n_mels * stem.first.kernel_size[0]
+        second = tokens * dim * stem.second.kernel_size[0]
+        flops = 2 * dim * (first + second)
     elif isinstance(stem, PatchStem | TubeletStem):
         tokens = stem.position.shape[0]
         flops = 2 * tokens * stem.project.in_features * dim
@@ -120,3 +147,28 @@ def _encoder_flops(encoder: Encoder, plan: SkillPlan, tokens: int) -> int:
             tokens, len(plan.skills) if layer.feedforward_skills else 1
         )
     return flops
+
+
+def _masked_head_outputs(config: SkillNetConfig, plan: SkillPlan) -> int:
+    """Return the outputs of a masked task's head at one token; every token is counted."""
+    if plan.stem == "token":
+        return config.dim + config.vocab_size
+    return masked_outputs(config, plan.modality)
+
+
+def _example_batch(model: SupportsTasks, plan: SkillPlan, length: int | None) -> dict[str, Tensor]:
+    """Return a batch of one row that a plan can read. The cost does not depend on its values."""
+    config, device = model.config, next(model.parameters()).device
+    if plan.modality in ("text", "code"):
+        return {"tokens": torch.ones(1, length or config.max_tokens, dtype=torch.long).to(device)}
+    if plan.modality == "sound":
+        frames = length or config.max_frames
+        return {
+            "log_mel": torch.zeros(1, frames, config.n_mels, device=device),
+            "frames": torch.tensor([frames], device=device),
+        }
+    if plan.modality == "image":
+        size = config.image_size
+        return {"pixels": torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)}
+    shape = (1, config.video_frames, config.video_size, config.video_size, 1)
+    return {"frames": torch.zeros(shape, dtype=torch.uint8, device=device)}

@@ -1,32 +1,35 @@
-"""Grow a trained model, or take a task off it, while every other weight stays as it is."""
+"""Growth of a trained model: add skills and tasks, or remove a task, without other changes."""
 
 import dataclasses
 
 from skillnet.heads import HEADS
-from skillnet.layers import SkillWeights, check_free
+from skillnet.layers import SkillWeights, require_unused_name
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
-from skillnet.skills import Task, check_names, check_plan, find_task, nearest
+from skillnet.skills import Task, check_names, check_plan, find_task, nearest_hint
 from skillnet.stems import STEMS
 
 
 def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> SkillNet:
-    """Add a skill in place, to every module that carries skills; returns the model.
+    """Add a skill in place to every module that has skills.
 
     Args:
-        model: a trained model; its existing tensors are not touched.
-        name: the new skill.
-        init_from: an existing skill to copy; None draws fresh weights.
+        model: a trained model; existing tensors are not changed.
+        name: of the new skill.
+        init_from: existing skill to copy; None draws random weights.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: a name in use, or an unknown ``init_from``.
+        ValueError: the name is in use, or ``init_from`` is unknown.
     """
     if name in model.config.skills:
         raise ValueError(f"the model already has a skill {name!r}; choose another name")
     known = model.config.skills
     check_names((*known, name), "add_skill")
     if init_from is not None and init_from not in known:
-        raise ValueError(f"init_from: unknown skill {init_from!r}{nearest(init_from, known)}")
+        raise ValueError(f"init_from: unknown skill {init_from!r}{nearest_hint(init_from, known)}")
     for module in model.modules():
         if isinstance(module, SkillWeights) and set(known) <= set(module.weights):
             module.add(name, init_from)
@@ -35,15 +38,23 @@ def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> Skill
 
 
 def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
-    """Add a task in place: its head, and a stem if it reads a modality that is new.
+    """Add a task in place: its head, and a stem if its modality is new to the model.
+
+    Args:
+        model: a trained model; existing tensors are not changed.
+        name: of the new task.
+        task: objective and plans, over existing skills.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: a name in use, or a plan with an unknown skill.
+        ValueError: the name is in use, or a plan names an unknown skill.
     """
     if name in model.config.tasks:
         raise ValueError(f"the model already has a task {name!r}; choose another name")
     check_names((*model.config.tasks, name), "add_task")
-    check_free(model.heads, name, "task")
+    require_unused_name(model.heads, name, "task")
     for tower, plan in task.towers.items():
         check_plan(plan, model.config.skills, f"{name}.towers.{tower}")
     some = next(model.parameters())
@@ -57,13 +68,20 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
 
 
 def remove_task(model: TaskModel, name: str) -> TaskModel:
-    """Take a task and its head off, in place; returns the model. Skills and stems stay.
+    """Remove a task and its head in place. Skills and stems stay.
+
+    Args:
+        model: any system.
+        name: of the task.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: a task that the model does not have.
+        ValueError: the model does not have this task.
     """
     find_task(name, model.config.tasks)
     tasks = {task: spec for task, spec in model.config.tasks.items() if task != name}
     model.config = dataclasses.replace(model.config, tasks=tasks)
-    model.forget(name)
+    model.drop_task(name)
     return model

@@ -1,4 +1,4 @@
-"""Heads: what a task computes from the encoder's tokens.
+"""Task heads: outputs of a task from the tokens of the encoder.
 
 Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the retrieval space,
 M masked tokens, V tokens of the vocabulary, P values of a token.
@@ -16,7 +16,7 @@ from skillnet.stems import masked_outputs
 
 
 class ClassificationHead(nn.Module):
-    """Pooled (B, D) -> logits (B, C)."""
+    """Linear classifier on the pooled tokens, (B, D) -> logits (B, C)."""
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class ClassificationHead(nn.Module):
 
 
 class CTCHead(nn.Module):
-    """Tokens (B, T, D) -> log probabilities (B, T, S + 1); symbol 0 is the blank."""
+    """Linear CTC head, (B, T, D) -> log probabilities (B, T, S + 1); symbol 0 is the blank."""
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class CTCHead(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         logits = self.project(x_BTD)
-        # In bf16 the log of small probabilities loses the digits that CTC adds up.
+        # In bf16 the log of small probabilities loses the digits that CTC sums.
         return F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
 
 
 class RetrievalHead(nn.Module):
-    """Pooled (B, D) of a tower -> unit vectors (B, E). Holds the learned temperature.
+    """Projection of a pooled tower to unit vectors, (B, D) -> (B, E), with a learned temperature.
 
-    The scale starts at 1/0.07 and never exceeds 100 (source: CLIP).
+    The scale starts at 1/0.07 and is clamped to 100 (source: CLIP).
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
@@ -60,22 +60,22 @@ class RetrievalHead(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What similarities are multiplied by, a scalar tensor in (0, 100]."""
+        """Factor of similarities, a scalar tensor in (0, 100]."""
         return self.log_scale.exp().clamp(max=100.0)
 
 
-#: What the bias of masked tokens counts by. It has to learn how frequent each token is, several
-#: nats; at one learning rate a step it would come too late, and the embeddings, shared with the
-#: input, would learn it by a direction common to all (Gao et al. 2019 saw them do so).
+#: Factor of the bias of masked tokens. The bias must learn token frequencies, several nats. With
+#: the common learning rate it would learn too slowly, and the tied embeddings would encode the
+#: frequencies in a common direction (observed by Gao et al. 2019).
 BIAS_SCALE = 30.0
 
 
 class MaskedHead(nn.Module):
-    """Masked tokens (M, D) -> what stood there.
+    """Prediction of the original content at masked tokens (M, D).
 
-    Text and code: logits (M, V), by BERT's head (Devlin et al. 2019), whose output matrix is the
-    model's token embedding. Pictures, clips and sound: values (M, P) by one linear layer, as
-    SimMIM's (Xie et al. 2022); or of sound, logits (M, K) of its units.
+    Text and code: logits (M, V) by BERT's head (Devlin et al. 2019), whose output matrix is the
+    token embedding of the model. Image, video and sound: values (M, P) by one linear layer, as in
+    SimMIM (Xie et al. 2022). With ``model.sound_units``, sound gives logits (M, K) of its units.
     """
 
     def __init__(self, config: SkillNetConfig, task: Task) -> None:

@@ -1,18 +1,18 @@
-"""The sparse compute: layers that hold one set of weights per skill and run only the active ones.
+"""Sparse layers: one set of weights per skill, of which only the active ones are computed.
 
-Shapes: B batch, T tokens, D model width, F hidden width of one skill, K active skills,
-H heads, I and O a projection's input and output width.
+Shapes: B batch, T tokens, D model width, F feed-forward width of one skill, K active skills,
+H heads, I and O input and output width of a projection.
 
-The layer's output is the mean of its active skills' outputs (source: the SkillNet-NLG code).
-Two identities make that exact at the cost of one dense layer:
+The output of a layer is the mean of the outputs of its active skills (source: the SkillNet-NLG
+code). Two identities compute it exactly at the cost of one dense layer:
 
-* linear maps: the mean of K products is one product with the mean weight,
+* linear projection: the mean of K products is one product with the mean weight,
       (x W_1' + ... + x W_K') / K  =  x ((W_1 + ... + W_K) / K)'
-* feed-forward: K hidden layers side by side are one hidden layer K times as wide,
+* feed-forward: K hidden layers side by side are one hidden layer that is K times as wide,
       sum_k gelu(x U_k') V_k' / K  =  gelu(x [U_1; ...; U_K]') [V_1 ... V_K]' / K
 
-Skills that are not active are never read, so they get no gradient, no weight decay, no
-optimiser state and no traffic.
+Inactive skills are not read. They get no gradient, no weight decay, no optimizer state and no
+communication.
 """
 
 from collections.abc import Iterable
@@ -21,26 +21,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skillnet.attention import attend
-from skillnet.skills import nearest
+from skillnet.attention import multihead_attention
+from skillnet.skills import nearest_hint
 
 Skills = tuple[str, ...]
 
 
-def check_free(container: nn.Module, name: str, what: str) -> None:
-    """Raise ValueError if a container has an attribute of that name, such as ``keys``."""
+def require_unused_name(container: nn.Module, name: str, what: str) -> None:
+    """Raise ValueError if a container already has an attribute of this name, such as ``keys``.
+
+    Args:
+        container: module that gets the new entry.
+        name: of the new skill or task.
+        what: ``skill`` or ``task``, for the message.
+    """
     if hasattr(container, name):
         raise ValueError(f"the {what} name {name!r} is taken; choose another")
 
 
 class SkillWeights(nn.Module):
-    """One weight matrix per skill, and its merged form for a set of active skills.
+    """One weight matrix per skill, merged on demand for a set of active skills.
 
     Args:
         skills: names of the skills.
-        rows, columns: shape of each skill's matrix, (rows, columns).
+        rows, columns: shape of the matrix of each skill.
         std: standard deviation of the initial values.
-        axis: None merges by the mean; 0 or 1 merges by concatenation along that axis.
+        axis: None merges by the mean; 0 or 1 merges by concatenation along this axis.
         scale_by_count: divide a concatenation by the number of active skills.
     """
 
@@ -65,8 +71,16 @@ class SkillWeights(nn.Module):
             self.add(name)
 
     def add(self, name: str, init_from: str | None = None) -> None:
-        """Add a skill, freshly drawn or copied from another. ValueError for a name in use."""
-        check_free(self.weights, name, "skill")
+        """Add a skill with random weights, or with a copy of another skill's weights.
+
+        Args:
+            name: of the new skill.
+            init_from: skill to copy; None draws random weights.
+
+        Raises:
+            ValueError: the name is in use, or ``init_from`` does not exist.
+        """
+        require_unused_name(self.weights, name, "skill")
         some = next(iter(self.weights.values()), None)
         weight = torch.empty(self.shape, device=None if some is None else some.device)
         if some is not None:
@@ -80,19 +94,27 @@ class SkillWeights(nn.Module):
 
     def _get(self, name: str) -> Tensor:
         if name not in self.weights:
-            raise ValueError(f"this model has no skill {name!r}{nearest(name, list(self.weights))}")
+            raise ValueError(
+                f"this model has no skill {name!r}{nearest_hint(name, list(self.weights))}"
+            )
         return self.weights[name]
 
     def merged(self, skills: Skills, dtype: torch.dtype) -> Tensor:
-        """The weight that stands for all active skills at once, in ``dtype``.
+        """Return the weight that replaces all active skills.
 
-        Without gradients (inference) it is computed once per plan and kept until a weight
-        changes.
+        Without gradients (inference) the result is cached per plan until a weight changes.
+
+        Args:
+            skills: active skills, sorted.
+            dtype: type of the result.
+
+        Raises:
+            ValueError: an unknown skill.
         """
         if torch.is_grad_enabled():
             return self._merge([self._get(name) for name in skills], dtype)
         parts = [self._get(name) for name in skills]
-        if any(part.is_inference() for part in parts):  # made where torch counts no changes
+        if any(part.is_inference() for part in parts):  # these tensors have no version counter
             return self._merge(parts, dtype)
         versions = tuple(x for part in parts for x in (part._version, part.data_ptr()))
         kept = self._merged.get((skills, dtype))
@@ -112,8 +134,8 @@ class SkillWeights(nn.Module):
             total = torch.add(parts[0], parts[1])
             for part in parts[2:]:
                 total = torch.add(total, part)
-            return (total / count).to(dtype)  # summed in full precision, then rounded once
-        # Casting before joining moves half the bytes.
+            return (total / count).to(dtype)  # summed in full precision, rounded once
+        # Casting before the concatenation moves half the bytes.
         joined = torch.cat([part.to(dtype) for part in parts], self.axis)
         return joined / count if self.scale_by_count else joined
 
@@ -131,13 +153,13 @@ class SkillWeights(nn.Module):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrix products with ``x`` run: autocast's where it is on, else x's."""
+    """Return the type of matrix products with ``x``: that of autocast if enabled, else of ``x``."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class SkillLinear(nn.Module):
-    """Linear projection without bias; the mean of the active skills. (B, T, I) -> (B, T, O)."""
+    """Linear projection without bias, averaged over the active skills. (B, T, I) -> (B, T, O)."""
 
     def __init__(self, skills: Iterable[str], inputs: int, outputs: int, *, std: float) -> None:
         super().__init__()
@@ -148,7 +170,7 @@ class SkillLinear(nn.Module):
 
 
 class SkillFeedForward(nn.Module):
-    """Two-layer feed-forward network; the mean of the active skills. (B, T, D) -> (B, T, D)."""
+    """Two-layer feed-forward network, averaged over active skills. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, skills: Iterable[str], dim: int, hidden: int, *, std: float, out_std: float):
         super().__init__()
@@ -162,13 +184,13 @@ class SkillFeedForward(nn.Module):
         return F.linear(h_BTKF, self.down.merged(skills, dtype))
 
     def flops(self, tokens: int, active: int) -> int:
-        """Operations for so many tokens and active skills."""
+        """Return the floating-point operations of a number of tokens and of active skills."""
         hidden, dim = self.up.shape
         return 2 * tokens * 2 * dim * hidden * active
 
 
 class SkillAttention(nn.Module):
-    """Multi-head self-attention whose projections are skill layers. (B, T, D) -> (B, T, D)."""
+    """Multi-head self-attention with skill projections. (B, T, D) -> (B, T, D)."""
 
     def __init__(
         self, skills: Iterable[str], dim: int, heads: int, *, std: float, out_std: float
@@ -180,5 +202,5 @@ class SkillAttention(nn.Module):
         self.out = SkillLinear(skills, dim, dim, std=out_std)
 
     def forward(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None = None) -> Tensor:
-        """``bias_B11T`` is added to the scores of every query; see ``padding_bias``."""
-        return self.out(attend(self.qkv(x_BTD, skills), self.heads, bias_B11T), skills)
+        """Attend over all tokens; ``bias_B11T`` is added to the scores (see ``padding_bias``)."""
+        return self.out(multihead_attention(self.qkv(x_BTD, skills), self.heads, bias_B11T), skills)

@@ -1,8 +1,10 @@
-"""Losses on tensors. Each is a sum over the rows at hand divided by the *global* row count,
-so that the losses (and gradients) of all ranks add up to those of one process.
+"""Losses on tensors. Each is a sum over the local rows divided by the *global* number of rows.
 
-Shapes: B rows of this rank, G rows of all ranks, C classes, T tokens, S symbols, E embedding,
-M masked tokens of this rank's rows, V tokens of the vocabulary, P values of a token.
+The losses (and gradients) of all ranks therefore add up to those of one process.
+
+Shapes: B rows of this rank, G rows of all ranks, C classes, T tokens, S symbols, L symbols of a
+target, E embedding, M masked tokens of this rank's rows, V tokens of the vocabulary, P values of
+a token.
 """
 
 from typing import Protocol
@@ -12,34 +14,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Gather(Protocol):
-    """Collects the rows of all ranks, in rank order; gradients flow back to their rank."""
+class RankGather(Protocol):
+    """All-gather of rows over ranks, in rank order, with gradients back to the owning rank."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, …) of this rank -> (G, …) of all ranks."""
+        """Gather the rows of all ranks, (B, …) -> (G, …)."""
 
     def offset(self, rows: int) -> int:
-        """Where this rank's ``rows`` rows start among the gathered ones."""
+        """Return the position of this rank's first row among the gathered ones."""
 
 
 def cross_entropy(
     logits_BC: Tensor, labels_B: Tensor, count: int, smoothing: float = 0.0
 ) -> Tensor:
-    """Cross entropy with label smoothing, summed over B and divided by ``count``."""
+    """Compute cross entropy with label smoothing, summed over B and divided by ``count``.
+
+    Args:
+        logits_BC: class logits.
+        labels_B: class numbers.
+        count: rows of the global batch.
+        smoothing: label smoothing in [0, 1).
+    """
     logits = _full(logits_BC)
     return F.cross_entropy(logits, labels_B, reduction="sum", label_smoothing=smoothing) / count
 
 
-def ctc(
+def ctc_loss(
     log_probs_BTS: Tensor,
     lengths_B: Tensor,
     targets_BL: Tensor,
     target_lengths_B: Tensor,
     count: int,
 ) -> Tensor:
-    """Connectionist temporal classification, blank 0; each row by its number of symbols.
+    """Compute the CTC loss (Graves et al. 2006), normalized by target length.
 
-    Rows whose target cannot be aligned (more symbols than tokens) contribute nothing.
+    Args:
+        log_probs_BTS: log probabilities; symbol 0 is the blank.
+        lengths_B: tokens of each row.
+        targets_BL: symbols, padded.
+        target_lengths_B: symbols of each row.
+        count: rows of the global batch.
+
+    Returns:
+        Sum over B divided by ``count``. Rows that cannot be aligned (more symbols than tokens)
+        contribute 0.
     """
     losses_B = F.ctc_loss(
         log_probs_BTS.transpose(0, 1),
@@ -58,13 +76,23 @@ def info_nce(
     scale: Tensor,
     groups_B: Tensor,
     count: int,
-    gather: Gather | None = None,
+    gather: RankGather | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE over the global batch, with joint positives.
+    """Compute symmetric InfoNCE over the global batch, with joint positives.
 
-    Rows whose ``groups_B`` are equal and not negative are positives of one another; the target
-    is uniform over a row's positives. ``gather`` collects rows of all ranks in rank order and
-    carries gradients back; each rank adds the loss of its own rows in both directions.
+    Rows with the same group are positives of one another. The target is uniform over the positives
+    of a row. Each rank adds the loss of its own rows in both directions.
+
+    Args:
+        query_BE: unit vectors.
+        candidate_BE: unit vectors.
+        scale: factor of the similarities, a scalar.
+        groups_B: group of each row; negative numbers mean a group of one row.
+        count: rows of the global batch.
+        gather: collects the rows of all ranks; None for one process.
+
+    Returns:
+        Sum over B and both directions, divided by ``2 * count``.
     """
     all_query_GE = query_BE if gather is None else gather(query_BE)
     all_candidate_GE = candidate_BE if gather is None else gather(candidate_BE)
@@ -72,13 +100,13 @@ def info_nce(
         B = groups_B.shape[0]
         offset = 0 if gather is None else gather.offset(B)
         groups_G = groups_B if gather is None else gather(groups_B)
-        # A row without a group is its own: its number stands in.
+        # A row without a group is its own group, named by its index.
         numbers_G = torch.arange(groups_G.shape[0], device=groups_G.device)
         groups_G = torch.where(groups_G < 0, -1 - numbers_G, groups_G)
         positive_BG = groups_G[offset : offset + B, None] == groups_G[None]
         target_BG = positive_BG.to(scale.dtype) / positive_BG.sum(1, keepdim=True)
     loss = query_BE.new_zeros(())
-    # Times the scale, bf16's rounding of similarities would be as large as what separates them.
+    # Multiplied by the scale, bf16 rounding would be as large as the differences of similarities.
     with torch.autocast(query_BE.device.type, enabled=False):
         for own, others in ((query_BE, all_candidate_GE), (candidate_BE, all_query_GE)):
             logits_BG = scale * own @ others.T
@@ -86,19 +114,27 @@ def info_nce(
     return loss / (2 * count)
 
 
-def masked(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor, count: int) -> Tensor:
-    """Masked modelling: :func:`masked_rows` summed over B and divided by ``count``."""
-    return masked_rows(predicted_M, values_M, masked_BT).sum() / count
-
-
-def masked_rows(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor) -> Tensor:
-    """Loss (B,) of each row: the mean over its masked tokens, so that rows count alike.
+def masked_loss(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor, count: int) -> Tensor:
+    """Compute the masked modelling loss: :func:`masked_loss_per_row`, summed over B / ``count``.
 
     Args:
-        predicted_M: at the masked tokens, in row-major order: logits (M, V), or values (M, P).
-        values_M: what stood there: tokens (M,), by cross entropy (BERT, Devlin et al. 2019); or
-            pixels of a patch, frames of a stack (M, P), by squared error (MAE, He et al. 2022).
-        masked_BT: which tokens are masked, at least one a row.
+        predicted_M: see :func:`masked_loss_per_row`.
+        values_M: see :func:`masked_loss_per_row`.
+        masked_BT: see :func:`masked_loss_per_row`.
+        count: rows of the global batch.
+    """
+    return masked_loss_per_row(predicted_M, values_M, masked_BT).sum() / count
+
+
+def masked_loss_per_row(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor) -> Tensor:
+    """Compute the mean loss over the masked tokens of each row, (B,); all rows weigh the same.
+
+    Args:
+        predicted_M: predictions at the masked tokens, in row-major order: logits (M, V), or
+            values (M, P).
+        values_M: original content: tokens (M,), by cross entropy (BERT, Devlin et al. 2019), or
+            pixels of a patch or frames of a stack (M, P), by squared error (MAE, He et al. 2022).
+        masked_BT: True at masked tokens, at least one per row.
     """
     predicted_M = _full(predicted_M)
     if values_M.is_floating_point():
@@ -111,5 +147,5 @@ def masked_rows(predicted_M: Tensor, values_M: Tensor, masked_BT: Tensor) -> Ten
 
 
 def _full(x: Tensor) -> Tensor:
-    """bf16 and half become float32; float32 and float64 stay."""
+    """Convert bf16 and half to float32; keep float32 and float64."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

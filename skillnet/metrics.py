@@ -1,8 +1,8 @@
-"""Metrics on arrays: classification, sequences, retrieval, and bootstrap intervals for them.
+"""Metrics on arrays: classification, sequences, retrieval, and bootstrap intervals.
 
-Every metric comes in two steps, so that intervals need nothing new: values per row (hits,
-distances, ranks), and a statistic of rows (mean, ratio of sums, macro-F1, median), which
-:func:`bootstrap_interval` takes as it is. Rates are fractions in [0, 1], not per cent.
+Every metric has two steps. The first gives values per row (hits, distances, ranks). The second
+is a statistic of rows (mean, ratio of sums, macro-F1, median). :func:`bootstrap_interval` takes
+any such statistic. Rates are fractions in [0, 1], not percentages.
 
 Shapes: N rows, Q queries, C candidates, E embedding width, B batch, T tokens, S symbols.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 Statistic = Callable[[NDArray], float]
 
 
-class Interval(NamedTuple):
-    """A figure and the bounds of its bootstrap interval, in the figure's own unit."""
+class ConfidenceInterval(NamedTuple):
+    """Value of a metric and the bounds of its bootstrap interval, in the unit of the metric."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 def macro_f1_of_rows(pairs_N2: NDArray) -> float:
-    """Macro-F1 of rows (predicted class, right class): a statistic for the bootstrap."""
+    """Compute macro-F1 of rows (predicted class, true class), a statistic for the bootstrap."""
     predicted, right = pairs_N2[:, 0], pairs_N2[:, 1]
     size = int(pairs_N2.max()) + 1
     hits = np.bincount(right[predicted == right], minlength=size)
@@ -45,7 +45,16 @@ def macro_f1_of_rows(pairs_N2: NDArray) -> float:
 def edit_distances(
     hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]], block: int = 4096
 ) -> NDArray[np.int64]:
-    """Levenshtein distance of each pair, in symbols, (N,). ``block`` pairs are done at once."""
+    """Compute the Levenshtein distance of each pair, in symbols, (N,).
+
+    Args:
+        hypotheses: N sequences of symbols.
+        references: N sequences of symbols.
+        block: pairs that are computed at once.
+
+    Raises:
+        ValueError: different numbers of hypotheses and references.
+    """
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses do not pair {len(references)} references")
     starts = range(0, len(references), block)
@@ -57,14 +66,14 @@ def _edit_block(hypotheses: Sequence[Sequence[int]], references: Sequence[Sequen
     said, said_lengths = _padded(hypotheses)
     right, right_lengths = _padded(references)
     columns = np.arange(right.shape[1] + 1)
-    # One row of each pair's table at a time; tables[n, j] compares with the first j symbols.
+    # One row of the dynamic program of every pair; column j compares with the first j symbols.
     tables = np.tile(columns, (len(said), 1))
     for i in range(said.shape[1]):
         new = np.empty_like(tables)
         new[:, 0] = i + 1
         wrong = right != said[:, i : i + 1]
         np.minimum(tables[:, :-1] + wrong, tables[:, 1:] + 1, out=new[:, 1:])
-        # A run of insertions costs its length: a running minimum stands for the inner loop.
+        # A run of insertions costs its length, so a running minimum replaces the inner loop.
         new = np.minimum.accumulate(new - columns, axis=1) + columns
         tables = np.where((i < said_lengths)[:, None], new, tables)
     return tables[np.arange(len(said)), right_lengths]
@@ -81,13 +90,23 @@ def _padded(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDAr
 def error_counts(
     hypotheses: Sequence[Sequence[int]], references: Sequence[Sequence[int]]
 ) -> NDArray[np.int64]:
-    """(distance, reference length) of each pair, (N, 2): rows for :func:`ratio_of_sums`."""
+    """Return (distance, reference length) of each pair, (N, 2): rows for :func:`ratio_of_sums`.
+
+    Args:
+        hypotheses: N sequences of symbols.
+        references: N sequences of symbols.
+    """
     lengths = np.array([len(reference) for reference in references], np.int64)
     return np.stack([edit_distances(hypotheses, references), lengths], 1)
 
 
 def greedy_symbols(log_probs_BTS: Tensor, lengths_B: Tensor) -> list[list[int]]:
-    """Best path of CTC outputs: the likeliest symbol of each token, repeats merged, no blanks."""
+    """Decode CTC outputs by their best path: repeats are merged and blanks removed.
+
+    Args:
+        log_probs_BTS: log probabilities; symbol 0 is the blank.
+        lengths_B: tokens of each row.
+    """
     paths = zip(log_probs_BTS.argmax(-1).tolist(), lengths_B.tolist(), strict=True)
     merged = ([symbol for symbol, _ in groupby(path[:length])] for path, length in paths)
     return [[symbol for symbol in path if symbol] for path in merged]
@@ -96,7 +115,7 @@ def greedy_symbols(log_probs_BTS: Tensor, lengths_B: Tensor) -> list[list[int]]:
 # -- retrieval -----------------------------------------------------------------------------
 
 
-def identities(groups: ArrayLike | Tensor) -> NDArray[np.int64]:
+def unique_group_ids(groups: ArrayLike | Tensor) -> NDArray[np.int64]:
     """Groups with -1 ("no group") replaced by a negative number of each row's own, (N,)."""
     array = _array(groups).astype(np.int64)
     return np.where(array < 0, -1 - np.arange(len(array)), array)
@@ -109,19 +128,20 @@ def retrieval_ranks(
     candidate_ids: ArrayLike | Tensor,
     block: int = 2048,
 ) -> NDArray[np.int64]:
-    """Rank, from 1, of each query's best right candidate among all wrong ones, (Q,).
+    """Compute the rank, from 1, of the best correct candidate of each query among wrong ones, (Q,).
 
-    A candidate is right if its id equals the query's. Other right candidates do not push the
-    best one down. Ties are counted against us: a wrong candidate with the same similarity
-    stands before the right one, so a model that maps everything to one point ranks last.
+    A candidate is correct if its id equals the id of the query. Other correct candidates do not
+    lower the rank. Ties count against the model: a wrong candidate with the same similarity ranks
+    first, so a model that maps everything to one point ranks last.
 
     Args:
         query_QE, candidate_CE: embeddings; similarity is their dot product.
-        query_ids, candidate_ids: integers, (Q,) and (C,). See :func:`identities`.
-        block: at most block x block similarities are held at once.
+        query_ids, candidate_ids: integers, (Q,) and (C,). See :func:`unique_group_ids`.
+        block: at most block x block similarities are in memory at once.
 
     Raises:
-        ValueError: a query whose id no candidate carries, NaNs, or sizes that do not fit.
+        ValueError: a query without a correct candidate, values that are not finite, or sizes that
+            do not fit.
     """
     query, candidate = torch.as_tensor(query_QE), torch.as_tensor(candidate_CE)
     left, right = torch.as_tensor(_array(query_ids)), torch.as_tensor(_array(candidate_ids))
@@ -131,7 +151,7 @@ def retrieval_ranks(
             f"{len(right)} ids"
         )
     if not torch.isfinite(query).all() or not torch.isfinite(candidate).all():
-        raise ValueError("embeddings hold values that are not finite; ranks would mean nothing")
+        raise ValueError("embeddings hold values that are not finite; ranks would be meaningless")
     alone = ~np.isin(left.numpy(), right.numpy())
     if alone.any():
         raise ValueError(f"{alone.sum()} queries have no right candidate, e.g. {left[alone][0]}")
@@ -145,7 +165,7 @@ def retrieval_ranks(
 def _rank_block(
     query: Tensor, candidate: Tensor, left: Tensor, right: Tensor, block: int
 ) -> Tensor:
-    """Two passes over the candidates: the best right one's similarity, then who beats it."""
+    """Rank a block of queries in two passes: the best correct candidate, then its winners."""
     best = torch.full((len(query), 1), -torch.inf, dtype=query.dtype)
     for part, ids in zip(candidate.split(block), right.split(block), strict=True):
         right_ones = (query @ part.T).masked_fill(left[:, None] != ids, -torch.inf)
@@ -157,7 +177,7 @@ def _rank_block(
 
 
 def median_rank(ranks: NDArray) -> float:
-    """Median rank; half a rank is possible with an even number of queries."""
+    """Return the median rank; an even number of queries can give half a rank."""
     return float(np.median(ranks))
 
 
@@ -165,7 +185,7 @@ def median_rank(ranks: NDArray) -> float:
 
 
 def ratio_of_sums(rows_N2: NDArray) -> float:
-    """Sum of the first column over that of the second: a micro average. NaN for an empty sum."""
+    """Divide the sum of column 0 by that of column 1 (a micro average); NaN for an empty sum."""
     above, below = rows_N2.sum(0)
     return float(above / below) if below else float("nan")
 
@@ -177,18 +197,18 @@ def bootstrap_interval(
     samples: int = 1000,
     level: float = 0.95,
     clusters: ArrayLike | Tensor | None = None,
-) -> Interval:
-    """A statistic of rows and its percentile bootstrap interval (source: Efron, 1979).
+) -> ConfidenceInterval:
+    """Compute a statistic of rows and its percentile bootstrap interval (source: Efron 1979).
 
     Args:
         values: one row per example, (N,) or (N, k).
-        statistic: rows -> figure: ``np.mean`` of hits, :func:`median_rank`,
+        statistic: maps rows to a number: ``np.mean`` of hits, :func:`median_rank`,
             :func:`ratio_of_sums` of :func:`error_counts`, :func:`macro_f1_of_rows`.
         seed: of the resampling; the same seed gives the same interval.
-        samples: number of resamplings.
-        level: share of resamplings between the bounds.
-        clusters: (N,) labels; rows of one cluster (a speaker, a package) are drawn together,
-            which widens the interval where they resemble each other.
+        samples: number of resamples.
+        level: share of resamples between the bounds.
+        clusters: (N,) labels. Rows of one cluster (a speaker, a package) are drawn together, which
+            widens the interval if they are similar.
 
     Raises:
         ValueError: no rows, or clusters of another length.
@@ -201,7 +221,7 @@ def bootstrap_interval(
     figures = [statistic(rows[draw(generator)]) for _ in range(samples)]
     tail = (1 - level) / 2
     low, high = np.nanquantile(figures, [tail, 1 - tail])
-    return Interval(float(statistic(rows)), float(low), float(high))
+    return ConfidenceInterval(float(statistic(rows)), float(low), float(high))
 
 
 def _drawer(

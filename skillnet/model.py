@@ -1,4 +1,4 @@
-"""SkillNet: stems, encoder and heads, and which file each of its parameters belongs to.
+"""SkillNet: stems, encoder and heads, and the file of each parameter.
 
 Shapes: B batch, T tokens, D model width, E width of the retrieval space.
 """
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder
-from skillnet.multitask_model import Batch, TaskModel, Tokens, mean
+from skillnet.flops import task_flops
+from skillnet.multitask_model import Batch, TaskModel, Tokens, mean_pool
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet.stems import STEMS, TokenStem
 
 
 class SkillNet(TaskModel):
-    """One sparsely activated encoder for all tasks of its configuration.
+    """Sparsely activated encoder for all tasks of its configuration.
 
-    Only the stems that some task reads through are built, so a model of one task is as small
-    as what that task activates.
+    Only stems that a task reads are built. A model of one task is therefore as small as the part
+    that the task activates.
     """
 
     system = "skillnet"
@@ -36,7 +37,18 @@ class SkillNet(TaskModel):
     # -- running ---------------------------------------------------------------------------
 
     def tokens(self, batch: Batch, plan: SkillPlan) -> Tokens:
-        """Encoded tokens (B, T, D) and their mask (B, T), None where every token is real."""
+        """Encode a batch with a plan.
+
+        Args:
+            batch: input tensors; see :meth:`encode`.
+            plan: active skills and modality.
+
+        Returns:
+            Tokens (B, T, D) and their mask (B, T), None if every token is real.
+
+        Raises:
+            ValueError: the model lacks the stem or a skill of the plan.
+        """
         if plan.stem not in self.stems:
             raise ValueError(
                 f"this model has no {plan.stem!r} stem for {plan.modality}; it was built or "
@@ -47,33 +59,32 @@ class SkillNet(TaskModel):
         return self.encoder(x_BTD, plan.skills, mask_BT), mask_BT
 
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
-        """Encoded tokens of a task's tower, with that tower's plan; see :meth:`tokens`."""
+        """Encode the input of a task's tower with the plan of the tower; see :meth:`tokens`."""
         return self.tokens(batch, find_task(task, self.config.tasks).towers[tower])
 
     def token_embedding(self, task: str, tower: str) -> Tensor:
-        """Embedding (V, D) of the token stem that the tower reads through."""
+        """Return the embedding (V, D) of the token stem that the tower reads."""
         stem = self.stems[find_task(task, self.config.tasks).towers[tower].stem]
         assert isinstance(stem, TokenStem)
         return stem.embedding.weight
 
     def encode(self, batch: Batch, plan: SkillPlan) -> Tensor:
-        """Mean of the encoded real tokens, (B, D).
+        """Encode a batch and average its real tokens, (B, D).
 
         Args:
-            batch: ``tokens`` (B, T) for text and code; ``log_mel`` (B, N, M) and ``frames``
-                (B,) for sound; ``pixels`` (B, H, W, 3) for pictures; ``frames``
-                (B, N, H, W, C) for clips.
-            plan: the skills to activate and the modality to read.
+            batch: ``tokens`` (B, T) for text and code; ``log_mel`` (B, N, M) and ``frames`` (B,)
+                for sound; ``pixels`` (B, H, W, 3) for images; ``frames`` (B, N, H, W, C) for video.
+            plan: active skills and modality.
 
         Raises:
-            ValueError: a skill or a stem that this model lacks, or inputs of the wrong size.
+            ValueError: the model lacks a skill or stem of the plan, or an input has the wrong size.
         """
-        return mean(*self.tokens(batch, plan))
+        return mean_pool(*self.tokens(batch, plan))
 
     # -- ownership -------------------------------------------------------------------------
 
-    def owner(self, name: str) -> str:
-        """File of a parameter: ``shared``, ``skill-NAME``, ``stem-NAME`` or ``head-TASK``."""
+    def file_of(self, name: str) -> str:
+        """Return ``shared``, ``skill-NAME``, ``stem-NAME`` or ``head-TASK`` of a parameter."""
         parts = name.split(".")
         if parts[0] == "stems":
             return f"stem-{parts[1]}"
@@ -83,8 +94,8 @@ class SkillNet(TaskModel):
             return f"skill-{parts[-1]}"
         return "shared"
 
-    def needs(self, task: str) -> set[str]:
-        """Files of what a task activates."""
+    def required_files(self, task: str) -> set[str]:
+        """Return the files of all skills, stems and heads that a task activates."""
         spec = find_task(task, self.config.tasks)
         return {
             "shared",
@@ -93,29 +104,27 @@ class SkillNet(TaskModel):
             *(f"stem-{name}" for name in spec.stems),
         }
 
-    def touches(self, name: str, task: str) -> bool:
-        """True for what the task's plans, stems and head read."""
+    def uses_parameter(self, name: str, task: str) -> bool:
+        """Return whether the plans, stems or head of a task read a parameter."""
         spec = find_task(task, self.config.tasks)
-        return self.owner(name) in self.needs(task) and not _other_modality(name, spec)
+        return self.file_of(name) in self.required_files(task) and not _other_modality(name, spec)
 
     def flops(self, task: str, lengths: Mapping[str, int] | None = None) -> tuple[int, int]:
-        """By closed formulas; tests hold them equal to what torch counts."""
-        from skillnet.flops import task_flops
-
+        """Compute the forward cost by closed formulas; tests compare them with torch's counter."""
         return task_flops(self, task, lengths)
 
     # -- files -----------------------------------------------------------------------------
 
     @classmethod
     def config_for(cls, config: SkillNetConfig, task: str) -> SkillNetConfig:
-        """One task and only the skills that it activates."""
+        """Return the configuration with one task and only the skills that it activates."""
         spec = find_task(task, config.tasks)
         kept = tuple(name for name in config.skills if name in spec.skills)
         return dataclasses.replace(config, skills=kept, tasks={task: spec})
 
 
 def _other_modality(name: str, task: Task) -> bool:
-    """True for the modality vectors of the token stem that the task does not read."""
+    """Return whether a parameter is a modality vector that the task does not read."""
     parts = name.split(".")
     return (
         parts[:1] == ["stems"]

@@ -1,7 +1,8 @@
-"""The face that every compared system has: tasks in, outputs out, and who owns which weight.
+"""Base class of all compared systems: multi-task forward pass and parameter-to-file mapping.
 
-SkillNet, the dense and mixture-of-experts baselines and the specialists are each one module of
-this kind, so that they share the stream, the training loop, checkpoints and evaluation.
+SkillNet, the dense and mixture-of-experts baselines and the specialists subclass
+:class:`TaskModel`. They therefore share the data loader, the training loop, checkpoints and
+evaluation. :func:`skillnet.systems.load_model` reads a saved model of any system.
 
 Shapes: B batch, T tokens, D model width, C classes, S symbols, E width of the retrieval space,
 M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
@@ -12,28 +13,26 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from skillnet.config import SkillNetConfig
+from skillnet.flops import count_flops
 from skillnet.heads import HEADS, MaskedHead, RetrievalHead
+from skillnet.layers import require_unused_name
 from skillnet.serialization import (
-    _said,
     check_file,
+    describe_error,
     load_tensors,
     read_config,
     read_manifest,
-    shapes,
+    read_tensor_shapes,
     write_manifest,
     write_parts,
 )
-from skillnet.skills import find_task
-
-if TYPE_CHECKING:
-    from skillnet.systems import System
-
+from skillnet.skills import find_task, nearest_hint
 
 Batch = dict[str, Tensor]
 Tokens = tuple[Tensor, Tensor | None]
@@ -46,19 +45,22 @@ class NoOptions:
 
 
 class TaskModel(nn.Module):
-    """A model of several tasks, each with a head of its own.
+    """Model of several tasks with one head per task.
 
-    A subclass says how a tower's input becomes tokens (:meth:`tower_tokens`) and which
-    parameters a task touches (:meth:`file_of`, :meth:`touches`).
+    A subclass defines how the input of a tower becomes tokens (:meth:`tower_tokens`), which file
+    stores a parameter (:meth:`file_of`) and which tasks use it (:meth:`uses_parameter`).
 
     Args:
-        config: sizes of inputs and widths, and the tasks.
-        options: what else shapes the model, as the system's dataclass; written beside the
-            weights.
+        config: sizes of inputs and layers, and the tasks.
+        options: further options of the system, an instance of :attr:`options_class`. They are
+            saved with the weights.
     """
 
     #: Name of the system in ``skillnet.systems``.
     system: ClassVar[str]
+
+    #: Dataclass of the options; its ``__post_init__`` validates them.
+    options_class: ClassVar[type] = NoOptions
 
     def __init__(self, config: SkillNetConfig, options: Any = None) -> None:
         super().__init__()
@@ -66,28 +68,59 @@ class TaskModel(nn.Module):
         self.options: dict[str, Any] = dataclasses.asdict(options or NoOptions())
         self.heads = nn.ModuleDict()
 
-    def add_heads(self) -> None:
-        """Build the heads of all tasks; a subclass calls it last in its constructor."""
-        from skillnet.layers import check_free
+    @classmethod
+    def parse_options(cls, given: Mapping[str, Any] | None) -> Any:
+        """Build the options of the system from plain values.
 
+        Args:
+            given: option name -> value; None means all defaults.
+
+        Returns:
+            An instance of :attr:`options_class`.
+
+        Raises:
+            ValueError: an unknown option, with the nearest valid name, or an invalid value.
+        """
+        known = [field.name for field in dataclasses.fields(cls.options_class)]
+        for key in given or {}:
+            if key not in known:
+                hint = nearest_hint(key, known) if known else "; it has none"
+                raise ValueError(f"system {cls.system}: unknown option {key!r}{hint}")
+        return cls.options_class(**(given or {}))
+
+    def add_heads(self) -> None:
+        """Build the heads of all tasks. Subclasses call this last in their constructor."""
         for name, task in self.config.tasks.items():
-            check_free(self.heads, name, "task")
+            require_unused_name(self.heads, name, "task")
             self.heads[name] = HEADS[task.objective](self.config, task)
 
-    # -- running ---------------------------------------------------------------------------
+    # -- forward pass ----------------------------------------------------------------------
 
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
-        """Encoded tokens (B, T, D) of a task's tower, and their mask (B, T) or none."""
+        """Encode the input of one tower.
+
+        Args:
+            task: name of the task.
+            tower: ``input``, ``query`` or ``candidate``.
+            batch: input tensors of the tower.
+
+        Returns:
+            Tokens (B, T, D), and their mask (B, T), or None if every token is real.
+        """
         raise NotImplementedError
 
     def forward(self, task: str, towers: dict[str, Batch]) -> Outputs:
-        """Run a task on the batches of its towers.
+        """Run a task on one batch per tower.
+
+        Args:
+            task: name of the task.
+            towers: tower name -> input tensors.
 
         Returns:
             classification: ``logits`` (B, C). ctc: ``log_probs`` (B, T, S + 1) and ``lengths``
             (B,). retrieval: ``query`` and ``candidate`` (B, E), unit length, and ``scale`` ().
-            masked: ``predicted`` (M, V) for text and code, else (M, P), at the tokens that the
-            batch's ``masked`` (B, T) names, row by row; without it, at every real token.
+            masked: ``predicted`` (M, V) for text and code, otherwise (M, P), in row-major order
+            of the tokens in the batch's ``masked`` (B, T), or of all real tokens without it.
         """
         spec = find_task(task, self.config.tasks)
         head = self.heads[task]
@@ -99,7 +132,7 @@ class TaskModel(nn.Module):
             }
         x_BTD, mask_BT = self.tower_tokens(task, "input", towers["input"])
         if spec.objective == "classification":
-            return {"logits": head(mean(x_BTD, mask_BT))}
+            return {"logits": head(mean_pool(x_BTD, mask_BT))}
         if isinstance(head, MaskedHead):
             masked_BT = towers["input"].get("masked", mask_BT)
             x_MD = x_BTD.flatten(0, 1) if masked_BT is None else x_BTD[masked_BT]
@@ -112,98 +145,118 @@ class TaskModel(nn.Module):
         return {"log_probs": head(x_BTD), "lengths": lengths_B}
 
     def embed(self, task: str, tower: str, batch: Batch) -> Tensor:
-        """Unit vectors (B, E) of one tower of a retrieval task."""
+        """Return the unit vectors (B, E) of one tower of a retrieval task.
+
+        Args:
+            task: name of a retrieval task.
+            tower: ``query`` or ``candidate``.
+            batch: input tensors of the tower.
+
+        Raises:
+            ValueError: an unknown task or tower, or a task of another objective.
+        """
         spec = find_task(task, self.config.tasks)
         if spec.objective != "retrieval":
             raise ValueError(f"{task} is a {spec.objective} task: it has no retrieval space")
         if tower not in spec.towers:
             raise ValueError(f"{task} has the towers query and candidate, not {tower!r}")
-        return self.heads[task](mean(*self.tower_tokens(task, tower, batch)), tower)
+        return self.heads[task](mean_pool(*self.tower_tokens(task, tower, batch)), tower)
 
     def token_embedding(self, task: str, tower: str) -> Tensor:
-        """Embedding (V, D) of the tokens that a tower reads; masked tokens are predicted by it.
+        """Return the token embedding (V, D) of a tower; it also predicts masked tokens.
+
+        Args:
+            task: name of the task.
+            tower: name of the tower.
 
         Raises:
-            ValueError: this system has none that it can give.
+            ValueError: the system has no token embedding to share.
         """
         raise ValueError(f"the system {self.system!r} cannot predict masked tokens ({task})")
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Losses, besides the task's, of the last forward pass; added to it in training."""
+        """Return further losses of the last forward pass, added to the task's loss in training."""
         return {}
 
     def statistics(self) -> dict[str, float]:
-        """Numbers about the last forward pass for the record, such as the load of experts."""
+        """Return metrics of the last forward pass for logging, such as the load of experts."""
         return {}
 
-    # -- ownership -------------------------------------------------------------------------
+    # -- parameters and files --------------------------------------------------------------
 
-    def owner(self, name: str) -> str:
-        """File of a parameter, such as ``head-TASK``, without its ending."""
+    def file_of(self, name: str) -> str:
+        """Return the file of a parameter, such as ``head-TASK``, without its suffix."""
         raise NotImplementedError
 
-    def touches(self, name: str, task: str) -> bool:
-        """Whether a task reads (and its training may change) a parameter."""
+    def uses_parameter(self, name: str, task: str) -> bool:
+        """Return whether a task reads a parameter. Only then can training it change the value."""
         raise NotImplementedError
 
-    def needs(self, task: str) -> set[str]:
-        """Files that hold what a task touches."""
-        return {self.owner(n) for n, _ in self.named_parameters() if self.touches(n, task)}
+    def required_files(self, task: str) -> set[str]:
+        """Return the files of all parameters that a task uses."""
+        return {
+            self.file_of(name)
+            for name, _ in self.named_parameters()
+            if self.uses_parameter(name, task)
+        }
 
     def files_of(self, task: str | None = None) -> dict[str, list[str]]:
-        """File -> names of its parameters; only what one task touches, if it is given."""
-        wanted = None if task is None else self.needs(task)
+        """Return file -> names of its parameters, restricted to the files of a task if given."""
+        wanted = None if task is None else self.required_files(task)
         files: dict[str, list[str]] = {}
         for name, _ in self.named_parameters():
-            file = self.owner(name)
+            file = self.file_of(name)
             if wanted is None or file in wanted:
                 files.setdefault(file, []).append(name)
         return files
 
     def active_parameters(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and tensor of every parameter that the task touches, in forward order."""
+        """Yield name and tensor of every parameter that a task uses, in forward order."""
         find_task(task, self.config.tasks)
         for name, parameter in self.named_parameters():
-            if self.touches(name, task):
+            if self.uses_parameter(name, task):
                 yield name, parameter
 
     def activated_parameters(self, task: str) -> int:
-        """Number of parameters that one example of a task reads."""
+        """Return the number of parameters that one example of a task reads."""
         return sum(p.numel() for _, p in self.active_parameters(task))
 
     def flops(self, task: str, lengths: Mapping[str, int] | None = None) -> tuple[int, int]:
-        """(floating-point operations, tokens) of one example of a task, forward."""
-        from skillnet.flops import count_flops
+        """Return the forward cost of one example: (floating-point operations, tokens).
 
+        Args:
+            task: name of the task.
+            lengths: tower -> length of its input; the longest supported input by default.
+        """
         return count_flops(self, task, lengths)
 
-    def forget(self, task: str) -> None:
-        """Drop what only this task, which was removed from the configuration, needs."""
+    def drop_task(self, task: str) -> None:
+        """Delete the parameters that only this task uses, after it left the configuration."""
         del self.heads[task]
 
-    # -- files -----------------------------------------------------------------------------
+    # -- saving and loading ----------------------------------------------------------------
 
     @classmethod
     def config_for(cls, config: SkillNetConfig, task: str) -> SkillNetConfig:
-        """The configuration of a model that can do one task and holds nothing else."""
+        """Return the configuration of a model that supports only one task."""
         return dataclasses.replace(config, tasks={task: find_task(task, config.tasks)})
 
     @torch.no_grad()
-    def adopt(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Start from the weights of a pretrained model of the same system.
+    def load_partial(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Initialize parameters from a pretrained model of the same system.
 
         Args:
-            tensors: parameter name -> weights.
+            tensors: parameter name of the pretrained model -> weights.
 
         Returns:
-            Names of the parameters that keep their fresh values.
+            Names of the parameters without a counterpart; they keep their values.
 
         Raises:
-            ValueError: a tensor of another shape; names it.
+            ValueError: a tensor has another shape.
         """
         fresh = []
         for name, parameter in self.named_parameters():
-            source = tensors.get(self.counterpart(name, tensors))
+            source = tensors.get(self.source_name(name, tensors))
             if source is None:
                 fresh.append(name)
             elif source.shape != parameter.shape:
@@ -215,119 +268,124 @@ class TaskModel(nn.Module):
                 parameter.copy_(source)
         return fresh
 
-    def counterpart(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """Name, in a pretrained model, of what a parameter starts from."""
+    def source_name(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Return the name, in a pretrained model, of the parameter that initializes ``name``."""
         return name
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write one safetensors file per owner, a configuration and hashes."""
-
-        save(self, Path(path))
+        """Write the configuration, one safetensors file per group of weights, and a manifest."""
+        save_model(self, Path(path))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, task: str | None = None) -> Self:
-        """Read a saved model; with ``task`` only the files of what that task touches.
+        """Read a saved model of this system, in evaluation mode.
+
+        Args:
+            path: directory of the saved model.
+            task: read only the files that this task uses.
 
         Raises:
-            ValueError: files that are missing, altered or do not fit; an unknown task; a model
-                of another system.
+            ValueError: missing, altered or invalid files; an unknown task; a model of another
+                system; weights that do not fit the configuration. The shapes are compared
+                before memory for the weights is allocated.
         """
-
-        model = load(Path(path), task)
-        if not isinstance(model, cls):
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        config, system, options = read_config(folder, manifest)
+        if system != cls.system:
             raise ValueError(
-                f"{path} holds a model of the system {model.system!r}, not {cls.system!r}; "
-                "skillnet.systems.load reads any"
+                f"{folder} holds a model of the system {system!r}, not {cls.system!r}; "
+                "skillnet.systems.load_model reads any"
             )
-        return model
+        if isinstance(options, dict) and options.get("download"):
+            options = options | {"download": False}  # loading a model downloads nothing
+        if task is not None:
+            config = cls.config_for(config, task)
+        # A few bytes of configuration can request any amount of memory. The file sizes cannot.
+        with torch.device("meta"):
+            _check_shapes(folder, cls._build(folder, config, options), manifest)
+        model = cls._build(folder, config, options)
+        dtype = None
+        for file in model.files_of():
+            tensors = load_tensors(folder / f"{file}.safetensors")
+            kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
+            if len(kinds) > 1:
+                raise ValueError(f"{folder / file}.safetensors: weights of several types: {kinds}")
+            (dtype,) = kinds
+            model.to(dtype).load_state_dict(tensors, strict=False)
+        return model.eval()
+
+    @classmethod
+    def _build(cls, folder: Path, config: SkillNetConfig, options: Any) -> Self:
+        try:
+            return cls(config, cls.parse_options(options))
+        except Exception as error:  # any library that a system builds its encoders with
+            raise ValueError(
+                f"{folder / 'config.json'}: cannot build a {cls.system} model from it: "
+                f"{describe_error(error)}"
+            ) from error
 
 
-def mean(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Mean over real tokens, (B, D). A row without a real token gives zeros."""
+def mean_pool(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Average the real tokens, (B, T, D) -> (B, D). A row without real tokens gives zeros.
+
+    Args:
+        x_BTD: encoded tokens.
+        mask_BT: True at real tokens; None if all are real.
+    """
     if mask_BT is None:
         return x_BTD.mean(1)
     weights_BT1 = mask_BT[..., None].to(x_BTD.dtype)
-    # No matrix product: autocast would round what is pooled to bf16.
+    # Not a matrix product: autocast would round the pooled vector to bf16.
     return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
 
 
-def save(model: "TaskModel", path: Path) -> None:
-    """Write a model whole or not at all; an older model at the same path is replaced."""
+def save_model(model: TaskModel, path: Path) -> None:
+    """Write a model atomically; replace an older model at the same path.
+
+    Args:
+        model: any system.
+        path: directory to write; its parents are created.
+
+    Raises:
+        ValueError: the path exists and is not a saved model.
+    """
     foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
     if foreign or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} exists and is not a saved model; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        aside.mkdir()
-        write_manifest(aside, write_parts(model, aside))
+        partial.mkdir()
+        write_manifest(partial, write_parts(model, partial))
         if path.exists():
             old = path.with_name(f"{path.name}.old-{os.getpid()}")
             path.rename(old)
             try:
-                aside.rename(path)
+                partial.rename(path)
             except BaseException:
                 old.rename(path)
                 raise
             shutil.rmtree(old)
         else:
-            aside.rename(path)
+            partial.rename(path)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def load(path: Path, task: str | None = None) -> "TaskModel":
-    """Read a saved model of any system, or only what one task of it touches.
-
-    Raises:
-        ValueError: files that are missing, altered, or are not what their names say; weights
-            that do not fit the configuration, before memory for it is taken.
-    """
-    from skillnet.systems import find_system
-
-    manifest = read_manifest(path)
-    config, name, options = read_config(path, manifest)
-    system = find_system(name)
-    if isinstance(options, dict) and options.get("download"):
-        options = options | {"download": False}  # reading a model fetches nothing
-    if task is not None:
-        config = system.model.config_for(config, task)
-    # A few bytes of configuration can ask for any amount of memory; the weights come with a file.
-    with torch.device("meta"):
-        _check_shapes(path, _made(path, system, config, options), manifest)
-    model = _made(path, system, config, options)
-    dtype = None
-    for file in model.files_of():
-        tensors = load_tensors(path / f"{file}.safetensors")
-        kinds = {tensor.dtype for tensor in tensors.values()} | ({dtype} if dtype else set())
-        if len(kinds) > 1:
-            raise ValueError(f"{path / file}.safetensors: weights of several types: {kinds}")
-        (dtype,) = kinds
-        model.to(dtype).load_state_dict(tensors, strict=False)
-    return model.eval()
-
-
-def _made(path: Path, system: "System", config: SkillNetConfig, options: Any) -> "TaskModel":
-    try:
-        return system.model(config, system.read_options(options))
-    except Exception as problem:  # of whichever library the system builds with
-        raise ValueError(
-            f"{path / 'config.json'}: no {system.name} model can be made of it: {_said(problem)}"
-        ) from problem
-
-
-def _check_shapes(path: Path, model: "TaskModel", manifest: dict[str, Any]) -> None:
-    """ValueError unless the files of a model hold its weights, by their headers."""
+def _check_shapes(folder: Path, model: TaskModel, manifest: dict[str, Any]) -> None:
+    """Raise ValueError unless the headers of a model's files name its weights and shapes."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for file, names in model.files_of().items():
-        place = check_file(path, f"{file}.safetensors", manifest)
-        found = shapes(place)
+        path = check_file(folder, f"{file}.safetensors", manifest)
+        found = read_tensor_shapes(path)
         if found.keys() != set(names):
-            raise ValueError(f"{place} holds other weights than its config says")
-        for name, shape in found.items():
-            if shape != wanted[name]:
+            raise ValueError(f"{path} holds other weights than its config says")
+        for name in names:
+            if found[name] != wanted[name]:
                 raise ValueError(
-                    f"{place} does not fit its config: {name} is {shape}, expected {wanted[name]}"
+                    f"{path} does not fit its config: {name} is {found[name]}, "
+                    f"expected {wanted[name]}"
                 )

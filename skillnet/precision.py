@@ -1,4 +1,4 @@
-"""Number formats: where to compute in bf16, and in what the weights live."""
+"""Number formats: bf16 autocast, and the type of the weights."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -8,33 +8,43 @@ import torch
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Weights' type and autocast of a run; ``name`` is bf16, fp32 or fp64."""
+class ComputePrecision:
+    """Type of the weights and autocast of a run.
+
+    Args:
+        name: ``bf16``, ``fp32`` or ``fp64``.
+        device: where the run computes.
+    """
 
     name: str
     device: torch.device
 
     @property
     def weights(self) -> torch.dtype:
-        """Type of weights, gradients and optimiser state."""
+        """Type of weights, gradients and optimizer state."""
         return torch.float64 if self.name == "fp64" else torch.float32
 
     def autocast(self) -> AbstractContextManager:
-        """Context in which the model's forward pass runs."""
+        """Return the context in which the forward pass of the model runs."""
         if self.name == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
 
-def choose(requested: str, device: torch.device) -> Precision:
-    """The precision asked for; ``auto`` is bf16 where it is native, fp32 elsewhere."""
+def choose_precision(requested: str, device: torch.device) -> ComputePrecision:
+    """Return the requested precision; ``auto`` is bf16 where the device supports it, else fp32.
+
+    Args:
+        requested: ``auto``, ``bf16``, ``fp32`` or ``fp64``.
+        device: where the run computes.
+    """
     if requested == "auto":
         requested = "bf16" if native_bf16(device) else "fp32"
-    return Precision(requested, device)
+    return ComputePrecision(requested, device)
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware."""
+    """Return whether the device multiplies bf16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     try:
@@ -45,5 +55,5 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def best_device() -> torch.device:
-    """The first GPU, else the CPU."""
+    """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,50 +1,51 @@
-"""A saved model: a folder with a safetensors file per skill, stem and head.
+"""Files of a saved model: one safetensors file per skill, stem and head, and a manifest.
 
-    config.json                 shape of the model
+    config.json                 sizes of the model, name and options of its system
     shared.safetensors          norms, and layers without skills
-    skill-NAME.safetensors      everything of one skill
-    stem-NAME.safetensors       everything of one stem
-    head-TASK.safetensors       everything of one task's head
-    manifest.json               size and sha256 of each of the above; written last
+    skill-NAME.safetensors      all weights of one skill
+    stem-NAME.safetensors       all weights of one stem
+    head-TASK.safetensors       all weights of the head of one task
+    manifest.json               size and sha256 of each file above; written last
 
-Other systems than SkillNet cut their weights into files in their own way (``owner``).
-
-The manifest makes the folder a model: a folder without one, or with a file that does not fit
-it, is refused.
+Other systems than SkillNet divide their weights into files in their own way (``file_of``). A
+directory without a manifest, or with a file that does not match it, is rejected. This module
+knows no model class: :mod:`skillnet.multitask_model` builds models from these files.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
 
-if TYPE_CHECKING:
-    from skillnet.multitask_model import TaskModel
-import struct
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: Bytes of a header; the longest of ours, of thousands of tensors, take a hundredth of it.
+#: Longest accepted header, in bytes. Headers of models with thousands of tensors take 1 % of it.
 LONGEST_HEADER = 32 * 2**20
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name.
+    """Read the tensors of a safetensors file.
+
+    Args:
+        path: of the file.
+        device: where to load them.
+
+    Returns:
+        Name -> tensor.
 
     Raises:
-        ValueError: naming the file: it is no safetensors file (a pickle with that name, say), or
-            it holds numbers that are no weights: whole numbers, infinities, not-a-number.
+        ValueError: the file is no safetensors file (a renamed pickle, for example), or a tensor is
+            not floating point or not finite.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path, device=device)
@@ -56,17 +57,17 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{path}: {name} is of type {tensor.dtype}, expected floating point")
-        # The sum of finite numbers may overflow: only then is it worth a look at each.
+        # The sum of finite numbers can overflow. Only then is each number checked.
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds infinities or not-a-number, so it is no weight")
     return tensors
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a safetensors file, from its header alone.
+def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read name -> shape of the tensors of a safetensors file, from its header.
 
     Raises:
-        ValueError: naming the file: its header is none.
+        ValueError: the file has no valid header.
     """
     try:
         with path.open("rb") as file:
@@ -93,13 +94,31 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 FORMAT = 1
 
 
+class SavableModel(Protocol):
+    """The part of a model that its files store."""
+
+    config: SkillNetConfig
+    options: dict[str, Any]
+    system: ClassVar[str]
+
+    def named_parameters(self) -> Any:
+        """Iterate over (name, parameter)."""
+
+    def files_of(self) -> dict[str, list[str]]:
+        """Return file -> names of its parameters."""
+
+
 def config_to_dict(config: SkillNetConfig) -> dict[str, Any]:
-    """Plain types only, ready for JSON or YAML."""
+    """Convert a model configuration to plain types, ready for JSON or YAML."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
-    """The inverse of :func:`config_to_dict`. ValueError for keys that do not exist."""
+    """Build a model configuration from plain types, the inverse of :func:`config_to_dict`.
+
+    Raises:
+        ValueError: unknown keys, or invalid values.
+    """
     known = {field.name for field in dataclasses.fields(SkillNetConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
@@ -119,14 +138,22 @@ def config_from_dict(values: dict[str, Any]) -> SkillNetConfig:
     return SkillNetConfig(**(rest | {"tasks": tasks}))
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_parts(model: "TaskModel", folder: Path) -> list[str]:
-    """Write the configuration and all weight files into a folder; returns their names."""
+def write_parts(model: SavableModel, folder: Path) -> list[str]:
+    """Write the configuration and all weight files of a model.
+
+    Args:
+        model: any system.
+        folder: existing directory.
+
+    Returns:
+        Names of the files.
+    """
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     written = ["config.json"]
     about = config_to_dict(model.config) | {"system": model.system, "options": model.options}
@@ -139,9 +166,15 @@ def write_parts(model: "TaskModel", folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path, files: list[str], **extra: Any) -> None:
-    """Write ``manifest.json`` with size and sha256 of each file; to disk before it returns."""
+    """Write ``manifest.json`` with size and sha256 of each file, and flush it to disk.
+
+    Args:
+        folder: directory of the files.
+        files: their names.
+        **extra: further entries.
+    """
     entries = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
         for name in sorted(files)
     }
     manifest = {"format": FORMAT, **extra, "files": entries}
@@ -153,11 +186,15 @@ def write_manifest(folder: Path, files: list[str], **extra: Any) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a saved model. ValueError if the folder has none or it is damaged."""
+    """Read the manifest of a saved model.
+
+    Raises:
+        ValueError: the directory has no manifest, or it is damaged or of another format.
+    """
     path = folder / "manifest.json"
     if not path.is_file():
         what = "does not exist" if not folder.exists() else "has no manifest.json"
-        raise ValueError(f"{folder} is not a whole saved model: it {what}")
+        raise ValueError(f"{folder} is not a complete saved model: it {what}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -177,9 +214,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_inside(manifest: Path | str, name: str, deep: bool = False) -> None:
-    """ValueError if a manifest names a file outside of its folder.
+    """Raise ValueError if a manifest names a file outside its directory.
 
-    Files of folders below count as outside too, unless ``deep``.
+    Args:
+        manifest: path of the manifest, for the message.
+        name: of the file.
+        deep: accept files in subdirectories.
     """
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") for part in parts) and not {"\\", "\0"} & set(name)
@@ -188,20 +228,40 @@ def check_inside(manifest: Path | str, name: str, deep: bool = False) -> None:
 
 
 def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
-    """Path of a file of a saved model, after its hash was compared with the manifest's."""
+    """Compare a file of a saved model with its manifest.
+
+    Args:
+        folder: directory of the saved model.
+        name: of the file.
+        manifest: from :func:`read_manifest`.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        ValueError: the file is missing, a link, or does not match size and hash.
+    """
     path = folder / name
     entry = manifest["files"].get(name)
     if entry is None or not path.is_file():
         raise ValueError(f"{folder} is incomplete: {name} is missing")
     if path.is_symlink():
         raise ValueError(f"{path} is a link; a saved model holds its files itself")
-    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+    if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
         raise ValueError(f"{path} was altered or cut short: it does not fit manifest.json")
     return path
 
 
 def read_about(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """``config.json`` of a saved model: its shape, the name of its system, options of that."""
+    """Read ``config.json`` of a saved model: sizes, and name and options of its system.
+
+    Args:
+        path: directory of the saved model.
+        manifest: from :func:`read_manifest`.
+
+    Raises:
+        ValueError: the file does not match the manifest, or is no JSON object.
+    """
     file = check_file(path, "config.json", manifest)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -213,16 +273,27 @@ def read_about(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: Path, manifest: dict[str, Any]) -> tuple[SkillNetConfig, str, dict[str, Any]]:
-    """(configuration, name of the system, its options) of a saved model."""
+    """Read the configuration of a saved model.
+
+    Args:
+        path: directory of the saved model.
+        manifest: from :func:`read_manifest`.
+
+    Returns:
+        (configuration, name of the system, options of the system).
+
+    Raises:
+        ValueError: the file does not match the manifest, or its values are invalid.
+    """
     values = read_about(path, manifest)
     system, options = values.pop("system", "skillnet"), values.pop("options", {})
     try:
         return config_from_dict(values), str(system), options
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise ValueError(f"{path / 'config.json'}: {_said(problem)}") from None
+        raise ValueError(f"{path / 'config.json'}: {describe_error(problem)}") from None
 
 
-def _said(problem: Exception) -> str:
-    """What an exception says, in one line that is never empty."""
+def describe_error(problem: Exception) -> str:
+    """Return the message of an exception in one line that is never empty."""
     words = " ".join(str(problem).split())
     return words if type(problem) is ValueError else f"{type(problem).__name__}: {words}"

@@ -1,6 +1,6 @@
-"""Skills, plans and tasks: which tower of which task activates which skills.
+"""Skills, plans and tasks: each tower of each task activates a set of skills.
 
-Pure Python, no torch. Source of the defaults, skill by skill: docs/skills.md.
+This module is pure Python without torch. docs/skills.md gives the source of each default.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,12 +34,15 @@ DEFAULT_SKILLS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class SkillPlan:
-    """What one tower activates.
+    """Set of skills that one tower activates, and the modality that it reads.
 
     Args:
-        skills: names of the active skills. Their order does not matter: it is kept sorted,
-            so that equal plans are equal and merged weights are cached once.
-        modality: what the tower reads; names the stem.
+        skills: names of the active skills. They are kept sorted, so that equal sets are equal plans
+            and merged weights are cached once per set.
+        modality: input of the tower; it selects the stem.
+
+    Raises:
+        ValueError: no skill, a repeated skill, or an unknown modality.
     """
 
     skills: tuple[str, ...]
@@ -61,22 +64,25 @@ class SkillPlan:
 
     @property
     def stem(self) -> str:
-        """Name of the stem that turns this tower's input into tokens."""
+        """Name of the stem that turns the input of this tower into tokens."""
         return STEM_OF[self.modality]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its objective and its towers.
+    """Objective and towers of a task.
 
     Classification, CTC and masked modelling have one tower, ``input``. Retrieval has two,
-    ``query`` and ``candidate``, each with a plan of its own.
+    ``query`` and ``candidate``, each with its own plan.
 
     Args:
-        objective: what the head computes and how its loss is made.
+        objective: determines the head and the loss.
         towers: tower name -> plan.
-        outputs: number of classes (classification) or of symbols without the blank (CTC);
-            ignored by retrieval and masked modelling.
+        outputs: number of classes (classification) or of symbols without the blank (CTC). Retrieval
+            and masked modelling ignore it.
+
+    Raises:
+        ValueError: an unknown objective, or towers or outputs that do not fit it.
     """
 
     objective: Objective
@@ -85,7 +91,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
-            hint = nearest(self.objective, get_args(Objective))
+            hint = nearest_hint(self.objective, get_args(Objective))
             raise ValueError(f"unknown objective {self.objective!r}{hint}")
         expected = {"query", "candidate"} if self.objective == "retrieval" else {"input"}
         if set(self.towers) != expected:
@@ -98,12 +104,12 @@ class Task:
 
     @property
     def skills(self) -> tuple[str, ...]:
-        """Every skill that some tower of the task activates, sorted."""
+        """All skills that at least one tower activates, sorted."""
         return tuple(sorted({name for plan in self.towers.values() for name in plan.skills}))
 
     @property
     def stems(self) -> tuple[str, ...]:
-        """Every stem that some tower of the task reads through, sorted."""
+        """All stems that at least one tower reads, sorted."""
         return tuple(sorted({plan.stem for plan in self.towers.values()}))
 
 
@@ -118,7 +124,7 @@ def _retrieval(modality: Modality) -> Task:
 
 
 def default_tasks() -> dict[str, Task]:
-    """The paper's five tasks with the default plans (docs/skills.md names each source)."""
+    """Return the paper's five tasks with the default plans (docs/skills.md names each source)."""
     return {
         "text_classification": Task(
             "classification", {"input": SkillPlan(("general", "text"), "text")}, outputs=15
@@ -133,7 +139,10 @@ def default_tasks() -> dict[str, Task]:
 
 
 def masked_tasks() -> dict[str, Task]:
-    """Self-supervised tasks, ``masked_<modality>``: each activates general and its modality."""
+    """Return the self-supervised tasks ``masked_<modality>``.
+
+    Each activates ``general`` and the skill of its modality.
+    """
     return {
         f"masked_{name}": Task("masked", {"input": SkillPlan(("general", name), name)})
         for name in MODALITIES
@@ -141,10 +150,17 @@ def masked_tasks() -> dict[str, Task]:
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Raise ValueError unless every name can name a file and an attribute, and all differ.
+    """Check that names can be parts of file names and of attributes, and differ.
 
-    Names become parts of file names and of parameter names: letters, digits and underscores,
-    no digit first, at most 64, distinct also where a file system ignores case.
+    Valid names have letters, digits and underscores, no digit first, at most 64 characters, and
+    differ also where a file system ignores case.
+
+    Args:
+        names: names of skills or tasks.
+        where: configuration key for the message.
+
+    Raises:
+        ValueError: an invalid or repeated name.
     """
     for name in names:
         if not isinstance(name, str) or not name.isidentifier() or name[0] == "_" or len(name) > 64:
@@ -161,21 +177,43 @@ def check_names(names: Sequence[str], where: str) -> None:
 
 
 def check_plan(plan: SkillPlan, skills: Sequence[str], where: str = "plan") -> None:
-    """Raise ValueError, with the nearest right name, if a plan names an unknown skill."""
+    """Check that a plan names only existing skills.
+
+    Args:
+        plan: the plan.
+        skills: names of all skills of the model.
+        where: configuration key for the message.
+
+    Raises:
+        ValueError: an unknown skill, with the nearest valid name.
+    """
     for name in plan.skills:
         if name not in skills:
-            raise ValueError(f"{where}: unknown skill {name!r}{nearest(name, skills)}")
+            raise ValueError(f"{where}: unknown skill {name!r}{nearest_hint(name, skills)}")
 
 
 def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
-    """The task of that name; ValueError with the nearest right name otherwise."""
+    """Return the task of a name.
+
+    Args:
+        name: of the task.
+        tasks: name -> task.
+
+    Raises:
+        ValueError: an unknown task, with the nearest valid name.
+    """
     if name not in tasks:
-        raise ValueError(f"unknown task {name!r}{nearest(name, list(tasks))}")
+        raise ValueError(f"unknown task {name!r}{nearest_hint(name, list(tasks))}")
     return tasks[name]
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for a misspelt name: '; did you mean …? Known: …'."""
+def nearest_hint(name: str, known: Sequence[str]) -> str:
+    """Return a hint for an unknown name: '; did you mean …? Known: …'.
+
+    Args:
+        name: the unknown name.
+        known: the valid names.
+    """
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1, cutoff=0.6)

@@ -1,10 +1,10 @@
-"""Stems: what turns an input of each modality into tokens of the model's width.
+"""Stems: embed the input of each modality as tokens of the model's width.
 
-Shapes: B batch, T tokens, D model width, M mel bins, N frames, C channels, p a patch's side,
+Shapes: B batch, T tokens, D model width, M mel bins, N frames, C channels, p side of a patch,
 f frames of a tubelet.
 
-Every stem maps its tower's batch (a dict of tensors) to ``(x_BTD, mask_BT)``; the mask is True
-at real tokens, and None where all tokens are real.
+Every stem maps the batch of its tower (a dict of tensors) to ``(x_BTD, mask_BT)``. The mask is
+True at real tokens, and None if all tokens are real.
 """
 
 import torch
@@ -24,10 +24,10 @@ def _positions(count: int, dim: int) -> nn.Parameter:
 
 
 class TokenStem(nn.Module):
-    """Text and code. Batch: ``tokens`` (B, T) int64, 0 is padding.
+    """Token embedding of text and code. Batch: ``tokens`` (B, T) int64; 0 is padding.
 
-    Besides its own embedding a token may get that of the pair it forms with the next one, from
-    a hashed table (the idea of fastText's n-gram features).
+    With ``bigram_buckets``, a hashed table adds an embedding of each pair of adjacent tokens (the
+    idea of fastText's n-gram features).
     """
 
     def __init__(self, config: SkillNetConfig) -> None:
@@ -57,14 +57,17 @@ class TokenStem(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         if self.buckets:
             following = F.pad(tokens_BT[:, 1:], (0, 1))
-            # A multiplicative hash; 1_000_003 is prime, so that pairs spread over the buckets.
+            # Multiplicative hash. 1_000_003 is prime, so pairs spread over the buckets.
             x_BTD = x_BTD + self.bigram((tokens_BT * 1_000_003 + following) % self.buckets)
         x_BTD = x_BTD + self.position[:T] + self.modality[modality]
         return self.norm(x_BTD), mask_BT
 
 
 class PatchStem(nn.Module):
-    """Pictures. Batch: ``pixels`` (B, H, W, 3), uint8 or floats in [0, 1]. T = (H/p)(W/p)."""
+    """Patch embedding of images. Batch: ``pixels`` (B, H, W, 3), uint8 or floats in [0, 1].
+
+    T = (H/p)(W/p).
+    """
 
     def __init__(self, config: SkillNetConfig) -> None:
         super().__init__()
@@ -75,14 +78,18 @@ class PatchStem(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def patches(self, pixels_BHWC: Tensor) -> Tensor:
-        """(B, H, W, 3) -> (B, T, p*p*3), values in [-1, 1]."""
+        """Cut images into patches with values in [-1, 1], (B, H, W, 3) -> (B, T, p*p*3).
+
+        Raises:
+            ValueError: images of another size than ``model.image_size``.
+        """
         H, W, C = pixels_BHWC.shape[1:]
         if (H, W, C) != (self.size, self.size, 3):
             raise ValueError(
-                f"pictures are {H}x{W}x{C}, the model reads {self.size}x{self.size}x3; "
+                f"images are {H}x{W}x{C}, the model reads {self.size}x{self.size}x3; "
                 "prepare them at model.image_size"
             )
-        return patchify(signed(pixels_BHWC, self.position.dtype), self.patch)
+        return patchify(scale_to_signed(pixels_BHWC, self.position.dtype), self.patch)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BTD = self.project(self.patches(batch["pixels"])) + self.position
@@ -90,10 +97,11 @@ class PatchStem(nn.Module):
 
 
 class TubeletStem(nn.Module):
-    """Clips. Batch: ``frames`` (B, N, H, W, C), C 1 or 3. T = (N/f)(H/h)(W/w).
+    """Tubelet embedding of video. Batch: ``frames`` (B, N, H, W, C), C 1 or 3.
 
-    With ``video_motion`` each frame carries, as three more channels, its difference to the one
-    before (ours), so that a tubelet sees what changed across its own border in time.
+    T = (N/f)(H/h)(W/w). With ``video_motion``, three more channels of each frame hold its
+    difference to the previous frame (ours). A tubelet then sees changes across its own border in
+    time.
     """
 
     def __init__(self, config: SkillNetConfig) -> None:
@@ -108,16 +116,22 @@ class TubeletStem(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def tubelets(self, frames_BNHWC: Tensor) -> Tensor:
-        """(B, N, H, W, C) -> (B, T, f*h*w*3 or 6), values in [-1, 1]; grey becomes 3 channels."""
+        """Cut videos into tubelets with values in [-1, 1], (B, N, H, W, C) -> (B, T, f*h*w*3 or 6).
+
+        Grey frames are repeated to 3 channels.
+
+        Raises:
+            ValueError: videos of another size than ``model.video_frames`` and ``model.video_size``.
+        """
         B, N, H, W, C = frames_BNHWC.shape
         if (N, H, W) != (self.count, self.size, self.size) or C not in (1, 3):
             raise ValueError(
-                f"clips are {N} frames of {H}x{W}x{C}, the model reads {self.count} frames of "
+                f"videos are {N} frames of {H}x{W}x{C}, the model reads {self.count} frames of "
                 f"{self.size}x{self.size} with 1 or 3 channels; prepare them at "
                 "model.video_frames and model.video_size"
             )
-        x = signed(frames_BNHWC, self.position.dtype).expand(B, N, H, W, 3)
-        return tubelify(with_motion(x) if self.motion else x, self.tubelet)
+        x = scale_to_signed(frames_BNHWC, self.position.dtype).expand(B, N, H, W, 3)
+        return cut_tubelets(with_motion(x) if self.motion else x, self.tubelet)
 
     def forward(self, batch: Batch, modality: str) -> Tokens:
         x_BTD = self.project(self.tubelets(batch["frames"])) + self.position
@@ -125,10 +139,10 @@ class TubeletStem(nn.Module):
 
 
 class LogMelStem(nn.Module):
-    """Sound. Batch: ``log_mel`` (B, N, M), ``frames`` (B,) their real number.
+    """Convolutional embedding of sound. Batch: ``log_mel`` (B, N, M), ``frames`` (B,) real frames.
 
-    Two convolutions over time (the form of Whisper's stem), the second of which takes
-    ``mel_stack`` frames to one token: T = ceil(N / mel_stack).
+    Two convolutions over time, as in Whisper's stem. The second one maps ``mel_stack`` frames to
+    one token: T = ceil(N / mel_stack).
     """
 
     def __init__(self, config: SkillNetConfig) -> None:
@@ -147,10 +161,10 @@ class LogMelStem(nn.Module):
         N = x_BNM.shape[1]
         if self.max_frames < N:
             raise ValueError(
-                f"a recording of {N} frames is longer than model.max_frames {self.max_frames}; "
-                "cut it or raise model.max_frames"
+                f"audio of {N} frames is longer than model.max_frames {self.max_frames}; "
+                "truncate it or raise model.max_frames"
             )
-        # Padding is zeroed before each convolution: a row's result must not hang on its batch.
+        # Padding is zeroed before each convolution, so a row does not depend on its batch.
         real_B1N = (torch.arange(N, device=x_BNM.device) < frames_B[:, None])[:, None]
         x = self.first(x_BNM.to(self.position.dtype).transpose(1, 2) * real_B1N)
         x = self.second(F.gelu(x) * real_B1N).transpose(1, 2)
@@ -161,52 +175,96 @@ class LogMelStem(nn.Module):
 
 
 def token_lengths(frames_B: Tensor, stack: int) -> Tensor:
-    """Number of tokens of recordings with that many frames: ceil(frames / stack)."""
+    """Return the number of tokens of sound with a number of frames: ceil(frames / stack).
+
+    Args:
+        frames_B: real frames.
+        stack: frames per token.
+    """
     return (frames_B + stack - 1) // stack
 
 
 def patchify(x_BHWC: Tensor, side: int) -> Tensor:
-    """Pictures cut into squares of ``side`` pixels, row by row: (B, H, W, C) -> (B, T, p*p*C)."""
+    """Cut images into squares, row by row: (B, H, W, C) -> (B, T, p*p*C).
+
+    Args:
+        x_BHWC: images whose sides divide by ``side``.
+        side: p, pixels per side of a patch.
+    """
     B, H, W, C = x_BHWC.shape
     x = x_BHWC.reshape(B, H // side, side, W // side, side, C)
     return x.transpose(2, 3).reshape(B, -1, side * side * C)
 
 
 def unpatchify(x_BTP: Tensor, side: int, size: int) -> Tensor:
-    """The inverse of :func:`patchify` for pictures of ``size`` pixels a side."""
+    """Invert :func:`patchify`.
+
+    Args:
+        x_BTP: patches.
+        side: pixels per side of a patch.
+        size: pixels per side of the image.
+    """
     B, across = x_BTP.shape[0], size // side
     x = x_BTP.reshape(B, across, across, side, side, -1)
     return x.transpose(2, 3).reshape(B, size, size, -1)
 
 
-def tubelify(x_BNHWC: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
-    """Clips cut into tubelets, frame by frame: (B, N, H, W, C) -> (B, T, f*h*w*C)."""
+def cut_tubelets(x_BNHWC: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
+    """Cut videos into tubelets, frame by frame: (B, N, H, W, C) -> (B, T, f*h*w*C).
+
+    Args:
+        x_BNHWC: videos whose sizes divide by the tubelet.
+        tubelet: (frames, height, width) of one token.
+    """
     B, N, H, W, C = x_BNHWC.shape
     f, h, w = tubelet
     x = x_BNHWC.reshape(B, N // f, f, H // h, h, W // w, w, C)
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, -1, f * h * w * C)
 
 
-def untubelify(x_BTP: Tensor, tubelet: tuple[int, int, int], frames: int, size: int) -> Tensor:
-    """The inverse of :func:`tubelify` for clips of so many frames of ``size`` pixels a side."""
+def join_tubelets(x_BTP: Tensor, tubelet: tuple[int, int, int], frames: int, size: int) -> Tensor:
+    """Invert :func:`cut_tubelets`.
+
+    Args:
+        x_BTP: tubelets.
+        tubelet: (frames, height, width) of one token.
+        frames: frames of the video.
+        size: pixels per side of a frame.
+    """
     f, h, w = tubelet
     x = x_BTP.reshape(x_BTP.shape[0], frames // f, size // h, size // w, f, h, w, -1)
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], frames, size, size, -1)
 
 
 def stack_frames(x_BNM: Tensor, stack: int) -> Tensor:
-    """Consecutive frames joined: (B, N, M) -> (B, T, stack*M), zeros after the last frame."""
+    """Join consecutive frames, (B, N, M) -> (B, T, stack*M), with zeros after the last frame.
+
+    Args:
+        x_BNM: log-mel frames.
+        stack: frames per token.
+    """
     B, N, M = x_BNM.shape
     return F.pad(x_BNM, (0, 0, 0, -N % stack)).reshape(B, -1, stack * M)
 
 
 def unstack_frames(x_BTP: Tensor, stack: int, frames: int) -> Tensor:
-    """The inverse of :func:`stack_frames` for recordings of so many frames."""
+    """Invert :func:`stack_frames`.
+
+    Args:
+        x_BTP: joined frames.
+        stack: frames per token.
+        frames: N, frames of the result.
+    """
     return x_BTP.reshape(x_BTP.shape[0], x_BTP.shape[1] * stack, -1)[:, :frames]
 
 
 def values_of_token(config: SkillNetConfig, modality: str) -> int:
-    """Numbers that one token of pictures, clips (3 channels) or sound stands for."""
+    """Return the number of input values of one token of image, video (3 channels) or sound.
+
+    Args:
+        config: sizes of the inputs.
+        modality: ``image``, ``video`` or ``sound``.
+    """
     f, h, w = config.tubelet
     return {
         "image": 3 * config.patch_size**2,
@@ -216,20 +274,30 @@ def values_of_token(config: SkillNetConfig, modality: str) -> int:
 
 
 def masked_outputs(config: SkillNetConfig, modality: str) -> int:
-    """What a masked head predicts of one such token: its values, or which unit of sound it is."""
+    """Return the outputs of a masked head per token: its input values, or the sound units.
+
+    Args:
+        config: sizes of the inputs.
+        modality: ``image``, ``video`` or ``sound``.
+    """
     if modality == "sound" and config.sound_units:
         return config.sound_units
     return values_of_token(config, modality)
 
 
 def with_motion(x_BNHWC: Tensor) -> Tensor:
-    """Each frame and, as further channels, its difference to the one before: (B, N, H, W, 2 C)."""
+    """Append to each frame its difference to the previous one, (B, N, H, W, C) -> (…, 2 C)."""
     before = torch.cat([x_BNHWC[:, :1], x_BNHWC[:, :-1]], 1)
     return torch.cat([x_BNHWC, x_BNHWC - before], -1)
 
 
-def signed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels, uint8 or floats in [0, 1], as floats in [-1, 1]."""
+def scale_to_signed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert pixels, uint8 or floats in [0, 1], to floats in [-1, 1].
+
+    Args:
+        x: pixels of any shape.
+        dtype: floating-point type of the result.
+    """
     if x.dtype == torch.uint8:
         return x.to(dtype) * (2 / 255) - 1
     return x.to(dtype) * 2 - 1

@@ -1,10 +1,9 @@
-"""Systems: what a study compares, by name. Each builds a :class:`TaskModel` from the same sizes.
+"""Systems that a study compares, by name. Each builds a :class:`TaskModel` from the same sizes.
 
-Built in are ``skillnet`` and the baselines of :mod:`skillnet.baselines`; a third party adds one
-through the entry point group ``skillnet.systems``, whose entries name a :class:`System`.
+Built-in systems are ``skillnet`` and the baselines of :mod:`skillnet.baselines`. A third party
+adds one through the entry point group ``skillnet.systems``, whose entries name a :class:`System`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -13,13 +12,14 @@ from typing import Any
 
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
-from skillnet.multitask_model import NoOptions, TaskModel
-from skillnet.skills import nearest
+from skillnet.multitask_model import TaskModel
+from skillnet.serialization import read_config, read_manifest
+from skillnet.skills import nearest_hint
 
 GROUP = "skillnet.systems"
 
-#: The baselines. Also entry points; named here too so that a checkout works where the package is
-#: not installed, as in a job on a cluster.
+#: Entry points of the baselines. They are repeated here so that a checkout works where the
+#: package is not installed, as in a job on a cluster.
 BUILT_IN = {
     "dense": "skillnet.baselines.dense:DENSE",
     "moe": "skillnet.baselines.moe:MOE",
@@ -27,41 +27,38 @@ BUILT_IN = {
 }
 
 
-def _unchanged(config: SkillNetConfig, options: Any) -> SkillNetConfig:
+def _keep_config(config: SkillNetConfig, options: Any) -> SkillNetConfig:
     return config
 
 
 @dataclass(frozen=True)
 class System:
-    """How to build one system.
+    """Recipe for one system.
 
     Args:
         name: as in configurations and reports.
-        model: its class; called with the system's configuration and options.
-        configure: (the study's configuration, options) -> the system's own, for example with
-            other widths; the saved model keeps the system's own.
-        options: dataclass of the system's options; its ``__post_init__`` checks them.
-        summary: one line for people.
+        model: class of the model; its ``options_class`` defines the options.
+        configure: maps (configuration of the study, options) to the configuration of the system,
+            for example with other widths. The saved model stores the latter.
+        summary: one line for reports.
     """
 
     name: str
     model: type[TaskModel]
-    configure: Callable[[SkillNetConfig, Any], SkillNetConfig] = _unchanged
-    options: type = NoOptions
+    configure: Callable[[SkillNetConfig, Any], SkillNetConfig] = _keep_config
     summary: str = ""
 
-    def read_options(self, given: Mapping[str, Any] | None) -> Any:
-        """The options as the system's dataclass. ValueError for a key that it does not have."""
-        known = [field.name for field in dataclasses.fields(self.options)]
-        for key in given or {}:
-            if key not in known:
-                hint = nearest(key, known) if known else "; it has none"
-                raise ValueError(f"system {self.name}: unknown option {key!r}{hint}")
-        return self.options(**(given or {}))
-
     def build(self, config: SkillNetConfig, given: Mapping[str, Any] | None = None) -> TaskModel:
-        """A fresh model at the study's sizes."""
-        options = self.read_options(given)
+        """Build a randomly initialized model.
+
+        Args:
+            config: configuration of the study.
+            given: option name -> value.
+
+        Raises:
+            ValueError: an unknown option or an invalid value.
+        """
+        options = self.model.parse_options(given)
         return self.model(self.configure(config, options), options)
 
 
@@ -69,46 +66,59 @@ SKILLNET = System("skillnet", SkillNet, summary="one encoder, its skills activat
 
 
 def system_names() -> list[str]:
-    """Names of all systems that are installed."""
-    return sorted({SKILLNET.name, *_entries()})
+    """Return the names of all installed systems."""
+    return sorted({SKILLNET.name, *_system_entries()})
 
 
-def _entries() -> dict[str, EntryPoint]:
+def _system_entries() -> dict[str, EntryPoint]:
     others = {entry.name: entry for entry in entry_points(group=GROUP)}
     return others | {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
 
 
 def find_system(name: str) -> System:
-    """The system of that name.
+    """Return the system of a name.
 
     Raises:
-        ValueError: no such system (with the nearest right name), or an entry point that names
-            something else than a system.
+        ValueError: no system has this name (with the nearest valid one), or its entry point does
+            not name a :class:`System`.
     """
     if name == SKILLNET.name:
         return SKILLNET
-    entry = _entries().get(name)
+    entry = _system_entries().get(name)
     if entry is not None:
         found = entry.load()
         if not isinstance(found, System):
             raise ValueError(f"the entry point {GROUP}:{name} names no System: {entry.value}")
         return found
-    raise ValueError(f"unknown system {name!r}{nearest(name, system_names())}")
+    raise ValueError(f"unknown system {name!r}{nearest_hint(name, system_names())}")
 
 
 def build_system(
     name: str, config: SkillNetConfig, options: Mapping[str, Any] | None = None
 ) -> TaskModel:
-    """A fresh model of the named system; see :meth:`System.build`."""
+    """Build a randomly initialized model of a system.
+
+    Args:
+        name: of the system.
+        config: configuration of the study.
+        options: option name -> value.
+
+    Raises:
+        ValueError: an unknown system or option, or an invalid value.
+    """
     return find_system(name).build(config, options)
 
 
-def load(path: str | Path, task: str | None = None) -> TaskModel:
-    """A saved model of any system, in evaluation mode; with ``task`` only what it touches.
+def load_model(path: str | Path, task: str | None = None) -> TaskModel:
+    """Read a saved model of any system, in evaluation mode.
+
+    Args:
+        path: directory of the saved model.
+        task: read only the files that this task uses.
 
     Raises:
-        ValueError: files that are missing, altered or do not fit; an unknown task or system.
+        ValueError: missing, altered or invalid files; an unknown task or system.
     """
-    from skillnet.multitask_model import load as load_files
-
-    return load_files(Path(path), task)
+    folder = Path(path)
+    _, system, _ = read_config(folder, read_manifest(folder))
+    return find_system(system).model.from_pretrained(folder, task)

@@ -1,7 +1,7 @@
-"""Dense: one model for all tasks, of which everything is always active.
+"""Dense baseline: one model for all tasks, with all weights always active.
 
-SkillNet with a single skill, whose feed-forward layers are as wide as the comparison wants; stems,
-heads, depth, attention and regularisation are SkillNet's own.
+It is a SkillNet with a single skill, whose feed-forward width follows from the comparison. Stems,
+heads, layers, attention and regularization are those of SkillNet.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ SKILL = "dense"
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """How large the model is.
+    """Size of the dense baseline.
 
     Args:
-        size: what it has in common with the study's SkillNet. ``activated``: as many parameters
-            as a task of SkillNet activates, on average over tasks; ``total``: as many as
-            SkillNet has; ``executed``: as many operations per example, on average.
-        ffn_dim: feed-forward width; none follows from ``size``.
+        size: quantity to match with the study's SkillNet. ``activated``: the parameters that a task
+            activates, on average over tasks; ``total``: all parameters; ``executed``: operations
+            per example, on average.
+        ffn_dim: feed-forward width; None derives it from ``size``.
     """
 
     size: Literal["activated", "total", "executed"] = "activated"
@@ -36,30 +36,39 @@ class DenseOptions:
             raise ValueError(f"options.ffn_dim must be at least 1, got {self.ffn_dim}")
 
 
-class Dense(SkillNet):
-    """SkillNet with one skill."""
+class DenseModel(SkillNet):
+    """SkillNet with one skill that every task activates."""
 
     system = "dense"
+    options_class = DenseOptions
 
 
-def configure(config: SkillNetConfig, options: DenseOptions) -> SkillNetConfig:
-    """The study's configuration with one skill, as wide as the options say."""
+def configure_dense(config: SkillNetConfig, options: DenseOptions) -> SkillNetConfig:
+    """Return the study's configuration with one skill of the width that the options request.
+
+    Args:
+        config: configuration of the study.
+        options: size of the baseline.
+    """
     return size_matching.one_skill(config, SKILL, options.ffn_dim or _width(config, options))
 
 
 def _width(config: SkillNetConfig, options: DenseOptions) -> int:
     if options.size == "executed":
-        return size_matching.rounded(size_matching.executed_width(config))
-    measure: Any = size_matching.total if options.size == "total" else size_matching.activated
+        return size_matching.round_width(size_matching.executed_width(config))
+    measure: Any = (
+        size_matching.total_params
+        if options.size == "total"
+        else size_matching.mean_activated_params
+    )
     each = 2 * config.dim * config.num_layers
-    narrow = size_matching.total(size_matching.one_skill(config, SKILL, 1))
+    narrow = size_matching.total_params(size_matching.one_skill(config, SKILL, 1))
     return size_matching.solve_width(measure(config), narrow - each, each, "options.ffn_dim")
 
 
 DENSE = System(
     "dense",
-    Dense,
-    configure,
-    DenseOptions,
+    DenseModel,
+    configure_dense,
     summary="one model for all tasks, everything always active",
 )

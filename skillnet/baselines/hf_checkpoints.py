@@ -1,6 +1,6 @@
-"""Checkpoints of other libraries on this machine: where they are, what they say about themselves.
+"""Checkpoints of transformers and timm on this machine: location and configuration.
 
-Only safetensors are read: nothing that could run code.
+Only safetensors files are read, because other formats can run code.
 """
 
 import contextlib
@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from skillnet.serialization import shapes
+from skillnet.serialization import read_tensor_shapes
 
 
 def find_checkpoint(given: str, download: bool) -> Path:
-    """Folder of a checkpoint: a path, or a model of the Hugging Face hub (from its cache).
+    """Return the directory of a checkpoint.
 
     Args:
-        given: folder, or ``owner/name``.
-        download: fetch what the cache lacks.
+        given: a directory, or ``owner/name`` of a model of the Hugging Face hub.
+        download: download a model that the local cache lacks.
 
     Raises:
-        ValueError: it is not there, or holds no safetensors.
+        ValueError: the checkpoint is not available, or has no safetensors file.
     """
     folder = Path(given).expanduser()
     if not folder.is_dir():
@@ -30,11 +30,11 @@ def find_checkpoint(given: str, download: bool) -> Path:
         kinds = ["*.json", "*.safetensors"]
         try:
             found = snapshot_download(given, allow_patterns=kinds, local_files_only=not download)
-        except (HFValidationError, HfHubHTTPError, OSError) as problem:
+        except (HFValidationError, HfHubHTTPError, OSError) as error:
             remedy = "" if download else "; options.download true fetches it"
             raise ValueError(
                 f"the checkpoint {given!r} is neither a folder nor in the cache of the Hugging "
-                f"Face hub{remedy} ({type(problem).__name__})"
+                f"Face hub{remedy} ({type(error).__name__})"
             ) from None
         folder = Path(found)
     files = sorted(folder.glob("*.safetensors"))
@@ -44,12 +44,17 @@ def find_checkpoint(given: str, download: bool) -> Path:
             "weights (.bin, .pt, .pth) are not read: they can run code"
         )
     for file in files:
-        shapes(file)  # says so if it only has the name
+        read_tensor_shapes(file)  # raises for a file of another format
     return folder
 
 
 def require_finite(model: Any, folder: Path) -> None:
-    """ValueError if a checkpoint that was read holds infinities or not-a-number."""
+    """Raise ValueError if a loaded checkpoint has infinities or NaNs.
+
+    Args:
+        model: with the loaded weights.
+        folder: directory of the checkpoint, for the message.
+    """
     import torch
 
     for name, parameter in model.named_parameters():
@@ -57,25 +62,39 @@ def require_finite(model: Any, folder: Path) -> None:
             raise ValueError(f"{folder}: {name} holds infinities or not-a-number")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint. ValueError if there is none that can be read."""
+def read_library_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a checkpoint. Raise ValueError if it is missing or invalid."""
     try:
-        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as problem:
-        raise ValueError(f"{folder}/config.json cannot be read: {problem}") from None
-    if not isinstance(told, dict):
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
+    if not isinstance(values, dict):
         raise ValueError(f"{folder}/config.json is no configuration")
-    return told
+    return values
 
 
-def equal(theirs: str, found: Any, ours: str, wanted: Any) -> None:
-    """ValueError unless a checkpoint's figure is the study's."""
+def require_equal(theirs: str, found: Any, ours: str, wanted: Any) -> None:
+    """Raise ValueError unless a checkpoint's value equals the study's.
+
+    Args:
+        theirs: key of the checkpoint.
+        found: its value.
+        ours: key of the study's model section.
+        wanted: its value.
+    """
     if found != wanted:
         raise ValueError(f"the checkpoint has {theirs} {found}, the study model.{ours} {wanted}")
 
 
-def at_least(theirs: str, found: int, ours: str, wanted: int) -> None:
-    """ValueError unless a checkpoint's figure is enough for the study."""
+def require_at_least(theirs: str, found: int, ours: str, wanted: int) -> None:
+    """Raise ValueError unless a checkpoint's value is at least the study's.
+
+    Args:
+        theirs: key of the checkpoint.
+        found: its value.
+        ours: key of the study's model section.
+        wanted: its value.
+    """
     if found < wanted:
         raise ValueError(
             f"the checkpoint has {theirs} {found}, the study needs model.{ours} {wanted}"
@@ -83,8 +102,8 @@ def at_least(theirs: str, found: int, ours: str, wanted: int) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' report about weights that nobody reads here."""
+def silence_library_logs() -> Iterator[None]:
+    """Suppress transformers' report about unused weights within the context."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

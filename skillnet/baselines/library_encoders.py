@@ -1,5 +1,4 @@
-"""Encoders of transformers and timm behind one face: a batch as SkillNet's stems read it goes in,
-tokens on the grid of those stems come out.
+"""Adapters of transformers and timm encoders: SkillNet's batches in, tokens of its grid out.
 
 Shapes: B batch, T tokens, D model width, W width of the library's model, N frames, M mel bins,
 V tokens of the vocabulary.
@@ -11,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skillnet.stems import PAD, Batch, Tokens, signed, token_lengths, with_motion
+from skillnet.stems import PAD, Batch, Tokens, scale_to_signed, token_lengths, with_motion
 
 
-class Tower(nn.Module):
-    """A library's encoder, and a projection where it has another width than the study's model.
+class EncoderAdapter(nn.Module):
+    """Encoder of a library, with a projection if its width differs from the study's.
 
     Args:
-        model: the library's model.
-        width: W, the width of its tokens.
-        dim: D, the width that heads expect.
+        model: model of the library.
+        width: W, width of its tokens.
+        dim: D, width that the heads expect.
     """
 
     def __init__(self, model: Any, width: int, dim: int) -> None:
@@ -29,16 +28,20 @@ class Tower(nn.Module):
         self.project = nn.Identity() if width == dim else nn.Linear(width, dim)
 
     def forward(self, batch: Batch) -> Tokens:
-        """Tokens (B, T, D) and their mask (B, T), None where every token is real."""
+        """Return tokens (B, T, D) and their mask (B, T), None if every token is real."""
         x_BTW, mask_BT = self.encode(batch)
         return self.project(x_BTW), mask_BT
 
     def encode(self, batch: Batch) -> Tokens:
-        """The library's tokens (B, T, W) and their mask."""
+        """Return the library's tokens (B, T, W) and their mask."""
         raise NotImplementedError
 
     def token_embedding(self, vocabulary: int) -> Tensor:
-        """Embedding (V, D) of the first ``vocabulary`` tokens. ValueError without one."""
+        """Return the embedding (V, D) of the first ``vocabulary`` tokens.
+
+        Raises:
+            ValueError: the encoder has no token embedding.
+        """
         raise ValueError(f"{type(self.model).__name__} embeds no tokens")
 
     @property
@@ -47,12 +50,12 @@ class Tower(nn.Module):
         return next(self.model.parameters()).dtype
 
     def attend_for(self, x: Tensor) -> None:
-        """Let a model of transformers choose its attention for the device of ``x``."""
-        # torch's fused attention has a slow backward pass on CPUs: see skillnet/attention.py.
+        """Select the attention implementation of transformers for the device of ``x``."""
+        # torch's fused attention has a slow backward pass on CPUs; see skillnet/attention.py.
         self.model.config._attn_implementation = "sdpa" if x.is_cuda else "eager"
 
 
-class TextTower(Tower):
+class TextTower(EncoderAdapter):
     """``BertModel`` or ``RobertaModel``, no pooler. Batch: ``tokens`` (B, T), 0 is padding."""
 
     def encode(self, batch: Batch) -> Tokens:
@@ -66,7 +69,7 @@ class TextTower(Tower):
         return weight_VW if isinstance(self.project, nn.Identity) else self.project(weight_VW)
 
 
-class ImageTower(Tower):
+class ImageTower(EncoderAdapter):
     """timm's ``VisionTransformer``. Batch: ``pixels`` (B, H, W, 3)."""
 
     def __init__(self, model: Any, width: int, dim: int) -> None:
@@ -74,7 +77,7 @@ class ImageTower(Tower):
         model.patch_embed.proj = PatchProduct(model.patch_embed.proj)
 
     def encode(self, batch: Batch) -> Tokens:
-        x_BCHW = signed(batch["pixels"], self.dtype).permute(0, 3, 1, 2)
+        x_BCHW = scale_to_signed(batch["pixels"], self.dtype).permute(0, 3, 1, 2)
         for block in self.model.blocks:
             block.attn.fused_attn = x_BCHW.is_cuda
         x_BTW = self.model.forward_features(x_BCHW)
@@ -82,10 +85,10 @@ class ImageTower(Tower):
 
 
 class PatchProduct(nn.Module):
-    """A convolution whose stride is its kernel, as the one matrix product that it is.
+    """Convolution whose stride equals its kernel, computed as one matrix product.
 
-    (B, C, …) -> (B, W, …) with the weights of the convolution that it takes the place of. On CPUs
-    the backward pass of the convolution takes several times as long.
+    (B, C, …) -> (B, W, …), with the weights of the convolution that it replaces. On CPUs the
+    backward pass of the convolution takes several times as long.
     """
 
     def __init__(self, convolution: nn.Conv2d | nn.Conv3d) -> None:
@@ -105,11 +108,11 @@ class PatchProduct(nn.Module):
         return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
-class VideoTower(Tower):
+class VideoTower(EncoderAdapter):
     """``VideoMAEModel``. Batch: ``frames`` (B, N, H, W, C), C 1 or 3.
 
-    One with six channels is given each frame's difference to the one before too, as SkillNet is
-    by ``model.video_motion``.
+    A model with six channels also gets the difference of each frame to the previous one, as
+    SkillNet does with ``model.video_motion``.
     """
 
     def __init__(self, model: Any, width: int, dim: int) -> None:
@@ -118,7 +121,7 @@ class VideoTower(Tower):
         embeddings.projection = PatchProduct(embeddings.projection)
 
     def encode(self, batch: Batch) -> Tokens:
-        x = signed(batch["frames"], self.dtype)
+        x = scale_to_signed(batch["frames"], self.dtype)
         x = x.expand(*x.shape[:-1], 3)
         if self.model.config.num_channels == 6:
             x = with_motion(x)
@@ -126,18 +129,18 @@ class VideoTower(Tower):
         return self.model(x.permute(0, 1, 4, 2, 3)).last_hidden_state, None
 
 
-class SoundTower(Tower):
-    """The encoder of ``Speech2TextModel``. Batch: ``log_mel`` (B, N, M), ``frames`` (B,).
+class SoundTower(EncoderAdapter):
+    """Encoder of ``Speech2TextModel``. Batch: ``log_mel`` (B, N, M), ``frames`` (B,).
 
-    Its convolutions halve the number of frames once each.
+    Each of its convolutions halves the number of frames.
     """
 
     def encode(self, batch: Batch) -> Tokens:
         x_BNM, real_BN = real_frames(batch, self.dtype)
         N, stack = x_BNM.shape[1], 2**self.model.config.num_conv_layers
         T = -(-N // stack)
-        # Convolutions look beyond a recording's end. With silence behind every recording they see
-        # the same there, whatever else is in the batch.
+        # Convolutions read beyond the end of a row. Silence after every row makes the result
+        # independent of the other rows of the batch.
         behind = T * stack - N + self._reach(stack)
         x_BNM, mask_BN = F.pad(x_BNM, (0, 0, 0, behind)), F.pad(real_BN, (0, behind))
         self.attend_for(x_BNM)
@@ -147,14 +150,14 @@ class SoundTower(Tower):
         return x_BTW[:, :T], mask_BT
 
     def _reach(self, stack: int) -> int:
-        """Frames beyond its last one that a token sees, as a multiple of ``stack``."""
+        """Return the frames after its last one that a token sees, as a multiple of ``stack``."""
         kernels = self.model.config.conv_kernel_sizes
         seen = sum(kernel // 2 * 2**layer for layer, kernel in enumerate(kernels))
         return -(-seen // stack) * stack
 
 
-class SpectrogramTower(Tower):
-    """``ASTModel``: patches of the spectrogram, averaged over frequency to a token a time step.
+class SpectrogramTower(EncoderAdapter):
+    """``ASTModel``: patches of the spectrogram, averaged over frequency to one token per time step.
 
     Batch: ``log_mel`` (B, N, M), ``frames`` (B,).
     """
@@ -165,14 +168,14 @@ class SpectrogramTower(Tower):
         x_BNM, _ = real_frames(batch, self.dtype)
         B, N, _ = x_BNM.shape
         steps = (config.max_length - patch) // stack + 1
-        # The position vectors are of one length, so it reads silence up to it. Patches are wider
-        # than their stride: centred, they reach as far in front as behind.
+        # The position vectors have one length, so rows are padded with silence up to it. Patches
+        # are wider than their stride, so they are centred on their frames.
         before = (patch - stack) // 2
         x_BNM = F.pad(x_BNM, (0, 0, before, config.max_length - N - before))
         lengths_B = token_lengths(batch["frames"], stack)
         real_BT = torch.arange(steps, device=x_BNM.device) < lengths_B[:, None]
         bands = (config.num_mel_bins - patch) // config.frequency_stride + 1
-        # Two tokens stand in front: class and distillation.
+        # The first two tokens are the class and distillation tokens.
         mask = torch.cat([real_BT.new_ones(B, 2), real_BT.repeat(1, bands)], 1)
         self.attend_for(x_BNM)
         x = self.model(x_BNM, attention_mask=mask).last_hidden_state[:, 2:]
@@ -181,7 +184,12 @@ class SpectrogramTower(Tower):
 
 
 def real_frames(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Log-mel frames (B, N, M) with zeros at padding, and the mask of real frames (B, N)."""
+    """Return log-mel frames (B, N, M) with zeros at padding, and the mask of real frames (B, N).
+
+    Args:
+        batch: ``log_mel`` and ``frames``.
+        dtype: type of the frames.
+    """
     x_BNM, frames_B = batch["log_mel"].to(dtype), batch["frames"]
     real_BN = torch.arange(x_BNM.shape[1], device=x_BNM.device) < frames_B[:, None]
     return x_BNM * real_BN[..., None], real_BN

@@ -1,8 +1,10 @@
-"""The library models that specialists are made of: from scratch at the study's size, or from a
-checkpoint. A family knows its library's configuration; :mod:`skillnet.baselines.library_encoders` runs it.
+"""Library architectures of the specialists: from scratch at the study's size, or from a checkpoint.
 
-A *shape* is a family's configuration in plain types: saved with a trained model, it builds the
-model again where the checkpoint is not at hand.
+An architecture translates the study's configuration into the library's.
+:mod:`skillnet.baselines.library_encoders` runs the models.
+
+A *shape* is the library's configuration in plain types. It is saved with a trained model, which
+can then be rebuilt without the checkpoint.
 """
 
 import json
@@ -13,42 +15,60 @@ from typing import Any
 import torch
 
 from skillnet.baselines import library_encoders
-from skillnet.baselines.hf_checkpoints import at_least, equal, quiet, read_config, require_finite
+from skillnet.baselines.hf_checkpoints import (
+    read_library_config,
+    require_at_least,
+    require_equal,
+    require_finite,
+    silence_library_logs,
+)
 from skillnet.config import SkillNetConfig
 from skillnet.stems import PAD
 
 Shape = dict[str, Any]
 
 
-class Family:
-    """One architecture of a library."""
+class LibraryArchitecture:
+    """Encoder architecture of a library."""
 
     name: str
-    tower: type[library_encoders.Tower]
+    tower: type[library_encoders.EncoderAdapter]
 
     def fresh(self, config: SkillNetConfig, hidden: int) -> Shape:
-        """The shape at the study's depth, width and heads, ``hidden`` wide in its layers.
+        """Return the shape at the study's number of layers, width and heads.
+
+        Args:
+            config: configuration of the study.
+            hidden: feed-forward width.
 
         Raises:
-            ValueError: inputs of the study that this architecture cannot cut as SkillNet does.
+            ValueError: the architecture cannot divide the study's inputs as SkillNet does.
         """
         raise NotImplementedError
 
     def read(self, folder: Path, config: SkillNetConfig) -> Shape:
-        """The shape of a checkpoint. ValueError if it is another architecture or does not fit."""
+        """Return the shape of a checkpoint. Raise ValueError if it does not fit the study."""
         raise NotImplementedError
 
-    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> library_encoders.Tower:
-        """A tower of width ``dim`` outside, fresh or with a checkpoint's weights."""
+    def build(
+        self, shape: Shape, dim: int, weights: Path | None = None
+    ) -> library_encoders.EncoderAdapter:
+        """Build an encoder.
+
+        Args:
+            shape: configuration of the library.
+            dim: width that the heads expect.
+            weights: directory of a checkpoint; None draws random weights.
+        """
         raise NotImplementedError
 
 
-class Transformers(Family):
-    """A model of transformers.
+class TransformersArchitecture(LibraryArchitecture):
+    """Architecture of transformers.
 
     Attributes:
-        config_class, model_class: names in transformers; the model as checkpoints keep it.
-        width_key: name of the width in its configuration.
+        config_class, model_class: names in transformers; the model class of saved checkpoints.
+        width_key: key of the width in its configuration.
     """
 
     config_class: str
@@ -57,7 +77,7 @@ class Transformers(Family):
     options: dict[str, Any] = {}  # noqa: RUF012
 
     def sizes(self, config: SkillNetConfig, hidden: int) -> dict[str, Any]:
-        """Keyword arguments of the library's configuration, from scratch."""
+        """Return keyword arguments of the library's configuration, from scratch."""
         return {
             "hidden_size": config.dim,
             "num_hidden_layers": config.num_layers,
@@ -66,44 +86,46 @@ class Transformers(Family):
         }
 
     def inputs(self, config: SkillNetConfig) -> dict[str, Any]:
-        """Keyword arguments that the study's inputs decide, with or without a checkpoint."""
+        """Return keyword arguments that follow from the study's inputs."""
         return {}
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
-        """ValueError, naming the key, if a checkpoint's configuration does not fit the study."""
+        """Raise ValueError, naming the key, if a checkpoint does not fit the study."""
 
     def fresh(self, config: SkillNetConfig, hidden: int) -> Shape:
         return self._plain(self._config(self.sizes(config, hidden) | self.inputs(config)))
 
     def read(self, folder: Path, config: SkillNetConfig) -> Shape:
-        told = read_config(folder)
+        values = read_library_config(folder)
         expected = self._class(self.config_class).model_type
-        if told.get("model_type") != expected:
+        if values.get("model_type") != expected:
             raise ValueError(
-                f"{folder} holds a model of the type {told.get('model_type')!r}, not {expected!r}"
+                f"{folder} holds a model of the type {values.get('model_type')!r}, not {expected!r}"
             )
-        if "quantization_config" in told:
-            raise ValueError(f"{folder} holds quantised weights; give it in full precision")
-        found = self._class(self.config_class).from_dict(told | self.inputs(config))
+        if "quantization_config" in values:
+            raise ValueError(f"{folder} holds quantized weights; give it in full precision")
+        found = self._class(self.config_class).from_dict(values | self.inputs(config))
         self.check(found, config)
         return self._plain(found)
 
-    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> library_encoders.Tower:
+    def build(
+        self, shape: Shape, dim: int, weights: Path | None = None
+    ) -> library_encoders.EncoderAdapter:
         config = self._config(shape)
         model = self.model(config) if weights is None else self._load(weights, config)
         return self.tower(model, getattr(config, self.width_key), dim)
 
     def model(self, config: Any) -> Any:
-        """A fresh model, without what no task here reads."""
+        """Return a randomly initialized model without unused parts."""
         return self._class(self.model_class)(config, **self.options)
 
     def encoder_of(self, model: Any) -> Any:
-        """The part of a loaded model that reads inputs."""
+        """Return the encoder of a loaded model."""
         return model
 
     def _load(self, folder: Path, config: Any) -> Any:
-        with quiet():
-            model, told = self._class(self.model_class).from_pretrained(
+        with silence_library_logs():
+            model, report = self._class(self.model_class).from_pretrained(
                 folder,
                 config=config,
                 use_safetensors=True,
@@ -112,10 +134,10 @@ class Transformers(Family):
                 output_loading_info=True,
                 **self.options,
             )
-        if told["missing_keys"]:
-            first = sorted(told["missing_keys"])[0]
+        if report["missing_keys"]:
+            first = sorted(report["missing_keys"])[0]
             raise ValueError(
-                f"{folder} lacks {len(told['missing_keys'])} weights of {self.model_class}, "
+                f"{folder} lacks {len(report['missing_keys'])} weights of {self.model_class}, "
                 f"{first} among them"
             )
         require_finite(model, folder)
@@ -129,7 +151,7 @@ class Transformers(Family):
     @staticmethod
     def _plain(config: Any) -> Shape:
         kept = config.to_diff_dict()
-        # What a library version writes about itself is no part of the shape.
+        # Versions and other metadata of the library are not part of the shape.
         return json.loads(json.dumps({k: v for k, v in kept.items() if k not in _ABOUT}))
 
     @staticmethod
@@ -140,7 +162,7 @@ class Transformers(Family):
         return Speech2TextEncoder if name == "Speech2TextEncoder" else getattr(transformers, name)
 
 
-class Bert(Transformers):
+class BertArchitecture(TransformersArchitecture):
     """BERT (Devlin et al. 2019) without the pooler of its next-sentence task."""
 
     name, tower = "bert", library_encoders.TextTower
@@ -157,30 +179,29 @@ class Bert(Transformers):
         }
 
     def inputs(self, config: SkillNetConfig) -> dict[str, Any]:
-        # Nothing is dropped from attention itself, as in SkillNet: on CPUs that takes a tenth of
-        # the time.
+        # Attention has no dropout, as in SkillNet. On CPUs this saves a tenth of the time.
         return {"hidden_dropout_prob": layer_dropout(config), "attention_probs_dropout_prob": 0.0}
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
-        at_least("vocab_size", found.vocab_size, "vocab_size", config.vocab_size)
+        require_at_least("vocab_size", found.vocab_size, "vocab_size", config.vocab_size)
         positions = found.max_position_embeddings - self.before
-        at_least("max_position_embeddings", positions, "max_tokens", config.max_tokens)
+        require_at_least("max_position_embeddings", positions, "max_tokens", config.max_tokens)
         if found.pad_token_id != PAD:
             raise ValueError(f"the checkpoint pads with {found.pad_token_id}, the corpora with 0")
 
 
-class Roberta(Bert):
-    """RoBERTa (Liu et al. 2019): BERT whose positions count real tokens, after the padding id."""
+class RobertaArchitecture(BertArchitecture):
+    """RoBERTa (Liu et al. 2019): BERT whose positions count real tokens, from the padding id on."""
 
     name = "roberta"
     config_class, model_class = "RobertaConfig", "RobertaModel"
     before = PAD + 1
 
 
-class VideoMAE(Transformers):
-    """The encoder of VideoMAE (Tong et al. 2022): joint attention of all tubelets, fixed positions.
+class VideoMAE(TransformersArchitecture):
+    """Encoder of VideoMAE (Tong et al. 2022): joint attention of all tubelets, fixed positions.
 
-    Every token is encoded: masks are laid on the input, as for all systems.
+    Every token is encoded. Masks are applied to the input, as for all systems.
     """
 
     name, tower = "videomae", library_encoders.VideoTower
@@ -190,7 +211,7 @@ class VideoMAE(Transformers):
         frames, height, width = config.tubelet
         if height != width:
             raise ValueError(
-                f"VideoMAE cuts squares; model.tubelet {list(config.tubelet)} is no square in "
+                f"VideoMAE uses square patches; model.tubelet {list(config.tubelet)} differs in "
                 "height and width"
             )
         return super().sizes(config, hidden) | {
@@ -209,13 +230,13 @@ class VideoMAE(Transformers):
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
         cut = (found.tubelet_size, found.patch_size, found.patch_size)
-        equal("(tubelet_size, patch_size, patch_size)", cut, "tubelet", config.tubelet)
+        require_equal("(tubelet_size, patch_size, patch_size)", cut, "tubelet", config.tubelet)
 
 
-class Speech2Text(Transformers):
-    """The encoder of the Speech-to-Text Transformer (Wang et al. 2020), made for recognition.
+class Speech2Text(TransformersArchitecture):
+    """Encoder of the Speech-to-Text Transformer (Wang et al. 2020), designed for recognition.
 
-    Convolutions with gated linear units take ``mel_stack`` frames to a token.
+    Convolutions with gated linear units map ``mel_stack`` frames to one token.
     """
 
     name, tower = "speech2text", library_encoders.SoundTower
@@ -226,7 +247,7 @@ class Speech2Text(Transformers):
         layers = int(math.log2(config.mel_stack))
         if 2**layers != config.mel_stack or not layers:
             raise ValueError(
-                "Speech2Text halves the frames by each convolution: model.mel_stack must be 2, 4, "
+                "each convolution of Speech2Text halves the frames: model.mel_stack must be 2, 4, "
                 f"8, …, not {config.mel_stack}"
             )
         return {
@@ -246,8 +267,12 @@ class Speech2Text(Transformers):
         return {"dropout": layer_dropout(config)}
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
-        equal("input_feat_per_channel", found.input_feat_per_channel, "n_mels", config.n_mels)
-        equal("2 ** num_conv_layers", 2**found.num_conv_layers, "mel_stack", config.mel_stack)
+        require_equal(
+            "input_feat_per_channel", found.input_feat_per_channel, "n_mels", config.n_mels
+        )
+        require_equal(
+            "2 ** num_conv_layers", 2**found.num_conv_layers, "mel_stack", config.mel_stack
+        )
 
     def model(self, config: Any) -> Any:
         return self._class("Speech2TextEncoder")(config)
@@ -256,10 +281,10 @@ class Speech2Text(Transformers):
         return model.encoder
 
 
-class AST(Transformers):
-    """Audio Spectrogram Transformer (Gong et al. 2021), its time stride that of SkillNet's tokens.
+class AstArchitecture(TransformersArchitecture):
+    """Audio Spectrogram Transformer (Gong et al. 2021) with the time stride of SkillNet's tokens.
 
-    In frequency patches do not overlap, which saves a third of the tokens.
+    Patches do not overlap in frequency, which saves a third of the tokens.
     """
 
     name, tower = "ast", library_encoders.SpectrogramTower
@@ -283,16 +308,18 @@ class AST(Transformers):
         return {"hidden_dropout_prob": layer_dropout(config)}
 
     def check(self, found: Any, config: SkillNetConfig) -> None:
-        equal("num_mel_bins", found.num_mel_bins, "n_mels", config.n_mels)
-        equal("time_stride", found.time_stride, "mel_stack", config.mel_stack)
+        require_equal("num_mel_bins", found.num_mel_bins, "n_mels", config.n_mels)
+        require_equal("time_stride", found.time_stride, "mel_stack", config.mel_stack)
         needed = _ast_length(config, found.patch_size)
-        at_least("max_length", found.max_length, f"max_frames ({needed} with padding)", needed)
+        require_at_least(
+            "max_length", found.max_length, f"max_frames ({needed} with padding)", needed
+        )
 
 
-class ViT(Family):
+class ViT(LibraryArchitecture):
     """Vision Transformer (Dosovitskiy et al. 2021) of timm, without a class token from scratch.
 
-    A checkpoint of another picture or patch size is resampled by timm.
+    timm resamples a checkpoint of another image or patch size.
     """
 
     name, tower = "vit", library_encoders.ImageTower
@@ -312,16 +339,18 @@ class ViT(Family):
         }
 
     def read(self, folder: Path, config: SkillNetConfig) -> Shape:
-        told = read_config(folder)
-        name = told.get("architecture", "")
+        values = read_library_config(folder)
+        name = values.get("architecture", "")
         if not str(name).startswith("vit_"):
-            raise ValueError(f"{folder} holds no Vision Transformer of timm but {name or told}")
+            raise ValueError(f"{folder} holds no Vision Transformer of timm but {name or values}")
         return {
             "architecture": name,
-            "arguments": told.get("model_args", {}) | self._inputs(config),
+            "arguments": values.get("model_args", {}) | self._inputs(config),
         }
 
-    def build(self, shape: Shape, dim: int, weights: Path | None = None) -> library_encoders.Tower:
+    def build(
+        self, shape: Shape, dim: int, weights: Path | None = None
+    ) -> library_encoders.EncoderAdapter:
         import timm
 
         _check_architecture(shape["architecture"], shape["arguments"])
@@ -349,13 +378,15 @@ class ViT(Family):
         }
 
 
-#: Arguments of timm's that name files or addresses to load, beside the sizes of the model.
+#: Arguments of timm that name files or addresses to load. All others are sizes of the model.
 _LOADS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def _check_architecture(name: Any, arguments: Any) -> None:
-    """ValueError unless a name is of a Vision Transformer that timm has itself, and its arguments
-    are only sizes: both may come from a checkpoint that anyone made."""
+    """Raise ValueError unless timm has this Vision Transformer and the arguments are only sizes.
+
+    Both can come from a checkpoint of unknown origin.
+    """
     import timm
 
     if not isinstance(name, str) or not name.startswith("vit_") or not timm.is_model(name):
@@ -364,19 +395,27 @@ def _check_architecture(name: Any, arguments: Any) -> None:
         raise ValueError(f"{name}: its arguments name other things to load; they may be sizes only")
 
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Bert(), Roberta(), ViT(), Speech2Text(), AST(), VideoMAE())
+FAMILIES: dict[str, LibraryArchitecture] = {
+    family.name: family
+    for family in (
+        BertArchitecture(),
+        RobertaArchitecture(),
+        ViT(),
+        Speech2Text(),
+        AstArchitecture(),
+        VideoMAE(),
+    )
 }
 
 _ABOUT = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
 
 
 def layer_dropout(config: SkillNetConfig) -> float:
-    """The rate at which layers of transformers drop values: what regularises SkillNet's most."""
+    """Return the dropout rate of transformers' layers: the larger of SkillNet's two rates."""
     return max(config.drop_path, config.dropout)
 
 
 def _ast_length(config: SkillNetConfig, patch: int) -> int:
-    """Frames, padding included, after which every token has a patch."""
+    """Return the number of frames, including padding, that gives every token a patch."""
     steps = -(-config.max_frames // config.mel_stack)
     return (steps - 1) * config.mel_stack + patch

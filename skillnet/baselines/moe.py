@@ -1,7 +1,7 @@
-"""Mixture of experts: a router chooses per token what SkillNet's plans choose per task.
+"""Mixture of experts: a router selects per token where SkillNet's plans select per task.
 
-Stems, heads, attention and depth are SkillNet's; its feed-forward layers become experts
-(:mod:`skillnet.baselines.moe_layers`), in every n-th layer.
+Stems, heads, attention and number of layers are those of SkillNet. In every n-th layer, experts
+(:mod:`skillnet.baselines.moe_layers`) replace the feed-forward part.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skillnet.baselines import moe_layers, size_matching
-from skillnet.baselines.moe_layers import ExpertFeedForward, Routing
+from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.layers import Skills
@@ -26,18 +26,21 @@ SKILL = "moe"
 
 @dataclass(frozen=True)
 class MoEOptions:
-    """Experts and how tokens find them.
+    """Experts and their router.
 
     Args:
-        experts: experts of a layer.
-        top_k: experts that a token is sent to.
-        ffn_dim: feed-forward width of one expert; none makes ``top_k`` experts and the rest of
-            the layers as large as what a task of SkillNet activates, on average over tasks.
-        every: every n-th layer has experts; the others' feed-forward is one of ``top_k`` times
-            the width.
+        experts: experts per layer.
+        top_k: experts per token.
+        ffn_dim: feed-forward width of one expert. None matches ``top_k`` experts and the remaining
+            layers to the parameters that a task of SkillNet activates, on average over tasks.
+        every: every n-th layer has experts. The feed-forward part of the other layers has ``top_k``
+            times the width of an expert.
         balance: weight of the load balancing loss of a layer.
         z: weight of the router's z-loss of a layer.
-        jitter: noise on the router's input in training, see ``Router``.
+        jitter: noise on the router's input in training, see ``TopKRouter``.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     experts: int = 8
@@ -65,9 +68,9 @@ class MoEOptions:
 
 
 class ExpertLayer(EncoderLayer):
-    """A layer whose feed-forward part are experts. Keeps its last routings in training.
+    """Encoder layer with experts as feed-forward part. In training it stores its last routings.
 
-    ``config.ffn_dim`` is the width of a token's experts together.
+    ``config.ffn_dim`` is the total width of the experts of a token.
     """
 
     def __init__(self, config: SkillNetConfig, index: int, options: MoEOptions) -> None:
@@ -83,10 +86,10 @@ class ExpertLayer(EncoderLayer):
             out_std=hidden**-0.5 * (2 * config.num_layers) ** -0.5,
             jitter=options.jitter,
         )
-        self.routings: list[Routing] = []
+        self.routings: list[RoutingResult] = []
 
     def _feed(self, x_BTD: Tensor, skills: Skills, bias_B11T: Tensor | None) -> Tensor:
-        # The bias of attention is 0 at real tokens; its rows follow those that drop path keeps.
+        # The attention bias is 0 at real tokens. Its rows are already those that drop path keeps.
         mask_BT = None if bias_B11T is None else bias_B11T[:, 0, 0] == 0
         y_BTD, routing = self.feedforward(self.feedforward_norm(x_BTD), mask_BT)
         if self.training:
@@ -95,7 +98,7 @@ class ExpertLayer(EncoderLayer):
 
 
 class ExpertEncoder(Encoder):
-    """An encoder whose every n-th layer has experts."""
+    """Encoder with experts in every n-th layer."""
 
     def __init__(self, config: SkillNetConfig, options: MoEOptions) -> None:
         super().__init__(config)
@@ -104,9 +107,10 @@ class ExpertEncoder(Encoder):
 
 
 class MoE(SkillNet):
-    """SkillNet with one skill and experts for feed-forward layers."""
+    """SkillNet with one skill and experts as feed-forward layers."""
 
     system = "moe"
+    options_class = MoEOptions
 
     def __init__(self, config: SkillNetConfig, options: MoEOptions | None = None) -> None:
         options = options or MoEOptions()
@@ -116,17 +120,17 @@ class MoE(SkillNet):
 
     @property
     def expert_layers(self) -> list[ExpertLayer]:
-        """The layers that have experts."""
+        """The layers with experts."""
         return [layer for layer in self.encoder.layers if isinstance(layer, ExpertLayer)]
 
     def forward(self, task: str, towers: dict[str, Batch]) -> Outputs:
-        """As every :class:`TaskModel`; forgets the routings of the pass before."""
+        """Run a task; the routings of the previous pass are cleared first."""
         for layer in self.expert_layers:
             layer.routings.clear()
         return super().forward(task, towers)
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """Weighted balance and z loss: the sum over layers of the mean over towers."""
+        """Return the weighted balance and z losses: sums over layers of means over towers."""
         losses = {"balance": moe_layers.balance_loss, "z": moe_layers.z_loss}
         found = {}
         for name, weight in self.coefficients.items():
@@ -141,19 +145,19 @@ class MoE(SkillNet):
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """Router entropy (share of its maximum) and the experts' loads (times an even share).
+        """Return entropy (share of its maximum) and loads of experts (multiples of even).
 
-        ``moe/…`` are means over layers, or the extreme of all layers; ``moe/layer_<n>/…`` are
+        ``moe/…`` are means over layers, or the extreme of all layers. ``moe/layer_<n>/…`` are
         single layers, counted from 0.
         """
         found: dict[str, dict[str, float]] = {}
         for index, layer in enumerate(self.encoder.layers):
             if not isinstance(layer, ExpertLayer) or not layer.routings:
                 continue
-            loads_E = _over(layer.routings, moe_layers.load)
+            loads_E = _over(layer.routings, moe_layers.expert_load)
             count = len(loads_E)
             found[f"layer_{index}"] = {
-                "router_entropy": float(_over(layer.routings, moe_layers.entropy))
+                "router_entropy": float(_over(layer.routings, moe_layers.router_entropy))
                 / math.log(count),
                 "load_max": float(loads_E.max()) * count,
                 "load_min": float(loads_E.min()) * count,
@@ -174,7 +178,7 @@ class MoE(SkillNet):
         }
 
     def activated_parameters(self, task: str) -> int:
-        """Of the experts only as many as a token is sent to."""
+        """Return the parameters that one example reads, with ``top_k`` experts per layer."""
         everything = super().activated_parameters(task)
         idle = 0
         for layer in self.expert_layers:
@@ -185,8 +189,13 @@ class MoE(SkillNet):
         return everything - idle
 
 
-def configure(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig:
-    """The study's configuration with one skill, and the width of a token's experts together."""
+def configure_moe(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig:
+    """Return the study's configuration with one skill of the total width of a token's experts.
+
+    Args:
+        config: configuration of the study.
+        options: number and width of the experts.
+    """
     hidden = options.ffn_dim or _width(config, options)
     return size_matching.one_skill(config, SKILL, hidden * options.top_k)
 
@@ -194,13 +203,13 @@ def configure(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig:
 def _width(config: SkillNetConfig, options: MoEOptions) -> int:
     each = 2 * config.dim * config.num_layers
     routers = config.num_layers // options.every * options.experts * config.dim
-    fixed = size_matching.total(size_matching.one_skill(config, SKILL, 1)) - each + routers
-    wanted = size_matching.activated(config)
+    fixed = size_matching.total_params(size_matching.one_skill(config, SKILL, 1)) - each + routers
+    wanted = size_matching.mean_activated_params(config)
     return size_matching.solve_width(wanted, fixed, each * options.top_k, "options.ffn_dim")
 
 
-def _over(routings: list[Routing], what: Callable[[Routing], Tensor]) -> Tensor:
-    """Mean over the passes of a task's towers."""
+def _over(routings: list[RoutingResult], what: Callable[[RoutingResult], Tensor]) -> Tensor:
+    """Average a function of the routings over the passes of a task's towers."""
     return torch.stack([what(routing) for routing in routings]).mean(0)
 
 
@@ -211,7 +220,6 @@ def _mean(values: list[float]) -> float:
 MOE = System(
     "moe",
     MoE,
-    configure,
-    MoEOptions,
+    configure_moe,
     summary="feed-forward layers of experts, two for each token",
 )

@@ -1,17 +1,17 @@
-"""A feed-forward layer of experts, of which each token is sent to a few: only those are computed.
+"""Expert layers: each token is sent to a few experts, and only those are computed.
 
-    router      top-k of a softmax in float32 (Shazeer et al. 2017), the chosen renormalised to 1
-                (GShard, Lepikhin et al. 2021; Mixtral, Jiang et al. 2024)
-    balance     E sum_e f_e P_e, with the share f_e of assignments and the mean probability P_e of
-                an expert (Switch Transformer, Fedus et al. 2022); 1 where the load is even
+    router      top-k of a softmax in float32 (Shazeer et al. 2017), renormalized over the chosen
+                experts (GShard, Lepikhin et al. 2021; Mixtral, Jiang et al. 2024)
+    balance     E sum_e f_e P_e, with the share f_e of assignments and the mean probability P_e
+                of an expert (Switch Transformer, Fedus et al. 2022); 1 for an even load
     z           mean of the squared logsumexp of the logits (ST-MoE, Zoph et al. 2022)
 
-No expert has a capacity, so no token is dropped (MegaBlocks, Gale et al. 2023): tokens are sorted
-by expert and each expert runs on its slice. Padding is not routed.
+Experts have no capacity limit, so no token is dropped (MegaBlocks, Gale et al. 2023). Tokens are
+sorted by expert, and each expert runs on its slice. Padding is not routed.
 
-Shapes: B batch, T tokens, N real tokens of the batch, k experts of a token, S = N k pairs of token
-and expert, R rows that experts compute (S, or a few more), E experts, D model width, F hidden width
-of an expert, I and O widths of a product.
+Shapes: B batch, T tokens, N real tokens of the batch, k experts per token, S = N k pairs of token
+and expert, R rows that experts compute (S, or a few more), E experts, D model width, F hidden
+width of an expert, I and O widths of a product.
 """
 
 from typing import Any, NamedTuple
@@ -23,16 +23,17 @@ from torch.autograd.function import once_differentiable
 
 from skillnet.layers import compute_dtype
 
+#: Rows of an expert are padded to a multiple of this number in bf16 on CPUs.
 ROWS = 32
 
 
-class Routing(NamedTuple):
-    """Where a batch's tokens went.
+class RoutingResult(NamedTuple):
+    """Assignment of the tokens of a batch to experts.
 
     Attributes:
-        logits_NE: of the router.
-        weights_Nk: of a token's experts; they sum to 1.
-        experts_Nk: the chosen ones, the best first.
+        logits_NE: scores of the router.
+        weights_Nk: weights of the experts of a token; they sum to 1.
+        experts_Nk: chosen experts, best first.
     """
 
     logits_NE: Tensor
@@ -40,45 +41,45 @@ class Routing(NamedTuple):
     experts_Nk: Tensor
 
 
-class Router(nn.Module):
-    """Tokens (N, D) -> their experts. Computes in the type of its weights, whatever autocast says.
+class TopKRouter(nn.Module):
+    """Router of tokens (N, D). It computes in the type of its weights, also under autocast.
 
     Args:
         dim: width of a token.
         experts: number of experts.
-        top_k: experts of a token.
-        jitter: in training the tokens are multiplied by noise from [1 - jitter, 1 + jitter]
-            before they are scored (Switch Transformer).
+        top_k: experts per token.
+        jitter: in training, tokens are multiplied by noise from [1 - jitter, 1 + jitter] before
+            they are scored (Switch Transformer).
     """
 
     def __init__(self, dim: int, experts: int, top_k: int, jitter: float = 0.0) -> None:
         super().__init__()
         self.top_k, self.jitter = top_k, jitter
-        # Switch Transformer: a small start keeps the first choices close to even.
+        # Small initial weights keep the first choices close to even (Switch Transformer).
         self.weight = nn.Parameter(torch.empty(experts, dim))
         nn.init.trunc_normal_(self.weight, std=0.02, a=-0.06, b=0.06)
 
-    def forward(self, x_ND: Tensor) -> Routing:
-        # In bf16 near ties would be decided by rounding.
+    def forward(self, x_ND: Tensor) -> RoutingResult:
+        # In bf16, rounding would decide between nearly equal experts.
         with torch.autocast(x_ND.device.type, enabled=False):
             x_ND = x_ND.to(self.weight.dtype)
             if self.training and self.jitter:
                 x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - self.jitter, 1 + self.jitter)
             logits_NE = F.linear(x_ND, self.weight)
             chosen_Nk, experts_Nk = logits_NE.topk(self.top_k, dim=-1)
-            # The softmax of the chosen is the softmax of all, renormalised.
-            return Routing(logits_NE, chosen_Nk.softmax(-1), experts_Nk)
+            # The softmax over the chosen experts equals the renormalized softmax over all.
+            return RoutingResult(logits_NE, chosen_Nk.softmax(-1), experts_Nk)
 
 
 class ExpertFeedForward(nn.Module):
-    """Two-layer feed-forward experts behind a router. (B, T, D) -> (B, T, D), 0 at padding.
+    """Two-layer feed-forward experts and their router. (B, T, D) -> (B, T, D), 0 at padding.
 
     Args:
         dim: model width.
         hidden: hidden width of one expert.
         experts: number of experts.
-        top_k: experts of a token.
-        jitter: see :class:`Router`.
+        top_k: experts per token.
+        jitter: see :class:`TopKRouter`.
         std, out_std: standard deviations of the initial values of the two layers.
     """
 
@@ -94,14 +95,14 @@ class ExpertFeedForward(nn.Module):
         jitter: float = 0.0,
     ) -> None:
         super().__init__()
-        self.router = Router(dim, experts, top_k, jitter)
+        self.router = TopKRouter(dim, experts, top_k, jitter)
         self.up = nn.Parameter(torch.empty(experts, hidden, dim))
         self.down = nn.Parameter(torch.empty(experts, dim, hidden))
         nn.init.trunc_normal_(self.up, std=std, a=-3 * std, b=3 * std)
         nn.init.trunc_normal_(self.down, std=out_std, a=-3 * out_std, b=3 * out_std)
 
-    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """``mask_BT`` is True at real tokens; None means that every token is real."""
+    def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, RoutingResult]:
+        """Route and compute tokens; ``mask_BT`` is True at real tokens, None if all are real."""
         x_ND = x_BTD.flatten(0, 1)
         if mask_BT is None:
             y_ND, routing = self.run(x_ND)
@@ -112,33 +113,37 @@ class ExpertFeedForward(nn.Module):
         return padded.view(x_BTD.shape), routing
 
     def flops(self, tokens: int, active: int = 1) -> int:
-        """Operations for so many real tokens: the router, and the chosen experts."""
+        """Return the operations of a number of real tokens: router and chosen experts."""
         experts, hidden, dim = self.up.shape
         return 2 * tokens * dim * (experts + 2 * hidden * self.router.top_k)
 
-    def run(self, x_ND: Tensor) -> tuple[Tensor, Routing]:
-        """Real tokens through their experts: (N, D) -> (N, D)."""
+    def run(self, x_ND: Tensor) -> tuple[Tensor, RoutingResult]:
+        """Compute real tokens with their experts, (N, D) -> (N, D)."""
         routing = self.router(x_ND)
         dtype, (N, k) = compute_dtype(x_ND), routing.experts_Nk.shape
-        counts_E, tokens_R, rows_S = slices(
+        counts_E, tokens_R, rows_S = expert_slices(
             routing.experts_Nk, len(self.up), _multiple(x_ND, dtype)
         )
         x_RD = x_ND.to(dtype).index_select(0, tokens_R)
         h_RF = F.gelu(grouped_linear(x_RD, self.up.to(dtype), counts_E))
         y_RD = grouped_linear(h_RF, self.down.to(dtype), counts_E)
-        # Back into the order of tokens; a sum of k, not an addition in place, so that a GPU too
-        # always adds in the same order.
+        # Restore the order of tokens. A sum over k adds in a fixed order on a GPU too; an in-place
+        # scatter-add would not.
         y_NkD = y_RD.index_select(0, rows_S).view(N, k, x_ND.shape[1])
         return (y_NkD * routing.weights_Nk[..., None].to(dtype)).sum(1), routing
 
 
-def slices(experts_Nk: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in which each expert's tokens lie one after the other.
+def expert_slices(experts_Nk: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort tokens by expert, into contiguous rows per expert.
+
+    Args:
+        experts_Nk: chosen experts of each token.
+        experts: number of experts E.
+        multiple: the rows of each expert are padded to a multiple of this number.
 
     Returns:
-        (E,) rows of each expert, a multiple of ``multiple``; (R,) the token of each row; (S,) the
-        row of each pair of token and expert. Rows that no pair has repeat some token: nobody
-        reads what becomes of them.
+        (E,) rows of each expert; (R,) token of each row; (S,) row of each pair of token and expert.
+        Padding rows repeat a token, and their results are not used.
     """
     S, k, device = experts_Nk.numel(), experts_Nk.shape[1], experts_Nk.device
     experts_S, order_S = experts_Nk.flatten().sort(stable=True)
@@ -155,20 +160,20 @@ def slices(experts_Nk: Tensor, experts: int, multiple: int) -> tuple[Tensor, Ten
 
 
 def _multiple(x: Tensor, dtype: torch.dtype) -> int:
-    """Of which a slice's number of rows is a multiple.
+    """Return the number whose multiple the rows of an expert are.
 
-    On CPUs oneDNN compiles a kernel for each shape of a bf16 product, which takes several times as
-    long as the product; with steps of 32 rows shapes soon repeat.
+    On CPUs, oneDNN compiles one kernel per shape of a bf16 product, which takes several times as
+    long as the product. With steps of 32 rows the shapes soon repeat.
     """
     return ROWS if dtype == torch.bfloat16 and not x.is_cuda else 1
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Each expert's product on its slice of the rows: (R, I) -> (R, O).
+    """Multiply the rows of each expert by the matrix of this expert, (R, I) -> (R, O).
 
     Args:
-        x_RI: rows, those of the first expert first.
-        weight_EOI: an expert's matrix each.
+        x_RI: rows, sorted by expert.
+        weight_EOI: one matrix per expert.
         counts_E: rows of each expert.
     """
     aligned = all(width % 8 == 0 for width in weight_EOI.shape[1:])
@@ -178,9 +183,12 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
 
 
 def one_kernel(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """:func:`grouped_linear` as torch's own grouped product, in bf16: nothing is read back.
+    """Compute :func:`grouped_linear` by torch's grouped bf16 product, without host sync.
 
-    Rows start at multiples of 16 bytes: widths must divide by 8.
+    Args:
+        x_RI: rows, sorted by expert.
+        weight_EOI: one matrix per expert; widths must divide by 8 (rows start at 16 bytes).
+        counts_E: rows of each expert.
     """
     product = getattr(F, "grouped_mm", torch._grouped_mm)  # public since torch 2.10
     ends_E = counts_E.cumsum(0).to(torch.int32)
@@ -188,7 +196,7 @@ def one_kernel(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """A loop over experts that writes into one tensor, both ways: no slices to be joined."""
+    """Loop over experts that writes into one tensor in both directions, so no slices are joined."""
 
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
@@ -205,7 +213,8 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x_RI, weight_EOI = ctx.saved_tensors
-        # Zeros: an expert without a token has a gradient too, so that ranks agree who has one.
+        # Zeros: an expert without tokens also gets a gradient, so all ranks reduce the same
+        # tensors.
         to_x, to_weight = torch.empty_like(x_RI), torch.zeros_like(weight_EOI)
         g_RO = grads[0].contiguous()
         for index, (x, g, out) in enumerate(
@@ -217,27 +226,27 @@ class _GroupedLinear(torch.autograd.Function):
         return to_x, to_weight, None
 
 
-def load(routing: Routing) -> Tensor:
-    """Share of the assignments that each expert got, (E,); they sum to 1."""
+def expert_load(routing: RoutingResult) -> Tensor:
+    """Return the share of assignments of each expert, (E,); the shares sum to 1."""
     experts = routing.logits_NE.shape[1]
     counts_E = torch.bincount(routing.experts_Nk.flatten(), minlength=experts)
     return counts_E.to(routing.logits_NE.dtype) / max(routing.experts_Nk.numel(), 1)
 
 
-def balance_loss(routing: Routing) -> Tensor:
-    """E sum_e f_e P_e, a scalar: 1 where load or probabilities are even, E at the worst."""
+def balance_loss(routing: RoutingResult) -> Tensor:
+    """Return E sum_e f_e P_e, a scalar: 1 for even loads or probabilities, at most E."""
     experts = routing.logits_NE.shape[1]
-    # A batch of nothing but padding has no mean.
+    # A batch that is all padding has no mean.
     mean_E = routing.logits_NE.softmax(-1).sum(0) / max(len(routing.logits_NE), 1)
-    return experts * (load(routing) * mean_E).sum()
+    return experts * (expert_load(routing) * mean_E).sum()
 
 
-def z_loss(routing: Routing) -> Tensor:
-    """Mean of logsumexp(logits) squared, a scalar."""
+def z_loss(routing: RoutingResult) -> Tensor:
+    """Return the mean of logsumexp(logits) squared, a scalar."""
     return routing.logits_NE.logsumexp(-1).square().sum() / max(len(routing.logits_NE), 1)
 
 
-def entropy(routing: Routing) -> Tensor:
-    """Mean entropy of the router's probabilities, in nats, at most log E."""
+def router_entropy(routing: RoutingResult) -> Tensor:
+    """Return the mean entropy of the router's probabilities, in nats, at most log E."""
     log_p = routing.logits_NE.log_softmax(-1)
     return -(log_p.exp() * log_p).sum() / max(len(log_p), 1)

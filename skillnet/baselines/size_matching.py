@@ -1,11 +1,11 @@
-"""How wide a baseline must be to cost as much as a SkillNet: docs/baselines.md has the rules.
+"""Width of a baseline that costs as much as a SkillNet; docs/baselines.md has the rules.
 
-Compared are the Transformer layers. Heads, and for the dense and mixture-of-experts baselines
-stems too, are the same on both sides and cancel out.
+Only Transformer layers are compared. Heads, and for the dense and mixture-of-experts baselines
+also stems, are equal on both sides and cancel out.
 
-The mean runs over the five default tasks, with the study's own plans where it has them, and not
-over the tasks that a configuration happens to train: so the pretraining and the fine-tuning of a
-study build baselines of one size.
+The mean is over the five default tasks, with the study's plans where it has them, and not over
+the tasks that a run trains. Pretraining and fine-tuning of a study therefore build baselines of
+one size.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.skills import SkillPlan, Task, default_tasks
 
-#: How far a width may be off so that it divides by a power of two, which products like.
+#: Largest relative change of a width that makes it a multiple of a power of two (faster products).
 TOLERANCE = 0.005
 
 
 def reference_tasks(config: SkillNetConfig) -> dict[str, Task]:
-    """The tasks over which costs are averaged.
+    """Return the tasks over which costs are averaged.
 
-    The five default ones as far as the model has their skills; if it has none, all tasks of the
-    configuration that are not masked modelling; if there are none either, all.
+    These are the five default tasks whose skills the model has. If there are none, all tasks that
+    are not masked modelling, and otherwise all tasks.
     """
     defaults = {name: config.tasks.get(name, task) for name, task in default_tasks().items()}
     known = {n: task for n, task in defaults.items() if set(task.skills) <= set(config.skills)}
@@ -33,43 +33,49 @@ def reference_tasks(config: SkillNetConfig) -> dict[str, Task]:
     return known or measured or config.tasks
 
 
-def towers(config: SkillNetConfig) -> float:
-    """Mean number of towers of a task: how many models a specialist of it consists of."""
+def mean_num_towers(config: SkillNetConfig) -> float:
+    """Return the mean number of towers of a task: the number of encoders of its specialist."""
     tasks = reference_tasks(config)
     return sum(len(task.towers) for task in tasks.values()) / len(tasks)
 
 
-def activated(config: SkillNetConfig) -> float:
-    """Mean number of parameters of SkillNet's layers that a task activates."""
+def mean_activated_params(config: SkillNetConfig) -> float:
+    """Return the mean number of parameters of SkillNet's layers that a task activates."""
     encoder = _encoder(config)
     tasks = reference_tasks(config)
     return sum(_count(encoder, task.skills) for task in tasks.values()) / len(tasks)
 
 
-def total(config: SkillNetConfig) -> int:
-    """Number of parameters of SkillNet's layers."""
+def total_params(config: SkillNetConfig) -> int:
+    """Return the number of parameters of SkillNet's layers."""
     return _count(_encoder(config), config.skills)
 
 
 def executed_width(config: SkillNetConfig) -> float:
-    """Feed-forward width at which a dense encoder does as many operations per example.
+    """Return the feed-forward width of a dense encoder with as many operations per example.
 
-    Attention costs the same however many skills are merged into it, so it is the mean executed
-    width of SkillNet's feed-forward layers, over layers and the tokens of the longest examples.
+    The cost of attention does not depend on the number of merged skills. The result is therefore
+    the mean executed width of SkillNet's feed-forward layers, over layers and tokens of the longest
+    examples.
     """
     layers = [layer for layer in _encoder(config).layers if isinstance(layer, EncoderLayer)]
     work = count = 0.0
     for task in reference_tasks(config).values():
         for plan in task.towers.values():
-            tokens = longest(config, plan)
+            tokens = max_tokens(config, plan)
             active = (len(plan.skills) if layer.feedforward_skills else 1 for layer in layers)
             work += tokens * config.ffn_dim * sum(active) / len(layers)
             count += tokens
     return work / count
 
 
-def longest(config: SkillNetConfig, plan: SkillPlan) -> int:
-    """Tokens of the longest example that a tower reads."""
+def max_tokens(config: SkillNetConfig, plan: SkillPlan) -> int:
+    """Return the number of tokens of the longest input of a tower.
+
+    Args:
+        config: sizes of the inputs.
+        plan: plan of the tower.
+    """
     if plan.modality in ("text", "code"):
         return config.max_tokens
     if plan.modality == "sound":
@@ -82,7 +88,13 @@ def longest(config: SkillNetConfig, plan: SkillPlan) -> int:
 
 
 def one_skill(config: SkillNetConfig, name: str, hidden: int) -> SkillNetConfig:
-    """The configuration with one skill instead of several, active in every tower and layer."""
+    """Return the configuration with one skill, active in every tower and layer.
+
+    Args:
+        config: configuration of the study.
+        name: of the skill.
+        hidden: feed-forward width.
+    """
     tasks = {
         task: dataclasses.replace(
             spec, towers={t: SkillPlan((name,), plan.modality) for t, plan in spec.towers.items()}
@@ -100,21 +112,27 @@ def one_skill(config: SkillNetConfig, name: str, hidden: int) -> SkillNetConfig:
 
 
 def solve_width(wanted: float, fixed: float, each: float, where: str) -> int:
-    """The width h at which ``fixed + each * h`` is ``wanted``; see :func:`rounded`.
+    """Solve ``fixed + each * h = wanted`` for the width h, rounded by :func:`round_width`.
+
+    Args:
+        wanted: number of parameters.
+        fixed: parameters that do not depend on the width.
+        each: parameters per unit of width.
+        where: option of the width, for the message.
 
     Raises:
-        ValueError: nothing is left for the feed-forward layer.
+        ValueError: no parameters are left for the feed-forward layer.
     """
     if wanted < fixed + each:
         raise ValueError(
             f"{where}: SkillNet's {wanted:.0f} parameters are fewer than those of the other "
-            f"layers, {fixed:.0f}; set {where} yourself"
+            f"layers, {fixed:.0f}; set {where} explicitly"
         )
-    return rounded((wanted - fixed) / each)
+    return round_width((wanted - fixed) / each)
 
 
-def rounded(width: float) -> int:
-    """The nearest whole number, a multiple of the largest power of two that changes little."""
+def round_width(width: float) -> int:
+    """Round to the multiple of the largest power of two that changes the width by at most 0.5 %."""
     for step in (64, 32, 16, 8, 4, 2):
         near = round(width / step) * step
         if near and abs(near - width) <= TOLERANCE * width:
@@ -123,13 +141,13 @@ def rounded(width: float) -> int:
 
 
 def _encoder(config: SkillNetConfig) -> Encoder:
-    # Shapes alone: no memory, and no number drawn.
+    # The meta device has shapes only: no memory is allocated and no random number is drawn.
     with torch.device("meta"):
         return Encoder(config)
 
 
 def _count(encoder: Encoder, skills: Iterable[str]) -> int:
-    """Parameters of an encoder that some active skills read."""
+    """Count the parameters of an encoder that a set of active skills reads."""
     names = {*skills, "shared"}
     return sum(
         p.numel()

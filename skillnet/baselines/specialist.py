@@ -1,10 +1,11 @@
-"""Specialists: for each tower of each task an encoder of its own from transformers or timm.
+"""Specialist baseline: for each tower of each task a separate encoder of transformers or timm.
 
-They live in one module, but no two tasks share a parameter, and clipping, weight decay and the
-optimiser act on a step's own parameters: each is trained exactly as if it were alone.
+All encoders are in one module, but no two tasks share a parameter. Clipping, weight decay and the
+optimizer apply only to the parameters of a step. Each specialist is therefore trained exactly as
+if it were alone.
 
-Self-supervised tasks are no tasks of a specialist but its pretraining: all those of a modality
-train one encoder, from which the towers of that modality later start.
+Self-supervised tasks pretrain the specialists: all such tasks of a modality train one encoder, and
+the towers of that modality start from it.
 """
 
 import dataclasses
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 
 from skillnet.baselines import library_models, size_matching
 from skillnet.baselines.hf_checkpoints import find_checkpoint
-from skillnet.baselines.library_encoders import Tower
+from skillnet.baselines.library_encoders import EncoderAdapter
 from skillnet.baselines.library_models import FAMILIES
 from skillnet.config import SkillNetConfig
-from skillnet.layers import check_free
+from skillnet.layers import require_unused_name
 from skillnet.multitask_model import Batch, TaskModel, Tokens
-from skillnet.skills import MODALITIES, Modality, Task, find_task, nearest
+from skillnet.skills import MODALITIES, Modality, Task, find_task, nearest_hint
 from skillnet.systems import System
 
-#: The families that can read a modality; the first is the default.
+#: Architectures of each modality; the first is the default.
 READERS: dict[str, tuple[str, ...]] = {
     "text": ("bert", "roberta"),
     "code": ("bert", "roberta"),
@@ -36,7 +37,7 @@ READERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class SpecialistOptions:
-    """Which library model reads which modality, and where its weights come from.
+    """Architecture and initial weights of the encoder of each modality.
 
     Args:
         text: bert or roberta.
@@ -44,13 +45,16 @@ class SpecialistOptions:
         image: vit.
         sound: speech2text or ast.
         video: videomae.
-        checkpoints: modality -> folder, or model of the Hugging Face hub, whose weights and sizes
-            its towers start from; without one a model of the study's size starts from scratch.
-        download: fetch checkpoints that are not on this machine.
-        ffn_dim: feed-forward width from scratch; none makes the layers of a task's towers as
-            large as what a task of SkillNet activates, both on average over tasks.
-        shapes: modality -> configuration of the library's model that a checkpoint had; filled in
-            when a model is saved, so that it can be read without the checkpoint.
+        checkpoints: modality -> directory, or model of the Hugging Face hub, that gives initial
+            weights and sizes; other modalities start from scratch at the study's size.
+        download: download checkpoints that are not on this machine.
+        ffn_dim: feed-forward width from scratch. None matches the layers of a task's towers to the
+            parameters that a task of SkillNet activates, both on average over tasks.
+        shapes: modality -> configuration of the library's model of a checkpoint. It is filled in
+            when a model is saved, so that it can be loaded without the checkpoint.
+
+    Raises:
+        ValueError: an unknown architecture or modality, or an invalid width.
     """
 
     text: str = "bert"
@@ -67,25 +71,27 @@ class SpecialistOptions:
         for modality, known in READERS.items():
             name = getattr(self, modality)
             if name not in known:
-                raise ValueError(f"options.{modality}: no family {name!r}{nearest(name, known)}")
+                raise ValueError(
+                    f"options.{modality}: no architecture {name!r}{nearest_hint(name, known)}"
+                )
         for key in ("checkpoints", "shapes"):
             for modality in getattr(self, key):
                 if modality not in MODALITIES:
-                    hint = nearest(modality, MODALITIES)
+                    hint = nearest_hint(modality, MODALITIES)
                     raise ValueError(f"options.{key}: unknown modality {modality!r}{hint}")
         if self.ffn_dim is not None and self.ffn_dim < 1:
             raise ValueError(f"options.ffn_dim must be at least 1, got {self.ffn_dim}")
 
-    def family(self, modality: str) -> library_models.Family:
-        """The family that reads a modality."""
+    def family(self, modality: str) -> library_models.LibraryArchitecture:
+        """Return the architecture of a modality."""
         return FAMILIES[getattr(self, modality)]
 
 
-def pretrains(task: Task) -> Modality | None:
-    """The modality whose encoder a self-supervised task trains; none for the task of a specialist.
+def pretraining_modality(task: Task) -> Modality | None:
+    """Return the modality whose encoder a self-supervised task trains, None for other tasks.
 
-    Self-supervised are masked modelling and pairs within one modality: two views of a row, a word
-    and its definition.
+    Masked modelling and pairs within one modality are self-supervised: two views of a row, or a
+    word and its definition.
     """
     modalities = {plan.modality for plan in task.towers.values()}
     if task.objective in ("masked", "retrieval") and len(modalities) == 1:
@@ -93,10 +99,11 @@ def pretrains(task: Task) -> Modality | None:
     return None
 
 
-class Specialist(TaskModel):
-    """An encoder of a library for each tower of each task, and one a modality in pretraining."""
+class SpecialistModel(TaskModel):
+    """One library encoder per tower of each task, and one per modality in pretraining."""
 
     system = "specialist"
+    options_class = SpecialistOptions
 
     def __init__(self, config: SkillNetConfig, options: SpecialistOptions | None = None) -> None:
         options = options or SpecialistOptions()
@@ -104,18 +111,18 @@ class Specialist(TaskModel):
         self.towers = nn.ModuleDict()
         self.pretrained = nn.ModuleDict()
         for name, task in config.tasks.items():
-            modality = pretrains(task)
+            modality = pretraining_modality(task)
             if modality is not None:
                 if modality not in self.pretrained:
                     self.pretrained[modality] = self._tower(modality, options)
                 continue
-            check_free(self.towers, name, "task")
+            require_unused_name(self.towers, name, "task")
             self.towers[name] = nn.ModuleDict(
                 {t: self._tower(plan.modality, options) for t, plan in task.towers.items()}
             )
         self.add_heads()
 
-    def _tower(self, modality: Modality, options: SpecialistOptions) -> Tower:
+    def _tower(self, modality: Modality, options: SpecialistOptions) -> EncoderAdapter:
         family, dim = options.family(modality), self.config.dim
         if modality in options.shapes:
             return family.build(options.shapes[modality], dim)
@@ -128,47 +135,48 @@ class Specialist(TaskModel):
 
     # -- running ---------------------------------------------------------------------------
 
-    def tower(self, task: str, tower: str) -> Tower:
-        """The encoder of a task's tower."""
-        modality = pretrains(find_task(task, self.config.tasks))
-        found: Any = self.towers[task][tower] if modality is None else self.pretrained[modality]  # type: ignore[index]
+    def tower(self, task: str, tower: str) -> EncoderAdapter:
+        """Return the encoder of a task's tower."""
+        modality = pretraining_modality(find_task(task, self.config.tasks))
+        towers: Any = self.pretrained if modality else self.towers[task]
+        found: Any = towers[modality or tower]
         return found
 
     def tower_tokens(self, task: str, tower: str, batch: Batch) -> Tokens:
-        """Encoded tokens (B, T, D) on the grid of SkillNet's stem for that modality."""
+        """Encode tokens (B, T, D) on the grid of SkillNet's stem of the modality."""
         return self.tower(task, tower)(batch)
 
     def token_embedding(self, task: str, tower: str) -> Tensor:
-        """Embedding (V, D) of the tower's own tokens."""
+        """Return the embedding (V, D) of the tower's own tokens."""
         return self.tower(task, tower).token_embedding(self.config.vocab_size)
 
     # -- ownership -------------------------------------------------------------------------
 
-    def owner(self, name: str) -> str:
-        """File: ``specialist-TASK-TOWER``, ``pretrained-MODALITY`` or ``head-TASK``."""
+    def file_of(self, name: str) -> str:
+        """Return the file: ``specialist-TASK-TOWER``, ``pretrained-MODALITY`` or ``head-TASK``."""
         parts = name.split(".")
         if parts[0] == "towers":
             return f"specialist-{parts[1]}-{parts[2]}"
         return f"head-{parts[1]}" if parts[0] == "heads" else f"pretrained-{parts[1]}"
 
-    def touches(self, name: str, task: str) -> bool:
-        """True for what is the task's own, or what it pretrains: tasks share nothing."""
+    def uses_parameter(self, name: str, task: str) -> bool:
+        """Return whether a parameter belongs to the task, or to the encoder that it pretrains."""
         kind, of = name.split(".")[:2]
         if kind == "pretrained":
-            return pretrains(find_task(task, self.config.tasks)) == of
+            return pretraining_modality(find_task(task, self.config.tasks)) == of
         return of == task
 
-    def forget(self, task: str) -> None:
-        """Drop the task's encoders and head, and an encoder that no task pretrains any more."""
-        super().forget(task)
+    def drop_task(self, task: str) -> None:
+        """Delete the task's encoders and head, and encoders that no remaining task pretrains."""
+        super().drop_task(task)
         if task in self.towers:
             del self.towers[task]
-        kept = {pretrains(other) for other in self.config.tasks.values()}
+        kept = {pretraining_modality(other) for other in self.config.tasks.values()}
         for modality in set(self.pretrained) - kept:
             del self.pretrained[modality]
 
-    def counterpart(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """The same parameter, or the one of the encoder that was pretrained for the modality."""
+    def source_name(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Return the same name, or that of the encoder that was pretrained for the modality."""
         parts = name.split(".")
         if parts[0] != "towers" or name in tensors:
             return name
@@ -176,12 +184,16 @@ class Specialist(TaskModel):
         return ".".join(["pretrained", plan.modality, *parts[3:]])
 
 
-def configure(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetConfig:
-    """The study's configuration with the feed-forward width of the specialists' layers.
+def configure_specialist(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetConfig:
+    """Return the study's configuration with the feed-forward width of the specialists.
+
+    Args:
+        config: configuration of the study.
+        options: architectures and checkpoints.
 
     Raises:
-        ValueError: a family that cannot read the study's inputs, or a checkpoint that is missing
-            or does not fit.
+        ValueError: an architecture that cannot read the study's inputs, or a checkpoint that is
+            missing or does not fit.
     """
     own = dataclasses.replace(config, ffn_dim=options.ffn_dim or _width(config))
     for modality in {p.modality for task in config.tasks.values() for p in task.towers.values()}:
@@ -195,17 +207,16 @@ def configure(config: SkillNetConfig, options: SpecialistOptions) -> SkillNetCon
 
 
 def _width(config: SkillNetConfig) -> int:
-    """Feed-forward width of a Transformer with biases, as all families are."""
+    """Return the feed-forward width of a Transformer with biases, as all architectures are."""
     D, depth = config.dim, config.num_layers
-    wanted = size_matching.activated(config) / size_matching.towers(config)
+    wanted = size_matching.mean_activated_params(config) / size_matching.mean_num_towers(config)
     fixed = depth * (4 * D * D + 4 * D + D + 4 * D)
     return size_matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.ffn_dim")
 
 
 SPECIALIST = System(
     "specialist",
-    Specialist,
-    configure,
-    SpecialistOptions,
+    SpecialistModel,
+    configure_specialist,
     summary="an encoder of transformers or timm for each tower of each task",
 )

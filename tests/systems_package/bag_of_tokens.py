@@ -27,6 +27,7 @@ class Bag(TaskModel):
     """All tasks share the layers; stems are those of SkillNet."""
 
     system = "bag"
+    options_class = BagOptions
 
     def __init__(self, config: SkillNetConfig, options: Any = None) -> None:
         super().__init__(config, options)
@@ -44,16 +45,16 @@ class Bag(TaskModel):
         x_BTD, mask_BT = self.stems[plan.stem](batch, plan.modality)
         return x_BTD + self.layers(x_BTD), mask_BT
 
-    def owner(self, name: str) -> str:
+    def file_of(self, name: str) -> str:
         parts = name.split(".")
         return {"stems": f"stem-{parts[1]}", "heads": f"head-{parts[1]}"}.get(parts[0], "shared")
 
-    def touches(self, name: str, task: str) -> bool:
+    def uses_parameter(self, name: str, task: str) -> bool:
         spec, parts = self.config.tasks[task], name.split(".")
         if parts[0] == "stems" and parts[2] == "modality":
             return parts[3] in {plan.modality for plan in spec.towers.values()}
         read = {"shared", f"head-{task}", *(f"stem-{stem}" for stem in spec.stems)}
-        return self.owner(name) in read
+        return self.file_of(name) in read
 
 
-BAG = System("bag", Bag, options=BagOptions, summary="tokens without order or context")
+BAG = System("bag", Bag, summary="tokens without order or context")

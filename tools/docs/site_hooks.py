@@ -2,6 +2,8 @@
 
 - One page per command, with the output of ``skillnet COMMAND --help all``.
 - The decisions join the navigation in the order of their numbers.
+- Sphinx roles of docstrings (``:meth:``) are left out, since mkdocstrings prints them.
+- The build fails if a page loads a script, style, font or image from another host.
 - A link to a file of the repository outside ``docs/`` becomes the file's path as code, since the
   site contains only ``docs/``.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from skillnet_platform import cli
@@ -21,6 +24,13 @@ from skillnet_platform import cli
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "reference/commands"
 LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code>)")
+#: A resource that a browser loads from another host when it shows the page.
+REMOTE = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//[^>]*>"""
+    r"""|<link(?=[^>]*rel=["']?(?:stylesheet|preconnect|preload|icon))[^>]*href=["']?(?:https?:)?//[^>]*>"""
+)
 
 
 def command_names() -> list[str]:
@@ -99,3 +109,19 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Replace links that lead out of the site."""
     return replace_outside_links(markdown, page.file.src_uri)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave out Sphinx roles before code."""
+    return ROLE.sub("", html)
+
+
+def on_post_build(config: MkDocsConfig, **_: Any) -> None:
+    """Fail if a page loads a resource from another host.
+
+    Raises:
+        PluginError: names the page and the element.
+    """
+    for page in sorted(Path(config.site_dir).rglob("*.html")):
+        if found := REMOTE.search(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.name}: {found[0]} loads from another host. Use a local copy.")

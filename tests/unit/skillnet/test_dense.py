@@ -10,7 +10,7 @@ from skillnet.baselines import size_matching
 from skillnet.model import SkillNet
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, Task, default_tasks, masked_tasks
-from skillnet.systems import build_system, find_system, load, system_names
+from skillnet.systems import build_system, find_system, load_model, system_names
 from tests.helpers.small_models import small_config, towers_of
 
 #: Large enough for rounding of the width to weigh little.
@@ -75,14 +75,14 @@ def test_pretraining_and_finetuning_build_the_same_encoder() -> None:
         for system in ("dense", "moe"):
             first = build_system(system, small_config(tasks=other))
             second = build_system(system, small_config())
-            fresh = second.adopt(dict(first.named_parameters()))
+            fresh = second.load_partial(dict(first.named_parameters()))
             assert {name.partition(".")[0] for name in fresh} <= {"heads"}
 
 
 def test_the_mean_is_over_the_five_tasks() -> None:
     config = small_config()
     assert list(size_matching.reference_tasks(config)) == list(default_tasks())
-    assert size_matching.towers(config) == 1.6
+    assert size_matching.mean_num_towers(config) == 1.6
     own = {"mine": Task("classification", {"input": SkillPlan(("a",), "text")}, 3)}
     other = small_config(skills=("a", "b"), tasks=own | {"m": masked_task("a")})
     assert list(size_matching.reference_tasks(other)) == ["mine"]
@@ -95,10 +95,10 @@ def masked_task(skill: str) -> Task:
 def test_saved_models_name_their_system(tmp_path: Any) -> None:
     model = build_system("dense", small_config(), {"size": "total"}).eval()
     model.save_pretrained(tmp_path / "model")
-    again = load(tmp_path / "model")
-    assert (again.system, again.options) == ("dense", {"size": "total", "hidden": None})
+    again = load_model(tmp_path / "model")
+    assert (again.system, again.options) == ("dense", {"size": "total", "ffn_dim": None})
     assert again.config == model.config
-    one = load(tmp_path / "model", "text_to_code")
+    one = load_model(tmp_path / "model", "text_to_code")
     batch = towers_of("text_to_code", model.config)
     expected, found = model("text_to_code", batch), one("text_to_code", batch)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -112,5 +112,5 @@ def test_mistakes_are_named() -> None:
         build_system("dense", small_config(), {"sise": "total"})
     with pytest.raises(ValueError, match=r"options\.size is activated, total or executed"):
         build_system("dense", small_config(), {"size": "large"})
-    with pytest.raises(ValueError, match=r"set options\.hidden yourself"):
+    with pytest.raises(ValueError, match=r"set options\.ffn_dim explicitly"):
         size_matching.solve_width(100, 90, 20, "options.ffn_dim")

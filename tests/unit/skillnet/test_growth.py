@@ -30,7 +30,7 @@ def test_a_new_skill_leaves_the_rest_to_the_bit(modules: str, init_from: str | N
         assert torch.equal(model.encode(batches[modality], plan), encoded[modality])
     new = set(now) - set(before)
     assert new == {n.replace(".image", ".depth") for n in before if n.endswith("weights.image")}
-    assert {model.owner(name) for name in new} == {"skill-depth"}
+    assert {model.file_of(name) for name in new} == {"skill-depth"}
 
 
 def test_a_skill_that_starts_as_a_copy_does_what_its_model_does() -> None:

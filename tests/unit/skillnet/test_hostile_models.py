@@ -70,7 +70,7 @@ def resealed(folder: Path) -> Path:
 LOADERS: dict[str, Callable[[Path, TaskModel], object]] = {
     "load": lambda folder, model: systems.load_model(folder),
     "checkpoint": lambda folder, model: checkpoints.load_weights(folder, model),
-    "source": lambda folder, model: model_source.load(model_source.find(str(folder))),
+    "source": lambda folder, model: model_source.load_source_model(model_source.resolve_model(str(folder))),
 }
 
 loaders = pytest.mark.parametrize("loader", LOADERS)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skillnet.attention import PLAIN_TOKENS, attend, padding_bias
+from skillnet.attention import PLAIN_TOKENS, multihead_attention, padding_bias
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import SHARED, Encoder, EncoderLayer
 from skillnet.layers import SkillAttention, SkillFeedForward, SkillLinear, Skills, SkillWeights
@@ -144,21 +144,21 @@ def test_attention_equals_torchs(tokens: int, masked: bool) -> None:
     theirs = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask[:, None, None] if masked else None
     )
-    ours = attend(qkv, 2, bias)
+    ours = multihead_attention(qkv, 2, bias)
     assert_same(ours, theirs.transpose(1, 2).reshape(2, tokens, 6), {"qkv": qkv})
 
 
 def test_attention_passes_gradcheck() -> None:
     qkv = torch.randn(2, 4, 12, dtype=torch.float64, requires_grad=True)
     bias = padding_bias(torch.tensor([[True] * 4, [True, True, False, False]]), torch.float64)
-    assert torch.autograd.gradcheck(lambda x: attend(x, 2, bias), qkv)
+    assert torch.autograd.gradcheck(lambda x: multihead_attention(x, 2, bias), qkv)
 
 
 def test_attention_leaves_its_input_alone() -> None:
     qkv = torch.randn(2, 4, 12)
     before = qkv.clone()
-    attend(qkv, 2)
-    attend(qkv[:1, :1].expand(1, 1, 12), 1)  # already laid out as the product wants it
+    multihead_attention(qkv, 2)
+    multihead_attention(qkv[:1, :1].expand(1, 1, 12), 1)  # already laid out as the product wants it
     assert torch.equal(qkv, before)
 
 
@@ -166,7 +166,7 @@ def test_attention_leaves_its_input_alone() -> None:
 def test_a_row_of_padding_gives_no_nan(dtype: torch.dtype) -> None:
     qkv = torch.randn(2, 20, 12, dtype=dtype, requires_grad=True)
     mask = torch.tensor([[True] * 20, [False] * 20])
-    y = attend(qkv, 2, padding_bias(mask, dtype))
+    y = multihead_attention(qkv, 2, padding_bias(mask, dtype))
     (gradient,) = torch.autograd.grad(y.sum(), qkv)
     assert torch.isfinite(y).all()
     assert torch.isfinite(gradient).all()

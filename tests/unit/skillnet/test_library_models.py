@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skillnet.baselines.hf_checkpoints import find_checkpoint
-from skillnet.baselines.library_encoders import PatchProduct, Tower
+from skillnet.baselines.library_encoders import EncoderAdapter, PatchProduct
 from skillnet.baselines.library_models import FAMILIES
 from skillnet.config import SkillNetConfig
 from skillnet.skills import STEM_OF, Modality
@@ -32,7 +32,7 @@ def study(**changes: Any) -> SkillNetConfig:
     return small_config(**({"mel_stack": 4, "n_mels": 8} | changes))
 
 
-def tower(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Tower:
+def tower(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> EncoderAdapter:
     torch.manual_seed(0)
     config = study(**changes)
     family = FAMILIES[name]
@@ -184,7 +184,7 @@ def written(name: str, folder: Path, **changes: Any) -> Any:
     return model
 
 
-def loaded(name: str, folder: Path, config: SkillNetConfig) -> tuple[dict[str, Any], Tower]:
+def loaded(name: str, folder: Path, config: SkillNetConfig) -> tuple[dict[str, Any], EncoderAdapter]:
     family = FAMILIES[name]
     shape = family.read(find_checkpoint(str(folder), False), config)
     return shape, family.build(shape, config.dim, folder)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skillnet.losses import cross_entropy, ctc, info_nce, masked, masked_rows
+from skillnet.losses import cross_entropy, ctc_loss, info_nce, masked_loss, masked_loss_per_row
 
 
 def unit(rows: int, width: int = 5, seed: int = 0) -> Tensor:
@@ -52,10 +52,10 @@ def test_ctc_divides_each_row_by_its_symbols_and_sums_over_ranks() -> None:
         F.ctc_loss(log_probs[i, :n, None].squeeze(1), targets[i, :k], n, k, reduction="none") / k
         for i, (n, k) in enumerate(zip(lengths, sizes, strict=True))
     ]
-    whole = ctc(log_probs, lengths, targets, sizes, 4)
+    whole = ctc_loss(log_probs, lengths, targets, sizes, 4)
     torch.testing.assert_close(whole, torch.stack(each).mean())
     parts = [
-        ctc(log_probs[i : i + 2], lengths[i : i + 2], targets[i : i + 2], sizes[i : i + 2], 4)
+        ctc_loss(log_probs[i : i + 2], lengths[i : i + 2], targets[i : i + 2], sizes[i : i + 2], 4)
         for i in (0, 2)
     ]
     torch.testing.assert_close(sum(parts), whole)
@@ -64,7 +64,7 @@ def test_ctc_divides_each_row_by_its_symbols_and_sums_over_ranks() -> None:
 def test_ctc_leaves_out_what_cannot_be_aligned() -> None:
     scores, lengths, targets, sizes = ctc_inputs()
     lengths = torch.tensor([6, 3, 6, 3])  # row 1 needs four tokens: two equal symbols in a row
-    loss = ctc(scores.log_softmax(-1), lengths, targets, sizes, 4)
+    loss = ctc_loss(scores.log_softmax(-1), lengths, targets, sizes, 4)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.equal(scores.grad[1], torch.zeros_like(scores.grad[1]))
@@ -74,7 +74,7 @@ def test_ctc_leaves_out_what_cannot_be_aligned() -> None:
 
 def test_ctc_of_silence_is_finite() -> None:
     scores, lengths, targets, _ = ctc_inputs()
-    loss = ctc(scores.log_softmax(-1), lengths, targets, torch.zeros(4, dtype=torch.int64), 4)
+    loss = ctc_loss(scores.log_softmax(-1), lengths, targets, torch.zeros(4, dtype=torch.int64), 4)
     assert torch.isfinite(loss)
 
 
@@ -196,23 +196,23 @@ def naive(hidden: Tensor, losses_M: list[Tensor]) -> Tensor:
 def test_masked_values_weigh_rows_alike_whatever_they_hide() -> None:
     hidden, predicted, values = masked_inputs()
     losses = [((p - v) ** 2).sum() / 5 for p, v in zip(predicted, values, strict=True)]
-    torch.testing.assert_close(masked_rows(predicted, values, hidden), naive(hidden, losses))
-    torch.testing.assert_close(masked(predicted, values, hidden, 4), naive(hidden, losses).mean())
+    torch.testing.assert_close(masked_loss_per_row(predicted, values, hidden), naive(hidden, losses))
+    torch.testing.assert_close(masked_loss(predicted, values, hidden, 4), naive(hidden, losses).mean())
 
 
 def test_masked_tokens_weigh_rows_alike_whatever_they_hide() -> None:
     hidden, logits, _ = masked_inputs()
     tokens = torch.arange(len(logits)) % 5
     losses = [x.logsumexp(0) - x[t] for x, t in zip(logits, tokens, strict=True)]
-    torch.testing.assert_close(masked_rows(logits, tokens, hidden), naive(hidden, losses))
-    assert masked_rows(logits.bfloat16(), tokens, hidden).dtype == torch.float32
+    torch.testing.assert_close(masked_loss_per_row(logits, tokens, hidden), naive(hidden, losses))
+    assert masked_loss_per_row(logits.bfloat16(), tokens, hidden).dtype == torch.float32
 
 
 def test_masked_losses_of_ranks_add_up() -> None:
     hidden, predicted, values = masked_inputs()
     first = int(hidden[:1].sum())
-    parts = masked(predicted[:first], values[:first], hidden[:1], 4) + masked(
+    parts = masked_loss(predicted[:first], values[:first], hidden[:1], 4) + masked_loss(
         predicted[first:], values[first:], hidden[1:], 4
     )
-    torch.testing.assert_close(parts, masked(predicted, values, hidden, 4))
-    assert masked(predicted[:0], values[:0], hidden[:0], 4) == 0
+    torch.testing.assert_close(parts, masked_loss(predicted, values, hidden, 4))
+    assert masked_loss(predicted[:0], values[:0], hidden[:0], 4) == 0

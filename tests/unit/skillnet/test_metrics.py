@@ -101,7 +101,7 @@ def test_a_model_that_maps_everything_to_one_point_ranks_last() -> None:
 
 
 def test_rows_without_a_group_are_their_own() -> None:
-    assert metrics.identities([3, -1, 3, -1]).tolist() == [3, -2, 3, -4]
+    assert metrics.unique_group_ids([3, -1, 3, -1]).tolist() == [3, -2, 3, -4]
 
 
 def test_ranks_refuse_what_would_mean_nothing() -> None:

@@ -13,9 +13,9 @@ from benchmarks.moe import Sizes, ours, theirs
 from skillnet.accounting import account_task
 from skillnet.baselines import moe_layers
 from skillnet.baselines.moe import MoE, MoEOptions
-from skillnet.baselines.moe_layers import ExpertFeedForward, Routing
+from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
 from skillnet.skills import default_tasks
-from skillnet.systems import build_system, load
+from skillnet.systems import build_system, load_model
 from tests.helpers.small_models import loss_of, small_config, small_model, towers_of
 
 
@@ -88,7 +88,7 @@ def test_slices_of_whole_steps_of_rows_change_nothing() -> None:
         rounded = made(x)[0]
     torch.testing.assert_close(rounded.float(), made(x)[0], rtol=0.05, atol=0.05)
     chosen = made(x)[1].experts_Nk
-    rows_E, tokens_R, rows_S = moe_layers.slices(chosen, 4, 8)
+    rows_E, tokens_R, rows_S = moe_layers.expert_slices(chosen, 4, 8)
     assert (rows_E % 8 == 0).all()
     assert int(rows_E.sum()) == len(tokens_R)
     # Row r of the pair (n, j) holds token n and lies in the slice of that pair's expert.
@@ -113,7 +113,7 @@ def test_padding_is_not_routed() -> None:
     assert (
         moe_layers.balance_loss(routing)
         == moe_layers.z_loss(routing)
-        == moe_layers.entropy(routing)
+        == moe_layers.router_entropy(routing)
         == 0
     )
 
@@ -133,21 +133,21 @@ def test_weights_and_loads_sum_to_one() -> None:
     _, routing = layer()(torch.randn(7, 9, 8, dtype=torch.float64))
     ones = torch.ones(63, dtype=torch.float64)
     torch.testing.assert_close(routing.weights_Nk.sum(1), ones)
-    assert float(moe_layers.load(routing).sum()) == pytest.approx(1)
+    assert float(moe_layers.expert_load(routing).sum()) == pytest.approx(1)
     assert all(len(set(row)) == 2 for row in routing.experts_Nk.tolist())
 
 
 def test_losses_at_known_routings() -> None:
-    even = Routing(
+    even = RoutingResult(
         torch.zeros(6, 3), torch.full((6, 2), 0.5), torch.tensor([[0, 1], [1, 2], [2, 0]] * 2)
     )
     assert float(moe_layers.balance_loss(even)) == pytest.approx(1)
     assert float(moe_layers.z_loss(even)) == pytest.approx(math.log(3) ** 2)
-    assert float(moe_layers.entropy(even)) == pytest.approx(math.log(3))
+    assert float(moe_layers.router_entropy(even)) == pytest.approx(math.log(3))
     logits = torch.tensor([[50.0, 0.0, 0.0]]).expand(6, 3)
-    worst = Routing(logits, torch.ones(6, 1), torch.zeros(6, 1, dtype=torch.long))
+    worst = RoutingResult(logits, torch.ones(6, 1), torch.zeros(6, 1, dtype=torch.long))
     assert float(moe_layers.balance_loss(worst)) == pytest.approx(3)
-    assert float(moe_layers.entropy(worst)) == pytest.approx(0)
+    assert float(moe_layers.router_entropy(worst)) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("balance", [0.0, 1.0])
@@ -164,7 +164,7 @@ def test_the_balance_loss_spreads_the_load(balance: float) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    loads = moe_layers.load(made(x)[1])
+    loads = moe_layers.expert_load(made(x)[1])
     assert (float(loads.max()) < 0.3) == bool(balance)
 
 
@@ -269,7 +269,7 @@ def test_every_second_layer_and_a_round_trip(tmp_path: Any) -> None:
     ] * 2
     assert model.encoder.layers[0].feedforward.up.shape[0] == 12
     model.save_pretrained(tmp_path / "model")
-    again = load(tmp_path / "model", "speech_recognition")
+    again = load_model(tmp_path / "model", "speech_recognition")
     batch = towers_of("speech_recognition", model.config)
     expected = model("speech_recognition", batch)["log_probs"]
     assert torch.equal(again("speech_recognition", batch)["log_probs"], expected)

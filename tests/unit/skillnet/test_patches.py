@@ -9,12 +9,12 @@ from skillnet.skills import MODALITIES, Task, masked_tasks
 from skillnet.stems import (
     PatchStem,
     TubeletStem,
+    cut_tubelets,
+    join_tubelets,
     patchify,
     stack_frames,
-    tubelify,
     unpatchify,
     unstack_frames,
-    untubelify,
     values_of_token,
 )
 
@@ -29,10 +29,10 @@ def test_pictures_come_back_and_a_patch_is_a_square() -> None:
 
 def test_clips_come_back_and_a_tubelet_is_a_box() -> None:
     x = torch.randn(2, 4, 8, 8, 3)
-    cut = tubelify(x, (2, 4, 4))
+    cut = cut_tubelets(x, (2, 4, 4))
     assert cut.shape == (2, 8, 96)
     assert torch.equal(cut[1, 6].view(2, 4, 4, 3), x[1, 2:4, 4:8, 0:4])
-    assert torch.equal(untubelify(cut, (2, 4, 4), 4, 8), x)
+    assert torch.equal(join_tubelets(cut, (2, 4, 4), 4, 8), x)
 
 
 @pytest.mark.parametrize("frames", [1, 8, 10])
@@ -52,7 +52,7 @@ def test_stems_and_targets_lie_on_one_grid() -> None:
     assert torch.equal(PatchStem(config).patches(pixels), patchify(pixels * 2 - 1, 12))
     frames = torch.rand(2, 8, 32, 32, 3)
     cut = TubeletStem(config).tubelets(frames)
-    assert torch.equal(cut, tubelify(frames * 2 - 1, (1, 16, 16)))
+    assert torch.equal(cut, cut_tubelets(frames * 2 - 1, (1, 16, 16)))
     assert cut.shape[2] == values_of_token(config, "video")
 
 

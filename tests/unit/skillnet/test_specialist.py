@@ -194,7 +194,7 @@ def test_mistakes_are_named() -> None:
 
 def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
     """To the bit, with dropout on: the claim that specialists are trained as if alone."""
-    config = small_run(write_corpora(tmp_path / "data"), steps=15, clip=0.5)
+    config = small_run(write_corpora(tmp_path / "data"), steps=15, max_grad_norm=0.5)
     config.system, config.options = "specialist", {"ffn_dim": 8}
     config.model.drop_path = 0.2
     together = dict(train(config).model.named_parameters())
@@ -219,7 +219,7 @@ def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
                 alone, config.model.tasks[task], batch, choose_precision("fp64", device), config
             )
             loss.backward()
-            clip_gradients((p for _, p in active), config.training.clip)
+            clip_gradients((p for _, p in active), config.training.max_grad_norm)
             # The rate follows the steps of all tasks.
             build_lr_scheduler(optimizer, config.training, step)
             optimizer.step()
