@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# An image with the command skillnet.
+# An image with the command skillnet. Linted with hadolint; not built yet, as no builder was available.
 #   docker build -t skillnet .                               # CPU
 #   docker build -t skillnet:cuda --build-arg TORCH=cuda .   # NVIDIA GPU; run with --gpus all
 #   docker run --rm -v skillnet:/data --shm-size=4g skillnet quickstart

@@ -42,3 +42,23 @@ def test_the_committed_diagrams_are_those_of_the_scripts() -> None:
 
 def test_a_diagram_has_colours_for_the_dark_scheme() -> None:
     assert "@media (prefers-color-scheme: dark)" in draw_overview().to_svg()
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        '<script src="https://example.org/x.js"></script>',
+        '<link rel="stylesheet" href="//example.org/x.css">',
+        '<img alt="x" src="http://example.org/x.png">',
+    ],
+)
+def test_a_resource_of_another_host_is_found(element: str) -> None:
+    assert site_hooks.REMOTE.search(element)
+
+
+def test_links_to_other_hosts_are_no_resources() -> None:
+    assert not site_hooks.REMOTE.search('<a href="https://arxiv.org/abs/2205.06126">paper</a>')
+
+
+def test_roles_of_docstrings_are_left_out() -> None:
+    assert site_hooks.on_page_content(":meth:<code>x</code>") == "<code>x</code>"
