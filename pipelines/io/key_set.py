@@ -1,19 +1,22 @@
-"""Keys that came before, exactly, in memory that does not grow with their number."""
+"""Exact set of keys whose memory does not grow with their number."""
 
 import sqlite3
 import tempfile
 from hashlib import blake2b
 from pathlib import Path
 
-#: So many digests are kept in memory; the rest lies in a file.
+#: Digests that are kept in memory. More of them are moved to a file.
 MAX_KEYS_IN_MEMORY = 1 << 16
 
 
 class KeySet:
-    """A set of keys of any size. Close it, or leave its ``with`` block, to remove its file.
+    """Set of any number of keys. Leave its ``with`` block to remove its file.
 
-    Kept are digests of 128 bits: among 100 million keys two that differ share one with a
-    probability below 1e-22.
+    The set stores digests of 128 bits: among 100 million keys, two different keys share a digest
+    with a probability below 1e-22.
+
+    Args:
+        in_memory: digests that are kept in memory.
     """
 
     def __init__(self, in_memory: int = MAX_KEYS_IN_MEMORY) -> None:
@@ -25,42 +28,43 @@ class KeySet:
     def __enter__(self) -> "KeySet":
         return self
 
-    def __exit__(self, *problem: object) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._table is not None:
             self._table.close()
         if self._folder is not None:
             self._folder.cleanup()
 
     def add(self, key: str) -> bool:
-        """Add a key; False if it came before."""
+        """Add a key; return ``False`` if the set had it already."""
         digest = _digest(key)
-        if digest in self._recent or self._is_filed(digest):
+        if digest in self._recent or self._is_in_file(digest):
             return False
         self._recent.add(digest)
         if len(self._recent) >= self._in_memory:
-            self._file()
+            self._flush()
         return True
 
     def __contains__(self, key: str) -> bool:
         digest = _digest(key)
-        return digest in self._recent or self._is_filed(digest)
+        return digest in self._recent or self._is_in_file(digest)
 
-    def _is_filed(self, digest: bytes) -> bool:
+    def _is_in_file(self, digest: bytes) -> bool:
         if self._table is None:
             return False
         found = self._table.execute("SELECT 1 FROM seen WHERE key = ?", (digest,))
         return found.fetchone() is not None
 
-    def _file(self) -> None:
+    def _flush(self) -> None:
         if self._table is None:
             self._folder = tempfile.TemporaryDirectory(prefix="skillnet-keys-")
-            # No journal: the file is worth nothing after this process.
+            # No journal: nobody reads the file after this process.
             self._table = sqlite3.connect(Path(self._folder.name) / "keys", isolation_level=None)
             self._table.execute("PRAGMA journal_mode = OFF")
             self._table.execute("PRAGMA synchronous = OFF")
             self._table.execute("PRAGMA cache_size = -16384")
             self._table.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
         self._table.execute("BEGIN")
+        # Sorted keys fill the pages of the B-tree in order, which is much faster.
         rows = ((digest,) for digest in sorted(self._recent))
         self._table.executemany("INSERT INTO seen VALUES (?)", rows)
         self._table.execute("COMMIT")

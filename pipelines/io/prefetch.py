@@ -1,13 +1,13 @@
-"""What a block reads next is asked for while its last file is decoded.
+"""Prefetch of media files: the next files of a block are read while the current one is decoded.
 
-Decoding a file takes about ten milliseconds. A disk takes one to find it, a store thirty, and who
-asks for one after the other waits for each:
+Decoding a file takes about ten milliseconds. Finding it takes one on a disk and thirty in an
+object store, and sequential requests would wait each time.
 
-* of files on a disk the kernel is told ahead, and reads them into its cache; nothing is held here;
-* of objects in a store several are fetched at once, by threads, in the order in which they are
-  asked for; beside the one whose turn it is no more bytes of them are held than ``HELD``.
+* For files on a disk, the kernel is advised and reads them into its cache. Nothing is held here.
+* From an object store, threads fetch several objects at once, in the order of their use. Besides
+  the next object, at most ``MAX_WAITING_BYTES`` are held.
 
-Ours.
+Source: ours.
 """
 
 import os
@@ -19,25 +19,31 @@ from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
 
-#: Files of a disk that the kernel is told of ahead, and how much of each.
+#: Files on a disk that the kernel is advised of, and bytes of each file.
 ADVISED_FILES, ADVISED_BYTES = 2, 8 * 2**20
-#: Objects of a store that are on their way at once.
+#: Objects of a store that are fetched at once.
 MAX_FETCHES = 8
-#: Bytes that wait to be asked for, beside the object whose turn it is.
+#: Bytes that wait to be used, besides the next object.
 MAX_WAITING_BYTES = 32 * 2**20
 
 
 class PrefetchClosedError(Exception):
-    """Nobody asks for this any more."""
+    """The prefetcher was closed while a fetch waited for memory."""
 
 
 def advise_kernel(path: str, offset: int, length: int | None) -> None:
-    """Have the kernel read a part of a local file soon; whoever reads it sees what is wrong."""
+    """Advise the kernel to read a part of a local file soon. Errors are left to the reader.
+
+    Args:
+        path: local file.
+        offset: first byte.
+        length: number of bytes; ``None`` for the rest of the file.
+    """
     advise = getattr(os, "posix_fadvise", None)
     if advise is None:
         return
     try:
-        # Without waiting: it may be a pipe.
+        # Non-blocking: opening a named pipe would wait for a writer.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return
@@ -50,14 +56,14 @@ def advise_kernel(path: str, offset: int, length: int | None) -> None:
 
 
 class OrderedPrefetcher(Generic[Result]):
-    """Results of a function for the numbers 0, 1, 2 …, worked out ahead by threads.
+    """Results of a function of 0, 1, 2 …, computed ahead by threads and returned in order.
 
     Args:
-        count: of results.
-        fetch: works out that of a number. It calls what it gets as its second argument with the
-            bytes that it is about to hold; that returns when there is room for them.
-        streams: results in the making at once.
-        held: bytes that may wait, beside the one whose turn it is.
+        count: number of results.
+        fetch: computes the result of an index. Its second argument is a function that it calls
+            with the number of bytes that it will hold, and that returns when there is room.
+        streams: results that are computed at once.
+        held: bytes that may wait, besides the next result.
     """
 
     def __init__(
@@ -67,19 +73,19 @@ class OrderedPrefetcher(Generic[Result]):
         streams: int = MAX_FETCHES,
         held: int = MAX_WAITING_BYTES,
     ) -> None:
-        self._count, self._fetch, self._most = count, fetch, held
+        self._count, self._fetch, self._max_held = count, fetch, held
         self._room = threading.Condition()
         self._sizes: dict[int, int] = {}
         self._next = 0
         self._closed = False
-        self._pool = ThreadPoolExecutor(streams, "read-ahead")
+        self._pool = ThreadPoolExecutor(streams, "prefetch")
         self._waiting: deque[Future[Result]] = deque()
         self._submitted = 0
         for _ in range(streams):
             self._submit()
 
     def next_result(self) -> Result:
-        """The next result, or what its function raised."""
+        """Return the next result, or raise the exception of its function."""
         future = self._waiting.popleft()
         try:
             return future.result()
@@ -91,7 +97,7 @@ class OrderedPrefetcher(Generic[Result]):
             self._submit()
 
     def close(self) -> None:
-        """Let those in the making end by themselves; what they give is for nobody."""
+        """Let running fetches end in the background, and drop their results."""
         with self._room:
             self._closed = True
             self._room.notify_all()
@@ -99,24 +105,24 @@ class OrderedPrefetcher(Generic[Result]):
 
     def _submit(self) -> None:
         if self._submitted < self._count:
-            number = self._submitted
+            index = self._submitted
             self._submitted += 1
-            self._waiting.append(self._pool.submit(self._one, number))
+            self._waiting.append(self._pool.submit(self._run, index))
 
-    def _one(self, number: int) -> Result:
-        return self._fetch(number, lambda size: self._grant(number, size))
+    def _run(self, index: int) -> Result:
+        return self._fetch(index, lambda size: self._wait_for_room(index, size))
 
-    def _grant(self, number: int, size: int) -> None:
+    def _wait_for_room(self, index: int, size: int) -> None:
         with self._room:
-            self._sizes.pop(number, None)  # a try before this one
-            # The one that is asked for next never waits, so there is always one that goes on.
+            self._sizes.pop(index, None)  # of an earlier attempt of the same fetch
+            # The next result never waits, so at least one fetch always makes progress.
             self._room.wait_for(
                 lambda: (
                     self._closed
-                    or number == self._next
-                    or sum(self._sizes.values()) + size <= self._most
+                    or index == self._next
+                    or sum(self._sizes.values()) + size <= self._max_held
                 )
             )
             if self._closed:
                 raise PrefetchClosedError
-            self._sizes[number] = size
+            self._sizes[index] = size

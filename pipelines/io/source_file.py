@@ -1,10 +1,9 @@
-"""Files of the user's corpora, on a disk or in a store, opened so that a disk or a store that
-fails is not taken for damage of what it holds.
+"""Source files of corpora, on a disk or in a store. A failing disk or store is not bad data.
 
-A store that is away is asked again for ``$SKILLNET_STORE_PATIENCE`` seconds, and a file is read on
-where it broke off. Past that, ``StoreUnavailable``; a disk that fails raises ``SourceFails``.
-Neither is an ``OSError``: what reads a damaged gzip, tar or JSON file catches those, and would set
-rows aside.
+An unavailable store is asked again for ``$SKILLNET_STORE_PATIENCE`` seconds, and reading resumes
+at the byte where it broke off. After that time ``StoreUnavailable`` is raised. A failing disk
+raises ``SourceReadError``. Neither is an ``OSError``: readers of damaged gzip, tar or JSON files
+catch ``OSError`` and would reject rows.
 """
 
 import contextlib
@@ -20,34 +19,39 @@ from skillnet_platform.storage.objects import S3_OPTIONS
 from skillnet_platform.storage.retry import steadily
 
 Result = TypeVar("Result")
-#: Bytes read ahead of a file: each read of it passes through Python.
+#: Bytes of a buffer: each unbuffered read passes through Python.
 _AHEAD = 1 << 18
-#: What says something of one file, not of the disk or the store that it lies on.
+#: Errors that concern one file, and not its disk or store.
 PER_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class SourceReadError(UserError):
-    """A file's disk or store fails: nothing is known of the file."""
+    """The disk or store of a file fails. The file itself may be intact."""
 
 
-def make_read_error(path: object, problem: OSError) -> SourceReadError:
-    """The message that a file cannot be read for no fault of its own."""
-    why = problem.strerror or f"{type(problem).__name__}: {problem}"
+def make_read_error(path: object, error: OSError) -> SourceReadError:
+    """Return the error of a file that cannot be read because its disk fails.
+
+    Args:
+        path: path or URI of the file.
+        error: error of the operating system.
+    """
+    why = error.strerror or f"{type(error).__name__}: {error}"
     return SourceReadError(
-        f"{path}: cannot be read ({why}). Its disk or mount fails, or this machine is at a limit; "
-        "no row is set aside for that. Mend it, or take the file away, and run the same command "
+        f"{path}: cannot be read ({why}). Its disk or mount fails, or this machine reached a "
+        "limit; no row was rejected for that. Fix it, or remove the file, and run the same command "
         "again"
     )
 
 
 @lru_cache(maxsize=32)
-def _opened(root: str) -> Any:
+def _open_filesystem(root: str) -> Any:
     import fsspec
 
     options = S3_OPTIONS if root.startswith(("s3://", "s3a://")) else {}
     try:
         return fsspec.core.url_to_fs(root, **options)[0]
-    except (ImportError, ValueError) as problem:
+    except (ImportError, ValueError) as error:
         import pyarrow as pa
         from fsspec.implementations.arrow import ArrowFSWrapper
         from pyarrow.fs import FileSystem
@@ -55,27 +59,35 @@ def _opened(root: str) -> Any:
         try:
             return ArrowFSWrapper(FileSystem.from_uri(root)[0])
         except (pa.ArrowInvalid, OSError):
-            raise UserError(f"{root}: cannot be opened ({problem})") from None
+            raise UserError(f"{root}: cannot be opened ({error})") from None
 
 
 def open_filesystem(uri: str) -> Any:
-    """The fsspec file system of a URI.
+    """Return the fsspec file system of a URI.
 
-    fsspec's own driver is taken where it is installed, else that of pyarrow (S3, GCS, HDFS).
+    fsspec's own driver is used if it is installed, else the driver of pyarrow (S3, GCS, HDFS).
 
     Raises:
-        UserError: nobody opens such a URI.
+        UserError: no driver opens such a URI.
     """
     scheme, _, rest = uri.partition("://")
-    return _opened(f"{scheme}://{rest.split('/', 1)[0]}")
+    return _open_filesystem(f"{scheme}://{rest.split('/', 1)[0]}")
 
 
 def query_store(uri: str, action: Callable[[Any, str], Result]) -> Result:
-    """Ask the store of a URI, patiently: ``action`` gets its file system and the path in it.
+    """Run an action on the store of a URI, with retries while the store is unavailable.
+
+    Args:
+        uri: URI in the store.
+        action: is called with the file system and the path in it.
+
+    Returns:
+        The result of ``action``.
 
     Raises:
         FileNotFoundError: there is no such object.
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailable: see :mod:`pipelines.io.source_file` and
+            :mod:`skillnet_platform.storage.retry`.
     """
     system = open_filesystem(uri)
     path = str(system._strip_protocol(uri))
@@ -83,83 +95,88 @@ def query_store(uri: str, action: Callable[[Any, str], Result]) -> Result:
     def once() -> tuple[Result | None, Exception | None]:
         try:
             return action(system, path), None
-        except FileNotFoundError as problem:  # an answer: nothing is refused, and none is away
-            return None, problem
+        except FileNotFoundError as error:  # an answer of the store: no retry
+            return None, error
 
     try:
-        found, missing = steadily(uri, once)
+        result, missing = steadily(uri, once)
     except PER_FILE_ERRORS:
         raise
-    except OSError as problem:
-        raise make_read_error(uri, problem) from problem
+    except OSError as error:
+        raise make_read_error(uri, error) from error
     if missing is not None:
         raise missing
-    return cast("Result", found)
+    return cast("Result", result)
 
 
 def is_remote(path: str) -> bool:
-    """Whether it is a URI of something else than a local file."""
+    """Return whether a path is a URI of anything but a local file."""
     scheme, mark, _ = path.partition("://")
     return bool(mark) and scheme not in ("file", "local")
 
 
 def strip_file_scheme(path: str) -> str:
-    """A local path without the scheme that it may carry."""
+    """Return a local path without the scheme that it may have."""
     return path.partition("://")[2] if "://" in path else path
 
 
 def check_regular_file(path: str) -> None:
-    """UserError if a local file is a named pipe, a device or a socket: it would be waited for, or
-    read, without end."""
-    about = os.stat(path)  # noqa: PTH116 - called for many files
-    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+    """Check that a local path is not a named pipe, a device or a socket.
+
+    Reading from one of those may block or never end.
+
+    Raises:
+        UserError: the path is one of those.
+    """
+    info = os.stat(path)  # noqa: PTH116 - called for many files
+    if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
         raise UserError(f"{path}: a pipe, device or socket; expected a regular file")
 
 
 def open_stream(path: str) -> IO[bytes]:
-    """Open a local file or a URI to be read.
+    """Open a local file or a URI for reading.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or it is not
-            ours to read.
-        SourceFails, StoreUnavailable: its disk or its store fails, now or while it is read.
-        UserError: nobody opens such a URI; or it is no regular file.
+        FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or no
+            permission to read it.
+        SourceReadError, StoreUnavailable: its disk or store fails, now or while it is read.
+        UserError: no driver opens the URI, or the path is not a regular file.
     """
     if is_remote(path):
-        return io.BufferedReader(_InStore(path), _AHEAD)
+        return io.BufferedReader(_StoreFile(path), _AHEAD)
     try:
         check_regular_file(strip_file_scheme(path))
-        return io.BufferedReader(_OnDisk(strip_file_scheme(path)), _AHEAD)
+        return io.BufferedReader(_LocalFile(strip_file_scheme(path)), _AHEAD)
     except PER_FILE_ERRORS:
         raise
-    except OSError as problem:
-        raise make_read_error(path, problem) from None
+    except OSError as error:
+        raise make_read_error(path, error) from None
 
 
-class _OnDisk(io.FileIO):
-    """A file of a disk that may fail."""
+class _LocalFile(io.FileIO):
+    """Local file whose disk may fail."""
 
     def readinto(self, buffer: Any) -> int:  # type: ignore[override]
         try:
             return super().readinto(buffer) or 0
-        except OSError as problem:
-            raise make_read_error(self.name, problem) from None
+        except OSError as error:
+            raise make_read_error(self.name, error) from None
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         try:
             return super().seek(offset, whence)
-        except OSError as problem:
-            raise make_read_error(self.name, problem) from None
+        except OSError as error:
+            raise make_read_error(self.name, error) from None
 
     def readall(self) -> bytes:
         try:
             return super().readall() or b""
-        except OSError as problem:
-            raise make_read_error(self.name, problem) from None
+        except OSError as error:
+            raise make_read_error(self.name, error) from None
 
 
-class _InStore(io.RawIOBase):
-    """A file of a store. After an error it is opened anew: a client's state may be broken."""
+class _StoreFile(io.RawIOBase):
+    """File of a store. It is opened again after an error, because the client may be broken."""
 
     def __init__(self, uri: str) -> None:
         self._uri, self._at = uri, 0
@@ -179,7 +196,7 @@ class _InStore(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self._size is None:
             raise SourceReadError(
-                f"{self._uri}: its store does not tell its size; copy it elsewhere"
+                f"{self._uri}: its store does not report its size; copy it elsewhere"
             )
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size or 0}[whence]
         self._at = start + offset
@@ -189,14 +206,14 @@ class _InStore(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         try:
             data = query_store(self._uri, lambda system, path: self._read(system, path, len(view)))
-        except PER_FILE_ERRORS as problem:
-            raise make_read_error(self._uri, problem) from None
+        except PER_FILE_ERRORS as error:
+            raise make_read_error(self._uri, error) from None
         view[: len(data)] = data
         self._at += len(data)
         return len(data)
 
     def close(self) -> None:
-        self._drop()
+        self._close_file()
         super().close()
 
     def _read(self, system: Any, path: str, count: int) -> bytes:
@@ -207,7 +224,7 @@ class _InStore(io.RawIOBase):
                 self._file.seek(self._at)
             return bytes(self._file.read(count))
         except BaseException:
-            self._drop()
+            self._close_file()
             raise
 
     def _open(self, system: Any, path: str) -> None:
@@ -221,8 +238,8 @@ class _InStore(io.RawIOBase):
             )
         self._size = size
 
-    def _drop(self) -> None:
+    def _close_file(self) -> None:
         file, self._file = getattr(self, "_file", None), None
         if file is not None:
-            with contextlib.suppress(Exception):  # of a connection that is broken already
+            with contextlib.suppress(Exception):  # the connection may be broken already
                 file.close()

@@ -1,4 +1,4 @@
-"""Where a walk through folders is, so that links do not lead it round in circles."""
+"""Guard of a walk through directories against circular symbolic links."""
 
 import os
 from collections import Counter
@@ -7,40 +7,43 @@ from contextlib import contextmanager
 
 from skillnet_platform.errors import UserError
 
-#: So often links may lead into one folder: a few that each lead on to the next, twice, are a
-#: thousand ways.
+#: Links that may lead into one directory. A few links that each lead to the next one twice are
+#: a thousand paths to the same files.
 MAX_LINKS_PER_FOLDER = 16
 
 
 class SymlinkGuard:
-    """The folders on the way down to where a walk is, and how often links led it into which."""
+    """Directories between the root and the position of a walk, and links into each directory."""
 
     def __init__(self) -> None:
-        self._way: list[tuple[int, int]] = []
-        self._linked: Counter[tuple[int, int]] = Counter()
+        self._ancestors: list[tuple[int, int]] = []
+        self._links: Counter[tuple[int, int]] = Counter()
 
     @contextmanager
     def enter(self, folder: str) -> Iterator[bool]:
-        """Within it the walk is in that folder of a disk; false if it was in it already.
+        """Enter a local directory while the block runs; yield ``False`` if the walk is in it.
+
+        Args:
+            folder: path of the directory.
 
         Raises:
-            UserError: links lead into it over and over.
-            OSError: as of ``os.stat``.
+            UserError: too many links lead to the directory.
+            OSError: see ``os.stat``.
         """
-        about = os.stat(folder)  # noqa: PTH116 - called for many folders
-        here = about.st_dev, about.st_ino
-        if here in self._way:
+        info = os.stat(folder)  # noqa: PTH116 - called for many folders
+        identity = info.st_dev, info.st_ino
+        if identity in self._ancestors:
             yield False
             return
         if os.path.islink(folder):  # noqa: PTH114 - the same
-            self._linked[here] += 1
-            if self._linked[here] > MAX_LINKS_PER_FOLDER:
+            self._links[identity] += 1
+            if self._links[identity] > MAX_LINKS_PER_FOLDER:
                 raise UserError(
-                    f"{folder}: more than {MAX_LINKS_PER_FOLDER} links lead to this folder, so that its files "
-                    "would be read as many times; remove them"
+                    f"{folder}: more than {MAX_LINKS_PER_FOLDER} links lead to this directory, and "
+                    "its files would be read through each of them; remove the links"
                 )
-        self._way.append(here)
+        self._ancestors.append(identity)
         try:
             yield True
         finally:
-            self._way.pop()
+            self._ancestors.pop()

@@ -1,4 +1,7 @@
-"""Arrow IPC shards of a prepared corpus: format, verification, and reading."""
+"""Shards of a prepared corpus: Arrow IPC files, their manifest, verification and reading.
+
+:func:`open_corpus` and :func:`verify_corpus` are the public functions.
+"""
 
 from pipelines.shards.dataset import open_corpus, verify_corpus
 

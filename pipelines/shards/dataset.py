@@ -1,11 +1,6 @@
-"""Arrow shards and their manifest: writing, opening, verifying.
+"""Prepared corpora: open a manifest, verify shards, and read rows of a split.
 
-A shard is at once an Arrow IPC *file* and an Arrow IPC *stream*. ``pyarrow.ipc.open_file`` and
-Polars read the file form, from the footer at the end; ``datasets.Dataset.from_file`` reads only
-the stream form, from the schema message at the front. The two differ in the first eight bytes,
-a magic that readers of the file form do not look at (they check the one at the end). Here those
-eight bytes become the length prefix of the schema message, and eight bytes of padding after its
-metadata keep every offset of the footer right.
+The format of shards and manifests is described in :mod:`pipelines.shards.format`.
 """
 
 import json
@@ -25,7 +20,7 @@ from skillnet_platform.storage.location import Place, below, place
 
 @dataclass(frozen=True)
 class CorpusSplit:
-    """Some shards of a corpus, in order."""
+    """Shards of one split of a corpus, in order."""
 
     name: str
     files: ShardStore
@@ -42,18 +37,18 @@ class CorpusSplit:
         return sum(shard["bytes"] for shard in self.shards)
 
     def table(self) -> pa.Table:
-        """All rows, memory-mapped: nothing is copied, a chunk for each shard.
+        """Return all rows, memory-mapped, with one chunk per shard.
 
-        Of a corpus in a store all shards are downloaded first, and stay in the cache as long as
-        this split is in use.
+        Shards in an object store are downloaded first. They stay in the cache while this split
+        is in use.
 
         Raises:
             UserError: a shard is missing, was altered, or is not an Arrow file.
         """
-        return pa.concat_tables([shard.table for shard in self._opened])
+        return pa.concat_tables([shard.table for shard in self._open_shards])
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of ``table()``.
+        """Return one column of ``table()``.
 
         Raises:
             UserError: there is no such column.
@@ -68,18 +63,18 @@ class CorpusSplit:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """The columns of its rows; opens one shard."""
+        """Columns of its rows; opens one shard."""
         return self.files.open(self.shards[0]).table.schema
 
     @cached_property
-    def _opened(self) -> list[OpenShard]:
+    def _open_shards(self) -> list[OpenShard]:
         self.files.prefetch(self.shards)
         return [self.files.open(shard) for shard in self.shards]
 
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """A prepared corpus, opened."""
+    """Open prepared corpus: its manifest and its splits."""
 
     path: Place
     manifest: dict[str, Any]
@@ -87,22 +82,22 @@ class PreparedCorpus:
 
     @property
     def name(self) -> str:
-        """Its name, "headings" for example."""
+        """Name of the corpus, for example "headings"."""
         return str(self.manifest["corpus"])
 
     @property
     def modality(self) -> str:
-        """What its rows are: text, sound, image, video or code."""
+        """Modality of its rows: text, sound, image, video or code."""
         return str(self.manifest["modality"])
 
     @property
     def task(self) -> str:
-        """The task that it is for."""
+        """Kind of task that the corpus is made for."""
         return str(self.manifest["task"])
 
     @property
     def digest(self) -> str:
-        """Of its whole manifest, so of every byte of its shards."""
+        """Digest of the manifest, which covers every byte of the shards."""
         return str(self.manifest["digest"])
 
     @property
@@ -112,7 +107,7 @@ class PreparedCorpus:
 
     @property
     def schema(self) -> pa.Schema:
-        """The columns of the training split (of the first one, without training)."""
+        """Columns of the training split, or of the first split if there is none."""
         return (self.splits.get("train") or next(iter(self.splits.values()))).schema
 
 
@@ -121,13 +116,13 @@ def open_corpus(
 ) -> PreparedCorpus:
     """Open a prepared corpus.
 
-    One in a store is opened by its manifest alone; shards come through the cache when they are
-    read.
+    From an object store only the manifest is read. Shards are downloaded to the cache when they are
+    opened.
 
     Args:
-        path: its directory, or its URI in a store.
-        verify: hash every shard first, where it lies.
-        cache: for a corpus in a store; none takes the host's.
+        path: directory or URI of the corpus.
+        verify: hash every shard first, without a copy.
+        cache: cache for an object store; ``None`` for the shared cache of the node.
 
     Raises:
         UserError: there is no manifest, it has another version or was edited, or a shard is
@@ -136,7 +131,7 @@ def open_corpus(
     """
     files = open_shard_store(place(path, Path()), cache)
     manifest = _read_manifest(files)
-    shards = _all_shards(manifest)
+    shards = _list_shards(manifest)
     files.check_sizes(shards)
     if verify:
         files.check_digests(shards)
@@ -148,10 +143,10 @@ def open_corpus(
 
 
 def verify_corpus(path: str | Path) -> dict[str, Any]:
-    """Hash every shard of a prepared corpus; returns its manifest.
+    """Hash every shard of a prepared corpus; return its manifest.
 
     Raises:
-        UserError: naming the first shard that is missing or was altered.
+        UserError: names the first shard that is missing or was altered.
     """
     return open_corpus(path, verify=True).manifest
 
@@ -159,32 +154,32 @@ def verify_corpus(path: str | Path) -> dict[str, Any]:
 def _read_manifest(files: ShardStore) -> dict[str, Any]:
     named = below(files.location, MANIFEST)
     name = str(files.location).rsplit("/", 1)[-1]
-    again = files.repair_hint if files.remote else f"Run `skillnet prepare {name}`."
+    hint = files.repair_hint if files.remote else f"Run `skillnet prepare {name}`."
     try:
         manifest = json.loads(files.manifest(MANIFEST).decode("utf-8"))
     except FileNotFoundError:
-        state = "not a prepared corpus (no manifest.json)" if files.is_there() else "missing"
-        raise UserError(f"{files.location}: {state}. {again}") from None
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{named}: not JSON ({problem}). {files.repair_hint}") from None
+        state = "not a prepared corpus (no manifest.json)" if files.exists() else "missing"
+        raise UserError(f"{files.location}: {state}. {hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{named}: not JSON ({error}). {files.repair_hint}") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{named}: format version {version}, this program reads {FORMAT_VERSION}. {again}"
+            f"{named}: format version {version}, this program reads {FORMAT_VERSION}. {hint}"
         )
     if manifest_digest(manifest) != manifest.get("digest"):
         raise UserError(f"{named}: changed after it was written. {files.repair_hint}")
-    wrong = _wrong_key(named, manifest)
-    if wrong:
-        raise UserError(f"{named}: {wrong} is missing or damaged. {files.repair_hint}")
+    key = _find_invalid_key(named, manifest)
+    if key:
+        raise UserError(f"{named}: {key} is missing or damaged. {files.repair_hint}")
     return manifest
 
 
-def _wrong_key(named: Place, manifest: dict[str, Any]) -> str | None:
-    """The first key that a corpus cannot do without and that is not what it must be.
+def _find_invalid_key(named: Place, manifest: dict[str, Any]) -> str | None:
+    """Return the first required key that is missing or has a wrong type.
 
     Raises:
-        ValueError: a shard that lies outside of the corpus.
+        ValueError: a shard lies outside of the corpus.
     """
     from skillnet.serialization import check_inside
 
@@ -209,5 +204,5 @@ def _wrong_key(named: Place, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def _all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def _list_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [shard for entry in manifest["splits"].values() for shard in entry["shards"]]

@@ -1,4 +1,4 @@
-"""Where the files of a prepared corpus come from: a folder, or a store behind the cache."""
+"""Files of a prepared corpus: in a directory, or in an object store behind the cache."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,64 +18,69 @@ ShardEntry = Mapping[str, Any]
 
 
 class OpenShard(Protocol):
-    """An open shard: its rows, memory-mapped, and the file's right to stay while they are used."""
+    """Memory-mapped rows of a shard. Its file stays in the cache while this object exists."""
 
     @property
     def table(self) -> pa.Table:
-        """Its rows."""
+        """Rows of the shard."""
 
 
 class ShardStore(Protocol):
-    """Opens the shards of one corpus."""
+    """Access to the shards of one corpus."""
 
     location: Place
-    #: Whether opening a shard may mean to download it.
+    #: Whether opening a shard may download it.
     remote: bool
 
     def open(self, shard: ShardEntry) -> OpenShard:
-        """Raises UserError: it is missing, altered or no Arrow file."""
+        """Open a shard. Raises UserError: it is missing, altered or not an Arrow file."""
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
-        """These are wanted soon, in this order."""
+        """Prepare shards that are opened soon, in this order."""
 
     def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
-        """Raises UserError: naming a shard that is missing or has another size."""
+        """Compare sizes. Raises UserError: a shard is missing or has another size."""
 
     def check_digests(self, shards: Iterable[ShardEntry]) -> None:
-        """Hash them where they lie. Raises UserError: naming one that is missing or altered."""
+        """Hash shards without a copy. Raises UserError: a shard is missing or altered."""
 
     def manifest(self, name: str) -> bytes:
-        """The bytes of the manifest. Raises FileNotFoundError: there is none."""
+        """Return the bytes of the manifest. Raises FileNotFoundError: there is none."""
 
-    def is_there(self) -> bool:
-        """Whether there is anything, if only remains."""
+    def exists(self) -> bool:
+        """Return whether there are any files, even of a damaged corpus."""
 
     @property
     def repair_hint(self) -> str:
-        """What to do about a corpus that is damaged."""
+        """Instruction that repairs a damaged corpus, for error messages."""
 
 
-class _Open:
-    def __init__(self, table: pa.Table, held: Held | None = None) -> None:
-        self.table, self._held = table, held
+class _OpenShard:
+    def __init__(self, table: pa.Table, handle: Held | None = None) -> None:
+        self.table, self._handle = table, handle
 
 
 class LocalShardStore:
-    """Shards in a folder; each is compared with its hash before it is opened, once
-    (:mod:`pipelines.shards.checksums`)."""
+    """Shards in a directory. Each is verified once before it is opened.
+
+    See :mod:`pipelines.shards.checksums`.
+
+    Args:
+        location: directory of the corpus.
+    """
 
     remote = False
 
     def __init__(self, location: Path) -> None:
         self.location: Place = location
         self._folder = location
-        self._whole: set[str] = set()
+        self._verified: set[str] = set()
 
     @property
     def repair_hint(self) -> str:
         return f"Delete {self._folder} and run `skillnet prepare {self._folder.name}`."
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         return self._folder.is_dir()
 
     def manifest(self, name: str) -> bytes:
@@ -88,14 +93,14 @@ class LocalShardStore:
                 f"{path}: this shard is missing. Run `skillnet prepare {self._folder.name}`."
             )
         self.prefetch([shard])
-        return _Open(_mapped(path, path, shard, self.repair_hint))
+        return _OpenShard(_map_shard(path, path, shard, self.repair_hint))
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
-        """They are here; they are hashed if they were not before."""
-        new = [shard for shard in shards if shard["file"] not in self._whole]
+        """Hash the shards that were not verified before."""
+        new = [shard for shard in shards if shard["file"] not in self._verified]
         if new:
             check_shards(self._folder, new)
-            self._whole.update(shard["file"] for shard in new)
+            self._verified.update(shard["file"] for shard in new)
 
     def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
         for shard in shards:
@@ -109,18 +114,18 @@ class LocalShardStore:
             path = self._folder / shard["file"]
             _compare_digest(path, sha256_file(path), shard, self.repair_hint)
             try:
-                # Who writes a shard may write its digest: offsets that lead astray are found here.
-                _mapped(path, path, shard, self.repair_hint).validate(full=True)
-            except (pa.ArrowException, ValueError) as problem:
-                raise _unreadable(path, problem, self.repair_hint) from None
+                # An attacker who writes a shard also writes its digest: check its offsets too.
+                _map_shard(path, path, shard, self.repair_hint).validate(full=True)
+            except (pa.ArrowException, ValueError) as error:
+                raise _make_shard_error(path, error, self.repair_hint) from None
 
 
 class RemoteShardStore:
-    """Shards in a store, read through the host's cache.
+    """Shards in an object store, read through the cache of the node.
 
     Args:
-        where: URI of the corpus.
-        cache: none takes the host's.
+        location: URI of the corpus.
+        cache: cache to use; ``None`` for the shared cache of the node.
     """
 
     remote = True
@@ -131,80 +136,89 @@ class RemoteShardStore:
 
     @property
     def repair_hint(self) -> str:
-        above, _, name = self._uri.rpartition("/")
-        return f"Put it there again: `skillnet prepare {name} --data {above}`."
+        parent, _, name = self._uri.rpartition("/")
+        return f"Prepare it again: `skillnet prepare {name} --data {parent}`."
 
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         return bool(directories.list_files(self._uri))
 
     def manifest(self, name: str) -> bytes:
         return directories.read_bytes(directories.join(self._uri, name))
 
     def open(self, shard: ShardEntry) -> OpenShard:
-        wanted = self._wanted(shard)
-        held = self._cache.hold(wanted)
-        return _Open(_mapped(held.path, wanted.uri, shard, self.repair_hint), held)
+        key = self._cache_key(shard)
+        handle = self._cache.hold(key)
+        return _OpenShard(_map_shard(handle.path, key.uri, shard, self.repair_hint), handle)
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
-        self._cache.prefetch([self._wanted(shard) for shard in shards])
+        self._cache.prefetch([self._cache_key(shard) for shard in shards])
 
     def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
-        there = {entry.name: entry.bytes for entry in directories.list_files(self._uri)}
+        existing = {entry.name: entry.bytes for entry in directories.list_files(self._uri)}
         for shard in shards:
-            place = directories.join(self._uri, shard["file"])
-            if shard["file"] not in there:
-                raise UserError(f"{place}: this shard is missing. {self.repair_hint}")
-            _compare_size(place, there[shard["file"]], shard, self.repair_hint)
+            uri = directories.join(self._uri, shard["file"])
+            if shard["file"] not in existing:
+                raise UserError(f"{uri}: this shard is missing. {self.repair_hint}")
+            _compare_size(uri, existing[shard["file"]], shard, self.repair_hint)
 
     def check_digests(self, shards: Iterable[ShardEntry]) -> None:
         import hashlib
 
         for shard in shards:
-            place = directories.join(self._uri, shard["file"])
+            uri = directories.join(self._uri, shard["file"])
             try:
-                with directories.open_file(place) as stream:
-                    found = hashlib.sha256()
+                with directories.open_file(uri) as stream:
+                    digest = hashlib.sha256()
                     while block := stream.read(1 << 22):
-                        found.update(block)
+                        digest.update(block)
             except FileNotFoundError:
-                raise UserError(f"{place}: this shard is missing. {self.repair_hint}") from None
-            except OSError as problem:
-                raise StoreUnavailable(f"{place}: reading it broke off ({problem})") from problem
-            _compare_digest(place, found.hexdigest(), shard, self.repair_hint)
+                raise UserError(f"{uri}: this shard is missing. {self.repair_hint}") from None
+            except OSError as error:
+                raise StoreUnavailable(f"{uri}: reading it broke off ({error})") from error
+            _compare_digest(uri, digest.hexdigest(), shard, self.repair_hint)
 
-    def _wanted(self, shard: ShardEntry) -> Wanted:
+    def _cache_key(self, shard: ShardEntry) -> Wanted:
         uri = directories.join(self._uri, shard["file"])
         return Wanted(uri, shard["sha256"], shard["bytes"])
 
 
-def open_shard_store(where: Place, cache: FileCache | None = None) -> ShardStore:
-    """The files of the corpus at a path or URI."""
-    return LocalShardStore(where) if isinstance(where, Path) else RemoteShardStore(where, cache)
+def open_shard_store(location: Place, cache: FileCache | None = None) -> ShardStore:
+    """Return the shards of the corpus at a path or URI.
+
+    Args:
+        location: directory or URI of the corpus.
+        cache: cache for an object store; ``None`` for the shared cache of the node.
+    """
+    if isinstance(location, Path):
+        return LocalShardStore(location)
+    return RemoteShardStore(location, cache)
 
 
-def _mapped(path: Path, named: Place, shard: ShardEntry, again: str) -> pa.Table:
+def _map_shard(path: Path, named: Place, shard: ShardEntry, repair_hint: str) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         if table.num_rows != shard["rows"]:
             raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
         return table
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as problem:
-        raise _unreadable(named, problem, again) from None
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise _make_shard_error(named, error, repair_hint) from None
 
 
-def _unreadable(named: Place, problem: Exception, again: str) -> UserError:
-    return UserError(f"{named}: not a readable shard ({first_line(problem)}). {again}")
+def _make_shard_error(named: Place, error: Exception, repair_hint: str) -> UserError:
+    return UserError(f"{named}: not a readable shard ({first_line(error)}). {repair_hint}")
 
 
-def _compare_size(named: Place, size: int, shard: ShardEntry, again: str) -> None:
+def _compare_size(named: Place, size: int, shard: ShardEntry, repair_hint: str) -> None:
     if size != shard["bytes"]:
         raise UserError(
-            f"{named}: this shard was altered: {size} bytes, expected {shard['bytes']}. {again}"
+            f"{named}: this shard was altered: {size} bytes, expected {shard['bytes']}. "
+            f"{repair_hint}"
         )
 
 
-def _compare_digest(named: Place, found: str, shard: ShardEntry, again: str) -> None:
+def _compare_digest(named: Place, found: str, shard: ShardEntry, repair_hint: str) -> None:
     if found != shard["sha256"]:
         raise UserError(
-            f"{named}: this shard was altered: sha256 {found}, expected {shard['sha256']}. {again}"
+            f"{named}: this shard was altered: sha256 {found}, expected {shard['sha256']}. "
+            f"{repair_hint}"
         )

@@ -1,4 +1,12 @@
-"""TODO: pipelines.shards.format."""
+"""Format of a shard and of a corpus manifest.
+
+A shard is an Arrow IPC *file* and an Arrow IPC *stream* at the same time. ``pyarrow.ipc.open_file``
+and Polars read the file form, from the footer at the end. ``datasets.Dataset.from_file`` reads
+only the stream form, from the schema message at the front. The forms differ in the first eight
+bytes: a magic number that readers of the file form ignore, because they check the one at the end.
+Here those eight bytes become the length prefix of the schema message. Eight bytes of padding after
+its metadata keep all offsets of the footer valid.
+"""
 
 import os
 import struct
@@ -13,14 +21,17 @@ from skillnet_platform.storage import disk_guard, sha256_file
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
-#: Keys of a manifest that tell how it was made and do not count for its digest.
+#: Keys of a manifest that describe how it was made. The digest does not cover them.
 NOT_DIGESTED = ("digest", "made_with")
 _MAGIC = b"ARROW1\0\0"
 _CONTINUATION = b"\xff\xff\xff\xff"
 
 
 def shard_bytes(table: pa.Table) -> bytes:
-    """One record batch as Arrow IPC, file and stream form in one. Equal tables, equal bytes."""
+    """Serialize a table as one record batch, file and stream form in one.
+
+    Equal tables give equal bytes.
+    """
     sink = pa.BufferOutputStream()
     _write(table, sink)
     data = bytearray(sink.getvalue())
@@ -30,10 +41,14 @@ def shard_bytes(table: pa.Table) -> bytes:
 
 
 def write_shard(table: pa.Table, path: Path) -> dict[str, Any]:
-    """Write a shard; returns its entry in the manifest: file, rows, bytes, sha256.
+    """Write a shard; return its entry in the manifest: file, rows, bytes, sha256.
 
-    The bytes are those of ``shard_bytes``. They go to the disk as they are made, and the hash is
-    of what can be read there.
+    The bytes are those of :func:`shard_bytes`. They are streamed to the disk, and the hash is
+    computed from the bytes that the disk returns.
+
+    Args:
+        table: rows of the shard.
+        path: file to write.
 
     Raises:
         UserError: the disk is full.
@@ -63,12 +78,15 @@ def _write(table: pa.Table, sink: Any) -> None:
 
 
 def _stream_head(data: memoryview) -> bytes:
-    """The first bytes of a file, changed so that it reads as a stream too: as many as before."""
+    """Return the first bytes of a file, changed so that the file is also a valid stream.
+
+    The number of bytes does not change.
+    """
     (length,) = struct.unpack_from("<i", data, 12)
     assert data[:12] == _MAGIC + _CONTINUATION, "pyarrow wrote an unexpected file header"
     return _CONTINUATION + struct.pack("<i", length + 8) + data[16 : 16 + length] + bytes(8)
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """The digest of a corpus: of all of its manifest but how it was made."""
+    """Return the digest of a corpus: of its manifest without ``NOT_DIGESTED``."""
     return digest_of({k: v for k, v in manifest.items() if k not in NOT_DIGESTED})

@@ -1,10 +1,10 @@
-"""Pictures and clips kept as JPEG in the shards, decoded when a batch is made.
+"""JPEG encoding of images and videos in shards; a row is decoded when a batch is made.
 
-A raw row of 224 x 224 pixels takes 150 KB, as JPEG 10 to 30. Up to ``RAW_BYTES`` a row is kept
-raw: reading it costs nothing. Beyond, a corpus would soon be larger than memory and then than the
-disk, and to decode a row takes less than a millisecond.
+A raw row of 224 x 224 pixels takes 150 KB, as JPEG 10 to 30 KB. Rows up to ``MAX_RAW_BYTES`` stay
+raw, because reading them costs nothing. With larger raw rows a corpus would soon exceed the memory
+and then the disk, while decoding a row takes less than a millisecond.
 
-A row is one grey or coloured JPEG. A clip of F frames of H x W is a strip of them, F * H high.
+A row is one grey or coloured JPEG. A video of F frames of H x W is a strip of them, F * H high.
 """
 
 import io
@@ -20,20 +20,24 @@ from skillnet_platform.errors import UserError
 
 PixelStorage = Literal["auto", "raw", "encoded"]
 
-#: Rows of up to so many bytes are kept raw, unless the user says otherwise.
+#: Rows up to this number of bytes stay raw with the storage "auto".
 MAX_RAW_BYTES = 64 * 1024
 QUALITY = 90
-#: JPEG knows no longer side.
+#: Pixels; the JPEG format allows no longer side.
 MAX_JPEG_SIDE = 65_535
-#: Key of a field's metadata, and its only value today.
+#: Key of a field's metadata, and its only value.
 ENCODING, JPEG = b"encoding", b"jpeg"
 
 
 def uses_jpeg(shape: Sequence[int], storage: PixelStorage) -> bool:
-    """Whether rows of that shape (uint8) are kept as JPEG.
+    """Return whether rows of a shape are stored as JPEG.
+
+    Args:
+        shape: (H, W, 3) or (F, H, W, 1) of uint8 rows.
+        storage: option of the corpus.
 
     Raises:
-        ValueError: they shall be, and are too high for it.
+        ValueError: the storage is "encoded", and the rows are too high for JPEG.
     """
     if storage == "raw":
         return False
@@ -41,19 +45,24 @@ def uses_jpeg(shape: Sequence[int], storage: PixelStorage) -> bool:
     if storage == "encoded" and not fits:
         raise ValueError(
             f"storage encoded: a strip of {shape[0]} frames of {shape[1]} lines is higher than "
-            f"{MAX_JPEG_SIDE}, which JPEG allows; take fewer or smaller frames, or storage raw"
+            f"{MAX_JPEG_SIDE}, the limit of JPEG; use fewer or smaller frames, or storage raw"
         )
     return storage == "encoded" or (fits and int(np.prod(shape)) > MAX_RAW_BYTES)
 
 
 def jpeg_field(name: str, shape: Sequence[int]) -> pa.Field:
-    """The column of rows of that shape, (H, W, 3) or (F, H, W, 1)."""
+    """Return the Arrow field of a JPEG column.
+
+    Args:
+        name: name of the column.
+        shape: shape of a row, (H, W, 3) or (F, H, W, 1).
+    """
     text = "[" + ",".join(str(length) for length in shape) + "]"
     return pa.field(name, pa.binary(), metadata={b"shape": text.encode(), ENCODING: JPEG})
 
 
 def encode_jpeg(row: NDArray[np.uint8]) -> bytes:
-    """A picture (H, W, 3) or clip (F, H, W, 1) as JPEG. Equal rows, equal bytes."""
+    """Encode an image (H, W, 3) or a video (F, H, W, 1) as JPEG. Equal rows give equal bytes."""
     from PIL import Image
 
     flat = row if row.shape[-1] == 3 else row.reshape(-1, row.shape[-2])
@@ -63,27 +72,30 @@ def encode_jpeg(row: NDArray[np.uint8]) -> bytes:
 
 
 def decode_jpegs(cells: Sequence[Any], shape: Sequence[int], where: str = "") -> NDArray[np.uint8]:
-    """(len(cells), *shape) pixels of encoded rows, by several threads.
+    """Decode rows in several threads.
 
     Args:
-        cells: bytes, or buffers of them.
-        shape: of a row.
-        where: names the column in messages.
+        cells: bytes or buffers of JPEG files.
+        shape: shape of a row.
+        where: name of the column in messages.
+
+    Returns:
+        uint8 (len(cells), *shape).
 
     Raises:
-        UserError: a cell is no JPEG of that shape.
+        UserError: a cell is not a JPEG of that shape.
     """
     out: NDArray[np.uint8] = np.empty((len(cells), *shape), np.uint8)
 
-    def some(span: slice) -> None:
+    def decode_rows(span: slice) -> None:
         for cell, row in zip(cells[span], out[span], strict=True):
-            _into(cell, row, where)
+            _decode_into(cell, row, where)
 
-    map_row_slices(len(cells), some)
+    map_row_slices(len(cells), decode_rows)
     return out
 
 
-def _into(cell: Any, row: NDArray[np.uint8], where: str) -> None:
+def _decode_into(cell: Any, row: NDArray[np.uint8], where: str) -> None:
     from PIL.JpegImagePlugin import JpegImageFile
 
     mode, width = ("RGB" if row.shape[-1] == 3 else "L"), row.shape[-2]
@@ -97,8 +109,8 @@ def _into(cell: Any, row: NDArray[np.uint8], where: str) -> None:
             row[...] = np.frombuffer(image.tobytes(), np.uint8).reshape(row.shape)
             return
     except (OSError, SyntaxError):
-        raise UserError(f"{where}: a row is no JPEG; prepare the corpus again") from None
+        raise UserError(f"{where}: a row is not a JPEG; prepare the corpus again") from None
     raise UserError(
         f"{where}: a row holds {image.mode} pixels, {image.width} x {image.height}, the column "
-        f"says {row.shape}; prepare the corpus again"
+        f"declares {row.shape}; prepare the corpus again"
     )

@@ -84,7 +84,7 @@ class TestLinks:
                 (tmp_path / f"d{number}" / name).symlink_to(f"../d{number + 1}")
         (tmp_path / "d12").mkdir()
         with pytest.raises(
-            UserError, match=f"more than {MAX_LINKS_PER_FOLDER} links lead to this folder"
+            UserError, match=f"more than {MAX_LINKS_PER_FOLDER} links lead to this directory"
         ):
             list(SourceDirectory(str(tmp_path / "d0")).walk())
 
@@ -142,7 +142,7 @@ class TestNamesThatAreNotUtf8:
         (tmp_path / "given" / f"train.{ODD}.jsonl").write_text(rows + '{"text', "utf-8")
         keys, found = summary(tmp_path / "given", tmp_path)
         assert len(keys) == 20
-        (name,) = found.broken
+        (name,) = found.truncated_files
         assert name == r"train.\udcb9\udcb7.jsonl"
 
     def test_a_place_of_such_a_name_is_told(self, tmp_path: Path) -> None:

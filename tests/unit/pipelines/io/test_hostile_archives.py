@@ -16,7 +16,7 @@ from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred, zipped
 
 #: One message whatever the attack; what follows names the member and the reason.
-REFUSED = r"/x: refused: .*nothing of it is used\. Delete it"
+REFUSED = r"/x: unsafe archive: .*It was not read\. Download it again"
 
 
 def read(folder: Path, data: bytes) -> list[tuple[str, bytes]]:
@@ -104,13 +104,13 @@ def test_a_bomb_is_met_before_it_goes_off(tmp_path: Path, pack) -> None:  # type
     path.write_bytes(pack({"zeros": bytes(50 * 2**20)}))
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match="refused"):
+        with pytest.raises(UserError, match="unsafe archive"):
             list(iter_members(path, lambda name: True))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     # At most what a file of its size may expand to, twice: read, and joined.
-    assert peak < 2 * ArchiveLimits().ratio * path.stat().st_size + 4 * 2**20
+    assert peak < 2 * ArchiveLimits().max_ratio * path.stat().st_size + 4 * 2**20
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
@@ -143,12 +143,12 @@ def test_a_zip_that_lies_about_a_size(tmp_path: Path, told: int) -> None:
     data = bytearray(zipped({"member": b"x" * 50}))
     place = data.index(b"PK\x01\x02")
     struct.pack_into("<I", data, place + 24, told)
-    with pytest.raises(UserError, match=r"/x: (refused|cannot be read as a zip)"):
+    with pytest.raises(UserError, match=r"/x: (unsafe archive|cannot be read as a zip)"):
         read(tmp_path, bytes(data))
 
 
 def test_a_tar_whose_member_is_longer_than_the_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"/x: (refused|cannot be read as a zip or tar)"):
+    with pytest.raises(UserError, match=r"/x: (unsafe archive|cannot be read as a zip or tar)"):
         read(tmp_path, tarred({"member": bytes(3000)})[:-30])
     entry = tarfile.TarInfo("huge")
     entry.size = 2**40
@@ -186,7 +186,7 @@ def test_an_encrypted_member(tmp_path: Path) -> None:
     refused(tmp_path, bytes(data), "'member' is encrypted")
 
 
-def test_an_honest_archive_that_compresses_well_is_read(tmp_path: Path) -> None:
+def test_a_valid_archive_that_compresses_well_is_read(tmp_path: Path) -> None:
     lines = b'{"label": 1, "sentence": "the same words again"}\n' * 20_000
     for pack in (zipped, tarred):
         assert read(tmp_path, pack({"lines.json": lines})) == [("lines.json", lines)]

@@ -143,7 +143,7 @@ def test_a_disk_that_fails_is_named(tmp_path: Path, name: str) -> None:
     """Reading address 0 of a process gives EIO, as a broken disk or mount does."""
     (tmp_path / name).symlink_to("/proc/self/mem")
     reader = "webdataset" if "tar" in name else "folder"
-    message = rf"{name}: cannot be read \(I.*\)\. .*no row is set aside"
+    message = rf"{name}: cannot be read \(I.*\)\. .*no row was rejected"
     with pytest.raises(UserError, match=message):
         open_external_corpus(reader, str(tmp_path))
     if reader == "webdataset":
@@ -194,7 +194,7 @@ def test_the_rest_of_a_file_weighs_as_a_file(tmp_path: Path) -> None:
     }
     told = found.truncation_error(0.1)
     assert told.startswith(
-        "1 of 1 files break off, and what stands behind is lost: rows.json after"
+        "1 of 1 files are truncated, and the rows after that point are lost: rows.json after"
     )
     assert "--max_error_rate 1.00" in told
     assert not found.truncation_error(1.0)

@@ -79,7 +79,7 @@ def test_what_is_no_jpeg_of_that_shape_is_named() -> None:
     Image.new("RGB", (8, 8)).save(small, "JPEG")
     table = pa.table([[b"no picture", small.getvalue()]], schema=schema)
     opened = open_column(table, "pixels", "made/train")
-    with pytest.raises(UserError, match="made/train: column 'pixels': a row is no JPEG"):
+    with pytest.raises(UserError, match="made/train: column 'pixels': a row is not a JPEG"):
         opened.take(np.array([0]))
     with pytest.raises(UserError, match=r"RGB pixels, 8 x 8.*\(224, 224, 3\)"):
         opened.take(np.array([1]))

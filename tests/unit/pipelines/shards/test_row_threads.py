@@ -15,11 +15,11 @@ from pipelines.shards.row_threads import map_row_slices
 
 @pytest.fixture(params=[1, 3, 8])
 def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """So many threads, whatever the machine has."""
-    row_threads._pool.cache_clear()
-    monkeypatch.setattr(row_threads, "_threads", lambda: request.param)
+    """Use a number of threads that does not depend on the machine."""
+    row_threads._get_pool.cache_clear()
+    monkeypatch.setattr(row_threads, "_count_threads", lambda: request.param)
     yield request.param
-    row_threads._pool.cache_clear()
+    row_threads._get_pool.cache_clear()
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 64, 65])
