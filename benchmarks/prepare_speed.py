@@ -233,7 +233,7 @@ def corpus_of(kind: str, paths: list[Path]) -> Any:
 def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
     """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
     from pipelines.corpora.base import SourceArchives
-    from pipelines.corpora.readers.base import media_row
+    from pipelines.corpora.readers.row_builders import media_row
     from pipelines.io.media import MediaRef
     from skillnet_platform import cluster
 

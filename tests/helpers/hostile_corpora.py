@@ -221,7 +221,7 @@ def write_corpus(folder: Path, kind: str, cut: bool = True) -> list[str]:
         written += [(json.dumps(row).encode() + b"\n", "") for row in good]
     written += lines(kind)
     if cut:
-        written.append((written[0][0][:-9], "cut short in the midst of a line"))
+        written.append((written[0][0][:-9], "cut short in the middle of a line"))
     (folder / "metadata.jsonl").write_bytes(b"".join(line for line, _ in written))
     return [why for _, why in written]
 

@@ -59,8 +59,8 @@ def test_splits_and_what_is_set_aside(place: Place) -> None:
     assert splits["pytorrent"] == {"test": 5, "train": 12, "validation": 5}
     assert splits["tnews"]["unlabelled"] == 15
     assert place.open("aic_icc").manifest["quarantine"] == {
-        "a picture without captions": 1,
-        "captions without a picture": 1,
+        "an image without captions": 1,
+        "captions without an image": 1,
     }
     lines = (place.data / "vatex" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     told = [json.loads(line) for line in lines]
@@ -106,7 +106,7 @@ def test_a_second_run_does_nothing_and_new_options_do(place: Place) -> None:
 
 
 def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
-    tasks = {task: {"batch": 4} for task in TASK.values()}
+    tasks = {task: {"batch_size": 4} for task in TASK.values()}
     config = {
         "model": {
             **{"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "embedding_dim": 8},
@@ -141,7 +141,7 @@ def test_too_many_missing_clips_stop_with_a_summary(place: Place, tmp_path: Path
     for clip in list(folder.rglob("*.mp4"))[::2]:
         clip.unlink()
     corpus = open_external_corpus("vatex", str(folder))
-    with pytest.raises(UserError, match=r"vatex: \d+ of \d+ rows.*captions without a clip"):
+    with pytest.raises(UserError, match=r"vatex: \d+ of \d+ rows.*captions without a video"):
         preparation.prepare([], tmp_path / "data", tmp_path, external=[corpus])
     assert not (tmp_path / "data" / "vatex").exists()
 
@@ -168,7 +168,7 @@ def test_a_description_in_plain_values(place: Place, capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["reader"], found["modality"], found["complete"]) == ("vatex", "video", True)
     assert found["rows"] == 27
-    assert found["rejected"] == {"a clip without captions": 9, "captions without a clip": 1}
+    assert found["rejected"] == {"a video without captions": 9, "captions without a video": 1}
     assert found["media"]["frames"] == "12"
     assert len(found["media"]["rejected"]) == 1
     assert found["example"]["captions"][0].startswith("写")

@@ -1,7 +1,7 @@
-"""Rows of Arrow batches and Parquet files, of which any byte may be damaged or made up.
+"""Rows of Arrow batches and Parquet files whose bytes can be damaged or malicious.
 
-pyarrow believes what stands in a batch: an offset that leads astray ends the process when it is
-followed. So each batch is validated before a value of it is looked at.
+pyarrow trusts the content of a batch. Following an offset that points outside of its buffer ends
+the process, so every batch is validated before one of its values is read.
 """
 
 from collections.abc import Iterator
@@ -13,56 +13,62 @@ from pipelines.io.directory import SourceDirectory
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: What a value raises that Python has no words for: dates beyond its calendar, unknown zones.
-_NO_VALUE = (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError)
-#: Rows that are turned into Python's values at once.
-_TOGETHER = 256
+#: Errors of values that Python cannot represent: dates outside its calendar, unknown time zones.
+_VALUE_ERRORS = (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError)
+#: Rows that are converted to Python values at once.
+_ROWS_PER_SLICE = 256
 
 
 def iter_batch_rows(batch: "pa.RecordBatch") -> Iterator[dict[str, Any] | BadRecord]:
-    """The rows of a batch; those that hold what cannot be read are broken by themselves.
+    """Yield the rows of a batch as dictionaries; a row that cannot be read as a ``BadRecord``.
 
     Raises:
-        ArrowInvalid: the batch's parts do not fit each other, so that no row of it is to be had.
+        ArrowInvalid: the columns of the batch are inconsistent, so that no row can be read.
     """
     batch.validate()
-    for start in range(0, batch.num_rows, _TOGETHER):
-        some = batch.slice(start, _TOGETHER)
-        if isinstance(found := _values(some), list):
-            yield from found
+    for start in range(0, batch.num_rows, _ROWS_PER_SLICE):
+        some = batch.slice(start, _ROWS_PER_SLICE)
+        if isinstance(rows := _to_rows(some), list):
+            yield from rows
         else:
-            for place in range(some.num_rows):
-                one = _values(some.slice(place, 1))
-                yield one if isinstance(one, BadRecord) else one[0]
+            # Row by row, so that only the damaged row is lost.
+            for index in range(some.num_rows):
+                single = _to_rows(some.slice(index, 1))
+                yield single if isinstance(single, BadRecord) else single[0]
 
 
-def _values(batch: "pa.RecordBatch") -> list[dict[str, Any]] | BadRecord:
-    """All rows, or why one of them cannot be had."""
+def _to_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]] | BadRecord:
+    """Return all rows, or why one of them cannot be read."""
     try:
         batch.validate(full=True)
-    except _NO_VALUE as problem:
-        return BadRecord("not UTF-8" if "UTF8" in str(problem) else "a damaged value")
+    except _VALUE_ERRORS as error:
+        return BadRecord("not UTF-8" if "UTF8" in str(error) else "a damaged value")
     try:
-        found: list[dict[str, Any]] = batch.to_pylist()
+        rows: list[dict[str, Any]] = batch.to_pylist()
     except UnicodeError:
         return BadRecord("not UTF-8")
-    except _NO_VALUE:
+    except _VALUE_ERRORS:
         return BadRecord("a date or time that cannot be read")
-    return found
+    return rows
 
 
-def read_parquet_rows(place: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
-    """Rows of a Parquet file, a small batch at a time; named by their number from 1."""
+def read_parquet_rows(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+    """Yield the rows of a Parquet file with their numbers from 1, a small batch at a time.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 1
-    with place.open(file) as stream:
+    with source.open(file) as stream:
         try:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
                 for row in iter_batch_rows(batch):
                     yield number, row
                     number += 1
-        # A disk or store that fails raises none of these. Names of columns may be no UTF-8, too.
+        # A failing disk or store raises none of these. Column names can be invalid UTF-8 too.
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             yield number, BadRecord("Parquet damaged from here on", truncates_file=True)

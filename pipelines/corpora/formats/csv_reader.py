@@ -19,53 +19,61 @@ from pipelines.io.directory import (
     SourceDirectory,
 )
 
-#: Where the quote was meant to end nobody knows, so nobody knows which rows it took in.
-UNCLOSED_QUOTE = BadRecord("a quote that is not closed, from here on", truncates_file=True)
+#: The intended end of the quote is unknown, so the rows that it swallowed are unknown too.
+UNCLOSED_QUOTE = BadRecord("an unclosed quote from here on", truncates_file=True)
 
 
-def read_csv_rows(place: SourceDirectory, file: str, separator: str) -> Iterator[NumberedRecord]:
-    """Rows of a CSV file with a head line; named by the number of their last line.
+def read_csv_rows(source: SourceDirectory, file: str, separator: str) -> Iterator[NumberedRecord]:
+    """Yield the rows of a CSV file with a header line, with the number of their last line.
 
-    Quotes are read strictly: a lenient reader takes whatever follows a quote that is not closed
-    into one field, row after row. Between tabs a quote mostly is one of the text: where it does
-    not enclose a field of its line, it is kept as it stands.
+    Quotes are parsed strictly: a lenient parser would read everything after an unclosed quote into
+    one field. In tab-separated files a quote usually belongs to the text. A quote that does not
+    enclose a field of its line is kept.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+        separator: "," or a tab.
     """
-    csv.field_size_limit(MAX_LINE_BYTES)  # texts too long for a row are told further on
-    with place.open(file) as stream:
+    # The limit of the csv module must not be the smaller one: texts that are too long for a row
+    # are rejected later, with a better reason.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with source.open(file) as stream:
         start = peek_start(stream)
         if isinstance(start, BadRecord):
             yield 1, start
             return
-        # "replace" and not an error: the reader goes on, and the row is told by the mark.
+        # "replace" instead of an error: reading continues, and the replacement character marks the
+        # row.
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         with text:
-            yield from _rows(_Lines(text), separator)
+            yield from _read_rows(_BoundedLines(text), separator)
 
 
-def _rows(lines: "_Lines", separator: str) -> Iterator[NumberedRecord]:
+def _read_rows(lines: "_BoundedLines", separator: str) -> Iterator[NumberedRecord]:
     quoted = csv.reader(lines, delimiter=separator, strict=True)
-    reader = _tab_separated(lines) if separator == "\t" else quoted
+    reader = _split_tabs(lines) if separator == "\t" else quoted
     names: list[str] | None = None
     while True:
-        lines.begin()
+        lines.start_record()
         try:
             values = next(reader)
         except StopIteration:
             return
-        except csv.Error as problem:
-            if lines.number > lines.first or (lines.ended and lines.whole):
+        except csv.Error as error:
+            if lines.number > lines.first or (lines.at_end and lines.has_line_end):
                 yield lines.first, UNCLOSED_QUOTE
                 return
-            if not lines.whole:
+            if not lines.has_line_end:
                 yield lines.number, TRUNCATED_LINE
                 return
-            # Without its head line nobody knows what the fields are.
-            yield lines.number, BadRecord(f"not CSV ({problem})", truncates_file=names is None)
+            # Without the header line the names of the fields are unknown.
+            yield lines.number, BadRecord(f"not CSV ({error})", truncates_file=names is None)
             if names is None:
                 return
             continue
-        except OversizedInputError as problem:
-            yield lines.number + 1, BadRecord(str(problem), truncates_file=True)
+        except OversizedInputError as error:
+            yield lines.number + 1, BadRecord(str(error), truncates_file=True)
             return
         except DAMAGE_ERRORS:
             yield lines.number + 1, DAMAGED_COMPRESSION
@@ -75,19 +83,19 @@ def _rows(lines: "_Lines", separator: str) -> Iterator[NumberedRecord]:
         if names is None:
             names = values
         elif len(values) != len(names):
-            if not lines.whole:
+            if not lines.has_line_end:
                 yield lines.number, TRUNCATED_LINE
                 return
-            yield lines.number, BadRecord("another number of fields than the head line")
+            yield lines.number, BadRecord("a different number of fields than the header")
         elif any("\ufffd" in value for value in values):
             yield lines.number, BadRecord("not UTF-8")
         elif any("\0" in value for value in values):
-            yield lines.number, BadRecord("null characters in it")
+            yield lines.number, BadRecord("contains null characters")
         else:
             yield lines.number, dict(zip(names, values, strict=True))
 
 
-def _tab_separated(lines: Iterable[str]) -> Iterator[list[str]]:
+def _split_tabs(lines: Iterable[str]) -> Iterator[list[str]]:
     for line in lines:
         try:
             yield next(csv.reader([line], delimiter="\t", strict=True))
@@ -95,39 +103,39 @@ def _tab_separated(lines: Iterable[str]) -> Iterator[list[str]]:
             yield line.rstrip("\r\n").split("\t")
 
 
-class _Lines:
-    """Lines of a text, none of them and no record of any size.
+class _BoundedLines:
+    """Lines of a text, with limits on the size of a line, of a record and of runs of empty lines.
 
     Attributes:
-        number: of the line that was given last, from 1.
-        first: of the first line of the record at hand.
-        whole: that line has an end.
-        ended: there is none behind it.
+        number: number of the last line that was returned, from 1.
+        first: number of the first line of the current record.
+        has_line_end: whether the last line ends with a line break.
+        at_end: whether the text has no further line.
     """
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self.text = text
-        self.number, self.first, self.whole, self.ended = 0, 1, True, False
-        self._taken = self._empty = 0
+        self.number, self.first, self.has_line_end, self.at_end = 0, 1, True, False
+        self._record_size = self._empty_lines = 0
 
-    def begin(self) -> None:
-        """From here on lines are those of another record."""
-        self.first, self._taken = self.number + 1, 0
+    def start_record(self) -> None:
+        """Count the following lines as those of a new record."""
+        self.first, self._record_size = self.number + 1, 0
 
-    def __iter__(self) -> "_Lines":
+    def __iter__(self) -> "_BoundedLines":
         return self
 
     def __next__(self) -> str:
-        line = self.text.readline(MAX_LINE_BYTES + 1 - self._taken)
+        line = self.text.readline(MAX_LINE_BYTES + 1 - self._record_size)
         if not line:
-            self.ended = True
+            self.at_end = True
             raise StopIteration
-        self._taken += len(line)
-        self._empty = 0 if line.strip() else self._empty + 1
-        if self._taken > MAX_LINE_BYTES:
-            raise OversizedInputError("a line or a quoted field beyond 64 MiB")
-        if self._empty > MAX_EMPTY_LINES:
+        self._record_size += len(line)
+        self._empty_lines = 0 if line.strip() else self._empty_lines + 1
+        if self._record_size > MAX_LINE_BYTES:
+            raise OversizedInputError("a line or quoted field longer than 64 MiB")
+        if self._empty_lines > MAX_EMPTY_LINES:
             raise OversizedInputError("a flood of empty lines")
         self.number += 1
-        self.whole = line.endswith(("\n", "\r"))
+        self.has_line_end = line.endswith(("\n", "\r"))
         return line

@@ -1,7 +1,7 @@
-"""Whether a file of texts is written in another encoding than UTF-8, and in which.
+"""Detection of text files that are not UTF-8, and the record type for unreadable records.
 
-Chinese Windows saves GBK, and "Unicode" there is UTF-16. Read as UTF-8 every row of such a file
-would be set aside by itself, and none of them would say what is to be done.
+Windows with Chinese settings saves GBK, and its "Unicode" is UTF-16. If such a file were read as
+UTF-8, every row would be rejected for itself, and no message would say how to fix the file.
 """
 
 import codecs
@@ -14,66 +14,78 @@ from pipelines.io.directory import DAMAGE_ERRORS
 
 @dataclass(frozen=True)
 class BadRecord:
-    """Stands for a record that cannot be read.
+    """Placeholder of a record that cannot be read.
 
-    Args:
-        reason: short; rows are counted by it.
-        rest: the file cannot be read on: nobody knows how many records are lost with this one.
+    Attributes:
+        reason: short text; rejected rows are counted by it.
+        truncates_file: whether the rest of the file cannot be read either. The number of lost
+            records is then unknown.
     """
 
     reason: str
     truncates_file: bool = False
 
 
-#: A bad line without an end can only be the last one of its file.
-TRUNCATED_LINE = BadRecord("the file is cut short in the midst of a line", truncates_file=True)
-#: A compressed file that ends or breaks.
+#: A bad line without a line end can only be the last line of a truncated file.
+TRUNCATED_LINE = BadRecord("the file is cut short in the middle of a line", truncates_file=True)
+#: A compressed file that ends early or is damaged.
 DAMAGED_COMPRESSION = BadRecord("the compressed file is cut short or damaged", truncates_file=True)
-#: Of what such a record says nobody knows which is meant; most readers take the last.
-DUPLICATE_FIELD = BadRecord("a field that stands twice in its record")
+#: Most parsers keep the last value of a repeated field. Nobody knows which value is meant.
+DUPLICATE_FIELD = BadRecord("a field occurs twice in the record")
 #: (Number of the line or record in its file, from 1; the record).
 NumberedRecord = tuple[int, "dict[str, Any] | BadRecord"]
 
 
-#: Of a file's start, bytes that are looked at.
-_SAMPLE = 1 << 16
+#: Bytes at the start of a file that decide its encoding.
+_SAMPLE_BYTES = 1 << 16
 
 
 def peek_start(stream: IO[bytes]) -> bytes | BadRecord:
-    """The first bytes of a stream, which then is read from its start all the same; or why it
-    cannot be read: it is in another encoding, or compressed and damaged from its first byte on."""
+    """Return the first bytes of a stream without consuming them, or why it cannot be read.
+
+    Args:
+        stream: a buffered stream at its start.
+
+    Returns:
+        Up to 64 KiB; or a ``BadRecord`` if the file has another encoding than UTF-8, or is
+        compressed and damaged from its first byte.
+    """
     try:
-        start: bytes = stream.peek(_SAMPLE)[:_SAMPLE]  # type: ignore[attr-defined]
+        start: bytes = stream.peek(_SAMPLE_BYTES)[:_SAMPLE_BYTES]  # type: ignore[attr-defined]
     except DAMAGE_ERRORS:
         return DAMAGED_COMPRESSION
-    return _misencoded(start) or start
+    return _wrong_encoding(start) or start
 
 
-def _misencoded(start: bytes) -> BadRecord | None:
-    # Tells by a mark at the start, or by where the zero bytes of the first characters are.
+def _wrong_encoding(start: bytes) -> BadRecord | None:
+    # ``detect_encoding`` looks at the byte order mark and at the zero bytes of the first
+    # characters.
     name = json.detect_encoding(start)
     if not name.startswith("utf-8"):
-        # Zeros that a crash left in place of a file's blocks are no text.
-        text = _decoded(start, name)
+        # A crash can leave blocks of zeros in a file. Such zeros are not UTF-16 text.
+        text = _decode_start(start, name)
         if text and "\0" not in text:
-            return _told(name.upper().replace("-LE", "LE").replace("-BE", "BE"))
+            return _encoding_record(name.upper().replace("-LE", "LE").replace("-BE", "BE"))
     text = start.decode("utf-8", "replace")
-    lost = text.count("\ufffd")
-    kept = sum(character > "\x7f" for character in text) - lost
-    # A row that is damaged among good ones is set aside by itself.
-    if lost > kept and 10 * lost > len(text) and _decoded(start, "gb18030"):
-        return _told("GB18030", "GBK by its look")
+    undecodable = text.count("\ufffd")
+    decoded = sum(character > "\x7f" for character in text) - undecodable
+    # A single damaged row among valid rows is rejected for itself, not with its file.
+    mostly_undecodable = undecodable > decoded and 10 * undecodable > len(text)
+    if mostly_undecodable and _decode_start(start, "gb18030"):
+        return _encoding_record("GB18030", "probably GBK")
     return None
 
 
-def _decoded(data: bytes, encoding: str) -> str | None:
+def _decode_start(data: bytes, encoding: str) -> str | None:
     try:
-        return codecs.getincrementaldecoder(encoding)().decode(data)  # its end may be cut
+        # Incremental, because the sample can end inside a character.
+        return codecs.getincrementaldecoder(encoding)().decode(data)
     except UnicodeError:
         return None
 
 
-def _told(name: str, look: str = "") -> BadRecord:
+def _encoding_record(name: str, description: str = "") -> BadRecord:
     return BadRecord(
-        f"{look or name}, not UTF-8; convert it: iconv -f {name} -t UTF-8", truncates_file=True
+        f"{description or name}, not UTF-8; convert it: iconv -f {name} -t UTF-8",
+        truncates_file=True,
     )

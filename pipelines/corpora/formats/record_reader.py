@@ -1,7 +1,8 @@
-"""Records out of JSON, JSON lines, CSV and Parquet files, one at a time, bad ones by themselves.
+"""Records of JSON, JSON lines, CSV and Parquet files, one at a time.
 
-A record that cannot be read comes as ``BadRecord`` in its place, and the ones after it still come:
-one bad line does not cost a corpus. Memory holds a record, never a file.
+:func:`read_records` chooses the format by the file name. A record that cannot be read becomes a
+``BadRecord`` in its place and the following records are still read, so one bad line does not cost
+a corpus. Memory holds one record, never a file.
 """
 
 import codecs
@@ -20,64 +21,86 @@ from pipelines.corpora.formats.encoding import (
     NumberedRecord,
     peek_start,
 )
-from pipelines.io.directory import DAMAGE_ERRORS, OversizedInputError, SourceDirectory, iter_lines
+from pipelines.io.directory import (
+    DAMAGE_ERRORS,
+    OversizedInputError,
+    SourceDirectory,
+    iter_lines,
+)
 from skillnet_platform.errors import UserError
 
 __all__ = [
-    "LONGEST_ENTRY",
     "DUPLICATE_FIELD",
+    "MAX_ENTRY_CHARS",
     "BadRecord",
-    "Decoder",
     "NumberedRecord",
-    "entries",
-    "json_lines",
-    "records",
-    "why_unread",
+    "StrictJsonDecoder",
+    "describe_first_error",
+    "read_json_entries",
+    "read_json_lines",
+    "read_records",
 ]
 
-#: A single entry of a JSON array beyond this many characters is taken for damage.
+#: An entry of a JSON array with more characters is treated as damage.
 MAX_ENTRY_CHARS = 64 * 2**20
-#: An object over several lines, as programs print them for people.
+#: An object over several lines, as programs print it for people.
 MULTILINE_JSON = BadRecord(
-    "JSON over several lines; expected one object a line (jq -c . makes it so), or one array",
+    "JSON over several lines; expected one object per line (convert with jq -c .) or one array",
     truncates_file=True,
 )
-_BLOCK = 1 << 18
-_SOLID = re.compile(r"\S")
-#: An array of objects. A line that happens to begin with a bracket is one bad line.
-_ARRAY = re.compile(rb"\[\s*[{\]]")
-_OPENED = re.compile(rb"\{[ \t]*\r?\n")
+_BLOCK_CHARS = 1 << 18
+_NON_SPACE = re.compile(r"\S")
+#: Start of an array of objects. Another line that starts with a bracket is one bad line.
+_ARRAY_START = re.compile(rb"\[\s*[{\]]")
+_MULTILINE_OBJECT_START = re.compile(rb"\{[ \t]*\r?\n")
 
 
-def read_records(place: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
-    """The records of a file of any of those kinds, by its name; ``.gz`` is unpacked."""
-    name = _plain_name(place, file)
+def read_records(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+    """Yield the records of a file with their numbers; the file name decides the format.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself. A file whose name ends in
+            ``.gz`` is decompressed.
+    """
+    name = _uncompressed_name(source, file)
     if name.endswith((".csv", ".tsv")):
-        return read_csv_rows(place, file, "\t" if name.endswith(".tsv") else ",")
+        return read_csv_rows(source, file, "\t" if name.endswith(".tsv") else ",")
     if name.endswith(".parquet"):
-        return read_parquet_rows(place, file)
-    return read_json_lines(place, file)
+        return read_parquet_rows(source, file)
+    return read_json_lines(source, file)
 
 
-def describe_first_error(place: SourceDirectory, file: str) -> str:
-    """Behind a message that a file has no readable row: " (reason of its first row)", or ""."""
-    first = next(read_records(place, file), (1, None))[1]
+def describe_first_error(source: SourceDirectory, file: str) -> str:
+    """Return " (reason)" if the first record cannot be read, to append to a message; else "".
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``.
+    """
+    first = next(read_records(source, file), (1, None))[1]
     return f" ({first.reason})" if isinstance(first, BadRecord) else ""
 
 
-def read_json_lines(place: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
-    """The objects of a file with one a line, named by the number of their line; or with all in
-    one array, named by their number in it."""
-    with place.open(file) as stream:
+def read_json_lines(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+    """Yield the objects of a JSON lines file with their line numbers.
+
+    A file with one array of objects is read too; its objects have their number in the array.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+    """
+    with source.open(file) as stream:
         start = peek_start(stream)
         if isinstance(start, BadRecord):
             yield 1, start
             return
         text = start.removeprefix(codecs.BOM_UTF8).lstrip()
-        bracket = text[:1] == b"[" and _plain_name(place, file).endswith(".json")
-        if bracket or _ARRAY.match(text):
-            yield from ((number, _mapping(value)) for number, _, value in _entries(stream))
-        elif _OPENED.match(text):
+        json_array = text[:1] == b"[" and _uncompressed_name(source, file).endswith(".json")
+        if json_array or _ARRAY_START.match(text):
+            yield from ((number, _require_object(value)) for number, _, value in _entries(stream))
+        elif _MULTILINE_OBJECT_START.match(text):
             yield 1, MULTILINE_JSON
         else:
             yield from _lines(stream)
@@ -89,27 +112,33 @@ def _lines(stream: IO[bytes]) -> Iterator[NumberedRecord]:
         for number, line in iter_lines(stream, ends=True):
             try:
                 value: Any = decoder.decode(line.decode("utf-8"))
-            except (ValueError, RecursionError) as problem:
+            except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     value = TRUNCATED_LINE
                 else:
                     value = BadRecord(
-                        f"not {'UTF-8' if isinstance(problem, UnicodeError) else 'JSON'}"
+                        f"not {'UTF-8' if isinstance(error, UnicodeError) else 'JSON'}"
                     )
-            yield number, _mapping(value)
-    except OversizedInputError as problem:
-        yield number + 1, BadRecord(str(problem), truncates_file=True)
+            yield number, _require_object(value)
+    except OversizedInputError as error:
+        yield number + 1, BadRecord(str(error), truncates_file=True)
     except DAMAGE_ERRORS:
         yield number + 1, DAMAGED_COMPRESSION
 
 
-def read_json_entries(place: SourceDirectory, file: str) -> Iterator[tuple[int, str | None, Any]]:
-    """Entries of a JSON array, or of a JSON object of objects, as they come.
+def read_json_entries(source: SourceDirectory, file: str) -> Iterator[tuple[int, str | None, Any]]:
+    """Yield the entries of a JSON array, or of a JSON object of objects, while it is parsed.
 
-    (Number from 1, key in an object, value). After damage there is no telling where the next entry
-    begins: it ends with one ``BadRecord``.
+    After damage the start of the next entry is unknown, so the last entry is one ``BadRecord``.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+
+    Yields:
+        (number from 1, key in the object or None, value).
     """
-    with place.open(file) as stream:
+    with source.open(file) as stream:
         start = peek_start(stream)
         if isinstance(start, BadRecord):
             yield 1, None, start
@@ -118,118 +147,115 @@ def read_json_entries(place: SourceDirectory, file: str) -> Iterator[tuple[int, 
 
 
 def _entries(stream: IO[bytes]) -> Iterator[tuple[int, str | None, Any]]:
-    text = _Text(stream)
+    text = _JsonText(stream)
     opening = text.next_character()
     if opening not in ("[", "{"):
         yield 1, None, BadRecord("neither a JSON array nor a JSON object", truncates_file=True)
         return
     number, closing = 1, "]" if opening == "[" else "}"
-    while (following := text.next_character(eat=False)) != closing:
+    while (following := text.next_character(consume=False)) != closing:
         name = None
         try:
             if following == ",":
                 text.next_character()
                 continue
             if opening == "{":
-                name = text.value()
+                name = text.next_value()
                 if text.next_character() != ":" or not isinstance(name, str):
                     raise ValueError("no key")
-            value = text.value()
+            value = text.next_value()
         except UserError:
             raise
         except ValueError:
-            cut = " (cut short)" if text.ended else ""
-            yield number, None, BadRecord(f"JSON damaged from here on{cut}", truncates_file=True)
+            cut = " (cut short)" if text.at_end else ""
+            reason = f"JSON damaged from here on{cut}"
+            yield number, None, BadRecord(reason, truncates_file=True)
             return
         yield number, name, value
         number += 1
     text.next_character()
     if text.next_character():
-        yield (
-            number,
-            None,
-            BadRecord("something stands behind the end of the JSON", truncates_file=True),
-        )
+        yield number, None, BadRecord("data after the end of the JSON", truncates_file=True)
 
 
 class StrictJsonDecoder(json.JSONDecoder):
-    """Python's own, which gives ``DUPLICATE_FIELD`` where an object has two values of one name."""
+    """A JSON decoder that returns ``DUPLICATE_FIELD`` for an object that repeats a name."""
 
     def __init__(self) -> None:
-        super().__init__(object_pairs_hook=self._object)
-        self.twice = False
+        super().__init__(object_pairs_hook=self._build_object)
+        self.has_duplicate = False
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
-        """A value and where it ends; ``decode`` calls this."""
-        self.twice = False
+        """Return the value at ``idx`` and the index after it; ``decode`` calls this method."""
+        self.has_duplicate = False
         value, end = super().raw_decode(s, idx)
-        return (DUPLICATE_FIELD if self.twice else value), end
+        return (DUPLICATE_FIELD if self.has_duplicate else value), end
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        self.twice |= len(made) < len(pairs)
-        return made
+    def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        self.has_duplicate |= len(built) < len(pairs)
+        return built
 
 
-def _mapping(value: Any) -> "dict[str, Any] | BadRecord":
+def _require_object(value: Any) -> "dict[str, Any] | BadRecord":
     if isinstance(value, dict | BadRecord):
         return value
     return BadRecord("not a JSON object")
 
 
-def _plain_name(place: SourceDirectory, file: str) -> str:
-    return (file or place.name).removesuffix(".gz").lower()
+def _uncompressed_name(source: SourceDirectory, file: str) -> str:
+    return (file or source.name).removesuffix(".gz").lower()
 
 
-class _Text:
-    """The text of a stream, decoded and taken value by value."""
+class _JsonText:
+    """The decoded text of a stream, from which JSON values are parsed one by one."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.ended = stream, False
+        self.stream, self.at_end = stream, False
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-        self.buffer, self.at = "", 0
+        self.buffer, self.position = "", 0
         self.json = StrictJsonDecoder()
 
-    def next_character(self, eat: bool = True) -> str:
-        """The next character that is not white space; "" at the end."""
+    def next_character(self, consume: bool = True) -> str:
+        """Return the next character that is not white space, or "" at the end."""
         while True:
-            if found := _SOLID.search(self.buffer, self.at):
-                self.at = found.end() if eat else found.start()
+            if found := _NON_SPACE.search(self.buffer, self.position):
+                self.position = found.end() if consume else found.start()
                 return found[0]
-            self.at = len(self.buffer)
-            if not self._more(_BLOCK):
+            self.position = len(self.buffer)
+            if not self._read_more(_BLOCK_CHARS):
                 return ""
 
-    def value(self) -> Any:
-        """The next JSON value.
+    def next_value(self) -> Any:
+        """Parse the next JSON value.
 
         Raises:
-            ValueError: it is damaged, or the text ends in it.
+            ValueError: the value is damaged, or the text ends inside it.
         """
-        self.next_character(eat=False)
-        block = _BLOCK
+        self.next_character(consume=False)
+        block = _BLOCK_CHARS
         while True:
             try:
-                value, end = self.json.raw_decode(self.buffer, self.at)
-                # A number at the very end of the buffer may go on.
-                if end < len(self.buffer) or self.ended:
-                    self.at = end
+                value, end = self.json.raw_decode(self.buffer, self.position)
+                # A number at the very end of the buffer can continue in the next block.
+                if end < len(self.buffer) or self.at_end:
+                    self.position = end
                     return value
             except RecursionError:
                 raise ValueError("nested too deep") from None
             except ValueError:
-                if self.ended or len(self.buffer) - self.at > MAX_ENTRY_CHARS:
+                if self.at_end or len(self.buffer) - self.position > MAX_ENTRY_CHARS:
                     raise
-            # Twice as much each time, so that a long entry is not parsed over and over.
-            self._more(block)
+            # The block doubles, so that a long entry is not parsed many times.
+            self._read_more(block)
             block *= 2
 
-    def _more(self, size: int) -> bool:
+    def _read_more(self, size: int) -> bool:
         try:
             data = self.stream.read(size)
         except DAMAGE_ERRORS:
             data = b""
-        self.ended = not data
-        self.buffer = self.buffer[self.at :] + self.decoder.decode(data, final=self.ended)
-        self.at = 0
-        return not self.ended
+        self.at_end = not data
+        self.buffer = self.buffer[self.position :] + self.decoder.decode(data, final=self.at_end)
+        self.position = 0
+        return not self.at_end

@@ -1,49 +1,54 @@
-"""What the first rows of a corpus show: its fields, and in which split they hold something.
+"""Fields of the first rows of a corpus, and the splits in which they hold values.
 
-One row does not decide: it may lack what all others have. A test often lacks what it asks for.
+A single row does not decide, because it can lack fields that all other rows have. A public test
+split often lacks the labels that it asks for.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-#: So many rows of a file, or members of a tar, are looked at.
+#: Rows of a file, or members of a tar, that are sampled.
 SAMPLE_ROWS = 1000
 
 
 class SchemaSample:
-    """Fields of some rows."""
+    """Field names of sampled rows, with the splits in which each field holds a value."""
 
     def __init__(self) -> None:
-        #: Fields, in the order in which they come.
+        #: Field names in the order in which they occur.
         self.names: list[str] = []
-        self._held: defaultdict[str | None, set[str]] = defaultdict(set)
-        self._less: defaultdict[str | None, set[str]] = defaultdict(set)
-        self._more: defaultdict[str | None, set[str]] = defaultdict(set)
+        self._filled: defaultdict[str | None, set[str]] = defaultdict(set)
+        # Fields with a value of -1 in a split, and fields with any other value.
+        self._minus_one: defaultdict[str | None, set[str]] = defaultdict(set)
+        self._other: defaultdict[str | None, set[str]] = defaultdict(set)
 
     def add(self, split: str | None, fields: Mapping[str, Any]) -> None:
-        """Look at a row, of that split if it is known."""
+        """Add a row of a split; None is an unknown split."""
         self.names += [name for name in fields if name not in self.names]
         for name, value in fields.items():
             if not is_empty_value(value):
-                self._held[split].add(name)
-                (self._less if is_minus_one(value) else self._more)[split].add(name)
+                self._filled[split].add(name)
+                (self._minus_one if is_minus_one(value) else self._other)[split].add(name)
 
     @property
     def filled_fields(self) -> list[str]:
-        """Fields that hold a value in any row."""
-        return [name for name in self.names if any(name in held for held in self._held.values())]
+        """Names of the fields that hold a value in at least one row."""
+        filled = {name for names in self._filled.values() for name in names}
+        return [name for name in self.names if name in filled]
 
     def has_value(self, split: str | None, field: str) -> bool:
-        """Whether any row of a split says something in a field. A label of -1 stands for none, as
-        in the tests of GLUE, unless the training rows have it, too."""
-        if field in self._more[split]:
+        """Return whether a row of the split has a value in the field.
+
+        A label of -1 means "no label", as in the tests of GLUE, unless training rows have it too.
+        """
+        if field in self._other[split]:
             return True
-        return field in self._less[split] and field in self._less["train"]
+        return field in self._minus_one[split] and field in self._minus_one["train"]
 
 
 def is_empty_value(value: Any) -> bool:
-    """Whether it is none, not a number, an empty text, or an empty list."""
+    """Return whether a value is None, NaN, an empty or blank text, or an empty collection."""
     if isinstance(value, str):
         return not value.strip()
     empty = isinstance(value, bytes | list | tuple | dict) and not value
@@ -51,5 +56,5 @@ def is_empty_value(value: Any) -> bool:
 
 
 def is_minus_one(value: Any) -> bool:
-    """Whether it is -1, as a number or written."""
+    """Return whether a value is -1, as a number or as a text."""
     return isinstance(value, int | float | str) and str(value).strip() in ("-1", "-1.0")

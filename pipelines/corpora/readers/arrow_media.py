@@ -1,7 +1,8 @@
-"""Media that stand in Arrow files, referred to by their place there.
+"""References to media inside Arrow files, by their byte range.
 
-On a disk a file is mapped, not loaded. In a store it is read front to back, a batch in memory at
-a time. Its bytes are anyone's: no offset is followed before it is known to lie in the file.
+On a disk a file is mapped into memory, not loaded. In a store it is read front to back, one batch
+in memory at a time. The bytes of the file are not trusted: no offset is followed before it is known
+to lie in the file.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from pipelines.io.media import MediaRef
 from pipelines.io.source_file import check_regular_file, open_stream
 from skillnet_platform.errors import UserError
 
-#: What the parts of a media column may be; one that is not there counts as null.
-PARTS = {
+#: Allowed types of the parts of a media column. A missing part counts as null.
+PART_TYPES = {
     "bytes": {pa.binary(), pa.large_binary(), pa.string(), pa.large_string(), pa.null()},
     "path": {pa.string(), pa.large_string(), pa.null()},
 }
@@ -29,12 +30,12 @@ PARTS = {
 
 @dataclass(frozen=True)
 class BatchBody:
-    """Bytes of a file that a batch's buffers lie in, in memory.
+    """The bytes of a file, in memory, that contain the buffers of a batch.
 
-    Args:
-        address: of their first byte.
-        size: their number.
-        offset: of the first one in the file.
+    Attributes:
+        address: memory address of the first byte.
+        size: number of bytes.
+        offset: position of the first byte in the file.
     """
 
     address: int
@@ -43,16 +44,16 @@ class BatchBody:
 
 
 def iter_mapped_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]:
-    """Batches of a file on a disk."""
+    """Yield the batches of an Arrow file on a disk, mapped into memory."""
     check_regular_file(path)
     with pa.memory_map(path) as file:
-        whole = file.read_buffer()
-        for batch in pa.ipc.open_stream(pa.BufferReader(whole)):
-            yield batch, BatchBody(whole.address, whole.size, 0)
+        body = file.read_buffer()
+        for batch in pa.ipc.open_stream(pa.BufferReader(body)):
+            yield batch, BatchBody(body.address, body.size, 0)
 
 
 def iter_streamed_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]:
-    """The same of a file in a store, one batch at a time."""
+    """Yield the batches of an Arrow file in a store, one in memory at a time."""
     with open_stream(path) as stream:
         messages = iter(pa.ipc.MessageReader.open_stream(stream))
         first = next(messages, None)
@@ -62,8 +63,8 @@ def iter_streamed_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody
         for message in messages:
             if message.type != "record batch":
                 raise UserError(
-                    f"{path}: columns with a dictionary of their own, which are read from a disk "
-                    "alone; copy the dataset there"
+                    f"{path}: dictionary-encoded columns can only be read from a disk; copy the "
+                    "dataset to a disk"
                 )
             body = message.body
             batch = pa.ipc.read_record_batch(message, schema)
@@ -71,20 +72,27 @@ def iter_streamed_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody
 
 
 def iter_media_rows(
-    batch: pa.RecordBatch, media: str | None, path: str, body: BatchBody, home: SourceDirectory
+    batch: pa.RecordBatch,
+    media: str | None,
+    path: str,
+    body: BatchBody,
+    media_source: SourceDirectory,
 ) -> Iterator[dict[str, Any] | BadRecord]:
-    """Rows of a batch, of which the column ``media`` holds references.
+    """Yield the rows of a batch, with references in the media column.
 
     Args:
-        batch: of the file ``path``, as it came with ``body``.
-        media: name of a column that :func:`media_column_error` finds nothing wrong with, if there is one.
-        home: the folder of media that have a path and no bytes.
+        batch: a batch of the file ``path``, which came with ``body``.
+        media: name of a column for which :func:`media_column_error` returns "", or None.
+        path: path or URI of the Arrow file.
+        body: bytes of the file that contain the batch.
+        media_source: directory of media that have a path and no bytes.
 
     Raises:
-        ArrowInvalid: the batch is damaged as a whole.
+        ArrowInvalid: no row of the batch can be read.
     """
     batch.validate()
-    if batch.num_rows > 8 * body.size:  # columns of nulls alone may have any length
+    # Columns of nulls have no buffers, so a damaged batch can claim any length.
+    if batch.num_rows > 8 * body.size:
         raise pa.ArrowInvalid("more rows than bits")
     names = batch.schema.names
     plain = iter_batch_rows(batch.select([n for n, name in enumerate(names) if name != media]))
@@ -92,7 +100,7 @@ def iter_media_rows(
         yield from plain
         return
     column = batch.column(names.index(media))
-    for row, found in zip(plain, _references(column, path, body, home), strict=True):
+    for row, found in zip(plain, _references(column, path, body, media_source), strict=True):
         if isinstance(row, BadRecord):
             yield row
         else:
@@ -100,33 +108,34 @@ def iter_media_rows(
 
 
 def _references(
-    column: pa.Array, path: str, body: BatchBody, home: SourceDirectory
+    column: pa.Array, path: str, body: BatchBody, media_source: SourceDirectory
 ) -> Iterator[MediaRef | BadRecord | None]:
-    """Where the bytes of each value of ``struct<bytes, path>`` stand in the file."""
+    """Yield a reference to the bytes of each value of ``struct<bytes, path>``."""
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    files = iter_batch_rows(pa.record_batch({"path": _part(column, "path")}))
-    data = _part(column, "bytes")
-    # Not value by value: to look whether one is there, pyarrow would follow its offsets.
-    given, filled = column.is_valid().to_pylist(), data.is_valid().to_pylist()
-    spans = list(_spans(data, body)) if any(filled) else []
-    for place, file in enumerate(files):
-        if not given[place]:
+    files = iter_batch_rows(pa.record_batch({"path": _struct_part(column, "path")}))
+    data = _struct_part(column, "bytes")
+    # Not value by value: to find out whether a value is null, pyarrow would follow its offsets.
+    is_present, has_bytes = column.is_valid().to_pylist(), data.is_valid().to_pylist()
+    spans = list(_byte_spans(data, body)) if any(has_bytes) else []
+    for index, file in enumerate(files):
+        if not is_present[index]:
             yield None
-        elif filled[place]:
-            start, end = spans[place]
+        elif has_bytes[index]:
+            start, end = spans[index]
             if 0 <= start <= end <= body.size:
                 yield MediaRef(path, body.offset + start, end - start)
-            else:  # so it is, too, where buffers are compressed, which the library never does
-                yield BadRecord("media that do not lie in their Arrow file")
+            else:
+                # Also reached for compressed buffers, which the library never writes.
+                yield BadRecord("media outside of their Arrow file")
         elif isinstance(file, BadRecord):
             yield file
         else:
-            yield _beside(home, file["path"])
+            yield _file_reference(media_source, file["path"])
 
 
-def _spans(data: pa.Array, body: BatchBody) -> Iterator[tuple[int, int]]:
-    """First and last byte of each value of a binary column, from the start of ``body``."""
+def _byte_spans(data: pa.Array, body: BatchBody) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each value of a binary column, relative to ``body``."""
     _, ends, values = data.buffers()
     wide = pa.types.is_large_binary(data.type) or pa.types.is_large_string(data.type)
     count = data.offset + len(data) + 1
@@ -136,31 +145,36 @@ def _spans(data: pa.Array, body: BatchBody) -> Iterator[tuple[int, int]]:
 
 
 def media_column_error(schema: pa.Schema, media: str | None) -> str:
-    """Why media cannot be found in a file of that schema; "" if they can."""
+    """Return why the media column of a file cannot be read, or "".
+
+    Args:
+        schema: schema of the file.
+        media: name of the media column, None without media.
+    """
     if media is None:
         return ""
     if schema.names.count(media) != 1:
-        return "not one column of media as dataset_info.json names it"
+        return "no single media column of the name in dataset_info.json"
     kind = schema.field(media).type
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
     parts = {part.name: part.type for part in kind} if pa.types.is_struct(kind) else {}
-    known = all(parts.get(name, pa.null()) in types for name, types in PARTS.items())
+    known = all(parts.get(name, pa.null()) in types for name, types in PART_TYPES.items())
     if pa.types.is_null(kind) or (parts and known):
         return ""
-    return "media of a type that is not read; expected struct<bytes: binary, path: string>"
+    return "media of an unsupported type; expected struct<bytes: binary, path: string>"
 
 
-def _beside(home: SourceDirectory, file: str | None) -> MediaRef | None:
-    """A file that the dataset only names: below its folder, or below ``media``."""
+def _file_reference(media_source: SourceDirectory, file: str | None) -> MediaRef | None:
+    """Return the reference to a file that the dataset only names, or None."""
     try:
         if file and file_extension(file) in MODALITY_OF_EXTENSION:
-            return MediaRef(home.path(file))
+            return MediaRef(media_source.path(file))
     except ValueError:
-        pass  # it leads out of the folder: a saved dataset may come from anywhere
+        pass  # it leads out of the directory: a saved dataset is not trusted
     return None
 
 
-def _part(column: pa.Array, name: str) -> pa.Array:
+def _struct_part(column: pa.Array, name: str) -> pa.Array:
     if pa.types.is_null(column.type) or column.type.get_field_index(name) < 0:
         return pa.nulls(len(column))
     return column.field(name)

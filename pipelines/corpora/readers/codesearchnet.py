@@ -2,9 +2,9 @@
 
     python/final/jsonl/{train,valid,test}/python_{split}_N.jsonl.gz
 
-JSON lines with ``repo, path, func_name, original_string, code, docstring, …``. The query is the
-docstring's first paragraph without web addresses; the function stands without its docstring. Splits
-are as given: they go by repository.
+The JSON lines have ``repo, path, func_name, original_string, code, docstring, …``. The query is the
+first paragraph of the docstring without web addresses, and the function is read without its
+docstring. Splits are used as given: they separate repositories.
 """
 
 from collections.abc import Iterator
@@ -13,26 +13,33 @@ from itertools import islice
 
 from pipelines.config.bounds import within
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.packed_archives import missing_format_error
 from pipelines.corpora.formats.record_reader import BadRecord, read_json_lines
-from pipelines.corpora.readers.base import (
-    ExternalCorpus,
+from pipelines.corpora.readers.base import ExternalCorpus
+from pipelines.corpora.readers.columns import CaptionOptions, CodeOptions
+from pipelines.corpora.readers.row_builders import (
     clean_text,
     error_row,
     hash_caption_group,
     make_key,
 )
-from pipelines.corpora.readers.columns import CaptionOptions, CodeOptions
 from pipelines.io.directory import SourceDirectory
 from pipelines.transforms.code import first_paragraph
 from skillnet_platform.errors import UserError
 
-PARTS = {"train": "train", "valid": "validation", "validation": "validation", "test": "test"}
+SPLIT_FOLDERS = {
+    "train": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 SUFFIXES = (".jsonl.gz", ".jsonl")
-#: So many functions are looked at for their fields.
+#: Functions whose fields are checked.
 SAMPLE_FUNCTIONS = 100
-#: Fields that tell a line of CodeSearchNet.
+#: Fields that identify a line of CodeSearchNet.
 FIELDS = {"docstring", "code", "func_name"}
+OTHER_LANGUAGE = "of another language"
+SHORT_DOCSTRING = "a docstring that is too short"
 
 
 @dataclass
@@ -40,10 +47,10 @@ class CodePairOptions(CaptionOptions, CodeOptions):
     """Functions and their docstrings.
 
     Args:
-        docstring: field that holds the docstring, or a translation of it.
-        code: field that holds the function.
-        language: functions of another language are set aside.
-        shortest: characters that a docstring's first paragraph has at least.
+        docstring: field of the docstring, or of its translation.
+        code: field of the function.
+        language: functions in another language are rejected.
+        shortest: minimum length of a docstring's first paragraph in characters.
     """
 
     docstring: str = "docstring"
@@ -53,7 +60,7 @@ class CodePairOptions(CaptionOptions, CodeOptions):
 
 
 class CodeSearchNetCorpus(ExternalCorpus):
-    """Functions, each with what its docstring says."""
+    """Functions with the first paragraph of their docstrings as query."""
 
     name = "codesearchnet"
     modality = "code"
@@ -62,16 +69,16 @@ class CodeSearchNetCorpus(ExternalCorpus):
     layout = "python/final/jsonl/train/python_train_0.jsonl.gz"
 
     @classmethod
-    def detect(cls, place: SourceDirectory) -> str | None:
-        """Lines with its fields, none of them PyTorrent's."""
-        found = first_record_fields(place)
-        if FIELDS <= found and not {"code_with_docstrings", "summary"} & found:
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return as evidence that lines have its fields, and none of PyTorrent's."""
+        fields = first_record_fields(source)
+        if FIELDS <= fields and not {"code_with_docstrings", "summary"} & fields:
             return "train, valid and test hold lines with the fields of CodeSearchNet"
         return None
 
     def discover(self) -> None:
         """Find the files of each split."""
-        self.files = list(_files(self.source))
+        self.files = list(_split_files(self.source))
         if not any(split == "train" for split, _ in self.files):
             raise missing_format_error(
                 self.source,
@@ -81,14 +88,14 @@ class CodeSearchNetCorpus(ExternalCorpus):
         self._check_fields()
 
     def _check_fields(self) -> None:
-        """That the first functions have a docstring under the name that is given.
+        """Check that the first functions have the docstring field.
 
         Raises:
-            UserError: they have none; with their fields.
+            UserError: they do not; the message lists their fields.
         """
         (file, *_) = (file for split, file in self.files if split == "train")
-        found = islice(read_json_lines(self.source, file), SAMPLE_FUNCTIONS)
-        names = list(dict.fromkeys(n for _, row in found if isinstance(row, dict) for n in row))
+        first = islice(read_json_lines(self.source, file), SAMPLE_FUNCTIONS)
+        names = list(dict.fromkeys(n for _, row in first if isinstance(row, dict) for n in row))
         wanted = self.options.docstring
         if names and wanted not in names:
             likely = next((n for n in names if n.startswith("doc") and "token" not in n), "FIELD")
@@ -98,42 +105,41 @@ class CodeSearchNetCorpus(ExternalCorpus):
             )
 
     def annotation_files(self) -> list[str]:
-        """All of its files."""
+        """Return all of its files."""
         return [file for _, file in self.files]
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Functions in the order of the files."""
+        """Yield functions in the order of the files."""
         for split, file in self.files:
-            for number, row in read_json_lines(self.source, file):
-                key = f"{file}:{number}"
-                if isinstance(row, BadRecord):
-                    yield error_row(make_key(key), row.reason, file, number, row.truncates_file)
+            for number, record in read_json_lines(self.source, file):
+                key = make_key(f"{file}:{number}")
+                if isinstance(record, BadRecord):
+                    yield error_row(key, record.reason, file, number, record.truncates_file)
                     continue
                 try:
-                    yield self._row(split, key, row) | {"file": file, "row": number}
-                except ValueError as problem:
-                    reason = str(problem)
-                    if reason in _CHOSEN:
-                        yield RejectedRow(make_key(key), reason, file, number)
-                    else:
-                        yield error_row(make_key(key), reason, file, number)
+                    yield self._build_row(split, key, record) | {"file": file, "row": number}
+                except ValueError as error:
+                    reason = str(error)
+                    # Rejected by an option, so it does not indicate a damaged corpus.
+                    by_choice = reason in (OTHER_LANGUAGE, SHORT_DOCSTRING)
+                    yield RejectedRow(key, reason, file, number, counts_as_error=not by_choice)
 
-    def _row(self, split: str, key: str, row: Row) -> Row:
+    def _build_row(self, split: str, key: str, record: Row) -> Row:
         options = self.options
-        if str(row.get("language") or options.language).lower() != options.language.lower():
-            raise ValueError("of another language")
-        source = row.get(options.code) or row.get("original_string")
-        text = row.get(options.docstring)
+        if str(record.get("language") or options.language).lower() != options.language.lower():
+            raise ValueError(OTHER_LANGUAGE)
+        source = record.get(options.code) or record.get("original_string")
+        docstring = record.get(options.docstring)
         if not isinstance(source, str) or not source.strip():
             raise ValueError(f"no field {options.code}")
-        if not isinstance(text, str):
+        if not isinstance(docstring, str):
             raise ValueError(f"no field {options.docstring}")
-        caption = first_paragraph(clean_text(text)) if text.strip() else ""
+        caption = first_paragraph(clean_text(docstring)) if docstring.strip() else ""
         if len(caption) < options.shortest:
-            raise ValueError("a docstring that is too short")
+            raise ValueError(SHORT_DOCSTRING)
         return {
             "split": split,
-            "key": make_key(key),
+            "key": key,
             "group": hash_caption_group([caption]),
             "code": clean_text(source.replace("\r\n", "\n")),
             "label": None,
@@ -141,29 +147,25 @@ class CodeSearchNetCorpus(ExternalCorpus):
         }
 
 
-#: What a choice leaves out says nothing about the state of a corpus.
-_CHOSEN = ("of another language", "a docstring that is too short")
-
-
-def first_record_fields(place: SourceDirectory) -> set[str]:
-    """The fields of a place's first line, if it has files in folders train, valid and test."""
-    if place.is_file:
+def first_record_fields(source: SourceDirectory) -> set[str]:
+    """Return the fields of the first line in the folders train, valid and test, if there is one."""
+    if source.is_file:
         return set()
-    for _, file in _files(place):
-        for _, row in read_json_lines(place, file):
+    for _, file in _split_files(source):
+        for _, row in read_json_lines(source, file):
             return set(row) if isinstance(row, dict) else set()
     return set()
 
 
-def _files(place: SourceDirectory) -> Iterator[tuple[str, str]]:
-    """(Split, file), training first."""
-    found: dict[str, list[str]] = {split: [] for split in PARTS.values()}
-    for folder in place.folders(depth=5):
-        part = folder.rpartition("/")[2]
-        if part in PARTS:
-            found[PARTS[part]] += [
+def _split_files(source: SourceDirectory) -> Iterator[tuple[str, str]]:
+    """Yield (split, file), training first."""
+    found: dict[str, list[str]] = {split: [] for split in SPLIT_FOLDERS.values()}
+    for folder in source.folders(depth=5):
+        name = folder.rpartition("/")[2]
+        if name in SPLIT_FOLDERS:
+            found[SPLIT_FOLDERS[name]] += [
                 f"{folder}/{entry.name}"
-                for entry in place.entries(folder)
+                for entry in source.entries(folder)
                 if not entry.is_folder and entry.name.endswith(SUFFIXES)
             ]
     for split, files in found.items():

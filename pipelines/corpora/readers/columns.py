@@ -1,8 +1,8 @@
-"""Options and finished columns of the user's corpora, a function a modality.
+"""Options and shard columns of external corpora, by modality.
 
-The columns are those of the built-in corpora, so every task reads them alike. Each function takes
-a block of raw rows and gives its columns, row for row; a row that cannot be finished keeps its
-place, with a reason.
+The columns equal those of the built-in corpora, so every task reads both in the same way. Each
+``build_*_columns`` function turns a block of raw rows into columns, row for row. A row that cannot
+be finished keeps its position and gets a reason in ``rejected``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,19 +19,19 @@ from pipelines.shards.jpeg import PixelStorage, encode_jpeg, jpeg_field, uses_jp
 from pipelines.transforms import code, image, sound, text, video
 from pipelines.transforms.decode_guard import decode_each
 
-#: Frames a second: one every 10 ms.
+#: Frames per second: one every 10 ms.
 FRAME_RATE = sound.RATE // sound.HOP
-#: Pixels per side, and frames: beyond, a single row takes gigabytes.
+#: Limit of pixels per side, and of video frames. Beyond it a single row takes gigabytes.
 MAX_SIDE = 4096
 
 
 @dataclass
 class SplitOptions(Ranged):
-    """Where a corpus brings no split of its own, rows fall into one by a hash of their key.
+    """Shares of splits that the corpus does not define; a hash of the key assigns each row.
 
     Args:
-        validation: share of the rows held out for validation.
-        test: share of the rows held out for the test.
+        validation: share of the rows that are held out for validation.
+        test: share of the rows that are held out for the test.
     """
 
     validation: float = 0.05
@@ -43,7 +43,9 @@ class SplitOptions(Ranged):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} must be in [0, 1), got {getattr(self, key)}")
         if self.validation + self.test >= 1:
-            raise ValueError("validation and test together must be below 1: something must train")
+            raise ValueError(
+                "validation and test together must be below 1, so that rows are left to train on"
+            )
 
 
 @dataclass
@@ -52,8 +54,7 @@ class TextOptions(Ranged):
 
     Args:
         max_tokens: tokens kept of a text; BERT-like models read TNEWS with 128.
-        max_characters: characters kept of a text; what lies beyond is cut off before it is
-            spelt in tokens.
+        max_characters: characters kept of a text before it is tokenized.
     """
 
     max_tokens: int = within(128, 1)
@@ -66,7 +67,7 @@ class CaptionOptions(Ranged):
 
     Args:
         max_caption_tokens: tokens kept of a caption.
-        max_caption_characters: characters kept of a caption.
+        max_caption_characters: characters kept of a caption before it is tokenized.
     """
 
     max_caption_tokens: int = within(text.CAPTION_TOKENS, 1)
@@ -75,13 +76,13 @@ class CaptionOptions(Ranged):
 
 @dataclass
 class SoundOptions(Ranged):
-    """Recordings: resampled to 16 kHz mono, 80 log-mel bins of 25 ms every 10 ms.
+    """Audio: resampled to 16 kHz mono, 80 log-mel bins of 25 ms every 10 ms.
 
     Args:
-        max_seconds: a longer recording with a transcript is set aside, for its end would be
-            asked for without being heard; one without is cut. Set model.max_frames to 100
-            times as much.
-        trim: cut the silence before and after speech. Recognisers usually keep it.
+        max_seconds: longer audio is rejected if it has a transcript, because the model would be
+            asked for words that it does not hear; without a transcript it is truncated. Set
+            model.max_frames to 100 times this value.
+        trim: remove silence before and after speech. Speech recognition usually keeps it.
     """
 
     max_seconds: float = within(20.0, 0.1, 3600)
@@ -90,12 +91,13 @@ class SoundOptions(Ranged):
 
 @dataclass
 class ImageOptions(Ranged):
-    """Pictures.
+    """Images.
 
     Args:
-        size: pixels per side; the field's usual is 224. Set model.image_size to the same.
-        fit: "crop" takes the middle square, as is usual; "pad" shows all of it on white.
-        storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
+        size: pixels per side; 224 is common. Set model.image_size to the same value.
+        fit: "crop" keeps the square in the middle, as is common; "pad" keeps the entire image on
+            white.
+        storage: "raw" pixels, "encoded" as JPEG, or "auto": raw up to 64 KiB per row.
     """
 
     size: int = within(image.SIZE, 1, MAX_SIDE)
@@ -105,12 +107,12 @@ class ImageOptions(Ranged):
 
 @dataclass
 class VideoOptions(Ranged):
-    """Clips: frames spread evenly over the whole length, the middle square of each, grey.
+    """Videos: grey frames, spread evenly over the video, the square in the middle of each.
 
     Args:
-        frames: frames of a clip; the field's usual is 8 to 32. Set model.video_frames alike.
-        video_size: pixels per side of a frame; set model.video_size alike.
-        storage: "raw" pixels, "encoded" as JPEG, or by size: raw up to 64 KiB a row.
+        frames: frames per video; 8 to 32 are common. Set model.video_frames to the same value.
+        video_size: pixels per side of a frame; set model.video_size to the same value.
+        storage: "raw" pixels, "encoded" as JPEG, or "auto": raw up to 64 KiB per row.
     """
 
     frames: int = within(video.FRAMES, 1, MAX_SIDE)
@@ -120,29 +122,32 @@ class VideoOptions(Ranged):
 
 @dataclass
 class CodeOptions(Ranged):
-    """Functions, without their docstrings.
+    """Functions without their docstrings.
 
     Args:
         max_code_tokens: tokens kept of a function; CodeBERT-like models read 256.
-        max_code_characters: characters kept of a function.
+        max_code_characters: characters kept of a function before it is tokenized.
     """
 
     max_code_tokens: int = within(256, 1)
     max_code_characters: int = within(20_000, 1)
 
 
-#: Column of reasons; see ``Corpus.transform``.
+#: Columns by name, one of them ``rejected`` with reasons; see ``Corpus.transform``.
 ColumnArrays = dict[str, pa.Array]
 
 
 def raw_columns_schema(modality: str) -> pa.Schema:
-    """What ``rows`` yields, beside key, split and group: absent values are null or empty."""
-    own = {"text": [("text", pa.string())], "code": [("code", pa.string())]}
-    # A transcript, for sound; a docstring to take out, for code.
+    """Return the columns that ``rows`` yields after key, split and group.
+
+    Absent values are null, or empty for captions.
+    """
+    inputs = {"text": [("text", pa.string())], "code": [("code", pa.string())]}
+    # ``text`` beside media is the transcript of audio.
     media = [("media", MEDIA), ("text", pa.string())]
     return pa.schema(
         [
-            *own.get(modality, media),
+            *inputs.get(modality, media),
             ("label", pa.string()),
             ("captions", pa.list_(pa.string())),
             ("file", pa.string()),
@@ -151,9 +156,14 @@ def raw_columns_schema(modality: str) -> pa.Schema:
     )
 
 
-def shard_columns(modality: str, has: Sequence[str], options: Any) -> pa.Schema:
-    """Columns of the shards: what the modality's stem reads, and ``has`` of labels, captions,
-    transcripts."""
+def shard_columns(modality: str, annotations: Sequence[str], options: Any) -> pa.Schema:
+    """Return the columns of the shards: the input of the modality, then the annotations.
+
+    Args:
+        modality: text, sound, image, video or code.
+        annotations: of "labels", "captions", "transcripts".
+        options: options of the reader.
+    """
     tokens = pa.list_(pa.int32())
     fields: list[Any] = {
         "text": lambda: [("text", pa.string()), ("tokens", tokens)],
@@ -162,29 +172,41 @@ def shard_columns(modality: str, has: Sequence[str], options: Any) -> pa.Schema:
             ("log_mel", pa.list_(pa.list_(pa.float32(), sound.MELS))),
             ("frames", pa.int32()),
         ],
-        "image": lambda: [_pixels("pixels", _picture(options), options.storage)],
-        "video": lambda: [_pixels("frames", _clip(options), options.storage)],
+        "image": lambda: [_pixel_field("pixels", _image_shape(options), options.storage)],
+        "video": lambda: [_pixel_field("frames", _video_shape(options), options.storage)],
     }[modality]()
-    if "transcripts" in has:
+    if "transcripts" in annotations:
         fields += [("symbols", tokens), ("text", pa.string())]
-    if "labels" in has:
+    if "labels" in annotations:
         fields += [("label", pa.int32())]
-    if "captions" in has:
+    if "captions" in annotations:
         fields += [("captions", pa.list_(pa.string())), ("caption_tokens", pa.list_(tokens))]
     return pa.schema(fields)
 
 
 def estimate_row_bytes(modality: str, options: Any) -> int:
-    """Roughly what a finished row takes: decides how many go into a shard."""
+    """Return the approximate size of a finished row in bytes; it decides the rows per shard.
+
+    Args:
+        modality: text, sound, image, video or code.
+        options: options of the reader.
+    """
     if modality in ("image", "video"):
-        shape = _picture(options) if modality == "image" else _clip(options)
+        shape = _image_shape(options) if modality == "image" else _video_shape(options)
         raw = int(np.prod(shape))
         return raw // 6 if uses_jpeg(shape, options.storage) else raw
+    # Five seconds of audio are typical; texts are short.
     return 5 * FRAME_RATE * sound.MELS * 4 if modality == "sound" else 1024
 
 
 def build_text_columns(block: pa.Table, tokenizer: Any, options: TextOptions) -> ColumnArrays:
-    """Texts, cut, and their tokens."""
+    """Return truncated texts and their tokens.
+
+    Args:
+        block: raw rows with a column ``text``.
+        tokenizer: tokenizer of the data directory.
+        options: limits of texts.
+    """
     texts = [(t or "")[: options.max_characters] for t in block["text"].to_pylist()]
     return {
         "text": pa.array(texts, pa.string()),
@@ -193,7 +215,13 @@ def build_text_columns(block: pa.Table, tokenizer: Any, options: TextOptions) ->
 
 
 def build_caption_columns(block: pa.Table, tokenizer: Any, options: CaptionOptions) -> ColumnArrays:
-    """Captions, each cut, and their tokens. All of a row's captions are kept."""
+    """Return all captions of each row, truncated, and their tokens.
+
+    Args:
+        block: raw rows with a column ``captions``.
+        tokenizer: tokenizer of the data directory.
+        options: limits of captions.
+    """
     longest = options.max_caption_characters
     captions = [[c[:longest] for c in row or ()] for row in block["captions"].to_pylist()]
     tokens = text.encode_captions(tokenizer, captions, options.max_caption_tokens)
@@ -201,36 +229,50 @@ def build_caption_columns(block: pa.Table, tokenizer: Any, options: CaptionOptio
 
 
 def build_code_columns(block: pa.Table, tokenizer: Any, options: CodeOptions) -> ColumnArrays:
-    """Functions without their docstrings: the query must not stand in what it shall find."""
+    """Return functions without their docstrings, and their tokens.
+
+    The docstring is the query, so it must not be part of the function that it has to find.
+
+    Args:
+        block: raw rows with a column ``code``.
+        tokenizer: tokenizer of the data directory.
+        options: limits of code.
+    """
 
     def read(source: str) -> str:
-        found = code.remove_docstring(source)[: options.max_code_characters]
-        if not found.strip():
+        kept = code.remove_docstring(source)[: options.max_code_characters]
+        if not kept.strip():
             raise ValueError("no code beside the docstring")
-        return found
+        return kept
 
-    made = list(decode_each(block["code"].to_pylist(), read))
-    found = [source or "" for source, _ in made]
+    results = list(decode_each(block["code"].to_pylist(), read))
+    sources = [source or "" for source, _ in results]
     return {
-        "code": pa.array(found, pa.string()),
-        "tokens": text.encode_texts(tokenizer, found, options.max_code_tokens),
-        "rejected": pa.array([reason for _, reason in made], pa.string()),
+        "code": pa.array(sources, pa.string()),
+        "tokens": text.encode_texts(tokenizer, sources, options.max_code_tokens),
+        "rejected": pa.array([reason for _, reason in results], pa.string()),
     }
 
 
 def build_sound_columns(block: pa.Table, options: SoundOptions, max_bytes: int) -> ColumnArrays:
-    """Log-mel frames of recordings."""
+    """Return the log-mel frames of audio files.
+
+    Args:
+        block: raw rows with the columns ``media`` and ``text``.
+        options: limits of audio.
+        max_bytes: a larger file is rejected.
+    """
     longest = round(options.max_seconds * FRAME_RATE)
     transcripts = block["text"].to_pylist()
 
     def decode(data: bytes, row: int) -> np.ndarray:
         wave = sound.decode_audio(data)
         if transcripts[row] is not None and wave.size > options.max_seconds * sound.RATE:
-            raise ValueError(f"a recording longer than {options.max_seconds:g} s")
+            raise ValueError(f"audio longer than {options.max_seconds:g} s")
         return sound.compute_log_mel(wave, longest, options.trim)
 
     mels, rejected = [], []
-    for mel, reason in _decoded(block, decode, max_bytes):
+    for mel, reason in _decode_media(block, decode, max_bytes):
         mels.append(np.zeros((0, sound.MELS), np.float32) if mel is None else mel)
         rejected.append(reason)
     lengths = np.array([len(mel) for mel in mels], np.int32)
@@ -245,76 +287,91 @@ def build_sound_columns(block: pa.Table, options: SoundOptions, max_bytes: int) 
 
 
 def build_image_columns(block: pa.Table, options: ImageOptions, max_bytes: int) -> ColumnArrays:
-    """Pixels of pictures."""
+    """Return the pixels of images.
+
+    Args:
+        block: raw rows with a column ``media``.
+        options: size, fit and storage.
+        max_bytes: a larger file is rejected.
+    """
 
     def decode(data: bytes, row: int) -> np.ndarray:
         return image.load_pixels(data, options.size, options.fit)
 
-    return _stored(block, "pixels", _picture(options), options.storage, decode, max_bytes)
+    shape = _image_shape(options)
+    return _build_pixels(block, "pixels", shape, options.storage, decode, max_bytes)
 
 
 def build_video_columns(block: pa.Table, options: VideoOptions, max_bytes: int) -> ColumnArrays:
-    """Frames of clips."""
+    """Return the frames of videos.
+
+    Args:
+        block: raw rows with a column ``media``.
+        options: frames, size and storage.
+        max_bytes: a larger file is rejected.
+    """
 
     def decode(data: bytes, row: int) -> np.ndarray:
         return video.load_video_frames(data, options.frames, options.video_size)
 
-    return _stored(block, "frames", _clip(options), options.storage, decode, max_bytes)
+    shape = _video_shape(options)
+    return _build_pixels(block, "frames", shape, options.storage, decode, max_bytes)
 
 
-def _picture(options: ImageOptions) -> tuple[int, ...]:
+def _image_shape(options: ImageOptions) -> tuple[int, ...]:
     return options.size, options.size, 3
 
 
-def _clip(options: VideoOptions) -> tuple[int, ...]:
+def _video_shape(options: VideoOptions) -> tuple[int, ...]:
     return options.frames, options.video_size, options.video_size, 1
 
 
-def _pixels(name: str, shape: tuple[int, ...], storage: PixelStorage) -> pa.Field:
+def _pixel_field(name: str, shape: tuple[int, ...], storage: PixelStorage) -> pa.Field:
     if uses_jpeg(shape, storage):
         return jpeg_field(name, shape)
     return tensor_field(name, pa.uint8(), shape)
 
 
-#: A file's bytes, and the number of its row in the block.
-Decode = Callable[[bytes, int], np.ndarray]
+#: Arguments: the bytes of a file, and the index of its row in the block.
+DecodeFunction = Callable[[bytes, int], np.ndarray]
 Result = TypeVar("Result")
 
 
-def _stored(
+def _build_pixels(
     block: pa.Table,
     name: str,
     shape: tuple[int, ...],
     storage: PixelStorage,
-    decode: Decode,
+    decode: DecodeFunction,
     max_bytes: int,
 ) -> ColumnArrays:
-    """A column of pixels, raw or encoded row by row, and why a row has none."""
+    """Return a column of pixels, raw or one JPEG per row, and the reasons of rejected rows."""
     rejected: list[str | None] = []
     if uses_jpeg(shape, storage):
         cells: list[bytes] = []
-        decoded = _decoded(block, lambda data, row: encode_jpeg(decode(data, row)), max_bytes)
+        decoded = _decode_media(block, lambda data, row: encode_jpeg(decode(data, row)), max_bytes)
         for value, reason in decoded:
             cells.append(value or b"")
             rejected.append(reason)
         return {name: pa.array(cells, pa.binary()), "rejected": pa.array(rejected, pa.string())}
     width = int(np.prod(shape))
-    made = np.zeros((block.num_rows, width), np.uint8)
-    for place, (pixels, reason) in enumerate(_decoded(block, decode, max_bytes)):
+    # Rows without pixels stay zero: they never reach a shard.
+    flat = np.zeros((block.num_rows, width), np.uint8)
+    for row, (pixels, reason) in enumerate(_decode_media(block, decode, max_bytes)):
         if pixels is not None:
-            made[place] = pixels.reshape(-1)
+            flat[row] = pixels.reshape(-1)
         rejected.append(reason)
-    column = pa.FixedSizeListArray.from_arrays(pa.array(made.reshape(-1)), width)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width)
     return {name: column, "rejected": pa.array(rejected, pa.string())}
 
 
-def _decoded(
+def _decode_media(
     block: pa.Table, decode: Callable[[bytes, int], Result], max_bytes: int
 ) -> Iterator[tuple[Result | None, str | None]]:
-    """(Result, None) or (None, reason) of each row; one file is in memory at a time."""
+    """Yield (result, None) or (None, reason) for each row, with one file in memory at a time."""
 
-    def read(found: tuple[int, bytes | MediaReadError]) -> Result:
-        row, data = found
+    def read(numbered: tuple[int, bytes | MediaReadError]) -> Result:
+        row, data = numbered
         if isinstance(data, MediaReadError):
             raise ValueError(data.reason)
         return decode(data, row)

@@ -1,4 +1,4 @@
-"""What ``folder``, ``webdataset`` and ``hf_dataset`` share: any modality, fields found by name."""
+"""Base class of ``folder``, ``webdataset`` and ``hf_dataset``: modality and fields by name."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -6,18 +6,7 @@ from typing import Any, Literal
 
 from pipelines.corpora.base import Row, stable_hash
 from pipelines.corpora.formats.schema_sample import SchemaSample, is_empty_value
-from pipelines.corpora.readers.base import (
-    ExternalCorpus,
-    MediaOptions,
-    NoAnnotationError,
-    clean_captions,
-    clean_text,
-    hash_caption_group,
-    hash_split,
-    media_row,
-    normalize_transcript,
-    val_or_test,
-)
+from pipelines.corpora.readers.base import ExternalCorpus, MediaOptions
 from pipelines.corpora.readers.columns import (
     CaptionOptions,
     CodeOptions,
@@ -27,12 +16,22 @@ from pipelines.corpora.readers.columns import (
     TextOptions,
     VideoOptions,
 )
+from pipelines.corpora.readers.row_builders import (
+    NoAnnotationError,
+    clean_captions,
+    clean_text,
+    hash_caption_group,
+    hash_split,
+    media_row,
+    normalize_transcript,
+    val_or_test,
+)
 from pipelines.io.media import MediaRef
 from pipelines.transforms.code import first_paragraph
 from skillnet_platform import console
 from skillnet_platform.errors import UserError, nearest
 
-#: Endings of media files, and what they are.
+#: Modality -> endings of its media files.
 MEDIA_EXTENSIONS = {
     "sound": ("wav", "mp3", "flac", "ogg", "oga", "opus", "m4a", "aac", "wma", "amr", "aif",
               "aiff"),
@@ -40,10 +39,11 @@ MEDIA_EXTENSIONS = {
     "video": ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "3gp", "flv", "wmv"),
 }  # fmt: skip
 MODALITY_OF_EXTENSION = {
-    ending: modality for modality, each in MEDIA_EXTENSIONS.items() for ending in each
+    extension: modality for modality, each in MEDIA_EXTENSIONS.items() for extension in each
 }
-MEDIA_NOUNS = {"sound": "a recording", "image": "a picture", "video": "a clip"}
-#: Usual names of fields, the likeliest first.
+#: Modality -> noun for reasons of rejected rows.
+MEDIA_NOUNS = {"sound": "audio", "image": "an image", "video": "a video"}
+#: Common names of fields, the most likely one first.
 CODE_FIELDS = ("code", "function", "func_code_string", "original_string")
 CAPTION_FIELDS = ("captions", "caption", "sentences", "docstring", "description", "text", "txt")
 TRANSCRIPT_FIELDS = ("transcription", "transcript", "sentence", "text", "txt")
@@ -55,7 +55,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
 ALL_SPLITS = frozenset(SPLIT_NAMES.values())
-#: Where the rows of a test go that says nothing of them: for prediction.
+#: Split of test rows without labels, for prediction.
 UNLABELLED = "unlabelled"
 
 
@@ -73,13 +73,14 @@ class RecordOptions(
     """A corpus of any modality.
 
     Args:
-        modality: text, sound, image, video or code; by default what the first rows show.
-        text: field of the text, the transcript or the captions; by default a usual name.
-        label: field of the class, for classification; by default a usual name.
-        split: field that names each row's split; by default ``split``, in metadata that name none.
-        split_by: field whose values stay on one side of a split that is made: the speaker,
-            the source of a clip.
-        task: "labels" to classify, "captions" or "transcripts" to pair with texts, where rows
+        modality: text, sound, image, video or code; detected from the first rows by default.
+        text: field of the text, the transcript or the captions; a common name by default.
+        label: field of the class, for classification; a common name by default.
+        split: field with the split of each row; by default ``split``, if one metadata file holds
+            all rows.
+        split_by: field whose values stay in one split if splits are made, for example the speaker
+            or the film.
+        task: "labels" to classify, "captions" or "transcripts" to pair with texts, for rows that
             have both.
     """
 
@@ -92,96 +93,108 @@ class RecordOptions(
 
 
 class RecordCorpus(ExternalCorpus):
-    """Rows are mappings of fields, beside a media file or without one."""
+    """A corpus whose rows are mappings of fields, with or without a media file.
+
+    Attributes:
+        named_splits: splits that the corpus itself defines.
+        text_field: field of the text, transcript or captions, if there is one.
+        label_field: field of the class, if there is one.
+        split_field: field with the split of each row, if there is one.
+        test_unlabelled: whether the test rows have no annotations, so that they cannot be used for
+            an evaluation.
+    """
 
     Options = RecordOptions
     captions_equivalent = True
-    #: Splits that the corpus names.
     named_splits: frozenset[str] = frozenset()
     text_field: str | None = None
     label_field: str | None = None
-    #: Field that names the split of each row.
     split_field: str | None = None
-    #: The test says nothing of its rows: it is none to evaluate by.
     test_unlabelled: bool = False
 
     def infer_schema(
-        self, fields: Iterable[str], ending: str | None, held: Collection[str] | None = None
+        self, fields: Iterable[str], extension: str | None, filled: Collection[str] | None = None
     ) -> None:
-        """Choose modality and fields by the rows' field names and the ending of their media files.
+        """Choose modality and fields by the names of the fields and the ending of media files.
 
         Args:
             fields: names of all fields.
-            ending: of the media files; none where there are none.
-            held: fields that hold a value in any row looked at: usual names count among these
-                alone. By default all.
+            extension: ending of the media files, None without media.
+            filled: fields that hold a value in a sampled row. Common names are only looked up
+                among them. By default all fields.
 
         Raises:
-            UserError: the rows show no modality, or have no field to learn from.
+            UserError: the modality cannot be detected, or no field can be learned from.
         """
         names, options = list(fields), self.options
-        held = names if held is None else held
-        own = "code" if _first(held, CODE_FIELDS) and ending is None else "text"
-        self.modality = options.modality or (
-            MODALITY_OF_EXTENSION.get(ending, "") if ending else own
-        )
+        filled = names if filled is None else filled
+        without_media = "code" if _first_of(filled, CODE_FIELDS) and extension is None else "text"
+        by_extension = MODALITY_OF_EXTENSION.get(extension, "") if extension else without_media
+        self.modality = options.modality or by_extension
         if not self.modality:
             raise UserError(
-                f"{self.source.uri}: cannot tell the modality of .{ending} files; give "
+                f"{self.source.uri}: cannot detect the modality of .{extension} files; give "
                 f"--options.{self.name}.modality"
             )
-        usual = {"text": TEXT_FIELDS, "sound": TRANSCRIPT_FIELDS}.get(self.modality, CAPTION_FIELDS)
-        self.text_field = _named(names, options.text, held, usual, f"options.{self.name}.text")
-        self.label_field = _named(
-            names, options.label, held, LABEL_FIELDS, f"options.{self.name}.label"
+        prefix = f"options.{self.name}"
+        common = {"text": TEXT_FIELDS, "sound": TRANSCRIPT_FIELDS}.get(self.modality)
+        common = common or CAPTION_FIELDS
+        self.text_field = _choose_field(names, options.text, filled, common, f"{prefix}.text")
+        self.label_field = _choose_field(
+            names, options.label, filled, LABEL_FIELDS, f"{prefix}.label"
         )
         for key in ("split", "split_by"):
-            _named(names, getattr(options, key), (), (), f"options.{self.name}.{key}")
-        pair = "transcripts" if self.modality == "sound" else "captions"
-        found = [pair] * (self.modality != "text" and self.text_field is not None)
-        found += ["labels"] * (self.label_field is not None)
+            _choose_field(names, getattr(options, key), (), (), f"{prefix}.{key}")
+        paired = "transcripts" if self.modality == "sound" else "captions"
+        annotations = [paired] * (self.modality != "text" and self.text_field is not None)
+        annotations += ["labels"] * (self.label_field is not None)
         if options.task is not None:
-            if options.task not in found:
+            if options.task not in annotations:
                 raise UserError(
-                    f"options.{self.name}.task: rows have no {options.task}; they have "
+                    f"{prefix}.task: rows have no {options.task}; they have "
                     f"{', '.join(names) or 'no fields'}"
                 )
-            found = [options.task]
+            annotations = [options.task]
         if self.modality == "text" and self.text_field is None:
             raise UserError(
-                f"{self.source.uri}: no field of texts among {', '.join(names) or 'none'}; give "
-                f"--options.{self.name}.text"
+                f"{self.source.uri}: no text field among {', '.join(names) or 'none'}; give "
+                f"--{prefix}.text"
             )
-        if not found and held:
+        if not annotations and filled:
             console.warn(
                 f"{self.source.uri}: neither captions nor labels among the fields "
-                f"{', '.join(held)}: rows are read without them, for pretraining. If a field holds "
-                "them, name it: "
-                f"--options.{self.name}.text FIELD, or --options.{self.name}.label FIELD"
+                f"{', '.join(filled)}. The rows are prepared without them, for pretraining. If a "
+                f"field holds them, name it: --{prefix}.text FIELD, or --{prefix}.label FIELD"
             )
-        self.annotations_present = tuple(found)
+        self.annotations_present = tuple(annotations)
         self.split_field = options.split
 
-    def resolve_test_split(self, glance: SchemaSample) -> None:
-        """Take a test whose rows have neither labels nor captions for none.
+    def resolve_test_split(self, sample: SchemaSample) -> None:
+        """Mark the test split as unlabelled if the sample has no annotations in it.
 
-        Its labels are what a competition asks for. Rows to classify become the split
-        ``unlabelled``; media without captions or transcripts are set aside. A test to evaluate by
-        is made, as where none is given.
+        A public test often omits the labels that a competition asks for.
+
+        Args:
+            sample: rows of the test, and of the training split.
         """
-        asked = [
-            self.label_field if what == "labels" else self.text_field
-            for what in self.annotations_present
+        annotated = [
+            self.label_field if annotation == "labels" else self.text_field
+            for annotation in self.annotations_present
         ]
-        if "test" not in self.named_splits or not asked:
+        if "test" not in self.named_splits or not annotated:
             return
-        if not any(glance.has_value("test", field) for field in asked if field is not None):
+        if not any(sample.has_value("test", field) for field in annotated if field is not None):
             self.mark_test_unlabelled()
 
     def mark_test_unlabelled(self) -> None:
-        """The test says nothing of its rows."""
+        """Treat the test rows as unlabelled, and make a new test as if none were given.
+
+        Rows to classify become the split ``unlabelled``. Media without captions or transcripts are
+        rejected.
+        """
         self.test_unlabelled, self.named_splits = True, self.named_splits - {"test"}
-        self.unlabelled_splits = (UNLABELLED,) if self.annotations_present == ("labels",) else ()
+        is_classification = self.annotations_present == ("labels",)
+        self.unlabelled_splits = (UNLABELLED,) if is_classification else ()
 
     def build_row(
         self,
@@ -189,68 +202,75 @@ class RecordCorpus(ExternalCorpus):
         fields: Mapping[str, Any],
         reference: MediaRef | None,
         split: str | None,
-        drawn_by: str | None = None,
+        split_key: str | None = None,
     ) -> Row:
-        """A raw row.
+        """Return a raw row.
 
         Args:
-            key: of the row.
-            fields: its fields.
-            reference: its media file, unless it is text or code.
-            split: the split that the corpus names for it.
-            drawn_by: what a split that is made hangs on, if not the key.
+            key: key of the row.
+            fields: fields of the record.
+            reference: the media file, None for text and code.
+            split: the split that the corpus defines for the row.
+            split_key: value that decides a split that is made; by default the key.
 
         Raises:
-            NothingSaid: a medium has no captions, or no transcript.
-            ValueError: a field is missing or of no use; says which.
+            NoAnnotationError: a media file has no captions or transcript.
+            ValueError: a field is missing or cannot be used; the text is the reason.
         """
-        split = split or self._named_split(fields)
-        untold = self.test_unlabelled and split == "test"
-        label = self._label(fields) if "labels" in self.annotations_present and not untold else None
-        home = UNLABELLED if untold else self.assign_split(split, drawn_by or key, fields)
+        split = split or self._read_split(fields)
+        unlabelled = self.test_unlabelled and split == "test"
+        has_label = "labels" in self.annotations_present and not unlabelled
+        label = self._read_label(fields) if has_label else None
+        final = UNLABELLED if unlabelled else self.assign_split(split, split_key or key, fields)
         if self.modality in ("text", "code"):
-            return self._written(home, key, fields, label)
+            return self._build_text_row(final, key, fields, label)
         if reference is None:
             raise ValueError("no media file")
         captions: list[str] = []
-        text = None
-        said = _listed(fields.get(self.text_field or ""))
+        transcript = None
+        value = _unwrap_captions(fields.get(self.text_field or ""))
         if "captions" in self.annotations_present:
-            if untold or _is_empty(said):
+            if unlabelled or _is_blank(value):
                 raise NoAnnotationError(f"{MEDIA_NOUNS[self.modality]} without captions")
-            captions = clean_captions(said)
+            captions = clean_captions(value)
         if "transcripts" in self.annotations_present:
-            if untold or _is_empty(said):
-                raise NoAnnotationError("a recording without a transcript")
-            text = normalize_transcript(clean_text(said))
-        return media_row(home, key, reference, captions, text, label)
+            if unlabelled or _is_blank(value):
+                raise NoAnnotationError("audio without a transcript")
+            transcript = normalize_transcript(clean_text(value))
+        return media_row(final, key, reference, captions, transcript, label)
 
     def assign_split(self, split: str | None, key: str, fields: Mapping[str, Any]) -> str:
-        """The split of a row: as named; what the corpus lacks is made of the others."""
-        options = self.options
+        """Return the final split of a row; missing splits are made from the others.
+
+        Args:
+            split: the split that the corpus defines for the row.
+            key: value that decides a split that is made, unless ``options.split_by`` is set.
+            fields: fields of the record.
+        """
+        options, named = self.options, self.named_splits
         if options.split_by is not None:
             value = fields.get(options.split_by)
-            if value is None and (split is None or not self.named_splits >= {"validation", "test"}):
+            if value is None and (split is None or not named >= {"validation", "test"}):
                 raise ValueError(f"no field {options.split_by}, which splits are made by")
             key = str(value)
-        if split is None or self.named_splits <= {"train"}:
+        if split is None or named <= {"train"}:
             return hash_split(key, options)
-        if split == "validation" and "test" not in self.named_splits:
+        if split == "validation" and "test" not in named:
             return val_or_test(key)
-        if split == "train" and "validation" not in self.named_splits:
+        if split == "train" and "validation" not in named:
             share = stable_hash("split", key) / 2**64
             return "validation" if share < options.validation else "train"
         return split
 
-    def _named_split(self, fields: Mapping[str, Any]) -> str | None:
+    def _read_split(self, fields: Mapping[str, Any]) -> str | None:
         if self.split_field is None:
             return None
-        named = parse_split_name(fields.get(self.split_field))
-        if named is None:
-            raise ValueError("a split that is none of train, validation, test")
-        return named
+        split = parse_split_name(fields.get(self.split_field))
+        if split is None:
+            raise ValueError("a split that is not train, validation or test")
+        return split
 
-    def _label(self, fields: Mapping[str, Any]) -> str:
+    def _read_label(self, fields: Mapping[str, Any]) -> str:
         value = fields.get(self.label_field or "")
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
@@ -258,43 +278,45 @@ class RecordCorpus(ExternalCorpus):
             raise ValueError("no label")
         return clean_text(str(value))
 
-    def _written(self, split: str, key: str, fields: Mapping[str, Any], label: str | None) -> Row:
+    def _build_text_row(
+        self, split: str, key: str, fields: Mapping[str, Any], label: str | None
+    ) -> Row:
         row: Row = {"split": split, "key": key, "group": -1, "label": label, "captions": []}
         if self.modality == "text":
             return row | {"text": clean_text(fields.get(self.text_field or ""))}
-        name = _first(list(fields), CODE_FIELDS)
+        name = _first_of(list(fields), CODE_FIELDS)
         row["code"] = clean_text(fields.get(name or ""))
         if "captions" in self.annotations_present:
-            said = _listed(fields.get(self.text_field or ""))
-            empty = _is_empty(said) or split == UNLABELLED
-            captions = [] if empty else [first_paragraph(c) for c in clean_captions(said)]
-            if _is_empty(captions):
+            value = _unwrap_captions(fields.get(self.text_field or ""))
+            blank = _is_blank(value) or split == UNLABELLED
+            captions = [] if blank else [first_paragraph(c) for c in clean_captions(value)]
+            if _is_blank(captions):
                 raise NoAnnotationError("a function without a docstring")
             row["captions"] = clean_captions(captions)
             row["group"] = hash_caption_group(row["captions"])
         return row
 
 
-def _listed(value: Any) -> Any:
-    """Captions, however they are written: ``[{"raw": …}]`` occurs."""
+def _unwrap_captions(value: Any) -> Any:
+    """Return captions as texts: some corpora write them as ``[{"raw": …}]``."""
     if isinstance(value, list):
         return [v.get("raw", v.get("text")) if isinstance(v, dict) else v for v in value]
     return value
 
 
-def _is_empty(said: Any) -> bool:
-    """Whether there are no words in a text, or in any of some texts."""
-    listed = said if isinstance(said, list) else [said]
-    return all(text is None or (isinstance(text, str) and not text.strip()) for text in listed)
+def _is_blank(value: Any) -> bool:
+    """Return whether a text, or every text of a list, is missing or blank."""
+    texts = value if isinstance(value, list) else [value]
+    return all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
 
 
 def parse_split_name(name: Any) -> str | None:
-    """``"Val" -> "validation"``; none if it names no split."""
+    """Return the split that a name denotes (``"Val" -> "validation"``), or None."""
     return SPLIT_NAMES.get(str(name).strip().lower())
 
 
 def parse_split_prefix(name: str) -> str | None:
-    """``"train-00000.tar" -> "train"``: the split that a name begins with."""
+    """Return the split at the start of a name (``"train-00000.tar" -> "train"``), or None."""
     lower = name.lower()
     for known, split in SPLIT_NAMES.items():
         if lower == known or lower.startswith((f"{known}-", f"{known}_", f"{known}.")):
@@ -302,24 +324,25 @@ def parse_split_prefix(name: str) -> str | None:
     return None
 
 
-def _first(names: Collection[str], usual: Iterable[str]) -> str | None:
-    return next((name for name in usual if name in names), None)
+def _first_of(names: Collection[str], common: Iterable[str]) -> str | None:
+    return next((name for name in common if name in names), None)
 
 
-def _named(
+def _choose_field(
     names: list[str],
     wanted: str | None,
-    held: Collection[str],
-    usual: Iterable[str],
-    where: str,
+    filled: Collection[str],
+    common: Iterable[str],
+    option: str,
 ) -> str | None:
+    """Return the field that an option names, or the first common name among the filled ones."""
     if wanted is not None and wanted not in names:
-        near = nearest(wanted, names)
-        more = near if "did you mean" in near else f"; rows have {', '.join(names) or 'none'}"
-        raise UserError(f"{where}: no field {wanted!r}{more}")
-    return wanted or _first(held, usual)
+        hint = nearest(wanted, names)
+        more = hint if "did you mean" in hint else f"; rows have {', '.join(names) or 'none'}"
+        raise UserError(f"{option}: no field {wanted!r}{more}")
+    return wanted or _first_of(filled, common)
 
 
 def file_extension(name: str) -> str:
-    """``"a/b.JPG" -> "jpg"``."""
+    """Return the ending of a file name in small letters: ``"a/b.JPG" -> "jpg"``."""
     return name.rpartition("/")[2].rpartition(".")[2].lower()

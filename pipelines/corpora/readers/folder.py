@@ -1,15 +1,14 @@
-"""A folder of one's own: media beside ``metadata.jsonl``, CSV or Parquet, as "audiofolder" and
-"imagefolder" have it.
+"""Format ``folder``: media with metadata (as in "audiofolder" and "imagefolder"), or files of rows.
 
     metadata.jsonl                      {"file_name": "a/1.wav", "transcription": …}
-    train/metadata.csv  test/…          splits given by folders
-    metadata.jsonl                      {"file_name": "train/1.jpg", …}: by the folders of media
-    train/cat/1.jpg  train/dog/2.jpg    no metadata: the folder is the class
-    rows.csv                            no media: texts with labels, functions with docstrings
-    any-name.jsonl                      given as the place itself, media beside it or none
+    train/metadata.csv  test/…          splits by folders
+    metadata.jsonl                      {"file_name": "train/1.jpg", …}: splits by media folders
+    train/cat/1.jpg  train/dog/2.jpg    without metadata: the folder is the class
+    rows.csv                            without media: texts with labels, functions with docstrings
+    any-name.jsonl                      given as the path itself, with or without media beside it
 
-``file_name`` is relative to its metadata file and cannot lead out of the folder. Names of splits
-may be in capitals.
+``file_name`` is relative to its metadata file and cannot lead out of the directory. Names of splits
+can be in capitals.
 """
 
 import os
@@ -17,10 +16,13 @@ from collections.abc import Iterator
 from itertools import islice
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.formats.packed import missing_format_error
-from pipelines.corpora.formats.record_reader import BadRecord, describe_first_error, read_records
+from pipelines.corpora.formats.packed_archives import missing_format_error
+from pipelines.corpora.formats.record_reader import (
+    BadRecord,
+    describe_first_error,
+    read_records,
+)
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
-from pipelines.corpora.readers.base import error_row, make_key, rejected_row
 from pipelines.corpora.readers.fields import (
     ALL_SPLITS,
     LABEL_FIELDS,
@@ -30,350 +32,358 @@ from pipelines.corpora.readers.fields import (
     file_extension,
     parse_split_name,
 )
+from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
 from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
 from skillnet_platform.errors import UserError
 
-NAMES = tuple(
-    f"metadata{ending}{packed}"
-    for ending in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-    for packed in ("", ".gz")
-    if not (ending == ".parquet" and packed)
+METADATA_NAMES = tuple(
+    f"metadata{suffix}{compression}"
+    for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+    for compression in ("", ".gz")
+    if not (suffix == ".parquet" and compression)
 )
 FILE_FIELDS = ("file_name", "file", "filename", "path", "audio", "image", "video", "wav")
-#: In so many folders metadata are looked for that would be passed over.
-NEAR = 3
-#: A field that names the split of each row.
-SPLIT = "split"
-ROWS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv", ".parquet")
+#: Folders in which metadata are searched that class folders would ignore.
+NEARBY_FOLDERS = 3
+#: Default name of the field with the split of each row.
+SPLIT_FIELD = "split"
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv", ".parquet")
 
 
 class FolderCorpus(RecordCorpus):
-    """Media or texts with what their metadata say."""
+    """Media or texts with their metadata, or media in class folders.
+
+    Attributes:
+        file_field: field with the name of the media file, if there is one.
+        splits_by_folder: whether the folders of the media name the splits of one metadata file.
+        root: without metadata, the folder that holds the split folders.
+    """
 
     name = "folder"
-    # Rows beyond the first decide the fields, more splits that are given are found, and those that
-    # are made hang on the names of media files, so that no file is on two sides.
+    # Version 3: sampled rows beyond the first decide the fields, more given splits are found, and
+    # the file name decides a split that is made, so that rows of one file stay in one split.
     version = 3
     file_field: str | None = None
-    #: Splits of the rows of one metadata file are named by the folders that their media are in.
-    by_folder: bool = False
-    #: Without metadata: the folder that the folders of splits stand in.
+    splits_by_folder: bool = False
     root: str = ""
 
     @classmethod
-    def detect(cls, place: SourceDirectory) -> str | None:
-        """Metadata, or folders of media, or one file of rows."""
-        if place.is_file:
-            return "a file of rows" if place.name.lower().endswith(ROWS) else None
-        found = list(_metadata(place))
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return metadata, a media file in a class folder, or a file of rows as evidence."""
+        if source.is_file:
+            return "a file of rows" if source.name.lower().endswith(ROW_SUFFIXES) else None
+        found = list(_metadata_files(source))
         if found:
             return f"{found[0][1]} names files or holds rows"
-        if media := _first_media(place):
+        if media := _first_media_in_folder(source):
             return f"{media} is a media file in a folder that names its class"
         return None
 
     def discover(self) -> None:
-        """Find metadata files, else classes by folders; see what the first rows have."""
-        self.files = [(None, "")] if self.source.is_file else list(_metadata(self.source))
-        beside = (
-            self.source.uri.rpartition("/")[0] or "/" if self.source.is_file else self.source.uri
-        )
+        """Find metadata files or class folders, and infer the schema from the first rows."""
+        is_file, uri = self.source.is_file, self.source.uri
+        self.files = [(None, "")] if is_file else list(_metadata_files(self.source))
+        beside = uri.rpartition("/")[0] or "/" if is_file else uri
         self.media_source = SourceDirectory(self.options.media or beside)
         if not self.files:
-            self._locate_classes()
+            self._discover_classes()
             return
         self.named_splits = frozenset(split for split, _ in self.files if split)
-        glance, named = SchemaSample(), list[Row]()
+        sample, names = SchemaSample(), list[Row]()
         for split, file in sorted(self.files, key=lambda each: each[0] != "train"):
             for record in self._records(file, SAMPLE_ROWS):
-                glance.add(split, record)
-                named.append(_names_of(record))
-        if not glance.names:
-            why = describe_first_error(self.source, self.files[0][1])
-            raise UserError(
-                f"{self.source.uri}: no readable row in {self.files[0][1] or 'it'}{why}"
-            )
-        self.file_field, ending = _file_field(named)
+                sample.add(split, record)
+                names.append(_file_and_split_names(record))
+        if not sample.names:
+            cause = describe_first_error(self.source, self.files[0][1])
+            where = f" in {self.files[0][1]}" if self.files[0][1] else ""
+            raise UserError(f"{uri}: no readable row{where}{cause}")
+        self.file_field, extension = _find_file_field(names)
         if self.file_field is None and self.options.modality in ("sound", "image", "video"):
             raise UserError(
-                f"{self.source.uri}: no field of file names among {', '.join(glance.names)}; "
-                "expected file_name"
+                f"{uri}: no field of file names among {', '.join(sample.names)}; expected file_name"
             )
-        held = [name for name in glance.filled_fields if name != self.file_field]
-        self.infer_schema(glance.names, ending, held)
+        filled = [name for name in sample.filled_fields if name != self.file_field]
+        self.infer_schema(sample.names, extension, filled)
         if any(split is None for split, _ in self.files):
-            self._find_splits(named, glance)
-        self.resolve_test_split(glance)
+            self._find_named_splits(names, sample)
+        self.resolve_test_split(sample)
 
-    def _find_splits(self, named: list[Row], glance: SchemaSample) -> None:
-        """Which splits the rows of one metadata file name: in a field, or by their media's folders.
+    def _find_named_splits(self, names: list[Row], sample: SchemaSample) -> None:
+        """Find the splits that the rows of one metadata file name, by a field or by folders.
 
-        Nobody knows before the last row which there are: rows are read until nothing can be added.
+        A split can occur in the last row only. All rows are read until nothing can be added.
         """
-        if self.split_field is None and _name_splits(
-            [parse_split_name(r.get(SPLIT)) for r in named]
-        ):
-            self.split_field = SPLIT
+        by_field = [parse_split_name(row.get(SPLIT_FIELD)) for row in names]
+        if self.split_field is None and _are_split_names(by_field):
+            self.split_field = SPLIT_FIELD
         if self.split_field is None:
-            self.by_folder = _name_splits([self._folder_split(record) for record in named])
-        if self.split_field is None and not self.by_folder:
+            by_folder = [self._split_by_folder(record) for record in names]
+            self.splits_by_folder = _are_split_names(by_folder)
+        if self.split_field is None and not self.splits_by_folder:
             return
         for _, file in self.files:
             for record in self._records(file):
-                if self.by_folder:
-                    split = self._folder_split(record)
+                if self.splits_by_folder:
+                    split = self._split_by_folder(record)
                 else:
                     split = parse_split_name(record.get(self.split_field or ""))
                 if split is None:
                     continue
-                glance.add(split, record)
+                sample.add(split, record)
                 self.named_splits |= {split}
-                if self.named_splits >= ALL_SPLITS and any(
-                    glance.has_value("test", field)
-                    for field in (self.text_field, self.label_field)
-                    if field
-                ):
+                fields = [field for field in (self.text_field, self.label_field) if field]
+                is_labelled = any(sample.has_value("test", field) for field in fields)
+                if self.named_splits >= ALL_SPLITS and is_labelled:
                     return
 
-    def _folder_split(self, record: Row) -> str | None:
-        """The split that the first folder of a row's media file names."""
+    def _split_by_folder(self, record: Row) -> str | None:
+        """Return the split that the first folder of a row's media file names, or None."""
         try:
-            first, inside, _ = self._inside(record.get(self.file_field or "")).partition("/")
+            name = self._relative_name(record.get(self.file_field or ""))
         except ValueError:
             return None
+        first, inside, _ = name.partition("/")
         return parse_split_name(first) if inside else None
 
-    def _inside(self, name: object) -> str:
-        """A file name relative to the folder of the media, of an absolute one, too.
+    def _relative_name(self, name: object) -> str:
+        """Return a file name relative to the media directory; it can be given as absolute path.
 
         Raises:
-            ValueError: there is none, or it leads out of the folder.
+            ValueError: there is no name, or it leads out of the directory.
         """
         if not isinstance(name, str) or not name:
             raise ValueError("no file name")
         if name.startswith("/") and not self.media_source.remote:
             path = os.path.normpath(name)
-            for home in (self.media_source.uri, os.path.realpath(self.media_source.uri)):
-                if path.startswith(f"{home}/"):
-                    name = path[len(home) + 1 :]
+            root = self.media_source.uri
+            for directory in (root, os.path.realpath(root)):
+                if path.startswith(f"{directory}/"):
+                    name = path[len(directory) + 1 :]
                     break
-        self.media_source.path(
-            name
-        )  # checked alone: "train/" before it would hide an absolute path
+        # Checked before it is joined: behind "train/" an absolute path would look relative.
+        self.media_source.path(name)
         return name
 
     def _records(self, file: str, limit: int | None = None) -> Iterator[Row]:
-        """The first readable records of a metadata file, or all."""
+        """Yield the first ``limit`` readable records of a metadata file, or all."""
         found = (row for _, row in read_records(self.source, file) if isinstance(row, dict))
         return islice(found, limit)
 
-    def _locate_classes(self) -> None:
-        """Find the folders of splits; the last folder of a file is its class, if there are several
-        of them."""
-        first = _first_media(self.source)
-        folders = [
-            e for e in self.source.entries() if e.is_folder and to_printable(e.name) == e.name
-        ]
-        for entry in folders[:NEAR]:
-            for _, file in _metadata(SourceDirectory(self.source.path(entry.name))):
+    def _discover_classes(self) -> None:
+        """Find split folders, and infer whether the last folder of a file is its class."""
+        source = self.source
+        first = _first_media_in_folder(source)
+        folders = [e for e in source.entries() if e.is_folder and to_printable(e.name) == e.name]
+        for entry in folders[:NEARBY_FOLDERS]:
+            for _, file in _metadata_files(SourceDirectory(source.path(entry.name))):
                 raise UserError(
-                    f"{self.source.uri}: no metadata file in it, but {entry.name}/{file}; give "
-                    f"{self.source.path(entry.name)}"
+                    f"{source.uri}: contains no metadata file, but {entry.name}/{file}; give "
+                    f"{source.path(entry.name)}"
                 )
         if first is None:
             raise missing_format_error(
-                self.source,
-                f"neither a metadata file ({', '.join(NAMES[:4])} …) nor media in folders named by "
-                "class in it",
+                source,
+                f"neither a metadata file ({', '.join(METADATA_NAMES[:4])} …) nor media in folders "
+                "named by class in it",
             )
-        self.root = _root_of_splits(self.source)
+        self.root = _find_split_root(source)
         tests = []
-        for entry in self.source.entries(self.root):
+        for entry in source.entries(self.root):
             if entry.is_folder and (split := parse_split_name(entry.name)):
                 self.named_splits |= {split}
                 if split == "test":
-                    tests.append(_below(self.root, entry.name))
-        ending = (self.options.modality and "") or file_extension(first)
-        self.infer_schema(["label"], ending)
+                    tests.append(_join(self.root, entry.name))
+        extension = (self.options.modality and "") or file_extension(first)
+        self.infer_schema(["label"], extension)
         if not self._has_classes():
-            self.infer_schema([], ending)
-        elif tests and not any(e.is_folder for test in tests for e in self.source.entries(test)):
+            self.infer_schema([], extension)
+        elif tests and not any(e.is_folder for test in tests for e in source.entries(test)):
             self.mark_test_unlabelled()
 
     def _has_classes(self) -> bool:
-        """Whether media are in folders of two classes: one for all, like ``audio``, is none."""
+        """Return whether media lie in folders of two classes.
+
+        A single folder, such as ``audio``, is not a class.
+        """
         found: set[str] = set()
         for entry in self.source.walk(self.root):
-            if MODALITY_OF_EXTENSION.get(file_extension(entry.name)) == self.modality:
-                _, label = self._class_of(entry.name)
+            if self._is_media(entry.name):
+                _, label = self._split_and_class(entry.name)
                 found |= {label} if label is not None else set()
                 if len(found) > 1:
                     return True
         return False
 
-    def _class_of(self, path: str) -> tuple[str | None, str | None]:
-        """(Split, class) of a media file by the folders that it is in."""
+    def _is_media(self, name: str) -> bool:
+        return MODALITY_OF_EXTENSION.get(file_extension(name)) == self.modality
+
+    def _split_and_class(self, path: str) -> tuple[str | None, str | None]:
+        """Return (split, class) of a media file by its folders."""
         folders = path.removeprefix(f"{self.root}/" if self.root else "").split("/")[:-1]
         split = parse_split_name(folders[0]) if folders else None
         classes = folders[1:] if split else folders
         return split, classes[-1] if classes else None
 
     def annotation_files(self) -> list[str]:
-        """The metadata files."""
+        """Return the metadata files."""
         return [file for _, file in self.files]
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Rows in the order of the metadata, then media that they do not name."""
+        """Yield rows in the order of the metadata, then media that no row refers to."""
         if not self.files:
-            yield from self._classes()
+            yield from self._class_rows()
             return
         for split, file in self.files:
             folder = file.rpartition("/")[0]
-            with KeySet() as named:
-                told = file or self.source.name
+            with KeySet() as referenced:
+                name = file or self.source.name
                 for number, record in read_records(self.source, file):
-                    key = make_key(f"{told}:{number}")
+                    key = make_key(f"{name}:{number}")
                     if isinstance(record, BadRecord):
-                        yield error_row(key, record.reason, told, number, record.truncates_file)
+                        yield error_row(key, record.reason, name, number, record.truncates_file)
                         continue
                     try:
-                        row = self._row(key, split, folder, record, named)
-                    except ValueError as problem:
-                        yield rejected_row(key, problem, told, number)
+                        row = self._metadata_row(key, split, folder, record, referenced)
+                    except ValueError as error:
+                        yield rejected_row(key, error, name, number)
                         continue
-                    yield row | {"file": told, "row": number}
+                    yield row | {"file": name, "row": number}
                 if self.file_field is not None and not self.source.is_file:
-                    yield from self._unnamed(folder, named)
+                    yield from self._unreferenced_media(folder, referenced)
 
-    def _row(self, key: str, split: str | None, folder: str, record: Row, named: KeySet) -> Row:
+    def _metadata_row(
+        self, key: str, split: str | None, folder: str, record: Row, referenced: KeySet
+    ) -> Row:
         if self.file_field is None:
             return self.build_row(key, record, None, split)
-        name = self._inside(record.get(self.file_field))
+        name = self._relative_name(record.get(self.file_field))
         inside = f"{folder}/{name}" if folder and not self.options.media else name
         path = self.media_source.path(inside)
-        named.add(path)
-        split = split or (self._folder_split(record) if self.by_folder else None)
-        if self.by_folder and split is None:
+        referenced.add(path)
+        split = split or (self._split_by_folder(record) if self.splits_by_folder else None)
+        if self.splits_by_folder and split is None:
             raise ValueError("a file in no folder that names a split")
-        # By its name and not its row: several rows may name one file, and it must be on one side.
-        by = path.removeprefix(f"{self.media_source.uri}/")
-        row = self.build_row(key, record, MediaRef(path), split, drawn_by=by)
-        # A store is not asked for each row one after the other: whoever reads the medium sees.
+        # The file name decides, not the row: all rows of one file must stay in one split.
+        split_key = path.removeprefix(f"{self.media_source.uri}/")
+        row = self.build_row(key, record, MediaRef(path), split, split_key)
+        # A query per row would be slow in a store. There, a missing file is found when it is read.
         if not self.media_source.remote and not self.media_source.exists(inside):
             raise ValueError("the media file is missing")
         return row
 
     def extra_sources(self) -> list[dict[str, str]]:
-        """As of any; with one file of rows also the media beside it."""
+        """Return the sources of every reader, and the media beside a single file of rows."""
         found = super().extra_sources()
         if self.source.is_file and self.file_field is not None and not self.options.media:
-            media = (
-                e
-                for e in self.media_source.walk()
-                if file_extension(e.name) in MODALITY_OF_EXTENSION
-            )
+            entries = self.media_source.walk()
+            media = (e for e in entries if file_extension(e.name) in MODALITY_OF_EXTENSION)
             files, size, digest = digest_listing(media)
             found.append({"file": f"media: {files} files, {size} bytes", "sha256": digest})
         return found
 
-    def _unnamed(self, folder: str, named: KeySet) -> Iterator[RejectedRow]:
-        """Media files below a metadata file that it does not name."""
+    def _unreferenced_media(self, folder: str, referenced: KeySet) -> Iterator[RejectedRow]:
+        """Yield media files below a metadata file that no row refers to."""
         others = {file.rpartition("/")[0] for _, file in self.files} - {folder}
         for entry in self.media_source.walk(folder if not self.options.media else ""):
-            if MODALITY_OF_EXTENSION.get(file_extension(entry.name)) != self.modality:
+            if not self._is_media(entry.name):
                 continue
             if any(other and entry.name.startswith(f"{other}/") for other in others):
-                continue
-            if self.media_source.path(entry.name) not in named:
-                yield RejectedRow(
-                    make_key(entry.name), "a media file that no row names", entry.name
-                )
+                continue  # another metadata file is responsible for it
+            if self.media_source.path(entry.name) not in referenced:
+                reason = "a media file that no row refers to"
+                yield RejectedRow(make_key(entry.name), reason, entry.name)
 
-    def _classes(self) -> Iterator[Row | RejectedRow]:
+    def _class_rows(self) -> Iterator[Row | RejectedRow]:
         for entry in self.source.walk():
-            if MODALITY_OF_EXTENSION.get(file_extension(entry.name)) != self.modality:
+            if not self._is_media(entry.name):
                 continue
-            split, label = self._class_of(entry.name)
+            split, label = self._split_and_class(entry.name)
             key = make_key(entry.name)
-            untold = self.test_unlabelled and split == "test"
-            if label is None and "labels" in self.annotations_present and not untold:
+            is_unlabelled = self.test_unlabelled and split == "test"
+            if label is None and "labels" in self.annotations_present and not is_unlabelled:
                 yield error_row(key, "not in a folder that names a class", entry.name)
                 continue
             reference = MediaRef(self.source.path(entry.name))
             try:
                 yield self.build_row(key, {"label": label}, reference, split)
-            except ValueError as problem:  # a name that is not UTF-8
-                yield rejected_row(key, problem, entry.name, None)
+            except ValueError as error:  # a name that is not UTF-8
+                yield rejected_row(key, error, entry.name, None)
 
 
-def _names_of(record: Row) -> Row:
-    """What a record may name files and splits by; a picture that stands in it is no name."""
-    found = {name: record[name] for name in (*FILE_FIELDS, SPLIT) if name in record}
+def _file_and_split_names(record: Row) -> Row:
+    """Return the fields that can name a media file or a split; embedded media are not names."""
+    found = {name: record[name] for name in (*FILE_FIELDS, SPLIT_FIELD) if name in record}
     return {name: value if isinstance(value, str) else None for name, value in found.items()}
 
 
-def _file_field(rows: list[Row]) -> tuple[str | None, str | None]:
-    """(Field that names media files, ending of one of them) by some rows; a known ending first."""
+def _find_file_field(rows: list[Row]) -> tuple[str | None, str | None]:
+    """Return (field of media file names, ending of a file) of some rows; known endings first."""
     found = ((n, r) for r in rows for n in FILE_FIELDS if _names_media(n, r))
     named = [(name, file_extension(str(row[name]))) for name, row in found]
     known = next((each for each in named if each[1] in MODALITY_OF_EXTENSION), None)
     return known or next(iter(named), (None, None))
 
 
-def _name_splits(found: list[str | None]) -> bool:
-    """Whether rows name splits: all of them do, or more than one split is named."""
+def _are_split_names(found: list[str | None]) -> bool:
+    """Return whether rows name splits: all of them do, or they name more than one split."""
     named = set(found) - {None}
     return bool(named) and (None not in found or len(named) > 1)
 
 
-def _root_of_splits(place: SourceDirectory) -> str:
-    """The folder that the folders of splits stand in: the place itself, or one that stands in it
-    alone, as unpacking makes it; the place where there are no splits.
+def _find_split_root(source: SourceDirectory) -> str:
+    """Return the folder that holds the split folders, "" for the directory itself.
+
+    Unpacking often puts everything into a single folder; such folders are entered. Without split
+    folders the result is "".
 
     Raises:
-        UserError: splits are named further down, in folders side by side.
+        UserError: split folders lie further down, in one of several folders.
     """
     root, folders = "", list[str]()
     for _ in range(3):
-        folders = [e.name for e in place.entries(root) if e.is_folder and e.name != "__MACOSX"]
+        folders = [e.name for e in source.entries(root) if e.is_folder and e.name != "__MACOSX"]
         if any(parse_split_name(name) for name in folders):
             return root
         if len(folders) != 1:
             break
-        root = _below(root, folders[0])
+        root = _join(root, folders[0])
     for name in folders[:3]:
-        inside = [e.name for e in place.entries(_below(root, name)) if e.is_folder]
+        inside = [e.name for e in source.entries(_join(root, name)) if e.is_folder]
         named = [each for each in inside if parse_split_name(each)]
         if len({parse_split_name(each) for each in named}) > 1:
-            here = _below(root, name)
+            here = _join(root, name)
             raise UserError(
-                f"{place.uri}: {here}/{named[0]} and {here}/{named[1]} name splits, but not for "
-                f"all that is in it. Give the folder {here}; or sort the files as "
+                f"{source.uri}: {here}/{named[0]} and {here}/{named[1]} name splits, but other "
+                f"folders do not. Give the folder {here}; or sort the files as "
                 f"{named[0]}/CLASS/… and {named[1]}/CLASS/…"
             )
     return ""
 
 
-def _below(folder: str, name: str) -> str:
+def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
 def _names_media(field: str, row: Row) -> bool:
-    """Whether a field holds the name of a media file: ``path`` may be that of a source file."""
+    """Return whether a field holds the name of a media file; ``path`` can name a source file."""
     value = row.get(field)
     known = isinstance(value, str) and file_extension(value) in MODALITY_OF_EXTENSION
     return known or (field == "file_name" and field in row)
 
 
-def has_metadata_rows(place: SourceDirectory) -> bool:
-    """Whether metadata name media or hold labelled texts: tars beside them are leftovers."""
-    if place.is_file:
+def has_metadata_rows(source: SourceDirectory) -> bool:
+    """Return whether metadata name media or hold labelled texts.
+
+    The format ``webdataset`` is then not detected, because tars beside metadata are leftovers.
+    """
+    if source.is_file:
         return False
-    for _, file in _metadata(place):
-        first = [row for _, row in islice(read_records(place, file), 100) if isinstance(row, dict)]
-        if _file_field(first)[0] is not None:
+    for _, file in _metadata_files(source):
+        first = [row for _, row in islice(read_records(source, file), 100) if isinstance(row, dict)]
+        if _find_file_field(first)[0] is not None:
             return True
         fields = {name for row in first for name in row}
         if fields & set(TEXT_FIELDS) and fields & set(LABEL_FIELDS):
@@ -381,27 +391,27 @@ def has_metadata_rows(place: SourceDirectory) -> bool:
     return False
 
 
-def _metadata(place: SourceDirectory) -> Iterator[tuple[str | None, str]]:
-    """(Split, file) of the metadata files: in the folder itself, or in folders named by splits."""
-    for name in NAMES:
-        if place.exists(name):
+def _metadata_files(source: SourceDirectory) -> Iterator[tuple[str | None, str]]:
+    """Yield (split, file) of the metadata files: in the directory itself, or by split."""
+    for name in METADATA_NAMES:
+        if source.exists(name):
             yield None, name
             return
-    for entry in place.entries():
+    for entry in source.entries():
         split = parse_split_name(entry.name.split(".")[0])
         if split is None:
             continue
         if entry.is_folder:
-            found = next((n for n in NAMES if place.exists(f"{entry.name}/{n}")), None)
-            if found:
-                yield split, f"{entry.name}/{found}"
-        elif entry.name.lower().endswith(ROWS):
+            candidates = (f"{entry.name}/{name}" for name in METADATA_NAMES)
+            if file := next((each for each in candidates if source.exists(each)), None):
+                yield split, file
+        elif entry.name.lower().endswith(ROW_SUFFIXES):
             yield split, entry.name
 
 
-def _first_media(place: SourceDirectory) -> str | None:
-    """The first media file that stands in a folder below the place."""
-    for entry in place.walk(depth=5):
+def _first_media_in_folder(source: SourceDirectory) -> str | None:
+    """Return the first media file that lies in a folder below the directory, or None."""
+    for entry in source.walk(depth=5):
         if "/" in entry.name and file_extension(entry.name) in MODALITY_OF_EXTENSION:
             return entry.name
     return None

@@ -1,12 +1,12 @@
-"""A Hugging Face dataset that was saved with ``save_to_disk``; the library is not needed.
+"""Format ``hf_dataset``: Hugging Face datasets of ``save_to_disk``, read without their library.
 
-    dataset_dict.json  train/  test/        or the folder of one split alone
+    dataset_dict.json  train/  test/        or the folder of a single split
     train/state.json  train/dataset_info.json  train/data-00000-of-00002.arrow
 
-Pictures and recordings whose bytes stand in its Arrow files are referred to by their place there;
-those that only have a path are read from below the folder. On a disk the files are mapped, not
-loaded. In a store they are read front to back, a batch of the library's (1,000 rows or fewer) in
-memory at a time: media pass along whenever rows are read, and again to be decoded.
+Rows refer to images and audio inside the Arrow files by their byte range. Media that only have a
+path are read from below the directory. On a disk the files are mapped into memory, not loaded. In a
+store they are read front to back, one batch at a time (the library writes 1,000 rows or fewer).
+Each pass over the rows transfers the media too, and decoding transfers them once more.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.packed_archives import missing_format_error
 from pipelines.corpora.formats.record_reader import MAX_ENTRY_CHARS, BadRecord
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.corpora.readers.arrow_media import (
@@ -26,90 +26,97 @@ from pipelines.corpora.readers.arrow_media import (
     iter_streamed_batches,
     media_column_error,
 )
-from pipelines.corpora.readers.base import error_row, make_key, rejected_row
 from pipelines.corpora.readers.fields import (
     ALL_SPLITS,
     RecordCorpus,
     parse_split_name,
     parse_split_prefix,
 )
+from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.directory import SourceDirectory
 from pipelines.io.source_file import make_read_error
 from skillnet_platform.errors import UserError, first_line
 
-#: Features of the library that hold media.
+#: Features of the library that hold media -> modality.
 MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
-DAMAGED = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)
+DAMAGED_ARROW = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)
 
 
 class HfDatasetCorpus(RecordCorpus):
-    """Rows of a saved dataset."""
+    """Rows of a saved Hugging Face dataset.
+
+    Attributes:
+        folders: (split, folder with a slash at its end, or "").
+        media_field: column of the media, if there is one.
+    """
 
     name = "hf_dataset"
-    version = 3  # a test without labels is for prediction; a field for splits is heeded
+    version = 3  # a test without labels becomes "unlabelled"; the field of splits is used
 
     @classmethod
-    def detect(cls, place: SourceDirectory) -> str | None:
-        """The files that ``save_to_disk`` writes."""
-        if place.is_file:
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return a file that ``save_to_disk`` writes as evidence."""
+        if source.is_file:
             return None
         for name in ("dataset_dict.json", "state.json"):
-            if place.exists(name):
+            if source.exists(name):
                 return f"{name} is written by save_to_disk"
         return None
 
     def discover(self) -> None:
-        """Find its splits; see what its features are."""
-        self.media_source = (
-            SourceDirectory(self.options.media) if self.options.media else self.source
-        )
-        self.folders = _splits(self.source)
+        """Find its splits, and infer the schema from its features."""
+        media = self.options.media
+        self.media_source = SourceDirectory(media) if media else self.source
+        self.folders = _list_splits(self.source)
         if not self.folders:
             raise missing_format_error(
                 self.source,
-                "neither dataset_dict.json nor state.json in it; it is made by save_to_disk",
+                "neither dataset_dict.json nor state.json in it; save_to_disk writes them",
             )
         self.named_splits = frozenset(split for split, _ in self.folders if split)
         if self.options.split is not None and not self.named_splits:
             self.named_splits = ALL_SPLITS
-        features = _features(self.source, self.folders[0][1])
-        types = {n: a.get("_type") for n, a in features.items() if isinstance(a, dict)}
-        kinds = {
+        features = _read_features(self.source, self.folders[0][1])
+        types = {n: f.get("_type") for n, f in features.items() if isinstance(f, dict)}
+        modalities = {
             name: MEDIA_FEATURES[kind]
             for name, kind in types.items()
             if isinstance(kind, str) and kind in MEDIA_FEATURES
         }
-        self.media_field = next(iter(kinds), None)
+        self.media_field = next(iter(modalities), None)
         fields = [name for name in features if name != self.media_field]
         if self.media_field is not None and self.options.modality is None:
-            self.options.modality = kinds[self.media_field]
+            self.options.modality = modalities[self.media_field]
         self.infer_schema(fields, "" if self.media_field is not None else None)
-        named = features.get(self.label_field or "", {})
-        if "labels" in self.annotations_present and isinstance(named, dict) and named.get("names"):
-            self.labels = tuple(named["names"])
+        classes = features.get(self.label_field or "", {})
+        has_labels = "labels" in self.annotations_present
+        if has_labels and isinstance(classes, dict) and classes.get("names"):
+            self.labels = tuple(classes["names"])
         if "test" in self.named_splits and self.options.split is None:
-            self.resolve_test_split(self._look())
+            self.resolve_test_split(self._sample_test())
 
-    def _look(self) -> SchemaSample:
-        """At the first rows of the test: its labels may all be -1, for none. Of the training rows'
-        it is known what they are, unless they have no names."""
-        glance = SchemaSample()
-        looked_at = {"test"} if self.labels else {"test", "train"}
+    def _sample_test(self) -> SchemaSample:
+        """Return a sample of the test, whose labels can all be -1 for "no label".
+
+        The training rows are sampled too, unless the classes have names.
+        """
+        sample = SchemaSample()
+        sampled_splits = {"test"} if self.labels else {"test", "train"}
         for split, folder in self.folders if self.annotations_present else ():
-            for file in _files(self.source, folder)[:1] if split in looked_at else ():
+            for file in _list_files(self.source, folder)[:1] if split in sampled_splits else ():
                 found = (row for row in self._records(file) if isinstance(row, dict))
                 for record in islice(found, SAMPLE_ROWS):
-                    glance.add(split, record)
-        return glance
+                    sample.add(split, record)
+        return sample
 
     def num_source_files(self) -> int:
-        """The Arrow files."""
-        return sum(len(_files(self.source, folder)) for _, folder in self.folders) or 1
+        """Return the number of Arrow files."""
+        return sum(len(_list_files(self.source, folder)) for _, folder in self.folders) or 1
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Rows in the order of splits and files."""
+        """Yield rows in the order of splits and files."""
         for split, folder in self.folders:
-            for file in _files(self.source, folder):
+            for file in _list_files(self.source, folder):
                 for number, record in enumerate(self._records(file), start=1):
                     key = make_key(f"{file}:{number}")
                     if isinstance(record, BadRecord):
@@ -117,77 +124,79 @@ class HfDatasetCorpus(RecordCorpus):
                         continue
                     try:
                         media = record.pop(self.media_field) if self.media_field else None
-                        row = self.build_row(key, self._named(record), media, split)
-                    except ValueError as problem:
-                        yield rejected_row(key, problem, file, number)
+                        row = self.build_row(key, self._name_class(record), media, split)
+                    except ValueError as error:
+                        yield rejected_row(key, error, file, number)
                         continue
                     yield row | {"file": file, "row": number}
 
     def _records(self, file: str) -> Iterator[dict[str, Any] | BadRecord]:
-        """Rows of a file; the media field holds a reference."""
+        """Yield the rows of an Arrow file; the media field holds a reference."""
         path = self.source.path(file)
+        iter_batches = iter_streamed_batches if self.source.remote else iter_mapped_batches
         try:
-            for batch, body in (
-                iter_streamed_batches if self.source.remote else iter_mapped_batches
-            )(path):
-                if why := media_column_error(batch.schema, self.media_field):
-                    yield BadRecord(why, truncates_file=True)
+            for batch, body in iter_batches(path):
+                if reason := media_column_error(batch.schema, self.media_field):
+                    yield BadRecord(reason, truncates_file=True)
                     return
                 yield from iter_media_rows(batch, self.media_field, path, body, self.media_source)
         except FileNotFoundError:
             yield BadRecord("the Arrow file is missing", truncates_file=True)
-        except OSError as problem:
-            if problem.errno is not None:
-                raise make_read_error(path, problem) from None
-            yield DAMAGED
-        except (pa.ArrowException, UnicodeDecodeError):  # names of columns may be no UTF-8
-            yield DAMAGED
+        except OSError as error:
+            # pyarrow raises OSError without a number for damaged content.
+            if error.errno is not None:
+                raise make_read_error(path, error) from None
+            yield DAMAGED_ARROW
+        except (pa.ArrowException, UnicodeDecodeError):  # column names can be invalid UTF-8
+            yield DAMAGED_ARROW
 
-    def _named(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Class numbers by their names."""
+    def _name_class(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Replace the number of a class by its name."""
         value = record.get(self.label_field or "")
         if self.labels and isinstance(value, int) and 0 <= value < len(self.labels):
             record[self.label_field or ""] = self.labels[value]
         return record
 
 
-def _splits(place: SourceDirectory) -> list[tuple[str | None, str]]:
-    """(Split, folder with a slash behind it or "")."""
-    if place.is_file:
+def _list_splits(source: SourceDirectory) -> list[tuple[str | None, str]]:
+    """Return (split, folder with a slash at its end, or "")."""
+    if source.is_file:
         return []
-    if place.exists("state.json"):
+    if source.exists("state.json"):
         return [(None, "")]
-    if not place.exists("dataset_dict.json"):
+    if not source.exists("dataset_dict.json"):
         return []
-    names = _json(place, "dataset_dict.json").get("splits") or []
-    _check(_are_texts(names), place, "dataset_dict.json", "splits are no list of names")
+    names = _read_object(source, "dataset_dict.json").get("splits") or []
+    _require(_are_texts(names), source, "dataset_dict.json", "splits is not a list of names")
     for name in names:
-        _inside(place, "dataset_dict.json", name)
+        _require_inside(source, "dataset_dict.json", name)
     found = [(parse_split_name(name), name) for name in names]
     if not any(split == "train" for split, _ in found):  # "train.clean.100"
         found = [(parse_split_prefix(name), name) for _, name in found]
     return [(split or name, f"{name}/") for split, name in found]
 
 
-def _files(place: SourceDirectory, folder: str) -> list[str]:
-    told = f"{folder}state.json"
-    listed = _json(place, told).get("_data_files")
-    right = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
-    names = [entry.get("filename") for entry in listed] if right and listed else []
-    _check(right and _are_texts(names), place, told, "_data_files is no list of file names")
+def _list_files(source: SourceDirectory, folder: str) -> list[str]:
+    state = f"{folder}state.json"
+    listed = _read_object(source, state).get("_data_files")
+    valid = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
+    names = [entry.get("filename") for entry in listed] if valid and listed else []
+    valid = valid and _are_texts(names)
+    _require(valid, source, state, "_data_files is not a list of file names")
     for name in names:
-        _inside(place, told, name)
+        _require_inside(source, state, name)
     return [f"{folder}{name}" for name in names]
 
 
-def _features(place: SourceDirectory, folder: str) -> dict[str, Any]:
-    """Column -> what the library says of it."""
-    told = f"{folder}dataset_info.json"
-    features = _json(place, told).get("features") or {}
-    _check(isinstance(features, dict), place, told, "features is no object of columns")
-    for about in features.values():
-        names = about.get("names") if isinstance(about, dict) else None
-        _check(not names or _are_texts(names), place, told, "names of classes are no list of texts")
+def _read_features(source: SourceDirectory, folder: str) -> dict[str, Any]:
+    """Return column -> its description by the library."""
+    info = f"{folder}dataset_info.json"
+    features = _read_object(source, info).get("features") or {}
+    _require(isinstance(features, dict), source, info, "features is not an object of columns")
+    for feature in features.values():
+        names = feature.get("names") if isinstance(feature, dict) else None
+        valid = not names or _are_texts(names)
+        _require(valid, source, info, "names of classes are not a list of texts")
     return features
 
 
@@ -195,24 +204,24 @@ def _are_texts(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
-def _check(right: bool, place: SourceDirectory, file: str, wrong: str) -> None:
-    if not right:
-        raise UserError(f"{place.path(file)}: {wrong}; save_to_disk does not write this")
+def _require(valid: bool, source: SourceDirectory, file: str, problem: str) -> None:
+    if not valid:
+        raise UserError(f"{source.path(file)}: {problem}; save_to_disk does not write this")
 
 
-def _inside(place: SourceDirectory, file: str, name: str) -> None:
+def _require_inside(source: SourceDirectory, file: str, name: str) -> None:
     try:
-        place.path(name)
-    except ValueError as problem:
-        raise UserError(f"{place.path(file)}: names {name!r}, {problem}") from None
+        source.path(name)
+    except ValueError as error:
+        raise UserError(f"{source.path(file)}: names {name!r}, {error}") from None
 
 
-def _json(place: SourceDirectory, file: str) -> dict[str, Any]:
-    with place.open(file) as stream:
+def _read_object(source: SourceDirectory, file: str) -> dict[str, Any]:
+    with source.open(file) as stream:
         data = stream.read(MAX_ENTRY_CHARS + 1)
     try:
         value: Any = json.loads(data.decode("utf-8")) if len(data) <= MAX_ENTRY_CHARS else None
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{place.path(file)}: not JSON ({first_line(problem)})") from None
-    _check(isinstance(value, dict), place, file, "no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source.path(file)}: not JSON ({first_line(error)})") from None
+    _require(isinstance(value, dict), source, file, "not a JSON object")
     return dict(value)

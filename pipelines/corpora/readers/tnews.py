@@ -3,25 +3,28 @@
     tnews_public/train.json dev.json test.json [labels.json]
 
 JSON lines (or an array) of
-``{"label": "102", "label_desc": "news_entertainment", "sentence": …, "keywords": …}``; the label
-may be a number, ``label_des`` stands for ``label_desc`` in some copies. The public test has ids and
-no labels: it becomes the split ``unlabelled``, for ``skillnet predict``; figures are those of
-``dev``, as the split ``test``, and a share of ``train`` is held out as validation. Where the test
-has labels, splits are as given.
+``{"label": "102", "label_desc": "news_entertainment", "sentence": …, "keywords": …}``. The label
+can be a number, and some copies have ``label_des`` in place of ``label_desc``.
+
+The public test has no labels: it becomes the split ``unlabelled``, for ``skillnet predict``. Then
+``dev`` is the split ``test``, and a share of ``train`` is held out as validation. If the test has
+labels, splits are used as given.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives, stable_hash
-from pipelines.corpora.formats.packed import missing_format_error
-from pipelines.corpora.formats.record_reader import BadRecord, NumberedRecord, read_records
-from pipelines.corpora.readers.base import ExternalCorpus, clean_text, error_row
+from pipelines.corpora.formats.packed_archives import missing_format_error
+from pipelines.corpora.formats.record_reader import BadRecord, read_records
+from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.corpora.readers.columns import TextOptions
+from pipelines.corpora.readers.row_builders import clean_text, error_row
 from pipelines.io.directory import SourceDirectory
 from pipelines.transforms.text import append_keywords
 
-#: Code -> description, as CLUE's ``labels.json`` has them.
+#: Code -> description, from ``labels.json`` of CLUE.
 LABELS = {
     "100": "news_story",
     "101": "news_culture",
@@ -48,8 +51,8 @@ class TnewsOptions(TextOptions):
     """TNEWS.
 
     Args:
-        keywords: put the keywords behind the sentence, as some systems do.
-        validation: share of ``train`` held out for validation, where ``dev`` is the test.
+        keywords: append the keywords to the sentence, as some systems do.
+        validation: share of ``train`` that is held out for validation if ``dev`` is the test.
     """
 
     keywords: bool = False
@@ -62,7 +65,7 @@ class TnewsOptions(TextOptions):
 
 
 class TnewsCorpus(ExternalCorpus):
-    """Headlines, each with its class."""
+    """Headlines with their classes."""
 
     name = "tnews"
     modality = "text"
@@ -73,51 +76,50 @@ class TnewsCorpus(ExternalCorpus):
     labels = tuple(f"{code} {description}" for code, description in LABELS.items())
 
     @classmethod
-    def detect(cls, place: SourceDirectory) -> str | None:
-        """Lines with a sentence and a label of CLUE's."""
-        for _, file in _files(place):
-            for _, row in read_records(place, file):
-                if isinstance(row, dict) and "sentence" in row and _code(row) in LABELS:
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return a file with sentences and labels of CLUE as evidence."""
+        for _, file in _list_parts(source):
+            for _, row in islice(read_records(source, file), 1):
+                if isinstance(row, dict) and "sentence" in row and _label_code(row) in LABELS:
                     return f"{file} has sentences with labels of TNEWS"
-                break
         return None
 
     def discover(self) -> None:
-        """Find the three files; a test is not needed."""
-        self.files = dict(_files(self.source))
+        """Find the three files; the test is optional."""
+        self.files = dict(_list_parts(self.source))
         if "train" not in self.files:
             raise missing_format_error(
                 self.source,
                 "no train.json in it; TNEWS is a folder with train.json, dev.json and test.json",
             )
-        self.labelled_test = "test" in self.files and any(
-            isinstance(row, dict) and _code(row) is not None
-            for _, row in _first(read_records(self.source, self.files["test"]))
+        self.has_labelled_test = "test" in self.files and any(
+            isinstance(row, dict) and _label_code(row) is not None
+            for _, row in islice(read_records(self.source, self.files["test"]), 1)
         )
 
     def annotation_files(self) -> list[str]:
-        """The three files."""
+        """Return the three files."""
         return list(self.files.values())
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Lines in the order of the files."""
+        """Yield lines in the order of the files."""
         for part, file in self.files.items():
-            for number, row in read_records(self.source, file):
-                # Not of the folder or the ending: the split that is made must not hang on those.
+            for number, record in read_records(self.source, file):
+                # Without folder and ending: the split that is made must not depend on them.
                 key = f"{part}.json:{number}"
-                if isinstance(row, BadRecord):
-                    yield error_row(key, row.reason, file, number, row.truncates_file)
+                if isinstance(record, BadRecord):
+                    yield error_row(key, record.reason, file, number, record.truncates_file)
                     continue
                 try:
-                    yield self._row(part, key, row) | {"file": file, "row": number}
-                except ValueError as problem:
-                    yield error_row(key, str(problem), file, number)
+                    yield self._build_row(part, key, record) | {"file": file, "row": number}
+                except ValueError as error:
+                    yield error_row(key, str(error), file, number)
 
-    def _row(self, part: str, key: str, row: Row) -> Row:
-        text = clean_text(row.get("sentence"))
+    def _build_row(self, part: str, key: str, record: Row) -> Row:
+        text = clean_text(record.get("sentence"))
         if self.options.keywords:
-            text = append_keywords(text, row.get("keywords"))
-        split, code = self._split(part, key), _code(row)
+            text = append_keywords(text, record.get("keywords"))
+        split, code = self._assign_split(part, key), _label_code(record)
         if split != "unlabelled":
             if code is None:
                 raise ValueError("no label")
@@ -132,33 +134,30 @@ class TnewsCorpus(ExternalCorpus):
             "captions": [],
         }
 
-    def _split(self, part: str, key: str) -> str:
-        if self.labelled_test:
+    def _assign_split(self, part: str, key: str) -> str:
+        if self.has_labelled_test:
             return FILES[part]
         if part == "train":
-            held_out = stable_hash("tnews", key) / 2**64 < self.options.validation
-            return "validation" if held_out else "train"
+            is_held_out = stable_hash("tnews", key) / 2**64 < self.options.validation
+            return "validation" if is_held_out else "train"
         return "test" if part == "dev" else "unlabelled"
 
 
-def _files(place: SourceDirectory) -> list[tuple[str, str]]:
-    """(Part, file) of the parts that are there; in ``tnews_public`` or ``tnews`` below, too."""
-    if place.is_file:
+def _list_parts(source: SourceDirectory) -> list[tuple[str, str]]:
+    """Return (part, file) of the existing parts; they can lie in ``tnews_public`` or ``tnews``."""
+    if source.is_file:
         return []
     for folder in ("", "tnews_public/", "tnews/"):
-        found = [
-            (part, next((f for s in SUFFIXES if place.exists(f := f"{folder}{part}{s}")), None))
-            for part in FILES
-        ]
-        if any(file for _, file in found):
-            return [(part, file) for part, file in found if file]
+        found = []
+        for part in FILES:
+            candidates = (f"{folder}{part}{suffix}" for suffix in SUFFIXES)
+            if file := next((each for each in candidates if source.exists(each)), None):
+                found.append((part, file))
+        if found:
+            return found
     return []
 
 
-def _code(row: Row) -> str | None:
-    label = row.get("label")
+def _label_code(record: Row) -> str | None:
+    label = record.get("label")
     return None if label is None or label == "" else str(label).strip()
-
-
-def _first(rows: Iterator[NumberedRecord]) -> list[NumberedRecord]:
-    return [row for row, _ in zip(rows, range(1), strict=False)]

@@ -1,39 +1,35 @@
-"""VATEX: ten-second clips with ten English and ten Chinese captions each.
+"""VATEX: ten-second videos with ten English and ten Chinese captions each.
 
     vatex_training_v1.0.json, vatex_validation_v1.0.json, vatex_public_test_english_v1.1.json
-    <videoID>.mp4 anywhere below the folder
+    <videoID>.mp4 anywhere below the directory
 
-The files are an array of ``{"videoID": "<youtube id>_000122_000132", "enCap": […], "chCap": […]}``,
-or an object keyed by videoID. The public test has no Chinese: with Chinese captions the validation
-clips are parted in halves by their YouTube video, one of them the test, and so they are with both;
-with English ones the public test is the test. A YouTube id may hold ``_`` and ``-``: it ends before
-the last two numbers.
+An annotation file is an array of
+``{"videoID": "<youtube id>_000122_000132", "enCap": […], "chCap": […]}``, or an object keyed by
+videoID. A YouTube id can contain ``_`` and ``-``: it ends before the last two numbers.
+
+The public test has no Chinese captions. It is the test only for English captions. For Chinese or
+both, half of the validation videos become the test. Segments of one YouTube video stay together.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.formats.packed import missing_format_error
-from pipelines.corpora.formats.record_reader import BadRecord, read_json_entries
-from pipelines.corpora.readers.base import (
-    CaptionedCorpus,
-    MediaOptions,
-    clean_captions,
-    error_row,
-    make_key,
-    media_row,
-    val_or_test,
-)
+from pipelines.corpora.formats.packed_archives import missing_format_error
+from pipelines.corpora.formats.record_reader import read_json_entries
+from pipelines.corpora.readers.base import MediaOptions
+from pipelines.corpora.readers.captions import CaptionedCorpus
 from pipelines.corpora.readers.columns import CaptionOptions, VideoOptions
 from pipelines.corpora.readers.fields import MEDIA_EXTENSIONS, file_extension
+from pipelines.corpora.readers.row_builders import clean_captions, make_key, media_row
 from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef
 from skillnet_platform.errors import UserError
 
-#: So many clips are looked at for captions.
+#: Videos that are checked for captions of a language.
 SAMPLE_VIDEOS = 100
 FIELDS = {"chinese": ("chCap",), "english": ("enCap",), "both": ("chCap", "enCap")}
 
@@ -43,107 +39,91 @@ class VatexOptions(CaptionOptions, VideoOptions, MediaOptions):
     """VATEX.
 
     Args:
-        captions: "chinese", "english" or "both", Chinese ones first.
+        captions: "chinese", "english", or "both" with the Chinese captions first.
     """
 
     captions: Literal["chinese", "english", "both"] = "chinese"
 
 
 class VatexCorpus(CaptionedCorpus):
-    """Clips, each with all of its captions."""
+    """Videos with all of their captions."""
 
     name = "vatex"
     modality = "video"
     Options = VatexOptions
-    version = 2  # "both" needs a test with both
+    version = 2  # "both" needs a test with captions of both languages
 
     @classmethod
-    def detect(cls, place: SourceDirectory) -> str | None:
-        """A file of annotations."""
-        found = list(_annotations(place))
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return the name of an annotation file as evidence."""
+        found = list(_annotation_files(source))
         return f"{found[0][1]} is an annotation file of VATEX" if found else None
 
     def discover(self) -> None:
-        """Find the files of annotations."""
-        files = list(_annotations(self.source))
+        """Find the annotation files."""
+        files = list(_annotation_files(self.source))
         if not files:
             raise missing_format_error(
                 self.source,
-                "no vatex_training_v1.0.json in it or up to three folders below; VATEX is such "
-                "files and clips named by videoID",
+                "no vatex_training_v1.0.json in it or up to three folders below; VATEX consists "
+                "of such files and of videos named by videoID",
             )
         for _, file in sorted(each for each in files if each[0] != "test")[:1]:
-            self._look(file)
-        # The public test is of use only if it holds all the captions that are asked for.
-        self.set_annotation_files(
-            [(s, file) for s, file in files if s != "test" or self._captioned(file)]
-        )
+            self._check_language(file)
+        # The public test is used only if it has captions of all selected languages.
+        used = [(s, file) for s, file in files if s != "test" or self._has_captions(file)]
+        self.set_annotation_files(used)
 
-    def _look(self, file: str) -> None:
-        """At the first clips: whether they have captions of the language that is asked for.
+    def _check_language(self, file: str) -> None:
+        """Check that the first videos have captions of the selected language.
 
         Raises:
-            UserError: they have those of the other alone.
+            UserError: they have captions of the other language only.
         """
-        first = [
-            record for _, _, record in islice(read_json_entries(self.source, file), SAMPLE_VIDEOS)
-        ]
-        there = [
+        sample = islice(read_json_entries(self.source, file), SAMPLE_VIDEOS)
+        first = [record for _, _, record in sample]
+        present = [
             language
             for language in ("chinese", "english")
             if any(isinstance(r, dict) and r.get(FIELDS[language][0]) for r in first)
         ]
-        if there and self.options.captions not in (*there, "both"):
+        if present and self.options.captions not in (*present, "both"):
             raise UserError(
-                f"{self.source.path(file)}: its captions are {there[0]} alone; to take them, give "
-                f"--options.{self.name}.captions {there[0]}"
+                f"{self.source.path(file)}: has {present[0]} captions only. To use them, give "
+                f"--options.{self.name}.captions {present[0]}"
             )
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Clips in the order of the annotations, then those that nobody describes."""
-        clips = self._clips()
-        told: set[str] = set()
+        """Yield videos in the order of the annotations, then those without captions."""
+        videos = self._index_videos()
+        named: set[str] = set()
         for split, file in self.files:
-            for number, name, record in read_json_entries(self.source, file):
-                key = make_key(f"{file}:{number}")
-                if isinstance(record, BadRecord):
-                    yield error_row(key, record.reason, file, number, record.truncates_file)
-                    continue
-                try:
-                    row = self._row(split, name, record, clips, told)
-                except ValueError as problem:
-                    yield error_row(key, str(problem), file, number)
-                    continue
-                yield row | {"file": file, "row": number}
-        for name, path in clips.items():
-            if name not in told:
-                yield RejectedRow(make_key(path), "a clip without captions", path)
+            yield from self.annotated_rows(file, partial(self._build_row, split, videos, named))
+        for name, path in videos.items():
+            if name not in named:
+                yield RejectedRow(make_key(path), "a video without captions", path)
 
-    def _row(
-        self, split: str, key: str | None, record: Any, clips: dict[str, str], told: set[str]
+    def _build_row(
+        self, split: str, videos: dict[str, str], named: set[str], key: str | None, record: Any
     ) -> Row:
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
         name = record.get("videoID", key)
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError("no videoID")
-        youtube = youtube_id(name)
-        clip = next((known for known in (name, youtube) if known in clips), None)
-        if clip is not None:
-            told.add(clip)
-        captions = clean_captions(
-            [c for key in FIELDS[self.options.captions] for c in _listed(record.get(key))]
-        )
-        if clip is None:
-            raise ValueError("captions without a clip")
-        if split == "validation" and self.lacks_test:
-            split = val_or_test(youtube)
-        return media_row(
-            split, make_key(name), MediaRef(self.media_source.path(clips[clip])), captions
-        )
+        youtube = parse_youtube_id(name)
+        video = next((known for known in (name, youtube) if known in videos), None)
+        if video is not None:
+            named.add(video)
+        fields = FIELDS[self.options.captions]
+        captions = clean_captions([c for f in fields for c in _as_list(record.get(f))])
+        if video is None:
+            raise ValueError("captions without a video")
+        reference = MediaRef(self.media_source.path(videos[video]))
+        return media_row(self.assign_split(split, youtube), make_key(name), reference, captions)
 
-    def _clips(self) -> dict[str, str]:
-        """Name without its ending -> path, of every clip below the folder."""
+    def _index_videos(self) -> dict[str, str]:
+        """Return name without its ending -> path, of every video below the directory."""
         found: dict[str, str] = {}
         for entry in self.media_source.walk():
             if file_extension(entry.name) in MEDIA_EXTENSIONS["video"]:
@@ -151,35 +131,35 @@ class VatexCorpus(CaptionedCorpus):
                 found.setdefault(name, entry.name)
         return found
 
-    def _captioned(self, file: str) -> bool:
+    def _has_captions(self, file: str) -> bool:
         for _, _, record in read_json_entries(self.source, file):
             if isinstance(record, dict):
                 return all(record.get(key) for key in FIELDS[self.options.captions])
         return False
 
 
-def _listed(captions: Any) -> list[Any]:
-    """Captions as a list: some copies have one alone, as a text."""
+def _as_list(captions: Any) -> list[Any]:
+    """Return captions as a list; some copies of VATEX have one caption as a text."""
     return captions if isinstance(captions, list) else [captions] if captions else []
 
 
-def youtube_id(name: str) -> str:
-    """``"a_b-c_000122_000132" -> "a_b-c"``: what stands before the last two numbers."""
+def parse_youtube_id(name: str) -> str:
+    """Return the YouTube id of a videoID: ``"a_b-c_000122_000132" -> "a_b-c"``."""
     parts = name.rsplit("_", 2)
     return parts[0] if len(parts) == 3 and all(p.isdigit() for p in parts[1:]) else name
 
 
-def _annotations(place: SourceDirectory) -> Iterator[tuple[str, str]]:
-    """(Split, file) of every file of annotations: training first."""
-    if place.is_file:
+def _annotation_files(source: SourceDirectory) -> Iterator[tuple[str, str]]:
+    """Yield (split, file) of the annotation files, training first."""
+    if source.is_file:
         return
     found: dict[str, str] = {}
-    for folder in place.folders(depth=3):
-        for entry in place.entries(folder):
+    for folder in source.folders(depth=3):
+        for entry in source.entries(folder):
             name = entry.name.lower()
             if entry.is_folder or not (name.startswith("vatex_") and name.endswith(".json")):
                 continue
-            part = next((p for p in ("train", "validation", "test") if p in name), None)
-            if part and "private" not in name:
-                found.setdefault(part, f"{folder}/{entry.name}" if folder else entry.name)
+            split = next((s for s in ("train", "validation", "test") if s in name), None)
+            if split and "private" not in name:
+                found.setdefault(split, f"{folder}/{entry.name}" if folder else entry.name)
     yield from found.items()

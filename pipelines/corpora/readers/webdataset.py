@@ -1,13 +1,15 @@
-"""WebDataset: tars whose members share a name up to its first dot and belong together.
+"""Format ``webdataset``: tars whose members with the same name up to the first dot are a sample.
 
     train-000000.tar    0001.jpg  0001.txt  0002.jpg  0002.txt …
                         0001.wav  0001.json {"transcription": …}      0001.jpg  0001.cls
 
-A sample's name ends at the first dot behind its folders, as the webdataset library has it, and its
-members stand one after the other. It has one medium, and one text of a kind: what a second one says
-is set aside. Members whose name begins with a dot, or has none, are of no sample: the ``._`` files
-of macOS among them. Media are not unpacked: a row refers to a range of bytes of its tar (a
-compressed one is read front to back). The split is named by the tar or its folder, else made.
+The name of a sample ends at the first dot after its folders, as in the webdataset library, and its
+members are adjacent. A sample has one media file and one text of each kind; further ones are
+rejected. Members whose name is empty or starts with a dot belong to no sample, for example the
+``._`` files of macOS.
+
+Media are not unpacked: a row refers to a byte range of its tar. A compressed tar is read front to
+back. The name of a tar or of its folder decides the split; otherwise splits are made.
 """
 
 import contextlib
@@ -18,10 +20,9 @@ from itertools import islice
 from typing import Any
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
-from pipelines.corpora.formats.packed import missing_format_error
+from pipelines.corpora.formats.packed_archives import missing_format_error
 from pipelines.corpora.formats.record_reader import BadRecord, StrictJsonDecoder
 from pipelines.corpora.formats.schema_sample import SchemaSample
-from pipelines.corpora.readers.base import error_row, make_key, rejected_row
 from pipelines.corpora.readers.fields import (
     ALL_SPLITS,
     MEDIA_EXTENSIONS,
@@ -30,6 +31,7 @@ from pipelines.corpora.readers.fields import (
     parse_split_prefix,
 )
 from pipelines.corpora.readers.folder import has_metadata_rows
+from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.archive import detect_compression
 from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef
@@ -37,115 +39,114 @@ from pipelines.io.source_file import PER_FILE_ERRORS, open_stream
 from pipelines.io.tar import TarReader, TarReadError
 from skillnet_platform.errors import UserError
 
-TARS = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+#: Endings of texts, JSON apart.
 TEXT_EXTENSIONS = (
-    "txt",
-    "text",
-    "caption",
-    "transcript",
-    "transcription",
-    "cls",
-    "label",
-    "code",
-    "py",
+    *("txt", "text", "caption", "transcript", "transcription"),
+    *("cls", "label", "code", "py"),
 )
-#: Samples that are looked at, of the first tar of each split.
+#: Samples that are read of the first tar of each split to infer the schema.
 SAMPLE_COUNT = 100
-#: Why a member is not read that has the name of a sample.
 DUPLICATE_MEMBER = (
     "a second file of its kind in one sample; a sample's name ends at its first dot: write other "
     "dots as _"
 )
-#: Why a sample of texts is none of pictures.
-NO_MEDIA_MEMBER = (
-    "no media file in a sample; its members must stand one after the other (tar --sort=name)"
-)
-#: Why a medium of a sample is none.
+NO_MEDIA_MEMBER = "no media file in a sample; its members must be adjacent (tar --sort=name)"
 SPARSE_MEMBER = "a sparse file; pack it without --sparse"
-#: Texts beyond this are not read into the row.
+#: A longer text rejects its sample.
 MAX_TEXT_BYTES = 16 * 2**20
 
 
 @dataclass
 class TarSample:
-    """Members of a tar that belong together."""
+    """Members of a tar that belong together.
+
+    Attributes:
+        key: their common name.
+        fields: texts and JSON fields.
+        reference: the media file.
+        extension: ending of the media file.
+        problem: why the sample cannot be used; "" if it can.
+        truncates_file: whether the rest of the tar cannot be read.
+        surplus: (name, ending) of members beyond the first of their kind.
+        kinds_read: kinds of texts that were read.
+    """
 
     key: str
     fields: dict[str, Any] = field(default_factory=dict)
     reference: MediaRef | None = None
-    ending: str | None = None
+    extension: str | None = None
     problem: str = ""
     truncates_file: bool = False
-    #: Members for which there is no room in it, and their endings.
-    lost: list[tuple[str, str]] = field(default_factory=list)
-    #: Kinds of texts that were read.
-    read: set[str] = field(default_factory=set)
+    surplus: list[tuple[str, str]] = field(default_factory=list)
+    kinds_read: set[str] = field(default_factory=set)
 
 
 class WebDatasetCorpus(RecordCorpus):
-    """Samples of tars, in their order."""
+    """Samples of tars, in the order of the tars and their members."""
 
     name = "webdataset"
-    version = 2  # members of no sample are passed over; of two texts of a kind the first is taken
+    version = 2  # members of no sample are skipped; the first of two texts of a kind is used
 
     @classmethod
-    def detect(cls, place: SourceDirectory) -> str | None:
-        """Tars with media and texts that share names, unless they lie beside metadata."""
-        if has_metadata_rows(place):
+    def detect(cls, source: SourceDirectory) -> str | None:
+        """Return a tar that holds samples as evidence, unless it lies beside metadata."""
+        if has_metadata_rows(source):
             return None
-        for tar in _tars(place)[:1]:
-            for sample in islice(_samples(place, tar), 1):
+        for tar in _list_tars(source)[:1]:
+            for sample in islice(_iter_samples(source, tar), 1):
                 if sample.reference is not None or sample.fields:
-                    return f"{tar or place.name} holds samples of several members"
+                    return f"{tar or source.name} holds samples of several members"
         return None
 
     def discover(self) -> None:
-        """Find the tars; see what the first sample has."""
-        self.tars = _tars(self.source)
+        """Find the tars, and infer the schema from the first samples."""
+        self.tars = _list_tars(self.source)
         if not self.tars:
             raise missing_format_error(self.source, "no .tar in it or up to three folders below")
-        self.named_splits = frozenset(split for tar in self.tars if (split := _split_of(tar)))
+        self.named_splits = frozenset(split for tar in self.tars if (split := _split_of_tar(tar)))
         if self.options.split is not None:
             self.named_splits = ALL_SPLITS
-        glance, ending = SchemaSample(), None
-        looked_at: set[str | None] = set()
-        for split, tar in self._tars_to_look_at():
-            if split in looked_at:
+        schema, extension = SchemaSample(), None
+        sampled: set[str | None] = set()
+        for split, tar in self._tars_to_sample():
+            if split in sampled:
                 continue
-            for sample in islice(_samples(self.source, tar), SAMPLE_COUNT):
+            for sample in islice(_iter_samples(self.source, tar), SAMPLE_COUNT):
                 if not sample.problem:
-                    looked_at.add(split)
-                    glance.add(split, sample.fields)
-                    ending = ending or sample.ending
-        if not looked_at:
+                    sampled.add(split)
+                    schema.add(split, sample.fields)
+                    extension = extension or sample.extension
+        if not sampled:
             raise UserError(f"{self.source.uri}: no readable sample in its tars")
-        self.infer_schema(glance.names, ending, glance.filled_fields)
-        self.resolve_test_split(glance)
+        self.infer_schema(schema.names, extension, schema.filled_fields)
+        self.resolve_test_split(schema)
 
-    def _tars_to_look_at(self) -> list[tuple[str | None, str]]:
-        """(Split, tar), training first: a test may lack what it asks for."""
-        named = [(_split_of(tar), tar) for tar in self.tars]
+    def _tars_to_sample(self) -> list[tuple[str | None, str]]:
+        """Return (split, tar), training first, because a test can lack its annotations."""
+        named = [(_split_of_tar(tar), tar) for tar in self.tars]
         return sorted(named, key=lambda each: each[0] != "train")
 
     def num_source_files(self) -> int:
-        """The tars."""
+        """Return the number of tars."""
         return len(self.tars)
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Samples in the order of tars and members."""
+        """Yield samples in the order of tars and members."""
         for tar in self.tars:
-            split, file = _split_of(tar), tar or self.source.name
-            for number, sample in enumerate(_samples(self.source, tar), start=1):
+            split, file = _split_of_tar(tar), tar or self.source.name
+            for number, sample in enumerate(_iter_samples(self.source, tar), start=1):
                 key = make_key(file, sample.key)
-                for member, ending in sample.lost:
-                    # Of a picture and its mask the mask is left out by choice.
-                    alike = sample.reference is None or ending == sample.ending
+                for member, extension in sample.surplus:
+                    # A second image of the same type usually means that names contain more dots,
+                    # so that samples are merged. A mask beside an image is omitted by choice.
+                    is_error = sample.reference is None or extension == sample.extension
                     yield RejectedRow(
                         make_key(file, member),
                         DUPLICATE_MEMBER,
                         file,
                         number,
-                        counts_as_error=alike,
+                        counts_as_error=is_error,
                     )
                 if sample.problem:
                     yield error_row(key, sample.problem, file, number, sample.truncates_file)
@@ -155,42 +156,41 @@ class WebDatasetCorpus(RecordCorpus):
                     continue
                 try:
                     row = self.build_row(key, sample.fields, sample.reference, split)
-                except ValueError as problem:
-                    yield rejected_row(key, problem, file, number)
+                except ValueError as error:
+                    yield rejected_row(key, error, file, number)
                     continue
                 yield row | {"file": file, "row": number}
 
 
-def _tars(place: SourceDirectory) -> list[str]:
-    if place.is_file:
-        return [""] if place.name.lower().endswith(TARS) else []
+def _list_tars(source: SourceDirectory) -> list[str]:
+    if source.is_file:
+        return [""] if source.name.lower().endswith(TAR_SUFFIXES) else []
     return [
         f"{folder}/{entry.name}" if folder else entry.name
-        for folder in place.folders(depth=3)
-        for entry in place.entries(folder)
-        if not entry.is_folder and entry.name.lower().endswith(TARS)
+        for folder in source.folders(depth=3)
+        for entry in source.entries(folder)
+        if not entry.is_folder and entry.name.lower().endswith(TAR_SUFFIXES)
     ]
 
 
-def _split_of(tar: str) -> str | None:
-    """The split that a tar's name or folder begins with."""
+def _split_of_tar(tar: str) -> str | None:
+    """Return the split at the start of the name of a tar or of one of its folders, or None."""
     return next((s for part in reversed(tar.split("/")) if (s := parse_split_prefix(part))), None)
 
 
-def _samples(place: SourceDirectory, tar: str) -> Iterator[TarSample]:
-    """Samples of a tar; the last one tells of damage."""
-    path = place.path(tar)
+def _iter_samples(source: SourceDirectory, tar: str) -> Iterator[TarSample]:
+    """Yield the samples of a tar; if the tar is damaged, the last one has the problem."""
+    path = source.path(tar)
     current: TarSample | None = None
     try:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(open_stream(path))
-            packed = bool(detect_compression(stream))
-            archive = stack.enter_context(
-                contextlib.closing(TarReader(path, stream, ranges=not packed))
-            )
+            compressed = bool(detect_compression(stream))
+            reader = TarReader(path, stream, ranges=not compressed)
+            archive = stack.enter_context(contextlib.closing(reader))
             for entry in archive:
                 folder, _, name = entry.name.removeprefix("./").rpartition("/")
-                stem, dot, ending = name.partition(".")
+                stem, dot, extension = name.partition(".")
                 if not stem or not dot or "__MACOSX" in folder.split("/"):
                     continue
                 if name.lower() == "thumbs.db":
@@ -200,47 +200,47 @@ def _samples(place: SourceDirectory, tar: str) -> Iterator[TarSample]:
                     if current is not None:
                         yield current
                     current = TarSample(key)
-                _add(current, archive, entry, ending.lower(), path, packed)
+                _add_member(current, archive, entry, extension.lower(), path, compressed)
         if current is not None:
             yield current
-    except (TarReadError, *PER_FILE_ERRORS) as problem:
-        told = str(problem) if isinstance(problem, TarReadError) else "the archive cannot be opened"
+    except (TarReadError, *PER_FILE_ERRORS) as error:
+        is_damaged = isinstance(error, TarReadError)
+        reason = str(error) if is_damaged else "the archive cannot be opened"
         current = current or TarSample("")
-        current.problem, current.truncates_file = (
-            f"{told} from here on" if current.key else told,
-            True,
-        )
+        current.problem = f"{reason} from here on" if current.key else reason
+        current.truncates_file = True
         yield current
 
 
-def _add(
+def _add_member(
     sample: TarSample,
     archive: TarReader,
     entry: tarfile.TarInfo,
-    ending: str,
+    extension: str,
     path: str,
-    packed: bool,
+    compressed: bool,
 ) -> None:
-    last = ending.rpartition(".")[2]
+    last = extension.rpartition(".")[2]
     if last in MODALITY_OF_EXTENSION:
         if sample.reference is not None:
-            sample.lost.append((entry.name, last))
+            sample.surplus.append((entry.name, last))
             return
-        if entry.issparse():  # its holes are not in the tar: a range of it is another file
+        if entry.issparse():
+            # The tar omits the holes of the file, so a byte range of the tar is not the file.
             sample.problem = SPARSE_MEMBER
-        if packed:
+        if compressed:
             sample.reference = MediaRef(path, member=entry.name)
         else:
             sample.reference = MediaRef(path, entry.offset_data, entry.size)
-        sample.ending = last
+        sample.extension = last
         return
     if last not in (*TEXT_EXTENSIONS, "json"):
         return
     name = {"py": "code", "label": "cls"}.get(last, last)
-    if name in sample.read:
-        sample.lost.append((entry.name, last))
+    if name in sample.kinds_read:
+        sample.surplus.append((entry.name, last))
         return
-    sample.read.add(name)
+    sample.kinds_read.add(name)
     if entry.size > MAX_TEXT_BYTES:
         sample.problem = "a text longer than 16 MiB"
         return

@@ -49,7 +49,7 @@ def test_members_are_read_in_place(tmp_path: Path, pack) -> None:  # type: ignor
     assert found == {"p/一.json": b"1"}
     assert read_member(path, "p/b.txt") == b"2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]  # nothing was extracted
-    with pytest.raises(UserError, match=r"holds no p/z\.txt"):
+    with pytest.raises(UserError, match=r"does not contain p/z\.txt"):
         read_member(path, "p/z.txt")
 
 

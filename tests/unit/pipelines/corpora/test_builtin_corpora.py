@@ -312,7 +312,7 @@ def test_functions_are_split_by_module_and_twins_are_set_aside(tmp_path: Path, m
 
 def test_near_twins_of_training_are_found() -> None:
     def item(module: str, name: str, code: str, summary: str) -> functions._Found:
-        function = functions.source_code.Function(name, 1, code, code, summary)
+        function = functions.source_code.SourceFunction(name, 1, code, code, summary)
         return functions._Found("p", module, function)
 
     base = "def f(a): total = sum(a); mean = total / len(a); return mean, total, max(a), min(a)"

@@ -50,8 +50,8 @@ def test_a_bad_row_is_told_by_its_own_line_and_its_neighbours_arrive(tmp_path: P
     bad = {number: each for number, each in found if isinstance(each, BadRecord)}
     assert sorted(bad) == [3, 5, 6]
     assert bad[3].reason == "not CSV (',' expected after '\"')"
-    assert bad[5].reason == "another number of fields than the head line"
-    assert bad[6].reason == "null characters in it"
+    assert bad[5].reason == "a different number of fields than the header"
+    assert bad[6].reason == "contains null characters"
     assert not any(each.truncates_file for each in bad.values())
 
 
@@ -74,15 +74,19 @@ def test_no_row_is_read_by_another_line_than_the_head(tmp_path: Path) -> None:
     assert (number, broken.truncates_file) == (1, True)
 
 
-@pytest.mark.parametrize("flood", ["x" * 5000, '"' + "甲,a\n" * 1000, "\n" * 5000])
+@pytest.mark.parametrize(
+    "flood",
+    ["x" * 5000, '"' + "甲,a\n" * 1000, "\n" * 5000],
+    ids=["line", "quoted-field", "empty-lines"],
+)
 def test_a_flood_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: str) -> None:
-    monkeypatch.setattr(csv_reader, "LONGEST_LINE", 2000)
-    monkeypatch.setattr(csv_reader, "MOST_EMPTY", 2000)
+    monkeypatch.setattr(csv_reader, "MAX_LINE_BYTES", 2000)
+    monkeypatch.setattr(csv_reader, "MAX_EMPTY_LINES", 2000)
     first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{flood}\n乙,a\n", "rows.csv.gz")
     assert first == (2, row("甲", "a"))
     assert broken.truncates_file
     assert number > 2
-    assert "flood" in broken.reason or "beyond" in broken.reason
+    assert "flood" in broken.reason or "longer than" in broken.reason
 
 
 def test_a_packed_file_that_is_none_is_damaged(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import SourceArchives
 from pipelines.corpora.formats.encoding import TRUNCATED_LINE, BadRecord
 from pipelines.corpora.formats.record_reader import (
-    MULTILINE_JSON,
     DUPLICATE_FIELD,
+    MULTILINE_JSON,
     read_json_entries,
     read_json_lines,
     read_records,
@@ -62,7 +62,7 @@ def test_another_encoding_is_one_message(tmp_path: Path, name: str, encoding: st
 def test_annotations_in_another_encoding_are_one_message(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_bytes(written("rows.json").encode("gbk"))
     ((_, _, broken),) = read_json_entries(SourceDirectory(str(tmp_path)), "rows.json")
-    assert broken.reason.startswith("GBK by its look, not UTF-8")
+    assert broken.reason.startswith("probably GBK, not UTF-8")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
@@ -116,7 +116,7 @@ def test_what_stands_behind_an_array_is_told(tmp_path: Path) -> None:
     assert [row for _, row in good] == ROWS[:2]
     assert (number, last) == (
         3,
-        BadRecord("something stands behind the end of the JSON", truncates_file=True),
+        BadRecord("data after the end of the JSON", truncates_file=True),
     )
 
 

@@ -12,8 +12,8 @@ import pytest
 from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.io.directory import SourceDirectory
-from pipelines.prepare import named_corpora
-from pipelines.preprocessing import describe
+from pipelines.prepare import rewrite_corpus_options
+from pipelines.preprocessing import inspection
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
@@ -25,7 +25,7 @@ def test_what_is_packed_must_be_unpacked(tmp_path: Path, reader: str | None) -> 
     (tmp_path / "corpus.ZIP").write_bytes(b"PK")
     place = f"{reader}:{tmp_path}" if reader else str(tmp_path)
     with pytest.raises(UserError, match=r"\. corpus\.ZIP is an archive: unpack it"):
-        describe.describe(place)
+        inspection.inspect_corpus(place)
 
 
 class TestAishell:
@@ -75,21 +75,21 @@ class TestAishell:
     @pytest.mark.parametrize("part", ["wav", "wav/train", "transcript"])
     def test_a_part_of_it_is_told(self, tmp_path: Path, part: str) -> None:
         whole = user_corpora.aishell1(tmp_path) / "data_aishell"
-        with pytest.raises(UserError, match=f"a part of AISHELL-1; give the whole, {whole}$"):
-            describe.describe(str(whole / part))
+        with pytest.raises(UserError, match=f"only a part of AISHELL-1; give {whole}$"):
+            inspection.inspect_corpus(str(whole / part))
 
     def test_it_must_be_unpacked(self, tmp_path: Path) -> None:
         file = tmp_path / "data_aishell.tgz"
         file.write_bytes(tarred({"data_aishell/wav/S0002.tar.gz": b"x"}))
         for place in (tmp_path, file):
             with pytest.raises(UserError, match=r"data_aishell\.tgz is an archive: unpack it"):
-                describe.describe(str(place))
+                inspection.inspect_corpus(str(place))
 
     def test_a_folder_without_speakers(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
         shutil.rmtree(folder / "data_aishell" / "wav")
         (folder / "data_aishell" / "wav").mkdir()
-        with pytest.raises(UserError, match="no folders of speakers in it"):
+        with pytest.raises(UserError, match="no folders or archives of speakers in it"):
             open_external_corpus("aishell1", str(folder))
 
     def test_what_macos_leaves_in_an_archive(self, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ class TestAishell:
         file.write_bytes(tarred(files | dict.fromkeys(names, b"sound")))
         rows, reasons = read(open_external_corpus("aishell1", str(folder)))
         assert sizes(rows) == sizes(before)
-        assert reasons["a recording without a transcript"] == 1
+        assert reasons["audio without a transcript"] == 1
 
 
 class TestAicIcc:
@@ -119,7 +119,7 @@ class TestAicIcc:
             file.write_text(file.read_text("utf-8").replace('.jpg"', f'{told}"'), "utf-8")
         rows, reasons = read(open_external_corpus("aic_icc", str(folder)))
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
-        assert reasons == {"captions without a picture": 1, "a picture without captions": 1}
+        assert reasons == {"captions without an image": 1, "an image without captions": 1}
         assert all(media(row)[:2] == b"\xff\xd8" for each in rows.values() for row in each)
 
     def test_tests_without_captions_are_none(self, tmp_path: Path) -> None:
@@ -132,9 +132,7 @@ class TestAicIcc:
         assert len(corpus.extra_sources()) == len(before)
         found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
         bare = [
-            row.counts_as_error
-            for row in found
-            if row.reason == "a picture of a test without captions"
+            row.counts_as_error for row in found if row.reason == "a test image without captions"
         ]
         assert bare == [False] * 60
         rows, _ = read(corpus)
@@ -150,7 +148,7 @@ def test_captions_of_the_other_language_alone(tmp_path: Path, kept: str, asked: 
         fields = ("videoID", kept)
         file.write_text(json.dumps([{k: r[k] for k in fields if k in r} for r in records]))
     other = {"chinese": "english", "english": "chinese"}[asked]
-    with pytest.raises(UserError, match=f"captions are {other} alone; .*captions {other}"):
+    with pytest.raises(UserError, match=f"has {other} captions only. .*captions {other}"):
         open_external_corpus("vatex", str(folder), {"captions": asked})
     rows, _ = read(open_external_corpus("vatex", str(folder), {"captions": other}))
     assert {"train", "validation", "test"} == set(rows)
@@ -173,13 +171,13 @@ def test_a_docstring_of_another_name_is_told(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
         user_corpora.write_lines(file, [r for r in lines if r.pop("docstring")])
     with pytest.raises(UserError, match=r"--options\.pytorrent\.docstring docstring_zh$"):
-        describe.describe(str(tmp_path))
+        inspection.inspect_corpus(str(tmp_path))
     options = {"pytorrent": {"docstring": "docstring_zh"}}
-    assert describe.describe(str(tmp_path), options)["set_aside"] == {}
+    assert inspection.inspect_corpus(str(tmp_path), options)["rejected"] == {}
 
 
 def test_names_of_corpora_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown corpus 'tnew'.*'tnews'.*tnew=FORMAT:/x"):
         open_external_corpus("tnew", "/x")
     with pytest.raises(UserError, match=r"--corpus tnews is given twice.*NAME=FORMAT:/b"):
-        named_corpora(["--corpus", "tnews=/a", "--corpus=tnews=/b"])
+        rewrite_corpus_options(["--corpus", "tnews=/a", "--corpus=tnews=/b"])

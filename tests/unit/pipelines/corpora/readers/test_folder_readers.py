@@ -33,7 +33,7 @@ class TestFolder:
         corpus = open_external_corpus("mine", f"folder:{folder}", {"test": 0.2})
         assert (corpus.modality, corpus.task) == ("sound", "speech_recognition")
         rows, reasons = read(corpus)
-        assert reasons == {"the media file is missing": 1, "a media file that no row names": 1}
+        assert reasons == {"the media file is missing": 1, "a media file that no row refers to": 1}
         assert sum(sizes(rows).values()) == 11
         assert media(rows["train"][0])[:4] == b"RIFF"
 
@@ -131,7 +131,7 @@ class TestFolder:
         corpus = open_external_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
         assert corpus.task == "text_classification"
         rows, reasons = read(corpus)
-        assert reasons == {"another number of fields than the head line": 1}
+        assert reasons == {"a different number of fields than the header": 1}
         assert rows["train"][0]["text"].endswith("条, 新闻")
 
     def test_functions_and_a_field_for_splits(self, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ class TestFolder:
         assert corpus.task == "text_to_code"
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 3, "train": 3, "validation": 3}
-        assert reasons == {"a split that is none of train, validation, test": 1}
+        assert reasons == {"a split that is not train, validation or test": 1}
 
     def test_paths_that_lead_out_are_set_aside(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path / "in", rows=3)
@@ -187,8 +187,8 @@ class TestFolder:
             (r.reason, r.row, r.counts_as_error) for r in found if isinstance(r, RejectedRow)
         ]
         assert rejected == [
-            ("a recording without a transcript", 4, False),
-            ("a recording without a transcript", 5, False),
+            ("audio without a transcript", 4, False),
+            ("audio without a transcript", 5, False),
             ("a text is missing", 6, True),
         ]
 
@@ -255,7 +255,7 @@ class TestWebDataset:
             row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)
         ]
         assert (bare.reason, bare.row, bare.counts_as_error) == (
-            "a picture without captions",
+            "an image without captions",
             1,
             False,
         )

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.corpora import open_external_corpus
 from pipelines.corpora.readers.base import ExternalCorpus
-from pipelines.preprocessing import describe
+from pipelines.preprocessing import inspection
 from skillnet_platform.errors import UserError
 from tests.helpers.user_corpora import write_lines
 from tests.unit.pipelines.corpora.readers.test_readers import Rows, read, sizes
@@ -101,7 +101,7 @@ def test_one_metadata_file_with_media_in_folders_of_splits(tmp_path: Path) -> No
     assert not reasons
     assert homes(rows, "/Test/") == {"test"}  # though none is among the first that are looked at
     assert homes(rows, "/train/") == {"train", "validation"}
-    assert describe.describe(str(tmp_path))["given"] == ["test", "train"]
+    assert inspection.inspect_corpus(str(tmp_path))["named_splits"] == ["test", "train"]
 
 
 def test_a_file_beside_the_folders_of_splits_is_set_aside(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_test_without_captions_is_set_aside(tmp_path: Path) -> None:
         captioned(tmp_path / name, said)
     captioned(tmp_path / "train", [{"file_name": "1.jpg"}, {"file_name": "2.jpg", "caption": "图"}])
     rows, reasons = read(folder(tmp_path))
-    assert reasons == {"a picture without captions": 13}
+    assert reasons == {"an image without captions": 13}
     assert homes(rows, "/validation/") == {"validation", "test"}
 
 
@@ -177,7 +177,7 @@ def test_the_first_row_does_not_decide(tmp_path: Path, first: dict) -> None:
     corpus = folder(tmp_path)
     assert corpus.task == "text_to_image"
     rows, reasons = read(corpus)
-    assert (sum(sizes(rows).values()), reasons) == (8, {"a picture without captions": 1})
+    assert (sum(sizes(rows).values()), reasons) == (8, {"an image without captions": 1})
 
 
 def test_fields_that_nobody_knows_are_told(

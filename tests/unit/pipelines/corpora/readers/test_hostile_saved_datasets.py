@@ -142,7 +142,7 @@ def test_media_of_another_type_are_told(tmp_path: Path, kind: pa.DataType, value
     rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert not rows
     ((reason, count),) = reasons.items()
-    assert reason.startswith("media of a type that is not read; expected struct<bytes: binary")
+    assert reason.startswith("media of an unsupported type; expected struct<bytes: binary")
     assert count == 1
 
 
@@ -153,7 +153,7 @@ def test_media_that_do_not_lie_in_the_file_are_told(tmp_path: Path) -> None:
     save(tmp_path / "saved", pictures(pa.binary(), values), PICTURES, packed)
     rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert not rows
-    assert reasons == {"media that do not lie in their Arrow file": 30}
+    assert reasons == {"media outside of their Arrow file": 30}
 
 
 #: Damaged copies of a dataset's Arrow file, read as prepare reads them; exit 3 says what escaped.
@@ -161,17 +161,17 @@ READ = """
 import sys
 from pathlib import Path
 from pipelines.preprocessing.blocks import read_blocks
-from pipelines.corpora import place_corpus
-from pipelines.corpora.base import Sources
+from pipelines.corpora import open_external_corpus
+from pipelines.corpora.base import SourceArchives
 from skillnet_platform.cli import users_mistake
 for copy in sorted(Path(sys.argv[1]).glob("*/copy-*")):
     folder = copy.parent
     copy.replace(folder / "data.arrow")
     print(copy, flush=True)
     try:
-        corpus = place_corpus("mine", f"hf_dataset:{folder}")
-        corpus.survey()
-        for _ in read_blocks(corpus, Sources.none(), folder / "rejected"):
+        corpus = open_external_corpus("mine", f"hf_dataset:{folder}")
+        corpus.scan_labels()
+        for _ in read_blocks(corpus, SourceArchives.none(), folder / "rejected"):
             pass
     except Exception as problem:
         if not users_mistake(problem):

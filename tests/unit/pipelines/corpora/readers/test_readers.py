@@ -15,7 +15,7 @@ from pipelines.corpora import (
 )
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.corpora.readers.tnews import LABELS
-from pipelines.corpora.readers.vatex import youtube_id
+from pipelines.corpora.readers.vatex import parse_youtube_id
 from pipelines.io.media import MediaReadError, MediaRef, read_media
 from tests.helpers import user_corpora
 
@@ -120,8 +120,8 @@ class TestAishell:
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
         assert reasons == {
-            "a recording without a transcript": 1,
-            "a transcript without a recording": 1,
+            "audio without a transcript": 1,
+            "a transcript without audio": 1,
         }
         assert all(media(row)[:4] == b"RIFF" for row in rows["train"])
         kinds = {MediaRef(**row["media"]).member is None for row in rows["train"]}
@@ -163,12 +163,12 @@ class TestAishell:
         corpus = open_external_corpus("aishell1", str(folder))
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
-        assert reasons["a recording without a transcript"] == 1
+        assert reasons["audio without a transcript"] == 1
         members = {row["media"]["member"] for row in rows["train"]} - {None}
         assert [name.rpartition("/")[2] for name in members] == [first.name]
         beside.write_bytes(b"")
         _, reasons = read(corpus)
-        assert reasons["a transcript without a recording"] == 2
+        assert reasons["a transcript without audio"] == 2
 
     @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x1f\x8b"])
     def test_an_archive_that_is_none_is_named(self, tmp_path: Path, content: bytes) -> None:
@@ -204,7 +204,7 @@ class TestAishell:
             if not isinstance(row, RejectedRow):
                 assert row["file"] == name
                 assert lines[row["row"] - 1].split(" ")[0] in row["key"]
-            elif row.reason != "a recording without a transcript":
+            elif row.reason != "audio without a transcript":
                 assert row.file == name
                 assert row.row is not None
                 assert lines[row.row - 1].split(" ")[0] in row.key
@@ -214,7 +214,7 @@ class TestAicIcc:
     def test_pictures_and_all_of_their_captions(self, tmp_path: Path) -> None:
         rows, reasons = read(open_external_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path))))
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
-        assert reasons == {"captions without a picture": 1, "a picture without captions": 1}
+        assert reasons == {"captions without an image": 1, "an image without captions": 1}
         assert all(len(row["captions"]) == 5 for row in rows["train"])
         assert media(rows["test"][0])[:2] == b"\xff\xd8"
 
@@ -249,7 +249,7 @@ class TestAicIcc:
         corpus = open_external_corpus("aic_icc", str(folder if elsewhere else flat), options)
         rows, reasons = read(corpus)
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
-        assert reasons == {"captions without a picture": 1, "a picture without captions": 1}
+        assert reasons == {"captions without an image": 1, "an image without captions": 1}
         assert media(rows["train"][0])[:2] == b"\xff\xd8"
 
     def test_every_row_says_where_it_stands(self, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ class TestVatex:
     def test_array_or_object_and_clips_anywhere(self, tmp_path: Path, merged: bool) -> None:
         corpus = open_external_corpus("vatex", str(user_corpora.vatex(tmp_path, merged)))
         rows, reasons = read(corpus)
-        assert reasons == {"captions without a clip": 1, "a clip without captions": 9}
+        assert reasons == {"captions without a video": 1, "a video without captions": 9}
         assert len(rows["train"]) + len(rows["validation"]) + len(rows["test"]) == 17
         assert rows["test"]
         assert rows["validation"]
@@ -279,7 +279,7 @@ class TestVatex:
         folder = user_corpora.vatex(tmp_path)
         rows, reasons = read(open_external_corpus("vatex", str(folder), {"captions": "english"}))
         assert sizes(rows) == {"test": 8, "train": 9, "validation": 8}
-        assert reasons["a clip without captions"] == 1
+        assert reasons["a video without captions"] == 1
         both, _ = read(open_external_corpus("vatex", str(folder), {"captions": "both"}))
         assert {len(row["captions"]) for each in both.values() for row in each} == {20}
         assert len(both["test"]) + len(both["validation"]) == 8  # the public test has no Chinese
@@ -303,11 +303,11 @@ class TestVatex:
         folder = user_corpora.vatex(tmp_path / "a")
         (folder / "clips").rename(tmp_path / "elsewhere")
         rows, reasons = read(open_external_corpus("vatex", str(folder)))
-        assert reasons["captions without a clip"] > 1
+        assert reasons["captions without a video"] > 1
         (folder / "more").rename(tmp_path / "elsewhere" / "more")
         options = {"media": str(tmp_path / "elsewhere")}
         rows, reasons = read(open_external_corpus("vatex", str(folder), options))
-        assert reasons["captions without a clip"] == 1
+        assert reasons["captions without a video"] == 1
         assert len(rows["train"]) == 9
 
     @pytest.mark.parametrize(
@@ -319,8 +319,10 @@ class TestVatex:
             ("a_1_b", "a_1_b"),
         ],
     )
-    def test_a_youtube_id_ends_before_the_last_two_numbers(self, name: str, youtube: str) -> None:
-        assert youtube_id(name) == youtube
+    def test_a_parse_youtube_id_ends_before_the_last_two_numbers(
+        self, name: str, youtube: str
+    ) -> None:
+        assert parse_youtube_id(name) == youtube
 
 
 class TestCode:

@@ -79,7 +79,7 @@ def test_members_that_are_not_side_by_side(tmp_path: Path) -> None:
     apart = {name: files[name] for name in sorted(files, key=lambda name: name[-3:])}
     found = tar(tmp_path, apart).rows(SourceArchives.none())
     reasons = Counter(row.reason for row in found if isinstance(row, RejectedRow))
-    assert reasons == {"a picture without captions": 3, NO_MEDIA_MEMBER: 3}
+    assert reasons == {"an image without captions": 3, NO_MEDIA_MEMBER: 3}
 
 
 def test_a_test_without_labels_comes_before_the_rest(tmp_path: Path) -> None:
