@@ -1,6 +1,8 @@
 """The README's limits, its links, the citation, the lock file and the image's recipe."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -63,6 +65,14 @@ def test_the_image_contains_every_package() -> None:
     for name in ("configs", "platform", "skillnet", "pipelines", "sweeps"):
         assert f"COPY {name} {name}\n" in recipe
         assert f"!{name}" in ignored
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    linter = Path(sys.executable).with_name("hadolint")
+    if not linter.is_file():
+        pytest.skip("needs hadolint (the extra docs)")
+    done = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_workflow_runs_the_ci_script() -> None:
