@@ -93,7 +93,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable '.[dev,docs,tracker]'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0 || \
 	    echo "Azurite is not there, so the tests of Azure's store will be skipped: npm is missing or failed"
-	touch $@ $(VENV)/.installed
+	touch $@ $(VENV)/.installed $(VENV)/.installed-docs
 
 $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable '.[docs]'
