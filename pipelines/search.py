@@ -20,7 +20,7 @@ from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
-from pipelines.serving.retrieval_index import index
+from pipelines.serving.retrieval_index import build_retrieval_index
 
 
 @dataclass
@@ -60,7 +60,7 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class Hit:
+class SearchHit:
     """One result: rank from 1, cosine similarity, and the row of the corpus."""
 
     rank: int
@@ -73,7 +73,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search gives.
 
     Args:
@@ -91,17 +91,17 @@ class Found:
     model: str
     searched: int
     seconds: float
-    hits: list[Hit]
+    hits: list[SearchHit]
     page: Path
 
 
-def search(config: SearchConfig) -> Found:
+def search_corpus(config: SearchConfig) -> SearchResult:
     """Rank the rows of a task's corpus for a text and write the page.
 
     Raises:
         UserError: no such model, task, corpus or split.
     """
-    from pipelines.evaluation.evaluator import corpus_path
+    from pipelines.evaluation.evaluator import locate_task_corpus
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
     from pipelines.shards.dataset import open_corpus
@@ -116,9 +116,9 @@ def search(config: SearchConfig) -> Found:
         raise UserError(
             f"{config.task} ranks nothing; search with one of {', '.join(searchable) or 'none'}"
         )
-    corpus = open_corpus(corpus_path(data, config.task, source.corpora))
+    corpus = open_corpus(locate_task_corpus(data, config.task, source.corpora))
     splits = _splits(corpus, config.splits)
-    vectors = index(predictor, source, config.task, corpus, splits)
+    vectors = build_retrieval_index(predictor, source, config.task, corpus, splits)
     begin = time.monotonic()
     query = " ".join(config.query).strip()
     scores = vectors @ predictor.embed_texts(config.task, [query])[0]
@@ -126,21 +126,21 @@ def search(config: SearchConfig) -> Found:
     seconds = time.monotonic() - begin
     name = source.name if source.version is None else f"{source.name} (version {source.version})"
     page = Path(config.html) if config.html else _page_path(query, config.task)
-    write_page(page, query, config.task, name, corpus, hits, len(vectors))
-    return Found(query, config.task, name, len(vectors), seconds, hits, page.absolute())
+    write_search_page(page, query, config.task, name, corpus, hits, len(vectors))
+    return SearchResult(query, config.task, name, len(vectors), seconds, hits, page.absolute())
 
 
-def write_page(
+def write_search_page(
     path: Path,
     query: str,
     task: str,
     model: str,
     corpus: "PreparedCorpus",
-    hits: Sequence[Hit],
+    hits: Sequence[SearchHit],
     searched: int,
 ) -> None:
     """Write the result as one HTML page with its pictures inside."""
-    from pipelines.serving.search_page import Card, page
+    from pipelines.serving.search_page import ResultCard, render_search_page
 
     facts = [
         ("task", task),
@@ -153,12 +153,12 @@ def write_page(
         more = [caption for caption in hit.captions if caption != hit.caption]
         details = ([" · ".join(more)] if more else []) + [f"{hit.key} · {hit.split}"]
         media, code = _shown(corpus, hit)
-        cards.append(Card(hit.rank, hit.score, hit.caption, details, media, code))
+        cards.append(ResultCard(hit.rank, hit.score, hit.caption, details, media, code))
     with atomic_write(path, "w") as stream:
-        stream.write(page(query, cards, facts, credit(corpus)))
+        stream.write(render_search_page(query, cards, facts, credit_line(corpus)))
 
 
-def credit(corpus: "PreparedCorpus") -> str:
+def credit_line(corpus: "PreparedCorpus") -> str:
     """Who made what a built-in corpus shows, and its licences; "" for others."""
     from pipelines.corpora import BUILT_IN, find_corpus
 
@@ -168,7 +168,7 @@ def credit(corpus: "PreparedCorpus") -> str:
     return f"From {'; '.join(f'{a.requirement}: {a.licence}' for a in archives)}."
 
 
-def show_search(found: Found) -> None:
+def show_search(found: SearchResult) -> None:
     """Print the ranked table."""
     rows = [
         [hit.rank, f"{hit.score:.3f}", _short(hit.caption), hit.key, hit.split]
@@ -194,9 +194,9 @@ def _splits(corpus: "PreparedCorpus", wanted: Sequence[str] | None) -> list[str]
 
 def _hits(
     corpus: "PreparedCorpus", splits: Sequence[str], scores: np.ndarray, top: int
-) -> list[Hit]:
+) -> list[SearchHit]:
     ends = np.cumsum([corpus.splits[name].rows for name in splits])
-    hits: list[Hit] = []
+    hits: list[SearchHit] = []
     for rank in np.argsort(-scores, kind="stable")[:top]:
         number = int(np.searchsorted(ends, rank, side="right"))
         name = splits[number]
@@ -206,12 +206,12 @@ def _hits(
         key = split.column("key")[row].as_py()
         caption = captions[0] if captions else key
         hits.append(
-            Hit(len(hits) + 1, float(scores[rank]), key, name, caption, list(captions), row)
+            SearchHit(len(hits) + 1, float(scores[rank]), key, name, caption, list(captions), row)
         )
     return hits
 
 
-def _shown(corpus: "PreparedCorpus", hit: Hit) -> tuple[np.ndarray | None, str | None]:
+def _shown(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
     """The picture or clip of a hit, or its code."""
     from pipelines.shards.columns import FixedColumn, open_column
 
@@ -247,9 +247,9 @@ def _short(text: str, longest: int = 60) -> str:
     show=show_search,
     resources=lambda config: request_model(config.model, config.data),
 )
-def main(config: SearchConfig) -> Found:
+def main(config: SearchConfig) -> SearchResult:
     """Run ``skillnet search``."""
-    found = search(config)
+    found = search_corpus(config)
     if config.open and not webbrowser.open(found.page.as_uri()):
         console.warn(f"no browser could be started; open {found.page} by hand")
     return found

@@ -16,30 +16,35 @@ import numpy as np
 
 from pipelines.config.data import MaskConfig
 from pipelines.config.run import default_masked_training, default_tasks_training
-from pipelines.evaluation.inference import Inputs, Runner, mean_lengths, split_inputs
-from pipelines.evaluation.masked import masked_losses, mean_length
-from pipelines.evaluation.outcomes import Outcomes
-from pipelines.evaluation.tables import COLUMNS, in_order
-from pipelines.runs.head_sizes import LISTED, outputs_of
-from pipelines.shards.columns import Fixed, Ragged, open_column
-from pipelines.shards.dataset import PreparedCorpus, Split, open_corpus
+from pipelines.evaluation.inference import (
+    InferenceInputs,
+    InferenceRunner,
+    mean_input_lengths,
+    split_inputs,
+)
+from pipelines.evaluation.masked import masked_losses, mean_masked_length
+from pipelines.evaluation.outcomes import OutcomeTable
+from pipelines.evaluation.tables import COLUMNS, sort_rows
+from pipelines.runs.head_sizes import LISTED, num_outputs_of
+from pipelines.shards.columns import FixedColumn, RaggedColumn, open_column
+from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from skillnet.accounting import account_task
 from skillnet.metrics import (
-    Interval,
+    ConfidenceInterval,
     bootstrap_interval,
     error_counts,
-    identities,
     macro_f1_of_rows,
     median_rank,
     ratio_of_sums,
     retrieval_ranks,
+    unique_group_ids,
 )
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import Task, find_task
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import Place, below, place
 
-Figures = dict[str, Interval]
+TaskFigures = dict[str, ConfidenceInterval]
 
 
 def evaluate_model(
@@ -56,7 +61,7 @@ def evaluate_model(
     precision: str = "auto",
     samples: int = 1000,
     on_split: Callable[[str, str, int], None] | None = None,
-    outcomes: Outcomes | None = None,
+    outcomes: OutcomeTable | None = None,
     masks: MaskConfig | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a model on the splits of its tasks' corpora.
@@ -72,7 +77,7 @@ def evaluate_model(
         limits: task -> longest sequence of the corpus' own modality, as in training.
         system: name of the system in the rows; none takes the model's.
         steps: training steps, copied into the rows.
-        precision: see :class:`pipelines.evaluation.inference.Runner`.
+        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
         samples: resamplings of each interval; 0 leaves intervals out.
         on_split: called with task, split and rows before each split.
         outcomes: is given what became of every row, if it is wanted.
@@ -84,16 +89,16 @@ def evaluate_model(
     Raises:
         UserError: an unknown task, a missing corpus, or a split that no corpus has.
     """
-    names = in_order(model.config.tasks) if tasks is None else list(tasks)
+    names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     specs = {name: find_task(name, model.config.tasks) for name in names}
-    runner = Runner(model, precision)
+    runner = InferenceRunner(model, precision)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     for name, spec in specs.items():
-        corpus = open_corpus(corpus_path(data, name, corpora))
+        corpus = open_corpus(locate_task_corpus(data, name, corpora))
         check_outputs(corpus, name, spec)
         masked = spec.objective == "masked"
-        for split_name in chosen_splits(
+        for split_name in choose_splits(
             corpus, ["validation"] if masked and not splits else splits
         ):
             split = corpus.splits[split_name]
@@ -108,9 +113,9 @@ def evaluate_model(
                         runner, name, corpus, split_name, masks, limit
                     ).items()
                 }
-                lengths = mean_length(model, name, corpus, split_name, limit)
+                lengths = mean_masked_length(model, name, corpus, split_name, limit)
             else:
-                figures, lengths = measure(
+                figures, lengths = measure_split(
                     runner,
                     name,
                     split,
@@ -119,10 +124,10 @@ def evaluate_model(
                     seed=seed,
                     samples=samples,
                     outcomes=outcomes,
-                    every_caption=asks_with_all(corpus),
+                    every_caption=uses_all_captions(corpus),
                 )
             cost = account_task(model, name, lengths)
-            rows += tidy(
+            rows += tidy_rows(
                 figures,
                 system=system or model.system,
                 task=name,
@@ -141,18 +146,18 @@ def evaluate_model(
     return rows
 
 
-def measure(
-    runner: Runner,
+def measure_split(
+    runner: InferenceRunner,
     task: str,
-    split: Split,
+    split: CorpusSplit,
     where: str,
     *,
     limit: int | None = None,
     seed: int = 0,
     samples: int = 1000,
-    outcomes: Outcomes | None = None,
+    outcomes: OutcomeTable | None = None,
     every_caption: bool = False,
-) -> tuple[Figures, dict[str, int]]:
+) -> tuple[TaskFigures, dict[str, int]]:
     """Figures of one task on one split, and the mean length of its towers' rows.
 
     ``where`` names the split in messages, ``every_caption`` makes each caption of a row a query;
@@ -160,9 +165,9 @@ def measure(
     """
     config = runner.model.config
     spec = find_task(task, config.tasks)
-    kept = Outcomes() if outcomes is None else outcomes
+    kept = OutcomeTable() if outcomes is None else outcomes
     table = split.table()
-    inputs: dict[str, Inputs] = {
+    inputs: dict[str, InferenceInputs] = {
         tower: split_inputs(
             table,
             plan,
@@ -188,7 +193,7 @@ def measure(
     else:
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])
-        groups = identities(fixed_column(table, "group", where))
+        groups = unique_group_ids(fixed_column(table, "group", where))
         owners = inputs["query"].owners
         asked = groups if owners is None else groups[owners]
         ranks = retrieval_ranks(query, candidate, asked, groups)
@@ -196,12 +201,12 @@ def measure(
             query, candidate, asked, groups, seed, samples, ways=("reverse_",)
         )
         kept.ranks(task, split.name, ranks, owners)
-    return figures, mean_lengths(inputs)
+    return figures, mean_input_lengths(inputs)
 
 
 def classification_figures(
     predicted: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 1000
-) -> Figures:
+) -> TaskFigures:
     """Accuracy and macro-F1 of predicted classes (N,)."""
     pairs = np.stack([np.asarray(predicted), np.asarray(labels)], 1).astype(np.int64)
     return {
@@ -215,12 +220,12 @@ def sequence_figures(
     references: Sequence[Sequence[int]],
     seed: int = 0,
     samples: int = 1000,
-) -> Figures:
+) -> TaskFigures:
     """Token error rate (sum of edit distances over symbols) and share without any error."""
     return count_figures(error_counts(said, references), seed, samples)
 
 
-def count_figures(counts: np.ndarray, seed: int = 0, samples: int = 1000) -> Figures:
+def count_figures(counts: np.ndarray, seed: int = 0, samples: int = 1000) -> TaskFigures:
     """The same of (distance, symbols) of each row, (N, 2)."""
     return {
         "token_error_rate": _interval(counts, ratio_of_sums, seed, samples),
@@ -237,11 +242,11 @@ def retrieval_figures(
     samples: int = 1000,
     ways: Iterable[str] = ("", "reverse_"),
     owners: np.ndarray | None = None,
-) -> Figures:
+) -> TaskFigures:
     """Recall at 1, 5 and 10 and median rank, of text -> X and (``reverse_``) of X -> text.
 
     ``owners`` are the rows that queries are of, where rows have several."""
-    figures: Figures = {}
+    figures: TaskFigures = {}
     for prefix in ways:
         if prefix:
             ranks = retrieval_ranks(candidate, query, candidate_ids, query_ids)
@@ -257,7 +262,7 @@ def rank_figures(
     seed: int = 0,
     samples: int = 1000,
     clusters: np.ndarray | None = None,
-) -> Figures:
+) -> TaskFigures:
     """Recall at 1, 5 and 10 and median rank of ranks that start at 1.
 
     Queries of one cluster (captions of one picture) are resampled together.
@@ -269,16 +274,16 @@ def rank_figures(
     return figures
 
 
-def asks_with_all(corpus: PreparedCorpus) -> bool:
+def uses_all_captions(corpus: PreparedCorpus) -> bool:
     """Whether every caption of a row is a query of its own, or only the first."""
     return corpus.manifest.get("queries") == "all"
 
 
-def tidy(figures: Figures, **common: Any) -> list[dict[str, Any]]:
+def tidy_rows(figures: TaskFigures, **common: Any) -> list[dict[str, Any]]:
     """One row per figure, with the keys ``COLUMNS`` in their order."""
     stamp = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": machine(),
+        "machine": machine_name(),
     }
     return [
         {
@@ -289,7 +294,7 @@ def tidy(figures: Figures, **common: Any) -> list[dict[str, Any]]:
     ]
 
 
-def machine() -> str:
+def machine_name() -> str:
     """This machine in words: processor, cores that this process may use, accelerator."""
     model = ""
     cpuinfo = Path("/proc/cpuinfo")
@@ -305,7 +310,7 @@ def machine() -> str:
     return ", ".join(words)
 
 
-def corpus_path(data: str | Path, task: str, corpora: Mapping[str, str] | None = None) -> Place:
+def locate_task_corpus(data: str | Path, task: str, corpora: Mapping[str, str] | None = None) -> Place:
     """Place of a task's corpus: the one that ``corpora`` names, or the built-in one."""
     known = default_tasks_training() | default_masked_training()
     names = {name: entry.corpus for name, entry in known.items()} | dict(corpora or {})
@@ -314,7 +319,7 @@ def corpus_path(data: str | Path, task: str, corpora: Mapping[str, str] | None =
     return below(place(data, Path()), names[task])
 
 
-def chosen_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[str]:
+def choose_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[str]:
     """The named splits that a corpus has, or all test sets."""
     if splits is None:
         return [name for name in corpus.splits if name.startswith("test")]
@@ -323,7 +328,7 @@ def chosen_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[
 
 def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
     """Raise UserError if a corpus has another number of classes or symbols than the model."""
-    found = outputs_of(corpus.manifest, spec)
+    found = num_outputs_of(corpus.manifest, spec)
     if found is not None and found != spec.outputs:
         raise UserError(
             f"{task}: the corpus {corpus.name} has {found} {LISTED[spec.objective]}, the model was "
@@ -334,7 +339,7 @@ def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
 def fixed_column(table: Any, name: str, where: str) -> np.ndarray:
     """All values of a column of numbers."""
     column = open_column(table, name, where)
-    if not isinstance(column, Fixed):
+    if not isinstance(column, FixedColumn):
         raise UserError(f"{where}: column {name!r} holds lists, expected one number a row")
     return column.take(np.arange(len(table)))
 
@@ -342,7 +347,7 @@ def fixed_column(table: Any, name: str, where: str) -> np.ndarray:
 def ragged_column(table: Any, name: str, where: str) -> list[list[int]]:
     """All values of a column of lists of numbers."""
     column = open_column(table, name, where)
-    if not isinstance(column, Ragged):
+    if not isinstance(column, RaggedColumn):
         raise UserError(f"{where}: column {name!r} holds numbers, expected lists of them")
     values, lengths = column.take(np.arange(len(table)))
     return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]
@@ -350,7 +355,7 @@ def ragged_column(table: Any, name: str, where: str) -> list[list[int]]:
 
 def _mean(
     hits: np.ndarray, seed: int, samples: int, clusters: np.ndarray | None = None
-) -> Interval:
+) -> ConfidenceInterval:
     return _interval(np.asarray(hits, dtype=np.float64), np.mean, seed, samples, clusters)
 
 
@@ -360,7 +365,7 @@ def _interval(
     seed: int,
     samples: int,
     clusters: np.ndarray | None = None,
-) -> Interval:
+) -> ConfidenceInterval:
     if not samples:
-        return Interval(float(statistic(values)), float("nan"), float("nan"))
+        return ConfidenceInterval(float(statistic(values)), float("nan"), float("nan"))
     return bootstrap_interval(values, statistic, seed=seed, samples=samples, clusters=clusters)

@@ -21,22 +21,22 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluation.evaluator import (
-    Figures,
-    asks_with_all,
+    TaskFigures,
     check_outputs,
-    chosen_splits,
+    choose_splits,
     classification_figures,
-    corpus_path,
     fixed_column,
+    locate_task_corpus,
     ragged_column,
     retrieval_figures,
     sequence_figures,
-    tidy,
+    tidy_rows,
+    uses_all_captions,
 )
-from pipelines.shards.columns import Fixed, open_column
+from pipelines.shards.columns import FixedColumn, open_column
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig
-from skillnet.metrics import Interval, identities
+from skillnet.metrics import ConfidenceInterval, unique_group_ids
 from skillnet.skills import Task, find_task
 from skillnet_platform.config import digest
 from skillnet_platform.storage import read_json, run_root, write_json
@@ -51,7 +51,7 @@ FEATURES = 4096
 KNOWN = 20_000
 
 
-def references(
+def evaluate_simple_baselines(
     data: str | Path,
     tasks: Mapping[str, Task] | None = None,
     splits: Sequence[str] | None = None,
@@ -79,7 +79,7 @@ def references(
         UserError: a missing or damaged corpus.
     """
     specs = dict(SkillNetConfig().tasks if tasks is None else tasks)
-    opened = {name: open_corpus(corpus_path(data, name, corpora)) for name in specs}
+    opened = {name: open_corpus(locate_task_corpus(data, name, corpora)) for name in specs}
     where = place(data, Path())
     # Beside corpora in a store there is no room for what can be computed again.
     beside = where if isinstance(where, Path) else run_root() / "cache" / "references"
@@ -87,7 +87,7 @@ def references(
     for name, corpus in opened.items():
         spec = find_task(name, specs)
         check_outputs(corpus, name, spec)
-        wanted = chosen_splits(corpus, splits)
+        wanted = choose_splits(corpus, splits)
         key = digest([VERSION, name, corpus.digest, spec.objective, wanted, seed, samples])
         kept = beside / f"references-{corpus.name}-{key[:12]}.json"
         if keep and kept.is_file():
@@ -98,7 +98,7 @@ def references(
         new: list[dict[str, Any]] = []
         for split in wanted:
             for system, figures in _both(spec, corpus, split, seed, samples).items():
-                new += tidy(figures, system=system, task=name, seed=seed, split=split)
+                new += tidy_rows(figures, system=system, task=name, seed=seed, split=split)
         if keep:
             write_json(kept, new)
         rows += new
@@ -107,16 +107,16 @@ def references(
 
 def _both(
     spec: Task, corpus: PreparedCorpus, split: str, seed: int, samples: int
-) -> dict[str, Figures]:
+) -> dict[str, TaskFigures]:
     train, test = _known(corpus.splits["train"].table()), corpus.splits[split].table()
     where = f"{corpus.name}/{split}"
     if spec.objective == "classification":
         return _classes(train, test, corpus.modality, where, seed, samples)
     if spec.objective == "ctc":
         return _transcripts(train, test, where, seed, samples)
-    groups = identities(fixed_column(test, "group", where))
+    groups = unique_group_ids(fixed_column(test, "group", where))
     captions = test.column("captions").to_pylist()
-    if not asks_with_all(corpus):
+    if not uses_all_captions(corpus):
         captions = [row[:1] for row in captions]
     owners = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     asked, texts = groups[owners], [caption for row in captions for caption in row]
@@ -133,7 +133,7 @@ def _both(
     back = retrieval_figures(
         back_query, back_candidate, asked, groups, seed, samples, ways=("reverse_",)
     )
-    return {"chance": random_order(groups, asked), "reference": there | back}
+    return {"chance": random_ranks(groups, asked), "reference": there | back}
 
 
 # -- classes -------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _both(
 
 def _classes(
     train: pa.Table, test: pa.Table, modality: str, where: str, seed: int, samples: int
-) -> dict[str, Figures]:
+) -> dict[str, TaskFigures]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -172,7 +172,7 @@ def _classes(
 
 def _transcripts(
     train: pa.Table, test: pa.Table, where: str, seed: int, samples: int
-) -> dict[str, Figures]:
+) -> dict[str, TaskFigures]:
     known, right = ragged_column(train, "symbols", where), ragged_column(test, "symbols", where)
     nearest = _nearest(_recordings(test, where), _recordings(train, where), 1)[0][:, 0]
     places = max(len(row) for row in known)
@@ -190,7 +190,7 @@ def _transcripts(
 def _recordings(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
     """(N, frames * mels) unit vectors: recordings stretched to one length."""
     column = open_column(table, "log_mel", where)
-    assert not isinstance(column, Fixed)
+    assert not isinstance(column, FixedColumn)
     out = []
     for row in range(len(table)):
         mel_TM = column.take(np.array([row]))[0][0].astype(np.float32)  # type: ignore[union-attr]
@@ -234,7 +234,7 @@ def _words(train: pa.Table, test: pa.Table, texts: list[str]) -> tuple[np.ndarra
     )
 
 
-def random_order(groups: np.ndarray, asked: np.ndarray | None = None) -> Figures:
+def random_ranks(groups: np.ndarray, asked: np.ndarray | None = None) -> TaskFigures:
     """Expected figures if every query's candidates came in random order.
 
     A query with p right answers among N finds none in the first k with probability
@@ -247,7 +247,7 @@ def random_order(groups: np.ndarray, asked: np.ndarray | None = None) -> Figures
     nothing = float("nan")
     asked = groups if asked is None else asked
     return {
-        f"{way}{name}": Interval(value, nothing, nothing)
+        f"{way}{name}": ConfidenceInterval(value, nothing, nothing)
         for way, here, there in (("", asked, groups), ("reverse_", groups, asked))
         for name, value in _expected(here, there).items()
     }

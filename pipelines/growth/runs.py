@@ -11,10 +11,10 @@ import torch
 
 from pipelines.config.growth import GrowConfig, Reference
 from pipelines.config.run import FinetuneConfig, TaskTraining
-from pipelines.evaluation.evaluator import corpus_path
+from pipelines.evaluation.evaluator import locate_task_corpus
 from pipelines.runs import model_source
-from pipelines.runs.identity import digest_of
-from pipelines.runs.model_source import Source
+from pipelines.runs.identity import digest_weights
+from pipelines.runs.model_source import ModelSource
 from pipelines.shards.dataset import open_corpus
 from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
@@ -24,13 +24,13 @@ from skillnet_platform.storage import commit_directory, data_root
 from skillnet_platform.storage.location import below, place
 
 
-def load(source: Source) -> SkillNet:
+def load_source_model(source: ModelSource) -> SkillNet:
     """The model that grows, on the CPU.
 
     Raises:
         UserError: a model of another system, or weights that training would rewrite.
     """
-    model = model_source.load(source).cpu()
+    model = model_source.load_source_model(source).cpu()
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(f"{source.name} is a {model.system} model; only a skillnet has skills")
     if next(model.parameters()).dtype != torch.float32:
@@ -50,7 +50,7 @@ def keep_start(model: SkillNet, run_dir: str) -> str:
     """Write what a run starts from, under its own digest: the same again is the same folder."""
     aside = Path(run_dir) / ".starts" / f".growing-{os.getpid()}"
     model.save_pretrained(aside)
-    kept = aside.with_name(str(digest_of(str(aside)))[:16])
+    kept = aside.with_name(str(digest_weights(str(aside)))[:16])
     if kept.is_dir():
         shutil.rmtree(aside)
     else:
@@ -58,7 +58,7 @@ def keep_start(model: SkillNet, run_dir: str) -> str:
     return str(kept)
 
 
-def as_run(config: GrowConfig, source: Source, before: SkillNet) -> FinetuneConfig:
+def save_as_run(config: GrowConfig, source: ModelSource, before: SkillNet) -> FinetuneConfig:
     """The growth as a run of the ordinary loop; old tasks are measured and take no steps.
 
     Raises:
@@ -73,7 +73,7 @@ def as_run(config: GrowConfig, source: Source, before: SkillNet) -> FinetuneConf
     shape = replace(
         before.config,
         skills=(*before.config.skills, skill.name),
-        tasks=before.config.tasks | {task.name: spec_of(config)},
+        tasks=before.config.tasks | {task.name: new_task_spec(config)},
     )
     old = {each: old_training(each, config, source) for each in before.config.tasks}
     return FinetuneConfig(
@@ -88,7 +88,7 @@ def as_run(config: GrowConfig, source: Source, before: SkillNet) -> FinetuneConf
     )
 
 
-def spec_of(config: GrowConfig) -> Task:
+def new_task_spec(config: GrowConfig) -> Task:
     """The new task, with as many outputs as its corpus has classes or symbols."""
     task, outputs = config.task, config.task.outputs
     if not outputs and task.objective in ("classification", "ctc"):
@@ -103,16 +103,16 @@ def spec_of(config: GrowConfig) -> Task:
     return Task(task.objective, dict(task.towers), outputs)
 
 
-def old_training(task: str, config: GrowConfig, source: Source) -> TaskTraining:
+def old_training(task: str, config: GrowConfig, source: ModelSource) -> TaskTraining:
     """How an old task is measured: as in the training of the source."""
     known = (source.settings.get("tasks") or {}).get(task) or {}
     corpora = {task: known["corpus"]} if known else {}
-    corpus = Path(corpus_path("", task, corpora | config.corpora)).name
-    return TaskTraining(corpus, max_length=known.get("max_length"), measured_only=True)
+    corpus = Path(locate_task_corpus("", task, corpora | config.corpora)).name
+    return TaskTraining(corpus, max_length=known.get("max_length"), eval_only=True)
 
 
 def reference_run(
-    name: Reference, config: GrowConfig, settings: FinetuneConfig, source: Source, run: Path
+    name: Reference, config: GrowConfig, settings: FinetuneConfig, source: ModelSource, run: Path
 ) -> FinetuneConfig | None:
     """The run of a reference; None where the task has no skill but the new one."""
     task = config.task.name
@@ -120,14 +120,14 @@ def reference_run(
     base = replace(settings, name=f"{settings.name}-{name}", run_dir=str(run / "references"))
     alone = {task: settings.tasks[task]}
     if name == "everything":
-        return replace(base, training=replace(settings.training, only=[]))
+        return replace(base, training=replace(settings.training, trainable=[]))
     if name == "fresh":
         return replace(
             base,
             init_from=None,
             tasks=alone,
             model=replace(settings.model, tasks={task: spec}),
-            training=replace(settings.training, only=[]),
+            training=replace(settings.training, trainable=[]),
         )
     left = {
         tower: tuple(skill for skill in plan.skills if skill != config.skill.name)
@@ -137,12 +137,12 @@ def reference_run(
         return None
     towers = {t: SkillPlan(left[t], plan.modality) for t, plan in spec.towers.items()}
     torch.manual_seed(config.seed)
-    model = add_task(load(source), task, replace(spec, towers=towers))
-    kept = [file for file in settings.training.only if file != f"skill-{config.skill.name}"]
+    model = add_task(load_source_model(source), task, replace(spec, towers=towers))
+    kept = [file for file in settings.training.trainable if file != f"skill-{config.skill.name}"]
     return replace(
         base,
         init_from=keep_start(model, str(settings.run_dir)),
         tasks=alone,
         model=model.config,
-        training=replace(settings.training, only=kept),
+        training=replace(settings.training, trainable=kept),
     )

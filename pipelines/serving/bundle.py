@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from pipelines.evaluation.evaluator import check_outputs, corpus_path
+from pipelines.evaluation.evaluator import check_outputs, locate_task_corpus
 from pipelines.runs.head_sizes import LISTED
-from pipelines.runs.model_source import Source
-from pipelines.runs.model_source import load_at_work as load_model
-from pipelines.serving.predictor import CaptionBank, Predictor
+from pipelines.runs.model_source import ModelSource
+from pipelines.runs.model_source import load_trained_tasks as load_model
+from pipelines.serving.predictor import CaptionBank, TaskPredictor
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.tokenizer import training as tokenizers
 from skillnet import systems
@@ -53,7 +53,7 @@ ABOUT = "serving.json"
 TOKENIZER = "tokenizer.json"
 
 
-def build(source: Source, data: str | Path, target: Path) -> Path:
+def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
     """Write a model's bundle, whole or not at all; returns its folder.
 
     Raises:
@@ -61,20 +61,20 @@ def build(source: Source, data: str | Path, target: Path) -> Path:
     """
     model = load_model(source)
     corpora = {
-        task: open_corpus(corpus_path(data, task, source.corpora)) for task in model.config.tasks
+        task: open_corpus(locate_task_corpus(data, task, source.corpora)) for task in model.config.tasks
     }
     words = tokenizer_of(corpora, place(data, Path()))
     specs = model.config.tasks
     for task, corpus in corpora.items():
         check_outputs(corpus, task, specs[task])
-    names = {task: names_of(corpus, specs[task]) for task, corpus in corpora.items()}
+    names = {task: class_names(corpus, specs[task]) for task, corpus in corpora.items()}
     with staging(target) as folder:
         model.save_pretrained(folder / "model")
         (folder / TOKENIZER).write_bytes(words)
         prepared = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
-        predictor = Predictor(
+        predictor = TaskPredictor(
             model,
-            tokenizers.load(folder / TOKENIZER),
+            tokenizers.load_tokenizer(folder / TOKENIZER),
             names,
             limits=source.limits,
             prepared=prepared,
@@ -82,7 +82,7 @@ def build(source: Source, data: str | Path, target: Path) -> Path:
         for task, corpus in corpora.items():
             if specs[task].objective == "retrieval":
                 captions = known_captions(corpus)
-                vectors = embedded(predictor, task, captions)
+                vectors = embed_captions(predictor, task, captions)
                 save_file({"embeddings": vectors}, folder / f"captions-{task}.safetensors")
                 write_json(folder / f"captions-{task}.json", captions)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -109,22 +109,22 @@ def build(source: Source, data: str | Path, target: Path) -> Path:
     return target
 
 
-def open_bundle(folder: str | Path, precision: str = "auto") -> Predictor:
+def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
     """A predictor from a bundle. Every file is hashed first.
 
     Raises:
         UserError: a file is missing or was altered; names it.
     """
     folder = Path(folder)
-    about = check(folder)
-    model = systems.load(folder / "model").to(best_device())
+    about = check_bundle(folder)
+    model = systems.load_model(folder / "model").to(best_device())
     banks = {}
     for task, spec in model.config.tasks.items():
         if spec.objective == "retrieval" and f"captions-{task}.json" in about["files"]:
             banks[task] = _bank(folder, task)
-    return Predictor(
+    return TaskPredictor(
         model,
-        tokenizers.load(folder / TOKENIZER),
+        tokenizers.load_tokenizer(folder / TOKENIZER),
         {task: entry["names"] for task, entry in about["tasks"].items()},
         banks,
         {task: entry["limit"] for task, entry in about["tasks"].items()},
@@ -133,7 +133,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> Predictor:
     )
 
 
-def check(folder: str | Path) -> dict[str, Any]:
+def check_bundle(folder: str | Path) -> dict[str, Any]:
     """Hash every file of a bundle; returns what ``serving.json`` says.
 
     Raises:
@@ -177,16 +177,16 @@ def _bank(folder: Path, task: str) -> CaptionBank:
     return CaptionBank(words, vectors.numpy())
 
 
-def open_predictor(source: Source, data: str | Path | None, precision: str = "auto") -> Predictor:
+def open_predictor(source: ModelSource, data: str | Path | None, precision: str = "auto") -> TaskPredictor:
     """A predictor for any model: from its bundle, or from one made now and kept for next time.
 
     Args:
         source: the model.
         data: prepared corpora; needed for a checkpoint, which has no tokenizer of its own.
-        precision: see :class:`pipelines.evaluation.inference.Runner`.
+        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
 
     Raises:
-        UserError: as :func:`build` and :func:`open_bundle`.
+        UserError: as :func:`build_bundle` and :func:`open_bundle`.
     """
     if source.bundle is not None:
         return open_bundle(source.bundle, precision)
@@ -194,18 +194,18 @@ def open_predictor(source: Source, data: str | Path | None, precision: str = "au
         raise UserError(f"{source.name} is a checkpoint: give --data, the prepared corpora")
     tasks = read_config(source.weights, read_manifest(source.weights))[0].tasks
     digests = [
-        open_corpus(corpus_path(data, task, source.corpora)).digest
+        open_corpus(locate_task_corpus(data, task, source.corpora)).digest
         for task in tasks
         if task not in source.auxiliary
     ]
     key = digest([FORMAT, VECTORS, __version__, source.digest, digests, source.limits])
     kept = run_root() / "cache" / "bundles" / key[:16]
     if not (kept / ABOUT).is_file():
-        build(source, data, kept)
+        build_bundle(source, data, kept)
     return open_bundle(kept, precision)
 
 
-def names_of(corpus: PreparedCorpus, spec: Task) -> list[str]:
+def class_names(corpus: PreparedCorpus, spec: Task) -> list[str]:
     """Names of a task's classes, or of its symbols from 1 on; [] for retrieval."""
     key = LISTED.get(spec.objective)
     return list(corpus.manifest.get(key, [])) if key else []
@@ -235,7 +235,7 @@ def known_captions(corpus: PreparedCorpus, most: int = MOST_CAPTIONS) -> list[st
     return list(found)
 
 
-def embedded(predictor: Predictor, task: str, captions: list[str]) -> np.ndarray:
+def embed_captions(predictor: TaskPredictor, task: str, captions: list[str]) -> np.ndarray:
     """Vectors of known captions, (N, E): spelt in tokens a batch at a time."""
     parts = [
         predictor.embed_texts(task, captions[start : start + BATCH])
@@ -258,7 +258,9 @@ def tokenizer_of(corpora: Mapping[str, PreparedCorpus], data: Place) -> bytes:
     where = below(data, TOKENIZER)
     found = content(where)
     if found is None and not entries:
-        return tokenizers.train([], []).encode()  # nothing reads text: one of bytes alone will do
+        return tokenizers.train_tokenizer(
+            [], []
+        ).encode()  # nothing reads text: one of bytes alone will do
     if found is None:
         raise UserError(f"{where} is missing; run `skillnet prepare`")
     sha256 = hashlib.sha256(found).hexdigest()

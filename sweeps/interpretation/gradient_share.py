@@ -1,7 +1,8 @@
-"""Where the gradient goes: the share of each skill, stem and head in a task's squared gradient.
+"""Gradient share: the part of a task's squared gradient in each skill, the stems and the head.
 
-Of training batches, in evaluation mode (no dropout) and without augmentation. A share is a sum of
-squares over batches divided by that of all parts, so large parts count by their size.
+Gradients are of training batches, in evaluation mode (no dropout) and without augmentation. A share
+is a sum of squares over batches, divided by the sum of all parts, so larger parts have larger
+shares. The entry point is :func:`measure_gradient_share`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 
 from pipelines.config.run import TaskTraining
-from pipelines.evaluation.evaluator import corpus_path
-from pipelines.evaluation.tables import HEADLINE, in_order
+from pipelines.evaluation.evaluator import locate_task_corpus
+from pipelines.evaluation.tables import HEADLINE, sort_rows
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss
@@ -53,72 +54,73 @@ def measure_gradient_share(
     bootstrap_samples: int = 1000,
     precision: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Share of the squared gradient norm by part, for every task.
+    """Measure the share of each part in the squared gradient norm of every task.
 
     Args:
-        model: a trained model; nothing of it changes.
+        model: a trained model; it is not changed.
         data: directory of prepared corpora.
-        tasks: names; none takes all that are measured by a headline figure.
-        split: the batches are of.
-        corpora: task -> corpus, where it is not the built-in one.
-        limits: task -> longest sequence, as in training.
-        batches: number of batches of a task.
-        batch: rows of each.
-        seed: of the choice of rows, and of the resampling.
+        tasks: task names; None takes all tasks with a headline metric.
+        split: split of the batches.
+        corpora: task -> corpus, if it is not the built-in corpus.
+        limits: task -> maximum sequence length, as in training.
+        batches: number of batches per task.
+        batch: rows per batch.
+        seed: seed of row sampling and resampling.
         bootstrap_samples: resamplings of each interval, which is over batches.
         precision: as in training.
 
     Returns:
-        Rows with the keys ``COLUMNS``: one for every skill (0 where it is not active), for what
-        is shared, for the task's stems and for its head. ``share`` is of all parts, ``of_skills``
-        of all skills (None for other parts); each adds up to 1 over a task. ``parameters`` is
-        how many the task touches of that part.
+        Rows with the keys ``COLUMNS``: one per skill (0 if inactive), one for shared parameters,
+        one for the task's stems and one for its head. ``share`` is relative to all parts,
+        ``of_skills`` to all skills (None for other parts); each sums to 1 over a task.
+        ``parameters`` is the number of parameters of the part that the task uses.
 
     Raises:
-        UserError: an unknown task, a corpus that is missing or does not fit it.
+        UserError: an unknown task, or a corpus that is missing or does not fit.
     """
-    names = in_order(model.config.tasks) if tasks is None else list(tasks)
-    found = []
+    names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
+    table = []
     for name in names:
         if find_task(name, model.config.tasks).objective not in HEADLINE:
             continue
-        corpus = open_corpus(corpus_path(data, name, corpora))
+        corpus = open_corpus(locate_task_corpus(data, name, corpora))
         settings = TaskTraining(
-            corpus.name, batch=batch, split=split, max_length=(limits or {}).get(name)
+            corpus.name, batch_size=batch, split=split, max_length=(limits or {}).get(name)
         )
-        settings = replace(settings, first_caption=1.0)
+        settings = replace(settings, first_caption_prob=1.0)
         stream = MultiTaskDataLoader({corpus.name: corpus}, {name: settings}, model.config, seed)
         squares, sizes = _squared_norms(model, name, stream, batches, precision)
-        whole = np.sum(list(squares.values()), 0)
+        total = np.sum(list(squares.values()), 0)
         skills = np.sum([x for (kind, _), x in squares.items() if kind == "skill"], 0)
         for (kind, part), values in squares.items():
             row: dict[str, Any] = {"task": name, "kind": kind, "part": part, "batches": batches}
             row["parameters"] = sizes[kind, part]
             keys = ("share", "low", "high")
-            row |= zip(keys, _share_interval(values, whole, seed, bootstrap_samples), strict=True)
+            row |= zip(keys, _share_interval(values, total, seed, bootstrap_samples), strict=True)
             if kind == "skill":
                 keys = ("of_skills", "of_skills_low", "of_skills_high")
                 row |= zip(
                     keys, _share_interval(values, skills, seed, bootstrap_samples), strict=True
                 )
-            found.append({column: row.get(column) for column in COLUMNS})
-    return found
+            table.append({column: row.get(column) for column in COLUMNS})
+    return table
 
 
 def _share_interval(
-    values: np.ndarray, whole: np.ndarray, seed: int, bootstrap_samples: int
+    values: np.ndarray, total: np.ndarray, seed: int, bootstrap_samples: int
 ) -> ConfidenceInterval:
-    rows_N2 = np.stack([values, whole], 1)
+    rows_N2 = np.stack([values, total], 1)
     return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=bootstrap_samples)
 
 
+#: (kind, name): ("skill", its name), or twice "shared", "stem" or "head".
 ModelPart = tuple[str, str]
 
 
 def _squared_norms(
     model: SkillNet, task: str, stream: MultiTaskDataLoader, batches: int, precision: str
 ) -> tuple[dict[ModelPart, np.ndarray], dict[ModelPart, int]]:
-    """(kind, part) -> squared gradient norm of each batch, and the parameters it is over."""
+    """Return part -> squared gradient norm of each batch, and part -> number of parameters."""
     named = list(model.active_parameters(task))
     parts: dict[ModelPart, int] = {("skill", skill): 0 for skill in model.config.skills}
     parts |= {(kind, kind): 0 for kind in ("shared", "stem", "head")}

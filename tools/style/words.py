@@ -37,6 +37,8 @@ _REPLACEMENTS = list(BANNED.values())
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".toml", ".html", ".css", ".sh", ".cff")
 #: Data that commands have written, and the list of banned words itself.
 EXCLUDED = ("benchmarks/results/", "tools/style/", "CONTRIBUTING.md", "tests/golden/")
+#: Texts that the digest of a corpus contains, so that they cannot change.
+DIGESTED_TEXTS = ("copy of the recording spelt with ü",)
 
 
 def find_banned_words(root: Path, files: list[str]) -> Iterator[str]:
@@ -53,6 +55,8 @@ def find_banned_words(root: Path, files: list[str]) -> Iterator[str]:
             continue
         text = (root / name).read_text(encoding="utf-8")
         for number, line in enumerate(text.splitlines(), 1):
+            if any(text in line for text in DIGESTED_TEXTS):
+                continue
             for match in _PATTERN.finditer(line):
                 index = int(str(match.lastgroup)[1:])
                 yield f"{name}:{number}: {match[0]!r} -> {_REPLACEMENTS[index]}"
