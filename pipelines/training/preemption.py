@@ -1,14 +1,15 @@
-"""A notice to leave: SIGTERM, as a machine that is about to be taken away sends it.
+"""Graceful preemption: on SIGTERM all ranks stop after the current step, with a checkpoint.
 
-Whoever gets it, driver or worker, the run writes a checkpoint after the step at hand and ends; the
-same command goes on from there. A worker's own notice rides in the last gradient bucket of the
-step (:class:`~pipelines.training.gradient_sync.GradientSync`), so that all ranks leave after the
-same one and no exchange is added. A driver puts up a :class:`Sign`, which rank 0 looks for beside
-the training: it may be on another machine than its workers, so on Ray the sign hangs in Ray's own
-store (:class:`~pipelines.training.ray_train.preemption.RaySign`), and no disk has to be common.
+The driver or a worker may receive the signal; the same command resumes the run. A worker's flag
+travels in the last gradient bucket of the step
+(:class:`~pipelines.training.gradient_sync.GradientSync`), so that all ranks stop after the same
+step without another exchange. The driver sets a :class:`StopSignal`, which rank 0 polls in a
+thread, because the driver may be on another node than its workers. On Ray the signal is a key in
+Ray's own store (:class:`~skillnet_platform.ray_internals.stop_signal.RayStopSignal`), so no common
+disk is needed.
 
-In an elastic run a worker's notice is its host's alone: after the checkpoint the workers end with
-:class:`Regroup`, and the controller starts them again without that host.
+In an elastic run a signal to a worker concerns its node alone: after the checkpoint the workers
+end with :class:`~skillnet_platform.ray_internals.errors.WorkerGroupResize`, and the controller restarts them without that node.
 """
 
 import contextlib
@@ -25,51 +26,31 @@ from skillnet_platform.errors import first_line
 
 FILE = "leave"
 
-#: Seconds between two looks for the driver's sign.
-LOOK_S = 1.0
-#: Seconds that a store of signs which does not answer may hold up the end of a block.
-ANSWER_S = 10.0
+#: Seconds between two polls of the driver's stop signal.
+POLL_INTERVAL_S = 1.0
+#: Seconds that a stop signal whose store does not answer may delay the end of a block.
+ANSWER_TIMEOUT_S = 10.0
 
-_ASKED = threading.Event()
-#: Who asked, beside the process itself.
-_SIGNALLED, _ORDERED = threading.Event(), threading.Event()
-
-
-class Regroup(Exception):
-    """Ends the workers of an elastic run after a checkpoint, to start again as the cluster is then.
-
-    Args:
-        leaving: ids of the hosts whose workers were asked to leave.
-    """
-
-    def __init__(self, leaving: list[str]) -> None:
-        super().__init__(leaving)
-        self.leaving = leaving
-
-    def __str__(self) -> str:
-        hosts = f" without {len(self.leaving)} host(s) that leave" if self.leaving else ""
-        return f"the workers start again{hosts}"
+_STOP_REQUESTED = threading.Event()
+#: Origin of the request: a signal to this process, or the driver.
+_REQUESTED_BY_SIGNAL, _REQUESTED_BY_DRIVER = threading.Event(), threading.Event()
 
 
-class TooFewHosts(Exception):
-    """The driver of an elastic run was asked to leave while too few hosts were there to train."""
+class StopSignal(Protocol):
+    """Signal from a preempted driver to its workers."""
+
+    def set(self) -> None:
+        """Set the signal."""
+
+    def clear(self) -> None:
+        """Clear the signal, if it is set."""
+
+    def is_set(self) -> bool:
+        """Return whether the signal is set."""
 
 
-class Sign(Protocol):
-    """What a driver that was asked to leave puts up for its workers."""
-
-    def put_up(self) -> None:
-        """Show it."""
-
-    def take_down(self) -> None:
-        """Remove it, if it is there."""
-
-    def is_up(self) -> bool:
-        """Whether it is there."""
-
-
-class FileSign:
-    """A file, for workers that see the driver's disk.
+class FileStopSignal:
+    """File that stands for the signal, for workers that see the driver's disk.
 
     Args:
         path: of the file.
@@ -78,131 +59,132 @@ class FileSign:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def put_up(self) -> None:
-        """Make the file."""
+    def set(self) -> None:
+        """Create the file."""
         self._path.touch()
 
-    def take_down(self) -> None:
+    def clear(self) -> None:
         """Remove the file."""
         self._path.unlink(missing_ok=True)
 
-    def is_up(self) -> bool:
-        """Whether the file is there."""
-        # Listing the folder asks a network file system, where a look at the name may not.
+    def is_set(self) -> bool:
+        """Return whether the file exists."""
+        # A network file system may cache a lookup by name, but not the listing of the folder.
         with contextlib.suppress(OSError), os.scandir(self._path.parent) as entries:
             return any(entry.name == self._path.name for entry in entries)
         return False
 
 
-def asked() -> bool:
-    """Whether this process was asked to leave."""
-    return _ASKED.is_set()
+def stop_requested() -> bool:
+    """Return whether this process must stop after the current step."""
+    return _STOP_REQUESTED.is_set()
 
 
-def signalled() -> bool:
-    """Whether it was by a signal to this process, a worker: its host may be about to go."""
-    return _SIGNALLED.is_set()
+def stop_requested_by_signal() -> bool:
+    """Return whether this worker received SIGTERM itself, so that its node may be leaving."""
+    return _REQUESTED_BY_SIGNAL.is_set()
 
 
-def ordered() -> bool:
-    """Whether it was by the driver's sign: the run is to end."""
-    return _ORDERED.is_set()
+def stop_requested_by_driver() -> bool:
+    """Return whether the driver requested the stop, so that the run must end."""
+    return _REQUESTED_BY_DRIVER.is_set()
 
 
-def regroup() -> None:
-    """Ask this process, a worker, to leave so that more workers can start; for the controller."""
-    _ASKED.set()
+def request_resize() -> None:
+    """Request a stop of this worker so that more workers can start; the controller calls this."""
+    _STOP_REQUESTED.set()
 
 
 @contextlib.contextmanager
-def listening(sign: Sign | None = None) -> Iterator[None]:
-    """SIGTERM is a notice for the length of a block; a second one raises KeyboardInterrupt.
+def listen_in_driver(stop_signal: StopSignal | None = None) -> Iterator[None]:
+    """Treat SIGTERM as a stop request inside a block; a second one raises KeyboardInterrupt.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
 
     Args:
-        sign: put up at a notice, for workers in other processes. One that is up already is an old
-            one and taken down.
+        stop_signal: set at a stop request, for workers in other processes. One that is set at the
+            start is left over and is cleared.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    over = threading.Event()
+    done = threading.Event()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if _ASKED.is_set():
+    def handle(number: int, frame: FrameType | None) -> None:
+        if _STOP_REQUESTED.is_set():
             raise KeyboardInterrupt
-        _ASKED.set()
-        over.set()
-        console.warn("asked to leave (SIGTERM): a checkpoint after this step, then the end")
+        _STOP_REQUESTED.set()
+        done.set()
+        console.warn("SIGTERM: stopping after this step, with a checkpoint")
 
-    def tell(sign: Sign) -> None:
-        over.wait()
-        if _ASKED.is_set():
+    def forward(signal_to_set: StopSignal) -> None:
+        done.wait()
+        if _STOP_REQUESTED.is_set():
             try:
-                sign.put_up()
-            except Exception as problem:
+                signal_to_set.set()
+            except Exception as error:
                 console.warn(
-                    f"the workers could not be told to leave ({first_line(problem)}); they train on"
+                    f"the stop request did not reach the workers ({first_line(error)}); they "
+                    "continue to train"
                 )
 
-    _ASKED.clear()
-    # Not in the handler: the main thread may be inside the very client that the sign needs.
-    teller = threading.Thread(target=tell, args=(sign,), name="notice", daemon=True)
-    if sign is not None:
-        sign.take_down()
-        teller.start()
-    before = signal.signal(signal.SIGTERM, ask)
-    # Ray Train takes Ctrl-C for itself and does not give it back: after the fit it would start
-    # another Ray, to abort what is over.
+    _STOP_REQUESTED.clear()
+    # The handler must not set the signal: the main thread may be inside the client that it needs.
+    forwarder = threading.Thread(target=forward, args=(stop_signal,), name="stop", daemon=True)
+    if stop_signal is not None:
+        stop_signal.clear()
+        forwarder.start()
+    before = signal.signal(signal.SIGTERM, handle)
+    # Ray Train replaces the handler of Ctrl-C and does not restore it: after the fit that handler
+    # would start another Ray to abort a finished fit.
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, interrupt)
-        over.set()
-        if sign is not None:
-            teller.join(ANSWER_S)
-            sign.take_down()
-        _ASKED.clear()
+        done.set()
+        if stop_signal is not None:
+            forwarder.join(ANSWER_TIMEOUT_S)
+            stop_signal.clear()
+        _STOP_REQUESTED.clear()
 
 
 def listen_in_worker() -> None:
-    """Take SIGTERM as a notice from now on, in the main thread of a worker process.
+    """Treat SIGTERM as a stop request from now on, in the main thread of a worker process.
 
-    A second one ends the process as the first one would have without this.
+    A second SIGTERM ends the process.
     """
     before = signal.getsignal(signal.SIGTERM)
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        _SIGNALLED.set()
-        _ASKED.set()
+    def handle(number: int, frame: FrameType | None) -> None:
+        _REQUESTED_BY_SIGNAL.set()
+        _STOP_REQUESTED.set()
         signal.signal(signal.SIGTERM, before)
 
-    for event in (_ASKED, _SIGNALLED, _ORDERED):
+    for event in (_STOP_REQUESTED, _REQUESTED_BY_SIGNAL, _REQUESTED_BY_DRIVER):
         event.clear()
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGTERM, handle)
 
 
 @contextlib.contextmanager
-def looking_for(sign: Sign) -> Iterator[None]:
-    """Look for the driver's sign in a thread, for the length of a block."""
+def watch_stop_signal(stop_signal: StopSignal) -> Iterator[None]:
+    """Poll the driver's stop signal in a thread, inside a block."""
     ended = threading.Event()
 
-    def look() -> None:
-        while not ended.wait(LOOK_S):
-            # A store of signs that is away for a moment is asked again.
+    def poll() -> None:
+        while not ended.wait(POLL_INTERVAL_S):
+            # A store that fails is polled again.
             with contextlib.suppress(Exception):
-                if sign.is_up():
-                    _ORDERED.set()
-                    _ASKED.set()
+                if stop_signal.is_set():
+                    _REQUESTED_BY_DRIVER.set()
+                    _STOP_REQUESTED.set()
                     return
 
-    thread = threading.Thread(target=look, name="notice", daemon=True)
+    thread = threading.Thread(target=poll, name="stop", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join(ANSWER_S)
+        thread.join(ANSWER_TIMEOUT_S)

@@ -13,9 +13,9 @@ import torch
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.training import fault_injection
 from skillnet_platform import config as configuration
 from skillnet_platform.tracking import backend
+from tests.chaos.fault_injection import VARIABLE
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import ROOT, STEPS, apart, config_for, same, weights
@@ -41,7 +41,7 @@ def command(config: FinetuneConfig, root: Path, **environment: str) -> tuple[int
     path = root / f"{config.name}.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.finetune", "--config", str(path)],
+        [sys.executable, "-m", "tests.chaos.faulty_finetune", "--config", str(path)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -53,7 +53,7 @@ def command(config: FinetuneConfig, root: Path, **environment: str) -> tuple[int
 
 def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: Path) -> None:
     """This machine is one host; two workers apart never find a place."""
-    waits = {"workers": 3, "min_workers": 2, "placement": "strict_spread"}
+    waits = {"workers": 3, "min_workers": 2, "placement_strategy": "strict_spread"}
     config = config_for(data, tmp_path, "waiting", **waits)
     path = tmp_path / "waiting.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: 
             said = []
             for line in process.stderr:
                 said.append(line)
-                if "waiting for hosts" in line:
+                if "waiting for nodes" in line:
                     break
             process.send_signal(signal.SIGTERM)
             said += process.communicate(timeout=120)[1].splitlines()
@@ -133,7 +133,7 @@ def test_the_raylet_killed_and_the_head_started_again(
 ) -> None:
     config = config_for(data, tmp_path, "head", workers=2)
     fault = {"rank": 1, "step": 5, "kind": "kill", "victim": "raylet"}
-    assert fault_injection.environment() == {}
+    assert VARIABLE not in os.environ
     said = apart(HEAD, config, tmp_path, fault, "-n", RUN=str(tmp_path / "head"))
     lines = said.splitlines()
     codes = [line for line in lines if line.startswith(("first ", "second "))]

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.runs.progress_log import history
-from pipelines.training import fault_injection
+from pipelines.runs.progress_log import read_metric_history
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from skillnet_platform import config as configuration
 from tests.chaos.namespaces import missing
 from tests.chaos.ray_nodes import ray_hosts, wait_for
+from tests.chaos.fault_injection import VARIABLE
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights
@@ -54,12 +55,12 @@ def near(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
 def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
     data: Path, tmp_path: Path
 ) -> None:
-    elastic = {"precision": "fp64", "workers": 2, "min_workers": 1, "regrow_seconds": 1.0}
+    elastic = {"precision": "fp64", "workers": 2, "min_workers": 1, "resize_interval_s": 1.0}
     config = config_for(
-        data, tmp_path, "elastic", placement="strict_spread", max_failures=0, **elastic
+        data, tmp_path, "elastic", placement_strategy="strict_spread", max_failures=0, **elastic
     )
     alone = tmp_path / "alone"
-    train(config_for(data, tmp_path, "alone", precision="fp64"), run=alone)
+    train(ResolvedRun(config_for(data, tmp_path, "alone", precision="fp64"), alone))
     run = tmp_path / "elastic"
     order = [
         {"rank": None, "step": 5, "kind": "hold"},  # until its host is gone
@@ -68,7 +69,7 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
     ]
     with ray_hosts(tmp_path / "hosts", "head", "other", **SOON) as hosts:
         words = command(tmp_path, config)
-        environment = {"RAY_ADDRESS": hosts.address, fault_injection.VARIABLE: json.dumps(order)}
+        environment = {"RAY_ADDRESS": hosts.address, VARIABLE: json.dumps(order)}
         with hosts.started("head", *words, **environment) as process:
             wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
             hosts.kill("other")
@@ -76,7 +77,7 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
             hosts.start("again")
             said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
-    told = history(run / "progress.jsonl")
+    told = read_metric_history(run / "progress.jsonl")
     assert told["training/workers"] == [(0, 2.0), (4, 1.0), (9, 2.0), (11, 1.0)], said
     assert json.loads((run / "trained.json").read_text())["world"] == 1
     steps = [step for step, _ in told["training/learning_rate"]]
@@ -84,14 +85,14 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
     assert near(weights(run), weights(alone)) < 1e-9
     # Without a failure to spend: what hosts bring about is none.
     assert config.training.max_failures == 0
-    for words in ("1 host(s) left", "room for 2 workers", "1 host(s) asked to leave"):
+    for words in ("1 node(s) left", "2 workers fit", "1 node(s) were asked to leave"):
         assert said.count(words) == 1, said
     assert said.count("training with 1 of 2 workers") == 2, said
     assert "Error in training function" not in said
 
 
 def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path) -> None:
-    config = config_for(data, tmp_path, "fixed", workers=2, placement="strict_spread")
+    config = config_for(data, tmp_path, "fixed", workers=2, placement_strategy="strict_spread")
     undisturbed = tmp_path / "two"
     run_ranks(
         2,
@@ -103,7 +104,7 @@ def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path
     run = tmp_path / "fixed"
     order = {"rank": None, "step": 5, "kind": "hold"}
     with ray_hosts(tmp_path / "hosts", "head", "other", **SOON) as hosts:
-        environment = {"RAY_ADDRESS": hosts.address, fault_injection.VARIABLE: json.dumps(order)}
+        environment = {"RAY_ADDRESS": hosts.address, VARIABLE: json.dumps(order)}
         with hosts.started("head", *command(tmp_path, config), **environment) as process:
             wait_for((run / "faults" / "0-hold-5").exists, process, PATIENCE_S)
             hosts.kill("other")
@@ -118,4 +119,4 @@ def test_a_host_that_comes_back_takes_its_place_again(data: Path, tmp_path: Path
 def command(root: Path, config: Any) -> list[str]:
     path = root / f"{config.name}.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
-    return ["python", "-m", "pipelines.finetune", "--config", str(path)]
+    return ["python", "-m", "tests.chaos.faulty_finetune", "--config", str(path)]

@@ -1,9 +1,10 @@
-"""TODO: pipelines.training.ray_train.fit."""
+"""Training on Ray workers: :func:`fit_on_ray` starts them and returns when training ends."""
 
 import contextlib
 import functools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -13,13 +14,16 @@ import torch
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.uploads import fit_storage
-from pipelines.training import fault_injection, preemption
+from pipelines.training import preemption
+from pipelines.training.callbacks import LoopCallback
 from pipelines.training.reporter import OnEvaluation
-from pipelines.training.worker import work
+from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.worker import run_worker
 from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import Terminated
+from skillnet_platform.ray_internals.errors import InsufficientWorkersError
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -31,7 +35,7 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
 
 
 @dataclass
-class Nested:
+class NestedFit:
     """How a fit on Ray runs inside a trial of Ray Tune.
 
     Args:
@@ -55,26 +59,26 @@ def ray_worker(settings: dict[str, Any]) -> None:
 
         torch.cuda.set_device(get_device())
     node = ray.get_runtime_context().get_node_id()
-    tracked, run, rank = settings["tracked"], Path(settings["run"]), context.get_world_rank()
-    with preemption.looking_for(settings["leave"]) if rank == 0 else contextlib.nullcontext():
-        work(
-            config,
-            run,
+    tracked, rank = settings["tracked"], context.get_world_rank()
+    with preemption.watch_stop_signal(settings["leave"]) if rank == 0 else contextlib.nullcontext():
+        run_worker(
+            ResolvedRun(config, Path(settings["run"])),
             rank,
             context.get_world_size(),
             (tracked[0], tracked[1]) if tracked else None,
             settings["on_evaluation"],
             apart=settings["driver_node"] != node,
             host=node if config.training.min_workers else None,
+            callbacks=settings["callbacks"],
         )
 
 
 def fit_on_ray(
-    config: FinetuneConfig,
-    run: Path,
+    run: ResolvedRun,
     tracked: tuple[str, str] | None,
     on_evaluation: OnEvaluation | None = None,
-    nested: Nested | None = None,
+    nested: NestedFit | None = None,
+    callbacks: Sequence[LoopCallback] = (),
 ) -> None:
     """Train on ``training.workers`` Ray workers.
 
@@ -85,17 +89,18 @@ def fit_on_ray(
     :mod:`pipelines.training.ray_train.elastic`.
 
     Args:
-        config: of the run, with absolute paths.
-        run: folder of the run.
+        run: configuration with absolute paths, and the run's folder.
         tracked: MLflow run id and URI.
-        on_evaluation: see :func:`work`; called in the workers, so it must be picklable.
+        on_evaluation: see :func:`pipelines.training.worker.run_worker`; called in the workers, so it must be picklable.
         nested: how to run inside a trial of Ray Tune.
+        callbacks: of the training loop; sent to the workers by pickle.
 
     Raises:
         Terminated: asked to leave while an elastic run waited for hosts.
     """
     from skillnet_platform import cluster
 
+    config = run.config
     workers = config.training.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = config.training.threads_per_worker or max(1, (cores or 1) // workers)
@@ -103,25 +108,26 @@ def fit_on_ray(
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     loop = {
         "config": configuration.to_dict(config),
-        "run": str(run),
+        "run": str(run.folder),
         "threads": threads,
         "tracked": list(tracked) if tracked else None,
         "on_evaluation": on_evaluation,
+        "callbacks": list(callbacks),
     }
     with cluster.session(cpus=max(workers, cores or 1)):
         import ray
         from ray.exceptions import RayActorError
         from ray.train import ControllerError
 
-        from pipelines.training.ray_train.preemption import RaySign
+        from skillnet_platform.ray_internals.stop_signal import RayStopSignal
 
-        leave = loop["leave"] = RaySign()
+        leave = loop["leave"] = RayStopSignal()
         loop["driver_node"] = ray.get_runtime_context().get_node_id()
         for left in range(config.training.max_failures, -1, -1):
-            trainer = _trainer(config, run, loop, nested)
+            trainer = _trainer(config, run.folder, loop, nested)
             try:
                 # Not before Ray is up: it takes the signal for itself.
-                with preemption.listening(leave):
+                with preemption.listen_in_driver(leave):
                     trainer.fit()
                 return
             except RayActorError as problem:
@@ -131,7 +137,7 @@ def fit_on_ray(
                 words = str(problem).strip().splitlines()[0]
                 console.warn(f"Ray Train's controller is gone ({words}); starting it again")
             except ControllerError as problem:
-                if not isinstance(problem.controller_failure, preemption.TooFewHosts):
+                if not isinstance(problem.controller_failure, InsufficientWorkersError):
                     raise
                 raise Terminated(
                     "ended by SIGTERM while too few hosts were there to train; the same command, "
@@ -143,29 +149,33 @@ def fit_on_ray(
 
 
 def _trainer(
-    config: FinetuneConfig, run: Path, loop: dict[str, Any], nested: Nested | None
+    config: FinetuneConfig, run: Path, loop: dict[str, Any], nested: NestedFit | None
 ) -> "TorchTrainer":
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     from pipelines.training.ray_train import rendezvous
-    from pipelines.training.ray_train.failure_policy import Trainer
-    from pipelines.training.ray_train.preemption import ListenInWorker
+    from skillnet_platform.ray_internals.failure_policy import PolicyTrainer
+    from skillnet_platform.ray_internals.worker_callback import WorkerStartCallback
 
     training = config.training
     one = {"CPU": 1.0} | ({"GPU": 1.0} if training.use_gpu else {})
     workers: Any = training.workers
-    kind: Any = Trainer
+    kind: Any = PolicyTrainer
     if training.min_workers:
-        from pipelines.training.ray_train.elastic import ElasticTrainer
+        from skillnet_platform.ray_internals.elastic import ElasticTrainer
 
         workers = (training.min_workers, training.workers)
-        kind = functools.partial(ElasticTrainer, leave=loop["leave"])
+        kind = functools.partial(
+            ElasticTrainer,
+            stop_requested=loop["leave"].is_set,
+            request_resize=preemption.request_resize,
+        )
     scaling = ScalingConfig(  # type: ignore[call-arg]
         num_workers=workers,
-        elastic_resize_monitor_interval_s=training.regrow_seconds,
+        elastic_resize_monitor_interval_s=training.resize_interval_s,
         use_gpu=training.use_gpu,
         resources_per_worker=nested.resources if nested else one,
-        placement_strategy=training.placement.upper(),
+        placement_strategy=training.placement_strategy.upper(),
     )
     trainer: TorchTrainer = kind(
         ray_worker,
@@ -177,10 +187,10 @@ def _trainer(
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",
             **fit_storage(config, run),
             logging_config=LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | fault_injection.environment()},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             # Ray's type names only what users' callbacks see; it takes those of workers as well.
             callbacks=[
-                ListenInWorker(),  # type: ignore[list-item]
+                WorkerStartCallback(preemption.listen_in_worker),  # type: ignore[list-item]
                 *(nested.callbacks if nested else []),
             ],
             failure_config=FailureConfig(  # type: ignore[call-arg]

@@ -171,9 +171,9 @@ def authentication(seen: Sequence[Seen], dashboard: str = "") -> list[Finding]:
 def _dashboard(ray: Any) -> str:
     """Address of the job server of the cluster; empty if it cannot be told."""
     try:
-        from ray.dashboard.utils import ray_address_to_api_server_url
+        from skillnet_platform.ray_internals.job_server import find_job_server_url
 
-        return str(ray_address_to_api_server_url(ray.get_runtime_context().gcs_address))
+        return find_job_server_url(ray.get_runtime_context().gcs_address)
     except Exception:  # no dashboard, or another version of Ray: the nodes' settings remain
         return ""
 
@@ -247,7 +247,9 @@ def room(seen: Sequence[Seen], request: ResourceRequest | None = None) -> list[F
     request = request or ResourceRequest()
     least = min(seen, key=lambda each: each.free_bytes)
     free = storage.human_bytes(least.free_bytes)
-    advice = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk"
+    advice = (
+        "free some, keep fewer checkpoints (--training.keep_checkpoints 1), or use a larger disk"
+    )
     needed = estimate_checkpoint_bytes(request)
     if needed > least.free_bytes:
         what = f"{free} free on {least.node}; the run takes {storage.human_bytes(needed)}"

@@ -108,8 +108,9 @@ def disk(request: ResourceRequest | None = None) -> list[Finding]:
         return [Finding("disk", "error", f"{root}: {problem}", advice)]
     free, needed = storage.free_bytes(root), estimate_checkpoint_bytes(request)
     seen = f"{storage.human_bytes(free)} free in {root}"
-    larger = "free some, keep fewer checkpoints (--training.keep 1), or use a larger disk: " + (
-        "another --run_dir" if request.run_dir else storage.HOME_VARIABLE
+    larger = (
+        "free some, keep fewer checkpoints (--training.keep_checkpoints 1), or use a larger disk: "
+        + ("another --run_dir" if request.run_dir else storage.HOME_VARIABLE)
     )
     if needed > free:
         seen += f"; the run's checkpoints take {storage.human_bytes(needed)}"

@@ -23,8 +23,6 @@ OPEN_A_TUNNEL = (
 )
 #: Commands that serve or only look: ``--attach`` without an id does not mean them.
 SERVICES = ("doctor", "tracker", "ui")
-#: A job server that is silent for so long in the middle of an answer is gone.
-REQUEST_S = 120.0
 
 
 def job_server(address: str | None = None) -> str:
@@ -59,19 +57,13 @@ def connect(address: str | None = None) -> Any:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
+
+    from skillnet_platform.ray_internals.job_server import JobServerClient
 
     logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
-
-    class Client(JobSubmissionClient):
-        """Ray's own waits for an answer for ever."""
-
-        def _do_request(self, *arguments: Any, **options: Any) -> Any:
-            return super()._do_request(*arguments, **{"timeout": REQUEST_S, **options})
-
     try:
         # The first request of the constructor is the version of the cluster's Ray.
-        return Client(url)
+        return JobServerClient(url)
     except AuthenticationError:
         raise UserError(
             f"{url}: the cluster refuses the token ({place}); take the cluster's own, which "

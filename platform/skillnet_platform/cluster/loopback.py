@@ -11,7 +11,6 @@ from typing import Any
 
 ADDRESS = "127.0.0.1"
 
-_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 #: Where gloo and NCCL listen in workers; without it they take what the host's name resolves to.
@@ -29,19 +28,17 @@ def starting() -> Iterator[None]:
     ``RAY_AUTH_MODE`` is "disabled"; one is made here where the user has none, because Ray would
     leave one in the home directory, after which every other Ray of the user asks for it.
     """
-    from ray._private import ray_constants
+    from skillnet_platform.ray_internals.single_node import CLUSTER_VARIABLE, disable_clusters
 
-    values = {_CLUSTERS: "0"} | {k: os.environ.get(k, v) for k, v in _INTERFACES.items()}
+    values = {CLUSTER_VARIABLE: "0"} | {k: os.environ.get(k, v) for k, v in _INTERFACES.items()}
     if os.environ.get(_MODE) != "disabled" and not _has_token():
         values[_TOKEN] = _own_token()
     before = {name: os.environ.get(name) for name in values}
-    # Read from the environment when Ray is imported, which may have been long ago.
-    switched, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     os.environ.update(values)
     try:
-        yield
+        with disable_clusters():
+            yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = switched
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

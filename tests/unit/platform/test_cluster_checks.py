@@ -185,7 +185,7 @@ def test_room_is_held_against_what_the_run_takes(
     step = tmp_path / "big/mine/checkpoints/step-00000100"
     step.mkdir(parents=True)
     (step / "weights").write_bytes(b"x" * 1000)
-    words = ["finetune", "--run_dir", str(tmp_path / "big"), "--training.keep", "3"]
+    words = ["finetune", "--run_dir", str(tmp_path / "big"), "--training.keep_checkpoints", "3"]
     asked = request_resources([*words, "--name", "mine"])
     assert (asked.run_dir, asked.run_name) == (str(tmp_path / "big"), "mine")
     assert asked.keep_checkpoints == 3

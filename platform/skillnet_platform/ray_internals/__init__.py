@@ -1,0 +1,16 @@
+"""All code that uses private modules and names of Ray.
+
+Ray changes its private names between minor versions, so ``pyproject.toml`` bounds ``ray`` to the
+tested minor version, and a test lists the names in use. The rest of the project uses the plain
+classes and functions of these modules:
+
+- :mod:`~skillnet_platform.ray_internals.errors`: exceptions that end an elastic worker group.
+- :mod:`~skillnet_platform.ray_internals.failure_policy`: what Ray Train does when workers fail.
+- :mod:`~skillnet_platform.ray_internals.elastic`: how many workers an elastic run gets, and where.
+- :mod:`~skillnet_platform.ray_internals.stop_signal`: a stop signal for all processes of a cluster.
+- :mod:`~skillnet_platform.ray_internals.worker_callback`: a function that runs first in a worker.
+- :mod:`~skillnet_platform.ray_internals.single_node`: a Ray that listens on loopback only.
+- :mod:`~skillnet_platform.ray_internals.job_server`: client and URL of a cluster's job server.
+
+All modules but ``errors`` and ``single_node`` import Ray, so import them inside functions.
+"""

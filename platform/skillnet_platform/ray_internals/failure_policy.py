@@ -1,0 +1,52 @@
+"""Failure policy of Ray Train: restart failed workers, but stop at once on a user error."""
+
+from typing import Any
+
+from ray.train.v2._internal.execution.failure_handling import (
+    DefaultFailurePolicy,
+    FailureDecision,
+    FailurePolicy,
+)
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from skillnet_platform.errors import UserError
+
+
+def is_user_error(error: TrainingFailedError) -> bool:
+    """Return whether a worker failed with a user error."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    return any(isinstance(each, UserError) for each in failures.values())
+
+
+class FailFastOnUserError(DefaultFailurePolicy):
+    """Ray's default policy, except that a user error ends the run.
+
+    A restart does not repair a full disk or an altered shard.
+    """
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Return whether the workers restart or the run ends."""
+        if is_user_error(training_failed_error):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
+class PolicyTrainer(TorchTrainer):
+    """``TorchTrainer`` whose controller gets the policies of :meth:`create_policies`."""
+
+    def create_policies(self, failures: FailureConfig) -> dict[str, Any]:
+        """Return keyword arguments that replace the policies of Ray's controller.
+
+        Args:
+            failures: number of restarts.
+        """
+        policy: FailurePolicy = FailFastOnUserError(failures)
+        return {"failure_policy": policy}
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        # Ray annotates it with the class of its first version.
+        failures: Any = self.run_config.failure_config or FailureConfig()
+        policies = self.create_policies(failures)
+        return super()._initialize_and_run_controller(**(arguments | policies))
