@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skillnet.attention import attend
+from skillnet.attention import multihead_attention
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.layers import SkillLinear, Skills, compute_dtype
@@ -46,7 +46,7 @@ class DenseEncoder(nn.Module):
                 q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
                 y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D)
             else:
-                y = attend(qkv, self.heads)
+                y = multihead_attention(qkv, self.heads)
             x_BTD = x_BTD + F.linear(y, p["out"])
             h = F.linear(F.layer_norm(x_BTD, (D,), p["scale_2"], p["shift_2"]), p["up"])
             x_BTD = x_BTD + F.linear(F.gelu(h), p["down"])
@@ -62,7 +62,7 @@ class LoopEncoder(Encoder):
             assert isinstance(layer, EncoderLayer)
             attention, forward = layer.attention, layer.feedforward
             qkv = _each(attention.qkv, layer.attention_norm(x_BTD).to(dtype), skills)
-            x_BTD = x_BTD + _each(attention.out, attend(qkv, attention.heads), skills)
+            x_BTD = x_BTD + _each(attention.out, multihead_attention(qkv, attention.heads), skills)
             z = layer.feedforward_norm(x_BTD).to(dtype)
             outputs = [
                 F.linear(F.gelu(F.linear(z, forward.up.weights[s])), forward.down.weights[s])

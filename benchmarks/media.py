@@ -32,4 +32,4 @@ def decode(kind: str, data: bytes):  # type: ignore[no-untyped-def]
         return image.load_pixels(data, PICTURE, "crop")
     if kind == "sound":
         return sound.load_log_mel(data, FRAMES, False)
-    return video.load_clip(data, 8, CLIP)
+    return video.load_video_frames(data, 8, CLIP)

@@ -133,7 +133,7 @@ def film(random: np.random.Generator, archives: Path) -> tuple[bytes, str]:
 
     characters = _characters(archives)
     name, paths = characters[int(random.integers(len(characters)))]
-    drawn = video.draw_paths(paths, CLIP_FRAMES, CLIP_SIDE // 4)
+    drawn = video.draw_pen_paths(paths, CLIP_FRAMES, CLIP_SIDE // 4)
     large = drawn.repeat(4, axis=1).repeat(4, axis=2).astype(np.int16)
     colour = random.uniform(0.5, 1.0, 3).astype(np.float32)
     target = io.BytesIO()

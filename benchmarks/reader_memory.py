@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.measure import Result, write
-from pipelines.corpora import ExternalCorpus, place_corpus
+from pipelines.corpora import ExternalCorpus, open_external_corpus
 from pipelines.corpora.base import SourceArchives
 from pipelines.preprocessing.spool import write_spool
 
@@ -110,7 +110,7 @@ def measured(folder: Path, sizes: tuple[int, int] = SIZES) -> list[Result]:
         for rows in sizes:
             place = folder / f"{make.__name__}-{rows}"
             make(place, rows)
-            corpus = place_corpus(make.__name__, str(place))
+            corpus = open_external_corpus(make.__name__, str(place))
             held.append(peak(corpus))
             kept.append(spooled(corpus, folder / "spool.arrows"))
         for what, unit, (few, many) in (

@@ -23,9 +23,9 @@ from benchmarks.measure import Result, Took, ratio, spread
 from benchmarks.media import PICTURE, decode, files
 from benchmarks.sides import Maker, rounds_of, side
 from pipelines.loading.rng import keyed_rng
-from pipelines.shards.columns import Fixed, open_column
+from pipelines.shards.columns import FixedColumn, open_column
 from pipelines.shards.format import write_shard
-from pipelines.shards.jpeg import encode, encoded_field
+from pipelines.shards.jpeg import encode_jpeg, jpeg_field
 from skillnet_platform import console
 
 PICTURES, TIMES, BATCH = 64, 24, 64
@@ -82,7 +82,7 @@ def compared(label: str, took: dict[str, list[Took]], rows: int, setting: str) -
 
 def pictures() -> list[bytes]:
     """Pictures at the size that a model reads, as JPEG."""
-    return [encode(decode("image", path.read_bytes())) for path in files("image", PICTURES)]
+    return [encode_jpeg(decode("image", path.read_bytes())) for path in files("image", PICTURES)]
 
 
 def take(batches: Batches, rows: int) -> None:
@@ -109,7 +109,7 @@ def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
 
 def write_shards(cells: list[bytes], home: Path) -> list[dict[str, Any]]:
     """Our shards; returns their entries in a manifest."""
-    schema = pa.schema([encoded_field("pixels", SHAPE), pa.field("label", pa.int64())])
+    schema = pa.schema([jpeg_field("pixels", SHAPE), pa.field("label", pa.int64())])
     entries = []
     for number, part in enumerate(_parts(cells)):
         rows = {"pixels": [cells[i] for i in part], "label": part}
@@ -121,8 +121,8 @@ def write_shards(cells: list[bytes], home: Path) -> list[dict[str, Any]]:
 def shard_batches(table: pa.Table, epoch: int) -> Batches:
     """Batches of the rows of our shards in an order of their own."""
     pixels, labels = (open_column(table, name, "made") for name in ("pixels", "label"))
-    assert isinstance(pixels, Fixed)
-    assert isinstance(labels, Fixed)
+    assert isinstance(pixels, FixedColumn)
+    assert isinstance(labels, FixedColumn)
     order = keyed_rng(0, "order", epoch).permutation(table.num_rows)
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]

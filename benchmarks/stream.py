@@ -19,6 +19,7 @@ from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import PreparedCorpus
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.setup import open_corpora
 from skillnet_platform import console
@@ -49,7 +50,7 @@ def run(rounds: int, threads: int) -> list[Result]:
     results = []
     for name in COLUMNS:
         results += _task(name, config, corpora, rounds, threads)
-    done = train(config)
+    done = train(ResolvedRun(config))
     waiting = spread([done.waiting])
     setting = f"{STEPS} steps of the default model and tasks, {done.rows_per_second:.0f} rows/s"
     results.append(
@@ -83,7 +84,7 @@ def _task(
     )
     count = sum(len(plain.plan(step).rows) for step in range(4))
     rates = {key: spread([count / s for s in values]) for key, values in seconds.items()}
-    batch = f"batches of {config.tasks[name].batch}"
+    batch = f"batches of {config.tasks[name].batch_size}"
     faster = ratio(seconds["datasets"], seconds["stream"])
     return [
         Result(f"stream, {name}", "", "rows/s", *rates["stream"], "", rounds, batch),

@@ -63,6 +63,7 @@ def _seconds_per_step(data: Path, steps: int = 40) -> float:
     """CPU seconds of a step of the sweep's run in this process, one thread."""
     import torch
 
+    from pipelines.training.resolved_run import ResolvedRun
     from pipelines.training.loop import train
     from skillnet_platform import config as configuration
     from sweeps.config.sweep import SweepConfig
@@ -70,9 +71,9 @@ def _seconds_per_step(data: Path, steps: int = 40) -> float:
     torch.set_num_threads(1)
     words = ["--config", CONFIG, "--run.data", str(data), "--run.training.steps", str(steps)]
     run = configuration.parse(SweepConfig, words, "skillnet sweep").run
-    train(run, stop_at=5)
+    train(ResolvedRun(run), stop_at=5)
     begin = time.process_time()
-    train(run)
+    train(ResolvedRun(run))
     return (time.process_time() - begin) / steps
 
 

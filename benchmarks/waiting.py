@@ -75,7 +75,7 @@ def _stream(folder: Path) -> MultiTaskDataLoader:
     words = int(opened["pictures"].manifest["tokenizer"]["vocab_size"])
     model = replace(config.model, image_size=PICTURE, patch_size=16)
     model = replace(model, vocab_size=max(words, model.vocab_size))
-    tasks = {"text_to_image": TaskTraining("pictures", batch=BATCH)}
+    tasks = {"text_to_image": TaskTraining("pictures", batch_size=BATCH)}
     return MultiTaskDataLoader(opened, tasks, model, 0, config.training.augment)
 
 

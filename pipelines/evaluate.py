@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from pipelines.config.resources import request_model
-from pipelines.evaluation.tables import write_csv
+from pipelines.evaluation.tables import write_evaluation_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
@@ -66,7 +66,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """What ``evaluate`` gives.
 
     Args:
@@ -86,15 +86,15 @@ class Evaluation:
     seconds: float
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
+def evaluate_registered_model(config: EvaluateConfig) -> EvaluationResult:
     """Evaluate a model, write the CSV file and record the figures in its MLflow run.
 
     Raises:
         UserError: no such model, corpus, task or split; files that were altered.
     """
     from pipelines.evaluation.evaluator import evaluate_model
-    from pipelines.evaluation.simple_baselines import references
-    from pipelines.evaluation.tables import in_order
+    from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
+    from pipelines.evaluation.tables import sort_rows
     from pipelines.runs import model_source
     from skillnet.skills import find_task
 
@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     model = model_source.load_source_model(source)
     data = place(config.data, data_root())
     corpora = source.corpora | config.corpora
-    chosen = config.tasks or source.at_work(in_order(model.config.tasks))
+    chosen = config.tasks or source.trained_tasks(sort_rows(model.config.tasks))
     specs = {name: find_task(name, model.config.tasks) for name in chosen}
     begin = time.monotonic()
     with console.progress("evaluating", None, "rows") as bar:
@@ -123,7 +123,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     beside: list[dict[str, Any]] = []
     if config.references:
         with console.progress("simple references", len(specs), "tasks") as bar:
-            beside = references(
+            beside = evaluate_simple_baselines(
                 data,
                 specs,
                 config.splits,
@@ -136,14 +136,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         output = run_root() / "evaluations" / f"{stamp}-{source.digest[:8]}.csv"
-    write_csv([*rows, *beside], output)
+    write_evaluation_csv([*rows, *beside], output)
     if config.log and source.run_id:
-        log(rows, output, source.run_id, source.steps, config.tracking_uri)
+        log_evaluation(rows, output, source.run_id, source.steps, config.tracking_uri)
     total = sum(p.numel() for p in model.parameters())
-    return Evaluation(config.source, rows, beside, output, total, seconds)
+    return EvaluationResult(config.source, rows, beside, output, total, seconds)
 
 
-def log(
+def log_evaluation(
     rows: Sequence[dict[str, Any]], path: Path, run_id: str, step: int | None, uri: str | None
 ) -> None:
     """Record figures and the CSV file in an MLflow run."""
@@ -162,7 +162,7 @@ def log(
         console.warn(f"MLflow does not answer; the figures of run {run_id} wait in the spool")
 
 
-def show_evaluation(result: Evaluation) -> None:
+def show_evaluation(result: EvaluationResult) -> None:
     """Print the tables of an evaluation."""
     from pipelines.evaluation.tables import result_cells
 
@@ -187,9 +187,9 @@ def show_evaluation(result: Evaluation) -> None:
         config.model or config.checkpoint or config.run, config.data
     ),
 )
-def main(config: EvaluateConfig) -> Evaluation:
+def main(config: EvaluateConfig) -> EvaluationResult:
     """Run ``skillnet evaluate``."""
-    return evaluate(config)
+    return evaluate_registered_model(config)
 
 
 if __name__ == "__main__":

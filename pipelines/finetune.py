@@ -1,132 +1,134 @@
-"""``skillnet finetune``: train the tasks jointly, from a checked configuration to a model on disk.
+"""``skillnet finetune``: train the tasks jointly, from a configuration to a registered model.
 
 <run root>/<name>/
   config.yaml      the resolved configuration
-  run.json         the MLflow run
-  checkpoints/     the newest ones; a run that stopped goes on from there
+  run.json         id and server of the MLflow run
+  checkpoints/     the newest ones; an interrupted run resumes from there
   progress.jsonl   every logged metric
   model/           the final model
   trained.json     steps, time, throughput
-  evaluation.csv   figures on the test sets, and outcomes.parquet, what became of each test row
-  result.json      what the command gives; written last
+  evaluation.csv   metrics on the test splits; outcomes.parquet holds the outcome of each row
+  result.json      the result of the command; written last
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config.resources import request_training
+from pipelines.config.resources import request_training
 from pipelines.config.run import FinetuneConfig
-from pipelines.runs.progress_log import PROGRESS, followed
+from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder
+from pipelines.runs.progress_log import PROGRESS, show_progress
+from pipelines.training.resolved_run import resolve_run
+from pipelines.training.run import find_finished_result, train_and_evaluate, validate_run
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
-from skillnet_platform.storage import (
-    write_json,
-)
+from skillnet_platform.storage import write_json
 
 if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-from pipelines.runs.layout import CONFIG, RESULT, RUN, make_folder
-from pipelines.training.run import check, execute, finished_run, resolved
+    from pipelines.training.callbacks import LoopCallback
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Train the tasks of a configuration jointly, evaluate and record the model.
+    """Train the tasks of a configuration jointly, evaluate and register the model.
 
-    The name of an unfinished run goes on with it; that of a finished one gives its result.
+    The name of an unfinished run resumes it. The name of a finished run returns its result.
+
+    Args:
+        config: of the run.
 
     Returns:
         Name, folder, steps, seconds, throughput, model and checkpoint paths, MLflow run id, and
         ``evaluation``: tidy rows.
 
     Raises:
-        UserError: a name that another run has, corpora that are missing or do not fit, …
+        UserError: the name belongs to another run, a corpus is missing or does not fit, …
     """
-    return carry_out(config, "finetune")
+    return run_end_to_end(config, "finetune")
 
 
-def carry_out(
-    config: FinetuneConfig, stage: str, splits: Sequence[str] | None = None
+def run_end_to_end(
+    config: FinetuneConfig,
+    stage: str,
+    splits: Sequence[str] | None = None,
+    callbacks: "Sequence[LoopCallback]" = (),
 ) -> dict[str, Any]:
-    """A run from its folder to its registration; see :func:`finetune`.
+    """Do a run from its folder to its registration; see :func:`finetune`.
 
     Args:
         config: of the run.
-        stage: what it is, for its tags and for a fresh name.
-        splits: on which the final model is evaluated; none takes the test splits. Without
+        stage: name of the command, for tags and for a generated name.
+        splits: to evaluate the final model on; None takes the test splits. Without
             ``config.evaluate`` there is no evaluation.
+        callbacks: of the training loop.
     """
     from pipelines.runs.mirror import mirror_of
-    from pipelines.runs.uploads import deliver
-    from pipelines.training.final_evaluation import check_splits
+    from pipelines.runs.uploads import upload_results
+    from pipelines.training.run_evaluation import check_evaluation_splits
 
-    config = resolved(config, stage)
-    assert config.name is not None
-    run = Path(str(config.run_dir)) / config.name
-    mirror = mirror_of(config, run)
+    run = resolve_run(config, stage)
+    config, folder = run.config, run.folder
+    mirror = mirror_of(config, folder)
     if mirror is not None:
-        mirror.take_up(config)
-    known = (run / CONFIG).is_file()
-    finished = finished_run(config, run)
+        mirror.restore(config)
+    exists = (folder / CONFIG).is_file()
+    finished = find_finished_result(run)
     if finished is not None:
         if mirror is not None and not mirror.is_finished():
-            deliver(mirror, config.training.keep, config.storage.patience)
+            upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
         console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
         return finished
-    checked = check(config)
+    validate_run(run)
     if config.evaluate:
-        check_splits(config, checked.manifests, splits)
-    make_folder(config, run)
+        check_evaluation_splits(config, run.manifests, splits)
+    create_run_folder(config, folder)
     if mirror is not None:
-        mirror.begin(known)
-    before = tracking.recorded(run / RUN)
+        mirror.check_writable(exists)
     with tracking.start(
-        config.name,
+        str(config.name),
         config,
         config.tracking,
-        tags={"run_dir": str(run), "stage": stage},
-        run_id=before,
+        tags={"run_dir": str(folder), "stage": stage},
+        run_id=tracking.recorded(folder / RUN),
     ) as tracker:
-        write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
-        with followed(run / PROGRESS, config.training.steps):
-            chosen = splits if config.evaluate else None
-            result = execute(config, run, tracker, checked, splits=chosen)
-    result["registered"] = register(config, run, result["evaluation"])
+        write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
+        with show_progress(folder / PROGRESS, config.training.steps):
+            requested = splits if config.evaluate else None
+            result = train_and_evaluate(run, tracker, splits=requested, callbacks=callbacks)
+    result["registered"] = register_run(config, folder, result["evaluation"])
     result["mirror"] = mirror.uri if mirror is not None else None
-    write_json(run / RESULT, result)
+    write_json(folder / RESULT, result)
     if mirror is not None:
-        deliver(mirror, config.training.keep, config.storage.patience)
+        upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
     return result
 
 
-def show_run(result: dict[str, Any], words: str) -> None:
-    """Print the result of a run: its figures, and a line that ends in ``words``."""
+def print_result(result: dict[str, Any], next_step: str) -> None:
+    """Print the metrics of a run, and a line with its duration and the next step."""
     if result["evaluation"]:
         from pipelines.evaluation.tables import result_cells
 
         console.table(result["name"], *result_cells(result["evaluation"]))
-    console.note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {words}")
+    console.note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {next_step}")
 
 
-def register(
+def register_run(
     config: FinetuneConfig, run: Path, rows: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Register the model of a run, through the gate; none if that is not asked for.
+    """Register the model of a run and decide on its promotion; None if not requested.
 
     Args:
         config: of the run.
         run: its folder.
-        rows: its evaluation; without one nothing is registered.
+        rows: its evaluation; without rows nothing is registered.
     """
     if not config.tracking.register or not rows:
         return None
-    from pipelines.runs import model_source
+    from pipelines.runs.model_source import resolve_model
     from pipelines.serving.registration import register_model
 
-    source = model_source.find(str(run), config.tracking.uri)
+    source = resolve_model(str(run), config.tracking.uri)
     made = register_model(source, str(config.data), rows=rows, uri=config.tracking.uri)
     return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
 
@@ -137,7 +139,8 @@ def register(
     "skills of that task computed, updated and exchanged.",
     example="skillnet finetune --name first --training.steps 2000\n"
     "skillnet finetune --config tiny --training.workers 2 --json",
-    show=lambda result: show_run(result, f"the model is in {result['model']}"),
+    show=lambda result: print_result(result, f"the model is in {result['model']}"),
+    resources=request_training,
 )
 def main(config: FinetuneConfig) -> dict[str, Any]:
     """Run ``skillnet finetune``."""

@@ -6,7 +6,7 @@
   growth.json, growth.md    the report: what stayed the same, and what the new skill is worth
 
 It is a run on the ordinary loop that starts from the grown model (below ``.starts`` beside the
-runs) and whose ``training.only`` names the new files, so it goes on after a kill as any run does.
+runs) and whose ``training.trainable`` names the new files, so it goes on after a kill as any run does.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.growth import GrowConfig
+from pipelines.config.resources import request_growth
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -24,12 +25,12 @@ from skillnet_platform.storage.location import local_folder
 
 if TYPE_CHECKING:
     from pipelines.config.run import FinetuneConfig
-    from pipelines.growth.report import Growth
-    from pipelines.runs.model_source import Source
+    from pipelines.growth.report import GrowthReport
+    from pipelines.runs.model_source import ModelSource
     from skillnet_platform.tracking import Tracker
 
 
-def grow(config: GrowConfig) -> dict[str, Any]:
+def grow_model(config: GrowConfig) -> dict[str, Any]:
     """Grow a model, train the new part, and prove that the rest stayed as it was.
 
     Returns:
@@ -39,43 +40,47 @@ def grow(config: GrowConfig) -> dict[str, Any]:
         UserError: no such model or corpus, names in use, a name that another run has.
         RuntimeError: something else than the new files changed; the report says what.
     """
-    from pipelines import finetune
     from pipelines.growth import runs, verification
     from pipelines.runs import layout, model_source
+    from pipelines.runs.progress_log import PROGRESS, show_progress
     from pipelines.training import run as training_run
+    from pipelines.training.resolved_run import resolve_run
 
     config = replace(
         config, run_dir=str(local_folder(config.run_dir, run_root(), "run_dir of grow"))
     )
-    source = model_source.find(config.source, config.tracking.uri)
-    before = runs.load(source)
-    settings = training_run.resolved(runs.as_run(config, source, before))
+    source = model_source.resolve_model(config.source, config.tracking.uri)
+    before = runs.load_source_model(source)
+    resolved = resolve_run(runs.save_as_run(config, source, before))
+    settings = resolved.config
     assert settings.name is not None
     run = Path(str(settings.run_dir)) / settings.name
     grown = runs.grown_model(config, before, settings.model.tasks[config.task.name])
-    settings.training.only = verification.new_files(before, grown)
+    settings.training.trainable = verification.new_files(before, grown)
     settings.init_from = runs.keep_start(grown, str(settings.run_dir))
-    verification.require_same(verification.compare_files(source, before, Path(settings.init_from)))
-    finished = training_run.finished_run(settings, run)
+    verification.require_unchanged_tasks(
+        verification.compare_files(source, before, Path(settings.init_from))
+    )
+    finished = training_run.find_finished_result(resolved)
     if finished is not None and "growth" in finished:
         console.note(f"{settings.name} is finished ({finished['step']} steps); give another name")
         return finished
-    checked = training_run.check(settings)
-    layout.make_folder(settings, run)
-    with atomic_write(run / "grow.yaml", "w") as stream:
+    training_run.validate_run(resolved)
+    layout.create_run_folder(settings, run)
+    with atomic_write(run / "grow_model.yaml", "w") as stream:
         stream.write(configuration.to_yaml(config))
     with _tracked(settings, run, {"grown_from": source.digest}) as tracker:
         if finished is None:
-            with finetune.followed(run / finetune.PROGRESS, settings.training.steps):
-                finished = training_run.execute(settings, run, tracker, checked)
+            with show_progress(run / PROGRESS, settings.training.steps):
+                finished = training_run.train_and_evaluate(resolved, tracker)
             write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
         others = _references(config, settings, source, run, tracker)
-        report = verification.conclude(
+        report = verification.build_growth_report(
             source, before, settings, run, result, others, (config.skill.name, config.task.name)
         )
         _record(report, run, tracker)
-    verification.require_untouched(report)
+    verification.assert_frozen_unchanged(report)
     result["registered"] = _register(config, settings, run, result, report)
     result["growth"] = report.to_dict()
     write_json(run / layout.RESULT, result)
@@ -83,13 +88,18 @@ def grow(config: GrowConfig) -> dict[str, Any]:
 
 
 def _references(
-    config: GrowConfig, settings: "FinetuneConfig", source: "Source", run: Path, tracker: "Tracker"
+    config: GrowConfig,
+    settings: "FinetuneConfig",
+    source: "ModelSource",
+    run: Path,
+    tracker: "Tracker",
 ) -> dict[str, dict[str, Any]]:
     """Name -> result of the runs that the new task is held against, each a child in MLflow."""
-    from pipelines import finetune
     from pipelines.growth import runs
     from pipelines.runs import layout
+    from pipelines.runs.progress_log import PROGRESS, show_progress
     from pipelines.training import run as training_run
+    from pipelines.training.resolved_run import ResolvedRun
 
     done: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(config.references):
@@ -99,15 +109,16 @@ def _references(
             continue
         assert other.name is not None
         folder = run / "references" / other.name
-        finished = training_run.open_run(other, folder)
+        resolved = ResolvedRun(other, folder)
+        finished = training_run.open_run_folder(resolved)
         if finished is None:
             console.note(f"reference {name}")
-            checked = training_run.check(other)
+            training_run.validate_run(resolved)
             with (
                 _tracked(other, folder, {"reference": name}, tracker.run_id) as child,
-                finetune.followed(folder / finetune.PROGRESS, other.training.steps),
+                show_progress(folder / PROGRESS, other.training.steps),
             ):
-                finished = training_run.execute(other, folder, child, checked)
+                finished = training_run.train_and_evaluate(resolved, child)
             write_json(folder / layout.RESULT, finished)
         done[name] = finished
     return done
@@ -134,7 +145,7 @@ def _tracked(
         yield tracker
 
 
-def _record(report: "Growth", run: Path, tracker: "Tracker") -> None:
+def _record(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
     from pipelines.growth.report import JSON, MARKDOWN
 
     write_json(run / JSON, console.plain(report.to_dict()))
@@ -151,7 +162,7 @@ def _register(
     settings: "FinetuneConfig",
     run: Path,
     result: dict[str, Any],
-    report: "Growth",
+    report: "GrowthReport",
 ) -> dict[str, Any] | None:
     if not config.tracking.register:
         return None
@@ -159,7 +170,7 @@ def _register(
     from pipelines.serving.registration import register_model
 
     made = register_model(
-        model_source.find(str(run), config.tracking.uri),
+        model_source.resolve_model(str(run), config.tracking.uri),
         str(settings.data),
         rows=result["evaluation"],
         uri=config.tracking.uri,
@@ -170,9 +181,9 @@ def _register(
 
 def show_growth(result: dict[str, Any]) -> None:
     """Print the tables of the report, and where the model is."""
-    from pipelines.growth.report import Growth
+    from pipelines.growth.report import GrowthReport
 
-    report = Growth.from_dict(result["growth"])
+    report = GrowthReport.from_dict(result["growth"])
     for title, columns, cells in report.tables():
         console.table(title, columns, cells)
     console.note(report.headline())
@@ -189,10 +200,11 @@ def show_growth(result: dict[str, Any]) -> None:
     example="skillnet prepare stroke_counts\n"
     "skillnet grow my-run --config grow/stroke-count --name counting",
     show=show_growth,
+    resources=request_growth,
 )
 def main(config: GrowConfig) -> dict[str, Any]:
     """Run ``skillnet grow``."""
-    return grow(config)
+    return grow_model(config)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from skillnet_platform.storage import atomic_write, data_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
-    from pipelines.serving.inputs import Given
-    from pipelines.serving.predictor import Prediction
+    from pipelines.serving.inputs import GivenInput
+    from pipelines.serving.predictor import TaskPrediction
 
 ROWS = (".jsonl", ".ndjson")
 
@@ -71,12 +71,12 @@ class PredictConfig:
             )
 
 
-def predict(config: PredictConfig) -> "list[Prediction]":
-    """Predictions in the order of the inputs, the text first; see :func:`answered`."""
-    return [prediction for _, prediction in answered(config)]
+def predict_files(config: PredictConfig) -> "list[TaskPrediction]":
+    """Predictions in the order of the inputs, the text first; see :func:`format_answer`."""
+    return [prediction for _, prediction in format_answer(config)]
 
 
-def answered(config: PredictConfig) -> "list[tuple[Given, Prediction]]":
+def format_answer(config: PredictConfig) -> "list[tuple[GivenInput, TaskPrediction]]":
     """What was given and its prediction, in the order of the inputs, the text first.
 
     Rows of a file that cannot be used are told and left out.
@@ -87,9 +87,9 @@ def answered(config: PredictConfig) -> "list[tuple[Given, Prediction]]":
     """
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
-    from pipelines.serving.inputs import Given, check_some, tell
+    from pipelines.serving.inputs import GivenInput, check_usable_rows, report_rejected
 
-    given = gather(config)
+    given = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
     data = place(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
@@ -106,37 +106,37 @@ def answered(config: PredictConfig) -> "list[tuple[Given, Prediction]]":
     bad = [replace(whole[number], item=None, reason=why) for number, why in aside.items()]
     good = [row for number, row in enumerate(whole) if number not in aside]
     bad += [row for row in given if row.reason]
-    check_some([row for row in (*bad, *good) if row.where])
-    tell([*bad, *good])
+    check_usable_rows([row for row in (*bad, *good) if row.where])
+    report_rejected([*bad, *good])
     # A file of functions has several predictions; a text has one.
-    pairs = good if len(good) == len(made) else [Given("", {})] * len(made)
+    pairs = good if len(good) == len(made) else [GivenInput("", {})] * len(made)
     return list(zip(pairs, made, strict=True))
 
 
-def gather(config: PredictConfig) -> "list[Given]":
+def gather_inputs(config: PredictConfig) -> "list[GivenInput]":
     """All inputs of a command line.
 
     Raises:
         UserError: a file that is missing, empty or damaged.
     """
-    from pipelines.serving.inputs import Given, read_rows
-    from pipelines.serving.predictor import Item, read_item
+    from pipelines.serving.inputs import GivenInput, read_input_rows
+    from pipelines.serving.predictor import PredictionItem, read_input_item
 
-    inputs: list[Given] = []
+    inputs: list[GivenInput] = []
     if config.text is not None:
-        item = Item(config.text, config.text, None, config.task, where="--text")
-        inputs.append(Given("", {}, item))
+        item = PredictionItem(config.text, config.text, None, config.task, where="--text")
+        inputs.append(GivenInput("", {}, item))
     if config.input is not None:
-        inputs += read_rows(Path(config.input), config.task, config.format == "clue")
+        inputs += read_input_rows(Path(config.input), config.task, config.format == "clue")
     for name in [*config.files, *config.file]:
         if Path(name).suffix.lower() in ROWS:
-            inputs += read_rows(Path(name), config.task)
+            inputs += read_input_rows(Path(name), config.task)
         else:
-            inputs.append(Given("", {}, read_item(name, config.task)))
+            inputs.append(GivenInput("", {}, read_input_item(name, config.task)))
     return inputs
 
 
-def clue_lines(answers: "list[tuple[Given, Prediction]]") -> list[dict[str, Any]]:
+def clue_lines(answers: "list[tuple[GivenInput, TaskPrediction]]") -> list[dict[str, Any]]:
     """What CLUE's evaluation expects of TNEWS: id, label and its description, of every line.
 
     Raises:
@@ -154,7 +154,7 @@ def clue_lines(answers: "list[tuple[Given, Prediction]]") -> list[dict[str, Any]
     return made
 
 
-def print_tables(predictions: "list[Prediction]") -> None:
+def print_tables(predictions: "list[TaskPrediction]") -> None:
     """Print predictions, a table per task."""
     for task in dict.fromkeys(p.task for p in predictions):
         rows = []
@@ -173,7 +173,7 @@ def print_tables(predictions: "list[Prediction]") -> None:
 
 
 def show_predictions(
-    predictions: "list[Prediction]", lines: list[dict[str, Any]], config: PredictConfig
+    predictions: "list[TaskPrediction]", lines: list[dict[str, Any]], config: PredictConfig
 ) -> None:
     """Print predictions as tables, or in CLUE's format."""
     if config.format == "clue" and config.output:
@@ -184,7 +184,7 @@ def show_predictions(
         print_tables(predictions)
 
 
-def _plain(prediction: "Prediction") -> dict[str, Any]:
+def _plain(prediction: "TaskPrediction") -> dict[str, Any]:
     values = asdict(prediction)
     values["alternatives"] = [
         {"answer": name, "score": score} for name, score in prediction.alternatives
@@ -212,9 +212,11 @@ def _short(text: str, longest: int = 48) -> str:
     to_json=lambda result: result[1],
     resources=lambda config: request_model(config.model, config.data),
 )
-def main(config: PredictConfig) -> "tuple[list[Prediction], list[dict[str, Any]], PredictConfig]":
+def main(
+    config: PredictConfig,
+) -> "tuple[list[TaskPrediction], list[dict[str, Any]], PredictConfig]":
     """Run ``skillnet predict``."""
-    answers = answered(config)
+    answers = format_answer(config)
     predictions = [prediction for _, prediction in answers]
     lines: list[dict[str, Any]] = [_plain(prediction) for prediction in predictions]
     if config.format == "clue":

@@ -12,6 +12,7 @@ from pipelines.preprocessing.remote_staging import stage_locally
 from pipelines.tokenizer import training as tokenizers
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
+from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.config import positional
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import local_folder, place
@@ -104,6 +105,7 @@ def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:
     "skillnet prepare --corpus mine=folder:/data/mine --options.mine.max_seconds 12",
     show=show_corpora,
     rewrite_arguments=rewrite_corpus_options,
+    resources=lambda config: ResourceRequest(locations=(config.data,) if config.data else ()),
 )
 def main(config: PrepareConfig) -> dict[str, Any]:
     """Run ``skillnet prepare``."""

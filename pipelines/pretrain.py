@@ -9,9 +9,9 @@ from the result with ``--from``.
 
 from typing import Any
 
-from pipelines import finetune as training
 from pipelines.config.resources import request_training
 from pipelines.config.run import PretrainConfig
+from pipelines.finetune import print_result, run_end_to_end
 from pipelines.training.pretraining import build_joint_run
 from skillnet_platform.cli import command
 
@@ -32,7 +32,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         UserError: a task with labels, a split that is not for pretraining, and whatever
             fine-tuning refuses.
     """
-    return training.carry_out(build_joint_run(config), "pretrain", SPLITS)
+    return run_end_to_end(build_joint_run(config), "pretrain", SPLITS)
 
 
 @command(
@@ -42,9 +42,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     "`skillnet finetune --from NAME`.",
     example="skillnet pretrain --config pretrain --name first-pretraining\n"
     "skillnet finetune --config quickstart --from first-pretraining",
-    show=lambda result: training.show_run(
-        result, f"go on with: skillnet finetune --from {result['name']}"
-    ),
+    show=lambda result: print_result(result, f"next: skillnet finetune --from {result['name']}"),
     resources=request_training,
 )
 def main(config: PretrainConfig) -> dict[str, Any]:

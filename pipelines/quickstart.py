@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+from pipelines.config.resources import request_training
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
@@ -39,7 +40,9 @@ class QuickstartConfig(FinetuneConfig):
     """
 
     archives: Optional[str] = None  # noqa: UP045
-    skip: list[Literal["fetch", "prepare", "references"]] = field(default_factory=list)
+    skip: list[Literal["fetch", "prepare", "evaluate_simple_baselines"]] = field(
+        default_factory=list
+    )
     registered: str = "skillnet"
 
 
@@ -140,13 +143,15 @@ def _training(config: QuickstartConfig, data: Path) -> FinetuneConfig:
 
 
 def _references(config: QuickstartConfig, data: Path) -> list[dict[str, Any]]:
-    from pipelines.evaluation.simple_baselines import references
+    from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
     from skillnet.skills import find_task
 
     tasks = {name: find_task(name, config.model.tasks) for name in config.measured}
     corpora = {name: task.corpus for name, task in config.measured.items()}
     with console.progress("simple references", len(tasks), "tasks") as bar:
-        return references(data, tasks, corpora=corpora, on_task=lambda name: bar.advance(1, name))
+        return evaluate_simple_baselines(
+            data, tasks, corpora=corpora, on_task=lambda name: bar.advance(1, name)
+        )
 
 
 def _register(
@@ -160,7 +165,7 @@ def _register(
     from pipelines.serving.registration import register_model
 
     uri = config.tracking.uri
-    source = model_source.find(result["run"], uri)
+    source = model_source.resolve_model(result["run"], uri)
     return register_model(source, data, rows=rows, others=others, name=config.registered, uri=uri)
 
 
@@ -171,7 +176,7 @@ def _tell(
     others: list[dict[str, Any]],
 ) -> int:
     """Put the references into the run's record; the number of parameters of the model."""
-    from pipelines.evaluation.tables import description, run_facts, write_csv
+    from pipelines.evaluation.tables import run_description, run_facts, write_evaluation_csv
     from skillnet import systems
     from skillnet_platform.tracking import Tracker, backend
 
@@ -179,9 +184,9 @@ def _tell(
     total = sum(p.numel() for p in model.parameters())
     if others:
         tracker = Tracker.by_id(result["run_id"], backend.resolve_uri(config.tracking.uri))
-        tracker.note(description(rows, others, model.config, total, run_facts(result)))
-        path = Path(result["run"]) / "references.csv"
-        write_csv(others, path)
+        tracker.note(run_description(rows, others, model.config, total, run_facts(result)))
+        path = Path(result["run"]) / "evaluate_simple_baselines.csv"
+        write_evaluation_csv(others, path)
         tracker.artifact(path, "evaluation")
         tracker.flush()
     return total
@@ -205,7 +210,10 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     from pipelines.evaluation.tables import summary_cells
 
     columns, cells = summary_cells(
-        done["evaluation"], done["references"], config.model.tasks, done["total_params"]
+        done["evaluation"],
+        done["evaluate_simple_baselines"],
+        config.model.tasks,
+        done["total_params"],
     )
     millions = done["total_params"] / 1e6
     console.table(
@@ -236,6 +244,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     show=lambda result: show_quickstart(*result),
     to_json=lambda result: result[0],
     rewrite_arguments=lambda argv: ["--config", PRESET, *argv],
+    resources=request_training,
 )
 def main(config: QuickstartConfig) -> tuple[dict[str, Any], QuickstartConfig]:
     """Run ``skillnet quickstart``."""

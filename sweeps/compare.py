@@ -1,4 +1,8 @@
-"""``skillnet compare``: systems held against each other, by a study or from finished runs."""
+"""``skillnet compare``: compare systems by running a study or from finished runs.
+
+The entry point is :func:`compare`. A study trains its runs first (``sweeps.study``). Both cases
+then compute statistics (``sweeps.analysis``) and write a report (``sweeps.report``).
+"""
 
 import time
 import webbrowser
@@ -24,14 +28,14 @@ if TYPE_CHECKING:
 
 
 def compare(config: StudyConfig) -> tuple["ComparisonReport", int]:
-    """Run a study, or read finished runs; write, record and give the report.
+    """Run a study or read finished runs, then write and record the report.
 
     Returns:
         The report, and the number of final runs of the study that failed.
 
     Raises:
-        UserError: runs that do not exist, are not finished or cannot be compared; a study that
-            does not fit.
+        UserError: a run does not exist, is not finished or cannot be compared, or the study is
+            invalid.
     """
     if config.runs:
         return _compare_runs(config), 0
@@ -41,7 +45,7 @@ def compare(config: StudyConfig) -> tuple["ComparisonReport", int]:
             "(--config studies/headline)"
         )
     if not config.name:
-        raise UserError("a study needs a name, so that it can be gone on with: give --name")
+        raise UserError("a study needs a name, by which it can be resumed; give --name")
     return _compare_study(config)
 
 
@@ -73,14 +77,14 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
         ]
         if not runs:
             raise UserError(f"no run of the study finished; see {folder / 'runs'}")
-        place = Path(config.output) if config.output else folder
-        report = _build_report(config, runs, study.tuning, place)
+        output = Path(config.output) if config.output else folder
+        report = _build_report(config, runs, study.tuning, output)
         report.facts["configuration"] = f"study.yaml, digest {configuration.digest(config)[:12]}"
         report.texts["Configuration of the study"] = configuration.to_yaml(config)
         if study.failed_runs:
-            told = [f"{each.name}: {each.error or each.status}" for each in study.failed_runs]
-            report.facts["without a result"] = "; ".join(told)
-        _write_and_record(report, place, tracker)
+            errors = [f"{each.name}: {each.error or each.status}" for each in study.failed_runs]
+            report.facts["without a result"] = "; ".join(errors)
+        _write_and_record(report, output, tracker)
         if mirror is not None:
             mirror.upload_files(*REPORT_FILES)
     return report, len(study.failed_runs)
@@ -97,15 +101,17 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
         given = str(fetch_finished_runs(named)) if is_uri(named) else named
         for path in (Path(given).expanduser(), run_root() / given):
             if (path / STUDY_LEDGER).is_file():
-                told, members = read_study_ledger(path.absolute())
-                studies.append((path.absolute(), told))
+                results, members = read_study_ledger(path.absolute())
+                studies.append((path.absolute(), results))
                 runs += [read_run(folder, label) for label, folder in members]
                 break
         else:
             runs.append(read_run(find_run(given, config.tracking.uri)))
-    read = {run.folder: run.label for run in runs}
+    old_labels = {run.folder: run.label for run in runs}
     runs = label_runs(runs, config.names)
-    tuned = relabel_tuning(studies, [(run.folder, read[run.folder], run.label) for run in runs])
+    tuning = relabel_tuning(
+        studies, [(run.folder, old_labels[run.folder], run.label) for run in runs]
+    )
     name = config.name or time.strftime("compare-%Y%m%d-%H%M%S")
     folder = Path(config.output) if config.output else run_root() / "comparisons" / name
     with tracking.start(
@@ -114,7 +120,7 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
         replace(config.tracking, system_metrics=False),
         tags={"run_dir": str(folder.absolute()), "stage": "compare"},
     ) as tracker:
-        report = _build_report(replace(config, name=name), runs, tuned, folder)
+        report = _build_report(replace(config, name=name), runs, tuning, folder)
         _write_and_record(report, folder, tracker)
     return report
 
@@ -123,92 +129,96 @@ def relabel_tuning(
     studies: Sequence[tuple[Path, Mapping[str, "TuningResult"]]],
     runs: Sequence[tuple[Path, str, str]],
 ) -> dict[str, "TuningResult"]:
-    """What was told of tuning, by the labels of the report.
+    """Return the tuning results of several studies under the labels of the report.
 
-    Two studies may call different systems alike, and the report may call them otherwise.
+    Labels can change because two studies may use one label for different systems.
 
     Args:
-        studies: folder of each, and label there -> what that system got.
-        runs: folder of each run, its label in its study, and its label in the report.
+        studies: directory of each study, and its label -> tuning result.
+        runs: directory of each run, its label in its study, and its label in the report.
     """
-    made: dict[str, TuningResult] = {}
-    for folder, told in studies:
-        new = {old: label for run, old, label in runs if old in told and folder in run.parents}
-        for old, own in told.items():
+    relabelled: dict[str, TuningResult] = {}
+    for folder, results in studies:
+        new = {old: label for run, old, label in runs if old in results and folder in run.parents}
+        for old, own in results.items():
             label, other = new.get(old, old), own.reuse_tuning_of
             entry = replace(own, label=label, reuse_tuning_of=other and new.get(other, other))
-            if label in made and made[label] != entry:
+            if label in relabelled and relabelled[label] != entry:
                 entry = replace(entry, label=f"{label} ({folder.name})")
-            made[entry.label] = entry
-    return made
+            relabelled[entry.label] = entry
+    return relabelled
 
 
 def _build_report(
     config: StudyConfig,
     runs: Sequence["FinishedRun"],
-    tuned: dict[str, "TuningResult"],
+    tuning: dict[str, "TuningResult"],
     folder: Path,
 ) -> "ComparisonReport":
-    from sweeps.analysis import comparison
-    from sweeps.report import report
+    from sweeps.analysis.comparison import compare_systems
+    from sweeps.report.report import build_report
     from sweeps.report.tuning_tables import build_tuning_tables
 
-    of = comparison.compare_systems(runs, config.reference, config.specialist)
-    made = report.build_report(of, str(config.name), config.claims)
-    pretrained = [label for label, runs in of.systems.items() if runs[0].settings.get("init_from")]
-    made.tables += build_tuning_tables(tuned, pretrained)
+    comparison = compare_systems(runs, config.reference, config.specialist)
+    report = build_report(comparison, str(config.name), config.claims)
+    pretrained = [
+        label
+        for label, members in comparison.systems.items()
+        if members[0].settings.get("init_from")
+    ]
+    report.tables += build_tuning_tables(tuning, pretrained)
     if config.interpret:
-        _add_skill_figures(made, config, folder)
-    return made
+        _add_skill_figures(report, config, folder)
+    return report
 
 
 def _add_skill_figures(report: "ComparisonReport", config: StudyConfig, folder: Path) -> None:
-    """Pictures of what the skills of one run of the reference do, if it has skills.
+    """Add figures about the skills of one run of the reference, if it has skills.
 
-    Its files lie with the report: in the run's folder ``skillnet interpret`` keeps its own.
+    The files are written beside the report. ``skillnet interpret`` writes into the run directory.
     """
     from sweeps.analysis.finished_runs import PRETRAINED
 
-    of = report.comparison
-    labels = (of.reference + PRETRAINED, of.reference)
-    # One is enough, and each look may ask a store.
-    found = (
+    comparison = report.comparison
+    labels = (comparison.reference + PRETRAINED, comparison.reference)
+    # A generator: each lookup of a model may query the object store, and one model is enough.
+    candidates = (
         (label, run, model)
         for label in labels
-        for run in of.systems.get(label, ())
+        for run in comparison.systems.get(label, ())
         if run.system == "skillnet" and (model := _find_model(run, config)) is not None
     )
-    first = next(found, None)
+    first = next(candidates, None)
     if first is None:
         return
     label, run, model = first
     from sweeps.interpret import INTERPRETATION, InterpretConfig, interpret_source
     from sweeps.interpretation.analysis import find_caption
 
-    asked = InterpretConfig(
+    interpret_config = InterpretConfig(
         model=model,
         output=str(folder / INTERPRETATION),
         data=run.settings.get("data"),
-        # The test rows are for the comparison alone.
+        # The test rows are reserved for the comparison.
         split="validation",
         log=False,
         tracking_uri=config.tracking.uri,
     )
     try:
-        made, files = interpret_source(asked)
-    except UserError as problem:
-        console.warn(f"no pictures of what the skills do: {problem}")
+        interpretation, files = interpret_source(interpret_config)
+    except UserError as error:
+        console.warn(f"the report has no figures about the skills: {error}")
         return
-    report.skills = made.figures()
+    report.skills = interpretation.figures()
     report.captions |= {name: find_caption(name) for name in report.skills}
     report.skills_note = (
-        f"Of {label}, seed {run.seed}, on the validation rows. The numbers are in "
+        f"System {label}, seed {run.seed}, validation rows. The numbers are in the directory "
         f"{files[0].parent.name} beside this page."
     )
 
 
 def _find_model(run: "FinishedRun", config: StudyConfig) -> str | None:
-    """Where the model of a run lies, here or in the study's store; none if it is gone."""
+    """Return the path or URI of a run's model, here or in the study's store; None if missing."""
     if (run.folder / "model" / "manifest.json").is_file():
         return str(run.folder)
     if config.mirror is None or config.runs:
@@ -218,38 +228,45 @@ def _find_model(run: "FinishedRun", config: StudyConfig) -> str | None:
 
 
 def _write_and_record(report: "ComparisonReport", folder: Path, tracker: "Tracker") -> None:
-    from sweeps.report import writer as reporting
+    from sweeps.report.writer import record_report, write_report
 
-    reporting.write_report(report, folder)
-    reporting.record_report(report, tracker)
+    write_report(report, folder)
+    record_report(report, tracker)
 
 
 def normalize_arguments(argv: Sequence[str]) -> list[str]:
-    """``--runs A B`` as bare words: ``A B``. The names of systems likewise join with commas."""
-    words: list[str] = []
+    """Rewrite ``--runs A B`` as positional arguments, and join the values of ``--names``.
+
+    Args:
+        argv: arguments of the command line.
+
+    Returns:
+        ``["A", "B"]`` for ``--runs A B``; ``["--names", "X,Y"]`` for ``--names X Y``.
+    """
+    arguments: list[str] = []
     queue = list(argv)
     while queue:
-        word = queue.pop(0)
-        if word not in ("--runs", "--names"):
-            words.append(word)
+        option = queue.pop(0)
+        if option not in ("--runs", "--names"):
+            arguments.append(option)
             continue
-        following: list[str] = []
+        values: list[str] = []
         while queue and not queue[0].startswith("--"):
-            following.append(queue.pop(0))
-        if word == "--names" and following:
-            words += ["--names", ",".join(following)]
+            values.append(queue.pop(0))
+        if option == "--names" and values:
+            arguments += ["--names", ",".join(values)]
         else:
-            words += following
-    return words
+            arguments += values
+    return arguments
 
 
 def show_comparison(report: "ComparisonReport") -> None:
     """Print the claims and the main tables."""
-    from sweeps.report import report as reporting
+    from sweeps.report.report import show_report
 
-    reporting.show_report(report)
+    show_report(report)
     assert report.folder is not None
-    console.note(f"the page is {report.folder / 'report.html'}; its figures lie beside it as CSV")
+    console.note(f"report: {report.folder / 'report.html'}; tables: CSV files beside it")
 
 
 def report_document(report: "ComparisonReport") -> dict[str, Any]:
@@ -261,9 +278,9 @@ def report_document(report: "ComparisonReport") -> dict[str, Any]:
 
 @command(
     StudyConfig,
-    description="Compare systems with intervals over seeds and test rows, paired tests with "
-    "one correction, and claims that hold, do not hold or are not decided: by running a "
-    "study, which goes on where it ended, or from finished runs.",
+    description="Compare systems with intervals over seeds and test rows, corrected paired tests, "
+    "and claims with a verdict. Runs a study (an unfinished one is resumed) or reads finished "
+    "runs.",
     example="skillnet compare --config studies/headline\n"
     "skillnet compare --runs skillnet-0 skillnet-1 dense-0 dense-1 --open\n"
     "skillnet compare headline --json",
@@ -279,7 +296,7 @@ def main(config: StudyConfig) -> tuple["ComparisonReport", int]:
     if config.open and report.folder is not None:
         page = (report.folder / "report.html").absolute().as_uri()
         if not webbrowser.open(page):
-            console.warn(f"no browser could be started; open {page} by hand")
+            console.warn(f"no browser could be started; open {page} in a browser")
     return report, failed
 
 

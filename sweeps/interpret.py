@@ -1,9 +1,12 @@
-"""``skillnet interpret``: what the skills of a trained model do."""
+"""``skillnet interpret``: measure the effect of each skill of a trained model.
+
+The entry point is :func:`interpret_source`. ``skillnet compare`` also calls it for its report.
+"""
 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.config.resources import request_model
 from skillnet_platform import console
@@ -17,34 +20,35 @@ if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
     from sweeps.interpretation.analysis import SkillInterpretation
 
-#: Its folder below a run.
+#: Directory of the results below a run directory.
 INTERPRETATION = "interpretation"
 
 
 @dataclass
 class InterpretConfig:
-    """Interpret a trained model.
+    """Measure the effect of the skills of a trained model.
 
     Args:
-        model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
+        model: registry address, run name, run id, run directory, checkpoint or saved model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
-        tasks: which tasks; by default all that the model has.
-        split: that knock-outs are measured and outputs compared on.
-        corpora: task -> corpus, where it is not the one of the training run.
-        swaps: also put each other skill in the place of each active one; most of the work.
-        tokens: of each modality, that skills' outputs are compared on.
+        tasks: tasks to measure; by default all tasks of the model.
+        split: split for ablations and output similarity.
+        corpora: task -> corpus, if it differs from the training run.
+        swaps: also replace each active skill by each other skill; most of the running time.
+        tokens: tokens of each modality for the comparison of skill outputs.
         batches: training batches of each task for the gradient.
-        samples: resamplings of each interval.
-        seed: of the choice of rows and of resampling.
-        precision: auto is bf16 where the machine multiplies it natively.
-        output: folder; by default interpretation in the run's folder, or below the run root.
-        log: also record it in the model's MLflow run.
+        bootstrap_samples: resamplings of each interval.
+        seed: seed of row sampling and resampling.
+        precision: auto is bf16 on hardware with native bf16 multiplication.
+        output: output directory; by default interpretation in the run directory, or below the run
+            root.
+        log: also record the files in the MLflow run of the model.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
     model: str = positional("models:/skillnet@champion")
-    data: Optional[str] = None  # noqa: UP045
-    tasks: Optional[list[str]] = None  # noqa: UP045
+    data: str | None = None
+    tasks: list[str] | None = None
     split: str = "test"
     corpora: dict[str, str] = field(default_factory=dict)
     swaps: bool = True
@@ -53,9 +57,9 @@ class InterpretConfig:
     bootstrap_samples: int = 1000
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    output: Optional[str] = None  # noqa: UP045
+    output: str | None = None
     log: bool = True
-    tracking_uri: Optional[str] = None  # noqa: UP045
+    tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("tokens", "batches", "bootstrap_samples"):
@@ -64,15 +68,15 @@ class InterpretConfig:
 
 
 def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", list[Path]]:
-    """Interpret a model, write it down and record it in the model's MLflow run.
+    """Interpret a model, write the results, and record them in the MLflow run of the model.
 
     Returns:
-        The interpretation, and the files; the page comes first.
+        The interpretation and the files; the HTML page is first.
 
     Raises:
-        UserError: no such model, a model without skills, corpora that do not fit.
+        UserError: the model does not exist or has no skills, or a corpus does not fit.
     """
-    from pipelines.evaluation.evaluator import machine
+    from pipelines.evaluation.evaluator import machine_name
     from pipelines.runs import model_source
     from skillnet.model import SkillNet
     from sweeps.interpretation.analysis import interpret_model
@@ -80,10 +84,12 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
     source = model_source.resolve_model(config.model, config.tracking_uri)
     model = model_source.load_trained_tasks(source)
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
-        raise UserError(f"{config.model} is a {model.system} model; only a skillnet has skills")
+        raise UserError(
+            f"{config.model} is a {model.system} model without skills; give a skillnet model"
+        )
     begin = time.monotonic()
     with console.progress("interpreting", None, "rows") as bar:
-        made = interpret_model(
+        interpretation = interpret_model(
             model,
             place(config.data, data_root()),
             config.tasks,
@@ -97,22 +103,22 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
             seed=config.seed,
             bootstrap_samples=config.bootstrap_samples,
             precision=config.precision,
-            on_progress=lambda words, count: bar.advance(count, words),
+            on_progress=lambda task, rows: bar.advance(rows, task),
         )
-    made.facts.update(
+    interpretation.facts.update(
         {
             "weights": source.digest,
             "steps of training": str(source.steps or "unknown"),
             "seed": str(config.seed),
             "date": time.strftime("%Y-%m-%d"),
-            "machine": machine(),
+            "machine": machine_name(),
             "seconds": f"{time.monotonic() - begin:.0f}",
         }
     )
-    files = made.write(_output_folder(config, source))
+    files = interpretation.write(_output_folder(config, source))
     if config.log and source.run_id:
         _record_files(files, source.run_id, config.tracking_uri)
-    return made, files
+    return interpretation, files
 
 
 def _output_folder(config: InterpretConfig, source: "ModelSource") -> Path:
@@ -128,7 +134,7 @@ def _record_files(files: list[Path], run_id: str, uri: str | None) -> None:
     from skillnet_platform.tracking import Tracker, backend
 
     if not is_known_run(run_id, uri):
-        console.note(f"the run {run_id} is not in this tracker: the files are on disk only")
+        console.note(f"the run {run_id} is not in this tracker: the files are only on disk")
         return
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
     for path in files:
@@ -139,7 +145,15 @@ def _record_files(files: list[Path], run_id: str, uri: str | None) -> None:
 def build_ablation_cells(
     rows: list[dict[str, Any]], skills: tuple[str, ...]
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells for the terminal: points lost, in brackets where a skill is put in."""
+    """Return columns and cells for the terminal: score drop in points, by task and skill.
+
+    Args:
+        rows: of :func:`sweeps.interpretation.ablation.measure_ablations`.
+        skills: skills of the model, in order.
+
+    Returns:
+        Columns and cells. Drops after adding a skill are in brackets; * marks intervals without 0.
+    """
     from sweeps.interpretation.ablation import ADD, SWAP
 
     cells: dict[str, list[str]] = {}
@@ -147,32 +161,41 @@ def build_ablation_cells(
         line = cells.setdefault(row["task"], [row["task"], *[""] * len(skills)])
         if row["change"] == SWAP:
             continue
-        text = "n/a" if row["lost"] is None else f"{100 * row['lost']:.1f}"
-        sure = row["lost"] is not None and (row["low"] > 0 or row["high"] < 0)
-        text += "*" if sure else ""
+        drop = row["score_drop"]
+        text = "n/a" if drop is None else f"{100 * drop:.1f}"
+        is_significant = drop is not None and (row["low"] > 0 or row["high"] < 0)
+        text += "*" if is_significant else ""
         line[1 + skills.index(row["skill"])] = f"({text})" if row["change"] == ADD else text
     return ["task", *skills], list(cells.values())
 
 
-def show_interpretation(made: "SkillInterpretation", files: list[Path], split: str) -> None:
-    """Print the points that each task loses, and where the page is."""
+def show_interpretation(
+    interpretation: "SkillInterpretation", files: list[Path], split: str
+) -> None:
+    """Print the score drop of each task, and the path of the page.
+
+    Args:
+        interpretation: the interpretation.
+        files: its files; the HTML page is first.
+        split: split of the ablations.
+    """
     console.table(
-        f"{made.model}: points lost on {split}",
-        *build_ablation_cells(made.ablations, made.skills),
-        caption="an active skill is left out, (another is put in); *: the interval excludes 0",
+        f"{interpretation.model}: score drop in points on {split}",
+        *build_ablation_cells(interpretation.ablations, interpretation.skills),
+        caption="after removing an active skill (or adding another); *: the interval excludes 0",
     )
-    console.note(f"the page is {files[0]}")
+    console.note(f"page: {files[0]}")
 
 
-def _tables_by_name(made: "SkillInterpretation") -> dict[str, Any]:
-    return {name.removesuffix(".csv"): table for name, table in made.tables().items()}
+def _tables_by_name(interpretation: "SkillInterpretation") -> dict[str, Any]:
+    return {name.removesuffix(".csv"): table for name, table in interpretation.tables().items()}
 
 
 @command(
     InterpretConfig,
-    description="Show what the skills of a model do: what every task loses when a skill is "
-    "left out, put in or swapped for another; how alike skills are, layer by layer; where the "
-    "gradient goes. Writes a page, CSV files and pictures.",
+    description="Measure the effect of each skill of a model: the score drop of every task after "
+    "removing, adding or swapping a skill; the similarity of skills by layer; the gradient share "
+    "of each skill. Writes an HTML page, CSV files and figures.",
     example="skillnet interpret my-run --split validation",
     show=lambda result: show_interpretation(*result),
     to_json=lambda result: {

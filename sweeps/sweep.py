@@ -1,17 +1,17 @@
-"""``skillnet sweep``: many runs over a space of settings, ranked on the validation split.
+"""``skillnet sweep``: train many runs over a search space, ranked on the validation split.
 
 <run root>/<name>/
-  sweep.yaml       the resolved configuration
-  run.json         the MLflow run, above those of the trials
-  trials/<trial>/  a run's folder each; see sweeps/trials/trial.py
+  sweep.yaml       resolved configuration
+  run.json         MLflow run, the parent of the trials' runs
+  trials/<trial>/  run directory of each trial; see sweeps/trials/trial.py
   trials.csv       one row per trial
-  best.yaml        the best configuration: `skillnet finetune --config …/best.yaml`
+  best.yaml        best configuration: `skillnet finetune --config …/best.yaml`
   score.png        score against activated FLOPs and parameters
-  result.json      what the command gives
+  result.json      result of the command
 
-With ``--run_dir s3://bucket/runs`` the same lies in the store: see sweeps/trials/remote_ledger.py.
-
-The test splits are not looked at: they are for what was chosen.
+The entry point is :func:`sweep`. With ``--run_dir s3://bucket/runs`` the object store holds the
+same files: see sweeps/trials/remote_ledger.py. The test splits are never read: they are reserved
+for the chosen configuration.
 """
 
 import time
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.evaluation.tables import markdown
+from pipelines.evaluation.tables import markdown_table
 from pipelines.runs.mirror import RunMirror
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
@@ -40,23 +40,24 @@ from sweeps.trials.trial import TrialOutcome
 
 CONFIG = "sweep.yaml"
 RESULT = "result.json"
+#: Files that exist from the start of a sweep.
 START_FILES = (CONFIG, RUN)
 
-#: What may change between two parts of a sweep.
+#: Settings that may change when a sweep is resumed.
 CHANGEABLE_KEYS = ("name", "run_dir", "resources", "keep", "max_failures", "tracking")
 
 
 def sweep(config: SweepConfig) -> dict[str, Any]:
-    """Run a sweep to its end, or go on with one; rank its configurations.
+    """Run a sweep to its end and rank its configurations; an unfinished sweep is resumed.
 
     Returns:
         Name, folder, MLflow run id, ``best`` (name, score, settings, file), ``configurations``
-        best first, ``trials`` with how each ended, files, seconds.
+        (best first), ``trials`` with their status, files, seconds.
 
     Raises:
-        UserError: a space, values or corpora that do not fit, before anything starts; or no
-            trial has a score, after all were tried.
-        StoreUnavailable: the store does not answer. The same command goes on.
+        UserError: the space, a value or a corpus is invalid (nothing is started), or no trial has
+            a score.
+        StoreUnavailable: the store does not respond. The same command resumes the sweep.
     """
     from sweeps.trials.engine import check_trial, run_trials
 
@@ -66,7 +67,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         remote_ledger.restore_ledger(mirror, START_FILES, ("trials",))
     source, run = _build_source(config, folder)
     asha = config.asha if config.scheduler == "asha" else None
-    # A mistake that all trials share shows before anything is written or recorded.
+    # Errors that all trials share are found before anything is written or recorded.
     check_trial(
         source[0] if isinstance(source, list) else source.example,
         None,
@@ -107,13 +108,15 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
 
 
 def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, RunMirror | None]:
-    """With a name and a run directory; the sweep's folder on this disk, and in a store."""
+    """Return the sweep with a name and a run directory, its local directory and its mirror."""
     name = config.name or time.strftime("sweep-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):
-        raise UserError(f"name {name!r} cannot be a folder's name; use letters, digits, - and _")
+        raise UserError(
+            f"name {name!r} is not a valid directory name; use letters, digits, - and _"
+        )
     if config.run.storage.mirror:
         raise UserError(
-            "run.storage.mirror: trials are kept where their sweep is; give the sweep --run_dir "
+            "run.storage.mirror: trials are stored where their sweep is; give the sweep --run_dir "
             "s3://… instead"
         )
     root = place(config.run_dir, run_root())
@@ -122,7 +125,7 @@ def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, RunMirror |
 
 
 def _store_config(config: SweepConfig, folder: Path) -> None:
-    """Keep the configuration, or compare it with that of the sweep that is gone on with."""
+    """Store the configuration; raise UserError if it differs from that of a resumed sweep."""
     stored = folder / CONFIG
     if stored.is_file():
         old, new = (_sweep_identity(tree) for tree in (configuration.load_yaml(stored), config))
@@ -131,7 +134,7 @@ def _store_config(config: SweepConfig, folder: Path) -> None:
                 continue
             raise UserError(
                 f"the sweep {folder.name} has {key} {old.get(key)}, not {new.get(key)}; give "
-                f"another --name, or --config {stored} to go on with it"
+                f"another --name, or resume the sweep with --config {stored}"
             )
         if old == new:
             return
@@ -142,13 +145,15 @@ def _store_config(config: SweepConfig, folder: Path) -> None:
 
 
 def _only_adds_seeds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the repeats were only added to, of trials that do not depend on one another.
+    """Return whether only seeds were added, in a sweep with independent trials.
 
-    What Optuna proposes next, and what halving stops, hangs on the scores of all seeds so far.
+    With Optuna or ASHA the trials depend on the scores of all earlier seeds.
     """
-    free = old.get("search") != "optuna" and old.get("scheduler") == "none"
+    is_independent = old.get("search") != "optuna" and old.get("scheduler") == "none"
     before = old.get("seeds")
-    return free and isinstance(before, list) and all(seed in new["seeds"] for seed in before)
+    return (
+        is_independent and isinstance(before, list) and all(seed in new["seeds"] for seed in before)
+    )
 
 
 def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -157,40 +162,40 @@ def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
-    """The trials, or what makes them, and the run that they vary."""
-    from pipelines.training.run import resolved
+    """Return the list or source of the trials, and their base run."""
+    from pipelines.training.resolved_run import resolve_config
     from sweeps.search.fixed_cost import compute_model_cost, fit_fixed_cost
     from sweeps.search.space import SearchSpace
     from sweeps.search.strategies import OptunaSource, configurations_from_points
 
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
-    run = resolved(replace(named, run_dir=str(folder.parent)))
+    run = resolve_config(replace(named, run_dir=str(folder.parent)))
     if not config.space:
         raise UserError("the space is empty: give space at least one key; see docs/sweeps.md")
     space = SearchSpace(config.space, run)
     if f"model.{config.fixed_cost.adjust}" in config.space:
         raise UserError(
-            f"fixed_cost.adjust sets model.{config.fixed_cost.adjust}: not in the space"
+            f"fixed_cost.adjust sets model.{config.fixed_cost.adjust}; remove it from the space"
         )
     target = 0.0
     if config.fixed_cost.adjust is not None:
         target = config.fixed_cost.target or compute_model_cost(run, config.fixed_cost.by)
 
-    def finish(made: FinetuneConfig) -> FinetuneConfig:
-        return fit_fixed_cost(made, target, config.fixed_cost)
+    def finish(candidate: FinetuneConfig) -> FinetuneConfig:
+        return fit_fixed_cost(candidate, target, config.fixed_cost)
 
     if config.search == "optuna":
-        guided = OptunaSource(
+        source = OptunaSource(
             space, config.samples, config.seeds, config.search_seed, finish, folder / "trials"
         )
-        return guided, run
+        return source, run
     points = (
         space.grid_points()
         if config.search == "grid"
         else space.random_points(config.samples, config.search_seed)
     )
-    made = configurations_from_points(space, points, finish)
-    return [trial for each in made for trial in each.make_trials(config.seeds)], run
+    candidates = configurations_from_points(space, points, finish)
+    return [trial for each in candidates for trial in each.make_trials(config.seeds)], run
 
 
 def _rank_and_record(
@@ -200,7 +205,7 @@ def _rank_and_record(
     parent: Tracker,
     outcomes: Sequence[TrialOutcome],
 ) -> dict[str, Any]:
-    """Rank, write the files, and record them under the parent run."""
+    """Rank the configurations, write the files, and record them in the parent run."""
     from sweeps.search import ranking
     from sweeps.trials.ledger import outcome_to_dict
 
@@ -211,8 +216,8 @@ def _rank_and_record(
     if figure is not None:
         figure.savefig(folder / "score.png", dpi=120)
         parent.artifact(folder / "score.png", "plots")
-    counts = {state: sum(o.status == state for o in outcomes) for state in ranking.STATUSES}
-    parent.metrics({f"trials/{state}": count for state, count in counts.items()})
+    counts = {status: sum(o.status == status for o in outcomes) for status in ranking.STATUSES}
+    parent.metrics({f"trials/{status}": count for status, count in counts.items()})
     best = configurations[0]
     if best.score is None:
         first = next(outcome for outcome in outcomes if outcome.error)
@@ -225,9 +230,9 @@ def _rank_and_record(
     parent.metrics({"score": best.score})
     parent.tags({"best": best.name})
     columns, cells = ranking.build_ranking_table(configurations)
-    said = [[_format_cell(value) for value in row] for row in cells]
-    best_first = f"Sweep **{folder.name}**, best first, on the validation split."
-    parent.note(f"{best_first}\n\n{markdown(columns, said)}")
+    texts = [[_format_cell(value) for value in row] for row in cells]
+    heading = f"Sweep **{folder.name}**, best first, on the validation split."
+    parent.note(f"{heading}\n\n{markdown_table(columns, texts)}")
     return {
         "name": folder.name,
         "folder": str(folder),
@@ -246,11 +251,11 @@ def _rank_and_record(
 
 
 def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
-    """The best configuration as a run of its own, with evaluation on the test splits."""
+    """Write the best configuration as an independent run that evaluates on the test splits."""
     stored = configuration.load_yaml(folder / "trials" / trial / "config.yaml")
-    made = configuration.build(FinetuneConfig, stored)
-    made = replace(
-        made,
+    run = configuration.build(FinetuneConfig, stored)
+    run = replace(
+        run,
         name=None,
         run_dir=config.run.run_dir or (config.run_dir if is_uri(config.run_dir) else None),
         seed=config.run.seed,
@@ -262,7 +267,7 @@ def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
     path = folder / "best.yaml"
     with atomic_write(path, "w") as stream:
         stream.write(f"# The best configuration of the sweep {folder.name}, by validation score.\n")
-        stream.write(configuration.to_yaml(made))
+        stream.write(configuration.to_yaml(run))
     return path
 
 
@@ -271,7 +276,7 @@ def _format_cell(value: Any) -> str:
 
 
 def show_sweep(result: dict[str, Any]) -> None:
-    """Print the ranking, and how to train the best configuration."""
+    """Print the ranking and the command that trains the best configuration."""
     from sweeps.search import ranking
 
     console.table(result["name"], *ranking.build_ranking_table(result["configurations"]))
@@ -284,9 +289,9 @@ def show_sweep(result: dict[str, Any]) -> None:
 
 @command(
     SweepConfig,
-    description="Run many trainings over a space of settings, on Ray: every combination, "
-    "random draws or Optuna, with or without stopping bad ones early. Ranks by the validation "
-    "split; the test splits are not looked at.",
+    description="Train many runs over a search space on Ray: all combinations, random draws or "
+    "Optuna, with or without early stopping. Ranks them on the validation split; the test splits "
+    "are never read.",
     example="skillnet sweep --config sweeps/plans\n"
     "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json",
     show=show_sweep,

@@ -57,7 +57,7 @@ class GrowConfig:
         seed: of new weights, order, augmentation and dropout.
         data: directory of prepared corpora; none takes ``corpora`` below the run root.
         corpora: old task -> corpus, where it is not the one of the training run.
-        training: optimisation, parallelism, rhythm; ``only`` is filled in.
+        training: optimisation, parallelism, rhythm; ``trainable`` is set to the new files.
         references: what the new task is also trained as, with the same steps: ``without_skill``
             is a head on the frozen model; ``fresh`` a new model for this task alone;
             ``everything`` the grown model with nothing frozen, which shows what freezing saves.
@@ -77,8 +77,8 @@ class GrowConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if self.training.only:
-            raise ValueError("training.only is what grow fills in: the new files; leave it out")
+        if self.training.trainable:
+            raise ValueError("training.trainable is set by grow to the new files; leave it out")
         if self.training.precision == "fp64":
             raise ValueError("training.precision fp64 would rewrite every file; use fp32 or auto")
         if not any(self.skill.name in plan.skills for plan in self.task.towers.values()):
@@ -86,5 +86,5 @@ class GrowConfig:
                 f"no tower of task.towers activates the new skill {self.skill.name!r}; add it to "
                 "the skills of one"
             )
-        if self.task.training.measured_only or self.task.training.auxiliary:
+        if self.task.training.eval_only or self.task.training.auxiliary:
             raise ValueError("task.training: the new task trains and is measured")

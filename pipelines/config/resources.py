@@ -33,8 +33,8 @@ def request_workers(
         workers * (gpus or float(training.use_gpu)),
         cpus,
         min_workers=fewest if fewest < workers else 0,
-        spread=training.placement == "strict_spread",
-        keep_checkpoints=training.keep,
+        spread=training.placement_strategy == "strict_spread",
+        keep_checkpoints=training.keep_checkpoints,
         uses_tracker=True,
     )
 

@@ -1,5 +1,8 @@
-"""Corpora by name: the built-in ones, formats of the user's own, and those that other packages
-add by entry point."""
+"""Corpora by name: built-in ones, formats for data of the user, and those of other packages.
+
+:func:`find_corpus` returns a built-in corpus, and :func:`open_external_corpus` opens data by path.
+Other packages add corpora through the entry point group ``skillnet.corpora``.
+"""
 
 import re
 from collections.abc import Mapping
@@ -15,10 +18,10 @@ from skillnet_platform import config
 from skillnet_platform.config.schema import checked
 from skillnet_platform.errors import UserError, nearest
 
-GROUP = "skillnet.corpora"
+ENTRY_POINT_GROUP = "skillnet.corpora"
 
-#: The built-in corpora, in the order of the paper's tasks. Also entry points; named here too
-#: so that a checkout works before it is installed.
+#: The built-in corpora, in the order of the paper's tasks. They are entry points too; the copy here
+#: serves a checkout that is not installed.
 BUILT_IN = {
     "headings": "pipelines.corpora.builtin.headings:HeadingsCorpus",
     "syllables": "pipelines.corpora.builtin.syllables:SyllablesCorpus",
@@ -27,14 +30,15 @@ BUILT_IN = {
     "functions": "pipelines.corpora.builtin.functions:FunctionsCorpus",
 }
 
-#: Made of the same archives for tasks that a model is grown by: fetched and prepared by name only.
+#: Built-in corpora of tasks that a trained model is extended by. They use the same archives, and
+#: are fetched and prepared by name only.
 EXTRA_BUILT_IN = {
     "stroke_counts": "pipelines.corpora.builtin.stroke_counts:StrokeCountsCorpus",
 }
 
 
-#: Formats of corpora that the user has: ``skillnet prepare --corpus tnews=PATH``. In the order in
-#: which a folder's format is guessed: the particular ones first.
+#: Formats for data of the user: ``skillnet prepare --corpus tnews=PATH``. Detection tries them in
+#: this order, the most specific ones first.
 READERS = {
     "tnews": "pipelines.corpora.readers.tnews:TnewsCorpus",
     "aishell1": "pipelines.corpora.readers.aishell1:AishellCorpus",
@@ -49,105 +53,112 @@ READERS = {
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 #: ``reader:path``, but not ``s3://path``.
-_READER = re.compile(r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_.]+:[A-Za-z0-9_]+)?):(?!//)(.+)")
+_READER_PREFIX = re.compile(
+    r"([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_.]+:[A-Za-z0-9_]+)?):(?!//)(.+)"
+)
 
 
 def find_corpus(name: str) -> Corpus:
-    """The corpus of that name, or the class that "package.module:Class" names.
+    """Return the built-in corpus of a name, or one of the class "package.module:Class".
 
     Raises:
-        UserError: nobody provides it; with the nearest name. Or it needs to be given a place.
+        UserError: the name is unknown (the message suggests the nearest one), or the corpus needs
+            a path.
     """
     found = _find_class(name)
     if issubclass(found, ExternalCorpus):
-        raise UserError(f"corpus {name} is read from your disk: give --corpus {name}=PATH")
+        raise UserError(f"corpus {name} is read by path: give --corpus {name}=PATH")
     return found()
 
 
 def open_external_corpus(
     name: str, place: str, options: Mapping[str, Any] | None = None
 ) -> ExternalCorpus:
-    """A corpus of the user's: ``place_corpus("tnews", "/data/tnews")``.
+    """Open data of the user: ``open_external_corpus("tnews", "/data/tnews")``.
 
     Args:
-        name: what to call it; names the format too, unless ``place`` does.
-        place: path or URI, or ``reader:path`` where the name is the user's own.
-        options: of the reader, by name.
+        name: name of the corpus; also the format, unless ``place`` names one.
+        place: path or URI, or ``format:path`` for a corpus with a name of the user's choice.
+        options: options of the format, by name.
 
     Raises:
-        UserError: an unknown reader or option, or a place that does not hold the format.
+        UserError: the format or an option is unknown, or the path does not hold the format.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"--corpus {name}: a name has letters, digits, - and _, at most 64 of them")
     if name in BUILT_IN or name in EXTRA_BUILT_IN:
-        raise UserError(f"--corpus {name}: that is a built-in corpus; choose another name")
-    named = parse_reader_prefix(place)
-    reader, place = named or (name, place)
+        raise UserError(f"--corpus {name}: this is a built-in corpus; choose another name")
+    prefixed = parse_reader_prefix(place)
+    reader, path = prefixed or (name, place)
     try:
         found = _find_class(reader, READERS)
-    except UserError as problem:
-        if named is not None:
+    except UserError as error:
+        if prefixed is not None:
             raise
         raise UserError(
-            f"{problem}. A name of your own needs its format: --corpus {name}=FORMAT:{place}; "
-            f"skillnet prepare --describe {place} says which it is"
+            f"{error}. If {name} is not a format, write the format before the path: "
+            f"--corpus {name}=FORMAT:{path}; skillnet inspect {path} detects the format"
         ) from None
     if not issubclass(found, ExternalCorpus):
-        raise UserError(f"corpus {reader} is not read from a place: name it alone")
-    where = f"options.{name}"
+        raise UserError(f"corpus {reader} is not read by path: give its name alone")
+    prefix = f"options.{name}"
     try:
-        tree = checked(found.Options, dict(options or {}), where)
-        whole = config.merge(config.defaults(found.Options), tree)
-        chosen: Any = config.build(found.Options, whole, dict.fromkeys(whole, where))
-        return found(place, chosen, name)
+        tree = checked(found.Options, dict(options or {}), prefix)
+        values = config.merge(config.defaults(found.Options), tree)
+        chosen: Any = config.build(found.Options, values, dict.fromkeys(values, prefix))
+        return found(path, chosen, name)
     except UserError:
         raise
-    except ValueError as problem:
-        raise UserError(f"{where}: {problem}") from None
+    except ValueError as error:
+        raise UserError(f"{prefix}: {error}") from None
 
 
 def parse_reader_prefix(place: str) -> tuple[str, str] | None:
-    """(Reader, path) of ``reader:path``; none where a place stands alone."""
-    given = _READER.fullmatch(place)
-    return (given.group(1), given.group(2)) if given else None
+    """Return (format, path) of ``format:path``, or None for a path alone."""
+    found = _READER_PREFIX.fullmatch(place)
+    return (found.group(1), found.group(2)) if found else None
 
 
-def detect_reader(place: SourceDirectory) -> tuple[str, str] | None:
-    """(Reader, what shows it) of a place that holds a known format.
+def detect_reader(source: SourceDirectory) -> tuple[str, str] | None:
+    """Return (format, evidence) of a directory that holds a known format, or None.
 
     Raises:
-        UserError, StoreUnavailable: its disk or its store fails, so that nothing is known of it.
+        UserError, StoreUnavailable: the disk or the store fails, so the format is unknown.
     """
-    others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
     for name in {**READERS, **others}:
         try:
             found = _find_class(name)
-            evidence = found.detect(place) if issubclass(found, ExternalCorpus) else None
+            evidence = found.detect(source) if issubclass(found, ExternalCorpus) else None
         except SourceReadError:
             raise
-        except OSError as problem:
-            raise make_read_error(problem.filename or place.uri, problem) from None
+        except OSError as error:
+            raise make_read_error(error.filename or source.uri, error) from None
         except ValueError:
-            continue  # not that one: a reader may stumble over another's files
+            continue  # files of another format can make a reader fail
         if evidence is not None:
             return name, evidence
     return None
 
 
-def _find_class(name: str, first: Mapping[str, str] | None = None) -> type[Corpus]:
-    others = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+def _find_class(name: str, candidates: Mapping[str, str] | None = None) -> type[Corpus]:
+    """Return the class of a corpus or format; ``candidates`` are suggested for a wrong name."""
+    others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    # Names of this package cannot be replaced by other packages.
     known = others | EXTRA_BUILT_IN | READERS | BUILT_IN
-    place = known.get(name) or (name if ":" in name else None)
-    if place is None:
-        listed = [*(first or {**BUILT_IN, **EXTRA_BUILT_IN, **READERS}), *others]
+    location = known.get(name) or (name if ":" in name else None)
+    if location is None:
+        listed = [*(candidates or {**BUILT_IN, **EXTRA_BUILT_IN, **READERS}), *others]
         raise UserError(f"unknown corpus {name!r}{nearest(name, listed)}")
-    module, _, attribute = place.partition(":")
+    module, _, attribute = location.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as problem:
-        raise UserError(f"corpus {name!r}: {place} cannot be loaded: {problem}") from problem
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"corpus {name!r}: {location} cannot be loaded: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Corpus)):
-        raise UserError(f"corpus {name!r}: {place} is not a subclass of pipelines.corpora.Corpus")
+        raise UserError(
+            f"corpus {name!r}: {location} is not a subclass of pipelines.corpora.Corpus"
+        )
     return found
 
 

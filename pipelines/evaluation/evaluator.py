@@ -310,7 +310,9 @@ def machine_name() -> str:
     return ", ".join(words)
 
 
-def locate_task_corpus(data: str | Path, task: str, corpora: Mapping[str, str] | None = None) -> Place:
+def locate_task_corpus(
+    data: str | Path, task: str, corpora: Mapping[str, str] | None = None
+) -> Place:
     """Place of a task's corpus: the one that ``corpora`` names, or the built-in one."""
     known = default_tasks_training() | default_masked_training()
     names = {name: entry.corpus for name, entry in known.items()} | dict(corpora or {})

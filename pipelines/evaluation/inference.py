@@ -12,16 +12,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines.shards.columns import Nested, Ragged, open_column
+from pipelines.shards.columns import NestedRaggedColumn, RaggedColumn, open_column
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import greedy_symbols
 from skillnet.multitask_model import TaskModel
-from skillnet.precision import choose
+from skillnet.precision import choose_precision
 from skillnet.skills import SkillPlan, find_task
 
 #: Positions (rows x tokens) of one batch: large enough to fill two cores, small in memory.
 POSITIONS = 4096
-MOST_ROWS = 512
+MAX_BATCH_ROWS = 512
 
 #: Column of a prepared corpus that holds a modality's input.
 COLUMN = {
@@ -34,7 +34,7 @@ COLUMN = {
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InferenceInputs:
     """What one tower reads of N rows.
 
     Args:
@@ -70,7 +70,7 @@ def split_inputs(
     captions: bool = False,
     every: bool = False,
     limit: int | None = None,
-) -> Inputs:
+) -> InferenceInputs:
     """The input of a tower from a prepared split.
 
     Args:
@@ -87,7 +87,7 @@ def split_inputs(
     longest = config.max_frames if plan.modality == "sound" else config.max_tokens
     longest = longest if limit is None else min(limit, longest)
     owners: np.ndarray | None = None
-    if captions and isinstance(column, Nested):
+    if captions and isinstance(column, NestedRaggedColumn):
         firsts = column.first(np.arange(len(table)))
         if every:
             counts = column.counts(np.arange(len(table)))
@@ -98,7 +98,7 @@ def split_inputs(
         column = column.inner
     else:
         firsts = np.arange(len(table))
-    if isinstance(column, Ragged):
+    if isinstance(column, RaggedColumn):
         ragged = column
         items = np.minimum(ragged.lengths(firsts), longest)
 
@@ -106,23 +106,25 @@ def split_inputs(
             values, lengths = ragged.take(firsts[rows], limit=longest)
             return _ragged_batch(plan, values, lengths)
 
-        return Inputs(_cost(plan, config, items), take, items, owners)
+        return InferenceInputs(_cost(plan, config, items), take, items, owners)
     fixed = column
-    assert not isinstance(fixed, Nested)
-    return Inputs(
+    assert not isinstance(fixed, NestedRaggedColumn)
+    return InferenceInputs(
         np.full(len(table), _tokens_of_one(plan, config)),
         lambda rows: {COLUMN[plan.modality]: torch.from_numpy(fixed.take(rows))},
     )
 
 
-def memory_inputs(items: Sequence[np.ndarray], plan: SkillPlan, config: SkillNetConfig) -> Inputs:
+def memory_inputs(
+    items: Sequence[np.ndarray], plan: SkillPlan, config: SkillNetConfig
+) -> InferenceInputs:
     """The input of a tower from arrays in memory, one per row, as a transform gives them.
 
     Text and code: (T,) token ids. Sound: (frames, mels). Pictures (H, W, 3) and clips
     (N, H, W, C): uint8.
     """
     if plan.modality in ("image", "video"):
-        return Inputs(
+        return InferenceInputs(
             np.full(len(items), _tokens_of_one(plan, config)),
             lambda rows: {
                 COLUMN[plan.modality]: torch.from_numpy(np.stack([items[row] for row in rows]))
@@ -139,10 +141,10 @@ def memory_inputs(items: Sequence[np.ndarray], plan: SkillPlan, config: SkillNet
             values[place, : lengths[place]] = items[int(row)][: lengths[place]]
         return _ragged_batch(plan, values, lengths)
 
-    return Inputs(_cost(plan, config, lengths_N), take, lengths_N)
+    return InferenceInputs(_cost(plan, config, lengths_N), take, lengths_N)
 
 
-class Runner:
+class InferenceRunner:
     """Runs a model's tasks without gradients, in bf16 where the device multiplies it natively.
 
     Args:
@@ -157,10 +159,10 @@ class Runner:
         self.model = model
         self.device = next(model.parameters()).device
         double = next(model.parameters()).dtype == torch.float64
-        self.precision = choose("fp64" if double else precision, self.device)
+        self.precision = choose_precision("fp64" if double else precision, self.device)
         self.positions = positions
 
-    def classify(self, task: str, inputs: Inputs) -> np.ndarray:
+    def classify(self, task: str, inputs: InferenceInputs) -> np.ndarray:
         """Probability of each class, (N, C) float32."""
         outputs = find_task(task, self.model.config.tasks).outputs
         out = np.zeros((len(inputs), outputs), dtype=np.float32)
@@ -170,7 +172,7 @@ class Runner:
                 out[rows] = torch.softmax(logits.float(), -1).cpu().numpy()
         return out
 
-    def transcribe(self, task: str, inputs: Inputs) -> tuple[list[list[int]], np.ndarray]:
+    def transcribe(self, task: str, inputs: InferenceInputs) -> tuple[list[list[int]], np.ndarray]:
         """Symbols of each row by greedy (best path) CTC decoding, and the path's confidence.
 
         The confidence is the geometric mean of the path's probabilities, (N,) in (0, 1].
@@ -188,7 +190,7 @@ class Runner:
                     confidence[row] = best[place, : max(length, 1)].mean().exp()
         return symbols, confidence
 
-    def embed(self, task: str, tower: str, inputs: Inputs) -> np.ndarray:
+    def embed(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
         """Unit vectors of a retrieval task's tower, (N, E) float32."""
         out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
         with self._inference():
@@ -196,7 +198,7 @@ class Runner:
                 out[rows] = self.model.embed(task, tower, batch).float().cpu().numpy()
         return out
 
-    def _batches(self, inputs: Inputs) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    def _batches(self, inputs: InferenceInputs) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
         for rows in batches_by_length(inputs.lengths, self.positions):
             yield rows, {name: x.to(self.device) for name, x in inputs.take(rows).items()}
 
@@ -216,12 +218,12 @@ def batches_by_length(lengths: np.ndarray, positions: int) -> Iterator[np.ndarra
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
-        rows = max(1, min(MOST_ROWS, positions // max(int(lengths[order[start]]), 1)))
+        rows = max(1, min(MAX_BATCH_ROWS, positions // max(int(lengths[order[start]]), 1)))
         yield order[start : start + rows]
         start += rows
 
 
-def mean_lengths(towers: Mapping[str, Inputs]) -> dict[str, int]:
+def mean_input_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
     """Tower -> mean length of its rows, for those whose rows differ in length."""
     found = {name: inputs.mean_items for name, inputs in towers.items()}
     return {name: value for name, value in found.items() if value is not None}

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pipelines.config.data import MaskConfig
 from pipelines.config.run import TaskTraining
-from pipelines.evaluation.inference import Runner
+from pipelines.evaluation.inference import InferenceRunner
 from pipelines.loading.augment import Draws
 from pipelines.loading.dataloader import Batch
 from pipelines.loading.task_dataset import TaskRows
-from skillnet.losses import masked_rows
+from skillnet.losses import masked_loss_per_row
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import find_task
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BATCH = 64
 
 
-def hidden_batches(
+def masked_batches(
     model: TaskModel,
     task: str,
     corpus: "PreparedCorpus",
@@ -47,7 +47,7 @@ def hidden_batches(
         limit: longest row, in tokens or frames.
         rows: their numbers; none takes all.
     """
-    source = source_of(model, task, corpus, split, masks, limit)
+    source = pretrained_modality(model, task, corpus, split, masks, limit)
     like = next(model.parameters())
     wanted = np.arange(source.count) if rows is None else rows
     for start in range(0, len(wanted), BATCH):
@@ -57,7 +57,7 @@ def hidden_batches(
         yield Batch(task, towers, targets, part, len(part)).to(like.device, like.dtype)
 
 
-def restored(runner: Runner, batch: Batch) -> Tensor:
+def restored_inputs(runner: InferenceRunner, batch: Batch) -> Tensor:
     """What the model puts at the hidden tokens of a batch, (M, V) or (M, P)."""
     model = runner.model
     training = model.training
@@ -69,7 +69,7 @@ def restored(runner: Runner, batch: Batch) -> Tensor:
 
 
 def masked_losses(
-    runner: Runner,
+    runner: InferenceRunner,
     task: str,
     corpus: "PreparedCorpus",
     split: str,
@@ -79,10 +79,10 @@ def masked_losses(
     """``masked_loss`` (N,) of every row, and ``masked_accuracy`` (N,) where tokens are restored."""
     losses: list[Tensor] = []
     right: list[Tensor] = []
-    for batch in hidden_batches(runner.model, task, corpus, split, masks, limit):
-        predicted = restored(runner, batch)
+    for batch in masked_batches(runner.model, task, corpus, split, masks, limit):
+        predicted = restored_inputs(runner, batch)
         values, masked = batch.targets["values"], batch.targets["masked"]
-        losses.append(masked_rows(predicted, values, masked))
+        losses.append(masked_loss_per_row(predicted, values, masked))
         if not values.is_floating_point():
             hits_M = (predicted.argmax(1) == values).double()
             hits_B = torch.zeros(len(masked), dtype=hits_M.dtype, device=masked.device)
@@ -94,15 +94,15 @@ def masked_losses(
     return found
 
 
-def mean_length(
+def mean_masked_length(
     model: TaskModel, task: str, corpus: "PreparedCorpus", split: str, limit: int | None = None
 ) -> dict[str, int]:
     """Mean length of the rows of sequences, as costs are counted with; {} for the others."""
-    lengths = source_of(model, task, corpus, split, None, limit).lengths()
+    lengths = pretrained_modality(model, task, corpus, split, None, limit).lengths()
     return {} if lengths is None else {"input": max(round(float(lengths.mean())), 1)}
 
 
-def source_of(
+def pretrained_modality(
     model: TaskModel,
     task: str,
     corpus: "PreparedCorpus",

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
-from skillnet.metrics import Interval, bootstrap_interval, ratio_of_sums
+from skillnet.metrics import ConfidenceInterval, bootstrap_interval, ratio_of_sums
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write
 
@@ -65,7 +65,7 @@ class RowOutcomes:
         return float(self.amount.sum()) / total if total else float("nan")
 
 
-class Outcomes:
+class OutcomeTable:
     """Collects outcomes while a model is evaluated; knows them by (task, split)."""
 
     def __init__(self) -> None:
@@ -133,13 +133,13 @@ class Outcomes:
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
-def write_outcomes(outcomes: Outcomes, path: str | Path) -> None:
+def write_outcomes(outcomes: OutcomeTable, path: str | Path) -> None:
     """Write a run's outcomes; readers see the whole file or none."""
     with atomic_write(path) as stream:
         pq.write_table(outcomes.table(), stream, compression="zstd")
 
 
-def read_outcomes(path: str | Path) -> Outcomes:
+def read_outcomes(path: str | Path) -> OutcomeTable:
     """Read what :func:`write_outcomes` wrote.
 
     Raises:
@@ -159,7 +159,7 @@ def read_outcomes(path: str | Path) -> Outcomes:
         table.validate(full=True)
     except (pa.ArrowException, ValueError) as problem:
         raise UserError(f"{path}: not what a run wrote ({first_line(problem)})") from None
-    found = Outcomes()
+    found = OutcomeTable()
     tasks, splits = table["task"].to_numpy(), table["split"].to_numpy()
     row, amount, weight, rank = (
         table[name].to_numpy().astype(np.float64) for name in ("row", "amount", "weight", "rank")
@@ -175,7 +175,7 @@ def read_outcomes(path: str | Path) -> Outcomes:
 
 def paired_difference(
     one: RowOutcomes, other: RowOutcomes, seed: int = 0, samples: int = 1000
-) -> Interval:
+) -> ConfidenceInterval:
     """Primary metric of ``one`` less that of ``other`` on the same rows.
 
     The interval comes from drawing rows, both models' outcomes of a row together: what is hard

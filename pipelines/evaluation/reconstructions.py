@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.evaluation.inference import Runner
-from pipelines.evaluation.masked import hidden_batches, restored, source_of
+from pipelines.evaluation.inference import InferenceRunner
+from pipelines.evaluation.masked import masked_batches, pretrained_modality, restored_inputs
 from pipelines.loading.audio_units import units_of
 from pipelines.loading.masking import FLAT, normalised
 from pipelines.loading.task_dataset import PRETRAINING, splits_of
@@ -22,13 +22,13 @@ from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.stems import (
+    cut_tubelets,
+    join_tubelets,
     patchify,
-    signed,
+    scale_to_signed,
     stack_frames,
-    tubelify,
     unpatchify,
     unstack_frames,
-    untubelify,
 )
 from skillnet_platform.storage.location import below, place
 from skillnet_platform.tracking import Tracker
@@ -40,14 +40,14 @@ FOLDER = "reconstructions"
 ROWS = 4
 WAYS = ("original", "hidden", "restored")
 #: Whole, with a part hidden, restored: (rows, ...) arrays ready to show.
-Three = tuple[np.ndarray, np.ndarray, np.ndarray]
+ReconstructionTriple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def record(
+def log_reconstructions(
     config: FinetuneConfig, model: TaskModel, run: Path, tracker: "Tracker | None", step: int
 ) -> Path | None:
     """Draw the picture of a step into the run's folder and its record; none without such a task."""
-    figure = draw(config, model, f"step {step}")
+    figure = draw_reconstructions(config, model, f"step {step}")
     if figure is None:
         return None
     path = run / FOLDER / f"step-{step:08d}.png"
@@ -58,12 +58,14 @@ def record(
     return path
 
 
-def draw(config: FinetuneConfig, model: TaskModel, title: str = "") -> "Figure | None":
+def draw_reconstructions(
+    config: FinetuneConfig, model: TaskModel, title: str = ""
+) -> "Figure | None":
     """Rows of each masked task of pictures, sound and clips; none if there is no such task."""
     from matplotlib.figure import Figure
 
     found = {
-        modality: restorations(config, model, name)
+        modality: reconstruct_rows(config, model, name)
         for modality in ("image", "sound", "video")
         for name in config.measured
         if (spec := config.model.tasks[name]).objective == "masked"
@@ -81,7 +83,7 @@ def draw(config: FinetuneConfig, model: TaskModel, title: str = "") -> "Figure |
     return figure
 
 
-def restorations(config: FinetuneConfig, model: TaskModel, task: str) -> Three:
+def reconstruct_rows(config: FinetuneConfig, model: TaskModel, task: str) -> ReconstructionTriple:
     """Rows of a masked task whole, with a part hidden, and restored.
 
     Returns:
@@ -92,11 +94,11 @@ def restorations(config: FinetuneConfig, model: TaskModel, task: str) -> Three:
     corpus = open_corpus(below(place(config.data, Path()), settings.corpus))
     split = "validation" if "validation" in corpus.splits else next(iter(corpus.splits))
     rows = _evenly(corpus, split)
-    runner = Runner(model, config.training.precision)
-    (batch,) = hidden_batches(model, task, corpus, split, masks, settings.max_length, rows)
-    predicted_MP = restored(runner, batch).float().cpu()
+    runner = InferenceRunner(model, config.training.precision)
+    (batch,) = masked_batches(model, task, corpus, split, masks, settings.max_length, rows)
+    predicted_MP = restored_inputs(runner, batch).float().cpu()
     masked_BT = batch.targets["masked"].cpu()
-    source = source_of(model, task, corpus, split, masks, settings.max_length)
+    source = pretrained_modality(model, task, corpus, split, masks, settings.max_length)
     whole = {
         key: x.float() if x.is_floating_point() else x for key, x in source.inputs(rows).items()
     }
@@ -117,8 +119,8 @@ def _pictures(
     hidden: dict[str, Tensor],
     masked_BT: Tensor,
     predicted_MP: Tensor,
-) -> Three:
-    x = signed(whole["pixels"], torch.float32)
+) -> ReconstructionTriple:
+    x = scale_to_signed(whole["pixels"], torch.float32)
     cut = _filled(patchify(x, config.patch_size), masked_BT, predicted_MP)
     out = unpatchify(cut, config.patch_size, config.image_size)
     return _pixels(x), hidden["pixels"].numpy(), _pixels(out)
@@ -130,11 +132,11 @@ def _clips(
     hidden: dict[str, Tensor],
     masked_BT: Tensor,
     predicted_MP: Tensor,
-) -> Three:
+) -> ReconstructionTriple:
     frames = whole["frames"]
-    x = signed(frames, torch.float32).expand(*frames.shape[:-1], 3)
-    cut = _filled(tubelify(x, config.tubelet), masked_BT, predicted_MP)
-    out = untubelify(cut, config.tubelet, config.video_frames, config.video_size)
+    x = scale_to_signed(frames, torch.float32).expand(*frames.shape[:-1], 3)
+    cut = _filled(cut_tubelets(x, config.tubelet), masked_BT, predicted_MP)
+    out = join_tubelets(cut, config.tubelet, config.video_frames, config.video_size)
     return _pixels(x), hidden["frames"].expand(x.shape).numpy(), _pixels(out)
 
 
@@ -144,7 +146,7 @@ def _recordings(
     hidden: dict[str, Tensor],
     masked_BT: Tensor,
     predicted_MP: Tensor,
-) -> Three:
+) -> ReconstructionTriple:
     x = whole["log_mel"]
     cut = _filled(stack_frames(x, config.mel_stack), masked_BT, predicted_MP)
     out = unstack_frames(cut, config.mel_stack, x.shape[1])
@@ -172,7 +174,7 @@ def _evenly(corpus: PreparedCorpus, split: str) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(ROWS, count)).astype(np.int64))
 
 
-def _show(part: Any, modality: str, three: Three) -> None:
+def _show(part: Any, modality: str, three: ReconstructionTriple) -> None:
     rows = len(three[0])
     if modality == "video":
         # A clip is a strip of frames; its three strips stand below one another.

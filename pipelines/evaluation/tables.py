@@ -66,22 +66,22 @@ WORDS = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C564B")
 
 
-def words_of(metric: str) -> str:
+def metric_label(metric: str) -> str:
     """``reverse_recall_at_10 -> "R@10, X to text"``."""
     base = metric.removeprefix("reverse_")
     return WORDS.get(base, base.replace("_", " ")) + (", X to text" if base != metric else "")
 
 
-def shown(metric: str, value: float | None) -> str:
+def format_value(metric: str, value: float | None) -> str:
     """A figure as people read it: rates in per cent, ranks as they are."""
     if value is None or np.isnan(value):
         return "–"
     return f"{value:.4g}" if metric.endswith(PLAIN) else f"{100 * value:.1f} %"
 
 
-def shown_interval(row: Mapping[str, Any]) -> str:
+def format_interval(row: Mapping[str, Any]) -> str:
     """``61.2 % (59.0–63.1)``."""
-    text = shown(row["metric"], row["value"])
+    text = format_value(row["metric"], row["value"])
     low, high = row.get("low"), row.get("high")
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return text
@@ -101,7 +101,7 @@ def result_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for (task, split, reverse), members in groups.items():
         text = "   ".join(
-            f"{words_of(row['metric'].removeprefix('reverse_'))} {shown_interval(row)}"
+            f"{metric_label(row['metric'].removeprefix('reverse_'))} {format_interval(row)}"
             for row in members
         )
         cells.append([task, split + (", reverse" if reverse else ""), text])
@@ -123,43 +123,43 @@ def summary_cells(
     columns = ["task", "metric", *(SYSTEMS[name] for name in beside)]
     columns += ["SkillNet (95 % interval)", "active"]
     cells = []
-    for task in in_order(tasks):
+    for task in sort_rows(tasks):
         metric, more = HEADLINE[tasks[task].objective]
-        own = find(rows, task, metric)
+        own = find_row(rows, task, metric)
         if own is None:
             continue
-        found = [find(others, task, metric, system) for system in beside]
+        found = [find_row(others, task, metric, system) for system in beside]
         cells.append(
             [
                 task,
-                words_of(metric) + (" ↑" if more else " ↓"),
-                *(shown(metric, row["value"]) if row else "–" for row in found),
-                shown_interval(own),
+                metric_label(metric) + (" ↑" if more else " ↓"),
+                *(format_value(metric, row["value"]) if row else "–" for row in found),
+                format_interval(own),
                 f"{100 * own['activated_params'] / total:.0f} %",
             ]
         )
     return columns, cells
 
 
-def in_order(tasks: Iterable[str]) -> list[str]:
+def sort_rows(tasks: Iterable[str]) -> list[str]:
     """The paper's five tasks in its order, then the others as they come."""
     names = list(tasks)
     known = [name for name in default_tasks() if name in names]
     return known + [name for name in names if name not in known]
 
 
-def headlines(rows: Sequence[Row], tasks: Mapping[str, Task]) -> str:
+def headline_rows(rows: Sequence[Row], tasks: Mapping[str, Task]) -> str:
     """The headline of each task in one line."""
     said = []
-    for task in in_order(tasks):
+    for task in sort_rows(tasks):
         metric, _ = HEADLINE[tasks[task].objective]
-        row = find(rows, task, metric)
+        row = find_row(rows, task, metric)
         if row is not None:
-            said.append(f"{task} {words_of(metric)} **{shown(metric, row['value'])}**")
+            said.append(f"{task} {metric_label(metric)} **{format_value(metric, row['value'])}**")
     return ", ".join(said)
 
 
-def find(
+def find_row(
     rows: Sequence[Row], task: str, metric: str, system: str | None = None, split: str = "test"
 ) -> Row | None:
     """The row of a figure, or None."""
@@ -190,7 +190,7 @@ def flat_metrics(rows: Sequence[Row]) -> dict[str, float]:
     return flat
 
 
-def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table in markdown."""
     lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join(
@@ -198,7 +198,7 @@ def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     )
 
 
-def description(
+def run_description(
     rows: Sequence[Row],
     others: Sequence[Row],
     config: SkillNetConfig,
@@ -215,14 +215,17 @@ def description(
     ]
     if rows:
         # MLflow folds the note after a few lines: the figures come first.
-        parts.append(f"On held-out data: {headlines(rows, config.tasks)}.")
-        parts += ["#### Test results", markdown(*summary_cells(rows, others, config.tasks, total))]
+        parts.append(f"On held-out data: {headline_rows(rows, config.tasks)}.")
+        parts += [
+            "#### Test results",
+            markdown_table(*summary_cells(rows, others, config.tasks, total)),
+        ]
         parts += [
             "*active*: share of the parameters that the task reads. Intervals: bootstrap over "
             "test rows. Every figure, with the other test sets and the reverse direction: the CSV "
             "files in `evaluation/` under Artifacts."
         ]
-    parts += ["#### Who activates what", markdown(*activation_cells(config))]
+    parts += ["#### Who activates what", markdown_table(*activation_cells(config))]
     if facts:
         parts += ["#### Facts", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts)
@@ -245,7 +248,7 @@ def run_facts(result: Mapping[str, Any]) -> dict[str, str]:
 def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the activation table: a line per tower, a dot per active skill."""
     cells = []
-    for name in in_order(config.tasks):
+    for name in sort_rows(config.tasks):
         towers = config.tasks[name].towers
         for tower in sorted(towers, key=["input", "query", "candidate"].index):
             plan = towers[tower]
@@ -278,7 +281,7 @@ def training_figures(history: History, config: SkillNetConfig) -> "dict[str, Fig
 def loss_figure(history: History) -> "Figure":
     """A small panel per task: the losses have different units and do not share an axis."""
     losses = [name for name in history if name.endswith("/loss") and history[name]]
-    names = [f"{task}/loss" for task in in_order(n.removesuffix("/loss") for n in losses)]
+    names = [f"{task}/loss" for task in sort_rows(n.removesuffix("/loss") for n in losses)]
     across = min(len(names), 3)
     down = -(-len(names) // across)
     figure = _figure(3.2 * across, 2.4 * down)
@@ -287,13 +290,13 @@ def loss_figure(history: History) -> "Figure":
         steps, values = np.array(sorted(history[name]), dtype=float).T
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(values), color=colour, linewidth=1.6)
+        axes.plot(steps, smooth_series(values), color=colour, linewidth=1.6)
         axes.set_title(name.removesuffix("/loss").replace("_", " "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylim(bottom=0)
         if index % across == 0:
             axes.set_ylabel("training loss", fontsize=8)
-        quiet(axes)
+        hide_spines(axes)
     return figure
 
 
@@ -306,7 +309,7 @@ def learning_rate_figure(history: History) -> "Figure":
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("learning rate", fontsize=8)
     axes.set_ylim(bottom=0)
-    quiet(axes)
+    hide_spines(axes)
     return figure
 
 
@@ -318,7 +321,7 @@ def activation_figure(config: SkillNetConfig) -> "Figure":
     figure = _figure(2.6 + 0.75 * columns, 0.9 + 0.36 * rows)
     axes = figure.add_subplot()
     for row in range(rows):
-        task = in_order(config.tasks).index(cells[row][0].partition(",")[0])
+        task = sort_rows(config.tasks).index(cells[row][0].partition(",")[0])
         for column in range(columns):
             colour = COLOURS[task % len(COLOURS)] if active[row, column] else "#eceae6"
             axes.add_patch(_square(column, row, colour))
@@ -333,7 +336,7 @@ def activation_figure(config: SkillNetConfig) -> "Figure":
     return figure
 
 
-def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+def smooth_series(values: np.ndarray, share: float = 0.05) -> np.ndarray:
     """Running mean over a share of the points, centred, shorter at both ends."""
     half = max(int(len(values) * share / 2), 1)
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -361,7 +364,7 @@ def _square(column: int, row: int, colour: str) -> Any:
     )
 
 
-def quiet(axes: Any) -> None:
+def hide_spines(axes: Any) -> None:
     """Axes that leave the eye to what is drawn on them."""
     axes.tick_params(labelsize=8, color="#999999")
     axes.grid(True, color="#ececec", linewidth=0.8)
@@ -370,7 +373,7 @@ def quiet(axes: Any) -> None:
         axes.spines[side].set_visible(False)
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Write evaluation rows as CSV; figures keep six digits."""
 
     with atomic_write(path, "w") as stream:

@@ -54,7 +54,7 @@ class TaskState:
 
 
 @dataclass(frozen=True)
-class Worth:
+class TransferResult:
     """What one way to learn the new task came to, on one split.
 
     Args:
@@ -81,7 +81,7 @@ class Worth:
 
 
 @dataclass
-class Growth:
+class GrowthReport:
     """The report of one growth; see the head of this file."""
 
     source: str
@@ -98,7 +98,7 @@ class Growth:
     rows_compared: int
     rows_differing: int
     optimiser: list[str]
-    worth: list[Worth]
+    worth: list[TransferResult]
 
     @property
     def untouched(self) -> bool:
@@ -119,13 +119,13 @@ class Growth:
         return values | {"untouched": self.untouched}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Growth":
+    def from_dict(cls, values: Mapping[str, Any]) -> "GrowthReport":
         """The inverse of :meth:`to_dict`."""
         rest = {k: v for k, v in values.items() if k not in ("files", "tasks", "worth")}
         rest.pop("untouched", None)
         files = [FileState(f["file"], f["before"], f["after"]) for f in values["files"]]
         tasks = [TaskState(**each) for each in values["tasks"]]
-        worth = [Worth(**each) for each in values["worth"]]
+        worth = [TransferResult(**each) for each in values["worth"]]
         return cls(**rest, files=files, tasks=tasks, worth=worth)
 
     def headline(self) -> str:
@@ -135,8 +135,8 @@ class Growth:
         own = next((w for w in self.worth if (w.system, w.split) == (GROWN, "test")), None)
         figure = ""
         if own is not None:
-            shown = evaluation_tables.shown_interval(asdict(own))
-            figure = f": {self.task} {evaluation_tables.words_of(own.metric)} {shown}"
+            shown = evaluation_tables.format_interval(asdict(own))
+            figure = f": {self.task} {evaluation_tables.metric_label(own.metric)} {shown}"
         kept = "untouched" if self.untouched else "NOT untouched"
         return (
             f"grown from {self.source} by {', '.join(new)}{figure}; {same} old files, "
@@ -153,9 +153,9 @@ class Growth:
             [
                 each.task,
                 each.split,
-                evaluation_tables.words_of(each.metric),
-                evaluation_tables.shown(each.metric, each.before),
-                evaluation_tables.shown(each.metric, each.after),
+                evaluation_tables.metric_label(each.metric),
+                evaluation_tables.format_value(each.metric, each.before),
+                evaluation_tables.format_value(each.metric, each.after),
                 "same" if each.same else "CHANGED",
             ]
             for each in self.tasks
@@ -165,7 +165,7 @@ class Growth:
             [
                 WORDS.get(each.system, each.system),
                 each.split,
-                f"{evaluation_tables.words_of(each.metric)} {evaluation_tables.shown_interval(asdict(each))}",
+                f"{evaluation_tables.metric_label(each.metric)} {evaluation_tables.format_interval(asdict(each))}",
                 _difference(each),
                 f"{each.trained:,}",
                 f"{each.seconds:.0f} s",
@@ -185,8 +185,8 @@ class Growth:
         lost = [
             [
                 task,
-                evaluation_tables.words_of(metric_of[task]),
-                *(evaluation_tables.shown("", x) for x in pair),
+                evaluation_tables.metric_label(metric_of[task]),
+                *(evaluation_tables.format_value("", x) for x in pair),
             ]
             for each in self.worth
             if (each.system, each.split) == ("everything", "test")
@@ -201,7 +201,7 @@ class Growth:
         """The report as markdown."""
         parts = [f"{self.headline()}."]
         for title, columns, cells in self.tables():
-            parts += [f"#### {title}", evaluation_tables.markdown(columns, cells)]
+            parts += [f"#### {title}", evaluation_tables.markdown_table(columns, cells)]
         parts += [
             f"{self.steps} steps, seed {self.seed}. Of each old task every figure of the CSV "
             f"files, its interval and its cost were compared ({len(self.tasks)} figures), and what "
@@ -215,7 +215,7 @@ def _short(digest: str | None) -> str:
     return "–" if digest is None else digest[:16]
 
 
-def _difference(each: Worth) -> str:
+def _difference(each: TransferResult) -> str:
     if not each.behind:
         return "–"
     value, low, high = (100 * x for x in each.behind)

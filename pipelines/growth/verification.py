@@ -8,12 +8,17 @@ from typing import Any
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation import tables
 from pipelines.evaluation.outcomes import FILE as OUTCOMES
-from pipelines.evaluation.outcomes import Outcomes, paired_difference, read_outcomes, write_outcomes
-from pipelines.growth.report import GROWN, FileState, Growth, TaskState, Worth
-from pipelines.runs.model_source import Source
+from pipelines.evaluation.outcomes import (
+    OutcomeTable,
+    paired_difference,
+    read_outcomes,
+    write_outcomes,
+)
+from pipelines.growth.report import GROWN, FileState, GrowthReport, TaskState, TransferResult
+from pipelines.runs.model_source import ModelSource
 from skillnet import systems
 from skillnet.model import SkillNet
-from skillnet.serialization import read_manifest, sha256
+from skillnet.serialization import read_manifest, hash_file
 from skillnet.skills import Task
 from skillnet_platform import console
 
@@ -26,7 +31,7 @@ def new_files(before: SkillNet, grown: SkillNet) -> list[str]:
     return sorted(grown.files_of().keys() - before.files_of().keys())
 
 
-def compare_files(source: Source, before: SkillNet, folder: Path) -> list[FileState]:
+def compare_files(source: ModelSource, before: SkillNet, folder: Path) -> list[FileState]:
     """The weight files of the source and of a saved model, by the hash of their bytes.
 
     What a file was before is read from the source's manifest, which was checked when it was
@@ -38,14 +43,14 @@ def compare_files(source: Source, before: SkillNet, folder: Path) -> list[FileSt
         old = {file: _hash(before, names) for file, names in before.files_of().items()}
     else:
         old = {file: listed[f"{file}.safetensors"]["sha256"] for file in before.files_of()}
-    new = {path.stem: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    new = {path.stem: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
     return [
         FileState(file, old.get(file), new.get(file))
         for file in [*old, *sorted(new.keys() - old.keys())]
     ]
 
 
-def require_same(files: Sequence[FileState]) -> None:
+def require_unchanged_tasks(files: Sequence[FileState]) -> None:
     """Raise RuntimeError if an old file is not what it was: a defect of this program, or weights
     that another version of safetensors lays out in another way."""
     for file in files:
@@ -53,9 +58,9 @@ def require_same(files: Sequence[FileState]) -> None:
             raise RuntimeError(f"{file.file} is {file.state}: sha256 {file.before}, {file.after}")
 
 
-def require_untouched(report: Growth) -> None:
+def assert_frozen_unchanged(report: GrowthReport) -> None:
     """Raise RuntimeError, naming the first of it, if anything but the new files changed."""
-    require_same(report.files)
+    require_unchanged_tasks(report.files)
     for each in report.tasks:
         if not each.same:
             raise RuntimeError(
@@ -68,15 +73,15 @@ def require_untouched(report: Growth) -> None:
         )
 
 
-def conclude(
-    source: Source,
+def build_growth_report(
+    source: ModelSource,
     before: SkillNet,
     settings: FinetuneConfig,
     run: Path,
     result: Mapping[str, Any],
     others: Mapping[str, Mapping[str, Any]],
     added: tuple[str, str],
-) -> Growth:
+) -> GrowthReport:
     """Measure the source now and compare; see :class:`Growth`.
 
     Args:
@@ -98,8 +103,8 @@ def conclude(
         compared, differing = compared + len(one), differing + int((~alike).sum())
     checkpoint = max((run / "checkpoints").glob("step-*"))
     runs = {GROWN: result, **others}
-    model = systems.load(run / "model")
-    return Growth(
+    model = systems.load_model(run / "model")
+    return GrowthReport(
         source=source.name,
         source_digest=source.digest,
         skill=skill,
@@ -127,16 +132,16 @@ def conclude(
 
 def _measured_before(
     before: SkillNet, settings: FinetuneConfig, run: Path
-) -> tuple[list[dict[str, Any]], Outcomes]:
+) -> tuple[list[dict[str, Any]], OutcomeTable]:
     """Rows and outcomes of the old tasks on the source, in this process as the grown model's."""
     from pipelines.evaluation.evaluator import evaluate_model
 
     old = {
         name: settings.tasks[name]
-        for name in tables.in_order(settings.tasks)
-        if settings.tasks[name].measured_only
+        for name in tables.sort_rows(settings.tasks)
+        if settings.tasks[name].eval_only
     }
-    outcomes = Outcomes()
+    outcomes = OutcomeTable()
     if not old:
         return [], outcomes
     with console.progress("the source, for comparison", None, "rows") as bar:
@@ -179,12 +184,12 @@ def _compare_rows(
 def _worth(
     name: str,
     done: Mapping[str, Any],
-    own: Outcomes,
+    own: OutcomeTable,
     old_rows: Sequence[dict[str, Any]],
     task: str,
     spec: Task,
     settings: FinetuneConfig,
-) -> list[Worth]:
+) -> list[TransferResult]:
     metric = tables.HEADLINE[spec.objective][0]
     theirs = read_outcomes(Path(done["run"]) / OUTCOMES)
     rows = [r for r in done["evaluation"] if (r["task"], r["metric"]) == (task, metric)]
@@ -193,7 +198,7 @@ def _worth(
         key = (task, row["split"])
         behind = [] if name == GROWN else list(paired_difference(own[key], theirs[key]))
         found.append(
-            Worth(
+            TransferResult(
                 system=name,
                 split=row["split"],
                 metric=metric,
@@ -232,7 +237,7 @@ def _headlines(
     found = {}
     for task in settings.tasks:
         metric = tables.HEADLINE[settings.model.tasks[task].objective][0]
-        one, other = (tables.find(rows, task, metric) for rows in (before, after))
+        one, other = (tables.find_row(rows, task, metric) for rows in (before, after))
         if one is not None and other is not None:
             found[task] = [float(one["value"]), float(other["value"])]
     return found

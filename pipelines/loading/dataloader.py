@@ -122,7 +122,7 @@ class MultiTaskDataLoader:
             rows = TaskRows(name, task, corpus, model, settings, masks)
             self.rows[name] = rows
             key = (seed, "order", name)
-            self._orders[name] = _order(rows, settings.batch, key, shuffle)
+            self._orders[name] = _order(rows, settings.batch_size, key, shuffle)
         self.weights = task_weights(
             {name: settings.weight for name, settings in tasks.items()},
             {name: rows.count for name, rows in self.rows.items()},

@@ -101,7 +101,7 @@ class TaskRows:
         if task.objective == "ctc" and "max_seconds" in corpus.manifest["preprocessing"]:
             self._refuse_cropping(corpus)
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
-        self._model, self._first_caption = model, settings.first_caption
+        self._model, self._first_caption = model, settings.first_caption_prob
         tokenizer = corpus.manifest.get("tokenizer") or {}
         words = int(tokenizer.get("vocab_size", model.vocab_size))
         self.views = settings.views

@@ -1,4 +1,4 @@
-"""TODO: pipelines.runs.checkpoints."""
+"""Checkpoints of a run on disk: find the newest, verify files, load weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,47 +20,55 @@ PREFIX = "step-"
 
 @dataclass
 class Checkpoint:
-    """A whole checkpoint on disk: where, and its ``state.json``."""
+    """A verified checkpoint on disk.
+
+    Args:
+        path: its folder.
+        state: content of its ``state.json``.
+    """
 
     path: Path
     state: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Steps done when it was written."""
+        """Steps done when the checkpoint was written."""
         return int(self.state["step"])
 
 
-def newest(folder: Path, most: int | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or none. Names those that it has to skip.
+def find_newest(folder: Path, most: int | None = None) -> Checkpoint | None:
+    """Return the newest valid checkpoint of a run, or None; warn about invalid ones.
 
     Args:
         folder: of the checkpoints.
-        most: look at none of more steps than this.
+        most: ignore checkpoints of more steps.
     """
-    for path in _folders(folder):
+    for path in list_checkpoint_folders(folder):
         if most is not None and step_of(path.name) > most:
             continue
         try:
-            return verify(path)
-        except ValueError as problem:
-            console.warn(f"{problem}; trying the checkpoint before it")
+            return verify_checkpoint(path)
+        except ValueError as error:
+            console.warn(f"{error}; trying the checkpoint before it")
     return None
 
 
-def verify(path: str | Path) -> Checkpoint:
+def verify_checkpoint(path: str | Path) -> Checkpoint:
     """Compare every file of a checkpoint with its manifest.
 
+    Args:
+        path: folder of the checkpoint.
+
     Raises:
-        UserError: it is incomplete or altered; names the file.
+        UserError: it is incomplete or corrupt; names the file.
     """
     path = Path(path)
     try:
         manifest = read_manifest(path)
         for name in manifest["files"]:
             check_file(path, name, manifest)
-    except ValueError as problem:
-        raise UserError(f"checkpoint {path} cannot be used: {problem}") from None
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} cannot be used: {error}") from None
     if "state.json" not in manifest["files"]:
         raise UserError(
             f"{path} is a saved model, not a checkpoint: it has no state.json. Start from it with "
@@ -77,8 +85,12 @@ def verify(path: str | Path) -> Checkpoint:
 def load_weights(path: Path, model: TaskModel) -> None:
     """Copy a saved model's weights into a model of the same shape.
 
+    Args:
+        path: folder of the saved model or checkpoint.
+        model: receives the weights.
+
     Raises:
-        UserError: a file that is missing or altered, or weights that do not fit.
+        UserError: a file is missing or corrupt, or weights do not fit.
     """
     manifest = read_manifest(path)
     parameters = dict(model.named_parameters())
@@ -94,18 +106,18 @@ def load_weights(path: Path, model: TaskModel) -> None:
             parameters[name].copy_(tensors[name])
 
 
-def _listed(folder: Path, start: str) -> list[Path]:
-    """Files of the manifest, and so verified, whose names start so."""
+def list_manifest_files(folder: Path, start: str) -> list[Path]:
+    """Return the files of a verified manifest whose names start with ``start``."""
     return [folder / name for name in read_manifest(folder)["files"] if name.startswith(start)]
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first, whole or not."""
+def list_checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first, complete or not."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and step_of(p.name) >= 0]
     return sorted(found, key=lambda path: step_of(path.name), reverse=True)
 
 
 def step_of(name: str) -> int:
-    """The step that a checkpoint's folder is named after, or -1."""
+    """Return the step in the name of a checkpoint's folder, or -1."""
     digits = name.removeprefix(PREFIX)
     return int(digits) if digits.isdigit() and digits != name else -1

@@ -1,39 +1,42 @@
-"""How many outputs a task has: as many as its corpus has classes or symbols.
+"""Number of outputs of a task: the number of classes or symbols of its corpus.
 
-The built-in corpora's numbers are the defaults. Another corpus has another number, which its
-manifest says: nobody has to write it down.
+The defaults are those of the built-in corpora. The manifest of another corpus has its own number,
+so users need not configure it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.shards.format import MANIFEST
 from skillnet.skills import Task, default_tasks
 from skillnet_platform import console
-from skillnet_platform.storage.location import Place, below, content
 
-#: Objective -> key of a manifest that lists what its outputs mean.
+#: Objective -> key of a manifest that lists the meaning of each output.
 LISTED = {"classification": "labels", "ctc": "symbols"}
 
 
-def outputs_of(manifest: Mapping[str, Any], task: Task) -> int | None:
-    """How many outputs a task needs for a corpus; none where the manifest does not say."""
+def num_outputs_of(manifest: Mapping[str, Any], task: Task) -> int | None:
+    """Return the number of outputs that a task needs for a corpus; None if unknown.
+
+    Args:
+        manifest: of the corpus.
+        task: its objective decides which list counts.
+    """
     listed = manifest.get(LISTED.get(task.objective, ""))
     return len(listed) if isinstance(listed, list) else None
 
 
-def with_outputs(config: FinetuneConfig, data: Place) -> FinetuneConfig:
-    """With as many outputs as the corpora have, where the configuration leaves the default.
+def infer_num_outputs(
+    config: FinetuneConfig, manifests: Mapping[str, Mapping[str, Any]]
+) -> FinetuneConfig:
+    """Set the outputs of tasks to those of their corpora, where the configuration has the default.
 
-    What the configuration names stays, and is refused later if the corpus has another number; so is
-    a corpus that cannot be read.
+    A number in the configuration stays; validation rejects it if the corpus has another one.
 
     Args:
         config: of a run.
-        data: where its corpora are.
+        manifests: corpus name -> manifest, of the corpora that could be opened.
     """
     usual = default_tasks()
     tasks = dict(config.model.tasks)
@@ -41,16 +44,8 @@ def with_outputs(config: FinetuneConfig, data: Place) -> FinetuneConfig:
         task = tasks.get(name)
         if task is None or name not in usual or task.outputs != usual[name].outputs:
             continue
-        found = outputs_of(_manifest(data, settings.corpus), task)
-        if found and found != task.outputs:
-            console.note(f"{name}: {found} outputs, as {settings.corpus} has")
-            tasks[name] = replace(task, outputs=found)
+        outputs = num_outputs_of(manifests.get(settings.corpus, {}), task)
+        if outputs and outputs != task.outputs:
+            console.note(f"{name}: {outputs} outputs, as in {settings.corpus}")
+            tasks[name] = replace(task, outputs=outputs)
     return replace(config, model=replace(config.model, tasks=tasks))
-
-
-def _manifest(data: Place, corpus: str) -> dict[str, Any]:
-    try:
-        found = json.loads(content(below(data, corpus, MANIFEST)) or b"{}")
-    except (ValueError, OSError):
-        return {}
-    return found if isinstance(found, dict) else {}

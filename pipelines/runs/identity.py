@@ -1,25 +1,25 @@
-"""TODO: pipelines.runs.identity."""
+"""Identity of a run: the part of its configuration that determines the weights."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.runs.model_source import Source
+from pipelines.runs.model_source import ModelSource
 from skillnet_platform import config as configuration
 
-#: Keys of ``training`` that decide where and how often, not what.
-RHYTHM = (
-    "minutes",
+#: Keys of ``training`` that change where, how fast and how often, but not the result.
+NON_IDENTITY_KEYS = (
+    "max_minutes",
     "workers",
     "min_workers",
-    "regrow_seconds",
+    "resize_interval_s",
     "threads_per_worker",
     "use_gpu",
-    "placement",
+    "placement_strategy",
     "precision",
     "checkpoint_every",
-    "keep",
+    "keep_checkpoints",
     "evaluate_every",
     "log_every",
     "bucket_mb",
@@ -27,12 +27,18 @@ RHYTHM = (
 )
 
 
-def identity_of(config: FinetuneConfig) -> dict[str, Any]:
-    """What decides the weights: the configuration without names, places and rhythm."""
-    training = {k: v for k, v in asdict(config.training).items() if k not in RHYTHM}
+def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the configuration without names, locations and intervals.
+
+    A run resumes only with an equal identity.
+
+    Args:
+        config: of the run, with ``init_from`` as a folder of weights.
+    """
+    training = {k: v for k, v in asdict(config.training).items() if k not in NON_IDENTITY_KEYS}
     return {
         "seed": config.seed,
-        "init_from": digest_of(config.init_from),
+        "init_from": digest_weights(config.init_from),
         "system": config.system,
         "options": config.options,
         "model": configuration.to_dict(config.model),
@@ -41,8 +47,8 @@ def identity_of(config: FinetuneConfig) -> dict[str, Any]:
     }
 
 
-def digest_of(weights: str | None) -> str | None:
-    """Digest of the weights that a run starts from: what its identity hangs on, not their place."""
+def digest_weights(weights: str | None) -> str | None:
+    """Return the digest of a folder of weights: a run depends on them, not on their location."""
     if not weights:
         return None
-    return Source(weights, Path(weights)).digest
+    return ModelSource(weights, Path(weights)).digest

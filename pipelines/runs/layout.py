@@ -1,25 +1,26 @@
-"""TODO: pipelines.runs.layout."""
+"""Files in the folder of a run, and reading and creating them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform.storage import (
-    atomic_write,
-    read_record,
-)
-
-if TYPE_CHECKING:
-    pass
+from skillnet_platform.storage import atomic_write, read_record
 
 CONFIG = "config.yaml"
 RUN = "run.json"
 RESULT = "result.json"
 
 
-def make_folder(config: FinetuneConfig, run: Path) -> None:
-    """Make the folder of a new run, which takes the name: only when nothing may be refused."""
+def create_run_folder(config: FinetuneConfig, run: Path) -> None:
+    """Create the folder of a new run with its configuration; an existing one stays.
+
+    Callers validate the run before: the folder reserves the run's name.
+
+    Args:
+        config: of the run.
+        run: its folder.
+    """
     stored = run / CONFIG
     if not stored.is_file():
         with atomic_write(stored, "w") as stream:
@@ -27,17 +28,20 @@ def make_folder(config: FinetuneConfig, run: Path) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The result of a run, with all that its commands show.
+    """Read the result of a run and check the keys that commands show.
+
+    Args:
+        path: of ``result.json``.
 
     Raises:
         UserError: the file is damaged.
     """
-    shown: dict[str, type | tuple[type, ...]] = {
+    required: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "seconds": (int, float),
         "model": str,
         "name": str,
         "evaluation": list,
     }
-    remedy = "remove it, and the same command goes on from the newest checkpoint"
-    return read_record(path, shown, remedy)
+    remedy = "remove it, and the same command resumes from the newest checkpoint"
+    return read_record(path, required, remedy)

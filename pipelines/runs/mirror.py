@@ -1,12 +1,12 @@
-"""A run's folder in a store: sent while the run goes on, taken up where the disk is empty.
+"""A run's folder in an object store: uploaded during the run, restored where the disk is empty.
 
     <mirror>/<name>/
       config.yaml, run.json, progress.jsonl   single objects
       checkpoints/step-…/                     committed by their manifests
       model/                                  committed by its manifest
-      evaluation.csv, …, result.json          the results; the last of them says that all are there
+      evaluation.csv, …, result.json          the results; result.json is written last
 
-The folder on this machine is where the run works, and is whole without the store.
+The run works in its folder on this machine, which is complete without the store.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ from skillnet_platform.storage.directories import StoreUnavailable
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
-#: Files of a run that are sent and taken as they are, if they are there.
+#: Files of a run that are copied as they are, if they exist.
 STATE = ("run.json", "progress.jsonl")
-#: What training came to: time, losses, throughput.
+#: Summary of the training: time, losses, throughput.
 TRAINED = "trained.json"
 RESULTS = (TRAINED, "evaluation.csv", "outcomes.parquet")
 FOLDERS = ("model",)
 CHECKPOINTS = "checkpoints"
-#: Keys of a run's configuration that say where things are, which differs from machine to machine.
-PLACES = ("run_dir", "data", "init_from", "storage", "tracking")
+#: Keys of a run's configuration that hold locations, which differ between machines.
+LOCATION_KEYS = ("run_dir", "data", "init_from", "storage", "tracking")
 
 
 if TYPE_CHECKING:
     from pipelines.runs.checkpoints import Checkpoint
 
 
-class Mirror:
-    """A run's folder in a store.
+class RunMirror:
+    """Copy of a run's folder in an object store.
 
     Args:
         uri: of the folder.
@@ -53,254 +53,267 @@ class Mirror:
 
     def __init__(self, uri: str, run: Path) -> None:
         self.uri, self.run = uri, run
-        #: Names of checkpoints in the store that were found altered.
-        self.damaged: set[str] = set()
+        #: Names of checkpoints in the store whose files are corrupt.
+        self.corrupt: set[str] = set()
 
-    def place(self, *names: str) -> str:
-        """URI of something in the folder."""
+    def uri_of(self, *names: str) -> str:
+        """Return the URI of a path in the folder."""
         return directories.join(self.uri, *names)
 
-    def steps(self) -> list[str]:
-        """Names of the checkpoint folders in the store, whole or not, newest first."""
+    def list_checkpoints(self) -> list[str]:
+        """Return the names of the checkpoint folders, newest first, complete or not."""
         from pipelines.runs import checkpoints
 
-        found = directories.list_folders(self.place(CHECKPOINTS))
+        found = directories.list_folders(self.uri_of(CHECKPOINTS))
         return sorted(
             (name for name in found if checkpoints.step_of(name) >= 0),
             key=checkpoints.step_of,
             reverse=True,
         )
 
-    def put_checkpoint(self, path: Path, keep: int) -> None:
-        """Send a checkpoint, and remove all but the newest ``keep`` whole ones from the store.
+    def upload_checkpoint(self, path: Path, keep: int) -> None:
+        """Upload a checkpoint; remove all but the newest ``keep`` complete ones from the store.
+
+        Args:
+            path: folder of the checkpoint.
+            keep: number of checkpoints that stay.
 
         Raises:
-            UserError, StoreUnavailable: see :func:`remote.put_directory`.
+            UserError, StoreUnavailable: see
+                :func:`skillnet_platform.storage.directories.put_directory`.
         """
         from pipelines.runs import checkpoints
 
-        directories.put_directory(path, self.place(CHECKPOINTS, path.name))
-        self.damaged.discard(path.name)
-        self.put_files(*STATE)
-        kept = 0
-        for name in self.steps():
-            whole = (
-                kept < keep
-                and name not in self.damaged
-                and directories.is_committed(self.place(CHECKPOINTS, name))
+        directories.put_directory(path, self.uri_of(CHECKPOINTS, path.name))
+        self.corrupt.discard(path.name)
+        self.upload_files(*STATE)
+        count = 0
+        for name in self.list_checkpoints():
+            stays = (
+                count < keep
+                and name not in self.corrupt
+                and directories.is_committed(self.uri_of(CHECKPOINTS, name))
             )
-            kept += whole
-            # An upload that broke off is of no use once a newer one is whole.
-            if not whole and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
-                directories.remove_directory(self.place(CHECKPOINTS, name))
+            count += stays
+            # An interrupted upload is useless once a newer one is complete.
+            if not stays and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
+                directories.remove_directory(self.uri_of(CHECKPOINTS, name))
 
-    def put_files(self, *names: str) -> None:
-        """Send those of these files that are there."""
+    def upload_files(self, *names: str) -> None:
+        """Upload those of the named files that exist."""
         for name in names:
             if (self.run / name).is_file():
-                directories.put_file(self.run / name, self.place(name))
+                directories.put_file(self.run / name, self.uri_of(name))
 
-    def put_trained(self) -> None:
-        """Send the final model and what training came to."""
+    def upload_trained(self) -> None:
+        """Upload the final model and the summary of the training."""
         for name in FOLDERS:
             if (self.run / name / directories.MANIFEST).is_file():
-                directories.put_directory(self.run / name, self.place(name))
-        self.put_files(CONFIG, *STATE, RESULTS[0])
+                directories.put_directory(self.run / name, self.uri_of(name))
+        self.upload_files(CONFIG, *STATE, RESULTS[0])
 
-    def put_results(self) -> None:
-        """Send all that a finished run leaves, and last the file that says that it is finished."""
-        self.put_trained()
-        self.put_files(*RESULTS[1:])
-        self.put_files(RESULT)
+    def upload_all(self) -> None:
+        """Upload all results of a finished run; ``result.json``, which marks it finished, goes last."""
+        self.upload_trained()
+        self.upload_files(*RESULTS[1:])
+        self.upload_files(RESULT)
 
-    def begin(self, known: bool) -> None:
-        """Find out before the work starts whether the store can be used.
+    def check_writable(self, exists: bool) -> None:
+        """Write to the store before the work starts, to find out whether it can be used.
 
         Args:
-            known: the run was begun on this machine: it can do without the store for a while.
+            exists: the run's folder exists on this machine, so a store that does not answer is
+                only a warning.
 
         Raises:
-            UserError: the store refuses.
+            UserError: the store rejects the request.
             StoreUnavailable: it does not answer.
         """
-        # Of an earlier part of the run: what the driver takes must be of this one.
+        # The summary is of an earlier process; the driver must download that of this one.
         (self.run / RESULTS[0]).unlink(missing_ok=True)
         try:
-            self.put_files(CONFIG, *STATE)
-            directories.remove_file(self.place(RESULTS[0]))
-        except StoreUnavailable as problem:
-            if not known:
+            self.upload_files(CONFIG, *STATE)
+            directories.remove_file(self.uri_of(RESULTS[0]))
+        except StoreUnavailable as error:
+            if not exists:
                 raise
-            console.warn(f"{problem.reason}. Going on with what is in {self.run}")
+            console.warn(f"{error.reason}. Continuing with the files in {self.run}")
 
-    def take_trained(self) -> None:
-        """Bring the final model of a worker whose disk this machine does not see.
+    def download_trained(self) -> None:
+        """Download the final model of a worker whose disk this machine does not see.
 
         Raises:
-            UserError: it is not there either.
+            UserError: the store has no model either.
             StoreUnavailable: the store does not answer.
         """
         if (self.run / RESULTS[0]).is_file():
             return
-        if not directories.exists(self.place(RESULTS[0])):
+        if not directories.exists(self.uri_of(RESULTS[0])):
             raise UserError(
                 f"the final model is neither in {self.run} nor in {self.uri}: the first worker "
-                "could not send it. Run the same command again"
+                "could not upload it. Run the same command again"
             )
         for name in FOLDERS:
-            # A worker that was asked to leave has made no model.
-            if directories.is_committed(self.place(name)):
-                directories.get_directory(self.place(name), self.run / name, check=_check_model)
+            # A preempted worker has written no model.
+            if directories.is_committed(self.uri_of(name)):
+                directories.get_directory(self.uri_of(name), self.run / name, check=_check_model)
         for name in (*STATE[1:], RESULTS[0]):
-            if directories.exists(self.place(name)):
-                directories.get_file(self.place(name), self.run / name)
+            if directories.exists(self.uri_of(name)):
+                directories.get_file(self.uri_of(name), self.run / name)
 
-    def clear(self, name: str) -> None:
-        """Remove what is of no use any more; if the store is away it stays."""
+    def remove_if_reachable(self, name: str) -> None:
+        """Remove a folder that is no longer used; ignore a store that does not answer."""
         with contextlib.suppress(StoreUnavailable):
-            directories.remove_directory(self.place(name))
+            directories.remove_directory(self.uri_of(name))
 
     def is_finished(self) -> bool:
-        """Whether the store has the run's results."""
-        return directories.exists(self.place(RESULT))
+        """Return whether the store has the run's results."""
+        return directories.exists(self.uri_of(RESULT))
 
-    def take_up(self, config: FinetuneConfig) -> None:
-        """Bring what the store has of the run and this machine lacks, but checkpoints.
+    def restore(self, config: FinetuneConfig) -> None:
+        """Download the files of the run that this machine lacks, without checkpoints.
 
         Args:
-            config: of this call: its places are put into the configuration that is taken.
+            config: of this call; its locations replace those of the downloaded configuration.
 
         Raises:
-            UserError: files that were altered; the store refuses.
+            UserError: files are corrupt, or the store rejects the request.
             StoreUnavailable: the store does not answer, and the run is not on this machine.
         """
-        known = (self.run / CONFIG).is_file()
+        exists = (self.run / CONFIG).is_file()
         try:
-            if not known:
-                self._take_config(config)
+            if not exists:
+                self._download_config(config)
             if not (self.run / RESULT).is_file() and self.is_finished():
-                self.take_results()
-        except StoreUnavailable as problem:
-            if not known:
+                self.download_results()
+        except StoreUnavailable as error:
+            if not exists:
                 raise
-            console.warn(f"{problem.reason}. Going on with what is in {self.run}")
+            console.warn(f"{error.reason}. Continuing with the files in {self.run}")
 
-    def newest(self, above: int = -1) -> "Checkpoint | None":
-        """Download the newest whole checkpoint of the store beyond a step; none if there is none.
+    def download_newest(self, above: int = -1) -> "Checkpoint | None":
+        """Download the newest valid checkpoint of the store after a step; None if there is none.
 
-        One that was altered is named, and the one before it is taken.
+        A corrupt checkpoint causes a warning, and the one before it is used.
+
+        Args:
+            above: ignore checkpoints up to this step.
         """
         from pipelines.runs import checkpoints
 
-        for name in self.steps():
+        for name in self.list_checkpoints():
             if checkpoints.step_of(name) <= above:
                 return None
-            there = self.place(CHECKPOINTS, name)
+            there = self.uri_of(CHECKPOINTS, name)
             if not directories.is_committed(there):
                 continue
             target = self.run / CHECKPOINTS / name
             try:
-                directories.get_directory(there, target, check=checkpoints.verify)
-            except UserError as problem:
-                console.warn(f"{there}: {problem}; trying the checkpoint before it")
-                self.damaged.add(name)
+                directories.get_directory(there, target, check=checkpoints.verify_checkpoint)
+            except UserError as error:
+                console.warn(f"{there}: {error}; trying the checkpoint before it")
+                self.corrupt.add(name)
                 continue
-            return checkpoints.verify(target)
+            return checkpoints.verify_checkpoint(target)
         return None
 
-    def _take_config(self, config: FinetuneConfig) -> None:
+    def _download_config(self, config: FinetuneConfig) -> None:
         try:
-            content = directories.read_bytes(self.place(CONFIG))
+            content = directories.read_bytes(self.uri_of(CONFIG))
         except FileNotFoundError:
             return
-        with tempfile.TemporaryDirectory() as aside:
-            stored = Path(aside) / CONFIG
+        with tempfile.TemporaryDirectory() as temporary:
+            stored = Path(temporary) / CONFIG
             stored.write_bytes(content)
-            # First of all: a folder without it is taken for somebody else's.
-            self.settle_in(config, stored)
+            # The configuration comes first: a folder without it is no run directory.
+            self.relocate_config(config, stored)
         for name in STATE:
-            if directories.exists(self.place(name)):
-                directories.get_file(self.place(name), self.run / name)
-        console.note(f"{config.name} is taken up from {self.uri}")
+            if directories.exists(self.uri_of(name)):
+                directories.get_file(self.uri_of(name), self.run / name)
+        console.note(f"{config.name} is restored from {self.uri}")
 
-    def settle_in(self, config: FinetuneConfig, stored: Path | None = None) -> None:
-        """Put the places of this machine into a configuration that another machine wrote.
+    def relocate_config(self, config: FinetuneConfig, stored: Path | None = None) -> None:
+        """Replace the locations in a configuration that another machine wrote.
 
         Args:
-            config: of this call, with the places.
-            stored: the file; by default that of the folder, if it is there.
+            config: of this call, with the locations of this machine.
+            stored: the file; None takes that of the folder, if it exists.
         """
         stored = stored or self.run / CONFIG
         if not stored.is_file():
             return
-        there = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
-        places = {key: getattr(config, key) for key in PLACES}
+        written = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+        locations = {key: getattr(config, key) for key in LOCATION_KEYS}
         with atomic_write(self.run / CONFIG, "w") as stream:
-            stream.write(configuration.to_yaml(replace(there, **places)))
+            stream.write(configuration.to_yaml(replace(written, **locations)))
 
-    def take_results(self, folders: Sequence[str] = FOLDERS) -> None:
-        """Bring the results of a finished run, and those folders; paths in them are made ours."""
+    def download_results(self, folders: Sequence[str] = FOLDERS) -> None:
+        """Download the results of a finished run, with paths of this machine, and some folders."""
         for name in folders:
-            if directories.is_committed(self.place(name)):
-                directories.get_directory(self.place(name), self.run / name, check=_check_model)
+            if directories.is_committed(self.uri_of(name)):
+                directories.get_directory(self.uri_of(name), self.run / name, check=_check_model)
         for name in RESULTS:
-            if directories.exists(self.place(name)):
-                directories.get_file(self.place(name), self.run / name)
-        told = json.loads(directories.read_bytes(self.place(RESULT)))
-        write_json(self.run / RESULT, _moved(told, str(told.get("run", "")), str(self.run)))
+            if directories.exists(self.uri_of(name)):
+                directories.get_file(self.uri_of(name), self.run / name)
+        result = json.loads(directories.read_bytes(self.uri_of(RESULT)))
+        relocated = _replace_prefix(result, str(result.get("run", "")), str(self.run))
+        write_json(self.run / RESULT, relocated)
 
 
-def mirror_of(config: FinetuneConfig, run: Path) -> Mirror | None:
-    """The mirror of a run, if it has one."""
+def mirror_of(config: FinetuneConfig, run: Path) -> RunMirror | None:
+    """Return the mirror of a run, or None."""
     if not config.storage.mirror:
         return None
     assert config.name is not None
-    return Mirror(directories.join(config.storage.mirror, config.name), run)
+    return RunMirror(directories.join(config.storage.mirror, config.name), run)
 
 
-def fetch_model(uri: str) -> Path:
-    """Copy a trained model from a store to this machine, verified, and kept for the next time.
+def download_model(uri: str) -> Path:
+    """Download a trained model from an object store, verify it, and cache it.
 
     Args:
-        uri: of a run's folder, of a checkpoint or saved model.
+        uri: of a run's folder, a checkpoint or a saved model.
 
     Returns:
-        The folder that stands for it here: with the run's configuration beside it, if it has one.
+        Its folder on this machine, with the run's configuration beside it, if it has one.
 
     Raises:
-        UserError: there is no whole model, or it was altered.
+        UserError: there is no complete model, or it is corrupt.
         StoreUnavailable: the store does not answer.
     """
     model = run = uri.rstrip("/")
     if directories.is_committed(model):
         run = directories.join(model, *([".."] * (2 if f"/{CHECKPOINTS}/" in model else 1)))
     else:
-        there = Mirror(run, Path())
-        steps = [there.place(CHECKPOINTS, step) for step in there.steps()]
-        whole = [
-            place for place in [there.place(FOLDERS[0]), *steps] if directories.is_committed(place)
+        there = RunMirror(run, Path())
+        steps = [there.uri_of(CHECKPOINTS, step) for step in there.list_checkpoints()]
+        complete = [
+            candidate
+            for candidate in [there.uri_of(FOLDERS[0]), *steps]
+            if directories.is_committed(candidate)
         ]
-        if not whole:
+        if not complete:
             raise UserError(
-                f"{uri} holds no whole model: expected a checkpoint or saved model "
+                f"{uri} holds no complete model: expected a checkpoint or saved model "
                 f"({directories.MANIFEST}), or a run's folder with one"
             )
-        model = whole[0]
-    about = directories.read_bytes(directories.join(model, directories.MANIFEST))
-    kept = run_root() / "cache" / "models" / hashlib.sha256(model.encode() + about).hexdigest()[:16]
-    target = kept / model.removeprefix(run).lstrip("/")
+        model = complete[0]
+    manifest = directories.read_bytes(directories.join(model, directories.MANIFEST))
+    key = hashlib.sha256(model.encode() + manifest).hexdigest()[:16]
+    cached = run_root() / "cache" / "models" / key
+    target = cached / model.removeprefix(run).lstrip("/")
     if not (target / directories.MANIFEST).is_file():
         directories.get_directory(model, target, check=_check_model)
         for name in (CONFIG, STATE[0], RESULTS[0]):
             if directories.exists(directories.join(run, name)):
-                directories.get_file(directories.join(run, name), kept / name)
+                directories.get_file(directories.join(run, name), cached / name)
     return target
 
 
-def snapshot(path: Path, outbox: Path) -> Path:
-    """A checkpoint that stays as it is while the original is removed: hard links, no copies."""
+def link_checkpoint(path: Path, outbox: Path) -> Path:
+    """Copy a checkpoint by hard links, so that the copy stays when the original is removed."""
     outbox.mkdir(parents=True, exist_ok=True)
-    # The same step may be written again while its first copy is on its way.
+    # The same step may be written again while its first copy is being uploaded.
     target = Path(tempfile.mkdtemp(dir=outbox)) / path.name
     shutil.copytree(path, target, copy_function=_link)
     return target
@@ -321,12 +334,12 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _moved(told: Any, before: str, now: str) -> Any:
-    """The same result, its paths those of the folder in which it is now."""
-    if isinstance(told, dict):
-        return {key: _moved(value, before, now) for key, value in told.items()}
-    if isinstance(told, list):
-        return [_moved(value, before, now) for value in told]
-    if isinstance(told, str) and before and (told == before or told.startswith(before + "/")):
-        return now + told[len(before) :]
-    return told
+def _replace_prefix(value: Any, old: str, new: str) -> Any:
+    """Replace a folder at the start of all paths in a result."""
+    if isinstance(value, dict):
+        return {key: _replace_prefix(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replace_prefix(item, old, new) for item in value]
+    if isinstance(value, str) and old and (value == old or value.startswith(old + "/")):
+        return new + value[len(old) :]
+    return value

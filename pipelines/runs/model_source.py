@@ -1,10 +1,10 @@
-"""Finding a trained model: a folder, a run, or a version in the registry.
+"""Resolution of a trained model: a folder, a run, or a version in the registry.
 
 models:/skillnet@champion       a registered version (its folder holds a bundle)
 runs/2026-…/                    a run's folder: its final model, else its newest checkpoint
 runs/2026-…/checkpoints/step-…  a checkpoint
-some/folder                     what save_pretrained wrote, or a bundle
-s3://bucket/runs/2026-…         any of these in a store: copied to this machine first
+some/folder                     a folder written by save_pretrained, or a bundle
+s3://bucket/runs/2026-…         any of these in an object store: downloaded first
 2026-…  or an MLflow run id     a run by its name below the run root, or by its id
 """
 
@@ -27,24 +27,24 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, run_root
 from skillnet_platform.storage.objects import is_uri
 
-DEFAULT = "models:/skillnet@champion"
+DEFAULT_MODEL = "models:/skillnet@champion"
 BUNDLE = "bundle"
-REMEDY = "give another model, or make this one again"
+REMEDY = "give another model, or create this one again"
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a trained model lies, and what is known of how it was made.
+class ModelSource:
+    """Location of a trained model, and its training configuration as far as it is known.
 
     Args:
-        name: as the user gave it, or in words.
-        weights: folder that ``skillnet.systems.load`` reads.
-        bundle: folder with tokenizer and labels beside the weights, or none.
-        run: the run's folder, or none.
-        run_id: of its MLflow run, or none.
-        version: in the registry, or none.
+        name: as the user gave it.
+        weights: folder that ``skillnet.systems.load_model`` reads.
+        bundle: folder with tokenizer and labels beside the weights, or None.
+        run: the run's folder, or None.
+        run_id: of its MLflow run, or None.
+        version: in the registry, or None.
         settings: the resolved configuration of its training, as plain values; {} if unknown.
-        steps: training steps done, or none.
+        steps: training steps done, or None.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the hashes of all weight files: changes with any weight."""
+        """SHA-256 over the hashes of all weight files; it changes with any weight."""
         from skillnet_platform.config import digest
 
         files = read_manifest(self.weights)["files"]
-        wanted = {n: e["sha256"] for n, e in files.items() if not n.startswith("optimizer-")}
-        return digest(wanted)
+        weights = {n: e["sha256"] for n, e in files.items() if not n.startswith("optimizer-")}
+        return digest(weights)
 
     @property
     def seed(self) -> int:
@@ -84,59 +84,64 @@ class Source:
 
     @property
     def auxiliary(self) -> set[str]:
-        """Tasks that only helped the others to learn."""
+        """Auxiliary tasks, which are not evaluated."""
         tasks = self.settings.get("tasks") or {}
         return {name for name, task in tasks.items() if task and task.get("auxiliary")}
 
-    def at_work(self, tasks: Iterable[str]) -> list[str]:
-        """Those of the model's tasks that its run trained or measured; all if nothing is known of
-        the run. A model has heads for the others too, which nobody trained."""
+    def trained_tasks(self, tasks: Iterable[str]) -> list[str]:
+        """Return those of the model's tasks that its run trained or evaluated.
+
+        The heads of other tasks are untrained. Without a known run all tasks are returned.
+        """
         known = self.corpora if "training" in self.settings else None
         return [name for name in tasks if known is None or name in known]
 
 
-def find(given: str, uri: str | None = None) -> Source:
-    """Find a model; see the head of this file for what may be given.
+def resolve_model(given: str, uri: str | None = None) -> ModelSource:
+    """Resolve a model from a path, a run or a registry URI; see the examples in this module.
 
     Args:
-        given: a path, a run's name or id, or a registry URI.
-        uri: MLflow tracking URI; by default as everywhere.
+        given: a path, a run's name or id, a URI, or a registry URI.
+        uri: MLflow tracking URI; None takes the default.
 
     Raises:
-        UserError: there is none, or it is not whole.
+        UserError: there is no such model, or it is incomplete.
     """
     if given.startswith(("models:/", "runs:/")):
         return _registered(given, uri)
     if is_uri(given):
-        from pipelines.runs.mirror import fetch_model
+        from pipelines.runs.mirror import download_model
 
-        return _folder(fetch_model(given), given)
+        return _resolve_folder(download_model(given), given)
     path = Path(given).expanduser()
     if path.is_dir():
-        return _folder(path.absolute(), given)
+        return _resolve_folder(path.absolute(), given)
     if (run_root() / given).is_dir():
-        return _folder(run_root() / given, given)
+        return _resolve_folder(run_root() / given, given)
     if len(given) == 32 and given.isalnum():
         return _by_id(given, uri)
     raise UserError(
-        f"{given}: there is no such folder, no such run below {run_root()}, and it is no registry "
-        f"address such as {DEFAULT}"
+        f"{given}: no folder and no run in {run_root()} has this name, and it is no registry "
+        f"address such as {DEFAULT_MODEL}"
     )
 
 
-def load(source: Source, task: str | None = None) -> TaskModel:
-    """The model in evaluation mode, on the GPU if there is one; with ``task`` only what that
-    task activates.
+def load_source_model(source: ModelSource, task: str | None = None) -> TaskModel:
+    """Load a model in evaluation mode, on the GPU if there is one.
 
-    A checkpoint of a run that keeps averaged weights gives those, and does without the heads of
-    auxiliary tasks.
+    A checkpoint of a run that keeps averaged weights is loaded with those, and without the heads
+    of auxiliary tasks.
+
+    Args:
+        source: resolved model.
+        task: load only the parameters that this task activates; None loads all.
 
     Raises:
-        ValueError: files that are missing or altered.
+        ValueError: files are missing or corrupt.
     """
-    model = systems.load(source.weights, task)
+    model = systems.load_model(source.weights, task)
     manifest = read_manifest(source.weights)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for file in model.files_of():
             name = f"average-{file}.safetensors"
@@ -144,87 +149,89 @@ def load(source: Source, task: str | None = None) -> TaskModel:
                 continue
             path = check_file(source.weights, name, manifest)
             for key, value in load_tensors(path).items():
-                if key not in own or own[key].shape != value.shape:
-                    raise UserError(f"{path}: {key} is no average of a weight of this model")
-                own[key].copy_(value)
+                if key not in parameters or parameters[key].shape != value.shape:
+                    raise UserError(f"{path}: {key} is not the average of a weight of this model")
+                parameters[key].copy_(value)
     if task is None:
         for name in source.auxiliary & set(model.config.tasks):
             remove_task(model, name)
     return model.to(best_device())
 
 
-def load_at_work(source: Source) -> TaskModel:
-    """As :func:`load`, without the heads of tasks that its run left alone: for whoever needs the
-    corpora of all of its tasks."""
-    model = load(source)
+def load_trained_tasks(source: ModelSource) -> TaskModel:
+    """Load a model without the heads of tasks that its run did not train.
+
+    Callers of this function need the corpora of all remaining tasks.
+    """
+    model = load_source_model(source)
     tasks = list(model.config.tasks)
-    for name in set(tasks) - set(source.at_work(tasks)):
+    for name in set(tasks) - set(source.trained_tasks(tasks)):
         remove_task(model, name)
     return model
 
 
-def knows_run(run_id: str, uri: str | None) -> bool:
-    """False if the tracker answers that it has no such run (a folder copied from elsewhere)."""
+def is_known_run(run_id: str, uri: str | None) -> bool:
+    """Return False if the tracker answers that it has no such run, as for a copied folder."""
     from mlflow.exceptions import MlflowException
 
     from skillnet_platform.tracking import backend
 
     try:
         backend.client(backend.resolve_uri(uri)).get_run(run_id)
-    except MlflowException as problem:
-        return bool(problem.error_code != "RESOURCE_DOES_NOT_EXIST")
+    except MlflowException as error:
+        return bool(error.error_code != "RESOURCE_DOES_NOT_EXIST")
     return True
 
 
-def _registered(given: str, uri: str | None) -> Source:
+def _registered(given: str, uri: str | None) -> ModelSource:
     from skillnet_platform.tracking import registry
 
-    found = registry.resolve(given, uri)
-    bundle = found.path / "artifacts" / BUNDLE
+    version = registry.resolve(given, uri)
+    bundle = version.path / "artifacts" / BUNDLE
     if not bundle.is_dir():
-        raise UserError(f"{given} is no SkillNet model: it has no artifact {BUNDLE!r}")
+        raise UserError(f"{given} is not a SkillNet model: it has no artifact {BUNDLE!r}")
     source = _bundle(bundle, given)
-    return Source(
+    return ModelSource(
         name=given,
         weights=source.weights,
         bundle=bundle,
-        run_id=found.run_id or source.run_id,
-        version=found.version,
+        run_id=version.run_id or source.run_id,
+        version=version.version,
         settings=source.settings,
         steps=source.steps,
     )
 
 
-def _bundle(folder: Path, given: str) -> Source:
-    told: dict[str, type | tuple[type, ...]] = {
+def _bundle(folder: Path, given: str) -> ModelSource:
+    required: dict[str, type | tuple[type, ...]] = {
         "run_id": (str, NoneType),
         "settings": dict,
         "steps": (int, NoneType),
     }
-    about = read_record(folder / "serving.json", told, REMEDY)
-    return Source(
+    about = read_record(folder / "serving.json", required, REMEDY)
+    return ModelSource(
         name=given,
         weights=folder / "model",
         bundle=folder,
         run_id=about.get("run_id"),
-        settings=_whole(about["settings"], folder / "serving.json"),
+        settings=_check_settings(about["settings"], folder / "serving.json"),
         steps=about.get("steps"),
     )
 
 
-def _whole(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings from that file; UserError if they lack what a ``Source`` tells of them."""
+def _check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return settings of a file; raise UserError if they lack the keys of a ``ModelSource``."""
     tasks = settings.get("tasks") or {}
-    sound = isinstance(tasks, dict) and all(
+    is_valid = isinstance(tasks, dict) and all(
         not task or (isinstance(task, dict) and isinstance(task.get("corpus"), str))
         for task in tasks.values()
     )
-    if not sound or not isinstance(settings.get("seed", 0), int):
-        raise UserError(f"{path} is damaged: it names no seed, or tasks without a corpus; {REMEDY}")
+    if not is_valid or not isinstance(settings.get("seed", 0), int):
+        raise UserError(f"{path} is damaged: the seed is no number, or a task has no corpus; {REMEDY}")
     return settings
 
 
-def _folder(path: Path, given: str) -> Source:
+def _resolve_folder(path: Path, given: str) -> ModelSource:
     if (path / "serving.json").is_file():
         return _bundle(path, given)
     if (path / "artifacts" / BUNDLE).is_dir():
@@ -237,41 +244,41 @@ def _folder(path: Path, given: str) -> Source:
     if (path / "checkpoints").is_dir():
         from pipelines.runs import checkpoints
 
-        newest = checkpoints.newest(path / "checkpoints")
+        newest = checkpoints.find_newest(path / "checkpoints")
         if newest is not None:
             return _with_run(newest.path, path, given)
     raise UserError(
-        f"{path} holds no whole model: expected a checkpoint or saved model (manifest.json and "
+        f"{path} holds no complete model: expected a checkpoint or saved model (manifest.json and "
         "config.json), or a run's folder with one"
     )
 
 
-def _with_run(weights: Path, run: Path | None, given: str) -> Source:
+def _with_run(weights: Path, run: Path | None, given: str) -> ModelSource:
     settings: dict[str, Any] = {}
     if run is not None and (run / "config.yaml").is_file():
-        settings = _whole(load_yaml(run / "config.yaml"), run / "config.yaml")
+        settings = _check_settings(load_yaml(run / "config.yaml"), run / "config.yaml")
     run_id = tracking.recorded(run / "run.json") if run is not None else None
     steps = None
-    for told in (weights / "state.json", *([run / "trained.json"] if run else [])):
-        if steps is None and told.is_file():
-            steps = read_record(told, {"step": int}, REMEDY)["step"]
-    return Source(given, weights, None, run, run_id, None, settings, steps)
+    for record in (weights / "state.json", *([run / "trained.json"] if run else [])):
+        if steps is None and record.is_file():
+            steps = read_record(record, {"step": int}, REMEDY)["step"]
+    return ModelSource(given, weights, None, run, run_id, None, settings, steps)
 
 
-def _by_id(run_id: str, uri: str | None) -> Source:
+def _by_id(run_id: str, uri: str | None) -> ModelSource:
     from mlflow.exceptions import MlflowException
 
     from skillnet_platform.tracking import backend
 
-    chosen = backend.resolve_uri(uri)
+    server = backend.resolve_uri(uri)
     try:
-        run = backend.client(chosen).get_run(run_id)
+        run = backend.client(server).get_run(run_id)
     except MlflowException:
-        raise UserError(f"{run_id}: no run with this id in {chosen}") from None
+        raise UserError(f"{run_id}: no run with this id in {server}") from None
     folder = run.data.tags.get("run_dir", "")
     if not folder or not Path(folder).is_dir():
         raise UserError(
             f"run {run_id} ({run.info.run_name}): its folder {folder or '(not recorded)'} is not "
             "on this machine; give the folder of a checkpoint"
         )
-    return _folder(Path(folder), run_id)
+    return _resolve_folder(Path(folder), run_id)

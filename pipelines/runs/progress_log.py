@@ -1,4 +1,4 @@
-"""The progress file of a run: a line for each metric, which the driver follows and plots read."""
+"""Progress file of a run: one JSON line per report, followed by the driver and read by plots."""
 
 import contextlib
 import json
@@ -14,10 +14,10 @@ PROGRESS = "progress.jsonl"
 
 
 class ProgressFile:
-    """What rank 0 appends to, a line at a time.
+    """Progress file that rank 0 appends to.
 
-    A line that a full disk or a kill cut short is taken away first: the next one would be joined
-    to it, and none of the two could be read.
+    A partial last line, left by a full disk or a kill, is removed first: the next line would be
+    joined to it, and neither could be read.
 
     Args:
         path: of the file.
@@ -28,11 +28,11 @@ class ProgressFile:
         with path.open("ab+") as stream:
             stream.seek(0)
             stream.truncate(stream.read().rfind(b"\n") + 1)
-        # Without a buffer: what did not fit would be tried again at the end, and hide the reason.
+        # No buffer: Python would write a rejected line again at close, and hide the first error.
         self._stream = path.open("ab", buffering=0)
 
-    def say(self, **values: Any) -> None:
-        """Append a line.
+    def append(self, **values: Any) -> None:
+        """Append one line of values.
 
         Raises:
             UserError: the disk is full.
@@ -43,31 +43,36 @@ class ProgressFile:
                 line = line[self._stream.write(line) :]
 
     def close(self) -> None:
-        """Nothing is left to write."""
+        """Close the file."""
         self._stream.close()
 
 
 @contextlib.contextmanager
-def followed(path: Path, steps: int) -> Iterator[None]:
-    """Show the lines that rank 0 appends to the progress file, while a block runs."""
+def show_progress(path: Path, steps: int) -> Iterator[None]:
+    """Show a progress bar from the lines that rank 0 appends, inside a block.
+
+    Args:
+        path: of the progress file.
+        steps: in total.
+    """
     ended = threading.Event()
-    # Lines of an earlier part of this run are not news.
-    place = path.stat().st_size if path.is_file() else 0
+    # Lines of an earlier process of this run are not shown again.
+    start = path.stat().st_size if path.is_file() else 0
 
     def follow() -> None:
-        position, bar, shown = place, None, contextlib.ExitStack()
-        with shown:
+        position, bar, stack = start, None, contextlib.ExitStack()
+        with stack:
             while True:
                 last = ended.is_set()
                 lines, position = _new_lines(path, position)
                 for line in lines:
-                    if "words" not in line:
+                    if "losses" not in line:
                         continue
                     if bar is None:
-                        bar = shown.enter_context(
+                        bar = stack.enter_context(
                             console.progress("training", steps, "steps", done=line["step"])
                         )
-                    bar.advance(line["step"] - bar.done, line["words"])
+                    bar.advance(line["step"] - bar.done, line["losses"])
                 if last:
                     return
                 ended.wait(0.3)
@@ -82,38 +87,38 @@ def followed(path: Path, steps: int) -> Iterator[None]:
 
 
 def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    """Whole lines after a position, and the position after them."""
+    """Complete lines after a position, and the position after them."""
     if not path.is_file():
         return [], position
     with path.open("rb") as stream:
         stream.seek(position)
         content = stream.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    told = []
-    for line in whole.splitlines():
-        # Two lines in one, from before cut ones were taken away, and what a disk altered.
+    complete = content[: content.rfind(b"\n") + 1]
+    lines = []
+    for line in complete.splitlines():
+        # Skip lines that a disk corrupted.
         with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(line)
             if isinstance(values, dict) and _is_line(values):
-                told.append(values)
-    return told, position + len(whole)
+                lines.append(values)
+    return lines, position + len(complete)
 
 
 def _is_line(values: dict[str, Any]) -> bool:
-    """Whether :class:`ProgressFile` may have written it."""
+    """Whether a line has the form that :class:`ProgressFile` writes."""
     metrics = values.get("metrics", {})
     return (
         type(values.get("step")) is int
-        and isinstance(values.get("words", ""), str)
+        and isinstance(values.get("losses", ""), str)
         and isinstance(metrics, dict)
         and all(isinstance(value, (int, float)) for value in metrics.values())
     )
 
 
-def history(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (step, value) of a progress file; of a step written twice the later one."""
-    found: dict[str, dict[int, float]] = {}
+def read_metric_history(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return metric -> (step, value) pairs; the later line wins where a step is written twice."""
+    history: dict[str, dict[int, float]] = {}
     for line in _new_lines(path, 0)[0]:
         for name, value in line.get("metrics", {}).items():
-            found.setdefault(name, {})[line["step"]] = value
-    return {name: sorted(points.items()) for name, points in found.items()}
+            history.setdefault(name, {})[line["step"]] = value
+    return {name: sorted(points.items()) for name, points in history.items()}

@@ -1,4 +1,4 @@
-"""Sending a run to its store from a thread, so that training never waits for the store."""
+"""Upload of a run to its object store in a thread, so that training never waits for the store."""
 
 import fcntl
 import shutil
@@ -10,63 +10,66 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs import checkpoints
-from pipelines.runs.mirror import CHECKPOINTS, Mirror, mirror_of, snapshot
+from pipelines.runs.mirror import CHECKPOINTS, RunMirror, mirror_of, link_checkpoint
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import StoreUnavailable
 
 OUTBOX = "outbox"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
-#: What a store that cannot be used now raises; all else is a mistake of ours.
-TROUBLE = (StoreUnavailable, UserError, OSError)
+#: Exceptions of a store that is unusable now; all others are program errors.
+RETRYABLE = (StoreUnavailable, UserError, OSError)
 
 
-class Uploads:
-    """Sends checkpoints to a mirror, newest first; those that a newer one overtook are left out.
+class CheckpointUploads:
+    """Uploader of checkpoints to a mirror; it skips checkpoints that a newer one replaced.
 
     Args:
         mirror: of the run.
-        keep: whole checkpoints that stay in the store.
+        keep: number of complete checkpoints that stay in the store.
     """
 
-    def __init__(self, mirror: Mirror, keep: int) -> None:
+    def __init__(self, mirror: RunMirror, keep: int) -> None:
         self._mirror, self._keep = mirror, keep
         self._outbox = mirror.run / OUTBOX
-        shutil.rmtree(self._outbox, ignore_errors=True)  # of a process that died
+        shutil.rmtree(self._outbox, ignore_errors=True)  # left by a process that died
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._busy = self._closing = False
-        self._problem: BaseException | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
         self._thread.start()
 
-    def checkpoint(self, path: Path) -> None:
-        """Send a checkpoint as it is now. Returns at once."""
-        kept = snapshot(path, self._outbox)
+    def add_checkpoint(self, path: Path) -> None:
+        """Queue a checkpoint in its current state; return at once."""
+        copy = link_checkpoint(path, self._outbox)
         with self._changed:
-            overtaken, self._waiting = self._waiting, kept
+            replaced, self._waiting = self._waiting, copy
             self._changed.notify_all()
-        if overtaken is not None:
-            _remove(overtaken)
+        if replaced is not None:
+            _remove_copy(replaced)
 
     def close(self, patience: float) -> str | None:
-        """Wait while what is left goes out, and ``patience`` seconds while it does not.
+        """Wait for the upload of the queued checkpoint.
+
+        Args:
+            patience: seconds to wait while the store fails.
 
         Returns:
-            Words on what is missing after that, or none.
+            Description of the missing checkpoint, or None.
         """
         end = time.monotonic() + patience
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            while not self._is_idle() and (self._problem is None or time.monotonic() < end):
+            while not self._is_idle() and (self._error is None or time.monotonic() < end):
                 self._changed.wait(0.2)
             if self._is_idle():
                 shutil.rmtree(self._outbox, ignore_errors=True)
                 return None
             name = self._waiting.name if self._waiting else "a checkpoint"
-            problem = self._problem
-        return f"{name} ({_reason(problem) if problem else 'on its way'})"
+            error = self._error
+        return f"{name} ({_reason_of(error) if error else 'upload in progress'})"
 
     def _is_idle(self) -> bool:
         return self._waiting is None and not self._busy
@@ -81,24 +84,24 @@ class Uploads:
                 if path is None:
                     return
             try:
-                self._mirror.put_checkpoint(path, self._keep)
-                if self._problem is not None:
-                    console.note(f"{self._mirror.uri}: the store is back; {path.name} is there")
-                self._problem, pause = None, FIRST_PAUSE_S
-                _remove(path)
-            except TROUBLE as problem:
-                if self._problem is None:
+                self._mirror.upload_checkpoint(path, self._keep)
+                if self._error is not None:
+                    console.note(f"{self._mirror.uri}: the store answers again; {path.name} is uploaded")
+                self._error, pause = None, FIRST_PAUSE_S
+                _remove_copy(path)
+            except RETRYABLE as error:
+                if self._error is None:
                     console.warn(
-                        f"{path.name} is not yet in {self._mirror.uri}: {_reason(problem)}. "
-                        "Training goes on; it is sent when that is mended"
+                        f"{path.name} is not yet in {self._mirror.uri}: {_reason_of(error)}. "
+                        "Training continues; the upload is repeated until it succeeds"
                     )
-                self._problem = problem
+                self._error = error
                 with self._changed:
                     if self._waiting is None:
                         self._waiting = path
                     else:
-                        _remove(path)
-                    # A newer checkpoint is no reason to try again sooner.
+                        _remove_copy(path)
+                    # A newer checkpoint does not shorten the pause before the next attempt.
                     self._busy = False
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -108,106 +111,127 @@ class Uploads:
                     self._changed.notify_all()
 
 
-def _remove(snapshot: Path) -> None:
-    shutil.rmtree(snapshot.parent, ignore_errors=True)
+def _remove_copy(copy: Path) -> None:
+    shutil.rmtree(copy.parent, ignore_errors=True)
 
 
-def bring(mirror: Mirror) -> None:
-    """Have the newest whole checkpoint of the store in the run's folder, unless a newer one is.
+def restore_latest(mirror: RunMirror) -> None:
+    """Download the newest valid checkpoint of the store, unless the run's folder has a newer one.
 
-    All workers of a machine may call it at once.
+    All workers of a node may call it at the same time.
+
+    Args:
+        mirror: of the run.
 
     Raises:
-        UserError: the store refuses.
+        UserError: the store rejects the request.
     """
     folder = mirror.run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".bring.lock").open("a") as lock:
+    with (folder / ".restore.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        mine = checkpoints.newest(folder)
+        local = checkpoints.find_newest(folder)
         try:
-            mirror.newest(mine.step if mine else -1)
-        except StoreUnavailable as problem:
-            here = f"step {mine.step}" if mine else "nothing"
-            console.warn(f"{problem.reason}. Going on from what is on this machine: {here}")
+            mirror.download_newest(local.step if local else -1)
+        except StoreUnavailable as error:
+            here = f"step {local.step}" if local else "no checkpoint"
+            console.warn(f"{error.reason}. Resuming from this machine: {here}")
 
 
-def send_trained(mirror: Mirror, uploads: Uploads, patience: float, apart: bool) -> None:
-    """At the end of rank 0: see its checkpoints off, and send the driver the model if it is apart.
+def upload_trained(mirror: RunMirror, uploads: CheckpointUploads, patience: float, apart: bool) -> None:
+    """Finish the uploads of rank 0, and upload the model if the driver is on another machine.
 
-    What does not get through is told by the driver, which tries again.
+    The driver uploads again what is missing after this.
+
+    Args:
+        mirror: of the run.
+        uploads: of the checkpoints.
+        patience: seconds to wait for a store that fails.
+        apart: the driver does not see this worker's disk.
     """
     missing = uploads.close(patience if apart else 0)
     if apart:
-        missing = send("the final model", mirror.put_trained, patience) or missing
+        missing = retry_until("the final model", mirror.upload_trained, patience) or missing
     if missing:
         console.warn(f"{mirror.uri} lacks {missing}")
 
 
-def _reason(problem: BaseException) -> str:
-    return problem.reason if isinstance(problem, StoreUnavailable) else str(problem)
+def _reason_of(error: BaseException) -> str:
+    return error.reason if isinstance(error, StoreUnavailable) else str(error)
 
 
-def send(what: str, action: Callable[[], Any], patience: float) -> str | None:
-    """Do something with a store until it works or so many seconds are over.
+def retry_until(label: str, action: Callable[[], Any], patience: float) -> str | None:
+    """Repeat an action on a store until it succeeds or time is over.
+
+    Args:
+        label: name of the files, for the message.
+        action: raises one of ``RETRYABLE`` on failure.
+        patience: seconds.
 
     Returns:
-        Words on what is missing, or none.
+        Description of the missing files, or None.
     """
     end, pause = time.monotonic() + patience, FIRST_PAUSE_S
     while True:
         try:
             action()
             return None
-        except TROUBLE as problem:
+        except RETRYABLE as error:
             left = end - time.monotonic()
             if left <= 0:
-                return f"{what} ({_reason(problem)})"
+                return f"{label} ({_reason_of(error)})"
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def deliver(mirror: Mirror, keep: int, patience: float) -> None:
-    """Send what the store lacks of a finished run.
+def upload_results(mirror: RunMirror, keep: int, patience: float) -> None:
+    """Upload the files of a finished run that the store lacks.
 
     Args:
         mirror: of the run.
-        keep: whole checkpoints that stay in the store.
-        patience: seconds to wait for a store that cannot be used.
+        keep: number of complete checkpoints that stay in the store.
+        patience: seconds to wait for a store that fails.
 
     Raises:
-        StoreUnavailable: names what is not there. Nothing is lost: it is all on this machine.
+        StoreUnavailable: names the missing files. All files stay on this machine.
     """
     begin = time.monotonic()
 
-    def checkpoint() -> None:
-        mine = checkpoints.newest(mirror.run / CHECKPOINTS)
-        if mine is not None:
-            mirror.put_checkpoint(mine.path, keep)
+    def upload_newest() -> None:
+        newest = checkpoints.find_newest(mirror.run / CHECKPOINTS)
+        if newest is not None:
+            mirror.upload_checkpoint(newest.path, keep)
 
-    missing = [send("its last checkpoint", checkpoint, patience)]
+    missing = [retry_until("its last checkpoint", upload_newest, patience)]
     left = max(0.0, patience - (time.monotonic() - begin))
-    missing += [send("its results", mirror.put_results, left)]
+    missing += [retry_until("its results", mirror.upload_all, left)]
     if any(missing):
         raise StoreUnavailable(
-            f"the run is finished and whole in {mirror.run}, but {mirror.uri} lacks "
-            f"{' and '.join(words for words in missing if words)}. Run the same command again to "
-            "send it"
+            f"the run is finished and complete in {mirror.run}, but {mirror.uri} lacks "
+            f"{' and '.join(part for part in missing if part)}. Run the same command again to "
+            "upload it"
         )
 
 
 def fit_storage(config: FinetuneConfig, run: Path) -> dict[str, Any]:
-    """Where Ray Train keeps its own few files of a fit: the run's folder, or its mirror if
-    workers may run on machines that do not see that folder. They are removed after the fit."""
+    """Return Ray Train's storage arguments for a fit: in the run's folder, or in its mirror.
+
+    The mirror is used if workers may run on nodes that do not see the folder. The caller removes
+    Ray's files after the fit.
+
+    Args:
+        config: of the run.
+        run: folder of the run.
+    """
     import ray
 
     mirror = mirror_of(config, run)
-    # An elastic run may get hosts later.
-    alone = sum(node["Alive"] for node in ray.nodes()) < 2 and not config.training.min_workers
-    if mirror is None or alone:
+    # An elastic run may get nodes later.
+    single_node = sum(node["Alive"] for node in ray.nodes()) < 2 and not config.training.min_workers
+    if mirror is None or single_node:
         return {"storage_path": str(run / "ray")}
     import fsspec
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    system, path = fsspec.url_to_fs(mirror.place("ray"))
+    system, path = fsspec.url_to_fs(mirror.uri_of("ray"))
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(system))}

@@ -61,7 +61,8 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
     """
     model = load_model(source)
     corpora = {
-        task: open_corpus(locate_task_corpus(data, task, source.corpora)) for task in model.config.tasks
+        task: open_corpus(locate_task_corpus(data, task, source.corpora))
+        for task in model.config.tasks
     }
     words = tokenizer_of(corpora, place(data, Path()))
     specs = model.config.tasks
@@ -177,7 +178,9 @@ def _bank(folder: Path, task: str) -> CaptionBank:
     return CaptionBank(words, vectors.numpy())
 
 
-def open_predictor(source: ModelSource, data: str | Path | None, precision: str = "auto") -> TaskPredictor:
+def open_predictor(
+    source: ModelSource, data: str | Path | None, precision: str = "auto"
+) -> TaskPredictor:
     """A predictor for any model: from its bundle, or from one made now and kept for next time.
 
     Args:

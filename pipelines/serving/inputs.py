@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.serving.predictor import Item, content_of, read_item
+from pipelines.serving.predictor import PredictionItem, read_content, read_input_item
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
 #: So many rows are told one by one.
-MOST_TOLD = 20
+MAX_REPORTED = 20
 EXPECTED = 'expected {"text": …} or {"file": …}'
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenInput:
     """A row that can be predicted for, or why it cannot.
 
     Args:
@@ -33,11 +33,11 @@ class Given:
 
     where: str
     row: dict[str, Any]
-    item: Item | None = None
+    item: PredictionItem | None = None
     reason: str = ""
 
 
-def read_rows(path: Path, task: str | None, clue: bool = False) -> list[Given]:
+def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[GivenInput]:
     """Rows of a .jsonl file; files named in it are looked for beside it.
 
     Args:
@@ -48,7 +48,7 @@ def read_rows(path: Path, task: str | None, clue: bool = False) -> list[Given]:
     Raises:
         UserError: no such file, none of its rows can be used, or it is one JSON array.
     """
-    data = content_of(path).removeprefix(b"\xef\xbb\xbf")
+    data = read_content(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip().startswith(b"["):
         raise UserError(
             f"{path}: a JSON array; expected an object a line. Make it so with: jq -c '.[]' {path}"
@@ -60,11 +60,11 @@ def read_rows(path: Path, task: str | None, clue: bool = False) -> list[Given]:
     ]
     if not found:
         raise UserError(f"{path}: no rows in it")
-    check_some(found)
+    check_usable_rows(found)
     return found
 
 
-def check_some(rows: Sequence[Given]) -> None:
+def check_usable_rows(rows: Sequence[GivenInput]) -> None:
     """Refuse a file of which no row can be used.
 
     Raises:
@@ -74,7 +74,7 @@ def check_some(rows: Sequence[Given]) -> None:
         raise UserError(f"{rows[0].where}: {rows[0].reason}; so none of its rows can be used")
 
 
-def tell(rows: Sequence[Given]) -> None:
+def report_rejected(rows: Sequence[GivenInput]) -> None:
     """Say which rows are set aside, and why, and which are predicted for without a text."""
     lines = [f"{row.where}: {row.reason}; set aside" for row in rows if row.reason]
     lines += [
@@ -82,28 +82,28 @@ def tell(rows: Sequence[Given]) -> None:
         for row in rows
         if row.item is not None and row.item.text is not None and not row.item.text.strip()
     ]
-    for line in lines[:MOST_TOLD]:
+    for line in lines[:MAX_REPORTED]:
         console.warn(line)
-    if len(lines) > MOST_TOLD:
-        console.warn(f"{len(lines) - MOST_TOLD} more rows like these")
+    if len(lines) > MAX_REPORTED:
+        console.warn(f"{len(lines) - MAX_REPORTED} more rows like these")
 
 
-def _given(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> Given:
+def _given(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> GivenInput:
     row: Any = None
     try:
         row = json.loads(line.decode("utf-8"))
         item = _item(where, row, folder, task, clue)
-        return Given(where, row, item)
+        return GivenInput(where, row, item)
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
     except UserError as problem:
         reason = str(problem).removeprefix(f"{where}: ")
     except (ValueError, RecursionError) as problem:
         reason = f"not JSON ({problem})"
-    return Given(where, row if isinstance(row, dict) else {}, None, reason)
+    return GivenInput(where, row if isinstance(row, dict) else {}, None, reason)
 
 
-def _item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> Item:
+def _item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> PredictionItem:
     if not isinstance(row, dict):
         raise UserError(EXPECTED)
     texts = [row[key] for key in ("text", "sentence") if key in row]
@@ -117,9 +117,9 @@ def _item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> I
     if not texts:
         if "\0" in row["file"]:
             raise UserError("no file can have such a name")
-        return replace(read_item(folder / row["file"], wanted), where=where)
+        return replace(read_input_item(folder / row["file"], wanted), where=where)
     if not texts[0].strip() and not clue:
         raise UserError("the text is empty")
     said = row.get("keywords")
     keywords = said if isinstance(said, str) else None
-    return Item(texts[0], texts[0], None, wanted, keywords, where, may_be_empty=clue)
+    return PredictionItem(texts[0], texts[0], None, wanted, keywords, where, may_be_empty=clue)

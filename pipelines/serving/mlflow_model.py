@@ -16,7 +16,7 @@ import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from pipelines.serving.bundle import open_bundle
-from pipelines.serving.predictor import Item, Prediction
+from pipelines.serving.predictor import PredictionItem, TaskPrediction
 from skillnet_platform.errors import UserError
 
 DEFAULT_TOP = 5
@@ -28,7 +28,7 @@ class SkillNetModel(PythonModel):
     Columns of the input, all of them optional, one of ``text`` and ``file`` in each row:
     ``text``; ``file``, a media file's bytes in base64; ``name``, its file name; ``task``, by
     default the one that reads such an input. Columns of the output: see
-    :class:`pipelines.serving.predictor.Prediction`; a Python file gives one row for each function.
+    :class:`pipelines.serving.predictor.TaskPrediction`; a Python file gives one row for each function.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -44,10 +44,10 @@ class SkillNetModel(PythonModel):
         """Answer each row. ``params``: ``top``, the number of alternatives."""
         items = [_item(row, number) for number, row in enumerate(_records(model_input))]
         top = int((params or {}).get("top", DEFAULT_TOP))
-        return as_frame(self.predictor.predict(items, top))
+        return prediction_frame(self.predictor.predict(items, top))
 
 
-def as_frame(predictions: Sequence[Prediction]) -> pd.DataFrame:
+def prediction_frame(predictions: Sequence[TaskPrediction]) -> pd.DataFrame:
     """Predictions as the table that the model answers with."""
     return pd.DataFrame(
         {
@@ -67,18 +67,18 @@ def _records(model_input: pd.DataFrame) -> list[dict[str, Any]]:
     return frame.to_dict("records")
 
 
-def _item(row: Mapping[str, Any], number: int) -> Item:
+def _item(row: Mapping[str, Any], number: int) -> PredictionItem:
     text, data = row.get("text"), row.get("file")
     if (text is None) == (data is None):
         raise UserError(f"row {number}: give either text or file")
     name = str(row.get("name") or (text if text is not None else f"row {number}"))
     if data is None:
-        return Item(name, text, None, row.get("task") or None)
+        return PredictionItem(name, text, None, row.get("task") or None)
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
         raise UserError(f"row {number}: file is not base64") from None
-    return Item(name, None, content, row.get("task") or None)
+    return PredictionItem(name, None, content, row.get("task") or None)
 
 
 mlflow.models.set_model(SkillNetModel())

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.inference import Runner, memory_inputs
-from pipelines.evaluation.tables import in_order
+from pipelines.evaluation.inference import InferenceRunner, memory_inputs
+from pipelines.evaluation.tables import sort_rows
 from pipelines.transforms import code, image, sound, text, video
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, find_task
@@ -45,7 +45,7 @@ MAGIC = (
 
 
 @dataclass(frozen=True)
-class Item:
+class PredictionItem:
     """One thing to predict for: a text, or a media file's bytes.
 
     Args:
@@ -68,7 +68,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class TaskPrediction:
     """An answer.
 
     Args:
@@ -98,7 +98,7 @@ class CaptionBank:
     embeddings: np.ndarray
 
 
-class Predictor:
+class TaskPredictor:
     """Runs a model on raw inputs.
 
     Args:
@@ -108,7 +108,7 @@ class Predictor:
         banks: task -> known captions.
         limits: task -> longest sequence of the task's own modality, as in training.
         prepared: task -> how its corpus was prepared, so that inputs are prepared alike.
-        precision: see :class:`pipelines.evaluation.inference.Runner`.
+        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class Predictor:
         self.model, self.tokenizer = model, tokenizer
         self.names, self.banks, self.limits = dict(names), dict(banks or {}), dict(limits or {})
         self.prepared = dict(prepared or {})
-        self.runner = Runner(model, precision)
+        self.runner = InferenceRunner(model, precision)
 
     def predict(
         self,
-        items: Sequence[Item],
+        items: Sequence[PredictionItem],
         top: int = 5,
         on_bad: Callable[[int, str], None] | None = None,
-    ) -> list[Prediction]:
+    ) -> list[TaskPrediction]:
         """Answers, in the order of the items; a Python file gives one per function.
 
         Args:
@@ -154,12 +154,12 @@ class Predictor:
                 on_bad(number, str(problem))
                 continue
             jobs += [(task, tower, name, array) for name, array in arrays]
-        out: list[Prediction | None] = [None] * len(jobs)
+        out: list[TaskPrediction | None] = [None] * len(jobs)
         for key in dict.fromkeys((task, tower) for task, tower, _, _ in jobs):
             places = [i for i, job in enumerate(jobs) if job[:2] == key]
             answers = self._run(*key, [jobs[i][3] for i in places], top)
             for place, (answer, score, others, vector) in zip(places, answers, strict=True):
-                out[place] = Prediction(jobs[place][2], key[0], answer, score, others, vector)
+                out[place] = TaskPrediction(jobs[place][2], key[0], answer, score, others, vector)
         return [prediction for prediction in out if prediction is not None]
 
     def tokens(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
@@ -183,14 +183,14 @@ class Predictor:
         return min([*kept, self.model.config.max_tokens])
 
     def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        return text.encode(self.tokenizer, list(texts), limit).to_pylist()
+        return text.encode_texts(self.tokenizer, list(texts), limit).to_pylist()
 
     # -- which task, and what it reads -----------------------------------------------------
 
-    def _route(self, item: Item) -> tuple[str, str, SkillPlan]:
+    def _route(self, item: PredictionItem) -> tuple[str, str, SkillPlan]:
         """(task, tower, plan) for an item."""
         tasks = self.model.config.tasks
-        modality = "text" if item.data is None else modality_of(item.name, item.data)
+        modality = "text" if item.data is None else guess_modality(item.name, item.data)
         if item.task is not None:
             spec = find_task(item.task, tasks)
             for tower in ("input", "candidate", "query"):
@@ -200,7 +200,7 @@ class Predictor:
             raise UserError(
                 f"{item.name}: {item.task} reads {' or '.join(reads)}, this is {modality}"
             )
-        for name in in_order(tasks):
+        for name in sort_rows(tasks):
             towers = tasks[name].towers
             for tower in ("input", "candidate"):
                 if tower in towers and towers[tower].modality == modality:
@@ -210,7 +210,7 @@ class Predictor:
         )
 
     def _arrays(
-        self, item: Item, task: str, tower: str, plan: SkillPlan
+        self, item: PredictionItem, task: str, tower: str, plan: SkillPlan
     ) -> list[tuple[str, np.ndarray]]:
         """Named inputs of the model; several for a file of functions."""
         config = self.model.config
@@ -221,7 +221,7 @@ class Predictor:
                 if not words and not item.may_be_empty:
                     raise ValueError("the text is empty")
                 if alike.get("keywords") and tower != "query":
-                    words = text.with_keywords(words, item.keywords)
+                    words = text.append_keywords(words, item.keywords)
                 longest = self._longest(task, "query" if tower == "query" else "text")
                 return [(item.name, self.tokens([words], longest)[0])]
             if plan.modality == "image":
@@ -233,8 +233,8 @@ class Predictor:
                 return [(item.name, sound.load_log_mel(data, frames, alike.get("trim", True)))]
             if plan.modality == "video":
                 size = config.video_size
-                return [(item.name, video.load_clip(data, config.video_frames, size))]
-            found = list(code.functions(code.decode_source(data)))
+                return [(item.name, video.load_video_frames(data, config.video_frames, size))]
+            found = list(code.parse_functions(code.decode_source(data)))
             if not found:
                 raise ValueError("there is no function in it")
             rows = self.tokens([f.code for f in found], self._longest(task, "code"))
@@ -275,19 +275,19 @@ class Predictor:
         return answers
 
 
-def read_item(path: str | Path, task: str | None = None) -> Item:
+def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem:
     """A file as an item.
 
     Raises:
         UserError: there is no such file, it cannot be read, or it is empty.
     """
-    data = content_of(Path(path), "; a text is given with --text")
+    data = read_content(Path(path), "; a text is given with --text")
     if not data:
         raise UserError(f"{path}: the file is empty")
-    return Item(str(path), None, data, task)
+    return PredictionItem(str(path), None, data, task)
 
 
-def content_of(path: Path, otherwise: str = "") -> bytes:
+def read_content(path: Path, otherwise: str = "") -> bytes:
     """All of a file.
 
     Args:
@@ -305,7 +305,7 @@ def content_of(path: Path, otherwise: str = "") -> bytes:
         raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
 
 
-def modality_of(name: str, data: bytes) -> str:
+def guess_modality(name: str, data: bytes) -> str:
     """What a file is, by its name, else by its first bytes.
 
     Raises:

@@ -9,13 +9,13 @@ from skillnet_platform import console
 from skillnet_platform.storage import run_root, sha256_file
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import Source
+    from pipelines.runs.model_source import ModelSource
     from skillnet_platform.tracking.promotion import Figure
     from skillnet_platform.tracking.registry import Registered
 
 
 def register_model(
-    source: "Source",
+    source: "ModelSource",
     data: str | Path,
     *,
     rows: Sequence[dict[str, Any]] | None = None,
@@ -42,29 +42,29 @@ def register_model(
     Raises:
         UserError: corpora that are missing or do not fit the model.
     """
-    from pipelines.evaluation.tables import description as describe
-    from pipelines.runs.model_source import BUNDLE, load_at_work
+    from pipelines.evaluation.tables import run_description as describe
+    from pipelines.runs.model_source import BUNDLE, load_trained_tasks
     from pipelines.serving import bundle
     from skillnet_platform import __version__
     from skillnet_platform.tracking import registry
 
-    model = load_at_work(source)
+    model = load_trained_tasks(source)
     if rows is None:
         rows = _evaluate(source, model, data, samples)
     total = sum(p.numel() for p in model.parameters())
     with _run_of(source, uri) as run_id:
         folder = run_root() / "cache" / "registering" / BUNDLE
-        bundle.build(source, data, folder)
-        about = bundle.check(folder)
+        bundle.build_bundle(source, data, folder)
+        about = bundle.check_bundle(folder)
         digests = {entry["corpus"]: entry["corpus_digest"] for entry in about["tasks"].values()}
         made = registry.register(
             run_id,
             Path(__file__).with_name("mlflow_model.py"),
             {BUNDLE: folder},
-            figures(rows, model.config.tasks, about),
+            registry_metrics(rows, model.config.tasks, about),
             uri=uri,
             name=name,
-            signature=signature(),
+            signature=model_signature(),
             input_example=None,
             metadata={"serving_sha256": sha256_file(folder / bundle.ABOUT)},
             requirements=[
@@ -89,24 +89,24 @@ def register_model(
     return made
 
 
-def figures(
+def registry_metrics(
     rows: Sequence[dict[str, Any]], tasks: Mapping[str, Any], about: Mapping[str, Any]
 ) -> "dict[str, Figure]":
     """The headline of each task on ``test``, as the gate compares it."""
-    from pipelines.evaluation.tables import HEADLINE, find
+    from pipelines.evaluation.tables import HEADLINE, find_row
     from skillnet_platform.tracking.promotion import Figure
 
     found: dict[str, Figure] = {}
     for task, spec in tasks.items():
         metric, more = HEADLINE[spec.objective]
-        row = find(rows, task, metric)
+        row = find_row(rows, task, metric)
         if row is not None:
             data = about["tasks"][task]["corpus_digest"]
             found[task] = Figure(metric, row["value"], row["low"], row["high"], more, data)
     return found
 
 
-def signature() -> Any:
+def model_signature() -> Any:
     """What the registered model takes and gives, as MLflow writes it down."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -135,7 +135,9 @@ def signature() -> Any:
     return ModelSignature(inputs, outputs, ParamSchema([ParamSpec("top", DataType.long, 5)]))
 
 
-def _evaluate(source: "Source", model: Any, data: str | Path, samples: int) -> list[dict[str, Any]]:
+def _evaluate(
+    source: "ModelSource", model: Any, data: str | Path, samples: int
+) -> list[dict[str, Any]]:
     from pipelines.evaluation.evaluator import evaluate_model
 
     console.note("evaluating for the gate")
@@ -151,14 +153,14 @@ def _evaluate(source: "Source", model: Any, data: str | Path, samples: int) -> l
 
 
 @contextlib.contextmanager
-def _run_of(source: "Source", uri: str | None) -> Iterator[str]:
+def _run_of(source: "ModelSource", uri: str | None) -> Iterator[str]:
     """Id of the run that made the model; a run for this registration if it has none."""
-    from pipelines.runs.model_source import knows_run
+    from pipelines.runs.model_source import is_known_run
     from skillnet_platform import tracking
     from skillnet_platform.tracking import backend
 
     backend.setup(uri)
-    if source.run_id is not None and knows_run(source.run_id, uri):
+    if source.run_id is not None and is_known_run(source.run_id, uri):
         yield source.run_id
         return
 

@@ -11,19 +11,19 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, human_bytes, run_root
 
 if TYPE_CHECKING:
-    from pipelines.runs.model_source import Source
-    from pipelines.serving.predictor import Predictor
+    from pipelines.runs.model_source import ModelSource
+    from pipelines.serving.predictor import TaskPredictor
     from pipelines.shards.dataset import PreparedCorpus
 
 #: Goes up whenever the index changes, so that a kept one is not taken for a new one.
 VERSION = 1
 #: Vectors of all rows that are searched are in memory.
-MOST_BYTES = 4 * 2**30
+MAX_CACHE_BYTES = 4 * 2**30
 
 
-def index(
-    predictor: "Predictor",
-    source: "Source",
+def build_retrieval_index(
+    predictor: "TaskPredictor",
+    source: "ModelSource",
     task: str,
     corpus: "PreparedCorpus",
     splits: Sequence[str],
@@ -45,11 +45,11 @@ def index(
         return load_file(kept)["embeddings"]
     config = predictor.model.config
     rows = sum(corpus.splits[name].rows for name in splits)
-    if rows * config.embedding_dim * 4 > MOST_BYTES:
+    if rows * config.embedding_dim * 4 > MAX_CACHE_BYTES:
         raise UserError(
             f"{corpus.name}: vectors of {rows:,} rows take "
             f"{human_bytes(rows * config.embedding_dim * 4)}, a search holds at most "
-            f"{human_bytes(MOST_BYTES)} in memory; name some of its splits, for example --splits "
+            f"{human_bytes(MAX_CACHE_BYTES)} in memory; name some of its splits, for example --splits "
             f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
         )
     parts = []

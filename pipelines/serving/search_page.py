@@ -14,7 +14,7 @@ THUMBNAIL = 144
 
 
 @dataclass(frozen=True)
-class Card:
+class ResultCard:
     """One result.
 
     Args:
@@ -34,9 +34,9 @@ class Card:
     code: str | None = None
 
 
-def page(
+def render_search_page(
     query: str,
-    cards: Sequence[Card],
+    cards: Sequence[ResultCard],
     facts: Sequence[tuple[str, str]] = (),
     credit: str = "",
 ) -> str:
@@ -60,7 +60,7 @@ def page(
     return render("search.html", values, package="pipelines.serving.mlflow_model")
 
 
-def data_uri(media: np.ndarray, side: int = THUMBNAIL) -> str:
+def media_data_uri(media: np.ndarray, side: int = THUMBNAIL) -> str:
     """A picture (H, W, 3) as PNG or a clip (N, H, W, C) as animated PNG, inside a data URI.
 
     A clip ends with a pause on its last frame and starts again.
@@ -91,5 +91,5 @@ def _share(score: float, low: float, top: float) -> int:
     return 100 if top <= low else round(15 + 85 * (score - low) / (top - low))
 
 
-def _picture(card: Card) -> str:
-    return "" if card.media is None else data_uri(card.media)
+def _picture(card: ResultCard) -> str:
+    return "" if card.media is None else media_data_uri(card.media)

@@ -1,13 +1,13 @@
-"""Checkpoints: written whole or not at all, verified when read, taken up from the newest whole.
+"""Checkpoints: written atomically, and verified when read.
 
     step-00000500/
       config.json, shared.safetensors, skill-*.safetensors, …   the model, as save_pretrained
-      optimizer-<file>.safetensors                              optimiser state, a file per skill
+      optimizer-<file>.safetensors                              optimizer state, a file per skill
       average-<file>.safetensors                                averaged weights, if kept
       state.json                                                step, seed, configuration digest
       manifest.json                                             sizes and hashes; written last
 
-There is no generator state: all randomness hangs on (seed, step).
+There is no generator state: all randomness is keyed by (seed, step).
 """
 
 import json
@@ -20,7 +20,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipelines.runs.checkpoints import PREFIX, Checkpoint, _folders, _listed, load_weights
+from pipelines.runs.checkpoints import (
+    PREFIX,
+    Checkpoint,
+    list_checkpoint_folders,
+    list_manifest_files,
+    load_weights,
+)
 from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import (
@@ -50,7 +56,7 @@ def optimizer_tensors(
     }
 
 
-def save(
+def write_checkpoint(
     folder: Path,
     step: int,
     model: TaskModel,
@@ -63,46 +69,66 @@ def save(
 
     Writing the same step again gives the same files.
 
+    Args:
+        folder: of the run's checkpoints.
+        step: steps done.
+        model: its weights are written.
+        optimizer: its state is written by parameter name, one file per skill.
+        average: averaged weights, or None.
+        state: further keys of ``state.json``.
+        keep: number of checkpoints that stay.
+
+    Returns:
+        The checkpoint's folder.
+
     Raises:
-        UserError: the disk is full; what was there before is still whole.
+        UserError: the disk is full; earlier checkpoints stay valid.
     """
     final = folder / f"{PREFIX}{step:08d}"
     files = model.files_of()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    held = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
-    needed = (1 + (average is not None)) * weights + held + (1 << 20)
-    # Half-written files are worthless: refuse before the first byte.
+    state_bytes = sum(
+        x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values()
+    )
+    needed = (1 + (average is not None)) * weights + state_bytes + (1 << 20)
+    # A partial file is useless, so check the space before the first byte.
     storage.require_space(final, needed)
-    with storage.disk_guard(final, needed), storage.staging(final) as aside:
-        written = write_parts(model, aside)
+    with storage.disk_guard(final, needed), storage.staging(final) as staging:
+        written = write_parts(model, staging)
         for file, names in files.items():
             tensors = optimizer_tensors(optimizer, model, names)
             if tensors:
-                save_file(_ready(tensors), aside / f"optimizer-{file}.safetensors")
+                save_file(_to_cpu(tensors), staging / f"optimizer-{file}.safetensors")
                 written.append(f"optimizer-{file}.safetensors")
             if average is not None:
                 means = {name: average.values[name] for name in names if name in average.values}
                 if means:
-                    save_file(_ready(means), aside / f"average-{file}.safetensors")
+                    save_file(_to_cpu(means), staging / f"average-{file}.safetensors")
                     written.append(f"average-{file}.safetensors")
         full = {"step": step, **state}
         if average is not None:
             full["average_updates"] = average.updates
         text = json.dumps(full, indent=1, sort_keys=True)
-        (aside / "state.json").write_text(text + "\n", encoding="utf-8")
-        write_manifest(aside, [*written, "state.json"])
-    for old in _folders(folder)[keep:]:
+        (staging / "state.json").write_text(text + "\n", encoding="utf-8")
+        write_manifest(staging, [*written, "state.json"])
+    for old in list_checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def load(
+def load_checkpoint(
     checkpoint: Checkpoint,
     model: TaskModel,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,
 ) -> None:
-    """Put a verified checkpoint's weights and optimiser state in place.
+    """Load a verified checkpoint's weights, optimizer state and averages.
+
+    Args:
+        checkpoint: verified, see :func:`pipelines.runs.checkpoints.verify_checkpoint`.
+        model: receives the weights.
+        optimizer: over the model's parameters; receives their state.
+        average: receives the averaged weights.
 
     Raises:
         UserError: the checkpoint is of a model of another shape.
@@ -111,29 +137,29 @@ def load(
     load_weights(checkpoint.path, model)
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    for path in _listed(checkpoint.path, "optimizer-"):
+    for path in list_manifest_files(checkpoint.path, "optimizer-"):
         tensors = load_tensors(path, str(device))
         for key, value in tensors.items():
-            name, _, what = key.rpartition("/")
-            expected = None if what == "step" else shapes.get(name)
-            known = name in shapes and what in OPTIMIZER_STATE
+            name, _, field = key.rpartition("/")
+            expected = None if field == "step" else shapes.get(name)
+            known = name in shapes and field in OPTIMIZER_STATE
             if not known or value.shape != (expected or ()):
-                raise UserError(f"{path}: {key} is no state of a parameter of this model")
+                raise UserError(f"{path}: {key} is not the state of a parameter of this model")
         for key, value in tensors.items():
-            name, _, what = key.rpartition("/")
-            optimizer.state[parameters[name]][what] = value.clone()
+            name, _, field = key.rpartition("/")
+            optimizer.state[parameters[name]][field] = value.clone()
     if average is not None:
-        for path in _listed(checkpoint.path, "average-"):
+        for path in list_manifest_files(checkpoint.path, "average-"):
             for name, value in load_tensors(path, str(device)).items():
                 if value.shape != shapes.get(name):
-                    raise UserError(f"{path}: {name} is no average of a parameter of this model")
+                    raise UserError(f"{path}: {name} is not the average of a parameter of this model")
                 average.values[name] = value.clone()
         updates = checkpoint.state.get("average_updates", {})
         if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):
-            raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are no numbers")
+            raise UserError(f"{checkpoint.path / 'state.json'}: average_updates are not numbers")
         average.updates = updates
 
 
-def _ready(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Own memory for each: gradients and averages may be views of a shared buffer.
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Each tensor gets its own memory: gradients and averages may be views of a shared buffer.
     return {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}

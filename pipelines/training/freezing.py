@@ -1,8 +1,7 @@
-"""Which weights a run may change: all that its tasks activate, or only some files of the model.
+"""Trainable weights of a run: all that its tasks activate, or only some files of the model.
 
-A weight outside ``training.only`` is read but frozen: no gradient is computed for it, so the
-optimiser, gradient clipping, the exchange between workers and the average of weights, which all
-go by the parameters given here, never see it.
+A weight outside ``training.trainable`` is used but frozen: it has no gradient, so the optimizer,
+gradient clipping, the gradient sums and the weight average never change it.
 """
 
 from torch import nn
@@ -11,30 +10,37 @@ from pipelines.config.run import FinetuneConfig
 from skillnet.multitask_model import TaskModel
 from skillnet_platform.errors import UserError, nearest
 
-Named = list[tuple[str, nn.Parameter]]
+NamedParameters = list[tuple[str, nn.Parameter]]
 
 
-def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, Named]:
-    """Freeze what ``training.only`` leaves out; task -> names and tensors that its steps change.
+def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, NamedParameters]:
+    """Freeze the files outside ``training.trainable``; return the trainable parameters by task.
+
+    Args:
+        model: its ``requires_grad`` flags are set.
+        config: of the run.
+
+    Returns:
+        Task -> names and tensors that its steps change.
 
     Raises:
-        UserError: a file that the model does not have, or a task without a weight to train.
+        UserError: the model has no such file, or a task has no weight to train.
     """
-    only = set(config.training.only)
+    trainable = set(config.training.trainable)
     files = model.files_of()
-    for file in sorted(only - files.keys()):
-        raise UserError(f"training.only: the model has no file {file!r}{nearest(file, files)}")
+    for file in sorted(trainable - files.keys()):
+        raise UserError(f"training.trainable: the model has no file {file!r}{nearest(file, files)}")
     for file, names in files.items():
         for name in names:
-            model.get_parameter(name).requires_grad_(not only or file in only)
+            model.get_parameter(name).requires_grad_(not trainable or file in trainable)
     active = {
         task: [(name, p) for name, p in model.active_parameters(task) if p.requires_grad]
         for task in config.trained
     }
     for task, named in active.items():
         if not named:
-            touched = ", ".join(sorted(model.required_files(task)))
+            required = ", ".join(sorted(model.required_files(task)))
             raise UserError(
-                f"training.only leaves nothing to train for {task}, which activates {touched}"
+                f"training.trainable leaves nothing to train for {task}, which activates {required}"
             )
     return active

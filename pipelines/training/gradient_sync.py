@@ -1,9 +1,9 @@
-"""Sums gradients over ranks: only those of active skills, in buckets, during the backward pass.
+"""Sum of gradients over ranks: only of active skills, in buckets, during the backward pass.
 
-DDP needs ``find_unused_parameters`` where the used parameters change from step to step, walks
-the graph each step and reduces every parameter. Here the task of a step names the parameters
-beforehand: buckets are fixed per task and go out as soon as they are full. Losses are sums over
-a rank's rows divided by the global count, so gradients are summed, not averaged.
+DDP needs ``find_unused_parameters`` if the used parameters change from step to step; it then walks
+the graph each step and reduces every parameter. Here the task of a step determines the parameters:
+buckets are fixed per task, and each is reduced as soon as it is full. A loss is a sum over a
+rank's rows divided by the global count, so gradients are summed, not averaged.
 """
 
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from pipelines.loading.dataloader import rank_slice
 
-Named = list[tuple[str, nn.Parameter]]
+NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 class _Bucket:
-    """Some parameters' gradients side by side in one flat tensor; in the last one, a flag."""
+    """Gradients of some parameters in one flat tensor; the last bucket of a task also has a flag."""
 
     def __init__(self, parameters: list[nn.Parameter], flagged: bool) -> None:
         self.parameters = parameters
@@ -31,7 +31,7 @@ class _Bucket:
         self.views = [piece.view_as(p) for piece, p in pieces]
 
     def fill(self) -> None:
-        """Copy gradients in; a parameter without one counts as zeros."""
+        """Copy the gradients in; a missing gradient counts as zeros."""
         with torch.no_grad():
             for view, parameter in zip(self.views, self.parameters, strict=True):
                 if parameter.grad is None:
@@ -40,20 +40,20 @@ class _Bucket:
                     view.copy_(parameter.grad)
 
     def drain(self) -> None:
-        """Make the reduced values the parameters' gradients, without a copy."""
+        """Use the reduced values as the parameters' gradients, without a copy."""
         for view, parameter in zip(self.views, self.parameters, strict=True):
             parameter.grad = view
 
 
 class GradientSync:
-    """Sums the active parameters' gradients over all ranks.
+    """Sum of the active parameters' gradients over all ranks.
 
-    ``begin(task)`` before the backward pass, ``finish()`` after it; in between hooks launch
-    each bucket's reduction when its last gradient is there, always in the same order, so that
-    ranks agree without talking. With one rank it does nothing.
+    Call ``begin(task)`` before the backward pass and ``finish()`` after it. In between, hooks
+    start the reduction of each bucket when its last gradient is ready, always in the same order,
+    so ranks need no further communication. With one rank it does nothing.
 
-    A flag of each rank rides along as one number more in the last bucket: what one rank wants,
-    all know after the step.
+    A flag of each rank travels as one more number in the last bucket, so all ranks know after the
+    step whether one of them requested a stop.
 
     Args:
         active: task -> its (name, parameter) pairs in forward order.
@@ -61,7 +61,7 @@ class GradientSync:
         bucket_bytes: size of a bucket.
     """
 
-    def __init__(self, active: dict[str, Named], world: int, bucket_bytes: float) -> None:
+    def __init__(self, active: dict[str, NamedParameters], world: int, bucket_bytes: float) -> None:
         self._world = world
         self.bytes_reduced = 0
         self._buckets: dict[str, list[_Bucket]] = {}
@@ -84,7 +84,7 @@ class GradientSync:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def begin(self, task: str, flag: bool = False) -> None:
-        """Prepare for a backward pass of the task, and take this rank's flag."""
+        """Prepare for a backward pass of a task, with this rank's flag."""
         self._flag = flag
         if self._world == 1:
             return
@@ -92,10 +92,10 @@ class GradientSync:
         self._waiting = [len(bucket.parameters) for bucket in self._buckets[task]]
 
     def finish(self) -> bool:
-        """Reduce what is left, wait for all, and put the sums in place of the gradients.
+        """Reduce the remaining buckets, wait for all, and replace the gradients by the sums.
 
         Returns:
-            Whether any rank's flag was set: the same on all of them.
+            Whether the flag of any rank was set; the same on all ranks.
         """
         if self._world == 1 or self._task is None:
             return self._flag
@@ -143,8 +143,8 @@ def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: float) -> list[list[n
     return groups
 
 
-class Gather:
-    """Collects rows of all ranks, in rank order, and carries gradients back.
+class DistributedGather:
+    """Concatenation of the rows of all ranks, in rank order, with gradients.
 
     Sizes follow from the global count, as in ``rank_slice``, so ranks do not exchange them.
 
@@ -160,11 +160,11 @@ class Gather:
         self.start = slices[rank].start
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, ...) of this rank -> (count, ...) of all ranks."""
+        """Return the (count, ...) rows of all ranks from the (B, ...) rows of this rank."""
         return _AllGather.apply(x, self.sizes, self.start)
 
     def offset(self, rows: int) -> int:
-        """Where this rank's rows start among those of all ranks."""
+        """Return the position of this rank's first row among the rows of all ranks."""
         return self.start
 
 
@@ -174,7 +174,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], start: int) -> Tensor:
         ctx.start, ctx.rows = start, x.shape[0]
-        # gloo wants equal sizes: pad to the longest slice.
+        # gloo needs equal sizes: pad to the longest slice.
         padded = x.new_zeros((max(sizes), *x.shape[1:]))
         padded[: x.shape[0]] = x
         parts = [torch.empty_like(padded) for _ in sizes]

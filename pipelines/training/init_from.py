@@ -1,7 +1,7 @@
-"""What a run starts from: fresh weights, or those of a trained model of the same system.
+"""Initial weights of a run: random ones, or those of a trained model of the same system.
 
-A trained model gives what this one has by name: stems, shared weights, skills, and heads of tasks
-that both know. The rest stays fresh, and is named.
+A trained model provides the weights that both models have by name: stems, shared weights, skills
+and heads of tasks that both know. The rest stays random and is reported.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.runs import model_source
 from pipelines.runs.mirror import TRAINED
+from pipelines.runs.model_source import load_source_model, resolve_model
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import read_about, read_manifest
@@ -22,23 +22,23 @@ from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.objects import is_uri
 
-#: Beside a copy of weights: the configuration that they were trained with.
+#: File beside a copy of weights: the configuration that they were trained with.
 SETTINGS = "settings.json"
 
-#: Keys that change what a model computes though every tensor that both have may fit.
-_SAME = ("num_layers", "num_heads", "skill_modules", "skill_every")
+#: Keys that change the model's computation although all tensors may fit.
+_MUST_EQUAL = ("num_layers", "num_heads", "skill_modules", "skill_every")
 _NOT_SHAPE = ("tasks", "skills", "drop_path", "dropout")
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run took over.
+class InitReport:
+    """Origin of a run's initial weights.
 
     Args:
-        source: the folder of weights.
-        digest: of them.
-        taken: files all of whose weights came from there.
-        fresh: files with a weight that stayed fresh.
+        source: folder of the weights.
+        digest: of the weights.
+        taken: files all of whose weights came from the source.
+        fresh: files with a weight that stayed random.
     """
 
     source: str
@@ -46,46 +46,55 @@ class Start:
     taken: list[str]
     fresh: list[str]
 
-    def words(self) -> str:
-        """One line for people."""
-        fresh = f"; fresh: {', '.join(self.fresh)}" if self.fresh else ""
+    def summary(self) -> str:
+        """Return one line for the console."""
+        fresh = f"; random: {', '.join(self.fresh)}" if self.fresh else ""
         return f"started from {self.source} with {', '.join(self.taken)}{fresh}"
 
-    def plain(self) -> dict[str, Any]:
-        """For the record."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types, for the run's result."""
         return dataclasses.asdict(self)
 
 
-def locate(given: str, uri: str | None, run_dir: str) -> str:
-    """Folder of the weights that ``--from`` names: a path, a run or a registered version.
+def resolve_init_weights(given: str, uri: str | None, run_dir: str) -> str:
+    """Return the folder of the weights that ``--from`` names.
 
-    A registered version, or one in a store, is copied below ``run_dir``: what was downloaded may be
-    gone when the run goes on.
+    A registered version and a model in an object store are copied below ``run_dir``: a download
+    may be gone when the run resumes.
+
+    Args:
+        given: a path, a run or a registered version.
+        uri: of the tracking server.
+        run_dir: directory of runs.
 
     Raises:
         UserError: there is no such model.
     """
-    source = model_source.find(given, uri)
-    if (
-        source.version is None
-        and not given.startswith(("models:/", "runs:/"))
-        and not is_uri(given)
-    ):
+    source = resolve_model(given, uri)
+    is_registered = source.version is not None or given.startswith(("models:/", "runs:/"))
+    if not is_registered and not is_uri(given):
         return str(source.weights.absolute())
-    kept = Path(run_dir) / ".starts" / source.digest[:16]
-    if not (kept / "manifest.json").is_file():
-        with storage.staging(kept) as aside:
-            shutil.copytree(source.weights, aside, dirs_exist_ok=True)
-            # What it took to train them: a comparison tells it.
+    copy = Path(run_dir) / ".starts" / source.digest[:16]
+    if not (copy / "manifest.json").is_file():
+        with storage.staging(copy) as staging:
+            shutil.copytree(source.weights, staging, dirs_exist_ok=True)
+            # A comparison of runs reports the cost of training these weights.
             if source.run is not None and (source.run / TRAINED).is_file():
-                shutil.copy(source.run / TRAINED, aside / TRAINED)
+                shutil.copy(source.run / TRAINED, staging / TRAINED)
             if source.settings:
-                storage.write_json(aside / SETTINGS, source.settings)
-    return str(kept)
+                storage.write_json(staging / SETTINGS, source.settings)
+    return str(copy)
 
 
-def start_model(config: FinetuneConfig, model: TaskModel) -> Start | None:
-    """Give a fresh model the weights of ``init_from``, averaged ones if that run kept an average.
+def load_init_weights(config: FinetuneConfig, model: TaskModel) -> InitReport | None:
+    """Load the weights of ``init_from`` into a fresh model; averaged ones if its run kept them.
+
+    Args:
+        config: of the run.
+        model: with random weights.
+
+    Returns:
+        A report, or None without ``init_from``.
 
     Raises:
         UserError: a model of another system, or weights that do not fit; names the tensor and
@@ -93,59 +102,63 @@ def start_model(config: FinetuneConfig, model: TaskModel) -> Start | None:
     """
     if not config.init_from:
         return None
-    source, where = model_source.find(config.init_from), f"--from {config.init_from}"
-    differing = _differences(config, source.weights, where)
+    source, location = resolve_model(config.init_from), f"--from {config.init_from}"
+    differing = _find_differences(config, source.weights, location)
     try:
-        given = dict(model_source.load(source).named_parameters())
+        given = dict(load_source_model(source).named_parameters())
         fresh = set(model.load_partial(given))
-    except ValueError as problem:
+    except ValueError as error:
         keys = ", ".join(
-            f"model.{key} {there} there and {mine} here" for key, there, mine in differing
+            f"model.{key} {theirs} there and {ours} here" for key, theirs, ours in differing
         )
-        raise UserError(f"{where}: {problem}" + (f" ({keys})" if keys else "")) from None
+        raise UserError(f"{location}: {error}" + (f" ({keys})" if keys else "")) from None
     files = model.files_of()
-    touched = sorted(file for file, names in files.items() if fresh & set(names))
-    taken = sorted(set(files) - set(touched))
+    partial = sorted(file for file, names in files.items() if fresh & set(names))
+    taken = sorted(set(files) - set(partial))
     if not taken:
         raise UserError(
-            f"{where} has no weight that this model could start from; it holds "
+            f"{location} has no weight that this model could start from; it holds "
             f"{', '.join(sorted(given)[:3])}, …"
         )
-    return Start(str(source.weights), source.digest, taken, touched)
+    return InitReport(str(source.weights), source.digest, taken, partial)
 
 
-def preview(config: FinetuneConfig) -> Start | None:
-    """What a run of this configuration takes over, found out on a model that is thrown away."""
+def dry_run_init(config: FinetuneConfig) -> InitReport | None:
+    """Load the initial weights into a model that is discarded; return the report."""
     if not config.init_from:
         return None
-    return start_model(config, build_system(config.system, config.model, config.options))
+    return load_init_weights(config, build_system(config.system, config.model, config.options))
 
 
-def _differences(config: FinetuneConfig, weights: Path, where: str) -> list[tuple[str, Any, Any]]:
-    """(key of the model section, value there, value here) of what may keep weights from fitting.
+def _find_differences(
+    config: FinetuneConfig, weights: Path, location: str
+) -> list[tuple[str, Any, Any]]:
+    """(key of the model section, value there, value here) of differences that may not fit.
 
     Raises:
-        UserError: another system, or a difference after which weights fit and mean another thing.
+        UserError: another system, or a difference after which weights fit but mean another thing.
     """
-    told = read_about(weights, read_manifest(weights))
-    system = told.get("system", "skillnet")
+    about = read_about(weights, read_manifest(weights))
+    system = about.get("system", "skillnet")
     if system != config.system:
         raise UserError(
-            f"{where} holds a model of the system {system!r}, this run trains {config.system!r}; "
-            f"give --system {system}, or start from a model of the same system"
+            f"{location} holds a model of the system {system!r}, this run trains "
+            f"{config.system!r}; give --system {system}, or start from a model of the same system"
         )
     here = configuration.to_dict(config.model)
-    found = [
-        (f.name, told[f.name], here[f.name])
+    differing = [
+        (f.name, about[f.name], here[f.name])
         for f in dataclasses.fields(SkillNetConfig)
-        if f.name in told and f.name not in _NOT_SHAPE and told[f.name] != here[f.name]
+        if f.name in about and f.name not in _NOT_SHAPE and about[f.name] != here[f.name]
     ]
-    for key, there, mine in found:
-        if key in _SAME:
-            raise UserError(f"{where} has model.{key} {there}, this run {mine}; give both the same")
+    for key, theirs, ours in differing:
+        if key in _MUST_EQUAL:
+            raise UserError(
+                f"{location} has model.{key} {theirs}, this run {ours}; give both the same"
+            )
         if key == "vocab_size":
             raise UserError(
-                f"{where} has model.vocab_size {there}, this run {mine}, so tokens would not mean "
-                "the same; prepare all corpora with one tokenizer and give both its size"
+                f"{location} has model.vocab_size {theirs}, this run {ours}, so token ids would "
+                "not mean the same; prepare all corpora with one tokenizer and give both its size"
             )
-    return found
+    return differing

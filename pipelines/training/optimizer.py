@@ -21,7 +21,7 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 _OF_LIBRARIES = ("pos_embed", "cls_token", "distillation_token")
 
 
-def decays(name: str, parameter: Tensor) -> bool:
+def has_weight_decay(name: str, parameter: Tensor) -> bool:
     """Return whether weight decay applies: only to weight matrices, not to embeddings."""
     parts = name.split(".")
     kept = parts[:-1] if "weights" in parts[-2:-1] else parts  # a skill may be called anything
@@ -31,21 +31,30 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(word in part for part in kept for word in skip)
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Learning rate of a step (0 is the first)."""
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * config.steps
+def compute_learning_rate(config: TrainingConfig, step: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        config: schedule.
+        step: steps done before; 0 for the first step.
+    """
+    warmup = float(
+        config.warmup_fraction * config.steps
+        if config.warmup_steps is None
+        else config.warmup_steps
+    )
     if step < warmup:
         return config.lr * (step + 1) / max(warmup, 1.0)
     if config.schedule == "constant":
         return config.lr
     start = warmup
     if config.schedule == "wsd":
-        start = max(warmup, config.steps * (1 - config.decay))
+        start = max(warmup, config.steps * (1 - config.wsd_decay_fraction))
         if step < start:
             return config.lr
     done = min((step - start) / max(config.steps - start, 1.0), 1.0)
     fall = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.lr * (config.final_lr + (1 - config.final_lr) * fall)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
 
 
 def build_optimizer(
@@ -59,7 +68,7 @@ def build_optimizer(
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in parameters:
-        groups[decays(name, parameter)].append(parameter)
+        groups[has_weight_decay(name, parameter)].append(parameter)
     return torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": config.weight_decay},
@@ -74,7 +83,7 @@ def build_optimizer(
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int = 0
 ) -> LambdaLR:
-    """Build a scheduler that sets :func:`learning_rate`.
+    """Build a scheduler that sets :func:`compute_learning_rate`.
 
     Args:
         optimizer: its rates are set.
@@ -84,7 +93,7 @@ def build_lr_scheduler(
     for group in optimizer.param_groups:
         # LambdaLR multiplies by this: with 1 the rate is the function's value to the bit.
         group["initial_lr"] = 1.0
-    return LambdaLR(optimizer, partial(learning_rate, config), last_epoch=step - 1)
+    return LambdaLR(optimizer, partial(compute_learning_rate, config), last_epoch=step - 1)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -99,10 +108,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 class WeightAverage:
-    """Exponential average of the weights, advanced only where a step was active.
+    """Exponential average of the weights, updated only for the active parameters of a step.
 
-    Early on the decay is smaller, (1 + n) / (10 + n) after n updates of a parameter, so that
-    the first random weights are soon forgotten.
+    At first the decay is smaller, (1 + n) / (10 + n) after n updates of a parameter, so that the
+    random initial weights are soon forgotten.
+
+    Args:
+        decay: per update.
     """
 
     def __init__(self, decay: float) -> None:
@@ -130,6 +142,6 @@ class WeightAverage:
         """Exchange the model's weights with their averages; call again to undo."""
         for name, parameter in model.named_parameters():
             if name in self.values:
-                kept = parameter.detach().clone()
+                current = parameter.detach().clone()
                 parameter.copy_(self.values[name])
-                self.values[name].copy_(kept)
+                self.values[name].copy_(current)

@@ -1,6 +1,7 @@
-"""What a run needs before its first step: corpora, stream, model, device, and where to go on."""
+"""Inputs of a run before its first step: corpora, batches, model, device and newest checkpoint."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs import checkpoints
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.training import checkpointing
-from pipelines.training.init_from import start_model
+from pipelines.training.init_from import load_init_weights
 from pipelines.training.optimizer import WeightAverage
 from skillnet.multitask_model import TaskModel
 from skillnet.systems import build_system
@@ -22,41 +23,57 @@ from skillnet_platform.storage.cache import GB, shared_cache
 from skillnet_platform.storage.location import below, place
 
 
-def open_stream(config: FinetuneConfig) -> MultiTaskDataLoader:
-    """The mixed stream over the corpora that the tasks name.
+def build_dataloader(
+    config: FinetuneConfig, corpora: Mapping[str, PreparedCorpus]
+) -> MultiTaskDataLoader:
+    """Build the batches of all trained tasks.
+
+    Args:
+        config: of the run.
+        corpora: corpus name -> opened corpus, see :func:`open_corpora`.
 
     Raises:
-        UserError: a corpus that is missing or does not fit its task.
+        UserError: a corpus does not fit its task, or the shards in use exceed the cache.
     """
-    corpora = open_corpora(config)
-    stream = MultiTaskDataLoader(
+    training = config.training
+    dataloader = MultiTaskDataLoader(
         corpora,
         config.trained,
         config.model,
         config.seed,
-        config.training.augment,
-        config.training.temperature,
-        config.training.masking,
-        config.training.shuffle_gb * GB,
+        training.augment,
+        training.temperature,
+        training.masking,
+        training.shuffle_gb * GB,
     )
-    needed, limit = stream.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
+    needed, limit = dataloader.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
     if needed > limit:
         raise UserError(
-            f"storage.cache_gb: the shards that training uses at once may take "
+            f"storage.cache_gb: the shards that training uses at once take up to "
             f"{needed / GB:.2g} GB, and the cache holds {limit / GB:.2g} GB; set it to "
-            f"{needed / GB:.2g} or more, or training.shuffle_gb "
-            f"({config.training.shuffle_gb}) lower"
+            f"{needed / GB:.2g} or more, or lower training.shuffle_gb ({training.shuffle_gb})"
         )
-    return stream
+    return dataloader
 
 
-def open_corpora(config: FinetuneConfig) -> dict[str, PreparedCorpus]:
-    """Corpus name -> opened corpus, of all tasks; their vocabularies must fit the model's."""
+def open_corpora(
+    config: FinetuneConfig, opened: Mapping[str, PreparedCorpus] | None = None
+) -> dict[str, PreparedCorpus]:
+    """Open the corpora of all tasks; return corpus name -> corpus.
+
+    Args:
+        config: of the run.
+        opened: corpora that are open already.
+
+    Raises:
+        UserError: a corpus is missing, or its vocabulary is larger than the model's.
+    """
     data = place(config.data, storage.data_root())
     cache = shared_cache(config.storage.cache_gb)
+    known = opened or {}
     corpora = {
-        name: open_corpus(below(data, name), cache=cache)
-        for name in sorted({settings.corpus for settings in config.tasks.values()})
+        name: known[name] if name in known else open_corpus(below(data, name), cache=cache)
+        for name in sorted({task.corpus for task in config.tasks.values()})
     }
     for name, corpus in corpora.items():
         size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
@@ -69,10 +86,10 @@ def open_corpora(config: FinetuneConfig) -> dict[str, PreparedCorpus]:
 
 
 def build_model(config: FinetuneConfig) -> TaskModel:
-    """A model of the configuration's shape: random, keyed by the seed, or from ``init_from``."""
+    """Build the model of a configuration: random weights from the seed, or those of init_from."""
     torch.manual_seed(config.seed)
     model = build_system(config.system, config.model, config.options)
-    start_model(config, model)
+    load_init_weights(config, model)
     return model
 
 
@@ -84,58 +101,66 @@ def resume(
     average: WeightAverage | None,
     world: int = 1,
 ) -> int:
-    """Take up the newest whole checkpoint of a run; the number of steps that it had done.
+    """Load the newest valid checkpoint of a run; return the number of steps done.
+
+    Args:
+        run: folder of the run.
+        identity: digest that the checkpoint must carry.
+        model: receives the weights.
+        optimizer: receives its state.
+        average: receives the averaged weights, if the run keeps them.
+        world: number of ranks, which all call this.
 
     Raises:
-        UserError: the checkpoint is of a run with another configuration, or not all of ``world``
-            ranks see one.
+        UserError: the checkpoint belongs to another configuration, or only some ranks see one.
     """
-    found = agreed(run / "checkpoints", world)
-    if found is None:
+    checkpoint = common_checkpoint(run / "checkpoints", world)
+    if checkpoint is None:
         return 0
-    if found.state.get("config_digest") != identity:
+    if checkpoint.state.get("config_digest") != identity:
         raise UserError(
-            f"{found.path} was written with another configuration than this one; go on with that "
-            f"one ({run / 'config.yaml'}), or give this run another name"
+            f"{checkpoint.path} was written with another configuration; resume with that one "
+            f"({run / 'config.yaml'}), or give this run another name"
         )
-    checkpointing.load(found, model, optimizer, average)
-    return found.step
+    checkpointing.load_checkpoint(checkpoint, model, optimizer, average)
+    return checkpoint.step
 
 
-def agreed(folder: Path, world: int) -> checkpoints.Checkpoint | None:
-    """The newest whole checkpoint that all ranks can read; of each rank's own, on its own disk.
+def common_checkpoint(folder: Path, world: int) -> checkpoints.Checkpoint | None:
+    """Return the newest valid checkpoint that all ranks can read, each from its own disk.
 
     Raises:
-        UserError: some see checkpoints and others none.
+        UserError: some ranks see checkpoints and others none.
     """
-    found = checkpoints.newest(folder)
+    newest = checkpoints.find_newest(folder)
     while world > 1:
         steps: list[Any] = [None] * world
-        dist.all_gather_object(steps, found.step if found else None)
+        dist.all_gather_object(steps, newest.step if newest else None)
         if len(set(steps)) == 1:
             break
         if None in steps:
             seen = ", ".join(f"rank {rank}: {step}" for rank, step in enumerate(steps))
             raise UserError(
-                f"{folder}: the workers see different checkpoints ({seen}). They are on machines "
-                "that share no disk: give --run_dir a folder that all of them see, or a URI such "
-                "as s3://bucket/runs. What is on one machine only was not sent to it in time; "
-                "start there to go on from it"
+                f"{folder}: the workers see different checkpoints ({seen}). They run on nodes "
+                "without a shared disk: give --run_dir a folder that all of them see, or a URI "
+                "such as s3://bucket/runs. Checkpoints on one node were not uploaded in time; "
+                "start on that node to resume from them"
             )
         least = min(steps)
-        if found is not None and found.step > least:
-            # It will be made again, to the bit; beside newer ones it would be taken for old.
+        if newest is not None and newest.step > least:
+            # Training writes the later checkpoints again, with the same bits. A checkpoint that
+            # stayed beside newer ones would be taken for an old one and be deleted.
             for name in [p.name for p in folder.glob("*") if checkpoints.step_of(p.name) > least]:
                 shutil.rmtree(folder / name, ignore_errors=True)
-            found = checkpoints.newest(folder)
-    return found
+            newest = checkpoints.find_newest(folder)
+    return newest
 
 
 def pick_device(use_gpu: bool) -> torch.device:
-    """The device of this worker.
+    """Return the device of this worker.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: a GPU is requested and torch finds none.
     """
     if not use_gpu:
         return torch.device("cpu")

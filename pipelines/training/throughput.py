@@ -1,4 +1,4 @@
-"""Counts, times and running losses of a training loop."""
+"""Throughput and running losses of a training loop."""
 
 import contextlib
 import time
@@ -12,12 +12,16 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import Batch, Prefetcher
 
 
-class Meter:
-    """Counts, times and running losses of a loop."""
+class ThroughputMeter:
+    """Counter of rows, waiting time and losses of a training loop.
 
-    def __init__(
-        self, config: FinetuneConfig, start: int, world: int, device: torch.device
-    ) -> None:
+    Args:
+        config: of the run.
+        world: number of ranks.
+        device: of the losses.
+    """
+
+    def __init__(self, config: FinetuneConfig, world: int, device: torch.device) -> None:
         self._world, self._device = world, device
         self._names = list(config.tasks)
         self._start = self._mark = time.monotonic()
@@ -32,11 +36,11 @@ class Meter:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the loop began, evaluations left out."""
+        """Seconds since the loop began, without evaluations."""
         return time.monotonic() - self._start - self._pause
 
-    def timed(self, batches: Prefetcher) -> Iterator[Batch]:
-        """The batches; time spent waiting for them is counted."""
+    def iter_timed(self, batches: Prefetcher) -> Iterator[Batch]:
+        """Iterate over the batches and count the time spent waiting for them."""
         iterator = iter(batches)
         while True:
             begin = time.monotonic()
@@ -49,7 +53,15 @@ class Meter:
             yield batch
 
     def add(self, batch: Batch, loss: Tensor, norm: Tensor, lr: float, skipped: bool) -> None:
-        """One step is done. ``loss`` is this rank's share of the global one."""
+        """Count a step.
+
+        Args:
+            batch: of the step.
+            loss: this rank's share of the global loss.
+            norm: of the gradient.
+            lr: learning rate.
+            skipped: the step made no update.
+        """
         index = self._names.index(batch.task)
         self._sums[index, 0] += loss
         self._sums[index, 1] += 1
@@ -59,11 +71,11 @@ class Meter:
         self.skipped += skipped
         self._norm, self._lr = norm, lr
 
-    def values(self, step: int) -> dict[str, float]:
-        """Metrics since the last call. With several ranks all of them call it together."""
+    def collect_metrics(self) -> dict[str, float]:
+        """Return metrics since the last call. All ranks must call it together."""
         sums = self._sums.clone()
         if self._world > 1:
-            # Each rank holds a share of each loss, but counts every step.
+            # Each rank has a share of each loss, but counts every step.
             dist.all_reduce(sums)
             sums[:, 1] /= self._world
         now = time.monotonic()
@@ -88,12 +100,12 @@ class Meter:
         self._mark = now
         return values
 
-    def words(self) -> str:
-        """Running losses, short."""
+    def format_losses(self) -> str:
+        """Return the running losses as one line."""
         return ", ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
 
-    def agree(self, flag: bool) -> bool:
-        """Rank 0's opinion, on all ranks."""
+    def broadcast_flag(self, flag: bool) -> bool:
+        """Return rank 0's flag on all ranks."""
         if self._world == 1:
             return flag
         shared = torch.tensor([float(flag)], device=self._device)
@@ -102,7 +114,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside is not training time."""
+        """Exclude the time inside a block from the training time."""
         begin = time.monotonic()
         try:
             yield

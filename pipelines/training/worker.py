@@ -1,99 +1,111 @@
-"""What each worker of a run does, with and without Ray, and how it tells the driver.
+"""Work of one worker of a run, with and without Ray.
 
-Rank 0 writes metrics to MLflow by run id, and each line of progress to ``progress.jsonl`` in the
-run's folder, which the driver follows: so the driver shows the same with any number of workers.
+Rank 0 logs metrics to MLflow by run id and appends them to ``progress.jsonl`` in the run's folder.
+The driver follows that file, so its output is the same for any number of workers.
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 
-from pipelines.config.run import FinetuneConfig
 from pipelines.runs.mirror import TRAINED, mirror_of
-from pipelines.runs.uploads import Uploads, bring, send_trained
+from pipelines.runs.uploads import CheckpointUploads, restore_latest, upload_trained
 from pipelines.training import preemption
+from pipelines.training.callbacks import LoopCallback
 from pipelines.training.loop import train
+from pipelines.training.reporter import OnEvaluation, RunReporter, SilentReporter
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet.growth import remove_task
+from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import write_json
 from skillnet_platform.tracking import Tracker
 
-if TYPE_CHECKING:
-    pass
-from pipelines.training.reporter import OnEvaluation, RunReporter, _Others
-
 MODEL = "model"
 
-#: Seconds that a worker whose spool the driver does not see waits for the tracker at its end.
+#: Seconds that a worker without the driver's disk waits for the tracker at its end.
 TRACKER_PATIENCE_S = 60.0
 
 
-def work(
-    config: FinetuneConfig,
-    run: Path,
+def run_worker(
+    run: ResolvedRun,
     rank: int = 0,
     world: int = 1,
     tracked: tuple[str, str] | None = None,
     on_evaluation: OnEvaluation | None = None,
     apart: bool = False,
     host: str | None = None,
+    callbacks: Sequence[LoopCallback] = (),
 ) -> None:
-    """Train as one of ``world`` workers; rank 0 leaves the model and a summary in the run.
+    """Train as one of ``world`` workers; rank 0 writes the model and a summary to the run.
 
     Args:
-        config: of the run, with absolute paths.
-        run: folder of the run.
-        rank: this worker.
+        run: configuration with absolute paths, and the run's folder.
+        rank: of this worker.
         world: number of workers.
         tracked: MLflow run id and URI.
         on_evaluation: called after each evaluation: with its rows on rank 0, with none elsewhere.
-        apart: the driver does not see this worker's disk: rank 0 sends it the final model
+        apart: the driver does not see this worker's disk, so rank 0 sends it the final model
             through the run's mirror.
-        host: id of this worker's host in an elastic run; none in others.
+        host: id of this worker's node in an elastic run; None in other runs.
+        callbacks: called by the training loop.
 
     Raises:
-        Regroup: the workers of an elastic run left to start again, with a checkpoint.
+        WorkerGroupResize: the workers of an elastic run wrote a checkpoint and must restart.
     """
-    mirror = mirror_of(config, run)
+    config, folder = run.config, run.folder
+    mirror = mirror_of(config, folder)
     if mirror is not None:
-        bring(mirror)
+        restore_latest(mirror)
     if rank:
-        done = train(config, rank=rank, world=world, run=run, reporter=_Others(on_evaluation))
-        if done.left and host is not None:
-            _regroup(world, host)
+        result = train(
+            run,
+            rank=rank,
+            world=world,
+            reporter=SilentReporter(on_evaluation),
+            callbacks=callbacks,
+        )
+        if result.preempted and host is not None:
+            _end_for_resize(world, host)
         return
     tracker = Tracker.by_id(*tracked) if tracked else None
-    uploads = Uploads(mirror, config.training.keep) if mirror is not None else None
-    aloud = apart and mirror is not None
-    reporter = RunReporter(config, run, tracker, on_evaluation, uploads, world, aloud)
+    uploads = (
+        CheckpointUploads(mirror, config.training.keep_checkpoints) if mirror is not None else None
+    )
+    is_remote = apart and mirror is not None
+    reporter = RunReporter(config, folder, tracker, on_evaluation, uploads, world, is_remote)
     try:
-        done = train(config, rank=rank, world=world, run=run, reporter=reporter)
-        if done.left and host is not None:
+        result = train(run, rank=rank, world=world, reporter=reporter, callbacks=callbacks)
+        if result.preempted and host is not None:
             if uploads is not None:
                 uploads.close(config.storage.patience)
-            _regroup(world, host)
-        if not done.left:
+            _end_for_resize(world, host)
+        if not result.preempted:
             for name in config.tasks.keys() - config.measured.keys():
-                remove_task(done.model, name)
-            done.model.save_pretrained(run / MODEL)
-        write_json(run / TRAINED, done.summary() | {"world": world, "seed": config.seed})
+                remove_task(result.model, name)
+            result.model.save_pretrained(folder / MODEL)
+        write_json(folder / TRAINED, result.to_dict() | {"world": world, "seed": config.seed})
     finally:
         reporter.close()
-    if aloud and tracker is not None:
+    if is_remote and tracker is not None:
         tracker.settle(TRACKER_PATIENCE_S)
     if mirror is not None and uploads is not None:
-        send_trained(mirror, uploads, config.storage.patience, apart)
+        upload_trained(mirror, uploads, config.storage.patience, apart)
 
 
-def _regroup(world: int, host: str) -> None:
-    """End this worker together with the others, unless it was the driver who asked.
+def _end_for_resize(world: int, host: str) -> None:
+    """End this worker together with the others, unless the driver asked the run to stop.
 
     Raises:
-        Regroup: the same on all of them.
+        WorkerGroupResize: with the same nodes on all ranks.
     """
-    mine = (preemption.ordered(), host if preemption.signalled() else None)
-    each: list[Any] = [mine] * world
+    own = (
+        preemption.stop_requested_by_driver(),
+        host if preemption.stop_requested_by_signal() else None,
+    )
+    ranks: list[Any] = [own] * world
     if world > 1:
-        dist.all_gather_object(each, mine)
-    if not any(ordered for ordered, _ in each):
-        raise preemption.Regroup(sorted({left for _, left in each if left is not None}))
+        dist.all_gather_object(ranks, own)
+    if not any(by_driver for by_driver, _ in ranks):
+        leaving = sorted({node for _, node in ranks if node is not None})
+        raise WorkerGroupResize(leaving)

@@ -1,5 +1,5 @@
-"""From raw records to the columns of a shard, one file a modality.
+"""Transforms from raw records to the columns of a shard, with one module per modality.
 
-Each file has a border function that reads a media file's bytes (``decode_image`` …) and one that
-makes what the model reads. Prepared shards, predictions and searches all go through them.
+Each module has a function that decodes the bytes of a media file (``decode_image`` …) and one that
+computes the input of the model. Preparation, prediction and search all call these functions.
 """

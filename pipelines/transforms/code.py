@@ -1,4 +1,4 @@
-"""Python source to functions: code without its docstring, and the docstring's first paragraph."""
+"""Transform of Python source: functions without docstring, and the docstring's first paragraph."""
 
 import ast
 import re
@@ -9,22 +9,21 @@ from dataclasses import dataclass
 
 _URL = re.compile(r"(?:https?|ftp)://[^\s，。；、）)>\]\"']+|www\.[^\s，。；、）)>\]\"']+")
 _OPENING = re.compile(r"\n[ \t]*[uUrRbB]{0,2}(\"\"\"|\'\'\')")
-#: Quotes that end a text which stands on lines of its own.
+#: Closing quotes of a text that occupies complete lines.
 _CLOSING = {quotes: re.compile(quotes + r"[ \t]*(?=\n|$)") for quotes in ('"""', "'''")}
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
 class SourceFunction:
-    """One function or method.
+    """One function or method of a Python module.
 
     Args:
-        name: with the classes and functions around it, joined by dots.
-        line: where its ``def`` stands, from 1.
-        code: its source without the docstring, indented from the margin.
-        body: ``code`` from after the signature.
-        summary: first paragraph of the docstring, on one line, without web addresses; "" if
-            there is none.
+        name: qualified name, with enclosing classes and functions.
+        line: line of its ``def``, from 1.
+        code: its source without the docstring and without common indentation.
+        body: ``code`` after the signature.
+        summary: first paragraph of the docstring on one line, without URLs; "" if there is none.
     """
 
     name: str
@@ -35,38 +34,38 @@ class SourceFunction:
 
 
 def decode_source(data: bytes) -> str:
-    """A Python file's text. A byte order mark is passed over.
+    """Decode a Python file, without a byte order mark.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: the file is not UTF-8.
     """
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"not UTF-8 ({problem.reason})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason})") from None
 
 
 def parse_functions(source: str) -> Iterator[SourceFunction]:
-    """Every function of a module, in the order of the text. Parsed, never executed.
+    """Yield all functions of a module in source order. The module is parsed, never executed.
 
     Raises:
-        ValueError: it is not Python.
+        ValueError: the source is not Python.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as problem:
-        raise ValueError(f"not Python of this version ({type(problem).__name__})") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"not Python of this version ({type(error).__name__})") from None
     lines = source.encode("utf-8").splitlines(keepends=True)
     yield from _walk(tree, lines)
 
 
 def remove_docstring(source: str) -> str:
-    """The source of one function without its docstring, indented from the margin.
+    """Return the source of one function without its docstring and common indentation.
 
-    Source that does not parse (of another Python, cut short) loses the first text that stands on
-    lines of its own.
+    Source that does not parse (another Python version, truncated) loses the first triple-quoted
+    text that occupies complete lines.
     """
     try:
         found = next(parse_functions(textwrap.dedent(source)), None)
@@ -74,12 +73,13 @@ def remove_docstring(source: str) -> str:
         found = None
     if found is not None:
         return found.code
-    return _without_loose_text(source).strip()
+    return _remove_first_text(source).strip()
 
 
-def _without_loose_text(source: str) -> str:
-    """The source without the first text in three quotes that stands on lines of its own."""
-    unclosed: set[str] = set()  # or each opening would be followed to the end of a long source
+def _remove_first_text(source: str) -> str:
+    """Return source without the first triple-quoted text that occupies complete lines."""
+    # Without this set, each unclosed opening would be searched to the end: quadratic time.
+    unclosed: set[str] = set()
     for opening in _OPENING.finditer(source):
         quotes = opening[1]
         if quotes in unclosed:
@@ -92,39 +92,39 @@ def _without_loose_text(source: str) -> str:
 
 
 def first_paragraph(docstring: str) -> str:
-    """The first paragraph on one line, web addresses and markup colons removed."""
+    """Return the first paragraph of a docstring on one line, without URLs and markup colons."""
     first = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return re.sub(r"\s+", " ", _URL.sub(" ", first)).strip(" \t:：-—*#=")
 
 
 def count_chinese_characters(text: str) -> int:
-    """How many Chinese characters it holds."""
+    """Return the number of Chinese characters of a text."""
     return len(_CHINESE.findall(text))
 
 
-#: Where statements stand inside statements; functions are never found inside expressions.
+#: Fields of a statement that hold statements. Expressions never contain functions.
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
 def _walk(tree: ast.AST, lines: list[bytes]) -> Iterator[SourceFunction]:
-    # A chain of elif is as deep as it is long: no function that calls itself.
-    waiting: list[tuple[ast.AST, str]] = [(tree, "")]
-    while waiting:
-        node, around = waiting.pop()
-        name = around
+    # A long elif chain is deeply nested, so a recursive walk could exceed the recursion limit.
+    pending: list[tuple[ast.AST, str]] = [(tree, "")]
+    while pending:
+        node, scope = pending.pop()
+        name = scope
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{around}.{node.name}" if around else node.name
+            name = f"{scope}.{node.name}" if scope else node.name
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield _function(node, name, lines)
+            yield _make_function(node, name, lines)
         below: list[ast.AST] = []
         for block in _BLOCKS:
             statements = getattr(node, block, ())
-            if isinstance(statements, list):  # a lambda's body is none
+            if isinstance(statements, list):  # the body of a lambda is an expression
                 below += statements
-        waiting += [(child, name) for child in reversed(below)]
+        pending += [(child, name) for child in reversed(below)]
 
 
-def _function(
+def _make_function(
     node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, lines: list[bytes]
 ) -> SourceFunction:
     first = node.body[0]

@@ -1,8 +1,8 @@
-"""Files of sound and moving pictures, opened by FFmpeg: those people have, and nothing beside them.
+"""Audio and video files, opened by FFmpeg within an allow-list of formats.
 
-FFmpeg also opens playlists, which name other files, descriptions of streams, which open ports of
-this machine, pictures, subtitles and hundreds of formats of games. Whoever made a file decides by
-its content which of them reads it, whatever its name is.
+FFmpeg also opens playlists, which name other files; stream descriptions, which open network ports;
+and images, subtitles and hundreds of game formats. The content of a file selects the format, and
+not its name, so the author of a file could select any of them.
 """
 
 import contextlib
@@ -10,30 +10,30 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-#: FFmpeg's names of what is opened: containers, then recordings and clips without one.
+#: FFmpeg's names of allowed formats: containers, then audio and video without a container.
 FORMATS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "ogg", "asf", "flv", "rm", "mxf", "gif", "ivf"),
     *("mp3", "wav", "w64", "aiff", "caf", "au", "voc", "nistsphere", "flac", "aac", "ac3", "eac3"),
     *("amr", "amrnb", "amrwb", "wv", "ape", "tta", "dts"),
     *("mpegvideo", "m4v", "h263", "h264", "hevc", "obu", "av1", "dv", "mjpeg", "yuv4mpegpipe"),
 )
-#: No protocol has that name: the bytes are at hand, and a file that asks for more gets none.
+#: No protocol has the name "none": the bytes are in memory, and references to files fail.
 _LIMITS = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
-UNSUPPORTED_FORMAT = "a playlist, a picture or another format that is not read as sound or video"
+UNSUPPORTED_FORMAT = "a playlist, an image or another format that is not read as audio or video"
 UNKNOWN_CODEC = "a codec that FFmpeg does not know"
 
 
 @contextlib.contextmanager
 def open_container(data: bytes, **options: str) -> Iterator[Any]:
-    """PyAV's container of a file's bytes.
+    """Open the bytes of a file as a PyAV container.
 
     Args:
-        data: the file.
-        options: of FFmpeg's.
+        data: bytes of the file.
+        options: options of FFmpeg.
 
     Raises:
-        ValueError: it is of none of ``FORMATS``.
-        av.FFmpegError: it cannot be read.
+        ValueError: the format is not in ``FORMATS``.
+        av.FFmpegError: the file cannot be read.
     """
     import av
 
@@ -41,17 +41,21 @@ def open_container(data: bytes, **options: str) -> Iterator[Any]:
         container = av.open(
             io.BytesIO(data), "r", metadata_errors="ignore", options=_LIMITS | options
         )
-    except av.ArgumentError:  # what FFmpeg says of formats that are not on its list
+    except av.ArgumentError:  # FFmpeg's error for formats that are not on the list
         raise ValueError(UNSUPPORTED_FORMAT) from None
     with container:
         yield container
 
 
 def first_stream(streams: Any, missing: str) -> Any:
-    """The first of PyAV's streams of a kind; the picture on a record's cover is none.
+    """Return the first stream that is not a cover image.
+
+    Args:
+        streams: PyAV streams of one kind.
+        missing: message if there is no stream.
 
     Raises:
-        ValueError: there is none, with ``missing`` as its text, or its codec is not known.
+        ValueError: there is no stream, or its codec is unknown.
     """
     from av.stream import Disposition
 

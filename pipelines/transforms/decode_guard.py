@@ -1,15 +1,15 @@
-"""Decoding one row after the other, so that a row that cannot be decoded costs itself only.
+"""Guard of decoders: a row that cannot be decoded costs only itself.
 
-Decoders refuse what is too large before they decode it (``pipelines/transforms``). What is left
-is a decoder that never comes back or ends its process, in C, where no exception reaches it:
+Decoders reject input that is too large before they decode it. A decoder in C can still hang or end
+its process, where no exception is raised:
 
-* ``read_each`` gives a row ``SECONDS``; a decoder that returns to Python now and then, as PyAV
-  does between frames, is stopped by a signal, and the row is set aside;
-* one that does not is ended by the kernel after twice as much of CPU time, with its worker;
-* ``Attempts`` notes on disk which row is being decoded. Ray runs a block whose worker died once
-  more, and a row that was at work when a worker died for the second time is set aside.
+* ``decode_each`` gives a row ``DECODE_TIMEOUT_S``. A decoder that returns to Python regularly, as
+  PyAV does between frames, is stopped by a signal, and the row is rejected.
+* A decoder that does not return is ended by the kernel, with its worker, after twice that CPU time.
+* ``DecodeAttempts`` records on disk which row is decoded. Ray retries a block whose worker died.
+  A row that was being decoded when two workers died is rejected.
 
-A row costs two microseconds of this.
+The guard takes two microseconds per row.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from skillnet_platform.storage.retry import StoreUnavailable
 Value = TypeVar("Value")
 Result = TypeVar("Result")
 
-#: Wall time that decoding one row may take.
+#: Seconds of wall time that decoding one row may take.
 DECODE_TIMEOUT_S = 60.0
-#: A row at work when so many workers died is set aside.
+#: A row that was being decoded when this number of workers died is rejected.
 MAX_CRASHES = 2
 TOO_SLOW = f"decoding took longer than {DECODE_TIMEOUT_S:.0f} seconds"
 CRASHES_WORKER = f"decoding ended {MAX_CRASHES} workers"
@@ -39,25 +39,28 @@ TOO_LARGE = "decoding needs more memory than there is"
 
 
 class DecodeTimeoutError(BaseException):
-    """Raised in the midst of a decoder whose time is up; nothing that means errors catches it."""
+    """Raised inside a decoder when its time is up. It is not an ``Exception``: nobody catches it.
+
+    Decoders and their wrappers catch ``Exception`` and would continue.
+    """
 
 
 def decode_each(
     values: Iterable[Value], read: Callable[[Value], Result], seconds: float = DECODE_TIMEOUT_S
 ) -> Iterator[tuple[Result | None, str | None]]:
-    """Decode values one by one; what cannot be decoded is told, not raised.
+    """Decode values one by one, and return errors as values.
 
     Args:
-        values: of a block's rows; the time that it takes to get the next one is not counted.
-        read: decodes one; raises ValueError with a short reason for a bad one. Any other error
-            costs that row, too, with the error's type as the reason.
-        seconds: that one may take.
+        values: values of a block's rows. The time to get the next value is not limited.
+        read: decodes one value and raises ValueError with a short reason for a bad one. Any other
+            error also rejects only that row, with the type of the error as the reason.
+        seconds: wall time for one value.
 
     Yields:
-        For each value what ``read`` returned and None, or None and the reason.
+        For each value, the result of ``read`` and ``None``, or ``None`` and the reason.
 
     Raises:
-        UserError, StoreUnavailable: by ``values`` or ``read``; they tell of no row.
+        UserError, StoreUnavailable: raised by ``values`` or ``read``; they concern no single row.
     """
     attempts = _current
     with _timer(seconds) as timer:
@@ -71,19 +74,17 @@ def decode_each(
                 timer.stop()
             except (UserError, StoreUnavailable):
                 raise
-            except ValueError as problem:
-                outcome: tuple[Result | None, str | None] = None, str(problem)
+            except ValueError as error:
+                outcome: tuple[Result | None, str | None] = None, str(error)
             except DecodeTimeoutError:
-                outcome = (
-                    None,
-                    TOO_SLOW if seconds == DECODE_TIMEOUT_S else f"longer than {seconds:.3g} s",
-                )
+                is_default = seconds == DECODE_TIMEOUT_S
+                outcome = None, TOO_SLOW if is_default else f"longer than {seconds:.3g} s"
             except MemoryError:
                 outcome = None, TOO_LARGE
-            except Exception as problem:
-                # One file that nobody thought of ends nothing. A defect of ours fails for more
-                # rows than max_bad allows.
-                outcome = None, f"the decoder failed ({type(problem).__name__})"
+            except Exception as error:
+                # One unforeseen file must not end the run. A bug of ours rejects more rows than
+                # max_error_rate allows, so it is noticed.
+                outcome = None, f"the decoder failed ({type(error).__name__})"
             else:
                 outcome = result, None
             finally:
@@ -94,47 +95,47 @@ def decode_each(
 
 
 class DecodeAttempts:
-    """Which row of a block is being decoded, kept where a later attempt finds it.
+    """Record on disk of the row that is being decoded, for later attempts at the same block.
 
-    Rows are numbered in the order in which ``read_each`` comes to them. The file lies in this
-    machine's temporary folder: another machine counts for itself.
+    Rows are numbered in the order in which ``decode_each`` reaches them. The file lies in the
+    temporary directory of this node; other nodes count separately.
 
     Args:
-        session: of the prepare; another one starts to count anew.
-        block: a name for the block.
+        session: identifies the prepare run; another session starts to count again.
+        block: identifies the block.
     """
 
     def __init__(self, session: str, block: str) -> None:
         self.path = attempts_dir(session) / block
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._strikes: dict[int, int] = {}
-        for row in self._read():
-            self._strikes[row] = self._strikes.get(row, 0) + 1
-        # A slot of 8 bytes for each attempt: the number of the row at work, counted from 1.
-        before = self.path.read_bytes() if self.path.exists() else b""
-        self.path.write_bytes(before + bytes(8))
+        self._crashes: dict[int, int] = {}
+        for row in self._read_rows():
+            self._crashes[row] = self._crashes.get(row, 0) + 1
+        # Each attempt has a slot of 8 bytes: the number of the row being decoded, from 1.
+        earlier = self.path.read_bytes() if self.path.exists() else b""
+        self.path.write_bytes(earlier + bytes(8))
         self._stream = self.path.open("r+b")
         self._map = mmap.mmap(self._stream.fileno(), 0)
-        self._slot, self._row = len(before), 0
+        self._slot, self._row = len(earlier), 0
 
     def must_skip_next(self) -> bool:
-        """Go on to the next row, and say whether it must not be tried again."""
+        """Begin the next row, and return whether it has ended too many workers."""
         row, self._row = self._row, self._row + 1
-        deadly = self._strikes.get(row, 0) >= MAX_CRASHES
-        struct.pack_into("<q", self._map, self._slot, 0 if deadly else row + 1)
-        return deadly
+        skip = self._crashes.get(row, 0) >= MAX_CRASHES
+        struct.pack_into("<q", self._map, self._slot, 0 if skip else row + 1)
+        return skip
 
     def end_row(self) -> None:
-        """No row is at work."""
+        """Record that no row is being decoded."""
         struct.pack_into("<q", self._map, self._slot, 0)
 
     def close(self) -> None:
-        """The block is done: forget."""
+        """Remove the record, because the block is done."""
         self._map.close()
         self._stream.close()
         self.path.unlink(missing_ok=True)
 
-    def _read(self) -> list[int]:
+    def _read_rows(self) -> list[int]:
         if not self.path.exists():
             return []
         data = self.path.read_bytes()
@@ -146,29 +147,34 @@ _current: DecodeAttempts | None = None
 
 @contextlib.contextmanager
 def watch_block(session: str, block: str) -> Iterator[None]:
-    """Keep count of the rows that ``read_each`` decodes inside this ``with`` block."""
+    """Record the rows that ``decode_each`` decodes inside this ``with`` block.
+
+    Args:
+        session: identifies the prepare run.
+        block: identifies the block.
+    """
     global _current
     attempts = _current = DecodeAttempts(session, block)
     try:
         yield
     finally:
-        # Also after an exception: what can raise one has not ended its worker.
+        # Also after an exception: a worker that raises one has not died.
         _current = None
         attempts.close()
 
 
 def attempts_dir(session: str) -> Path:
-    """Where a prepare keeps its attempts on this machine."""
+    """Return the directory of a prepare run's attempts on this node."""
     return Path(tempfile.gettempdir()) / f"skillnet-attempts-{session}"
 
 
 def remove_attempts(session: str) -> None:
-    """Remove what workers that died left on this machine."""
+    """Remove the records that dead workers left on this node."""
     shutil.rmtree(attempts_dir(session), ignore_errors=True)
 
 
 class _Timer:
-    """Wall time by SIGALRM, whose handler raises; CPU time by SIGPROF, which ends the process."""
+    """Limit of wall time by SIGALRM, whose handler raises, and of CPU time by SIGPROF, which kills."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

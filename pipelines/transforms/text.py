@@ -1,4 +1,4 @@
-"""Texts to token ids."""
+"""Transform of texts: token ids."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -13,16 +13,22 @@ CODE_TOKENS = 192
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
-    """Token ids of each text, cut after ``limit``: one list<int32> for each text.
+    """Tokenize texts; encode unknown tokens as bytes if the tokenizer has byte tokens.
 
-    What the tokenizer calls unknown is spelt in bytes, if it has tokens for them.
+    Args:
+        tokenizer: tokenizer of the corpora.
+        texts: B texts.
+        limit: maximum number of tokens of a text.
+
+    Returns:
+        list<int32> per text, (B,).
     """
     ids = [row.ids for row in tokenizer.encode_batch_fast(list(texts))]
     unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
     if unknown is not None and first is not None:
-        for place, row in enumerate(ids):
+        for index, row in enumerate(ids):
             if unknown in row:
-                ids[place] = _in_bytes(tokenizer, texts[place], unknown, first)
+                ids[index] = _encode_unknown(tokenizer, texts[index], unknown, first)
     ids = [row[:limit] for row in ids]
     ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
@@ -32,7 +38,16 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
 def encode_captions(
     tokenizer: Any, captions: Sequence[Sequence[str]], limit: int = CAPTION_TOKENS
 ) -> pa.ListArray:
-    """Token ids of each caption of each row: list<list<int32>>."""
+    """Tokenize the captions of rows.
+
+    Args:
+        tokenizer: tokenizer of the corpora.
+        captions: captions of B rows.
+        limit: maximum number of tokens of a caption.
+
+    Returns:
+        list<list<int32>> per row, (B,).
+    """
     flat = [caption for row in captions for caption in row]
     tokens = encode_texts(tokenizer, flat, limit)
     ends, end = [0], 0
@@ -43,17 +58,22 @@ def encode_captions(
 
 
 def append_keywords(text: str, keywords: Any) -> str:
-    """A sentence with its keywords behind it, where it has any: as TNEWS may be read."""
+    """Return a text with its keywords appended, if it has any (option of TNEWS).
+
+    Args:
+        text: a sentence.
+        keywords: comma-separated keywords, or a value that is not a string.
+    """
     return f"{text} {keywords}".strip() if isinstance(keywords, str) else text
 
 
-def _in_bytes(tokenizer: Any, text: str, unknown: int, first: int) -> list[int]:
-    """Token ids of a text, those of its bytes in the place of each unknown token."""
+def _encode_unknown(tokenizer: Any, text: str, unknown: int, first: int) -> list[int]:
+    """Return the token ids of a text, with the bytes of each unknown token."""
     encoded = tokenizer.encode(text)
     ids: list[int] = []
-    for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
-        if number == unknown:
+    for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+        if token == unknown:
             ids += [first + byte for byte in text[start:end].encode("utf-8")]
         else:
-            ids.append(number)
+            ids.append(token)
     return ids

@@ -1,1 +1,1 @@
-"""TODO: package sweeps/analysis."""
+"""Read finished runs and compare systems with intervals, tests and claims."""

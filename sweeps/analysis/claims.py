@@ -1,11 +1,14 @@
-"""Named claims about SkillNet, each with a rule and a verdict: holds, does not hold, not decided.
+"""Claims about the reference system, each with a rule and a verdict.
 
-A claim has parts. It holds if every part is shown, does not hold if one is refuted, and is not
-decided otherwise: then the study had too few seeds or rows. A conjunction of parts that are each
-tested at one level keeps that level (source: Berger 1982, intersection-union tests); p-values of
-differences are Holm's nevertheless, as they stand in the tables.
+The verdict is "holds", "does not hold" or "not decided". A claim has conditions. It holds if all
+of them are shown, and does not hold if one is refuted. Otherwise the study had too few seeds or
+rows to decide. With fewer than ``MIN_SEEDS`` seeds nothing is decided.
 
-Few seeds: below three, nothing is decided.
+A conjunction of conditions that are each tested at one level keeps that level (source: Berger
+1982, intersection-union tests). The p-values are nevertheless corrected by Holm's method, because
+the tables show the same numbers.
+
+:func:`evaluate_claims` is called by ``sweeps.report.report``.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +24,19 @@ from sweeps.config.study import ClaimsConfig
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 
+#: Seeds per system below which no claim is decided.
 MIN_SEEDS = 3
 IMAGE_TASK = "text_to_image"
 
 
 @dataclass(frozen=True)
 class ClaimCondition:
-    """One condition of a claim; ``shown`` is None if it is neither shown nor refuted."""
+    """One condition of a claim.
+
+    Args:
+        text: the condition with its numbers.
+        shown: True if shown, False if refuted, None otherwise.
+    """
 
     text: str
     shown: bool | None
@@ -35,15 +44,15 @@ class ClaimCondition:
 
 @dataclass(frozen=True)
 class EvaluatedClaim:
-    """A claim and what the study says of it.
+    """A claim with the verdict of a study.
 
     Args:
-        name: short.
-        words: the claim as a sentence.
-        rule: when it holds.
-        parts: its conditions, with numbers.
-        ahead: label of the system that is ahead in what the claim is about, or none.
-        why: why nothing can be decided, if so.
+        name: short name.
+        text: the claim as a sentence.
+        rule: condition under which it holds, as text.
+        conditions: its conditions, with numbers.
+        leader: label of the system with the significantly higher score, or None.
+        undecided_reason: reason why no verdict is possible; "" if one is.
     """
 
     name: str
@@ -55,28 +64,36 @@ class EvaluatedClaim:
 
     @property
     def winner(self) -> str | None:
-        """The system that is ahead, once the claim is decided; none otherwise."""
+        """Label of the leading system of a decided claim, or None."""
         return None if self.verdict == "not decided" else self.leader
 
     @property
     def winner_text(self) -> str:
-        """Who is ahead, in words. A claim may be decided with none ahead: by not being behind."""
-        return "not decided" if self.verdict == "not decided" else self.leader or "none is ahead"
+        """The winner as text. A non-inferiority claim can be decided without a winner."""
+        return "not decided" if self.verdict == "not decided" else self.leader or "no winner"
 
     @property
     def verdict(self) -> Verdict:
-        """What the parts come to."""
+        """Verdict that follows from the conditions."""
         if self.undecided_reason or not self.conditions:
             return "not decided"
-        if any(part.shown is False for part in self.conditions):
+        if any(condition.shown is False for condition in self.conditions):
             return "does not hold"
-        return "holds" if all(part.shown for part in self.conditions) else "not decided"
+        return "holds" if all(each.shown for each in self.conditions) else "not decided"
 
 
 def evaluate_claims(
-    of: SystemComparison, config: ClaimsConfig | None = None
+    comparison: SystemComparison, config: ClaimsConfig | None = None
 ) -> list[EvaluatedClaim]:
-    """All claims, in the order of the report; one that lacks its systems says which."""
+    """Return all claims in the order of the report.
+
+    Args:
+        comparison: the comparison.
+        config: thresholds; None takes the defaults.
+
+    Returns:
+        One entry per claim. A claim whose systems were not run is not decided, with the reason.
+    """
     rules = config or ClaimsConfig()
     makers: list[Callable[[SystemComparison, ClaimsConfig], EvaluatedClaim]] = [
         lambda c, r: _specialists_claim(c, r, ""),
@@ -85,10 +102,10 @@ def evaluate_claims(
         _image_claim,
         lambda c, r: _equal_cost_claim(c, r, ("dense", "moe")),
     ]
-    found = [make(of, rules) for make in makers]
-    if of.seeds < MIN_SEEDS:
-        have = "1 seed" if of.seeds == 1 else f"{of.seeds} seeds"
-        why = f"{have} per system; a verdict takes at least {MIN_SEEDS}"
+    found = [make(comparison, rules) for make in makers]
+    if comparison.seeds < MIN_SEEDS:
+        have = "1 seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
+        why = f"{have} per system; a verdict requires at least {MIN_SEEDS}"
         found = [
             claim
             if claim.undecided_reason
@@ -98,145 +115,159 @@ def evaluate_claims(
     return found
 
 
-# -- the claims ----------------------------------------------------------------------------
+# -- claims --------------------------------------------------------------------------------
 
 
-def _specialists_claim(of: SystemComparison, rules: ClaimsConfig, suffix: str) -> EvaluatedClaim:
-    own, other = of.reference + suffix, of.specialist + suffix
+def _specialists_claim(
+    comparison: SystemComparison, rules: ClaimsConfig, suffix: str
+) -> EvaluatedClaim:
+    own, other = comparison.reference + suffix, comparison.specialist + suffix
     pretrained = bool(suffix)
     name = "the specialists, pretrained" if pretrained else "the specialists"
     points = f"{100 * rules.margin:g}"
-    words = (
-        f"One {_display_name(of)} is at or above the specialists on every task, and reaches "
+    text = (
+        f"One {_display_name(comparison)} reaches the specialists' score on every task, and "
         f"{rules.relative:g} of their mean relative score ("
         + ("both pretrained)." if pretrained else "neither pretrained).")
     )
     rule = (
-        f"on each task the 95 % interval of the difference lies above −{points} points, and that "
-        f"of the mean relative score above {rules.relative:g}; refuted by a significant loss or an "
-        f"interval below"
+        f"on each task the 95 % interval of the difference lies above −{points} points, and the "
+        f"interval of the mean relative score lies above {rules.relative:g}; refuted by a "
+        "significant loss or by an interval below the threshold"
     )
-    missing = _missing_systems(of, own, other)
+    missing = _missing_systems(comparison, own, other)
     if missing:
-        return EvaluatedClaim(name, words, rule, (), None, missing)
-    parts = []
-    for task in of.common_tasks:
-        change, test = _signed_change(of, own, other, task)
-        words_of = f"{task}: {_format_points(change)}"
+        return EvaluatedClaim(name, text, rule, (), None, missing)
+    conditions = []
+    for task in comparison.common_tasks:
+        change, test = _signed_change(comparison, own, other, task)
+        numbers = f"{task}: {_format_points(change)}"
         if change[1] >= -rules.margin:
-            parts.append(ClaimCondition(words_of, True))
+            conditions.append(ClaimCondition(numbers, True))
         else:
-            lost = test.is_significant and change[0] < 0
-            parts.append(ClaimCondition(words_of, False if lost else None))
-    value = of.relative[own].value
+            is_loss = test.is_significant and change[0] < 0
+            conditions.append(ClaimCondition(numbers, False if is_loss else None))
+    value = comparison.relative[own].value
     shown = True if value.low >= rules.relative else False if value.high < rules.relative else None
-    said = f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
+    numbers = f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
     if np.isnan(value.value):
-        said = "unknown, as a specialist scores 0"
-    parts.append(ClaimCondition(f"mean relative score {said}, wanted {rules.relative:g}", shown))
-    return EvaluatedClaim(name, words, rule, parts, _find_leader(of, [(own, other)], MEAN))
+        numbers = "unknown, because a specialist scores 0"
+    conditions.append(
+        ClaimCondition(f"mean relative score {numbers}, threshold {rules.relative:g}", shown)
+    )
+    return EvaluatedClaim(
+        name, text, rule, conditions, _find_leader(comparison, [(own, other)], MEAN)
+    )
 
 
-def _pretraining_claim(of: SystemComparison, rules: ClaimsConfig) -> EvaluatedClaim:
-    own, other = of.reference + PRETRAINED, of.reference
-    words = f"Pretraining lifts {_display_name(of)} on all {len(of.common_tasks)} tasks."
+def _pretraining_claim(comparison: SystemComparison, rules: ClaimsConfig) -> EvaluatedClaim:
+    own, other = comparison.reference + PRETRAINED, comparison.reference
+    text = f"Pretraining improves {_display_name(comparison)} on all {len(comparison.common_tasks)} tasks."
     rule = "each difference is above 0 and significant after Holm's correction"
-    missing = _missing_systems(of, own, other)
+    missing = _missing_systems(comparison, own, other)
     if missing:
-        return EvaluatedClaim("pretraining", words, rule, (), None, missing)
-    parts = [_check_ahead(of, own, other, task) for task in of.common_tasks]
-    return EvaluatedClaim("pretraining", words, rule, parts, _find_leader(of, [(own, other)], MEAN))
+        return EvaluatedClaim("pretraining", text, rule, (), None, missing)
+    conditions = [_check_ahead(comparison, own, other, task) for task in comparison.common_tasks]
+    leader = _find_leader(comparison, [(own, other)], MEAN)
+    return EvaluatedClaim("pretraining", text, rule, conditions, leader)
 
 
-def _image_claim(of: SystemComparison, rules: ClaimsConfig) -> EvaluatedClaim:
-    name, base = "text to image", of.reference
-    words = (
-        f"On {IMAGE_TASK} {_display_name(of)} is ahead of every baseline of the same pretraining, and "
-        f"activates no more parameters (within {100 * rules.equal_cost:g} %)."
+def _image_claim(comparison: SystemComparison, rules: ClaimsConfig) -> EvaluatedClaim:
+    name, base = "text to image", comparison.reference
+    text = (
+        f"On {IMAGE_TASK} {_display_name(comparison)} scores higher than every baseline with the same "
+        "pretraining, and activates no more parameters "
+        f"(within {100 * rules.equal_cost:g} %)."
     )
     rule = (
-        "against each baseline the difference is above 0, significantly after Holm's correction, "
-        f"and {base} activates at most {1 + rules.equal_cost:g} of its parameters"
+        "against each baseline the difference is above 0 and significant after Holm's correction, "
+        f"and {base} activates at most {1 + rules.equal_cost:g} times its parameters"
     )
-    if _preferred_variant(of, base) is None:
-        return EvaluatedClaim(name, words, rule, (), None, f"no {base} was run")
-    parts, pairs = [], []
-    for other in of.systems:
-        own = find_variant(base, other, list(of.systems))
-        known = (other, IMAGE_TASK) in of.costs and (own, IMAGE_TASK) in of.costs
+    if _preferred_variant(comparison, base) is None:
+        return EvaluatedClaim(name, text, rule, (), None, f"no {base} was run")
+    conditions, pairs = [], []
+    for other in comparison.systems:
+        own = find_variant(base, other, list(comparison.systems))
+        known = (other, IMAGE_TASK) in comparison.costs and (own, IMAGE_TASK) in comparison.costs
         if own is None or other.removesuffix(PRETRAINED) == base or not known:
             continue
         pairs.append((own, other))
-        ahead = _check_ahead(of, own, other, IMAGE_TASK)
-        share = of.costs[own, IMAGE_TASK].activated / of.costs[other, IMAGE_TASK].activated
+        ahead = _check_ahead(comparison, own, other, IMAGE_TASK)
+        share = (
+            comparison.costs[own, IMAGE_TASK].activated
+            / comparison.costs[other, IMAGE_TASK].activated
+        )
         numbers = ahead.text.removeprefix(f"{IMAGE_TASK}: ")
-        parts.append(
+        conditions.append(
             ClaimCondition(
                 f"{own} − {other}: {numbers}; {share:.2f} of its activated parameters",
                 ahead.shown if share <= 1 + rules.equal_cost else False,
             )
         )
-    if not parts:
+    if not conditions:
         return EvaluatedClaim(
-            name, words, rule, (), None, f"no baseline was trained on {IMAGE_TASK}"
+            name, text, rule, (), None, f"no baseline was trained on {IMAGE_TASK}"
         )
-    return EvaluatedClaim(name, words, rule, parts, _find_leader(of, pairs, IMAGE_TASK))
+    return EvaluatedClaim(name, text, rule, conditions, _find_leader(comparison, pairs, IMAGE_TASK))
 
 
 def _equal_cost_claim(
-    of: SystemComparison, rules: ClaimsConfig, systems: Sequence[str]
+    comparison: SystemComparison, rules: ClaimsConfig, systems: Sequence[str]
 ) -> EvaluatedClaim:
-    words = f"Dense and mixture-of-experts models of {_display_name(of)}'s activated size are behind it."
+    text = (
+        "Dense and mixture-of-experts models with the activated size of "
+        f"{_display_name(comparison)} score lower."
+    )
     rule = (
-        f"for each of the same pretraining: activated parameters within "
-        f"{100 * rules.equal_cost:g} % (mean over tasks), and the mean score is below, "
-        "significantly after Holm's correction"
+        f"for each with the same pretraining: activated parameters within "
+        f"{100 * rules.equal_cost:g} % (mean over tasks), and the mean score is lower, "
+        "significant after Holm's correction"
     )
     name = "equal activated cost"
-    if _preferred_variant(of, of.reference) is None:
-        return EvaluatedClaim(name, words, rule, (), None, f"no {of.reference} was run")
-    parts, seen, pairs = [], set(), []
-    for label, runs in of.systems.items():
-        own = find_variant(of.reference, label, list(of.systems))
+    if _preferred_variant(comparison, comparison.reference) is None:
+        return EvaluatedClaim(name, text, rule, (), None, f"no {comparison.reference} was run")
+    conditions, seen, pairs = [], set(), []
+    for label, runs in comparison.systems.items():
+        own = find_variant(comparison.reference, label, list(comparison.systems))
         if runs[0].system not in systems or own is None:
             continue
-        share = of.costs[label, MEAN].activated / of.costs[own, MEAN].activated
+        share = comparison.costs[label, MEAN].activated / comparison.costs[own, MEAN].activated
         if abs(share - 1) > rules.equal_cost:
             continue
         seen.add(runs[0].system)
         pairs.append((own, label))
-        ahead = _check_ahead(of, own, label, MEAN)
-        words_of = f"{own} − {label}, {ahead.text}; {share:.2f} of its activated parameters"
-        parts.append(ClaimCondition(words_of, ahead.shown))
+        ahead = _check_ahead(comparison, own, label, MEAN)
+        numbers = f"{own} − {label}, {ahead.text}; {share:.2f} of its activated parameters"
+        conditions.append(ClaimCondition(numbers, ahead.shown))
     absent = [system for system in systems if system not in seen]
     if absent:
         size = f"within {100 * rules.equal_cost:g} % of the activated size"
         return EvaluatedClaim(
-            name, words, rule, parts, None, f"no {' and no '.join(absent)} {size} was run"
+            name, text, rule, conditions, None, f"no {' and no '.join(absent)} {size} was run"
         )
-    return EvaluatedClaim(name, words, rule, parts, _find_leader(of, pairs, MEAN))
+    return EvaluatedClaim(name, text, rule, conditions, _find_leader(comparison, pairs, MEAN))
 
 
-# -- parts ---------------------------------------------------------------------------------
+# -- conditions ----------------------------------------------------------------------------
 
 
-def _display_name(of: SystemComparison) -> str:
-    return "SkillNet" if of.reference == "skillnet" else of.reference
+def _display_name(comparison: SystemComparison) -> str:
+    return "SkillNet" if comparison.reference == "skillnet" else comparison.reference
 
 
-def _missing_systems(of: SystemComparison, *labels: str) -> str:
-    absent = [label for label in labels if label not in of.systems]
+def _missing_systems(comparison: SystemComparison, *labels: str) -> str:
+    absent = [label for label in labels if label not in comparison.systems]
     return f"{' and '.join(absent)} not run" if absent else ""
 
 
-def _preferred_variant(of: SystemComparison, base: str) -> str | None:
-    """The pretrained variant if there is one, else the plain one."""
-    return next((name for name in (base + PRETRAINED, base) if name in of.systems), None)
+def _preferred_variant(comparison: SystemComparison, base: str) -> str | None:
+    """Return the pretrained variant if it was run, else the plain one, else None."""
+    return next((name for name in (base + PRETRAINED, base) if name in comparison.systems), None)
 
 
-def _check_ahead(of: SystemComparison, own: str, other: str, task: str) -> ClaimCondition:
-    """``own`` has the higher score: shown, refuted, or neither."""
-    change, test = _signed_change(of, own, other, task)
+def _check_ahead(comparison: SystemComparison, own: str, other: str, task: str) -> ClaimCondition:
+    """Return the condition "``own`` scores higher than ``other``": shown, refuted or neither."""
+    change, test = _signed_change(comparison, own, other, task)
     shown = change[0] > 0 if test.is_significant else None
     return ClaimCondition(
         f"{task}: {_format_points(change)}, p {_format_p(test.p_corrected)}", shown
@@ -244,27 +275,33 @@ def _check_ahead(of: SystemComparison, own: str, other: str, task: str) -> Claim
 
 
 def _signed_change(
-    of: SystemComparison, own: str, other: str, task: str
+    comparison: SystemComparison, own: str, other: str, task: str
 ) -> tuple[tuple[float, float, float], PairedTest]:
-    """(difference, low, high) of ``own`` less ``other``, and the test behind it."""
-    test = of.find_test(own, other, task)
+    """Return (difference, low, high) of ``own`` minus ``other``, and its test."""
+    test = comparison.find_test(own, other, task)
     if test is not None:
         return (test.difference.value, test.difference.low, test.difference.high), test
-    test = of.find_test(other, own, task)
+    test = comparison.find_test(other, own, task)
     assert test is not None, f"{own} and {other} were not tested on {task}"
     return (-test.difference.value, -test.difference.high, -test.difference.low), test
 
 
-def _find_leader(of: SystemComparison, pairs: Sequence[tuple[str, str]], task: str) -> str | None:
-    """The reference if it beats each baseline of its pair; the best that beats it; else none."""
-    if of.seeds < MIN_SEEDS:
+def _find_leader(
+    comparison: SystemComparison, pairs: Sequence[tuple[str, str]], task: str
+) -> str | None:
+    """Return the leading system of pairs (reference, baseline), or None.
+
+    The reference leads if it beats each baseline. Otherwise the best baseline that beats the
+    reference leads.
+    """
+    if comparison.seeds < MIN_SEEDS:
         return None
     beaten, better = 0, {}
     for own, other in pairs:
-        part = _check_ahead(of, own, other, task)
-        beaten += part.shown is True
-        if part.shown is False:
-            better[other] = of.scores[other, task, "test"].value
+        condition = _check_ahead(comparison, own, other, task)
+        beaten += condition.shown is True
+        if condition.shown is False:
+            better[other] = comparison.scores[other, task, "test"].value
     if better:
         return max(better, key=lambda label: better[label])
     if beaten < len(pairs):

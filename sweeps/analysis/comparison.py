@@ -1,7 +1,8 @@
-"""Systems held against each other: estimates, paired tests, relative scores, what they cost.
+"""Compare systems: score estimates, paired tests, relative scores and costs.
 
-Everything is computed on scores, of which more is better: accuracy, 1 - token error rate,
-recall at 10. Only the split ``test`` is tested; other test splits get intervals.
+All computations use scores where higher is better: accuracy, 1 − token error rate, recall at 10.
+Only the split ``test`` is tested; other test splits get intervals. :func:`compare_systems` is
+called by ``skillnet compare``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from pipelines.evaluation.tables import in_order
+from pipelines.evaluation.tables import sort_rows
 from skillnet_platform.errors import UserError
 from sweeps.analysis import statistics
 from sweeps.analysis.finished_runs import PRETRAINED, FinishedRun, check_comparable
@@ -19,18 +20,19 @@ from sweeps.config.trials import PRIMARY_METRICS
 
 SPLIT = "test"
 
-#: Stands for the mean over the tasks that all systems have.
+#: Pseudo-task: the mean over the tasks that all systems have.
 MEAN = "mean"
 
+#: Significance level after correction.
 ALPHA = 0.05
 
 
 class TaskCost(NamedTuple):
-    """What one example of a task costs a system.
+    """Cost of one example of a task in one system.
 
     Args:
-        activated: parameters that it reads.
-        flops: floating-point operations executed, forward.
+        activated: parameters that the example reads.
+        flops: floating-point operations of the forward pass.
     """
 
     activated: float
@@ -42,16 +44,14 @@ class PairedTest:
     """A paired test of two systems on a task.
 
     Args:
-        kind: ``system`` against SkillNet, or what ``pretraining`` added.
-        system: label.
-        against: label.
-        task: name, or ``mean``.
-        change: score of ``system`` less that of ``against``.
+        kind: ``system`` (a system against the reference) or ``pretraining`` (with against without).
+        system: label of the first system.
+        against: label of the second system.
+        task: task name, or ``mean``.
+        difference: score of ``system`` minus score of ``against``.
         p: two-sided p-value.
-        corrected: the same after Holm's correction over all tests of the comparison.
+        p_corrected: p-value after Holm's correction over all tests of the comparison.
     """
-
-    __test__ = False  # pytest takes classes of this name for tests
 
     kind: Literal["system", "pretraining"]
     system: str
@@ -63,13 +63,18 @@ class PairedTest:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the difference is not chance, at 5 % after correction."""
+        """Whether the difference is significant at 5 % after correction."""
         return self.p_corrected <= ALPHA
 
 
 @dataclass(frozen=True)
 class RelativeScore:
-    """Mean over tasks of a system's score divided by the specialists'."""
+    """Mean over tasks of a system's score divided by the specialists' score.
+
+    Args:
+        against: label of the specialists.
+        value: the estimate.
+    """
 
     against: str
     value: ScoreEstimate
@@ -77,21 +82,21 @@ class RelativeScore:
 
 @dataclass(frozen=True)
 class SystemComparison:
-    """All that is computed of a set of finished runs.
+    """All results that are computed from a set of finished runs.
 
     Args:
         systems: label -> its runs, by seed.
         reference: label of the system that the others are tested against.
         specialist: label of the system whose scores count as 1.
         tasks: all tasks, in order.
-        common: those that every system has; means are over them.
+        common_tasks: tasks that every system has; means are over these tasks.
         metrics: task -> its primary metric.
         splits: task -> its test splits.
         samples: (label, task, split) -> score of every run.
-        scores: (label, task, split) -> estimate; (label, "mean", "test") the mean over tasks.
+        scores: (label, task, split) -> estimate; (label, "mean", "test") is the mean over tasks.
         relative: label -> relative score.
-        tests: all tests.
-        costs: (label, task) -> cost; (label, "mean") the mean over tasks.
+        tests: all paired tests.
+        costs: (label, task) -> cost; (label, "mean") is the mean over tasks.
     """
 
     systems: Mapping[str, Sequence[FinishedRun]]
@@ -109,20 +114,20 @@ class SystemComparison:
 
     @property
     def runs(self) -> list[FinishedRun]:
-        """All runs."""
+        """All runs of all systems."""
         return [run for runs in self.systems.values() for run in runs]
 
     @property
     def seeds(self) -> int:
-        """The smallest number of seeds of a system."""
+        """The smallest number of seeds among the systems."""
         return min(len(runs) for runs in self.systems.values())
 
     def find_score(self, label: str, task: str, split: str = SPLIT) -> ScoreEstimate | None:
-        """Estimate of a score, if the system has the task."""
+        """Return the estimate of a score, or None if the system lacks the task."""
         return self.scores.get((label, task, split))
 
     def find_test(self, system: str, against: str, task: str) -> PairedTest | None:
-        """The test of two systems on a task, if there is one."""
+        """Return the test of two systems on a task, or None if there is none."""
         for test in self.tests:
             if (test.system, test.against, test.task) == (system, against, task):
                 return test
@@ -135,16 +140,16 @@ def compare_systems(
     """Compare the systems of finished runs.
 
     Args:
-        runs: of all systems and seeds; runs of one system have one label.
+        runs: runs of all systems and seeds; the runs of one system have one label.
         reference: label of the system that the others are tested against. A system whose label
-            ends in ``-pretrained`` is tested against the reference's pretrained variant.
-        specialist: label of the system whose scores count as 1; in the same way.
+            ends in ``-pretrained`` is tested against the pretrained variant of the reference.
+        specialist: label of the system whose scores count as 1; same rule for variants.
 
     Raises:
-        UserError: no runs, runs measured on different rows, or no task in common.
+        UserError: no runs, runs evaluated on different rows, or no common task.
     """
     if not runs:
-        raise UserError("there are no finished runs to compare")
+        raise UserError("there are no finished runs to compare; name at least one")
     if reference == specialist:
         raise UserError(f"reference and specialist are both {reference!r}; name two systems")
     check_comparable(runs)
@@ -160,11 +165,14 @@ def compare_systems(
         metrics |= {
             row["task"]: row["metric"] for row in run.rows if row["metric"] in PRIMARY_METRICS
         }
-    tasks = [task for task in in_order(splits) if task in metrics]
+    tasks = [task for task in sort_rows(splits) if task in metrics]
     samples = _build_samples(systems, tasks, splits, metrics)
     common = [t for t in tasks if all((label, t, SPLIT) in samples for label in systems)]
     if not common:
-        raise UserError("the systems have no task in common that was measured on the split test")
+        raise UserError(
+            "the systems have no task in common that was evaluated on the split test; compare "
+            "systems that share a task"
+        )
     for label in systems:
         samples[label, MEAN, SPLIT] = statistics.average_samples(
             [samples[label, t, SPLIT] for t in common]
@@ -179,7 +187,7 @@ def compare_systems(
         (label, task, split): statistics.estimate_mean(
             sample,
             spreads[task, split],
-            # More symbols may be wrong than there are: that score has no lower end.
+            # The token error rate can exceed 1, so its score has no lower bound.
             least=-np.inf if metrics.get(task) == "token_error_rate" else 0.0,
             most=1.0,
         )
@@ -202,7 +210,13 @@ def compare_systems(
 
 
 def find_variant(base: str, label: str, labels: Sequence[str]) -> str | None:
-    """The variant of ``base`` that ``label`` is held against: pretrained against pretrained."""
+    """Return the variant of ``base`` to compare ``label`` with: pretrained with pretrained.
+
+    Args:
+        base: label of the reference or specialist, without suffix.
+        label: label of the other system.
+        labels: all labels that were run.
+    """
     wanted = base + PRETRAINED if label.endswith(PRETRAINED) else base
     for name in (wanted, base, base + PRETRAINED):
         if name in labels:

@@ -1,4 +1,8 @@
-"""Finished runs, read back from their folders for a comparison, and gathered by system."""
+"""Read finished runs from their directories and group them by system.
+
+:func:`read_run` reads one run, :func:`label_runs` groups runs, and :func:`check_comparable` checks
+that they were evaluated on the same rows. Called by ``skillnet compare``.
+"""
 
 import csv
 import json
@@ -11,37 +15,39 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation.outcomes import FILE as OUTCOMES
-from pipelines.evaluation.outcomes import Outcomes, read_outcomes
+from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes
 from pipelines.runs.mirror import TRAINED
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_record, run_root
 
-#: Keys of a run's configuration that say where and for whom it ran, not what was trained.
+#: Keys of a run's configuration that do not describe the training: names, paths and the seed.
 UNCOMPARED_KEYS = ("name", "run_dir", "data", "tracking", "evaluate", "seed", "init_from")
 
+#: Suffix of the label of a system whose runs start from a pretraining.
 PRETRAINED = "-pretrained"
+#: Last part of the error message about a damaged file of a run.
 REMEDY = "leave this run out, or run it again"
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One seed of one system.
+    """One finished run: one seed of one system.
 
     Args:
-        label: the system's name in the report.
-        folder: of the run.
-        seed: of the training.
-        settings: its resolved configuration as plain values.
-        rows: its ``evaluation.csv``, numbers as numbers.
-        outcomes: what became of each test row.
-        trained: its ``trained.json``.
-        pretraining: resolved configuration of the run that it started from; {} if there was none,
-            or it is not known any more.
-        total_params: parameters of the whole model; 0 if the run did not say and it is gone.
-        run_id: of its MLflow run, or none.
-        digests: corpus -> digest of what it was trained and measured on, as far as is known.
+        label: name of the system in the report.
+        folder: run directory.
+        seed: seed of the training.
+        settings: resolved configuration as plain values.
+        rows: rows of ``evaluation.csv``, with numbers parsed.
+        outcomes: result of each test row.
+        trained: content of ``trained.json``.
+        total_params: parameters of the complete model; 0 if unknown.
+        run_id: MLflow run id, or None.
+        digests: corpus -> digest of the corpus that the run used, as far as known.
+        pretraining: resolved configuration of the run that this run started from; {} without one
+            or if it is unknown.
     """
 
     label: str
@@ -49,7 +55,7 @@ class FinishedRun:
     seed: int
     settings: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
-    outcomes: Outcomes
+    outcomes: OutcomeTable
     trained: Mapping[str, Any]
     total_params: int
     run_id: str | None = None
@@ -58,17 +64,17 @@ class FinishedRun:
 
     @property
     def system(self) -> str:
-        """Name of the system, as configured."""
+        """Name of the system in the configuration."""
         return str(self.settings.get("system", "skillnet"))
 
     @property
     def seconds(self) -> float:
-        """Time in the training loop."""
+        """Seconds in the training loop."""
         return total_training_seconds(self.trained)
 
     @property
     def pretraining_seconds(self) -> float | None:
-        """Time in the loop of the run that this one started from; none if that is unknown."""
+        """Seconds in the training loop of the pretraining, or None if unknown."""
         if not self.settings.get("init_from"):
             return None
         start = Path(str(self.settings["init_from"]))
@@ -79,35 +85,40 @@ class FinishedRun:
 
 
 def read_trained(path: Path) -> dict[str, Any]:
-    """A run's ``trained.json``.
+    """Read the ``trained.json`` of a run.
 
     Raises:
-        UserError: no such file, or a damaged one.
+        UserError: the file does not exist or is damaged.
     """
-    told: dict[str, type | tuple[type, ...]] = {
+    schema: dict[str, type | tuple[type, ...]] = {
         "step": int,
         "seconds": (int, float),
         "resumed": (int, NoneType),
     }
-    return read_record(path, told, REMEDY)
+    return read_record(path, schema, REMEDY)
 
 
 def total_training_seconds(trained: Mapping[str, Any]) -> float:
-    """Seconds in the loop; of a run that was taken up again all of it, at its last part's rate.
+    """Return the seconds in the training loop, including the parts before a resume.
 
     Args:
-        trained: a run's ``trained.json``, which knows the time of the last part alone.
+        trained: content of ``trained.json``. It holds the time since the last resume only; the
+            time before is estimated at the same rate.
     """
-    done = int(trained["step"])
-    own = done - int(trained.get("resumed") or 0)
-    return float(trained["seconds"]) * (done / own if own > 0 else 1.0)
+    steps = int(trained["step"])
+    own = steps - int(trained.get("resumed") or 0)
+    return float(trained["seconds"]) * (steps / own if own > 0 else 1.0)
 
 
 def find_run(given: str, uri: str | None = None) -> Path:
-    """Folder of a run: a path, a name below the run root, or an MLflow run id.
+    """Return the directory of a run.
+
+    Args:
+        given: a path, a name below the run root, or an MLflow run id.
+        uri: MLflow tracking URI; None takes the default.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run.
     """
     for path in (Path(given).expanduser(), run_root() / given):
         if (path / "config.yaml").is_file():
@@ -116,37 +127,39 @@ def find_run(given: str, uri: str | None = None) -> Path:
 
     found = model_source.resolve_model(given, uri)
     if found.run is None:
-        raise UserError(f"{given} is a model without its run's folder; give the run")
+        raise UserError(f"{given} is a model without a run directory; name its run")
     return found.run
 
 
 def read_run(folder: Path, label: str | None = None) -> FinishedRun:
-    """Read a finished run.
+    """Read a finished run from its directory.
 
     Args:
-        folder: of the run.
-        label: its system's name in the report; none makes one of the configured system.
+        folder: run directory.
+        label: name of its system in the report; None derives it from the configuration.
 
     Raises:
-        UserError: a run that is not finished, was not evaluated, or whose files are not whole.
+        UserError: the run is not finished or was not evaluated, or a file is damaged.
     """
     settings = configuration.load_yaml(folder / "config.yaml")
     for name in (TRAINED, "evaluation.csv", OUTCOMES):
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder} has no {name}: the run is not finished, or was not evaluated; run it "
-                "to its end with evaluate: true"
+                f"{folder} has no {name}: the run is not finished or was not evaluated; finish "
+                "it with evaluate: true"
             )
     seed = settings.get("seed", 0)
     if not isinstance(seed, int):
-        raise UserError(f"{folder / 'config.yaml'} is damaged: seed is no whole number")
-    told: dict[str, type | tuple[type, ...]] = {
+        raise UserError(
+            f"{folder / 'config.yaml'} is damaged: seed is not a whole number; {REMEDY}"
+        )
+    schema: dict[str, type | tuple[type, ...]] = {
         "total_params": (int, NoneType),
         "corpora": (dict, NoneType),
         "run_id": (str, NoneType),
     }
     path = folder / "result.json"
-    result = read_record(path, told, REMEDY) if path.is_file() else {}
+    result = read_record(path, schema, REMEDY) if path.is_file() else {}
     digests = result.get("corpora") or read_corpus_digests(settings)
     return FinishedRun(
         label or make_label(settings),
@@ -164,7 +177,7 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
 
 
 def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of an ``evaluation.csv``; empty numbers are NaN.
+    """Read the rows of an ``evaluation.csv``; empty numbers become NaN.
 
     Raises:
         UserError: a column is missing or holds no number.
@@ -185,25 +198,25 @@ def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
                 row[name] = float(row[name]) if row[name] else np.nan
             except ValueError:
                 raise UserError(
-                    f"{path}: line {number}: {name} is {row[name]!r}, no number"
+                    f"{path}: line {number}: {name} is {row[name]!r}, not a number"
                 ) from None
     return rows
 
 
 def make_label(settings: Mapping[str, Any]) -> str:
-    """``moe``, or ``moe-pretrained`` if the run started from another model."""
+    """Return ``moe``, or ``moe-pretrained`` if the run started from another model."""
     system = str(settings.get("system", "skillnet"))
     return system + (PRETRAINED if settings.get("init_from") else "")
 
 
 def read_pretraining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration of the run that a run started from; {} if there is none, or it is gone."""
+    """Return the configuration of the run that a run started from; {} if there is none."""
     if not settings.get("init_from"):
         return {}
     from pipelines.training.init_from import SETTINGS
 
     start = Path(str(settings["init_from"]))
-    # A copy of the weights has it beside them, a run beside its model or above its checkpoints.
+    # Copied weights have the file beside them; a run has it above its model or checkpoints.
     if (start / SETTINGS).is_file():
         return read_record(start / SETTINGS, {}, REMEDY)
     for folder in (start, start.parent, start.parent.parent):
@@ -213,7 +226,7 @@ def read_pretraining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_parameters(model: Path) -> int:
-    """Parameters of a saved model, from the headers of its files; 0 without a model."""
+    """Return the number of parameters of a saved model, from file headers; 0 without a model."""
     from safetensors import safe_open
 
     total = 0
@@ -227,7 +240,7 @@ def count_parameters(model: Path) -> int:
 
 
 def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Corpus -> digest now, of the prepared corpora that a run names; what is gone is left out."""
+    """Return corpus -> current digest of the corpora of a run; missing corpora are left out."""
     tasks = settings.get("tasks") or {}
     found = {}
     for corpus in sorted({task["corpus"] for task in tasks.values() if task}):
@@ -240,46 +253,48 @@ def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[FinishedRun]:
-    """Give runs of one configuration one label, and different configurations different ones.
+    """Give runs of one configuration one label, and different configurations different labels.
 
     Args:
-        runs: as read.
-        names: labels of the configurations, in the order in which they first appear; none
-            leaves those that the runs came with, numbered where two would be the same.
+        runs: finished runs.
+        names: labels of the configurations, in the order of their first run; empty keeps the
+            labels of the runs and numbers duplicates.
 
     Raises:
-        UserError: another number of names than of configurations, or two runs of one
-            configuration with one seed.
+        UserError: the number of names differs from the number of configurations, or two runs of
+            one configuration have the same seed.
     """
     groups = _group_by_configuration(runs)
     if names and len(names) != len(groups):
-        told = ", ".join(f"{members[0].label} ({len(members)} runs)" for members in groups.values())
+        counts = ", ".join(f"{group[0].label} ({len(group)} runs)" for group in groups.values())
         raise UserError(
-            f"{len(names)} names for {len(groups)} configurations: {told}; give one for each"
+            f"{len(names)} names for {len(groups)} configurations: {counts}; give one name for each"
         )
     if len(set(names)) < len(names):
         raise UserError(f"names must differ, got {', '.join(names)}")
     labels: list[str] = []
     named: list[FinishedRun] = []
-    for place, members in enumerate(groups.values()):
-        label = names[place] if names else _make_unique(members[0].label, labels)
+    for index, members in enumerate(groups.values()):
+        label = names[index] if names else _make_unique(members[0].label, labels)
         labels.append(label)
         seeds = [run.seed for run in members]
         for seed in seeds:
             if seeds.count(seed) > 1:
-                twice = [str(run.folder) for run in members if run.seed == seed]
+                equal = [str(run.folder) for run in members if run.seed == seed]
                 raise UserError(
-                    f"{label}: the seed {seed} is there twice ({' and '.join(twice[:2])}); "
-                    "leave one out"
+                    f"{label}: seed {seed} occurs twice ({' and '.join(equal[:2])}); "
+                    "leave one run out"
                 )
         named += [replace(run, label=label) for run in sorted(members, key=lambda r: r.seed)]
         if not names and label != members[0].label:
-            console.note(f"{label}: {members[0].label} with other settings; --names renames")
+            console.note(
+                f"{label}: {members[0].label} with other settings; set another name with --names"
+            )
     return named
 
 
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """Raise UserError unless all runs were measured on the same rows of the same corpora."""
+    """Raise UserError unless all runs were evaluated on the same rows of the same corpora."""
     corpora: dict[str, tuple[str, FinishedRun]] = {}
     weights: dict[tuple[str, str], tuple[np.ndarray, FinishedRun]] = {}
     for run in runs:
@@ -287,28 +302,28 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
             known, other = corpora.setdefault(name, (digest, run))
             if known != digest:
                 raise UserError(
-                    f"{run.folder} and {other.folder} used different states of the corpus {name} "
-                    f"({digest[:12]} and {known[:12]}); compare runs of one state"
+                    f"{run.folder} and {other.folder} used different versions of the corpus {name} "
+                    f"({digest[:12]} and {known[:12]}); compare runs of one version"
                 )
         for key in run.outcomes:
             own = run.outcomes[key].weight
             weight, first = weights.setdefault(key, (own, run))
             if not np.array_equal(own, weight):
                 raise UserError(
-                    f"{run.folder} and {first.folder} were measured on different rows of "
-                    f"{key[0]} {key[1]} ({len(own)} and {len(weight)}); compare runs of one state"
+                    f"{run.folder} and {first.folder} were evaluated on different rows of "
+                    f"{key[0]} {key[1]} ({len(own)} and {len(weight)}); compare runs of one version"
                 )
 
 
 def find_differing_settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, str]]:
-    """Flat key -> label -> value, of the settings in which the systems differ.
+    """Return flat key -> label -> value for the settings in which the systems differ.
 
-    Those of pretrainings are compared among the systems that have one, as ``pretraining.KEY``.
+    Settings of pretrainings are compared among pretrained systems, as ``pretraining.KEY``.
     """
     own = _flat_differences({run.label: run.settings for run in runs})
     before = _flat_differences({run.label: run.pretraining for run in runs if run.pretraining})
     labels = [run.label for run in runs]
-    # Its system and its sizes follow the run's: the run's own lines say so already.
+    # A pretraining has the system and sizes of its run, which the run's own rows show already.
     added = {
         f"pretraining.{key}": {label: values.get(label, "–") for label in labels}
         for key, values in before.items()
@@ -336,8 +351,9 @@ def _flat_differences(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 def _group_by_configuration(
     runs: Sequence[FinishedRun],
 ) -> dict[tuple[str, str], list[FinishedRun]]:
-    """Runs that differ in nothing but their seed, together; of pretrained ones also by what that
-    pretraining was. One that is not known any more counts as the only known one, if it is.
+    """Group runs that differ only in the seed; pretrained runs also by their pretraining.
+
+    A run with an unknown pretraining joins the only known one of its configuration, if any.
     """
     own = [
         _configuration_digest(
@@ -354,7 +370,7 @@ def _group_by_configuration(
 
 
 def _configuration_digest(settings: Mapping[str, Any], **more: Any) -> str:
-    """Equal for configurations that differ in nothing but seed, places and rhythm."""
+    """Return a digest that is equal for configurations that train the same model."""
     from pipelines.runs.identity import NON_IDENTITY_KEYS
 
     tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}

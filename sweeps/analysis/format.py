@@ -1,4 +1,4 @@
-"""TODO: sweeps.analysis.format."""
+"""Format counts, durations, differences and p-values for tables and figures."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def format_count(value: float) -> str:
-    """``4,200,000 -> "4.2 M"``: three digits and a unit."""
+    """Return a number with three digits and a unit: ``4,200,000 -> "4.2 M"``."""
     if np.isnan(value):
         return "–"
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -16,26 +16,26 @@ def format_count(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """``95 -> "1.6 min"``."""
+    """Return a time with its unit: ``95 -> "1.6 min"``."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def format_signed_points(value: float) -> str:
-    """A difference in points, with its sign: ``0.0123 -> "+1.2"``."""
-    # Minus nothing is nothing.
+    """Return a difference in points with its sign: ``0.0123 -> "+1.2"``."""
+    # Adding 0.0 turns -0.0 into 0.0, so the sign is "+".
     return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def format_interval(change: Sequence[float]) -> str:
-    """(difference, low, high, …) as ``+1.2 (+0.3 to +2.1)``, in points."""
+    """Return (difference, low, high, …) in points: ``+1.2 (+0.3 to +2.1)``."""
     value, low, high = (format_signed_points(x) for x in change[:3])
     return f"{value} ({low} to {high})"
 
 
 def format_p_value(p: float) -> str:
-    """A p-value with as many digits as it deserves."""
+    """Return a p-value with three decimals, or ``< 0.001``."""
     if np.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

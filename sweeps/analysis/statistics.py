@@ -1,23 +1,23 @@
-"""Intervals and tests over seeds and test rows together, for a few seeds and many rows.
+"""Intervals and tests over seeds and test rows together, for few seeds and many rows.
 
-A figure of a study hangs on two draws: the seeds that were run and the rows that were tested.
-Every seed answers every row, so the two are crossed. The model is the two-way random-effects
-model y[s, n] = mean + seed[s] + row[n] + rest[s, n], whose variance of the mean is
+A score of a study depends on two random choices: the seeds that were run and the rows that were
+tested. Every seed answers every row, so the two factors are crossed. The model is the two-way
+random-effects model y[s, n] = mean + seed[s] + row[n] + residual[s, n]. The variance of the mean is
 
-    (MS_seed + max(MS_row - MS_rest, 0)) / (S N)
+    (MS_seed + max(MS_row - MS_residual, 0)) / (S N)
 
-with Satterthwaite's degrees of freedom: the analysis of several readers and many cases
+with Satterthwaite's degrees of freedom. This is the analysis of several readers and many cases
 (source: Dorfman, Berbaum & Metz 1992; degrees of freedom: Hillis 2007).
 
-Two or three seeds say little of how much seeds matter: by chance they may agree, and a test would
-be sure of itself for no reason. So the spread over seeds is pooled over the systems of a study
-(:class:`SeedVariance`), as in any analysis of variance, and a system's own spread counts where it is
-larger. ``docs/comparison.md`` has the measured coverage and false alarms of this, of each
-system's own spread, and of a crossed bootstrap.
+Two or three seeds carry little information about the seed variance: they may agree by chance, and
+a test would be overconfident. The seed variance is therefore pooled over the systems of a study
+(:class:`SeedVariance`), as in any analysis of variance. A system's own variance is used where it
+is larger. ``docs/comparison.md`` lists the measured coverage and false alarms of this method, of
+each system's own variance, and of a crossed bootstrap.
 
-A :class:`RunSample` is any figure that every run has, together with what each row adds to it. Means
-over tasks, ratios to a baseline and differences are again samples, so one estimator serves all.
-Differences pair by row and seed.
+A :class:`RunSample` is a number per run with the influence of each row. Means over tasks, ratios to
+a baseline and differences are samples too, so one estimator serves all of them. Differences are
+paired by row and seed.
 
 Shapes: S seeds, N test rows of one split.
 """
@@ -30,20 +30,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+#: Confidence level of intervals.
 LEVEL = 0.95
 
 
 class ScoreEstimate(NamedTuple):
-    """A mean over seeds and rows and what is known of it.
+    """A mean over seeds and rows with its uncertainty.
 
     Args:
-        value: the mean over seeds.
+        value: mean over seeds.
         low: lower bound of the interval.
         high: upper bound of the interval.
-        error: standard error.
-        freedom: degrees of freedom of the error.
-        seeds: number of seeds. With one, and no spread known from other systems, error and
-            interval are over test rows only.
+        std_error: standard error.
+        dof: degrees of freedom of the standard error.
+        seeds: number of seeds. With one seed and no pooled variance, the standard error and the
+            interval cover test rows only.
     """
 
     value: float
@@ -55,30 +56,30 @@ class ScoreEstimate(NamedTuple):
 
 
 class SeedVariance(NamedTuple):
-    """How much one run's figure varies over seeds, from the runs of several systems.
+    """Variance over seeds of one run's score, pooled over several systems.
 
     Args:
-        variance: of one run's figure.
-        freedom: degrees of freedom behind it.
+        variance: variance of one run's score.
+        dof: degrees of freedom.
     """
 
     variance: float
     dof: float
 
     def for_difference(self) -> "SeedVariance":
-        """The spread of the difference of two systems' runs."""
+        """Return the variance of the difference of two systems' runs."""
         return SeedVariance(2 * self.variance, self.dof)
 
 
 @dataclass(frozen=True)
 class RunSample:
-    """A figure of every run of one system, and the rows behind it.
+    """A score of every run of one system, with the influence of each row.
 
     Args:
-        seeds: of the runs, ascending.
-        values: (S,) the figure of each run.
-        rows: split -> (S, N): how much row n moves the run's figure, times N; each run's row
-            sums to 0 (an influence function). Splits are independent of each other.
+        seeds: seeds of the runs, ascending.
+        values: (S,) score of each run.
+        rows: split -> (S, N): effect of row n on the run's score, times N; the values of a run
+            sum to 0 (an influence function). Splits are independent of each other.
     """
 
     seeds: tuple[int, ...]
@@ -91,47 +92,50 @@ class RunSample:
         for key, part in self.rows.items():
             if part.shape[0] != len(self.seeds) or part.ndim != 2 or part.shape[1] < 2:
                 raise ValueError(
-                    f"{key}: rows of {len(self.seeds)} runs have the shape (seeds, at least 2 "
-                    f"rows), not {part.shape}"
+                    f"{key}: rows of {len(self.seeds)} runs must have the shape (seeds, at least "
+                    f"2 rows), not {part.shape}"
                 )
 
-    def select(self, places: Sequence[int]) -> "RunSample":
-        """The runs at some places."""
-        chosen = list(places)
+    def select(self, indices: Sequence[int]) -> "RunSample":
+        """Return the runs at the given indices."""
+        chosen = list(indices)
         rows = {key: part[chosen] for key, part in self.rows.items()}
         return RunSample(tuple(self.seeds[i] for i in chosen), self.values[chosen], rows)
 
 
 def build_sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hashable) -> RunSample:
-    """The ratio sum(amount) / sum(weight) of each run over a split's rows.
+    """Return the ratio sum(amount) / sum(weight) of each run over the rows of a split.
 
     Args:
-        amounts: seed -> (N,).
-        weight: (N,), the same for every run.
-        key: names the split; samples with the same key pair by row.
+        amounts: seed -> (N,) numerators.
+        weight: (N,) denominators, equal for all runs.
+        key: name of the split; samples with the same key are paired by row.
+
+    Raises:
+        ValueError: the weights sum to 0.
     """
     seeds = tuple(sorted(amounts))
     amount_SN = np.stack([np.asarray(amounts[seed], np.float64) for seed in seeds])
     weight_N = np.asarray(weight, np.float64)
     if weight_N.sum() <= 0:
-        raise ValueError(f"{key}: the weights of the rows sum to nothing")
+        raise ValueError(f"{key}: the weights of the rows must sum to more than 0")
     values_S = amount_SN.sum(1) / weight_N.sum()
     rows_SN = (amount_SN - values_S[:, None] * weight_N) / weight_N.mean()
     return RunSample(seeds, values_S, {key: rows_SN})
 
 
-# -- samples of samples --------------------------------------------------------------------
+# -- arithmetic of samples -----------------------------------------------------------------
 
 
 def average_samples(parts: Sequence[RunSample]) -> RunSample:
-    """Mean of several figures, seed by seed."""
+    """Return the mean of several samples, seed by seed."""
     parts = _on_common_seeds(parts)
     values = np.mean([part.values for part in parts], axis=0)
     return RunSample(parts[0].seeds, values, _sum_rows([(part, 1 / len(parts)) for part in parts]))
 
 
 def subtract_samples(left: RunSample, right: RunSample) -> RunSample:
-    """``left - right``, run by run."""
+    """Return ``left - right``, run by run."""
     left, right = pair_samples(left, right)
     return RunSample(
         left.seeds, left.values - right.values, _sum_rows([(left, 1.0), (right, -1.0)])
@@ -139,7 +143,10 @@ def subtract_samples(left: RunSample, right: RunSample) -> RunSample:
 
 
 def divide_samples(above: RunSample, below: RunSample) -> RunSample:
-    """``above / below``, run by run; rows by the delta method. NaN where ``below`` is 0."""
+    """Return ``above / below``, run by run; NaN where ``below`` is 0.
+
+    Row influences follow by the delta method.
+    """
     above, below = pair_samples(above, below)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where(below.values == 0, np.nan, above.values / below.values)
@@ -148,10 +155,10 @@ def divide_samples(above: RunSample, below: RunSample) -> RunSample:
 
 
 def pair_samples(left: RunSample, right: RunSample) -> tuple[RunSample, RunSample]:
-    """Two samples on the seeds that both have.
+    """Return two samples restricted to their common seeds.
 
-    Runs without two common seeds pair in the order of their seeds: seeds are exchangeable, so
-    any fixed pairing gives a valid test.
+    Samples with fewer than two common seeds are paired in the order of their seeds. Seeds are
+    exchangeable, so any fixed pairing gives a valid test.
     """
     if left.seeds == right.seeds:
         return left, right
@@ -167,7 +174,7 @@ def pair_samples(left: RunSample, right: RunSample) -> tuple[RunSample, RunSampl
 
 def _on_common_seeds(parts: Sequence[RunSample]) -> list[RunSample]:
     if not parts:
-        raise ValueError("a mean needs at least one figure")
+        raise ValueError("a mean requires at least one sample")
     common = sorted(set.intersection(*(set(part.seeds) for part in parts)))
     return [part.select([part.seeds.index(seed) for seed in common]) for part in parts]
 
@@ -181,7 +188,7 @@ def _sum_rows(
             scaled = own * np.reshape(factor, (-1, 1))
             if key in rows and rows[key].shape != scaled.shape:
                 raise ValueError(
-                    f"{key}: {rows[key].shape[1]} rows do not pair with {scaled.shape[1]}"
+                    f"{key}: {rows[key].shape[1]} rows cannot be paired with {scaled.shape[1]}"
                 )
             rows[key] = rows[key] + scaled if key in rows else scaled
     return rows
@@ -191,86 +198,95 @@ def _sum_rows(
 
 
 def pool_seed_variance(samples: Sequence[RunSample]) -> SeedVariance | None:
-    """The spread over seeds that systems have in common; none without repeated runs."""
+    """Return the pooled variance over seeds; None without repeated runs."""
     parts = [(_variance(each.values), len(each.seeds) - 1) for each in samples]
-    freedom = sum(own for _, own in parts)
-    if not freedom:
+    dof = sum(own for _, own in parts)
+    if not dof:
         return None
-    return SeedVariance(sum(variance * own for variance, own in parts if own) / freedom, freedom)
+    return SeedVariance(sum(variance * own for variance, own in parts if own) / dof, dof)
 
 
 def estimate_mean(
-    of: RunSample,
+    sample: RunSample,
     spread: SeedVariance | None = None,
     level: float = LEVEL,
     least: float = -np.inf,
     most: float = np.inf,
 ) -> ScoreEstimate:
-    """Mean over seeds with its interval; bounds are cut at ``least`` and ``most``.
+    """Return the mean over seeds with its interval, clipped to ``least`` and ``most``.
 
     Args:
-        of: the figure of each run.
-        spread: over seeds, pooled; none takes the sample's own.
-        level: share of intervals that shall hold the truth.
-        least, most: ends of the figure's scale.
+        sample: score of each run.
+        spread: pooled variance over seeds; None takes the variance of the sample.
+        level: confidence level.
+        least: lower end of the score's range.
+        most: upper end of the score's range.
     """
-    value, error, freedom = _mean_and_error(of, spread)
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error if error else 0.0 * error
+    value, error, dof = _mean_and_error(sample, spread)
+    half = float(stats.t.ppf((1 + level) / 2, dof)) * error if error else 0.0 * error
     low, high = (float(np.clip(x, least, most)) for x in (value - half, value + half))
-    return ScoreEstimate(value, low, high, error, freedom, len(of.seeds))
+    return ScoreEstimate(value, low, high, error, dof, len(sample.seeds))
 
 
-def compute_p_value(of: RunSample, spread: SeedVariance | None = None, null: float = 0.0) -> float:
-    """Two-sided p-value of "the mean is ``null``" (Student's t); see :func:`estimate_mean`."""
-    value, error, freedom = _mean_and_error(of, spread)
+def compute_p_value(
+    sample: RunSample, spread: SeedVariance | None = None, null: float = 0.0
+) -> float:
+    """Return the two-sided p-value of "the mean is ``null``" (Student's t).
+
+    Args:
+        sample: score of each run.
+        spread: pooled variance over seeds; None takes the variance of the sample.
+        null: mean under the null hypothesis.
+    """
+    value, error, dof = _mean_and_error(sample, spread)
     if np.isnan(value) or np.isnan(error):
         return float("nan")
     if error == 0:
         return 1.0 if value == null else 0.0
-    return float(2 * stats.t.sf(abs(value - null) / error, freedom))
+    return float(2 * stats.t.sf(abs(value - null) / error, dof))
 
 
 def _variance(values_S: NDArray[np.float64]) -> float:
-    # A float's rounding is no spread: equal seeds shall give exactly none.
+    # Rounding errors are not variance: equal values must give exactly 0.
     if len(values_S) < 2 or np.ptp(values_S) == 0:
         return 0.0
     return float(values_S.var(ddof=1))
 
 
-def _mean_and_error(of: RunSample, spread: SeedVariance | None) -> tuple[float, float, float]:
-    """Mean, standard error, degrees of freedom."""
-    count = len(of.seeds)
-    value = float(of.values.mean())
+def _mean_and_error(sample: RunSample, spread: SeedVariance | None) -> tuple[float, float, float]:
+    """Return the mean, its standard error and the degrees of freedom."""
+    count = len(sample.seeds)
+    value = float(sample.values.mean())
     variances, squares = [], []
     if count > 1 or spread is not None:
         known = spread or SeedVariance(0.0, count - 1)
-        variances.append(max(_variance(of.values), known.variance) / count)
+        variances.append(max(_variance(sample.values), known.variance) / count)
         squares.append(variances[-1] ** 2 / known.dof)
-    for part in of.rows.values():
+    for part in sample.rows.values():
         rows = part.shape[1]
         mean_N = part.mean(0)
         variance = float(mean_N.var(ddof=1)) / rows
         if count > 1:
-            rest = float(((part - mean_N) ** 2).sum()) / ((count - 1) * (rows - 1))
-            variance = max(variance - rest / (count * rows), 0.0)
+            residual = float(((part - mean_N) ** 2).sum()) / ((count - 1) * (rows - 1))
+            variance = max(variance - residual / (count * rows), 0.0)
         variances.append(variance)
         squares.append(variance**2 / (rows - 1))
     total = sum(variances)
-    freedom = total**2 / sum(squares) if sum(squares) > 0 else np.inf
-    return value, float(np.sqrt(total)), float(freedom)
+    dof = total**2 / sum(squares) if sum(squares) > 0 else np.inf
+    return value, float(np.sqrt(total)), float(dof)
 
 
 def correct_p_values(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (source: Holm 1979); NaN stays and does not count.
+    """Return p-values after Holm's correction (source: Holm 1979).
 
-    Rejecting those that are at most alpha keeps the chance of any false rejection below alpha,
-    however the tests depend on each other.
+    Rejecting corrected values of at most alpha keeps the probability of any false rejection below
+    alpha, for any dependence between the tests. NaN stays NaN and does not count as a test.
     """
     p = np.asarray(p_values, np.float64)
     order = [int(i) for i in np.argsort(p) if not np.isnan(p[i])]
     adjusted = np.full(len(p), np.nan)
     highest = 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - place) * p[index]))
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p[index]))
         adjusted[index] = highest
     return [float(x) for x in adjusted]

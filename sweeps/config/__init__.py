@@ -1,1 +1,1 @@
-"""TODO: package sweeps/config."""
+"""Configuration of sweeps, studies and their trials."""

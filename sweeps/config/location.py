@@ -1,4 +1,4 @@
-"""TODO: sweeps.config.location."""
+"""Resolve the directory of a sweep or study, on the local disk and in an object store."""
 
 from pathlib import Path
 
@@ -8,11 +8,14 @@ from skillnet_platform.storage.location import Place
 
 
 def resolve_result_folder(root: Place, name: str) -> tuple[Path, RunMirror | None]:
-    """The folder of a sweep or study on this disk, and its place in a store if it is kept in one.
+    """Return the local directory of a sweep or study, and its mirror in an object store.
 
     Args:
-        root: the place that it lies in.
-        name: of the sweep or study.
+        root: directory or URI that contains the results.
+        name: name of the sweep or study.
+
+    Returns:
+        The local directory, and the mirror; None if ``root`` is a directory.
     """
     if isinstance(root, Path):
         return root / name, None

@@ -1,4 +1,4 @@
-"""TODO: sweeps.config.space."""
+"""Configuration of one search dimension: values or a range of one key."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -6,21 +6,19 @@ from typing import Any
 
 from skillnet_platform.errors import UserError
 
-Range = list[float]
-
 
 @dataclass
 class SearchDimension:
-    """What one key takes; exactly one of these is given.
+    """Values of one key; exactly one field is set.
 
     Args:
-        choice: values, one of which is drawn.
-        grid: values, each of which is tried with everything that is drawn for the others.
-        options: name -> keys that are set together; one of them is drawn.
-        uniform: [low, high], a number between them.
-        loguniform: [low, high], a number between them whose logarithm is uniform.
-        integer: [low, high], a whole number, both included.
-        log_integer: [low, high], a whole number whose logarithm is uniform.
+        choice: values; one is drawn.
+        grid: values; each is combined with everything that is drawn for the other keys.
+        options: name -> keys that are set together; one name is drawn.
+        uniform: [low, high]; a number between them.
+        loguniform: [low, high]; a number between them with a uniform logarithm.
+        integer: [low, high]; a whole number, bounds included.
+        log_integer: [low, high]; a whole number with a uniform logarithm.
     """
 
     choice: list[Any] = field(default_factory=list)
@@ -33,12 +31,12 @@ class SearchDimension:
 
     @property
     def kind(self) -> str:
-        """Which of them is given."""
+        """Name of the field that is set; "" if none is."""
         return next((f.name for f in fields(self) if getattr(self, f.name)), "")
 
     @property
     def range(self) -> tuple[Any, Any] | None:
-        """(low, high) of a range; none for a list of values."""
+        """(low, high) of a range; None for a list of values."""
         kind = self.kind
         if kind in ("choice", "grid", "options"):
             return None
@@ -47,36 +45,40 @@ class SearchDimension:
 
     @property
     def values(self) -> list[Any]:
-        """The values of a list, or the names of options."""
+        """Values of a list, or names of the options."""
         return list(self.options) if self.options else list(self.grid or self.choice)
 
-    def value_at(self, share: float) -> Any:
-        """The value below which this share, in [0, 1), of what is drawn lies."""
+    def value_at(self, fraction: float) -> Any:
+        """Return the quantile of the sampling distribution at a fraction in [0, 1)."""
         if self.range is None:
-            return self.values[int(share * len(self.values))]
+            return self.values[int(fraction * len(self.values))]
         low, high = self.range
         if self.kind == "integer":
-            return low + int(share * (high + 1 - low))
+            return low + int(fraction * (high + 1 - low))
         if self.kind == "uniform":
-            return float(low + share * (high - low))
+            return float(low + fraction * (high - low))
         if self.kind == "loguniform":
-            return float(low * (high / low) ** share)
-        # Each whole number owns the stretch around it, so that both ends are as likely as others.
-        drawn = (low - 0.5) * ((high + 0.5) / (low - 0.5)) ** share
+            return float(low * (high / low) ** fraction)
+        # Each whole number covers ±0.5 around it, so that the bounds are as likely as the others.
+        drawn = (low - 0.5) * ((high + 0.5) / (low - 0.5)) ** fraction
         return min(max(round(drawn), low), high)
 
     def check(self, where: str) -> None:
-        """Raise UserError unless exactly one kind is given, and well formed."""
+        """Raise UserError unless exactly one valid field is set.
+
+        Args:
+            where: key for the error message.
+        """
         given = [f.name for f in fields(self) if getattr(self, f.name)]
         known = ", ".join(f.name for f in fields(self))
         if len(given) != 1:
-            what = " and ".join(given) if given else "nothing"
-            raise UserError(f"{where}: give one of {known}, not {what}")
+            names = " and ".join(given) if given else "nothing"
+            raise UserError(f"{where}: give one of {known}, not {names}")
         if self.range is None:
-            seen = [json.dumps(value, sort_keys=True) for value in self.values]
-            twice = next((each for each in seen if seen.count(each) > 1), None)
-            if twice is not None:
-                raise UserError(f"{where}.{self.kind}: {twice} is there twice")
+            texts = [json.dumps(value, sort_keys=True) for value in self.values]
+            duplicate = next((each for each in texts if texts.count(each) > 1), None)
+            if duplicate is not None:
+                raise UserError(f"{where}.{self.kind}: {duplicate} occurs twice; remove one")
             return
         ends = getattr(self, self.kind)
         if len(ends) != 2 or not ends[0] < ends[1]:
@@ -86,7 +88,7 @@ class SearchDimension:
 
 
 def format_setting(value: Any) -> str:
-    """A value in one word, for names and tables: lists joined with +."""
+    """Return a value as one word for names and tables; list items are joined with +."""
     if isinstance(value, list | tuple):
         return "+".join(map(format_setting, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

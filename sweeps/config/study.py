@@ -1,8 +1,8 @@
-"""Typed settings of a study and of ``skillnet compare``: what ``configs/studies`` fill in."""
+"""Configuration of a study and of ``skillnet compare``; the presets are ``configs/studies``."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig
 from pipelines.runs.mirror import RunMirror
@@ -21,10 +21,10 @@ class ClaimsConfig:
     """Thresholds of the claims.
 
     Args:
-        relative: mean relative score to the specialists that SkillNet shall reach.
-        margin: a score counts as "at or above" another if the interval of their difference
-            lies above minus this, in fractions (0.01 is one point).
-        equal_cost: activated parameters count as equal within this share.
+        relative: mean relative score to the specialists that SkillNet must reach.
+        margin: non-inferiority margin, as a fraction (0.01 is one point). A score counts as "at
+            or above" another if the interval of their difference lies above minus this margin.
+        equal_cost: activated parameters count as equal within this fraction.
     """
 
     relative: float = 1.02
@@ -42,38 +42,37 @@ class SystemConfig:
     """One system of a study.
 
     Args:
-        system: what is trained: ``skillnet``, a baseline, or a third party's system.
-        options: options of that system.
-        pretrain: start each run from a pretraining of its own, with the run's seed.
-        set: flat key -> value, over the study's ``run``, for this system alone.
-        reuse_tuning_of: take the settings that were chosen for that system in place of trials of its
-            own.
-        extra_seeds: seeds beyond the study's, for what is close. Two systems are tested on the
-            seeds that both have.
+        system: model to train: skillnet, a baseline, or a third-party system.
+        options: options of the system.
+        pretrain: start each run from its own pretraining, with the seed of the run.
+        set: flat key -> value that overrides the study's run for this system.
+        reuse_tuning_of: system whose tuned settings are used instead of own tuning trials.
+        extra_seeds: seeds beyond the study's, for close results. Two systems are tested on their
+            common seeds.
     """
 
     system: str
     options: dict[str, Any] = field(default_factory=dict)
     pretrain: bool = False
     set: dict[str, Any] = field(default_factory=dict)
-    reuse_tuning_of: Optional[str] = None  # noqa: UP045
+    reuse_tuning_of: str | None = None
     extra_seeds: list[int] = field(default_factory=list)
 
 
 @dataclass
 class TuningConfig:
-    """The search for training settings that every system gets before its final runs.
+    """Search for training settings, equal for every system, before the final runs.
 
-    The first trial is the run as configured, the others are spread over the space so that no part
-    of a range goes untried: the same for all systems.
+    The first trial is the run as configured. The other trials are spread over the space by Latin
+    hypercube sampling.
 
     Args:
-        trials: per system; 0 tunes nothing.
-        space: key -> what it takes, as in a sweep.
-        seed: of the trials, and of their points; none of the study's seeds.
-        step_fraction: steps of a trial, as a share of the run's.
-        points: settings (key -> value) that every system tries besides: where the best lay at an
-            end of a range, one beyond it.
+        trials: trials per system; 0 disables tuning.
+        space: key -> values, as in a sweep.
+        seed: seed of the trials and of their points; must not be a seed of the study.
+        step_fraction: steps of a trial, as a fraction of the run's steps.
+        points: additional settings (key -> value) that every system tries, such as a value beyond
+            the end of a range.
     """
 
     trials: int = 0
@@ -84,47 +83,46 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         if self.trials < 0:
-            raise UserError(f"tuning.trials must not be negative, got {self.trials}")
+            raise UserError(f"tuning.trials must be at least 0, got {self.trials}")
         if not 0 < self.step_fraction <= 1:
             raise UserError(
                 f"tuning.step_fraction must be above 0 and at most 1, got {self.step_fraction}"
             )
         if self.trials > 1 and not self.space:
-            raise UserError("tuning.trials without a tuning.space: name what is to be tuned")
+            raise UserError("tuning.trials needs a tuning.space: name the settings to tune")
 
 
 @dataclass
 class StudyConfig:
-    """Compare systems: run a study, or take finished runs.
+    """Compare systems: run a study, or read finished runs.
 
     Args:
-        runs: finished runs, or studies, to compare: names, folders, URIs; nothing is trained then.
-        names: names of their systems in the report, one per configuration, in their order.
-        name: of the study and of its folder; of the report.
-        run_dir: folder that the study's folder lies in, by default the run root; or a URI
-            ("s3://bucket/runs"), which hosts without a common disk share.
-        seeds: of the final runs of every system; a system may have more of its own.
-        run: what all systems share: data, model, tasks, training.
-        pretraining: how systems with ``pretrain`` are pretrained; the sizes of the model are
-            those of ``run``.
-        systems: name in the report -> system. A name that ends in ``-pretrained`` is held
-            against other pretrained ones.
-        tuning: the search for training settings that each system gets.
-        resources: of one run.
-        reference: name of the system that the others are tested against.
-        specialist: name of the system whose scores count as 1.
+        runs: finished runs or studies to compare: names, directories or URIs; nothing is trained.
+        names: labels of the systems in the report, one per configuration, in order.
+        name: name of the study, its directory and the report.
+        run_dir: parent of the study's directory, by default the run root; a URI
+            ("s3://bucket/runs") for nodes without a shared disk.
+        seeds: seeds of the final runs of every system.
+        run: settings that all systems share: data, model, tasks, training.
+        pretraining: pretraining of the systems with pretrain; model sizes are those of run.
+        systems: label -> system. A label that ends in -pretrained is compared with the other
+            pretrained systems.
+        tuning: search for training settings of each system.
+        resources: resources of one run.
+        reference: label of the system that the others are tested against.
+        specialist: label of the system whose scores count as 1.
         claims: thresholds of the claims.
-        interpret: also show what the skills of the reference do: knock-outs, similarity,
+        interpret: add figures about the skills of the reference: ablations, similarity,
             gradients.
-        output: folder of the report; by default the study's own.
+        output: directory of the report; by default the study's directory.
         open: open the page in a browser.
-        tracking: where it is recorded.
+        tracking: MLflow settings.
     """
 
     runs: list[str] = positional([])
     names: list[str] = field(default_factory=list)
-    name: Optional[str] = None  # noqa: UP045
-    run_dir: Optional[str] = None  # noqa: UP045
+    name: str | None = None
+    run_dir: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     run: FinetuneConfig = field(default_factory=FinetuneConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
@@ -135,7 +133,7 @@ class StudyConfig:
     specialist: str = "specialist"
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
     interpret: bool = True
-    output: Optional[str] = None  # noqa: UP045
+    output: str | None = None
     open: bool = False
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -151,33 +149,36 @@ class StudyConfig:
                 raise UserError(f"{key} must differ, got {seeds}")
             if self.tuning.trials and self.tuning.seed in seeds:
                 raise UserError(
-                    f"tuning.seed {self.tuning.seed} is also one of {key}: what is chosen by "
-                    "a seed must not be judged by it"
+                    f"tuning.seed {self.tuning.seed} is also one of {key}: settings must not be "
+                    "chosen and evaluated with one seed; choose another tuning.seed"
                 )
         for label, entry in self.systems.items():
             if "/" in label or label.startswith(".") or not label:
-                raise UserError(f"systems: {label!r} cannot be a folder's name")
+                raise UserError(f"systems: {label!r} is not a valid directory name; rename it")
             other = entry.reuse_tuning_of
             if other is not None and (other == label or other not in self.systems):
                 raise UserError(
-                    f"systems.{label}.reuse_tuning_of: {other!r} is no other system"
+                    f"systems.{label}.reuse_tuning_of: {other!r} is not another system"
                     f"{nearest(other, self.systems)}"
                 )
             if other is not None and self.systems[other].reuse_tuning_of is not None:
-                raise UserError(f"systems.{label}.reuse_tuning_of: {other} is not tuned itself")
+                raise UserError(
+                    f"systems.{label}.reuse_tuning_of: {other} has no tuning trials; name a system "
+                    "that has"
+                )
 
     def seeds_of(self, label: str) -> list[int]:
-        """Seeds of a system's final runs."""
+        """Return the seeds of a system's final runs."""
         return [*self.seeds, *self.systems[label].extra_seeds]
 
     @property
     def folder(self) -> Path:
-        """Of the study, on this disk."""
+        """Local directory of the study."""
         return self._location[0]
 
     @property
     def mirror(self) -> RunMirror | None:
-        """Its place in a store, if it is kept in one."""
+        """Mirror of the study in an object store, or None."""
         return self._location[1]
 
     @property

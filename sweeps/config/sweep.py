@@ -1,7 +1,7 @@
-"""Typed settings of a sweep: what ``configs/sweeps/*.yaml`` and the command line fill in."""
+"""Configuration of a sweep; the presets are ``configs/sweeps``."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
@@ -12,33 +12,33 @@ from sweeps.config.trials import AshaConfig, FixedCostConfig, ResourceConfig, Sc
 
 @dataclass
 class SweepConfig:
-    """Many runs over a space of settings, ranked on the validation split.
+    """Train many runs over a search space and rank them on the validation split.
 
     Args:
-        name: name of the sweep and of its directory; the name of an unfinished one goes on with
-            it. None makes a fresh name.
-        run_dir: directory of runs; none takes the run root.
-        run: the run that is varied, as ``skillnet finetune`` takes it; in a file it may start from
-            a preset: ``run: {include: tiny}``.
-        space: key of the run -> what it takes; see docs/sweeps.md.
-        search: ``grid`` tries every combination of listed values, ``random`` draws, ``optuna``
-            lets the tree-structured Parzen estimator choose from what it has seen.
-        samples: configurations that random or optuna try; grids inside the space multiply it.
-        seeds: repeats; a configuration's score is the mean over them. Without Optuna and without
-            stopping early, more may be added to a sweep, finished or not.
-        search_seed: of the drawing of configurations.
-        scheduler: ``asha`` stops bad trials early, ``none`` runs all to their end.
-        asha: how early.
-        score: how the figures of a trial become one number.
-        fixed_cost: give every configuration the width at which it costs what ``run`` costs.
-        resources: of one trial.
-        keep: configurations, best first, whose models and checkpoints stay on disk.
-        max_failures: times that a trial whose process died is started again.
-        tracking: where the sweep and its trials are recorded.
+        name: name of the sweep and its directory; the name of an unfinished sweep resumes it.
+            None generates a name.
+        run_dir: parent directory or URI; by default the run root.
+        run: base run, as for skillnet finetune; a file may include a preset, such as
+            run: {include: tiny}.
+        space: key of the run -> values; see docs/sweeps.md.
+        search: grid tries every combination, random draws points, optuna proposes points with the
+            tree-structured Parzen estimator.
+        samples: configurations that random or optuna try; grids in the space multiply the number.
+        seeds: seeds of each configuration; its score is the mean over them. More can be added
+            later, except with optuna or asha.
+        search_seed: seed of the search.
+        scheduler: asha stops bad trials early, none runs all trials to the end.
+        asha: settings of asha.
+        score: computation of a trial's score.
+        fixed_cost: set the width of every configuration so that it costs as much as run.
+        resources: resources of one trial.
+        keep: number of best configurations whose models and checkpoints are kept.
+        max_failures: restarts of a trial whose process died.
+        tracking: MLflow settings of the sweep and its trials.
     """
 
-    name: Optional[str] = None  # noqa: UP045
-    run_dir: Optional[str] = None  # noqa: UP045
+    name: str | None = None
+    run_dir: str | None = None
     run: FinetuneConfig = field(default_factory=FinetuneConfig)
     space: dict[str, SearchDimension] = field(default_factory=dict)
     search: Literal["grid", "random", "optuna"] = "grid"
@@ -58,6 +58,6 @@ class SweepConfig:
         if self.samples < 1:
             raise UserError(f"samples must be at least 1, got {self.samples}")
         if self.keep < 0 or self.max_failures < 0:
-            raise UserError("keep and max_failures must not be negative")
+            raise UserError("keep and max_failures must be at least 0")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"seeds is a list of different numbers, got {self.seeds}")
+            raise UserError(f"seeds must be a list of different numbers, got {self.seeds}")

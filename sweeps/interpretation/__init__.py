@@ -1,1 +1,1 @@
-"""TODO: package sweeps/interpretation."""
+"""Measure and draw the effect of the skills of a trained model."""

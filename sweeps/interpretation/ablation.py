@@ -1,8 +1,10 @@
-"""What a task loses when a skill is left out of its plans, another put in, or both.
+"""Ablation of skills: score drop of a task after removing, adding or swapping a skill.
 
-Nothing is trained anew: the same weights run with another plan, on the same rows, and the rows are
-compared in pairs. A skill whose loss is nil is one that the task does without; that says nothing
-of what a model trained without it would reach.
+Nothing is retrained: the same weights run with another skill plan on the same rows, and the rows
+are compared in pairs. A skill with a score drop of 0 is not used by the task. This does not show
+the score of a model that was trained without the skill.
+
+The entry point is :func:`measure_ablations`, called by ``sweeps.interpretation.analysis``.
 """
 
 import contextlib
@@ -11,16 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.evaluator import asks_with_all, corpus_path, measure
-from pipelines.evaluation.inference import Runner
-from pipelines.evaluation.outcomes import Outcomes, RowOutcomes, paired_difference
-from pipelines.evaluation.tables import HEADLINE, in_order
+from pipelines.evaluation.evaluator import locate_task_corpus, measure_split, uses_all_captions
+from pipelines.evaluation.inference import InferenceRunner
+from pipelines.evaluation.outcomes import OutcomeTable, RowOutcomes, paired_difference
+from pipelines.evaluation.tables import HEADLINE, sort_rows
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, find_task
 from skillnet_platform.errors import UserError
 
-REMOVE, ADD, SWAP = "left out", "put in", "swapped"
+REMOVE, ADD, SWAP = "remove", "add", "swap"
 
 #: Keys of a row of :func:`measure_ablations`.
 COLUMNS = (
@@ -32,7 +34,7 @@ COLUMNS = (
     "metric",
     "before",
     "after",
-    "lost",
+    "score_drop",
     "low",
     "high",
     "rows",
@@ -41,13 +43,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class PlanChange:
-    """Another plan for a task.
+    """A changed skill plan of a task.
 
     Args:
-        kind: ``left out``, ``put in`` or ``swapped``.
-        skill: that is left out, or put in.
-        other: that is put in its place; "" unless swapped.
-        task: with the changed plans; None where a tower would be left without a skill.
+        kind: ``remove``, ``add`` or ``swap``.
+        skill: skill that is removed or added.
+        other: skill that replaces it; "" unless swapped.
+        task: task with the changed plans; None if a tower would have no skill.
     """
 
     kind: str
@@ -57,30 +59,35 @@ class PlanChange:
 
 
 def list_plan_changes(task: Task, skills: Sequence[str], swaps: bool = True) -> list[PlanChange]:
-    """Every change of a task's plans by one skill.
+    """Return every change of a task's plans by one skill.
 
-    A skill is left out of each tower that activates it; put in, it joins every tower of a task
-    that does without it; swapped, another takes its place wherever it is active, if that other
-    is active in none of these towers.
+    ``remove`` removes a skill from each tower that activates it. ``add`` adds a skill to every
+    tower of a task that does not use it. ``swap`` replaces a skill by another in each tower that
+    activates it, if the other skill is active in none of these towers.
+
+    Args:
+        task: the task.
+        skills: all skills of the model.
+        swaps: include swaps.
     """
-    found = []
+    changes = []
     for skill in skills:
         if skill not in task.skills:
             towers = {name: (*plan.skills, skill) for name, plan in task.towers.items()}
-            found.append(PlanChange(ADD, skill, "", _replace_skills(task, towers)))
+            changes.append(PlanChange(ADD, skill, "", _replace_skills(task, towers)))
             continue
         left = {
             name: tuple(each for each in plan.skills if each != skill)
             for name, plan in task.towers.items()
         }
-        found.append(PlanChange(REMOVE, skill, "", _replace_skills(task, left)))
+        changes.append(PlanChange(REMOVE, skill, "", _replace_skills(task, left)))
         homes = [name for name, plan in task.towers.items() if skill in plan.skills]
         for other in skills if swaps else ():
             if any(other in task.towers[name].skills for name in homes):
                 continue
             towers = left | {name: (*left[name], other) for name in homes}
-            found.append(PlanChange(SWAP, skill, other, _replace_skills(task, towers)))
-    return found
+            changes.append(PlanChange(SWAP, skill, other, _replace_skills(task, towers)))
+    return changes
 
 
 def measure_ablations(
@@ -97,37 +104,37 @@ def measure_ablations(
     precision: str = "auto",
     on_change: Callable[[str, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure every task under every change of its plans.
+    """Evaluate every task with every change of its plans.
 
     Args:
-        model: a trained model; its weights are only read, its configuration is put back.
+        model: a trained model; its weights and configuration are unchanged afterwards.
         data: directory of prepared corpora.
-        tasks: names; none takes all that are measured by a headline figure.
-        split: of each task's corpus; a task whose corpus lacks it is left out.
-        corpora: task -> corpus, where it is not the built-in one.
-        limits: task -> longest sequence, as in training.
-        swaps: also put each other skill in the place of each active one.
-        seed: of the resampling of rows.
+        tasks: task names; None takes all tasks with a headline metric.
+        split: split of each task's corpus; tasks without it are skipped.
+        corpora: task -> corpus, if it is not the built-in corpus.
+        limits: task -> maximum sequence length, as in training.
+        swaps: also replace each active skill by each other skill.
+        seed: seed of the resampling of rows.
         bootstrap_samples: resamplings of each interval.
-        precision: see :class:`pipelines.evaluation.inference.Runner`.
-        on_change: called with the task and the rows before each measurement.
+        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        on_change: called with the task and its number of rows before each evaluation.
 
     Returns:
-        Rows with the keys ``COLUMNS``. ``before``, ``after`` and ``lost`` are scores in [0, 1],
-        higher is better (of an error rate: 1 less it); ``lost`` is before less after, with its
-        paired 95 % bootstrap interval over rows. All but ``before`` are None where a tower would
-        be left without a skill.
+        Rows with the keys ``COLUMNS``. ``before``, ``after`` and ``score_drop`` are scores in
+        [0, 1] where higher is better (1 − error rate for error rates). ``score_drop`` is before
+        minus after, with its paired 95 % bootstrap interval over rows. All but ``before`` are None
+        if a tower would have no skill.
 
     Raises:
         UserError: an unknown task, or no corpus with that split.
     """
-    found: list[dict[str, Any]] = []
-    runner = Runner(model, precision)
+    table: list[dict[str, Any]] = []
+    runner = InferenceRunner(model, precision)
     for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
         metric, more = HEADLINE[spec.objective]
         limit = (limits or {}).get(name)
-        whole = _measure_outcomes(runner, name, spec, part, corpus, limit)
+        baseline = _measure_outcomes(runner, name, spec, part, corpus, limit)
         for change in list_plan_changes(spec, model.config.skills, swaps):
             if on_change is not None:
                 on_change(name, part.rows)
@@ -138,42 +145,42 @@ def measure_ablations(
                 "skill": change.skill,
                 "other": change.other,
                 "metric": metric,
-                "before": _score(whole.value, more),
-                "rows": len(whole),
+                "before": _score(baseline.value, more),
+                "rows": len(baseline),
             }
             if change.task is not None:
                 altered = _measure_outcomes(runner, name, change.task, part, corpus, limit)
-                pair = (whole, altered) if more else (altered, whole)
+                pair = (baseline, altered) if more else (altered, baseline)
                 interval = paired_difference(*pair, seed=seed, samples=bootstrap_samples)
-                row |= {"after": _score(altered.value, more), "lost": interval.value}
+                row |= {"after": _score(altered.value, more), "score_drop": interval.value}
                 row |= {"low": interval.low, "high": interval.high}
-            found.append({column: row.get(column) for column in COLUMNS})
-    return found
+            table.append({column: row.get(column) for column in COLUMNS})
+    return table
 
 
 def _measure_outcomes(
-    runner: Runner,
+    runner: InferenceRunner,
     name: str,
     task: Task,
     part: CorpusSplit,
     corpus: PreparedCorpus,
     limit: int | None,
 ) -> RowOutcomes:
-    """What becomes of every row of a split under a plan, asked as the evaluation asks."""
-    kept = Outcomes()
+    """Return the outcome of every row of a split under a plan, as in an evaluation."""
+    outcomes = OutcomeTable()
     assert isinstance(runner.model, SkillNet)
     with override_plan(runner.model, name, task):
-        measure(
+        measure_split(
             runner,
             name,
             part,
             f"{corpus.name}/{part.name}",
             limit=limit,
             samples=0,
-            outcomes=kept,
-            every_caption=asks_with_all(corpus),
+            outcomes=outcomes,
+            every_caption=uses_all_captions(corpus),
         )
-    return kept[name, part.name]
+    return outcomes[name, part.name]
 
 
 def find_measured_splits(
@@ -183,18 +190,25 @@ def find_measured_splits(
     split: str,
     corpora: Mapping[str, str] | None,
 ) -> list[tuple[str, CorpusSplit, PreparedCorpus]]:
-    """(task, its split, its corpus) of the tasks that have a headline figure and the split.
+    """Return (task, split, corpus) of the tasks with a headline metric and the split.
+
+    Args:
+        model: the model.
+        data: directory of prepared corpora.
+        tasks: task names; None takes all tasks of the model.
+        split: name of the split.
+        corpora: task -> corpus, if it is not the built-in corpus.
 
     Raises:
         UserError: an unknown task, or no corpus with that split.
     """
-    names = in_order(model.config.tasks) if tasks is None else list(tasks)
+    names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     found: list[tuple[str, CorpusSplit, PreparedCorpus]] = []
     seen: set[str] = set()
     for name in names:
         if find_task(name, model.config.tasks).objective not in HEADLINE:
             continue
-        corpus = open_corpus(corpus_path(data, name, corpora))
+        corpus = open_corpus(locate_task_corpus(data, name, corpora))
         seen |= corpus.splits.keys()
         if split in corpus.splits:
             found.append((name, corpus.splits[split], corpus))
@@ -208,21 +222,27 @@ def find_measured_splits(
 
 @contextlib.contextmanager
 def override_plan(model: SkillNet, name: str, task: Task) -> Iterator[None]:
-    """The model with another plan for a task, for the length of a block; weights stay."""
+    """Run a block with another plan for a task; the weights stay the same.
+
+    Args:
+        model: the model, whose configuration is restored afterwards.
+        name: name of the task.
+        task: the task with the other plan.
+    """
     before = model.config
     model.config = replace(before, tasks=before.tasks | {name: task})
     try:
         yield
     finally:
         model.config = before
-        # Merged weights are kept per plan: of plans that do not come again they are waste.
+        # Merged weights are cached per plan; train() drops those of plans that do not recur.
         training = model.training
         model.train()
         model.train(training)
 
 
 def _replace_skills(task: Task, skills: Mapping[str, Sequence[str]]) -> Task | None:
-    """The task with other skills in its towers; None if a tower had none left."""
+    """Return the task with other skills in its towers; None if a tower would have no skill."""
     if not all(skills.values()):
         return None
     towers = {

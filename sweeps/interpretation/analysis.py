@@ -1,11 +1,13 @@
-"""What the skills of a trained model do: three tables, their pictures, and a page of both.
+"""Interpret the skills of a trained model: three tables, their figures, and an HTML page.
 
 <folder>/
-  interpretation.html     the pictures with words
-  knockout.csv            points lost by change of plan (see sweeps.interpretation.ablation)
-  similarity.csv          likeness of skills by layer (see sweeps.interpretation.similarity)
-  gradient_share.csv      where the gradient goes (see sweeps.interpretation.gradient_share)
-  *.png                   the pictures
+  interpretation.html     the figures with captions
+  ablation.csv            score drop by plan change (see sweeps.interpretation.ablation)
+  similarity.csv          similarity of skills by layer (see sweeps.interpretation.similarity)
+  gradient_share.csv      gradient share by part (see sweeps.interpretation.gradient_share)
+  *.png                   the figures
+
+The entry point is :func:`interpret_model`, called by ``skillnet interpret``.
 """
 
 import base64
@@ -17,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from skillnet.model import SkillNet
 from skillnet_platform.storage import atomic_write
-from sweeps.interpretation import ablation as knockout_module
-from sweeps.interpretation import gradient_share as gradients_module
-from sweeps.interpretation import similarity as similarity_module
+from sweeps.interpretation import ablation, gradient_share, similarity
 from sweeps.interpretation.ablation import measure_ablations
 from sweeps.interpretation.figures import draw_figures
 from sweeps.interpretation.gradient_share import measure_gradient_share
@@ -30,34 +30,35 @@ if TYPE_CHECKING:
 
 PAGE = "interpretation.html"
 
-#: Words below the figures, by the beginning of their names.
+#: Prefix of a figure's file name -> caption.
 CAPTIONS = {
-    "knockout": "The same weights with one skill more or less in the task's plan. Positive: the "
-    "task is worse off. Bold: the interval over test rows, paired by row, excludes 0. It says what "
-    "this model uses, not what a model trained without the skill would reach.",
-    "swaps": "Another skill in the place of one that the task activates, on the same weights. "
-    "Empty: the other is active there already.",
+    "ablation": "The same weights with one skill added to or removed from the task's plan. "
+    "Positive values are a score drop. Bold: the interval over test rows, paired by row, excludes "
+    "0. The figure shows the skills that this model uses, not the score of a model that was "
+    "trained without a skill.",
+    "swaps": "An active skill of the task is replaced by another skill, with the same weights. "
+    "Empty: the other skill is active already.",
     "gradient_share": "Squared gradient of training batches, without dropout and augmentation. "
-    "Large parts count by their size.",
-    "similarity_weights": "Skills are drawn apart, so cosines start at 0: what is above it was "
-    "learnt alike, or comes from growth by copying.",
-    "similarity": "Each skill alone on what the module gets when the task runs with its own plan. "
-    "The same input makes outputs alike even if nothing was learnt: compare with the last line, a "
-    "skill of fresh weights.",
+    "Larger parts have larger shares.",
+    "similarity_weights": "Skills are initialized independently, so cosines start at 0. Higher "
+    "values come from training, or from growth by copying.",
+    "similarity": "Each skill alone, on the input of the module when the task runs with its own "
+    "plan. Equal inputs make outputs similar even without training: compare with the last row, an "
+    "untrained skill.",
 }
 
 
 @dataclass(frozen=True)
 class SkillInterpretation:
-    """Tidy rows of a model's interpretation.
+    """Tables of a model's interpretation.
 
     Args:
-        model: what was interpreted, for titles.
-        skills: of the model, in order.
-        knockout: of :func:`sweeps.interpretation.ablation.measure_ablations`.
-        similarity: of :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
-        gradients: of :func:`sweeps.interpretation.gradient_share.measure_gradient_share`.
-        facts: name -> value, how it was made.
+        model: name of the model, for titles.
+        skills: skills of the model, in order.
+        ablations: rows of :func:`sweeps.interpretation.ablation.measure_ablations`.
+        similarity: rows of :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
+        gradients: rows of :func:`sweeps.interpretation.gradient_share.measure_gradient_share`.
+        facts: name -> value of the provenance.
     """
 
     model: str
@@ -68,23 +69,23 @@ class SkillInterpretation:
     facts: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> "dict[str, Figure]":
-        """File name -> figure; drawn at each call."""
+        """Draw the figures; return file name -> figure."""
         return draw_figures(self.ablations, self.similarity, self.gradients, self.skills)
 
     def tables(self) -> dict[str, tuple[Sequence[str], list[dict[str, Any]]]]:
-        """File name -> (columns, rows)."""
+        """Return file name -> (columns, rows) of the CSV files."""
         return {
-            "knockout.csv": (knockout_module.COLUMNS, self.ablations),
-            "similarity.csv": (similarity_module.COLUMNS, self.similarity),
-            "measure_gradient_share.csv": (gradients_module.COLUMNS, self.gradients),
+            "ablation.csv": (ablation.COLUMNS, self.ablations),
+            "similarity.csv": (similarity.COLUMNS, self.similarity),
+            "gradient_share.csv": (gradient_share.COLUMNS, self.gradients),
         }
 
     def write(self, folder: Path) -> list[Path]:
-        """Write all of it into a folder; the paths, the page first."""
+        """Write all files to a directory; return their paths, the HTML page first."""
         from sweeps.report.html import render_template
         from sweeps.report.plots import encode_png
 
-        # As pixels: as outlines, the thousands of numbers of a deep model make a page too heavy.
+        # PNG, because the thousands of numbers of a deep model make SVG outlines too large.
         drawn = {name: encode_png(figure) for name, figure in self.figures().items()}
         encoded = [
             {
@@ -125,29 +126,29 @@ def interpret_model(
     precision: str = "auto",
     on_progress: Callable[[str, int], None] | None = None,
 ) -> SkillInterpretation:
-    """Interpret a trained model: knock-outs, likeness of skills, shares of the gradient.
+    """Interpret a trained model by ablations, similarity of skills and gradient shares.
 
     Args:
-        model: a trained SkillNet; nothing of it changes.
+        model: a trained SkillNet; it is not changed.
         data: directory of prepared corpora.
-        tasks: names; none takes all that are measured by a headline figure.
-        split: that knock-outs are measured and outputs compared on; gradients are of ``train``.
-        name: of the model, for titles.
-        corpora: task -> corpus, where it is not the built-in one.
-        limits: task -> longest sequence, as in training.
-        swaps: also put each other skill in the place of each active one.
+        tasks: task names; None takes all tasks with a headline metric.
+        split: split for ablations and output similarity; gradients use ``train``.
+        name: name of the model, for titles.
+        corpora: task -> corpus, if it is not the built-in corpus.
+        limits: task -> maximum sequence length, as in training.
+        swaps: also replace each active skill by each other skill.
         tokens: see :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
         batches: training batches of each task for the gradient.
-        seed: of the choice of rows and of resampling.
+        seed: seed of row sampling and resampling.
         bootstrap_samples: resamplings of each interval.
-        precision: see :class:`pipelines.evaluation.inference.Runner`.
-        on_progress: called with words and the rows before each measurement.
+        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        on_progress: called with a task and its number of rows before each evaluation.
 
     Raises:
-        UserError: an unknown task, or corpora that do not fit.
+        UserError: an unknown task, or a corpus that does not fit.
     """
     common: dict[str, Any] = {"corpora": corpora, "limits": limits, "seed": seed}
-    lost = measure_ablations(
+    ablations = measure_ablations(
         model,
         data,
         tasks,
@@ -158,8 +159,8 @@ def interpret_model(
         on_change=on_progress,
         **common,
     )
-    alike = measure_skill_similarity(model, data, tasks, split, tokens=tokens, **common)
-    shares = measure_gradient_share(
+    similarities = measure_skill_similarity(model, data, tasks, split, tokens=tokens, **common)
+    gradients = measure_gradient_share(
         model,
         data,
         tasks,
@@ -168,26 +169,19 @@ def interpret_model(
         precision=precision,
         **common,
     )
-    return SkillInterpretation(
-        name, tuple(model.config.skills), lost, alike, shares, {"split": split}
-    )
+    skills = tuple(model.config.skills)
+    facts = {"split": split}
+    return SkillInterpretation(name, skills, ablations, similarities, gradients, facts)
 
 
 def find_caption(name: str) -> str:
-    """Words below the figure of that file name."""
-    return next(words for start, words in CAPTIONS.items() if name.startswith(start))
+    """Return the caption of a figure.
+
+    Args:
+        name: file name of the figure.
+    """
+    return next(text for prefix, text in CAPTIONS.items() if name.startswith(prefix))
 
 
 def _title(name: str) -> str:
     return name.removesuffix(".png").replace("_", " ").capitalize()
-
-
-__all__ = [
-    "Interpretation",
-    "caption_of",
-    "figures",
-    "gradient_share",
-    "interpret",
-    "knockout_table",
-    "skill_similarity",
-]

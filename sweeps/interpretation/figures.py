@@ -1,7 +1,7 @@
-"""Pictures of an interpretation: heat maps with their numbers, in colours that all eyes tell apart.
+"""Figures of an interpretation: heat maps with a number in each cell.
 
-Purple and orange stand for the two directions of a change, blues for amounts (ColorBrewer's PuOr
-and Blues, both safe for the colour-blind); every cell carries its number.
+Purple and orange show the two directions of a change, blue shows amounts. The colour maps PuOr and
+Blues (source: ColorBrewer) are readable with colour vision deficiency.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.evaluation.tables import in_order
+from pipelines.evaluation.tables import sort_rows
 from sweeps.interpretation.ablation import ADD, REMOVE, SWAP
 from sweeps.interpretation.similarity import CKA, UNTRAINED, WEIGHTS
 
@@ -18,43 +18,48 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
-#: Layers of a deep model that are shown: spread evenly, the first and the last among them.
+#: Layers that are shown for a deep model: evenly spaced, including the first and the last.
 LAYERS_SHOWN = 4
 
 
 def draw_figures(
-    knockout: Rows, similarity: Rows, gradients: Rows, skills: Sequence[str]
+    ablations: Rows, similarity: Rows, gradients: Rows, skills: Sequence[str]
 ) -> "dict[str, Figure]":
-    """File name -> figure of all that there are rows for.
+    """Draw all figures that have rows; return file name -> figure.
 
     Args:
-        knockout: of :func:`sweeps.interpretation.ablation.measure_ablations`.
-        similarity: of :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
-        gradients: of :func:`sweeps.interpretation.gradient_share.measure_gradient_share`.
-        skills: the model's, in the order of columns.
+        ablations: rows of :func:`sweeps.interpretation.ablation.measure_ablations`.
+        similarity: rows of :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
+        gradients: rows of :func:`sweeps.interpretation.gradient_share.measure_gradient_share`.
+        skills: skills of the model, in the order of the columns.
     """
-    found: dict[str, Figure] = {}
-    if knockout:
-        found["knockout.png"] = draw_ablation_figure(knockout, skills)
-    if any(row["change"] == SWAP for row in knockout):
-        found["swaps.png"] = draw_swap_figure(knockout, skills)
+    figures: dict[str, Figure] = {}
+    if ablations:
+        figures["ablation.png"] = draw_ablation_figure(ablations, skills)
+    if any(row["change"] == SWAP for row in ablations):
+        figures["swaps.png"] = draw_swap_figure(ablations, skills)
     if gradients:
-        found["gradient_share.png"] = draw_gradient_figure(gradients, skills)
+        figures["gradient_share.png"] = draw_gradient_figure(gradients, skills)
     modalities = dict.fromkeys(row["modality"] for row in similarity if row["measure"] == CKA)
     for modality in modalities:
         rows = [r for r in similarity if r["measure"] == CKA and r["modality"] == modality]
-        words = f"likeness of skills' outputs on {modality} (linear CKA)"
-        found[f"similarity_{modality}.png"] = draw_similarity_figure(rows, words)
+        title = f"similarity of skill outputs on {modality} (linear CKA)"
+        figures[f"similarity_{modality}.png"] = draw_similarity_figure(rows, title)
     weights = [row for row in similarity if row["measure"] == WEIGHTS]
     if weights:
-        words = "likeness of skills' weights (cosine)"
-        found["similarity_weights.png"] = draw_similarity_figure(weights, words)
-    return found
+        title = "similarity of skill weights (cosine)"
+        figures["similarity_weights.png"] = draw_similarity_figure(weights, title)
+    return figures
 
 
 def draw_ablation_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
-    """Task x skill: points lost when an active skill is left out, or another put in."""
-    tasks = in_order(dict.fromkeys(row["task"] for row in rows))
+    """Draw task x skill: score drop after removing an active skill or adding another.
+
+    Args:
+        rows: of :func:`sweeps.interpretation.ablation.measure_ablations`.
+        skills: skills of the model, in the order of the columns.
+    """
+    tasks = sort_rows(dict.fromkeys(row["task"] for row in rows))
     cells: dict[tuple[int, int], Mapping[str, Any]] = {}
     for row in rows:
         if row["change"] in (REMOVE, ADD):
@@ -68,8 +73,8 @@ def draw_ablation_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     _label_axes(axes, labels, skills)
     split = rows[0]["split"]
     axes.set_title(
-        f"Points of score lost on {split} (95 % interval), by change of the task's plan\n"
-        "framed: the skill is active and is left out;  unframed: it is not, and is put in",
+        f"Score drop in points on {split} (95 % interval), by change of the task's plan\n"
+        "framed: an active skill is removed;  unframed: an inactive skill is added",
         fontsize=9,
         loc="left",
     )
@@ -77,9 +82,14 @@ def draw_ablation_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
 
 
 def draw_swap_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
-    """A panel a task: points lost when another skill takes the place of an active one."""
+    """Draw one panel per task: score drop after swapping an active skill for another.
+
+    Args:
+        rows: of :func:`sweeps.interpretation.ablation.measure_ablations`.
+        skills: skills of the model, in the order of the columns.
+    """
     swaps = [row for row in rows if row["change"] == SWAP]
-    tasks = in_order(dict.fromkeys(row["task"] for row in swaps))
+    tasks = sort_rows(dict.fromkeys(row["task"] for row in swaps))
     active = {
         task: [s for s in skills if any((r["task"], r["skill"]) == (task, s) for r in swaps)]
         for task in tasks
@@ -96,22 +106,27 @@ def draw_swap_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
         }
         _draw_score_drops(axes, cells, len(active[task]), len(skills), largest, _format_drop)
         _label_axes(axes, active[task], skills)
-        axes.set_ylabel("taken out", fontsize=8)
+        axes.set_ylabel("removed", fontsize=8)
         axes.set_title(
-            f"{_replace_underscores(task)} ({_format_basis(rows, task)}), put in:",
+            f"{_replace_underscores(task)} ({_format_basis(rows, task)}), added:",
             fontsize=9,
             loc="left",
         )
     figure.suptitle(
-        f"Points of score lost on {rows[0]['split']} when a skill is swapped for another",
+        f"Score drop in points on {rows[0]['split']} after swapping a skill for another",
         fontsize=10,
     )
     return figure
 
 
 def draw_gradient_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
-    """Task x skill: share of the skills' squared gradient; beside it the skills' share of all."""
-    tasks = in_order(dict.fromkeys(row["task"] for row in rows))
+    """Draw task x skill: gradient share among skills, and next to it among all parts.
+
+    Args:
+        rows: of :func:`sweeps.interpretation.gradient_share.measure_gradient_share`.
+        skills: skills of the model, in the order of the columns.
+    """
+    tasks = sort_rows(dict.fromkeys(row["task"] for row in rows))
     own = np.full((len(tasks), len(skills)), np.nan)
     kinds = ("skill", "shared", "stem", "head")
     every = np.zeros((len(tasks), len(kinds)))
@@ -124,27 +139,32 @@ def draw_gradient_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
     left, right = figure.subplots(1, 2, width_ratios=[len(skills), len(kinds)])
     for axes, values in ((left, own), (right, every)):
         image = _draw_image(axes, values, "Blues", 0, 1)
-        for place in np.ndindex(*values.shape):
-            if np.isnan(values[place]):
-                _draw_empty_cell(axes, place, "")
+        for cell in np.ndindex(*values.shape):
+            if np.isnan(values[cell]):
+                _draw_empty_cell(axes, cell, "")
             else:
-                text = f"{100 * values[place]:.1f} %" if values[place] >= 0.01 else "< 1 %"
-                _write_value(axes, place, text, image, float(values[place]))
+                text = f"{100 * values[cell]:.1f} %" if values[cell] >= 0.01 else "< 1 %"
+                _write_value(axes, cell, text, image, float(values[cell]))
     _label_axes(left, [_replace_underscores(task) for task in tasks], skills)
     _label_axes(right, [""] * len(tasks), ["all skills", "shared", "stems", "head"])
     left.set_title("Squared gradient by skill; empty: not active", fontsize=9, loc="left")
-    right.set_title("… and of all parts", fontsize=9, loc="left")
+    right.set_title("… and by all parts", fontsize=9, loc="left")
     return figure
 
 
 def draw_similarity_figure(rows: Rows, title: str) -> "Figure":
-    """Skill x skill, a panel for each module (down) and layer (across)."""
+    """Draw skill x skill, one panel per module (down) and layer (across).
+
+    Args:
+        rows: of :func:`sweeps.interpretation.similarity.measure_skill_similarity`.
+        title: title of the figure.
+    """
     skills = list(dict.fromkeys(row["skill"] for row in rows))
     skills.sort(key=lambda name: name == UNTRAINED)
     modules = list(dict.fromkeys(row["module"] for row in rows))
     every = sorted({row["layer"] for row in rows})
     chosen = np.unique(np.linspace(0, len(every) - 1, min(len(every), LAYERS_SHOWN)).round())
-    layers = [every[int(place)] for place in chosen]
+    layers = [every[int(index)] for index in chosen]
     side = 0.9 + 0.36 * len(skills)
     figure = _make_figure(1.2 + side * len(layers), 1.0 + (side + 0.1) * len(modules))
     panels = figure.subplots(len(modules), len(layers), squeeze=False)
@@ -159,12 +179,12 @@ def draw_similarity_figure(rows: Rows, title: str) -> "Figure":
             image = _draw_image(
                 axes, values, "PuOr" if negative else "Blues", -1 if negative else 0, 1
             )
-            for place in np.ndindex(*values.shape):
-                if np.isnan(values[place]):
-                    _draw_empty_cell(axes, place, "–")
+            for cell in np.ndindex(*values.shape):
+                if np.isnan(values[cell]):
+                    _draw_empty_cell(axes, cell, "–")
                 else:
-                    value = float(values[place])
-                    _write_value(axes, place, _format_hundredths(value), image, value, 6.5)
+                    value = float(values[cell])
+                    _write_value(axes, cell, _format_hundredths(value), image, value, 6.5)
             _label_axes(axes, skills if across == 0 else [""] * len(skills), skills, 7.5, 60)
             if down:
                 axes.set_xticklabels([])
@@ -182,26 +202,26 @@ def _draw_score_drops(
     down: int,
     across: int,
     largest: float,
-    words: Any,
+    format_cell: Any,
 ) -> None:
     from matplotlib.patches import Rectangle
 
     values = np.full((down, across), np.nan)
-    for place, row in cells.items():
-        if row["lost"] is not None:
-            values[place] = row["lost"]
+    for position, row in cells.items():
+        if row["score_drop"] is not None:
+            values[position] = row["score_drop"]
     image = _draw_image(axes, values, "PuOr_r", -largest, largest)
-    for place in ((y, x) for y in range(down) for x in range(across)):
-        cell = cells.get(place)
-        if cell is None or cell["lost"] is None:
-            _draw_empty_cell(axes, place, "" if cell is None else "n/a")
+    for position in ((y, x) for y in range(down) for x in range(across)):
+        cell = cells.get(position)
+        if cell is None or cell["score_drop"] is None:
+            _draw_empty_cell(axes, position, "" if cell is None else "n/a")
         else:
-            sure = cell["low"] > 0 or cell["high"] < 0
-            _write_value(
-                axes, place, words(cell), image, cell["lost"], 7, "bold" if sure else "normal"
-            )
+            weight = "bold" if cell["low"] > 0 or cell["high"] < 0 else "normal"
+            text = format_cell(cell)
+            _write_value(axes, position, text, image, cell["score_drop"], 7, weight)
         if cell is not None and cell["change"] == REMOVE:
-            box = Rectangle((place[1] - 0.47, place[0] - 0.46), 0.94, 0.92, fill=False)
+            corner = (position[1] - 0.47, position[0] - 0.46)
+            box = Rectangle(corner, 0.94, 0.92, fill=False)
             box.set(linewidth=1.6, edgecolor="#222222")
             axes.add_patch(box)
 
@@ -216,7 +236,7 @@ def _draw_image(axes: Any, values: np.ndarray, colours: str, low: float, high: f
 
 def _write_value(
     axes: Any,
-    place: tuple[int, ...],
+    position: tuple[int, ...],
     text: str,
     image: Any,
     value: float,
@@ -224,24 +244,23 @@ def _write_value(
     weight: str = "normal",
 ) -> None:
     red, green, blue, _ = image.cmap(image.norm(value))
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-    colour = "white" if dark else "#1a1a1a"
-    _write_text(axes, place, text, fontsize=size, color=colour, weight=weight)
+    is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+    colour = "white" if is_dark else "#1a1a1a"
+    _write_text(axes, position, text, fontsize=size, color=colour, weight=weight)
 
 
-def _draw_empty_cell(axes: Any, place: tuple[int, ...], text: str) -> None:
+def _draw_empty_cell(axes: Any, position: tuple[int, ...], text: str) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(
-        Rectangle((place[1] - 0.5, place[0] - 0.5), 1, 1, color="#f1efec", linewidth=0, zorder=0)
-    )
-    _write_text(axes, place, text, fontsize=7, color="#8a8a8a")
+    corner = (position[1] - 0.5, position[0] - 0.5)
+    axes.add_patch(Rectangle(corner, 1, 1, color="#f1efec", linewidth=0, zorder=0))
+    _write_text(axes, position, text, fontsize=7, color="#8a8a8a")
 
 
-def _write_text(axes: Any, place: tuple[int, ...], text: str, **style: Any) -> None:
-    words = axes.text(place[1], place[0], text, ha="center", va="center", **style)
-    # Thousands of numbers inside their cells: the layout need not measure them.
-    words.set_in_layout(False)
+def _write_text(axes: Any, position: tuple[int, ...], text: str, **style: Any) -> None:
+    label = axes.text(position[1], position[0], text, ha="center", va="center", **style)
+    # The layout engine is slow with thousands of labels, and these stay inside their cells.
+    label.set_in_layout(False)
 
 
 def _label_axes(
@@ -256,21 +275,23 @@ def _label_axes(
 
 
 def _largest_drop(rows: Rows) -> float:
-    """The end of the colours' scale, the same for all panels: the largest change."""
-    return max((abs(row["lost"]) for row in rows if row["lost"] is not None), default=0) or 1.0
+    """Return the largest absolute change, which is the colour limit of all panels."""
+    drops = (abs(row["score_drop"]) for row in rows if row["score_drop"] is not None)
+    return max(drops, default=0) or 1.0
 
 
 def _format_drop_with_interval(row: Mapping[str, Any]) -> str:
-    return f"{_format_points(row['lost'])}\n({_format_points(row['low'])} to {_format_points(row['high'])})"
+    low, high = _format_points(row["low"]), _format_points(row["high"])
+    return f"{_format_drop(row)}\n({low} to {high})"
 
 
 def _format_drop(row: Mapping[str, Any]) -> str:
-    return _format_points(row["lost"])
+    return _format_points(row["score_drop"])
 
 
 def _format_points(value: float) -> str:
-    shown = f"{100 * value:+.1f}"
-    return "0.0" if shown in ("+0.0", "-0.0") else shown.replace("-", "−")
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
 def _format_basis(rows: Rows, task: str) -> str:
@@ -281,11 +302,11 @@ def _format_basis(rows: Rows, task: str) -> str:
 
 
 def _format_hundredths(value: float) -> str:
-    """``0.38 -> ".38"``, ``-0.004 -> "0"``: what fits a small cell."""
-    shown = f"{value:.2f}"
-    if shown in ("0.00", "-0.00", "1.00"):
-        return shown[-4]
-    return shown.replace("0.", ".").replace("-", "−")
+    """Return a short number for a small cell: ``0.38 -> ".38"``, ``-0.004 -> "0"``."""
+    text = f"{value:.2f}"
+    if text in ("0.00", "-0.00", "1.00"):
+        return text[-4]
+    return text.replace("0.", ".").replace("-", "−")
 
 
 def _replace_underscores(name: str) -> str:

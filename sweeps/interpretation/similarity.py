@@ -1,13 +1,16 @@
-"""How alike skills are, layer by layer: by what they compute on real inputs, and by their weights.
+"""Similarity of skills by layer: of their outputs on real inputs, and of their weights.
 
 Linear centred kernel alignment (source: Kornblith et al., "Similarity of Neural Network
-Representations Revisited", ICML 2019) compares two skills' outputs on the same tokens: 1 if one
-is the other rotated and scaled, near 0 if they have nothing in common. The input of a module is
-what it gets when the task runs with its own plan; each skill then computes alone on it. Modules
-that get the same input give outputs that are alike even if nothing was learnt: a skill of fresh
-weights is compared along, and a likeness counts by how far it is above that one's.
+Representations Revisited", ICML 2019) compares two skills' outputs on the same tokens. It is 1 if
+one output is the other rotated and scaled, and near 0 for unrelated outputs.
 
-Shapes: B rows, T tokens of a row, n tokens in all, D model width.
+A module receives its usual input, from the task with its own plan; each skill is then computed
+alone on that input. Equal inputs make outputs similar even without training. An untrained skill is
+therefore included as a baseline, and a similarity is meaningful if it is above this baseline.
+
+The entry point is :func:`measure_skill_similarity`.
+
+Shapes: B rows, T tokens of a row, n tokens in total, D model width.
 """
 
 import copy
@@ -33,7 +36,7 @@ CKA, WEIGHTS = "outputs (CKA)", "weights (cosine)"
 #: Keys of a row of :func:`measure_skill_similarity`.
 COLUMNS = ("measure", "modality", "task", "layer", "module", "skill", "other", "value", "tokens")
 
-#: The skill of fresh weights that is compared along.
+#: Name of the untrained skill that serves as baseline.
 UNTRAINED = "untrained"
 
 Modules = dict[tuple[int, str], nn.Module]
@@ -51,35 +54,34 @@ def measure_skill_similarity(
     tokens: int = 2048,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Compare all pairs of skills in every module that carries them.
+    """Compare all pairs of skills in every module that has skills.
 
     Args:
         model: a trained model.
         data: directory of prepared corpora.
-        tasks: names; each modality's inputs come from the first of them that reads it as its own
-            (not as a query). None takes all.
-        split: of their corpora.
-        corpora: task -> corpus, where it is not the built-in one.
-        limits: task -> longest sequence, as in training.
-        tokens: real tokens of each modality that outputs are compared on, at least; eight times
-            the model's width, if that is more: with few, unlike outputs look alike.
-        seed: chooses the rows.
+        tasks: task names; the inputs of a modality come from the first task with a tower of that
+            modality (queries excluded). None takes all tasks.
+        split: split of the corpora.
+        corpora: task -> corpus, if it is not the built-in corpus.
+        limits: task -> maximum sequence length, as in training.
+        tokens: minimum number of tokens per modality, without padding. At least eight times the
+            model width is used, because few tokens make unrelated outputs look similar.
+        seed: seed of row sampling.
 
     Returns:
-        Rows with the keys ``COLUMNS``, each pair both ways, :data:`UNTRAINED` among the skills;
-        layers count from 1. A value is None where a skill's outputs are all the same, or its
-        weights zero.
+        Rows with the keys ``COLUMNS``, each pair in both orders, including :data:`UNTRAINED`;
+        layers count from 1. A value is None if a skill has constant outputs or zero weights.
 
     Raises:
         UserError: an unknown task, or no corpus with that split.
     """
     model = _with_untrained(model, seed)
     modules = find_skill_modules(model)
-    found = []
+    table = []
     for (layer, module), carrier in modules.items():
         vectors = {name: _flat_weights(carrier, name) for name in model.config.skills}
         common = {"measure": WEIGHTS, "modality": "", "task": "", "layer": layer, "module": module}
-        found += _build_rows(_cosines(vectors), common | {"tokens": None})
+        table += _build_rows(_cosines(vectors), common | {"tokens": None})
     seen: set[str] = set()
     for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
@@ -97,26 +99,32 @@ def measure_skill_similarity(
             common = {"measure": CKA, "modality": plan.modality, "task": name}
             common |= {"layer": layer, "module": module}
             count = len(next(iter(by_skill.values())))
-            found += _build_rows(compute_linear_cka(by_skill), common | {"tokens": count})
-    return found
+            table += _build_rows(compute_linear_cka(by_skill), common | {"tokens": count})
+    return table
 
 
 def find_skill_modules(model: SkillNet) -> Modules:
-    """(layer from 1, "attention" or "feedforward") -> module, of those that carry skills."""
-    found: Modules = {}
+    """Return (layer from 1, "attention" or "feedforward") -> module, of modules with skills."""
+    modules: Modules = {}
     for index, layer in enumerate(model.encoder.layers):
         assert isinstance(layer, EncoderLayer)
         if layer.attention_skills:
-            found[index + 1, "attention"] = layer.attention
+            modules[index + 1, "attention"] = layer.attention
         if layer.feedforward_skills:
-            found[index + 1, "feedforward"] = layer.feedforward
-    return found
+            modules[index + 1, "feedforward"] = layer.feedforward
+    return modules
 
 
 def compute_linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
-    """||Y'X||² / (||X'X|| ||Y'Y||) of centred outputs (n, D) of every pair (Frobenius norms).
+    """Return the linear CKA of every pair of outputs.
 
-    None for a pair with outputs that are all the same.
+    CKA is ||Y'X||² / (||X'X|| ||Y'Y||) of centred outputs, with Frobenius norms.
+
+    Args:
+        outputs: skill -> outputs (n, D) on the same tokens.
+
+    Returns:
+        (skill, skill) -> CKA; None if one of the outputs is constant.
     """
     centred = {name: (x - x.mean(0)).float() for name, x in outputs.items()}
     own = {name: float((x.T @ x).norm()) for name, x in centred.items()}
@@ -129,7 +137,7 @@ def compute_linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
 
 
 def _with_untrained(model: SkillNet, seed: int) -> SkillNet:
-    """A copy with one more skill, of fresh weights; the generator is left as it was."""
+    """Return a copy with one untrained skill; the global random state is unchanged."""
     copied = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -140,17 +148,17 @@ def _with_untrained(model: SkillNet, seed: int) -> SkillNet:
 def _collect_outputs(
     model: SkillNet, modules: Modules, plan: SkillPlan, inputs: Any, rows: np.ndarray
 ) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """Module -> skill -> its outputs (n, D) on the real tokens of some rows."""
+    """Return module -> skill -> outputs (n, D) on the tokens of some rows, without padding."""
     parts: dict[tuple[int, str], dict[str, list[Tensor]]] = {
         key: {name: [] for name in model.config.skills} for key in modules
     }
     real: list[Tensor | None] = [None]
 
     def listen(key: tuple[int, str]) -> Any:
-        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
-            x_BTD, more = given[0], given[2:]
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x_BTD, more = arguments[0], arguments[2:]
             for name, outputs in parts[key].items():
-                # Past the hook: each skill alone, on what the whole plan made of the input.
+                # Calling forward directly skips this hook.
                 y_BTD = type(module).forward(module, x_BTD, (name,), *more)
                 outputs.append(y_BTD[real[0]] if real[0] is not None else y_BTD.flatten(0, 1))
 
@@ -167,7 +175,7 @@ def _collect_outputs(
     finally:
         for handle in handles:
             handle.remove()
-        model.train()  # drops the weights kept for each skill alone
+        model.train()  # drops the cached weights of each single skill
         model.train(training)
     return {
         key: {name: torch.cat(outputs) for name, outputs in by_skill.items()}
@@ -176,14 +184,14 @@ def _collect_outputs(
 
 
 def _sample_rows(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:
-    """Rows in random order, as many as it takes to have so many tokens."""
+    """Return random row indices (sorted) that contain at least ``tokens`` tokens."""
     order = np.random.default_rng(seed).permutation(len(lengths))
     enough = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1
     return np.sort(order[:enough])
 
 
 def _flat_weights(module: nn.Module, skill: str) -> Tensor:
-    """All weights of a skill in a module, one vector."""
+    """Return all weights of a skill in a module as one vector."""
     if isinstance(module, SkillAttention):
         parts: list[SkillWeights] = [module.qkv.weight, module.out.weight]
     else:
@@ -202,7 +210,7 @@ def _cosines(vectors: Mapping[str, Tensor]) -> Pairs:
 
 
 def _build_rows(pairs: Pairs, common: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each pair both ways."""
+    """Return one row per pair and order."""
     both = pairs | {(other, one): value for (one, other), value in pairs.items()}
     rows = [common | {"skill": a, "other": b, "value": value} for (a, b), value in both.items()]
     return [{column: row[column] for column in COLUMNS} for row in rows]

@@ -1,1 +1,1 @@
-"""TODO: package sweeps/report."""
+"""Reports of comparisons: tables, plots, files and an HTML page."""

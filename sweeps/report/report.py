@@ -1,12 +1,14 @@
-"""The report of a comparison: made once, then shown, written and recorded.
+"""The report of a comparison: built once, then shown, written and recorded.
 
 <folder>/
-  report.html       everything, with the plots inside
-  results.csv       tidy rows of every run, one figure a row
+  report.html       complete report with plots
+  results.csv       tidy rows of every run, one metric per row
   summary.csv       estimates per system, task and test set, with intervals
-  tests.csv         every paired test
-  claims.json       the claims and their parts
-  outcomes.parquet  what became of each test row in each run
+  tests.csv         all paired tests
+  claims.json       claims with their conditions
+  outcomes.parquet  outcome of each test row in each run
+
+:func:`build_report` is called by ``skillnet compare``.
 """
 
 import platform
@@ -31,43 +33,45 @@ if TYPE_CHECKING:
 
 
 SUMMARY_COLUMNS = (
-    "system", "task", "split", "metric", "value", "low", "high", "score", "error", "freedom",
+    "system", "task", "split", "metric", "value", "low", "high", "score", "std_error", "dof",
     "seeds", "activated_params", "flops_per_example",
 )  # fmt: skip
 TEST_COLUMNS = (
-    "kind", "system", "against", "task", "difference", "low", "high", "error", "freedom", "seeds",
+    "kind", "system", "against", "task", "difference", "low", "high", "std_error", "dof", "seeds",
     "p", "p_corrected", "significant",
 )  # fmt: skip
+#: Packages whose versions are listed.
 PACKAGES = ("skillnet-platform", "torch", "ray", "mlflow", "transformers", "timm", "numpy", "scipy")
 
+#: Name of a figure -> caption.
 CAPTIONS = {
-    "scores": "Score of each system on the test rows, mean over seeds, with the 95 % interval over "
-    "seeds and rows. Filled: pretrained; hollow: not.",
-    "score against FLOPs": "Score against the operations executed in a forward pass of one test "
-    "example. Sizes of one system are joined.",
-    "what pretraining added": "Score with pretraining less score without, with the paired 95 % "
+    "scores": "Score of each system on the test rows: mean over seeds with the 95 % interval over "
+    "seeds and rows. Filled: pretrained; hollow: not pretrained.",
+    "score against FLOPs": "Score against the FLOPs of the forward pass of one test example. Sizes "
+    "of one system are joined.",
+    "gain from pretraining": "Score with pretraining minus score without, with the paired 95 % "
     "interval.",
-    "learning": "The task's metric on the validation rows where runs kept it, else the training "
-    "loss; mean over seeds. Solid: pretrained; dashed: not.",
+    "learning": "Metric on the validation rows if it was logged, else the training loss; mean over "
+    "seeds. Solid: pretrained; dashed: not pretrained.",
 }
 
 
 @dataclass
 class ComparisonReport:
-    """Everything that is shown of a comparison.
+    """All content of the report of a comparison.
 
     Args:
-        title: of the page.
-        comparison: what was computed.
-        claims: decided or not.
-        tables: in order.
+        title: title of the page.
+        comparison: computed results.
+        claims: claims with verdicts.
+        tables: tables, in order.
         figures: name -> figure, in order.
-        captions: name -> words below the figure.
-        skills: name -> figure, of what the skills of the reference do.
-        skills_note: which model that is.
-        facts: how it was made: name -> value.
-        texts: longer texts about that: name -> text.
-        folder: where it lies, once written.
+        captions: name of a figure -> caption.
+        skills: name -> figure about the skills of the reference.
+        skills_note: text that names the model of these figures.
+        facts: name -> value of the provenance.
+        texts: name -> longer text of the provenance.
+        folder: directory of the report, once written.
     """
 
     title: str
@@ -84,42 +88,49 @@ class ComparisonReport:
 
     @property
     def lead(self) -> str:
-        """One line on what is compared."""
-        of = self.comparison
-        seeds = sorted({len(runs) for runs in of.systems.values()})
-        told = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        """One line that states the size of the comparison."""
+        comparison = self.comparison
+        seeds = sorted({len(runs) for runs in comparison.systems.values()})
+        per_system = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         counts = [
-            _format_plural(len(of.systems), "system"),
-            f"{told} {'seed' if seeds == [1] else 'seeds'} each",
-            _format_plural(len(of.tasks), "task"),
-            _format_plural(len(of.runs), "run"),
+            _format_plural(len(comparison.systems), "system"),
+            f"{per_system} {'seed' if seeds == [1] else 'seeds'} each",
+            _format_plural(len(comparison.tasks), "task"),
+            _format_plural(len(comparison.runs), "run"),
         ]
         return ", ".join(counts)
 
 
 def build_report(
-    of: SystemComparison,
+    comparison: SystemComparison,
     title: str,
     rules: ClaimsConfig | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> ComparisonReport:
-    """A report of what the runs tell; ``facts`` come before those that every report has."""
+    """Return the report of a comparison.
+
+    Args:
+        comparison: computed results.
+        title: title of the page.
+        rules: thresholds of the claims; None takes the defaults.
+        facts: additional provenance, listed first.
+    """
     return ComparisonReport(
         title,
-        of,
-        evaluate_claims(of, rules),
-        build_tables(of),
-        draw_plots(of),
-        facts=dict(facts or {}) | collect_facts(of),
+        comparison,
+        evaluate_claims(comparison, rules),
+        build_tables(comparison),
+        draw_plots(comparison),
+        facts=dict(facts or {}) | collect_facts(comparison),
     )
 
 
-def collect_facts(of: SystemComparison) -> dict[str, str]:
-    """How the runs of a comparison, and the report, were made."""
+def collect_facts(comparison: SystemComparison) -> dict[str, str]:
+    """Return name -> value of the provenance of the runs and the report."""
     corpora: dict[str, str] = {}
-    for run in of.runs:
+    for run in comparison.runs:
         corpora |= run.digests
-    rows = [row for run in of.runs for row in run.rows]
+    rows = [row for run in comparison.runs for row in run.rows]
     dates = sorted({str(row["date"]) for row in rows})
     versions = []
     for name in PACKAGES:
@@ -133,21 +144,21 @@ def collect_facts(of: SystemComparison) -> dict[str, str]:
         "runs evaluated": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         "seeds": "; ".join(
             f"{label}: {', '.join(str(run.seed) for run in runs)}"
-            for label, runs in of.systems.items()
+            for label, runs in comparison.systems.items()
         ),
         "test rows": ", ".join(
-            f"{task} {len(of.runs[0].outcomes[task, SPLIT])}"
-            for task in of.tasks
-            if (task, SPLIT) in of.runs[0].outcomes
+            f"{task} {len(comparison.runs[0].outcomes[task, SPLIT])}"
+            for task in comparison.tasks
+            if (task, SPLIT) in comparison.runs[0].outcomes
         ),
         "corpora (digests)": ", ".join(f"{name} {digest}" for name, digest in corpora.items()),
         "machine": "; ".join(dict.fromkeys(str(row["machine"]) for row in rows)),
         "software": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "MLflow runs": ", ".join(run.run_id for run in of.runs if run.run_id) or "–",
+        "MLflow runs": ", ".join(run.run_id for run in comparison.runs if run.run_id) or "–",
     }
 
 
-# -- out -----------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------
 
 
 def show_report(report: ComparisonReport) -> None:
@@ -165,49 +176,53 @@ def show_report(report: ComparisonReport) -> None:
 
 
 def report_to_markdown(report: ComparisonReport) -> str:
-    """The head of the run's page: claims and the table of results."""
-    from pipelines.evaluation.tables import markdown as drawn
+    """Return the claims and main tables as Markdown, for the description of the MLflow run."""
+    from pipelines.evaluation.tables import markdown_table
 
     columns = ["claim", "verdict", "winner"]
     cells = [[c.text, c.verdict, c.winner_text] for c in report.claims]
-    parts = [report.lead + ".", drawn(columns, cells)]
+    parts = [report.lead + ".", markdown_table(columns, cells)]
     for table in report.tables:
         if not table.collapsed:
             lines = [[cell.to_line() for cell in row] for row in table.rows]
-            parts += [f"#### {table.title}", drawn(list(table.columns), lines), table.caption]
+            parts += [
+                f"#### {table.title}",
+                markdown_table(list(table.columns), lines),
+                table.caption,
+            ]
     return "\n\n".join(part for part in parts if part)
 
 
 def report_to_dict(report: ComparisonReport) -> dict[str, Any]:
-    """What ``--json`` gives."""
-    of = report.comparison
+    """Return the report as plain values for ``--json``."""
+    comparison = report.comparison
     return {
         "title": report.title,
         "folder": report.folder,
         "claims": build_claim_rows(report.claims),
-        "summary": build_summary_rows(of),
-        "tests": build_test_rows(of),
+        "summary": build_summary_rows(comparison),
+        "tests": build_test_rows(comparison),
         "relative": {
-            label: {"against": found.against, **found.value._asdict()}
-            for label, found in of.relative.items()
+            label: {"against": relative.against, **relative.value._asdict()}
+            for label, relative in comparison.relative.items()
         },
         "runs": [
             {"system": r.label, "seed": r.seed, "folder": r.folder, "run_id": r.run_id}
-            for r in of.runs
+            for r in comparison.runs
         ],
         "facts": report.facts,
     }
 
 
-def build_summary_rows(of: SystemComparison) -> list[dict[str, Any]]:
-    """One row per system, task and test set, with intervals; also the mean and relative scores."""
+def build_summary_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
+    """Return one row per system, task and test set, plus the mean and relative scores."""
     rows = []
-    for (label, task, split), found in of.scores.items():
-        value, low, high = found[:3]
-        metric = of.metrics.get(task, "score")
+    for (label, task, split), score in comparison.scores.items():
+        value, low, high = score[:3]
+        metric = comparison.metrics.get(task, "score")
         if metric == "token_error_rate":
             value, low, high = 1 - value, 1 - high, 1 - low
-        cost = of.costs.get((label, task))
+        cost = comparison.costs.get((label, task))
         rows.append(
             {
                 "system": label,
@@ -217,15 +232,15 @@ def build_summary_rows(of: SystemComparison) -> list[dict[str, Any]]:
                 "value": value,
                 "low": low,
                 "high": high,
-                "score": found.value,
-                "error": found.std_error,
-                "freedom": found.dof,
-                "seeds": found.seeds,
+                "score": score.value,
+                "std_error": score.std_error,
+                "dof": score.dof,
+                "seeds": score.seeds,
                 "activated_params": cost.activated if cost else None,
                 "flops_per_example": cost.flops if cost else None,
             }
         )
-    for label, relative in of.relative.items():
+    for label, relative in comparison.relative.items():
         own = relative.value
         rows.append(
             {"system": label, "task": MEAN, "split": SPLIT, "score": own.value}
@@ -234,8 +249,8 @@ def build_summary_rows(of: SystemComparison) -> list[dict[str, Any]]:
     return rows
 
 
-def build_test_rows(of: SystemComparison) -> list[dict[str, Any]]:
-    """One row per paired test."""
+def build_test_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
+    """Return one row per paired test."""
     return [
         {
             "kind": test.kind,
@@ -248,12 +263,12 @@ def build_test_rows(of: SystemComparison) -> list[dict[str, Any]]:
             "p_corrected": test.p_corrected,
             "significant": test.is_significant,
         }
-        for test in of.tests
+        for test in comparison.tests
     ]
 
 
-def build_claim_rows(told: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
-    """Claims as plain values, with their verdicts."""
+def build_claim_rows(claims: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
+    """Return the claims as plain values, with their verdicts."""
     return [
         {
             "name": claim.name,
@@ -261,10 +276,10 @@ def build_claim_rows(told: Sequence[EvaluatedClaim]) -> list[dict[str, Any]]:
             "rule": claim.rule,
             "verdict": claim.verdict,
             "winner": claim.winner,
-            "why": claim.undecided_reason,
-            "parts": [{"words": part.text, "shown": part.shown} for part in claim.conditions],
+            "undecided_reason": claim.undecided_reason,
+            "conditions": [{"text": each.text, "shown": each.shown} for each in claim.conditions],
         }
-        for claim in told
+        for claim in claims
     ]
 
 

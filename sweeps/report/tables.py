@@ -1,11 +1,14 @@
-"""The tables of a comparison: made once, shown on the terminal and on the page alike."""
+"""Tables of a comparison, shown on the terminal and in the report.
+
+:func:`build_tables` is called by ``sweeps.report.report``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipelines.evaluation.tables import words_of
+from pipelines.evaluation.tables import metric_label
 from sweeps.analysis.comparison import MEAN, SPLIT, PairedTest, SystemComparison, find_variant
 from sweeps.analysis.finished_runs import FinishedRun, find_differing_settings
 from sweeps.analysis.format import (
@@ -17,13 +20,20 @@ from sweeps.analysis.format import (
 )
 from sweeps.analysis.statistics import ScoreEstimate
 
-#: After a figure: significantly more, or less, than SkillNet's.
+#: Marks of scores that are significantly better or worse than the reference's.
 BETTER, WORSE = "▲", "▼"
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """One cell: a figure, its interval beneath it, and a mark if it differs significantly."""
+    """One cell of a table.
+
+    Args:
+        text: the value.
+        small: its interval, shown below the value.
+        mark: mark of a significant difference.
+        is_best: whether the value is the best of its column.
+    """
 
     text: str
     small: str = ""
@@ -31,20 +41,25 @@ class TableCell:
     is_best: bool = False
 
     def to_lines(self) -> str:
-        """The interval in a line of its own, which keeps columns narrow."""
+        """Return the cell with the interval on a second line, which keeps columns narrow."""
         return f"{self.text}{self.mark}" + (f"\n{self.small}" if self.small else "")
 
     def to_line(self) -> str:
-        """All of it in one line of plain text."""
+        """Return the cell as one line of plain text."""
         interval = f" ({self.small})" if self.small else ""
         return f"{self.text}{self.mark}{interval}"
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Cells below column names; the first column names the row.
+    """A table of the report.
 
-    ``aside`` tables are folded away on the page and left out on the terminal.
+    Args:
+        title: title of the table.
+        columns: column names; the first column names the row.
+        rows: cells of each row.
+        caption: text below the table.
+        collapsed: collapse the table on the page and omit it on the terminal.
     """
 
     title: str
@@ -54,25 +69,42 @@ class ReportTable:
     collapsed: bool = field(default=False, kw_only=True)
 
 
-def build_tables(of: SystemComparison) -> list[ReportTable]:
-    """All tables that follow from the runs alone."""
-    made = [build_score_table(of), build_pretraining_table(of), build_cost_table(of)]
-    made += [build_other_splits_table(of), build_activated_table(of), build_flops_table(of)]
-    made += [build_test_table(of), build_seed_table(of), build_settings_table(of)]
-    return [table for table in made if table.rows]
+def build_tables(comparison: SystemComparison) -> list[ReportTable]:
+    """Return all tables that need only the runs; empty tables are left out."""
+    built = [
+        build_score_table(comparison),
+        build_pretraining_table(comparison),
+        build_cost_table(comparison),
+    ]
+    built += [
+        build_other_splits_table(comparison),
+        build_activated_table(comparison),
+        build_flops_table(comparison),
+    ]
+    built += [
+        build_test_table(comparison),
+        build_seed_table(comparison),
+        build_settings_table(comparison),
+    ]
+    return [table for table in built if table.rows]
 
 
-def build_score_table(of: SystemComparison) -> ReportTable:
-    """Each task's metric per system, the mean score, and the score relative to specialists."""
+def build_score_table(comparison: SystemComparison) -> ReportTable:
+    """Return the metric of each task per system, the mean score and the relative score."""
     columns = ["system", "seeds"]
-    columns += [f"{task.replace('_', ' ')}, {_metric(of, task)}" for task in of.tasks]
+    columns += [
+        f"{task.replace('_', ' ')}, {_metric(comparison, task)}" for task in comparison.tasks
+    ]
     columns += ["mean score ↑", "relative to specialists ↑"]
-    best = {task: _best_labels(of, task) for task in [*of.tasks, MEAN]}
+    best = {task: _best_labels(comparison, task) for task in [*comparison.tasks, MEAN]}
     rows = []
-    for label, runs in of.systems.items():
+    for label, runs in comparison.systems.items():
         row = [TableCell(label), TableCell(str(len(runs)))]
-        row += [_score_cell(of, label, task, label in best[task]) for task in [*of.tasks, MEAN]]
-        relative = of.relative.get(label)
+        row += [
+            _score_cell(comparison, label, task, label in best[task])
+            for task in [*comparison.tasks, MEAN]
+        ]
+        relative = comparison.relative.get(label)
         if relative is None or np.isnan(relative.value.value):
             row.append(TableCell("–"))
         elif relative.against == label:
@@ -81,44 +113,53 @@ def build_score_table(of: SystemComparison) -> ReportTable:
             value = relative.value
             row.append(TableCell(f"{value.value:.3f}", f"{value.low:.3f}–{value.high:.3f}"))
         rows.append(row)
-    names = ", ".join(of.common_tasks) if len(of.common_tasks) < len(of.tasks) else "the tasks"
+    names = (
+        ", ".join(comparison.common_tasks)
+        if len(comparison.common_tasks) < len(comparison.tasks)
+        else "the tasks"
+    )
     return ReportTable(
         "Results on held-out rows",
         columns,
         rows,
-        "Mean over seeds with the 95 % interval over seeds and test rows, the spread over seeds "
-        f"pooled over systems; per cent. {BETTER} and "
-        f"{WORSE}: significantly better or worse than {of.reference} of the same pretraining "
-        f"(paired over rows and seeds, Holm's correction over {len(of.tests)} tests, 5 %). Bold: "
+        "Mean over seeds with the 95 % interval over seeds and test rows, in percent; the variance "
+        f"over seeds is pooled over systems. {BETTER} and "
+        f"{WORSE}: significantly better or worse than {comparison.reference} with the same pretraining "
+        f"(paired over rows and seeds, Holm's correction over {len(comparison.tests)} tests, 5 %). Bold: "
         "best of its column. Score: accuracy, 1 − token error rate, recall at 10; the mean is "
-        f"over {names}. Relative: mean over tasks of the score divided by {of.specialist}'s of "
-        "the same pretraining." + _seeds_warning(of),
+        f"over {names}. Relative: mean over tasks of the score divided by the score of "
+        f"{comparison.specialist} with the same pretraining." + _seeds_warning(comparison),
     )
 
 
-def build_pretraining_table(of: SystemComparison) -> ReportTable:
-    """What pretraining added to each task, per system."""
-    pairs = dict.fromkeys((t.system, t.against) for t in of.tests if t.kind == "pretraining")
-    tasks = [*of.tasks, MEAN]
+def build_pretraining_table(comparison: SystemComparison) -> ReportTable:
+    """Return the gain from pretraining per task and system."""
+    pairs = dict.fromkeys(
+        (t.system, t.against) for t in comparison.tests if t.kind == "pretraining"
+    )
+    tasks = [*comparison.tasks, MEAN]
     rows = [
-        [TableCell(against), *(_change_cell(of.find_test(system, against, task)) for task in tasks)]
+        [
+            TableCell(against),
+            *(_change_cell(comparison.find_test(system, against, task)) for task in tasks),
+        ]
         for system, against in pairs
     ]
     return ReportTable(
-        "What pretraining added",
+        "Gain from pretraining",
         ["system", *(task.replace("_", " ") for task in tasks)],
         rows,
-        "Score with pretraining less score without, in points; 95 % interval, paired over rows "
+        "Score with pretraining minus score without, in points; 95 % interval, paired over rows "
         f"and seeds. {BETTER} {WORSE}: significant after correction.",
     )
 
 
-def build_cost_table(of: SystemComparison) -> ReportTable:
-    """What each system costs, and how long it trained."""
+def build_cost_table(comparison: SystemComparison) -> ReportTable:
+    """Return parameters, FLOPs and training time of each system."""
     rows = []
-    pretrained = any(run.pretraining_seconds for run in of.runs)
-    for label, runs in of.systems.items():
-        cost = of.costs[label, MEAN]
+    pretrained = any(run.pretraining_seconds for run in comparison.runs)
+    for label, runs in comparison.systems.items():
+        cost = comparison.costs[label, MEAN]
         seconds = np.array([run.seconds for run in runs])
         ends = (format_duration(float(seconds.min())), format_duration(float(seconds.max())))
         spread = f"{ends[0]} to {ends[1]}" if ends[0] != ends[1] else ""
@@ -150,45 +191,53 @@ def build_cost_table(of: SystemComparison) -> ReportTable:
         ],
         rows,
         "Activated: parameters that one example reads. FLOPs: executed in a forward pass of one "
-        "test example, counted alike for every system; one multiply-add is two. Training: time in "
-        "the loop per run, without evaluation; of a run or a pretraining that was taken up again "
-        "the whole, at the rate of its last part.",
+        "test example, counted alike for every system; one multiply-add counts as two. Training: "
+        "time in the loop per run, without evaluation; for resumed runs and pretrainings the total "
+        "time, estimated at the rate of the last part.",
     )
 
 
-def build_activated_table(of: SystemComparison) -> ReportTable:
-    """Activated parameters by task."""
-    return _build_cost_by_task_table(of, "Activated parameters by task", "activated")
+def build_activated_table(comparison: SystemComparison) -> ReportTable:
+    """Return the activated parameters by task."""
+    return _build_cost_by_task_table(comparison, "Activated parameters by task", "activated")
 
 
-def build_flops_table(of: SystemComparison) -> ReportTable:
-    """Executed operations by task."""
-    return _build_cost_by_task_table(of, "FLOPs per example by task", "flops")
+def build_flops_table(comparison: SystemComparison) -> ReportTable:
+    """Return the executed FLOPs by task."""
+    return _build_cost_by_task_table(comparison, "FLOPs per example by task", "flops")
 
 
-def _build_cost_by_task_table(of: SystemComparison, title: str, what: str) -> ReportTable:
+def _build_cost_by_task_table(comparison: SystemComparison, title: str, cost: str) -> ReportTable:
     rows = []
-    for label in of.systems:
-        costs = [of.costs.get((label, task)) for task in of.tasks]
+    for label in comparison.systems:
+        costs = [comparison.costs.get((label, task)) for task in comparison.tasks]
         rows.append(
             [
                 TableCell(label),
-                *(TableCell(format_count(getattr(c, what)) if c else "–") for c in costs),
+                *(TableCell(format_count(getattr(c, cost)) if c else "–") for c in costs),
             ]
         )
-    columns = ["system", *(task.replace("_", " ") for task in of.tasks)]
+    columns = ["system", *(task.replace("_", " ") for task in comparison.tasks)]
     return ReportTable(title, columns, rows, collapsed=True)
 
 
-def build_other_splits_table(of: SystemComparison) -> ReportTable:
-    """Test splits besides ``test``."""
-    keys = [(task, split) for task in of.tasks for split in of.splits[task] if split != SPLIT]
+def build_other_splits_table(comparison: SystemComparison) -> ReportTable:
+    """Return the metrics on test splits other than ``test``."""
+    keys = [
+        (task, split)
+        for task in comparison.tasks
+        for split in comparison.splits[task]
+        if split != SPLIT
+    ]
     rows = []
-    for label in of.systems if keys else ():
+    for label in comparison.systems if keys else ():
         rows.append(
             [
                 TableCell(label),
-                *(_metric_cell(of, task, of.find_score(label, task, s)) for task, s in keys),
+                *(
+                    _metric_cell(comparison, task, comparison.find_score(label, task, s))
+                    for task, s in keys
+                ),
             ]
         )
     return ReportTable(
@@ -197,18 +246,18 @@ def build_other_splits_table(of: SystemComparison) -> ReportTable:
             "system",
             *(
                 f"{task.replace('_', ' ')}, {split.removeprefix('test_').replace('_', ' ')}, "
-                f"{_metric(of, task)}"
+                f"{_metric(comparison, task)}"
                 for task, split in keys
             ),
         ],
         rows,
-        "Per cent, with 95 % intervals over seeds and rows; not tested.",
+        "Percent, with 95 % intervals over seeds and rows; no significance tests.",
         collapsed=True,
     )
 
 
-def build_test_table(of: SystemComparison) -> ReportTable:
-    """Every test, with its p-values."""
+def build_test_table(comparison: SystemComparison) -> ReportTable:
+    """Return every paired test with its p-values."""
     rows = [
         [
             TableCell(test.system),
@@ -219,104 +268,106 @@ def build_test_table(of: SystemComparison) -> ReportTable:
             TableCell(format_p_value(test.p_corrected)),
             TableCell("yes" if test.is_significant else "no"),
         ]
-        for test in of.tests
+        for test in comparison.tests
     ]
     return ReportTable(
         "All tests",
-        ["system", "less", "task", "points (95 % interval)", "p", "p, corrected", "significant"],
+        ["system", "minus", "task", "points (95 % interval)", "p", "p, corrected", "significant"],
         rows,
-        "Difference of scores, paired over rows and seeds; Student's t, spread over seeds pooled "
-        "over systems, Satterthwaite's "
-        f"degrees of freedom; Holm's correction over these {len(of.tests)} tests.",
+        "Difference of scores, paired over rows and seeds; Student's t with the variance over "
+        "seeds pooled over systems and Satterthwaite's degrees of freedom; Holm's correction over these "
+        f"{len(comparison.tests)} tests.",
         collapsed=True,
     )
 
 
-def build_seed_table(of: SystemComparison) -> ReportTable:
-    """The primary metric of every run."""
+def build_seed_table(comparison: SystemComparison) -> ReportTable:
+    """Return the primary metric of every run."""
     rows = []
-    for label, runs in of.systems.items():
+    for label, runs in comparison.systems.items():
         for run in runs:
             row = [TableCell(label), TableCell(str(run.seed))]
-            for task in of.tasks:
+            for task in comparison.tasks:
                 known = (task, SPLIT) in run.outcomes
                 row.append(
                     TableCell(f"{100 * run.outcomes[task, SPLIT].value:.1f}" if known else "–")
                 )
             rows.append([*row, TableCell(format_duration(run.seconds)), TableCell(run.folder.name)])
     columns = ["system", "seed"]
-    columns += [f"{task.replace('_', ' ')}, {_metric(of, task)}" for task in of.tasks]
-    return ReportTable(
-        "Every run", [*columns, "training", "run"], rows, "Per cent.", collapsed=True
-    )
+    columns += [
+        f"{task.replace('_', ' ')}, {_metric(comparison, task)}" for task in comparison.tasks
+    ]
+    return ReportTable("Every run", [*columns, "training", "run"], rows, "Percent.", collapsed=True)
 
 
-def build_settings_table(of: SystemComparison) -> ReportTable:
-    """Settings in which the systems differ: what a fair comparison should be able to explain."""
-    differing = find_differing_settings([runs[0] for runs in of.systems.values()])
+def build_settings_table(comparison: SystemComparison) -> ReportTable:
+    """Return the settings in which the systems differ, which must explain a fair comparison."""
+    differing = find_differing_settings([runs[0] for runs in comparison.systems.values()])
     rows = [
-        [TableCell(key), *(TableCell(values[label]) for label in of.systems)]
+        [TableCell(key), *(TableCell(values[label]) for label in comparison.systems)]
         for key, values in differing.items()
     ]
     return ReportTable(
         "Settings in which the systems differ",
-        ["setting", *of.systems],
+        ["setting", *comparison.systems],
         rows,
-        "Everything else in the runs' resolved configurations is equal: data, steps, batches, "
-        "schedule, augmentation." + _pretraining_note(of),
+        "All other settings of the runs' resolved configurations are equal: data, steps, batches, "
+        "schedule, augmentation." + _pretraining_note(comparison),
         collapsed=True,
     )
 
 
-def _pretraining_note(of: SystemComparison) -> str:
-    """How far that holds of pretrainings."""
-    pretrained = {k: runs for k, runs in of.systems.items() if runs[0].settings.get("init_from")}
+def _pretraining_note(comparison: SystemComparison) -> str:
+    """Return a note on the settings of pretrainings."""
+    pretrained = {
+        k: runs for k, runs in comparison.systems.items() if runs[0].settings.get("init_from")
+    }
     unknown = [label for label, runs in pretrained.items() if not runs[0].pretraining]
-    said = ""
+    note = ""
     if len(pretrained) - len(unknown) > 1:
-        said = (
-            " So it is in those of their pretrainings, where the system and its sizes follow the "
-            "run's."
+        note = (
+            " The same holds for the pretrainings, which have the system and the sizes of their "
+            "runs."
         )
     if unknown:
-        said += f" How {', '.join(unknown)} was pretrained is not known here."
-    return said
+        note += f" The pretraining settings of {', '.join(unknown)} are unknown."
+    return note
 
 
-# -- words ---------------------------------------------------------------------------------
+# -- cells and notes -----------------------------------------------------------------------
 
 
-def _metric(of: SystemComparison, task: str) -> str:
-    metric = of.metrics[task]
-    return f"{words_of(metric)} {'↓' if metric == 'token_error_rate' else '↑'}"
+def _metric(comparison: SystemComparison, task: str) -> str:
+    metric = comparison.metrics[task]
+    return f"{metric_label(metric)} {'↓' if metric == 'token_error_rate' else '↑'}"
 
 
-def _best_labels(of: SystemComparison, task: str) -> set[str]:
-    """Those with the highest score; none if all have it."""
+def _best_labels(comparison: SystemComparison, task: str) -> set[str]:
+    """Return the labels with the highest score; empty if all are equal."""
     known = {
         label: found.value
-        for label in of.systems
-        if (found := of.find_score(label, task)) is not None
+        for label in comparison.systems
+        if (found := comparison.find_score(label, task)) is not None
     }
     top = {label for label, value in known.items() if value == max(known.values())}
     return top if len(top) < len(known) else set()
 
 
-def _score_cell(of: SystemComparison, label: str, task: str, best: bool) -> TableCell:
-    plain = _metric_cell(of, task, of.find_score(label, task))
-    against = find_variant(of.reference, label, list(of.systems))
-    test = of.find_test(label, against, task) if against else None
+def _score_cell(comparison: SystemComparison, label: str, task: str, best: bool) -> TableCell:
+    plain = _metric_cell(comparison, task, comparison.find_score(label, task))
+    against = find_variant(comparison.reference, label, list(comparison.systems))
+    test = comparison.find_test(label, against, task) if against else None
     mark = ""
     if test is not None and test.kind == "system" and test.is_significant:
         mark = BETTER if test.difference.value > 0 else WORSE
     return TableCell(plain.text, plain.small, mark, best)
 
 
-def _metric_cell(of: SystemComparison, task: str, found: ScoreEstimate | None) -> TableCell:
-    if found is None:
+def _metric_cell(comparison: SystemComparison, task: str, score: ScoreEstimate | None) -> TableCell:
+    if score is None:
         return TableCell("–")
-    value, low, high = found[:3]
-    if of.metrics.get(task) == "token_error_rate":
+    value, low, high = score[:3]
+    if comparison.metrics.get(task) == "token_error_rate":
         value, low, high = 1 - value, 1 - high, 1 - low
     return TableCell(f"{100 * value:.1f}", f"{100 * low:.1f}–{100 * high:.1f}")
 
@@ -334,13 +385,13 @@ def _change_cell(test: PairedTest | None) -> TableCell:
 
 
 def _pretraining_time(runs: Sequence[FinishedRun]) -> str:
-    told = [run.pretraining_seconds for run in runs if run.pretraining_seconds]
-    return format_duration(float(np.mean(told))) if told else "–"
+    seconds = [run.pretraining_seconds for run in runs if run.pretraining_seconds]
+    return format_duration(float(np.mean(seconds))) if seconds else "–"
 
 
-def _seeds_warning(of: SystemComparison) -> str:
-    if all(len(runs) == 1 for runs in of.systems.values()):
-        return " One seed: intervals are over test rows only and say nothing about other seeds."
-    if of.seeds < 3:
-        return " Below three seeds nothing is decided: their spread is hardly known."
+def _seeds_warning(comparison: SystemComparison) -> str:
+    if all(len(runs) == 1 for runs in comparison.systems.values()):
+        return " One seed: intervals cover test rows only and do not generalize to other seeds."
+    if comparison.seeds < 3:
+        return " With fewer than three seeds no claim is decided: the seed variance is uncertain."
     return ""

@@ -1,4 +1,4 @@
-"""How each system of a study was tuned, as tables: the number of trials is part of the result."""
+"""Tables about the tuning of each system in a study."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,25 +8,24 @@ from sweeps.study.study import TuningResult, format_settings
 
 
 def build_tuning_tables(
-    tuned: Mapping[str, TuningResult], pretrained: Collection[str] = ()
+    tuning: Mapping[str, TuningResult], pretrained: Collection[str] = ()
 ) -> list[ReportTable]:
-    """What each system got, and every trial; nothing without tuning.
+    """Return the chosen settings of each system, and all trials; empty without tuning.
 
     Args:
-        tuned: label -> what it got.
-        pretrained: labels of those whose runs start from a pretraining.
+        tuning: label -> tuning result.
+        pretrained: labels of systems whose runs start from a pretraining.
     """
-    tried = [own for own in tuned.values() if own.trials]
-    if not tried:
+    if not any(result.trials for result in tuning.values()):
         return []
-    return [_build_chosen_table(tuned, pretrained), _build_trials_table(tuned)]
+    return [_build_chosen_table(tuning, pretrained), _build_trials_table(tuning)]
 
 
 def _build_chosen_table(
-    tuned: Mapping[str, TuningResult], pretrained: Collection[str]
+    tuning: Mapping[str, TuningResult], pretrained: Collection[str]
 ) -> ReportTable:
     rows = []
-    for label, own in tuned.items():
+    for label, own in tuning.items():
         seconds = sum(trial["seconds"] or 0.0 for trial in own.trials)
         first = own.trials[0]["score"] if own.trials else None
         rows.append(
@@ -43,45 +42,45 @@ def _build_chosen_table(
                 TableCell(format_settings(own.settings)),
             ]
         )
-    counts = sorted({len(own.trials) for own in tuned.values() if own.reuse_tuning_of is None})
-    steps = sorted({trial["steps"] for own in tuned.values() for trial in own.trials})
-    told = " or ".join(map(str, counts))
+    counts = sorted({len(own.trials) for own in tuning.values() if own.reuse_tuning_of is None})
+    steps = sorted({trial["steps"] for own in tuning.values() for trial in own.trials})
+    trials = " or ".join(map(str, counts))
     return ReportTable(
         "Tuning",
         ["system", "trials", "as configured", "chosen", "training", "settings chosen"],
         rows,
-        f"Every system got {told} trial(s) of {' or '.join(map(str, steps))} steps, at the same "
-        "points of one space, with one seed that no final run has. Chosen by the mean score on "
-        "the validation splits, per cent; the test splits were read by the final runs alone."
-        + _limits_note(tuned, pretrained),
+        f"Every system got {trials} trial(s) of {' or '.join(map(str, steps))} steps, at the same "
+        "points of one space, with a seed that no final run has. Chosen by the mean score on the "
+        "validation splits, in percent; only the final runs read the test splits."
+        + _limits_note(tuning, pretrained),
     )
 
 
-def _limits_note(tuned: Mapping[str, TuningResult], pretrained: Collection[str]) -> str:
-    """What equal numbers of trials do not make equal."""
-    keys = {key for own in tuned.values() for trial in own.trials for key in trial["settings"]}
-    said = [
-        f" Tuned: {', '.join(sorted(keys))}. All else was given to every system alike and tuned "
-        "for none here; if it was found on one of them, that one has the advantage."
+def _limits_note(tuning: Mapping[str, TuningResult], pretrained: Collection[str]) -> str:
+    """Return a note on differences that remain with equal numbers of trials."""
+    keys = {key for own in tuning.values() for trial in own.trials for key in trial["settings"]}
+    notes = [
+        f" Tuned: {', '.join(sorted(keys))}. All other settings are equal for all systems and were "
+        "not tuned here; a system for which they were chosen earlier has an advantage."
     ]
-    borrowed = [own for own in tuned.values() if own.reuse_tuning_of is not None]
+    borrowed = [own for own in tuning.values() if own.reuse_tuning_of is not None]
     if borrowed:
-        told = ", ".join(f"{own.label} those of {own.reuse_tuning_of}" for own in borrowed)
-        said.append(f"Without trials of their own: {told}.")
+        pairs = ", ".join(f"{own.label} uses {own.reuse_tuning_of}" for own in borrowed)
+        notes.append(f"Settings tuned for another system: {pairs}.")
     if any(
         o.label in pretrained and o.reuse_tuning_of not in (None, *pretrained) for o in borrowed
     ):
-        said.append("These were tuned without the pretraining that they are used with.")
+        notes.append("These settings were tuned without the pretraining.")
     if pretrained:
-        said.append("The settings of pretraining, its learning rate too, were tuned for nobody.")
-    return " ".join(said)
+        notes.append("The settings of pretraining, including its learning rate, were not tuned.")
+    return " ".join(notes)
 
 
-def _build_trials_table(tuned: Mapping[str, TuningResult]) -> ReportTable:
+def _build_trials_table(tuning: Mapping[str, TuningResult]) -> ReportTable:
     rows = [
         [
             TableCell(label),
-            TableCell(str(place)),
+            TableCell(str(index)),
             TableCell(trial["status"]),
             TableCell(
                 _format_score(trial["score"]), is_best=trial["score"] == own.score is not None
@@ -89,10 +88,10 @@ def _build_trials_table(tuned: Mapping[str, TuningResult]) -> ReportTable:
             TableCell(format_duration(trial["seconds"]) if trial["seconds"] else "–"),
             TableCell(format_settings(trial["settings"])),
         ]
-        for label, own in tuned.items()
-        for place, trial in enumerate(own.trials)
+        for label, own in tuning.items()
+        for index, trial in enumerate(own.trials)
     ]
-    columns = ["system", "trial", "ended", "validation score", "training", "settings"]
+    columns = ["system", "trial", "status", "validation score", "training", "settings"]
     return ReportTable("Tuning trials", columns, rows, collapsed=True)
 
 

@@ -1,4 +1,4 @@
-"""TODO: sweeps.report.writer."""
+"""Write the files of a comparison report, and record them in MLflow."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from sweeps.report.report import (
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
 
-#: What a report's folder holds; the last two are a study's.
+#: Files of a report's directory; the last two belong to studies.
 REPORT_FILES = (
     "report.html", "results.csv", "summary.csv", "tests.csv", "claims.json", "outcomes.parquet",
     "study.yaml", "study.json",
@@ -29,26 +29,34 @@ REPORT_FILES = (
 
 
 def write_report(report: ComparisonReport, folder: Path) -> Path:
-    """Write all files of a report; the path of the page."""
+    """Write all files of a report.
+
+    Args:
+        report: the report.
+        folder: directory, created if missing.
+
+    Returns:
+        Path of the HTML page.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipelines.evaluation.tables import write_csv
+    from pipelines.evaluation.tables import write_evaluation_csv
     from sweeps.report.html import render_report
 
     folder.mkdir(parents=True, exist_ok=True)
-    of = report.comparison
-    rows = [dict(row) | {"system": run.label} for run in of.runs for row in run.rows]
-    write_csv(rows, folder / "results.csv")
-    _write_rows(build_summary_rows(of), SUMMARY_COLUMNS, folder / "summary.csv")
-    _write_rows(build_test_rows(of), TEST_COLUMNS, folder / "tests.csv")
+    comparison = report.comparison
+    rows = [dict(row) | {"system": run.label} for run in comparison.runs for row in run.rows]
+    write_evaluation_csv(rows, folder / "results.csv")
+    _write_rows(build_summary_rows(comparison), SUMMARY_COLUMNS, folder / "summary.csv")
+    _write_rows(build_test_rows(comparison), TEST_COLUMNS, folder / "tests.csv")
     write_json(folder / "claims.json", console.plain(build_claim_rows(report.claims)))
     parts = []
-    for run in of.runs:
-        own = run.outcomes.table()
-        count = own.num_rows
-        own = own.add_column(0, "system", pa.array([run.label] * count))
-        parts.append(own.add_column(1, "seed", pa.array([run.seed] * count, pa.int64())))
+    for run in comparison.runs:
+        table = run.outcomes.table()
+        count = table.num_rows
+        table = table.add_column(0, "system", pa.array([run.label] * count))
+        parts.append(table.add_column(1, "seed", pa.array([run.seed] * count, pa.int64())))
     with atomic_write(folder / "outcomes.parquet") as stream:
         pq.write_table(pa.concat_tables(parts), stream, compression="zstd")
     with atomic_write(folder / "report.html", "w") as text:
@@ -58,19 +66,24 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
 
 
 def record_report(report: ComparisonReport, tracker: "Tracker") -> None:
-    """Log the files of a written report, its plots and its figures to the MLflow run."""
+    """Log the files, plots and scores of a written report to an MLflow run.
+
+    Args:
+        report: the report; it must have been written.
+        tracker: the open MLflow run.
+    """
     assert report.folder is not None
     for name in REPORT_FILES:
         if (report.folder / name).is_file():
             tracker.artifact(report.folder / name, "comparison")
     for name, figure in (report.figures | report.skills).items():
         tracker.figure(figure, f"plots/{name.removesuffix('.png').replace(' ', '_')}.png")
-    of = report.comparison
+    comparison = report.comparison
     values = {}
-    for (label, task, split), found in of.scores.items():
+    for (label, task, split), score in comparison.scores.items():
         if split == SPLIT:
-            values[make_mlflow_name(f"{label}/{task}_score")] = found.value
-    for label, relative in of.relative.items():
+            values[make_mlflow_name(f"{label}/{task}_score")] = score.value
+    for label, relative in comparison.relative.items():
         values[make_mlflow_name(f"{label}/relative_score")] = relative.value.value
     tracker.metrics(values)
     tracker.tags(
@@ -80,7 +93,7 @@ def record_report(report: ComparisonReport, tracker: "Tracker") -> None:
 
 
 def make_mlflow_name(text: str) -> str:
-    """A name that MLflow takes for a metric or a tag: other letters become underscores."""
+    """Return a valid name of an MLflow metric or tag; other characters become underscores."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-./ ") else "_" for c in text)
 
 

@@ -1,1 +1,1 @@
-"""TODO: package sweeps/search."""
+"""Search spaces, search strategies and rankings of sweeps."""

@@ -1,8 +1,8 @@
-"""Width at fixed cost: configurations of a sweep that activate equally much.
+"""Fit the width of a configuration to a fixed cost.
 
-More skills in a plan, or skills in more places, activate more parameters; a comparison at equal
-cost gives each configuration the width at which its tasks activate, on average, as much as the
-reference's.
+More active skills, or skills in more places, activate more parameters. For a comparison at equal
+cost :func:`fit_fixed_cost` sets the width of each configuration so that its tasks activate as many
+parameters, on average, as those of the base run. Called by ``skillnet sweep``.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,20 @@ from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 from sweeps.config.trials import FixedCostConfig
 
-#: Widths beyond this are no answer.
+#: Largest width that is tried.
 MAX_WIDTH = 1 << 16
 
 
 def compute_model_cost(
     config: FinetuneConfig, by: Literal["activated", "flops"] = "activated"
 ) -> float:
-    """Mean over the evaluated tasks of activated parameters, or of FLOPs per example.
+    """Return the mean cost over the evaluated tasks.
 
-    The model is built without memory for its weights.
+    The model is built on the meta device, without memory for its weights.
+
+    Args:
+        config: the run.
+        by: activated parameters, or FLOPs per example.
     """
     import torch
 
@@ -39,10 +43,15 @@ def compute_model_cost(
 
 
 def fit_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig) -> FinetuneConfig:
-    """The configuration with the width at which it costs ``target``.
+    """Return the configuration with the width at which it costs ``target``.
+
+    Args:
+        config: the run.
+        target: activated parameters or FLOPs per example, mean over tasks.
+        fixed: the width to set, and the tolerance.
 
     Raises:
-        UserError: no width comes near enough; names the nearest ones.
+        UserError: no width is within the tolerance; the message lists the nearest widths.
     """
     if fixed.adjust is None:
         return config
@@ -52,28 +61,31 @@ def fit_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig
         changes = {str(fixed.adjust): count * step}
         return replace(config, model=replace(config.model, **changes))  # type: ignore[arg-type]
 
-    tried: dict[int, float] = {}
+    costs: dict[int, float] = {}
 
     def cost(count: int) -> float:
-        if count not in tried:
-            tried[count] = compute_model_cost(with_width(count), fixed.by)
-        return tried[count]
+        if count not in costs:
+            costs[count] = compute_model_cost(with_width(count), fixed.by)
+        return costs[count]
 
     best = _find_nearest_count(cost, target, MAX_WIDTH // step)
     if abs(cost(best) - target) > fixed.tolerance * target:
-        beside = ", ".join(
-            f"{count * step} gives {tried[count]:,.0f}"
-            for count in sorted(sorted(tried, key=lambda n: abs(tried[n] - target))[:2])
+        nearest = ", ".join(
+            f"{count * step} gives {costs[count]:,.0f}"
+            for count in sorted(sorted(costs, key=lambda n: abs(costs[n] - target))[:2])
         )
         raise UserError(
             f"fixed_cost: no model.{fixed.adjust} comes within {100 * fixed.tolerance:g} % of "
-            f"{target:,.0f}: {beside}; adjust the other width, or raise fixed_cost.tolerance"
+            f"{target:,.0f}: {nearest}; adjust the other width, or raise fixed_cost.tolerance"
         )
     return with_width(best)
 
 
 def _find_nearest_count(cost: Callable[[int], float], target: float, most: int) -> int:
-    """The count from 1 to ``most`` whose cost, which grows with it, is nearest to the target."""
+    """Return the count from 1 to ``most`` with the cost nearest to the target.
+
+    The cost must increase with the count.
+    """
     low, high = 1, 2
     while high < most and cost(high) < target:
         low, high = high, min(high * 2, most)
@@ -87,8 +99,8 @@ def _find_nearest_count(cost: Callable[[int], float], target: float, most: int) 
 
 
 def _interpolate_count(cost: Callable[[int], float], target: float, low: int, high: int) -> int:
-    """Where a straight line meets the target: exact for ``hidden``; kept inside the bracket."""
+    """Return the linear interpolation inside (low, high); it is exact for ``ffn_dim``."""
     rise = cost(high) - cost(low)
-    share = (target - cost(low)) / rise if rise > 0 else 0.5
-    guess = round(low + share * (high - low))
+    fraction = (target - cost(low)) / rise if rise > 0 else 0.5
+    guess = round(low + fraction * (high - low))
     return min(max(guess, low + 1), high - 1)

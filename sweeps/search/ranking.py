@@ -1,4 +1,7 @@
-"""What a sweep came to: ranked configurations, a table, a CSV of trials, a plot."""
+"""Rank the configurations of a sweep, as a table, a CSV file and a figure.
+
+:func:`rank_configurations` is called by ``skillnet sweep``.
+"""
 
 import csv
 import math
@@ -21,21 +24,21 @@ STATUSES = ("finished", "stopped", "failed")
 
 @dataclass
 class RankedConfiguration:
-    """One configuration and what its repeats came to.
+    """One configuration with the summary of its repeats.
 
     Args:
-        rank: from 1, by mean score; configurations that were stopped early come after those
-            that finished, and those without a score last.
-        name: of the configuration.
-        settings: what sets it apart.
-        score: mean over its repeats; none if all of them failed.
-        spread: standard deviation over repeats; none for fewer than two.
+        rank: from 1, by mean score. Configurations that were stopped early follow those that
+            finished; those without a score are last.
+        name: name of the configuration.
+        settings: settings that distinguish it.
+        score: mean score over repeats; None if all failed.
+        score_std: standard deviation over repeats; None for fewer than two.
         scores: task -> mean score.
-        states: how many of its trials ended how.
+        status_counts: status -> number of trials.
         activated_params: mean over tasks.
         flops_per_example: mean over tasks.
-        step: steps of the trial that came furthest.
-        trials: names.
+        step: largest step of its trials.
+        trials: names of its trials.
     """
 
     rank: int
@@ -52,12 +55,13 @@ class RankedConfiguration:
 
     @property
     def status_text(self) -> str:
-        """How its trials ended: ``3 finished``, ``1 finished, 2 stopped``."""
-        return ", ".join(f"{count} {state}" for state, count in self.status_counts.items() if count)
+        """Number of trials by status: ``3 finished``, ``1 finished, 2 stopped``."""
+        counts = self.status_counts.items()
+        return ", ".join(f"{count} {status}" for status, count in counts if count)
 
 
 def rank_configurations(outcomes: Sequence[TrialOutcome]) -> list[RankedConfiguration]:
-    """The configurations of trials, best first."""
+    """Return the configurations of trials, best first."""
     groups: dict[str, list[TrialOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.group, []).append(outcome)
@@ -77,7 +81,9 @@ def _summarize_group(rank: int, name: str, members: list[TrialOutcome]) -> Ranke
         score=fmean(values) if values else None,
         score_std=stdev(values) if len(values) > 1 else None,
         scores={task: fmean(e.reports[-1]["scores"][task] for e in scored) for task in tasks},
-        status_counts={state: sum(each.status == state for each in members) for state in STATUSES},
+        status_counts={
+            status: sum(each.status == status for each in members) for status in STATUSES
+        },
         activated_params=_mean_cost(scored, "activated_params"),
         flops_per_example=_mean_cost(scored, "flops_per_example"),
         step=max(each.step for each in members),
@@ -93,7 +99,7 @@ def _mean_cost(members: Sequence[TrialOutcome], key: str) -> float | None:
 def build_ranking_table(
     configurations: Sequence[RankedConfiguration],
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and cells: rank, what varies, scores, cost, how the trials ended."""
+    """Return the columns and cells of the ranking: settings, scores, costs, status."""
     keys = list(dict.fromkeys(key for each in configurations for key in each.settings))
     tasks = list(dict.fromkeys(task for each in configurations for task in each.scores))
     short = _short_names(keys)
@@ -127,7 +133,7 @@ def _in_millions(value: float | None) -> float | None:
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest ends of dotted keys that tell them apart."""
+    """Return the shortest distinct suffix of each dotted key."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -140,7 +146,12 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def write_trials_csv(outcomes: Sequence[TrialOutcome], path: Path) -> None:
-    """One row per trial: what it set, what it reached, what it cost, how it ended."""
+    """Write one row per trial: settings, scores, costs, status.
+
+    Args:
+        outcomes: outcomes of all trials.
+        path: CSV file.
+    """
     rows = []
     for outcome in outcomes:
         values = outcome_to_dict(outcome)
@@ -160,10 +171,10 @@ def write_trials_csv(outcomes: Sequence[TrialOutcome], path: Path) -> None:
 
 
 def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figure | None":
-    """Score against activated FLOPs and against activated parameters; none without two points."""
+    """Draw the score against activated FLOPs and parameters; None for fewer than two points."""
     from matplotlib.figure import Figure
 
-    from pipelines.evaluation.tables import COLOURS, quiet
+    from pipelines.evaluation.tables import COLOURS, hide_spines
 
     points = [e for e in configurations if e.score is not None and e.flops_per_example]
     if len(points) < 2:
@@ -174,27 +185,27 @@ def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figur
         ("flops_per_example", "activated MFLOP per example"),
         ("activated_params", "activated parameters, millions"),
     )
-    for panel, (key, words) in zip(axes, panels, strict=True):
+    for panel, (key, label) in zip(axes, panels, strict=True):
         costs = [getattr(each, key) / 1e6 for each in points]
         for each, cost in zip(points, costs, strict=True):
-            whole = each.status_counts["stopped"] == 0
+            is_complete = each.status_counts["stopped"] == 0
             panel.errorbar(
                 cost,
                 each.score,
                 yerr=each.score_std or 0.0,
-                fmt="o" if whole else "x",
-                color=COLOURS[0] if whole else "#999999",
+                fmt="o" if is_complete else "x",
+                color=COLOURS[0] if is_complete else "#999999",
                 markersize=6,
                 elinewidth=1,
             )
-            place = (cost, each.score)
-            panel.annotate(each.name, place, (4, 4), textcoords="offset points", fontsize=8)
-        panel.set_xlabel(words, fontsize=9)
-        # The same for all: what is left is no difference to show.
+            position = (cost, each.score)
+            panel.annotate(each.name, position, (4, 4), textcoords="offset points", fontsize=8)
+        panel.set_xlabel(label, fontsize=9)
+        # Equal costs up to rounding must not fill the whole axis.
         if max(costs) < 1.05 * min(costs):
             panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))
-        quiet(panel)
+        hide_spines(panel)
     axes[0].set_ylabel("mean validation score", fontsize=9)
     if any(each.status_counts["stopped"] for each in points):
-        figure.suptitle("× was stopped early: its score is of fewer steps", fontsize=8)
+        figure.suptitle("× was stopped early, so its score is from fewer steps", fontsize=8)
     return figure

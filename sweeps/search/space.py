@@ -1,4 +1,4 @@
-"""Search spaces: which keys of a run vary, and over what; checked before anything starts.
+"""Search spaces: keys of a run with their values; checked before anything starts.
 
     space:
       training.lr: {loguniform: [3.0e-4, 3.0e-3]}
@@ -9,10 +9,10 @@
         options:
           shared: {}
           own:
-            model.skills: [general, text, image, sound, video, code, alignment, picture_text]
-            model.tasks.text_to_image.towers.query.skills: [general, picture_text, alignment]
+            model.skills: [general, text, image, sound, video, code, alignment, image_text]
+            model.tasks.text_to_image.towers.query.skills: [general, image_text, alignment]
 
-A dimension with ``options`` is a name of its own; each option sets several keys together.
+A dimension with ``options`` has a name that is not a key; each option sets several keys.
 """
 
 import itertools
@@ -27,16 +27,16 @@ from skillnet_platform.config.schema import checked, children, hint_at, nested, 
 from skillnet_platform.errors import UserError, nearest
 from sweeps.config.space import SearchDimension, format_setting
 
-#: A value per dimension; of a dimension with options the option's name.
+#: Value per dimension; for a dimension with options the name of the option.
 SearchPoint = dict[str, Any]
 
-#: Keys that a sweep sets itself, and what to use instead.
+#: Key that cannot be searched -> what to use instead.
 UNSEARCHABLE_KEYS = {
-    "name": "trials are named by the sweep",
-    "run_dir": "trials lie in the sweep's folder",
-    "seed": "repeats are asked for with seeds",
+    "name": "the sweep names its trials",
+    "run_dir": "trials are stored in the sweep's directory",
+    "seed": "use seeds",
     "data": "give run.data once for all trials",
-    "evaluate": "trials are measured on the validation split",
+    "evaluate": "trials are evaluated on the validation split",
     "tracking": "give tracking once for the sweep",
     "training.workers": "give run.training.workers once for all trials",
     "training.use_gpu": "give run.training.use_gpu once for all trials",
@@ -47,11 +47,11 @@ class SearchSpace:
     """The dimensions of a sweep over a base run.
 
     Args:
-        dimensions: key (or name, for options) -> what it takes.
-        base: the run that they vary.
+        dimensions: key (or a new name, for options) -> values.
+        base: base run.
 
     Raises:
-        UserError: an unknown key, a value of a wrong type, a range that is none; names the key.
+        UserError: an unknown key, a value of a wrong type, or an invalid range.
     """
 
     def __init__(self, dimensions: Mapping[str, SearchDimension], base: FinetuneConfig) -> None:
@@ -66,7 +66,7 @@ class SearchSpace:
     # -- points ---------------------------------------------------------------------------------
 
     def grid_points(self) -> Iterator[SearchPoint]:
-        """Every combination of the listed values."""
+        """Yield every combination of the listed values."""
         names = list(self.dimensions)
         for name, dimension in self.dimensions.items():
             if dimension.range is not None:
@@ -78,9 +78,11 @@ class SearchSpace:
             yield dict(zip(names, values, strict=True))
 
     def random_points(self, count: int, seed: int) -> Iterator[SearchPoint]:
-        """``count`` random points, all different, each with every value of the grids.
+        """Yield distinct random points, each with every value of the grids.
 
-        Fewer come if the space has no more.
+        Args:
+            count: number of points without grids; a small space yields fewer.
+            seed: seed of the draws.
         """
         import numpy as np
 
@@ -91,61 +93,65 @@ class SearchSpace:
         for _ in range(max(count, 1)):
             for _ in range(200):
                 point = {name: each.value_at(float(random.random())) for name, each in rest.items()}
-                mark = json.dumps(point, sort_keys=True)
-                if mark not in seen:
+                key = json.dumps(point, sort_keys=True)
+                if key not in seen:
                     break
             else:
                 return
-            seen.add(mark)
+            seen.add(key)
             for values in itertools.product(*grids.values()):
-                whole = point | dict(zip(grids, values, strict=True))
-                yield {name: whole[name] for name in self.dimensions}
+                complete = point | dict(zip(grids, values, strict=True))
+                yield {name: complete[name] for name in self.dimensions}
 
     def latin_hypercube_points(self, count: int, seed: int) -> list[SearchPoint]:
-        """``count`` points that cover every dimension: a Latin hypercube (McKay et al., 1979).
+        """Return points that cover every dimension (Latin hypercube, McKay et al. 1979).
 
-        Each range is cut into ``count`` parts, and each part has one point. Grids are taken as
-        lists.
+        Each range is divided into ``count`` parts, and each part has one point. Grids are treated
+        as lists.
+
+        Args:
+            count: number of points.
+            seed: seed of the design.
         """
         from scipy.stats import qmc
 
         if not self.dimensions or count < 1:
             return []
-        shares = qmc.LatinHypercube(len(self.dimensions), rng=seed).random(count)
+        fractions = qmc.LatinHypercube(len(self.dimensions), rng=seed).random(count)
         return [
             {
-                name: each.value_at(float(share))
-                for (name, each), share in zip(self.dimensions.items(), row, strict=True)
+                name: each.value_at(float(fraction))
+                for (name, each), fraction in zip(self.dimensions.items(), row, strict=True)
             }
-            for row in shares
+            for row in fractions
         ]
 
     def resolve_assignments(self, point: SearchPoint) -> dict[str, Any]:
-        """The keys that a point sets, and to what."""
-        found: dict[str, Any] = {}
+        """Return the keys that a point sets, with their values."""
+        assignments: dict[str, Any] = {}
         for name, value in point.items():
             options = self.dimensions[name].options
-            found |= options[value] if options else {name: value}
-        return found
+            assignments |= options[value] if options else {name: value}
+        return assignments
 
     def apply_point(self, point: SearchPoint) -> FinetuneConfig:
-        """The run of a point.
+        """Return the run of a point.
 
         Raises:
-            UserError: the values do not go together; names them.
+            UserError: the values are not compatible with each other.
         """
-        mark = json.dumps(point, sort_keys=True)
-        if mark in self._applied:
-            return self._applied[mark]
+        key = json.dumps(point, sort_keys=True)
+        if key in self._applied:
+            return self._applied[key]
         tree = json.loads(json.dumps(self._tree))
-        for key, value in self.resolve_assignments(point).items():
-            _set_key(tree, key, value)
+        for name, value in self.resolve_assignments(point).items():
+            _set_key(tree, name, value)
         try:
-            made = self._applied[mark] = configuration.build(FinetuneConfig, tree)
-        except ValueError as problem:
-            words = ", ".join(f"{name} {format_setting(value)}" for name, value in point.items())
-            raise UserError(f"{problem} (with {words})") from None
-        return made
+            run = self._applied[key] = configuration.build(FinetuneConfig, tree)
+        except ValueError as error:
+            values = ", ".join(f"{name} {format_setting(value)}" for name, value in point.items())
+            raise UserError(f"{error} (with {values})") from None
+        return run
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -160,7 +166,7 @@ class SearchSpace:
                 self._check_value(f"space.{name}.{dimension.kind}", {name: value})
             return
         if hint_at(FinetuneConfig, name) is not None and "." in name:
-            raise UserError(f"space.{name}: options need a name of their own, not that of a key")
+            raise UserError(f"space.{name}: options need a new name, not the name of a key")
         for option, keys in dimension.options.items():
             for key in keys:
                 self._check_key(key, name, f"space.{name}.options.{option}")
@@ -170,20 +176,20 @@ class SearchSpace:
         for parent, instead in UNSEARCHABLE_KEYS.items():
             if key == parent or key.startswith(parent + "."):
                 raise UserError(f"{where}: {key} cannot be searched: {instead}")
-        # Names the nearest key where a dataclass lacks one; what dictionaries hold comes below.
+        # This reports the nearest field of a dataclass; keys of dictionaries are checked below.
         checked(FinetuneConfig, nested(key, None), where)
         hint = hint_at(FinetuneConfig, key)
         below = children(hint)
         if hint is None or (below is not None and "*" not in below):
             names = f": {', '.join(below)}" if below else ""
-            raise UserError(f"{where}: {key} is no single value; name a key of it{names}")
-        place: Any = self._tree
+            raise UserError(f"{where}: {key} is not a single value; name a key below it{names}")
+        node: Any = self._tree
         for part in key.split(".")[: None if hint is not typing.Any else -1]:
-            if not isinstance(place, dict) or part not in place:
-                known = list(place) if isinstance(place, dict) else []
+            if not isinstance(node, dict) or part not in node:
+                known = list(node) if isinstance(node, dict) else []
                 near = nearest(part, known)
-                raise UserError(f"{where}: {key!r}: there is no {part!r} there{near}")
-            place = place[part]
+                raise UserError(f"{where}: {key!r}: {part!r} does not exist{near}")
+            node = node[part]
         if self._owners.setdefault(key, owner) != owner:
             raise UserError(f"space: {key} is set by both {self._owners[key]!r} and {owner!r}")
 
@@ -196,14 +202,14 @@ class SearchSpace:
             raise UserError(f"{where}: {name} takes whole numbers; use {other}")
 
     def _check_value(self, where: str, assignments: Mapping[str, Any]) -> None:
-        """A wrong type is found here; whether values go together shows with whole points."""
+        """Raise UserError for a value of a wrong type; incompatible values pass."""
         tree = json.loads(json.dumps(self._tree))
         for key, value in assignments.items():
             _set_key(tree, key, value)
         try:
             configuration.build(FinetuneConfig, tree)
-        except UserError as problem:
-            raise UserError(f"{where}: {problem}") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         except ValueError:
             return
 

@@ -1,9 +1,9 @@
-"""How a sweep walks through its space: every combination, random draws, or Optuna.
+"""Search strategies of a sweep: all combinations, random draws, or Optuna.
 
-A configuration is run once per seed, and its score is the mean over its seeds. Optuna proposes a
-configuration, all its seeds are run, and then it is told the mean: it never takes the noise of
-seeds for a difference. With halving each *trial* is judged by itself; a configuration some of
-whose trials were stopped counts with the scores they had when they were stopped.
+A configuration is trained once per seed, and its score is the mean over seeds. Optuna proposes a
+configuration, all seeds are trained, and Optuna receives the mean, so that seed noise does not
+count as a difference. ASHA judges each *trial* separately: a configuration with stopped trials
+counts with their last scores.
 """
 
 import json
@@ -19,21 +19,22 @@ from sweeps.search.space import SearchPoint, SearchSpace
 from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import Trial, TrialOutcome
 
-#: Points that are tried for fit before Optuna starts.
+#: Points that are built as a check before Optuna starts.
 NUM_PROBES = 8
 
+#: Splits on which trials are evaluated.
 SPLITS = ("validation",)
 
 
 @dataclass(frozen=True)
 class CandidateConfiguration:
-    """A point of the space and the run that it means.
+    """A point of the search space and its run.
 
     Args:
-        name: short; names the group of its trials.
+        name: short name; the group of its trials.
         point: value per dimension.
-        config: the run; its seed is set per trial.
-        settings: flat key -> value of all that sets it apart.
+        config: the run; each trial sets its seed.
+        settings: flat key -> value of everything that distinguishes it.
     """
 
     name: str
@@ -42,7 +43,7 @@ class CandidateConfiguration:
     settings: dict[str, Any]
 
     def make_trials(self, seeds: Sequence[int]) -> list[Trial]:
-        """One trial per seed."""
+        """Return one trial per seed."""
         return [
             Trial(
                 f"{self.name}-seed{seed}",
@@ -56,17 +57,23 @@ class CandidateConfiguration:
         ]
 
 
-#: Gives the run of a point its final width.
+#: Function that sets the final width of a run.
 ConfigFinisher = Callable[[FinetuneConfig], FinetuneConfig]
 
 
 def build_candidate(
     space: SearchSpace, index: int, point: SearchPoint, finish: ConfigFinisher
 ) -> CandidateConfiguration:
-    """The configuration of a point.
+    """Return the configuration of a point.
+
+    Args:
+        space: the search space.
+        index: number of the configuration, from which its name is made.
+        point: value per dimension.
+        finish: sets the final width of the run.
 
     Raises:
-        UserError: values that do not go together, or no width at the fixed cost.
+        UserError: the values are not compatible, or no width has the fixed cost.
     """
     plain = space.apply_point(point)
     config = finish(plain)
@@ -81,27 +88,34 @@ def build_candidate(
 def configurations_from_points(
     space: SearchSpace, points: Iterable[SearchPoint], finish: ConfigFinisher
 ) -> list[CandidateConfiguration]:
-    """The configurations of points that are known from the start.
+    """Return the configurations of points that are known from the start.
+
+    Args:
+        space: the search space.
+        points: value per dimension of each point.
+        finish: sets the final width of a run.
 
     Raises:
-        UserError: one of them cannot be built; nothing has started yet.
+        UserError: a configuration cannot be built; nothing has started yet.
     """
-    made = [build_candidate(space, index, point, finish) for index, point in enumerate(points)]
-    if not made:
+    candidates = [
+        build_candidate(space, index, point, finish) for index, point in enumerate(points)
+    ]
+    if not candidates:
         raise UserError("the space is empty: give it at least one key with a value")
-    return made
+    return candidates
 
 
 class OptunaSource:
-    """A source that Optuna guides (Akiba et al. 2019), through Tune's adapter.
+    """A source of trials that Optuna proposes (Akiba et al. 2019), through Tune's adapter.
 
     Args:
-        space: of the sweep.
-        count: configurations in all.
-        seeds: of each configuration.
-        seed: of the sampler.
-        finish: see :func:`build_candidate`.
-        folder: of the sweep; what was proposed is kept there.
+        space: the search space.
+        count: number of configurations.
+        seeds: seeds of each configuration.
+        seed: seed of the sampler.
+        finish: sets the final width of a run.
+        folder: directory of the trials; proposals are stored there.
     """
 
     def __init__(
@@ -113,35 +127,31 @@ class OptunaSource:
         finish: ConfigFinisher,
         folder: Path,
     ) -> None:
-        self._space, self._num_configurations, self._seeds, self._finish = (
-            space,
-            count,
-            list(seeds),
-            finish,
-        )
+        self._space, self._seeds, self._finish = space, list(seeds), finish
+        self._num_configurations = count
         self._proposals_path = folder / PROPOSALS
         self._search, self._categories = _build_optuna_search(space, seed)
         self._candidates: dict[str, CandidateConfiguration] = {}
         self._stored_points = _read_proposals(self._proposals_path)
         self._queue: list[Trial] = []
         self._scores: dict[str, list[float | None]] = {}
-        #: Configurations of this process, which Optuna itself asked to be run.
+        #: Configurations that Optuna proposed in this process.
         self._proposed_here: set[str] = set()
         self.total = count * len(self._seeds)
         self.example = self._probe()
 
     def next_trial(self) -> Trial | None:
-        """The next trial: of what was proposed before the driver was killed, then of new ones."""
+        """Return the next trial: first of stored proposals, then of new ones."""
         if not self._queue and len(self._candidates) < self._num_configurations:
             self._queue = self._propose().make_trials(self._seeds)
         return self._queue.pop(0) if self._queue else None
 
     def is_exhausted(self) -> bool:
-        """Whether all configurations have been proposed."""
+        """Return whether all configurations have been proposed."""
         return not self._queue and len(self._candidates) >= self._num_configurations
 
     def record_outcome(self, outcome: TrialOutcome) -> None:
-        """Optuna hears of a configuration when the last of its seeds has ended."""
+        """Report the mean score to Optuna when the last seed of a configuration has ended."""
         scores = self._scores.setdefault(outcome.group, [])
         scores.append(outcome.score if outcome.status != "failed" else None)
         if len(scores) < len(self._seeds):
@@ -149,8 +159,8 @@ class OptunaSource:
         good = [score for score in scores if score is not None]
         name = outcome.group
         if name in self._proposed_here:
-            told = {"score": fmean(good)} if good else None
-            self._search.on_trial_complete(name, told, error=not good)
+            result = {"score": fmean(good)} if good else None
+            self._search.on_trial_complete(name, result, error=not good)
         elif good:
             self._search.add_evaluated_point(
                 self._encode_point(self._candidates[name].point), fmean(good)
@@ -170,11 +180,11 @@ class OptunaSource:
         return self._candidates[name]
 
     def _probe(self) -> Trial:
-        """Try some points before anything starts: Optuna may propose any of the space."""
+        """Build some points before anything starts, because Optuna may propose any point."""
         first: Trial | None = None
         for index, point in enumerate(self._space.random_points(NUM_PROBES, 0)):
-            made = build_candidate(self._space, index, point, self._finish)
-            first = first or made.make_trials(self._seeds)[0]
+            candidate = build_candidate(self._space, index, point, self._finish)
+            first = first or candidate.make_trials(self._seeds)[0]
         if first is None:
             raise UserError("the space is empty: give it at least one key with a value")
         return first
@@ -185,15 +195,17 @@ class OptunaSource:
             for name, value in point.items()
         }
 
-    def _decode_point(self, given: dict[str, Any]) -> SearchPoint:
+    def _decode_point(self, suggestion: dict[str, Any]) -> SearchPoint:
         return {
-            name: self._categories[name][given[name]] if name in self._categories else given[name]
+            name: self._categories[name][suggestion[name]]
+            if name in self._categories
+            else suggestion[name]
             for name in self._space.dimensions
         }
 
 
 def _build_optuna_search(space: SearchSpace, seed: int) -> tuple[Any, dict[str, list[Any]]]:
-    """Tune's Optuna search over the space, and the values that it knows by their number only."""
+    """Return Tune's Optuna search, and the values of dimensions that it knows by index only."""
     try:
         from optuna.distributions import (
             BaseDistribution,
@@ -204,16 +216,16 @@ def _build_optuna_search(space: SearchSpace, seed: int) -> tuple[Any, dict[str, 
         from optuna.logging import WARNING, set_verbosity
         from optuna.samplers import TPESampler
         from ray.tune.search.optuna import OptunaSearch
-    except ImportError as problem:  # pragma: no cover - a dependency
-        raise UserError(f"search optuna needs the package optuna: {problem}") from None
+    except ImportError as error:  # pragma: no cover - a dependency
+        raise UserError(f"search optuna needs the package optuna: {error}") from None
     set_verbosity(WARNING)
     distributions: dict[str, BaseDistribution] = {}
-    codes: dict[str, list[Any]] = {}
+    categories: dict[str, list[Any]] = {}
     for name, dimension in space.dimensions.items():
         if dimension.grid:
-            raise UserError(f"space.{name}.grid: Optuna chooses every value itself; give choice")
+            raise UserError(f"space.{name}.grid: Optuna chooses all values itself; give choice")
         if dimension.range is None:
-            codes[name] = dimension.values
+            categories[name] = dimension.values
             distributions[name] = CategoricalDistribution(list(range(len(dimension.values))))
             continue
         low, high = dimension.range
@@ -223,14 +235,15 @@ def _build_optuna_search(space: SearchSpace, seed: int) -> tuple[Any, dict[str, 
         else:
             distributions[name] = FloatDistribution(float(low), float(high), log=log)
     sampler = TPESampler(seed=seed, n_startup_trials=8, multivariate=False)
-    return OptunaSearch(distributions, metric="score", mode="max", sampler=sampler), codes
+    search = OptunaSearch(distributions, metric="score", mode="max", sampler=sampler)
+    return search, categories
 
 
 def _read_proposals(path: Path) -> list[SearchPoint]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:  # the driver was killed while it wrote
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:  # the driver was killed during a write
+        path.write_text(complete, encoding="utf-8")
+    return [json.loads(line) for line in complete.splitlines()]

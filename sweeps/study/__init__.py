@@ -1,1 +1,1 @@
-"""TODO: package sweeps/study."""
+"""Studies: every system tuned equally, then trained with several seeds."""

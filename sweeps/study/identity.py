@@ -1,6 +1,6 @@
-"""Whether a study may go on in its folder: what was run there must be what would be run now.
+"""Check that a study can be resumed: finished runs must match the current configuration.
 
-More systems, seeds or trials may join at any time, and what no run has used yet may change.
+Systems, seeds and trials may be added at any time. Settings that no run has used may change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ STUDY_FILE = "study.yaml"
 
 
 def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) -> None:
-    """Refuse trials that were begun with other settings, before anything is written.
+    """Raise UserError if a trial was started with other settings; nothing is written.
 
     Args:
-        config: of the study.
-        trials: as they would be run.
-        folder: of all of them.
+        config: the study.
+        trials: trials of the current configuration.
+        folder: directory of all trials.
 
     Raises:
-        UserError: names the first, and what of the study is another.
+        UserError: names the first trial and the first setting that differs.
     """
     for trial in trials:
         stored = folder / trial.name / CONFIG
@@ -42,20 +42,20 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         study = config.folder / STUDY_FILE
         known = _decisive_keys(configuration.load_yaml(study)) if study.is_file() else {}
         now = _decisive_keys(configuration.to_dict(config))
-        # It may have grown: only what both know counts.
+        # Keys may be added to a study: only common keys are compared.
         both = known.keys() & now.keys()
         changed = _first_difference({k: known[k] for k in both}, {k: now[k] for k in both})
-        cause = f"has {changed}; its run" if changed else "was begun with other settings: its run"
+        cause = f"has {changed}; its run" if changed else "was started with other settings: its run"
         raise UserError(
-            f"the study {config.name} {cause} {trial.name} was made with {found}. Give another "
-            f"--name, or go on with --config {study}"
+            f"the study {config.name} {cause} {trial.name} was trained with {found}. Give another "
+            f"--name, or resume the study with --config {study}"
         )
 
 
 def _compare_pretraining(before: FinetuneConfig, trial: Trial) -> str:
-    """The same for what a run started from, as far as that is still there."""
+    """Return the first difference of the pretrainings as text; "" for none or if unknown."""
     if (trial.pretrain is None) != (not before.init_from):
-        return "another start: pretrain"
+        return "another value of pretrain"
     if trial.pretrain is None or not before.init_from:
         return ""
     stored = Path(before.init_from).parent / CONFIG
@@ -73,13 +73,13 @@ def _run_identity(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _decisive_keys(study: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a study decides its runs, flat."""
+    """Return the flat settings of a study that determine its runs."""
     decisive = ("run", "pretraining", "systems", "tuning")
     return configuration.flatten({key: study[key] for key in decisive if key in study})
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """``training.lr 0.1, not 0.2, and 3 more`` of what differs; "" for nothing."""
+    """Return ``training.lr 0.1, not 0.2, and 3 more``; "" if nothing differs."""
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if not differing:
         return ""

@@ -1,15 +1,16 @@
-"""A study: systems x seeds, each tuned as much as the others, through the engine of sweeps.
+"""Run a study: tune every system equally, then train every system with every seed.
 
 <run root>/<name>/
-  study.yaml        the resolved configuration
-  study.json        what each system got in tuning, and what became of each run
-  run.json          the MLflow run
-  tuning/           trials of the tuning, measured on the validation splits
-  runs/             the final runs, one per system and seed; only they read the test splits
-  report.html, …    the report; see sweeps.report.report
+  study.yaml        resolved configuration
+  study.json        tuning results, and the status of each run
+  run.json          MLflow run
+  tuning/           tuning trials, evaluated on the validation splits
+  runs/             final runs, one per system and seed; only these read the test splits
+  report.html, …    report; see sweeps.report.report
 
-Called again it goes on: what is finished is not run again. With ``--run_dir s3://bucket/runs`` the
-same lies in the store: see sweeps/trials/remote_ledger.py.
+:func:`run_study` is called by ``skillnet compare``. A second call resumes: finished runs are not
+repeated. With ``--run_dir s3://bucket/runs`` the object store holds the same files: see
+sweeps/trials/remote_ledger.py.
 """
 
 import math
@@ -35,19 +36,20 @@ from sweeps.trials.trial import Trial, TrialOutcome
 if TYPE_CHECKING:
     from skillnet_platform.tracking import Tracker
 
+#: Files that exist from the start of a study.
 START_FILES = (STUDY_FILE, RUN)
 
 
 @dataclass
 class TuningResult:
-    """What one system got in tuning.
+    """Result of tuning one system.
 
     Args:
-        label: of the system.
-        settings: flat key -> chosen value; empty is the run as configured.
-        score: mean validation score of the chosen trial; none without trials.
-        trials: settings, status, score, steps and seconds of each.
-        reuse_tuning_of: the system whose trials these are, if they are another's.
+        label: label of the system.
+        settings: flat key -> chosen value; empty for the run as configured.
+        score: mean validation score of the chosen trial; None without trials.
+        trials: settings, status, score, steps and seconds of each trial.
+        reuse_tuning_of: system whose tuning was used, or None for own trials.
     """
 
     label: str
@@ -59,7 +61,13 @@ class TuningResult:
 
 @dataclass
 class StudyResult:
-    """A study that was run: what was tuned, and what became of the final runs."""
+    """Result of a study: tuning and final runs.
+
+    Args:
+        config: the study.
+        tuning: label -> tuning result.
+        outcomes: outcomes of the final runs.
+    """
 
     config: StudyConfig
     tuning: dict[str, TuningResult]
@@ -72,42 +80,42 @@ class StudyResult:
 
 
 def check_study(config: StudyConfig) -> None:
-    """Build everything once before anything is written: a mistake shows now.
+    """Check a study by building all of its trials; nothing is written.
 
     Raises:
-        UserError: what does not fit, or is not what the study of this name has run so far.
+        UserError: the study is invalid, or differs from the runs that exist under its name.
     """
     trials = build_tuning_trials(config)
     check_unchanged(config, trials, config.folder / "tuning")
     known: dict[str, TuningResult] = {}
     if (config.folder / STUDY_LEDGER).is_file():
         known, _ = read_study_ledger(config.folder)
-    tuned = {label: known.get(label, TuningResult(label)) for label in config.systems}
-    finals = build_final_trials(config, tuned)
-    # What will be chosen is not known without the ledger.
+    tuning = {label: known.get(label, TuningResult(label)) for label in config.systems}
+    finals = build_final_trials(config, tuning)
+    # Without the ledger the chosen settings are unknown, so the final runs are not compared.
     check_unchanged(
         config, [t for t in finals if not trials or t.group in known], config.folder / "runs"
     )
 
 
 def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
-    """Tune and run all systems; go on where an earlier call ended.
+    """Tune and train all systems; an unfinished study is resumed.
 
     Args:
-        config: of the study.
+        config: the study.
         tracker: the open MLflow run of the study.
 
     Raises:
-        UserError: what does not fit, before anything is trained; a system none of whose tuning
-            trials finished.
-        KeyboardInterrupt: after an orderly stop.
+        UserError: a trial is invalid (nothing is trained), or no tuning trial of a system
+            finished.
+        KeyboardInterrupt: after a graceful stop.
     """
     from sweeps.trials.engine import run_trials
 
     if not config.systems:
         raise UserError(
-            "a study needs systems: give a file such as --config studies/headline, or finished "
-            "runs to compare"
+            "a study needs systems: give a file such as --config studies/headline, or name "
+            "finished runs to compare"
         )
     folder, mirror = config.folder, config.mirror
     with atomic_write(folder / STUDY_FILE, "w") as stream:
@@ -115,9 +123,9 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     if mirror is not None:
         mirror.upload_files(*START_FILES)
     trials = build_tuning_trials(config)
-    tried: list[TrialOutcome] = []
+    tuned: list[TrialOutcome] = []
     if trials:
-        tried = run_trials(
+        tuned = run_trials(
             trials,
             folder=folder / "tuning",
             parent=tracker,
@@ -127,9 +135,9 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             label="tuning",
             store=mirror.uri_of("tuning") if mirror is not None else None,
         )
-    tuned = choose_settings(config, trials, tried)
-    write_study_ledger(StudyResult(config, tuned, []), folder)
-    finals = build_final_trials(config, tuned)
+    tuning = choose_settings(config, trials, tuned)
+    write_study_ledger(StudyResult(config, tuning, []), folder)
+    finals = build_final_trials(config, tuning)
     check_unchanged(config, finals, folder / "runs")
     outcomes = run_trials(
         finals,
@@ -139,32 +147,32 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
         label="final runs",
         store=mirror.uri_of("runs") if mirror is not None else None,
     )
-    study = StudyResult(config, tuned, outcomes)
+    study = StudyResult(config, tuning, outcomes)
     write_study_ledger(study, folder)
     return study
 
 
 def build_tuning_trials(config: StudyConfig) -> list[Trial]:
-    """The tuning trials of all systems, measured on the validation splits."""
+    """Return the tuning trials of all systems, which are evaluated on the validation splits."""
     trials: list[Trial] = []
     if not config.tuning.trials:
         return trials
-    drawn = build_tuning_points(config)
+    points = build_tuning_points(config)
     for label, entry in config.systems.items():
         if entry.reuse_tuning_of is not None:
             continue
         base = build_base_run(config, label, config.tuning.seed)
         steps = math.ceil(config.tuning.step_fraction * base.training.steps)
         base = replace(base, evaluate=False, training=replace(base.training, steps=steps))
-        for place, settings in enumerate(drawn):
-            made = override_run(base, settings, "tuning.space")
+        for index, settings in enumerate(points):
+            run = override_run(base, settings, "tuning.space")
             trials.append(
                 Trial(
-                    f"{label}-t{place}",
-                    made,
-                    pretrain=build_pretraining(config, label, made),
+                    f"{label}-t{index}",
+                    run,
+                    pretrain=build_pretraining(config, label, run),
                     splits=("validation",),
-                    group=f"{label}-t{place}",
+                    group=f"{label}-t{index}",
                     settings={"system": label, **settings},
                 )
             )
@@ -172,30 +180,39 @@ def build_tuning_trials(config: StudyConfig) -> list[Trial]:
 
 
 def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
-    """Settings of every system's tuning trials: none, points spread over the space, those named."""
+    """Return the settings of the tuning trials, which are the same for every system.
+
+    The first are the settings as configured, then points spread over the space, then the points
+    of ``tuning.points``.
+    """
     space = SearchSpace(config.tuning.space, config.run)
     spread = space.latin_hypercube_points(config.tuning.trials - 1, config.tuning.seed)
-    made = [{}, *(space.resolve_assignments(point) for point in spread)]
+    points = [{}, *(space.resolve_assignments(point) for point in spread)]
     for point in config.tuning.points:
         try:
             SearchSpace(
                 {key: SearchDimension(choice=[value]) for key, value in point.items()}, config.run
             )
-        except UserError as problem:
-            raise UserError(f"tuning.points: {problem}") from None
-    return [*made[: config.tuning.trials], *config.tuning.points]
+        except UserError as error:
+            raise UserError(f"tuning.points: {error}") from None
+    return [*points[: config.tuning.trials], *config.tuning.points]
 
 
 def choose_settings(
     config: StudyConfig, trials: Sequence[Trial], outcomes: Sequence[TrialOutcome]
 ) -> dict[str, TuningResult]:
-    """The settings with the best mean validation score of each system; of equals the first.
+    """Return the settings with the best mean validation score of each system.
+
+    Args:
+        config: the study.
+        trials: tuning trials of all systems.
+        outcomes: their outcomes. Among equal scores the first trial is chosen.
 
     Raises:
-        UserError: no trial of a system finished.
+        UserError: no tuning trial of a system finished.
     """
     by_name = {outcome.name: outcome for outcome in outcomes}
-    tuned: dict[str, TuningResult] = {}
+    tuning: dict[str, TuningResult] = {}
     for label, entry in config.systems.items():
         if entry.reuse_tuning_of is not None:
             continue
@@ -219,21 +236,28 @@ def choose_settings(
                 own.score, own.settings = score, settings
         if own.trials and own.score is None:
             raise UserError(f"no tuning trial of {label} finished; see {config.folder / 'tuning'}")
-        tuned[label] = own
+        tuning[label] = own
     for label, entry in config.systems.items():
         if entry.reuse_tuning_of is not None:
-            other = tuned[entry.reuse_tuning_of]
-            tuned[label] = TuningResult(
+            other = tuning[entry.reuse_tuning_of]
+            tuning[label] = TuningResult(
                 label, other.settings, other.score, [], entry.reuse_tuning_of
             )
-    return {label: tuned[label] for label in config.systems}
+    return {label: tuning[label] for label in config.systems}
 
 
-def build_final_trials(config: StudyConfig, tuned: Mapping[str, TuningResult]) -> list[Trial]:
-    """The final runs, seed by seed: what is stopped early has as many of each system."""
+def build_final_trials(config: StudyConfig, tuning: Mapping[str, TuningResult]) -> list[Trial]:
+    """Return the final runs, ordered by seed.
+
+    With this order an interrupted study has about as many runs of each system.
+
+    Args:
+        config: the study.
+        tuning: label -> tuning result with the chosen settings.
+    """
     seeds = dict.fromkeys(seed for label in config.systems for seed in config.seeds_of(label))
     return [
-        build_final_trial(config, label, tuned[label].settings, seed)
+        build_final_trial(config, label, tuning[label].settings, seed)
         for seed in seeds
         for label in config.systems
         if seed in config.seeds_of(label)
@@ -243,20 +267,32 @@ def build_final_trials(config: StudyConfig, tuned: Mapping[str, TuningResult]) -
 def build_final_trial(
     config: StudyConfig, label: str, settings: Mapping[str, Any], seed: int
 ) -> Trial:
-    """The run of a system and a seed that is measured on the test splits."""
-    made = override_run(build_base_run(config, label, seed), settings, f"systems.{label}")
-    made = replace(made, evaluate=True)
+    """Return the final run of a system and a seed, which is evaluated on the test splits.
+
+    Args:
+        config: the study.
+        label: label of the system.
+        settings: flat key -> tuned value.
+        seed: seed of the run.
+    """
+    run = override_run(build_base_run(config, label, seed), settings, f"systems.{label}")
+    run = replace(run, evaluate=True)
     return Trial(
         f"{label}-seed{seed}",
-        made,
-        pretrain=build_pretraining(config, label, made),
+        run,
+        pretrain=build_pretraining(config, label, run),
         group=label,
         settings={"system": label, **settings},
     )
 
 
 def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig:
-    """The study's run with what a system sets.
+    """Return the study's run with the system's own settings.
+
+    Args:
+        config: the study.
+        label: label of the system.
+        seed: seed of the run.
 
     Raises:
         UserError: an unknown system, option or key.
@@ -266,8 +302,8 @@ def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig
     entry = config.systems[label]
     try:
         find_system(entry.system).model.parse_options(entry.options)
-    except (ValueError, TypeError) as problem:
-        raise UserError(f"systems.{label}: {problem}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"systems.{label}: {error}") from None
     run = override_run(config.run, entry.set, f"systems.{label}.set")
     tracking = replace(config.tracking, register=False, system_metrics=False)
     return replace(
@@ -278,7 +314,13 @@ def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig
 def build_pretraining(
     config: StudyConfig, label: str, run: FinetuneConfig
 ) -> PretrainConfig | None:
-    """The pretraining that a run starts from: its system, sizes and seed; none without."""
+    """Return the pretraining of a run with its system, sizes and seed; None without one.
+
+    Args:
+        config: the study.
+        label: label of the system.
+        run: the run that starts from the pretraining.
+    """
     if not config.systems[label].pretrain:
         return None
     plan = config.pretraining
@@ -294,10 +336,15 @@ def build_pretraining(
 
 
 def override_run(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> FinetuneConfig:
-    """A run with some flat keys set to other values.
+    """Return a run with some flat keys set to other values.
+
+    Args:
+        run: the base run.
+        keys: flat key -> value.
+        where: source of the values, for error messages.
 
     Raises:
-        UserError: an unknown key or a wrong value; names it.
+        UserError: an unknown key or a wrong value.
     """
     if not keys:
         return run
@@ -307,17 +354,22 @@ def override_run(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> Fi
     return configuration.build(FinetuneConfig, tree, dict.fromkeys(keys, where))
 
 
-# -- the ledger ----------------------------------------------------------------------------
+# -- ledger --------------------------------------------------------------------------------
 
 
 def write_study_ledger(study: StudyResult, folder: Path) -> None:
-    """Write down what is known of a study."""
+    """Write the tuning results and the status of each run to ``study.json``.
+
+    Args:
+        study: the study; without outcomes before the final runs.
+        folder: directory of the study.
+    """
     write_json(
         folder / STUDY_LEDGER,
         {
             "name": study.config.name,
             "seeds": {label: study.config.seeds_of(label) for label in study.config.systems},
-            "tuning": {label: vars(tuned) for label, tuned in study.tuning.items()},
+            "tuning": {label: vars(result) for label, result in study.tuning.items()},
             "runs": [
                 {
                     "system": outcome.group,
@@ -334,23 +386,30 @@ def write_study_ledger(study: StudyResult, folder: Path) -> None:
 
 
 def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple[str, Path]]]:
-    """What each system got in tuning, and (system, folder) of the finished runs of a study."""
-    told = read_json(folder / STUDY_LEDGER)
+    """Read ``study.json``.
+
+    Args:
+        folder: directory of the study.
+
+    Returns:
+        Label -> tuning result, and (label, directory) of each finished run.
+    """
+    ledger = read_json(folder / STUDY_LEDGER)
     known = {f.name for f in fields(TuningResult)}
-    tuned = {
+    tuning = {
         label: TuningResult(**{key: value for key, value in entry.items() if key in known})
-        for label, entry in told["tuning"].items()
+        for label, entry in ledger["tuning"].items()
     }
     runs = [
         (entry["system"], folder / entry["folder"])
-        for entry in told["runs"]
+        for entry in ledger["runs"]
         if entry["status"] == "finished"
     ]
-    return tuned, runs
+    return tuning, runs
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
-    """``training.lr 0.002, training.weight_decay 0.1``; "as configured" for none."""
+    """Return ``training.lr 0.002, training.weight_decay 0.1``, or "as configured" for none."""
     return (
         ", ".join(f"{key} {format_setting(value)}" for key, value in settings.items())
         or "as configured"
@@ -358,6 +417,6 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 
 
 def warn_about_failures(study: StudyResult) -> None:
-    """Name the final runs that have no result."""
+    """Print a warning for each final run without a result."""
     for outcome in study.failed_runs:
         console.warn(f"{outcome.name} {outcome.status}: {outcome.error or 'no result'}")

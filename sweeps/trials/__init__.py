@@ -1,1 +1,1 @@
-"""TODO: package sweeps/trials."""
+"""Trials through Ray Tune: input, processes, outcomes and the ledger."""

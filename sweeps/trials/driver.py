@@ -1,5 +1,7 @@
-"""The driver of a sweep: gives trials to Ray Tune, opens and ends their MLflow runs, keeps the
-ledger, and shows how far it is.
+"""Drive the trials of a sweep: feed them to Ray Tune and record their outcomes.
+
+:class:`TrialDriver` opens and ends the MLflow run of each trial, maintains the ledger, and prints
+the progress. It is called by :func:`sweeps.trials.engine.run_trials`.
 """
 
 import contextlib
@@ -28,9 +30,9 @@ from sweeps.trials.trial import (
     write_trial,
 )
 
-#: Seconds that a sweep waits at its end for a tracker that does not answer.
+#: Seconds that a sweep waits at its end for a tracking server that does not respond.
 TRACKER_PATIENCE_S = 60.0
-#: MLflow's word for the end of a run, by what became of its trial.
+#: Status of a trial -> final status of its MLflow run.
 MLFLOW_STATUS = {
     "finished": "FINISHED",
     "stopped": "KILLED",
@@ -40,35 +42,38 @@ MLFLOW_STATUS = {
 
 
 class TrialDriver:
-    """Runs what a source gives.
+    """Runs the trials of a source.
 
     Args:
-        source: of trials.
-        options: how they are run.
-        start: what a trial starts from, put into its configuration when its turn comes.
+        source: source of the trials.
+        options: settings of the trials.
+        prepare_start: called when a trial starts; returns it with ``init_from`` set.
     """
 
     def __init__(
         self,
         source: TrialSource,
         options: TrialOptions,
-        start: Callable[[Trial], Trial] | None = None,
+        prepare_start: Callable[[Trial], Trial] | None = None,
     ) -> None:
         self.source, self.options = source, options
         self.entries: dict[str, LedgerEntry] = {}
-        self._prepare_start = start or (lambda trial: trial)
+        self._prepare_start = prepare_start or (lambda trial: trial)
         self._asha: Any = None
         self._has_warned = False
-        #: Trials whose run could not be opened yet: the tracker was away.
+        #: Trials whose MLflow run could not be opened because the server was unreachable.
         self._waiting: list[LedgerEntry] = []
         self._first_assignment: tuple[str, dict[str, Any]] | None = None
 
-    # -- trials in ----------------------------------------------------------------------------
+    # -- start of trials ----------------------------------------------------------------------
 
     def next_assignment(self) -> tuple[str, dict[str, Any]] | None:
-        """The next trial that is to be run, as Tune gets it; those already settled are told."""
-        given, self._first_assignment = self._first_assignment, None
-        return given or self._find_next()
+        """Return the next trial to run as (name, arguments of its process), or None.
+
+        Trials with a stored outcome are reported to the source and skipped.
+        """
+        assignment, self._first_assignment = self._first_assignment, None
+        return assignment or self._find_next()
 
     def _find_next(self) -> tuple[str, dict[str, Any]] | None:
         while (entry := self._next_entry()) is not None:
@@ -83,28 +88,33 @@ class TrialDriver:
                 continue
             try:
                 self._open_run(entry)
-            except UserError as problem:
-                self._settle(entry, "failed", str(problem))
+            except UserError as error:
+                self._settle(entry, "failed", str(error))
                 continue
-            except Exception as problem:
-                if not is_away(problem):
+            except Exception as error:
+                if not is_away(error):
                     raise
                 self._wait_for_tracker(entry)
                 return None
-            used = {"cpus": self.options.resources.cpus, "gpus": self.options.resources.gpus}
-            workers = entry.trial.config.training.workers
-            return entry.trial.name, {**self._process_location(entry), "workers": workers, **used}
+            resources = self.options.resources
+            arguments = {
+                **self._process_location(entry),
+                "workers": entry.trial.config.training.workers,
+                "cpus": resources.cpus,
+                "gpus": resources.gpus,
+            }
+            return entry.trial.name, arguments
         return None
 
     def _process_location(self, entry: LedgerEntry) -> dict[str, Any]:
-        """Where its process finds it: on a disk that all see, or in the store and its own disk."""
+        """Return the trial's location for its process: a shared disk, or an object store."""
         store = self.options.store
         if store is None:
             return {"folder": str(entry.folder), "store": None}
         return {"folder": str(entry.folder.relative_to(run_root())), "store": store}
 
     def is_exhausted(self) -> bool:
-        """Whether all trials have been given."""
+        """Return whether all trials have been started."""
         return not self._waiting and self._first_assignment is None and self.source.is_exhausted()
 
     def _next_entry(self) -> LedgerEntry | None:
@@ -118,23 +128,25 @@ class TrialDriver:
         return LedgerEntry(trial, folder, mirror)
 
     def _open_run(self, entry: LedgerEntry) -> None:
-        """The trial's folder, and its run in MLflow."""
+        """Create the trial's directory and open its MLflow run."""
         from pipelines.runs import layout
-        from pipelines.training import run as training_run
+        from pipelines.training.resolved_run import resolve_run
+        from pipelines.training.run import open_run_folder
 
         entry.clear_failure()
         entry.trial = self._prepare_start(entry.trial)
-        config = training_run.resolved(place_config(entry.trial.config, entry.folder))
+        run = resolve_run(place_config(entry.trial.config, entry.folder))
+        config = run.config
         if entry.mirror is not None:
             entry.mirror.relocate_config(config)
-        training_run.open_run(config, entry.folder)
+        open_run_folder(run)
         known = entry.build_outcome("interrupted").run_id
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
         parent = self.options.parent
         entry.tracker = tracking.child(parent, entry.trial.name, config, tags, run_id=known)
-        told = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
-        write_json(entry.folder / layout.RUN, told)
+        record = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
+        write_json(entry.folder / layout.RUN, record)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
         write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)
         if entry.mirror is not None:
@@ -143,36 +155,46 @@ class TrialDriver:
     def _wait_for_tracker(self, entry: LedgerEntry) -> None:
         self._waiting.append(entry)
         if not self._has_warned:
-            console.warn("the tracker is away: trials that have not begun wait for it")
+            console.warn("the tracking server does not respond: new trials wait for it")
         self._has_warned = True
 
-    # -- trials out ---------------------------------------------------------------------------
+    # -- end of trials ------------------------------------------------------------------------
 
     def on_report(self, name: str, line: dict[str, Any]) -> None:
-        """A trial was evaluated."""
+        """Store an evaluation of a trial.
+
+        Args:
+            name: name of the trial.
+            line: step, score, score of each task, costs.
+        """
         self.entries[name].add_report(line)
 
     def on_end(self, name: str, error: str | None) -> None:
-        """Tune is done with a trial."""
+        """Settle a trial that Tune has ended.
+
+        Args:
+            name: name of the trial.
+            error: error that Tune reports, or None.
+        """
         entry = self.entries[name]
-        written = entry.folder / ERROR
+        error_file = entry.folder / ERROR
         if entry.outcome is not None:
             return
         if entry.mirror is not None:
             remote_ledger.fetch_trial(entry.mirror)
         if entry.build_outcome("finished").result is not None:
             self._settle(entry, "finished")
-        elif written.is_file():
-            self._settle(entry, "failed", last_line(written.read_text(encoding="utf-8")))
+        elif error_file.is_file():
+            self._settle(entry, "failed", last_line(error_file.read_text(encoding="utf-8")))
         elif self._stopper.stop_requested:
             self._settle(entry, "interrupted")
         elif error is not None:
-            written.write_text(error + "\n", encoding="utf-8")
+            error_file.write_text(error + "\n", encoding="utf-8")
             self._settle(entry, "failed", error.strip().splitlines()[0])
         elif self.options.asha is not None and read_reports(entry.folder):
             self._settle(entry, "stopped")
         else:
-            self._settle(entry, "failed", "it ended without a result and without an error")
+            self._settle(entry, "failed", "the trial ended without a result and without an error")
 
     def _settle(self, entry: LedgerEntry, status: Any, error: str | None = None) -> None:
         outcome = entry.settle(status, error)
@@ -194,7 +216,7 @@ class TrialDriver:
             self.source.record_outcome(outcome)
 
     def _flush_trackers(self) -> None:
-        """What a busy tracker did not take when trials ended: nobody else would send it today."""
+        """Send the metrics that a busy server did not accept earlier; no later process would."""
         end = time.monotonic() + (0.0 if self._stopper.stop_requested else TRACKER_PATIENCE_S)
         for entry in self.entries.values():
             if entry.tracker is not None:
@@ -205,10 +227,14 @@ class TrialDriver:
             if entry.outcome is None and entry.tracker is not None:
                 (entry.folder / STOP).touch()
 
-    # -- the whole ----------------------------------------------------------------------------
+    # -- run ----------------------------------------------------------------------------------
 
     def run(self) -> list[TrialOutcome]:
-        """Run, and leave nothing open."""
+        """Run all trials and return their outcomes; every MLflow run is ended.
+
+        Raises:
+            KeyboardInterrupt: after a graceful stop.
+        """
         from sweeps.trials import ray_tune
 
         self._stopper = ray_tune.GracefulStopper(self._stop_trials)
@@ -224,7 +250,7 @@ class TrialDriver:
         finally:
             for entry in self.entries.values():
                 if entry.outcome is None and entry.tracker is not None:
-                    # An error of the sweep itself: the trial goes on next time.
+                    # The sweep itself failed: the trial is resumed next time.
                     self._settle(entry, "interrupted")
             shutil.rmtree(self.options.folder / "tune", ignore_errors=True)
         if self._stopper.stop_requested:
@@ -253,10 +279,10 @@ class TrialDriver:
             placement_groups.remove_placement_groups(ray, patience)
 
     def _max_concurrent(self, ray: Any) -> int:
-        """Trials at the same time: what is asked for, and no more than fit.
+        """Return the number of concurrent trials: the configured number, limited by resources.
 
         Raises:
-            UserError: not even one fits.
+            UserError: the cluster has too few resources for one trial.
         """
         workers = max(self.source.example.config.training.workers, 1)
         have, used = ray.cluster_resources(), self.options.resources
@@ -267,22 +293,23 @@ class TrialDriver:
                 if not fit:
                     raise UserError(
                         f"a trial takes {each * workers:g} {name}s ({workers} worker(s) of "
-                        f"{each:g}), Ray has {have.get(name, 0):g}; lower "
+                        f"{each:g}), but Ray has {have.get(name, 0):g}; lower "
                         f"resources.{name.lower()}s or training.workers"
                     )
         return min(fit, used.max_concurrent_trials or fit)
 
     @contextlib.contextmanager
     def _show_progress(self) -> Iterator[None]:
-        """One line that counts the steps of all trials, while a block runs; or the trials, if
-        time ends them.
+        """Show a progress bar of the steps of all trials while a block runs.
+
+        The bar counts trials instead if trials are limited by time.
         """
         training = self.source.example.config.training
-        steps, unit = (1, "trials") if training.minutes else (training.steps, "steps")
+        steps, unit = (1, "trials") if training.max_minutes else (training.steps, "steps")
         over = threading.Event()
 
-        def counted(reached: float) -> int:
-            """Of a trial, once it is over (infinity) or at a step."""
+        def count(reached: float) -> int:
+            # Infinity stands for a settled trial.
             if math.isfinite(reached) and unit == "trials":
                 return 0
             return int(min(reached, steps))
@@ -292,8 +319,8 @@ class TrialDriver:
                 while True:
                     last = over.wait(0.5)
                     entries = list(self.entries.values())
-                    bar.found(sum(counted(entry.steps_before) for entry in entries) - bar.first)
-                    done = sum(counted(math.inf if e.outcome else e.steps_done()) for e in entries)
+                    bar.found(sum(count(entry.steps_before) for entry in entries) - bar.first)
+                    done = sum(count(math.inf if e.outcome else e.steps_done()) for e in entries)
                     bar.advance(max(done - bar.done, 0), self._progress_text(entries))
                     if last:
                         return
@@ -317,6 +344,6 @@ class TrialDriver:
                 entry.outcome is None and entry.tracker is not None for entry in entries
             ),
         }
-        words = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        text = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         best = next(iter(compute_mean_scores(outcomes).items()), None)
-        return f"{words}, best {best[1]:.4f} ({best[0]})" if best else words
+        return f"{text}, best {best[1]:.4f} ({best[0]})" if best else text

@@ -1,7 +1,8 @@
-"""The engine of sweeps and studies: trials through Ray Tune, recorded, resumable.
+"""Run the trials of sweeps and studies through Ray Tune, recorded and resumable.
 
-The ledger is the trials' folders (docs/decisions/0013): a trial with an outcome is not run
-again, an unfinished one goes on from its newest whole checkpoint.
+The ledger is the trials' directories (docs/decisions/0013): a trial with an outcome is not run
+again, and an unfinished trial is resumed from its latest valid checkpoint. The entry point is
+:func:`run_trials`.
 """
 
 import contextlib
@@ -30,33 +31,33 @@ def run_trials(
     label: str = "trials",
     store: str | None = None,
 ) -> list[TrialOutcome]:
-    """Run trials through Ray Tune, and come back with what became of each.
+    """Run trials through Ray Tune and return their outcomes.
 
-    Pretrainings that trials name are run first, each once. Every trial is a run nested in
-    ``parent``, which this process opens and ends: none is left RUNNING, also after an error or
-    an interrupt. A trial that fails does not end the others.
+    Each pretraining that trials name is run once, first. Every trial has an MLflow run nested in
+    ``parent``. This process opens and ends it: no run stays RUNNING after an error or interrupt.
+    A failed trial does not end the others.
 
     Args:
-        trials: a list, or a source that makes them one after the other. Names must differ.
-        folder: of all trials; called again with the same one, it goes on.
+        trials: a list, or a source that creates trials one by one. Names must differ.
+        folder: directory of all trials; a second call with the same directory resumes.
         parent: the open MLflow run of the sweep or study.
-        score: how evaluations are scored; needed by ``asha``.
-        resources: of one trial.
-        asha: stop bad trials early; none lets all run to their end.
-        keep: number of groups, best first by mean score, whose models and checkpoints stay on
-            disk; none keeps all models. Small result files always stay.
-        max_failures: times that a trial whose process died is started again.
-        label: of the progress line.
-        store: URI of the folder of all trials in a store; none keeps them on this disk, which all
-            hosts must see. With it ``folder`` is below the run root.
+        score: computation of the score; required by ``asha``.
+        resources: resources of one trial.
+        asha: early stopping; None runs all trials to the end.
+        keep: number of groups, best first by mean score, whose models and checkpoints are kept;
+            None keeps all. Small result files are always kept.
+        max_failures: restarts of a trial whose process died.
+        label: label of the progress bar.
+        store: URI of the directory of all trials in an object store; None if all nodes share the
+            disk of ``folder``. With a store ``folder`` is below the run root.
 
     Returns:
         Outcomes in the order of the trials.
 
     Raises:
-        UserError: trials that do not fit their corpora, the machine, or what was run before
-            under their names; before anything starts.
-        KeyboardInterrupt: after an orderly stop, on the first Ctrl-C or SIGTERM.
+        UserError: a trial does not fit its corpora, the cluster, or an existing run of its name;
+            nothing is started.
+        KeyboardInterrupt: after a graceful stop by the first Ctrl-C or SIGTERM.
     """
     from skillnet_platform import cluster
     from sweeps.trials.driver import TrialDriver
@@ -64,8 +65,8 @@ def run_trials(
     from sweeps.trials.source import TrialOptions
 
     folder = folder.absolute()
-    used = resources or ResourceConfig()
-    options = TrialOptions(folder, parent, score, used, asha, keep, max_failures, label, store)
+    resources = resources or ResourceConfig()
+    options = TrialOptions(folder, parent, score, resources, asha, keep, max_failures, label, store)
     with _lock_folder(folder):
         if isinstance(trials, Sequence):
             if not trials:
@@ -73,35 +74,33 @@ def run_trials(
             listed = [_resolve_trial(trial) for trial in trials]
             _check_names(listed)
             for trial in listed:
-                check_trial(trial, folder, score, asha, used)
+                check_trial(trial, folder, score, asha, resources)
             source: TrialSource = ListedTrials(listed)
         else:
             source, listed = trials, [trials.example]
-            check_trial(source.example, None, score, asha, used)
-        before = SharedPretrainings(listed, folder, store)
-        first = before.list_trials()
+            check_trial(source.example, None, score, asha, resources)
+        pretrainings = SharedPretrainings(listed, folder, store)
+        first = pretrainings.list_trials()
         with cluster.session() if first else contextlib.nullcontext():
             if first:
                 for trial in first:
-                    check_trial(trial, folder, None, None, used)
-                alone = replace(options, score=None, asha=None, keep=None)
-                before.record_outcomes(
-                    TrialDriver(ListedTrials(first), replace(alone, label="pretraining")).run()
-                )
-            return TrialDriver(source, options, before.set_init_from).run()
+                    check_trial(trial, folder, None, None, resources)
+                plain = replace(options, score=None, asha=None, keep=None, label="pretraining")
+                pretrainings.record_outcomes(TrialDriver(ListedTrials(first), plain).run())
+            return TrialDriver(source, options, pretrainings.set_init_from).run()
 
 
 def _resolve_trial(trial: Trial) -> Trial:
-    from pipelines.training.run import resolved
+    from pipelines.training.resolved_run import resolve_config
 
-    return replace(trial, config=resolved(replace(trial.config, name=trial.name)))
+    return replace(trial, config=resolve_config(replace(trial.config, name=trial.name)))
 
 
 def _check_names(trials: Sequence[Trial]) -> None:
     seen: set[str] = set()
     for trial in trials:
         if trial.name in seen:
-            raise UserError(f"two trials are named {trial.name!r}")
+            raise UserError(f"two trials are named {trial.name!r}; give each its own name")
         seen.add(trial.name)
 
 
@@ -110,36 +109,44 @@ def check_trial(
     folder: Path | None,
     score: ScoreConfig | None,
     asha: AshaConfig | None,
-    used: ResourceConfig,
+    resources: ResourceConfig,
 ) -> None:
-    """Raise UserError for what is known not to work, before anything starts."""
-    from pipelines.training import run as training_run
+    """Raise UserError for errors that can be found before anything starts.
+
+    Args:
+        trial: the trial.
+        folder: directory of all trials, to compare with an existing run; None skips this.
+        score: computation of the score, or None.
+        asha: early stopping, or None.
+        resources: resources of one trial.
+    """
+    from pipelines.training.resolved_run import resolve_run
+    from pipelines.training.run import find_finished_result, validate_run
 
     try:
-        used.check(trial.config.training.use_gpu)
-        training_run.check(training_run.resolved(trial.config))
+        resources.check(trial.config.training.use_gpu)
+        validate_run(resolve_run(trial.config))
         if folder is not None and trial.pretrain is None:
-            place = folder / trial.name
-            training_run.finished_run(
-                training_run.resolved(place_config(trial.config, place)), place
-            )
-    except UserError as problem:
-        raise UserError(f"trial {trial.name}: {problem}") from None
+            find_finished_result(resolve_run(place_config(trial.config, folder / trial.name)))
+    except UserError as error:
+        raise UserError(f"trial {trial.name}: {error}") from None
     if score is not None:
         score.check(list(trial.config.measured))
     if asha is not None:
         find_first_rung(asha, trial)
         if score is None:
-            raise UserError("asha needs a score to stop trials by")
+            raise UserError("asha needs a score to stop trials by; set score")
 
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """One driver at a time: two would run the same trials in the same folders."""
+    """Allow one driver at a time, since two would run the same trials in the same directories."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder}: another process runs these trials") from None
+            raise UserError(
+                f"{folder}: another process runs these trials; wait for its end"
+            ) from None
         yield

@@ -1,6 +1,6 @@
-"""The ledger of a sweep: what is known of each trial, from its folder, and what is kept of it.
+"""The ledger of a sweep: the state of each trial, stored in its directory.
 
-Reading it back is all that resuming needs; see docs/decisions/0013.
+Resuming a sweep needs no other state; see docs/decisions/0013.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from sweeps.trials.trial import (
     read_reports,
 )
 
-#: What a trial leaves that is of no use unless it is among the best.
+#: Directories of a trial that are removed unless it is among the best.
 WEIGHT_FOLDERS = ("model", "checkpoints", "ray")
 
 
@@ -38,13 +38,13 @@ class LedgerEntry:
     """One trial in the ledger.
 
     Args:
-        trial: what it runs.
-        folder: of its run.
-        mirror: its folder in a store, if the sweep is kept in one.
-        tracker: of its MLflow run, while that is open.
-        outcome: what became of it, once that is known.
-        reached: the step of its newest evaluation that Ray told of.
-        before: steps done when the sweep came to it; infinity if it was settled.
+        trial: the trial.
+        folder: run directory.
+        mirror: mirror of the run directory in an object store, or None.
+        tracker: its open MLflow run, or None.
+        outcome: its outcome, once known.
+        reported_step: step of the newest evaluation that Ray reported.
+        steps_before: steps done before this part of the sweep; infinity if already settled.
     """
 
     trial: Trial
@@ -56,30 +56,39 @@ class LedgerEntry:
     steps_before: float = 0
 
     def add_report(self, line: dict[str, Any]) -> None:
-        """Keep an evaluation that its process told of, which may run on another machine."""
+        """Store an evaluation that was reported by its process, possibly on another node.
+
+        Args:
+            line: step, score, score of each task, costs.
+        """
         self.reported_step = max(self.reported_step, int(line["step"]))
         if line["step"] not in {known["step"] for known in read_reports(self.folder)}:
             with (self.folder / REPORTS).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
     def load_settled(self) -> TrialOutcome | None:
-        """What became of it in an earlier part of the sweep; none if it is to be run.
+        """Return the outcome from an earlier part of the sweep; None if the trial must run.
 
-        A trial that failed is tried again.
+        A failed trial runs again.
 
         Raises:
-            UserError: a file that tells of it is damaged.
+            UserError: a file of the trial is damaged.
         """
         if (self.folder / RESULT).is_file():
             return self.build_outcome("finished")
         if (self.folder / OUTCOME).is_file():
-            remedy = "remove it, and the same command goes on with the trial"
-            told = read_record(self.folder / OUTCOME, {"status": str}, remedy)
-            return self.build_outcome("stopped") if told["status"] == "stopped" else None
+            remedy = "remove it; the same command then resumes the trial"
+            record = read_record(self.folder / OUTCOME, {"status": str}, remedy)
+            return self.build_outcome("stopped") if record["status"] == "stopped" else None
         return None
 
     def build_outcome(self, status: TrialStatus, error: str | None = None) -> TrialOutcome:
-        """An outcome of that status, with everything that its folder tells."""
+        """Return an outcome with a given status and the content of the run directory.
+
+        Args:
+            status: status of the trial.
+            error: last line of the exception, or None.
+        """
         result = self.folder / RESULT
         log = next((p for p in (self.folder / ERROR, self.folder / LOG) if p.is_file()), None)
         return TrialOutcome(
@@ -97,17 +106,22 @@ class LedgerEntry:
         )
 
     def settle(self, status: TrialStatus, error: str | None = None) -> TrialOutcome:
-        """Write down what became of it. An interrupted trial stays open in the ledger."""
+        """Store the outcome and return it; an interrupted trial stays open in the ledger.
+
+        Args:
+            status: status of the trial.
+            error: last line of the exception, or None.
+        """
         self.outcome = self.build_outcome(status, error)
         if status != "interrupted" and (self.folder / CONFIG).is_file():
-            told = {"status": status, "error": error, "score": self.outcome.score}
-            write_json(self.folder / OUTCOME, told | {"step": self.outcome.step})
+            record = {"status": status, "error": error, "score": self.outcome.score}
+            write_json(self.folder / OUTCOME, record | {"step": self.outcome.step})
             if self.mirror is not None:
                 self.mirror.upload_files(REPORTS, OUTCOME)
         return self.outcome
 
     def clear_failure(self) -> None:
-        """Forget an earlier failure before it is run again."""
+        """Remove the files of an earlier failure before the trial runs again."""
         for name in (OUTCOME, ERROR, STOP):
             if (self.folder / name).is_file():
                 (self.folder / name).unlink()
@@ -115,14 +129,14 @@ class LedgerEntry:
                     directories.remove_file(self.mirror.uri_of(name))
 
     def remove_weights(self) -> None:
-        """Remove its model and its checkpoints; its small files stay."""
+        """Remove its model and checkpoints; small files are kept."""
         prune_trial(self.folder)
         if self.mirror is not None:
             for name in WEIGHT_FOLDERS:
                 self.mirror.remove_if_reachable(name)
 
     def steps_done(self) -> int:
-        """Steps of its training so far, from the last line of its progress on this machine."""
+        """Return the training steps so far, from the last line of the local progress log."""
         path = self.folder / PROGRESS
         if not path.is_file():
             return self.reported_step
@@ -138,16 +152,16 @@ class LedgerEntry:
 
 
 def last_line(text: str) -> str:
-    """The last line of a traceback: the exception and its message."""
+    """Return the last line of a traceback: the exception and its message."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 
 
 def compute_mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
-    """Group -> mean score over its repeats, best first.
+    """Return group -> mean score over its repeats, best first.
 
-    A group counts only with its repeats that have a score; one that was stopped early counts
-    with the score it had then, and stands behind all whose repeats finished.
+    Repeats without a score are ignored. A trial that was stopped early counts with its last score,
+    and its group ranks behind all groups whose repeats finished.
     """
     scores: dict[str, list[float]] = {}
     short: set[str] = set()
@@ -161,9 +175,13 @@ def compute_mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
 
 
 def prune_entries(entries: Sequence[LedgerEntry], keep: int | None) -> None:
-    """Remove the models and checkpoints of trials that are not among the best ``keep`` groups.
+    """Remove models and checkpoints of trials that are not among the best groups.
 
-    A trial that failed or was interrupted keeps its checkpoints: it goes on from them.
+    Failed and interrupted trials keep their checkpoints, from which they are resumed.
+
+    Args:
+        entries: all trials.
+        keep: number of groups to keep, best first; None keeps all.
     """
     if keep is None:
         return
@@ -177,13 +195,13 @@ def prune_entries(entries: Sequence[LedgerEntry], keep: int | None) -> None:
 
 
 def prune_trial(folder: Path) -> None:
-    """Remove the model and the checkpoints of a run; its small files stay."""
+    """Remove the model and checkpoints of a run; small files are kept."""
     for name in WEIGHT_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def outcome_to_dict(outcome: TrialOutcome) -> dict[str, Any]:
-    """An outcome as plain values, for JSON, without the long parts of its result."""
+    """Return an outcome as plain values for JSON, without the long parts of its result."""
     values: Mapping[str, Any] = dataclasses.asdict(outcome)
     short = {key: value for key, value in values.items() if key not in ("result", "reports")}
     last = outcome.reports[-1] if outcome.reports else {}

@@ -1,8 +1,7 @@
-"""Ray Tune's side of a sweep: the function that a trial's process runs, what hands trials to
-Tune, and what listens to it.
+"""Ray Tune's side of a sweep: the trial function, and the adapters between Tune and the driver.
 
-Only names travel through Tune; a trial's configuration lies in its folder. Nothing here is
-restored by Tune: the trials' folders are the ledger.
+Tune receives only names and locations; the configuration of a trial is in its directory. Tune
+restores nothing: the trials' directories are the ledger. Called by ``sweeps.trials.driver``.
 """
 
 import contextlib
@@ -30,34 +29,35 @@ from sweeps.trials.trial import ERROR, LOG, STOP, read_reports, read_trial, run_
 
 METRIC, STEP, REPORT, FAILED = "score", "step", "report", "failed"
 
-#: Set while Tune runs, where the user has not.
+#: Environment variables while Tune runs; values set by the user take precedence.
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a CSV, a JSON and a TensorBoard file per trial
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours ends the MLflow runs as well
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed reports no score
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # its snapshots are of no use to us
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # our handler also ends the MLflow runs
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial reports no score
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's snapshots are not used
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_RESULT_BUFFER_LENGTH": "0",
-    # It would ask for a second trial only when the first has begun; Hand says how many at a time.
+    # Otherwise Tune requests a second trial only after the first has started. TrialFeeder limits
+    # the number of concurrent trials.
     "TUNE_MAX_PENDING_TRIALS_PG": "64",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
-def run_trial_process(told: dict[str, Any]) -> None:
-    """What runs in a trial's process: train, report, and leave the cause of a failure on disk.
+def run_trial_process(arguments: dict[str, Any]) -> None:
+    """Train a trial in its process, report evaluations, and store the traceback of a failure.
 
     Args:
-        told: ``folder`` of the trial, and ``cpus`` and ``gpus`` of it or of each of its workers.
-            With a ``store``, the URI of the folder of all trials, ``folder`` stands below this
-            host's run root.
+        arguments: ``folder`` of the trial; ``cpus`` and ``gpus`` of the trial or of each of its
+            workers; ``store``, the URI of the directory of all trials, or None. With a store
+            ``folder`` is relative to this node's run root.
     """
     import torch
 
     from pipelines.runs.mirror import RunMirror
     from sweeps.trials import remote_ledger
 
-    folder, store = run_root() / told["folder"], told["store"]
+    folder, store = run_root() / arguments["folder"], arguments["store"]
     mirror = RunMirror(directories.join(store, folder.name), folder) if store else None
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -73,9 +73,9 @@ def run_trial_process(told: dict[str, Any]) -> None:
             training = trial.config.training
             nested = None
             if training.workers > 1:
-                nested = _nested_workers(told)
+                nested = _nested_workers(arguments)
             elif not training.threads_per_worker:
-                torch.set_num_threads(max(1, int(told["cpus"])))
+                torch.set_num_threads(max(1, int(arguments["cpus"])))
             result = run_trial(
                 trial,
                 folder,
@@ -88,31 +88,31 @@ def run_trial_process(told: dict[str, Any]) -> None:
             if mirror is not None:
                 remote_ledger.return_logs(mirror)
                 prune_trial(folder)
-        except Exception as problem:
+        except Exception as error:
             (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
             if mirror is not None:
                 remote_ledger.return_logs(mirror)
-            tune.report({STEP: 0, FAILED: f"{type(problem).__name__}: {problem}"})
+            tune.report({STEP: 0, FAILED: f"{type(error).__name__}: {error}"})
             return
         except _TrialStopped:
             return
         finally:
             give_back_freed_memory()
-    made = read_reports(folder)
-    last = tune_metrics(made[-1]) if made and made[-1][STEP] == result["step"] else {}
+    reports = read_reports(folder)
+    last = tune_metrics(reports[-1]) if reports and reports[-1][STEP] == result["step"] else {}
     tune.report({STEP: result["step"], **last})
 
 
 class _TrialStopped(BaseException):
-    """The driver has asked this trial to end."""
+    """Raised in a trial's process when the driver requests its end."""
 
 
 @contextlib.contextmanager
 def _watch_stop_file(path: Path) -> Iterator[None]:
-    """Raise ``_Stopped`` in this thread when the driver puts the file ``path`` there.
+    """Raise ``_TrialStopped`` in this thread once the driver creates the file ``path``.
 
-    Tune asks a trial to stop only when it reports, and kills its process ten seconds later. Here
-    it leaves what it does at once and in order: checkpoints are whole or not there at any moment.
+    Tune stops a trial only when it reports, and kills its process ten seconds later. The exception
+    ends the trial at once and cleanly: a checkpoint is either complete or absent at any time.
     """
     over, target = threading.Event(), threading.get_ident()
 
@@ -132,85 +132,95 @@ def _watch_stop_file(path: Path) -> Iterator[None]:
         thread.join()
 
 
-def _report(made: dict[str, Any]) -> None:
-    if made:
-        tune.report(tune_metrics(made))
+def _report(line: dict[str, Any]) -> None:
+    if line:
+        tune.report(tune_metrics(line))
 
 
 def tune_metrics(line: dict[str, Any]) -> dict[str, Any]:
-    """What Tune is told of an evaluation: two numbers for itself, and all of it for the driver."""
+    """Return an evaluation as Tune's metrics: step and score for Tune, all of it for the driver.
+
+    Args:
+        line: step, score, score of each task, costs.
+    """
     return {STEP: line[STEP], METRIC: line[METRIC], REPORT: line}
 
 
-def _report_nested(made: dict[str, Any]) -> None:
-    """In each of several workers, together: Ray Train passes the first one's on to Tune."""
+def _report_nested(line: dict[str, Any]) -> None:
+    """Report from each of several workers; Ray Train passes the first worker's metrics to Tune."""
     import ray.train
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    ray.train.report(tune_metrics(made) if made else {})
+    ray.train.report(tune_metrics(line) if line else {})
 
 
-def _nested_workers(told: dict[str, Any]) -> Any:
+def _nested_workers(arguments: dict[str, Any]) -> Any:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from pipelines.training.ray_train.fit import NestedFit
 
-    resources = {"CPU": told["cpus"]} | ({"GPU": told["gpus"]} if told["gpus"] else {})
+    resources = _resources(arguments)
     return NestedFit(resources, [TuneReportCallback()])
 
 
+def _resources(arguments: dict[str, Any]) -> dict[str, float]:
+    gpus = {"GPU": arguments["gpus"]} if arguments["gpus"] else {}
+    return {"CPU": arguments["cpus"]} | gpus
+
+
 class TrialFeeder(Searcher):
-    """Hands trials to Tune one after the other, never more than ``parallel`` at a time.
+    """Feeds trials to Tune one by one, up to a maximum of concurrent trials.
 
     Args:
-        give: the next trial as (name, what its process is told); none if there is none now.
-        ended: whether there will be none any more.
-        parallel: largest number of trials at the same time.
+        next_assignment: returns the next trial as (name, arguments of its process), or None.
+        is_exhausted: returns whether no further trial will come.
+        max_concurrent: maximum number of concurrent trials.
     """
 
     def __init__(
         self,
-        give: Callable[[], tuple[str, dict[str, Any]] | None],
-        ended: Callable[[], bool],
-        parallel: int,
+        next_assignment: Callable[[], tuple[str, dict[str, Any]] | None],
+        is_exhausted: Callable[[], bool],
+        max_concurrent: int,
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self._next_assignment, self._is_exhausted, self._max_concurrent = give, ended, parallel
+        self._next_assignment, self._is_exhausted = next_assignment, is_exhausted
+        self._max_concurrent = max_concurrent
         self._live: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
-        """What the process of the next trial is told, or FINISHED, or none for now."""
+        """Return the arguments of the next trial's process, FINISHED, or None for now."""
         if len(self._live) >= self._max_concurrent:
             return None
-        given = self._next_assignment()
-        if given is None:
+        assignment = self._next_assignment()
+        if assignment is None:
             return Searcher.FINISHED if self._is_exhausted() else None
-        name, told = given
+        name, arguments = assignment
         self._live.add(trial_id)
-        return {"name": name, **told}
+        return {"name": name, **arguments}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Makes room for the next."""
+        """Free the slot of a trial."""
         self._live.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is on disk."""
+        """Do nothing: the ledger is on disk."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Do nothing: the ledger is on disk."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class TrialListener(tune.Callback):
-    """Tells the driver's side of a sweep about ends of trials.
+    """Reports evaluations and ends of trials to the driver.
 
     Args:
-        on_end: called with a trial's name and the error that Tune has of it, or none.
-        on_report: called with a trial's name and each evaluation that it reports.
+        on_end: called with a trial's name and the error that Tune reports, or None.
+        on_report: called with a trial's name and each of its evaluations.
     """
 
     def __init__(
@@ -223,18 +233,18 @@ class TrialListener(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial was evaluated."""
+        """Pass an evaluation to the driver."""
         if REPORT in result:
             self._on_report(trial.config["name"], result[REPORT])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial has come to its end, or was stopped."""
+        """Pass the end of a trial to the driver, whether finished or stopped."""
         self._on_end(trial.config["name"], (trial.last_result or {}).get(FAILED))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The process of a trial has died, once too often."""
-        problem = trial.get_error()
-        text = f"{type(problem).__name__}: {problem}" if problem else "its process died"
+        """Pass the end of a trial whose process died and has no restarts left."""
+        error = trial.get_error()
+        text = f"{type(error).__name__}: {error}" if error else "its process died"
         self._on_end(trial.config["name"], text)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,41 +252,42 @@ class TrialListener(tune.Callback):
 
 
 class GracefulStopper(Stopper):
-    """Ends a sweep in order on the first Ctrl-C or SIGTERM; a second one ends it at once.
+    """Stops a sweep gracefully on the first Ctrl-C or SIGTERM; the second ends it at once.
 
     Args:
-        on_ask: called on the first one, in the signal handler.
+        on_request: called on the first signal, in the signal handler.
     """
 
-    def __init__(self, on_ask: Callable[[], None]) -> None:
+    def __init__(self, on_request: Callable[[], None]) -> None:
         self.stop_requested = False
-        self._on_request = on_ask
+        self._on_request = on_request
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"wanted": self.stop_requested}
+        return {"stop_requested": self.stop_requested}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        """Whether all trials are to be stopped."""
+        """Return whether all trials must stop."""
         return self.stop_requested
 
     @contextlib.contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Take the signals for the length of a block."""
+        """Handle both signals while a block runs; only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def ask(number: int, frame: FrameType | None) -> None:
+        def request_stop(number: int, frame: FrameType | None) -> None:
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
-            console.note("stopping the trials; the same command goes on with them")
+            console.note("stopping the trials; the same command resumes them")
             self._on_request()
 
-        before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {each: signal.signal(each, request_stop) for each in signals}
         try:
             yield
         finally:
@@ -285,7 +296,13 @@ class GracefulStopper(Stopper):
 
 
 class ResumableASHA:
-    """ASHA, that can be told what trials reported in an earlier part of the sweep."""
+    """ASHA that accounts for the reports of an earlier part of the sweep.
+
+    Args:
+        last_step: steps of a complete trial.
+        grace: steps before a trial may be stopped.
+        reduction: ratio between the steps of two rungs.
+    """
 
     def __init__(self, last_step: int, grace: int, reduction: float) -> None:
         self.scheduler: TrialScheduler = ASHAScheduler(
@@ -299,7 +316,12 @@ class ResumableASHA:
         )
 
     def replay_reports(self, name: str, reports: list[dict[str, Any]]) -> None:
-        """Put the scores that a trial had before the driver was killed into the rungs."""
+        """Enter the earlier scores of a trial into the rungs.
+
+        Args:
+            name: name of the trial.
+            reports: its evaluations before the driver ended.
+        """
         past: Any = SimpleNamespace(trial_id=f"past-{name}")
         if reports:
             self.scheduler.on_trial_add(None, past)  # type: ignore[arg-type]
@@ -308,35 +330,42 @@ class ResumableASHA:
 
 
 def run_tuner(
-    hand: TrialFeeder,
+    feeder: TrialFeeder,
     listener: TrialListener,
-    interrupt: GracefulStopper,
+    stopper: GracefulStopper,
     scheduler: TrialScheduler | None,
     folder: Path,
     *,
     nested: bool,
     max_failures: int,
 ) -> None:
-    """Let Tune run all that ``hand`` gives. What it keeps in ``folder`` is of no use afterwards.
+    """Let Tune run all trials of a feeder.
 
-    ``nested``: trials start workers of their own, and take next to nothing themselves.
+    Args:
+        feeder: supplies the trials.
+        listener: receives evaluations and ends of trials.
+        stopper: stops all trials on a signal.
+        scheduler: ASHA, or None.
+        folder: scratch directory of Tune; not needed afterwards.
+        nested: trials start workers of their own and need almost no resources themselves.
+        max_failures: restarts of a trial whose process died.
     """
 
-    # An empty bundle is refused; one byte of memory is there everywhere and takes no core.
-    def resources(told: dict[str, Any]) -> tune.PlacementGroupFactory:
-        plain = {"CPU": told["cpus"]} | ({"GPU": told["gpus"]} if told["gpus"] else {})
-        return tune.PlacementGroupFactory([{"memory": 1.0} if nested else plain])
+    def resources(arguments: dict[str, Any]) -> tune.PlacementGroupFactory:
+        # Ray rejects an empty bundle; one byte of memory is always available and needs no core.
+        bundle = {"memory": 1.0} if nested else _resources(arguments)
+        return tune.PlacementGroupFactory([bundle])
 
     tuner = tune.Tuner(
         tune.with_resources(run_trial_process, resources),
         tune_config=tune.TuneConfig(
-            search_alg=hand, scheduler=scheduler, num_samples=-1, reuse_actors=not nested
+            search_alg=feeder, scheduler=scheduler, num_samples=-1, reuse_actors=not nested
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder),
             callbacks=[listener],
-            stop=interrupt,
+            stop=stopper,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=max_failures),
         ),
@@ -346,7 +375,7 @@ def run_tuner(
 
 @contextlib.contextmanager
 def quiet_environment() -> Iterator[None]:
-    """Tune says nothing, and does nothing that we do ourselves, for the length of a block."""
+    """Silence Tune, and disable its files and signal handler, while a block runs."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

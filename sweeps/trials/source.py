@@ -1,4 +1,7 @@
-"""TODO: sweeps.trials.source."""
+"""Sources of trials, and the options that all trials share.
+
+A source supplies trials one by one to :class:`sweeps.trials.driver.TrialDriver`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +13,13 @@ from skillnet_platform.tracking import Tracker
 from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
 from sweeps.trials.trial import Trial, TrialOutcome
 
-#: What Optuna proposed, one configuration a line, so that a resumed sweep goes on with it.
+#: Log of Optuna's proposals, one point per line, from which a sweep is resumed.
 PROPOSALS = "proposed.jsonl"
 
 
 @dataclass(frozen=True)
 class TrialOptions:
-    """How trials are run; see :func:`sweeps.trials.engine.run_trials` for each."""
+    """Options of a set of trials; see :func:`sweeps.trials.engine.run_trials` for each."""
 
     folder: Path
     parent: Tracker
@@ -30,24 +33,24 @@ class TrialOptions:
 
 
 class TrialSource(Protocol):
-    """Where trials come from, one after the other.
+    """A source that supplies trials one by one.
 
     Attributes:
-        total: how many trials there will be.
-        example: a trial like them, for what all have in common.
+        total: number of trials.
+        example: a trial whose common settings hold for all.
     """
 
     total: int
     example: Trial
 
     def next_trial(self) -> Trial | None:
-        """The next trial; none if there is none now."""
+        """Return the next trial; None if none is available now."""
 
     def is_exhausted(self) -> bool:
-        """Whether there will be no further trial."""
+        """Return whether no further trial will come."""
 
     def record_outcome(self, outcome: TrialOutcome) -> None:
-        """A trial has ended, now or in an earlier part of the sweep."""
+        """Receive the outcome of a trial that ended, now or in an earlier part of the sweep."""
 
 
 class ListedTrials:
@@ -58,15 +61,15 @@ class ListedTrials:
         self._waiting = list(trials)
 
     def next_trial(self) -> Trial | None:
-        """The next of the list."""
+        """Return the next trial of the list."""
         return self._waiting.pop(0) if self._waiting else None
 
     def is_exhausted(self) -> bool:
-        """Whether the list is at its end."""
+        """Return whether the list is at its end."""
         return not self._waiting
 
     def record_outcome(self, outcome: TrialOutcome) -> None:
-        """Nothing hangs on outcomes."""
+        """Do nothing: later trials do not depend on outcomes."""
 
 
 def find_first_rung(asha: AshaConfig, trial: Trial) -> int:

@@ -1,11 +1,13 @@
-"""One trial: a training run that a sweep or a study starts, and what became of it.
+"""One trial: a training run that is part of a sweep or study, and its outcome.
 
-<folder>/<trial>/        a run's folder, as ``skillnet finetune`` makes it, and beside its files
-  trial.json             what the process that runs it needs to know; written by the driver
-  reports.jsonl          one line per evaluation: step, score, the tasks' scores, cost
-  log.txt                what the trial said
-  error.txt              traceback, if it failed
-  outcome.json           what became of it, written by the driver; the ledger of the sweep
+<folder>/<trial>/        run directory as of ``skillnet finetune``, with additional files
+  trial.json             input of the trial's process; written by the driver
+  reports.jsonl          one line per evaluation: step, score, score of each task, cost
+  log.txt                output of the trial
+  error.txt              traceback of a failed trial
+  outcome.json           outcome, written by the driver; the ledger of the sweep
+
+:func:`run_trial` trains a trial in its process.
 """
 
 import json
@@ -26,29 +28,29 @@ from sweeps.config.trials import ScoreConfig, TrialStatus
 
 TRIAL = "trial.json"
 REPORTS = "reports.jsonl"
-#: Of an evaluation, as far as they are known.
+#: Costs of an evaluation line, where known.
 COSTS = ("activated_params", "flops_per_example")
 LOG = "log.txt"
 ERROR = "error.txt"
 OUTCOME = "outcome.json"
-#: The driver puts it there to have the trial stop at once.
+#: The driver creates this file to stop the trial.
 STOP = "stop"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run to make.
+    """A run to train.
 
     Args:
-        name: of its folder and of its MLflow run.
-        config: what to train; its ``name`` and ``run_dir`` are the engine's.
-        pretrain: a pretraining that comes first and whose model the run starts from. Trials
-            with equal pretrainings share one.
-        splits: splits that the final model is measured on; none takes the test splits if
+        name: name of its directory and MLflow run.
+        config: configuration of the run; the engine sets ``name`` and ``run_dir``.
+        pretrain: pretraining whose model the run starts from. Trials with equal pretrainings
+            share one.
+        splits: splits for the final evaluation; None takes the test splits if
             ``config.evaluate`` is set.
-        group: trials of one group are repeats of one configuration; none: the name.
-        settings: flat key -> value of what sets it apart, for tables and tags.
-        brief: it is only ranked: no pictures and no intervals.
+        group: name of the configuration that this trial repeats; None takes the trial's name.
+        settings: flat key -> value that distinguishes it, for tables and tags.
+        brief: skip figures and intervals, for runs that are only ranked.
     """
 
     name: str
@@ -62,21 +64,21 @@ class Trial:
 
 @dataclass
 class TrialOutcome:
-    """What became of a trial.
+    """The outcome of a trial.
 
     Args:
-        name: of the trial.
-        group: of the trial; repeats of one configuration share it.
-        folder: of the run.
-        status: ``finished`` with a result; ``stopped`` early by the scheduler; ``failed``;
-            ``interrupted`` before its end, to be gone on with.
-        result: as ``pipelines.finetune.finetune`` returns it; none unless finished.
-        reports: evaluations during training and the final one, in the order of steps.
+        name: name of the trial.
+        group: name of its configuration; all repeats share it.
+        folder: run directory.
+        status: ``finished`` (with a result), ``stopped`` (early, by the scheduler), ``failed``, or
+            ``interrupted`` (to be resumed).
+        result: result of the run, as in ``result.json``; None unless finished.
+        reports: evaluations during training and the final one, ordered by step.
         error: last line of the exception that ended it.
-        log: file with the traceback, or with what the trial said.
-        run_id: of its MLflow run.
-        settings: of the trial.
-        seed: of the trial.
+        log: file with the traceback, or with the output of the trial.
+        run_id: id of its MLflow run.
+        settings: settings of the trial.
+        seed: seed of the trial.
     """
 
     name: str
@@ -93,19 +95,19 @@ class TrialOutcome:
 
     @property
     def score(self) -> float | None:
-        """The score of the last evaluation; none without any."""
+        """Score of the last evaluation, or None."""
         return self.reports[-1]["score"] if self.reports else None
 
     @property
     def step(self) -> int:
-        """Steps done, as far as is known."""
+        """Steps done, as far as known."""
         if self.result is not None:
             return int(self.result["step"])
         return int(self.reports[-1]["step"]) if self.reports else 0
 
     @property
     def seconds(self) -> float | None:
-        """Time in the training loop; none unless finished."""
+        """Seconds in the training loop, or None unless finished."""
         return float(self.result["seconds"]) if self.result is not None else None
 
 
@@ -119,87 +121,87 @@ def run_trial(
     nested: "NestedFit | None" = None,
     store: str | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate a trial: in this process, or on several nested Ray workers.
+    """Train and evaluate a trial in this process, or on several nested Ray workers.
 
-    It leaves what every finished run leaves; ``result.json`` is written last. A trial with a
-    result gives it; an unfinished one goes on from its newest whole checkpoint.
+    The run directory has the files of every finished run; ``result.json`` is written last. A
+    finished trial returns its stored result. An unfinished trial is resumed from its latest valid
+    checkpoint.
 
     Args:
-        trial: what to run. Its pretraining is not run here: ``config.init_from`` names its model.
-        folder: of the run.
-        tracked: MLflow run id and URI. The run is open, and its end is the driver's.
-        score: how evaluations are scored; none reports nothing.
-        report: told about each evaluation during training: step, score, each task's score,
-            cost; {} if it was reported before a crash. With several workers it is called on each
-            of them, with {} on all but the first.
-        nested: how ``training.workers`` above 1 run below a trial of Ray Tune.
-        store: URI of the folder of all trials, to which this run is mirrored; none keeps it here.
+        trial: the trial. Its pretraining is not run: ``config.init_from`` names the model.
+        folder: run directory.
+        tracked: MLflow run id and URI. The run is open; the driver ends it.
+        score: computation of the score; None reports nothing.
+        report: called with each evaluation during training: step, score, score of each task,
+            cost; {} if it was reported before a crash. With several workers every worker calls
+            it, all but the first with {}.
+        nested: resources and callbacks of nested workers, for ``training.workers`` above 1.
+        store: URI of the directory of all trials, to which this run is mirrored, or None.
 
     Returns:
-        As ``pipelines.finetune.finetune``.
+        The result of the run, as in ``result.json``.
     """
     from pipelines.runs import layout
     from pipelines.runs.mirror import mirror_of
     from pipelines.runs.uploads import upload_results
-    from pipelines.training import run as training_run
+    from pipelines.training.resolved_run import resolve_run
+    from pipelines.training.run import open_run_folder, train_and_evaluate, validate_run
     from pipelines.training.worker import TRACKER_PATIENCE_S
     from skillnet_platform.tracking import Tracker
 
-    config = training_run.resolved(place_config(trial.config, folder, store))
+    run = resolve_run(place_config(trial.config, folder, store))
+    config = run.config
     mirror = mirror_of(config, folder)
     if mirror is not None:
         mirror.restore(config)
     known = (folder / layout.CONFIG).is_file()
-    finished = training_run.open_run(config, folder)
+    finished = open_run_folder(run)
     if finished is not None:
         return finished
     if mirror is not None:
         mirror.check_writable(known)
-    checked = training_run.check(config)
+    validate_run(run)
     alone = config.training.workers <= 1
-    # Trials share the cluster: none grows into the place of another.
-    workers = 0 if alone else config.training.workers
-    config = replace(config, training=replace(config.training, workers=workers, min_workers=None))
+    # Trials share the cluster, so no trial may grow into the resources of another.
+    run = run.with_workers(0 if alone else config.training.workers)
     tracker = Tracker.by_id(*tracked)
     watch = EvaluationRecorder(folder, score, report) if score is not None else None
     try:
-        result = training_run.execute(
-            config,
-            folder,
+        result = train_and_evaluate(
+            run,
             tracker,
-            checked,
             splits=trial.splits,
             on_evaluation=watch,
             nested=None if alone else nested,
             brief=trial.brief,
         )
     finally:
-        # On another host than the driver's nobody would find what is left.
+        # On another node than the driver's, no later process sends the remaining metrics.
         tracker.settle(TRACKER_PATIENCE_S if mirror is not None else 0.0)
     result["registered"] = None
     if watch is not None and result["evaluation"]:
         watch.record(result["evaluation"], result["step"])
     write_json(folder / layout.RESULT, result)
     if mirror is not None:
-        upload_results(mirror, config.training.keep, config.storage.patience)
+        upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
     return result
 
 
 def place_config(config: FinetuneConfig, folder: Path, store: str | None = None) -> FinetuneConfig:
-    """The configuration of a run in that very folder, which registers no model.
+    """Return the configuration of a run in a given directory, without model registration.
 
     Args:
-        config: of the trial.
-        folder: of the run.
-        store: URI of the folder of all trials, to which the run is mirrored; none keeps it here.
+        config: configuration of the trial.
+        folder: run directory.
+        store: URI of the directory of all trials, to which the run is mirrored, or None.
 
     Raises:
-        UserError: the trial names a mirror of its own.
+        UserError: the trial names its own mirror.
     """
     if config.storage.mirror:
         raise UserError(
-            "storage.mirror: trials are kept where their sweep or study is; leave it out, and "
-            "give that --run_dir s3://… instead"
+            "storage.mirror: trials are stored where their sweep or study is; remove the key, and "
+            "give the sweep or study --run_dir s3://… instead"
         )
     return replace(
         config,
@@ -211,9 +213,14 @@ def place_config(config: FinetuneConfig, folder: Path, store: str | None = None)
 
 
 class EvaluationRecorder:
-    """Scores the evaluations of a run, keeps them in ``reports.jsonl``, and passes them on.
+    """Scores the evaluations of a run, appends them to ``reports.jsonl``, and reports them.
 
-    Picklable: with several workers each has its own copy, and only the first gets rows.
+    It can be pickled: with several workers each has a copy, and only the first receives rows.
+
+    Args:
+        folder: run directory.
+        score: computation of the score.
+        report: called with each new line; {} without one.
     """
 
     def __init__(
@@ -225,13 +232,18 @@ class EvaluationRecorder:
         self._folder, self._score, self._report = folder, score, report
 
     def __call__(self, rows: list[dict[str, Any]], step: int) -> None:
-        """An evaluation at ``step``. One that was reported before a crash is not said twice."""
-        made = self.record(rows, step) if rows else None
+        """Record and report an evaluation; one that was recorded before a crash is skipped."""
+        line = self.record(rows, step) if rows else None
         if self._report is not None:
-            self._report(made or {})
+            self._report(line or {})
 
     def record(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any] | None:
-        """Score rows and keep the line of that step; none if it is known already."""
+        """Score rows and append a line for the step; return None if the step has one already.
+
+        Args:
+            rows: tidy evaluation rows.
+            step: training step of the evaluation.
+        """
         score, scores = self._score.compute_score(rows)
         line = {
             "step": step,
@@ -248,7 +260,7 @@ class EvaluationRecorder:
 
 
 def compute_mean_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean over tasks of activated parameters and of FLOPs per example, from tidy rows."""
+    """Return the mean over tasks of activated parameters and FLOPs per example."""
     by_task = {row["task"]: row for row in rows}
     costs = {}
     for key in COSTS:
@@ -259,10 +271,10 @@ def compute_mean_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a trial so far, in the order of steps; a line cut short is left out.
+    """Return the evaluations of a trial so far, ordered by step; incomplete lines are skipped.
 
     Raises:
-        UserError: a line is whole, and is no evaluation.
+        UserError: a complete line is not an evaluation.
     """
     path = folder / REPORTS
     if not path.is_file():
@@ -275,7 +287,8 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
             continue
         if not _is_evaluation(line):
             raise UserError(
-                f"{path}: line {number} is no evaluation (step, score, scores); remove that line"
+                f"{path}: line {number} is not an evaluation (step, score, scores); remove that "
+                "line"
             )
         lines.append(line)
     return sorted(lines, key=lambda line: line["step"])
@@ -290,7 +303,14 @@ def _is_evaluation(line: Any) -> bool:
 
 
 def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: Any) -> None:
-    """Leave in the trial's folder what the process that runs it needs."""
+    """Write the input of a trial's process to its directory.
+
+    Args:
+        trial: the trial.
+        folder: run directory.
+        score: computation of the score, or None.
+        more: further entries of the file.
+    """
     write_json(
         folder / TRIAL,
         {
@@ -307,15 +327,22 @@ def write_trial(trial: Trial, folder: Path, score: ScoreConfig | None, **more: A
 
 
 def read_trial(folder: Path) -> tuple[Trial, ScoreConfig | None, dict[str, Any]]:
-    """The trial of a folder, its score, and everything that was written with them."""
-    told = read_json(folder / TRIAL)
+    """Read the input of a trial's process.
+
+    Args:
+        folder: run directory.
+
+    Returns:
+        The trial, the computation of its score, and the complete content of the file.
+    """
+    record = read_json(folder / TRIAL)
     trial = Trial(
-        told["name"],
-        configuration.build(FinetuneConfig, told["config"]),
-        splits=tuple(told["splits"]) if told["splits"] is not None else None,
-        group=told["group"],
-        settings=told["settings"],
-        brief=told["brief"],
+        record["name"],
+        configuration.build(FinetuneConfig, record["config"]),
+        splits=tuple(record["splits"]) if record["splits"] is not None else None,
+        group=record["group"],
+        settings=record["settings"],
+        brief=record["brief"],
     )
-    score = configuration.build(ScoreConfig, told["score"]) if told["score"] is not None else None
-    return trial, score, told
+    score = configuration.build(ScoreConfig, record["score"]) if record["score"] else None
+    return trial, score, record

@@ -157,18 +157,18 @@ class Lane:
                 dim=32, num_layers=3, num_heads=2, ffn_dim=128, embedding_dim=32, vocab_size=12000
             ),
             tasks={
-                "text_classification": TaskTraining("headings", weight=1.0, batch=12),
-                "text_to_image": TaskTraining("drawings", weight=1.0, batch=8),
+                "text_classification": TaskTraining("headings", weight=1.0, batch_size=12),
+                "text_to_image": TaskTraining("drawings", weight=1.0, batch_size=8),
             },
             training=TrainingConfig(
                 steps=STEPS,
                 workers=2,
-                placement="strict_spread" if self._launcher == "hosts" else "pack",
+                placement_strategy="strict_spread" if self._launcher == "hosts" else "pack",
                 threads_per_worker=1,
                 precision="fp32",
                 log_every=1,
                 checkpoint_every=3,
-                keep=3,
+                keep_checkpoints=3,
                 max_failures=2,
                 ema=0.9,
             ),
@@ -243,10 +243,11 @@ class Lane:
             "\ntasks:\n", "\ntasks:\n" + "".join(f"  {name}: null\n" for name in absent)
         )
         path.write_text(told, encoding="utf-8")
-        return [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
+        return [sys.executable, "-m", "tests.chaos.faulty_finetune", "--config", str(path)]
 
     def _finetune(self, config: Any) -> int:
-        from pipelines.finetune import finetune
+        from pipelines.finetune import run_end_to_end
+        from tests.chaos.fault_injection import faults_of_environment
 
         if self._launcher == "ranks":
             from pipelines.training.ray_train import fit
@@ -257,7 +258,7 @@ class Lane:
             from skillnet_platform import cluster
 
             cluster.ensure_ray(cpus=2)
-        finetune(config)
+        run_end_to_end(config, "finetune", callbacks=faults_of_environment())
         return 0
 
     def close(self) -> None:

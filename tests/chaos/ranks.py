@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.training import fault_injection, preemption
-from pipelines.training.worker import work
+from pipelines.training import preemption
+from pipelines.training.callbacks import LoopCallback
+from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.worker import run_worker
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -25,11 +28,11 @@ PATIENCE_S = 20.0
 
 
 def fit_on_ranks(
-    config: FinetuneConfig,
-    run: Path,
+    run: ResolvedRun,
     tracked: tuple[str, str] | None,
     on_evaluation: Any = None,
     nested: Any = None,
+    callbacks: Sequence[LoopCallback] = (),
 ) -> None:
     """What ``pipelines.training.ray_train.fit.fit_on_ray`` does, with processes of this machine.
 
@@ -37,21 +40,22 @@ def fit_on_ranks(
         UserError: a worker met a user's mistake, such as a full disk.
         RuntimeError: workers died more often than ``training.max_failures``.
     """
+    config = run.config
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "mlflow.tracking"])
     with (
-        preemption.listening(preemption.FileSign(run / preemption.FILE)),
+        preemption.listen_in_driver(preemption.FileStopSignal(run.folder / preemption.FILE)),
         tempfile.TemporaryDirectory() as place,
     ):
         for attempt in range(config.training.max_failures + 1):
             words = Path(place) / f"words-{attempt}"
             args = (
                 config,
-                run,
+                run.folder,
                 tracked,
                 f"{place}/store-{attempt}",
                 words,
-                fault_injection.environment(),
+                callbacks,
             )
             group = [
                 context.Process(target=_worker, args=(rank, *args))
@@ -89,20 +93,20 @@ def _worker(
     tracked: tuple[str, str] | None,
     store: str,
     words: Path,
-    environment: dict[str, str],
+    callbacks: Sequence[LoopCallback],
 ) -> None:
-    os.environ.pop(fault_injection.VARIABLE, None)
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", **environment}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     world = config.training.workers
     torch.set_num_threads(1)
     preemption.listen_in_worker()
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     try:
+        resolved = ResolvedRun(config, run)
         if rank:
-            work(config, run, rank, world, tracked)
+            run_worker(resolved, rank, world, tracked, callbacks=callbacks)
         else:
-            with preemption.looking_for(preemption.FileSign(run / preemption.FILE)):
-                work(config, run, rank, world, tracked)
+            with preemption.watch_stop_signal(preemption.FileStopSignal(run / preemption.FILE)):
+                run_worker(resolved, rank, world, tracked, callbacks=callbacks)
     except UserError as problem:
         words.write_text(str(problem), encoding="utf-8")
         os._exit(2)

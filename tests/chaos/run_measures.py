@@ -38,9 +38,9 @@ def recovery(progress: Path) -> tuple[int, float]:
     lost, seconds, reached, last, since = 0, 0.0, -1, 0.0, 0.0
     for line in progress.read_text(encoding="utf-8").splitlines():
         told = json.loads(line)
-        if "words" not in told:
+        if "losses" not in told:
             continue
-        if told["words"] == "" and last:
+        if told["losses"] == "" and last:
             lost += max(reached - told["step"], 0)
             since = last
         if since and told["step"] >= reached:
@@ -51,7 +51,7 @@ def recovery(progress: Path) -> tuple[int, float]:
 
 def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     """(Points that the tracker lacks, points too many) of a run."""
-    from pipelines.runs.progress_log import history
+    from pipelines.runs.progress_log import read_metric_history
     from skillnet_platform import tracking
     from skillnet_platform.tracking import backend
 
@@ -60,7 +60,7 @@ def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
     client = backend.client(uri)
     lost = doubled = 0
-    for name, points in history(run / "progress.jsonl").items():
+    for name, points in read_metric_history(run / "progress.jsonl").items():
         told = [point.step for point in client.get_metric_history(run_id, name)]
         lost += len({step for step, _ in points} - set(told))
         # A step that is done again is told again, with its own time.

@@ -244,7 +244,7 @@ def test_the_head_runs_a_tracker_behind_a_password(hosts: dict[str, Host]) -> No
 
 def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
-    asked = ["finetune", "--training.workers", "2", "--training.placement", "strict_spread"]
+    asked = ["finetune", "--training.workers", "2", "--training.placement_strategy", "strict_spread"]
     places = ["--data", CORPORA, "--run_dir", RUNS]
     entry = "MLFLOW_TRACKING_USERNAME,MLFLOW_TRACKING_PASSWORD"
     done = client.run(
@@ -293,7 +293,7 @@ def test_prepare_by_plain_job_submission_and_by_ours(
 
 def two_hosts(hosts: dict[str, Host], cluster: str, name: str, steps: int) -> str:
     """The file of a run with a worker on each host, from the store and into it."""
-    config = small_config(Path(), workers=2, placement="strict_spread", steps=steps)
+    config = small_config(Path(), workers=2, placement_strategy="strict_spread", steps=steps)
     config.name, config.data, config.tracking.register = name, CORPORA, False
     config.run_dir = RUNS
     return give(hosts["client"], cluster, f"{name}.yaml", configuration.to_dict(config))

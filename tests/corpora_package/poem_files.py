@@ -1,4 +1,4 @@
-"""A corpus of poems, one file each: dynasty in the first line, then verses. Classify the dynasty."""
+"""Third-party corpus of poems: one file each, with the dynasty in the first line as its class."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

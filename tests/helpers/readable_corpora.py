@@ -74,8 +74,10 @@ def write_corpora(folder: Path) -> Path:
         "functions": _functions(),
     }
     texts = [t for each in rows.values() for row in each for t in _texts(row)]
-    (folder / "tokenizer.json").write_text(tokenizer_training.train(texts, [], size=1000), "utf-8")
-    words = tokenizer_training.load(folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(
+        tokenizer_training.train_tokenizer(texts, [], size=1000), "utf-8"
+    )
+    words = tokenizer_training.load_tokenizer(folder / "tokenizer.json")
     for name, each in rows.items():
         _write(folder, name, MODALITY[name], each, words)
     return folder
@@ -136,7 +138,7 @@ def _drawings() -> list[Row]:
 def _strokes() -> list[Row]:
     rows: list[Row] = []
     for i, names in enumerate(product(STROKES, repeat=3)):
-        clip = video.draw_paths([STROKES[name] for name in names])
+        clip = video.draw_pen_paths([STROKES[name] for name in names])
         captions = ["、".join(names)]
         rows.append({"split": _split(i), "group": i, "frames": clip, "captions": captions})
     return rows
@@ -200,7 +202,7 @@ def _table(rows: list[Row], split: str, words: Any) -> pa.Table:
         if name in rows[0]:
             texts = [row[name] for row in rows]
             columns[name] = pa.array(texts)
-            columns["tokens"] = text.encode(words, texts, 48)
+            columns["tokens"] = text.encode_texts(words, texts, 48)
     if "label" in rows[0]:
         columns["label"] = pa.array([row["label"] for row in rows], pa.int32())
     if "captions" in rows[0]:

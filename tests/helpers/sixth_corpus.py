@@ -54,7 +54,7 @@ def grow_config(source: str, data: Path, **training: object) -> GrowConfig:
         task=NewTask(
             "counting",
             {"input": SkillPlan(("general", "video", "ink"), "video")},
-            TaskTraining("counts", batch=4),
+            TaskTraining("counts", batch_size=4),
         ),
         source=source,
         name="grown",

@@ -54,11 +54,11 @@ def write_corpora(
 def small_config(data: Path, **training: object) -> FinetuneConfig:
     """A run of a few steps on those corpora in float64, with a model of a few thousand weights."""
     batches = {
-        "text_classification": TaskTraining("headings", weight=1.0, batch=7),
-        "speech_recognition": TaskTraining("syllables", weight=1.0, batch=5),
-        "text_to_image": TaskTraining("drawings", weight=1.0, batch=6),
-        "text_to_video": TaskTraining("strokes", weight=1.0, batch=3),
-        "text_to_code": TaskTraining("functions", weight=1.0, batch=6, max_length=12),
+        "text_classification": TaskTraining("headings", weight=1.0, batch_size=7),
+        "speech_recognition": TaskTraining("syllables", weight=1.0, batch_size=5),
+        "text_to_image": TaskTraining("drawings", weight=1.0, batch_size=6),
+        "text_to_video": TaskTraining("strokes", weight=1.0, batch_size=3),
+        "text_to_code": TaskTraining("functions", weight=1.0, batch_size=6, max_length=12),
     }
     model = SkillNetConfig(
         dim=16,

@@ -9,10 +9,10 @@ import numpy as np
 from safetensors.numpy import save_file
 from scipy import stats
 
-from pipelines.evaluation.evaluator import tidy
-from pipelines.evaluation.outcomes import FILE, Outcomes, write_outcomes
-from pipelines.evaluation.tables import write_csv
-from skillnet.metrics import Interval
+from pipelines.evaluation.evaluator import tidy_rows
+from pipelines.evaluation.outcomes import FILE, OutcomeTable, write_outcomes
+from pipelines.evaluation.tables import write_evaluation_csv
+from skillnet.metrics import ConfidenceInterval
 from skillnet_platform import config as configuration
 from tests.helpers.small_corpora import small_config
 
@@ -58,7 +58,7 @@ def write_run(
         evaluate=True,
     )
     (folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
-    outcomes, table = Outcomes(), []
+    outcomes, table = OutcomeTable(), []
     for place, task in enumerate(tasks):
         shift = skill if isinstance(skill, float | int) else skill.get(task, 0.0)
         hard = np.random.default_rng(place).normal(0, 1, rows)
@@ -74,8 +74,8 @@ def write_run(
         else:
             outcomes.hits(task, "test", right)
         value = outcomes[task, "test"].value
-        table += tidy(
-            {metric: Interval(value, value - 0.05, value + 0.05)},
+        table += tidy_rows(
+            {metric: ConfidenceInterval(value, value - 0.05, value + 0.05)},
             system=system,
             task=task,
             seed=seed,
@@ -84,7 +84,7 @@ def write_run(
             flops_per_example=100 * activated * (1 + place),
             steps=12,
         )
-    write_csv(table, folder / "evaluation.csv")
+    write_evaluation_csv(table, folder / "evaluation.csv")
     write_outcomes(outcomes, folder / FILE)
     trained = {"step": 12, "resumed": 0, "seconds": 3.5 + seed, "rows_per_second": 90.0}
     (folder / "trained.json").write_text(json.dumps(trained | {"world": 1, "seed": seed}))

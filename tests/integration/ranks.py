@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import Reporter, train
 from tests.helpers.ports import free_port
 
@@ -58,7 +59,7 @@ def train_and_save(
 
     metrics = Metrics()
     place = Path(run) if run else None
-    done = train(config, rank=rank, world=world, run=place, reporter=metrics, stop_at=stop_at)
+    done = train(ResolvedRun(config, place), rank=rank, world=world, reporter=metrics, stop_at=stop_at)
     if rank == 0:
         tensors = {name: p.detach().contiguous() for name, p in done.model.named_parameters()}
         for index, values in enumerate(metrics.seen):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 def study(root: Path) -> StudyConfig:
     run = small_config(write_corpora(root / "corpora"), steps=4, precision="fp32", log_every=2)
     pretraining = PretrainConfig(
-        tasks={"masked_text": TaskTraining("headings", batch=4, split="train", max_length=16)},
+        tasks={"masked_text": TaskTraining("headings", batch_size=4, split="train", max_length=16)},
         training=run.training,
     )
     return StudyConfig(

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.runs.progress_log import history
-from pipelines.training import fault_injection
+from pipelines.runs.progress_log import read_metric_history
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import Terminated
+from tests.chaos.fault_injection import VARIABLE, finetune_with_faults
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 
@@ -63,7 +64,7 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What an undisturbed run in one process ends with."""
     run = tmp_path_factory.mktemp("alone")
-    train(config_for(data, run, "alone"), run=run)
+    train(ResolvedRun(config_for(data, run, "alone"), run))
     return weights(run)
 
 
@@ -75,32 +76,26 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch
     return weights(run)
 
 
-def order(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> None:
-    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps(each))
-
-
 def test_workers_and_the_controller_killed_in_one_run(
     data: Path,
     tmp_path: Path,
     ray_session: Any,
     two: dict[str, torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    order(
-        monkeypatch,
+    config = config_for(data, tmp_path, "killed", workers=2)
+    result = finetune_with_faults(
+        config,
         {"rank": 1, "step": 3, "kind": "kill"},
         {"rank": None, "step": 5, "kind": "kill"},
         {"rank": 0, "step": 7, "kind": "kill", "victim": "controller"},
         {"rank": 0, "step": 9, "kind": "raise"},
     )
-    config = config_for(data, tmp_path, "killed", workers=2)
-    result = finetune(config)
     run = Path(result["run"])
     done = {path.name for path in (run / "faults").iterdir()}
     assert done == {"0-kill-3", "1-kill-5", "2-kill-7", "3-raise-9"}
     assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 8)
     assert same(weights(run), two)
-    steps = [step for step, _ in history(run / "progress.jsonl")["training/learning_rate"]]
+    steps = [step for step, _ in read_metric_history(run / "progress.jsonl")["training/learning_rate"]]
     assert steps == list(range(1, STEPS + 1)), "each step is on record"
 
 
@@ -109,16 +104,15 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     tmp_path: Path,
     ray_session: Any,
     two: dict[str, torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = config_for(data, tmp_path, "asked", workers=2, checkpoint_every=0)
-    order(monkeypatch, {"rank": 1, "step": 5, "kind": "term"})
+    fault = {"rank": 1, "step": 5, "kind": "term"}
     with pytest.raises(Terminated, match="the same command"):
-        finetune(config)
+        finetune_with_faults(config, fault)
     run = tmp_path / "asked"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert not (run / "model").exists()
-    result = finetune(config)
+    result = finetune_with_faults(config, fault)
     assert result["resumed"] == 6
     assert same(weights(run), two)
 
@@ -126,15 +120,15 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
 def test_a_users_mistake_in_a_worker_is_told_and_not_tried_again(
     data: Path, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without a checkpoint there is no bit to flip; a second try would find the order carried out.
-    order(monkeypatch, {"rank": 0, "step": 1, "kind": "flip"})
+    # Without a checkpoint there is no bit to flip; a second attempt would find the fault's marker.
+    fault = {"rank": 0, "step": 1, "kind": "flip"}
     config = config_for(data, tmp_path, "mistaken", workers=2)
     said: list[str] = []
     monkeypatch.setattr("skillnet_platform.console.error", said.append)
-    assert cli.run_command(lambda _: finetune(config) and 0, []) == 2
+    assert cli.run_command(lambda _: finetune_with_faults(config, fault) and 0, []) == 2
     assert "holds no checkpoint to flip a bit of" in said[0]
     told = (tmp_path / "mistaken" / "progress.jsonl").read_text(encoding="utf-8")
-    assert told.count('"words": ""') == 1, "the workers were started once"
+    assert told.count('"losses": ""') == 1, "the workers were started once"
 
 
 APART = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")
@@ -189,7 +183,7 @@ def apart(
     """
     path = root / f"{config.name}.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
-    words = [sys.executable, "-m", "pipelines.finetune", "--config", str(path)]
+    words = [sys.executable, "-m", "tests.chaos.faulty_finetune", "--config", str(path)]
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [*APART, *more, "bash", "-c", script, "-", *words],
@@ -197,7 +191,7 @@ def apart(
             **os.environ,
             "PATH": programs,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
-            fault_injection.VARIABLE: json.dumps(fault),
+            VARIABLE: json.dumps(fault),
             **environment,
         },
         stdout=subprocess.PIPE,

@@ -12,7 +12,7 @@ from pipelines import evaluate
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune, main
 from pipelines.runs import model_source
-from pipelines.runs.progress_log import history
+from pipelines.runs.progress_log import read_metric_history
 from pipelines.shards.format import manifest_digest
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
@@ -62,7 +62,7 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     assert {entry.dataset.name for entry in recorded.inputs.dataset_inputs} == {
         task.corpus for task in config.tasks.values()
     }
-    assert len(history(run / "progress.jsonl")["training/learning_rate"]) == 3
+    assert len(read_metric_history(run / "progress.jsonl")["training/learning_rate"]) == 3
 
     again = finetune(config)
     assert again["run_id"] == result["run_id"]
@@ -73,12 +73,12 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
 
 def test_going_on_by_name_keeps_the_mlflow_run(data: Path, run_root: Path) -> None:
     whole = finetune(config_for(data))
-    config = config_for(data, minutes=1e-9, log_every=3)
+    config = config_for(data, max_minutes=1e-9, log_every=3)
     config.name = "parts"
     first = finetune(config)
     assert first["step"] == 3
-    assert "minutes" in first["stopped_early"]
-    config.training.minutes = None
+    assert "max_minutes" in first["stopped_early"]
+    config.training.max_minutes = None
     second = finetune(config)
     assert (second["step"], second["resumed"]) == (6, 3)
     assert second["run_id"] == first["run_id"]
@@ -98,7 +98,7 @@ def test_two_ray_workers_reach_the_same_weights(
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-9, atol=1e-9, msg=name)
     expected, found = (
-        history(Path(run["run"]) / "progress.jsonl")["text_to_image/loss"] for run in (alone, two)
+        read_metric_history(Path(run["run"]) / "progress.jsonl")["text_to_image/loss"] for run in (alone, two)
     )
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected])
@@ -148,7 +148,7 @@ def test_a_task_that_is_switched_off_needs_no_corpus(
 
 
 def registered(result: dict[str, Any]) -> Path:
-    source = model_source.find(result["registered"]["uri"])
+    source = model_source.resolve_model(result["registered"]["uri"])
     assert source.bundle is not None
     return source.bundle
 
@@ -171,7 +171,7 @@ def test_a_run_that_cannot_be_evaluated_ends_before_its_training(
 
 
 def test_a_failed_run_is_recorded_as_failed(data: Path, run_root: Path) -> None:
-    config = config_for(data, steps=40, lr=1e300, clip=0.0, weight_decay=0.0)
+    config = config_for(data, steps=40, lr=1e300, max_grad_norm=0.0, weight_decay=0.0)
     with pytest.raises(FloatingPointError, match=r"lower training\.lr"):
         finetune(config)
     client = backend.client(backend.resolve_uri())

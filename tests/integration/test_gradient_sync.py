@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipelines.loading.dataloader import rank_slice
-from pipelines.training.gradient_sync import Gather, GradientSync
+from pipelines.training.gradient_sync import DistributedGather, GradientSync
 from skillnet.losses import info_nce
 from tests.integration.ranks import run_ranks
 
@@ -87,7 +87,7 @@ def contrastive(rank: int, world: int, count: int) -> None:
     mine = rank_slice(count, rank, world)
     parts = [x[mine].clone().requires_grad_() for x in (query, candidate)]
     own_scale = scale.clone().requires_grad_()
-    loss = info_nce(*parts, own_scale, groups[mine], count, Gather(count, rank, world))
+    loss = info_nce(*parts, own_scale, groups[mine], count, DistributedGather(count, rank, world))
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total)

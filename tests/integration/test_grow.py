@@ -11,9 +11,9 @@ import torch
 from pipelines import grow as growing
 from pipelines.config.growth import NewSkill
 from pipelines.finetune import finetune
-from pipelines.grow import grow
+from pipelines.grow import grow_model
 from pipelines.growth import verification
-from pipelines.growth.report import Growth
+from pipelines.growth.report import GrowthReport
 from pipelines.runs import model_source
 from pipelines.training.reporter import RunReporter
 from skillnet.model import SkillNet
@@ -54,7 +54,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def grown(place: Path) -> dict[str, Any]:
     config = grow_config("base", place / "corpora")
     config.references = ["without_skill", "fresh", "everything"]
-    return grow(config)
+    return grow_model(config)
 
 
 def test_every_old_file_is_the_same_to_the_byte(place: Path, grown: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def test_every_old_file_is_the_same_to_the_byte(place: Path, grown: dict[str, An
 
 
 def test_every_figure_of_old_tasks_is_the_same(place: Path, grown: dict[str, Any]) -> None:
-    report = Growth.from_dict(grown["growth"])
+    report = GrowthReport.from_dict(grown["growth"])
     tasks = {each.task for each in report.tasks}
     assert tasks == set(small_config(place).tasks)
     assert all(each.same and each.before == each.after for each in report.tasks)
@@ -80,8 +80,8 @@ def test_every_figure_of_old_tasks_is_the_same(place: Path, grown: dict[str, Any
     new = [row for row in grown["evaluation"] if row["task"] == "counting"]
     assert {row["metric"] for row in new} == {"accuracy", "macro_f1"}
     # The limit of the old run still holds, so that a later evaluation gives the same.
-    assert model_source.find("grown").limits["text_to_code"] == 9
-    assert model_source.find("grown").corpora["counting"] == "counts"
+    assert model_source.resolve_model("grown").limits["text_to_code"] == 9
+    assert model_source.resolve_model("grown").corpora["counting"] == "counts"
 
 
 def test_frozen_files_have_no_optimiser_state(place: Path, grown: dict[str, Any]) -> None:
@@ -134,10 +134,10 @@ def test_it_is_recorded_with_its_references_below_it(place: Path, grown: dict[st
 
 def test_a_finished_growth_gives_its_result_again(place: Path, grown: dict[str, Any]) -> None:
     config = grow_config("base", place / "corpora")
-    assert grow(config)["run_id"] == grown["run_id"]
+    assert grow_model(config)["run_id"] == grown["run_id"]
     config.training.lr = 0.5
     with pytest.raises(UserError, match=r"the run grown has training\.lr 0\.01, not 0\.5"):
-        grow(config)
+        grow_model(config)
 
 
 def test_a_killed_growth_goes_on_and_ends_the_same(
@@ -152,16 +152,16 @@ def test_a_killed_growth_goes_on_and_ends_the_same(
 
         patch.setattr(RunReporter, "checkpoint", kill)
         with pytest.raises(KeyboardInterrupt):
-            grow(config)
+            grow_model(config)
     assert not (place / "killed" / "model").exists()
-    done = grow(config)
+    done = grow_model(config)
     assert (done["resumed"], done["step"]) == (4, 6)
     assert done["growth"]["untouched"]
     assert files(place / "killed" / "model") == files(place / "grown" / "model")
 
 
 def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "grow.yaml"
+    path = tmp_path / "grow_model.yaml"
     path.write_text(configuration.to_yaml(grow_config("base", place / "corpora", steps=2)))
     assert growing.main(["--config", str(path), "--name", "typed", "--from", "base"]) == 0
     said = capsys.readouterr()
@@ -202,7 +202,7 @@ def test_what_cannot_grow_is_said_before_anything_is_made(
         towers = {"input": SkillPlan(("general", "code"), "video")}
         change = change | {"task": replace(task, towers=towers)}
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
-        grow(replace(config, **change))
+        grow_model(replace(config, **change))
     assert not (place / "wrong" / "model").exists()
 
 
@@ -210,7 +210,7 @@ def test_what_cannot_grow_is_said_before_anything_is_made(
     ("change", "message"),
     [
         ({"skill": NewSkill("colour")}, "no tower of task.towers activates the new skill 'colour'"),
-        ({"training": "only"}, "training.only is what grow fills in"),
+        ({"training": "trainable"}, "training.trainable is set by grow"),
         ({"training": "fp64"}, "fp64 would rewrite every file"),
     ],
 )
@@ -218,8 +218,8 @@ def test_configurations_that_contradict_themselves(
     place: Path, change: dict[str, Any], message: str
 ) -> None:
     config = grow_config("base", place / "corpora")
-    if change.get("training") == "only":
-        change = {"training": replace(config.training, only=["shared"])}
+    if change.get("training") == "trainable":
+        change = {"training": replace(config.training, trainable=["shared"])}
     elif change.get("training") == "fp64":
         change = {"training": replace(config.training, precision="fp64")}
     with pytest.raises(ValueError, match=message):
@@ -227,8 +227,8 @@ def test_configurations_that_contradict_themselves(
 
 
 def test_a_change_to_an_old_file_is_found(place: Path, tmp_path: Path) -> None:
-    source = model_source.find("base")
-    before = model_source.load(source)
+    source = model_source.resolve_model("base")
+    before = model_source.load_source_model(source)
     assert isinstance(before, SkillNet)
     assert {each.state for each in verification.compare_files(source, before, source.weights)} == {
         "same"
@@ -239,7 +239,7 @@ def test_a_change_to_an_old_file_is_found(place: Path, tmp_path: Path) -> None:
     states = verification.compare_files(source, before, tmp_path / "altered")
     assert [each.file for each in states if each.state == "changed"] == ["shared"]
     with pytest.raises(RuntimeError, match="shared is changed"):
-        verification.require_same(states)
+        verification.require_unchanged_tasks(states)
     (tmp_path / "altered" / "stem-patch.safetensors").unlink()
     states = verification.compare_files(source, before, tmp_path / "altered")
     assert [each.file for each in states if each.state == "gone"] == ["stem-patch"]
@@ -253,12 +253,12 @@ def test_a_registered_model_grows_into_its_next_version(
     write_labelled_clips(made.data)
     config = grow_config("models:/skillnet@champion", made.data, steps=2)
     config.tracking.register = True
-    done = grow(config)
+    done = grow_model(config)
     assert done["registered"]["version"] == made.made.version + 1
-    bundle = model_source.find(done["registered"]["uri"])
-    model = model_source.load(bundle)
+    bundle = model_source.resolve_model(done["registered"]["uri"])
+    model = model_source.load_source_model(bundle)
     assert model.config.tasks["counting"].outputs == CLASSES
-    before = files(model_source.find(made.made.uri).weights)
+    before = files(model_source.resolve_model(made.made.uri).weights)
     assert all(files(bundle.weights)[name] == content for name, content in before.items())
     page = backend.client(backend.resolve_uri()).get_model_version("skillnet", "2").description
     assert "old files" in page

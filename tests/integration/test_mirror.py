@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from pipelines import finetune
 from pipelines.config.run import FinetuneConfig, StorageConfig
 from pipelines.runs import checkpoints, model_source, uploads
-from pipelines.runs.mirror import Mirror
-from pipelines.runs.uploads import Uploads
-from pipelines.training import fault_injection, preemption
-from pipelines.training import run as training_run
-from pipelines.training.worker import work
+from pipelines.runs.mirror import RunMirror
+from pipelines.runs.uploads import CheckpointUploads
+from pipelines.training import preemption
+from pipelines.training.resolved_run import ResolvedRun, resolve_config
+from pipelines.training.worker import run_worker
+from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
+from tests.chaos.fault_injection import Fault, FaultInjection
 from tests.helpers.object_store import BUCKET, ObjectStore
 from tests.helpers.small_corpora import small_config, write_corpora
 
@@ -40,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneConfig:
-    config = small_config(data, **({"steps": 12, "checkpoint_every": 4, "keep": 2} | training))
+    config = small_config(data, **({"steps": 12, "checkpoint_every": 4, "keep_checkpoints": 2} | training))
     tasks = {name: config.tasks[name] for name in ("text_classification", "text_to_image")}
     model = replace(config.model, tasks={name: config.model.tasks[name] for name in tasks})
     storage = StorageConfig(patience=60.0)
@@ -67,12 +69,12 @@ def test_a_run_lies_in_the_store(object_store: ObjectStore, data: Path, run_root
     assert again["run"] == str(here)
     assert weights(Path(again["model"])) == model
     for given in ("", "/model", "/checkpoints/step-00000012"):
-        source = model_source.find(f"{object_store.uri}/a{given}")
+        source = model_source.resolve_model(f"{object_store.uri}/a{given}")
         assert source.settings["name"] == "a"
-        assert model_source.load(source).config.dim == 16
+        assert model_source.load_source_model(source).config.dim == 16
     assert source.steps == 12
     with pytest.raises(UserError, match="holds no whole model"):
-        model_source.find(f"{object_store.uri}/b")
+        model_source.resolve_model(f"{object_store.uri}/b")
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
@@ -90,15 +92,15 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
 def run_until(monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, step: int | None) -> None:
     """Train until a step as a process would that is then gone, its uploads done."""
     stop_at(monkeypatch, step)
-    made: list[Uploads] = []
-    original = Uploads.__init__
+    made: list[CheckpointUploads] = []
+    original = CheckpointUploads.__init__
 
-    def remembered(self: Uploads, *args: object) -> None:
+    def remembered(self: CheckpointUploads, *args: object) -> None:
         original(self, *args)  # type: ignore[arg-type]
         made.append(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Uploads, "__init__", remembered)
+        patch.setattr(CheckpointUploads, "__init__", remembered)
         if step is None:
             finetune.finetune(config)
         else:
@@ -144,22 +146,22 @@ def test_training_outlives_the_store(
     """The store goes after the first steps and comes back when training is over."""
     whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
     config = config_of(data, object_store)
-    original = Mirror.begin
+    original = RunMirror.check_writable
 
-    def begin(self: Mirror, known: bool) -> None:
+    def check_writable(self: RunMirror, known: bool) -> None:
         original(self, known)
         object_store.door.shut()
 
     opener = threading.Timer(3.0, object_store.door.unshut)
-    deliver = uploads.deliver
+    deliver = uploads.upload_results
 
     def deliver_later(*given: Any) -> None:
         opener.start()
         deliver(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mirror, "begin", begin)
-        patch.setattr(uploads, "deliver", deliver_later)
+        patch.setattr(RunMirror, "check_writable", check_writable)
+        patch.setattr(uploads, "upload_results", deliver_later)
         result = finetune.finetune(config)
     opener.join()
     assert result["step"] == 12
@@ -179,15 +181,16 @@ def test_a_store_that_never_comes_back_loses_nothing(
     data: Path, run_root: Path, quick: None, tmp_path: Path
 ) -> None:
     """The server is killed with all that it held; another one gets everything."""
-    from tests.helpers.object_store import in_environment
+    from tests.chaos.fault_injection import Fault, FaultInjection
+from tests.helpers.object_store import in_environment
 
     server = ObjectStore()
     try:
         with in_environment({**server.environment, "SKILLNET_STORE_PATIENCE": "1"}):
             config = replace(config_of(data, server), storage=StorageConfig(patience=1.0))
-            original = Mirror.begin
+            original = RunMirror.check_writable
 
-            def begin(self: Mirror, known: bool) -> None:
+            def check_writable(self: RunMirror, known: bool) -> None:
                 original(self, known)
                 server.kill()
 
@@ -198,9 +201,9 @@ def test_a_store_that_never_comes_back_loses_nothing(
                     match=r"finished and whole in .*lacks its last checkpoint .*and its results",
                 ),
             ):
-                patch.setattr(Mirror, "begin", begin)
+                patch.setattr(RunMirror, "check_writable", check_writable)
                 finetune.finetune(config)
-            assert checkpoints.newest(run_root / "a" / "checkpoints").step == 12  # type: ignore[union-attr]
+            assert checkpoints.find_newest(run_root / "a" / "checkpoints").step == 12  # type: ignore[union-attr]
             server.start()
             result = finetune.finetune(config)
             there = f"s3://{BUCKET}/a"
@@ -244,17 +247,17 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two folders stand for two machines: the worker's checkpoints and model reach the driver's."""
-    config = training_run.resolved(config_of(data, object_store))
+    config = resolve_config(config_of(data, object_store))
     theirs, mine = tmp_path / "worker" / "a", run_root / "a"
     monkeypatch.setattr("pipelines.training.reporter.ALOUD_S", 0.0)
-    work(config, theirs, apart=True)
+    run_worker(ResolvedRun(config, theirs), apart=True)
     # The driver does not see its progress file; Ray passes on what it says.
     assert "training: step 5 of 12, " in capsys.readouterr().err
-    driver = Mirror(f"{object_store.uri}/a", mine)
-    driver.take_trained()
+    driver = RunMirror(f"{object_store.uri}/a", mine)
+    driver.download_trained()
     assert weights(mine / "model") == weights(theirs / "model")
     assert load_file(mine / "model" / "shared.safetensors")
-    found = driver.newest()
+    found = driver.download_newest()
     assert found is not None
     assert found.step == 12
 
@@ -268,20 +271,21 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
 ) -> None:
     """Two folders stand for two machines: another one goes on from the last step, to the bit."""
     whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
-    config = training_run.resolved(config_of(data, object_store))
-    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps({"step": 5, "kind": "term"}))
+    config = resolve_config(config_of(data, object_store))
+    callbacks = [FaultInjection([Fault(step=5, kind="term")])]
     before = signal.getsignal(signal.SIGTERM)
     preemption.listen_in_worker()
     try:
-        with pytest.raises(preemption.Regroup) as told:
-            work(config, tmp_path / "one" / "a", apart=True, host="one")
+        with pytest.raises(WorkerGroupResize) as told:
+            one = ResolvedRun(config, tmp_path / "one" / "a")
+            run_worker(one, apart=True, host="one", callbacks=callbacks)
     finally:
         preemption.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
     assert told.value.leaving == ["one"]
     assert directories.is_committed(f"{object_store.uri}/a/checkpoints/step-00000006")
     shutil.rmtree(tmp_path / "one")
-    work(config, tmp_path / "another" / "a", apart=True, host="another")
+    run_worker(ResolvedRun(config, tmp_path / "another" / "a"), apart=True, host="another")
     trained = json.loads((tmp_path / "another" / "a" / "trained.json").read_text())
     assert (trained["resumed"], trained["step"]) == (6, 12)
     assert weights(tmp_path / "another" / "a" / "model") == weights(Path(whole["model"]))

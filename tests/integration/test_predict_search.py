@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines import predict, search
 from pipelines.runs import model_source
 from pipelines.serving.bundle import open_predictor
-from pipelines.serving.predictor import Item, modality_of
+from pipelines.serving.predictor import PredictionItem, guess_modality
 from pipelines.transforms import video
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
@@ -51,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picture = np.full((60, 80, 3), 255, np.uint8)
     picture[20:40, 30:50] = (220, 40, 50)
     Image.fromarray(picture).save(folder / "square.png")
-    clip = video.draw_paths([STROKES["横"], STROKES["竖"]])
+    clip = video.draw_pen_paths([STROKES["横"], STROKES["竖"]])
     (folder / "clip.mp4").write_bytes(encode_video(clip))
     (folder / "tone.mp3").write_bytes(tone())
     (folder / "module.py").write_text(
@@ -138,8 +138,8 @@ class TestPredict:
         assert f"{rows}, line 3: a damaged picture" in told
 
     def test_an_empty_sentence_has_a_prediction(self, place: Place):
-        made = open_predictor(model_source.find("models:/skillnet@champion"), place.data)
-        item = Item("", "", task="text_classification", may_be_empty=True)
+        made = open_predictor(model_source.resolve_model("models:/skillnet@champion"), place.data)
+        item = PredictionItem("", "", task="text_classification", may_be_empty=True)
         assert made.predict([item])[0].answer in SUBJECTS
 
     def test_a_table_for_people(self, place: Place, files: Path, capsys):
@@ -201,7 +201,7 @@ def test_a_checkpoint_gives_the_same_and_needs_the_corpora(
     ],
 )
 def test_what_a_file_is(name, data, modality):
-    assert modality_of(name, data) == modality
+    assert guess_modality(name, data) == modality
 
 
 class TestSearch:
@@ -225,7 +225,7 @@ class TestSearch:
         from pipelines.tokenizer import training as tokenizer_training
 
         model = SkillNet.from_pretrained(place.saved)
-        words = tokenizer_training.load(place.data / "tokenizer.json")
+        words = tokenizer_training.load_tokenizer(place.data / "tokenizer.json")
         corpus = open_corpus(place.data / "drawings")
         with torch.no_grad():
             tokens = torch.tensor([words.encode("蓝色的圆圈").ids])
@@ -291,4 +291,4 @@ def test_a_damaged_bundle_in_the_cache_is_refused(place: Place, capsys):
 
 def test_user_errors_are_user_errors():
     with pytest.raises(UserError):
-        modality_of("x", b"")
+        guess_modality("x", b"")

@@ -17,6 +17,7 @@ from pipelines.pretrain import main, pretrain
 from pipelines.runs import model_source
 from pipelines.runs.identity import compute_identity
 from pipelines.training.init_from import locate
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.setup import build_model
@@ -52,7 +53,7 @@ def saved(path: str | Path) -> dict[str, torch.Tensor]:
 def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> None:
     config = small_pretraining(data, steps=12, bucket_mb=0.004)
     # A batch of one leaves the second worker without a row.
-    config.tasks["masked_video"].batch = config.tasks["masked_text"].batch = 1
+    config.tasks["masked_video"].batch_size = config.tasks["masked_text"].batch_size = 1
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.safetensors"
@@ -67,9 +68,9 @@ def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> Non
 def test_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
     config = build_joint_run(small_pretraining(data, steps=11, precision="bf16", ema=0.9))
     config.model.drop_path = 0.3
-    whole = train(config, run=tmp_path / "whole")
-    train(config, run=tmp_path / "parts", stop_at=4)
-    parts = train(config, run=tmp_path / "parts")
+    whole = train(ResolvedRun(config, tmp_path / "whole"))
+    train(ResolvedRun(config, tmp_path / "parts"), stop_at=4)
+    parts = train(ResolvedRun(config, tmp_path / "parts"))
     assert parts.resumed == 4
     for (name, one), (_, other) in zip(
         whole.model.named_parameters(), parts.model.named_parameters(), strict=True

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines import evaluate, verify
 from pipelines.evaluation.evaluator import evaluate_model
-from pipelines.evaluation.inference import Runner, memory_inputs
+from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.runs import model_source
 from pipelines.serving import registration
 from pipelines.shards.dataset import open_corpus
@@ -59,10 +59,10 @@ def test_predictions_equal_those_of_the_checkpoint(place: Place):
     answers = loaded.predict(pd.DataFrame([{"text": t} for t in texts] + [{"file": encoded}]))
 
     model = SkillNet.from_pretrained(place.saved)
-    runner = Runner(model)
+    runner = InferenceRunner(model)
     from pipelines.tokenizer import training as tokenizer_training
 
-    words = tokenizer_training.load(place.data / "tokenizer.json")
+    words = tokenizer_training.load_tokenizer(place.data / "tokenizer.json")
     rows = [np.array(words.encode(t).ids, np.int32) for t in texts]
     plan = model.config.tasks["text_classification"].towers["input"]
     expected = runner.classify("text_classification", memory_inputs(rows, plan, model.config))
@@ -124,12 +124,12 @@ def test_nothing_is_pickled_and_the_package_is_named(place: Place):
 
 
 def test_an_equal_model_stays_challenger(place: Place):
-    again = registration.register_model(model_source.find(str(place.saved)), place.data, samples=50)
+    again = registration.register_model(model_source.resolve_model(str(place.saved)), place.data, samples=50)
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
     assert int(registry.champion().version) == 1
     forced = registration.register_model(
-        model_source.find(str(place.saved)), place.data, samples=50, force=True
+        model_source.resolve_model(str(place.saved)), place.data, samples=50, force=True
     )
     assert forced.alias == "champion"
     assert int(registry.champion().version) == forced.version
@@ -141,7 +141,7 @@ def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):
     other.tasks["text_classification"] = type(task)("classification", task.towers, outputs=9)
     SkillNet(other).save_pretrained(tmp_path / "nine")
     with pytest.raises(UserError, match="has 15 labels, the model was built for 9"):
-        registration.register_model(model_source.find(str(tmp_path / "nine")), place.data, rows=[])
+        registration.register_model(model_source.resolve_model(str(tmp_path / "nine")), place.data, rows=[])
 
 
 def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, capsys):
@@ -152,7 +152,7 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
     assert evaluate.main(["--run", str(run), "--data", str(place.data), "--samples", "20"]) == 0
     assert "is not in this tracker" in capsys.readouterr().err
     made = registration.register_model(
-        model_source.find(str(run)), place.data, name="other", samples=20
+        model_source.resolve_model(str(run)), place.data, name="other", samples=20
     )
     recorded = backend.client(backend.resolve_uri()).get_run(made.run_id)
     assert recorded.data.tags["trained_as"] == 32 * "0"

@@ -13,12 +13,13 @@ import pytest
 from pipelines import finetune
 from pipelines.config.run import FinetuneConfig
 from pipelines.shards.dataset import open_corpus
-from pipelines.training import fault_injection
 from pipelines.training.ray_train import fit
 from skillnet_platform.errors import Terminated
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB
+from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.object_store import ObjectStore
+from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.test_mirror import config_of, weights
 
@@ -57,14 +58,12 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     config = config_of(data, object_store, workers=1, checkpoint_every=0, threads_per_worker=1)
     apart_from_the_driver(monkeypatch, object_store, tmp_path / "worker" / "a")
     order = {"step": 5, "kind": "term", "victim": "driver"}
-    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps(order))
     with pytest.raises(Terminated, match="the same command"):
-        finetune.finetune(config)
+        finetune_with_faults(config, order)
     assert directories.list_folders(f"{object_store.uri}/a/checkpoints") == ["step-00000006"]
     # Another machine, and another one for the worker.
     for place in (run_root / "a", tmp_path / "worker"):
         shutil.rmtree(place)
-    monkeypatch.delenv(fault_injection.VARIABLE)
     result = finetune.finetune(config)
     assert (result["resumed"], result["step"]) == (6, 12)
     assert weights(Path(result["model"])) == weights(Path(whole["model"]))
@@ -89,7 +88,6 @@ def test_a_store_that_is_away_while_workers_read_from_it(
     config = replace(config, data=f"{object_store.uri}/corpora")
     run = tmp_path / "worker" / "a"
     apart_from_the_driver(monkeypatch, object_store, run)
-    monkeypatch.setenv(fault_injection.VARIABLE, json.dumps({"step": 2, "kind": "hold"}))
     held = run / "faults" / "0-hold-2"
     shards: list[int] = []
 

@@ -178,7 +178,7 @@ def test_a_store_that_is_not_there_is_told_before_anything_starts(
 def study_file(path: Path, data: str) -> Path:
     training = {"steps": 6, "log_every": 2, "precision": "fp32", "workers": 0}
     masked: dict[str, Any] = dict.fromkeys(PretrainConfig().tasks)
-    masked["masked_text"] = {"corpus": "headings", "batch": 4, "split": "train", "max_length": 16}
+    masked["masked_text"] = {"corpus": "headings", "batch_size": 4, "split": "train", "max_length": 16}
     body = {
         "name": "kept",
         "seeds": [0],

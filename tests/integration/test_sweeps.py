@@ -77,7 +77,7 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
         trial("good", good),
         trial("broken", replace(good, data=str(data.parent / "gone"))),
         *(
-            trial(f"lame{n}", replace(good, training=replace(good.training, lr=1e-9, clip=1e-9)))
+            trial(f"lame{n}", replace(good, training=replace(good.training, lr=1e-9, max_grad_norm=1e-9)))
             for n in range(2)
         ),
     ]
@@ -86,7 +86,7 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
     assert runs_below(parent.run_id) == {}, "nothing has started"
 
     # What only shows while it trains does not end the others.
-    trials[1] = trial("broken", replace(good, training=replace(good.training, lr=1e300, clip=0.0)))
+    trials[1] = trial("broken", replace(good, training=replace(good.training, lr=1e300, max_grad_norm=0.0)))
     settings: dict[str, Any] = {
         "folder": run_root / "sweep",
         "parent": parent,
@@ -213,7 +213,7 @@ def test_trials_share_a_pretraining(
     before = PretrainConfig(
         data=str(data),
         model=replace(config.model, tasks=PretrainConfig().model.tasks),
-        tasks={"masked_text": TaskTraining("headings", batch=4, split="train")},
+        tasks={"masked_text": TaskTraining("headings", batch_size=4, split="train")},
         training=replace(config.training, steps=3),
     )
     outcomes = run_trials(

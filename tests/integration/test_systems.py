@@ -14,6 +14,7 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.runs.progress_log import read_metric_history
 from pipelines.training.init_from import preview
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.setup import build_model
@@ -67,9 +68,9 @@ def test_a_run_of_each_system(system: str, data: Path, run_root: Path) -> None:
 @pytest.mark.parametrize("system", sorted(OPTIONS))
 def test_going_on_after_an_interruption_is_exact(system: str, data: Path, tmp_path: Path) -> None:
     config = config_for(data, system)
-    whole = train(config)
-    assert train(config, run=tmp_path, stop_at=3).step == 3
-    parts = train(config, run=tmp_path)
+    whole = train(ResolvedRun(config))
+    assert train(ResolvedRun(config, tmp_path), stop_at=3).step == 3
+    parts = train(ResolvedRun(config, tmp_path))
     assert parts.resumed == 3
     one, other = (dict(run.model.named_parameters()) for run in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -79,7 +80,7 @@ def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> No
     config = config_for(data, "moe", bucket_mb=0.004)
     # The balancing loss is that of a worker's own tokens: it alone hangs on their number.
     config.options = {"experts": 9, "ffn_dim": 8, "balance": 0.0, "z": 0.0}
-    config.tasks["text_to_video"].batch = 1  # leaves the second worker without a row
+    config.tasks["text_to_video"].batch_size = 1  # leaves the second worker without a row
     found = []
     for world in (1, 2):
         out = tmp_path / f"{world}.safetensors"
@@ -94,7 +95,7 @@ def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> No
 def test_pretrained_and_started_from(system: str, data: Path, tmp_path: Path) -> None:
     config = small_pretraining(data, steps=5, precision="fp32")
     config.system, config.options = system, OPTIONS[system]
-    trained = train(build_joint_run(config)).model
+    trained = train(ResolvedRun(build_joint_run(config))).model
     trained.save_pretrained(tmp_path / "pretrained")
     after = config_for(data, system)
     after.init_from = str(tmp_path / "pretrained")

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.runs.progress_log import history
-from pipelines.training import fault_injection
+from pipelines.runs.progress_log import read_metric_history
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
 from tests.chaos.ray_nodes import wait_for
 from tests.chaos.tracking_server import Server
+from tests.chaos.fault_injection import VARIABLE
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.test_faults import ROOT, STEPS, config_for
 
@@ -46,12 +46,12 @@ def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subpr
     path = root / f"{config.name}.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.finetune", "--config", str(path)],
+        [sys.executable, "-m", "tests.chaos.faulty_finetune", "--config", str(path)],
         env={
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
             "SKILLNET_HOME": str(home),
-            fault_injection.VARIABLE: json.dumps(
+            VARIABLE: json.dumps(
                 [{"step": step, "kind": "hold"} for step in steps]
             ),
         },
@@ -63,7 +63,7 @@ def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subpr
 
 def arrived(config: FinetuneConfig, run: Path) -> None:
     """Each metric that the run told is in the tracker at each of its steps, once."""
-    told = history(run / "progress.jsonl")
+    told = read_metric_history(run / "progress.jsonl")
     assert [step for step, _ in told["training/learning_rate"]] == list(range(1, STEPS + 1))
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
     client = backend.client(str(config.tracking.uri))

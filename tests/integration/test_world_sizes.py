@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.training.setup import build_model, open_stream
+from pipelines.training.resolved_run import ResolvedRun
+from pipelines.training.setup import build_model
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 
@@ -42,7 +43,7 @@ def test_same_weights_and_losses_as_one_worker(data: Path, tmp_path: Path, world
 def test_only_active_gradients_go_on_the_wire(data: Path, tmp_path: Path) -> None:
     config = small_config(data, steps=15)
     found = weights_of(config, 2, tmp_path / "two.safetensors")
-    model, stream = build_model(config).double(), open_stream(config)
+    model, stream = build_model(config).double(), ResolvedRun(config).dataloader
     gradients = sum(
         parameter.numel()
         for step in range(15)
@@ -58,14 +59,14 @@ def test_workers_exchange_only_the_gradients_of_files_that_train(
     data: Path, tmp_path: Path
 ) -> None:
     only = ["skill-video", "head-text_to_video"]
-    config = small_config(data, steps=6, only=only)
+    config = small_config(data, steps=6, trainable=only)
     config.tasks = {"text_to_video": config.tasks["text_to_video"]}
     alone = weights_of(config, 1, tmp_path / "one.safetensors")
     two = weights_of(config, 2, tmp_path / "two.safetensors")
     fresh = build_model(config).double()
     size = 0
     for name, parameter in fresh.named_parameters():
-        if fresh.owner(name) in only:
+        if fresh.file_of(name) in only:
             size += parameter.numel()
             torch.testing.assert_close(two[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
             assert not torch.equal(two[name], parameter)

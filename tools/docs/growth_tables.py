@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.measure import RESULTS
 from pipelines.evaluation import tables
-from pipelines.growth.report import GROWN, JSON, MARKDOWN, WORDS, Growth, Worth
+from pipelines.growth.report import GROWN, JSON, MARKDOWN, WORDS, GrowthReport, TransferResult
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 
@@ -47,10 +47,10 @@ def newest(results: Path = RESULTS) -> Path | None:
 
 def text_of(folder: Path) -> str:
     """What stands between the page's marks."""
-    growth = Growth.from_dict(json.loads((folder / JSON).read_text(encoding="utf-8")))
+    growth = GrowthReport.from_dict(json.loads((folder / JSON).read_text(encoding="utf-8")))
     first = rows_of(folder / EVALUATION)[0]
     new = [each for each in growth.worth if each.split == "test"]
-    words = tables.words_of(new[0].metric)
+    words = tables.metric_label(new[0].metric)
     lines = [
         f"| trained | {words} (95 % interval) | grown minus this, paired | trained parameters |",
         "|---|---|---|---:|",
@@ -83,22 +83,22 @@ def text_of(folder: Path) -> str:
         shown = {metric for metric, _ in tables.HEADLINE.values()}
         metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
         cells = [
-            [f"`{task}`", tables.words_of(metric_of[task])]
-            + [tables.shown(metric_of[task], value) for value in pair]
+            [f"`{task}`", tables.metric_label(metric_of[task])]
+            + [tables.format_value(metric_of[task], value) for value in pair]
             for task, pair in everything.lost.items()
         ]
-        parts += ["If everything is trained, the old tasks change:", tables.markdown(head, cells)]
+        parts += ["If everything is trained, the old tasks change:", tables.markdown_table(head, cells)]
     parts.append(f"Files: [{folder.name}](../benchmarks/results/{folder.name}).")
     return "\n\n".join(parts)
 
 
-def _line(each: Worth) -> str:
+def _line(each: TransferResult) -> str:
     behind = ""
     if each.behind:
         value, low, high = (100 * x for x in each.behind)
         behind = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     bold = "**" if each.system == GROWN else ""
-    shown = tables.shown_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
+    shown = tables.format_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
     words = WORDS.get(each.system, each.system)
     return f"| {bold}{words}{bold} | {bold}{shown}{bold} | {behind} | {each.trained:,} |"
 
@@ -115,7 +115,7 @@ def _simple(path: Path, task: str, metric: str) -> list[str]:
     ]
     return [
         f"| *{tables.SYSTEMS[row['system']]}* | "
-        + tables.shown_interval(
+        + tables.format_interval(
             {"metric": metric} | {key: float(row[key]) for key in BOUNDS if row[key]}
         )
         + " | | |"

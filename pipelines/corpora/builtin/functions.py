@@ -1,8 +1,9 @@
-"""Python functions with Chinese docstrings, out of eight published packages; code is only parsed.
+"""Corpus ``functions``: Python functions with Chinese docstrings, of eight published packages.
 
-The split goes by module, and one package is held out whole. A function of a test or validation
-split that has a near twin in training, or shares its docstring, is set aside. For pretraining:
-the other functions of those packages and of the running Python's standard library.
+Code is parsed and never executed. The module decides the split, and one package is a test of its
+own. A function of a test or validation split is rejected if training contains a near twin or the
+same docstring. Pretraining reads the other functions of these packages, and those of the standard
+library of the running Python.
 """
 
 import re
@@ -31,7 +32,9 @@ from pipelines.transforms import text
 from skillnet_platform.config import digest
 from skillnet_platform.storage import sha256_file
 
+#: Minimum length of a function body in characters.
 SHORTEST_BODY = 30
+#: Minimum number of Chinese characters of a docstring that serves as caption.
 FEWEST_CHINESE = 4
 HELD_OUT_PACKAGE = "nonebot2"
 TEST, VALIDATION = 600, 240
@@ -108,7 +111,7 @@ ARCHIVES = (
 
 
 @dataclass(frozen=True)
-class _Found:
+class _FoundFunction:
     package: str
     module: str
     function: source_code.SourceFunction
@@ -123,7 +126,7 @@ class _Found:
 
 
 class FunctionsCorpus(Corpus):
-    """Functions, each with the first paragraph of its docstring as its caption."""
+    """Functions with the first paragraph of their docstrings as caption."""
 
     name = "functions"
     modality = "code"
@@ -153,8 +156,8 @@ class FunctionsCorpus(Corpus):
     shard_rows = 8_192
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Functions in the order of the packages above, then of the standard library."""
-        found: list[_Found] = []
+        """Yield functions in the order of the packages above, then of the standard library."""
+        found: list[_FoundFunction] = []
         for item in self._read(sources):
             if isinstance(item, RejectedRow):
                 yield item
@@ -165,22 +168,22 @@ class FunctionsCorpus(Corpus):
         split = _split(pairs)
         held_out = {f.module_id for f in pairs if split[f.key] != "train"}
         reasons |= _leaks(pairs, split)
-        number = IdAllocator()
+        ids = IdAllocator()
         for item in found:
             key = item.key
-            home = split.get(key, "pretrain")
-            evaluated = item.module_id in held_out or item.package == HELD_OUT_PACKAGE
+            final = split.get(key, "pretrain")
+            is_evaluated = item.module_id in held_out or item.package == HELD_OUT_PACKAGE
             if key in reasons:
                 yield RejectedRow(key, reasons[key])
                 continue
-            if home == "pretrain" and evaluated:
+            if final == "pretrain" and is_evaluated:
                 yield RejectedRow(key, "of a module that is evaluated")
                 continue
             caption = item.function.summary
             yield {
-                "split": home,
+                "split": final,
                 "key": key,
-                "group": number(caption) if key in split else -1,
+                "group": ids(caption) if key in split else -1,
                 "code": item.function.code,
                 "captions": [caption] if key in split else [],
                 "package": item.package,
@@ -188,7 +191,7 @@ class FunctionsCorpus(Corpus):
             }
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """Tokens of code and captions."""
+        """Return the tokens of code and captions."""
         tokens = text.encode_texts(tokenizer, block["code"].to_pylist(), text.CODE_TOKENS)
         captions = block["captions"].to_pylist()
         return pa.table(
@@ -203,7 +206,7 @@ class FunctionsCorpus(Corpus):
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """Limits of the selection and of the split."""
+        """Return the limits of the selection and of the split."""
         return {
             "shortest_body": SHORTEST_BODY,
             "fewest_chinese": FEWEST_CHINESE,
@@ -218,12 +221,12 @@ class FunctionsCorpus(Corpus):
         }
 
     def extra_sources(self) -> list[dict[str, str]]:
-        """The standard library, by a digest over its files."""
+        """Return the standard library with a digest of its files."""
         root, files = _standard_library()
         content = {path.relative_to(root).as_posix(): sha256_file(path) for path in files}
         return [{"file": f"{STANDARD_LIBRARY}-{python_version()}", "sha256": digest(content)}]
 
-    def _read(self, sources: SourceArchives) -> Iterator[_Found | RejectedRow]:
+    def _read(self, sources: SourceArchives) -> Iterator[_FoundFunction | RejectedRow]:
         for archive in self.archives:
             package = archive.requirement.split("==")[0]
             for path, data in sources.members(archive.file, "", ".py"):
@@ -237,12 +240,12 @@ class FunctionsCorpus(Corpus):
 def _standard_library() -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found = (p for p in root.rglob("*.py") if not p.is_symlink())
-    kept = [p for p in found if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
-    # Left out: what the build wrote for this machine.
-    return root, sorted(p for p in kept if not p.name.startswith("_sysconfigdata"))
+    files = [p for p in found if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
+    # ``_sysconfigdata`` is written by the build, so it differs between machines.
+    return root, sorted(p for p in files if not p.name.startswith("_sysconfigdata"))
 
 
-def _module(package: str, path: str, data: bytes) -> Iterator[_Found | RejectedRow]:
+def _module(package: str, path: str, data: bytes) -> Iterator[_FoundFunction | RejectedRow]:
     parts = path.split("/")
     module = ".".join(parts)
     if _SKIPPED_FOLDERS & set(parts) or re.match(r"tests?_|conftest$", parts[-1]):
@@ -250,16 +253,16 @@ def _module(package: str, path: str, data: bytes) -> Iterator[_Found | RejectedR
         return
     try:
         for function in source_code.parse_functions(source_code.decode_source(data)):
-            yield _Found(package, module, function)
-    except ValueError as problem:
-        yield RejectedRow(f"{package}/{module}", f"module is {problem}")
+            yield _FoundFunction(package, module, function)
+    except ValueError as error:
+        yield RejectedRow(f"{package}/{module}", f"module is {error}")
 
 
-def _reasons(found: list[_Found]) -> dict[str, str]:
-    """Key -> why it is set aside, whatever split it would be in."""
+def _reasons(found: list[_FoundFunction]) -> dict[str, str]:
+    """Return key -> why the function is rejected, for any split."""
     reasons: dict[str, str] = {}
     seen: set[str] = set()
-    # Documented functions first: of two copies the one with a docstring is kept.
+    # Documented functions first: of two copies, the copy with a docstring is used.
     for item in sorted(found, key=lambda f: not _is_pair(f)):
         same = re.sub(r"\s+", " ", item.function.code)
         if len(item.function.body) < SHORTEST_BODY:
@@ -270,22 +273,22 @@ def _reasons(found: list[_Found]) -> dict[str, str]:
     return reasons
 
 
-def _is_pair(item: _Found) -> bool:
+def _is_pair(item: _FoundFunction) -> bool:
     if item.package == STANDARD_LIBRARY:
         return False
     return source_code.count_chinese_characters(item.function.summary) >= FEWEST_CHINESE
 
 
-def _split(pairs: list[_Found]) -> dict[str, str]:
-    """Key -> split, by module."""
+def _split(pairs: list[_FoundFunction]) -> dict[str, str]:
+    """Return key -> split, by module."""
     modules = defaultdict(list)
     for item in pairs:
         modules[item.module_id].append(item.key)
     split = {key: "train" for keys in modules.values() for key in keys}
     taken = 0
-    for place in sorted(modules, key=lambda place: stable_hash("functions", *place)):
-        keys = modules[place]
-        if place[0] == HELD_OUT_PACKAGE:
+    for module in sorted(modules, key=lambda module: stable_hash("functions", *module)):
+        keys = modules[module]
+        if module[0] == HELD_OUT_PACKAGE:
             split |= dict.fromkeys(keys, "test_unseen_package")
         elif len(keys) <= LARGEST_TEST_MODULE and taken < TEST + VALIDATION:
             split |= dict.fromkeys(keys, "test" if taken < TEST else "validation")
@@ -293,13 +296,13 @@ def _split(pairs: list[_Found]) -> dict[str, str]:
     return split
 
 
-def _leaks(pairs: list[_Found], split: dict[str, str]) -> dict[str, str]:
-    """Key -> reason, for evaluated functions that training knows already."""
+def _leaks(pairs: list[_FoundFunction], split: dict[str, str]) -> dict[str, str]:
+    """Return key -> reason, for evaluated functions that training contains in a similar form."""
     train = [item for item in pairs if split[item.key] == "train"]
-    asked = [item for item in pairs if split[item.key] != "train"]
+    evaluated = [item for item in pairs if split[item.key] != "train"]
     captions = {item.function.summary for item in train}
     reasons = {}
-    for item, overlap in zip(asked, _overlaps(asked, train), strict=True):
+    for item, overlap in zip(evaluated, _overlaps(evaluated, train), strict=True):
         if overlap >= TWIN:
             reasons[item.key] = "near twin of a training function"
         elif item.function.summary in captions:
@@ -307,30 +310,30 @@ def _leaks(pairs: list[_Found], split: dict[str, str]) -> dict[str, str]:
     return reasons
 
 
-def _overlaps(asked: list[_Found], train: list[_Found]) -> np.ndarray:
-    """The largest Jaccard overlap of each asked function with a training function."""
+def _overlaps(evaluated: list[_FoundFunction], train: list[_FoundFunction]) -> np.ndarray:
+    """Return the largest Jaccard overlap of each evaluated function with a training function."""
     from scipy import sparse
 
-    number = IdAllocator()
+    ids = IdAllocator()
 
-    def matrix(items: list[_Found]) -> Any:
+    def matrix(items: list[_FoundFunction]) -> Any:
         rows, columns = [], []
         for row, item in enumerate(items):
             tokens = re.findall(r"\w+|[^\w\s]", item.function.code)
             triples = {" ".join(tokens[i : i + 3]) for i in range(max(1, len(tokens) - 2))}
-            columns += [number(triple) for triple in sorted(triples)]
+            columns += [ids(triple) for triple in sorted(triples)]
             rows += [row] * len(triples)
         return np.array(rows), np.array(columns)
 
-    a_rows, a_columns = matrix(asked)
+    a_rows, a_columns = matrix(evaluated)
     b_rows, b_columns = matrix(train)
-    width = len(number.numbers)
+    width = len(ids.numbers)
 
     def build(rows: np.ndarray, columns: np.ndarray, height: int) -> Any:
         values = np.ones(len(rows), np.int32)
         return sparse.csr_matrix((values, (rows, columns)), shape=(height, width))
 
-    a, b = build(a_rows, a_columns, len(asked)), build(b_rows, b_columns, len(train))
+    a, b = build(a_rows, a_columns, len(evaluated)), build(b_rows, b_columns, len(train))
     shared = (a @ b.T).toarray()
     union = np.diff(a.indptr)[:, None] + np.diff(b.indptr)[None, :] - shared
     return (shared / union).max(axis=1)

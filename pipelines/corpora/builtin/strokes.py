@@ -1,7 +1,8 @@
-"""Chinese characters being written, with the names of their strokes in order.
+"""Corpus ``strokes``: videos of Chinese characters being written, with their stroke names in order.
 
-What it is: pen paths of hanzi-writer's data, rendered, and a sentence joined from stroke names.
-Characters with the same sequence are joint positives (one group), and on one side of a split.
+The videos are rendered from the pen paths of hanzi-writer. The caption joins the stroke names.
+Characters with the same sequence form one group, because each is a correct answer to the caption.
+A group lies in one split.
 """
 
 import json
@@ -29,7 +30,7 @@ from skillnet_platform.errors import UserError
 
 TEST, VALIDATION = 1_000, 400
 CAPTION_TOKENS = 64
-#: The data's square: x from 0 to 1024, y upward from -124 to 900.
+#: Coordinates of the data: x from 0 to 1024, y upward from -124 to 900.
 SIDE, TOP = 1024.0, 900.0
 
 CNCHAR_ORDER = Archive(
@@ -44,7 +45,7 @@ _LITERAL = re.compile(r"JSON\.parse\('((?:[^'\\]|\\.)*)'\)")
 
 
 class StrokesCorpus(Corpus):
-    """Clips of characters being written, with one caption each."""
+    """Videos of characters being written, with one caption each."""
 
     name = "strokes"
     modality = "video"
@@ -67,7 +68,7 @@ class StrokesCorpus(Corpus):
     )
     omitted_columns: ClassVar = {"pretrain": frozenset({"captions", "caption_tokens"})}
     text_columns: tuple[str, ...] = ("captions",)
-    #: One token a stroke: a name such as 横折钩 means one movement, not three.
+    #: One token per stroke: a name such as 横折钩 is one movement, not three.
     terms: ClassVar[tuple[str, ...]] = (
         "横折折折钩", "横折折撇", "横折折折", "横斜钩", "横折钩", "横折提", "竖折撇", "竖折折钩",
         "竖弯钩", "横折折", "横折", "横撇", "竖弯", "竖钩", "竖提", "撇折", "撇点", "弯钩", "斜钩",
@@ -75,9 +76,9 @@ class StrokesCorpus(Corpus):
     shard_rows = 512
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Characters in the order of the archive; those without stroke names for pretraining."""
+        """Yield characters in the order of the archive; without stroke names, for pretraining."""
         captions = _captions(sources)
-        number = IdAllocator()
+        group_ids = IdAllocator()
         found = []
         for name, data in sources.members("cnchar-data", "package/draw/", ".json"):
             if len(name) == 1:
@@ -96,14 +97,14 @@ class StrokesCorpus(Corpus):
             yield {
                 "split": split[name] if caption else "pretrain",
                 "key": name,
-                "group": number(caption) if caption else -1,
+                "group": group_ids(caption) if caption else -1,
                 "points": [value for path in paths for point in path for value in point],
                 "counts": [len(path) for path in paths],
                 "captions": [caption] if caption else [],
             }
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """Frames and tokens."""
+        """Return frames and tokens."""
         captions = block["captions"].to_pylist()
         frames, rejected = render_clips(block)
         return pa.table(
@@ -116,7 +117,7 @@ class StrokesCorpus(Corpus):
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """Size of the clips and of the splits."""
+        """Return the sizes of the videos and of the splits."""
         return {
             "frames": video.FRAMES,
             "size": video.SIZE,
@@ -130,48 +131,55 @@ class StrokesCorpus(Corpus):
 
 
 def render_clips(block: pa.Table) -> tuple[pa.Array, pa.Array]:
-    """The clips of a block of raw rows, and why a row cannot be drawn (null where it is)."""
+    """Render the videos of a block of raw rows.
+
+    Returns:
+        Frames, flat per row; and the reason of each row that cannot be rendered, else null.
+    """
     size = video.FRAMES * video.SIZE * video.SIZE
-    drawn = np.zeros((block.num_rows, size), np.uint8)
+    rendered = np.zeros((block.num_rows, size), np.uint8)
     rejected: list[str | None] = []
     rows = zip(block["points"].to_pylist(), block["counts"].to_pylist(), strict=True)
-    for clip, reason in decode_each(rows, lambda row: video.draw_pen_paths(_paths(*row))):
-        if clip is not None:
-            drawn[len(rejected)] = clip.reshape(-1)
+    for frames, reason in decode_each(rows, lambda row: video.draw_pen_paths(_paths(*row))):
+        if frames is not None:
+            rendered[len(rejected)] = frames.reshape(-1)
         rejected.append(reason)
-    frames = pa.FixedSizeListArray.from_arrays(pa.array(drawn.reshape(-1)), size)
-    return frames, pa.array(rejected, pa.string())
+    column = pa.FixedSizeListArray.from_arrays(pa.array(rendered.reshape(-1)), size)
+    return column, pa.array(rejected, pa.string())
 
 
 def _captions(sources: SourceArchives) -> dict[str, list[str]]:
-    """Character -> names of its strokes in order."""
+    """Return character -> names of its strokes in order."""
     script = sources.read("cnchar-order", "package/cnchar.order.min.js").decode("utf-8")
     tables = [json.loads(found) for found in _LITERAL.findall(script)]
     if len(tables) != 2:
         path = sources.path("cnchar-order")
-        raise UserError(f"{path}: expected two tables of stroke orders, found {len(tables)}")
+        raise UserError(
+            f"{path}: expected two tables of stroke orders, found {len(tables)}. Check that it is "
+            "the pinned version of the archive."
+        )
     letters, strokes = tables
-    # "点2" is a dot to the left; "竖折撇|竖折折" are two names of one letter: the first is taken.
+    # "点2" is a dot to the left. "竖折撇|竖折折" are two names of one stroke; the first is used.
     names = {letter: entry["name"].split("|")[0].rstrip("2") for letter, entry in strokes.items()}
     return {char: [names[letter] for letter in order] for char, order in letters.items()}
 
 
 def _split(named: dict[str, str]) -> dict[str, str]:
-    """Character -> split; characters of one sequence go together."""
-    same = defaultdict(list)
+    """Return character -> split; characters of one sequence stay together."""
+    by_caption = defaultdict(list)
     for char, caption in named.items():
-        same[caption].append(char)
-    ordered = sorted(same, key=lambda caption: stable_hash("strokes", caption))
+        by_caption[caption].append(char)
+    ordered = sorted(by_caption, key=lambda caption: stable_hash("strokes", caption))
     split = dict.fromkeys(named, "train")
     taken = 0
     for caption in ordered:
-        home = "test" if taken < TEST else "validation"
-        if taken + len(same[caption]) > TEST and taken < TEST:
-            continue  # exactly 1,000: a larger group waits
+        name = "test" if taken < TEST else "validation"
+        if taken + len(by_caption[caption]) > TEST and taken < TEST:
+            continue  # the test has exactly 1,000 characters, so a larger group is skipped
         if taken >= TEST + VALIDATION:
             break
-        split |= dict.fromkeys(same[caption], home)
-        taken += len(same[caption])
+        split |= dict.fromkeys(by_caption[caption], name)
+        taken += len(by_caption[caption])
     return split
 
 

@@ -1,9 +1,9 @@
-"""Mandarin syllables, one woman's voice: recognise initial, final and tone.
+"""Corpus ``syllables``: Mandarin syllables of one speaker, to recognise initial, final and tone.
 
-63 files of the archive are saved "404 Not Found" pages with an mp3 name; they are found
-by their content. Spellings with v repeat those with ü, and "tone 5" is tone 1 squeezed in time.
-For every syllable one tone is held out for the test, so no syllable is new there, but every
-pair of syllable and tone is.
+63 files of the archive are saved "404 Not Found" pages with an mp3 name; their content reveals
+them. Names with v repeat those with ü, and "tone 5" is tone 1 squeezed in time. For every syllable
+one tone is held out for the test. So every syllable of the test occurs in training, but no pair of
+syllable and tone does.
 """
 
 import re
@@ -19,7 +19,7 @@ from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives, sta
 from pipelines.transforms import sound
 from pipelines.transforms.decode_guard import decode_each
 
-#: One syllable in so many gives a second tone to validation.
+#: One syllable in VALIDATION_EVERY gives a second tone to validation.
 VALIDATION_EVERY = 4
 WEB_PAGE = "not a recording: a saved web page"
 
@@ -38,7 +38,7 @@ _SHORT = {"iu": "iou", "ui": "uei", "un": "uen"}
 
 
 class SyllablesCorpus(Corpus):
-    """Recordings with their symbols."""
+    """Audio of syllables with their symbols."""
 
     name = "syllables"
     modality = "sound"
@@ -57,12 +57,12 @@ class SyllablesCorpus(Corpus):
             pa.field("text", pa.string()),
         ]
     )
-    #: There is no other sound in the archive: pretraining reads the training recordings.
+    #: The archive has no other audio, so pretraining reads the training split only.
     pretraining = ("train",)
     shard_rows = 256
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Recordings in the order of the archive."""
+        """Yield syllables in the order of the archive."""
         files = dict(sources.members("cnchar-data", "package/voice/", ".mp3"))
         reasons = {name: reason for name in files if (reason := _reject(name, files))}
         split = _split([name for name in files if name not in reasons])
@@ -74,7 +74,7 @@ class SyllablesCorpus(Corpus):
                 yield {**row, "text": name, "audio": data}
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
-        """Log-mel frames; a file that cannot be decoded is set aside."""
+        """Return log-mel frames; a file that cannot be decoded is rejected."""
         mels: list[np.ndarray] = []
         rejected: list[str | None] = []
         empty = np.zeros((0, sound.MELS), np.float32)
@@ -99,7 +99,7 @@ class SyllablesCorpus(Corpus):
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """Parameters of the frames and of the split."""
+        """Return the parameters of the frames and of the split."""
         return {
             "rate": sound.RATE,
             "window": sound.WINDOW,
@@ -119,15 +119,15 @@ class SyllablesCorpus(Corpus):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Names of the symbols; number i of the targets is the i-th, from 1."""
+        """Return the names of the symbols; the first one has the id 1."""
         return {"symbols": list(SYMBOLS), "blank": 0}
 
 
 def split_pinyin(pinyin: str) -> list[str]:
-    """Initial (if any), final and tone of a syllable: "zhuang1" -> ["zh", "uang", "1"].
+    """Split pinyin into initial (if any), final and tone: "zhuang1" -> ["zh", "uang", "1"].
 
     Raises:
-        ValueError: it is not a syllable of standard Mandarin with a tone from 1 to 4.
+        ValueError: the text is not a syllable of standard Mandarin with a tone from 1 to 4.
     """
     found = re.fullmatch(r"([a-zü]+)([1-4])", pinyin)
     if found is None:
@@ -140,10 +140,10 @@ def split_pinyin(pinyin: str) -> list[str]:
 
 
 def encode_symbols(pinyin: str) -> list[int]:
-    """CTC targets of a syllable, from 1.
+    """Return the CTC targets of a syllable; ids start at 1.
 
     Raises:
-        ValueError: see ``spell``.
+        ValueError: see ``split_pinyin``.
     """
     return [_NUMBER[symbol] for symbol in split_pinyin(pinyin)]
 
@@ -153,12 +153,12 @@ def _parts(letters: str) -> tuple[str, str]:
         rest = letters[1:]
         if rest.startswith("u"):
             return "", "ü" + rest[1:]
-        whole = rest if rest.startswith("i") else "i" + rest
-        return "", {"iu": "iou"}.get(whole, whole)
+        full = rest if rest.startswith("i") else "i" + rest
+        return "", {"iu": "iou"}.get(full, full)
     if letters[0] == "w":
         rest = letters[1:]
-        whole = rest if rest.startswith("u") else "u" + rest
-        return "", {"ui": "uei", "un": "uen"}.get(whole, whole)
+        full = rest if rest.startswith("u") else "u" + rest
+        return "", {"ui": "uei", "un": "uen"}.get(full, full)
     initial = next((i for i in ("zh", "ch", "sh", *INITIALS) if letters.startswith(i)), "")
     final = letters[len(initial) :]
     if initial in ("j", "q", "x") and final.startswith("u"):
@@ -167,7 +167,7 @@ def _parts(letters: str) -> tuple[str, str]:
 
 
 def _reject(name: str, files: dict[str, bytes]) -> str:
-    """Why a file is set aside before it is decoded; "" if it is not."""
+    """Return why a file is rejected before it is decoded, or ""."""
     data = files[name]
     if data.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         return WEB_PAGE
@@ -183,7 +183,7 @@ def _reject(name: str, files: dict[str, bytes]) -> str:
 
 
 def _split(names: list[str]) -> dict[str, str]:
-    """Name -> split. One tone of each syllable that has two or more is held out."""
+    """Return name -> split; one tone of each syllable with two or more tones is held out."""
     tones = defaultdict(list)
     for name in names:
         tones[name[:-1]].append(name)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
-from pipelines.training import fault_injection
 from skillnet.serialization import write_manifest
+from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
+from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.integration]
@@ -41,10 +42,8 @@ class Run:
         self.config: FinetuneConfig = config
         self.folder = root / "runs" / "made"
         self._kept = root / "kept"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(fault_injection.VARIABLE, json.dumps({"step": 5, "kind": "raise"}))
-            with pytest.raises(RuntimeError, match="a fault to order"):
-                finetune(config)
+        with pytest.raises(RuntimeError, match="an injected fault"):
+            finetune_with_faults(config, {"step": 5, "kind": "raise"})
         shutil.copytree(self.folder, self._kept / "stopped")
         finetune(config)
         shutil.copytree(self.folder, self._kept / "finished")

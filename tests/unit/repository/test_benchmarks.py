@@ -19,7 +19,7 @@ from benchmarks.encoders import DenseEncoder, LoopEncoder
 from benchmarks.measure import Result, in_turns, machine, ratio, timed, tree_cpu_time, write
 from benchmarks.sides import rounds_of, side
 from benchmarks.training_step import Sizes, skillnet_step
-from pipelines.shards.jpeg import encode
+from pipelines.shards.jpeg import encode_jpeg
 from skillnet.encoder import Encoder
 from tests.helpers.small_models import small_config
 
@@ -124,7 +124,7 @@ def test_an_epoch_of_every_contender_has_every_row(tmp_path: Path) -> None:
     """What reading compares gives the same pictures: ours and datasets', any order."""
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, reading.SHAPE, np.uint8) for _ in range(6)]
-    cells = [encode(picture) for picture in pictures]
+    cells = [encode_jpeg(picture) for picture in pictures]
     entries = reading.write_shards(cells, tmp_path)
     files = [pa.ipc.open_file(pa.memory_map(str(tmp_path / e["file"]))) for e in entries]
     ours = pa.concat_tables([file.read_all() for file in files])

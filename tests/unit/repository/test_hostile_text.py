@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.serving.search_page import Card
-from pipelines.serving.search_page import page as gallery
+from pipelines.serving.search_page import ResultCard
+from pipelines.serving.search_page import render_search_page as gallery
 from sweeps.report.html import render_template
 from tests.helpers.html_probe import HOSTILE, NASTY, assert_harmless
 
@@ -20,7 +20,7 @@ PICTURE = "data:image/png;base64,"
 
 def search_page() -> str:
     media = np.zeros((4, 4, 3), np.uint8)
-    cards = [Card(1, 0.5, NASTY, [NASTY], media, NASTY), Card(2, 0.4, NASTY, [NASTY], code=NASTY)]
+    cards = [ResultCard(1, 0.5, NASTY, [NASTY], media, NASTY), ResultCard(2, 0.4, NASTY, [NASTY], code=NASTY)]
     return gallery(NASTY, cards, [(NASTY, NASTY)], NASTY)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.growth.report import FileState, Growth, TaskState, Worth
+from pipelines.growth.report import FileState, GrowthReport, TaskState, TransferResult
 from tools.docs import growth_tables as growth_result
 from tools.docs import sweep_tables as sweep_result
 from tools.docs.kept_results import keep, rows_of
@@ -118,15 +118,15 @@ def test_the_page_has_the_newest_of_each_sweep(tmp_path: Path) -> None:
 
 
 def test_a_growth_is_kept_and_told_as_its_report_has_it(tmp_path: Path) -> None:
-    report = Growth(
+    report = GrowthReport(
         "base", "", "ink", "counting", "counts", "classification", 7, 3, 10,
         [FileState("shared", "a", "a"), FileState("skill-ink", None, "b")],
         [TaskState("text_to_code", "test", "recall_at_10", 0.5, 0.5, True)],
         1234, 0, ["skill-ink"],
         [
-            Worth("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3456, 1.0),
-            Worth("grown", "validation", "accuracy", 0.9, 0.8, 1.0, [], 3456, 1.0),
-            Worth("everything", "test", "accuracy", 0.45, 0.4, 0.5, [0.05, -0.01, 0.11], 9, 1.0,
+            TransferResult("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3456, 1.0),
+            TransferResult("grown", "validation", "accuracy", 0.9, 0.8, 1.0, [], 3456, 1.0),
+            TransferResult("everything", "test", "accuracy", 0.45, 0.4, 0.5, [0.05, -0.01, 0.11], 9, 1.0,
                   {"text_to_code": [0.5, 0.25]}),
         ],
     )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import prepare_scaling, scale
 from benchmarks.measure import Result, write
-from pipelines.shards.jpeg import is_encoded
+from pipelines.shards.jpeg import uses_jpeg
 from tests.helpers import user_corpora
 
 
@@ -58,8 +58,8 @@ def test_pictures_and_clips_are_a_range_and_reading_is_told(results: Path) -> No
 
 
 def test_a_clip_of_the_plan_is_stored_as_the_plan_says() -> None:
-    assert is_encoded((8, 96, 96, 1), "auto")
-    assert is_encoded((224, 224, 3), "auto")
+    assert uses_jpeg((8, 96, 96, 1), "auto")
+    assert uses_jpeg((224, 224, 3), "auto")
 
 
 def test_a_corpus_uses_no_more_cpus_than_its_reading_task_feeds(results: Path) -> None:

@@ -302,7 +302,7 @@ def bundled(model: TaskModel, folder: Path) -> Path:
 
 def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
     folder = bundled(model, tmp_path / "bundle")
-    about = bundle.check(folder)
+    about = bundle.check_bundle(folder)
 
     def refused(words: str, **changes: object) -> None:
         (folder / "serving.json").write_text(json.dumps(about | changes))
@@ -322,7 +322,7 @@ def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
     refused("is a link")
     (folder / "serving.json").write_text("[]")
     with pytest.raises(ValueError, match="format None"):
-        bundle.check(folder)
+        bundle.check_bundle(folder)
 
 
 def test_a_bank_of_captions_fits_its_vectors(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import seed_dropout, step_loss, train
 from pipelines.training.optimizer import (
     build_lr_scheduler,
     build_optimizer,
     clip_gradients,
 )
-from pipelines.training.setup import build_model, open_stream
+from pipelines.training.setup import build_model
 from skillnet.accounting import account_task
 from skillnet.baselines import size_matching
 from skillnet.baselines.specialist import SPECIALIST, SpecialistModel, SpecialistOptions
@@ -197,10 +198,10 @@ def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
     config = small_run(write_corpora(tmp_path / "data"), steps=15, max_grad_norm=0.5)
     config.system, config.options = "specialist", {"ffn_dim": 8}
     config.model.drop_path = 0.2
-    together = dict(train(config).model.named_parameters())
+    together = dict(train(ResolvedRun(config)).model.named_parameters())
 
     start = dict(build_model(config).named_parameters())
-    stream = open_stream(config)
+    stream = ResolvedRun(config).dataloader
     device = torch.device("cpu")
     for task in config.tasks:
         steps = [step for step in range(15) if stream.plan(step).task == task]

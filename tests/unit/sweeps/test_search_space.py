@@ -99,7 +99,7 @@ def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
             "training.lr": {"loguniform": [1e-4, 1e-2]},
             "model.num_layers": {"integer": [2, 4]},
             "model.ffn_dim": {"log_integer": [8, 64]},
-            "training.clip": {"uniform": [0.5, 2.0]},
+            "training.max_grad_norm": {"uniform": [0.5, 2.0]},
             "model.skill_every": {"grid": [1, 2]},
         }
     )
@@ -123,7 +123,7 @@ def test_spread_points_leave_no_part_of_a_range_untried() -> None:
         {
             "training.lr": {"loguniform": [1e-4, 1e-2]},
             "model.num_layers": {"integer": [1, 8]},
-            "training.clip": {"uniform": [0.5, 2.5]},
+            "training.max_grad_norm": {"uniform": [0.5, 2.5]},
             "model.skill_every": {"choice": [1, 2]},
         }
     )
@@ -133,7 +133,7 @@ def test_spread_points_leave_no_part_of_a_range_untried() -> None:
     eighths = [math.floor(8 * math.log(p["training.lr"] / 1e-4, 100)) for p in points]
     assert sorted(eighths) == list(range(8))
     assert sorted(p["model.num_layers"] for p in points) == list(range(1, 9))
-    assert sorted(math.floor((p["training.clip"] - 0.5) * 4) for p in points) == list(range(8))
+    assert sorted(math.floor((p["training.max_grad_norm"] - 0.5) * 4) for p in points) == list(range(8))
     assert Counter(p["model.skill_every"] for p in points) == {1: 4, 2: 4}
     assert (
         made.latin_hypercube_points(0, seed=3) == space({}).latin_hypercube_points(4, seed=3) == []

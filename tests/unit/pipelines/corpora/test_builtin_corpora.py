@@ -311,9 +311,9 @@ def test_functions_are_split_by_module_and_twins_are_set_aside(tmp_path: Path, m
 
 
 def test_near_twins_of_training_are_found() -> None:
-    def item(module: str, name: str, code: str, summary: str) -> functions._Found:
+    def item(module: str, name: str, code: str, summary: str) -> functions._FoundFunction:
         function = functions.source_code.SourceFunction(name, 1, code, code, summary)
-        return functions._Found("p", module, function)
+        return functions._FoundFunction("p", module, function)
 
     base = "def f(a): total = sum(a); mean = total / len(a); return mean, total, max(a), min(a)"
     train = item("m1", "f", base, "求平均值")

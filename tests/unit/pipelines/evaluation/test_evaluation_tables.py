@@ -64,12 +64,12 @@ def test_metrics_are_grouped_by_task_and_only_headlines_have_bounds():
 
 
 def test_markdown_cells_cannot_break_the_table():
-    text = tables.markdown(["a", "b"], [["x|y", "z"]])
+    text = tables.markdown_table(["a", "b"], [["x|y", "z"]])
     assert [line.replace("\\|", "").count("|") for line in text.splitlines()] == [3, 3, 3]
 
 
 def test_the_description_names_results_activation_and_facts():
-    text = tables.description(ROWS, OTHERS, SkillNetConfig(), 11_300_000, {"steps": 150})
+    text = tables.run_description(ROWS, OTHERS, SkillNetConfig(), 11_300_000, {"steps": 150})
     assert "11.3 M parameters in 7 skills" in text
     assert "40.0 % (38.0–42.0)" in text
     assert text.index("text_to_image R@10 **40.0 %**") < text.index("| task")
@@ -109,9 +109,9 @@ def test_the_loss_picture_has_a_panel_per_task():
 
 
 def test_smoothing_keeps_a_constant_and_the_length():
-    np.testing.assert_allclose(tables.smooth(np.full(50, 2.5)), 2.5)
+    np.testing.assert_allclose(tables.smooth_series(np.full(50, 2.5)), 2.5)
     values = np.random.default_rng(0).standard_normal(200)
-    smoothed = tables.smooth(values)
+    smoothed = tables.smooth_series(values)
     assert len(smoothed) == 200
     assert smoothed.std() < values.std()
     np.testing.assert_allclose(smoothed[100], values[95:106].mean())

@@ -10,7 +10,7 @@ import torch
 
 from pipelines import evaluate as command
 from pipelines.evaluation.evaluator import evaluate_model
-from pipelines.evaluation.inference import Runner, batches_by_length, memory_inputs, split_inputs
+from pipelines.evaluation.inference import InferenceRunner, batches_by_length, memory_inputs, split_inputs
 from pipelines.evaluation.tables import COLUMNS
 from pipelines.shards.dataset import open_corpus
 from skillnet.accounting import account_task
@@ -96,7 +96,7 @@ def test_batching_does_not_change_outputs(model: SkillNet, data: Path):
     table = open_corpus(data / "syllables").splits["test"].table()
     plan = model.config.tasks["speech_recognition"].towers["input"]
     inputs = split_inputs(table, plan, model.config, "syllables/test")
-    many, few = Runner(model, "fp32", 4096), Runner(model, "fp32", 1)
+    many, few = InferenceRunner(model, "fp32", 4096), InferenceRunner(model, "fp32", 1)
     assert (
         many.transcribe("speech_recognition", inputs)[0]
         == (few.transcribe("speech_recognition", inputs)[0])
@@ -104,13 +104,13 @@ def test_batching_does_not_change_outputs(model: SkillNet, data: Path):
     plan = model.config.tasks["text_to_code"].towers["candidate"]
     table = open_corpus(data / "functions").splits["test"].table()
     inputs = split_inputs(table, plan, model.config, "functions/test", limit=9)
-    one = Runner(model, "fp32", 4096).embed("text_to_code", "candidate", inputs)
-    other = Runner(model, "fp32", 1).embed("text_to_code", "candidate", inputs)
+    one = InferenceRunner(model, "fp32", 4096).embed("text_to_code", "candidate", inputs)
+    other = InferenceRunner(model, "fp32", 1).embed("text_to_code", "candidate", inputs)
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_memory_and_shard_inputs_agree(model: SkillNet, data: Path):
-    runner = Runner(model, "fp32")
+    runner = InferenceRunner(model, "fp32")
     table = open_corpus(data / "functions").splits["test"].table()
     plan = model.config.tasks["text_to_code"].towers["candidate"]
     stored = split_inputs(table, plan, model.config, "functions/test", limit=9)
@@ -170,7 +170,7 @@ def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: 
     with out.open(encoding="utf-8") as stream:
         written = list(csv.DictReader(stream))
     assert tuple(written[0]) == COLUMNS
-    assert len(written) == len(document["rows"]) + len(document["references"])
+    assert len(written) == len(document["rows"]) + len(document["evaluate_simple_baselines"])
     assert {row["system"] for row in written} == {"skillnet", "chance", "reference"}
     assert command.main(words) == 0
     table = capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_command_refuses_what_is_no_model(data: Path, run_root: Path, capsys, tm
 
 
 def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, run_root: Path):
-    from pipelines.evaluate import EvaluateConfig, evaluate
+    from pipelines.evaluate import EvaluateConfig, evaluate_registered_model
     from pipelines.runs import model_source
     from skillnet.growth import add_task
     from skillnet.skills import SkillPlan, Task
@@ -204,10 +204,10 @@ def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, r
         "  text_to_code: {corpus: functions, max_length: 9}\n",
         encoding="utf-8",
     )
-    source = model_source.find(str(run / "checkpoints" / "step-00000001"))
+    source = model_source.resolve_model(str(run / "checkpoints" / "step-00000001"))
     assert source.auxiliary == {"text_to_definition"}
     assert source.limits["text_to_code"] == 9
-    result = evaluate(
+    result = evaluate_registered_model(
         EvaluateConfig(checkpoint=str(source.weights), data=str(data), samples=0, references=False)
     )
     assert {row["task"] for row in result.rows} == set(config().tasks)
@@ -216,8 +216,8 @@ def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, r
 
 def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) -> None:
     """As with five captions a photograph: as many queries, resampled by rows, outcomes by rows."""
-    from pipelines.evaluation.outcomes import Outcomes
-    from pipelines.evaluation.simple_baselines import references
+    from pipelines.evaluation.outcomes import OutcomeTable
+    from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
     from pipelines.shards.format import manifest_digest
 
     data = write_corpora(tmp_path / "corpora")
@@ -228,14 +228,14 @@ def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) 
         manifest["queries"] = queries
         manifest["digest"] = manifest_digest(manifest)
         path.write_text(json.dumps(manifest), encoding="utf-8")
-        outcomes = Outcomes()
+        outcomes = OutcomeTable()
         rows = evaluate_model(
             model, data, ["text_to_image"], ["test"], samples=20, outcomes=outcomes
         )
         figures = {row["metric"]: row["value"] for row in rows}
         found[queries] = figures, outcomes["text_to_image", "test"]
         spec = {"text_to_image": model.config.tasks["text_to_image"]}
-        simple = references(data, spec, ["test"], samples=0, keep=False)
+        simple = evaluate_simple_baselines(data, spec, ["test"], samples=0, keep=False)
         found[queries] += ({(r["system"], r["metric"]): r["value"] for r in simple},)
     (first, one, simple_first), (every, three, simple_every) = found["first"], found["all"]
     assert len(one) == len(three) == open_corpus(data / "drawings").splits["test"].rows

@@ -11,7 +11,7 @@ import torch
 from pipelines.evaluation.evaluator import evaluate_model
 from pipelines.evaluation.outcomes import (
     SCHEMA,
-    Outcomes,
+    OutcomeTable,
     RowOutcomes,
     paired_difference,
     read_outcomes,
@@ -33,7 +33,7 @@ HEADLINE = {
 def test_the_primary_metric_of_a_split_follows_from_its_rows(tmp_path: Path):
     data = write_corpora(tmp_path / "corpora")
     torch.manual_seed(0)
-    outcomes = Outcomes()
+    outcomes = OutcomeTable()
     rows = evaluate_model(SkillNet(config()), data, samples=0, outcomes=outcomes)
     write_outcomes(outcomes, tmp_path / "outcomes.parquet")
     assert pq.read_schema(tmp_path / "outcomes.parquet").equals(SCHEMA)

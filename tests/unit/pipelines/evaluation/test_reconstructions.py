@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation import reconstructions
-from pipelines.evaluation.inference import Runner
+from pipelines.evaluation.inference import InferenceRunner
 from pipelines.loading.audio_units import units_of
 from pipelines.loading.dataloader import Batch
 from pipelines.loading.masking import FLAT, normalised
 from pipelines.shards.dataset import open_corpus
 from skillnet.multitask_model import TaskModel
-from skillnet.stems import patchify, stack_frames, tubelify
+from skillnet.stems import cut_tubelets, patchify, stack_frames
 from skillnet.systems import build_system
 from tests.helpers.small_corpora import small_pretraining, write_corpora
 
@@ -40,7 +40,7 @@ class Oracle:
     def __init__(self, right: bool) -> None:
         self.right, self.batch = right, None
 
-    def __call__(self, runner: Runner, batch: Batch) -> Tensor:
+    def __call__(self, runner: InferenceRunner, batch: Batch) -> Tensor:
         self.batch = batch
         values = batch.targets["values"]
         if not values.is_floating_point():
@@ -59,7 +59,7 @@ def cut(config: FinetuneConfig, task: str, images: np.ndarray) -> Tensor:
     if task == "masked_image":
         return patchify(x, config.model.patch_size)
     if task == "masked_video":
-        return tubelify(x, config.model.tubelet)
+        return cut_tubelets(x, config.model.tubelet)
     return stack_frames(x.transpose(1, 2).nan_to_num(), config.model.mel_stack)
 
 
@@ -70,7 +70,7 @@ def test_what_is_hidden_is_restored_in_its_place(
     config, model = run_of(data)
     oracle = Oracle(right=True)
     monkeypatch.setattr(reconstructions, "restored", oracle)
-    original, hidden, restored = reconstructions.restorations(config, model, task)
+    original, hidden, restored = reconstructions.reconstruct_rows(config, model, task)
     assert original.shape == hidden.shape == restored.shape
     assert np.allclose(restored, original, atol=1e-4, equal_nan=True)
     tokens, shown = cut(config, task, original), cut(config, task, hidden)
@@ -79,7 +79,7 @@ def test_what_is_hidden_is_restored_in_its_place(
     assert torch.equal(changed_BT, oracle.masked_BT), "hidden there, and nowhere else"
 
     monkeypatch.setattr(reconstructions, "restored", Oracle(right=False))
-    _, _, nothing = reconstructions.restorations(config, model, task)
+    _, _, nothing = reconstructions.reconstruct_rows(config, model, task)
     made = cut(config, task, nothing)
     assert torch.allclose(made[~oracle.masked_BT], tokens[~oracle.masked_BT], atol=1e-5)
     means = tokens.mean(-1, keepdim=True).expand_as(tokens)
@@ -92,7 +92,7 @@ def test_a_unit_is_shown_as_the_mean_of_its_sounds(
     config, model = run_of(data, UNITS)
     oracle = Oracle(right=True)
     monkeypatch.setattr(reconstructions, "restored", oracle)
-    original, _, restored = reconstructions.restorations(config, model, "masked_sound")
+    original, _, restored = reconstructions.reconstruct_rows(config, model, "masked_sound")
     assert np.array_equal(np.isnan(original), np.isnan(restored)), "where a recording has ended"
     tokens, made = (cut(config, "masked_sound", x) for x in (original, restored))
     masked = oracle.masked_BT

@@ -9,8 +9,8 @@ import torch
 from pipelines.config.growth import GrowConfig, NewTask
 from pipelines.config.run import TaskTraining
 from pipelines.growth import runs, verification
-from pipelines.growth.report import FileState, Growth, TaskState, Worth
-from pipelines.runs.model_source import Source
+from pipelines.growth.report import FileState, GrowthReport, TaskState, TransferResult
+from pipelines.runs.model_source import ModelSource
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from skillnet_platform.errors import UserError
@@ -25,13 +25,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(tmp_path: Path, data: Path, *tasks: str) -> Source:
+def saved(tmp_path: Path, data: Path, *tasks: str) -> ModelSource:
     """A saved model of some of the five tasks, without a run."""
     shape = small_config(data).model
     torch.manual_seed(0)
     model = SkillNet(replace(shape, tasks={name: shape.tasks[name] for name in tasks}))
     model.save_pretrained(tmp_path / "model")
-    return Source("saved", tmp_path / "model")
+    return ModelSource("saved", tmp_path / "model")
 
 
 def test_a_modality_that_is_new_brings_a_stem_that_trains_also_without_the_skill(
@@ -39,21 +39,21 @@ def test_a_modality_that_is_new_brings_a_stem_that_trains_also_without_the_skill
 ) -> None:
     source = saved(tmp_path, data, "text_classification")
     config = replace(grow_config("saved", data), run_dir=str(tmp_path))
-    before = runs.load(source)
-    settings = runs.as_run(config, source, before)
+    before = runs.load_source_model(source)
+    settings = runs.save_as_run(config, source, before)
     grown = runs.grown_model(config, before, settings.model.tasks["counting"])
     new = verification.new_files(before, grown)
     assert new == ["head-counting", "skill-ink", "stem-tubelet"]
     assert "ink" not in before.config.skills
-    settings.training.only = new
+    settings.training.trainable = new
     settings.run_dir = str(tmp_path)
     other = runs.reference_run("without_skill", config, settings, source, tmp_path)
     assert other is not None
-    assert other.training.only == ["head-counting", "stem-tubelet"]
+    assert other.training.trainable == ["head-counting", "stem-tubelet"]
     assert other.model.tasks["counting"].skills == ("general", "video")
     fresh = runs.reference_run("fresh", config, settings, source, tmp_path)
     assert fresh is not None
-    assert (fresh.init_from, fresh.training.only, list(fresh.trained)) == (None, [], ["counting"])
+    assert (fresh.init_from, fresh.training.trainable, list(fresh.trained)) == (None, [], ["counting"])
 
 
 def test_old_tasks_are_measured_as_they_were_trained(tmp_path: Path, data: Path) -> None:
@@ -61,15 +61,15 @@ def test_old_tasks_are_measured_as_they_were_trained(tmp_path: Path, data: Path)
     told = {"text_to_code": {"corpus": "functions", "max_length": 7, "auxiliary": False}}
     source = replace(source, settings={"tasks": told})
     config = grow_config("saved", data)
-    settings = runs.as_run(config, source, runs.load(source))
+    settings = runs.save_as_run(config, source, runs.load_source_model(source))
     assert settings.tasks["text_to_code"] == TaskTraining(
-        "functions", max_length=7, measured_only=True
+        "functions", max_length=7, eval_only=True
     )
     assert settings.tasks["text_classification"].corpus == "headings"
     assert list(settings.trained) == ["counting"]
     assert settings.model.tasks["counting"].outputs == 3
     config.corpora = {"text_to_code": "mine"}
-    assert runs.as_run(config, source, runs.load(source)).tasks["text_to_code"].corpus == "mine"
+    assert runs.save_as_run(config, source, runs.load_source_model(source)).tasks["text_to_code"].corpus == "mine"
 
 
 def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
@@ -79,15 +79,15 @@ def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
     config = grow_config("saved", data)
     task = NewTask("counting", {"input": SkillPlan(("ink",), "video")}, TaskTraining("counts"))
     config = replace(config, task=task)
-    settings = replace(runs.as_run(config, source, runs.load(source)), run_dir=str(tmp_path))
+    settings = replace(runs.save_as_run(config, source, runs.load_source_model(source)), run_dir=str(tmp_path))
     assert runs.reference_run("without_skill", config, settings, source, tmp_path) is None
 
 
 def test_what_starts_alike_is_kept_once(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_classification")
     config = grow_config("saved", data)
-    before = runs.load(source)
-    task = runs.spec_of(config)
+    before = runs.load_source_model(source)
+    task = runs.new_task_spec(config)
     kept = [
         runs.keep_start(runs.grown_model(config, before, task), str(tmp_path)) for _ in range(2)
     ]
@@ -101,10 +101,10 @@ def test_float64_weights_are_refused(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_classification")
     SkillNet.from_pretrained(source.weights).double().save_pretrained(source.weights)
     with pytest.raises(UserError, match="float64"):
-        runs.load(source)
+        runs.load_source_model(source)
 
 
-def growth(**changes: object) -> Growth:
+def growth(**changes: object) -> GrowthReport:
     values: dict[str, object] = {
         "source": "base", "source_digest": "", "skill": "ink", "task": "counting",
         "corpus": "counts", "objective": "classification", "steps": 1, "seed": 0,
@@ -112,9 +112,9 @@ def growth(**changes: object) -> Growth:
         "files": [FileState("shared", "a", "a"), FileState("skill-ink", None, "b")],
         "tasks": [TaskState("text_to_code", "test", "recall_at_10", 0.5, 0.5, True)],
         "optimiser": ["skill-ink"],
-        "worth": [Worth("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3, 1.0)],
+        "worth": [TransferResult("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3, 1.0)],
     }  # fmt: skip
-    return Growth(**(values | changes))  # type: ignore[arg-type]
+    return GrowthReport(**(values | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -132,19 +132,19 @@ def growth(**changes: object) -> Growth:
 )
 def test_whatever_changed_is_named(changes: dict[str, object], message: str) -> None:
     assert growth().untouched
-    verification.require_untouched(growth())
+    verification.assert_frozen_unchanged(growth())
     report = growth(**changes)
     assert not report.untouched
     assert "NOT untouched" in report.headline()
     with pytest.raises(RuntimeError, match=message):
-        verification.require_untouched(report)
+        verification.assert_frozen_unchanged(report)
 
 
 def test_a_report_survives_its_json_and_reads_well() -> None:
     import json
 
     report = growth()
-    again = Growth.from_dict(json.loads(json.dumps(report.to_dict())))
+    again = GrowthReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert again == report
     text = report.markdown()
     assert "| text_to_code | test | R@10 | 50.0 % | 50.0 % | same |" in text

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.config.data import AugmentConfig
 from pipelines.loading.dataloader import Batch, MultiTaskDataLoader, Prefetcher, rank_slice
-from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
 
@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stream(data: Path) -> MultiTaskDataLoader:
-    return open_stream(small_config(data))
+    return ResolvedRun(small_config(data)).dataloader
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def test_slices_of_ranks_join_to_the_global_batch(stream: MultiTaskDataLoader, w
 
 
 def test_the_same_step_is_the_same_batch_again(data: Path) -> None:
-    first, second = (open_stream(small_config(data)) for _ in range(2))
+    first, second = (ResolvedRun(small_config(data)).dataloader for _ in range(2))
     for step in (7, 3, 7):
         one, other = tensors(first.batch(step)), tensors(second.batch(step))
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -64,9 +64,9 @@ def test_the_same_step_is_the_same_batch_again(data: Path) -> None:
 
 def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
     config = small_config(data)
-    first = open_stream(config)
+    first = ResolvedRun(config).dataloader
     config.seed = 1
-    second = open_stream(config)
+    second = ResolvedRun(config).dataloader
     plans = [(first.plan(step), second.plan(step)) for step in range(20)]
     assert [one.task for one, _ in plans] != [other.task for _, other in plans]
     assert any(set(one.rows) != set(other.rows) for one, other in plans)
@@ -98,7 +98,7 @@ def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
 
 
 def test_sequences_of_a_batch_are_of_like_length(data: Path) -> None:
-    stream = open_stream(small_config(data))
+    stream = ResolvedRun(small_config(data)).dataloader
     rows = stream.rows["text_classification"]
     lengths = rows.lengths()
     assert lengths is not None
@@ -132,10 +132,10 @@ def test_noise_is_as_loud_whatever_the_corpus_divided_by(data: Path, tmp_path: P
     config = small_config(data)
     config.tasks = {"speech_recognition": config.tasks["speech_recognition"]}
     config.training.augment = AugmentConfig(sound_noise=0.5, sound_gain=0.0)
-    plain = open_stream(config)
+    plain = ResolvedRun(config).dataloader
     config.data = str(tmp_path)
     write_scaled_sound(data / "syllables", tmp_path / "syllables", 3.2)
-    scaled = open_stream(config)
+    scaled = ResolvedRun(config).dataloader
     for step in range(4):
         one, other = (x.batch(step).towers["input"]["log_mel"] for x in (plain, scaled))
         torch.testing.assert_close(other * 3.2, one, rtol=1e-4, atol=1e-4)
@@ -172,28 +172,28 @@ def test_a_corpus_of_another_modality_is_named(data: Path) -> None:
     with pytest.raises(
         UserError, match=r"text_to_image reads image, but corpus strokes holds video"
     ):
-        open_stream(config)
+        ResolvedRun(config).dataloader
 
 
 def test_an_unknown_split_is_named(data: Path) -> None:
     config = small_config(data)
     config.tasks["text_to_image"].split = "training"
     with pytest.raises(UserError, match=r"drawings has no split 'training'; it has train, "):
-        open_stream(config)
+        ResolvedRun(config).dataloader
 
 
 def test_a_missing_corpus_is_named(data: Path) -> None:
     config = small_config(data)
     config.tasks["text_to_image"].corpus = "paintings"
     with pytest.raises(UserError, match="paintings"):
-        open_stream(config)
+        ResolvedRun(config).dataloader
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(data: Path) -> None:
     config = small_config(data)
     config.model.vocab_size = 50
     with pytest.raises(UserError, match="vocab_size is 50; set it to 64"):
-        open_stream(config)
+        ResolvedRun(config).dataloader
 
 
 def test_labels_beyond_the_models_classes_are_refused(data: Path) -> None:
@@ -202,7 +202,7 @@ def test_labels_beyond_the_models_classes_are_refused(data: Path) -> None:
     config = small_config(data)
     tasks = config.model.tasks
     tasks["text_classification"] = dataclasses.replace(tasks["text_classification"], outputs=3)
-    stream = open_stream(config)
+    stream = ResolvedRun(config).dataloader
     with pytest.raises(UserError, match=r"text_classification\.outputs 3"):
         for step in range(40):
             stream.batch(step)

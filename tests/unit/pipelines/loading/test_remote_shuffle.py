@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus
-from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import FileCache, Wanted
@@ -37,7 +37,7 @@ def store(data: Path, run_root: Path) -> str:
 def config_of(data: Path | str, corpus: str = "drawings", shuffle_gb: float = 4) -> FinetuneConfig:
     config = small_config(Path(), shuffle_gb=shuffle_gb)
     # Shards of ten rows.
-    tasks = {n: replace(t, batch=4) for n, t in config.tasks.items() if t.corpus == corpus}
+    tasks = {n: replace(t, batch_size=4) for n, t in config.tasks.items() if t.corpus == corpus}
     return replace(config, data=str(data), tasks=tasks)
 
 
@@ -51,7 +51,7 @@ def names_of(stream: MultiTaskDataLoader) -> tuple[list[str], list[int]]:
 def test_an_altered_shard_is_named_before_its_rows_are_used(
     store: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = open_stream(config_of(store, shuffle_gb=1e-9))  # windows of one shard
+    stream = ResolvedRun(config_of(store, shuffle_gb=1e-9)).dataloader  # windows of one shard
     names, come = names_of(stream)
     altered = names[come[3]]
     place = f"{store}/drawings/{altered}"
@@ -68,7 +68,7 @@ def test_an_altered_shard_is_named_before_its_rows_are_used(
     # Once ahead of need at most, and once for the message.
     assert 1 <= asked.count(place) <= 2
     directories.write_bytes(place, good)
-    same(open_stream(config_of(data, shuffle_gb=1e-9)), stream, range(7, 12))
+    same(ResolvedRun(config_of(data, shuffle_gb=1e-9)).dataloader, stream, range(7, 12))
 
 
 def test_a_whole_shuffle_fetches_in_the_order_of_need(
@@ -76,7 +76,7 @@ def test_a_whole_shuffle_fetches_in_the_order_of_need(
 ) -> None:
     wanted: list[Wanted] = []
     monkeypatch.setattr(FileCache, "prefetch", lambda self, more: wanted.extend(more))
-    stream = open_stream(config_of(store))
+    stream = ResolvedRun(config_of(store)).dataloader
     stream.batch(0)
     shards = open_corpus(data / "drawings").splits["train"].shards
     numbers = {shard["sha256"]: number for number, shard in enumerate(shards)}
@@ -87,7 +87,7 @@ def test_a_whole_shuffle_fetches_in_the_order_of_need(
 
 def test_the_cache_has_to_hold_the_corpus_once(store: str) -> None:
     size = open_corpus(f"{store}/drawings").splits["train"].bytes
-    assert open_stream(config_of(store)).bytes_in_use() == size
+    assert ResolvedRun(config_of(store)).dataloader.bytes_in_use() == size
     windows = config_of(store)
     windows = replace(windows, training=replace(windows.training, shuffle_gb=size / 4 / 1e9))
-    assert open_stream(windows).bytes_in_use() == pytest.approx(size / 2, abs=1)
+    assert ResolvedRun(windows).dataloader.bytes_in_use() == pytest.approx(size / 2, abs=1)

@@ -11,7 +11,7 @@ import pytest
 from pipelines.corpora import ExternalCorpus, open_external_corpus
 from pipelines.preprocessing import prepare as preparing
 from pipelines.shards.format import manifest_digest, write_shard
-from skillnet_platform.cluster import connect as cluster_connect
+from skillnet_platform import cluster
 from tests.helpers import user_corpora
 
 
@@ -32,7 +32,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     def no_ray(*_: object) -> None:
         raise Started
 
-    monkeypatch.setattr(cluster_connect, "ensure_ray", no_ray)
+    monkeypatch.setattr(cluster, "ensure_ray", no_ray)
     reader = "aishell1" if request.param is user_corpora.aishell1 else "folder"
     return f"{reader}:{request.param(tmp_path / 'given')}"
 

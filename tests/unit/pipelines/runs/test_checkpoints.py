@@ -11,6 +11,7 @@ import torch
 
 from pipelines.runs import checkpoints, model_source
 from pipelines.training import checkpointing
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.optimizer import WeightAverage, build_optimizer
 from pipelines.training.setup import build_model
@@ -27,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    train(small_config(data, steps=8, checkpoint_every=2, keep=3, ema=0.9), run=run)
+    train(ResolvedRun(small_config(data, steps=8, checkpoint_every=2, keep_checkpoints=3, ema=0.9), run))
     return run
 
 
@@ -43,7 +44,7 @@ def test_the_newest_few_stay(run: Path) -> None:
 
 def test_what_is_read_is_what_was_written(data: Path, tmp_path: Path) -> None:
     config = small_config(data, steps=5, ema=0.9)
-    done = train(config, run=tmp_path)
+    done = train(ResolvedRun(config, tmp_path))
     found = checkpoints.newest(tmp_path / "checkpoints")
     assert found is not None
     assert (found.step, found.path) == (5, done.checkpoint)
@@ -134,7 +135,7 @@ def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
     config.init_from = str(run / "checkpoints" / "step-00000008")
     start = dict(build_model(config).named_parameters())
     saved = SkillNet.from_pretrained(config.init_from).named_parameters()
-    average = model_source.load(model_source.find(config.init_from)).named_parameters()
+    average = model_source.load_source_model(model_source.resolve_model(config.init_from)).named_parameters()
     moved = 0
     for (name, last), (_, mean) in zip(saved, average, strict=True):
         assert torch.equal(start[name], mean.to(start[name].dtype)), name
@@ -149,7 +150,7 @@ from pipelines.runs import checkpoints
 from pipelines.training.loop import train
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
-config = small_config(Path(sys.argv[1]), steps=6, checkpoint_every=2, keep=9)
+config = small_config(Path(sys.argv[1]), steps=6, checkpoint_every=2, keep_checkpoints=9)
 try:
     train(config, run=Path(sys.argv[2]))
 except UserError as problem:

@@ -7,7 +7,8 @@ import pytest
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.shards.format import manifest_digest
-from pipelines.training.run import check, resolved
+from pipelines.training.resolved_run import resolve_run
+from pipelines.training.run import validate_run
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import write_corpora
@@ -39,22 +40,23 @@ def paper(data: Path, *words: str) -> FinetuneConfig:
 
 
 def test_the_paper_needs_no_number_of_symbols(data: Path, run_root: Path) -> None:
-    run = resolved(paper(data))
-    assert run.model.tasks["speech_recognition"].outputs == 23
-    assert run.model.tasks["text_classification"].outputs == 15
-    assert set(check(run).manifests) == {"tnews", "aishell1", "aic_icc", "vatex", "pytorrent"}
+    run = resolve_run(paper(data))
+    assert run.config.model.tasks["speech_recognition"].outputs == 23
+    assert run.config.model.tasks["text_classification"].outputs == 15
+    validate_run(run)
+    assert set(run.manifests) == {"tnews", "aishell1", "aic_icc", "vatex", "pytorrent"}
 
 
 def test_a_number_that_a_run_names_is_not_changed(data: Path, run_root: Path) -> None:
-    run = resolved(paper(data, "--model.tasks.speech_recognition.outputs", "30"))
-    assert run.model.tasks["speech_recognition"].outputs == 30
+    run = resolve_run(paper(data, "--model.tasks.speech_recognition.outputs", "30"))
+    assert run.config.model.tasks["speech_recognition"].outputs == 30
     with pytest.raises(UserError, match="has 23 symbols, the model was built for 30"):
-        check(run)
+        validate_run(run)
 
 
 def test_what_is_no_corpus_is_refused_by_name_later(data: Path, run_root: Path) -> None:
     (data / "aishell1" / "manifest.json").write_text("[")
-    run = resolved(paper(data))
-    assert run.model.tasks["speech_recognition"].outputs == 61
+    run = resolve_run(paper(data))
+    assert run.config.model.tasks["speech_recognition"].outputs == 61
     with pytest.raises(UserError, match="aishell1"):
-        check(run)
+        validate_run(run)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runs.progress_log import ProgressFile, history
+from pipelines.runs.progress_log import ProgressFile, read_metric_history
 from skillnet_platform.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_a_line_that_was_cut_short_is_taken_away_before_the_next(tmp_path: Path)
     again.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-    assert history(path) == {"loss": [(1, 3.0), (2, 2.5)]}
+    assert read_metric_history(path) == {"loss": [(1, 3.0), (2, 2.5)]}
     path.write_bytes(b"")
     ProgressFile(path).close()
     assert path.read_bytes() == b""
@@ -32,7 +32,7 @@ def test_a_line_that_was_cut_short_is_taken_away_before_the_next(tmp_path: Path)
 def test_two_lines_in_one_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     path.write_text('{"step": 1, "metrics": {"loss": 1.0}}\n{"step": 2, "met{"step": 3}\n')
-    assert history(path) == {"loss": [(1, 1.0)]}
+    assert read_metric_history(path) == {"loss": [(1, 1.0)]}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_line_that_it_never_wrote_is_passed_over(line: str, tmp_path: Path) ->
     path = tmp_path / "progress.jsonl"
     whole = b'{"step": 1, "metrics": {"loss": 1.0}}\n'
     path.write_bytes(whole + line.encode("utf-8", "surrogatepass") + b"\n")
-    assert history(path) == {"loss": [(1, 1.0)]}
+    assert read_metric_history(path) == {"loss": [(1, 1.0)]}
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 
 from pipelines.predict import PredictConfig, clue_lines
-from pipelines.serving.inputs import Given, read_rows
-from pipelines.serving.predictor import Prediction
+from pipelines.serving.inputs import GivenInput, read_input_rows
+from pipelines.serving.predictor import TaskPrediction
 from skillnet_platform.errors import UserError
 from tests.helpers.user_corpora import tnews, write_lines
 
 
-def predicted(rows: list[Given], *answers: str) -> list[tuple[Given, Prediction]]:
-    made = [Prediction("x", "text_classification", answer, 0.5) for answer in answers]
+def predicted(rows: list[GivenInput], *answers: str) -> list[tuple[GivenInput, TaskPrediction]]:
+    made = [TaskPrediction("x", "text_classification", answer, 0.5) for answer in answers]
     return list(zip(rows, made, strict=True))
 
 
 def test_a_test_file_is_read_and_its_lines_are_told_apart(tmp_path: Path) -> None:
-    rows = read_rows(tnews(tmp_path, other=3) / "test.json", "text_classification", clue=True)
+    rows = read_input_rows(tnews(tmp_path, other=3) / "test.json", "text_classification", clue=True)
     items = [row.item for row in rows if row.item]
     texts = ["news_story的新闻研究0", "news_culture的新闻概论1", "news_entertainment的新闻教程2"]
     assert [item.text for item in items] == texts
@@ -29,7 +29,7 @@ def test_a_test_file_is_read_and_its_lines_are_told_apart(tmp_path: Path) -> Non
 
 def test_classes_of_another_corpus_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "test.json", [{"id": 4, "sentence": "一"}])
-    rows = read_rows(tmp_path / "test.json", None, clue=True)
+    rows = read_input_rows(tmp_path / "test.json", None, clue=True)
     with pytest.raises(UserError, match="'G 文化' is none of TNEWS's"):
         clue_lines(predicted(rows, "G 文化"))
 
@@ -48,7 +48,7 @@ def test_bad_lines_are_set_aside_and_an_empty_sentence_is_predicted_for(tmp_path
         b"7",
     ]
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
-    rows = read_rows(path, None, clue=True)
+    rows = read_input_rows(path, None, clue=True)
     assert [row.where for row in rows] == [f"{path}, line {n}" for n in range(1, 10)]
     assert [row.item is not None for row in rows] == [True, True] + [False] * 7
     reasons = ("not UTF-8", 'no "id"', "strings", "not JSON", "no file", "strings", "expected")
@@ -56,7 +56,7 @@ def test_bad_lines_are_set_aside_and_an_empty_sentence_is_predicted_for(tmp_path
         assert reason in row.reason
     assert rows[1].item is not None
     assert rows[1].item.may_be_empty
-    (empty,) = [row for row in read_rows(path, None) if row.where.endswith("line 2")]
+    (empty,) = [row for row in read_input_rows(path, None) if row.where.endswith("line 2")]
     assert empty.reason == "the text is empty"
 
 
@@ -75,7 +75,7 @@ def test_a_file_of_which_nothing_can_be_used_is_one_message(
 ) -> None:
     (tmp_path / "test.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_rows(tmp_path / "test.json", None, clue=True)
+        read_input_rows(tmp_path / "test.json", None, clue=True)
 
 
 def test_the_format_is_for_one_file() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.serving import bundle, retrieval_index
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
-from pipelines.shards.files import LocalShards
+from pipelines.shards.files import LocalShardStore
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import write_corpora
 
@@ -35,13 +35,13 @@ def test_no_shard_is_opened_beyond_the_last_caption_that_is_taken(
 ) -> None:
     expected = firsts(corpus)
     opened: list[str] = []
-    before = LocalShards.open
+    before = LocalShardStore.open
 
-    def watched(self: LocalShards, shard: dict[str, str]) -> object:
+    def watched(self: LocalShardStore, shard: dict[str, str]) -> object:
         opened.append(shard["file"])
         return before(self, shard)
 
-    monkeypatch.setattr(LocalShards, "open", watched)
+    monkeypatch.setattr(LocalShardStore, "open", watched)
     assert bundle.known_captions(corpus, 2) == expected[:2]
     assert len(opened) == 1
     assert "answers are chosen among the first ones" in capsys.readouterr().err
@@ -56,7 +56,7 @@ def test_captions_are_spelt_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.array([[float(text)] for text in texts])
 
     predictor = SimpleNamespace(embed_texts=embed_texts)
-    vectors = bundle.embedded(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
+    vectors = bundle.embed_captions(predictor, "x", [str(n) for n in range(10)])  # type: ignore[arg-type]
     assert vectors[:, 0].tolist() == list(range(10))
     assert sizes == [4, 4, 2]
 
@@ -65,7 +65,7 @@ def test_a_search_that_would_not_fit_names_the_splits(
     corpus: PreparedCorpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = sum(split.rows for split in corpus.splits.values())
-    monkeypatch.setattr(retrieval_index, "MOST_BYTES", rows * 16 * 4 - 1)
+    monkeypatch.setattr(retrieval_index, "MAX_CACHE_BYTES", rows * 16 * 4 - 1)
     predictor = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(embedding_dim=16)),
         runner=SimpleNamespace(precision=SimpleNamespace(name="fp32")),
@@ -75,4 +75,4 @@ def test_a_search_that_would_not_fit_names_the_splits(
     with pytest.raises(
         UserError, match=rf"vectors of {rows} rows take .*--splits (test|validation)"
     ):
-        retrieval_index.index(predictor, source, "text_to_image", corpus, splits)  # type: ignore[arg-type]
+        retrieval_index.build_retrieval_index(predictor, source, "text_to_image", corpus, splits)  # type: ignore[arg-type]

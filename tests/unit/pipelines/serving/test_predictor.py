@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.corpora import place_corpus
+from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import SourceArchives
 from pipelines.serving import bundle
-from pipelines.serving.inputs import read_rows
-from pipelines.serving.predictor import Item, Predictor
+from pipelines.serving.inputs import read_input_rows
+from pipelines.serving.predictor import PredictionItem, TaskPredictor
 from pipelines.tokenizer import training as tokenizers
 from skillnet.model import SkillNet
 from tests.helpers.readable_corpora import config
@@ -21,7 +21,7 @@ from tests.helpers.user_corpora import tnews
 WORDS = "新闻研究概论教程史料手册论文集年鉴方法的_abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-class Spelling(Predictor):
+class Spelling(TaskPredictor):
     """Keeps the token ids that it was about to give the model."""
 
     def tokens(self, texts: Any, limit: int) -> list[np.ndarray]:
@@ -32,8 +32,8 @@ class Spelling(Predictor):
 @pytest.fixture
 def words(tmp_path: Path) -> Any:
     path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizers.train([WORDS], [], size=400), encoding="utf-8")
-    return tokenizers.load(path)
+    path.write_text(tokenizers.train_tokenizer([WORDS], [], size=400), encoding="utf-8")
+    return tokenizers.load_tokenizer(path)
 
 
 def predictor(words: Any, task: str, prepared: Mapping[str, Any], **limits: int) -> Spelling:
@@ -47,11 +47,11 @@ def test_headlines_are_read_with_their_keywords_where_training_read_them(
     words: Any, tmp_path: Path, keywords: bool
 ) -> None:
     place = tnews(tmp_path / "tnews", other=3)
-    corpus = place_corpus("tnews", str(place), {"keywords": keywords})
+    corpus = open_external_corpus("tnews", str(place), {"keywords": keywords})
     rows = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, dict)]
     trained = [row["text"] for row in rows if row["split"] == "unlabelled"]
     made = predictor(words, "text_classification", corpus.preprocessing())
-    for row, text in zip(read_rows(place / "test.json", None), trained, strict=True):
+    for row, text in zip(read_input_rows(place / "test.json", None), trained, strict=True):
         assert row.item is not None
         made.predict([row.item])
         assert made.spelt[0].tolist() == words.encode(text).ids[:48]
@@ -69,20 +69,20 @@ def test_queries_are_as_long_as_captions_were(
     made.model.config.max_tokens = 24
     made.embed_texts("text_to_image", [" " + "abc" * 40])
     assert len(made.spelt[0]) == kept
-    made.predict([Item("x", "abc" * 40, None, "text_to_image")])
+    made.predict([PredictionItem("x", "abc" * 40, None, "text_to_image")])
     assert len(made.spelt[0]) == kept
 
 
 def test_texts_and_code_are_cut_as_the_corpus_cut_them(words: Any) -> None:
     made = predictor(words, "text_classification", {"max_tokens": 9})
-    made.predict([Item("x", "abc" * 40)])
+    made.predict([PredictionItem("x", "abc" * 40)])
     assert len(made.spelt[0]) == 9
     made = predictor(words, "text_to_code", {"code_tokens": 11}, text_to_code=10)
     source = b"def send(message):\n    return client.post(message, message, message)\n"
-    made.predict([Item("a.py", None, source)])
+    made.predict([PredictionItem("a.py", None, source)])
     assert len(made.spelt[0]) == 10
 
 
 def test_where_no_corpus_has_texts_no_tokenizer_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(bundle.tokenizer_of({}, tmp_path))
-    assert tokenizers.load(tmp_path / "bytes.json").get_vocab_size() >= 4 + 256
+    assert tokenizers.load_tokenizer(tmp_path / "bytes.json").get_vocab_size() >= 4 + 256

@@ -7,14 +7,14 @@ import re
 import numpy as np
 from PIL import Image
 
-from pipelines.serving.search_page import Card, data_uri, page
+from pipelines.serving.search_page import ResultCard, media_data_uri, render_search_page
 
 NASTY = '<script>alert("1")</script> & "红色的心"\''
 
 
 def test_all_text_is_escaped():
-    card = Card(1, 0.5, NASTY, details=[NASTY], code=NASTY, media=None)
-    html = page(NASTY, [card], facts=[(NASTY, NASTY)], credit=NASTY)
+    card = ResultCard(1, 0.5, NASTY, details=[NASTY], code=NASTY, media=None)
+    html = render_search_page(NASTY, [card], facts=[(NASTY, NASTY)], credit=NASTY)
     assert "<script" not in html
     assert html.count("&lt;script&gt;") == 8  # title, heading, fact twice, card thrice, credit
     assert "红色的心" in html
@@ -22,13 +22,13 @@ def test_all_text_is_escaped():
 
 def test_an_attribute_cannot_be_left():
     picture = np.zeros((4, 4, 3), np.uint8)
-    html = page("x", [Card(1, 0.5, 'a" onerror="alert(1)', media=picture)])
+    html = render_search_page("x", [ResultCard(1, 0.5, 'a" onerror="alert(1)', media=picture)])
     assert 'onerror="alert' not in html
 
 
 def test_the_page_refers_to_nothing_outside():
     picture = np.zeros((4, 4, 3), np.uint8)
-    html = page("心", [Card(1, 0.5, "心", media=picture)])
+    html = render_search_page("心", [ResultCard(1, 0.5, "心", media=picture)])
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -37,14 +37,14 @@ def test_the_page_refers_to_nothing_outside():
 
 def test_a_picture_keeps_its_pixels():
     picture = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    image = Image.open(io.BytesIO(base64.b64decode(data_uri(picture).partition(",")[2])))
+    image = Image.open(io.BytesIO(base64.b64decode(media_data_uri(picture).partition(",")[2])))
     assert image.size == (144, 144)
     np.testing.assert_array_equal(np.asarray(image)[1::3, 1::3], picture)
 
 
 def test_a_clip_keeps_its_frames():
     clip = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 1), dtype=np.uint8)
-    image = Image.open(io.BytesIO(base64.b64decode(data_uri(clip).partition(",")[2])))
+    image = Image.open(io.BytesIO(base64.b64decode(media_data_uri(clip).partition(",")[2])))
     assert image.n_frames == 8
     for number in range(8):
         image.seek(number)
@@ -54,12 +54,12 @@ def test_a_clip_keeps_its_frames():
 
 
 def test_cards_come_in_the_order_given_and_bars_follow_scores():
-    html = page("x", [Card(1, 0.9, "first"), Card(2, 0.1, "second")])
+    html = render_search_page("x", [ResultCard(1, 0.9, "first"), ResultCard(2, 0.1, "second")])
     assert html.index("first") < html.index("second")
     widths = [int(w) for w in re.findall(r'style="width:(\d+)%"', html)]
     assert widths == [100, 15]
 
 
 def test_no_results_and_equal_scores():
-    assert "Nothing was found" in page("x", [])
-    assert page("x", [Card(1, 0.5, "a"), Card(2, 0.5, "b")]).count("width:100%") == 2
+    assert "Nothing was found" in render_search_page("x", [])
+    assert render_search_page("x", [ResultCard(1, 0.5, "a"), ResultCard(2, 0.5, "b")]).count("width:100%") == 2

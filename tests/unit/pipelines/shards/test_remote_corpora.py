@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.config.run import FinetuneConfig, StorageConfig
 from pipelines.loading.dataloader import Batch, MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.shards.format import manifest_digest
-from pipelines.training.setup import open_stream
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB, FileCache
@@ -71,7 +71,7 @@ def test_a_corpus_is_opened_by_its_manifest(bucket: str, data: Path) -> None:
 
 def test_the_same_batches_as_from_the_disk(bucket: str, data: Path) -> None:
     config = small_config(data)
-    same(open_stream(config), open_stream(replace(config, data=bucket)), range(12), world=2)
+    same(ResolvedRun(config).dataloader, ResolvedRun(replace(config, data=bucket)).dataloader, range(12), world=2)
 
 
 def windowed(data: Path | str, corpus: str, cache_gb: float, shuffle_gb: float) -> FinetuneConfig:
@@ -90,8 +90,8 @@ def test_a_corpus_larger_than_the_cache(
     split = open_corpus(data / corpus).splits["train"]
     shard = max(entry["bytes"] for entry in split.shards) / GB
     limit = 5.1 * shard
-    local = open_stream(windowed(data, corpus, limit, 2.1 * shard))
-    there = open_stream(windowed(bucket, corpus, limit, 2.1 * shard))
+    local = ResolvedRun(windowed(data, corpus, limit, 2.1 * shard)).dataloader
+    there = ResolvedRun(windowed(bucket, corpus, limit, 2.1 * shard)).dataloader
     (rows,) = there.rows.values()
     cache = FileCache(run_root / "cache" / "shards", int(limit * GB))
     seen = []
@@ -105,12 +105,12 @@ def test_a_corpus_larger_than_the_cache(
         assert len(part) < 60 or sorted(part.tolist()) == list(range(60))
     assert "going on over it" not in capsys.readouterr().err
     # Resuming anywhere needs no more than the windows there.
-    same(local, open_stream(windowed(bucket, corpus, limit, 2.1 * shard)), range(17, 19))
+    same(local, ResolvedRun(windowed(bucket, corpus, limit, 2.1 * shard)).dataloader, range(17, 19))
 
 
 def test_a_cache_that_cannot_do_is_refused_before_the_start(bucket: str) -> None:
     with pytest.raises(UserError, match=r"storage.cache_gb.*or training.shuffle_gb \(4.0\) lower"):
-        open_stream(windowed(bucket, "drawings", 1e-5, 4.0))
+        ResolvedRun(windowed(bucket, "drawings", 1e-5, 4.0)).dataloader
 
 
 def test_what_was_shuffled_whole_keeps_its_order(data: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_was_shuffled_whole_keeps_its_order(data: Path) -> None:
     before = MultiTaskDataLoader(
         corpora, config.trained, config.model, config.seed, config.training.augment
     )
-    same(before, open_stream(config), range(8))
+    same(before, ResolvedRun(config).dataloader, range(8))
 
 
 def test_damage_is_named(object_store: ObjectStore, data: Path, run_root: Path) -> None:

@@ -12,7 +12,7 @@ from pipelines.preprocessing import remote_staging
 from pipelines.tokenizer import selection
 from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
-from skillnet_platform.cluster import connect as cluster_connect
+from skillnet_platform import cluster
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, sha256_file
 from tests.helpers.user_corpora import tnews
@@ -48,7 +48,7 @@ def test_the_tokenizer_of_a_stores_corpora_is_not_replaced(
     def no_ray(*_: object) -> None:
         raise AssertionError("refused before Ray starts")
 
-    monkeypatch.setattr(cluster_connect, "ensure_ray", no_ray)
+    monkeypatch.setattr(cluster, "ensure_ray", no_ray)
     corpus = open_external_corpus("headlines", f"tnews:{tnews(tmp_path / 'tnews')}")
     with (
         pytest.raises(UserError, match=rf"{uri}/{TOKENIZER}: functions there are prepared with it"),

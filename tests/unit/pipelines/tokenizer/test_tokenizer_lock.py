@@ -10,7 +10,7 @@ from pipelines.preprocessing import remote_staging
 from pipelines.preprocessing.remote_staging import RemoteStaging
 from pipelines.tokenizer import selection
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
-from skillnet_platform.cluster import connect as cluster_connect
+from skillnet_platform import cluster
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, sha256_file, write_json
 from tests.helpers.user_corpora import tnews
@@ -22,7 +22,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("refused before Ray starts")
 
-    monkeypatch.setattr(cluster_connect, "ensure_ray", refuse)
+    monkeypatch.setattr(cluster, "ensure_ray", refuse)
 
 
 def test_many_spell_with_it_and_one_alone_replaces_it(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipelines.config.run import FinetuneConfig, TaskTraining
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.setup import build_model
 from skillnet_platform.errors import UserError
@@ -18,13 +19,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(data: Path, *only: str, **training: object) -> FinetuneConfig:
-    return small_config(data, **({"steps": 6, "only": list(only)} | training))
+    return small_config(data, **({"steps": 6, "trainable": list(only)} | training))
 
 
 def changed(config: FinetuneConfig, run: Path | None = None) -> set[str]:
     """Files with a weight that training changed."""
     old = dict(build_model(config).double().named_parameters())
-    after = train(config, run=run).model
+    after = train(ResolvedRun(config, run)).model
     return {after.file_of(n) for n, p in after.named_parameters() if not torch.equal(p, old[n])}
 
 
@@ -36,7 +37,7 @@ def test_only_the_named_files_change_also_in_the_average(data: Path, tmp_path: P
 
 def test_what_is_frozen_has_no_optimiser_state_and_no_gradient(data: Path, tmp_path: Path) -> None:
     config = config_for(data, "skill-general")
-    done = train(config, run=tmp_path)
+    done = train(ResolvedRun(config, tmp_path))
     (folder,) = (tmp_path / "checkpoints").iterdir()
     kept = {path.stem for path in folder.glob("optimizer-*.safetensors")}
     assert kept == {"optimizer-skill-general"}
@@ -48,11 +49,11 @@ def test_what_is_frozen_has_no_optimiser_state_and_no_gradient(data: Path, tmp_p
 def test_tasks_that_are_only_measured_take_no_steps(data: Path) -> None:
     config = config_for(data)
     for name, task in config.tasks.items():
-        task.measured_only = name != "text_to_code"
+        task.eval_only = name != "text_to_code"
     assert set(config.trained) == {"text_to_code"}
     assert set(config.measured) == set(config.tasks)
     assert "head-speech_recognition" not in changed(config)
-    assert set(train(config).losses) == {"text_to_code"}
+    assert set(train(ResolvedRun(config)).losses) == {"text_to_code"}
 
 
 @pytest.mark.parametrize(
@@ -64,14 +65,14 @@ def test_tasks_that_are_only_measured_take_no_steps(data: Path) -> None:
 )
 def test_what_cannot_train_is_named(data: Path, only: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        train(config_for(data, only))
+        train(ResolvedRun(config_for(data, only)))
 
 
 def test_no_task_to_train(data: Path) -> None:
     config = config_for(data)
     for task in config.tasks.values():
-        task.measured_only = True
+        task.eval_only = True
     with pytest.raises(UserError, match="no task to train"):
-        train(config)
+        train(ResolvedRun(config))
     with pytest.raises(ValueError, match="not both"):
-        TaskTraining("x", auxiliary=True, measured_only=True)
+        TaskTraining("x", auxiliary=True, eval_only=True)

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 
 from pipelines.config.run import TrainingConfig
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import step_loss, train
 from pipelines.training.optimizer import (
     WeightAverage,
     build_lr_scheduler,
     build_optimizer,
     clip_gradients,
-    decays,
-    learning_rate,
+    has_weight_decay,
+    compute_learning_rate,
 )
-from pipelines.training.setup import build_model, open_stream
+from pipelines.training.setup import build_model
 from skillnet.precision import choose_precision
 from tests.helpers.small_corpora import small_config, write_corpora
 
@@ -53,7 +54,7 @@ def test_weight_matrices_decay_and_vectors_do_not() -> None:
 def test_an_inactive_skill_stays_as_it_is(data: Path) -> None:
     """Weights, gradients and optimiser state, also under weight decay and after being active."""
     config = small_config(data, weight_decay=0.5)
-    stream, model = open_stream(config), build_model(config).double()
+    stream, model = ResolvedRun(config).dataloader, build_model(config).double()
     optimizer = build_optimizer(model.named_parameters(), config.training)
     precision = choose_precision("fp64", torch.device("cpu"))
     everything = dict(model.named_parameters())
@@ -95,7 +96,7 @@ def test_state_only_for_skills_that_were_used(data: Path) -> None:
     config = small_config(data, steps=3)
     config.tasks = {"text_classification": config.tasks["text_classification"]}
     before = build_model(config).double()
-    after = train(config).model
+    after = train(ResolvedRun(config)).model
     for (name, one), (_, other) in zip(
         before.named_parameters(), after.named_parameters(), strict=True
     ):
@@ -122,13 +123,13 @@ def test_state_only_for_skills_that_were_used(data: Path) -> None:
     ],
 )
 def test_what_decays(name: str, shape: tuple[int, ...], expected: bool) -> None:
-    assert decays(name, torch.zeros(shape)) == expected
+    assert has_weight_decay(name, torch.zeros(shape)) == expected
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
-    config = TrainingConfig(steps=200, warmup=0.1, lr=2.0, final_lr=0.05, schedule=schedule)  # type: ignore[arg-type]
-    rates = [learning_rate(config, step) for step in range(200)]
+    config = TrainingConfig(steps=200, warmup_fraction=0.1, lr=2.0, min_lr_ratio=0.05, schedule=schedule)  # type: ignore[arg-type]
+    rates = [compute_learning_rate(config, step) for step in range(200)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[19] == pytest.approx(2.0)
     assert all(b > a for a, b in pairwise(rates[:20]))
@@ -140,12 +141,12 @@ def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
 
 
 def test_warmup_in_steps() -> None:
-    assert learning_rate(TrainingConfig(steps=100, warmup=10, lr=1.0), 4) == pytest.approx(0.5)
+    assert compute_learning_rate(TrainingConfig(steps=100, warmup_steps=10, lr=1.0), 4) == pytest.approx(0.5)
 
 
 def test_scheduler_sets_the_learning_rate_of_each_step_also_after_a_resume() -> None:
     config = TrainingConfig(steps=50, lr=0.3)
-    expected = [learning_rate(config, step) for step in range(50)]
+    expected = [compute_learning_rate(config, step) for step in range(50)]
     for start in (0, 1, 20):
         optimizer = build_optimizer(nn.Linear(2, 2).named_parameters(), config)
         scheduler = build_lr_scheduler(optimizer, config, start)

@@ -11,9 +11,10 @@ from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.loading.augment import Draws
 from pipelines.loading.task_dataset import splits_of
 from pipelines.shards.dataset import open_corpus
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import task_loss, train
 from pipelines.training.pretraining import build_joint_run
-from pipelines.training.setup import build_model, open_corpora, open_stream
+from pipelines.training.setup import build_model, open_corpora
 from skillnet.skills import masked_tasks
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_pretraining, write_corpora
@@ -67,7 +68,7 @@ def test_tokens_are_predicted_by_their_own_embedding() -> None:
 def test_every_activated_weight_gets_a_gradient_and_no_other(
     config: FinetuneConfig, task: str
 ) -> None:
-    model, stream = build_model(config).double(), open_stream(config)
+    model, stream = build_model(config).double(), ResolvedRun(config).dataloader
     step = next(step for step in range(60) if stream.plan(step).task == task)
     batch = stream.batch(step).to(torch.device("cpu"), torch.float64)
     task_loss(config.model.tasks[task], model(task, batch.towers), batch).backward()
@@ -80,7 +81,7 @@ def test_every_activated_weight_gets_a_gradient_and_no_other(
 def test_inactive_skills_stay_as_they_were_to_the_bit(config: FinetuneConfig) -> None:
     del config.tasks["masked_video"], config.tasks["masked_sound"]
     before = {name: p.clone() for name, p in build_model(config).double().named_parameters()}
-    after = dict(train(config).model.named_parameters())
+    after = dict(train(ResolvedRun(config)).model.named_parameters())
     still = {name for name, p in after.items() if torch.equal(p, before[name])}
     expected = {
         name
@@ -99,8 +100,8 @@ def test_losses_fall_on_rows_that_can_be_learnt(data: Path) -> None:
     config = build_joint_run(
         small_pretraining(data, steps=150, lr=3e-3, precision="fp32", log_every=25)
     )
-    first = train(config, stop_at=25).losses
-    last = train(config).losses
+    first = train(ResolvedRun(config), stop_at=25).losses
+    last = train(ResolvedRun(config)).losses
     assert last.keys() == set(TASKS)
     for task in TASKS:
         assert last[task] < first[task], task
@@ -112,7 +113,7 @@ def test_losses_fall_on_rows_that_can_be_learnt(data: Path) -> None:
 def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(
     config: FinetuneConfig, data: Path
 ) -> None:
-    stream, corpora = open_stream(config), open_corpora(config)
+    stream, corpora = ResolvedRun(config).dataloader, open_corpora(config)
     for name, settings in config.tasks.items():
         splits = splits_of(corpora[settings.corpus], "pretraining")
         assert splits == (("train",) if name == "masked_sound" else ("pretrain", "train"))
@@ -124,7 +125,7 @@ def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(
 
 
 def test_rows_of_several_splits_are_those_of_each(data: Path, config: FinetuneConfig) -> None:
-    rows = open_stream(config).rows["masked_video"]
+    rows = ResolvedRun(config).dataloader.rows["masked_video"]
     splits = open_corpus(data / "strokes").splits
     for place, (split, row) in {3: ("pretrain", 3), 20: ("train", 0), 64: ("train", 44)}.items():
         stored = splits[split].column("frames")[row].as_py()
@@ -167,7 +168,7 @@ def test_the_switch_adds_pairs_of_training_rows(data: Path) -> None:
     joint = build_joint_run(config)
     pairs = {"text_to_image", "text_to_video", "text_to_code", "text_to_definition"}
     assert set(joint.tasks) == set(TASKS) | pairs == set(joint.model.tasks)
-    stream = open_stream(joint)
+    stream = ResolvedRun(joint).dataloader
     for name in pairs:
         keys = stream.rows[name].held.table().column("key").to_pylist()
         assert {key.split("/")[0] for key in keys} == {
@@ -184,7 +185,7 @@ def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
     names = {"views_image", "views_video", "views_code"}
     assert set(joint.tasks) == set(TASKS) | names
     assert names.isdisjoint(joint.measured)
-    stream = open_stream(joint)
+    stream = ResolvedRun(joint).dataloader
     for name in names:
         rows = stream.rows[name]
         assert rows.where.endswith("pretrain+train")
@@ -207,7 +208,7 @@ def test_views_of_captions_are_refused(data: Path) -> None:
     config = small_pretraining(data)
     config.tasks["text_to_image"] = TaskTraining("drawings", views=True)
     with pytest.raises(UserError, match=r"tasks\.text_to_image\.views .* both read image"):
-        open_stream(build_joint_run(config))
+        ResolvedRun(build_joint_run(config)).dataloader
 
 
 def test_a_configuration_comes_back_from_yaml() -> None:

@@ -78,13 +78,13 @@ def test_a_thread_without_signals_reads_too() -> None:
 
 CRASH = """
 import os, sys
-from pipelines.transforms.decode_guard import read_each, watched
+from pipelines.transforms.decode_guard import decode_each, watch_block
 def read(value):
     if value == 3:
         os._exit(9)
     return value
-with watched("test-" + sys.argv[1], "train-00000"):
-    print(list(read_each(range(5), read)))
+with watch_block("test-" + sys.argv[1], "train-00000"):
+    print(list(decode_each(range(5), read)))
 """
 
 
@@ -111,7 +111,7 @@ def test_a_worker_that_ends_between_rows_blames_none() -> None:
     first.end_row()
     second = DecodeAttempts("between", "block")
     assert not second.must_skip_next()
-    assert second._strikes == {}
+    assert second._crashes == {}
     second.close()
     decode_guard.remove_attempts("between")
 
@@ -122,8 +122,8 @@ def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch)
             raise RecursionError
         return source
 
-    monkeypatch.setattr(columns.code, "without_docstring", strip)
-    monkeypatch.setattr(columns.text, "encode", lambda tokenizer, texts, longest: pa.array(texts))
+    monkeypatch.setattr(columns.code, "remove_docstring", strip)
+    monkeypatch.setattr(columns.text, "encode_texts", lambda tokenizer, texts, longest: pa.array(texts))
     made = columns.build_code_columns(
         pa.table({"code": ["a = 1", "deep", " ", "b = 2"]}), None, columns.CodeOptions()
     )

@@ -319,9 +319,7 @@ class TestVatex:
             ("a_1_b", "a_1_b"),
         ],
     )
-    def test_a_parse_youtube_id_ends_before_the_last_two_numbers(
-        self, name: str, youtube: str
-    ) -> None:
+    def test_a_youtube_id_ends_before_the_last_two_numbers(self, name: str, youtube: str) -> None:
         assert parse_youtube_id(name) == youtube
 
 

@@ -91,24 +91,24 @@ def test_a_large_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_signal_is_a_notice_and_the_second_one_ends(tmp_path: Path) -> None:
     file = tmp_path / preemption.FILE
     file.touch()  # of a run before this one
-    with preemption.listening(preemption.FileSign(file)):
-        assert not preemption.asked()
+    with preemption.listen_in_driver(preemption.FileStopSignal(file)):
+        assert not preemption.stop_requested()
         assert not file.exists()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.asked()
+        assert preemption.stop_requested()
         wait_until(file.exists)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert not preemption.asked()
+    assert not preemption.stop_requested()
     assert not file.exists()
 
 
 def test_the_drivers_file_is_a_notice(tmp_path: Path) -> None:
     file = tmp_path / preemption.FILE
-    with preemption.listening(), preemption.looking_for(preemption.FileSign(file)):
-        assert not preemption.asked()
+    with preemption.listen_in_driver(), preemption.watch_stop_signal(preemption.FileStopSignal(file)):
+        assert not preemption.stop_requested()
         file.touch()
-        wait_until(preemption.asked)
+        wait_until(preemption.stop_requested)
 
 
 def wait_until(there: Callable[[], bool]) -> None:
@@ -121,25 +121,25 @@ def wait_until(there: Callable[[], bool]) -> None:
 class Unreachable:
     """A sign in a store that is away."""
 
-    def put_up(self) -> None:
+    def set(self) -> None:
         raise ConnectionError("the head does not answer")
 
-    def take_down(self) -> None:
+    def clear(self) -> None:
         pass
 
-    def is_up(self) -> bool:
+    def is_set(self) -> bool:
         raise ConnectionError("the head does not answer")
 
 
 def test_workers_that_cannot_be_told_are_spoken_of(capsys: pytest.CaptureFixture[str]) -> None:
-    with preemption.listening(Unreachable()), preemption.looking_for(Unreachable()):
+    with preemption.listen_in_driver(Unreachable()), preemption.watch_stop_signal(Unreachable()):
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.asked()
+        assert preemption.stop_requested()
     assert "could not be told to leave (the head does not answer)" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_ours_again_after_a_fit() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with preemption.listening():
+    with preemption.listen_in_driver():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) is before

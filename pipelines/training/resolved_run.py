@@ -1,0 +1,178 @@
+"""A training run with its inputs: corpora, batches, initial weights and identity.
+
+A command resolves a configuration once (:func:`resolve_run`), validates it
+(:mod:`pipelines.training.run`) and passes the same object to the training loop. A Ray worker is
+another process: it receives the resolved configuration and opens its own inputs.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config.run import FinetuneConfig
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage import data_root, run_root
+from skillnet_platform.storage.location import below, place
+
+if TYPE_CHECKING:
+    from pipelines.loading.dataloader import MultiTaskDataLoader
+    from pipelines.shards.dataset import PreparedCorpus
+    from pipelines.training.init_from import InitReport
+
+
+class ResolvedRun:
+    """A configuration, the run's folder, and everything that is read to train it.
+
+    Inputs are opened at their first use and at most once. A finished run needs none of them.
+
+    Args:
+        config: with a name and absolute paths, see :func:`resolve_config`.
+        folder: of the run; checkpoints are written and resumed there. None keeps nothing on disk.
+        corpora: opened corpora; others are opened when they are needed.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        folder: Path | None = None,
+        corpora: "Mapping[str, PreparedCorpus] | None" = None,
+    ) -> None:
+        self.config = config
+        self._folder = folder
+        self._opened = dict(corpora or {})
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether the run is kept on disk."""
+        return self._folder is not None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        assert self._folder is not None
+        return self._folder
+
+    @cached_property
+    def corpora(self) -> "dict[str, PreparedCorpus]":
+        """Corpus name -> opened corpus, of all tasks.
+
+        Raises:
+            UserError: a corpus is missing, or its vocabulary is larger than the model's.
+        """
+        from pipelines.training.setup import open_corpora
+
+        return open_corpora(self.config, self._opened)
+
+    @property
+    def manifests(self) -> dict[str, Mapping[str, Any]]:
+        """Corpus name -> manifest."""
+        return {name: corpus.manifest for name, corpus in self.corpora.items()}
+
+    @cached_property
+    def dataloader(self) -> "MultiTaskDataLoader":
+        """Batches of all tasks, a pure function of the step.
+
+        Raises:
+            UserError: a corpus does not fit its task, or the cache is too small.
+        """
+        from pipelines.training.setup import build_dataloader
+
+        return build_dataloader(self.config, self.corpora)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The part of the configuration that determines the weights."""
+        from pipelines.runs.identity import compute_identity
+
+        return compute_identity(self.config)
+
+    @cached_property
+    def identity_digest(self) -> str:
+        """SHA-256 of the identity; checkpoints carry it."""
+        from skillnet_platform.config import digest
+
+        return digest(self.identity)
+
+    def with_workers(self, workers: int) -> "ResolvedRun":
+        """Return this run with a fixed number of workers, which its identity does not cover.
+
+        Args:
+            workers: see :class:`pipelines.config.run.TrainingConfig`.
+        """
+        other = copy.copy(self)
+        training = replace(self.config.training, workers=workers, min_workers=None)
+        other.config = replace(self.config, training=training)
+        return other
+
+    @cached_property
+    def init_report(self) -> "InitReport | None":
+        """Files that come from ``init_from``, found on a model that is discarded.
+
+        Raises:
+            UserError: the weights do not fit.
+        """
+        from pipelines.training.init_from import dry_run_init
+
+        return dry_run_init(self.config)
+
+
+def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
+    """Resolve a configuration: name, absolute paths, number of outputs, initial weights.
+
+    Workers have working directories of their own, so paths are absolute.
+
+    Args:
+        config: from YAML and the command line.
+        stage: prefix of a generated name.
+
+    Raises:
+        UserError: the name is no folder name, two mirrors are given, or ``init_from`` is not found.
+    """
+    from pipelines.runs.head_sizes import infer_num_outputs
+    from pipelines.shards.dataset import open_corpus
+    from skillnet_platform.storage.cache import shared_cache
+
+    folder, storage = place(config.run_dir, run_root()), config.storage
+    if isinstance(folder, str):
+        if storage.mirror not in (None, folder):
+            raise UserError(
+                f"run_dir is {folder} and storage.mirror is {storage.mirror}; give only one of them"
+            )
+        storage = replace(storage, mirror=folder)
+        folder = run_root()
+    data = place(config.data, data_root())
+    corpora = {}
+    for name in sorted({task.corpus for task in config.tasks.values()}):
+        # A missing corpus is an error later, when it is needed: a finished run needs none.
+        with contextlib.suppress(ValueError, OSError):
+            corpora[name] = open_corpus(
+                below(data, name), cache=shared_cache(config.storage.cache_gb)
+            )
+    config = infer_num_outputs(config, {name: c.manifest for name, c in corpora.items()})
+    name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")
+    if "/" in name or name in ("", ".", ".."):
+        raise UserError(f"name {name!r} is no valid folder name; use letters, digits, - and _")
+    init_from = None
+    if config.init_from:
+        from pipelines.training.init_from import resolve_init_weights
+
+        init_from = resolve_init_weights(config.init_from, config.tracking.uri, str(folder))
+    config = replace(
+        config,
+        name=name,
+        run_dir=str(folder),
+        data=str(data),
+        init_from=init_from,
+        storage=storage,
+    )
+    return ResolvedRun(config, Path(folder) / name, corpora)
+
+
+def resolve_config(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:
+    """Return the configuration of :func:`resolve_run`."""
+    return resolve_run(config, stage).config

@@ -1,0 +1,175 @@
+"""Evaluation of a run: during training, of the final model, and the check of splits before it."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.config.run import FinetuneConfig
+from pipelines.runs.progress_log import PROGRESS, read_metric_history
+from skillnet_platform import console
+from skillnet_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.outcomes import OutcomeTable
+    from skillnet.multitask_model import TaskModel
+    from skillnet_platform.tracking import Tracker
+
+#: Bootstrap samples of a confidence interval.
+BOOTSTRAP_SAMPLES = 1000
+
+
+def evaluate_run(
+    config: FinetuneConfig,
+    model: "TaskModel",
+    splits: Sequence[str] | None,
+    *,
+    step: int | None = None,
+    precision: str = "auto",
+    bootstrap_samples: int = 0,
+    outcomes: "OutcomeTable | None" = None,
+    show_progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Evaluate a model on the corpora of its run.
+
+    Args:
+        config: of the run, with an absolute data path.
+        model: on the device that it runs on.
+        splits: names; None takes the test splits, and ``validation`` for masked tasks.
+        step: training steps, copied into the rows.
+        precision: of the forward passes, see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        bootstrap_samples: of each interval; 0 leaves intervals out.
+        outcomes: receives the outcome of each row.
+        show_progress: show a progress bar.
+
+    Returns:
+        Tidy rows, one per metric, task and split.
+    """
+    from pipelines.evaluation.evaluator import evaluate_model
+
+    tasks = config.measured
+    with contextlib.ExitStack() as stack:
+        on_split = None
+        if show_progress:
+            bar = stack.enter_context(console.progress("evaluating", None, "rows"))
+            on_split = lambda task, split, rows: bar.advance(rows, f"{task} {split}")  # noqa: E731
+        return evaluate_model(
+            model,
+            str(config.data),
+            list(tasks),
+            splits,
+            seed=config.seed,
+            corpora={name: task.corpus for name, task in tasks.items()},
+            limits={name: task.max_length for name, task in tasks.items()},
+            steps=step,
+            precision=precision,
+            samples=bootstrap_samples,
+            on_split=on_split,
+            outcomes=outcomes,
+            masks=config.training.masking,
+        )
+
+
+def evaluate_and_log(
+    config: FinetuneConfig,
+    run: Path,
+    tracker: "Tracker",
+    result: dict[str, Any],
+    splits: Sequence[str] | None,
+    brief: bool,
+) -> list[dict[str, Any]]:
+    """Evaluate the final model of a run; log metrics, figures, costs and a description.
+
+    Args:
+        config: of the run.
+        run: its folder, with the model.
+        tracker: of its MLflow run.
+        result: of the training; receives ``total_params``, the parameters of the complete model.
+        splits: to evaluate on; None takes the test splits if ``config.evaluate`` is set.
+        brief: write no figures and no intervals.
+
+    Returns:
+        Tidy rows; empty without an evaluation.
+    """
+    from pipelines.evaluation import reconstructions, tables
+    from pipelines.evaluation.outcomes import FILE as OUTCOMES
+    from pipelines.evaluation.outcomes import OutcomeTable, write_outcomes
+    from skillnet import systems
+    from skillnet.accounting import account_task
+
+    model = systems.load_model(run / "model")
+    costs = {task: account_task(model, task) for task in config.measured}
+    # A comparison of runs reads this number: it may not have their models.
+    result["total_params"] = total = sum(p.numel() for p in model.parameters())
+    tracker.metrics(
+        {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
+        | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
+        | {"training/total_params": total}
+    )
+    if not brief:
+        past = read_metric_history(run / PROGRESS)
+        for name, figure in tables.training_figures(past, config.model).items():
+            tracker.figure(figure, name)
+        reconstructions.log_reconstructions(config, model, run, tracker, result["step"])
+    outcomes = OutcomeTable()
+    rows: list[dict[str, Any]] = []
+    if config.evaluate or splits is not None:
+        rows = evaluate_run(
+            config,
+            model,
+            splits,
+            step=result["step"],
+            bootstrap_samples=0 if brief else BOOTSTRAP_SAMPLES,
+            outcomes=outcomes,
+            show_progress=True,
+        )
+        from pipelines.evaluation.tables import write_evaluation_csv
+
+        tracker.metrics(tables.flat_metrics(rows), result["step"])
+        write_evaluation_csv(rows, run / "evaluation.csv")
+        write_outcomes(outcomes, run / OUTCOMES)
+        for file in ("evaluation.csv", OUTCOMES):
+            tracker.artifact(run / file, "evaluation")
+    facts = {
+        "steps": result["step"],
+        "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
+        "rows per second": f"{result['rows_per_second']:.0f}",
+        "waiting for data": f"{100 * result['waiting']:.1f} % of the time",
+        "seed": config.seed,
+        "folder": f"`{run}`",
+    }
+    tracker.note(tables.run_description(rows, [], model.config, total, facts))
+    return rows
+
+
+def check_evaluation_splits(
+    config: FinetuneConfig,
+    manifests: Mapping[str, Mapping[str, Any]],
+    splits: Sequence[str] | None,
+) -> None:
+    """Check before training that there are splits to evaluate the final model on.
+
+    Args:
+        config: of the run.
+        manifests: corpus name -> manifest.
+        splits: requested splits; None requests test splits.
+
+    Raises:
+        UserError: no corpus has the requested split.
+    """
+    from skillnet.skills import find_task
+
+    known = {name: manifests[task.corpus]["splits"] for name, task in config.measured.items()}
+    masked = {n for n in known if find_task(n, config.model.tasks).objective == "masked"}
+    if splits:
+        absent = [s for s in splits if not any(s in of_task for of_task in known.values())]
+    elif any(s.startswith("test") for n, found in known.items() for s in found if n not in masked):
+        absent = []
+    else:
+        absent = [] if any("validation" in known[name] for name in masked) else ["test"]
+    if absent:
+        raise UserError(
+            f"no corpus of the tasks {', '.join(known)} in {config.data} has a split "
+            f"{absent[0]!r} to evaluate the model on; prepare one with this split, or train with "
+            "--evaluate false"
+        )
