@@ -63,7 +63,7 @@ def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
         ("folder", "{empty}", {}, "neither a metadata file"),
         ("tnesw", "{empty}", {}, "did you mean 'tnews'"),
         ("mine", "tnesw:{empty}", {}, "did you mean 'tnews'"),
-        ("mine", "headings:{empty}", {}, "not read from a place"),
+        ("mine", "headings:{empty}", {}, "not read by path"),
         ("headings", "{empty}", {}, "built-in"),
         ("a/b", "tnews:{empty}", {}, "letters, digits"),
         ("tnews", "{tnews}", {"keyword": True}, "did you mean 'keywords'"),
