@@ -45,8 +45,8 @@ from benchmarks.reading import (
 from benchmarks.sides import Maker, rounds_of
 
 if TYPE_CHECKING:
-    from pipelines.loading.samplers import RowOrder
-    from pipelines.loading.shard_table import HeldRows
+    from pipelines.loading.samplers import ShuffleSampler
+    from pipelines.loading.shard_table import ShardTable
 
 PORT, BUCKET, PREFIX = 15_555, "pictures", "contender-"
 ADDRESS = f"http://127.0.0.1:{PORT}"
@@ -120,8 +120,8 @@ def _upload(folder: Path) -> list[str]:
 
 
 def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], object]:
-    from pipelines.loading.samplers import RowOrder
-    from pipelines.loading.shard_table import HeldRows
+    from pipelines.loading.samplers import ShuffleSampler
+    from pipelines.loading.shard_table import ShardTable
     from pipelines.shards.dataset import open_corpus
     from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
     from skillnet_platform.storage import write_json
@@ -140,22 +140,22 @@ def _shards(cells: list[bytes], home: Path, stack: ExitStack) -> Callable[[], ob
 
     def epoch(cache: Path, number: int) -> None:
         corpus = open_corpus(f"s3://{BUCKET}/{PREFIX}{os.getpid()}", cache=FileCache(cache, 10**9))
-        held, key = HeldRows([corpus.splits["train"]], "made"), (number, "order")
-        take(_held_batches(held, RowOrder(len(held), BATCH, None, key)), len(cells))
+        held, key = ShardTable([corpus.splits["train"]], "made"), (number, "order")
+        take(_held_batches(held, ShuffleSampler(len(held), BATCH, None, key)), len(cells))
 
     return _afresh(epoch)
 
 
-def _held_batches(held: "HeldRows", order: "RowOrder") -> Batches:
+def _held_batches(held: "ShardTable", order: "ShuffleSampler") -> Batches:
     """Batches of one epoch, as the stream of a training takes them."""
     import torch
 
-    from pipelines.loading.dataloader import follow
+    from pipelines.loading.dataloader import prefetch_shards
     from pipelines.shards.columns import FixedColumn
 
     for occurrence in range(len(held) // BATCH):
         rows = order.batch(occurrence)
-        follow(order, held, occurrence)
+        prefetch_shards(order, held, occurrence)
         held.add(rows)
         pixels, labels = (held.column(name) for name in ("pixels", "label"))
         assert isinstance(pixels, FixedColumn)

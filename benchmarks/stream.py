@@ -19,8 +19,8 @@ from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import PreparedCorpus
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import open_corpora
 from skillnet_platform import console
 from skillnet_platform.errors import UserError

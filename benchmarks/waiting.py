@@ -14,10 +14,9 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.measure import Result, spread
+from benchmarks.measure import GPU_CPUS, GPU_ROWS, Result, spread
 from benchmarks.media import PICTURE, files
-from benchmarks.scale import GPU_CPUS, GPU_ROWS
-from pipelines.loading.dataloader import MultiTaskDataLoader, Prefetcher
+from pipelines.loading.dataloader import BatchPrefetcher, MultiTaskDataLoader
 
 PICTURES, BATCH, STEPS = 256, 64, 40
 #: Rounds whatever is asked for: each takes as long as its steps sleep.
@@ -93,7 +92,7 @@ def _steps(
     stream: MultiTaskDataLoader, start: int, stop: int, seconds: float
 ) -> tuple[float, float, float]:
     """(Waited, all, CPU) seconds of steps that take so long; the first batch is not counted."""
-    with Prefetcher(stream, start, stop) as batches:
+    with BatchPrefetcher(stream, start, stop) as batches:
         iterator = iter(batches)
         next(iterator)
         begin, cpu, waited = time.monotonic(), time.process_time(), 0.0

@@ -11,11 +11,11 @@ from tests.chaos.__main__ import FAULTS
 from tests.chaos.result_rows import read
 from tools.docs.page_marks import put
 
-PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = (
-    "| fault | tried: on hosts / with Ray / without | goes on | steps done again, most "
-    "| bytes lost, most | metrics lost / doubled | seconds to recover: median (longest) "
-    "| equal to the bit |\n"
+    "| fault | runs: on nodes / with Ray / without | resumes | steps repeated, max "
+    "| bytes lost, max | metrics lost / doubled | recovery in s: median (max) "
+    "| bitwise equal |\n"
     "|---|---:|---|---:|---:|---:|---:|---:|"
 )
 
@@ -49,7 +49,8 @@ def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
     seconds = [float(row["recovery_seconds"]) for row in rows]
     took = f"{statistics.median(seconds):.0f} ({max(seconds):.0f})"
     equal = sum(row["equal_weights"] == "True" for row in rows)
-    ways = " or ".join(sorted({row["recovered"] for row in rows}))
+    recovered = {row["recovered"].replace("by itself", "automatically") for row in rows}
+    ways = " or ".join(sorted(recovered))
     return (
         f"| {fault} | {tried} | {ways} | {again} | {lost:,} "
         f"| {missing} / {doubled} | {took} | {equal} of {len(rows)} |"

@@ -80,14 +80,17 @@ def text_of(folder: Path) -> str:
     everything = next((each for each in new if each.system == "everything" and each.lost), None)
     if everything is not None:
         head = ["task", "metric", "before and after growth", "after training everything"]
-        shown = {metric for metric, _ in tables.HEADLINE.values()}
+        shown = {metric for metric, _ in tables.PRIMARY_METRICS.values()}
         metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
         cells = [
             [f"`{task}`", tables.metric_label(metric_of[task])]
             + [tables.format_value(metric_of[task], value) for value in pair]
             for task, pair in everything.lost.items()
         ]
-        parts += ["If everything is trained, the old tasks change:", tables.markdown_table(head, cells)]
+        parts += [
+            "If everything is trained, the old tasks change:",
+            tables.markdown_table(head, cells),
+        ]
     parts.append(f"Files: [{folder.name}](../benchmarks/results/{folder.name}).")
     return "\n\n".join(parts)
 
@@ -98,7 +101,7 @@ def _line(each: TransferResult) -> str:
         value, low, high = (100 * x for x in each.behind)
         behind = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     bold = "**" if each.system == GROWN else ""
-    shown = tables.format_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
+    shown = tables.format_value_with_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
     words = WORDS.get(each.system, each.system)
     return f"| {bold}{words}{bold} | {bold}{shown}{bold} | {behind} | {each.trained:,} |"
 
@@ -110,12 +113,12 @@ def _simple(path: Path, task: str, metric: str) -> list[str]:
     rows = [
         row
         for row in rows_of(path)
-        if row["system"] in tables.SYSTEMS
+        if row["system"] in tables.SYSTEM_LABELS
         and (row["task"], row["split"], row["metric"]) == (task, "test", metric)
     ]
     return [
-        f"| *{tables.SYSTEMS[row['system']]}* | "
-        + tables.format_interval(
+        f"| *{tables.SYSTEM_LABELS[row['system']]}* | "
+        + tables.format_value_with_interval(
             {"metric": metric} | {key: float(row[key]) for key in BOUNDS if row[key]}
         )
         + " | | |"

@@ -66,13 +66,13 @@ def _rows(spoken: str, config: Any, lengths: dict[str, dict[str, int]]) -> list[
 
 def _lengths(config: Any, task: str) -> dict[str, int]:
     """Mean length of the rows of a task's test split, by tower."""
-    from pipelines.evaluation.inference import mean_input_lengths, split_inputs
+    from pipelines.evaluation.inference import mean_row_lengths, split_inputs
     from pipelines.shards.dataset import open_corpus
     from skillnet_platform.storage.location import below, place
 
     settings, spec = config.tasks[task], config.model.tasks[task]
     corpus = open_corpus(below(place(config.data, Path()), settings.corpus))
-    return mean_input_lengths(
+    return mean_row_lengths(
         {
             tower: split_inputs(
                 corpus.splits["test"].table(),

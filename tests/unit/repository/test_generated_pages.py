@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scale
+from tools.docs import scale_table
 from benchmarks.measure import RESULTS
 from tests.chaos.result_rows import read
 from tools.docs import chaos_table
@@ -53,7 +53,7 @@ def test_the_page_of_faults_tells_the_newest_chaos_runs() -> None:
 
 
 def test_the_page_of_scale_tells_what_was_measured() -> None:
-    assert between(scale.PAGE, "scale") == scale.tables()
+    assert between(scale_table.PAGE, "scale") == scale_table.tables()
 
 
 def test_the_page_of_sweeps_tells_those_that_were_kept() -> None:

@@ -20,7 +20,10 @@ PICTURE = "data:image/png;base64,"
 
 def search_page() -> str:
     media = np.zeros((4, 4, 3), np.uint8)
-    cards = [ResultCard(1, 0.5, NASTY, [NASTY], media, NASTY), ResultCard(2, 0.4, NASTY, [NASTY], code=NASTY)]
+    cards = [
+        ResultCard(1, 0.5, NASTY, [NASTY], media, NASTY),
+        ResultCard(2, 0.4, NASTY, [NASTY], code=NASTY),
+    ]
     return gallery(NASTY, cards, [(NASTY, NASTY)], NASTY)
 
 
@@ -86,7 +89,9 @@ def test_hostile_names_in_plots_stay_text() -> None:
 
     figure = Figure()
     figure.subplots().set_title(NASTY.replace("$", ""))
-    assert encode_svg_uri(figure).startswith("data:image/svg+xml;base64,"), "a picture runs no scripts"
+    assert encode_svg_uri(figure).startswith("data:image/svg+xml;base64,"), (
+        "a picture runs no scripts"
+    )
 
 
 # -- for real ----------------------------------

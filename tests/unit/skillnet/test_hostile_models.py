@@ -58,7 +58,9 @@ def saved(model: TaskModel, tmp_path: Path) -> Path:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     average.update(active)
-    return checkpointing.save(tmp_path / "run", 3, model, optimizer, average, {"seed": 1}, keep=1)
+    return checkpointing.write_checkpoint(
+        tmp_path / "run", 3, model, optimizer, average, {"seed": 1}, keep=1
+    )
 
 
 def resealed(folder: Path) -> Path:
@@ -70,7 +72,9 @@ def resealed(folder: Path) -> Path:
 LOADERS: dict[str, Callable[[Path, TaskModel], object]] = {
     "load": lambda folder, model: systems.load_model(folder),
     "checkpoint": lambda folder, model: checkpoints.load_weights(folder, model),
-    "source": lambda folder, model: model_source.load_source_model(model_source.resolve_model(str(folder))),
+    "source": lambda folder, model: model_source.load_source_model(
+        model_source.resolve_model(str(folder))
+    ),
 }
 
 loaders = pytest.mark.parametrize("loader", LOADERS)
@@ -106,9 +110,9 @@ def test_a_pickle_among_the_state_of_the_optimiser(
 ) -> None:
     mark = saved.parent / "mark"
     write(saved / "optimizer-shared.safetensors", mark)
-    found = checkpoints.verify(resealed(saved))
+    found = checkpoints.verify_checkpoint(resealed(saved))
     with pytest.raises(ValueError, match=r"optimizer-shared\.safetensors is no safetensors file"):
-        checkpointing.load(found, model, adamw(model))
+        checkpointing.load_checkpoint(found, model, adamw(model))
     assert not mark.exists()
 
 
@@ -201,7 +205,7 @@ def test_a_manifest_that_names_files_elsewhere(saved: Path, model: TaskModel, na
     for loader in LOADERS:
         refused(saved, model, loader, "no file of this folder")
     with pytest.raises(ValueError, match="no file of this folder"):
-        checkpoints.verify(saved)
+        checkpoints.verify_checkpoint(saved)
 
 
 @loaders
@@ -213,10 +217,10 @@ def test_a_link_in_place_of_weights(saved: Path, model: TaskModel, loader: str) 
 
 
 def test_state_that_the_manifest_does_not_list_is_not_read(saved: Path, model: TaskModel) -> None:
-    found = checkpoints.verify(saved)
+    found = checkpoints.verify_checkpoint(saved)
     pickled(saved / "optimizer-more.safetensors", saved.parent / "mark")
     optimizer = adamw(model)
-    checkpointing.load(found, model, optimizer)
+    checkpointing.load_checkpoint(found, model, optimizer)
     assert set(optimizer.state) == set(model.parameters())
 
 
@@ -224,17 +228,17 @@ def test_state_that_the_manifest_does_not_list_is_not_read(saved: Path, model: T
 def test_state_of_no_parameter(saved: Path, model: TaskModel, key: str) -> None:
     path = saved / "optimizer-shared.safetensors"
     save_file(load_file(path) | {key: torch.zeros(())}, path)
-    found = checkpoints.verify(resealed(saved))
+    found = checkpoints.verify_checkpoint(resealed(saved))
     with pytest.raises(ValueError, match="no state of a parameter of this model"):
-        checkpointing.load(found, model, adamw(model))
+        checkpointing.load_checkpoint(found, model, adamw(model))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": "3"}', "[" * 100_000])
 def test_a_state_file_that_tells_no_step(saved: Path, text: str) -> None:
     (saved / "state.json").write_text(text)
     with pytest.raises(ValueError, match=r"state\.json"):
-        checkpoints.verify(resealed(saved))
-    assert checkpoints.newest(saved.parent) is None
+        checkpoints.verify_checkpoint(resealed(saved))
+    assert checkpoints.find_newest(saved.parent) is None
 
 
 @pytest.mark.parametrize(
@@ -295,7 +299,7 @@ def bundled(model: TaskModel, folder: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     files = [path for path in folder.rglob("*") if path.is_file()]
     told = {str(path.relative_to(folder)): hash_file(path) for path in files}
-    about = {"format": bundle.FORMAT, "tasks": {}, "files": told}
+    about = {"format": bundle.BUNDLE_FORMAT, "tasks": {}, "files": told}
     (folder / "serving.json").write_text(json.dumps(about))
     return folder
 

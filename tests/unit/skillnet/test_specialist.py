@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import seed_dropout, step_loss, train
 from pipelines.training.optimizer import (
     build_lr_scheduler,
     build_optimizer,
     clip_gradients,
 )
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from skillnet.accounting import account_task
 from skillnet.baselines import size_matching

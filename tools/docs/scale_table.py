@@ -1,7 +1,7 @@
 """What the paper's corpora and Wukong's would take: CPUs, time, storage, network.
 
-    python -m benchmarks.scale            print the tables
-    python -m benchmarks.scale --write    put them into docs/scale.md
+    python -m tools.docs.scale_table            print the tables
+    python -m tools.docs.scale_table --write    put them into docs/scale.md
 
 The costs are those of the newest CSVs of ``prepare_speed``, ``reading``, ``waiting`` and
 ``reader_memory``, and of ``prepare_scaling`` if there is one: how many CPUs the one task that reads
@@ -16,15 +16,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import GPU_CPUS, GPU_ROWS, RESULTS
 from skillnet_platform.storage import human_bytes
 from tools.docs.page_marks import put
 
-PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 #: Share of its time that a CPU works on rows: starts, stragglers and Ray take the rest. Assumed.
 BUSY = 0.8
-#: Rows a second that a GPU trains on, and CPUs beside it. Assumed.
-GPU_ROWS, GPU_CPUS = 1_000, 8
 #: What was measured per row, and of how many units: seconds of sound, frames.
 MEASURED_SECONDS, MEASURED_FRAMES = 10.0, 40.0
 #: Bytes that a photograph of 224 x 224 takes as JPEG (``pipelines.shards.jpeg``), least and most.
@@ -69,16 +67,16 @@ CORPORA = (
          (MELS, MELS), "AISHELL-1",
          "178 h in 141,600 utterances, 16 kHz of 16 bits; log-mel frames kept raw", "aishell1"),
     Plan("AIC-ICC", "image", 210_000, 100e3, 1, PICTURE, "AIC-ICC",
-         "210,000 pictures of 0.1 MB; as costly to decode as the larger ones measured",
+         "210,000 images of 0.1 MB. Decoding costs as much as for the larger measured images",
          "aic_icc"),
     Plan("VATEX", "video", 35_000, 1.5e6, 250, CLIP, "VATEX",
-         "35,000 clips of 10 s, 25 frames a second, 1.5 MB; a frame as costly as one measured "
-         "(256 x 256); 8 frames of 96 x 96 are 73,728 bytes raw, so they are kept as JPEG, a grey "
-         "pixel with two thirds of the bytes of a coloured one", "vatex"),
+         "35,000 videos of 10 s, 25 frames per second, 1.5 MB. A frame costs as much as a measured "
+         "one (256 x 256). 8 frames of 96 x 96 are 73,728 bytes raw, so they are kept as JPEG. A "
+         "grey pixel takes two thirds of the bytes of a colour pixel", "vatex"),
     Plan("CodeSearchNet, Python", "code", 457_000, 2e3, 1, (3e3, 3e3), "",
          "457,000 functions with docstrings, 2 KB each", "codesearchnet"),
     Plan("Wukong", "image", 100_000_000, 100e3, 1, PICTURE, "tars",
-         "100 million pairs in tars, pictures of 0.1 MB; captions cost nothing beside them",
+         "100 million pairs in tars, images of 0.1 MB. The cost of captions is negligible",
          "webdataset"),
 )  # fmt: skip
 
@@ -114,24 +112,24 @@ def tables(folder: Path = RESULTS) -> str:
     load = measured(waiting, "s/row")["loader"]
     more = [f"`{path.name}`" for path in (readers, scaling) if path is not None]
     lines = [
-        f"Costs from `{speed.name}`, `{reading.name}`, `{waiting.name}` and {' and '.join(more)}, "
-        "CPU time of one core:",
+        f"CPU time of one core, from `{speed.name}`, `{reading.name}`, `{waiting.name}`, "
+        f"{' and '.join(more)}:",
         "",
-        "| a row of | seconds to prepare | of which |",
+        "| row | seconds to prepare | content |",
         "|---|---:|---|",
     ]
     sizes = {
         "image": "1600 x 1200 pixels, JPEG",
         "sound": "10 s, WAV, 32 kHz stereo",
         "video": "40 frames of 256 x 256, MP4",
-        "code": "a function of Python's own library",
+        "code": "a function of Python's standard library",
     }
     for kind, size in sizes.items():
         lines.append(f"| {kind} | {per_row[kind]:.2g} | {size} |")
     lines += [
         "",
-        "| corpus | rows | source | CPU hours | on 16 CPUs | on 256 CPUs | read by 256 | "
-        "prepared |" + (" its reading task feeds |" if reads else ""),
+        "| corpus | rows | source | CPU hours | on 16 CPUs | on 256 CPUs | "
+        "read rate, 256 CPUs | prepared |" + (" max CPUs |" if reads else ""),
         "|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if reads else ""),
     ]
     fed: dict[str, float] = {}
@@ -153,21 +151,23 @@ def tables(folder: Path = RESULTS) -> str:
     cores = GPU_ROWS * load
     lines += [
         "",
-        f"Training on encoded pictures of 224 x 224: {load * 1e3:.2f} ms of a core a row, at the "
-        f"{cell / 1024:.1f} KiB of 64 drawings that were measured; larger ones take longer. A GPU "
-        f"that takes {GPU_ROWS:,} rows a second needs {cores:.1f} cores for decoding and "
-        f"augmentation, and {human_bytes(GPU_ROWS * PICTURE[0])}/s to "
-        f"{human_bytes(GPU_ROWS * PICTURE[1])}/s from its disk or cache for photographs; beside "
-        f"{GPU_CPUS} cores it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
+        "The spool exists only while a tokenizer is trained.",
         "",
-        "Assumed:",
+        f"Training on JPEG images of 224 x 224 takes {load * 1e3:.2f} ms of a core per row. The 64 "
+        f"measured images take {cell / 1024:.1f} KiB each; larger ones take longer. A GPU that "
+        f"processes {GPU_ROWS:,} rows per second needs {cores:.1f} cores for decoding and "
+        f"augmentation. For photographs, it reads {human_bytes(GPU_ROWS * PICTURE[0])}/s to "
+        f"{human_bytes(GPU_ROWS * PICTURE[1])}/s from its disk or cache. Beside {GPU_CPUS} cores "
+        f"it {'does not wait' if cores < GPU_CPUS else 'waits'}.",
         "",
-        f"- a CPU works on rows {BUSY:.0%} of its time; starts are not in it, nor is the reading "
-        "task, which is one;",
-        f"- a photograph of 224 x 224 takes {PICTURE[0] / 1e3:.0f} to {PICTURE[1] / 1e3:.0f} KB as "
-        "JPEG: no corpus of photographs was at hand;",
-        *(f"- {plan.name}: {plan.why};" for plan in CORPORA),
-        f"- a GPU trains on {GPU_ROWS:,} rows a second and has {GPU_CPUS} cores beside it.",
+        "Assumptions:",
+        "",
+        f"- A CPU processes rows {BUSY:.0%} of the time. Start-up and the reading task are not "
+        "included.",
+        f"- A photograph of 224 x 224 takes {PICTURE[0] / 1e3:.0f} to {PICTURE[1] / 1e3:.0f} KB as "
+        "JPEG. No corpus of photographs was available.",
+        *(f"- {plan.name}: {plan.why}." for plan in CORPORA),
+        f"- A GPU trains on {GPU_ROWS:,} rows per second and has {GPU_CPUS} cores beside it.",
     ]
     return "\n".join(lines)
 
@@ -185,10 +185,10 @@ def _fed(fed: dict[str, float], scaling: Path | None) -> list[str]:
     slow = {name: math.ceil(256 / cpus) for name, cpus in fed.items() if cpus < 256}
     parts = ", ".join(f"{count} of {name}" for name, count in slow.items())
     return [
-        "The reading task of a corpus feeds no more CPUs than the last column says, and times are "
-        "for as many of the CPUs as it feeds. "
-        + (f"For all of 256 it takes parts, as corpora of their own: {parts}. " if parts else "")
-        + (f"Measured against one CPU: {'; '.join(grown)}." if grown else "")
+        "The last column is the number of CPUs that the reading task of the corpus can supply. The "
+        "times use at most this number. "
+        + (f"To use 256 CPUs, divide the corpus into several: {parts}. " if parts else "")
+        + (f"Measured speedups against one CPU: {'; '.join(grown)}." if grown else "")
     ]
 
 
@@ -196,8 +196,8 @@ def _reading(readers: Path) -> list[str]:
     """The table of what the reading task of each corpus holds and spools."""
     held, kept = measured(readers, "bytes/row"), measured(readers, "bytes/row on disk")
     lines = [
-        "| the reading task of | bytes held a row | in memory for all rows | bytes spooled a row | "
-        "spool on its disk, where a tokenizer is learnt |",
+        "| the reading task of | bytes per row | memory, all rows | spooled bytes per row | "
+        "spool on disk |",
         "|---|---:|---:|---:|---:|",
     ]
     for plan in CORPORA:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import prepare_scaling, scale
+from benchmarks import prepare_scaling
+from tools.docs import scale_table
 from benchmarks.measure import Result, write
 from pipelines.shards.jpeg import uses_jpeg
 from tests.helpers import user_corpora
@@ -29,7 +30,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_hours_follow_from_the_cost_of_a_row(results: Path) -> None:
-    text = scale.tables(results)
+    text = scale_table.tables(results)
     plan = text.partition("| the reading task")[0]
     rows = {line.split(" | ")[0].strip("| "): line for line in plan.splitlines() if "|" in line}
     # 210,000 x 10 ms / 80 % = 0.73 hours; 100 million of them are 347.
@@ -45,12 +46,12 @@ def test_hours_follow_from_the_cost_of_a_row(results: Path) -> None:
 
 
 def test_every_assumption_is_printed(results: Path) -> None:
-    text = scale.tables(results)
-    assert all(plan.why in text for plan in scale.CORPORA)
+    text = scale_table.tables(results)
+    assert all(plan.why in text for plan in scale_table.CORPORA)
 
 
 def test_pictures_and_clips_are_a_range_and_reading_is_told(results: Path) -> None:
-    text = scale.tables(results)
+    text = scale_table.tables(results)
     rows = [line for line in text.splitlines() if line.startswith("| Wukong ")]
     assert rows[0].endswith("| 931.3 GiB to 2.7 TiB |")  # of 10 and 30 KB
     assert rows[1] == "| Wukong | 200 | 18.6 GiB | 500 | 46.6 GiB |"
@@ -63,13 +64,13 @@ def test_a_clip_of_the_plan_is_stored_as_the_plan_says() -> None:
 
 
 def test_a_corpus_uses_no_more_cpus_than_its_reading_task_feeds(results: Path) -> None:
-    assert "was not measured" in scale.tables(results)
+    assert "was not measured" in scale_table.tables(results)
     costs = {"aishell1": 1e-4, "aic_icc": 1e-4, "vatex": 1e-3, "codesearchnet": 1e-5,
              "webdataset": 1e-4}  # fmt: skip
     reads = [Result(f"reading rows, {name}", "", "s/row", v, v, v) for name, v in costs.items()]
     reads.append(Result("prepare, image, 2 CPUs", "1 CPU", "times as fast", 1.9, 1.9, 1.9))
     write("prepare-scaling", reads, 1, results)
-    text = scale.tables(results)
+    text = scale_table.tables(results)
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()[::-1]}
     # 10 ms to prepare, 0.1 ms to read: a hundred CPUs, and 347 hours take 3.5 on 256 of them.
     assert "| 347.2 | 21.7 h | 3.5 h |" in rows["Wukong"]
@@ -81,7 +82,7 @@ def test_a_corpus_uses_no_more_cpus_than_its_reading_task_feeds(results: Path) -
 
 
 def test_the_plan_knows_each_layout_that_is_measured() -> None:
-    assert {plan.layout for plan in scale.CORPORA} <= set(prepare_scaling.LAYOUTS)
+    assert {plan.layout for plan in scale_table.CORPORA} <= set(prepare_scaling.LAYOUTS)
 
 
 @pytest.mark.parametrize("name", prepare_scaling.LAYOUTS)
@@ -95,4 +96,4 @@ def test_a_layout_is_read_whole(tmp_path: Path, name: str) -> None:
 
 def test_without_measurements_there_is_no_plan(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run python -m benchmarks prepare-speed"):
-        scale.tables(tmp_path)
+        scale_table.tables(tmp_path)

@@ -1,0 +1,64 @@
+"""Language and names of the repository: banned words, public names, comments."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.style.check import ROOT, tracked_files
+from tools.style.names import PACKAGES, comment_shares, find_bad_names
+from tools.style.words import find_banned_words
+
+FILES = tracked_files()
+MODULES = [name for name in FILES if name.startswith(tuple(f"{p}/" for p in PACKAGES))]
+
+
+def test_no_banned_word_is_used() -> None:
+    assert list(find_banned_words(ROOT, FILES)) == []
+
+
+def test_public_names_are_unique_and_have_two_words() -> None:
+    assert list(find_bad_names(ROOT, MODULES)) == []
+
+
+def test_comments_are_frequent_enough() -> None:
+    shares = comment_shares(ROOT, MODULES)
+    assert {package: share for package, share in shares.items() if not 0.03 <= share <= 0.08} == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "replacement"),
+    [
+        ("The run goes on from its checkpoint.", "resumes"),
+        ("each caption is spelt with one tokenizer", "tokenized"),
+        ("# what is mended", "fix"),
+        ("it hangs on the seed", "depends on"),
+        ("the user's mistake", "user error"),
+        ("a corpus in the making", "staging"),
+    ],
+)
+def test_banned_words_are_found(tmp_path: Path, line: str, replacement: str) -> None:
+    (tmp_path / "page.md").write_text(f"{line}\n", encoding="utf-8")
+    (finding,) = find_banned_words(tmp_path, ["page.md"])
+    assert finding.startswith("page.md:1:")
+    assert replacement in finding
+
+
+@pytest.mark.parametrize(
+    ("source", "finding"),
+    [
+        ("def told() -> None: ...\n", "function told has one word"),
+        ("class Making: ...\n", "class Making has one word"),
+        ("def build_model() -> None: ...\nclass CorpusJob: ...\n", ""),
+    ],
+)
+def test_one_word_names_are_found(tmp_path: Path, source: str, finding: str) -> None:
+    (tmp_path / "module.py").write_text(source, encoding="utf-8")
+    found = "\n".join(find_bad_names(tmp_path, ["module.py"]))
+    assert (finding in found) if finding else found == ""
+
+
+def test_repeated_names_are_found(tmp_path: Path) -> None:
+    for name in ("first.py", "second.py"):
+        (tmp_path / name).write_text("def load_model() -> None: ...\n", encoding="utf-8")
+    found = "\n".join(find_bad_names(tmp_path, ["first.py", "second.py"]))
+    assert "load_model is also defined in second.py" in found
