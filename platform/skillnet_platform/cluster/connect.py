@@ -8,6 +8,7 @@ from typing import Any
 
 from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError
+from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
 
 #: Set before Ray is imported, and only where the user has not set them.
 DEFAULTS = {
@@ -18,6 +19,8 @@ DEFAULTS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Under `uv run` Ray would replace every worker's interpreter and upload the directory.
+    UV_RUN_VARIABLE: "0",
 }
 #: The same on a cluster. Ray Train gives workers a minute to start, four times; a node that an
 #: autoscaler starts needs several, and a host under load can need more than one.
@@ -66,6 +69,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
 
     if ray.is_initialized():
         return ray
+    apply_uv_run_setting()
     address = os.environ.get("RAY_ADDRESS")
     if address:
         if address.startswith(("http://", "https://")):

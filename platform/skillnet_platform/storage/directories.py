@@ -7,7 +7,7 @@ nothing.
 
     put_directory("runs/a/checkpoints/step-00000500", "s3://bucket/runs/a/checkpoints/step-…")
     is_committed("s3://bucket/runs/a/checkpoints/step-00000500")
-    get_directory("s3://bucket/…", "elsewhere/step-00000500", check=checkpoints.verify)
+    get_directory("s3://bucket/…", "elsewhere/step-00000500", check=checkpoints.verify_checkpoint)
 
 Every function tries again while the store is away: see :func:`remote_errors.steadily`.
 """

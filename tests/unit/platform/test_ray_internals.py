@@ -23,6 +23,7 @@ UNDOCUMENTED = ("ray.train.v2", "ray.dashboard", "ray.experimental", "ray.core")
 PRIVATE_NAMES = {
     "ray._private.ray_constants",
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER",
+    "ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV",
     "ray._private.state.available_resources_per_node",
     "ray._private.state.state.get_draining_nodes",
     "ray.dashboard.utils.ray_address_to_api_server_url",
