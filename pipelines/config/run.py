@@ -256,7 +256,7 @@ class FinetuneConfig:
     @property
     def trained(self) -> dict[str, TaskTraining]:
         """The tasks that take steps: all but the eval_only ones."""
-        return {name: task for name, task in self.tasks.items() if not task.measured_only}
+        return {name: task for name, task in self.tasks.items() if not task.eval_only}
 
     @property
     def measured(self) -> dict[str, TaskTraining]:
