@@ -50,11 +50,11 @@ docs: $(VENV)/.installed-docs  ## build the documentation site into build/site
 	@echo "The site is in build/site; open build/site/index.html"
 
 # A fresh lock file needs no network. A stale one fails; without an index the check is skipped.
-check-lock: $(VENV)/.installed-docs  ## check that uv.lock fits pyproject.toml
+check-lock: $(VENV)/.installed-dev  ## check that uv.lock fits pyproject.toml
 	@$(UV_LOCK) --check --offline 2>/dev/null || { $(UV_LOCK) --check; code=$$?; \
 	    [ "$$code" = 2 ] && echo "uv.lock: not checked, because uv reaches no index" || exit "$$code"; }
 
-lock: $(VENV)/.installed-docs  ## write uv.lock again after a change of dependencies
+lock: $(VENV)/.installed-dev  ## write uv.lock again after a change of dependencies
 	$(UV_LOCK)
 
 # Rows that the newest CSV of today has are not run again, so it may be stopped and gone on with.
