@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from pipelines.config.resources import request_model
 from pipelines.evaluation.tables import write_evaluation_csv
@@ -36,19 +36,19 @@ class EvaluateConfig:
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    model: Optional[str] = None  # noqa: UP045
-    checkpoint: Optional[str] = None  # noqa: UP045
-    run: Optional[str] = None  # noqa: UP045
-    data: Optional[str] = None  # noqa: UP045
-    tasks: Optional[list[str]] = None  # noqa: UP045
-    splits: Optional[list[str]] = None  # noqa: UP045
+    model: str | None = None
+    checkpoint: str | None = None
+    run: str | None = None
+    data: str | None = None
+    tasks: list[str] | None = None
+    splits: list[str] | None = None
     corpora: dict[str, str] = field(default_factory=dict)
     references: bool = True
     samples: int = 1000
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    output: Optional[str] = None  # noqa: UP045
+    output: str | None = None
     log: bool = True
-    tracking_uri: Optional[str] = None  # noqa: UP045
+    tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
         given = [key for key in ("model", "checkpoint", "run") if getattr(self, key)]
@@ -86,7 +86,7 @@ class EvaluationResult:
     seconds: float
 
 
-def evaluate_registered_model(config: EvaluateConfig) -> EvaluationResult:
+def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     """Evaluate a model, write the CSV file and record the figures in its MLflow run.
 
     Raises:
@@ -189,7 +189,7 @@ def show_evaluation(result: EvaluationResult) -> None:
 )
 def main(config: EvaluateConfig) -> EvaluationResult:
     """Run ``skillnet evaluate``."""
-    return evaluate_registered_model(config)
+    return evaluate_trained_model(config)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.config.resources import request_model
 from skillnet_platform import console
@@ -14,10 +14,10 @@ from skillnet_platform.storage import atomic_write, data_root
 from skillnet_platform.storage.location import place
 
 if TYPE_CHECKING:
-    from pipelines.serving.inputs import GivenInput
+    from pipelines.serving.inputs import InputRow
     from pipelines.serving.predictor import TaskPrediction
 
-ROWS = (".jsonl", ".ndjson")
+ROW_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass
@@ -46,16 +46,16 @@ class PredictConfig:
 
     files: list[str] = positional([])
     file: list[str] = field(default_factory=list)
-    input: Optional[str] = None  # noqa: UP045
+    input: str | None = None
     format: Literal["jsonl", "clue"] = "jsonl"
-    text: Optional[str] = None  # noqa: UP045
-    task: Optional[str] = None  # noqa: UP045
+    text: str | None = None
+    task: str | None = None
     model: str = "models:/skillnet@champion"
-    data: Optional[str] = None  # noqa: UP045
+    data: str | None = None
     top: int = 5
-    output: Optional[str] = None  # noqa: UP045
+    output: str | None = None
     precision: str = "auto"
-    tracking_uri: Optional[str] = None  # noqa: UP045
+    tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -72,11 +72,11 @@ class PredictConfig:
 
 
 def predict_files(config: PredictConfig) -> "list[TaskPrediction]":
-    """Predictions in the order of the inputs, the text first; see :func:`format_answer`."""
-    return [prediction for _, prediction in format_answer(config)]
+    """Predictions in the order of the inputs, the text first; see :func:`predict_rows`."""
+    return [prediction for _, prediction in predict_rows(config)]
 
 
-def format_answer(config: PredictConfig) -> "list[tuple[GivenInput, TaskPrediction]]":
+def predict_rows(config: PredictConfig) -> "list[tuple[InputRow, TaskPrediction]]":
     """What was given and its prediction, in the order of the inputs, the text first.
 
     Rows of a file that cannot be used are told and left out.
@@ -87,7 +87,7 @@ def format_answer(config: PredictConfig) -> "list[tuple[GivenInput, TaskPredicti
     """
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
-    from pipelines.serving.inputs import GivenInput, check_usable_rows, report_rejected
+    from pipelines.serving.inputs import InputRow, check_usable_rows, report_rejected
 
     given = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
@@ -109,34 +109,34 @@ def format_answer(config: PredictConfig) -> "list[tuple[GivenInput, TaskPredicti
     check_usable_rows([row for row in (*bad, *good) if row.where])
     report_rejected([*bad, *good])
     # A file of functions has several predictions; a text has one.
-    pairs = good if len(good) == len(made) else [GivenInput("", {})] * len(made)
+    pairs = good if len(good) == len(made) else [InputRow("", {})] * len(made)
     return list(zip(pairs, made, strict=True))
 
 
-def gather_inputs(config: PredictConfig) -> "list[GivenInput]":
+def gather_inputs(config: PredictConfig) -> "list[InputRow]":
     """All inputs of a command line.
 
     Raises:
         UserError: a file that is missing, empty or damaged.
     """
-    from pipelines.serving.inputs import GivenInput, read_input_rows
+    from pipelines.serving.inputs import InputRow, read_input_rows
     from pipelines.serving.predictor import PredictionItem, read_input_item
 
-    inputs: list[GivenInput] = []
+    inputs: list[InputRow] = []
     if config.text is not None:
         item = PredictionItem(config.text, config.text, None, config.task, where="--text")
-        inputs.append(GivenInput("", {}, item))
+        inputs.append(InputRow("", {}, item))
     if config.input is not None:
         inputs += read_input_rows(Path(config.input), config.task, config.format == "clue")
     for name in [*config.files, *config.file]:
-        if Path(name).suffix.lower() in ROWS:
+        if Path(name).suffix.lower() in ROW_SUFFIXES:
             inputs += read_input_rows(Path(name), config.task)
         else:
-            inputs.append(GivenInput("", {}, read_input_item(name, config.task)))
+            inputs.append(InputRow("", {}, read_input_item(name, config.task)))
     return inputs
 
 
-def clue_lines(answers: "list[tuple[GivenInput, TaskPrediction]]") -> list[dict[str, Any]]:
+def clue_lines(answers: "list[tuple[InputRow, TaskPrediction]]") -> list[dict[str, Any]]:
     """What CLUE's evaluation expects of TNEWS: id, label and its description, of every line.
 
     Raises:
@@ -216,7 +216,7 @@ def main(
     config: PredictConfig,
 ) -> "tuple[list[TaskPrediction], list[dict[str, Any]], PredictConfig]":
     """Run ``skillnet predict``."""
-    answers = format_answer(config)
+    answers = predict_rows(config)
     predictions = [prediction for _, prediction in answers]
     lines: list[dict[str, Any]] = [_plain(prediction) for prediction in predictions]
     if config.format == "clue":

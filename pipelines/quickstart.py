@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from pipelines.config.resources import request_training
 from pipelines.config.run import FinetuneConfig
@@ -39,7 +39,7 @@ class QuickstartConfig(FinetuneConfig):
         registered: name of the registered model.
     """
 
-    archives: Optional[str] = None  # noqa: UP045
+    archives: str | None = None
     skip: list[Literal["fetch", "prepare", "evaluate_simple_baselines"]] = field(
         default_factory=list
     )

@@ -1,7 +1,7 @@
 """``skillnet register``: put a trained model into the registry, behind the gate."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from pipelines.config.resources import request_model
 from skillnet_platform import console
@@ -33,12 +33,12 @@ class RegisterConfig:
 
     source: str = positional()
     name: str = "skillnet"
-    data: Optional[str] = None  # noqa: UP045
+    data: str | None = None
     samples: int = 1000
     force: bool = False
     description: str = ""
     corpora: dict[str, str] = field(default_factory=dict)
-    tracking_uri: Optional[str] = None  # noqa: UP045
+    tracking_uri: str | None = None
 
 
 def show_registration(made: "Registered") -> None:

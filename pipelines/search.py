@@ -6,7 +6,7 @@ import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,13 +44,13 @@ class SearchConfig:
     query: list[str] = positional()
     task: str = "text_to_image"
     model: str = "models:/skillnet@champion"
-    data: Optional[str] = None  # noqa: UP045
-    splits: Optional[list[str]] = None  # noqa: UP045
+    data: str | None = None
+    splits: list[str] | None = None
     top: int = 12
-    html: Optional[str] = None  # noqa: UP045
+    html: str | None = None
     open: bool = False
     precision: str = "auto"
-    tracking_uri: Optional[str] = None  # noqa: UP045
+    tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
         if self.top < 1:

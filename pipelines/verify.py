@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.config.resources import request_model
 from skillnet_platform import console
@@ -40,9 +40,9 @@ class VerifyConfig:
     """
 
     model: str = positional("models:/skillnet@champion")
-    data: Optional[str] = None  # noqa: UP045
-    archives: Optional[str] = None  # noqa: UP045
-    tracking_uri: Optional[str] = None  # noqa: UP045
+    data: str | None = None
+    archives: str | None = None
+    tracking_uri: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     recorded: dict[str, str] = {}
     if source.bundle is not None:
         checks += _bundle(source, config.tracking_uri)
-        from pipelines.serving.bundle import ABOUT
+        from pipelines.serving.bundle import BUNDLE_MANIFEST
         from skillnet_platform.storage import read_json
 
-        about = read_json(source.bundle / ABOUT)
+        about = read_json(source.bundle / BUNDLE_MANIFEST)
         recorded = {e["corpus"]: e["corpus_digest"] for e in about["tasks"].values()}
     names = list(recorded) or sorted(set(source.corpora.values()))
     if source.run_id is not None:
@@ -125,7 +125,9 @@ def _bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]:
         client = backend.client(backend.resolve_uri(uri))
         name = source.name.removeprefix("models:/").split("@")[0].split("/")[0]
         tags = client.get_model_version(name or registry.MODEL_NAME, str(source.version)).tags
-        _equal("serving.json", sha256_file(folder / bundle.ABOUT), tags.get("serving_sha256"))
+        _equal(
+            "serving.json", sha256_file(folder / bundle.BUNDLE_MANIFEST), tags.get("serving_sha256")
+        )
         _equal("weights", source.digest, tags.get("weights_digest"))
         return f"version {source.version} names these files"
 

@@ -1,7 +1,7 @@
 """What ``skillnet grow`` is told: what grows, by which skill and task, and how they train."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 from pipelines.config.run import TaskTraining, TrainingConfig
 from skillnet.skills import Objective, SkillPlan
@@ -21,7 +21,7 @@ class NewSkill:
     """
 
     name: str
-    init_from: Optional[str] = None  # noqa: UP045
+    init_from: str | None = None
 
 
 @dataclass
@@ -67,10 +67,10 @@ class GrowConfig:
     skill: NewSkill
     task: NewTask
     source: str = positional("models:/skillnet@champion", **{ALIAS: "from"})
-    name: Optional[str] = None  # noqa: UP045
-    run_dir: Optional[str] = None  # noqa: UP045
+    name: str | None = None
+    run_dir: str | None = None
     seed: int = 0
-    data: Optional[str] = None  # noqa: UP045
+    data: str | None = None
     corpora: dict[str, str] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=600))
     references: list[Reference] = field(default_factory=lambda: ["without_skill", "fresh"])

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from skillnet_platform import cli, console
 from skillnet_platform.cli import command
@@ -57,8 +57,8 @@ class SubmitConfig:
     """
 
     entry: list[str] = positional([])
-    address: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
-    attach: Optional[str] = None  # noqa: UP045
+    address: str | None = None
+    attach: str | None = None
     detach: bool = False
     check: bool = True
     env: dict[str, str] = field(default_factory=dict)

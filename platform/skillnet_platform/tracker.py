@@ -9,7 +9,6 @@ import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
 
 from skillnet_platform import console, signals, storage, ui
 from skillnet_platform.cli import command
@@ -43,8 +42,8 @@ class TrackerConfig:
             addresses (MLflow's guard against DNS rebinding).
     """
 
-    store: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
-    artifacts: Optional[str] = None  # noqa: UP045
+    store: str | None = None
+    artifacts: str | None = None
     host: str = "127.0.0.1"
     port: int = 5000
     auth: bool = False

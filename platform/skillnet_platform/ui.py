@@ -8,7 +8,6 @@ import urllib.error
 import urllib.request
 import webbrowser
 from dataclasses import dataclass
-from typing import Optional
 
 from skillnet_platform import console, signals, tracking
 from skillnet_platform.cli import command
@@ -37,7 +36,7 @@ class UiConfig:
     port: int = 5000
     host: str = "127.0.0.1"
     without_password: bool = False
-    uri: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
+    uri: str | None = None
     experiment: str = "skillnet"
     open: bool = False
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from skillnet_platform import config as configuration
 from skillnet_platform import console, signals
@@ -52,7 +52,7 @@ class TrackingConfig:
         system_metrics: whether CPU, memory, disk and GPU are recorded along.
     """
 
-    uri: Optional[str] = None  # noqa: UP045 - jsonargparse words this form better
+    uri: str | None = None
     experiment: str = "skillnet"
     register: bool = True
     system_metrics: bool = True
