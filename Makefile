@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 SEED ?= 0
 FUZZ_MINUTES ?= 20
-# The lock file names the public index, whatever index this machine uses.
+# The lock file names the public index, even if this machine uses another one.
 UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
 # Processes that run tests: more than four would fight for memory rather than save time.
 JOBS ?= logical --maxprocesses 4
@@ -57,7 +57,7 @@ check-lock: $(VENV)/.installed-dev  ## check that uv.lock fits pyproject.toml
 lock: $(VENV)/.installed-dev  ## write uv.lock again after a change of dependencies
 	$(UV_LOCK)
 
-# Rows that the newest CSV of today has are not run again, so it may be stopped and gone on with.
+# Rows that the newest CSV of today has are not run again, so an interrupted run resumes.
 chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their ends; a tracker away for a minute
 	$(BIN)/skillnet fetch
 	$(BIN)/skillnet prepare headings drawings
@@ -67,7 +67,7 @@ chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their e
 	$(BIN)/python -m tools.docs.chaos_table
 	SKILLNET_TEST_OUTAGE_S=60 $(BIN)/python -m pytest tests/integration/test_tracker_away.py
 
-# Rounds with fresh damage; the one that is at work when the time is over is the last.
+# Rounds with new random damage; the round that runs when the time is over is the last.
 fuzz: $(VENV)/.installed-dev  ## random damage to everything that is read, for FUZZ_MINUTES (20)
 	end=$$(($$(date +%s) + 60 * $(FUZZ_MINUTES))); round=0; \
 	while [ "$$(date +%s)" -lt "$$end" ]; do round=$$((round + 1)); \

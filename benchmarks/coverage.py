@@ -4,8 +4,8 @@ A study of six equal systems answers rows by a probit model with effects of seed
 row, and the rest. Measured: how often a 95 % interval of one system covers the truth, its width,
 and how often a test of two systems is significant, at 5 % and at 0.1 % (where a correction for
 some fifty tests looks). Three ways: spread over seeds pooled over the systems, as ``skillnet
-compare`` does; each system's own spread; and a plain crossed bootstrap (seeds and rows drawn
-anew, percentiles; source: Owen 2007, the pigeonhole bootstrap). Prints Markdown.
+compare`` does; each system's own spread; and a plain crossed bootstrap (seeds and rows
+resampled, percentiles; source: Owen 2007, the pigeonhole bootstrap). Prints Markdown.
 """
 
 import argparse

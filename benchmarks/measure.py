@@ -1,7 +1,7 @@
 """Ratios of times, measured side by side, and the dated CSV that keeps them.
 
-Absolute times hang on the machine and on who else uses it. So contenders run in turns in one
-process, each round gives one ratio, and what is reported is the median of the ratios with the
+Absolute times depend on the machine and its other load. Contenders therefore run in turns in one
+process. Each round gives one ratio. The report has the median of the ratios with the
 smallest and the largest. With one thread the clock is the process' CPU time, which others on
 the machine disturb least; with more threads it is the wall's.
 """

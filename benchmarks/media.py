@@ -15,7 +15,7 @@ PICTURE, FRAMES, CLIP = 224, 1_200, 96
 
 
 def files(kind: str, rows: int) -> list[Path]:
-    """Paths of so many media files of a kind."""
+    """Return paths of a number of media files of a kind."""
     root = Path(os.environ.get("SKILLNET_BENCHMARK_MEDIA") or storage.run_root() / "media")
     folder = root / kind
     found = sorted(folder.glob(f"*/*.{ENDING[kind]}"))[:rows]

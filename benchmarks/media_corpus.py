@@ -10,7 +10,7 @@ writes a folder corpus (``metadata.jsonl`` beside its media) of
   between left and right, with room noise, 32 kHz stereo, as WAV (1.3 MB);
 * video: a character being written, tinted, with noise, 40 frames of 256 x 256, as MP4 (0.6 MB).
 
-A row hangs on its kind, number and seed alone.
+A row depends only on its kind, number and seed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ WIDTH, HEIGHT = 1600, 1200
 SECONDS, RATE = 10, 32_000
 CLIP_FRAMES, CLIP_SIDE = 40, 256
 PER_FOLDER = 1_000
-#: Of the sources, so many are unpacked in each process.
+#: Number of source files that each process unpacks.
 KEPT = 160
 
 

@@ -7,9 +7,9 @@ at once written to its cache), and a pool of processes that decode and keep noth
 stored raw by either.
 
 Each contender is a process of its own with those that it starts, and takes turns with the others.
-Of each round there is a pass over few rows and one over many; what a row costs is their difference,
-so that the start of a pass is in none of them. It is told beside, as is the start of Ray. CPU time
-is that of all processes of a contender, Ray's dashboard left out.
+Each round has one pass over few rows and one over many. The cost of a row is their difference, so
+it excludes the start of a pass. The starts of a pass and of Ray are reported separately. CPU time
+is that of all processes of a contender, without Ray's dashboard.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ from benchmarks.sides import side
 FILES = {"image": 256, "sound": 128, "video": 128}
 #: Shards for each process of a pass over few rows and of one over many.
 FEW, MANY = 1, 4
-#: Rounds whatever is asked for: a round is many thousand rows.
+#: Largest number of rounds: a round has many thousand rows.
 MOST_ROUNDS = 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "image": {"size": PICTURE, "storage": "raw"},
@@ -231,7 +231,7 @@ def corpus_of(kind: str, paths: list[Path]) -> Any:
 
 
 def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
-    """``skillnet prepare`` on a Ray of so many CPUs, as a side; its first pass starts the Ray."""
+    """``skillnet prepare`` on Ray with a number of CPUs, as a contender; its first pass starts Ray."""
     from pipelines.corpora.base import SourceArchives
     from pipelines.corpora.readers.row_builders import media_row
     from pipelines.io.media import MediaRef

@@ -1,5 +1,5 @@
-"""Reading shuffled batches of encoded pictures beside datasets, WebDataset and MosaicML
-streaming: the same JPEG bytes in each one's own format, on a local disk, one process each.
+"""Speed of reading shuffled batches of encoded images, compared with datasets, WebDataset and
+MosaicML streaming: the same JPEG bytes in the format of each library, on a local disk.
 
 A batch is 64 pictures of 224 x 224 as one uint8 tensor and their labels. Each contender shuffles
 as it is meant to: rows in any order (ours, datasets), or a buffer of the whole corpus (the others).

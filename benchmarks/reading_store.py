@@ -1,5 +1,5 @@
-"""Reading shuffled batches of encoded pictures from an object store, beside datasets, WebDataset
-and MosaicML streaming: the same JPEG bytes in each one's own format, in a bucket of moto's server.
+"""Speed of reading shuffled batches of encoded images from an object store, compared with
+datasets, WebDataset and MosaicML streaming: the same JPEG bytes in a bucket of moto's server.
 
 An epoch starts with nothing of the corpus on this machine, and each contender fetches it as it is
 meant to: ours and MosaicML's shard by shard into a cache on the disk (ours hashed), datasets and

@@ -19,7 +19,7 @@ from benchmarks.media import PICTURE, files
 from pipelines.loading.dataloader import BatchPrefetcher, MultiTaskDataLoader
 
 PICTURES, BATCH, STEPS = 256, 64, 40
-#: Rounds whatever is asked for: each takes as long as its steps sleep.
+#: Largest number of rounds: each takes as long as its steps sleep.
 MOST_ROUNDS = 6
 CLOCK = "wall; cpu where the row says so"
 

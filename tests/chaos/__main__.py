@@ -4,8 +4,8 @@
     python -m tests.chaos.__main__ --runs 26 --seed 0
     python -m tests.chaos.__main__ --runs 9 --seed 0 --launcher hosts
 
-Each run trains the same few steps on prepared corpora, is disturbed once, goes on by itself or by
-the same command, and its last checkpoint, optimiser state included, is compared with that of an
+Each run trains the same few steps on prepared corpora, is disturbed once, resumes by itself or by
+the same command, and its last checkpoint, optimizer state included, is compared with that of an
 undisturbed run. A row of the CSV is one run; rows that it has already are not run again. As root it
 moves into namespaces of its own, so that it may fill a disk and Ray finds no other Ray.
 """
@@ -56,7 +56,7 @@ FAULTS = (
 OF_RAY = ("controller killed", "driver killed", "driver asked to leave", "raylet killed")
 ALONE = ("tracker killed", "driver killed", "driver asked to leave", "raylet killed")
 DISK = "200m"
-#: So often the command of a run is given.
+#: Number of times that the command of a run is started.
 ATTEMPTS = 3
 INSIDE = "SKILLNET_CHAOS_INSIDE"
 

@@ -1,6 +1,6 @@
 """``skillnet finetune`` with the faults of ``SKILLNET_FAULTS``, for tests that need a process.
 
-    python -m tests.chaos.faulty_finetune --config run.yaml
+python -m tests.chaos.faulty_finetune --config run.yaml
 """
 
 from typing import Any
@@ -11,9 +11,7 @@ from skillnet_platform.cli import command
 from tests.chaos.fault_injection import faults_of_environment
 
 
-@command(
-    FinetuneConfig, description="Run skillnet finetune with injected faults.", name="finetune"
-)
+@command(FinetuneConfig, description="Run skillnet finetune with injected faults.", name="finetune")
 def main(config: FinetuneConfig) -> dict[str, Any]:
     """Run ``skillnet finetune`` with injected faults."""
     return run_end_to_end(config, "finetune", callbacks=faults_of_environment())

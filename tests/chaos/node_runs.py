@@ -95,7 +95,7 @@ class Hosts:
             self._join(hosts)
         elif of_head:
             hosts.kill(HEAD)
-            # Ray ends a node without its head; whoever starts a new head starts all nodes anew.
+            # Ray ends a node without its head, so a new head needs new nodes.
             self.close()
         else:
             service = [sys.executable, "-m", "tests.chaos.spot_metadata", str(PORT)]

@@ -37,7 +37,7 @@ def fit_on_ranks(
     """What ``pipelines.training.ray_train.fit.fit_on_ray`` does, with processes of this machine.
 
     Raises:
-        UserError: a worker met a user's mistake, such as a full disk.
+        UserError: a worker met a user error, such as a full disk.
         RuntimeError: workers died more often than ``training.max_failures``.
     """
     config = run.config

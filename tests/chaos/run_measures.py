@@ -63,6 +63,6 @@ def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     for name, points in read_metric_history(run / "progress.jsonl").items():
         told = [point.step for point in client.get_metric_history(run_id, name)]
         lost += len({step for step, _ in points} - set(told))
-        # A step that is done again is told again, with its own time.
+        # A repeated step is logged again, with its own time.
         doubled += max(len(told) - len(set(told)) - again, 0)
     return lost, doubled

@@ -126,7 +126,7 @@ def _host_script(name: str, folder: Path) -> str:
     lines += ["mount -t tmpfs none /mnt"]
     for number, path in enumerate(again):
         lines += [f"mkdir /mnt/{number}", f"mount --rbind {path} /mnt/{number}"]
-    # A checkout may lie below one of the others: made anew in what now covers it.
+    # A checkout below another mount is created again in the covering mount.
     lines += [f"mkdir -p {top}; mount -t tmpfs -o mode=0755 none {top}" for top in own]
     lines += ["mount -t tmpfs none /dev/shm", "chmod 1777 /tmp /dev/shm"]
     for number, path in enumerate(again):
@@ -139,7 +139,7 @@ def _host_script(name: str, folder: Path) -> str:
         lines += [f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}"]
         lines += [f"mount -t tmpfs -o ro none {path}" for path in _own_package("*.dist-info")]
         lines += [f"mount --bind /dev/null {path}" for path in _own_package("*.pth")]
-        # Ray gives way to all else on a machine, here to whatever else shares the cores.
+        # Ray lowers its priority below all other processes that share the cores.
         lines += ["echo 'export RAY_worker_niceness=0' >/root/.bashrc"]
         lines += ["mkdir /run/sshd", f"$(command -v sshd) -f {folder}/sshd_config"]
     return "\n".join(lines)

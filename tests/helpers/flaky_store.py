@@ -1,4 +1,4 @@
-"""A store in memory whose reads fail when they are told to."""
+"""In-memory store whose reads fail on request."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class _Flaky:
-    """A file of which the reads that pass ``place`` fail so many times."""
+    """File whose reads beyond ``place`` fail a given number of times."""
 
     def __init__(self, inner: Any, faults: dict[str, int], place: int) -> None:
         self._inner, self._faults, self._place, self._at = inner, faults, place, 0

@@ -120,7 +120,7 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "png-called-jpg.jpg": (lambda: picture("PNG", (70, 70)), ""),
         "cut.jpg": (lambda: half(picture("JPEG")), "damaged picture"),
         "cut.png": (lambda: half(picture("PNG")), "damaged picture"),
-        "sound-called-jpg.jpg": (lambda: mp3(tone(), 32_000), "not a picture"),
+        "sound-called-jpg.jpg": (lambda: mp3(tone(), 32_000), "not an image"),
         "empty.jpg": (lambda: b"", "an empty file"),
         "huge.png": (hundred_megapixels, "million pixels"),
         "bomb.svg": (lambda: b"<svg" + b"<g>" * 4_000_000, "SVG of more"),
@@ -136,7 +136,7 @@ FILES: dict[str, dict[str, tuple[Callable[[], bytes], str]]] = {
         "cut.wav": (lambda: half(wav(tone(), 32_000)), "cut short"),
         "cut.mp3": (lambda: half(mp3(tone(), 32_000)), "cut short"),
         "cut.opus": (lambda: half(encoded(tone(), 48_000, "ogg", "libopus")), "cut short"),
-        "text-called-mp3.mp3": (lambda: "这不是录音".encode() * 99, "not a recording"),
+        "text-called-mp3.mp3": (lambda: "这不是录音".encode() * 99, "not audio"),
         "page.mp3": (lambda: b"<!DOCTYPE html><title>404</title>", "web page"),
         "empty.wav": (lambda: b"", "an empty file"),
         "list.mp3": (lambda: b"ffconcat version 1.0\nfile 'good-2.mp3'\n", "a playlist"),
@@ -168,7 +168,7 @@ OUTSIDE = "outside.jpg"
 
 
 def lines(kind: str) -> list[tuple[bytes, str]]:
-    """(Line, words of the reason, "" for a good one) that are bad whatever file they name."""
+    """(Line, words of the reason, "" for a good one) that are bad for any file they name."""
     field, files = FIELDS[kind], FILES.get(kind, {})
     good = next((name for name, (_, why) in files.items() if not why), "")
 
@@ -207,7 +207,7 @@ def write_corpus(folder: Path, kind: str, cut: bool = True) -> list[str]:
         cut: the metadata end in the midst of a line.
 
     Returns:
-        Of each row words of the reason why it is set aside, "" for a good one.
+        Words of the rejection reason of each row, "" for a good one.
     """
     folder.mkdir(parents=True)
     (folder.parent / OUTSIDE).write_bytes(picture("JPEG"))

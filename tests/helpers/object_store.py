@@ -177,7 +177,7 @@ def in_environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def forget_clients() -> None:
-    """Have fsspec make its S3 file systems anew: they read the environment once."""
+    """Drop fsspec's cached S3 file systems, because they read the environment only once."""
     with contextlib.suppress(ImportError):
         import s3fs
 

@@ -10,7 +10,7 @@ from skillnet_platform import cli
 
 
 def budget(short: int, long: int = 200) -> Callable[[Any], Any]:
-    """So many examples of a test: in every run of the tests, and in a round of ``make fuzz``."""
+    """Return the number of examples: in every test run, and in a round of ``make fuzz``."""
     chosen = long if settings.default is settings.get_profile("long") else short
     return settings(
         max_examples=chosen,
@@ -19,7 +19,7 @@ def budget(short: int, long: int = 200) -> Callable[[Any], Any]:
 
 
 def named(action: Callable[[], object]) -> None:
-    """The action succeeds, or fails as a user's mistake in words: never with a bare exception."""
+    """Run an action that may succeed or raise a user error, but no other exception."""
     try:
         action()
     except Exception as problem:

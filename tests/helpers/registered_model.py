@@ -23,7 +23,10 @@ class Place:
         self.saved = root / "saved"
         SkillNet(config()).save_pretrained(self.saved)
         self.made = registration.register_model(
-            model_source.resolve_model(str(self.saved)), self.data, samples=50, description="A first try."
+            model_source.resolve_model(str(self.saved)),
+            self.data,
+            samples=50,
+            description="A first try.",
         )
 
 

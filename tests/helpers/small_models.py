@@ -96,7 +96,7 @@ def towers_of(
 
 
 def loss_of(model: SkillNet, task: str, rows: int = 3, seed: int = 0) -> Tensor:
-    """Some loss that hangs on all outputs of a task."""
+    """Return a loss that depends on all outputs of a task."""
     outputs = model(task, towers_of(task, model.config, rows, seed))
     if "logits" in outputs:
         return outputs["logits"].logsumexp(1).mean()

@@ -41,7 +41,7 @@ def listening(root: int | None = None) -> set[Listening]:
 
 @contextmanager
 def watched(root: int | None = None) -> Iterator[set[Listening]]:
-    """Whatever the tree listens on at some time during the block; sockets come and go."""
+    """Collect all sockets that the process tree listens on during the block."""
     seen: set[Listening] = set()
     done = threading.Event()
 

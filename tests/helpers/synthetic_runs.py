@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from pipelines.evaluation.evaluator import tidy_rows
-from pipelines.evaluation.outcomes import FILE, OutcomeTable, write_outcomes
+from pipelines.evaluation.outcomes import OUTCOMES_FILE, OutcomeTable, write_outcomes
 from pipelines.evaluation.tables import write_evaluation_csv
 from skillnet.metrics import ConfidenceInterval
 from skillnet_platform import config as configuration
@@ -85,7 +85,7 @@ def write_run(
             steps=12,
         )
     write_evaluation_csv(table, folder / "evaluation.csv")
-    write_outcomes(outcomes, folder / FILE)
+    write_outcomes(outcomes, folder / OUTCOMES_FILE)
     trained = {"step": 12, "resumed": 0, "seconds": 3.5 + seed, "rows_per_second": 90.0}
     (folder / "trained.json").write_text(json.dumps(trained | {"world": 1, "seed": seed}))
     (folder / "model").mkdir()

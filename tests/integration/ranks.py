@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.training.loop import train
+from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.loop import Reporter, train
 from tests.helpers.ports import free_port
 
 
@@ -36,7 +37,7 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., None], args
         dist.destroy_process_group()
 
 
-class Metrics(Reporter):
+class Metrics(LoopReporter):
     """Keeps what the loop reports."""
 
     def __init__(self) -> None:
@@ -59,7 +60,9 @@ def train_and_save(
 
     metrics = Metrics()
     place = Path(run) if run else None
-    done = train(ResolvedRun(config, place), rank=rank, world=world, reporter=metrics, stop_at=stop_at)
+    done = train(
+        ResolvedRun(config, place), rank=rank, world=world, reporter=metrics, stop_at=stop_at
+    )
     if rank == 0:
         tensors = {name: p.detach().contiguous() for name, p in done.model.named_parameters()}
         for index, values in enumerate(metrics.seen):

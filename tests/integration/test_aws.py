@@ -165,7 +165,7 @@ class Told:
         self.drained: set[str] = set()
 
     def drain_node(self, node_id: Any, **about: Any) -> tuple[bool, str]:
-        """The node is told to end Ray; it does."""
+        """Ask the node to end Ray; it does."""
         self.drained.add(node_id)
         return True, ""
 

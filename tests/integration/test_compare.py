@@ -1,4 +1,4 @@
-"""A study end to end: tuned, run, reported, and gone on with."""
+"""A study end to end: tuned, run, reported and resumed."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,9 @@ def study(root: Path) -> StudyConfig:
         pretraining=pretraining,
         systems={
             "skillnet": SystemConfig("skillnet"),
-            "skillnet-pretrained": SystemConfig("skillnet", pretrain=True, reuse_tuning_of="skillnet"),
+            "skillnet-pretrained": SystemConfig(
+                "skillnet", pretrain=True, reuse_tuning_of="skillnet"
+            ),
         },
         tuning=TuningConfig(2, {"training.lr": SearchDimension(choice=[0.01])}, seed=9),
         interpret=False,

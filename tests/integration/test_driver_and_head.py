@@ -1,4 +1,4 @@
-"""The driver is killed, or the head of the cluster: the same command goes on, to the bit."""
+"""The driver or the head of the cluster is killed: the same command resumes, bitwise."""
 
 import json
 import os

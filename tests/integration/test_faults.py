@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.finetune import finetune
 from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import cli
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import Terminated
@@ -95,7 +94,9 @@ def test_workers_and_the_controller_killed_in_one_run(
     assert done == {"0-kill-3", "1-kill-5", "2-kill-7", "3-raise-9"}
     assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 8)
     assert same(weights(run), two)
-    steps = [step for step, _ in read_metric_history(run / "progress.jsonl")["training/learning_rate"]]
+    steps = [
+        step for step, _ in read_metric_history(run / "progress.jsonl")["training/learning_rate"]
+    ]
     assert steps == list(range(1, STEPS + 1)), "each step is on record"
 
 

@@ -98,7 +98,8 @@ def test_two_ray_workers_reach_the_same_weights(
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=1e-9, atol=1e-9, msg=name)
     expected, found = (
-        read_metric_history(Path(run["run"]) / "progress.jsonl")["text_to_image/loss"] for run in (alone, two)
+        read_metric_history(Path(run["run"]) / "progress.jsonl")["text_to_image/loss"]
+        for run in (alone, two)
     )
     assert [step for step, _ in found] == [step for step, _ in expected]
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected])

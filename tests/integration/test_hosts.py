@@ -1,4 +1,4 @@
-"""Whole hosts leave and come back: a run waits for them, or goes on with what is left."""
+"""Nodes leave and return: a run waits for them, or continues with the remaining ones."""
 
 import json
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import config as configuration
+from tests.chaos.fault_injection import VARIABLE
 from tests.chaos.namespaces import missing
 from tests.chaos.ray_nodes import ray_hosts, wait_for
-from tests.chaos.fault_injection import VARIABLE
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
 from tests.integration.test_faults import STEPS, config_for, same, weights

@@ -269,7 +269,7 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two folders stand for two machines: another one goes on from the last step, to the bit."""
+    """Two folders stand for two machines: another one resumes from the last step, bitwise."""
     whole = finetune.finetune(replace(config_of(data, object_store), name="whole", run_dir=None))
     config = resolve_config(config_of(data, object_store))
     callbacks = [FaultInjection([Fault(step=5, kind="term")])]

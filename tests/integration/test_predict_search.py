@@ -135,7 +135,7 @@ class TestPredict:
         assert [a["input"] for a in json.loads(said.out)] == ["数学教程", "法律概论"]
         told = " ".join(said.err.split())
         assert f"{rows}, line 2: the text is empty; set aside" in told
-        assert f"{rows}, line 3: a damaged picture" in told
+        assert f"{rows}, line 3: a damaged image" in told
 
     def test_an_empty_sentence_has_a_prediction(self, place: Place):
         made = open_predictor(model_source.resolve_model("models:/skillnet@champion"), place.data)
@@ -154,8 +154,8 @@ class TestPredict:
         [
             ([], "nothing to predict for"),
             (["{files}/none.png"], "no such file"),
-            (["{files}/broken.png"], "broken.png: a damaged picture"),
-            (["{files}/broken.mp3"], "broken.mp3: not a recording"),
+            (["{files}/broken.png"], "broken.png: a damaged image"),
+            (["{files}/broken.mp3"], "broken.mp3: not audio"),
             (["{files}/empty.py"], "the file is empty"),
             (["{files}/unknown.xyz"], "cannot tell what it is"),
             (["{files}/bad.jsonl"], "bad.jsonl, line 1: not JSON"),

@@ -258,7 +258,7 @@ def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
 def test_too_many_bad_rows_stop_with_a_summary(
     made: tuple[Path, Path], tmp_path: Path, ray_session: Any, share: float
 ) -> None:
-    """Of the hundred lines one is bad; the ten that are set aside by choice are not."""
+    """One of a hundred lines is an error; the ten that are excluded by choice are not."""
     if share > 0.01:
         assert prepare([MADE], tmp_path, made[1], max_error_rate=share)["made"]["rows_out"] == 89
         return
@@ -270,7 +270,7 @@ def test_too_many_bad_rows_stop_with_a_summary(
     assert str(tmp_path / "made.rejected.jsonl") in str(told.value)
     assert '{"key": "line 33", "reason": "unlucky"}' in listed
     assert not (tmp_path / "made").exists()
-    prepare([MADE], tmp_path, made[1])  # goes on, and the list is gone with its reason
+    prepare([MADE], tmp_path, made[1])  # resumes, and the list of rejected rows is removed
     assert files_of(tmp_path / "made") == files_of(made[0] / "made")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
@@ -291,7 +291,7 @@ def test_recordings_and_error_pages_end_where_they_belong(tmp_path: Path, ray_se
     reasons = {row["key"]: row["reason"] for row in map(json.loads, lines.splitlines())}
     assert reasons["ao4.mp3"] == reasons["xin3.mp3"] == WEB_PAGE
     # What FFmpeg takes zeros for is its own affair.
-    assert reasons["shi3.mp3"].startswith(("not a recording", "no sound", UNSUPPORTED_FORMAT))
+    assert reasons["shi3.mp3"].startswith(("not audio", "no sound", UNSUPPORTED_FORMAT))
     prepared = open_corpus(tmp_path / "data" / "syllables")
     for split in prepared.splits.values():
         for row in split.table().to_pylist():

@@ -97,7 +97,7 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     assert not in_the_making(uri), "nothing is left of its making"
     assert not list(local_staging_dir(uri).rglob("*.arrow")), "no shard is left on this disk"
 
-    # Nothing changed: nothing is prepared. What another state left in the making is removed.
+    # Nothing changed, so nothing is prepared. Staging files of another state are removed.
     directories.write_bytes(f"{uri}/.made.partial-0123456789abcdef/train-00000.json", b"{}")
     capsys.readouterr()
     assert preparing.main([*words, "--json"]) == 0

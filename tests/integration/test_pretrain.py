@@ -17,9 +17,9 @@ from pipelines.pretrain import main, pretrain
 from pipelines.runs import model_source
 from pipelines.runs.identity import compute_identity
 from pipelines.training.init_from import locate
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.pretraining import build_joint_run
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from skillnet import SkillNet
 from skillnet_platform import config as configuration
@@ -103,7 +103,7 @@ def test_command_line(
     recorded = backend.client(backend.resolve_uri()).get_run(result["run_id"])
     assert recorded.data.tags["stage"] == "pretrain"
     assert {f"{task}/validation_masked_loss" for task in config.tasks} <= set(recorded.data.metrics)
-    # Text, code and sound are predicted by kind: how often rightly is told.
+    # Text, code and sound are predicted as classes, so an accuracy is reported.
     told = {row["task"] for row in result["evaluation"] if row["metric"] == "masked_accuracy"}
     assert told == {"masked_text", "masked_code", "masked_sound"}
     listed = backend.client(backend.resolve_uri()).list_artifacts(

@@ -91,7 +91,9 @@ def test_the_run_is_recorded_with_the_references(done):
 
 
 def test_its_model_searches_and_verifies(done, place: Path):
-    found = search.search_corpus(search.SearchConfig(["红色的方块"], data=str(place / "corpora"), top=3))
+    found = search.search_corpus(
+        search.SearchConfig(["红色的方块"], data=str(place / "corpora"), top=3)
+    )
     assert len(found.hits) == 3
     checks = verify.verify(verify.VerifyConfig(data=str(place / "corpora")))
     assert {check.state for check in checks} == {"ok"}

@@ -124,7 +124,9 @@ def test_nothing_is_pickled_and_the_package_is_named(place: Place):
 
 
 def test_an_equal_model_stays_challenger(place: Place):
-    again = registration.register_model(model_source.resolve_model(str(place.saved)), place.data, samples=50)
+    again = registration.register_model(
+        model_source.resolve_model(str(place.saved)), place.data, samples=50
+    )
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
     assert int(registry.champion().version) == 1
@@ -141,7 +143,9 @@ def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):
     other.tasks["text_classification"] = type(task)("classification", task.towers, outputs=9)
     SkillNet(other).save_pretrained(tmp_path / "nine")
     with pytest.raises(UserError, match="has 15 labels, the model was built for 9"):
-        registration.register_model(model_source.resolve_model(str(tmp_path / "nine")), place.data, rows=[])
+        registration.register_model(
+            model_source.resolve_model(str(tmp_path / "nine")), place.data, rows=[]
+        )
 
 
 def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, capsys):

@@ -1,4 +1,4 @@
-"""A run that stops and goes on ends where one that never stopped ends."""
+"""A run that stops and resumes ends like a run that never stopped."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save

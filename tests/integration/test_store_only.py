@@ -1,6 +1,5 @@
 """Runs on Ray whose workers share a store with the driver, and no disk."""
 
-import json
 import shutil
 import threading
 import time
@@ -19,7 +18,6 @@ from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB
 from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.object_store import ObjectStore
-from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.test_mirror import config_of, weights
 

@@ -123,7 +123,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     )
     here = tmp_path / "second/driver/kept"
     second = json.loads((here / "trials/001-seed0/result.json").read_text(encoding="utf-8"))
-    assert second["resumed"] > 0, "it went on from its checkpoint"
+    assert second["resumed"] > 0, "it resumed from its checkpoint"
     assert second["run"] == str(here / "trials/001-seed0"), "its paths are those of this disk"
     assert not (tmp_path / "second/trials/kept/trials/000-seed0").exists()
 
@@ -178,7 +178,12 @@ def test_a_store_that_is_not_there_is_told_before_anything_starts(
 def study_file(path: Path, data: str) -> Path:
     training = {"steps": 6, "log_every": 2, "precision": "fp32", "workers": 0}
     masked: dict[str, Any] = dict.fromkeys(PretrainConfig().tasks)
-    masked["masked_text"] = {"corpus": "headings", "batch_size": 4, "split": "train", "max_length": 16}
+    masked["masked_text"] = {
+        "corpus": "headings",
+        "batch_size": 4,
+        "split": "train",
+        "max_length": 16,
+    }
     body = {
         "name": "kept",
         "seeds": [0],
@@ -246,7 +251,7 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     settings = configuration.load_yaml(here / "runs/skillnet-pretrained-seed1/config.yaml")
     start_of_it = Path(settings["init_from"])
     assert start_of_it.is_relative_to(tmp_path / "second/driver")
-    assert (start_of_it / "trained.json").is_file(), "the report tells what pretraining took"
+    assert (start_of_it / "trained.json").is_file(), "the report states the cost of pretraining"
 
     third = start(tmp_path / "third", "compare", [kept, "--name", "once-more", *tracked])
     said, told = third.communicate(timeout=200)

@@ -77,7 +77,10 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
         trial("good", good),
         trial("broken", replace(good, data=str(data.parent / "gone"))),
         *(
-            trial(f"lame{n}", replace(good, training=replace(good.training, lr=1e-9, max_grad_norm=1e-9)))
+            trial(
+                f"lame{n}",
+                replace(good, training=replace(good.training, lr=1e-9, max_grad_norm=1e-9)),
+            )
             for n in range(2)
         ),
     ]
@@ -86,7 +89,9 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
     assert runs_below(parent.run_id) == {}, "nothing has started"
 
     # What only shows while it trains does not end the others.
-    trials[1] = trial("broken", replace(good, training=replace(good.training, lr=1e300, max_grad_norm=0.0)))
+    trials[1] = trial(
+        "broken", replace(good, training=replace(good.training, lr=1e300, max_grad_norm=0.0))
+    )
     settings: dict[str, Any] = {
         "folder": run_root / "sweep",
         "parent": parent,
@@ -154,7 +159,7 @@ def test_a_trial_that_is_behind_is_stopped_and_stays_so(
         "keep": 1,
     }
     (first,) = run_trials([trial("first", config)], **settings)
-    # As if it had been better than any can be: so the next one is behind, whatever it learns.
+    # A score better than any possible one, so the next trial is behind in any case.
     path = first.folder / "reports.jsonl"
     lines = [json.loads(line) | {"score": 2.0} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -361,7 +366,7 @@ def test_a_killed_driver_and_an_interrupted_one(
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["--config", str(path)]) == 130
     told = json.loads((trials / "001-seed0" / "result.json").read_text(encoding="utf-8"))
-    assert told["resumed"] > 0, "it went on from its checkpoint"
+    assert told["resumed"] > 0, "it resumed from its checkpoint"
     assert (trials / "000-seed0" / "result.json").stat().st_mtime == finished, "not run again"
     states = {name: run.info.status for name, run in runs_below(identity).items()}
     assert states == {"000-seed0": "FINISHED", "001-seed0": "FINISHED", "002-seed0": "KILLED"}

@@ -14,9 +14,9 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.runs.progress_log import read_metric_history
 from pipelines.training.init_from import preview
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.pretraining import build_joint_run
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from skillnet.systems import build_system, load_model, system_names
 from tests.helpers.small_corpora import small_config, small_pretraining, write_corpora
@@ -78,7 +78,7 @@ def test_going_on_after_an_interruption_is_exact(system: str, data: Path, tmp_pa
 
 def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> None:
     config = config_for(data, "moe", bucket_mb=0.004)
-    # The balancing loss is that of a worker's own tokens: it alone hangs on their number.
+    # The balancing loss is that of a worker's own tokens: only it depends on their number.
     config.options = {"experts": 9, "ffn_dim": 8, "balance": 0.0, "z": 0.0}
     config.tasks["text_to_video"].batch_size = 1  # leaves the second worker without a row
     found = []

@@ -15,9 +15,9 @@ from pipelines.runs.progress_log import read_metric_history
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.tracking import backend
+from tests.chaos.fault_injection import VARIABLE
 from tests.chaos.ray_nodes import wait_for
 from tests.chaos.tracking_server import Server
-from tests.chaos.fault_injection import VARIABLE
 from tests.helpers.small_corpora import write_corpora
 from tests.integration.test_faults import ROOT, STEPS, config_for
 
@@ -42,7 +42,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subprocess.Popen[str]":
-    """The command of a run that stops after so many steps each until something was done."""
+    """Start a run that stops after each of ``steps`` until the test has acted."""
     path = root / f"{config.name}.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
     return subprocess.Popen(
@@ -51,9 +51,7 @@ def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subpr
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
             "SKILLNET_HOME": str(home),
-            VARIABLE: json.dumps(
-                [{"step": step, "kind": "hold"} for step in steps]
-            ),
+            VARIABLE: json.dumps([{"step": step, "kind": "hold"} for step in steps]),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -67,7 +67,7 @@ def test_splits_and_what_is_set_aside(place: Place) -> None:
     (damaged,) = [row for row in told if row["key"] == "-a_00-xxxxx_000000_000010"]
     assert (damaged["file"], damaged["row"]) == ("vatex_training_v1.0.json", 1)
     assert damaged["media"].endswith("more/-a_00-xxxxx_000000_000010.mp4")
-    assert damaged["reason"] == "no pictures in the file"
+    assert damaged["reason"] == "no video in the file"
     assert all("file" in row for row in told)
 
 
@@ -77,8 +77,8 @@ def test_rows_are_what_the_tasks_read(place: Place) -> None:
     aishell = place.open("aishell1")
     symbols = aishell.manifest["symbols"]
     for row in aishell.splits["test"].table().to_pylist():
-        spelt = "".join(symbols[number - 1] for number in row["symbols"])
-        assert spelt.replace("<unk>", "?") == "".join(
+        decoded = "".join(symbols[number - 1] for number in row["symbols"])
+        assert decoded.replace("<unk>", "?") == "".join(
             c if c in symbols else "?" for c in row["text"]
         )
         assert row["frames"] == len(row["log_mel"]) > 50
@@ -154,7 +154,7 @@ def test_a_tokenizer_of_ones_own(place: Place, tmp_path: Path, capsys: Any) -> N
     assert prepare.main([*words, "--data", str(tmp_path / "data")]) == 0
     tokens = open_corpus(tmp_path / "data" / "tnews").splits["train"].column("tokens").to_pylist()
     assert 1 not in {number for row in tokens for number in row}
-    # Others beside it are spelt otherwise: refused, and nothing is changed.
+    # Other corpora use another tokenizer: refused, and nothing is changed.
     before = (place.data / "tokenizer.json").read_bytes()
     capsys.readouterr()
     assert prepare.main([*words, "--data", str(place.data)]) == 2

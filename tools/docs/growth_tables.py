@@ -16,13 +16,20 @@ import yaml
 
 from benchmarks.measure import RESULTS
 from pipelines.evaluation import tables
-from pipelines.growth.report import GROWN, JSON, MARKDOWN, WORDS, GrowthReport, TransferResult
+from pipelines.growth.report import (
+    GROWN,
+    REPORT_JSON,
+    REPORT_MARKDOWN,
+    TRAINING_LABELS,
+    GrowthReport,
+    TransferResult,
+)
 from tools.docs.kept_results import keep, rows_of
 from tools.docs.page_marks import put
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "growth.md"
 EVALUATION, REFERENCES = "evaluation.csv", "references.csv"
-KEPT = (JSON, MARKDOWN, "grow.yaml", EVALUATION)
+KEPT = (REPORT_JSON, REPORT_MARKDOWN, "grow.yaml", EVALUATION)
 BOUNDS = ("value", "low", "high")
 
 
@@ -32,8 +39,8 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
     Raises:
         ValueError: it has no report, or a file names a place of this machine.
     """
-    if not (folder / JSON).is_file():
-        raise ValueError(f"{folder} is no finished growth: it has no {JSON}")
+    if not (folder / REPORT_JSON).is_file():
+        raise ValueError(f"{folder} is no finished growth: it has no {REPORT_JSON}")
     there = [name for name in (REFERENCES,) if (folder / name).is_file()]
     target = results / f"{rows_of(folder / EVALUATION)[0]['date']}-growth"
     keep(folder, [*KEPT, *there], target)
@@ -42,12 +49,12 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
 
 def newest(results: Path = RESULTS) -> Path | None:
     """The folder that was kept last, or none."""
-    return max((path.parent for path in results.glob(f"*-growth/{JSON}")), default=None)
+    return max((path.parent for path in results.glob(f"*-growth/{REPORT_JSON}")), default=None)
 
 
 def text_of(folder: Path) -> str:
     """What stands between the page's marks."""
-    growth = GrowthReport.from_dict(json.loads((folder / JSON).read_text(encoding="utf-8")))
+    growth = GrowthReport.from_dict(json.loads((folder / REPORT_JSON).read_text(encoding="utf-8")))
     first = rows_of(folder / EVALUATION)[0]
     new = [each for each in growth.worth if each.split == "test"]
     words = tables.metric_label(new[0].metric)
@@ -80,7 +87,7 @@ def text_of(folder: Path) -> str:
     everything = next((each for each in new if each.system == "everything" and each.lost), None)
     if everything is not None:
         head = ["task", "metric", "before and after growth", "after training everything"]
-        shown = {metric for metric, _ in tables.PRIMARY_METRICS.values()}
+        shown = {metric for metric, _ in tables.OBJECTIVE_METRICS.values()}
         metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
         cells = [
             [f"`{task}`", tables.metric_label(metric_of[task])]
@@ -102,7 +109,7 @@ def _line(each: TransferResult) -> str:
         behind = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     bold = "**" if each.system == GROWN else ""
     shown = tables.format_value_with_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
-    words = WORDS.get(each.system, each.system)
+    words = TRAINING_LABELS.get(each.system, each.system)
     return f"| {bold}{words}{bold} | {bold}{shown}{bold} | {behind} | {each.trained:,} |"
 
 

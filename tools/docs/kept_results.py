@@ -7,7 +7,7 @@ from pathlib import Path
 
 #: What a run root is called where nobody names one.
 RUN_ROOT = "runs"
-#: A place on this machine, wherever a text or a table may have one.
+#: An absolute path of this machine, in text or tables.
 ABSOLUTE = re.compile(r"""(?:^|[\s"'=(,\[])(/[\w.-]+/[^\s"',]*)""", re.MULTILINE)
 
 

@@ -203,7 +203,7 @@ def _reading(readers: Path) -> list[str]:
     for plan in CORPORA:
         if plan.reader:
             row, spool = held[f"read, {plan.reader}"], kept[f"spool, {plan.reader}"]
-            learns = plan.kind != "sound"  # transcripts are spelt in characters
+            learns = plan.kind != "sound"  # transcripts are encoded as characters
             all_rows = human_bytes(plan.rows * row) if row >= 1 else "does not grow"
             lines.append(
                 f"| {plan.name} | {row:,.0f} | {all_rows} | "

@@ -108,7 +108,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reseal(directory: Path, manifest: Any) -> None:
-    """Write a manifest whose digest is right, as whoever alters a corpus can."""
+    """Write a manifest with a correct digest, as an attacker who alters a corpus can."""
     if isinstance(manifest, dict):
         manifest = manifest | {"digest": manifest_digest(manifest)}
     (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -163,7 +163,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(small)
     model = systems.load_model(small, "text_classification")
     optimizer = build_optimizer(model.named_parameters(), TrainingConfig())
-    return checkpointing.save(folder / "run", 1, model, optimizer, None, {}, keep=1)
+    return checkpointing.write_checkpoint(folder / "run", 1, model, optimizer, None, {}, keep=1)
 
 
 @given(st.integers(0, 20), WOUNDS, st.booleans())
@@ -177,5 +177,5 @@ def test_damaged_checkpoints(saved: Path, number: int, wounds: Any, sealed: bool
     path.write_bytes(damaged(path.read_bytes(), wounds))
     if sealed and path.name != "manifest.json":
         write_manifest(copy, [each.name for each in files if each.name != "manifest.json"])
-    named(lambda: checkpoints.verify(copy))
+    named(lambda: checkpoints.verify_checkpoint(copy))
     named(lambda: systems.load_model(copy))

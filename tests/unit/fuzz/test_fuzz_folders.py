@@ -43,7 +43,7 @@ TRIAL: dict[str, list[Any]] = {
 
 
 def read_trial(folder: Path) -> TrialOutcome | None:
-    """What a sweep that goes on does with each trial's folder, up to its table."""
+    """Read a trial's folder as a resumed sweep does, up to its table."""
     entry = LedgerEntry(Trial("000", FinetuneConfig()), folder)
     settled = entry.load_settled()
     if settled is not None:
@@ -53,7 +53,7 @@ def read_trial(folder: Path) -> TrialOutcome | None:
 
 
 def lay(folder: Path, leave_out: str = "") -> list[Path]:
-    """A whole trial's folder, anew; its files."""
+    """Create the folder of a complete trial again; return its files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, lines in TRIAL.items():
@@ -105,7 +105,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copied(run: Path, place: Path) -> Path:
-    """A whole run's folder, anew."""
+    """Copy the folder of a complete run again."""
     copy = place / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run, copy)
@@ -158,7 +158,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def lay_model(folder: Path, kind: str) -> list[Path]:
-    """A model's folder, anew; the files that are read."""
+    """Create a model's folder again; return the files that are read."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, told in MODELS[kind].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A run's folder with random damage: the same command goes on, or says in words what is wrong."""
+"""Random damage to a run's folder: the same command resumes, or reports the damage."""
 
 import json
 import shutil
@@ -16,7 +16,6 @@ from pipelines.finetune import finetune
 from skillnet.serialization import write_manifest
 from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.random_damage import PLACES, VALUES, WOUNDS, budget, damaged, named, replaced
-from tests.chaos.fault_injection import finetune_with_faults
 from tests.helpers.small_corpora import small_config, write_corpora
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.integration]
@@ -25,7 +24,7 @@ STEPS = 6
 
 
 class Run:
-    """A run that ended with an error after step 5, and what it is once it has gone on.
+    """A run that ended with an error after step 5, and its state after it resumed.
 
     Args:
         root: for all that it needs.
@@ -60,7 +59,7 @@ class Run:
 
         Raises:
             UserError: what is wrong with the folder.
-            AssertionError: it went on to other weights.
+            AssertionError: it resumed to other weights.
         """
         finetune(self.config)
         found = weights(self.folder)

@@ -142,7 +142,7 @@ def test_an_epoch_of_every_contender_has_every_row(tmp_path: Path) -> None:
 
 
 def _counting(told: list[int], folder: Path, stack: ExitStack) -> Callable[[float], None]:
-    """A contender that computes for so many seconds; it wants an empty folder."""
+    """Return a contender that computes for a number of seconds in an empty folder."""
     assert not list(folder.iterdir())
     told.append(0)
 

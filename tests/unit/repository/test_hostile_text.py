@@ -28,7 +28,7 @@ def search_page() -> str:
 
 
 def comparison_page() -> str:
-    """With hostile text wherever the template shows a value."""
+    """Render a page with hostile text in every value of the template."""
     part = SimpleNamespace(shown=True, words=NASTY)
     claim = SimpleNamespace(
         verdict=NASTY, words=NASTY, winner=NASTY, why=NASTY, parts=[part], rule=NASTY

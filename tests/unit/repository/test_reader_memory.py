@@ -1,4 +1,4 @@
-"""What reading holds is told in bytes a row, of every reader that the plan names."""
+"""Bytes per row that readers hold, for every reader that the plan names."""
 
 from pathlib import Path
 
