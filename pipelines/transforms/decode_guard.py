@@ -174,7 +174,7 @@ def remove_attempts(session: str) -> None:
 
 
 class _Timer:
-    """Limit of wall time by SIGALRM, whose handler raises, and of CPU time by SIGPROF, which kills."""
+    """Limit of wall time by SIGALRM (its handler raises) and of CPU time by SIGPROF (kills)."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -1,8 +1,8 @@
-"""Drawings (SVG) to PNG. What a drawing may ask of its reader is checked before it is drawn.
+"""SVG images to PNG. The requests of an SVG are checked before it is drawn.
 
-resvg opens the files that a drawing names, makes its picture as high as the drawing says, and goes
-as deep as its elements lie. So the text is read once with expat, which sees names, attributes
-and entities as resvg does, before resvg gets it.
+resvg opens files that an SVG names, draws at the size that it declares, and recurses as deep as
+its elements are nested. So the text is first parsed with expat, which sees the same names,
+attributes and entities as resvg.
 """
 
 import base64
@@ -14,28 +14,30 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 from xml.parsers import expat
 
+#: Bytes of an SVG file.
 MAX_BYTES = 8 * 2**20
-#: A taller picture is drawn narrower: groups and filters each take a picture of that size again.
+#: A taller image is drawn narrower. Groups and filters each allocate an image of this size.
 MAX_DRAWN_PIXELS = 4 * 2**20
-#: Of all pictures within a drawing together: that is what a photograph may have.
+#: Pixels of all images embedded in an SVG, the limit of a photograph.
 MAX_EMBEDDED_PIXELS = 64 * 2**20
+#: Levels of nested elements.
 MAX_DEPTH = 1000
-#: Expat (before 2.7) goes as deep as they build on each other. Illustrator writes ten.
+#: Expat before 2.7 recurses into entities that refer to each other. Illustrator writes ten.
 MAX_ENTITIES = 1000
-#: resvg ends at a depth of 1,024 by itself, but a usual stack ends at 120.
+#: resvg stops at a depth of 1,024, but a default stack overflows at 120.
 STACK_BYTES = 128 * 2**20
-#: Of CSS. The binding's own default is none, which makes nothing of a width in millimetres.
+#: The value of CSS. Without one, the binding ignores a width in millimetres.
 DPI = 96
-#: No folder: where the files would lie that slipped through.
+#: Not a directory: a reference that passed the check finds no file there.
 NO_RESOURCES_DIR = "/dev/null"
 
-REFERS_TO_FILE = "a drawing that refers to another file"
-EMBEDS_UNSUPPORTED = "a drawing with an embedded part that is no PNG, JPEG, GIF or WebP"
+REFERS_TO_FILE = "an SVG that refers to another file"
+EMBEDS_UNSUPPORTED = "an SVG with an embedded part that is not PNG, JPEG, GIF or WebP"
 _EMBEDDED = re.compile(r"\s*data:image/(?:png|jpe?g|gif|webp)((?:;[^,#]*)?),", re.IGNORECASE)
 
 
 def is_svg(data: bytes) -> bool:
-    """Whether a file is to be read as an SVG."""
+    """Return whether the bytes of a file are an SVG."""
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith((b"<svg", b"<?xml", b"<!--")):
         return True
@@ -43,10 +45,14 @@ def is_svg(data: bytes) -> bool:
 
 
 def draw_svg(data: bytes, side: int) -> bytes:
-    """A drawing as a PNG file ``side`` pixels wide, of at most ``MAX_DRAWN`` pixels or a square.
+    """Draw an SVG as a PNG file.
+
+    Args:
+        data: bytes of the SVG.
+        side: width in pixels. The height is limited to ``MAX_DRAWN_PIXELS`` in total, or a square.
 
     Raises:
-        ValueError: the bytes are no SVG, or a damaged one; it is too large or refers to other
+        ValueError: the bytes are not an SVG, or it is damaged, too large, or refers to other
             files.
     """
     if len(data) > MAX_BYTES:
@@ -55,26 +61,26 @@ def draw_svg(data: bytes, side: int) -> bytes:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError("a damaged SVG (not UTF-8)") from None
-    _check(data)
-    return _with_stack(lambda: _draw(text, side))
+    _check_svg(data)
+    return _run_with_stack(lambda: _draw(text, side))
 
 
-class _Check:
-    """Handlers of a parser; what they refuse is raised as ValueError."""
+class _SvgChecker:
+    """Handlers of a parser that raise ValueError for an unsafe SVG."""
 
     def __init__(self) -> None:
         self.depth = self.entities = self.pixels = 0
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
-        element = _local(name)
+        element = _strip_namespace(name)
         if self.depth == 0 and element != "svg":
-            raise ValueError("XML, but no SVG")
+            raise ValueError("XML, but not an SVG")
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise ValueError(f"an SVG of more than {MAX_DEPTH} elements within each other")
+            raise ValueError(f"an SVG of more than {MAX_DEPTH} nested elements")
         if element in ("image", "feImage"):
             for key, value in attributes.items():
-                if _local(key) == "href":
+                if _strip_namespace(key) == "href":
                     self.href(value)
 
     def end(self, name: str) -> None:
@@ -86,51 +92,50 @@ class _Check:
             raise ValueError(f"an SVG of more than {MAX_ENTITIES} entities")
 
     def skipped(self, *entity: Any) -> None:
-        raise ValueError("a damaged SVG (an entity that it does not declare)")
+        raise ValueError("a damaged SVG (an undeclared entity)")
 
     def href(self, value: str) -> None:
         found = _EMBEDDED.match(value)
         if found:
-            self.pixels += _pixels(found[1], value[found.end() :])
+            self.pixels += _count_pixels(found[1], value[found.end() :])
             if self.pixels > MAX_EMBEDDED_PIXELS:
                 raise ValueError(
-                    f"a drawing with pictures of more than {MAX_EMBEDDED_PIXELS // 10**6} million pixels"
+                    f"an SVG with images of more than {MAX_EMBEDDED_PIXELS // 10**6} million pixels"
                 )
         elif value.strip()[:5].lower() == "data:":
-            raise ValueError(
-                EMBEDS_UNSUPPORTED
-            )  # a drawing, too: it would have to be checked in its turn
+            # The part may be an SVG, which would need a check of its own.
+            raise ValueError(EMBEDS_UNSUPPORTED)
         elif value.strip() and not value.startswith("#"):
             raise ValueError(REFERS_TO_FILE)
 
 
-def _check(data: bytes) -> None:
-    # resvg gets text: an encoding that the file names must not make other text of it here.
-    parser, check = expat.ParserCreate("utf-8"), _Check()
+def _check_svg(data: bytes) -> None:
+    # resvg gets decoded text. The encoding that the file declares must not change the text here.
+    parser, check = expat.ParserCreate("utf-8"), _SvgChecker()
     parser.StartElementHandler, parser.EndElementHandler = check.start, check.end
     parser.EntityDeclHandler, parser.SkippedEntityHandler = check.entity, check.skipped
     try:
         parser.Parse(data, True)
-    except expat.ExpatError as problem:
-        raise ValueError(f"a damaged SVG ({expat.ErrorString(problem.code)})") from None
+    except expat.ExpatError as error:
+        raise ValueError(f"a damaged SVG ({expat.ErrorString(error.code)})") from None
 
 
-def _pixels(parameters: str, rest: str) -> int:
-    """How many pixels an embedded picture has, by its head."""
+def _count_pixels(parameters: str, rest: str) -> int:
+    """Return the number of pixels of an embedded image, from its header."""
     from PIL import Image
 
     try:
-        # As resvg reads it (WHATWG's URL and Fetch): or it would draw what was not looked at.
+        # Decode as resvg does (WHATWG URL and Fetch). Otherwise it could draw an unchecked image.
         data = unquote_to_bytes(re.sub(r"[\t\n\r]|#.*", "", rest, flags=re.DOTALL))
         if re.search("; *base64$", parameters, re.IGNORECASE):
             data = base64.b64decode(data)
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP")) as picture:
-            return picture.width * picture.height
-    except Exception:  # as for any picture, damaged ones raise nearly everything there is
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "GIF", "WEBP")) as image:
+            return image.width * image.height
+    except Exception:  # damaged images raise almost any exception
         raise ValueError(EMBEDS_UNSUPPORTED) from None
 
 
-def _local(name: str) -> str:
+def _strip_namespace(name: str) -> str:
     return name.rpartition(":")[2]
 
 
@@ -147,27 +152,27 @@ def _draw(text: str, side: int) -> bytes:
                 dpi=DPI,
             )
         )
-    except ValueError as problem:
-        raise ValueError(f"a damaged SVG ({re.sub('[0-9]+', 'N', str(problem))[:80]})") from None
-    except BaseException as problem:
-        # A panic of the Rust library is no Exception.
-        if type(problem).__name__ != "PanicException":
+    except ValueError as error:
+        raise ValueError(f"a damaged SVG ({re.sub('[0-9]+', 'N', str(error))[:80]})") from None
+    except BaseException as error:
+        # A panic of the Rust library is not an Exception.
+        if type(error).__name__ != "PanicException":
             raise
         raise ValueError("a damaged SVG (its drawing failed)") from None
 
 
-def _with_stack(action: Callable[[], bytes]) -> bytes:
-    """What ``action`` returns or raises, run on a stack that deep drawings do not end.
+def _run_with_stack(action: Callable[[], bytes]) -> bytes:
+    """Run an action in a thread with a stack that is large enough for deeply nested SVGs.
 
-    A signal does not reach it, but neither does one reach resvg otherwise: it keeps Python's lock.
+    Signals do not interrupt the thread. They would not interrupt resvg either, which holds the GIL.
     """
-    found: list[bytes | BaseException] = []
+    outcome: list[bytes | BaseException] = []
 
     def run() -> None:
         try:
-            found.append(action())
-        except BaseException as problem:
-            found.append(problem)
+            outcome.append(action())
+        except BaseException as error:
+            outcome.append(error)
 
     before = threading.stack_size(STACK_BYTES)
     try:
@@ -176,6 +181,6 @@ def _with_stack(action: Callable[[], bytes]) -> bytes:
     finally:
         threading.stack_size(before)
     thread.join()
-    if isinstance(found[0], bytes):
-        return found[0]
-    raise found[0]
+    if isinstance(outcome[0], bytes):
+        return outcome[0]
+    raise outcome[0]

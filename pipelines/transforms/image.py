@@ -1,4 +1,4 @@
-"""Pictures to pixels: square, upright, on white, 8 bits a channel."""
+"""Transform of images: square, upright pixels on white, 8 bits per channel."""
 
 import io
 import warnings
@@ -10,85 +10,84 @@ from numpy.typing import NDArray
 
 from pipelines.transforms.drawing import draw_svg, is_svg
 
-#: Count it up when a change of this file or of drawing.py changes pixels that it makes of a file.
+#: Increase it when a change of this file or of drawing.py changes the pixels of any file.
 VERSION = 3
+#: Pixels of a side.
 SIZE = 48
-#: An SVG is drawn this many times larger and then reduced, as a photograph would be.
+#: An SVG is drawn this many times larger and then reduced like a photograph.
 SVG_SCALE = 2
-#: Modes of Pillow's without an alpha channel; a file may still say that one colour is none.
+#: Pillow modes without an alpha channel. A file may still declare one colour transparent.
 OPAQUE_MODES = ("RGB", "L", "CMYK")
-#: Greys of 16 bits: of a PNG or TIFF; of a PGM. Pillow would cut them off at 255, which is white.
+#: Pillow modes of 16-bit grey (PNG, TIFF, PGM). Pillow would clip them at 255, which is white.
 GREY_16BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-#: What Pillow may take a file for. It knows dozens more: EPS would be a program that it runs.
+#: Formats that Pillow may detect. It supports dozens more; EPS would be a program that it runs.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA", "DIB"),
 )
 MAX_PIXELS = 64 * 2**20
-TOO_LARGE = f"a picture of more than {MAX_PIXELS // 10**6} million pixels"
+TOO_LARGE = f"an image of more than {MAX_PIXELS // 10**6} million pixels"
 
 
 def decode_image(data: bytes, size: int = SIZE) -> Any:
-    """Read a PNG, JPEG (or what else ``FORMATS`` names) or SVG file.
+    """Decode an image file of any format in ``FORMATS``, or an SVG.
 
-    Sizes are read from the file's head and checked before anything is decoded. A JPEG is decoded
-    at the smallest scale that has twice the wanted side: for a photograph of a telephone that
-    is a tenth of the time. It is turned as its EXIF orientation says: telephones write what the
-    sensor saw, and how they were held.
+    The size is read from the header and checked before anything is decoded. A JPEG is decoded at
+    the smallest scale that has twice the target size, which takes a tenth of the time for a
+    smartphone photograph. The image is rotated by its EXIF orientation, because smartphones store
+    the image of the sensor together with the orientation of the device.
 
     Args:
-        data: the file's bytes.
-        size: the side wanted later, in pixels: an SVG is drawn ``SVG_SCALE`` times as large.
+        data: bytes of the file.
+        size: target side in pixels; an SVG is drawn ``SVG_SCALE`` times as large.
 
     Returns:
-        A Pillow image, mode RGBA, or RGB where nothing in it can be transparent.
+        Pillow image of mode RGBA, or RGB if it cannot be transparent.
 
     Raises:
-        ValueError: the bytes are no picture, a damaged one, or one of more than 64 million pixels;
-            or a drawing that refers to other files.
+        ValueError: the bytes are not an image, it is damaged or has more than 64 million pixels,
+            or an SVG refers to other files.
     """
     if is_svg(data):
         data = draw_svg(data, size * SVG_SCALE)
     try:
         image = _open(data)
-    except Exception as problem:
-        raise _refusal(problem) from None
+    except Exception as error:
+        raise _make_decode_error(error) from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(TOO_LARGE)
     if image.mode == "F":
-        raise ValueError("a picture of fractions: no file says which of them is white")
+        raise ValueError("an image of fractions: no file states which of them is white")
     try:
-        image.draft("RGB", (2 * size, 2 * size))  # other formats than JPEG pass over it
-        _turn(image)
+        image.draft("RGB", (2 * size, 2 * size))  # no effect for other formats than JPEG
+        _rotate_upright(image)
         if image.mode in GREY_16BIT_MODES:
-            image = _pillow().fromarray(_high_bytes(image))
+            image = _pillow().fromarray(_take_high_bytes(image))
         opaque = image.mode in OPAQUE_MODES and not image.has_transparency_data
         return image.convert("RGB" if opaque else "RGBA")
     except MemoryError:
         raise
-    except Exception as problem:
-        raise _refusal(problem) from None
+    except Exception as error:
+        raise _make_decode_error(error) from None
 
 
 def read_image_size(data: bytes) -> tuple[int, int] | None:
-    """(Width, height) of a picture file in pixels, as it is shown; none of a drawing (SVG).
-
-    Read from the file's head: nothing is decoded.
+    """Return (width, height) of an upright image in pixels, from its header; ``None`` for an SVG.
 
     Raises:
-        ValueError: the bytes are no picture.
+        ValueError: the bytes are not an image.
     """
     if is_svg(data):
         return None
     try:
         image = _open(data)
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception as problem:
-        raise _refusal(problem) from None
-    return (image.height, image.width) if turned else (image.width, image.height)
+        is_rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception as error:
+        raise _make_decode_error(error) from None
+    return (image.height, image.width) if is_rotated else (image.width, image.height)
 
 
-def _turn(image: Any) -> None:
-    """Turn a picture upright, in place. Damaged EXIF data cost no picture."""
+def _rotate_upright(image: Any) -> None:
+    """Rotate an image upright in place. Damaged EXIF data are ignored."""
     from PIL import ImageOps
 
     image.load()
@@ -100,46 +99,55 @@ def _turn(image: Any) -> None:
         return
 
 
-def _high_bytes(image: Any) -> NDArray[np.uint8]:
-    """The upper halves of 16-bit greys: uint8 (H, W)."""
+def _take_high_bytes(image: Any) -> NDArray[np.uint8]:
+    """Return the high bytes of a 16-bit grey image, uint8 (H, W)."""
     return (np.clip(np.asarray(image), 0, 0xFFFF) >> 8).astype(np.uint8)
 
 
-def _refusal(problem: Exception) -> ValueError:
-    """What to say of an error of Pillow's. Damaged files raise nearly everything there is."""
+def _make_decode_error(error: Exception) -> ValueError:
+    """Return the reason for an error of Pillow. Damaged files raise almost any exception."""
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(problem, UnidentifiedImageError):
-        return ValueError("not a picture (PNG, JPEG or SVG expected)")
-    if isinstance(problem, Image.DecompressionBombError):
+    if isinstance(error, UnidentifiedImageError):
+        return ValueError("not an image (PNG, JPEG or SVG expected)")
+    if isinstance(error, Image.DecompressionBombError):
         return ValueError(TOO_LARGE)
-    # Rows are counted by their reason: no numbers of bytes in it.
-    told = str(problem).split(" (")[0] if isinstance(problem, OSError) else type(problem).__name__
-    return ValueError(f"a damaged picture ({told})")
+    # Rows are counted by their reason, so it must not contain a number of bytes.
+    cause = str(error).split(" (")[0] if isinstance(error, OSError) else type(error).__name__
+    return ValueError(f"a damaged image ({cause})")
 
 
 def crop_image(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
-    """The middle square of a photograph, on white, reduced: uint8 (size, size, 3)."""
+    """Return the centre square of a Pillow image on white, uint8 (size, size, 3).
+
+    Args:
+        image: Pillow image of mode RGB or RGBA.
+        size: side of the result in pixels.
+    """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
-    return np.asarray(_on_white(_reduced(square, (size, size)), (size, size)))
+    return np.asarray(_place_on_white(_resize(square, (size, size)), (size, size)))
 
 
 def fit_image(image: Any, size: int = SIZE) -> NDArray[np.uint8]:
-    """Fit a Pillow image into a white square: uint8 (size, size, 3).
+    """Fit a Pillow image into a white square, uint8 (size, size, 3).
 
-    What is transparent becomes white, and a transparent margin is cut off: how much of it there
-    is tells the artist, not what is drawn. The aspect ratio stays.
+    Transparent pixels become white. A transparent margin is removed, because its width reveals the
+    artist and not the content. The aspect ratio stays.
+
+    Args:
+        image: Pillow image of mode RGB or RGBA.
+        size: side of the result in pixels.
     """
     if image.mode == "RGBA":
         image = image.crop(image.getchannel("A").getbbox())
     scale = size / max(image.width, image.height)
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return np.asarray(_on_white(_reduced(image, (width, height)), (size, size)))
+    return np.asarray(_place_on_white(_resize(image, (width, height)), (size, size)))
 
 
-def _reduced(image: Any, shape: tuple[int, int]) -> Any:
+def _resize(image: Any, shape: tuple[int, int]) -> Any:
     from PIL import Image
 
     if image.mode == "RGB":
@@ -148,31 +156,31 @@ def _reduced(image: Any, shape: tuple[int, int]) -> Any:
     return image.convert("RGBa").resize(shape, Image.Resampling.LANCZOS).convert("RGBA")
 
 
-def _on_white(image: Any, shape: tuple[int, int]) -> Any:
-    """In the middle of a white picture of that width and height, mode RGB."""
+def _place_on_white(image: Any, shape: tuple[int, int]) -> Any:
+    """Return an image centred on a white canvas of shape (width, height), mode RGB."""
     from PIL import Image
 
     if image.mode == "RGB" and image.size == shape:
         return image
-    place = ((shape[0] - image.width) // 2, (shape[1] - image.height) // 2)
+    offset = ((shape[0] - image.width) // 2, (shape[1] - image.height) // 2)
     canvas = Image.new(image.mode, shape, (255, 255, 255, 255)[: len(image.mode)])
     if image.mode == "RGB":
-        canvas.paste(image, place)
+        canvas.paste(image, offset)
     else:
-        canvas.alpha_composite(image, place)
+        canvas.alpha_composite(image, offset)
     return canvas.convert("RGB")
 
 
 def load_pixels(data: bytes, size: int = SIZE, fit: str = "pad") -> NDArray[np.uint8]:
-    """A picture file's bytes to uint8 (size, size, 3).
+    """Decode an image file to pixels, uint8 (size, size, 3).
 
     Args:
-        data: the file's bytes.
-        size: side of the square, in pixels.
-        fit: "pad" shows all of it on white, "crop" its middle square.
+        data: bytes of the file.
+        size: side of the square in pixels.
+        fit: "pad" fits the complete image on white, "crop" takes its centre square.
 
     Raises:
-        ValueError: the bytes are no picture.
+        ValueError: the bytes are not an image.
     """
     image = decode_image(data, size)
     return crop_image(image, size) if fit == "crop" else fit_image(image, size)
@@ -184,7 +192,7 @@ def _open(data: bytes) -> Any:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of ``FORMATS`` that this Pillow has."""
+    """Return the formats of ``FORMATS`` that this build of Pillow supports."""
     pillow = _pillow()
     pillow.init()
     return tuple(name for name in FORMATS if name in pillow.OPEN)
@@ -192,7 +200,7 @@ def _formats() -> tuple[str, ...]:
 
 @cache
 def _pillow() -> Any:
-    """Pillow's Image module, which need not warn of what is refused here anyway."""
+    """Return Pillow's Image module, without its warning about sizes that are rejected here."""
     from PIL import Image
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -1,7 +1,7 @@
-"""Recordings to log-mel frames: 16 kHz, windows of 25 ms every 10 ms, 80 mel bins.
+"""Transform of audio: log-mel frames at 16 kHz, windows of 25 ms every 10 ms, 80 mel bins.
 
-The scale is HTK's (mel = 2595 log10(1 + f / 700)), triangles of unit peak between 20 Hz and
-8 kHz, as in the filterbanks of Kaldi-style recognisers.
+The scale is that of HTK (mel = 2595 log10(1 + f / 700)), with triangles of unit peak between 20 Hz
+and 8 kHz, as in the filterbanks of Kaldi-style recognizers.
 """
 
 from functools import cache
@@ -12,70 +12,77 @@ from numpy.typing import NDArray
 
 from pipelines.transforms import containers
 
+#: Hz; ``WINDOW`` and ``HOP`` are in samples, ``LOW`` and ``HIGH`` in Hz.
 RATE = 16_000
 WINDOW = 400
 HOP = 160
 FFT = 512
 MELS = 80
 LOW, HIGH = 20.0, 8_000.0
-#: Each sample less this share of the one before: no direct current, less hum, and consonants
-#: that are not drowned by vowels. Without it an offset of the recorder hides where speech ends.
+#: Pre-emphasis: this fraction of the previous sample is subtracted. It removes direct current and
+#: reduces hum, and it balances consonants against vowels. Without it, an offset of the recorder
+#: hides the end of speech.
 EMPHASIS = 0.97
-#: Speech is what lies within this many decibels of the loudest frame.
+#: Decibels: frames within this distance of the loudest frame are speech.
 TRIM_DB = 25.0
-#: Root mean square that speech is scaled to.
+#: Root mean square of normalized speech.
 LEVEL = 0.1
 #: Added to the power before the logarithm.
 FLOOR = 1e-4
-#: Of log-mel values of the training recordings of ``syllables``; one pair for all bins, the
-#: same for every corpus, so that one stem can read them all.
+#: Of the log-mel values of the training audio of ``syllables``. One pair for all bins and corpora,
+#: so that one stem can read all corpora.
 MEAN, DEVIATION = -2.8, 3.2
+#: Frames of the model's input, and seconds of a file that is decoded.
 MAX_FRAMES = 192
 MAX_SECONDS = 600
 TOO_LONG = f"longer than {MAX_SECONDS} seconds"
-CUT_SHORT = "cut short: the file ends before its recording does"
-NON_FINITE_SAMPLES = "samples that are no numbers (NaN or infinite)"
-#: Who writes to a pipe cannot know the length, and writes the most: ``ffmpeg`` all ones, ``sox``
-#: whole frames of a little less than this half.
-_UNKNOWN = 0x7FFF0000
-#: Bytes: some writers take the head for part of the samples.
-_HEAD = 64
-#: Of a WAV file before its samples, that are looked through.
-_MOST_CHUNKS = 1_000
-#: Of a WAV, whose head says all: else FFmpeg looks through half a megabyte for other sound in
-#: disguise, which takes longer than all that follows.
-_PROBED = 8_192
+CUT_SHORT = "cut short: the file ends before its audio does"
+NON_FINITE_SAMPLES = "samples that are not finite (NaN or infinite)"
+#: A writer to a pipe does not know the length and writes the maximum: ``ffmpeg`` writes all ones,
+#: ``sox`` complete frames of slightly less than this half.
+_UNKNOWN_LENGTH = 0x7FFF0000
+#: Bytes: some writers count the header as samples.
+_HEADER_SLACK = 64
+#: Chunks of a WAV file that are searched for its samples.
+_MAX_CHUNKS = 1_000
+#: Bytes of a WAV file that FFmpeg probes. Its header states the format. By default FFmpeg searches
+#: half a megabyte for other formats, which takes longer than decoding.
+_PROBE_BYTES = 8_192
 
 
 def decode_audio(data: bytes, rate: int = RATE) -> NDArray[np.float32]:
-    """Read an MP3, WAV (or what else ``containers.FORMATS`` names) file.
+    """Decode an audio file of any format in ``containers.FORMATS``.
+
+    Args:
+        data: bytes of the file.
+        rate: sampling rate of the result in Hz.
 
     Returns:
-        float32 samples, mono, at ``rate`` Hz.
+        float32 samples, mono, (samples,).
 
     Raises:
-        ValueError: the bytes are no recording, it is empty, cut short, longer than ten minutes,
-            or holds values that are no numbers.
+        ValueError: the bytes are not audio, or it is empty, truncated, longer than ten minutes, or
+            has samples that are not finite.
     """
     import av
 
     if data[:256].lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise ValueError("a web page, not a recording")
+        raise ValueError("a web page, not audio")
     if _wav_is_cut(data) or _ogg_is_cut(data):
         raise ValueError(CUT_SHORT)
-    options = {"probesize": str(_PROBED)} if _is_wav(data) else {}
+    options = {"probesize": str(_PROBE_BYTES)} if _is_wav(data) else {}
     try:
         with containers.open_container(data, **options) as container:
             stream = containers.first_stream(container.streams.audio, "no sound in the file")
-            said = _seconds_said(container, stream, data)
-            if said > MAX_SECONDS:
+            declared = _declared_seconds(container, stream, data)
+            if declared > MAX_SECONDS:
                 raise ValueError(TOO_LONG)
             wave = _decode(container, stream, rate)
-    except av.FFmpegError as problem:
-        raise ValueError(f"not a recording that can be read ({problem.strerror})") from None
+    except av.FFmpegError as error:
+        raise ValueError(f"not audio that can be read ({error.strerror})") from None
     if not wave.size:
-        raise ValueError("an empty recording")
-    if wave.size / rate < 0.95 * said - 0.25:
+        raise ValueError("empty audio")
+    if wave.size / rate < 0.95 * declared - 0.25:
         raise ValueError(CUT_SHORT)
     if not np.isfinite(wave).all():
         raise ValueError(NON_FINITE_SAMPLES)
@@ -98,10 +105,10 @@ def _decode(container: Any, stream: Any, rate: int) -> NDArray[np.float32]:
     return np.concatenate(parts).astype(np.float32, copy=False) if parts else np.zeros(0, "f")
 
 
-def _seconds_said(container: Any, stream: Any, data: bytes) -> float:
-    """How long the recording is by its own account; 0 if it does not say."""
+def _declared_seconds(container: Any, stream: Any, data: bytes) -> float:
+    """Return the seconds that the file declares; 0 if it declares none."""
     if container.format.name == "mp3":
-        # Without a header of its own the length is FFmpeg's guess from the first bit rate.
+        # Without one of these headers, FFmpeg guesses the length from the first bit rate.
         head = data[: 1 << 16]
         if not any(mark in head for mark in (b"Xing", b"Info", b"VBRI")):
             return 0.0
@@ -111,33 +118,38 @@ def _seconds_said(container: Any, stream: Any, data: bytes) -> float:
 
 
 def _wav_is_cut(data: bytes) -> bool:
-    """Whether a WAV file ends before its head says; FFmpeg takes what is there.
+    """Return whether a WAV file is shorter than its header declares; FFmpeg would accept it.
 
-    RF64 and BW64 (EBU Tech 3306) are WAV files with lengths of 64 bits in a chunk of their own.
+    RF64 and BW64 (EBU Tech 3306) are WAV files with 64-bit lengths in a separate chunk.
     """
     if data[:4] not in (b"RIFF", b"RF64", b"BW64") or data[8:12] != b"WAVE":
         return False
-    said = int.from_bytes(data[4:8], "little") + 8
-    if len(data) < said < _UNKNOWN:
+    declared = int.from_bytes(data[4:8], "little") + 8
+    if len(data) < declared < _UNKNOWN_LENGTH:
         return True
-    place, long = 12, 0
-    for _ in range(_MOST_CHUNKS):
-        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+    position, long_size = 12, 0
+    for _ in range(_MAX_CHUNKS):
+        name, size = (
+            data[position : position + 4],
+            int.from_bytes(data[position + 4 : position + 8], "little"),
+        )
         if name == b"ds64":
-            long = int.from_bytes(data[place + 16 : place + 24], "little")
+            long_size = int.from_bytes(data[position + 16 : position + 24], "little")
         if name == b"data":
-            if long:
-                return len(data) < place + 8 + long
-            return size < _UNKNOWN and len(data) + _HEAD < place + 8 + size
-        place += 8 + size + size % 2
-        if place >= len(data):
+            if long_size:
+                return len(data) < position + 8 + long_size
+            return size < _UNKNOWN_LENGTH and len(data) + _HEADER_SLACK < position + 8 + size
+        position += 8 + size + size % 2
+        if position >= len(data):
             break
     return False
 
 
 def _ogg_is_cut(data: bytes) -> bool:
-    """Whether an Ogg file (Opus, Vorbis) ends within a page; its length is that of the last page
-    there is, so it never falls short of what it says. Layout of a page: RFC 3533, section 6.
+    """Return whether an Ogg file (Opus, Vorbis) ends inside a page.
+
+    FFmpeg takes its length from the last page, so it always equals the declared one. Layout of a
+    page: RFC 3533, section 6.
     """
     if data[:4] != b"OggS":
         return False
@@ -157,72 +169,80 @@ def _is_wav(data: bytes) -> bool:
 def compute_log_mel(
     wave: NDArray[np.float32], max_frames: int = MAX_FRAMES, trimmed: bool = True
 ) -> NDArray[np.float32]:
-    """Trim to speech, scale to one level, and take normalised log-mel frames.
+    """Trim audio to speech, normalize its level, and compute normalized log-mel frames.
 
     Args:
-        wave: samples at 16 kHz, mono.
-        max_frames: what lies beyond is cut off.
-        trimmed: cut the silence before and after; see ``trim``.
+        wave: samples at 16 kHz, mono, (samples,).
+        max_frames: later frames are dropped.
+        trimmed: remove silence at both ends; see :func:`trim_silence`.
 
     Returns:
         float32 (F, 80), at most ``max_frames`` frames.
 
     Raises:
-        ValueError: the recording is silent, or as loud as no numbers are.
+        ValueError: the audio is silent, or its level is not finite.
     """
-    with np.errstate(over="ignore"):  # refused below
+    with np.errstate(over="ignore"):  # rejected below
         speech = apply_preemphasis(wave)
     speech = trim_silence(speech) if trimmed else np.pad(speech, (0, max(0, WINDOW - speech.size)))
     level = float(np.sqrt(np.mean(speech.astype(np.float64) ** 2)))
     if not np.isfinite(level):
         raise ValueError(NON_FINITE_SAMPLES)
     if level <= 1e-6:
-        raise ValueError("a silent recording")
-    power = _power(speech * (LEVEL / level))[:max_frames]
-    # Of a filter's 257 weights six or so are not zero. A sparse product sums those, in order: it is
-    # the same on every machine, whatever BLAS there is.
-    mel = (_filters() @ power.T).T
+        raise ValueError("silent audio")
+    power = _power_spectrum(speech * (LEVEL / level))[:max_frames]
+    # About six of a filter's 257 weights are not zero. A sparse product sums them in order, so the
+    # result is the same on every machine and with any BLAS.
+    mel = (_mel_filters() @ power.T).T
     return ((np.log(mel + FLOOR) - MEAN) / DEVIATION).astype(np.float32, order="C")
 
 
 def load_log_mel(
     data: bytes, max_frames: int = MAX_FRAMES, trimmed: bool = True
 ) -> NDArray[np.float32]:
-    """A recording's bytes to frames, float32 (F, 80).
+    """Decode an audio file and compute its log-mel frames.
+
+    Args:
+        data: bytes of the file.
+        max_frames: later frames are dropped.
+        trimmed: remove silence at both ends.
+
+    Returns:
+        float32 (F, 80).
 
     Raises:
-        ValueError: the bytes are no recording, or it is silent.
+        ValueError: the bytes are not audio, or it is silent.
     """
     return compute_log_mel(decode_audio(data), max_frames, trimmed)
 
 
 def apply_preemphasis(wave: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Weaken low frequencies: a first-order difference."""
+    """Attenuate low frequencies by a first-order difference."""
     return wave[1:] - np.float32(EMPHASIS) * wave[:-1]
 
 
 def trim_silence(wave: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cut what lies before and after the frames within ``TRIM_DB`` of the loudest one."""
+    """Remove both ends up to the frames within ``TRIM_DB`` of the loudest frame."""
     if wave.size <= WINDOW:
         return np.pad(wave, (0, WINDOW - wave.size))
-    energy = (_windows(wave).astype(np.float64) ** 2).mean(axis=1)
+    energy = (_split_windows(wave).astype(np.float64) ** 2).mean(axis=1)
     loud = np.flatnonzero(energy >= energy.max() * 10 ** (-TRIM_DB / 10))
     return wave[loud[0] * HOP : loud[-1] * HOP + WINDOW]
 
 
-def _windows(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+def _split_windows(wave: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.lib.stride_tricks.sliding_window_view(wave, WINDOW)[::HOP]
 
 
-def _power(wave: NDArray[np.float32]) -> NDArray[np.float64]:
-    shaped = _windows(wave).astype(np.float64) * np.hanning(WINDOW)
-    spectrum = np.fft.rfft(shaped, FFT)
+def _power_spectrum(wave: NDArray[np.float32]) -> NDArray[np.float64]:
+    tapered = _split_windows(wave).astype(np.float64) * np.hanning(WINDOW)
+    spectrum = np.fft.rfft(tapered, FFT)
     return spectrum.real**2 + spectrum.imag**2
 
 
 @cache
-def _filters() -> Any:
-    """(80, 257) weights of the bins of a spectrum in each mel bin, a sparse matrix of SciPy's."""
+def _mel_filters() -> Any:
+    """Return the weights of the spectrum in each mel bin, a sparse SciPy matrix (80, 257)."""
     from scipy.sparse import csr_array
 
     def mel(hertz: NDArray[np.float64] | float) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Clips to frames: so many of them, square, upright, grey; and drawing pen paths as clips."""
+"""Transform of videos: a fixed number of square, upright, grey frames; and pen paths as videos."""
 
 import contextlib
 import struct
@@ -11,39 +11,41 @@ from numpy.typing import NDArray
 
 from pipelines.transforms import containers
 
-#: Count it up when a change of this file changes pixels that it makes of a file.
+#: Increase it when a change of this file changes the pixels of any file.
 VERSION = 3
+#: Frames of a video, and pixels of a side.
 FRAMES = 8
 SIZE = 32
 #: Pen paths are drawn this many times larger and then reduced, for smooth edges.
 SUPERSAMPLE = 4
-#: Pen width as a share of the picture's side.
+#: Pen width as a fraction of the frame's side.
 PEN = 0.055
 #: Ten minutes at 30 frames a second.
 MAX_FRAMES_READ = 18_000
 TOO_LONG = f"more than {MAX_FRAMES_READ} frames"
-#: Of a frame; 8K has 33 million.
+#: Pixels of a frame; 8K has 33 million.
 MAX_PIXELS = 36 * 2**20
-CUT_SHORT = "cut short: the file ends before its clip does"
+CUT_SHORT = "cut short: the file ends before its video does"
 
-#: A pen path: points (x, y) on a square of side 1, y downward.
+#: Points (x, y) of a pen path on a square of side 1, y downward.
 PenPath = Sequence[tuple[float, float]]
 
 
 def count_frames(data: bytes) -> int:
-    """Number of frames of a video file, found without decoding them.
+    """Return the number of frames of a video file without decoding them.
 
     Raises:
-        ValueError: the bytes are no video, it is cut short, or one of too many or too large frames.
+        ValueError: the bytes are not a video, it is truncated, or its frames are too many or too
+            large.
     """
     import av
 
     count, end = 0, 0.0
-    with _opened(data) as (container, stream):
-        said, seconds = stream.frames, (container.duration or 0) / av.time_base
-        if said > MAX_FRAMES_READ:
+    with _open_video(data) as (container, stream):
+        declared, seconds = stream.frames, (container.duration or 0) / av.time_base
+        if declared > MAX_FRAMES_READ:
             raise ValueError(TOO_LONG)
-        with contextlib.suppress(av.FFmpegError):  # where it breaks off, it is cut
+        with contextlib.suppress(av.FFmpegError):  # a truncated file ends with an error
             for packet in container.demux():
                 if packet.size and packet.stream is stream:
                     count += 1
@@ -51,7 +53,7 @@ def count_frames(data: bytes) -> int:
                     end = max(end, float(packet.pts * packet.time_base))
                 if count > MAX_FRAMES_READ:
                     raise ValueError(TOO_LONG)
-    if count < 0.95 * said - 1 or (not said and end < 0.95 * seconds - 0.5):
+    if count < 0.95 * declared - 1 or (not declared and end < 0.95 * seconds - 0.5):
         raise ValueError(CUT_SHORT)
     if not count:
         raise ValueError("a video without frames")
@@ -59,43 +61,42 @@ def count_frames(data: bytes) -> int:
 
 
 def read_video_size(data: bytes) -> tuple[int, int]:
-    """(Width, height) of a video file's frames in pixels, as they are shown.
+    """Return (width, height) of a video's upright frames in pixels.
 
     Raises:
-        ValueError: the bytes are no video, or one of too large frames.
+        ValueError: the bytes are not a video, or its frames are too large.
     """
-    frame = next(_frames(data), None)
+    frame = next(_iter_frames(data), None)
     if frame is None:
         raise ValueError("a video without frames")
-    a, b, _, _ = _display(frame)
+    a, b, _, _ = _display_matrix(frame)
     return (frame.height, frame.width) if abs(b) > abs(a) else (frame.width, frame.height)
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
-    """The container and the stream of a video, its sizes within limits. FFmpeg's errors become
-    ours."""
+def _open_video(data: bytes) -> Iterator[tuple[Any, Any]]:
+    """Open a video within size limits, and translate FFmpeg's errors to ValueError."""
     import av
 
     try:
         with containers.open_container(data) as container:
-            stream = containers.first_stream(container.streams.video, "no pictures in the file")
+            stream = containers.first_stream(container.streams.video, "no video in the file")
             if stream.width * stream.height > MAX_PIXELS:
                 raise ValueError(f"frames of more than {MAX_PIXELS // 10**6} million pixels")
-            # A worker has a core of its own: more threads only get in each other's way.
+            # A worker has one core, and several threads would compete for it.
             stream.codec_context.thread_count = 1
             yield container, stream
-    except av.FFmpegError as problem:
-        raise ValueError(f"not a video that can be read ({problem.strerror})") from None
+    except av.FFmpegError as error:
+        raise ValueError(f"not a video that can be read ({error.strerror})") from None
 
 
-def _frames(data: bytes) -> Iterator[Any]:
+def _iter_frames(data: bytes) -> Iterator[Any]:
     """Decoded frames, one at a time."""
-    with _opened(data) as (container, stream):
+    with _open_video(data) as (container, stream):
         for count, frame in enumerate(container.decode(stream)):
             if count == MAX_FRAMES_READ:
                 raise ValueError(TOO_LONG)
-            if frame.width * frame.height > MAX_PIXELS:  # it may change on the way
+            if frame.width * frame.height > MAX_PIXELS:  # the size may change between frames
                 raise ValueError(f"frames of more than {MAX_PIXELS // 10**6} million pixels")
             yield frame
 
@@ -103,65 +104,82 @@ def _frames(data: bytes) -> Iterator[Any]:
 def sample_frames(
     frames: NDArray[np.uint8], count: int = FRAMES, size: int = SIZE
 ) -> NDArray[np.uint8]:
-    """Take ``count`` frames evenly, make them square and grey: uint8 (count, size, size, 1).
+    """Sample frames evenly, and make them square and grey: uint8 (count, size, size, 1).
 
-    The last frame is always taken: what happens by the end of a clip is seen.
+    The last frame is always sampled, because it shows the result of an action.
 
     Args:
         frames: uint8 (N, H, W, 1) or (N, H, W, 3), N at least 1.
+        count: number of sampled frames.
+        size: side of a frame in pixels.
     """
-    return np.stack([_square(frames[i], size) for i in _chosen(len(frames), count)])[..., None]
+    return np.stack(
+        [_crop_grey_square(frames[i], size) for i in _sample_indices(len(frames), count)]
+    )[..., None]
 
 
 def load_video_frames(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDArray[np.uint8]:
-    """A video file's bytes to uint8 (count, size, size, 1), as ``clip`` would choose them.
+    """Decode the frames of a video file that :func:`sample_frames` would sample.
 
-    Frames that are not taken are decoded, as later ones build on them, and dropped at once:
-    memory holds one frame, however long the video is. They are turned as the file's display matrix
-    says: telephones write what the sensor saw, and how they were held.
+    All frames are decoded, because later frames depend on them, but memory holds only one. Frames
+    are rotated by the file's display matrix, because smartphones store the image of the sensor
+    together with the orientation of the device.
+
+    Args:
+        data: bytes of the file.
+        count: number of sampled frames.
+        size: side of a frame in pixels.
+
+    Returns:
+        uint8 (count, size, size, 1).
 
     Raises:
-        ValueError: the bytes are no video, it is cut short, or one of too many or too large frames.
+        ValueError: the bytes are not a video, it is truncated, or its frames are too many or too
+            large.
     """
     expected = count_frames(data)
-    found, taken = _take(data, expected, count, size)
+    found, taken = _decode_sampled(data, expected, count, size)
     if found != expected:
-        # Some packets are no frames to be shown: now their number is known.
+        # Some packets hold no visible frame. After one pass the number of frames is known.
         if found < 0.9 * expected - 2:
             raise ValueError(CUT_SHORT)
-        found, taken = _take(data, found, count, size)
+        found, taken = _decode_sampled(data, found, count, size)
     return np.stack(taken)[..., None]
 
 
-def _take(data: bytes, length: int, count: int, size: int) -> tuple[int, list[NDArray[np.uint8]]]:
-    """The number of frames, and those chosen of ``length``, made square and grey."""
+def _decode_sampled(
+    data: bytes, length: int, count: int, size: int
+) -> tuple[int, list[NDArray[np.uint8]]]:
+    """Return the number of frames, and the frames sampled from ``length``, square and grey."""
     from av.video.reformatter import VideoReformatter
 
-    wanted = _chosen(length, count)
+    wanted = _sample_indices(length, count)
     taken: list[NDArray[np.uint8]] = []
     found = 0
     pixels: Any = None
-    colours = VideoReformatter()  # one for all frames: it keeps its tables
-    for frame in _frames(data):
+    reformatter = VideoReformatter()  # one object for all frames, because it caches its tables
+    for frame in _iter_frames(data):
         while len(taken) < count and wanted[len(taken)] == found:
             same = len(taken) > 0 and wanted[len(taken) - 1] == found
             if not same:
-                pixels = colours.reformat(frame, format="rgb24").to_ndarray()
-            taken.append(taken[-1] if same else rotate_upright(frame, _square(pixels, size)))
+                pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
+            taken.append(
+                taken[-1] if same else rotate_upright(frame, _crop_grey_square(pixels, size))
+            )
         found += 1
     if not found:
         raise ValueError("a video without frames")
     return found, taken
 
 
-def _chosen(length: int, count: int) -> list[int]:
-    """Which of ``length`` frames are taken."""
+def _sample_indices(length: int, count: int) -> list[int]:
+    """Return the indices of ``count`` frames, evenly spaced, among ``length``."""
     chosen = np.ceil(np.arange(1, count + 1) * length / count).astype(int) - 1
     return [max(index, 0) for index in chosen.tolist()]
 
 
-def _square(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The middle of a frame, grey: uint8 (size, size)."""
+def _crop_grey_square(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Return the centre square of a frame in grey, uint8 (size, size)."""
     from PIL import Image
 
     image = Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).convert("L")
@@ -174,20 +192,25 @@ def _square(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def rotate_upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pixels (H, W) of a frame of PyAV's, turned and mirrored as it is to be shown."""
-    a, b, c, d = _display(frame)
-    if abs(b) > abs(a):  # a quarter turn: what ran to the right runs downward, or upward
+    """Rotate and mirror the pixels (H, W) of a PyAV frame by its display matrix.
+
+    Args:
+        frame: PyAV frame.
+        pixels: its pixels.
+    """
+    a, b, c, d = _display_matrix(frame)
+    if abs(b) > abs(a):  # a quarter turn: rightward becomes downward or upward
         pixels, right, down = pixels.T, c, b
     else:
         right, down = a, d
     return pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
 
 
-def _display(frame: Any) -> tuple[int, int, int, int]:
-    """(a, b, c, d) of the display matrix: pixel (x, y) is shown at (ax + cy, bx + dy)."""
+def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    """Return (a, b, c, d) of the display matrix: pixel (x, y) is shown at (ax + cy, bx + dy)."""
     try:
         matrix = bytes(frame.side_data["DISPLAYMATRIX"])
-    except (KeyError, ValueError):  # none; or beside data that PyAV has no name for
+    except (KeyError, ValueError):  # no matrix, or side data of a type unknown to PyAV
         return 1, 0, 0, 1
     if len(matrix) != 36:
         return 1, 0, 0, 1
@@ -198,13 +221,21 @@ def _display(frame: Any) -> tuple[int, int, int, int]:
 def draw_pen_paths(
     paths: Sequence[PenPath], count: int = FRAMES, size: int = SIZE
 ) -> NDArray[np.uint8]:
-    """Film pen paths being written, white on black: uint8 (count, size, size, 1).
+    """Render a video of pen paths being written, white on black.
 
-    Frame i shows the paths up to the share (i + 1) / count of their total length. Moves with
-    the pen lifted take no time.
+    Frame i shows the paths up to the fraction (i + 1) / count of their total length. Moves with the
+    pen lifted take no time.
+
+    Args:
+        paths: pen paths in their order.
+        count: number of frames.
+        size: side of a frame in pixels.
+
+    Returns:
+        uint8 (count, size, size, 1).
 
     Raises:
-        ValueError: there is no path of any length.
+        ValueError: no path has a length.
     """
     from PIL import Image, ImageDraw
 
@@ -234,7 +265,7 @@ def draw_pen_paths(
 
 
 class _Pen:
-    """Draws round-ended lines given on the unit square."""
+    """Pen for lines with round ends on the unit square."""
 
     def __init__(self, canvas: Any, side: int) -> None:
         self.canvas, self.side, self.width = canvas, side, max(1, round(PEN * side))

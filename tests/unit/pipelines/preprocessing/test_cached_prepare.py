@@ -63,7 +63,7 @@ def deaf(corpus: ExternalCorpus) -> ExternalCorpus:
     def rows(*_: object) -> Callable[..., None]:
         raise AssertionError("a row is read")
 
-    corpus.rows = corpus._transcripts = rows  # type: ignore[method-assign, attr-defined]
+    corpus.rows = corpus._read_transcripts = rows  # type: ignore[method-assign, attr-defined]
     return corpus
 
 

@@ -129,7 +129,7 @@ def test_readers_of_others_are_known_by_name(
     poems: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert inspection.inspect_corpus(f"{POEMS}:{poems}")["rows"] == 12
-    point = EntryPoint("poems", POEMS, corpora.GROUP)
+    point = EntryPoint("poems", POEMS, corpora.ENTRY_POINT_GROUP)
     monkeypatch.setattr(corpora, "entry_points", lambda group: [point])
     found = inspection.inspect_corpus(f"poems:{poems}", {"poems": {"verses": 1}})
     assert (found["reader"], found["evidence"], found["rows"]) == ("poems", "named", 12)

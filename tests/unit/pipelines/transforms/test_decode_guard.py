@@ -123,7 +123,9 @@ def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch)
         return source
 
     monkeypatch.setattr(columns.code, "remove_docstring", strip)
-    monkeypatch.setattr(columns.text, "encode_texts", lambda tokenizer, texts, longest: pa.array(texts))
+    monkeypatch.setattr(
+        columns.text, "encode_texts", lambda tokenizer, texts, longest: pa.array(texts)
+    )
     made = columns.build_code_columns(
         pa.table({"code": ["a = 1", "deep", " ", "b = 2"]}), None, columns.CodeOptions()
     )

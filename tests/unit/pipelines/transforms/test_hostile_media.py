@@ -65,7 +65,7 @@ def test_what_names_other_files_opens_none(
         "m=audio 19444 RTP/AVP 0\r\na=rtpmap:0 PCMU/8000\r\n",
     }[name[:-4]]
     # FFmpeg finds lists of segments by their names, too, and here there are none.
-    told = "not a (recording|video)" if name[:-4] in ("hls", "dash") else "a playlist"
+    told = "not (audio|a video)" if name[:-4] in ("hls", "dash") else "a playlist"
     with pytest.raises(ValueError, match=told):
         (sound.load_log_mel if name.endswith("mp3") else video.load_video_frames)(made.encode())
 
@@ -84,7 +84,7 @@ def test_what_is_read_is_known_and_opens_nothing_else() -> None:
     ids=["png", "jpeg", "svg", "subtitles"],
 )  # fmt: skip
 def test_a_picture_is_no_clip(data: bytes) -> None:
-    with pytest.raises(ValueError, match="a playlist, a picture"):
+    with pytest.raises(ValueError, match="a playlist, an image"):
         video.load_video_frames(data)
 
 
@@ -104,7 +104,7 @@ def test_the_cover_of_a_record_is_no_clip() -> None:
     size = bytes(len(tag) >> shift & 127 for shift in (21, 14, 7, 0))
     data = b"ID3\3\0\0" + size + tag + mp3(tone(), 32_000)
     assert sound.decode_audio(data).size
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no video"):
         video.load_video_frames(data)
 
 
@@ -112,7 +112,7 @@ def test_the_cover_of_a_record_is_no_clip() -> None:
 def test_old_formats_of_sound_are_read_but_not_all(form: str) -> None:
     data = encoded(tone(), 32_000, form, "pcm_s16be" if form in ("aiff", "au") else "pcm_s16le")
     if form == "nut":
-        with pytest.raises(ValueError, match="not read as sound"):
+        with pytest.raises(ValueError, match="not read as audio"):
             sound.decode_audio(data)
     else:
         assert np.allclose(sound.decode_audio(data), sound.decode_audio(wav(tone(), 32_000)))
@@ -137,7 +137,7 @@ def test_samples_beyond_all_numbers_are_refused() -> None:
     data = riff(loud, len(loud), form=3, bits=32)
     assert np.isfinite(sound.decode_audio(data)).all()
     for trimmed in (True, False):
-        with pytest.raises(ValueError, match="no numbers"):
+        with pytest.raises(ValueError, match="not finite"):
             sound.load_log_mel(data, trimmed=trimmed)
     less = (tone(0.5, 16_000) * 1e25).astype("<f4").tobytes()
     assert np.isfinite(sound.load_log_mel(riff(less, len(less), form=3, bits=32))).all()
@@ -181,7 +181,7 @@ def test_a_wav_whose_length_nobody_knew_is_whole(data: bytes) -> None:
 def test_formats_that_nobody_has_are_no_pictures(kind: str) -> None:
     data = saved(Image.new("RGB", (128, 128)), kind)
     for read in (image.load_pixels, image.read_image_size):
-        with pytest.raises(ValueError, match="not a picture"):
+        with pytest.raises(ValueError, match="not an image"):
             read(data)
 
 

@@ -112,7 +112,7 @@ def test_transparent_pixels_become_white_not_black() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", picture("PNG")[:60], b"<svg><rect"])
 def test_what_is_no_picture_is_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"picture|SVG"):
+    with pytest.raises(ValueError, match=r"image|SVG"):
         image.load_pixels(data)
 
 
@@ -188,8 +188,8 @@ def test_level_does_not_matter() -> None:
     ("data", "message"),
     [
         (b"<!DOCTYPE HTML><title>404 Not Found</title>", "web page"),
-        (b"not sound at all", "not a recording"),
-        (b"", "not a recording"),
+        (b"not sound at all", "not audio"),
+        (b"", "not audio"),
     ],
 )
 def test_what_is_no_recording_is_refused(data: bytes, message: str) -> None:
