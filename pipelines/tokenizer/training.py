@@ -1,7 +1,7 @@
-"""The one tokenizer of text and code: every Chinese character a token, byte pairs for the rest.
+"""Training of the tokenizer of text and code: Chinese characters are tokens, the rest byte pairs.
 
-Identifiers are cut at underscores, at capitals and between letters and digits, and lose their
-case; white space is not kept. What the vocabulary lacks is spelt in bytes, so nothing is
+Identifiers are split at underscores, at capitals and between letters and digits, and lower-cased.
+White space is not kept. Characters outside of the vocabulary are encoded as bytes, so no token is
 unknown. Ids: 0 padding, 1 unknown, 2 mask, 3 class, then 256 bytes, characters, pairs, terms.
 """
 
@@ -14,16 +14,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-#: The tokenizer that the corpora of a folder share, and what says where it comes from.
+#: Files of the tokenizer that the corpora of a directory share, and of its origin.
 TOKENIZER = "tokenizer.json"
 TOKENIZER_MANIFEST = "tokenizer.manifest.json"
 
-
+#: Increase it when a change of this module changes the tokenizer of any texts.
 VERSION = 1
 PAD, UNKNOWN, MASK, CLASS = 0, 1, 2, 3
 SPECIAL = ("[PAD]", "[UNK]", "[MASK]", "[CLS]")
 VOCABULARY_SIZE = 12_000
-#: A Chinese character that only pretraining text holds gets a token from this many occurrences.
+#: A Chinese character that occurs only in pretraining text needs this number of occurrences.
 MIN_OCCURRENCES = 10
 _ALWAYS = string.ascii_lowercase + string.digits + string.punctuation
 _CJK = (
@@ -39,29 +39,29 @@ def train_tokenizer(
     terms: Sequence[str] = (),
     size: int = VOCABULARY_SIZE,
 ) -> str:
-    """Learn a tokenizer; returns its JSON. Equal texts in any order give equal JSON.
+    """Train a tokenizer and return its JSON. Equal texts in any order give equal JSON.
 
     Args:
-        task_texts: texts whose Chinese characters all get a token.
-        other_texts: texts of pretraining.
-        terms: words that stay whole wherever they stand.
-        size: tokens in all. Where the characters alone would take more than three quarters of
-            them, the rarest are spelt in bytes.
+        task_texts: texts of tasks; all of their Chinese characters become tokens.
+        other_texts: texts for pretraining.
+        terms: words that are never split.
+        size: number of tokens. If characters would take more than three quarters of them, the
+            rarest characters are encoded as bytes.
     """
     from tokenizers import Tokenizer, models, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL[UNKNOWN], byte_fallback=True))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _normalizer(), _pre_tokenizer()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _make_normalizer(), _make_pre_tokenizer()
     cjk = re.compile(f"[{_CJK}]")
     task, other, words = Counter[str](), Counter[str](), Counter[str]()
     for texts, characters in ((task_texts, task), (other_texts, other)):
-        for chunk in _chunks(texts):
+        for chunk in _join_chunks(texts):
             normal = tokenizer.normalizer.normalize_str(chunk)
             characters.update(normal)
-            # Chinese characters never join, so pairs are learnt from the rest alone.
+            # Chinese characters never merge, so pairs are trained on the rest alone.
             words.update(re.findall(_WORDS, cjk.sub(" ", normal)))
     room = size - len(set(terms))
-    alphabet = _alphabet(task, other, (room - len(SPECIAL) - 256) * 3 // 4)
+    alphabet = _choose_alphabet(task, other, (room - len(SPECIAL) - 256) * 3 // 4)
     trainer = trainers.BpeTrainer(
         vocab_size=room,
         min_frequency=2,
@@ -71,28 +71,28 @@ def train_tokenizer(
         show_progress=False,
     )
     ordered = sorted(words.items())
-    tokenizer.train_from_iterator(_repeated(ordered), trainer)
-    return _finish(json.loads(tokenizer.to_str()), terms)
+    tokenizer.train_from_iterator(_repeat_words(ordered), trainer)
+    return _add_terms(json.loads(tokenizer.to_str()), terms)
 
 
 @lru_cache(maxsize=4)
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a file, kept for the next call.
+    """Load the tokenizer of a file, with a cache.
 
     Raises:
-        ValueError: the file is missing or is no tokenizer.
+        ValueError: the file is missing or not a tokenizer.
     """
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no tokenizer there; run `skillnet prepare`")
+        raise ValueError(f"{path}: no such tokenizer; run `skillnet prepare`")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as problem:
-        raise ValueError(f"{path}: not a tokenizer ({problem}); run `skillnet prepare`") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer ({error}); run `skillnet prepare`") from None
 
 
-def _normalizer() -> Any:
+def _make_normalizer() -> Any:
     from tokenizers import Regex, normalizers
 
     return normalizers.Sequence(
@@ -100,7 +100,7 @@ def _normalizer() -> Any:
     )
 
 
-def _pre_tokenizer() -> Any:
+def _make_pre_tokenizer() -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Sequence(
@@ -111,47 +111,49 @@ def _pre_tokenizer() -> Any:
     )
 
 
-def _chunks(texts: Iterable[str], size: int = 1 << 16) -> Iterable[str]:
-    """Texts joined by newlines: one call for many short ones."""
-    waiting: list[str] = []
+def _join_chunks(texts: Iterable[str], size: int = 1 << 16) -> Iterable[str]:
+    """Join texts by newlines, so that one call normalizes many short texts."""
+    parts: list[str] = []
     length = 0
     for text in texts:
-        waiting.append(text)
+        parts.append(text)
         length += len(text) + 1
         if length >= size:
-            yield "\n".join(waiting)
-            waiting, length = [], 0
-    yield "\n".join(waiting)
+            yield "\n".join(parts)
+            parts, length = [], 0
+    yield "\n".join(parts)
 
 
-def _alphabet(task: Counter[str], other: Counter[str], most: int) -> list[str]:
-    """Characters that get a token; if they are more than ``most``, the commonest of them."""
-    both = task + other
-    kept = {c for c, n in both.items() if n >= MIN_OCCURRENCES} | set(task) | set(_ALWAYS)
-    kept = {c for c in kept if not c.isspace() and c.isprintable()}
-    if len(kept) > most:
-        rest = sorted(kept - set(_ALWAYS), key=lambda c: (-both[c], c))
-        kept = {*_ALWAYS, *rest[: max(0, most - len(_ALWAYS))]}
-    return sorted(kept)
+def _choose_alphabet(task: Counter[str], other: Counter[str], max_size: int) -> list[str]:
+    """Return the characters that become tokens: the ``max_size`` most frequent ones."""
+    counts = task + other
+    chosen = {c for c, n in counts.items() if n >= MIN_OCCURRENCES} | set(task) | set(_ALWAYS)
+    chosen = {c for c in chosen if not c.isspace() and c.isprintable()}
+    if len(chosen) > max_size:
+        rest = sorted(chosen - set(_ALWAYS), key=lambda c: (-counts[c], c))
+        chosen = {*_ALWAYS, *rest[: max(0, max_size - len(_ALWAYS))]}
+    return sorted(chosen)
 
 
-def _repeated(words: Sequence[tuple[str, int]]) -> Iterable[str]:
-    """Words as often as they occur. The logarithmic loss of exactness above 1,000 is harmless:
-    pairs of so frequent words are learnt first anyway."""
+def _repeat_words(words: Sequence[tuple[str, int]]) -> Iterable[str]:
+    """Yield words as often as they occur, up to 1,000 times.
+
+    The limit is harmless: pairs of more frequent words are merged first in any case.
+    """
     for word, count in words:
         if len(word) <= 64:
             yield " ".join([word] * min(count, 1000))
 
 
-def _finish(model: dict[str, Any], terms: Sequence[str]) -> str:
-    """Bytes stop being special (they must not match in a text); terms are added at the end."""
-    named = set(SPECIAL)
-    model["added_tokens"] = [t for t in model["added_tokens"] if t["content"] in named]
+def _add_terms(model: dict[str, Any], terms: Sequence[str]) -> str:
+    """Make bytes ordinary tokens, which never match in a text, and append the terms."""
+    special = set(SPECIAL)
+    model["added_tokens"] = [t for t in model["added_tokens"] if t["content"] in special]
     first = len(model["model"]["vocab"])
-    for number, term in enumerate(sorted(set(terms))):
+    for index, term in enumerate(sorted(set(terms))):
         model["added_tokens"].append(
             {
-                "id": first + number,
+                "id": first + index,
                 "content": term,
                 "single_word": False,
                 "lstrip": False,

@@ -83,13 +83,13 @@ def test_a_corpus_goes_to_the_store_shard_by_shard(
     object_store.door.shut()
     said = end(process, 1)
     object_store.door.unshut()
-    assert f"{before} shards are there" in said
+    assert f"resumes with {before} finished shards" in said
     assert "did not answer for 1 s" in said
     assert "Traceback" not in said
     assert not directories.is_committed(f"{uri}/made")
 
     kept = len(in_the_making(uri))
-    assert f"{kept} shards are there" in end(start(words), 0)
+    assert f"resumes with {kept} finished shards" in end(start(words), 0)
     local, there = open_corpus(here / "made"), open_corpus(f"{uri}/made", verify=True)
     assert there.manifest == local.manifest
     names = {path.name for path in (here / "made").iterdir()}

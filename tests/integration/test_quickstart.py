@@ -97,7 +97,7 @@ def test_its_model_searches_and_verifies(done, place: Path):
     assert len(found.hits) == 3
     checks = verify.verify(verify.VerifyConfig(data=str(place / "corpora")))
     assert {check.state for check in checks} == {"ok"}
-    assert {"run", "run's model"} <= {check.what for check in checks}
+    assert {"run", "run's model"} <= {check.subject for check in checks}
 
 
 def test_the_table_for_people_and_a_second_version(done, place: Path, capsys):

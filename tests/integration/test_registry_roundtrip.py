@@ -103,9 +103,9 @@ def test_what_a_served_model_refuses(place: Place, row, message):
 
 
 def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place, capsys):
-    assert evaluate.main(["--data", str(place.data), "--samples", "50", "--json"]) == 0
+    assert evaluate.main(["--data", str(place.data), "--bootstrap_samples", "50", "--json"]) == 0
     through = json.loads(capsys.readouterr().out)["rows"]
-    direct = evaluate_model(SkillNet.from_pretrained(place.saved), place.data, samples=50)
+    direct = evaluate_model(SkillNet.from_pretrained(place.saved), place.data, bootstrap_samples=50)
     assert [r["value"] for r in through] == [r["value"] for r in direct]
     run = backend.client(backend.resolve_uri()).get_run(place.made.run_id)
     logged = run.data.metrics
@@ -125,13 +125,13 @@ def test_nothing_is_pickled_and_the_package_is_named(place: Place):
 
 def test_an_equal_model_stays_challenger(place: Place):
     again = registration.register_model(
-        model_source.resolve_model(str(place.saved)), place.data, samples=50
+        model_source.resolve_model(str(place.saved)), place.data, bootstrap_samples=50
     )
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
     assert int(registry.champion().version) == 1
     forced = registration.register_model(
-        model_source.resolve_model(str(place.saved)), place.data, samples=50, force=True
+        model_source.resolve_model(str(place.saved)), place.data, bootstrap_samples=50, force=True
     )
     assert forced.alias == "champion"
     assert int(registry.champion().version) == forced.version
@@ -153,10 +153,10 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
     shutil.copytree(place.saved, run / "model")
     (run / "config.yaml").write_text("seed: 1\n")
     (run / "run.json").write_text('{"run_id": "' + 32 * "0" + '"}')
-    assert evaluate.main(["--run", str(run), "--data", str(place.data), "--samples", "20"]) == 0
+    assert evaluate.main(["--run", str(run), "--data", str(place.data), "--bootstrap_samples", "20"]) == 0
     assert "is not in this tracker" in capsys.readouterr().err
     made = registration.register_model(
-        model_source.resolve_model(str(run)), place.data, name="other", samples=20
+        model_source.resolve_model(str(run)), place.data, name="other", bootstrap_samples=20
     )
     recorded = backend.client(backend.resolve_uri()).get_run(made.run_id)
     assert recorded.data.tags["trained_as"] == 32 * "0"
@@ -165,7 +165,7 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
 
 def states(place: Place, data: Path | None = None) -> dict[str, str]:
     checks = verify.verify(verify.VerifyConfig(CHAMPION, str(data or place.data)))
-    return {check.what: check.state for check in checks}
+    return {check.subject: check.state for check in checks}
 
 
 def test_verify_passes_and_says_what_is_absent(place: Place, tmp_path: Path):

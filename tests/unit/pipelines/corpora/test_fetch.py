@@ -1,4 +1,4 @@
-"""Fetching without a network, without npm, and when everything is there."""
+"""``skillnet fetch`` without a network, without npm, and with existing archives."""
 
 import hashlib
 import shutil
@@ -22,7 +22,7 @@ def pin(registry: str = "pypi", data: bytes = WHEEL) -> Archive:
 
 @pytest.fixture
 def corpus(monkeypatch):  # type: ignore[no-untyped-def]
-    """Makes ``fetch`` see one corpus with the given archives."""
+    """Return a function that makes ``fetch`` use one corpus with the given archives."""
 
     def use(*archives: Archive) -> None:
         class Made:
@@ -37,7 +37,7 @@ def corpus(monkeypatch):  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def no_network(monkeypatch):  # type: ignore[no-untyped-def]
-    """pip and npm are sent to a port where nobody listens."""
+    """Point pip and npm to a port without a server."""
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
@@ -46,7 +46,7 @@ def no_network(monkeypatch):  # type: ignore[no-untyped-def]
 
 
 def index(folder: Path, data: bytes) -> None:
-    """A package index on disk: ``pip download`` reads it like the real one."""
+    """Write a package index to the disk, which ``pip download`` reads."""
     page = folder / "tiny"
     page.mkdir(parents=True)
     (page / "tiny-1.0-py3-none-any.whl").write_bytes(data)
@@ -56,7 +56,7 @@ def index(folder: Path, data: bytes) -> None:
 
 
 def real_wheel() -> bytes:
-    """A wheel with the metadata that pip insists on."""
+    """Return a wheel with the metadata that pip requires."""
     return zipped(
         {
             "tiny/__init__.py": b"raise SystemExit('never run')",
@@ -67,15 +67,15 @@ def real_wheel() -> bytes:
     )
 
 
-def test_what_is_there_is_kept_without_asking_anybody(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+def test_existing_archives_need_no_network(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / pin().file).write_bytes(WHEEL)
     corpus(pin())
     assert [(d["file"], d["state"]) for d in fetching.fetch(["x"], tmp_path)] == [
-        (pin().file, "there")
+        (pin().file, "present")
     ]
 
 
-def test_an_archive_comes_through_pip(tmp_path: Path, corpus, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_an_archive_is_downloaded_by_pip(tmp_path: Path, corpus, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     data = real_wheel()
     index(tmp_path / "index", data)
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
@@ -85,12 +85,10 @@ def test_an_archive_comes_through_pip(tmp_path: Path, corpus, monkeypatch) -> No
     assert done["state"] == "fetched"
     assert [p.name for p in target.iterdir()] == [pin().file]
     (again,) = fetching.fetch(["x"], target)
-    assert again["state"] == "there"
+    assert again["state"] == "present"
 
 
-def test_a_download_that_is_not_the_pinned_file_is_not_kept(
-    tmp_path: Path, corpus, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+def test_a_download_of_another_file_is_deleted(tmp_path: Path, corpus, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     index(tmp_path / "index", real_wheel())
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
     data = bytearray(real_wheel())
@@ -101,26 +99,26 @@ def test_a_download_that_is_not_the_pinned_file_is_not_kept(
     assert list((tmp_path / "archives").iterdir()) == []
 
 
-def test_without_a_network_it_says_what_to_put_where(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / pin().file).write_bytes(b"")  # an empty file does not count as there
+def test_without_a_network_the_remedy_is_named(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / pin().file).write_bytes(b"")  # an empty file counts as missing
     corpus(pin())
     with pytest.raises(UserError) as caught:
         fetching.fetch(["x"], tmp_path)
     message = str(caught.value)
-    assert f"put these files into {tmp_path}" in message
+    assert f"copy these files to {tmp_path}" in message
     assert f"{pin().file} ({len(WHEEL)} bytes): pip download" in message
     assert "tiny==1.0" in message
     assert not list(tmp_path.glob(".fetching-*"))
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
-def test_npm_without_a_network_is_reported_the_same_way(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
+def test_npm_without_a_network_has_the_same_message(tmp_path: Path, corpus, no_network) -> None:  # type: ignore[no-untyped-def]
     corpus(pin("npm"))
     with pytest.raises(UserError, match=r"tiny-1\.0\.tgz \(\d+ bytes\): npm pack tiny@1\.0"):
         fetching.fetch(["x"], tmp_path)
 
 
-def test_without_npm_its_replacement_is_asked_for(
+def test_without_npm_the_archive_is_downloaded_directly(
     tmp_path: Path, corpus, no_network, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -129,7 +127,7 @@ def test_without_npm_its_replacement_is_asked_for(
         fetching.fetch(["x"], tmp_path)
 
 
-def test_the_command_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert fetching.main(["heading", "--archives", str(tmp_path)]) == 2
     assert "did you mean 'headings'" in capsys.readouterr().err
 

@@ -123,7 +123,7 @@ def test_a_corpus_of_more_characters_than_tokens_keeps_the_commonest() -> None:
     [
         ("none", None, "no tokenizer there"),
         ("bad.json", "{}", "not a tokenizer"),
-        ("folder/x.txt", "x", "reads no tokenizer there"),
+        ("folder/x.txt", "x", "finds no tokenizer there"),
     ],
 )
 def test_what_is_no_tokenizer_is_named(

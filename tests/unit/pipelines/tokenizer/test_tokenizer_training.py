@@ -75,7 +75,7 @@ def test_tokens_are_cut_at_the_limit_and_captions_keep_their_rows(learnt: Tokeni
 
 
 def test_a_missing_or_broken_tokenizer_is_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match="no tokenizer there"):
+    with pytest.raises(ValueError, match="no such tokenizer"):
         tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="not a tokenizer"):
