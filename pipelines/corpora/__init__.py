@@ -15,8 +15,8 @@ from pipelines.corpora.readers.base import ExternalCorpus
 from pipelines.io.directory import SourceDirectory
 from pipelines.io.source_file import SourceReadError, make_read_error
 from skillnet_platform import config
-from skillnet_platform.config.schema import checked
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.config.schema import check_keys
+from skillnet_platform.errors import UserError, suggest_name
 
 ENTRY_POINT_GROUP = "skillnet.corpora"
 
@@ -103,9 +103,9 @@ def open_external_corpus(
         raise UserError(f"corpus {reader} is not read by path: give its name alone")
     prefix = f"options.{name}"
     try:
-        tree = checked(found.Options, dict(options or {}), prefix)
-        values = config.merge(config.defaults(found.Options), tree)
-        chosen: Any = config.build(found.Options, values, dict.fromkeys(values, prefix))
+        tree = check_keys(found.Options, dict(options or {}), prefix)
+        values = config.merge_trees(config.default_values(found.Options), tree)
+        chosen: Any = config.build_config(found.Options, values, dict.fromkeys(values, prefix))
         return found(path, chosen, name)
     except UserError:
         raise
@@ -149,7 +149,7 @@ def _find_class(name: str, candidates: Mapping[str, str] | None = None) -> type[
     location = known.get(name) or (name if ":" in name else None)
     if location is None:
         listed = [*(candidates or {**BUILT_IN, **EXTRA_BUILT_IN, **READERS}), *others]
-        raise UserError(f"unknown corpus {name!r}{nearest(name, listed)}")
+        raise UserError(f"unknown corpus {name!r}{suggest_name(name, listed)}")
     module, _, attribute = location.partition(":")
     try:
         found = getattr(import_module(module), attribute)

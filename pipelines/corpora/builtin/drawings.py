@@ -79,6 +79,7 @@ _IGNORED = frozenset({"200d", "fe0f", "2640", "2642", "27a1", *_TONES})
 _HAIR = frozenset({"1f9b0", "1f9b1", "1f9b2", "1f9b3"})
 #: Couples and families with a single code point; each can be written as a sequence too.
 _COUPLES = frozenset({"1f46a", "1f46b", "1f46c", "1f46d", "1f48f", "1f491"})
+#: Twemoji first: rows follow this order.
 _ARTISTS = ("twemoji", "openmoji")
 
 
@@ -143,6 +144,7 @@ class DrawingsCorpus(Corpus):
 
     def transform(self, block: pa.Table, tokenizer: Any) -> pa.Table:
         """Return pixels and tokens; a drawing that cannot be decoded is rejected."""
+        # A placeholder keeps the rows aligned; rejected rows never reach a shard.
         blank = np.full((image.SIZE, image.SIZE, 3), 255, np.uint8)
         rejected: list[str | None] = []
         decoded = []
@@ -209,6 +211,7 @@ def is_flag(code: str) -> bool:
 
 
 def _code(name: str) -> str:
+    # U+FE0F only selects the emoji presentation, so both artists' names must omit it.
     return "-".join(point for point in name.lower().split("-") if point != "fe0f")
 
 
@@ -239,6 +242,7 @@ def _split(concepts: list[str]) -> dict[tuple[str, str], str]:
     members = defaultdict(list)
     for code in concepts:
         members[concept_family(code)].append(code)
+    # Splits take small families only, in a random but fixed order.
     small = [name for name in members if len(members[name]) <= LARGEST_FAMILY]
     split = {(code, artist): "train" for code in concepts for artist in _ARTISTS}
     wanted = (

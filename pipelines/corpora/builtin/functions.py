@@ -29,7 +29,7 @@ from pipelines.corpora.base import (
 )
 from pipelines.transforms import code as source_code
 from pipelines.transforms import text
-from skillnet_platform.config import digest
+from skillnet_platform.config import digest_config
 from skillnet_platform.storage import sha256_file
 
 #: Minimum length of a function body in characters.
@@ -37,12 +37,15 @@ SHORTEST_BODY = 30
 #: Minimum number of Chinese characters of a docstring that serves as caption.
 FEWEST_CHINESE = 4
 HELD_OUT_PACKAGE = "nonebot2"
+#: Target numbers of functions. Complete modules are added until both are reached.
 TEST, VALIDATION = 600, 240
+#: Larger modules are used for training: a test of few modules measures little.
 LARGEST_TEST_MODULE = 40
 #: Two functions are near twins if their sets of token triples overlap this much (Jaccard).
 TWIN = 0.6
 STANDARD_LIBRARY = "python-standard-library"
 
+#: Folders of tests and of other people's packages.
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "idlelib", "turtledemo"}
 
 
@@ -164,6 +167,7 @@ class FunctionsCorpus(Corpus):
             else:
                 found.append(item)
         reasons = _reasons(found)
+        # Only functions with a Chinese docstring are captioned; the others serve pretraining.
         pairs = [f for f in found if f.key not in reasons and _is_pair(f)]
         split = _split(pairs)
         held_out = {f.module_id for f in pairs if split[f.key] != "train"}
@@ -224,7 +228,9 @@ class FunctionsCorpus(Corpus):
         """Return the standard library with a digest of its files."""
         root, files = _standard_library()
         content = {path.relative_to(root).as_posix(): sha256_file(path) for path in files}
-        return [{"file": f"{STANDARD_LIBRARY}-{python_version()}", "sha256": digest(content)}]
+        return [
+            {"file": f"{STANDARD_LIBRARY}-{python_version()}", "sha256": digest_config(content)}
+        ]
 
     def _read(self, sources: SourceArchives) -> Iterator[_FoundFunction | RejectedRow]:
         for archive in self.archives:
@@ -264,6 +270,7 @@ def _reasons(found: list[_FoundFunction]) -> dict[str, str]:
     seen: set[str] = set()
     # Documented functions first: of two copies, the copy with a docstring is used.
     for item in sorted(found, key=lambda f: not _is_pair(f)):
+        # Copies that differ in white space only are the same function.
         same = re.sub(r"\s+", " ", item.function.code)
         if len(item.function.body) < SHORTEST_BODY:
             reasons[item.key] = f"body shorter than {SHORTEST_BODY} characters"
@@ -274,6 +281,7 @@ def _reasons(found: list[_FoundFunction]) -> dict[str, str]:
 
 
 def _is_pair(item: _FoundFunction) -> bool:
+    # The standard library depends on the Python version, so no test may contain it.
     if item.package == STANDARD_LIBRARY:
         return False
     return source_code.count_chinese_characters(item.function.summary) >= FEWEST_CHINESE
@@ -325,6 +333,8 @@ def _overlaps(evaluated: list[_FoundFunction], train: list[_FoundFunction]) -> n
             rows += [row] * len(triples)
         return np.array(rows), np.array(columns)
 
+    # Rows are functions, columns are token triples. The product of the sparse matrices counts the
+    # shared triples of all pairs at once; a loop over the pairs would take minutes.
     a_rows, a_columns = matrix(evaluated)
     b_rows, b_columns = matrix(train)
     width = len(ids.numbers)
@@ -335,5 +345,6 @@ def _overlaps(evaluated: list[_FoundFunction], train: list[_FoundFunction]) -> n
 
     a, b = build(a_rows, a_columns, len(evaluated)), build(b_rows, b_columns, len(train))
     shared = (a @ b.T).toarray()
+    # |A ∪ B| = |A| + |B| - |A ∩ B|.
     union = np.diff(a.indptr)[:, None] + np.diff(b.indptr)[None, :] - shared
     return (shared / union).max(axis=1)

@@ -118,6 +118,7 @@ class HeadingsCorpus(Corpus):
 
 def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
     top = {code: _ancestor(tree, code, 1) for code in tree}
+    # Name -> top classes. An ambiguous heading has no single correct label.
     classes = defaultdict(set)
     for code, entry in tree.items():
         classes[entry["name"]].add(top[code])
@@ -140,6 +141,7 @@ def _headings(tree: dict[str, Any]) -> Iterator[Row | RejectedRow]:
             by_class[top[code]].append(code)
     split: dict[str, str] = {}
     for codes in by_class.values():
+        # A random but fixed selection of the headings of a large class.
         codes.sort(key=lambda code: stable_hash("headings", code))
         for code in codes[LARGEST_CLASS:]:
             reasons[code] = f"class is full ({LARGEST_CLASS} headings)"

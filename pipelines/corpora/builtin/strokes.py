@@ -28,6 +28,7 @@ from pipelines.transforms import text, video
 from pipelines.transforms.decode_guard import decode_each
 from skillnet_platform.errors import UserError
 
+#: Numbers of characters in the evaluated splits.
 TEST, VALIDATION = 1_000, 400
 CAPTION_TOKENS = 64
 #: Coordinates of the data: x from 0 to 1024, y upward from -124 to 900.
@@ -41,6 +42,7 @@ CNCHAR_ORDER = Archive(
     "cnchar-order@3.2.6",
     "MIT",
 )
+#: JSON literals in the minified script of cnchar-order.
 _LITERAL = re.compile(r"JSON\.parse\('((?:[^'\\]|\\.)*)'\)")
 
 
@@ -83,6 +85,7 @@ class StrokesCorpus(Corpus):
         for name, data in sources.members("cnchar-data", "package/draw/", ".json"):
             if len(name) == 1:
                 found.append((name, json.loads(data)["medians"]))
+        # Only characters whose pen paths agree with the stroke order get a caption.
         named = {
             name: "、".join(captions[name])
             for name, paths in found
@@ -166,6 +169,7 @@ def _captions(sources: SourceArchives) -> dict[str, list[str]]:
 
 def _split(named: dict[str, str]) -> dict[str, str]:
     """Return character -> split; characters of one sequence stay together."""
+    # Groups are assigned in a random but fixed order until the splits are full.
     by_caption = defaultdict(list)
     for char, caption in named.items():
         by_caption[caption].append(char)

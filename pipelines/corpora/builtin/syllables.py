@@ -34,6 +34,7 @@ TONES = ["1", "2", "3", "4"]
 #: CTC targets 1 … 61 by position; 0 is the blank.
 SYMBOLS = [*INITIALS, *FINALS, *TONES]
 _NUMBER = {symbol: number for number, symbol in enumerate(SYMBOLS, start=1)}
+#: Finals that pinyin abbreviates after an initial.
 _SHORT = {"iu": "iou", "ui": "uei", "un": "uen"}
 
 
@@ -79,6 +80,7 @@ class SyllablesCorpus(Corpus):
         rejected: list[str | None] = []
         empty = np.zeros((0, sound.MELS), np.float32)
         for mel, reason in decode_each(block["audio"], lambda x: sound.load_log_mel(x.as_py())):
+            # An empty placeholder keeps the rows aligned.
             mels.append(empty if mel is None else mel)
             rejected.append(reason)
         frames = [len(mel) for mel in mels]
@@ -149,6 +151,7 @@ def encode_symbols(pinyin: str) -> list[int]:
 
 
 def _parts(letters: str) -> tuple[str, str]:
+    # y and w replace i and u at the start of a syllable without initial.
     if letters[0] == "y":
         rest = letters[1:]
         if rest.startswith("u"):
@@ -161,6 +164,7 @@ def _parts(letters: str) -> tuple[str, str]:
         return "", {"ui": "uei", "un": "uen"}.get(full, full)
     initial = next((i for i in ("zh", "ch", "sh", *INITIALS) if letters.startswith(i)), "")
     final = letters[len(initial) :]
+    # After j, q and x, pinyin writes ü as u.
     if initial in ("j", "q", "x") and final.startswith("u"):
         final = "ü" + final[1:]
     return initial, _SHORT.get(final, final) if initial else final

@@ -40,6 +40,7 @@ def iter_batch_rows(batch: "pa.RecordBatch") -> Iterator[dict[str, Any] | BadRec
 def _to_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]] | BadRecord:
     """Return all rows, or why one of them cannot be read."""
     try:
+        # The full check reads every offset, which the short check does not.
         batch.validate(full=True)
     except _VALUE_ERRORS as error:
         return BadRecord("not UTF-8" if "UTF8" in str(error) else "a damaged value")

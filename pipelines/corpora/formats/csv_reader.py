@@ -78,6 +78,7 @@ def _read_rows(lines: "_BoundedLines", separator: str) -> Iterator[NumberedRecor
         except DAMAGE_ERRORS:
             yield lines.number + 1, DAMAGED_COMPRESSION
             return
+        # The csv module returns empty lines as empty rows.
         if not values:
             continue
         if names is None:

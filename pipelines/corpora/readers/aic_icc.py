@@ -117,11 +117,13 @@ class AicIccCorpus(CaptionedCorpus):
         if not isinstance(record, dict) or not isinstance(record.get("image_id"), str):
             raise ValueError("no image_id")
         name = record["image_id"]
+        # The annotations are not trusted: a name must not select a file outside of its folder.
         if "/" in name or "\\" in name:
             raise ValueError("a path that leads out of the folder")
         found = images.find(name)
         inside = _join(folder, found or name)
         path = self.media_source.path(inside)
+        # Recorded before the captions are checked, so that the image is not reported twice.
         named.add(found or name)
         captions = clean_captions(record.get("caption"))
         if found is None:

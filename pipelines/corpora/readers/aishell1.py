@@ -119,6 +119,7 @@ class AishellCorpus(ExternalCorpus):
             if self._assign_split(named, path) == "train":
                 speakers.add(_speaker_of(path))
         spoken = self._read_transcripts()
+        # The utterance BAC009S0002W0122 is of the speaker S0002.
         texts = (line.text for name, line in spoken.items() if name[6:11] in speakers)
         self.set_labels((), sorted({c for text in texts for c in text or ""}))
 

@@ -111,6 +111,7 @@ class ExternalCorpus(Corpus):
             + ["captions"] * ("captions" in self.annotations_present)
         )
         size = columns.estimate_row_bytes(self.modality, self.options)
+        # Shards of few rows are slow to open; shards of many rows need much memory.
         self.shard_rows = min(max(TARGET_SHARD_BYTES // size, 64), 8192)
         known = [
             TASK_NAMES[self.modality, annotation]
@@ -141,6 +142,7 @@ class ExternalCorpus(Corpus):
             if isinstance(row, RejectedRow):
                 errors[row.reason] += row.counts_as_error
                 continue
+            # A class or character that training lacks cannot be learned.
             if row["split"] != "train":
                 continue
             if wants_labels and row.get("label") is not None:

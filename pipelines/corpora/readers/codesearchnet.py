@@ -128,6 +128,7 @@ class CodeSearchNetCorpus(ExternalCorpus):
         options = self.options
         if str(record.get("language") or options.language).lower() != options.language.lower():
             raise ValueError(OTHER_LANGUAGE)
+        # Some copies have the function in ``original_string`` only.
         source = record.get(options.code) or record.get("original_string")
         docstring = record.get(options.docstring)
         if not isinstance(source, str) or not source.strip():
@@ -141,6 +142,7 @@ class CodeSearchNetCorpus(ExternalCorpus):
             "split": split,
             "key": key,
             "group": hash_caption_group([caption]),
+            # Line ends of Windows are not part of the function.
             "code": clean_text(source.replace("\r\n", "\n")),
             "label": None,
             "captions": [caption],

@@ -29,7 +29,7 @@ from pipelines.corpora.readers.row_builders import (
 from pipelines.io.media import MediaRef
 from pipelines.transforms.code import first_paragraph
 from skillnet_platform import console
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.errors import UserError, suggest_name
 
 #: Modality -> endings of its media files.
 MEDIA_EXTENSIONS = {
@@ -149,6 +149,7 @@ class RecordCorpus(ExternalCorpus):
         annotations = [paired] * (self.modality != "text" and self.text_field is not None)
         annotations += ["labels"] * (self.label_field is not None)
         if options.task is not None:
+            # An explicit task selects one of several annotations.
             if options.task not in annotations:
                 raise UserError(
                     f"{prefix}.task: rows have no {options.task}; they have "
@@ -252,11 +253,13 @@ class RecordCorpus(ExternalCorpus):
             value = fields.get(options.split_by)
             if value is None and (split is None or not named >= {"validation", "test"}):
                 raise ValueError(f"no field {options.split_by}, which splits are made by")
+            # All rows with this value get the same split.
             key = str(value)
         if split is None or named <= {"train"}:
             return hash_split(key, options)
         if split == "validation" and "test" not in named:
             return val_or_test(key)
+        # The test is given; only the validation is taken from the training rows.
         if split == "train" and "validation" not in named:
             share = stable_hash("split", key) / 2**64
             return "validation" if share < options.validation else "train"
@@ -337,7 +340,7 @@ def _choose_field(
 ) -> str | None:
     """Return the field that an option names, or the first common name among the filled ones."""
     if wanted is not None and wanted not in names:
-        hint = nearest(wanted, names)
+        hint = suggest_name(wanted, names)
         more = hint if "did you mean" in hint else f"; rows have {', '.join(names) or 'none'}"
         raise UserError(f"{option}: no field {wanted!r}{more}")
     return wanted or _first_of(filled, common)

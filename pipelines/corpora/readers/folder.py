@@ -159,6 +159,7 @@ class FolderCorpus(RecordCorpus):
         if name.startswith("/") and not self.media_source.remote:
             path = os.path.normpath(name)
             root = self.media_source.uri
+            # Metadata can name the directory itself or the target of a link to it.
             for directory in (root, os.path.realpath(root)):
                 if path.startswith(f"{directory}/"):
                     name = path[len(directory) + 1 :]
@@ -196,6 +197,7 @@ class FolderCorpus(RecordCorpus):
                 self.named_splits |= {split}
                 if split == "test":
                     tests.append(_join(self.root, entry.name))
+        # An explicit modality overrides the ending.
         extension = (self.options.modality and "") or file_extension(first)
         self.infer_schema(["label"], extension)
         if not self._has_classes():

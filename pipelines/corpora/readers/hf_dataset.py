@@ -183,6 +183,7 @@ def _list_files(source: SourceDirectory, folder: str) -> list[str]:
     names = [entry.get("filename") for entry in listed] if valid and listed else []
     valid = valid and _are_texts(names)
     _require(valid, source, state, "_data_files is not a list of file names")
+    # The metadata are not trusted, so no name may lead out of the directory.
     for name in names:
         _require_inside(source, state, name)
     return [f"{folder}{name}" for name in names]
@@ -220,6 +221,7 @@ def _read_object(source: SourceDirectory, file: str) -> dict[str, Any]:
     with source.open(file) as stream:
         data = stream.read(MAX_ENTRY_CHARS + 1)
     try:
+        # A longer file is not metadata of the library.
         value: Any = json.loads(data.decode("utf-8")) if len(data) <= MAX_ENTRY_CHARS else None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source.path(file)}: not JSON ({first_line(error)})") from None

@@ -114,6 +114,7 @@ class VatexCorpus(CaptionedCorpus):
         youtube = parse_youtube_id(name)
         video = next((known for known in (name, youtube) if known in videos), None)
         if video is not None:
+            # Recorded before the captions are checked, so that the video is not reported twice.
             named.add(video)
         fields = FIELDS[self.options.captions]
         captions = clean_captions([c for f in fields for c in _as_list(record.get(f))])
@@ -160,6 +161,7 @@ def _annotation_files(source: SourceDirectory) -> Iterator[tuple[str, str]]:
             if entry.is_folder or not (name.startswith("vatex_") and name.endswith(".json")):
                 continue
             split = next((s for s in ("train", "validation", "test") if s in name), None)
+            # The private test has no captions.
             if split and "private" not in name:
                 found.setdefault(split, f"{folder}/{entry.name}" if folder else entry.name)
     yield from found.items()

@@ -193,6 +193,7 @@ def _iter_samples(source: SourceDirectory, tar: str) -> Iterator[TarSample]:
                 stem, dot, extension = name.partition(".")
                 if not stem or not dot or "__MACOSX" in folder.split("/"):
                     continue
+                # Windows writes thumbs.db into folders of images.
                 if name.lower() == "thumbs.db":
                     continue
                 key = f"{folder}/{stem}" if folder else stem
@@ -207,6 +208,7 @@ def _iter_samples(source: SourceDirectory, tar: str) -> Iterator[TarSample]:
         is_damaged = isinstance(error, TarReadError)
         reason = str(error) if is_damaged else "the archive cannot be opened"
         current = current or TarSample("")
+        # The rows before the damage are valid, so only the current sample is lost.
         current.problem = f"{reason} from here on" if current.key else reason
         current.truncates_file = True
         yield current

@@ -1,4 +1,4 @@
-"""Downloads that are missing or damaged."""
+"""Archives: verification against the pins, and errors of missing or damaged files."""
 
 import hashlib
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_the_pinned_file_is_accepted(tmp_path: Path) -> None:
         (CONTENT + b"more", r"a-1\.tgz: not the pinned file: sha256"),
     ],
 )
-def test_anything_else_is_refused_with_what_to_do(
+def test_other_files_are_rejected_with_a_remedy(
     tmp_path: Path, data: bytes | None, message: str
 ) -> None:
     if data is not None:
@@ -63,13 +63,13 @@ def test_a_damaged_archive_is_named(tmp_path: Path, data: bytes) -> None:
         list(iter_members(path, lambda name: True))
 
 
-def test_sources_name_members_between_prefix_and_suffix(tmp_path: Path) -> None:
+def test_members_are_named_without_start_and_end(tmp_path: Path) -> None:
     (tmp_path / PIN.file).write_bytes(CONTENT)
     sources = SourceArchives(tmp_path, (PIN,))
     assert list(sources.members("a-", "package/b/", ".mp3")) == [("c", b"sound")]
 
 
-def test_an_unknown_corpus_gets_the_nearest_name() -> None:
+def test_an_unknown_corpus_name_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="unknown corpus 'heading'; did you mean 'headings'"):
         find_corpus("heading")
     with pytest.raises(UserError, match="not a subclass"):

@@ -1,4 +1,4 @@
-"""How rows of the built-in corpora are chosen and split, on archives of a few made-up rows."""
+"""Selection and splits of the built-in corpora, on archives of a few synthetic rows."""
 
 import json
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ NOT_FOUND = b'<!DOCTYPE HTML PUBLIC "-//IETF//DTD HTML 2.0//EN">\n<html>404 Not 
 
 
 def read(corpus, directory: Path) -> tuple[dict[str, dict], dict[str, str]]:  # type: ignore[no-untyped-def,type-arg]
-    """Rows and reasons of rejection, by key."""
+    """Return rows and reasons of rejected rows, by key."""
     rows, rejected = {}, {}
     for row in corpus.rows(SourceArchives(directory, corpus.archives)):
         if isinstance(row, RejectedRow):
@@ -48,7 +48,7 @@ def test_pins_are_complete_and_agree() -> None:
         assert f"-{version}" in pin.file
 
 
-def test_draw_is_a_constant_of_its_words() -> None:
+def test_stable_hash_never_changes() -> None:
     assert stable_hash("strokes", "横、竖") == 14410517122331008962
     assert stable_hash("ab", "c") != stable_hash("a", "bc")
 
@@ -76,7 +76,7 @@ def tree() -> dict[str, dict]:  # type: ignore[type-arg]
     return entries
 
 
-def test_headings_of_one_subtree_stay_together_and_traps_are_set_aside(tmp_path: Path) -> None:
+def test_headings_of_one_subtree_share_a_split(tmp_path: Path) -> None:
     corpus = headings.HeadingsCorpus()
     put(tmp_path, "chinese", zipped({headings.TREE: json.dumps(tree()).encode()}), corpus)
     words = {"一定": "1.必然，如一定要去。", "二": " "}
@@ -93,7 +93,7 @@ def test_headings_of_one_subtree_stay_together_and_traps_are_set_aside(tmp_path:
     assert "repeated" in rejected["heading/F100.2"]
     assert "largest" in rejected["heading/Z100.2"]
     assert rejected["definition/一/二"] == "definition is empty"
-    # The word is the caption; its definition must not give it away.
+    # The word is the caption, so its definition must not contain it.
     assert rows["definition/一/一定"]["text"] == "必然，如～要去。"
     assert rows["definition/一/一定"]["captions"] == ["一定"]
     assert len(rows) + len(rejected) == len(tree()) + 2
@@ -125,7 +125,7 @@ def test_a_class_is_capped(tmp_path: Path, monkeypatch) -> None:  # type: ignore
 # --- syllables
 
 
-def test_sixty_one_symbols_spell_standard_mandarin() -> None:
+def test_sixty_one_symbols_encode_standard_mandarin() -> None:
     assert len(SYMBOLS) == len(set(SYMBOLS)) == 61
     assert split_pinyin("zhuang1") == ["zh", "uang", "1"]
     assert split_pinyin("er4") == ["er", "4"]
@@ -144,7 +144,7 @@ def test_sixty_one_symbols_spell_standard_mandarin() -> None:
             encode_symbols(wrong)
 
 
-def test_error_pages_are_found_by_content_and_a_tone_is_held_out(tmp_path: Path) -> None:
+def test_error_pages_are_rejected_and_one_tone_is_held_out(tmp_path: Path) -> None:
     names = [f"{syllable}{tone}" for syllable in ("ma", "lü", "shi", "an") for tone in "12345"]
     files = {f"package/voice/{name}.mp3": b"\xff\xfb8" + name.encode() for name in names}
     files["package/voice/lv2.mp3"] = files["package/voice/lü2.mp3"]
@@ -167,7 +167,7 @@ def test_error_pages_are_found_by_content_and_a_tone_is_held_out(tmp_path: Path)
 # --- drawings
 
 
-def test_variants_of_a_concept_are_one_family() -> None:
+def test_variants_of_a_concept_form_one_family() -> None:
     runner = drawings.concept_family("1f3c3")
     for variant in ("1f3c3-200d-2640", "1f3c3-1f3fd-200d-2642", "1f3c3-200d-27a1"):
         assert drawings.concept_family(variant) == runner
@@ -177,7 +177,7 @@ def test_variants_of_a_concept_are_one_family() -> None:
     assert drawings.concept_family("1f468-200d-1f466") == drawings.concept_family(
         "1f469-200d-1f467-200d-1f467"
     )
-    for couple in ("1f491", "1f48f", "1f46a", "1f46b"):  # one code point for what others spell out
+    for couple in ("1f491", "1f48f", "1f46a", "1f46b"):  # one code point for a sequence
         assert drawings.concept_family(couple) == drawings.concept_family(
             "1f469-200d-2764-200d-1f468"
         )
@@ -237,12 +237,12 @@ def test_stroke_names_come_from_the_script_and_groups_share_a_split(tmp_path: Pa
     assert rows["乙"]["captions"] == ["甲"]
     assert rows["一"]["group"] == rows["丨"]["group"] != rows["十"]["group"]
     assert rows["一"]["split"] == rows["丨"]["split"]
-    # Stroke counts that differ, or no stroke order at all: a clip without a caption.
+    # Different stroke counts, or no stroke order: a video without a caption.
     for char in ("二", "龘"):
         assert (rows[char]["split"], rows[char]["captions"]) == ("pretrain", [])
 
 
-def test_stroke_sequences_are_on_one_side(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_stroke_sequence_lies_in_one_split(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(strokes, "TEST", 30)
     monkeypatch.setattr(strokes, "VALIDATION", 10)
     named = {chr(0x4E00 + n): f"横{n % 90}" for n in range(120)}
@@ -267,7 +267,7 @@ def body(word: str) -> str:
     return f"{word} = sorted(a + b)\n    return [{word}, len({word}), max({word}), '{word}']"
 
 
-def test_functions_are_split_by_module_and_twins_are_set_aside(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_functions_are_split_by_module_and_twins_are_rejected(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(functions, "_standard_library", lambda: (tmp_path, []))
     monkeypatch.setattr(functions, "TEST", 8)
     monkeypatch.setattr(functions, "VALIDATION", 4)
@@ -298,7 +298,7 @@ def test_functions_are_split_by_module_and_twins_are_set_aside(tmp_path: Path, m
     assert rejected["akshare/p.broken"].startswith("module is not Python")
     reasons = Counter(rejected.values())
     assert reasons["body shorter than 30 characters"] == 12
-    assert reasons["code repeated"] == 11  # twins are one function, however documented
+    assert reasons["code repeated"] == 11  # copies are one function, with any docstring
     assert rows["nonebot2/n.a:g:1"]["split"] == "test_unseen_package"
     homes = defaultdict(set)
     for row in rows.values():
@@ -306,11 +306,11 @@ def test_functions_are_split_by_module_and_twins_are_set_aside(tmp_path: Path, m
         assert "http" not in "".join(row["captions"])
         assert '"""' not in row["code"]
     assert all(len(found - {"pretrain"}) == 1 for found in homes.values())
-    for found in homes.values():  # pretraining sees nothing of a module that is evaluated
+    for found in homes.values():  # pretraining reads no function of an evaluated module
         assert "pretrain" not in found or found <= {"pretrain", "train"}
 
 
-def test_near_twins_of_training_are_found() -> None:
+def test_near_twins_of_training_functions_are_found() -> None:
     def item(module: str, name: str, code: str, summary: str) -> functions._FoundFunction:
         function = functions.source_code.SourceFunction(name, 1, code, code, summary)
         return functions._FoundFunction("p", module, function)

@@ -1,4 +1,4 @@
-"""The corpus of a further task: the clips of strokes, with the class of their number of strokes."""
+"""Corpus ``stroke_counts``: the videos of ``strokes`` with the class of their stroke count."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ DRAWN = {"一": 1, "十": 2, "三": 3, "田": 5, "二": 7, "龘": 4}
 
 
 def archives(folder: Path) -> SourceArchives:
-    """The two archives with six characters, of which "二" and "龘" have no confirmed count."""
+    """Return both archives with six characters; "二" and "龘" have no confirmed count."""
     letters, names = json.dumps(ORDER), {"j": {"name": "横"}, "s": {"name": "竖"}}
     script = f"f(JSON.parse('{letters}'),JSON.parse('{json.dumps(names)}'))"
     paths = {
@@ -40,18 +40,18 @@ def archives(folder: Path) -> SourceArchives:
     return SourceArchives(folder, StrokeCountsCorpus.archives)
 
 
-def test_it_is_known_by_name_but_not_among_the_built_in() -> None:
+def test_it_is_found_by_name_but_not_in_built_in() -> None:
     assert isinstance(find_corpus("stroke_counts"), StrokeCountsCorpus)
     assert not EXTRA_BUILT_IN.keys() & BUILT_IN.keys()
 
 
-def test_classes_are_counts_with_open_ends() -> None:
+def test_end_classes_are_open() -> None:
     assert [stroke_count_class(n) for n in (1, 3, 4, 18, 19, 30)] == [0, 0, 1, 15, 16, 16]
     assert len(LABELS) == 17
     assert LABELS[stroke_count_class(7)] == "7 strokes"
 
 
-def test_rows_and_splits_are_those_of_strokes(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_rows_and_splits_equal_those_of_strokes(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(strokes, "TEST", 1)
     monkeypatch.setattr(strokes, "VALIDATION", 1)
     sources = archives(tmp_path)
@@ -72,7 +72,7 @@ def test_rows_and_splits_are_those_of_strokes(tmp_path: Path, monkeypatch) -> No
     assert "confirms the count" in set_aside["龘"]
 
 
-def test_clips_are_those_of_strokes_to_the_byte(tmp_path: Path) -> None:
+def test_videos_equal_those_of_strokes(tmp_path: Path) -> None:
     corpus = StrokeCountsCorpus()
     rows = [r for r in corpus.rows(archives(tmp_path)) if not isinstance(r, RejectedRow)]
     block, _ = rows_to_table(corpus, rows)

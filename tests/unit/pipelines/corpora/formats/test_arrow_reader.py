@@ -1,4 +1,4 @@
-"""Rows of Arrow batches and Parquet files that hold what cannot be read."""
+"""Arrow batches and Parquet files with values that cannot be read."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ NOT_UTF8 = BadRecord("not UTF-8")
 
 
 def strings(*values: bytes) -> pa.Array:
-    """A column of texts that holds any bytes."""
+    """Return a text column that holds any bytes."""
     return pa.array(values, pa.binary()).view(pa.string())
 
 
-def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
+def test_a_text_that_is_not_utf8_costs_only_its_row(tmp_path: Path) -> None:
     texts = [str(n).encode() for n in range(600)]
     for bad in (3, 300, 599):
         texts[bad] = b"\xff\xfe"
@@ -39,7 +39,7 @@ def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
         pa.array([0, 2**30, 1], pa.date32()),
     ],
 )
-def test_a_date_beyond_the_calendar_costs_its_row(tmp_path: Path, column: pa.Array) -> None:
+def test_a_date_beyond_the_calendar_costs_only_its_row(tmp_path: Path, column: pa.Array) -> None:
     pq.write_table(pa.table({"text": ["a", "b", "c"], "t": column}), tmp_path / "rows.parquet")
     (_, first), (number, second), (_, third) = read_records(
         SourceDirectory(str(tmp_path)), "rows.parquet"
@@ -51,7 +51,7 @@ def test_a_date_beyond_the_calendar_costs_its_row(tmp_path: Path, column: pa.Arr
 
 
 def batch_with(offsets: list[int]) -> pa.RecordBatch:
-    """Texts of two letters whose offsets are any, as a made-up file's may be."""
+    """Return texts of two letters with any offsets, as in a malicious file."""
     data = pa.record_batch({"t": ["ab"] * (len(offsets) - 1)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, data.schema) as out:
@@ -63,13 +63,13 @@ def batch_with(offsets: list[int]) -> pa.RecordBatch:
     return pa.ipc.open_stream(made.replace(right, wrong)).read_next_batch()
 
 
-def test_an_offset_that_leads_astray_costs_its_rows() -> None:
+def test_an_invalid_offset_costs_its_rows() -> None:
     found = list(iter_batch_rows(batch_with([0, 2, 2**30, 6, 8])))
     assert found[0] == {"t": "ab"}
     assert found[3] == {"t": "ab"}
     assert found[1:3] == [BadRecord("a damaged value")] * 2
 
 
-def test_a_batch_whose_parts_do_not_fit_has_no_rows() -> None:
+def test_an_inconsistent_batch_has_no_rows() -> None:
     with pytest.raises(pa.ArrowInvalid):
         list(iter_batch_rows(batch_with([0, 2, 4, 6, 2**30])))

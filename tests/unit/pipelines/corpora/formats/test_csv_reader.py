@@ -1,4 +1,4 @@
-"""CSV files as bad as users' get: a bad row costs itself, and a quote without an end is told."""
+"""Damaged CSV files: a bad row costs only itself, and an unclosed quote is reported."""
 
 import gzip
 from pathlib import Path
@@ -28,22 +28,22 @@ def row(text: str, label: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("behind", ["", '"丁, 戊",b\n', '己,"b"\n'])
-def test_a_quote_that_is_not_closed_is_told_where_it_stands(tmp_path: Path, behind: str) -> None:
-    """Whether the file ends or another quote comes first: nothing behind it is a row."""
+def test_an_unclosed_quote_is_reported_with_its_line(tmp_path: Path, behind: str) -> None:
+    """No later row is read, with or without a further quote."""
     found = read(tmp_path, f'{HEAD}甲,a\n"乙,a\n丙,b\n{behind}')
     assert found == [(2, row("甲", "a")), (3, UNCLOSED_QUOTE)]
 
 
-def test_a_file_that_ends_in_a_quoted_field_is_cut_short(tmp_path: Path) -> None:
+def test_a_file_that_ends_in_a_quoted_field_is_truncated(tmp_path: Path) -> None:
     assert read(tmp_path, f'{HEAD}甲,a\n乙,"b') == [(2, row("甲", "a")), (3, TRUNCATED_LINE)]
 
 
-def test_quoted_fields_hold_lines_quotes_and_empty_lines(tmp_path: Path) -> None:
+def test_quoted_fields_can_hold_line_breaks_and_quotes(tmp_path: Path) -> None:
     found = read(tmp_path, f'{HEAD}\n"甲\n\n乙 ""丙"", 丁",a\r\n戊,b')
     assert found == [(5, row('甲\n\n乙 "丙", 丁', "a")), (6, row("戊", "b"))]
 
 
-def test_a_bad_row_is_told_by_its_own_line_and_its_neighbours_arrive(tmp_path: Path) -> None:
+def test_a_bad_row_is_reported_with_its_line_and_costs_only_itself(tmp_path: Path) -> None:
     found = read(tmp_path, f'{HEAD}甲,a\n"乙"丙,a\n丁,b\n庚\n戊\0,b\n己,a\n')
     good = [(2, row("甲", "a")), (4, row("丁", "b")), (7, row("己", "a"))]
     assert [each for each in found if isinstance(each[1], dict)] == good
@@ -55,13 +55,13 @@ def test_a_bad_row_is_told_by_its_own_line_and_its_neighbours_arrive(tmp_path: P
     assert not any(each.truncates_file for each in bad.values())
 
 
-def test_a_field_may_be_as_long_as_in_other_formats(tmp_path: Path) -> None:
-    """Python's own limit is 131,072 characters."""
+def test_a_field_can_be_as_long_as_in_other_formats(tmp_path: Path) -> None:
+    """The default limit of the csv module is 131,072 characters."""
     assert read(tmp_path, f'{HEAD}"{"x" * 500_000}",a\n') == [(2, row("x" * 500_000, "a"))]
 
 
-def test_quotes_between_tabs_are_those_of_the_text(tmp_path: Path) -> None:
-    """Chinese TSV files are written without quoting; what a spreadsheet quoted is read, too."""
+def test_quotes_in_tsv_belong_to_the_text(tmp_path: Path) -> None:
+    """Chinese TSV files are written without quoting; quoted fields of spreadsheets are read too."""
     lines = ['"甲\ta', '"乙"丙\ta', '丁 "戊\tb', '"己, ""庚"""\tb', '"辛\ta']
     found = read(tmp_path, "text\tlabel\n" + "\r\n".join(lines) + "\n", "rows.tsv")
     texts = ['"甲', '"乙"丙', '丁 "戊', '己, "庚"', '"辛']
@@ -69,33 +69,35 @@ def test_quotes_between_tabs_are_those_of_the_text(tmp_path: Path) -> None:
     assert found == list(enumerate(rows, start=2))
 
 
-def test_no_row_is_read_by_another_line_than_the_head(tmp_path: Path) -> None:
+def test_a_bad_header_rejects_the_file(tmp_path: Path) -> None:
     ((number, broken),) = read(tmp_path, 'te"x"t,"la"bel\n甲,a\n乙,b\n')
     assert (number, broken.truncates_file) == (1, True)
 
 
 @pytest.mark.parametrize(
-    "flood",
+    "text",
     ["x" * 5000, '"' + "甲,a\n" * 1000, "\n" * 5000],
     ids=["line", "quoted-field", "empty-lines"],
 )
-def test_a_flood_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: str) -> None:
+def test_oversized_input_ends_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     monkeypatch.setattr(csv_reader, "MAX_LINE_BYTES", 2000)
     monkeypatch.setattr(csv_reader, "MAX_EMPTY_LINES", 2000)
-    first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{flood}\n乙,a\n", "rows.csv.gz")
+    first, (number, broken) = read(tmp_path, f"{HEAD}甲,a\n{text}\n乙,a\n", "rows.csv.gz")
     assert first == (2, row("甲", "a"))
     assert broken.truncates_file
     assert number > 2
     assert "flood" in broken.reason or "longer than" in broken.reason
 
 
-def test_a_packed_file_that_is_none_is_damaged(tmp_path: Path) -> None:
+def test_an_invalid_gzip_file_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "rows.csv.gz").write_bytes(b"xx")
     ((_, broken),) = read_records(SourceDirectory(str(tmp_path)), "rows.csv.gz")
     assert broken == BadRecord("the compressed file is cut short or damaged", truncates_file=True)
 
 
-def test_rows_of_a_corpus_carry_their_lines(tmp_path: Path) -> None:
+def test_rows_of_a_corpus_have_line_numbers(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(f'{HEAD}"甲\n乙",a\n"丙"丁,b\n戊,b\n', "utf-8")
     corpus = open_external_corpus("mine", f"folder:{tmp_path / 'rows.csv'}")
     found = [

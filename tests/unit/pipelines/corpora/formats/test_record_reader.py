@@ -1,4 +1,4 @@
-"""Records of JSON files: what is bad in them, what they are written in, and how they are laid."""
+"""JSON files: bad records, encodings and layouts."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ GOOD, DOUBLE = '{"a": 1, "b": {"a": 2}}', '{"a": 1, "b": [{"c": 1, "c": 2}]}'
         ("rows.json", f"[{GOOD},\n {DOUBLE}, {GOOD}]"),
     ],
 )
-def test_a_field_that_stands_twice_costs_its_record(tmp_path: Path, name: str, text: str) -> None:
+def test_a_duplicate_field_costs_only_its_record(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     found = list(read_records(SourceDirectory(str(tmp_path)), name))
     good = {"a": 1, "b": {"a": 2}}
@@ -41,7 +41,7 @@ ROWS = [{"text": f"第{n}条新闻的标题", "label": "ab"[n % 2]} for n in ran
 
 
 def written(kind: str) -> str:
-    """Those rows as JSON lines, as an array, or as CSV."""
+    """Return the rows as JSON lines, as an array, or as CSV."""
     if kind == "rows.json":
         return json.dumps(ROWS, ensure_ascii=False, indent=1)
     if kind == "rows.csv":
@@ -51,7 +51,7 @@ def written(kind: str) -> str:
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "gbk"])
-def test_another_encoding_is_one_message(tmp_path: Path, name: str, encoding: str) -> None:
+def test_another_encoding_has_one_message(tmp_path: Path, name: str, encoding: str) -> None:
     (tmp_path / name).write_bytes(written(name).encode(encoding))
     ((number, broken),) = read_records(SourceDirectory(str(tmp_path)), name)
     assert (number, broken.truncates_file) == (1, True)
@@ -59,14 +59,14 @@ def test_another_encoding_is_one_message(tmp_path: Path, name: str, encoding: st
     assert broken.reason.endswith(f"not UTF-8; convert it: iconv -f {said} -t UTF-8")
 
 
-def test_annotations_in_another_encoding_are_one_message(tmp_path: Path) -> None:
+def test_annotations_in_another_encoding_have_one_message(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_bytes(written("rows.json").encode("gbk"))
     ((_, _, broken),) = read_json_entries(SourceDirectory(str(tmp_path)), "rows.json")
     assert broken.reason.startswith("probably GBK, not UTF-8")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_a_few_rows_that_are_not_utf8_are_bad_by_themselves(tmp_path: Path, name: str) -> None:
+def test_a_few_rows_that_are_not_utf8_cost_only_themselves(tmp_path: Path, name: str) -> None:
     good = written(name).encode().splitlines(keepends=True)
     bad = "第x条新闻的标题".encode("gbk")
     at = 1 if name.endswith(".csv") else 0
@@ -77,16 +77,14 @@ def test_a_few_rows_that_are_not_utf8_are_bad_by_themselves(tmp_path: Path, name
     assert [row for _, row in rest] == ROWS
 
 
-def test_zeros_that_a_crash_left_are_no_encoding(tmp_path: Path) -> None:
+def test_zeros_of_a_crash_are_not_an_encoding(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(bytes(4096))
     assert list(read_records(SourceDirectory(str(tmp_path)), "rows.jsonl")) == [(1, TRUNCATED_LINE)]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz"])
-def test_an_array_is_read_where_lines_are_expected(
-    tmp_path: Path, name: str, indent: int | None
-) -> None:
+def test_an_array_is_read_in_place_of_lines(tmp_path: Path, name: str, indent: int | None) -> None:
     data = json.dumps(ROWS, indent=indent).encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert list(read_json_lines(SourceDirectory(str(tmp_path)), name)) == list(
@@ -94,7 +92,7 @@ def test_an_array_is_read_where_lines_are_expected(
     )
 
 
-def test_objects_over_several_lines_are_one_message(tmp_path: Path) -> None:
+def test_objects_over_several_lines_have_one_message(tmp_path: Path) -> None:
     text = "\n".join(json.dumps(row, indent=2) for row in ROWS)
     (tmp_path / "rows.jsonl").write_text(text)
     assert list(read_json_lines(SourceDirectory(str(tmp_path)), "rows.jsonl")) == [
@@ -102,15 +100,15 @@ def test_objects_over_several_lines_are_one_message(tmp_path: Path) -> None:
     ]
 
 
-def test_a_line_that_begins_with_a_bracket_is_one_bad_line(tmp_path: Path) -> None:
+def test_a_line_that_starts_with_a_bracket_is_one_bad_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("[[[[[[\n" + written("rows.jsonl"), "utf-8")
     first, *rest = read_json_lines(SourceDirectory(str(tmp_path)), "rows.jsonl")
     assert first == (1, BadRecord("not JSON"))
     assert [row for _, row in rest] == ROWS
 
 
-def test_what_stands_behind_an_array_is_told(tmp_path: Path) -> None:
-    """Two arrays, one behind the other: the second would be lost without a word."""
+def test_data_after_an_array_is_reported(tmp_path: Path) -> None:
+    """Of two consecutive arrays the second one would be lost silently."""
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:2]) + "\n" + json.dumps(ROWS[2:]))
     *good, (number, last) = read_records(SourceDirectory(str(tmp_path)), "rows.json")
     assert [row for _, row in good] == ROWS[:2]
@@ -132,10 +130,10 @@ def test_tnews_is_read_from_an_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flood", [b"\0" * 5000, b"\n" * 5000, b" " * 5000])
-def test_a_flood_ends_the_file(
+def test_oversized_input_ends_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: bytes
 ) -> None:
-    """A small file may unpack to a line, or to empty ones, of any length."""
+    """A small file can decompress to a line, or to empty lines, of any length."""
     monkeypatch.setattr(directory, "MAX_LINE_BYTES", 2000)
     monkeypatch.setattr(directory, "MAX_EMPTY_LINES", 2000)
     good = b'{"a": 1}\n'

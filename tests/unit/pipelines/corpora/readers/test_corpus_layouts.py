@@ -1,4 +1,4 @@
-"""The paper's corpora as people have them: packed, unpacked deeper, in capitals, or in part."""
+"""Variants of the paper's corpora: packed, unpacked deeper, in capitals, or in part."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ from tests.unit.pipelines.corpora.readers.test_readers import media, read, sizes
 
 
 @pytest.mark.parametrize("reader", ["tnews", "aic_icc", "vatex", "pytorrent", "folder", None])
-def test_what_is_packed_must_be_unpacked(tmp_path: Path, reader: str | None) -> None:
+def test_archives_must_be_unpacked(tmp_path: Path, reader: str | None) -> None:
     (tmp_path / "corpus.ZIP").write_bytes(b"PK")
     place = f"{reader}:{tmp_path}" if reader else str(tmp_path)
     with pytest.raises(UserError, match=r"\. corpus\.ZIP is an archive: unpack it"):
@@ -30,7 +30,7 @@ def test_what_is_packed_must_be_unpacked(tmp_path: Path, reader: str | None) -> 
 
 class TestAishell:
     @pytest.mark.parametrize("packed", [False, True])
-    def test_splits_that_are_not_given_go_by_speaker(self, tmp_path: Path, packed: bool) -> None:
+    def test_missing_splits_are_made_by_speaker(self, tmp_path: Path, packed: bool) -> None:
         wav = tmp_path / "data_aishell" / "wav"
         wav.mkdir(parents=True)
         said = []
@@ -55,7 +55,7 @@ class TestAishell:
         corpus.scan_labels()
         assert corpus.symbols == ("<unk>", *sorted("今天气"))
 
-    def test_a_speaker_outside_the_given_splits_is_counted(self, tmp_path: Path) -> None:
+    def test_a_speaker_outside_of_given_splits_is_counted(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
         wav = folder / "data_aishell" / "wav"
         (wav / "train" / "S0002").rename(wav / "S0002")
@@ -65,7 +65,7 @@ class TestAishell:
         assert reasons["neither train, dev nor test in its path"] == 4
 
     @pytest.mark.parametrize("above", ["", "data_aishell"])
-    def test_it_is_found_where_it_was_unpacked(self, tmp_path: Path, above: str) -> None:
+    def test_it_is_found_in_nested_directories(self, tmp_path: Path, above: str) -> None:
         folder = user_corpora.aishell1(tmp_path / "data_aishell")
         assert detect_reader(SourceDirectory(str(tmp_path / above))) is not None
         rows, _ = read(open_external_corpus("aishell1", str(tmp_path / above)))
@@ -73,26 +73,26 @@ class TestAishell:
         assert sizes(rows) == sizes(expected)
 
     @pytest.mark.parametrize("part", ["wav", "wav/train", "transcript"])
-    def test_a_part_of_it_is_told(self, tmp_path: Path, part: str) -> None:
+    def test_a_part_of_the_corpus_is_reported(self, tmp_path: Path, part: str) -> None:
         whole = user_corpora.aishell1(tmp_path) / "data_aishell"
         with pytest.raises(UserError, match=f"only a part of AISHELL-1; give {whole}$"):
             inspection.inspect_corpus(str(whole / part))
 
-    def test_it_must_be_unpacked(self, tmp_path: Path) -> None:
+    def test_the_download_must_be_unpacked(self, tmp_path: Path) -> None:
         file = tmp_path / "data_aishell.tgz"
         file.write_bytes(tarred({"data_aishell/wav/S0002.tar.gz": b"x"}))
         for place in (tmp_path, file):
             with pytest.raises(UserError, match=r"data_aishell\.tgz is an archive: unpack it"):
                 inspection.inspect_corpus(str(place))
 
-    def test_a_folder_without_speakers(self, tmp_path: Path) -> None:
+    def test_a_folder_without_speakers_is_reported(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
         shutil.rmtree(folder / "data_aishell" / "wav")
         (folder / "data_aishell" / "wav").mkdir()
         with pytest.raises(UserError, match="no folders or archives of speakers in it"):
             open_external_corpus("aishell1", str(folder))
 
-    def test_what_macos_leaves_in_an_archive(self, tmp_path: Path) -> None:
+    def test_files_of_macos_in_an_archive_are_ignored(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
         file = folder / "data_aishell" / "wav" / "S0004.tar.gz"
         with tarfile.open(file) as archive:
@@ -122,7 +122,7 @@ class TestAicIcc:
         assert reasons == {"captions without an image": 1, "an image without captions": 1}
         assert all(media(row)[:2] == b"\xff\xd8" for each in rows.values() for row in each)
 
-    def test_tests_without_captions_are_none(self, tmp_path: Path) -> None:
+    def test_tests_without_captions_are_not_evaluated(self, tmp_path: Path) -> None:
         folder = user_corpora.aic_icc(tmp_path, other=30)
         before = open_external_corpus("aic_icc", str(folder)).extra_sources()
         for file in folder.rglob("*test*.json"):
@@ -141,7 +141,7 @@ class TestAicIcc:
 
 
 @pytest.mark.parametrize(("kept", "asked"), [("enCap", "chinese"), ("chCap", "english")])
-def test_captions_of_the_other_language_alone(tmp_path: Path, kept: str, asked: str) -> None:
+def test_captions_in_the_other_language_only(tmp_path: Path, kept: str, asked: str) -> None:
     folder = user_corpora.vatex(tmp_path)
     for file in folder.glob("*.json"):
         records = json.loads(file.read_text("utf-8"))
@@ -154,7 +154,7 @@ def test_captions_of_the_other_language_alone(tmp_path: Path, kept: str, asked: 
     assert {"train", "validation", "test"} == set(rows)
 
 
-def test_tnews_as_an_array(tmp_path: Path) -> None:
+def test_tnews_as_a_json_array(tmp_path: Path) -> None:
     folder = user_corpora.tnews(tmp_path)
     expected, _ = read(open_external_corpus("tnews", str(folder)))
     for name in ("train", "dev", "test"):
@@ -165,7 +165,7 @@ def test_tnews_as_an_array(tmp_path: Path) -> None:
     assert read(open_external_corpus("tnews", str(folder))) == (expected, Counter())
 
 
-def test_a_docstring_of_another_name_is_told(tmp_path: Path) -> None:
+def test_a_docstring_field_of_another_name_is_suggested(tmp_path: Path) -> None:
     user_corpora.pytorrent(tmp_path)
     for file in tmp_path.rglob("*.jsonl.gz"):
         lines = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]

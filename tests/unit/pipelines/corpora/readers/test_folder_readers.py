@@ -1,4 +1,4 @@
-"""Folders with metadata and WebDataset tars of any modality, and every reader from a store."""
+"""Formats ``folder`` and ``webdataset`` for any modality, and every reader in a store."""
 
 import csv
 import gzip
@@ -26,7 +26,7 @@ from tests.unit.pipelines.corpora.readers.test_readers import media, read, sizes
 
 
 class TestFolder:
-    def test_recordings_with_metadata(self, tmp_path: Path) -> None:
+    def test_audio_with_metadata(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path)
         (folder / "data" / "extra.wav").write_bytes(user_corpora.wav(1))
         (folder / "data" / "3.wav").unlink()
@@ -37,7 +37,7 @@ class TestFolder:
         assert sum(sizes(rows).values()) == 11
         assert media(rows["train"][0])[:4] == b"RIFF"
 
-    def test_a_made_split_keeps_speakers_together(self, tmp_path: Path) -> None:
+    def test_made_splits_keep_speakers_together(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=24)
         options = {"split_by": "speaker", "test": 0.4, "validation": 0.3}
         rows, _ = read(open_external_corpus("mine", f"folder:{folder}", options))
@@ -48,8 +48,8 @@ class TestFolder:
                 homes.setdefault(f"s{number % 3}", set()).add(split)
         assert all(len(home) == 1 for home in homes.values())
 
-    def test_a_row_without_what_splits_are_made_by(self, tmp_path: Path) -> None:
-        """All such rows would fall into one split together."""
+    def test_a_row_without_the_split_by_field_is_rejected(self, tmp_path: Path) -> None:
+        """Otherwise all rows without the field would share one split."""
         folder = user_corpora.media_folder(tmp_path, rows=4)
         with (folder / "metadata.jsonl").open("a") as out:
             out.write('{"file_name": "data/1.wav", "transcription": "x"}\n')
@@ -70,12 +70,12 @@ class TestFolder:
             (tmp_path / "rows.csv").write_text(text, "utf-8")
         corpus = open_external_corpus("mine", f"folder:{tmp_path / f'rows.{kind}'}")
         found = list(corpus.rows(SourceArchives.none()))
-        first = 2 if kind == "csv" else 1  # a CSV file's rows are named by their line
+        first = 2 if kind == "csv" else 1  # rows of a CSV file are numbered by line
         numbers = [row.row if isinstance(row, RejectedRow) else row["row"] for row in found]
         assert numbers == [first, first + 1, first + 2, first + 3]
         assert isinstance(found[-1], RejectedRow)
 
-    def test_rows_stand_in_their_metadata(self, tmp_path: Path) -> None:
+    def test_metadata_can_hold_the_rows(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=3)
         rows, _ = read(open_external_corpus("folder", str(folder)))
         every = [row for each in rows.values() for row in each]
@@ -83,7 +83,7 @@ class TestFolder:
         assert all(row["media"]["path"].endswith(f"/{row['row'] - 1}.wav") for row in every)
 
     @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
-    def test_pictures_in_folders_of_splits(self, tmp_path: Path, kind: str) -> None:
+    def test_images_in_split_folders(self, tmp_path: Path, kind: str) -> None:
         for place, (split, count) in enumerate((("train", 40), ("validation", 20))):
             home = tmp_path / split
             home.mkdir()
@@ -105,11 +105,11 @@ class TestFolder:
         rows, reasons = read(corpus)
         assert not reasons
         assert len(rows["train"]) == 40
-        # What is not given is made: the validation rows are parted, the test is one half.
+        # The missing test is made: it is half of the validation rows.
         assert len(rows["test"]) + len(rows["validation"]) == 20
         assert min(len(rows["test"]), len(rows["validation"])) > 2
 
-    def test_folders_that_name_classes(self, tmp_path: Path) -> None:
+    def test_class_folders(self, tmp_path: Path) -> None:
         for split, count in (("train", 6), ("test", 2)):
             for name in ("cat", "dog"):
                 (tmp_path / split / name).mkdir(parents=True)
@@ -134,7 +134,7 @@ class TestFolder:
         assert reasons == {"a different number of fields than the header": 1}
         assert rows["train"][0]["text"].endswith("条, 新闻")
 
-    def test_functions_and_a_field_for_splits(self, tmp_path: Path) -> None:
+    def test_functions_with_a_split_field(self, tmp_path: Path) -> None:
         lines = user_corpora.code_rows(9)
         for number, line in enumerate(lines):
             line["part"] = ("train", "dev", "test")[number % 3]
@@ -147,7 +147,7 @@ class TestFolder:
         assert sizes(rows) == {"test": 3, "train": 3, "validation": 3}
         assert reasons == {"a split that is not train, validation or test": 1}
 
-    def test_paths_that_lead_out_are_set_aside(self, tmp_path: Path) -> None:
+    def test_paths_that_lead_out_are_rejected(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path / "in", rows=3)
         names = ["/etc/passwd", "../../x.wav", "data/../../x.wav", "file:///etc/passwd", "a\0b", ""]
         with (folder / "metadata.jsonl").open("a") as out:
@@ -170,12 +170,12 @@ class TestFolder:
             ({"modality": "smell"}, "modality: expected one of text, sound"),
         ],
     )
-    def test_fields_that_are_not_there(self, tmp_path: Path, options: dict, message: str) -> None:
+    def test_missing_fields_are_reported(self, tmp_path: Path, options: dict, message: str) -> None:
         user_corpora.media_folder(tmp_path)
         with pytest.raises(UserError, match=message):
             open_external_corpus("folder", str(tmp_path), options)
 
-    def test_media_that_nothing_is_said_of_are_not_bad(self, tmp_path: Path) -> None:
+    def test_media_without_annotations_are_no_errors(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=3)
         with (folder / "metadata.jsonl").open("a") as out:
             out.write('{"file_name": "data/0.wav", "transcription": " "}\n')
@@ -192,7 +192,7 @@ class TestFolder:
             ("a text is missing", 6, True),
         ]
 
-    def test_metadata_named_by_the_user_lie_beside_their_media(self, tmp_path: Path) -> None:
+    def test_given_metadata_lie_beside_their_media(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=5)
         (folder / "metadata.jsonl").rename(folder / "index.jsonl")
         corpus = open_external_corpus("mine", f"folder:{folder / 'index.jsonl'}")
@@ -203,10 +203,10 @@ class TestFolder:
         (folder / "data" / "0.wav").write_bytes(b"another")
         assert corpus.extra_sources() != before
 
-    def test_a_store_is_not_asked_for_each_row(
+    def test_a_store_is_not_queried_for_each_row(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A medium that is missing there is found by whoever reads it, in parallel."""
+        """A missing media file is found when it is read, in parallel."""
         folder = user_corpora.media_folder(tmp_path, rows=30)
         store = fsspec.filesystem("memory")
         store.put(str(folder), "/not-asked/mine", recursive=True)
@@ -227,7 +227,7 @@ class TestFolder:
         missing = [data for data in read_media(every) if isinstance(data, MediaReadError)]
         assert [data.reason for data in missing] == ["the media file is missing"]
 
-    def test_a_tar_left_beside_metadata_is_not_the_corpus(self, tmp_path: Path) -> None:
+    def test_a_tar_beside_metadata_is_not_detected(self, tmp_path: Path) -> None:
         folder = user_corpora.media_folder(tmp_path, rows=3)
         (folder / "backup.tar.gz").write_bytes(
             tarred({"0.wav": user_corpora.wav(0), "0.txt": b"x"})
@@ -235,7 +235,7 @@ class TestFolder:
         found = detect_reader(SourceDirectory(str(folder)))
         assert found is not None
         assert found[0] == "folder"
-        # A description beside tars does not make them a folder of media.
+        # A description beside tars is not metadata of media.
         tars = user_corpora.webdataset(tmp_path / "tars")
         (tars / "metadata.json").write_text('{"description": "pictures", "samples": 36}')
         found = detect_reader(SourceDirectory(str(tars)))
@@ -244,7 +244,7 @@ class TestFolder:
 
 
 class TestWebDataset:
-    def test_the_first_picture_may_be_without_a_caption(self, tmp_path: Path) -> None:
+    def test_the_first_image_can_lack_a_caption(self, tmp_path: Path) -> None:
         files = {"0.jpg": user_corpora.jpg(0)}
         for n in (1, 2):
             files |= {f"{n}.jpg": user_corpora.jpg(n), f"{n}.txt": b"words"}
@@ -260,7 +260,7 @@ class TestWebDataset:
             False,
         )
 
-    def test_members_are_ranges_of_their_tar(self, tmp_path: Path) -> None:
+    def test_members_are_byte_ranges_of_their_tar(self, tmp_path: Path) -> None:
         corpus = open_external_corpus("webdataset", str(user_corpora.webdataset(tmp_path)))
         assert corpus.task == "text_to_image"
         rows, reasons = read(corpus)
@@ -287,7 +287,7 @@ class TestWebDataset:
         assert reasons == {"not JSON": 1}
         assert all(media(row)[:4] == b"RIFF" for each in rows.values() for row in each)
 
-    def test_a_tar_cut_short_costs_its_end(self, tmp_path: Path) -> None:
+    def test_a_truncated_tar_loses_only_its_end(self, tmp_path: Path) -> None:
         folder = user_corpora.webdataset(tmp_path)
         tar = folder / "train-000000.tar"
         with tarfile.open(tar) as archive:
@@ -298,8 +298,8 @@ class TestWebDataset:
         assert len(rows["train"]) + len(rows.get("validation", [])) == 17
 
     @pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.tar.gz"])
-    def test_a_tar_that_attacks_costs_its_end(self, tmp_path: Path, name: str) -> None:
-        """A name of 8 MB: Python would take it into memory, whatever length it declares."""
+    def test_a_malicious_tar_loses_only_its_end(self, tmp_path: Path, name: str) -> None:
+        """A name of 8 MB, which Python would read into memory for any declared length."""
         target = io.BytesIO()
         with tarfile.open(fileobj=target, mode="w:gz" if name.endswith("gz") else "w") as out:
             for n in range(3):
@@ -317,7 +317,7 @@ class TestWebDataset:
         assert sum(map(len, rows.values())) == 2
 
 
-def test_a_corpus_in_a_bucket_is_read_alike(tmp_path: Path) -> None:
+def test_a_corpus_in_a_bucket_gives_the_same_rows(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for name in ("vatex", "aishell1", "webdataset", "pytorrent"):
         builder = getattr(user_corpora, name)
@@ -335,7 +335,7 @@ def test_a_corpus_in_a_bucket_is_read_alike(tmp_path: Path) -> None:
         shutil.rmtree(local)
 
 
-def test_samples_are_finished_as_the_model_reads_them(tmp_path: Path) -> None:
+def test_samples_become_the_columns_of_the_model(tmp_path: Path) -> None:
     corpus = open_external_corpus(
         "webdataset", str(user_corpora.webdataset(tmp_path)), {"size": 32}
     )

@@ -1,4 +1,4 @@
-"""Splits that a layout names are those of the corpus, and a test that says nothing is none."""
+"""Splits that a layout names are used, and a test without annotations is not evaluated."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,13 @@ def pictures(home: Path, *names: str) -> None:
 
 
 def homes(rows: Rows, named: str) -> set[str]:
-    """The splits of rows whose file has that in its path."""
+    """Return the splits of rows whose path contains a name."""
     return {s for s, each in rows.items() for row in each if named in row["media"]["path"]}
 
 
 @pytest.mark.parametrize("below", ["", "corpus", "a/b"])
 @pytest.mark.parametrize("names", [("Train", "Test"), ("train", "VAL"), ("TRAINING", "Eval")])
-def test_folders_of_splits_in_capitals_or_unpacked_deeper(
+def test_split_folders_in_capitals_or_unpacked_deeper(
     tmp_path: Path, below: str, names: tuple[str, str]
 ) -> None:
     train, other = names
@@ -49,13 +49,13 @@ def test_folders_of_splits_in_capitals_or_unpacked_deeper(
     assert corpus.labels == ("c", "d")
 
 
-def test_splits_below_classes_are_refused(tmp_path: Path) -> None:
+def test_splits_below_classes_are_rejected(tmp_path: Path) -> None:
     pictures(tmp_path, "cat/train/1.jpg", "cat/test/2.jpg", "dog/train/3.jpg", "dog/test/4.jpg")
     with pytest.raises(UserError, match="cat/test and cat/train name splits"):
         folder(tmp_path)
 
 
-def test_one_folder_is_no_class(tmp_path: Path) -> None:
+def test_a_single_folder_is_not_a_class(tmp_path: Path) -> None:
     pictures(tmp_path, *(f"audio/{n}.wav" for n in range(3)), "meta/notes.txt")
     corpus = folder(tmp_path)
     assert (corpus.task, corpus.annotations_present) == ("masked_sound", ())
@@ -63,7 +63,7 @@ def test_one_folder_is_no_class(tmp_path: Path) -> None:
     assert (sum(sizes(rows).values()), reasons) == (3, {})
 
 
-def test_pictures_of_a_test_without_classes(tmp_path: Path) -> None:
+def test_images_of_a_test_without_classes(tmp_path: Path) -> None:
     pictures(tmp_path, *(f"train/{'cd'[n % 2]}/{n}.jpg" for n in range(60)))
     pictures(tmp_path, *(f"test/{n}.jpg" for n in range(9)))
     corpus = folder(tmp_path)
@@ -75,14 +75,14 @@ def test_pictures_of_a_test_without_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "train.jsonl", "Train/metadata.jsonl"])
-def test_metadata_further_down_are_not_passed_over(tmp_path: Path, name: str) -> None:
+def test_metadata_further_down_are_reported(tmp_path: Path, name: str) -> None:
     pictures(tmp_path, "corpus/1.jpg")
     write_lines(tmp_path / "corpus" / name, [{"file_name": "1.jpg", "caption": "图"}])
     with pytest.raises(UserError, match=f"but corpus/{name}; give {tmp_path}/corpus$"):
         folder(tmp_path)
 
 
-def test_names_of_files_in_capitals(tmp_path: Path) -> None:
+def test_file_names_in_capitals(tmp_path: Path) -> None:
     for name in ("train.csv", "TEST.CSV"):
         (tmp_path / name).write_text("text,label\n一,a\n二,b\n")
     assert folder(tmp_path).named_splits == {"train", "test"}
@@ -93,18 +93,18 @@ def captioned(home: Path, rows: list[dict]) -> None:
     write_lines(home / "metadata.jsonl", rows)
 
 
-def test_one_metadata_file_with_media_in_folders_of_splits(tmp_path: Path) -> None:
+def test_one_metadata_file_with_media_in_split_folders(tmp_path: Path) -> None:
     said = [{"file_name": f"train/{n}.jpg", "caption": f"图{n}"} for n in range(1200)]
     said += [{"file_name": f"Test/{n}.jpg", "caption": f"图{n}"} for n in range(10)]
     captioned(tmp_path, said)
     rows, reasons = read(folder(tmp_path))
     assert not reasons
-    assert homes(rows, "/Test/") == {"test"}  # though none is among the first that are looked at
+    assert homes(rows, "/Test/") == {"test"}  # although the sampled rows contain none
     assert homes(rows, "/train/") == {"train", "validation"}
     assert inspection.inspect_corpus(str(tmp_path))["named_splits"] == ["test", "train"]
 
 
-def test_a_file_beside_the_folders_of_splits_is_set_aside(tmp_path: Path) -> None:
+def test_a_file_beside_split_folders_is_rejected(tmp_path: Path) -> None:
     names = ["train/1.jpg", "test/2.jpg", "more/3.jpg"]
     captioned(tmp_path, [{"file_name": name, "caption": "图"} for name in names])
     _, reasons = read(folder(tmp_path))
@@ -120,7 +120,7 @@ def test_a_field_named_split(tmp_path: Path) -> None:
     assert folder(tmp_path).named_splits == frozenset()
 
 
-def test_splits_by_files_stand_whatever_a_field_says(tmp_path: Path) -> None:
+def test_splits_by_files_override_a_split_field(tmp_path: Path) -> None:
     for name in ("train", "validation", "test"):
         lines = [{"text": f"{name} {n}", "label": "a", "split": "train"} for n in range(5)]
         write_lines(tmp_path / f"{name}.jsonl", lines)
@@ -128,18 +128,18 @@ def test_splits_by_files_stand_whatever_a_field_says(tmp_path: Path) -> None:
     assert sizes(rows) == {"test": 5, "train": 5, "validation": 5}
 
 
-def test_a_field_given_for_splits_may_lack_one(tmp_path: Path) -> None:
+def test_a_given_split_field_can_lack_a_split(tmp_path: Path) -> None:
     lines = [{"text": f"第{n}句", "label": "a", "part": "train"} for n in range(200)]
     lines += [{"text": f"试{n}句", "label": "a", "part": "test"} for n in range(5)]
     write_lines(tmp_path / "metadata.jsonl", lines)
     rows, _ = read(folder(tmp_path, {"split": "part"}))
     assert len(rows["test"]) == 5
-    assert rows["validation"]  # taken from the training rows
+    assert rows["validation"]  # made from the training rows
 
 
 @pytest.mark.parametrize("nothing", [{}, {"label": None}, {"label": ""}, {"label": -1}])
 def test_a_test_without_labels(tmp_path: Path, nothing: dict) -> None:
-    """``test`` comes before ``train`` in a folder."""
+    """``test`` comes before ``train`` in the directory."""
     write_lines(tmp_path / "test.jsonl", [{"text": f"问{n}"} | nothing for n in range(20)])
     lines = [{"text": f"答{n}", "label": n % 3} for n in range(100)]
     write_lines(tmp_path / "train.jsonl", lines)
@@ -152,7 +152,7 @@ def test_a_test_without_labels(tmp_path: Path, nothing: dict) -> None:
     assert set(rows) == {"train", "validation", "test", "unlabelled"}
 
 
-def test_minus_one_is_a_class_where_training_rows_have_it(tmp_path: Path) -> None:
+def test_minus_one_is_a_class_if_training_rows_have_it(tmp_path: Path) -> None:
     write_lines(tmp_path / "test.jsonl", [{"text": f"问{n}", "label": -1} for n in range(5)])
     lines = [{"text": f"答{n}", "label": n % 3 - 1} for n in range(50)]
     write_lines(tmp_path / "train.jsonl", lines)
@@ -160,7 +160,7 @@ def test_minus_one_is_a_class_where_training_rows_have_it(tmp_path: Path) -> Non
     assert {row["label"] for row in rows["test"]} == {"-1"}
 
 
-def test_a_test_without_captions_is_set_aside(tmp_path: Path) -> None:
+def test_a_test_without_captions_is_rejected(tmp_path: Path) -> None:
     for name, caption in (("test", {}), ("validation", {"caption": "图"})):
         said = [{"file_name": f"{n}.jpg"} | caption for n in range(12)]
         captioned(tmp_path / name, said)
@@ -171,7 +171,7 @@ def test_a_test_without_captions_is_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [{}, {"caption": None}, {"caption": ""}, {"caption": []}])
-def test_the_first_row_does_not_decide(tmp_path: Path, first: dict) -> None:
+def test_the_first_row_does_not_decide_the_schema(tmp_path: Path, first: dict) -> None:
     said = [{"file_name": "0.jpg"} | first]
     captioned(tmp_path, said + [{"file_name": f"{n}.jpg", "caption": "图"} for n in range(1, 9)])
     corpus = folder(tmp_path)
@@ -180,9 +180,7 @@ def test_the_first_row_does_not_decide(tmp_path: Path, first: dict) -> None:
     assert (sum(sizes(rows).values()), reasons) == (8, {"an image without captions": 1})
 
 
-def test_fields_that_nobody_knows_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_fields_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captioned(tmp_path, [{"file_name": f"{n}.jpg", "文本": "图"} for n in range(3)])
     assert folder(tmp_path).task == "masked_image"
     assert "among the fields 文本" in capsys.readouterr().err
@@ -190,7 +188,7 @@ def test_fields_that_nobody_knows_are_told(
     assert not capsys.readouterr().err
 
 
-def test_a_file_of_several_rows_is_on_one_side(tmp_path: Path) -> None:
+def test_a_file_of_several_rows_lies_in_one_split(tmp_path: Path) -> None:
     lines = [{"file_name": f"{n}.jpg", "caption": f"图{n}{c}"} for n in range(60) for c in "甲乙丙"]
     captioned(tmp_path, lines)
     rows, _ = read(folder(tmp_path, {"test": 0.4}))
@@ -199,7 +197,7 @@ def test_a_file_of_several_rows_is_on_one_side(tmp_path: Path) -> None:
     assert sum(map(len, sides.values())) == 60
 
 
-def test_absolute_names_below_the_folder(tmp_path: Path) -> None:
+def test_absolute_paths_below_the_directory(tmp_path: Path) -> None:
     home, link = tmp_path / "real", tmp_path / "link"
     pictures(home, "train/1.jpg", "test/2.jpg", "test/3.jpg")
     pictures(tmp_path, "out.jpg")

@@ -1,5 +1,7 @@
-"""Saved Hugging Face datasets that anyone may have made: odd metadata is told, no byte of an Arrow
-file ends the process, and what is damaged costs its rows."""
+"""Untrusted Hugging Face datasets: odd metadata is reported, and damage costs only its rows.
+
+No byte of an Arrow file ends the process.
+"""
 
 import json
 import random
@@ -49,7 +51,7 @@ def save(
     features: dict[str, Any],
     options: pa.ipc.IpcWriteOptions | None = None,
 ) -> Path:
-    """As ``save_to_disk`` does, in batches of 20 rows; the Arrow file."""
+    """Write a dataset like ``save_to_disk``, in batches of 20 rows; return the Arrow file."""
     folder.mkdir(exist_ok=True)
     file = folder / "data.arrow"
     with pa.ipc.new_stream(str(file), table.schema, options=options) as out:
@@ -71,7 +73,7 @@ def pictures(kind: pa.DataType, values: list[Any]) -> pa.Table:
 
 
 @pytest.mark.parametrize(("name", "text"), [(n, text) for n, each in ODD.items() for text in each])
-def test_odd_metadata_are_a_users_mistake(tmp_path: Path, name: str, text: str) -> None:
+def test_odd_metadata_are_a_user_error(tmp_path: Path, name: str, text: str) -> None:
     save(tmp_path / "saved", texts(), TEXTS)
     save(tmp_path / "x", texts(), TEXTS)
     if name == "dataset_dict.json":
@@ -81,14 +83,14 @@ def test_odd_metadata_are_a_users_mistake(tmp_path: Path, name: str, text: str) 
         open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}").scan_labels()
 
 
-def test_what_is_said_of_a_column_may_be_anything(tmp_path: Path) -> None:
+def test_the_description_of_a_column_can_be_anything(tmp_path: Path) -> None:
     save(tmp_path / "saved", texts(), {"text": 5, "label": {"_type": []}})
     rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert not reasons
     assert sum(map(len, rows.values())) == 60
 
 
-def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
+def test_a_text_that_is_not_utf8_costs_only_its_row(tmp_path: Path) -> None:
     file = save(tmp_path / "saved", texts(), TEXTS)
     data = file.read_bytes()
     word = "第7条".encode()
@@ -103,7 +105,7 @@ def test_a_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
 
 
 def in_store(folder: Path) -> str:
-    """The same in a store that no other test has."""
+    """Return the URI of a copy in a store that no other test uses."""
     place = f"/hostile-saved{folder}"
     system = fsspec.filesystem("memory")
     for file in folder.iterdir():
@@ -137,7 +139,7 @@ def test_media_of_every_type_that_has_offsets(tmp_path: Path, kind: pa.DataType)
         (pa.int64(), 1),
     ],
 )
-def test_media_of_another_type_are_told(tmp_path: Path, kind: pa.DataType, value: Any) -> None:
+def test_media_of_another_type_are_reported(tmp_path: Path, kind: pa.DataType, value: Any) -> None:
     save(tmp_path / "saved", pictures(kind, [value] * 30), PICTURES)
     rows, reasons = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert not rows
@@ -146,8 +148,8 @@ def test_media_of_another_type_are_told(tmp_path: Path, kind: pa.DataType, value
     assert count == 1
 
 
-def test_media_that_do_not_lie_in_the_file_are_told(tmp_path: Path) -> None:
-    """Of a compressed buffer the offsets are those of what it unpacks to."""
+def test_media_outside_of_the_file_are_reported(tmp_path: Path) -> None:
+    """The offsets of a compressed buffer refer to its decompressed bytes."""
     values = [bytes([n]) * 500 for n in range(30)]
     packed = pa.ipc.IpcWriteOptions(compression="lz4")
     save(tmp_path / "saved", pictures(pa.binary(), values), PICTURES, packed)
@@ -156,7 +158,7 @@ def test_media_that_do_not_lie_in_the_file_are_told(tmp_path: Path) -> None:
     assert reasons == {"media outside of their Arrow file": 30}
 
 
-#: Damaged copies of a dataset's Arrow file, read as prepare reads them; exit 3 says what escaped.
+#: Reads damaged copies of an Arrow file like ``skillnet prepare``; exit code 3 is an escaped error.
 READ = """
 import sys
 from pathlib import Path
@@ -181,7 +183,7 @@ for copy in sorted(Path(sys.argv[1]).glob("*/copy-*")):
 
 
 def test_no_damage_ends_the_process(tmp_path: Path) -> None:
-    """In a process of its own: what it looks for is a crash."""
+    """Run in a separate process, because the test looks for crashes."""
     kinds = pa.array(["x", "y"] * 30).dictionary_encode()
     more = texts().append_column("kind", kinds).append_column("n", pa.array([[1, 2]] * 60))
     saved = {

@@ -1,4 +1,4 @@
-"""Class numbers are those of one order, whatever the labels look like."""
+"""Label ids follow one order for any kind of label."""
 
 from itertools import permutations
 from pathlib import Path
@@ -13,18 +13,21 @@ from pipelines.corpora.readers.base import sort_labels
     ("labels", "order"),
     [
         (["10", "9", "1"], ["1", "9", "10"]),
-        (["1", "01", "001", "\uff11"], ["001", "01", "1", "\uff11"]),  # four names of one value
-        (["2", "②", "²"], ["2", "²", "②"]),  # digits that are no numbers
-        (["2", "9" * 5000], ["2", "9" * 5000]),  # longer than Python reads
+        (
+            ["1", "01", "001", "\uff11"],
+            ["001", "01", "1", "\uff11"],
+        ),  # four texts with the same value
+        (["2", "②", "²"], ["2", "²", "②"]),  # digits that are not numbers
+        (["2", "9" * 5000], ["2", "9" * 5000]),  # longer than Python converts
         (["b", "1", "a"], ["1", "a", "b"]),
     ],
 )
-def test_labels_have_one_order(labels: list[str], order: list[str]) -> None:
-    for shuffled in permutations(labels):  # the order of a set hangs on the hash seed
+def test_labels_have_one_order_for_any_input_order(labels: list[str], order: list[str]) -> None:
+    for shuffled in permutations(labels):  # the order of a set depends on the hash seed
         assert sort_labels(dict.fromkeys(shuffled).keys()) == order
 
 
-def test_a_survey_numbers_by_it(tmp_path: Path) -> None:
+def test_scan_labels_uses_this_order(tmp_path: Path) -> None:
     rows = [f"一行文字,{label}\n" for label in ("②", "01", "1", "10") * 5]
     (tmp_path / "train.csv").write_text("text,label\n" + "".join(rows))
     corpus = open_external_corpus("mine", f"folder:{tmp_path}")

@@ -1,4 +1,4 @@
-"""Which reader a place gets, by guess or by name, and the messages about what is given wrongly."""
+"""The choice of a format by detection or by name, and messages for wrong arguments."""
 
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,21 @@ BUILDERS = {
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_the_format_is_guessed(tmp_path: Path, name: str) -> None:
+def test_the_format_is_detected(tmp_path: Path, name: str) -> None:
     found = detect_reader(SourceDirectory(str(BUILDERS[name](tmp_path / "here"))))
     assert found is not None
     assert found[0] == name
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_reading_twice_gives_the_same(tmp_path: Path, name: str) -> None:
+def test_reading_twice_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     folder = str(BUILDERS[name](tmp_path / "here"))
     first, second = (open_external_corpus(name, folder) for _ in range(2))
     assert list(first.rows(SourceArchives.none())) == list(second.rows(SourceArchives.none()))
     assert first.extra_sources() == second.extra_sources()
 
 
-def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
+def test_an_unknown_format_is_not_detected(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
     assert detect_reader(SourceDirectory(str(tmp_path))) is None
 
@@ -80,7 +80,7 @@ def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
         ("codesearchnet", "{tnews}", {"max_code_tokens": 0}, "max_code_tokens is 0"),
     ],
 )
-def test_mistakes_have_one_message(
+def test_a_user_error_has_one_message(
     tmp_path: Path, name: str, place: str, options: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -90,14 +90,14 @@ def test_mistakes_have_one_message(
         open_external_corpus(name, where, options)
 
 
-def test_a_format_alone_is_no_corpus() -> None:
+def test_a_format_needs_a_path() -> None:
     with pytest.raises(UserError, match="give --corpus tnews=PATH"):
         find_corpus("tnews")
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_every_option_is_documented(name: str) -> None:
-    """In the guide, with its default, and in the docstring of its dataclass."""
+    """The guide has it with its default, and so does the docstring of its dataclass."""
     from dataclasses import fields
 
     kind = _find_class(name).Options  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Every layout and variant of the paper's corpora: rows, splits, and what is set aside and why."""
+"""Layouts of the paper's corpora: rows, splits, and rejected rows with their reasons."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def read(corpus: ExternalCorpus) -> tuple[Rows, Counter[str]]:
-    """(Split -> rows, reason -> number of rows set aside). Keys are unique."""
+    """Return (split -> rows, reason -> number of rejected rows); check that keys are unique."""
     rows: Rows = defaultdict(list)
     reasons: Counter[str] = Counter()
     keys = []
@@ -39,19 +39,19 @@ def read(corpus: ExternalCorpus) -> tuple[Rows, Counter[str]]:
 
 
 def sizes(rows: Rows) -> dict[str, int]:
-    """Split -> number of rows."""
+    """Return split -> number of rows."""
     return {split: len(each) for split, each in sorted(rows.items())}
 
 
 def media(row: dict[str, Any]) -> bytes:
-    """The bytes that a row refers to."""
+    """Return the bytes that a row refers to."""
     (found,) = read_media([row["media"]])
     assert not isinstance(found, MediaReadError), found
     return found
 
 
 class TestTnews:
-    def test_labels_as_numbers_and_under_either_name(self, tmp_path: Path) -> None:
+    def test_labels_can_be_numbers_with_either_field_name(self, tmp_path: Path) -> None:
         corpus = open_external_corpus("tnews", str(user_corpora.tnews(tmp_path)))
         rows, reasons = read(corpus)
         assert not reasons
@@ -62,13 +62,13 @@ class TestTnews:
         assert "label" not in corpus.schema("unlabelled").names
         assert "label" in corpus.schema("test").names
 
-    def test_a_test_with_labels_is_the_test(self, tmp_path: Path) -> None:
+    def test_a_test_with_labels_is_used_as_test(self, tmp_path: Path) -> None:
         folder = user_corpora.tnews(tmp_path)
         shutil.copy(folder / "dev.json", folder / "test.json")
         rows, _ = read(open_external_corpus("tnews", str(folder)))
         assert sizes(rows) == {"test": 15, "train": 60, "validation": 15}
 
-    def test_bad_lines_are_set_aside_by_themselves(self, tmp_path: Path) -> None:
+    def test_a_bad_line_costs_only_itself(self, tmp_path: Path) -> None:
         folder = user_corpora.tnews(tmp_path, train=4)
         bad = [
             b'{"label": "102", "sentence": "cut in the mid',
@@ -92,7 +92,7 @@ class TestTnews:
             "not a JSON object": 1,
         }
 
-    def test_splits_do_not_hang_on_where_one_points(self, tmp_path: Path) -> None:
+    def test_splits_do_not_depend_on_the_given_path(self, tmp_path: Path) -> None:
         folder = user_corpora.tnews(tmp_path / "tnews_public")
         options = {"validation": 0.3}
         above, _ = read(open_external_corpus("tnews", str(tmp_path), options))
@@ -101,7 +101,7 @@ class TestTnews:
         assert keys == {split: [row["key"] for row in rows] for split, rows in above.items()}
         assert {row["file"] for row in above["train"]} == {"tnews_public/train.json"}
 
-    def test_keywords_if_wanted(self, tmp_path: Path) -> None:
+    def test_keywords_are_optional(self, tmp_path: Path) -> None:
         corpus = open_external_corpus(
             "tnews", str(user_corpora.tnews(tmp_path)), {"keywords": True, "validation": 0.0}
         )
@@ -135,12 +135,12 @@ class TestAishell:
         corpus.scan_labels()
         rows, _ = read(corpus)
         said = {c for row in rows["train"] for c in row["text"]}
-        # A transcript whose recording is missing may add characters; nothing else does.
+        # A transcript without audio can add characters; no other row does.
         assert said <= set(corpus.symbols[1:]) <= said | set("没有录音")
         assert corpus.symbols[0] == "<unk>"
         assert corpus.facts()["blank"] == 0
 
-    def test_an_archive_cut_short_costs_its_own_rows_only(self, tmp_path: Path) -> None:
+    def test_a_truncated_archive_costs_only_its_rows(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
         (packed,) = folder.rglob("train/*.tar.gz")
         packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
@@ -150,7 +150,7 @@ class TestAishell:
         assert sizes(rows)["test"] == 4
 
     def test_a_speaker_both_unpacked_and_packed_is_read_once(self, tmp_path: Path) -> None:
-        """The unpacked recordings are taken; what was not yet unpacked comes from the archive."""
+        """Unpacked files are used; the archive supplies the other utterances."""
         folder = user_corpora.aishell1(tmp_path)
         (packed,) = folder.rglob("train/*.tar.gz")
         beside = folder / "data_aishell" / "wav" / "S0004.tar.gz"
@@ -171,7 +171,7 @@ class TestAishell:
         assert reasons["a transcript without audio"] == 2
 
     @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x1f\x8b"])
-    def test_an_archive_that_is_none_is_named(self, tmp_path: Path, content: bytes) -> None:
+    def test_an_invalid_archive_is_named(self, tmp_path: Path, content: bytes) -> None:
         folder = user_corpora.aishell1(tmp_path)
         (folder / "data_aishell" / "wav" / "S0009.tar.gz").write_bytes(content)
         corpus = open_external_corpus("aishell1", str(folder))
@@ -192,7 +192,7 @@ class TestAishell:
         rows, _ = read(open_external_corpus("aishell1", str(folder)))
         assert sizes(rows) == {"test": 4, "train": 15, "validation": 4}
 
-    def test_every_row_says_where_its_transcript_stands(self, tmp_path: Path) -> None:
+    def test_every_row_names_its_transcript_line(self, tmp_path: Path) -> None:
         folder = user_corpora.aishell1(tmp_path)
         (file,) = folder.rglob("aishell_transcript*")
         lines = file.read_text("utf-8").splitlines()
@@ -211,14 +211,14 @@ class TestAishell:
 
 
 class TestAicIcc:
-    def test_pictures_and_all_of_their_captions(self, tmp_path: Path) -> None:
+    def test_images_with_all_of_their_captions(self, tmp_path: Path) -> None:
         rows, reasons = read(open_external_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path))))
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
         assert reasons == {"captions without an image": 1, "an image without captions": 1}
         assert all(len(row["captions"]) == 5 for row in rows["train"])
         assert media(rows["test"][0])[:2] == b"\xff\xd8"
 
-    def test_without_tests_validation_is_parted(self, tmp_path: Path) -> None:
+    def test_without_tests_validation_is_divided(self, tmp_path: Path) -> None:
         folder = user_corpora.aic_icc(tmp_path, other=30)
         for part in ("a", "b"):
             shutil.rmtree(folder / f"ai_challenger_caption_test_{part}_20180103")
@@ -226,7 +226,7 @@ class TestAicIcc:
         assert len(rows["test"]) + len(rows["validation"]) == 30
         assert min(len(rows["test"]), len(rows["validation"])) > 5
 
-    def test_names_that_lead_out_and_json_that_ends(self, tmp_path: Path) -> None:
+    def test_paths_that_lead_out_and_truncated_json(self, tmp_path: Path) -> None:
         folder = user_corpora.aic_icc(tmp_path, train=6)
         (file,) = folder.rglob("caption_train_annotations*.json")
         records = json.loads(file.read_text(encoding="utf-8"))
@@ -239,7 +239,7 @@ class TestAicIcc:
         assert sizes(rows)["test"] == 5
 
     @pytest.mark.parametrize("elsewhere", [False, True])
-    def test_pictures_of_all_splits_in_one_folder(self, tmp_path: Path, elsewhere: bool) -> None:
+    def test_images_of_all_splits_in_one_folder(self, tmp_path: Path, elsewhere: bool) -> None:
         folder = user_corpora.aic_icc(tmp_path / "a")
         flat = tmp_path / "flat"
         flat.mkdir()
@@ -252,19 +252,19 @@ class TestAicIcc:
         assert reasons == {"captions without an image": 1, "an image without captions": 1}
         assert media(rows["train"][0])[:2] == b"\xff\xd8"
 
-    def test_every_row_says_where_it_stands(self, tmp_path: Path) -> None:
+    def test_every_row_names_its_file_and_number(self, tmp_path: Path) -> None:
         corpus = open_external_corpus("aic_icc", str(user_corpora.aic_icc(tmp_path)))
         for row in corpus.rows(SourceArchives.none()):
             if not isinstance(row, RejectedRow):
                 records = json.loads((tmp_path / row["file"]).read_text("utf-8"))
                 assert row["key"].endswith(records[row["row"] - 1]["image_id"])
             elif row.counts_as_error:
-                assert row.row == 1  # its picture was taken away
+                assert row.row == 1  # its image was removed
 
 
 class TestVatex:
     @pytest.mark.parametrize("merged", [False, True])
-    def test_array_or_object_and_clips_anywhere(self, tmp_path: Path, merged: bool) -> None:
+    def test_array_or_object_with_videos_anywhere(self, tmp_path: Path, merged: bool) -> None:
         corpus = open_external_corpus("vatex", str(user_corpora.vatex(tmp_path, merged)))
         rows, reasons = read(corpus)
         assert reasons == {"captions without a video": 1, "a video without captions": 9}
@@ -275,7 +275,7 @@ class TestVatex:
         assert rows["train"][0]["captions"][0].startswith("写")
         assert media(rows["train"][0])[4:8] == b"ftyp"
 
-    def test_english_has_a_test_of_its_own(self, tmp_path: Path) -> None:
+    def test_english_uses_the_public_test(self, tmp_path: Path) -> None:
         folder = user_corpora.vatex(tmp_path)
         rows, reasons = read(open_external_corpus("vatex", str(folder), {"captions": "english"}))
         assert sizes(rows) == {"test": 8, "train": 9, "validation": 8}
@@ -284,7 +284,7 @@ class TestVatex:
         assert {len(row["captions"]) for each in both.values() for row in each} == {20}
         assert len(both["test"]) + len(both["validation"]) == 8  # the public test has no Chinese
 
-    def test_records_that_are_not_as_usual(self, tmp_path: Path) -> None:
+    def test_unusual_records_are_rejected(self, tmp_path: Path) -> None:
         folder = user_corpora.vatex(tmp_path)
         (file,) = folder.glob("vatex_training*")
         records = json.loads(file.read_text("utf-8"))
@@ -299,7 +299,7 @@ class TestVatex:
         (one,) = [row for row in rows["train"] if row["row"] == 3]
         assert (one["captions"], one["file"]) == (["一句话"], file.name)
 
-    def test_clips_in_another_folder(self, tmp_path: Path) -> None:
+    def test_videos_in_another_folder(self, tmp_path: Path) -> None:
         folder = user_corpora.vatex(tmp_path / "a")
         (folder / "clips").rename(tmp_path / "elsewhere")
         rows, reasons = read(open_external_corpus("vatex", str(folder)))
@@ -324,7 +324,7 @@ class TestVatex:
 
 
 class TestCode:
-    def test_pytorrent(self, tmp_path: Path) -> None:
+    def test_pytorrent_rows(self, tmp_path: Path) -> None:
         corpus = open_external_corpus("pytorrent", str(user_corpora.pytorrent(tmp_path)))
         rows, reasons = read(corpus)
         assert not reasons
@@ -335,7 +335,7 @@ class TestCode:
         assert rows["train"][0]["captions"] == ["读取一个文件"]
         assert named.name == "mine"
 
-    def test_a_translated_docstring_is_taken_out_of_the_code(self, tmp_path: Path) -> None:
+    def test_the_docstring_is_removed_for_a_translated_query(self, tmp_path: Path) -> None:
         from pipelines.transforms.code import remove_docstring
 
         for row in user_corpora.code_rows(3):
@@ -343,7 +343,7 @@ class TestCode:
         python_2 = 'def f(x):\n    """Says it."""\n    print x\n'
         assert remove_docstring(python_2) == "def f(x):\n    print x"
 
-    def test_codesearchnet(self, tmp_path: Path) -> None:
+    def test_codesearchnet_rows(self, tmp_path: Path) -> None:
         folder = user_corpora.codesearchnet(tmp_path)
         (file,) = folder.rglob("python_train_1.jsonl.gz")
         file.write_bytes(file.read_bytes()[:-40])

@@ -15,7 +15,7 @@ from tests.helpers.object_store import ObjectStore
 from tests.unit.pipelines.corpora.readers.test_readers import media, read, sizes
 
 
-def test_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> None:
+def test_media_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> None:
     texts = [f"图{n}" for n in range(12)]
     pictures = [{"bytes": user_corpora.jpg(n), "path": None} for n in range(12)]
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
@@ -50,7 +50,7 @@ def test_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> N
 
 
 @pytest.mark.parametrize("in_store", [False, True])
-def test_a_file_cut_short_costs_its_end(tmp_path: Path, in_store: bool) -> None:
+def test_a_truncated_file_loses_only_its_end(tmp_path: Path, in_store: bool) -> None:
     rows = {"text": [f"第{n}条" for n in range(3000)], "label": [n % 2 for n in range(3000)]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
     (file,) = (tmp_path / "saved").glob("*.arrow")
@@ -64,7 +64,7 @@ def test_a_file_cut_short_costs_its_end(tmp_path: Path, in_store: bool) -> None:
     assert reasons == {"an Arrow file that is cut short or damaged": 1}
 
 
-def test_class_names_and_one_split(tmp_path: Path) -> None:
+def test_class_names_of_a_single_split(tmp_path: Path) -> None:
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["坏", "好"])}
     )
@@ -77,7 +77,7 @@ def test_class_names_and_one_split(tmp_path: Path) -> None:
     assert set(found) == {"train", "validation", "test"}
 
 
-def test_recordings(tmp_path: Path) -> None:
+def test_audio_bytes_and_paths(tmp_path: Path) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     sounds = [{"bytes": user_corpora.wav(n), "path": f"{n}.wav"} for n in range(4)]
     outside = tmp_path / "outside.wav"
@@ -89,8 +89,8 @@ def test_recordings(tmp_path: Path) -> None:
     place = f"hf_dataset:{tmp_path / 'saved'}"
     rows, reasons = read(open_external_corpus("mine", place))
     read_back = [media(row) for each in rows.values() for row in each]
-    # Whether the library puts the outside file's bytes in is its own affair; a path is not
-    # followed out of the folder.
+    # The library can embed the bytes of the outside file. A path that leads out of the
+    # directory is not followed.
     assert reasons in ({}, {"no media file": 1})
     assert {s["bytes"] for s in sounds[:4]} <= set(read_back)
 
@@ -103,7 +103,7 @@ def labelled(labels: list[int], names: list[str] | None = None) -> datasets.Data
 
 
 @pytest.mark.parametrize("names", [["坏", "好"], None])
-def test_labels_of_minus_one_are_none(tmp_path: Path, names: list[str] | None) -> None:
+def test_labels_of_minus_one_mean_no_label(tmp_path: Path, names: list[str] | None) -> None:
     parts = {"train": labelled([0, 1] * 15, names), "test": labelled([-1] * 5, names)}
     parts["validation"] = labelled([0, 1] * 10, names)
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
@@ -115,14 +115,14 @@ def test_labels_of_minus_one_are_none(tmp_path: Path, names: list[str] | None) -
     assert "label" not in corpus.schema("unlabelled").names
 
 
-def test_minus_one_may_be_a_class(tmp_path: Path) -> None:
+def test_minus_one_can_be_a_class(tmp_path: Path) -> None:
     parts = {"train": labelled([-1, 0, 1] * 5), "test": labelled([-1] * 4)}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     rows, _ = read(open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}"))
     assert [row["label"] for row in rows["test"]] == ["-1"] * 4
 
 
-def test_splits_of_longer_names(tmp_path: Path) -> None:
+def test_splits_with_longer_names(tmp_path: Path) -> None:
     names = {"train.clean.100": 9, "validation.clean": 3, "test.clean": 2, "other": 1}
     parts = {name: labelled([0, 1] * rows) for name, rows in names.items()}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
@@ -130,7 +130,7 @@ def test_splits_of_longer_names(tmp_path: Path) -> None:
     assert sizes(rows) == {"other": 2, "test": 4, "train": 18, "validation": 6}
 
 
-def test_a_field_of_splits_is_heeded(tmp_path: Path) -> None:
+def test_a_split_field_is_used(tmp_path: Path) -> None:
     rows = {"text": [f"第{n}条" for n in range(9)], "part": ["train", "dev", "test"] * 3}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
     corpus = open_external_corpus("mine", f"hf_dataset:{tmp_path / 'saved'}", {"split": "part"})

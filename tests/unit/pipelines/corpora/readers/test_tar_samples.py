@@ -1,4 +1,4 @@
-"""Which members of a tar belong together, and what becomes of those that do not."""
+"""Samples of tars: which members belong together, and how other members are reported."""
 
 import gzip
 import json
@@ -38,21 +38,21 @@ def pairs(rows: Rows) -> dict[bytes, str]:
     return {media(row): row["captions"][0] for each in rows.values() for row in each}
 
 
-def test_a_name_ends_at_its_first_dot(tmp_path: Path) -> None:
+def test_a_sample_name_ends_at_its_first_dot(tmp_path: Path) -> None:
     corpus = tar(tmp_path, captioned(20, "v1."))
     rows, reasons = read(corpus)
-    # What is taken belongs together, and nothing of what is not goes uncounted.
+    # Used members belong together, and every other member is counted.
     assert pairs(rows) == {b"picture 0": "words 0"}
     assert reasons == {DUPLICATE_MEMBER: 38}
     found = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, RejectedRow)]
     assert Counter(row.counts_as_error for row in found) == {
         True: 19,
         False: 19,
-    }  # so that a prepare stops
+    }  # so that preparation stops
     assert found[0].file == "x.tar"
 
 
-def test_a_mask_beside_a_picture_is_left_out_by_choice(tmp_path: Path) -> None:
+def test_a_mask_beside_an_image_is_omitted_by_choice(tmp_path: Path) -> None:
     files = {}
     for n in range(3):
         files |= {f"{n}.txt": b"words", f"{n}.jpg": b"picture", f"{n}.mask.png": b"mask"}
@@ -62,7 +62,7 @@ def test_a_mask_beside_a_picture_is_left_out_by_choice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.TAR", "x.TGZ"])
-def test_what_systems_leave_in_a_tar_is_passed_over(tmp_path: Path, name: str) -> None:
+def test_files_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> None:
     files: Files = {"./.DS_Store": b"x", "./Thumbs.db": b"x", "./README": b"x"}
     for member, data in captioned(6).items():
         files |= {f"./._{member}": b"\0\5\26\7", f"./{member}": data, "./Thumbs.db": b"x"}
@@ -74,7 +74,7 @@ def test_what_systems_leave_in_a_tar_is_passed_over(tmp_path: Path, name: str) -
     assert pairs(rows) == {b"picture %d" % n: f"words {n}" for n in range(6)}
 
 
-def test_members_that_are_not_side_by_side(tmp_path: Path) -> None:
+def test_members_that_are_not_adjacent_are_reported(tmp_path: Path) -> None:
     files = captioned(3)
     apart = {name: files[name] for name in sorted(files, key=lambda name: name[-3:])}
     found = tar(tmp_path, apart).rows(SourceArchives.none())
@@ -82,7 +82,7 @@ def test_members_that_are_not_side_by_side(tmp_path: Path) -> None:
     assert reasons == {"an image without captions": 3, NO_MEDIA_MEMBER: 3}
 
 
-def test_a_test_without_labels_comes_before_the_rest(tmp_path: Path) -> None:
+def test_a_test_tar_without_labels_comes_first(tmp_path: Path) -> None:
     pictures = {f"{n}.jpg": b"x" for n in range(5)}
     labelled = {}
     for n in range(60):
@@ -93,10 +93,10 @@ def test_a_test_without_labels_comes_before_the_rest(tmp_path: Path) -> None:
     rows, reasons = read(corpus)
     assert (sizes(rows)["unlabelled"], reasons) == (5, {})
     assert {row["label"] for row in rows["unlabelled"]} == {None}
-    assert rows["test"]  # made of the training rows
+    assert rows["test"]  # made from the training rows
 
 
-def test_a_tar_is_what_its_first_bytes_say(tmp_path: Path) -> None:
+def test_the_first_bytes_decide_the_compression(tmp_path: Path) -> None:
     packed = tarred(captioned(5))
     (tmp_path / "packed.tar").write_bytes(packed)
     (tmp_path / "plain.tgz").write_bytes(gzip.decompress(packed))
@@ -111,7 +111,7 @@ def test_a_tar_is_what_its_first_bytes_say(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar")
 @pytest.mark.parametrize("format", ["gnu", "posix"])
-def test_what_has_holes_is_not_taken_for_what_stands_behind_it(tmp_path: Path, format: str) -> None:
+def test_a_sparse_file_is_rejected(tmp_path: Path, format: str) -> None:
     home = tmp_path / "made"
     home.mkdir()
     for name, data in captioned(3).items():
@@ -125,7 +125,7 @@ def test_what_has_holes_is_not_taken_for_what_stands_behind_it(tmp_path: Path, f
     assert reasons == {SPARSE_MEMBER: 1}
 
 
-def test_nobody_writes_a_thousand_captions(tmp_path: Path) -> None:
+def test_more_than_a_thousand_captions_are_rejected(tmp_path: Path) -> None:
     files = {}
     for name, count in ("0", 2), ("1", 1001), ("2", 1000):
         said = {"caption": [f"words {n}" for n in range(count)]}
