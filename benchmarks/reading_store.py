@@ -156,11 +156,11 @@ def _held_batches(held: "ShardTable", order: "ShuffleSampler") -> Batches:
     for occurrence in range(len(held) // BATCH):
         rows = order.batch(occurrence)
         prefetch_shards(order, held, occurrence)
-        held.add(rows)
+        held.ensure_open(rows)
         pixels, labels = (held.column(name) for name in ("pixels", "label"))
         assert isinstance(pixels, FixedColumn)
         assert isinstance(labels, FixedColumn)
-        local = held.local(rows)
+        local = held.to_local(rows)
         yield torch.from_numpy(pixels.take(local)), torch.from_numpy(labels.take(local))
 
 

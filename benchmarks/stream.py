@@ -67,7 +67,7 @@ def _task(
     plain = MultiTaskDataLoader(corpora, only, config.model, 0)
     changed = MultiTaskDataLoader(corpora, only, config.model, 0, config.training.augment)
     dataset = _dataset(corpus, config.tasks[name].split, COLUMNS[name])
-    limit = plain.rows[name].limit
+    limit = plain.datasets[name].limit
 
     def over(make: Callable[[int], object]) -> Callable[[], object]:
         return lambda: [make(step) for step in range(4)]
@@ -76,13 +76,13 @@ def _task(
         {
             "stream": over(plain.batch),
             "augmented": over(changed.batch),
-            "datasets": over(lambda step: _collate(dataset[plain.plan(step).rows], limit)),
+            "datasets": over(lambda step: _collate(dataset[plain.batch_spec(step).rows], limit)),
         },
         rounds,
         clock_for(threads),
         warmup=1,
     )
-    count = sum(len(plain.plan(step).rows) for step in range(4))
+    count = sum(len(plain.batch_spec(step).rows) for step in range(4))
     rates = {key: spread([count / s for s in values]) for key, values in seconds.items()}
     batch = f"batches of {config.tasks[name].batch_size}"
     faster = ratio(seconds["datasets"], seconds["stream"])

@@ -70,7 +70,7 @@ def _seconds_per_step(data: Path, steps: int = 40) -> float:
 
     torch.set_num_threads(1)
     words = ["--config", CONFIG, "--run.data", str(data), "--run.training.steps", str(steps)]
-    run = configuration.parse(SweepConfig, words, "skillnet sweep").run
+    run = configuration.parse_config(SweepConfig, words, "skillnet sweep").run
     train(ResolvedRun(run), stop_at=5)
     begin = time.process_time()
     train(ResolvedRun(run))

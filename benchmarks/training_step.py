@@ -35,7 +35,7 @@ class Sizes:
         return SkillNetConfig(
             skills=skills,
             dim=self.dim,
-            depth=self.depth,
+            num_layers=self.depth,
             num_heads=4,
             ffn_dim=4 * self.dim,
             drop_path=0.0,

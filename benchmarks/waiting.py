@@ -67,7 +67,7 @@ def _stream(folder: Path) -> MultiTaskDataLoader:
     media = files("image", PICTURES)[0].parent.parent
     options = FolderCorpus.Options(size=PICTURE, validation=0.0, test=0.0)
     corpus = FolderCorpus(str(media), options, "pictures")
-    with cluster.session():
+    with cluster.ray_session():
         prepare([], folder, folder, external=[corpus])
     config = FinetuneConfig()
     opened = {"pictures": open_corpus(folder / "pictures")}

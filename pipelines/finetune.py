@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.resources import request_training
-from pipelines.config.resources import request_training
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder
 from pipelines.runs.progress_log import PROGRESS, show_progress
@@ -85,12 +84,12 @@ def run_end_to_end(
     create_run_folder(config, folder)
     if mirror is not None:
         mirror.check_writable(exists)
-    with tracking.start(
+    with tracking.start_run(
         str(config.name),
         config,
         config.tracking,
         tags={"run_dir": str(folder), "stage": stage},
-        run_id=tracking.recorded(folder / RUN),
+        run_id=tracking.read_run_id(folder / RUN),
     ) as tracker:
         write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         with show_progress(folder / PROGRESS, config.training.steps):

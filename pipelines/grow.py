@@ -21,7 +21,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.storage import atomic_write, run_root, write_json
-from skillnet_platform.storage.location import local_folder
+from skillnet_platform.storage.location import require_local_folder
 
 if TYPE_CHECKING:
     from pipelines.config.run import FinetuneConfig
@@ -47,18 +47,18 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     from pipelines.training.resolved_run import resolve_run
 
     config = replace(
-        config, run_dir=str(local_folder(config.run_dir, run_root(), "run_dir of grow"))
+        config, run_dir=str(require_local_folder(config.run_dir, run_root(), "run_dir of grow"))
     )
     source = model_source.resolve_model(config.source, config.tracking.uri)
-    before = runs.load_source_model(source)
-    resolved = resolve_run(runs.save_as_run(config, source, before))
+    before = runs.load_growable_model(source)
+    resolved = resolve_run(runs.build_growth_config(config, source, before))
     settings = resolved.config
     assert settings.name is not None
     run = Path(str(settings.run_dir)) / settings.name
-    grown = runs.grown_model(config, before, settings.model.tasks[config.task.name])
-    settings.training.trainable = verification.new_files(before, grown)
-    settings.init_from = runs.keep_start(grown, str(settings.run_dir))
-    verification.require_unchanged_tasks(
+    grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
+    settings.training.trainable = verification.added_files(before, grown)
+    settings.init_from = runs.save_start_model(grown, str(settings.run_dir))
+    verification.assert_files_unchanged(
         verification.compare_files(source, before, Path(settings.init_from))
     )
     finished = training_run.find_finished_result(resolved)
@@ -103,7 +103,7 @@ def _references(
 
     done: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(config.references):
-        other = runs.reference_run(name, config, settings, source, run)
+        other = runs.build_reference_config(name, config, settings, source, run)
         if other is None:
             console.note(f"{name}: without the new skill the task has none; left out")
             continue
@@ -133,12 +133,12 @@ def _tracked(
     from skillnet_platform import tracking
 
     assert settings.name is not None
-    with tracking.start(
+    with tracking.start_run(
         settings.name,
         settings,
         settings.tracking,
         tags={"run_dir": str(run), "stage": "grow", **tags},
-        run_id=tracking.recorded(run / RUN),
+        run_id=tracking.read_run_id(run / RUN),
         parent=parent,
     ) as tracker:
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
@@ -146,12 +146,12 @@ def _tracked(
 
 
 def _record(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
-    from pipelines.growth.report import JSON, MARKDOWN
+    from pipelines.growth.report import REPORT_JSON, REPORT_MARKDOWN
 
-    write_json(run / JSON, console.plain(report.to_dict()))
-    with atomic_write(run / MARKDOWN, "w") as stream:
+    write_json(run / REPORT_JSON, console.plain(report.to_dict()))
+    with atomic_write(run / REPORT_MARKDOWN, "w") as stream:
         stream.write(report.markdown() + "\n")
-    for name in (JSON, MARKDOWN):
+    for name in (REPORT_JSON, REPORT_MARKDOWN):
         tracker.artifact(run / name, "growth")
     tracker.note(report.markdown())
     tracker.tags({"growth.untouched": str(report.untouched).lower()})

@@ -29,7 +29,7 @@ from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.directories import is_uri
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import Tracker
 from sweeps.config import location
 from sweeps.config.resources import request_sweep
@@ -76,12 +76,12 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         config.resources,
     )
     _store_config(config, folder)
-    with tracking.start(
+    with tracking.start_run(
         folder.name,
         config,
         config.tracking,
         tags={"run_dir": str(folder), "stage": "sweep"},
-        run_id=tracking.recorded(folder / RUN),
+        run_id=tracking.read_run_id(folder / RUN),
     ) as parent:
         write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
         if mirror is not None:
@@ -119,7 +119,7 @@ def _resolve_config(config: SweepConfig) -> tuple[SweepConfig, Path, RunMirror |
             "run.storage.mirror: trials are stored where their sweep is; give the sweep --run_dir "
             "s3://… instead"
         )
-    root = place(config.run_dir, run_root())
+    root = parse_location(config.run_dir, run_root())
     folder, mirror = location.resolve_result_folder(root, name)
     return replace(config, name=name, run_dir=str(root)), folder, mirror
 
@@ -158,7 +158,7 @@ def _only_adds_seeds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
     tree = dict(config) if isinstance(config, Mapping) else configuration.to_dict(config)
-    return configuration.flatten({key: v for key, v in tree.items() if key not in CHANGEABLE_KEYS})
+    return configuration.flatten_tree({key: v for key, v in tree.items() if key not in CHANGEABLE_KEYS})
 
 
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:
@@ -253,7 +253,7 @@ def _rank_and_record(
 def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
     """Write the best configuration as an independent run that evaluates on the test splits."""
     stored = configuration.load_yaml(folder / "trials" / trial / "config.yaml")
-    run = configuration.build(FinetuneConfig, stored)
+    run = configuration.build_config(FinetuneConfig, stored)
     run = replace(
         run,
         name=None,

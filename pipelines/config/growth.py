@@ -5,7 +5,7 @@ from typing import Literal
 
 from pipelines.config.run import TaskTraining, TrainingConfig
 from skillnet.skills import Objective, SkillPlan
-from skillnet_platform.config import ALIAS, positional
+from skillnet_platform.config import ALIAS, positional_field
 from skillnet_platform.tracking import TrackingConfig
 
 Reference = Literal["without_skill", "fresh", "everything"]
@@ -66,7 +66,7 @@ class GrowConfig:
 
     skill: NewSkill
     task: NewTask
-    source: str = positional("models:/skillnet@champion", **{ALIAS: "from"})
+    source: str = positional_field("models:/skillnet@champion", **{ALIAS: "from"})
     name: str | None = None
     run_dir: str | None = None
     seed: int = 0

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pipelines.config.data import AugmentConfig, MaskConfig
 from skillnet.config import SkillNetConfig
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
-from skillnet_platform.config import aliased
+from skillnet_platform.config import aliased_field
 from skillnet_platform.storage.objects import is_uri
 from skillnet_platform.tracking import TrackingConfig
 
@@ -243,7 +243,7 @@ class FinetuneConfig:
     run_dir: str | None = None
     seed: int = 0
     data: str | None = None
-    init_from: str | None = aliased(None, "from")
+    init_from: str | None = aliased_field(None, "from")
     system: str = "skillnet"
     options: dict[str, Any] = field(default_factory=dict)
     model: SkillNetConfig = field(default_factory=SkillNetConfig)

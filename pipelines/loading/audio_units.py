@@ -1,11 +1,11 @@
-"""Units of sound: what masked sound may be asked for in place of frames.
+"""Units of sound: discrete targets of masked sound, as an alternative to frames.
 
-A unit is the nearest of K mean stacks of log-mel frames, found by k-means over the recordings
-that pretraining reads (source: HuBERT, Hsu et al. 2021, whose first units are 100 clusters of
-MFCCs; log-mel frames are what our shards hold). Frames regressed by squared error ask above all
-for what is loud; units ask which kind of sound it is, as CTC will.
+A unit is the nearest of K mean stacks of log-mel frames, found by k-means over the audio of
+pretraining (source: HuBERT, Hsu et al. 2021, whose first units are 100 clusters of MFCCs; our
+shards hold log-mel frames). Regression of frames by squared error rewards loud parts most; units
+identify the kind of sound, as CTC does later.
 
-The units hang on the corpus alone, so every run, rank and evaluation finds the same.
+The units depend only on the corpus, so every run, rank and evaluation has the same.
 Shapes: N stacks, T tokens, P values of a stack, K units.
 """
 
@@ -22,14 +22,14 @@ from skillnet_platform.errors import UserError
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
-#: Stacks that the means are found from at most, spread evenly over the recordings.
-MOST_STACKS = 100_000
-ROUNDS = 50
-SEED = 0
+#: Largest number of stacks for k-means, spread evenly over the audio.
+MAX_STACKS = 100_000
+KMEANS_ITERATIONS = 50
+KMEANS_SEED = 0
 
 
 class SoundUnits:
-    """The mean stacks of the units, and which unit is nearest to a stack.
+    """Mean stacks of the units, and assignment of stacks to them.
 
     Args:
         centres_KP: mean stacks, float32.
@@ -40,18 +40,18 @@ class SoundUnits:
         self._squares_K = centres_KP.square().sum(1)
 
     def __call__(self, x_BTP: Tensor) -> Tensor:
-        """(B, T) number of the nearest unit of each stack of frames."""
+        """Return the (B, T) number of the nearest unit of each (B, T, P) stack of frames."""
         x = x_BTP.to(self.centres_KP.dtype)
         return (self._squares_K - 2 * x @ self.centres_KP.T).argmin(-1)
 
 
-_known: dict[tuple[str, int, int], SoundUnits] = {}
+_units_by_key: dict[tuple[str, int, int], SoundUnits] = {}
 
 
-def units_of(
+def find_sound_units(
     corpus: "PreparedCorpus", splits: tuple[str, ...], stack: int, count: int
 ) -> SoundUnits:
-    """The units of a corpus of recordings; found once in a process.
+    """Return the units of an audio corpus, computed once per process.
 
     Args:
         corpus: opened.
@@ -60,34 +60,34 @@ def units_of(
         count: number of units, K.
 
     Raises:
-        UserError: its recordings have fewer whole stacks than that.
+        UserError: the audio has fewer complete stacks than that.
     """
     key = (corpus.digest, stack, count)
-    if key not in _known:
+    if key not in _units_by_key:
         stacks_NP = _stacks(corpus, splits, stack)
         if len(stacks_NP) < count:
             raise UserError(
                 f"corpus {corpus.name} has {len(stacks_NP)} tokens of sound in {'+'.join(splits)}: "
                 f"too few for {count} units; lower model.sound_units"
             )
-        _known[key] = SoundUnits(torch.from_numpy(_means(stacks_NP, count)))
-    return _known[key]
+        _units_by_key[key] = SoundUnits(torch.from_numpy(_means(stacks_NP, count)))
+    return _units_by_key[key]
 
 
 def _stacks(corpus: "PreparedCorpus", splits: tuple[str, ...], stack: int) -> np.ndarray:
-    """(N, P) whole stacks of the recordings, at most ``MOST_STACKS``."""
+    """(N, P) complete stacks of the audio, at most ``MAX_STACKS``."""
     parts = []
     for split in splits:
         column = open_column(corpus.splits[split].table(), "log_mel", f"{corpus.name}/{split}")
         assert isinstance(column, RaggedColumn)
         total = int((column.lengths() // stack).sum())
-        every = max(1, -(-total // MOST_STACKS))
+        every = max(1, -(-total // MAX_STACKS))
         for rows in np.array_split(np.arange(len(column))[::every], max(1, len(column) // 256)):
             if len(rows):
                 frames, lengths = column.take(rows)
                 cut = stack_frames(torch.from_numpy(frames), stack).numpy()
-                whole = np.arange(cut.shape[1]) < (lengths // stack)[:, None]
-                parts.append(cut[whole])
+                is_complete = np.arange(cut.shape[1]) < (lengths // stack)[:, None]
+                parts.append(cut[is_complete])
     return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
 
 
@@ -95,7 +95,9 @@ def _means(stacks_NP: np.ndarray, count: int) -> np.ndarray:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    # One thread: sums of several, in another order each time, would differ in the last digits.
+    # One thread: the sums of several threads have varying order, and differ in the last bits.
     with threadpool_limits(1):
-        found = KMeans(count, n_init=1, max_iter=ROUNDS, random_state=SEED).fit(stacks_NP)
-    return found.cluster_centers_.astype(np.float32)
+        kmeans = KMeans(count, n_init=1, max_iter=KMEANS_ITERATIONS, random_state=KMEANS_SEED).fit(
+            stacks_NP
+        )
+    return kmeans.cluster_centers_.astype(np.float32)

@@ -1,8 +1,8 @@
-"""The mixed stream: global batches of five modalities as a pure function of (seed, step).
+"""Data loader of all tasks: global batches as a pure function of (seed, step).
 
-A step has one task, so that all workers activate the same skills. A worker takes its slice of
-the global batch; the order, the captions, the augmentation hang on (seed, step, row) and so on
-no number of workers, and going on needs only the step.
+Each step has one task, so that all workers activate the same skills. A worker takes its slice of
+the global batch. Order, captions and augmentation depend on (seed, step, row) and not on the
+number of workers, and resuming needs only the step.
 """
 
 import queue
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pipelines.config.data import AugmentConfig, MaskConfig
 from pipelines.config.run import TaskTraining
-from pipelines.loading.augment import Draws
-from pipelines.loading.samplers import RowOrder, TaskSampler, task_weights
-from pipelines.loading.shard_table import HeldRows
-from pipelines.loading.task_dataset import TaskRows
-from pipelines.loading.window_sampler import WindowOrder
+from pipelines.loading.augment import BatchRandom
+from pipelines.loading.samplers import ShuffleSampler, TaskSampler, compute_task_weights
+from pipelines.loading.shard_table import ShardTable
+from pipelines.loading.task_dataset import TaskDataset
+from pipelines.loading.window_sampler import WindowedShuffleSampler
 from skillnet.config import SkillNetConfig
 from skillnet.skills import find_task
 from skillnet_platform.errors import UserError
@@ -29,13 +29,21 @@ from skillnet_platform.errors import UserError
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
+RowSampler = ShuffleSampler | WindowedShuffleSampler
+
 
 @dataclass(frozen=True)
-class StepPlan:
-    """Task, its how-manieth batch, and the (global batch,) row numbers of a step."""
+class BatchSpec:
+    """Task and rows of one step.
+
+    Args:
+        task: name of the task.
+        batch_index: number of earlier batches of this task.
+        rows: (global batch,) row numbers in the split.
+    """
 
     task: str
-    occurrence: int
+    batch_index: int
     rows: np.ndarray
 
 
@@ -45,13 +53,13 @@ class Batch:
 
     Args:
         task: name of the task.
-        towers: tower -> tensors that the model reads.
+        towers: tower -> input tensors of the model.
         targets: ``labels`` (B,), or ``symbols`` (B, L) and ``symbol_lengths`` (B,), or
-            ``groups`` (B,), or ``masked`` (B, T) and what stood there, ``values`` (M, …).
+            ``groups`` (B,), or ``masked`` (B, T) and the masked ``values`` (M, …).
         rows: (B,) row numbers in the split.
         global_rows: rows of all ranks.
-        ghost: this rank has no rows of its own; it computes the first row of the batch, whose
-            loss counts nothing, so that it takes part in all exchanges.
+        is_padding: the global batch has no row for this rank. The rank computes the first row,
+            with a loss of zero weight, so that it takes part in all collective operations.
     """
 
     task: str
@@ -59,10 +67,10 @@ class Batch:
     targets: dict[str, Tensor]
     rows: np.ndarray
     global_rows: int
-    ghost: bool = False
+    is_padding: bool = False
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Batch":
-        """The batch on a device, its floats in ``dtype``."""
+        """Return the batch on a device, its floating-point tensors in ``dtype``."""
         if device.type == "cpu" and dtype == torch.float32:
             return self
 
@@ -73,32 +81,39 @@ class Batch:
             }
 
         towers = {name: move(tensors) for name, tensors in self.towers.items()}
-        return Batch(self.task, towers, move(self.targets), self.rows, self.global_rows, self.ghost)
+        targets = move(self.targets)
+        return Batch(self.task, towers, targets, self.rows, self.global_rows, self.is_padding)
 
 
 def rank_slice(count: int, rank: int, world: int) -> slice:
-    """Rows of a rank: the first ``count % world`` ranks have one more, as np.array_split."""
+    """Return the rows of a rank; the first ``count % world`` ranks have one more row.
+
+    Args:
+        count: rows of all ranks.
+        rank: of the process.
+        world: number of ranks.
+    """
     base, more = divmod(count, world)
     start = rank * base + min(rank, more)
     return slice(start, start + base + (rank < more))
 
 
 class MultiTaskDataLoader:
-    """Global batches of all tasks of a run.
+    """Loader of the global batches of all tasks of a run.
 
     Args:
         corpora: corpus name -> opened corpus.
-        tasks: task name -> how it takes part.
+        tasks: task name -> its corpus, weight and batch size.
         model: shape of the model; its tasks name the towers.
         seed: of order, captions and augmentation.
-        augmentation: random changes; none for rows as they are.
-        temperature: over the rows of tasks without a weight.
-        masks: what masked tasks hide.
-        shuffle: bytes of shards up to which a task's rows are shuffled whole; beyond, in windows
-            of so many bytes.
+        augmentation: random changes of rows; None turns them off.
+        temperature: of the weights of tasks without a weight.
+        masks: masks of masked tasks.
+        shuffle_bytes: largest size of a task's shards that are shuffled as a unit; a larger task
+            is shuffled in windows of this size.
 
     Raises:
-        UserError: an unknown task, a corpus that is missing or of the wrong kind.
+        UserError: an unknown task, or a corpus that is missing or of another modality.
     """
 
     def __init__(
@@ -110,96 +125,116 @@ class MultiTaskDataLoader:
         augmentation: AugmentConfig | None = None,
         temperature: float = 2.0,
         masks: MaskConfig | None = None,
-        shuffle: float = float("inf"),
+        shuffle_bytes: float = float("inf"),
     ) -> None:
         if not tasks:
-            raise UserError("no task to train: name at least one under tasks")
+            raise UserError("there is no task to train; name at least one in tasks")
         self.seed, self.tasks, self._augmentation = seed, dict(tasks), augmentation
-        self.rows: dict[str, TaskRows] = {}
-        self._orders: dict[str, RowOrder | WindowOrder] = {}
+        self.datasets: dict[str, TaskDataset] = {}
+        self._samplers: dict[str, RowSampler] = {}
         for name, settings in tasks.items():
             task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
-            rows = TaskRows(name, task, corpus, model, settings, masks)
-            self.rows[name] = rows
+            dataset = TaskDataset(name, task, corpus, model, settings, masks)
+            self.datasets[name] = dataset
             key = (seed, "order", name)
-            self._orders[name] = _order(rows, settings.batch_size, key, shuffle)
-        self.weights = task_weights(
+            self._samplers[name] = _build_sampler(dataset, settings.batch_size, key, shuffle_bytes)
+        self.weights = compute_task_weights(
             {name: settings.weight for name, settings in tasks.items()},
-            {name: rows.count for name, rows in self.rows.items()},
+            {name: dataset.num_rows for name, dataset in self.datasets.items()},
             temperature,
         )
-        self._schedule = TaskSampler(self.weights, seed)
+        self._task_sampler = TaskSampler(self.weights, seed)
 
-    def plan(self, step: int) -> StepPlan:
-        """Task and rows of the global batch of a step."""
-        task, occurrence = self._schedule.at(step)
-        return StepPlan(task, occurrence, self._orders[task].batch(occurrence))
+    def batch_spec(self, step: int) -> BatchSpec:
+        """Return the task and rows of the global batch of a step."""
+        task, batch_index = self._task_sampler.task_at(step)
+        return BatchSpec(task, batch_index, self._samplers[task].batch(batch_index))
 
     def bytes_in_use(self) -> int:
-        """Bytes of shards in a store that are needed on this machine at once, at most."""
+        """Return the largest size of remote shards that this node needs at the same time."""
         sizes: dict[tuple[str, str], int] = {}
-        for name, rows in self.rows.items():
-            if rows.held.remote:
-                order, whole = self._orders[name], sum(rows.held.bytes)
-                size = order.largest() if isinstance(order, WindowOrder) else whole
-                # Tasks that read the same rows whole share the files.
-                sizes[rows.where, name if size < whole else ""] = size
+        for name, dataset in self.datasets.items():
+            table = dataset.shard_table
+            if table.is_remote:
+                sampler, total = self._samplers[name], sum(table.bytes)
+                size = total
+                if isinstance(sampler, WindowedShuffleSampler):
+                    size = sampler.max_open_bytes()
+                # Tasks that read all of the same rows share the files.
+                sizes[dataset.location, name if size < total else ""] = size
         return sum(sizes.values())
 
-    def counts(self, steps: int) -> dict[str, int]:
-        """Steps that each task gets of the first ``steps``."""
-        return self._schedule.counts(steps)
+    def count_steps(self, steps: int) -> dict[str, int]:
+        """Return the number of steps of each task among the first ``steps``."""
+        return self._task_sampler.count_steps(steps)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """A rank's part of the global batch of a step."""
-        plan = self.plan(step)
-        follow(self._orders[plan.task], self.rows[plan.task].held, plan.occurrence)
-        mine = rank_slice(len(plan.rows), rank, world)
-        ghost = mine.stop == mine.start
-        if ghost:
-            mine = slice(0, 1)
-        draws = Draws((self.seed, "rows", step), len(plan.rows), mine)
-        rows = plan.rows[mine]
-        towers, targets = self.rows[plan.task].load(rows, draws, self._augmentation)
-        return Batch(plan.task, towers, targets, rows, len(plan.rows), ghost)
+        """Load a rank's part of the global batch of a step."""
+        spec = self.batch_spec(step)
+        dataset = self.datasets[spec.task]
+        prefetch_shards(self._samplers[spec.task], dataset.shard_table, spec.batch_index)
+        part = rank_slice(len(spec.rows), rank, world)
+        is_padding = part.stop == part.start
+        if is_padding:
+            part = slice(0, 1)
+        random = BatchRandom((self.seed, "rows", step), len(spec.rows), part)
+        rows = spec.rows[part]
+        towers, targets = dataset.load(rows, random, self._augmentation)
+        return Batch(spec.task, towers, targets, rows, len(spec.rows), is_padding)
 
 
-def follow(order: RowOrder | WindowOrder, held: HeldRows, occurrence: int) -> None:
-    """Have the shards at hand that a batch is taken from, and the next ones on their way.
+def prefetch_shards(sampler: RowSampler, table: ShardTable, batch_index: int) -> None:
+    """Open the shards of a batch and prefetch the next ones in the background.
+
+    Args:
+        sampler: order of the rows.
+        table: shards of the task.
+        batch_index: of the batch.
 
     Raises:
-        UserError, StoreUnavailable: see :meth:`HeldRows.hold`.
+        UserError, StoreUnavailable: see :meth:`ShardTable.open`.
     """
-    if isinstance(order, WindowOrder):
-        held.hold(order.shards(occurrence), order.ahead(occurrence))
-    elif held.remote:
-        # The batch opens its own.
-        held.fetch(order.coming(occurrence))
+    if isinstance(sampler, WindowedShuffleSampler):
+        table.open(sampler.shards(batch_index), sampler.next_shards(batch_index))
+    elif table.is_remote:
+        # Loading the batch opens its own shards.
+        table.prefetch(sampler.remaining(batch_index))
 
 
-def _order(
-    rows: TaskRows, batch: int, key: tuple[int | str, ...], shuffle: float
-) -> RowOrder | WindowOrder:
-    held = rows.held
-    if sum(held.bytes) > shuffle and len(held.bytes) > 1:
-        return WindowOrder(held.rows, held.bytes, batch, shuffle, key, rows.lengths)
-    if held.remote:
-        return RowOrder(rows.count, batch, rows.lengths, key)
-    # On a disk opening costs nothing, and what is missing is best found now.
-    held.hold()
-    return RowOrder(rows.count, batch, rows.lengths(), key)
+def _build_sampler(
+    dataset: TaskDataset, batch_size: int, key: tuple[int | str, ...], shuffle_bytes: float
+) -> RowSampler:
+    table, lengths = dataset.shard_table, dataset.row_lengths
+    if sum(table.bytes) > shuffle_bytes and len(table.bytes) > 1:
+        return WindowedShuffleSampler(
+            table.rows, table.bytes, batch_size, shuffle_bytes, key, lengths
+        )
+    if table.is_remote:
+        return ShuffleSampler(dataset.num_rows, batch_size, lengths, key)
+    # Local shards are cheap to open, and a missing one is reported before training starts.
+    table.open()
+    return ShuffleSampler(dataset.num_rows, batch_size, lengths(), key)
 
 
-class Prefetcher:
-    """Batches of steps ``start`` to ``stop``, made ahead by a thread.
+class BatchPrefetcher:
+    """Batches of steps ``start`` to ``stop``, loaded ahead by a thread.
 
     Close it, or leave its ``with`` block, to end the thread. An error in the thread is raised
-    where the batch is asked for.
+    where the batch is requested.
+
+    Args:
+        dataloader: loads the batches.
+        start: first step.
+        stop: step after the last one.
+        rank: of the process.
+        world: number of ranks.
+        depth: batches that are loaded ahead.
+        pin: put tensors into pinned memory, for asynchronous copies to a GPU.
     """
 
     def __init__(
         self,
-        stream: MultiTaskDataLoader,
+        dataloader: MultiTaskDataLoader,
         start: int,
         stop: int,
         rank: int = 0,
@@ -209,25 +244,25 @@ class Prefetcher:
     ) -> None:
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
-        self._args = (stream, start, stop, rank, world, pin)
+        self._args = (dataloader, start, stop, rank, world, pin)
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
         self._thread.start()
 
     def _fill(self) -> None:
-        stream, start, stop, rank, world, pin = self._args
-        # One thread: the compute threads belong to the model.
+        dataloader, start, stop, rank, world, pin = self._args
+        # One compute thread: the others belong to the model.
         torch.set_num_threads(1)
         try:
             for step in range(start, stop):
-                batch = stream.batch(step, rank, world)
+                batch = dataloader.batch(step, rank, world)
                 if pin:
                     for tensors in (*batch.towers.values(), batch.targets):
                         tensors.update({key: x.pin_memory() for key, x in tensors.items()})
                 if not self._put(batch):
                     return
             self._put(None)
-        except BaseException as problem:
-            self._put(problem)
+        except BaseException as error:
+            self._put(error)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
         while not self._closed.is_set():
@@ -247,7 +282,7 @@ class Prefetcher:
                 raise item
             yield item
 
-    def __enter__(self) -> "Prefetcher":
+    def __enter__(self) -> "BatchPrefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""TODO: pipelines.loading.rng."""
+"""Random generators keyed by seed, names and step."""
 
 from functools import lru_cache
 
@@ -6,9 +6,12 @@ import numpy as np
 
 
 def keyed_rng(*key: int | str) -> np.random.Generator:
-    """A Philox generator keyed by integers and names; the same key gives the same draws.
+    """Return a Philox generator keyed by integers and names; equal keys give equal numbers.
 
     Philox is a counter-based generator (Salmon et al., SC 2011).
+
+    Args:
+        key: such as (seed, "order", task, epoch).
     """
     words = [part & 0xFFFFFFFF if isinstance(part, int) else _name_word(part) for part in key]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

@@ -1,7 +1,6 @@
-"""Which task and which rows each global step takes: pure functions of (seed, step).
+"""Samplers of the task and the rows of each global step: pure functions of (seed, step).
 
-Nothing here depends on the number of workers or on what ran before, so resuming needs only
-the step.
+They do not depend on the number of workers or on earlier steps, so resuming needs only the step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,17 +9,22 @@ import numpy as np
 
 from pipelines.loading.rng import keyed_rng
 
-#: Steps within which the tasks' counts follow their weights; their order inside is shuffled.
+#: Steps in a block: the counts of the tasks follow their weights, and their order is shuffled.
 BLOCK = 20
 
 
-def task_weights(
+def compute_task_weights(
     weights: Mapping[str, float | None], rows: Mapping[str, int], temperature: float
 ) -> dict[str, float]:
-    """Share of the steps per task, summing to 1.
+    """Return the fraction of the steps per task, summing to 1.
 
-    Tasks with a weight keep it relative to each other; those without share
-    ``rows ** (1 / temperature)``, scaled to the mean of the given ones.
+    Tasks with a weight keep it relative to each other. Tasks without get
+    ``rows ** (1 / temperature)``, scaled to the mean of the given weights.
+
+    Args:
+        weights: task -> weight, or None.
+        rows: task -> number of rows.
+        temperature: 1 is proportional to the rows; larger values are more even.
     """
     free = [name for name, weight in weights.items() if weight is None]
     sizes = {name: float(rows[name]) ** (1.0 / temperature) for name in free}
@@ -36,36 +40,36 @@ def task_weights(
 
 
 class TaskSampler:
-    """Task of each step and how often it has occurred before.
+    """Sampler of the task of each step.
 
-    After every step the count of a task is within one of its share, before shuffling inside
-    blocks of ``BLOCK`` steps; so short runs get the shares they ask for.
+    Before the shuffling inside blocks of ``BLOCK`` steps, the count of a task is within one of its
+    fraction after every step, so short runs get the configured fractions too.
 
     Args:
-        weights: share per task, summing to 1.
+        weights: fraction per task, summing to 1.
         seed: of the shuffling.
     """
 
     def __init__(self, weights: Mapping[str, float], seed: int) -> None:
-        # Sorted: the order in which a file names the tasks does not count.
+        # Sorted, so that the order of the tasks in a file has no effect.
         self.names: tuple[str, ...] = tuple(sorted(weights))
         self._shares = np.array([weights[name] for name in self.names])
         self._seed = seed
         self._tasks = np.zeros(0, dtype=np.int64)
-        self._occurrences = np.zeros(0, dtype=np.int64)
+        self._batch_indices = np.zeros(0, dtype=np.int64)
 
-    def at(self, step: int) -> tuple[str, int]:
-        """(task name, occurrence) of a step; the first occurrence of a task is 0."""
+    def task_at(self, step: int) -> tuple[str, int]:
+        """Return the task of a step, and the number of earlier steps of this task."""
         if step >= len(self._tasks):
             self._extend(max(step + 1, 2 * len(self._tasks), 64 * BLOCK))
-        return self.names[self._tasks[step]], int(self._occurrences[step])
+        return self.names[self._tasks[step]], int(self._batch_indices[step])
 
-    def counts(self, steps: int) -> dict[str, int]:
-        """How often each task occurs in the first ``steps`` steps."""
+    def count_steps(self, steps: int) -> dict[str, int]:
+        """Return the number of steps of each task among the first ``steps``."""
         if steps:
-            self.at(steps - 1)
-        found = np.bincount(self._tasks[:steps], minlength=len(self.names))
-        return dict(zip(self.names, found.tolist(), strict=True))
+            self.task_at(steps - 1)
+        counts = np.bincount(self._tasks[:steps], minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _extend(self, steps: int) -> None:
         blocks = -(-steps // BLOCK)
@@ -78,26 +82,26 @@ class TaskSampler:
         for block in range(blocks):
             part = tasks[block * BLOCK : (block + 1) * BLOCK]
             keyed_rng(self._seed, "schedule", block).shuffle(part)
-        occurrences = np.empty_like(tasks)
+        batch_indices = np.empty_like(tasks)
         for task in range(len(self.names)):
-            mine = tasks == task
-            occurrences[mine] = np.arange(int(mine.sum()))
-        self._tasks, self._occurrences = tasks, occurrences
+            is_task = tasks == task
+            batch_indices[is_task] = np.arange(int(is_task.sum()))
+        self._tasks, self._batch_indices = tasks, batch_indices
 
 
-class RowOrder:
-    """Endless order of one task's rows: a fresh permutation each epoch, cut into batches.
+class ShuffleSampler:
+    """Endless order of one task's rows: a new permutation each epoch, cut into batches.
 
-    Batches are cut across the border of two epochs, so every row comes once an epoch and none
-    is lost. Within windows of ``window`` batches rows are sorted by length, so that a batch
-    holds rows of like length; the batches of a window come in random order.
+    A batch may cross the border of two epochs, so every row occurs once per epoch. Within windows
+    of ``window`` batches rows are sorted by length, so that a batch has rows of similar length;
+    the batches of a window are shuffled.
 
     Args:
         rows: rows of the split.
         batch: rows of a global batch.
-        lengths: (rows,) length of each row for bucketing, what gives them when they are first
-            needed, or none.
-        key: seed and names that the order hangs on.
+        lengths: (rows,) length of each row for bucketing; a function that returns them at their
+            first use; or None.
+        key: seed and names that determine the order.
         window: batches in a window.
     """
 
@@ -113,9 +117,9 @@ class RowOrder:
         self._key, self._window = tuple(key), window
         self._epochs: dict[int, np.ndarray] = {}
 
-    def batch(self, occurrence: int) -> np.ndarray:
-        """(batch,) row numbers of the task's occurrence-th batch."""
-        start = occurrence * self._batch
+    def batch(self, batch_index: int) -> np.ndarray:
+        """Return the (batch,) row numbers of one batch of the task."""
+        start = batch_index * self._batch
         epoch, offset = divmod(start, self._rows)
         parts: list[np.ndarray] = []
         missing = self._batch
@@ -126,9 +130,9 @@ class RowOrder:
             epoch, offset = epoch + 1, 0
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def coming(self, occurrence: int) -> np.ndarray:
-        """Row numbers of a batch and of the rest of its epoch, in their order."""
-        epoch, offset = divmod(occurrence * self._batch, self._rows)
+    def remaining(self, batch_index: int) -> np.ndarray:
+        """Return the row numbers of a batch and of the rest of its epoch, in their order."""
+        epoch, offset = divmod(batch_index * self._batch, self._rows)
         return self._epoch(epoch)[offset:]
 
     def _epoch(self, epoch: int) -> np.ndarray:
@@ -146,10 +150,12 @@ class RowOrder:
         if self._lengths is None:
             return order
         lengths = self._lengths[order]
-        return bucketed(order, lengths, epoch * self._rows, self._batch, self._window, random)
+        return bucket_by_length(
+            order, lengths, epoch * self._rows, self._batch, self._window, random
+        )
 
 
-def bucketed(
+def bucket_by_length(
     order: np.ndarray,
     lengths: np.ndarray,
     before: int,
@@ -157,27 +163,30 @@ def bucketed(
     window: int,
     random: np.random.Generator,
 ) -> np.ndarray:
-    """Shuffled rows brought into an order whose batches hold rows of like length.
+    """Reorder shuffled rows so that each batch has rows of similar length.
 
     Args:
-        order: (rows,) shuffled.
-        lengths: (rows,) of these rows.
-        before: rows that came before them, so that it is known where batches begin.
+        order: (rows,) shuffled row numbers.
+        lengths: (rows,) lengths of these rows.
+        before: number of rows before them, which determines where batches begin.
         batch: rows of a batch.
         window: batches within which rows are sorted.
-        random: what has shuffled them; goes on with their batches.
+        random: generator that shuffled the rows; it then shuffles the batches.
+
+    Returns:
+        (rows,) row numbers.
     """
-    # The first rows fill up the batch that the rows before left unfinished.
+    # The first rows complete the batch that the rows before began.
     head = -before % batch
     parts = [order[:head]]
     for start in range(head, len(order), window * batch):
         span = slice(start, start + window * batch)
         rows = order[span][np.argsort(lengths[span], kind="stable")]
-        whole = len(rows) // batch
-        rest = len(rows) - whole * batch
-        # The unfinished batch has to come last, and is not always the longest one.
-        cut = int(random.integers(whole + 1)) * batch
+        full = len(rows) // batch
+        rest = len(rows) - full * batch
+        # The partial batch must come last; a random cut avoids that it always has the longest rows.
+        cut = int(random.integers(full + 1)) * batch
         tail, rows = rows[cut : cut + rest], np.delete(rows, slice(cut, cut + rest))
-        parts.append(rows.reshape(whole, batch)[random.permutation(whole)].ravel())
+        parts.append(rows.reshape(full, batch)[random.permutation(full)].ravel())
         parts.append(tail)
     return np.concatenate(parts)

@@ -4,8 +4,8 @@
             rows of a window, shuffled  ~~~~~ ~~~~~ ~~~
 
 The order is a pure function of (seed, batch index), as that of
-:class:`pipelines.loading.samplers.RowOrder`. A batch needs only the row numbers of the windows
-that it touches, and the shards that come next are known.
+:class:`pipelines.loading.samplers.ShuffleSampler`. A batch needs only the row numbers of the
+windows that it touches, and the shards that come next are known.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.loading.rng import keyed_rng
-from pipelines.loading.samplers import bucketed
+from pipelines.loading.samplers import bucket_by_length
 
 #: Windows whose shuffled rows stay in memory.
-KEPT = 3
+MAX_SHUFFLED_WINDOWS = 3
 
 
-class WindowOrder:
-    """Endless order of one task's rows: each epoch all rows once, window after window.
+class WindowedShuffleSampler:
+    """Endless order of one task's rows: all rows once per epoch, window after window.
 
     Args:
         rows: (shards,) rows of each shard.
@@ -67,7 +67,7 @@ class WindowOrder:
             used |= dict.fromkeys(self._layout(epoch).windows[window])
         return list(used)
 
-    def ahead(self, batch_index: int) -> list[int]:
+    def next_shards(self, batch_index: int) -> list[int]:
         """Return the shards of the window after those that a batch reads."""
         epoch, window, _, _ = self._touched(batch_index)[-1]
         windows = self._layout(epoch).windows
@@ -75,7 +75,7 @@ class WindowOrder:
             return windows[window + 1]
         return self._layout(epoch + 1).windows[0]
 
-    def largest(self) -> int:
+    def max_open_bytes(self) -> int:
         """Return the bytes of shards that may be in use at once: two windows, or all shards."""
         return int(min(2 * max(self._limit, int(self._sizes.max())), int(self._sizes.sum())))
 
@@ -128,12 +128,12 @@ class WindowOrder:
             lengths = self._lengths(rows) if self._lengths else None
             if lengths is not None:
                 before = epoch * self._total + int(layout.starts[window])
-                order = bucketed(
+                order = bucket_by_length(
                     order, lengths[permutation], before, self._batch, self._window, random
                 )
             self._shuffled_windows[key] = order
             # A batch may touch two windows, rarely more; older windows are not needed again.
-            while len(self._shuffled_windows) > KEPT:
+            while len(self._shuffled_windows) > MAX_SHUFFLED_WINDOWS:
                 del self._shuffled_windows[next(iter(self._shuffled_windows))]
         return self._shuffled_windows[key]
 

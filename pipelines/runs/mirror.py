@@ -113,7 +113,7 @@ class RunMirror:
         self.upload_files(CONFIG, *STATE, RESULTS[0])
 
     def upload_all(self) -> None:
-        """Upload all results of a finished run; ``result.json``, which marks it finished, goes last."""
+        """Upload all results of a finished run; ``result.json``, the mark of completion, last."""
         self.upload_trained()
         self.upload_files(*RESULTS[1:])
         self.upload_files(RESULT)
@@ -242,7 +242,7 @@ class RunMirror:
         stored = stored or self.run / CONFIG
         if not stored.is_file():
             return
-        written = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+        written = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
         locations = {key: getattr(config, key) for key in LOCATION_KEYS}
         with atomic_write(self.run / CONFIG, "w") as stream:
             stream.write(configuration.to_yaml(replace(written, **locations)))

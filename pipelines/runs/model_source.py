@@ -59,11 +59,11 @@ class ModelSource:
     @property
     def digest(self) -> str:
         """SHA-256 over the hashes of all weight files; it changes with any weight."""
-        from skillnet_platform.config import digest
+        from skillnet_platform.config import digest_config
 
         files = read_manifest(self.weights)["files"]
         weights = {n: e["sha256"] for n, e in files.items() if not n.startswith("optimizer-")}
-        return digest(weights)
+        return digest_config(weights)
 
     @property
     def seed(self) -> int:
@@ -177,7 +177,7 @@ def is_known_run(run_id: str, uri: str | None) -> bool:
     from skillnet_platform.tracking import backend
 
     try:
-        backend.client(backend.resolve_uri(uri)).get_run(run_id)
+        backend.create_client(backend.resolve_uri(uri)).get_run(run_id)
     except MlflowException as error:
         return bool(error.error_code != "RESOURCE_DOES_NOT_EXIST")
     return True
@@ -186,7 +186,7 @@ def is_known_run(run_id: str, uri: str | None) -> bool:
 def _registered(given: str, uri: str | None) -> ModelSource:
     from skillnet_platform.tracking import registry
 
-    version = registry.resolve(given, uri)
+    version = registry.resolve_registered(given, uri)
     bundle = version.path / "artifacts" / BUNDLE
     if not bundle.is_dir():
         raise UserError(f"{given} is not a SkillNet model: it has no artifact {BUNDLE!r}")
@@ -227,7 +227,9 @@ def _check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
         for task in tasks.values()
     )
     if not is_valid or not isinstance(settings.get("seed", 0), int):
-        raise UserError(f"{path} is damaged: the seed is no number, or a task has no corpus; {REMEDY}")
+        raise UserError(
+            f"{path} is damaged: the seed is no number, or a task has no corpus; {REMEDY}"
+        )
     return settings
 
 
@@ -257,7 +259,7 @@ def _with_run(weights: Path, run: Path | None, given: str) -> ModelSource:
     settings: dict[str, Any] = {}
     if run is not None and (run / "config.yaml").is_file():
         settings = _check_settings(load_yaml(run / "config.yaml"), run / "config.yaml")
-    run_id = tracking.recorded(run / "run.json") if run is not None else None
+    run_id = tracking.read_run_id(run / "run.json") if run is not None else None
     steps = None
     for record in (weights / "state.json", *([run / "trained.json"] if run else [])):
         if steps is None and record.is_file():
@@ -272,7 +274,7 @@ def _by_id(run_id: str, uri: str | None) -> ModelSource:
 
     server = backend.resolve_uri(uri)
     try:
-        run = backend.client(server).get_run(run_id)
+        run = backend.create_client(server).get_run(run_id)
     except MlflowException:
         raise UserError(f"{run_id}: no run with this id in {server}") from None
     folder = run.data.tags.get("run_dir", "")

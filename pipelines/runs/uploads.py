@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs import checkpoints
-from pipelines.runs.mirror import CHECKPOINTS, RunMirror, mirror_of, link_checkpoint
+from pipelines.runs.mirror import CHECKPOINTS, RunMirror, link_checkpoint, mirror_of
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.directories import StoreUnavailable
@@ -86,7 +86,9 @@ class CheckpointUploads:
             try:
                 self._mirror.upload_checkpoint(path, self._keep)
                 if self._error is not None:
-                    console.note(f"{self._mirror.uri}: the store answers again; {path.name} is uploaded")
+                    console.note(
+                        f"{self._mirror.uri}: the store answers again; {path.name} is uploaded"
+                    )
                 self._error, pause = None, FIRST_PAUSE_S
                 _remove_copy(path)
             except RETRYABLE as error:
@@ -138,7 +140,9 @@ def restore_latest(mirror: RunMirror) -> None:
             console.warn(f"{error.reason}. Resuming from this machine: {here}")
 
 
-def upload_trained(mirror: RunMirror, uploads: CheckpointUploads, patience: float, apart: bool) -> None:
+def upload_trained(
+    mirror: RunMirror, uploads: CheckpointUploads, patience: float, apart: bool
+) -> None:
     """Finish the uploads of rank 0, and upload the model if the driver is on another machine.
 
     The driver uploads again what is missing after this.

@@ -93,7 +93,7 @@ def write_checkpoint(
     needed = (1 + (average is not None)) * weights + state_bytes + (1 << 20)
     # A partial file is useless, so check the space before the first byte.
     storage.require_space(final, needed)
-    with storage.disk_guard(final, needed), storage.staging(final) as staging:
+    with storage.disk_guard(final, needed), storage.staging_directory(final) as staging:
         written = write_parts(model, staging)
         for file, names in files.items():
             tensors = optimizer_tensors(optimizer, model, names)
@@ -152,7 +152,9 @@ def load_checkpoint(
         for path in list_manifest_files(checkpoint.path, "average-"):
             for name, value in load_tensors(path, str(device)).items():
                 if value.shape != shapes.get(name):
-                    raise UserError(f"{path}: {name} is not the average of a parameter of this model")
+                    raise UserError(
+                        f"{path}: {name} is not the average of a parameter of this model"
+                    )
                 average.values[name] = value.clone()
         updates = checkpoint.state.get("average_updates", {})
         if not isinstance(updates, dict) or not all(type(n) is int for n in updates.values()):

@@ -19,7 +19,7 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 class _Bucket:
-    """Gradients of some parameters in one flat tensor; the last bucket of a task also has a flag."""
+    """Gradients of some parameters in one flat tensor; the last one of a task also has a flag."""
 
     def __init__(self, parameters: list[nn.Parameter], flagged: bool) -> None:
         self.parameters = parameters

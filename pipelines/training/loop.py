@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import Batch, Prefetcher
+from pipelines.loading.dataloader import Batch, BatchPrefetcher
 from pipelines.loading.rng import keyed_rng
 from pipelines.shards import row_threads
 from pipelines.training import checkpointing, preemption
@@ -148,7 +148,9 @@ def train(
     for callback in callbacks:
         callback.on_train_start(run.folder if run.has_folder else None, rank)
     model.train()
-    with Prefetcher(run.dataloader, start, last, rank, world, pin=device.type == "cuda") as prefetcher:
+    with BatchPrefetcher(
+        run.dataloader, start, last, rank, world, pin=device.type == "cuda"
+    ) as prefetcher:
         for batch in meter.iter_timed(prefetcher):
             batch = batch.to(device, precision.weights)
             task = config.model.tasks[batch.task]
@@ -177,7 +179,8 @@ def train(
             optimizer.zero_grad()
 
             step += 1
-            meter.add(batch, loss.detach(), norm, scheduler.get_last_lr()[0], skipped=failed > 0)
+            lr = float(scheduler.get_last_lr()[0])
+            meter.add(batch, loss.detach(), norm, lr, skipped=failed > 0)
             scheduler.step()
             if step % settings.log_every == 0 or step == last or leaving:
                 values = meter.collect_metrics() | model.statistics()

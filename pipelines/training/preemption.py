@@ -9,7 +9,8 @@ Ray's own store (:class:`~skillnet_platform.ray_internals.stop_signal.RayStopSig
 disk is needed.
 
 In an elastic run a signal to a worker concerns its node alone: after the checkpoint the workers
-end with :class:`~skillnet_platform.ray_internals.errors.WorkerGroupResize`, and the controller restarts them without that node.
+end with :class:`~skillnet_platform.ray_internals.errors.WorkerGroupResize`, and the controller
+restarts them without that node.
 """
 
 import contextlib

@@ -52,12 +52,12 @@ def check_pretraining_splits(
         config: the joint run.
         corpora: name -> prepared corpus; each manifest lists the splits for pretraining.
     """
-    from pipelines.loading.task_dataset import PRETRAINING, splits_of
+    from pipelines.loading.task_dataset import PRETRAINING, resolve_splits
 
     for name, settings in config.tasks.items():
         corpus = corpora[settings.corpus]
-        allowed = splits_of(corpus, PRETRAINING)
-        for split in splits_of(corpus, settings.split):
+        allowed = resolve_splits(corpus, PRETRAINING)
+        for split in resolve_splits(corpus, settings.split):
             if split not in allowed:
                 raise UserError(
                     f"tasks.{name}.split: the manifest of {corpus.name} allows "

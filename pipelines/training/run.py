@@ -10,7 +10,7 @@ from pipelines.runs.layout import CONFIG, RESULT, create_run_folder, read_result
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import config as configuration
 from skillnet_platform import console
-from skillnet_platform.errors import Terminated, UserError
+from skillnet_platform.errors import TerminatedError, UserError
 from skillnet_platform.storage import read_json
 
 if TYPE_CHECKING:
@@ -127,11 +127,11 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
             raise UserError(f"{folder} exists but is not a run directory; choose another --name")
         return None
     try:
-        before = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+        before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
     except UserError as error:
         raise UserError(f"{stored} is damaged: {error}") from None
-    old = configuration.flatten(compute_identity(before))
-    new = configuration.flatten(run.identity)
+    old = configuration.flatten_tree(compute_identity(before))
+    new = configuration.flatten_tree(run.identity)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
         key = differing[0]
@@ -180,7 +180,7 @@ def _train(
         console.warn(trained["stopped_early"])
         tracker.tags({"stopped_early": trained["stopped_early"]})
     if trained["preempted"]:
-        raise Terminated(
+        raise TerminatedError(
             f"ended by SIGTERM after step {trained['step']} of {config.training.steps}, with the "
             f"checkpoint {trained['checkpoint']}; run the same command with --name {config.name} "
             "to resume"

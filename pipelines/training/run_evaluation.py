@@ -37,7 +37,7 @@ def evaluate_run(
         model: on the device that it runs on.
         splits: names; None takes the test splits, and ``validation`` for masked tasks.
         step: training steps, copied into the rows.
-        precision: of the forward passes, see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        precision: of the forward passes; ``auto``, bf16, fp32 or fp64.
         bootstrap_samples: of each interval; 0 leaves intervals out.
         outcomes: receives the outcome of each row.
         show_progress: show a progress bar.
@@ -63,7 +63,7 @@ def evaluate_run(
             limits={name: task.max_length for name, task in tasks.items()},
             steps=step,
             precision=precision,
-            samples=bootstrap_samples,
+            bootstrap_samples=bootstrap_samples,
             on_split=on_split,
             outcomes=outcomes,
             masks=config.training.masking,
@@ -92,7 +92,7 @@ def evaluate_and_log(
         Tidy rows; empty without an evaluation.
     """
     from pipelines.evaluation import reconstructions, tables
-    from pipelines.evaluation.outcomes import FILE as OUTCOMES
+    from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
     from pipelines.evaluation.outcomes import OutcomeTable, write_outcomes
     from skillnet import systems
     from skillnet.accounting import account_task

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.loading.dataloader import Batch, Prefetcher
+from pipelines.loading.dataloader import Batch, BatchPrefetcher
 
 
 class ThroughputMeter:
@@ -39,7 +39,7 @@ class ThroughputMeter:
         """Seconds since the loop began, without evaluations."""
         return time.monotonic() - self._start - self._pause
 
-    def iter_timed(self, batches: Prefetcher) -> Iterator[Batch]:
+    def iter_timed(self, batches: BatchPrefetcher) -> Iterator[Batch]:
         """Iterate over the batches and count the time spent waiting for them."""
         iterator = iter(batches)
         while True:

@@ -144,7 +144,7 @@ class TrialDriver:
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
         parent = self.options.parent
-        entry.tracker = tracking.child(parent, entry.trial.name, config, tags, run_id=known)
+        entry.tracker = tracking.start_child_run(parent, entry.trial.name, config, tags, run_id=known)
         record = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
         write_json(entry.folder / layout.RUN, record)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
@@ -262,7 +262,7 @@ class TrialDriver:
         from skillnet_platform import cluster
         from sweeps.trials import placement_groups, ray_tune
 
-        with cluster.session() as ray, ray_tune.quiet_environment(), self._show_progress():
+        with cluster.ray_session() as ray, ray_tune.quiet_environment(), self._show_progress():
             with self._stopper.handle_signals():
                 ray_tune.run_tuner(
                     ray_tune.TrialFeeder(

@@ -81,7 +81,7 @@ def run_trials(
             check_trial(source.example, None, score, asha, resources)
         pretrainings = SharedPretrainings(listed, folder, store)
         first = pretrainings.list_trials()
-        with cluster.session() if first else contextlib.nullcontext():
+        with cluster.ray_session() if first else contextlib.nullcontext():
             if first:
                 for trial in first:
                     check_trial(trial, folder, None, None, resources)

@@ -338,11 +338,11 @@ def read_trial(folder: Path) -> tuple[Trial, ScoreConfig | None, dict[str, Any]]
     record = read_json(folder / TRIAL)
     trial = Trial(
         record["name"],
-        configuration.build(FinetuneConfig, record["config"]),
+        configuration.build_config(FinetuneConfig, record["config"]),
         splits=tuple(record["splits"]) if record["splits"] is not None else None,
         group=record["group"],
         settings=record["settings"],
         brief=record["brief"],
     )
-    score = configuration.build(ScoreConfig, record["score"]) if record["score"] else None
+    score = configuration.build_config(ScoreConfig, record["score"]) if record["score"] else None
     return trial, score, record

@@ -70,9 +70,9 @@ def write_run(
             outcomes.add(task, "test", np.where(right, 0, symbols), symbols)
         elif task.startswith("text_to_"):
             metric = "recall_at_10"
-            outcomes.ranks(task, "test", np.where(right, 3, 40))
+            outcomes.add_ranks(task, "test", np.where(right, 3, 40))
         else:
-            outcomes.hits(task, "test", right)
+            outcomes.add_hits(task, "test", right)
         value = outcomes[task, "test"].value
         table += tidy_rows(
             {metric: ConfidenceInterval(value, value - 0.05, value + 0.05)},

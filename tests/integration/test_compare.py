@@ -72,10 +72,10 @@ def test_a_study_and_its_report(ray_session: Any, run_root: Path, tmp_path: Path
     assert len(starts) == 2
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Tuning" in page
-    assert "What pretraining added" in page
+    assert "Gain from pretraining" in page
 
     # One parent, its children, none of them left running.
-    client = backend.client(backend.resolve_uri(None))
+    client = backend.create_client(backend.resolve_uri(None))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}

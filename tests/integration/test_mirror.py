@@ -182,7 +182,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
 ) -> None:
     """The server is killed with all that it held; another one gets everything."""
     from tests.chaos.fault_injection import Fault, FaultInjection
-from tests.helpers.object_store import in_environment
+    from tests.helpers.object_store import in_environment
 
     server = ObjectStore()
     try:

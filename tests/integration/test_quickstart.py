@@ -80,7 +80,7 @@ def test_stages_are_numbered_and_timed(done):
 
 def test_the_run_is_recorded_with_the_references(done):
     document, _ = done
-    run = backend.client(backend.resolve_uri()).get_run(document["run_id"])
+    run = backend.create_client(backend.resolve_uri()).get_run(document["run_id"])
     assert run.info.status == "FINISHED"
     note = run.data.tags["mlflow.note.content"]
     assert "simple reference" in note
@@ -107,7 +107,7 @@ def test_the_table_for_people_and_a_second_version(done, place: Path, capsys):
     for name in ("chance", "simple reference", "SkillNet", "active", "text_to_video"):
         assert name in printed.out
     assert 'skillnet search "红色的心"' in printed.err
-    assert registry.resolve("models:/skillnet/2").version == 2
+    assert registry.resolve_registered("models:/skillnet/2").version == 2
 
 
 def test_a_wrong_key_is_named(capsys):

@@ -45,7 +45,7 @@ def heart() -> bytes:
 def test_the_first_version_is_champion(place: Place):
     assert place.made.uri == "models:/skillnet/1"
     assert place.made.alias == "champion"
-    version = registry.champion()
+    version = registry.find_champion()
     assert int(version.version) == 1
     assert "A first try." in version.description
     assert "text_to_image" in version.description
@@ -54,7 +54,7 @@ def test_the_first_version_is_champion(place: Place):
 
 def test_predictions_equal_those_of_the_checkpoint(place: Place):
     """The whole way (MLflow, bundle, tokenizer, transforms) against the bare model."""
-    loaded = registry.load(CHAMPION)
+    loaded = registry.load_registered(CHAMPION)
     texts, encoded = ["古代文学研究", "数学教程"], base64.b64encode(heart()).decode()
     answers = loaded.predict(pd.DataFrame([{"text": t} for t in texts] + [{"file": encoded}]))
 
@@ -83,7 +83,7 @@ def test_predictions_equal_those_of_the_checkpoint(place: Place):
 
 
 def test_the_number_of_alternatives_is_a_parameter(place: Place):
-    loaded = registry.load(CHAMPION)
+    loaded = registry.load_registered(CHAMPION)
     answer = loaded.predict(pd.DataFrame([{"text": "历史年鉴"}]), params={"top": 2})
     assert len(answer["alternatives"][0]) == 2
 
@@ -99,7 +99,7 @@ def test_the_number_of_alternatives_is_a_parameter(place: Place):
 )
 def test_what_a_served_model_refuses(place: Place, row, message):
     with pytest.raises(ValueError, match=message):
-        registry.load(CHAMPION).predict(pd.DataFrame([row]))
+        registry.load_registered(CHAMPION).predict(pd.DataFrame([row]))
 
 
 def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place, capsys):
@@ -107,7 +107,7 @@ def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place,
     through = json.loads(capsys.readouterr().out)["rows"]
     direct = evaluate_model(SkillNet.from_pretrained(place.saved), place.data, bootstrap_samples=50)
     assert [r["value"] for r in through] == [r["value"] for r in direct]
-    run = backend.client(backend.resolve_uri()).get_run(place.made.run_id)
+    run = backend.create_client(backend.resolve_uri()).get_run(place.made.run_id)
     logged = run.data.metrics
     for row in direct:
         name = f"{row['task']}/{row['split']}_{row['metric']}"
@@ -116,7 +116,7 @@ def test_evaluation_through_the_registry_is_that_of_the_checkpoint(place: Place,
 
 
 def test_nothing_is_pickled_and_the_package_is_named(place: Place):
-    folder = registry.resolve(CHAMPION).path
+    folder = registry.resolve_registered(CHAMPION).path
     suffixes = {p.suffix for p in folder.rglob("*") if p.is_file()}
     assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
     assert "skillnet-platform==" in (folder / "requirements.txt").read_text()
@@ -129,12 +129,12 @@ def test_an_equal_model_stays_challenger(place: Place):
     )
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
-    assert int(registry.champion().version) == 1
+    assert int(registry.find_champion().version) == 1
     forced = registration.register_model(
         model_source.resolve_model(str(place.saved)), place.data, bootstrap_samples=50, force=True
     )
     assert forced.alias == "champion"
-    assert int(registry.champion().version) == forced.version
+    assert int(registry.find_champion().version) == forced.version
 
 
 def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):
@@ -158,7 +158,7 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
     made = registration.register_model(
         model_source.resolve_model(str(run)), place.data, name="other", bootstrap_samples=20
     )
-    recorded = backend.client(backend.resolve_uri()).get_run(made.run_id)
+    recorded = backend.create_client(backend.resolve_uri()).get_run(made.run_id)
     assert recorded.data.tags["trained_as"] == 32 * "0"
     assert recorded.info.status == "FINISHED"
 
@@ -199,14 +199,14 @@ def test_verify_finds_an_altered_byte_of_the_data(place: Place, tmp_path: Path, 
     "file", ["model/skill-text.safetensors", "tokenizer.json", "captions-text_to_code.safetensors"]
 )
 def test_an_altered_bundle_is_found_and_refused(place: Place, capsys, file):
-    bundle = registry.resolve(CHAMPION).path / "artifacts" / model_source.BUNDLE
+    bundle = registry.resolve_registered(CHAMPION).path / "artifacts" / model_source.BUNDLE
     original = (bundle / file).read_bytes()
     flip(bundle / file)
     try:
         assert verify.main([CHAMPION, "--data", str(place.data)]) == 1
         assert "altered" in capsys.readouterr().err
         with pytest.raises(ValueError, match="altered"):
-            registry.load(CHAMPION)
+            registry.load_registered(CHAMPION)
     finally:
         (bundle / file).write_bytes(original)
 

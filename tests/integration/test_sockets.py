@@ -121,14 +121,14 @@ def test_a_ray_that_listens_elsewhere_is_ended(
         def shutdown(cls) -> None:
             cls.ended = True
 
-    loopback.require(ray_session)
+    loopback.require_loopback(ray_session)
     with pytest.raises(RuntimeError, match=r"Ray 9 listens on 192\.0\.2\.1 instead of 127"):
-        loopback.require(Elsewhere)
+        loopback.require_loopback(Elsewhere)
     assert Elsewhere.ended
 
 
 def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> None:
-    backend.setup(experiment="shown")
+    backend.setup_backend(experiment="shown")
     process = subprocess.Popen(
         [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
@@ -150,8 +150,8 @@ def test_the_pages_of_the_runs_are_served_on_loopback_only(run_root: Path) -> No
 def test_on_a_cluster_the_mode_is_its_owners(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
-    cluster.prepare_environment()
+    cluster.prepare_ray_environment()
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    cluster.prepare_environment()
+    cluster.prepare_ray_environment()
     assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -53,7 +53,7 @@ def trial(name: str, config: FinetuneConfig, **more: Any) -> Trial:
 
 def runs_below(run_id: str) -> dict[str, Any]:
     """Name -> run of the children of a run."""
-    client = backend.client(backend.resolve_uri())
+    client = backend.create_client(backend.resolve_uri())
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
     return {run.info.run_name: run for run in found}
@@ -61,7 +61,7 @@ def runs_below(run_id: str) -> dict[str, Any]:
 
 @pytest.fixture
 def parent(run_root: Path) -> Iterator[tracking.Tracker]:
-    with tracking.start("parent", tracking=TrackingConfig(system_metrics=False)) as tracker:
+    with tracking.start_run("parent", tracking=TrackingConfig(system_metrics=False)) as tracker:
         yield tracker
 
 
@@ -282,10 +282,10 @@ def test_optuna_with_seeds_from_the_command_line(
     assert [row["seed"] for row in rows] == ["0", "1", "0", "1"]
     assert all(row["status"] == "finished" and row["training.lr"] for row in rows)
 
-    best = configuration.parse(FinetuneConfig, ["--config", told["best"]["config"]], "skillnet")
+    best = configuration.parse_config(FinetuneConfig, ["--config", told["best"]["config"]], "skillnet")
     assert best.training.lr == pytest.approx(told["best"]["settings"]["training.lr"])
     assert best.evaluate
-    run = backend.client(backend.resolve_uri()).get_run(told["run_id"])
+    run = backend.create_client(backend.resolve_uri()).get_run(told["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["score"] == pytest.approx(first["score"])
     assert {child.info.status for child in runs_below(told["run_id"]).values()} == {"FINISHED"}
@@ -355,7 +355,7 @@ def test_a_killed_driver_and_an_interrupted_one(
         kill_family(driver)
     assert not (trials / "001-seed0" / "result.json").is_file()
     finished = (trials / "000-seed0" / "result.json").stat().st_mtime
-    client = backend.client(backend.resolve_uri())
+    client = backend.create_client(backend.resolve_uri())
     identity = json.loads((run_root / "killed" / "run.json").read_text(encoding="utf-8"))["run_id"]
     assert client.get_run(identity).info.status == "RUNNING"
 

@@ -22,7 +22,7 @@ from pipelines.training.worker import run_worker
 from skillnet.malloc import KEEP_FREED_MEMORY
 from skillnet_platform import config as configuration
 from skillnet_platform import console
-from skillnet_platform.errors import Terminated
+from skillnet_platform.errors import TerminatedError
 from skillnet_platform.ray_internals.errors import InsufficientWorkersError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def ray_worker(settings: dict[str, Any]) -> None:
     """Ray Train's loop function: takes plain values, so that any worker can read them."""
     import ray.train
 
-    config = configuration.build(FinetuneConfig, settings["config"])
+    config = configuration.build_config(FinetuneConfig, settings["config"])
     context = ray.train.get_context()
     torch.set_num_threads(settings["threads"])
     if config.training.use_gpu:
@@ -91,7 +91,8 @@ def fit_on_ray(
     Args:
         run: configuration with absolute paths, and the run's folder.
         tracked: MLflow run id and URI.
-        on_evaluation: see :func:`pipelines.training.worker.run_worker`; called in the workers, so it must be picklable.
+        on_evaluation: see :func:`pipelines.training.worker.run_worker`; called in the workers, so
+            it must be picklable.
         nested: how to run inside a trial of Ray Tune.
         callbacks: of the training loop; sent to the workers by pickle.
 
@@ -114,7 +115,7 @@ def fit_on_ray(
         "on_evaluation": on_evaluation,
         "callbacks": list(callbacks),
     }
-    with cluster.session(cpus=max(workers, cores or 1)):
+    with cluster.ray_session(cpus=max(workers, cores or 1)):
         import ray
         from ray.exceptions import RayActorError
         from ray.train import ControllerError
@@ -139,7 +140,7 @@ def fit_on_ray(
             except ControllerError as problem:
                 if not isinstance(problem.controller_failure, InsufficientWorkersError):
                     raise
-                raise Terminated(
+                raise TerminatedError(
                     "ended by SIGTERM while too few hosts were there to train; the same command, "
                     f"with --name {config.name}, goes on"
                 ) from None

@@ -22,7 +22,7 @@ from skillnet_platform.cluster import loopback
 
 def torch_config(use_gpu: bool) -> TorchConfig:
     """The process group for a run on the Ray that this process is connected to."""
-    kind = OnThisMachine if loopback.holds(ray) else TorchConfig
+    kind = OnThisMachine if loopback.listens_on_loopback(ray) else TorchConfig
     return kind(backend="nccl" if use_gpu else "gloo")
 
 

@@ -42,7 +42,7 @@ PRESETS = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"
 def test_damaged_presets(tmp_path_factory: Any, text: bytes, wounds: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(damaged(text, wounds))
-    named(lambda: config.checked(FinetuneConfig, config.load_layer(path), str(path)))
+    named(lambda: config.check_keys(FinetuneConfig, config.load_layer(path), str(path)))
 
 
 @given(VALUES, PLACES)
@@ -54,15 +54,15 @@ def test_configurations_with_any_value_anywhere(
     path = tmp_path_factory.getbasetemp() / "fuzz.json"
     tree = replaced(config.to_dict(FinetuneConfig()), place, value)
     path.write_text(json.dumps(tree))  # JSON is YAML
-    named(lambda: config.parse(FinetuneConfig, ["--config", str(path)], prog="x"))
+    named(lambda: config.parse_config(FinetuneConfig, ["--config", str(path)], prog="x"))
 
 
-@given(st.sampled_from(sorted(config.flatten(config.to_dict(FinetuneConfig())))), st.text())
+@given(st.sampled_from(sorted(config.flatten_tree(config.to_dict(FinetuneConfig())))), st.text())
 @example("seed", "!!python/name:os.system")
 @example("tasks", "{a: 1, a: 2}")
 @budget(8)
 def test_any_word_for_any_key(key: str, word: str) -> None:
-    named(lambda: config.parse(FinetuneConfig, [f"--{key}={word}"], prog="x"))
+    named(lambda: config.parse_config(FinetuneConfig, [f"--{key}={word}"], prog="x"))
 
 
 # -- archives ----------------------------------

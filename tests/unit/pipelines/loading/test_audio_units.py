@@ -9,10 +9,10 @@ import torch
 from pipelines.config.data import MaskConfig
 from pipelines.config.run import TaskTraining
 from pipelines.loading import audio_units
-from pipelines.loading.audio_units import SoundUnits, units_of
-from pipelines.loading.augment import Draws
-from pipelines.loading.masking import Hider
-from pipelines.loading.task_dataset import TaskRows
+from pipelines.loading.audio_units import SoundUnits, find_sound_units
+from pipelines.loading.augment import BatchRandom
+from pipelines.loading.masking import InputMasker
+from pipelines.loading.task_dataset import TaskDataset
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.skills import find_task, masked_tasks
@@ -36,10 +36,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
 def test_every_search_finds_the_same_units(
     corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = units_of(corpus, ("train",), STACK, COUNT)
-    assert units_of(corpus, ("train",), STACK, COUNT) is first
-    monkeypatch.setattr(audio_units, "_known", {})
-    again = units_of(corpus, ("train",), STACK, COUNT)
+    first = find_sound_units(corpus, ("train",), STACK, COUNT)
+    assert find_sound_units(corpus, ("train",), STACK, COUNT) is first
+    monkeypatch.setattr(audio_units, "_units_by_key", {})
+    again = find_sound_units(corpus, ("train",), STACK, COUNT)
     assert again is not first
     assert torch.equal(first.centres_KP, again.centres_KP)
     assert first.centres_KP.shape == (COUNT, STACK * 80)
@@ -57,9 +57,9 @@ def test_hidden_sound_is_asked_for_by_unit() -> None:
     units = SoundUnits(torch.randn(COUNT, STACK * 80, generator=random))
     asked = {}
     for name, given in (("frames", None), ("units", units)):
-        hide = Hider(MODEL, MaskConfig(), words=60, longest=24, units=given)
-        draws = Draws((0, 0), 3, slice(0, 3))
-        inputs, asked[name] = hide.frames(log_mel, frames, draws)
+        hide = InputMasker(MODEL, MaskConfig(), vocab_size=60, longest=24, units=given)
+        draws = BatchRandom((0, 0), 3, slice(0, 3))
+        inputs, asked[name] = hide.mask_frames(log_mel, frames, draws)
         asked[name + " shown"] = inputs
     masked = asked["units"]["masked"]
     assert torch.equal(masked, asked["frames"]["masked"])
@@ -68,19 +68,19 @@ def test_hidden_sound_is_asked_for_by_unit() -> None:
 
 
 def test_validation_rows_are_asked_for_the_units_of_training(corpus: PreparedCorpus) -> None:
-    units = units_of(corpus, ("train",), STACK, COUNT)
+    units = find_sound_units(corpus, ("train",), STACK, COUNT)
     task = find_task("masked_sound", MODEL.tasks)
-    rows = TaskRows("masked_sound", task, corpus, MODEL, TaskTraining("syllables", split="test"))
+    rows = TaskDataset("masked_sound", task, corpus, MODEL, TaskTraining("syllables", split="test"))
     numbers = np.arange(4)
-    _, targets = rows.load(numbers, Draws((0, 0), 4, slice(0, 4)))
-    whole = stack_frames(rows.inputs(numbers)["log_mel"], STACK)
+    _, targets = rows.load(numbers, BatchRandom((0, 0), 4, slice(0, 4)))
+    whole = stack_frames(rows.load_inputs(numbers)["log_mel"], STACK)
     wanted = units(whole)[:, : targets["masked"].shape[1]][targets["masked"]]
     assert torch.equal(targets["values"], wanted)
 
 
 def test_too_few_sounds_for_the_units(corpus: PreparedCorpus) -> None:
     with pytest.raises(UserError, match=r"too few for 1000000 units; lower model\.sound_units"):
-        units_of(corpus, ("train",), STACK, 1_000_000)
+        find_sound_units(corpus, ("train",), STACK, 1_000_000)
 
 
 def test_a_negative_number_is_refused() -> None:
@@ -93,6 +93,6 @@ def test_the_place_of_shards_does_not_matter(corpus: PreparedCorpus, tmp_path: P
     copy.mkdir()
     for file in corpus.path.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert units_of(open_corpus(copy), ("train",), STACK, COUNT) is units_of(
+    assert find_sound_units(open_corpus(copy), ("train",), STACK, COUNT) is find_sound_units(
         corpus, ("train",), STACK, COUNT
     )

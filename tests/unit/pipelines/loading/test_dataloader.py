@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.config.data import AugmentConfig
-from pipelines.loading.dataloader import Batch, MultiTaskDataLoader, Prefetcher, rank_slice
+from pipelines.loading.dataloader import Batch, BatchPrefetcher, MultiTaskDataLoader, rank_slice
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora, write_scaled_sound
 
@@ -45,7 +45,7 @@ def test_slices_of_ranks_join_to_the_global_batch(stream: MultiTaskDataLoader, w
         whole = stream.batch(step)
         tasks.add(whole.task)
         parts = [stream.batch(step, rank, world) for rank in range(world)]
-        real = [part for part in parts if not part.ghost]
+        real = [part for part in parts if not part.is_padding]
         assert np.array_equal(np.concatenate([part.rows for part in real]), whole.rows)
         assert {part.global_rows for part in parts} == {len(whole.rows)}
         for name, expected in tensors(whole).items():
@@ -67,7 +67,7 @@ def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
     first = ResolvedRun(config).dataloader
     config.seed = 1
     second = ResolvedRun(config).dataloader
-    plans = [(first.plan(step), second.plan(step)) for step in range(20)]
+    plans = [(first.batch_spec(step), second.batch_spec(step)) for step in range(20)]
     assert [one.task for one, _ in plans] != [other.task for _, other in plans]
     assert any(set(one.rows) != set(other.rows) for one, other in plans)
 
@@ -75,10 +75,10 @@ def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
 def test_each_row_comes_once_an_epoch(stream: MultiTaskDataLoader) -> None:
     seen: dict[str, list[int]] = {name: [] for name in stream.tasks}
     for step in range(300):
-        plan = stream.plan(step)
+        plan = stream.batch_spec(step)
         seen[plan.task].extend(plan.rows.tolist())
     for name, rows in seen.items():
-        count = stream.rows[name].count
+        count = stream.datasets[name].num_rows
         whole = len(rows) // count
         assert whole >= 3
         for epoch in range(whole):
@@ -87,7 +87,7 @@ def test_each_row_comes_once_an_epoch(stream: MultiTaskDataLoader) -> None:
 
 def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
     """Augmentation hangs on the step: a picture seen twice is not the same picture twice."""
-    steps = [step for step in range(200) if stream.plan(step).task == "text_to_image"]
+    steps = [step for step in range(200) if stream.batch_spec(step).task == "text_to_image"]
     seen: dict[int, torch.Tensor] = {}
     for step in steps:
         batch = stream.batch(step)
@@ -99,19 +99,19 @@ def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
 
 def test_sequences_of_a_batch_are_of_like_length(data: Path) -> None:
     stream = ResolvedRun(small_config(data)).dataloader
-    rows = stream.rows["text_classification"]
-    lengths = rows.lengths()
+    rows = stream.datasets["text_classification"]
+    lengths = rows.row_lengths()
     assert lengths is not None
-    steps = [s for s in range(400) if stream.plan(s).task == "text_classification"]
-    spread = np.mean([np.ptp(lengths[stream.plan(step).rows]) for step in steps])
+    steps = [s for s in range(400) if stream.batch_spec(s).task == "text_classification"]
+    spread = np.mean([np.ptp(lengths[stream.batch_spec(step).rows]) for step in steps])
     random = np.random.default_rng(0)
     at_random = np.mean([np.ptp(random.choice(lengths, 7, replace=False)) for _ in range(200)])
     assert spread < 0.6 * at_random
 
 
 def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
-    stream.rows["text_to_image"]._first_caption = 0.0
-    table = stream.rows["text_to_image"].held.table()
+    stream.datasets["text_to_image"]._first_caption_prob = 0.0
+    table = stream.datasets["text_to_image"].shard_table.table()
     captions = table.column("caption_tokens").to_pylist()
     row = next(index for index, found in enumerate(captions) if len(found) == 3)
     config = stream._augmentation
@@ -119,7 +119,7 @@ def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
     config.token_dropout = 0.0
     seen: Counter[tuple[int, ...]] = Counter()
     for step in range(400):
-        plan = stream.plan(step)
+        plan = stream.batch_spec(step)
         if plan.task == "text_to_image" and row in plan.rows:
             place = plan.rows.tolist().index(row)
             tokens = stream.batch(step).towers["query"]["tokens"][place]
@@ -142,7 +142,7 @@ def test_noise_is_as_loud_whatever_the_corpus_divided_by(data: Path, tmp_path: P
 
 
 def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader) -> None:
-    with Prefetcher(stream, 4, 9) as ahead:
+    with BatchPrefetcher(stream, 4, 9) as ahead:
         batches = list(ahead)
     assert len(batches) == 5
     for step, batch in zip(range(4, 9), batches, strict=True):
@@ -151,10 +151,10 @@ def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader)
 
 
 def test_prefetcher_raises_what_its_thread_met(stream: MultiTaskDataLoader) -> None:
-    stream.rows["text_to_video"].task.towers.clear()
-    stream.rows["text_to_video"].limit = None  # type: ignore[assignment]
-    stream.rows["text_to_video"].held._columns["frames"] = object()  # type: ignore[assignment]
-    with Prefetcher(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
+    stream.datasets["text_to_video"].task.towers.clear()
+    stream.datasets["text_to_video"].limit = None  # type: ignore[assignment]
+    stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
+    with BatchPrefetcher(stream, 0, 20) as ahead, pytest.raises(UserError, match="frames"):
         list(ahead)
 
 
@@ -172,28 +172,28 @@ def test_a_corpus_of_another_modality_is_named(data: Path) -> None:
     with pytest.raises(
         UserError, match=r"text_to_image reads image, but corpus strokes holds video"
     ):
-        ResolvedRun(config).dataloader
+        _ = ResolvedRun(config).dataloader
 
 
 def test_an_unknown_split_is_named(data: Path) -> None:
     config = small_config(data)
     config.tasks["text_to_image"].split = "training"
     with pytest.raises(UserError, match=r"drawings has no split 'training'; it has train, "):
-        ResolvedRun(config).dataloader
+        _ = ResolvedRun(config).dataloader
 
 
 def test_a_missing_corpus_is_named(data: Path) -> None:
     config = small_config(data)
     config.tasks["text_to_image"].corpus = "paintings"
     with pytest.raises(UserError, match="paintings"):
-        ResolvedRun(config).dataloader
+        _ = ResolvedRun(config).dataloader
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(data: Path) -> None:
     config = small_config(data)
     config.model.vocab_size = 50
     with pytest.raises(UserError, match="vocab_size is 50; set it to 64"):
-        ResolvedRun(config).dataloader
+        _ = ResolvedRun(config).dataloader
 
 
 def test_labels_beyond_the_models_classes_are_refused(data: Path) -> None:

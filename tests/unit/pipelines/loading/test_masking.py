@@ -5,8 +5,15 @@ import pytest
 import torch
 
 from pipelines.config.data import MaskConfig
-from pipelines.loading.augment import MASK_TOKEN, Draws
-from pipelines.loading.masking import FIRST_WORD, Hider, normalised, pick, pick_spans, pick_tubes
+from pipelines.loading.augment import MASK_TOKEN, BatchRandom
+from pipelines.loading.masking import (
+    FIRST_WORD,
+    InputMasker,
+    normalise_tokens,
+    sample_mask,
+    sample_span_mask,
+    sample_tube_mask,
+)
 from skillnet.config import SkillNetConfig
 from skillnet.stems import cut_tubelets, patchify, stack_frames
 
@@ -21,25 +28,25 @@ MODEL = SkillNetConfig(
 )
 
 
-def draws(count: int, step: int = 0) -> Draws:
-    return Draws((0, step), count, slice(0, count))
+def draws(count: int, step: int = 0) -> BatchRandom:
+    return BatchRandom((0, step), count, slice(0, count))
 
 
-def hider(**changes: object) -> Hider:
-    return Hider(MODEL, MaskConfig(**changes), words=60, longest=24)  # type: ignore[arg-type]
+def hider(**changes: object) -> InputMasker:
+    return InputMasker(MODEL, MaskConfig(**changes), vocab_size=60, longest=24)  # type: ignore[arg-type]
 
 
 def test_pick_hides_the_share_and_nothing_after_the_end() -> None:
     lengths = np.array([1, 2, 3, 10, 20])
-    masked = pick(np.random.default_rng(0).random((5, 20)), lengths, 0.15)
+    masked = sample_mask(np.random.default_rng(0).random((5, 20)), lengths, 0.15)
     assert masked.sum(1).tolist() == [1, 1, 1, 2, 3]
     assert not (masked & (np.arange(20) >= lengths[:, None])).any()
-    many = pick(np.random.default_rng(0).random((5, 20)), lengths, 0.99)
+    many = sample_mask(np.random.default_rng(0).random((5, 20)), lengths, 0.99)
     assert many.sum(1).tolist() == [1, 1, 2, 9, 19]
 
 
 def test_every_place_is_picked_alike() -> None:
-    masked = pick(np.random.default_rng(0).random((4000, 10)), np.full(4000, 10), 0.3)
+    masked = sample_mask(np.random.default_rng(0).random((4000, 10)), np.full(4000, 10), 0.3)
     assert np.abs(masked.mean(0) - 0.3).max() < 0.04
 
 
@@ -52,19 +59,19 @@ def runs(row: np.ndarray) -> list[int]:
 def test_spans_hide_the_share_in_runs() -> None:
     random = np.random.default_rng(0)
     lengths = random.integers(1, 41, 300)
-    masked = pick_spans(random.random((300, 40)), lengths, 0.5, 5)
+    masked = sample_span_mask(random.random((300, 40)), lengths, 0.5, 5)
     assert not (masked & (np.arange(40) >= lengths[:, None])).any()
     wanted = np.clip(np.rint(0.5 * lengths), 1, np.maximum(lengths - 1, 1))
     assert (masked.sum(1) == wanted).all()
     # One span of a row is cut where the share is reached; the others are whole or joined.
     long = [sorted(runs(row)) for row, n in zip(masked, lengths, strict=True) if n > 10]
     assert all(each >= 5 for found in long for each in found[1:])
-    single = pick_spans(random.random((50, 40)), np.full(50, 40), 0.5, 1)
+    single = sample_span_mask(random.random((50, 40)), np.full(50, 40), 0.5, 1)
     assert np.mean([len(runs(row)) for row in single]) > 8
 
 
 def test_tubes_hide_the_same_places_at_all_times() -> None:
-    masked = pick_tubes(np.random.default_rng(0).random((20, 16)), 4, 0.75).reshape(20, 4, 16)
+    masked = sample_tube_mask(np.random.default_rng(0).random((20, 16)), 4, 0.75).reshape(20, 4, 16)
     assert (masked == masked[:, :1]).all()
     assert (masked.sum(2) == 12).all()
     assert len({tuple(row[0]) for row in masked}) > 10
@@ -104,14 +111,14 @@ def test_patches_are_blanked_and_their_pixels_are_asked_for() -> None:
         left = whole[row, ~masked[row]].view(-1, 3).mean(0)
         blank = cut[row, masked[row]].view(-1, 3)
         torch.testing.assert_close(blank, left.expand_as(blank))
-    expected = normalised(whole * 2 - 1)[masked]
+    expected = normalise_tokens(whole * 2 - 1)[masked]
     torch.testing.assert_close(targets["values"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_normalised_patches_have_no_mean_and_flat_ones_stay_flat() -> None:
     x = torch.cat([torch.randn(1, 3, 40) * 0.7 + 0.2, torch.full((1, 1, 40), 0.9)], 1)
     x[0, 3, 0] += 1e-3
-    found = normalised(x)
+    found = normalise_tokens(x)
     assert found.mean(-1).abs().max() < 1e-5
     assert (found[0, :3].std(-1, unbiased=False) - 1).abs().max() < 0.01
     assert found[0, 3].abs().max() < 0.1
@@ -146,7 +153,7 @@ def test_frames_are_hidden_by_stacks_and_a_cut_stack_is_left() -> None:
     assert not masked[1, 4]
     whole, cut = stack_frames(mel, 4), stack_frames(shown["log_mel"], 4)
     assert torch.equal(cut[~masked], whole[~masked])
-    torch.testing.assert_close(targets["values"], normalised(whole)[masked])
+    torch.testing.assert_close(targets["values"], normalise_tokens(whole)[masked])
     hidden = masked.repeat_interleave(4, 1)[:, :27]
     for row, real in enumerate(frames.tolist()):
         left = mel[row, :real][~hidden[row, :real]]
@@ -160,7 +167,7 @@ def test_a_rows_mask_hangs_on_no_other_row() -> None:
     frames = torch.tensor([16, 40, 24, 9])
     mel = torch.randn(4, 40, 80)
     whole = hider()("sound", {"log_mel": mel, "frames": frames}, draws(4))[1]["masked"]
-    mine = Draws((0, 0), 4, slice(2, 4))
+    mine = BatchRandom((0, 0), 4, slice(2, 4))
     part = hider()("sound", {"log_mel": mel[2:, :24], "frames": frames[2:]}, mine)[1]["masked"]
     assert torch.equal(part, whole[2:, :6])
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.cache import FileCache, Wanted
+from skillnet_platform.storage.cache import FileCache, CacheKey
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.unit.pipelines.shards.test_remote_corpora import same
 
@@ -43,9 +43,9 @@ def config_of(data: Path | str, corpus: str = "drawings", shuffle_gb: float = 4)
 
 def names_of(stream: MultiTaskDataLoader) -> tuple[list[str], list[int]]:
     """Shards of the only task's split, and their numbers in the order in which they come."""
-    (rows,), (order,) = stream.rows.values(), stream._orders.values()
+    (rows,), (order,) = stream.datasets.values(), stream._samplers.values()
     come = dict.fromkeys(shard for batch in range(15) for shard in order.shards(batch))
-    return [str(shard["file"]) for _, shard in rows.held._shards], list(come)
+    return [str(shard["file"]) for _, shard in rows.shard_table._shards], list(come)
 
 
 def test_an_altered_shard_is_named_before_its_rows_are_used(
@@ -74,13 +74,13 @@ def test_an_altered_shard_is_named_before_its_rows_are_used(
 def test_a_whole_shuffle_fetches_in_the_order_of_need(
     store: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted: list[Wanted] = []
+    wanted: list[CacheKey] = []
     monkeypatch.setattr(FileCache, "prefetch", lambda self, more: wanted.extend(more))
     stream = ResolvedRun(config_of(store)).dataloader
     stream.batch(0)
     shards = open_corpus(data / "drawings").splits["train"].shards
     numbers = {shard["sha256"]: number for number, shard in enumerate(shards)}
-    rows = np.concatenate([stream.plan(step).rows for step in range(10)])
+    rows = np.concatenate([stream.batch_spec(step).rows for step in range(10)])
     needed = list(dict.fromkeys((rows // 10).tolist()))
     assert [numbers[one.sha256] for one in wanted[:6]] == needed
 

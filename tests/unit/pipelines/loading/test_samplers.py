@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.loading.rng import keyed_rng
-from pipelines.loading.samplers import BLOCK, RowOrder, TaskSampler, task_weights
+from pipelines.loading.samplers import BLOCK, ShuffleSampler, TaskSampler, compute_task_weights
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 9))
 def test_counts_follow_the_shares_in_every_block(raw: list[float], seed: int, blocks: int) -> None:
     total = sum(raw)
     shares = {f"task{index}": weight / total for index, weight in enumerate(raw)}
-    counts = TaskSampler(shares, seed).counts(blocks * BLOCK)
+    counts = TaskSampler(shares, seed).count_steps(blocks * BLOCK)
     assert sum(counts.values()) == blocks * BLOCK
     for name, share in shares.items():
         assert abs(counts[name] - share * blocks * BLOCK) <= len(shares) - 1 + 1e-6
@@ -22,15 +22,17 @@ def test_counts_follow_the_shares_in_every_block(raw: list[float], seed: int, bl
 def test_a_step_does_not_hang_on_which_steps_were_asked_before() -> None:
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
     far, near = TaskSampler(shares, 3), TaskSampler(shares, 3)
-    far.at(9_999)
-    assert [far.at(step) for step in range(2_000)] == [near.at(step) for step in range(2_000)]
+    far.task_at(9_999)
+    assert [far.task_at(step) for step in range(2_000)] == [
+        near.task_at(step) for step in range(2_000)
+    ]
 
 
 def test_occurrences_count_up_per_task() -> None:
     schedule = TaskSampler({"a": 0.6, "b": 0.4}, 0)
     seen = {"a": 0, "b": 0}
     for step in range(500):
-        name, occurrence = schedule.at(step)
+        name, occurrence = schedule.task_at(step)
         assert occurrence == seen[name]
         seen[name] += 1
 
@@ -38,7 +40,7 @@ def test_occurrences_count_up_per_task() -> None:
 def test_tasks_are_not_in_a_fixed_turn() -> None:
     schedule = TaskSampler({"a": 0.5, "b": 0.5}, 0)
     blocks = {
-        tuple(schedule.at(step)[0] for step in range(start, start + BLOCK))
+        tuple(schedule.task_at(step)[0] for step in range(start, start + BLOCK))
         for start in range(0, 10 * BLOCK, BLOCK)
     }
     assert len(blocks) == 10
@@ -46,11 +48,13 @@ def test_tasks_are_not_in_a_fixed_turn() -> None:
 
 def test_weights_explicit_and_by_temperature() -> None:
     rows = {"small": 100, "large": 10_000, "given": 5}
-    shares = task_weights({"small": None, "large": None, "given": 2.0}, rows, temperature=2.0)
+    shares = compute_task_weights(
+        {"small": None, "large": None, "given": 2.0}, rows, temperature=2.0
+    )
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["large"] / shares["small"] == pytest.approx(10)
     assert shares["given"] == pytest.approx((shares["large"] + shares["small"]) / 2)
-    flat = task_weights({"small": None, "large": None}, rows, temperature=1e9)
+    flat = compute_task_weights({"small": None, "large": None}, rows, temperature=1e9)
     assert flat["small"] == pytest.approx(flat["large"])
 
 
@@ -64,7 +68,7 @@ def test_every_row_once_an_epoch_whatever_the_sizes(
     rows: int, batch: int, window: int, bucketed: bool
 ) -> None:
     lengths = np.arange(rows)[::-1] % 7 if bucketed else None
-    order = RowOrder(rows, batch, lengths, (1, "order"), window)
+    order = ShuffleSampler(rows, batch, lengths, (1, "order"), window)
     epochs = 4
     batches = -(-epochs * rows // batch)
     flat = np.concatenate([order.batch(index) for index in range(batches)])
@@ -75,9 +79,9 @@ def test_every_row_once_an_epoch_whatever_the_sizes(
 
 def test_order_can_be_asked_anywhere() -> None:
     lengths = np.arange(50) % 9
-    one = RowOrder(50, 8, lengths, (5,), window=3)
+    one = ShuffleSampler(50, 8, lengths, (5,), window=3)
     expected = [one.batch(index) for index in range(40)]
-    other = RowOrder(50, 8, lengths, (5,), window=3)
+    other = ShuffleSampler(50, 8, lengths, (5,), window=3)
     for index in (39, 2, 17, 16, 0):
         assert np.array_equal(other.batch(index), expected[index])
 

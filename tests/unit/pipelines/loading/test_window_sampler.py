@@ -5,13 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.loading.window_sampler import WindowOrder
+from pipelines.loading.window_sampler import WindowedShuffleSampler
 
 
-def make(rows: list[int], batch: int, limit: float, bucketed: bool = False) -> WindowOrder:
+def make(
+    rows: list[int], batch: int, limit: float, bucketed: bool = False
+) -> WindowedShuffleSampler:
     total = sum(rows)
     lengths = np.random.default_rng(0).integers(1, 50, total)
-    return WindowOrder(
+    return WindowedShuffleSampler(
         rows, [10 * count for count in rows], batch, limit, (1, "x"),
         (lambda wanted: lengths[wanted]) if bucketed else None, window=3,
     )  # fmt: skip
@@ -53,7 +55,7 @@ def test_a_batch_needs_the_shards_of_its_windows_only(
         largest = max(limit, 10 * max(rows))
         assert sum(10 * rows[shard] for shard in shards) <= windows * largest
         if windows == 2:
-            assert sum(10 * rows[shard] for shard in shards) <= order.largest()
+            assert sum(10 * rows[shard] for shard in shards) <= order.max_open_bytes()
 
 
 def test_it_is_a_function_of_the_occurrence_alone() -> None:
@@ -71,7 +73,7 @@ def test_it_is_a_function_of_the_occurrence_alone() -> None:
 def test_what_comes_next_is_known() -> None:
     order = make([4] * 8, 4, 80)  # windows of two shards, batches of one window's half
     for occurrence in range(14):
-        ahead = set(order.ahead(occurrence))
+        ahead = set(order.next_shards(occurrence))
         now = set(order.shards(occurrence))
         after = next(
             set(order.shards(later))
@@ -85,10 +87,10 @@ def test_rows_of_a_batch_are_of_like_length() -> None:
     rng = np.random.default_rng(3)
     lengths = rng.integers(1, 200, 600)
     key = (0, "y")
-    plain = WindowOrder([100] * 6, [1] * 6, 10, 3, key)
-    like = WindowOrder([100] * 6, [1] * 6, 10, 3, key, lambda rows: lengths[rows])
+    plain = WindowedShuffleSampler([100] * 6, [1] * 6, 10, 3, key)
+    like = WindowedShuffleSampler([100] * 6, [1] * 6, 10, 3, key, lambda rows: lengths[rows])
 
-    def spread(order: WindowOrder) -> float:
+    def spread(order: WindowedShuffleSampler) -> float:
         return float(np.mean([np.ptp(lengths[order.batch(n)]) for n in range(60)]))
 
     assert spread(like) < 0.4 * spread(plain)
@@ -96,7 +98,7 @@ def test_rows_of_a_batch_are_of_like_length() -> None:
 
 def test_windows_mix_shards() -> None:
     """With two windows of three shards a batch holds rows of several shards."""
-    order = WindowOrder([100] * 6, [1] * 6, 30, 3, (0, "z"))
+    order = WindowedShuffleSampler([100] * 6, [1] * 6, 30, 3, (0, "z"))
     shards = [len(np.unique(order.batch(n) // 100)) for n in range(20)]
     assert min(shards) >= 2
     with pytest.raises(AssertionError):
@@ -110,7 +112,7 @@ def test_lengths_are_read_from_shards_of_the_window_only() -> None:
         asked.append(rows)
         return rows % 7
 
-    order = WindowOrder([40] * 8, [1] * 8, 10, 2, (0, "x"), lengths)
+    order = WindowedShuffleSampler([40] * 8, [1] * 8, 10, 2, (0, "x"), lengths)
     for occurrence in range(32):
         asked.clear()
         order.batch(occurrence)

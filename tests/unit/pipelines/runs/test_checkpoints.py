@@ -11,9 +11,9 @@ import torch
 
 from pipelines.runs import checkpoints, model_source
 from pipelines.training import checkpointing
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
 from pipelines.training.optimizer import WeightAverage, build_optimizer
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from skillnet import SkillNet
 from skillnet_platform.errors import UserError
@@ -28,7 +28,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    train(ResolvedRun(small_config(data, steps=8, checkpoint_every=2, keep_checkpoints=3, ema=0.9), run))
+    train(
+        ResolvedRun(
+            small_config(data, steps=8, checkpoint_every=2, keep_checkpoints=3, ema=0.9), run
+        )
+    )
     return run
 
 
@@ -45,13 +49,13 @@ def test_the_newest_few_stay(run: Path) -> None:
 def test_what_is_read_is_what_was_written(data: Path, tmp_path: Path) -> None:
     config = small_config(data, steps=5, ema=0.9)
     done = train(ResolvedRun(config, tmp_path))
-    found = checkpoints.newest(tmp_path / "checkpoints")
+    found = checkpoints.find_newest(tmp_path / "checkpoints")
     assert found is not None
     assert (found.step, found.path) == (5, done.checkpoint)
     model, average = build_model(config).double(), WeightAverage(0.9)
     optimizer = build_optimizer(model.named_parameters(), config.training)
-    checkpointing.load(found, model, optimizer, average)
-    again = checkpointing.save(
+    checkpointing.load_checkpoint(found, model, optimizer, average)
+    again = checkpointing.write_checkpoint(
         tmp_path / "again", 5, model, optimizer, average, dict(found.state), keep=1
     )
     for path in sorted(found.path.iterdir()):
@@ -78,7 +82,7 @@ def test_an_incomplete_one_is_refused_by_name(run: Path, name: str) -> None:
     path = run / "checkpoints" / "step-00000008"
     (path / name).unlink()
     with pytest.raises(UserError, match=rf"checkpoint .*step-00000008 cannot be used: .*{name}"):
-        checkpoints.verify(path)
+        checkpoints.verify_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["optimizer-shared.safetensors", "state.json"])
@@ -88,14 +92,14 @@ def test_an_altered_one_is_refused_by_name(run: Path, name: str) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} was altered"):
-        checkpoints.verify(path.parent)
+        checkpoints.verify_checkpoint(path.parent)
 
 
 def test_a_truncated_manifest_is_refused(run: Path) -> None:
     path = run / "checkpoints" / "step-00000008" / "manifest.json"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        checkpoints.verify(path.parent)
+        checkpoints.verify_checkpoint(path.parent)
 
 
 def test_newest_whole_one_is_taken_and_the_others_named(
@@ -105,7 +109,7 @@ def test_newest_whole_one_is_taken_and_the_others_named(
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     (run / "checkpoints" / "step-00000006").mkdir()
     (run / "checkpoints" / ".step-00000010.123.tmp").mkdir()
-    found = checkpoints.newest(run / "checkpoints")
+    found = checkpoints.find_newest(run / "checkpoints")
     assert found is not None
     assert found.step == 4
     said = capsys.readouterr().err
@@ -114,13 +118,13 @@ def test_newest_whole_one_is_taken_and_the_others_named(
 
 
 def test_without_any_there_is_none(tmp_path: Path) -> None:
-    assert checkpoints.newest(tmp_path / "checkpoints") is None
+    assert checkpoints.find_newest(tmp_path / "checkpoints") is None
 
 
 def test_a_saved_model_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
     build_model(small_config(data)).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="is a saved model, not a checkpoint"):
-        checkpoints.verify(tmp_path / "model")
+        checkpoints.verify_checkpoint(tmp_path / "model")
 
 
 def test_weights_of_another_shape_are_refused(data: Path, run: Path) -> None:
@@ -135,7 +139,9 @@ def test_start_from_a_checkpoint(data: Path, run: Path) -> None:
     config.init_from = str(run / "checkpoints" / "step-00000008")
     start = dict(build_model(config).named_parameters())
     saved = SkillNet.from_pretrained(config.init_from).named_parameters()
-    average = model_source.load_source_model(model_source.resolve_model(config.init_from)).named_parameters()
+    average = model_source.load_source_model(
+        model_source.resolve_model(config.init_from)
+    ).named_parameters()
     moved = 0
     for (name, last), (_, mean) in zip(saved, average, strict=True):
         assert torch.equal(start[name], mean.to(start[name].dtype)), name
@@ -148,13 +154,14 @@ import sys
 from pathlib import Path
 from pipelines.runs import checkpoints
 from pipelines.training.loop import train
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
 config = small_config(Path(sys.argv[1]), steps=6, checkpoint_every=2, keep_checkpoints=9)
 try:
-    train(config, run=Path(sys.argv[2]))
+    train(ResolvedRun(config, Path(sys.argv[2])))
 except UserError as problem:
-    found = checkpoints.newest(Path(sys.argv[2]) / "checkpoints")
+    found = checkpoints.find_newest(Path(sys.argv[2]) / "checkpoints")
     left = sorted(path.name for path in (Path(sys.argv[2]) / "checkpoints").iterdir())
     print(found.step, left, problem, sep="|")
 """

@@ -36,7 +36,7 @@ def data(tmp_path: Path) -> Path:
 
 def paper(data: Path, *words: str) -> FinetuneConfig:
     said = ["--config", "paper", "--data", str(data), "--training.use_gpu", "false", *words]
-    return configuration.parse(FinetuneConfig, said, "skillnet finetune", "Train.")
+    return configuration.parse_config(FinetuneConfig, said, "skillnet finetune", "Train.")
 
 
 def test_the_paper_needs_no_number_of_symbols(data: Path, run_root: Path) -> None:

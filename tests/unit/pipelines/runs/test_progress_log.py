@@ -13,8 +13,8 @@ from skillnet_platform.errors import UserError
 def test_a_line_that_was_cut_short_is_taken_away_before_the_next(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     file = ProgressFile(path)
-    file.say(step=1, metrics={"loss": 3.0})
-    file.say(step=2, metrics={"loss": 2.0})
+    file.append(step=1, metrics={"loss": 3.0})
+    file.append(step=2, metrics={"loss": 2.0})
     file.close()
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
@@ -42,7 +42,7 @@ def test_two_lines_in_one_are_passed_over(tmp_path: Path) -> None:
         "3",
         '"x"',
         '{"metrics": {"loss": 1}}',
-        '{"step": "2", "words": ""}',
+        '{"step": "2", "losses": ""}',
         '{"step": 2, "metrics": [1]}',
         '{"step": 2, "metrics": {"loss": "1"}}',
         "[" * 100000,
@@ -72,5 +72,5 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     file._stream.close()
     monkeypatch.setattr(file, "_stream", Full())
     with pytest.raises(UserError, match=r"progress.jsonl: the disk is full"):
-        file.say(step=1, words="")
+        file.append(step=1, losses="")
     file.close()

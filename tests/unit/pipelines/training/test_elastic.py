@@ -1,4 +1,3 @@
-from skillnet_platform.ray_internals.errors import WorkerGroupResize
 """Elastic runs: which settings fit, how many workers find a place, and whose notice ends a run."""
 
 import os
@@ -12,6 +11,7 @@ import pytest
 from pipelines.config.run import FinetuneConfig, TrainingConfig
 from pipelines.runs.identity import compute_identity
 from pipelines.training import preemption, worker
+from skillnet_platform.ray_internals.errors import WorkerGroupResize
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipelines.config.run import FinetuneConfig, TaskTraining
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import train
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -74,5 +74,5 @@ def test_no_task_to_train(data: Path) -> None:
         task.eval_only = True
     with pytest.raises(UserError, match="no task to train"):
         train(ResolvedRun(config))
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="set only one"):
         TaskTraining("x", auxiliary=True, eval_only=True)

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from pipelines.config.run import TrainingConfig
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import step_loss, train
 from pipelines.training.optimizer import (
     WeightAverage,
     build_lr_scheduler,
     build_optimizer,
     clip_gradients,
-    has_weight_decay,
     compute_learning_rate,
+    has_weight_decay,
 )
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from skillnet.precision import choose_precision
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -60,7 +60,7 @@ def test_an_inactive_skill_stays_as_it_is(data: Path) -> None:
     everything = dict(model.named_parameters())
 
     def one_step(task: str) -> None:
-        step = next(s for s in range(100) if stream.plan(s).task == task)
+        step = next(s for s in range(100) if stream.batch_spec(s).task == task)
         batch = stream.batch(step).to(precision.device, torch.float64)
         step_loss(model, config.model.tasks[task], batch, precision, config).backward()
         active = list(model.active_parameters(task))
@@ -128,7 +128,9 @@ def test_what_decays(name: str, shape: tuple[int, ...], expected: bool) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
-    config = TrainingConfig(steps=200, warmup_fraction=0.1, lr=2.0, min_lr_ratio=0.05, schedule=schedule)  # type: ignore[arg-type]
+    config = TrainingConfig(
+        steps=200, warmup_fraction=0.1, lr=2.0, min_lr_ratio=0.05, schedule=schedule
+    )  # type: ignore[arg-type]
     rates = [compute_learning_rate(config, step) for step in range(200)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[19] == pytest.approx(2.0)
@@ -141,7 +143,9 @@ def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
 
 
 def test_warmup_in_steps() -> None:
-    assert compute_learning_rate(TrainingConfig(steps=100, warmup_steps=10, lr=1.0), 4) == pytest.approx(0.5)
+    assert compute_learning_rate(
+        TrainingConfig(steps=100, warmup_steps=10, lr=1.0), 4
+    ) == pytest.approx(0.5)
 
 
 def test_scheduler_sets_the_learning_rate_of_each_step_also_after_a_resume() -> None:

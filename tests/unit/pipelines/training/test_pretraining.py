@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
-from pipelines.loading.augment import Draws
-from pipelines.loading.task_dataset import splits_of
+from pipelines.loading.augment import BatchRandom
+from pipelines.loading.task_dataset import resolve_splits
 from pipelines.shards.dataset import open_corpus
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.loop import task_loss, train
 from pipelines.training.pretraining import build_joint_run
+from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, open_corpora
 from skillnet.skills import masked_tasks
 from skillnet_platform.errors import UserError
@@ -69,7 +69,7 @@ def test_every_activated_weight_gets_a_gradient_and_no_other(
     config: FinetuneConfig, task: str
 ) -> None:
     model, stream = build_model(config).double(), ResolvedRun(config).dataloader
-    step = next(step for step in range(60) if stream.plan(step).task == task)
+    step = next(step for step in range(60) if stream.batch_spec(step).task == task)
     batch = stream.batch(step).to(torch.device("cpu"), torch.float64)
     task_loss(config.model.tasks[task], model(task, batch.towers), batch).backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -115,21 +115,21 @@ def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(
 ) -> None:
     stream, corpora = ResolvedRun(config).dataloader, open_corpora(config)
     for name, settings in config.tasks.items():
-        splits = splits_of(corpora[settings.corpus], "pretraining")
+        splits = resolve_splits(corpora[settings.corpus], "pretraining")
         assert splits == (("train",) if name == "masked_sound" else ("pretrain", "train"))
-        rows = stream.rows[name]
+        rows = stream.datasets[name]
         assert rows.count == 45 + (20 if len(splits) == 2 else 0)
-        keys = rows.held.table().column("key").to_pylist()
+        keys = rows.shard_table.table().column("key").to_pylist()
         assert {key.split("/")[0] for key in keys} == set(splits)
         assert len(set(keys)) == rows.count
 
 
 def test_rows_of_several_splits_are_those_of_each(data: Path, config: FinetuneConfig) -> None:
-    rows = ResolvedRun(config).dataloader.rows["masked_video"]
+    rows = ResolvedRun(config).dataloader.datasets["masked_video"]
     splits = open_corpus(data / "strokes").splits
     for place, (split, row) in {3: ("pretrain", 3), 20: ("train", 0), 64: ("train", 44)}.items():
         stored = splits[split].column("frames")[row].as_py()
-        found = rows.inputs(np.array([place]))["frames"]
+        found = rows.load_inputs(np.array([place]))["frames"]
         assert found.flatten().tolist() == stored
 
 
@@ -152,7 +152,7 @@ def test_a_corpus_that_allows_nothing_is_refused(data: Path) -> None:
     corpus = open_corpus(data / "drawings")
     corpus.manifest["pretraining"] = []
     with pytest.raises(UserError, match="names no split for pretraining"):
-        splits_of(corpus, "pretraining")
+        resolve_splits(corpus, "pretraining")
 
 
 def test_a_task_with_labels_is_refused(data: Path) -> None:
@@ -170,7 +170,7 @@ def test_the_switch_adds_pairs_of_training_rows(data: Path) -> None:
     assert set(joint.tasks) == set(TASKS) | pairs == set(joint.model.tasks)
     stream = ResolvedRun(joint).dataloader
     for name in pairs:
-        keys = stream.rows[name].held.table().column("key").to_pylist()
+        keys = stream.datasets[name].shard_table.table().column("key").to_pylist()
         assert {key.split("/")[0] for key in keys} == {
             "pretrain" if name == "text_to_definition" else "train"
         }
@@ -187,9 +187,9 @@ def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
     assert names.isdisjoint(joint.measured)
     stream = ResolvedRun(joint).dataloader
     for name in names:
-        rows = stream.rows[name]
-        assert rows.where.endswith("pretrain+train")
-        picked, draws = np.arange(6), Draws((0, "rows", 3), 6, slice(None))
+        rows = stream.datasets[name]
+        assert rows.location.endswith("pretrain+train")
+        picked, draws = np.arange(6), BatchRandom((0, "rows", 3), 6, slice(None))
         towers, targets = rows.load(picked, draws, joint.training.augment)
         (key,) = towers["query"]
         query, candidate = towers["query"][key], towers["candidate"][key]
@@ -198,7 +198,7 @@ def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
         # What a corpus calls alike is a label: a row is the pair of itself alone.
         assert len(set(targets["groups"].tolist())) == 6
         again, _ = rows.load(
-            picked[2:4], Draws((0, "rows", 3), 6, slice(2, 4)), joint.training.augment
+            picked[2:4], BatchRandom((0, "rows", 3), 6, slice(2, 4)), joint.training.augment
         )
         width = again["query"][key].shape[1]  # sequences are padded to the longest of their batch
         assert torch.equal(again["query"][key], query[2:4, :width])
@@ -208,14 +208,14 @@ def test_views_of_captions_are_refused(data: Path) -> None:
     config = small_pretraining(data)
     config.tasks["text_to_image"] = TaskTraining("drawings", views=True)
     with pytest.raises(UserError, match=r"tasks\.text_to_image\.views .* both read image"):
-        ResolvedRun(build_joint_run(config)).dataloader
+        _ = ResolvedRun(build_joint_run(config)).dataloader
 
 
 def test_a_configuration_comes_back_from_yaml() -> None:
     from skillnet_platform import config as configuration
 
     before = PretrainConfig(contrastive=True)
-    again = configuration.build(PretrainConfig, configuration.to_dict(before))
-    assert configuration.digest(again) == configuration.digest(before)
-    joint = configuration.build(FinetuneConfig, configuration.to_dict(before.joint()))
-    assert configuration.digest(joint) == configuration.digest(before.joint())
+    again = configuration.build_config(PretrainConfig, configuration.to_dict(before))
+    assert configuration.digest_config(again) == configuration.digest_config(before)
+    joint = configuration.build_config(FinetuneConfig, configuration.to_dict(before.joint()))
+    assert configuration.digest_config(joint) == configuration.digest_config(before.joint())
