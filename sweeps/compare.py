@@ -60,12 +60,12 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
     if mirror is not None:
         remote_ledger.restore_ledger(mirror, START_FILES, ("tuning", "runs"))
     check_study(config)
-    with tracking.start(
+    with tracking.start_run(
         str(config.name),
         config,
         config.tracking,
         tags={"run_dir": str(folder), "stage": "study"},
-        run_id=tracking.recorded(folder / RUN),
+        run_id=tracking.read_run_id(folder / RUN),
     ) as tracker:
         write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         study = run_study(config, tracker)
@@ -79,7 +79,9 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
             raise UserError(f"no run of the study finished; see {folder / 'runs'}")
         output = Path(config.output) if config.output else folder
         report = _build_report(config, runs, study.tuning, output)
-        report.facts["configuration"] = f"study.yaml, digest {configuration.digest(config)[:12]}"
+        report.facts["configuration"] = (
+            f"study.yaml, digest {configuration.digest_config(config)[:12]}"
+        )
         report.texts["Configuration of the study"] = configuration.to_yaml(config)
         if study.failed_runs:
             errors = [f"{each.name}: {each.error or each.status}" for each in study.failed_runs]
@@ -114,7 +116,7 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
     )
     name = config.name or time.strftime("compare-%Y%m%d-%H%M%S")
     folder = Path(config.output) if config.output else run_root() / "comparisons" / name
-    with tracking.start(
+    with tracking.start_run(
         name,
         None,
         replace(config.tracking, system_metrics=False),
@@ -224,7 +226,7 @@ def _find_model(run: "FinishedRun", config: StudyConfig) -> str | None:
     if config.mirror is None or config.runs:
         return None
     model = config.mirror.uri_of("runs", run.folder.name)
-    return model if directories.is_committed(directories.join(model, "model")) else None
+    return model if directories.is_committed(directories.join_uri(model, "model")) else None
 
 
 def _write_and_record(report: "ComparisonReport", folder: Path, tracker: "Tracker") -> None:

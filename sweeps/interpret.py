@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
@@ -46,7 +46,7 @@ class InterpretConfig:
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    model: str = positional("models:/skillnet@champion")
+    model: str = positional_field("models:/skillnet@champion")
     data: str | None = None
     tasks: list[str] | None = None
     split: str = "test"
@@ -91,7 +91,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
     with console.progress("interpreting", None, "rows") as bar:
         interpretation = interpret_model(
             model,
-            place(config.data, data_root()),
+            parse_location(config.data, data_root()),
             config.tasks,
             config.split,
             name=config.model,

@@ -57,7 +57,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     Raises:
         UserError: the space, a value or a corpus is invalid (nothing is started), or no trial has
             a score.
-        StoreUnavailable: the store does not respond. The same command resumes the sweep.
+        StoreUnavailableError: the store does not respond. The same command resumes the sweep.
     """
     from sweeps.trials.engine import check_trial, run_trials
 
@@ -158,7 +158,9 @@ def _only_adds_seeds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def _sweep_identity(config: SweepConfig | Mapping[str, Any]) -> dict[str, Any]:
     tree = dict(config) if isinstance(config, Mapping) else configuration.to_dict(config)
-    return configuration.flatten_tree({key: v for key, v in tree.items() if key not in CHANGEABLE_KEYS})
+    return configuration.flatten_tree(
+        {key: v for key, v in tree.items() if key not in CHANGEABLE_KEYS}
+    )
 
 
 def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfig]:

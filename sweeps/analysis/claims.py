@@ -162,7 +162,8 @@ def _specialists_claim(
 
 def _pretraining_claim(comparison: SystemComparison, rules: ClaimsConfig) -> EvaluatedClaim:
     own, other = comparison.reference + PRETRAINED, comparison.reference
-    text = f"Pretraining improves {_display_name(comparison)} on all {len(comparison.common_tasks)} tasks."
+    count = len(comparison.common_tasks)
+    text = f"Pretraining improves {_display_name(comparison)} on all {count} tasks."
     rule = "each difference is above 0 and significant after Holm's correction"
     missing = _missing_systems(comparison, own, other)
     if missing:
@@ -175,8 +176,8 @@ def _pretraining_claim(comparison: SystemComparison, rules: ClaimsConfig) -> Eva
 def _image_claim(comparison: SystemComparison, rules: ClaimsConfig) -> EvaluatedClaim:
     name, base = "text to image", comparison.reference
     text = (
-        f"On {IMAGE_TASK} {_display_name(comparison)} scores higher than every baseline with the same "
-        "pretraining, and activates no more parameters "
+        f"On {IMAGE_TASK} {_display_name(comparison)} scores higher than every baseline with the "
+        "same pretraining, and activates no more parameters "
         f"(within {100 * rules.equal_cost:g} %)."
     )
     rule = (

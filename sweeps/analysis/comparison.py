@@ -238,10 +238,10 @@ def _build_samples(
                 if not having:
                     continue
                 parts = {run.seed: run.outcomes[task, split] for run in having}
-                weight = next(iter(parts.values())).weight
+                weight = next(iter(parts.values())).denominator
                 more_is_better = PRIMARY_METRICS[metrics[task]]
                 amounts = {
-                    seed: part.amount if more_is_better else weight - part.amount
+                    seed: part.numerator if more_is_better else weight - part.numerator
                     for seed, part in parts.items()
                 }
                 samples[label, task, split] = statistics.build_sample(

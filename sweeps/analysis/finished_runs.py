@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.outcomes import FILE as OUTCOMES
+from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
 from pipelines.evaluation.outcomes import OutcomeTable, read_outcomes
 from pipelines.runs.mirror import TRAINED
 from skillnet_platform import config as configuration
@@ -187,8 +187,8 @@ def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             rows: list[dict[str, Any]] = list(csv.DictReader(stream))
-    except (csv.Error, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({problem})") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
     for number, row in enumerate(rows, 2):
         absent = [name for name in COLUMNS if row.get(name) is None]
         if absent:
@@ -306,7 +306,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                     f"({digest[:12]} and {known[:12]}); compare runs of one version"
                 )
         for key in run.outcomes:
-            own = run.outcomes[key].weight
+            own = run.outcomes[key].denominator
             weight, first = weights.setdefault(key, (own, run))
             if not np.array_equal(own, weight):
                 raise UserError(
@@ -338,7 +338,7 @@ def _flat_differences(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
         tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
         flat[label] = {
             key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
-            for key, value in configuration.flatten(tree).items()
+            for key, value in configuration.flatten_tree(tree).items()
         }
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     return {
@@ -375,7 +375,7 @@ def _configuration_digest(settings: Mapping[str, Any], **more: Any) -> str:
 
     tree = {key: value for key, value in settings.items() if key not in UNCOMPARED_KEYS}
     training = {k: v for k, v in (tree.get("training") or {}).items() if k not in NON_IDENTITY_KEYS}
-    return configuration.digest({"settings": tree | {"training": training}, **more})
+    return configuration.digest_config({"settings": tree | {"training": training}, **more})
 
 
 def _make_unique(label: str, taken: Sequence[str]) -> str:

@@ -135,7 +135,12 @@ def average_samples(parts: Sequence[RunSample]) -> RunSample:
 
 
 def subtract_samples(left: RunSample, right: RunSample) -> RunSample:
-    """Return ``left - right``, run by run."""
+    """Return ``left - right``, run by run.
+
+    Args:
+        left: scores of one system.
+        right: scores of another system; both are restricted to their common seeds.
+    """
     left, right = pair_samples(left, right)
     return RunSample(
         left.seeds, left.values - right.values, _sum_rows([(left, 1.0), (right, -1.0)])
@@ -143,9 +148,11 @@ def subtract_samples(left: RunSample, right: RunSample) -> RunSample:
 
 
 def divide_samples(above: RunSample, below: RunSample) -> RunSample:
-    """Return ``above / below``, run by run; NaN where ``below`` is 0.
+    """Return ``above / below``, run by run; row influences follow by the delta method.
 
-    Row influences follow by the delta method.
+    Args:
+        above: numerators.
+        below: denominators; the ratio is NaN where one is 0.
     """
     above, below = pair_samples(above, below)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -159,6 +166,10 @@ def pair_samples(left: RunSample, right: RunSample) -> tuple[RunSample, RunSampl
 
     Samples with fewer than two common seeds are paired in the order of their seeds. Seeds are
     exchangeable, so any fixed pairing gives a valid test.
+
+    Args:
+        left: scores of one system.
+        right: scores of another system.
     """
     if left.seeds == right.seeds:
         return left, right

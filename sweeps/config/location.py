@@ -4,10 +4,10 @@ from pathlib import Path
 
 from pipelines.runs.mirror import RunMirror
 from skillnet_platform.storage import directories, run_root
-from skillnet_platform.storage.location import Place
+from skillnet_platform.storage.location import Location
 
 
-def resolve_result_folder(root: Place, name: str) -> tuple[Path, RunMirror | None]:
+def resolve_result_folder(root: Location, name: str) -> tuple[Path, RunMirror | None]:
     """Return the local directory of a sweep or study, and its mirror in an object store.
 
     Args:
@@ -20,4 +20,4 @@ def resolve_result_folder(root: Place, name: str) -> tuple[Path, RunMirror | Non
     if isinstance(root, Path):
         return root / name, None
     folder = run_root() / name
-    return folder, RunMirror(directories.join(root, name), folder)
+    return folder, RunMirror(directories.join_uri(root, name), folder)

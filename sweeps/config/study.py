@@ -6,10 +6,10 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig
 from pipelines.runs.mirror import RunMirror
-from skillnet_platform.config import positional
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.config import positional_field
+from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage import run_root
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 from skillnet_platform.tracking import TrackingConfig
 from sweeps.config.location import resolve_result_folder
 from sweeps.config.space import SearchDimension
@@ -119,7 +119,7 @@ class StudyConfig:
         tracking: MLflow settings.
     """
 
-    runs: list[str] = positional([])
+    runs: list[str] = positional_field([])
     names: list[str] = field(default_factory=list)
     name: str | None = None
     run_dir: str | None = None
@@ -159,7 +159,7 @@ class StudyConfig:
             if other is not None and (other == label or other not in self.systems):
                 raise UserError(
                     f"systems.{label}.reuse_tuning_of: {other!r} is not another system"
-                    f"{nearest(other, self.systems)}"
+                    f"{suggest_name(other, self.systems)}"
                 )
             if other is not None and self.systems[other].reuse_tuning_of is not None:
                 raise UserError(
@@ -183,4 +183,4 @@ class StudyConfig:
 
     @property
     def _location(self) -> tuple[Path, RunMirror | None]:
-        return resolve_result_folder(place(self.run_dir, run_root()), self.name or "study")
+        return resolve_result_folder(parse_location(self.run_dir, run_root()), self.name or "study")

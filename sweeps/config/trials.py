@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipelines.evaluation.tables import HEADLINE
-from skillnet_platform.errors import UserError, nearest
+from pipelines.evaluation.tables import OBJECTIVE_METRICS
+from skillnet_platform.errors import UserError, suggest_name
 
 #: Primary metric of a task with labels -> whether higher is better.
-PRIMARY_METRICS = dict(figure for objective, figure in HEADLINE.items() if objective != "masked")
+PRIMARY_METRICS = dict(
+    figure for objective, figure in OBJECTIVE_METRICS.items() if objective != "masked"
+)
 TrialStatus = Literal["finished", "stopped", "failed", "interrupted"]
 
 
@@ -141,7 +143,9 @@ class ScoreConfig:
         """
         for name in [*self.tasks, *self.references]:
             if name not in tasks:
-                raise UserError(f"score: {name!r} is not an evaluated task{nearest(name, tasks)}")
+                raise UserError(
+                    f"score: {name!r} is not an evaluated task{suggest_name(name, tasks)}"
+                )
         if self.kind == "relative":
             absent = [name for name in self.tasks or tasks if name not in self.references]
             if absent:

@@ -16,7 +16,7 @@ from typing import Any
 from pipelines.evaluation.evaluator import locate_task_corpus, measure_split, uses_all_captions
 from pipelines.evaluation.inference import InferenceRunner
 from pipelines.evaluation.outcomes import OutcomeTable, RowOutcomes, paired_difference
-from pipelines.evaluation.tables import HEADLINE, sort_rows
+from pipelines.evaluation.tables import OBJECTIVE_METRICS, sort_rows
 from pipelines.shards.dataset import CorpusSplit, PreparedCorpus, open_corpus
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task, find_task
@@ -132,7 +132,7 @@ def measure_ablations(
     runner = InferenceRunner(model, precision)
     for name, part, corpus in find_measured_splits(model, data, tasks, split, corpora):
         spec = model.config.tasks[name]
-        metric, more = HEADLINE[spec.objective]
+        metric, more = OBJECTIVE_METRICS[spec.objective]
         limit = (limits or {}).get(name)
         baseline = _measure_outcomes(runner, name, spec, part, corpus, limit)
         for change in list_plan_changes(spec, model.config.skills, swaps):
@@ -176,9 +176,9 @@ def _measure_outcomes(
             part,
             f"{corpus.name}/{part.name}",
             limit=limit,
-            samples=0,
+            bootstrap_samples=0,
             outcomes=outcomes,
-            every_caption=uses_all_captions(corpus),
+            all_captions=uses_all_captions(corpus),
         )
     return outcomes[name, part.name]
 
@@ -206,7 +206,7 @@ def find_measured_splits(
     found: list[tuple[str, CorpusSplit, PreparedCorpus]] = []
     seen: set[str] = set()
     for name in names:
-        if find_task(name, model.config.tasks).objective not in HEADLINE:
+        if find_task(name, model.config.tasks).objective not in OBJECTIVE_METRICS:
             continue
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         seen |= corpus.splits.keys()

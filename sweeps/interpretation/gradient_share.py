@@ -15,7 +15,7 @@ import torch
 
 from pipelines.config.run import TaskTraining
 from pipelines.evaluation.evaluator import locate_task_corpus
-from pipelines.evaluation.tables import HEADLINE, sort_rows
+from pipelines.evaluation.tables import OBJECTIVE_METRICS, sort_rows
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.loop import task_loss
@@ -81,7 +81,7 @@ def measure_gradient_share(
     names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
     table = []
     for name in names:
-        if find_task(name, model.config.tasks).objective not in HEADLINE:
+        if find_task(name, model.config.tasks).objective not in OBJECTIVE_METRICS:
             continue
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         settings = TaskTraining(

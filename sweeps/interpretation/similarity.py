@@ -169,7 +169,7 @@ def _collect_outputs(
     model.eval()
     try:
         for chosen in batches_by_length(inputs.lengths[rows], 4096):
-            batch = {key: x.to(device) for key, x in inputs.take(rows[chosen]).items()}
+            batch = {key: x.to(device) for key, x in inputs.load_batch(rows[chosen]).items()}
             real[0] = model.stems[plan.stem](batch, plan.modality)[1]
             model.tokens(batch, plan)
     finally:

@@ -43,4 +43,4 @@ def render_template(template: str, values: Mapping[str, Any]) -> str:
         template: file name below ``sweeps/report/templates``.
         values: variables of the template.
     """
-    return pages.render(template, values, "sweeps.report")
+    return pages.render_page(template, values, "sweeps.report")

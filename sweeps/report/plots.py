@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.evaluation.tables import COLOURS, hide_spines, metric_label
+from pipelines.evaluation.figures import COLORS, style_axes
+from pipelines.evaluation.tables import metric_label
 from sweeps.analysis.comparison import MEAN, SystemComparison
 from sweeps.analysis.finished_runs import PRETRAINED
 
@@ -60,7 +61,7 @@ def draw_score_figure(comparison: SystemComparison) -> "Figure":
         panel.set_xlim(*_widen_limits(panel.get_xlim()))
         panel.set_yticks(range(len(labels)), labels, fontsize=8)
         panel.set_ylim(len(labels) - 0.5, -0.5)
-        hide_spines(panel)
+        style_axes(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("score on test rows, percent", fontsize=8)
     return figure
@@ -94,7 +95,7 @@ def draw_score_cost_figure(comparison: SystemComparison) -> "Figure":
         panel.set_ylim(*_widen_limits(panel.get_ylim()))
         panel.set_xscale("log")
         _log_ticks(panel)
-        hide_spines(panel)
+        style_axes(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("FLOPs per example, executed", fontsize=8)
     for panel in axes[::3]:
@@ -122,7 +123,7 @@ def draw_pretraining_figure(comparison: SystemComparison) -> "Figure":
     panel.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=8)
     panel.set_xlim(-0.5, len(tasks) - 0.5)
     panel.set_ylabel("gain in points", fontsize=8)
-    hide_spines(panel)
+    style_axes(panel)
     panel.grid(False, axis="x")
     _legend(figure, panel, [f"{name}{PRETRAINED}" for name in systems], labels)
     return figure
@@ -130,7 +131,7 @@ def draw_pretraining_figure(comparison: SystemComparison) -> "Figure":
 
 def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
     """Draw the mean validation metric over steps, or the training loss; None without logs."""
-    from pipelines.evaluation.tables import smooth_series
+    from pipelines.evaluation.figures import smooth_series
     from pipelines.runs.progress_log import PROGRESS, read_metric_history
 
     histories = {
@@ -171,7 +172,7 @@ def draw_learning_figure(comparison: SystemComparison) -> "Figure | None":
         panel.set_ylabel(metric, fontsize=8)
         if is_validated:
             panel.set_ylim(*_widen_limits(panel.get_ylim()))
-        hide_spines(panel)
+        style_axes(panel)
     for panel in axes[-3:]:
         panel.set_xlabel("step", fontsize=8)
     if not has_curve:
@@ -215,7 +216,7 @@ def _base_label(label: str) -> str:
 def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
     bases = list(dict.fromkeys(_base_label(name) for name in labels))
     index = bases.index(_base_label(label)) if _base_label(label) in bases else 0
-    colour = COLOURS[index % len(COLOURS)]
+    colour = COLORS[index % len(COLORS)]
     return {
         "fmt": MARKERS[index % len(MARKERS)],
         "color": colour,

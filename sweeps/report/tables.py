@@ -124,11 +124,12 @@ def build_score_table(comparison: SystemComparison) -> ReportTable:
         rows,
         "Mean over seeds with the 95 % interval over seeds and test rows, in percent; the variance "
         f"over seeds is pooled over systems. {BETTER} and "
-        f"{WORSE}: significantly better or worse than {comparison.reference} with the same pretraining "
-        f"(paired over rows and seeds, Holm's correction over {len(comparison.tests)} tests, 5 %). Bold: "
-        "best of its column. Score: accuracy, 1 − token error rate, recall at 10; the mean is "
-        f"over {names}. Relative: mean over tasks of the score divided by the score of "
-        f"{comparison.specialist} with the same pretraining." + _seeds_warning(comparison),
+        f"{WORSE}: significantly better or worse than {comparison.reference} with the same "
+        f"pretraining (paired over rows and seeds, Holm's correction over "
+        f"{len(comparison.tests)} tests, 5 %). Bold: best of its column. Score: "
+        f"accuracy, 1 − token error rate, recall at 10; the mean is over {names}. Relative: mean "
+        f"over tasks of the score divided by the score of {comparison.specialist} with the same "
+        "pretraining." + _seeds_warning(comparison),
     )
 
 
@@ -275,8 +276,8 @@ def build_test_table(comparison: SystemComparison) -> ReportTable:
         ["system", "minus", "task", "points (95 % interval)", "p", "p, corrected", "significant"],
         rows,
         "Difference of scores, paired over rows and seeds; Student's t with the variance over "
-        "seeds pooled over systems and Satterthwaite's degrees of freedom; Holm's correction over these "
-        f"{len(comparison.tests)} tests.",
+        "seeds pooled over systems and Satterthwaite's degrees of freedom; Holm's correction over "
+        f"these {len(comparison.tests)} tests.",
         collapsed=True,
     )
 

@@ -53,7 +53,7 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
     write_json(folder / "claims.json", console.plain(build_claim_rows(report.claims)))
     parts = []
     for run in comparison.runs:
-        table = run.outcomes.table()
+        table = run.outcomes.to_table()
         count = table.num_rows
         table = table.add_column(0, "system", pa.array([run.label] * count))
         parts.append(table.add_column(1, "seed", pa.array([run.seed] * count, pa.int64())))

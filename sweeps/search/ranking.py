@@ -174,7 +174,7 @@ def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figur
     """Draw the score against activated FLOPs and parameters; None for fewer than two points."""
     from matplotlib.figure import Figure
 
-    from pipelines.evaluation.tables import COLOURS, hide_spines
+    from pipelines.evaluation.figures import COLORS, style_axes
 
     points = [e for e in configurations if e.score is not None and e.flops_per_example]
     if len(points) < 2:
@@ -194,7 +194,7 @@ def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figur
                 each.score,
                 yerr=each.score_std or 0.0,
                 fmt="o" if is_complete else "x",
-                color=COLOURS[0] if is_complete else "#999999",
+                color=COLORS[0] if is_complete else "#999999",
                 markersize=6,
                 elinewidth=1,
             )
@@ -204,7 +204,7 @@ def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figur
         # Equal costs up to rounding must not fill the whole axis.
         if max(costs) < 1.05 * min(costs):
             panel.set_xlim(0.9 * min(costs), 1.1 * max(costs))
-        hide_spines(panel)
+        style_axes(panel)
     axes[0].set_ylabel("mean validation score", fontsize=9)
     if any(each.status_counts["stopped"] for each in points):
         figure.suptitle("× was stopped early, so its score is from fewer steps", fontsize=8)

@@ -23,8 +23,14 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
-from skillnet_platform.config.schema import checked, children, hint_at, nested, without_none
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.config.schema import (
+    check_keys,
+    child_types,
+    hint_at,
+    nest_value,
+    without_none,
+)
+from skillnet_platform.errors import UserError, suggest_name
 from sweeps.config.space import SearchDimension, format_setting
 
 #: Value per dimension; for a dimension with options the name of the option.
@@ -147,7 +153,7 @@ class SearchSpace:
         for name, value in self.resolve_assignments(point).items():
             _set_key(tree, name, value)
         try:
-            run = self._applied[key] = configuration.build(FinetuneConfig, tree)
+            run = self._applied[key] = configuration.build_config(FinetuneConfig, tree)
         except ValueError as error:
             values = ", ".join(f"{name} {format_setting(value)}" for name, value in point.items())
             raise UserError(f"{error} (with {values})") from None
@@ -177,9 +183,9 @@ class SearchSpace:
             if key == parent or key.startswith(parent + "."):
                 raise UserError(f"{where}: {key} cannot be searched: {instead}")
         # This reports the nearest field of a dataclass; keys of dictionaries are checked below.
-        checked(FinetuneConfig, nested(key, None), where)
+        check_keys(FinetuneConfig, nest_value(key, None), where)
         hint = hint_at(FinetuneConfig, key)
-        below = children(hint)
+        below = child_types(hint)
         if hint is None or (below is not None and "*" not in below):
             names = f": {', '.join(below)}" if below else ""
             raise UserError(f"{where}: {key} is not a single value; name a key below it{names}")
@@ -187,7 +193,7 @@ class SearchSpace:
         for part in key.split(".")[: None if hint is not typing.Any else -1]:
             if not isinstance(node, dict) or part not in node:
                 known = list(node) if isinstance(node, dict) else []
-                near = nearest(part, known)
+                near = suggest_name(part, known)
                 raise UserError(f"{where}: {key!r}: {part!r} does not exist{near}")
             node = node[part]
         if self._owners.setdefault(key, owner) != owner:
@@ -207,7 +213,7 @@ class SearchSpace:
         for key, value in assignments.items():
             _set_key(tree, key, value)
         try:
-            configuration.build(FinetuneConfig, tree)
+            configuration.build_config(FinetuneConfig, tree)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except ValueError:

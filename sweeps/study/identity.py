@@ -33,7 +33,7 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         stored = folder / trial.name / CONFIG
         if not stored.is_file():
             continue
-        before = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+        before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
         found = _first_difference(
             _run_identity(before), _run_identity(trial.config)
         ) or _compare_pretraining(before, trial)
@@ -61,7 +61,7 @@ def _compare_pretraining(before: FinetuneConfig, trial: Trial) -> str:
     stored = Path(before.init_from).parent / CONFIG
     if not stored.is_file():
         return ""
-    start = configuration.build(FinetuneConfig, configuration.load_yaml(stored))
+    start = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
     found = _first_difference(_run_identity(start), _run_identity(trial.pretrain.joint()))
     return f"a pretraining with {found}" if found else ""
 
@@ -69,13 +69,13 @@ def _compare_pretraining(before: FinetuneConfig, trial: Trial) -> str:
 def _run_identity(config: FinetuneConfig) -> dict[str, Any]:
     from pipelines.runs.identity import compute_identity
 
-    return configuration.flatten(compute_identity(replace(config, init_from=None)))
+    return configuration.flatten_tree(compute_identity(replace(config, init_from=None)))
 
 
 def _decisive_keys(study: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat settings of a study that determine its runs."""
     decisive = ("run", "pretraining", "systems", "tuning")
-    return configuration.flatten({key: study[key] for key in decisive if key in study})
+    return configuration.flatten_tree({key: study[key] for key in decisive if key in study})
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config.run import FinetuneConfig, PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform import console
-from skillnet_platform.config.schema import checked, nested
+from skillnet_platform.config.schema import check_keys, nest_value
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, read_json, write_json
 from sweeps.config.space import SearchDimension, format_setting
@@ -350,8 +350,8 @@ def override_run(run: FinetuneConfig, keys: Mapping[str, Any], where: str) -> Fi
         return run
     tree = configuration.to_dict(run)
     for key, value in keys.items():
-        configuration.merge(tree, checked(FinetuneConfig, nested(key, value), where))
-    return configuration.build(FinetuneConfig, tree, dict.fromkeys(keys, where))
+        configuration.merge_trees(tree, check_keys(FinetuneConfig, nest_value(key, value), where))
+    return configuration.build_config(FinetuneConfig, tree, dict.fromkeys(keys, where))
 
 
 # -- ledger --------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class TrialDriver:
         if trial is None:
             return None
         folder, store = self.options.folder / trial.name, self.options.store
-        mirror = RunMirror(directories.join(store, trial.name), folder) if store else None
+        mirror = RunMirror(directories.join_uri(store, trial.name), folder) if store else None
         return LedgerEntry(trial, folder, mirror)
 
     def _open_run(self, entry: LedgerEntry) -> None:
@@ -144,7 +144,9 @@ class TrialDriver:
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
         parent = self.options.parent
-        entry.tracker = tracking.start_child_run(parent, entry.trial.name, config, tags, run_id=known)
+        entry.tracker = tracking.start_child_run(
+            parent, entry.trial.name, config, tags, run_id=known
+        )
         record = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
         write_json(entry.folder / layout.RUN, record)
         tracked = [entry.tracker.run_id, entry.tracker.uri]

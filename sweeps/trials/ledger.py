@@ -16,7 +16,7 @@ from pipelines.runs.layout import CONFIG, RESULT, RUN, read_result
 from pipelines.runs.mirror import RunMirror
 from pipelines.runs.progress_log import PROGRESS
 from skillnet_platform.storage import directories, read_record, write_json
-from skillnet_platform.tracking import Tracker, recorded
+from skillnet_platform.tracking import Tracker, read_run_id
 from sweeps.config.trials import TrialStatus
 from sweeps.trials.trial import (
     ERROR,
@@ -100,7 +100,7 @@ class LedgerEntry:
             reports=read_reports(self.folder),
             error=error,
             log=log if status == "failed" else self.folder / LOG,
-            run_id=self.tracker.run_id if self.tracker else recorded(self.folder / RUN),
+            run_id=self.tracker.run_id if self.tracker else read_run_id(self.folder / RUN),
             settings=dict(self.trial.settings),
             seed=self.trial.config.seed,
         )

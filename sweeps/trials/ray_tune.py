@@ -58,7 +58,7 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
     from sweeps.trials import remote_ledger
 
     folder, store = run_root() / arguments["folder"], arguments["store"]
-    mirror = RunMirror(directories.join(store, folder.name), folder) if store else None
+    mirror = RunMirror(directories.join_uri(store, folder.name), folder) if store else None
     folder.mkdir(parents=True, exist_ok=True)
     with (
         (folder / LOG).open("a", encoding="utf-8", buffering=1) as log,

@@ -21,7 +21,7 @@ from pipelines.runs.mirror import CONFIG, RESULT, STATE, RunMirror
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, read_json, run_root
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailableError
 from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import ERROR, LOG, OUTCOME, REPORTS, TRIAL
 
@@ -40,7 +40,7 @@ RESULT_FILES = ("trials.csv", "score.png", "best.yaml", "result.json")
 def send_trial(trial: RunMirror) -> None:
     """Upload the input of a trial before its process starts on any node."""
     trial.upload_files(CONFIG, *STATE, TRIAL)
-    RunMirror(directories.join(trial.uri, ".."), trial.run.parent).upload_files(PROPOSALS)
+    RunMirror(directories.join_uri(trial.uri, ".."), trial.run.parent).upload_files(PROPOSALS)
 
 
 def receive_trial(trial: RunMirror) -> None:
@@ -55,7 +55,7 @@ def return_logs(trial: RunMirror) -> None:
     """
     try:
         trial.upload_files(*PROCESS_FILES)
-    except StoreUnavailable as error:
+    except StoreUnavailableError as error:
         console.warn(f"the log of the trial is on this node only: {error.reason}")
 
 
@@ -88,13 +88,13 @@ def restore_ledger(whole: RunMirror, begun: Sequence[str], groups: Sequence[str]
 
     Raises:
         UserError: the store rejects the request.
-        StoreUnavailable: the store does not respond.
+        StoreUnavailableError: the store does not respond.
     """
-    if not directories.exists(whole.uri_of(begun[0])):
+    if not directories.object_exists(whole.uri_of(begun[0])):
         return
     folder, known = whole.run, (whole.run / begun[0]).is_file()
     for name in (*begun, *(f"{group}/{PROPOSALS}" for group in groups)):
-        if not (folder / name).is_file() and directories.exists(whole.uri_of(name)):
+        if not (folder / name).is_file() and directories.object_exists(whole.uri_of(name)):
             directories.get_file(whole.uri_of(name), folder / name)
     for group in groups:
         for name in directories.list_folders(whole.uri_of(group)):
@@ -116,11 +116,11 @@ def fetch_finished_runs(uri: str) -> Path:
 
     Raises:
         UserError: there is no finished run, or the store rejects the request.
-        StoreUnavailable: the store does not respond.
+        StoreUnavailableError: the store does not respond.
     """
     cache = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     whole = RunMirror(uri, cache / uri.rstrip("/").rpartition("/")[2])
-    if not directories.exists(whole.uri_of(STUDY_LEDGER)):
+    if not directories.object_exists(whole.uri_of(STUDY_LEDGER)):
         _fetch_run(whole)
         return whole.run
     directories.get_file(whole.uri_of(STUDY_LEDGER), whole.run / STUDY_LEDGER)
@@ -136,6 +136,6 @@ def _fetch_run(run: RunMirror) -> None:
     if not run.is_finished():
         raise UserError(f"{run.uri} holds no finished run ({RESULT}) and no study ({STUDY_LEDGER})")
     for name in (CONFIG, *STATE):
-        if directories.exists(run.uri_of(name)):
+        if directories.object_exists(run.uri_of(name)):
             directories.get_file(run.uri_of(name), run.run / name)
     run.download_results(folders=())

@@ -57,7 +57,7 @@ class SharedPretrainings:
         name = make_pretraining_name(build_joint_run(trial.pretrain))
         if name in self._errors:
             raise UserError(f"its pretraining {name} failed: {self._errors[name]}")
-        path = directories.join(self._store, name) if self._store else str(self._folder / name)
+        path = directories.join_uri(self._store, name) if self._store else str(self._folder / name)
         config = replace(trial.config, init_from=path)
         return replace(trial, config=config, pretrain=None)
 
@@ -70,4 +70,4 @@ def make_pretraining_name(joint: FinetuneConfig) -> str:
     """
     from pipelines.runs.identity import compute_identity
 
-    return f"pretraining-{configuration.digest(compute_identity(joint))[:10]}"
+    return f"pretraining-{configuration.digest_config(compute_identity(joint))[:10]}"

@@ -95,7 +95,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     words = ["--config", str(path), "--run_dir", runs, "--tracking.uri", uri, "--json"]
 
     def there(name: str) -> bool:
-        return directories.exists(f"{kept}/trials/{name}")
+        return directories.object_exists(f"{kept}/trials/{name}")
 
     driver = start(tmp_path / "first", "sweep", words)
     try:
@@ -149,7 +149,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     assert chosen["run_dir"] == runs
     assert not chosen["storage"]["mirror"]
 
-    client = backend.client(uri)
+    client = backend.create_client(uri)
     below = client.search_runs(
         [client.get_run(result["run_id"]).info.experiment_id],
         f"tags.`mlflow.parentRunId` = '{result['run_id']}'",
@@ -216,7 +216,7 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     driver = start(tmp_path / "first", "compare", words)
     try:
         end = time.monotonic() + 300
-        while not directories.exists(f"{kept}/runs/skillnet-seed0/outcome.json"):
+        while not directories.object_exists(f"{kept}/runs/skillnet-seed0/outcome.json"):
             assert driver.poll() is None, driver.communicate()
             assert time.monotonic() < end, "no final run came"
             time.sleep(0.05)

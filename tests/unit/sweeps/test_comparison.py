@@ -140,12 +140,12 @@ def test_nothing_is_decided_between_equals_or_with_two_seeds(tmp_path: Path):
 def test_a_claim_that_holds_by_not_being_behind_has_none_ahead(tmp_path: Path):
     found = compared(tmp_path, {"skillnet": 0.01, "specialist": 0.0})
     claim = cl.evaluate_claims(found, ClaimsConfig(relative=0.5, margin=0.5))[0]
-    assert (claim.verdict, claim.winner, claim.winner_text) == ("holds", None, "none is ahead")
+    assert (claim.verdict, claim.winner, claim.winner_text) == ("holds", None, "no winner")
     made = reporting.build_report(found, "alike", ClaimsConfig(relative=0.5, margin=0.5))
     first = re.search(r"<article.*?</article>", render_report(made), re.DOTALL)
     assert first is not None
-    assert "Winner: none is ahead" in first.group()
-    assert "| holds | none is ahead |" in reporting.report_to_markdown(made)
+    assert "Winner: no winner" in first.group()
+    assert "| holds | no winner |" in reporting.report_to_markdown(made)
 
 
 def test_a_specialist_that_scores_nothing_leaves_the_relative_score_open(tmp_path: Path):
@@ -179,7 +179,7 @@ def test_a_missing_task_leaves_the_others(tmp_path: Path):
     )
     assert list(found.tasks) == list(TASKS)
     assert list(found.common_tasks) == list(TASKS[:2])
-    assert found.score("dense", "text_to_image") is None
+    assert found.find_score("dense", "text_to_image") is None
     assert found.find_test("dense", "skillnet", "text_to_image") is None
     with pytest.raises(UserError, match="no task in common"):
         write_run(tmp_path / "other", "moe", tasks=TASKS[3:])
@@ -230,7 +230,7 @@ def test_runs_of_other_settings_get_other_labels(tmp_path: Path, capsys):
         label_runs(runs, ["narrow"])
     with pytest.raises(UserError, match="names must differ"):
         label_runs(runs, ["same", "same"])
-    with pytest.raises(UserError, match="the seed 0 is there twice"):
+    with pytest.raises(UserError, match="seed 0 occurs twice"):
         label_runs([runs[0], runs[0]])
 
 
@@ -265,8 +265,8 @@ def test_other_pretrainings_make_other_systems(tmp_path: Path, capsys):
     rows = find_differing_settings([plain, *named])
     assert rows == {"pretraining.training.lr": rates | {"skillnet": "–"}}
     caption = build_settings_table(compare_systems([plain, *named])).caption
-    assert "So it is in those of their pretrainings" in caption
-    assert "not known" not in caption
+    assert "The same holds for the pretrainings" in caption
+    assert "unknown" not in caption
 
 
 def test_a_pretraining_that_is_gone_counts_as_the_only_known_one(tmp_path: Path):
@@ -279,7 +279,7 @@ def test_a_pretraining_that_is_gone_counts_as_the_only_known_one(tmp_path: Path)
     alone = label_runs([read_run(path) for path in folders[:2]])
     assert {run.label for run in alone} == {"skillnet-pretrained"}
     told = build_settings_table(compare_systems(alone)).caption
-    assert "How skillnet-pretrained was pretrained is not known here." in told
+    assert "The pretraining settings of skillnet-pretrained are unknown." in told
 
 
 def test_runs_on_other_rows_or_corpora_are_refused(tmp_path: Path):
@@ -291,7 +291,7 @@ def test_runs_on_other_rows_or_corpora_are_refused(tmp_path: Path):
     ):
         compare_systems([one, other])
     altered = replace(one, digests={"headings": "c" * 64}, label="dense")
-    with pytest.raises(UserError, match="different states of the corpus headings"):
+    with pytest.raises(UserError, match="different versions of the corpus headings"):
         compare_systems([one, altered])
 
 
@@ -306,7 +306,7 @@ def test_what_a_run_tells(tmp_path: Path, run_root: Path):
     assert find_run(str(path)) == path
     write_run(run_root / "named", "moe")
     assert find_run("named") == run_root / "named"
-    with pytest.raises(UserError, match="no such folder, no such run"):
+    with pytest.raises(UserError, match="no folder and no run in"):
         find_run("nowhere")
     (path / "outcomes.parquet").unlink()
     with pytest.raises(UserError, match=r"has no outcomes\.parquet"):

@@ -1,4 +1,4 @@
-"""What skills do, on models where the answer is known beforehand."""
+"""Ablations, similarity and gradient shares of skills, on models with known results."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def model(data: Path) -> SkillNet:
     return made.eval()
 
 
-# --- knock-outs
+# -- ablations
 
 
 def test_every_change_of_a_plan_is_listed_once() -> None:
@@ -81,11 +81,11 @@ def test_every_change_of_a_plan_is_listed_once() -> None:
     assert not [c for c in list_plan_changes(task, "abcd", swaps=False) if c.kind == SWAP]
 
 
-def test_a_skill_that_adds_nothing_is_not_missed(data: Path, model: SkillNet) -> None:
-    """The mean of two equal skills is either of them: without one nothing changes."""
+def test_removing_a_redundant_skill_has_no_effect(data: Path, model: SkillNet) -> None:
+    """The mean of two equal skills equals each of them, so removing one has no effect."""
     task = "text_classification"
     differing = measure_ablations(model, data, [task], bootstrap_samples=20)
-    assert any(row["lost"] for row in differing if row["change"] == REMOVE)
+    assert any(row["score_drop"] for row in differing if row["change"] == REMOVE)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -94,20 +94,20 @@ def test_a_skill_that_adds_nothing_is_not_missed(data: Path, model: SkillNet) ->
     rows = measure_ablations(model, data, [task], bootstrap_samples=20)
     left = [row for row in rows if row["change"] == REMOVE]
     assert {row["skill"] for row in left} == {"general", "text"}
-    assert all((row["lost"], row["low"], row["high"]) == (0, 0, 0) for row in left)
+    assert all((row["score_drop"], row["low"], row["high"]) == (0, 0, 0) for row in left)
 
 
-def test_without_weights_no_skill_is_missed(data: Path, model: SkillNet) -> None:
+def test_ablations_of_zero_weights_have_no_effect(data: Path, model: SkillNet) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".out.weight.weights." in name or ".down.weights." in name:
                 parameter.zero_()
     rows = measure_ablations(model, data, ["text_to_image"], bootstrap_samples=5)
     assert {row["change"] for row in rows} == {REMOVE, ADD, SWAP}
-    assert {row["lost"] for row in rows} == {0.0}
+    assert {row["score_drop"] for row in rows} == {0.0}
 
 
-def test_rows_are_scores_and_the_model_is_left_as_it_was(data: Path, model: SkillNet) -> None:
+def test_rows_are_scores_and_the_model_is_unchanged(data: Path, model: SkillNet) -> None:
     before = model.config
     weights = {name: p.clone() for name, p in model.named_parameters()}
     rows = measure_ablations(model, data, split="validation", swaps=False, bootstrap_samples=20)
@@ -117,12 +117,12 @@ def test_rows_are_scores_and_the_model_is_left_as_it_was(data: Path, model: Skil
     assert len(rows) == 5 * len(before.skills)
     for row in rows:
         assert row["rows"] == 12
-        assert row["lost"] == pytest.approx(row["before"] - row["after"])
-        assert row["low"] <= row["lost"] <= row["high"]
+        assert row["score_drop"] == pytest.approx(row["before"] - row["after"])
+        assert row["low"] <= row["score_drop"] <= row["high"]
     assert all(row["after"] <= 1 for row in rows if row["task"] == "speech_recognition")
 
 
-def test_a_plan_of_one_skill_has_none_left(data: Path, model: SkillNet) -> None:
+def test_removing_the_only_skill_has_no_score(data: Path, model: SkillNet) -> None:
     task = "text_classification"
     alone = dataclasses.replace(
         model.config.tasks[task], towers={"input": SkillPlan(("text",), "text")}
@@ -130,31 +130,31 @@ def test_a_plan_of_one_skill_has_none_left(data: Path, model: SkillNet) -> None:
     model.config = dataclasses.replace(model.config, tasks=model.config.tasks | {task: alone})
     rows = measure_ablations(model, data, [task], swaps=False, bootstrap_samples=5)
     (left,) = [row for row in rows if row["change"] == REMOVE]
-    assert (left["lost"], left["after"], left["low"]) == (None, None, None)
+    assert (left["score_drop"], left["after"], left["low"]) == (None, None, None)
 
 
-def test_every_caption_asks_where_the_evaluation_asks_with_all(
+def test_ablations_use_all_captions_where_the_evaluation_does(
     model: SkillNet, tmp_path: Path
 ) -> None:
     own = write_corpora(tmp_path / "data", rows=20, test_rows=12)
     path = own / "drawings" / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8")) | {"queries": "all"}
     path.write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}), encoding="utf-8")
-    evaluated = evaluate_model(model, own, ["text_to_image"], ["test"], samples=0)
+    evaluated = evaluate_model(model, own, ["text_to_image"], ["test"], bootstrap_samples=0)
     (recall,) = (row["value"] for row in evaluated if row["metric"] == "recall_at_10")
     table = measure_ablations(model, own, ["text_to_image"], swaps=False, bootstrap_samples=2)
     assert [row["before"] for row in table] == pytest.approx([recall] * len(table))
 
 
-def test_a_split_that_no_corpus_has(data: Path, model: SkillNet) -> None:
+def test_an_unknown_split_is_rejected(data: Path, model: SkillNet) -> None:
     with pytest.raises(UserError, match="'tset'; they have test, train, validation"):
         measure_ablations(model, data, split="tset")
 
 
-# --- likeness
+# -- similarity
 
 
-def test_a_skill_is_like_its_copy_and_like_itself(data: Path, model: SkillNet) -> None:
+def test_a_skill_is_similar_to_itself_and_its_copy(data: Path, model: SkillNet) -> None:
     add_skill(model, "twin", init_from="image")
     rows = measure_skill_similarity(model, data, split="validation", tokens=200)
     names = {*model.config.skills, UNTRAINED}
@@ -182,7 +182,7 @@ def test_only_modules_with_skills_are_compared(data: Path) -> None:
     assert {(row["layer"], row["module"]) for row in rows} == {(2, "feedforward")}
 
 
-def test_cka_knows_rotation_and_scale_and_constants() -> None:
+def test_cka_ignores_rotation_and_scale_and_rejects_constants() -> None:
     x = torch.randn(200, 6, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     other = torch.randn(200, 6, dtype=torch.float64)
@@ -192,13 +192,13 @@ def test_cka_knows_rotation_and_scale_and_constants() -> None:
     assert pairs["x", "other"] is not None
     assert pairs["x", "other"] < 0.2
     assert pairs["x", "still"] is None
-    # The definition, by way of the n x n matrices.
+    # The definition with n x n matrices.
     a, b = ((y - y.mean(0)) @ (y - y.mean(0)).T for y in (x, other))
     expected = float((a * b).sum() / (a.norm() * b.norm()))
     assert pairs["x", "other"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_weights_of_a_silent_skill_have_no_direction(data: Path, model: SkillNet) -> None:
+def test_zero_weights_have_no_similarity(data: Path, model: SkillNet) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("weights.code"):
@@ -209,10 +209,10 @@ def test_weights_of_a_silent_skill_have_no_direction(data: Path, model: SkillNet
     assert all(row["value"] is None for row in weights)
 
 
-# --- gradient
+# -- gradient shares
 
 
-def test_shares_add_up_and_inactive_skills_have_none(data: Path, model: SkillNet) -> None:
+def test_shares_sum_to_one_and_inactive_skills_have_none(data: Path, model: SkillNet) -> None:
     rows = measure_gradient_share(model, data, batches=3, batch=6, bootstrap_samples=20)
     assert all(parameter.grad is None for parameter in model.parameters())
     for task in FIVE:
@@ -230,19 +230,23 @@ def test_shares_add_up_and_inactive_skills_have_none(data: Path, model: SkillNet
         assert all(row["low"] <= row["share"] <= row["high"] for row in mine)
 
 
-def test_frozen_weights_count_too_and_stay_frozen(data: Path, model: SkillNet) -> None:
-    expected = measure_gradient_share(model, data, ["text_to_code"], batches=2, batch=6, bootstrap_samples=5)
+def test_frozen_weights_are_included_and_stay_frozen(data: Path, model: SkillNet) -> None:
+    expected = measure_gradient_share(
+        model, data, ["text_to_code"], batches=2, batch=6, bootstrap_samples=5
+    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.file_of(name) == "skill-code")
-    found = measure_gradient_share(model, data, ["text_to_code"], batches=2, batch=6, bootstrap_samples=5)
+    found = measure_gradient_share(
+        model, data, ["text_to_code"], batches=2, batch=6, bootstrap_samples=5
+    )
     assert [row["share"] for row in found] == pytest.approx([row["share"] for row in expected])
     assert not model.get_parameter("encoder.norm.weight").requires_grad
 
 
-# --- all of it
+# -- files and command
 
 
-def test_everything_is_written_and_drawn(data: Path, model: SkillNet, tmp_path: Path) -> None:
+def test_all_files_and_figures_are_written(data: Path, model: SkillNet, tmp_path: Path) -> None:
     made = interpret_model(
         model,
         data,
@@ -257,34 +261,34 @@ def test_everything_is_written_and_drawn(data: Path, model: SkillNet, tmp_path: 
     page = paths[0].read_text(encoding="utf-8")
     assert "a &lt;small&gt; model" in page
     assert "http:" not in page
-    pictures = {path.name for path in paths if path.suffix == ".png"}
-    similar = {f"similarity_{what}.png" for what in ("text", "image", "weights")}
-    assert pictures == {"knockout.png", "swaps.png", "measure_gradient_share.png", *similar}
-    assert page.count("<img") == len(pictures)
-    for name in pictures:
+    figures = {path.name for path in paths if path.suffix == ".png"}
+    similar = {f"similarity_{part}.png" for part in ("text", "image", "weights")}
+    assert figures == {"ablation.png", "swaps.png", "gradient_share.png", *similar}
+    assert page.count("<img") == len(figures)
+    for name in figures:
         with Image.open(tmp_path / "out" / name) as picture:
             assert min(picture.size) > 300
         assert find_caption(name)
-    lines = (tmp_path / "out" / "knockout.csv").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "out" / "ablation.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + len(made.ablations)
     assert lines[0].startswith("task,split,change,skill,other,metric")
 
 
-def test_command_line(
+def test_command_prints_json_and_rejects_errors(
     data: Path, model: SkillNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model.save_pretrained(tmp_path / "model")
-    words = [str(tmp_path / "model"), "--data", str(data), "--output", str(tmp_path / "out")]
-    words += ["--tasks", "text_classification", "--swaps", "false"]
-    words += ["--tokens", "40", "--batches", "1", "--samples", "5"]
-    assert main([*words, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert {row["change"] for row in said["knockout"]} == {REMOVE, ADD}
-    assert said["files"][0].endswith("interpretation.html")
-    assert main([*words, "--split", "tset"]) == 2
+    arguments = [str(tmp_path / "model"), "--data", str(data), "--output", str(tmp_path / "out")]
+    arguments += ["--tasks", "text_classification", "--swaps", "false"]
+    arguments += ["--tokens", "40", "--batches", "1", "--bootstrap_samples", "5"]
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {row["change"] for row in printed["ablation"]} == {REMOVE, ADD}
+    assert printed["files"][0].endswith("interpretation.html")
+    assert main([*arguments, "--split", "tset"]) == 2
     assert "split 'tset'" in capsys.readouterr().err
-    assert main([*words, "--samples", "0"]) == 2
-    columns, cells = build_ablation_cells(said["knockout"], model.config.skills)
+    assert main([*arguments, "--bootstrap_samples", "0"]) == 2
+    columns, cells = build_ablation_cells(printed["ablation"], model.config.skills)
     assert columns == ["task", *model.config.skills]
     (line,) = cells
     bracketed = {skill for skill, cell in zip(columns[1:], line[1:], strict=True) if "(" in cell}

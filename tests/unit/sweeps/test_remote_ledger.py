@@ -73,7 +73,7 @@ def test_what_the_driver_wrote_stays_and_what_the_trial_said_is_taken(
     remote_ledger.fetch_trial(here.mirror)
     assert len(read_reports(here.folder)) == 1
     assert (here.folder / "log.txt").read_text() == "of this one"
-    finished = here.describe("finished").result
+    finished = here.build_outcome("finished").result
     assert finished is not None
     assert finished["model"] == str(here.folder / "model")
 
@@ -86,9 +86,9 @@ def test_a_trial_that_failed_is_forgotten_in_both_places(
     (here.folder / "config.yaml").write_text("{}")
     write_json(here.folder / "error.txt", "Traceback")
     here.settle("failed", "it broke")
-    assert directories.exists(f"{uri}/outcome.json")
+    assert directories.object_exists(f"{uri}/outcome.json")
     here.clear_failure()
-    assert not directories.exists(f"{uri}/outcome.json")
+    assert not directories.object_exists(f"{uri}/outcome.json")
     assert not (here.folder / "error.txt").exists()
 
 

@@ -44,9 +44,9 @@ def space(dimensions: dict[str, Any]) -> SearchSpace:
         ("training.lr", {"uniform": [1, 0]}, "low < high"),
         ("training.lr", {"uniform": [0, 1], "choice": [1.0]}, "not choice and uniform"),
         ("training.lr", {}, "not nothing"),
-        ("training.lr", {"choice": [1.0, 1.0]}, "there twice"),
-        ("training", {"choice": [1]}, "name a key of it"),
-        ("seed", {"choice": [1]}, "repeats are asked for with seeds"),
+        ("training.lr", {"choice": [1.0, 1.0]}, "occurs twice"),
+        ("training", {"choice": [1]}, "name a key below it"),
+        ("seed", {"choice": [1]}, "use seeds"),
         ("tracking.uri", {"choice": ["x"]}, "once for the sweep"),
         ("text tower", {"options": {"own": {"model.skils": ["text"]}}},
          "did you mean 'model.skills'"),
@@ -133,7 +133,9 @@ def test_spread_points_leave_no_part_of_a_range_untried() -> None:
     eighths = [math.floor(8 * math.log(p["training.lr"] / 1e-4, 100)) for p in points]
     assert sorted(eighths) == list(range(8))
     assert sorted(p["model.num_layers"] for p in points) == list(range(1, 9))
-    assert sorted(math.floor((p["training.max_grad_norm"] - 0.5) * 4) for p in points) == list(range(8))
+    assert sorted(math.floor((p["training.max_grad_norm"] - 0.5) * 4) for p in points) == list(
+        range(8)
+    )
     assert Counter(p["model.skill_every"] for p in points) == {1: 4, 2: 4}
     assert (
         made.latin_hypercube_points(0, seed=3) == space({}).latin_hypercube_points(4, seed=3) == []
@@ -207,7 +209,7 @@ def test_optuna_finds_the_better_half_and_goes_on_after_a_kill(tmp_path: Path) -
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_the_shipped_sweeps_have_valid_spaces(path: Path) -> None:
-    config = configuration.parse(SweepConfig, ["--config", str(path)], "skillnet sweep")
+    config = configuration.parse_config(SweepConfig, ["--config", str(path)], "skillnet sweep")
     made = SearchSpace(config.space, config.run)
     points = made.random_points(3, 0) if config.search == "optuna" else made.grid_points()
     target = compute_model_cost(config.run)
@@ -251,5 +253,5 @@ def test_scores() -> None:
         )
     with pytest.raises(UserError, match="did you mean 'text_to_image'"):
         ScoreConfig(tasks=["text_to_imag"]).check(["text_to_image"])
-    with pytest.raises(UserError, match="test splits are for what was chosen"):
+    with pytest.raises(UserError, match="must not choose settings on a test split"):
         ScoreConfig(split="test")

@@ -88,8 +88,8 @@ def test_final_runs_differ_in_what_their_system_sets_and_in_nothing_else():
     made = {label: st.build_final_trial(config, label, {}, 1) for label in SYSTEMS}
     assert made["skillnet"].name == "skillnet-seed1"
     assert made["skillnet"].splits is None
-    plain = configuration.flatten(configuration.to_dict(made["skillnet"].config))
-    wide = configuration.flatten(configuration.to_dict(made["dense-wide"].config))
+    plain = configuration.flatten_tree(configuration.to_dict(made["skillnet"].config))
+    wide = configuration.flatten_tree(configuration.to_dict(made["dense-wide"].config))
     differing = {key for key in plain.keys() | wide.keys() if plain.get(key) != wide.get(key)}
     assert differing == {"system", "model.ffn_dim"}
     assert made["skillnet"].config.evaluate
@@ -109,7 +109,7 @@ def test_pretraining_follows_the_run_in_seed_and_sizes():
     assert st.build_final_trial(config, "skillnet", {}, 1).pretrain is None
     # Trials that differ in how they are trained later share one pretraining.
     trials = [t for t in st.build_tuning_trials(config) if t.pretrain]
-    assert len({configuration.digest(t.pretrain) for t in trials}) == 1
+    assert len({configuration.digest_config(t.pretrain) for t in trials}) == 1
 
 
 def test_the_best_validation_score_is_chosen_and_told():
@@ -145,7 +145,7 @@ def test_the_report_says_what_equal_tuning_does_not_make_equal():
         "skillnet-pretrained": st.TuningResult("skillnet-pretrained", {}, 0.5, [], "skillnet"),
     }
     told = build_tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
-    assert "Tuned: training.lr. All else was given to every system alike" in told
+    assert "Tuned: training.lr. All other settings are equal for all systems" in told
     assert "Without trials of their own: skillnet-pretrained those of skillnet." in told
     assert "tuned without the pretraining that they are used with" in told
     assert "pretraining, its learning rate too, were tuned for nobody" in told
@@ -218,7 +218,10 @@ def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
         st.check_study(study(**common | {"run": shorter}))
     said = str(told.value)
     assert said.startswith("the study s has run.training.steps 12, not 10; its run skillnet-t0 ")
-    assert "with training.steps 6, not 5. Give another --name, or go on with --config " in said
+    assert (
+        "with training.steps 6, not 5. Give another --name, or resume the study with --config "
+        in said
+    )
     space = {"training.lr": SearchDimension(loguniform=[1e-3, 1e-1])}
     wider = study(**common | {"tuning": replace(tuning, space=space)})
     with pytest.raises(UserError, match=r"the study s has tuning\.space\.training\.lr\.loguniform"):
@@ -266,14 +269,14 @@ def test_what_is_close_gets_more_seeds():
             "77 is also one of seeds and systems.a.extra_seeds",
         ),
         ({"seeds": [77]}, "tuning.seed 77 is also one of seeds"),
-        ({"systems": {"a/b": SystemConfig("dense")}}, "cannot be a folder's name"),
+        ({"systems": {"a/b": SystemConfig("dense")}}, "is not a valid directory name"),
         (
             {"systems": {"dense": SystemConfig("dense", reuse_tuning_of="dens")}},
-            "reuse_tuning_of: 'dens' is no other system",
+            "reuse_tuning_of: 'dens' is not another system",
         ),
         (
             {"systems": SYSTEMS | {"c": SystemConfig("dense", reuse_tuning_of="dense-wide")}},
-            "dense-wide is not tuned itself",
+            "dense-wide has no tuning trials",
         ),
     ],
 )
@@ -298,9 +301,9 @@ def test_mistakes_in_a_system_are_named(entry: SystemConfig, expected: str):
 
 def test_bad_tuning_is_refused():
     for values, expected in (
-        ({"trials": -1}, "must not be negative"),
+        ({"trials": -1}, "must be at least 0"),
         ({"step_fraction": 0.0}, "above 0"),
-        ({"trials": 2}, "without a tuning.space"),
+        ({"trials": 2}, "needs a tuning.space"),
     ):
         with pytest.raises(UserError, match=expected):
             TuningConfig(**values)
@@ -312,7 +315,7 @@ def test_bad_tuning_is_refused():
 
 @pytest.mark.parametrize("name", ["headline", "pilot", "tiny"])
 def test_presets_of_studies_expand(name: str):
-    config = configuration.parse(StudyConfig, ["--config", f"studies/{name}"], "skillnet compare")
+    config = configuration.parse_config(StudyConfig, ["--config", f"studies/{name}"], "skillnet compare")
     assert config.name is not None
     assert config.reference in config.systems
     seen = set()
@@ -320,7 +323,7 @@ def test_presets_of_studies_expand(name: str):
         trial = st.build_final_trial(config, label, {}, config.seeds[0])
         assert (trial.pretrain is not None) == label.endswith("-pretrained")
         same = replace(trial.config, system="", options={}, model=config.run.model)
-        seen.add(configuration.digest({"run": same}))
+        seen.add(configuration.digest_config({"run": same}))
     assert len(seen) == 1, "systems differ in more than their system, options and model"
     one = replace(config, systems={"skillnet": config.systems["skillnet"]})
     tuning = config.tuning

@@ -159,7 +159,7 @@ def test_the_table_marks_what_is_significant_and_best(written: ComparisonReport)
     assert rows["specialist"][-1] == TableCell("1")
     assert rows["skillnet"][-1].small.count("–") == 1
     page = Links(page_of(written))
-    for title in ("Results on held-out rows", "What pretraining added", "Cost", "All tests"):
+    for title in ("Results on held-out rows", "Gain from pretraining", "Cost", "All tests"):
         assert title in page.text
     for claim in written.claims:
         assert claim.words in page.text
@@ -222,7 +222,7 @@ def test_finished_runs_from_the_command_line(
     assert told["relative"]["skillnet-pretrained"]["against"] == "specialist-pretrained"
     page = Links((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "Every system got 1 trial(s) of 6 steps" in page.text
-    client = backend.client(uri)
+    client = backend.create_client(uri)
     experiment = client.get_experiment_by_name(tracking.TrackingConfig().experiment)
     runs = client.search_runs([experiment.experiment_id])
     assert [(run.info.run_name, run.info.status) for run in runs] == [("again", "FINISHED")]
@@ -287,7 +287,7 @@ def test_pictures_of_skills_lie_with_the_report(
     ("words", "expected"),
     [
         ([], "nothing to compare"),
-        (["--runs", "nowhere"], "no such folder, no such run"),
+        (["--runs", "nowhere"], "no folder and no run in"),
         (["--systems.a.system", "skillnet"], "a study needs a name"),
         (["--config", "studies/headlin"], "neither a file nor a preset"),
         (["--seeds", "1,1"], "seeds must differ"),

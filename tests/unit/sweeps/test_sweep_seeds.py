@@ -26,7 +26,7 @@ def sweep_of(root: Path, **settings: Any) -> SweepConfig:
 
 
 def kept(folder: Path) -> SweepConfig:
-    return configuration.build(SweepConfig, configuration.load_yaml(folder / CONFIG))
+    return configuration.build_config(SweepConfig, configuration.load_yaml(folder / CONFIG))
 
 
 @pytest.mark.parametrize("search", ["grid", "random"])
