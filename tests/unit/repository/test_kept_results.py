@@ -153,7 +153,7 @@ def test_a_growth_is_kept_and_told_as_its_report_has_it(tmp_path: Path) -> None:
     assert "- 0 of 1,234 test rows changed their outcome." in lines
     assert "| `text_to_code` | R@10 | 50.0 % | 25.0 % |" in lines
 
-    simple = row | {"system": "reference", "value": 0.2, "low": 0.1, "high": 0.3}
+    simple = row | {"system": "simple_baseline", "value": 0.2, "low": 0.1, "high": 0.3}
     write_rows(folder / "references.csv", [simple, simple | {"split": "validation"}])
     again = growth_result.collect(folder, tmp_path / "results")
-    assert growth_result.text_of(again).count("| *simple reference* | 20.0 % (10.0–30.0) |") == 1
+    assert growth_result.text_of(again).count("| *simple baseline* | 20.0 % (10.0–30.0) |") == 1
