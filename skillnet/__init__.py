@@ -20,6 +20,7 @@ _HOME = {
 }
 
 
+# PEP 562: a module-level __getattr__ keeps `skillnet --help` free of torch.
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'skillnet' has no attribute {name!r}")

@@ -47,6 +47,7 @@ def account(model: SkillNet, plan: SkillPlan, length: int | None = None) -> Acco
     """
     check_plan(plan, model.config.skills)
     flops, tokens = plan_flops(model, plan, length)
+    # A plan reads complete files, except the vectors of other modalities in the token stem.
     wanted = {"shared", f"stem-{plan.stem}", *(f"skill-{name}" for name in plan.skills)}
     activated = sum(
         p.numel()

@@ -47,6 +47,7 @@ def multihead_attention(qkv_BT3D: Tensor, heads: int, bias_B11T: Tensor | None =
     qkv_BT3Hd = qkv_BT3D.view(B, T, 3, heads, width // (3 * heads))
     if bias_B11T is not None:
         bias_B11T = bias_B11T.to(qkv_BT3D.dtype)
+    # Longer sequences would need T x T memory per head, so they use torch's fused kernel.
     if qkv_BT3D.device.type == "cpu" and T <= PLAIN_TOKENS:
         return _PlainAttention.apply(qkv_BT3Hd, bias_B11T)
     q_BHTd, k_BHTd, v_BHTd = qkv_BT3Hd.permute(2, 0, 3, 1, 4).unbind(0)
@@ -71,6 +72,7 @@ class _PlainAttention(torch.autograd.Function):
             p = torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype)
         else:
             p = torch.softmax(scores, -1)
+        # The probabilities are kept, not recomputed: at these lengths memory is cheap.
         ctx.save_for_backward(q, k, v, p)
         ctx.shape = (B, T, H, d)
         return torch.bmm(p, v).view(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
@@ -81,6 +83,7 @@ class _PlainAttention(torch.autograd.Function):
         q, k, v, p = ctx.saved_tensors
         B, T, H, d = ctx.shape
         g = grads[0].view(B, T, H, d).transpose(1, 2).reshape(B * H, T, d)
+        # All three gradients share one tensor, so the layout is converted back only once.
         grad = g.new_empty(3, B * H, T, d)
         torch.bmm(p.transpose(1, 2), g, out=grad[2])
         scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype)

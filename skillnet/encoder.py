@@ -33,6 +33,7 @@ class EncoderLayer(nn.Module):
         self.attention_skills = carries and config.skill_modules in ("both", "attention")
         self.feedforward_skills = carries and config.skill_modules in ("both", "feedforward")
         std = config.dim**-0.5
+        # Residual branches start smaller with depth (GPT-2), so the sum keeps its variance.
         out_std = (2 * config.num_layers) ** -0.5
         self.attention_norm = nn.LayerNorm(config.dim)
         self.attention = SkillAttention(
@@ -73,6 +74,7 @@ class EncoderLayer(nn.Module):
         first, so their branch costs nothing. Kept rows are weighted by B / kept.
         """
         B = x_BTD.shape[0]
+        # At least one row keeps the branch, so its weights get a gradient in every step.
         kept = max(round(B * (1 - self.drop_path)), 1) if self.training else B
         if kept == B:
             return x_BTD + branch(x_BTD, skills, bias_B11T)
@@ -101,6 +103,7 @@ class Encoder(nn.Module):
             skills: active skills, sorted.
             mask_BT: True at real tokens; None if all are real.
         """
+        # The bias is built once for all layers.
         bias_B11T = None if mask_BT is None else padding_bias(mask_BT, compute_dtype(x_BTD))
         for layer in self.layers:
             x_BTD = layer(x_BTD, skills, bias_B11T)

@@ -101,6 +101,7 @@ def task_flops(
             "retrieval": config.embedding_dim,
             "masked": tower_tokens * _masked_head_outputs(config, plan),
         }[spec.objective]
+        # Every head is one linear layer over the tokens or the pooled vector.
         flops += 2 * config.dim * outputs
     return flops, tokens
 
@@ -141,7 +142,9 @@ def _encoder_flops(encoder: Encoder, plan: SkillPlan, tokens: int) -> int:
     for layer in encoder.layers:
         assert isinstance(layer, EncoderLayer)
         dim = layer.attention.out.weight.shape[0]
+        # Merged skills cost one projection: queries, keys, values and output.
         flops += 2 * tokens * 4 * dim * dim
+        # Scores, and the weighted sum of values.
         flops += 2 * 2 * tokens * tokens * dim
         flops += layer.feedforward.flops(
             tokens, len(plan.skills) if layer.feedforward_skills else 1

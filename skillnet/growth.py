@@ -31,6 +31,7 @@ def add_skill(model: SkillNet, name: str, init_from: str | None = None) -> Skill
     if init_from is not None and init_from not in known:
         raise ValueError(f"init_from: unknown skill {init_from!r}{nearest_hint(init_from, known)}")
     for module in model.modules():
+        # Shared layers have one weight, named "shared", and get no new skill.
         if isinstance(module, SkillWeights) and set(known) <= set(module.weights):
             module.add(name, init_from)
     model.config = dataclasses.replace(model.config, skills=(*known, name))
@@ -57,7 +58,9 @@ def add_task(model: SkillNet, name: str, task: Task) -> SkillNet:
     require_unused_name(model.heads, name, "task")
     for tower, plan in task.towers.items():
         check_plan(plan, model.config.skills, f"{name}.towers.{tower}")
+    # The new parts join the device and type of the model.
     some = next(model.parameters())
+    # Built before the model changes, so that an error leaves the model as it was.
     head = HEADS[task.objective](model.config, task).to(some.device, some.dtype)
     model.config = dataclasses.replace(model.config, tasks={**model.config.tasks, name: task})
     for stem in task.stems:

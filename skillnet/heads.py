@@ -21,6 +21,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: SkillNetConfig, task: Task) -> None:
         super().__init__()
         self.project = nn.Linear(config.dim, task.outputs)
+        # Small weights: the first predictions are close to uniform.
         nn.init.trunc_normal_(self.project.weight, std=0.02)
         nn.init.zeros_(self.project.bias)
 
@@ -51,11 +52,13 @@ class RetrievalHead(nn.Module):
         super().__init__()
         self.query = nn.Linear(config.dim, config.embedding_dim, bias=False)
         self.candidate = nn.Linear(config.dim, config.embedding_dim, bias=False)
+        # Learned as a logarithm, so that every value gives a positive scale.
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, pooled_BD: Tensor, tower: str) -> Tensor:
         project = self.query if tower == "query" else self.candidate
         y_BE = project(pooled_BD)
+        # Unit vectors in bf16 would lose the small angles that ranks depend on.
         return F.normalize(y_BE.float() if y_BE.dtype != torch.float64 else y_BE, dim=-1)
 
     @property
@@ -92,6 +95,7 @@ class MaskedHead(nn.Module):
     def forward(self, x_MD: Tensor, embedding_VD: Tensor | None = None) -> Tensor:
         if not self.tied:
             return self.project(x_MD)
+        # The caller passes the embedding, so the head does not own the stem's weights.
         assert embedding_VD is not None
         h_MD = self.norm(F.gelu(self.transform(x_MD)))
         return F.linear(h_MD, embedding_VD, BIAS_SCALE * self.bias)

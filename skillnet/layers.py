@@ -66,6 +66,7 @@ class SkillWeights(nn.Module):
         self.axis = axis
         self.scale_by_count = scale_by_count
         self.weights = nn.ParameterDict()
+        # (skills, dtype) -> (versions of the parts, merged weight); filled only in inference.
         self._merged: dict[tuple[Skills, torch.dtype], tuple[tuple[int, ...], Tensor]] = {}
         for name in skills:
             self.add(name)
@@ -81,6 +82,7 @@ class SkillWeights(nn.Module):
             ValueError: the name is in use, or ``init_from`` does not exist.
         """
         require_unused_name(self.weights, name, "skill")
+        # A new skill joins the device and type of the existing ones.
         some = next(iter(self.weights.values()), None)
         weight = torch.empty(self.shape, device=None if some is None else some.device)
         if some is not None:
@@ -114,6 +116,7 @@ class SkillWeights(nn.Module):
         if torch.is_grad_enabled():
             return self._merge([self._get(name) for name in skills], dtype)
         parts = [self._get(name) for name in skills]
+        # An in-place update raises _version, and load_state_dict may replace the storage.
         if any(part.is_inference() for part in parts):  # these tensors have no version counter
             return self._merge(parts, dtype)
         versions = tuple(x for part in parts for x in (part._version, part.data_ptr()))
@@ -121,6 +124,7 @@ class SkillWeights(nn.Module):
         if kept is not None and kept[0] == versions:
             return kept[1]
         merged = self._merge(parts, dtype)
+        # In training mode the next step changes the weights, so caching would only hold memory.
         if self.training:
             return merged
         self._merged[skills, dtype] = (versions, merged)
@@ -144,6 +148,7 @@ class SkillWeights(nn.Module):
             self._merged.clear()
         return super().train(mode)
 
+    # Copies and workers rebuild the cache; it would multiply the size of a transfer.
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_merged": {}}
 
@@ -175,6 +180,7 @@ class SkillFeedForward(nn.Module):
     def __init__(self, skills: Iterable[str], dim: int, hidden: int, *, std: float, out_std: float):
         super().__init__()
         skills = tuple(skills)
+        # Rows of `up` and columns of `down` of all active skills lie side by side (see the module).
         self.up = SkillWeights(skills, hidden, dim, std=std, axis=0)
         self.down = SkillWeights(skills, dim, hidden, std=out_std, axis=1, scale_by_count=True)
 
@@ -198,6 +204,7 @@ class SkillAttention(nn.Module):
         super().__init__()
         skills = tuple(skills)
         self.heads = heads
+        # One product for queries, keys and values: a third of the kernel launches.
         self.qkv = SkillLinear(skills, dim, 3 * dim, std=std)
         self.out = SkillLinear(skills, dim, dim, std=out_std)
 

@@ -65,8 +65,9 @@ def ctc_loss(
         lengths_B,
         target_lengths_B,
         reduction="none",
-        zero_infinity=True,
+        zero_infinity=True,  # a row that cannot be aligned has an infinite loss
     )
+    # Per symbol, so that long transcripts do not dominate the step.
     return (losses_B / target_lengths_B.clamp(min=1)).sum() / count
 
 
@@ -104,6 +105,7 @@ def info_nce(
         numbers_G = torch.arange(groups_G.shape[0], device=groups_G.device)
         groups_G = torch.where(groups_G < 0, -1 - numbers_G, groups_G)
         positive_BG = groups_G[offset : offset + B, None] == groups_G[None]
+        # Several captions of one image are all correct, so each gets an equal share.
         target_BG = positive_BG.to(scale.dtype) / positive_BG.sum(1, keepdim=True)
     loss = query_BE.new_zeros(())
     # Multiplied by the scale, bf16 rounding would be as large as the differences of similarities.

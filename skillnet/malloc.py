@@ -31,6 +31,7 @@ def keep_freed_memory() -> bool:
     mallopt = _of_glibc("mallopt")
     if mallopt is None:
         return False
+    # One arena: memory that one thread freed serves the next operation of any thread.
     options = {_M_ARENA_MAX: 1, _M_TRIM_THRESHOLD: 2**31 - 1, _M_MMAP_THRESHOLD: 2**30}
     return all(mallopt(option, value) == 1 for option, value in options.items())
 
@@ -44,6 +45,7 @@ def give_back_freed_memory() -> bool:
     Returns:
         Whether memory was returned.
     """
+    # Cycles of the finished run would otherwise keep its tensors.
     gc.collect()
     trim = _of_glibc("malloc_trim")
     return trim is not None and trim(0) == 1

@@ -35,6 +35,7 @@ def macro_f1_of_rows(pairs_N2: NDArray) -> float:
     predicted, right = pairs_N2[:, 0], pairs_N2[:, 1]
     size = int(pairs_N2.max()) + 1
     hits = np.bincount(right[predicted == right], minlength=size)
+    # Classes that occur neither as prediction nor as truth have no F1 and are left out.
     seen = np.bincount(predicted, minlength=size) + np.bincount(right, minlength=size)
     return float(np.mean(2 * hits[seen > 0] / seen[seen > 0]))
 
@@ -150,6 +151,7 @@ def retrieval_ranks(
             f"{len(query)} queries and {len(candidate)} candidates do not fit {len(left)} and "
             f"{len(right)} ids"
         )
+    # A NaN compares as false with everything, so it would get rank 1.
     if not torch.isfinite(query).all() or not torch.isfinite(candidate).all():
         raise ValueError("embeddings hold values that are not finite; ranks would be meaningless")
     alone = ~np.isin(left.numpy(), right.numpy())
@@ -220,6 +222,7 @@ def bootstrap_interval(
     draw = _drawer(len(rows), clusters)
     figures = [statistic(rows[draw(generator)]) for _ in range(samples)]
     tail = (1 - level) / 2
+    # A resample without any reference symbol gives NaN and is ignored.
     low, high = np.nanquantile(figures, [tail, 1 - tail])
     return ConfidenceInterval(float(statistic(rows)), float(low), float(high))
 
@@ -237,7 +240,7 @@ def _drawer(
     members = np.split(order, np.cumsum(sizes)[:-1])
 
     def draw(generator: np.random.Generator) -> NDArray[np.int64]:
-        picks = generator.integers(0, len(members), len(members))
+        picks = generator.integers(0, len(members), len(members))  # clusters, with replacement
         return np.concatenate([members[pick] for pick in picks])
 
     return draw

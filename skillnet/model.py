@@ -29,6 +29,7 @@ class SkillNet(TaskModel):
 
     def __init__(self, config: SkillNetConfig, options: Any = None) -> None:
         super().__init__(config, options)
+        # Unused stems would be saved and counted although no task reads them.
         needed = {plan.stem for task in config.tasks.values() for plan in task.towers.values()}
         self.stems = nn.ModuleDict({n: make(config) for n, make in STEMS.items() if n in needed})
         self.encoder = Encoder(config)
@@ -55,6 +56,7 @@ class SkillNet(TaskModel):
                 f"loaded for the tasks {', '.join(self.config.tasks)}"
             )
         x_BTD, mask_BT = self.stems[plan.stem](batch, plan.modality)
+        # Dropout only here: the layers use stochastic depth instead.
         x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
         return self.encoder(x_BTD, plan.skills, mask_BT), mask_BT
 
@@ -119,6 +121,7 @@ class SkillNet(TaskModel):
     def config_for(cls, config: SkillNetConfig, task: str) -> SkillNetConfig:
         """Return the configuration with one task and only the skills that it activates."""
         spec = find_task(task, config.tasks)
+        # The order of the configuration decides the order of initialization.
         kept = tuple(name for name in config.skills if name in spec.skills)
         return dataclasses.replace(config, skills=kept, tasks={task: spec})
 

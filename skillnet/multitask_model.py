@@ -136,8 +136,10 @@ class TaskModel(nn.Module):
         if isinstance(head, MaskedHead):
             masked_BT = towers["input"].get("masked", mask_BT)
             x_MD = x_BTD.flatten(0, 1) if masked_BT is None else x_BTD[masked_BT]
+            # Text and code predict tokens with their embedding matrix (weight tying, as in BERT).
             tied = self.token_embedding(task, "input") if head.tied else None
             return {"predicted": head(x_MD, tied)}
+        # CTC needs the number of real tokens per row.
         if mask_BT is not None:
             lengths_B = mask_BT.sum(1)
         else:
@@ -350,6 +352,7 @@ def save_model(model: TaskModel, path: Path) -> None:
     Raises:
         ValueError: the path exists and is not a saved model.
     """
+    # A directory without a manifest may hold a user's files. It is never replaced.
     foreign = path.is_dir() and not (path / "manifest.json").is_file() and any(path.iterdir())
     if foreign or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} exists and is not a saved model; choose another folder")
@@ -360,6 +363,7 @@ def save_model(model: TaskModel, path: Path) -> None:
         partial.mkdir()
         write_manifest(partial, write_parts(model, partial))
         if path.exists():
+            # A directory cannot be replaced atomically, so the old one steps aside until the end.
             old = path.with_name(f"{path.name}.old-{os.getpid()}")
             path.rename(old)
             try:

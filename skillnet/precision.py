@@ -26,6 +26,7 @@ class ComputePrecision:
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which the forward pass of the model runs."""
+        # Autocast rounds only products; weights and the optimizer stay in float32.
         if self.name == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
@@ -46,7 +47,9 @@ def choose_precision(requested: str, device: torch.device) -> ComputePrecision:
 def native_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 matrices in hardware."""
     if device.type == "cuda":
+        # Ampere (compute capability 8) is the first generation with bf16 products.
         return torch.cuda.get_device_capability(device)[0] >= 8
+    # torch has no query for this, and emulated bf16 is slower than fp32.
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:

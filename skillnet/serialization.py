@@ -72,6 +72,7 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            # The length is untrusted: reading it unchecked could allocate any amount of memory.
             if length > min(LONGEST_HEADER, path.stat().st_size):
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
@@ -154,6 +155,7 @@ def write_parts(model: SavableModel, folder: Path) -> list[str]:
     Returns:
         Names of the files.
     """
+    # safetensors needs contiguous tensors on the host.
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     written = ["config.json"]
     about = config_to_dict(model.config) | {"system": model.system, "options": model.options}
@@ -182,6 +184,7 @@ def write_manifest(folder: Path, files: list[str], **extra: Any) -> None:
         json.dump(manifest, file, indent=1, sort_keys=True)
         file.write("\n")
         file.flush()
+        # The manifest makes the directory valid, so it must reach the disk after all other files.
         os.fsync(file.fileno())
 
 
@@ -245,6 +248,7 @@ def check_file(folder: Path, name: str, manifest: dict[str, Any]) -> Path:
     entry = manifest["files"].get(name)
     if entry is None or not path.is_file():
         raise ValueError(f"{folder} is incomplete: {name} is missing")
+    # A link could point to another file after the check.
     if path.is_symlink():
         raise ValueError(f"{path} is a link; a saved model holds its files itself")
     if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+# The names of modalities and objectives are values of configuration files and of saved models.
 Modality = Literal["text", "image", "sound", "video", "code"]
 Objective = Literal["classification", "ctc", "retrieval", "masked"]
 
@@ -51,6 +52,7 @@ class SkillPlan:
     def __post_init__(self) -> None:
         if isinstance(self.skills, str):
             raise ValueError(f"skills is a list of names, not the single name {self.skills!r}")
+        # Sorted once here: the order of the sum, and so its rounding, is the same everywhere.
         names = tuple(sorted(set(self.skills)))
         if not names:
             raise ValueError("a plan activates at least one skill; add 'general'")
@@ -60,6 +62,7 @@ class SkillPlan:
             raise ValueError(
                 f"unknown modality {self.modality!r}; expected one of {', '.join(MODALITIES)}"
             )
+        # The dataclass is frozen because plans are keys of the cache of merged weights.
         object.__setattr__(self, "skills", names)
 
     @property
@@ -117,6 +120,7 @@ def _retrieval(modality: Modality) -> Task:
     return Task(
         "retrieval",
         {
+            # The query tower is the same for all modalities, so one text skill serves all of them.
             "query": SkillPlan(("general", "text", "alignment"), "text"),
             "candidate": SkillPlan(("general", modality, "alignment"), modality),
         },
@@ -170,6 +174,7 @@ def check_names(names: Sequence[str], where: str) -> None:
             )
         if name == "shared":
             raise ValueError(f"{where}: 'shared' means the weights of all tasks; choose another")
+    # Skills become file names, and some file systems ignore case.
     folded = [name.casefold() for name in names]
     for name, key in zip(names, folded, strict=True):
         if folded.count(key) > 1:
@@ -214,6 +219,7 @@ def nearest_hint(name: str, known: Sequence[str]) -> str:
         name: the unknown name.
         known: the valid names.
     """
+    # Imported here: only an error needs it.
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1, cutoff=0.6)

@@ -16,10 +16,12 @@ from skillnet.config import SkillNetConfig
 Batch = dict[str, Tensor]
 Tokens = tuple[Tensor, Tensor | None]
 
+#: Token id of padding. The tokenizer, the mask and the loss rely on it.
 PAD = 0
 
 
 def _positions(count: int, dim: int) -> nn.Parameter:
+    # Learned positions, with BERT's initial scale.
     return nn.Parameter(torch.randn(count, dim) * 0.02)
 
 
@@ -40,6 +42,7 @@ class TokenStem(nn.Module):
             self.bigram = nn.Embedding(self.buckets, config.dim)
             nn.init.normal_(self.bigram.weight, std=0.02)
         self.position = _positions(config.max_tokens, config.dim)
+        # Text and code share the stem; these vectors tell the layers which one is read.
         self.modality = nn.ParameterDict(
             {name: torch.zeros(config.dim) for name in ("text", "code")}
         )
@@ -148,6 +151,7 @@ class LogMelStem(nn.Module):
     def __init__(self, config: SkillNetConfig) -> None:
         super().__init__()
         self.stack, self.max_frames = config.mel_stack, config.max_frames
+        # An odd kernel is symmetric, so a token is centred on its frames.
         width = self.stack + (self.stack + 1) % 2
         self.first = nn.Conv1d(config.n_mels, config.dim, 3, padding=1)
         self.second = nn.Conv1d(
@@ -287,6 +291,7 @@ def masked_outputs(config: SkillNetConfig, modality: str) -> int:
 
 def with_motion(x_BNHWC: Tensor) -> Tensor:
     """Append to each frame its difference to the previous one, (B, N, H, W, C) -> (…, 2 C)."""
+    # The first frame has no predecessor, so its difference is zero.
     before = torch.cat([x_BNHWC[:, :1], x_BNHWC[:, :-1]], 1)
     return torch.cat([x_BNHWC, x_BNHWC - before], -1)
 

@@ -71,6 +71,7 @@ def system_names() -> list[str]:
 
 
 def _system_entries() -> dict[str, EntryPoint]:
+    # Built-in names win, so that a third party cannot replace a baseline of a comparison.
     others = {entry.name: entry for entry in entry_points(group=GROUP)}
     return others | {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
 

@@ -61,6 +61,7 @@ def _width(config: SkillNetConfig, options: DenseOptions) -> int:
         if options.size == "total"
         else size_matching.mean_activated_params
     )
+    # Parameters are linear in the width, so two evaluations give the line.
     each = 2 * config.dim * config.num_layers
     narrow = size_matching.total_params(size_matching.one_skill(config, SKILL, 1))
     return size_matching.solve_width(measure(config), narrow - each, each, "options.ffn_dim")

@@ -78,6 +78,7 @@ class ImageTower(EncoderAdapter):
 
     def encode(self, batch: Batch) -> Tokens:
         x_BCHW = scale_to_signed(batch["pixels"], self.dtype).permute(0, 3, 1, 2)
+        # timm decides this at construction, when the device is not yet known.
         for block in self.model.blocks:
             block.attn.fused_attn = x_BCHW.is_cuda
         x_BTW = self.model.forward_features(x_BCHW)
@@ -192,4 +193,5 @@ def real_frames(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     x_BNM, frames_B = batch["log_mel"].to(dtype), batch["frames"]
     real_BN = torch.arange(x_BNM.shape[1], device=x_BNM.device) < frames_B[:, None]
+    # Frames behind the end of a row may hold anything, so they are set to silence.
     return x_BNM * real_BN[..., None], real_BN

@@ -125,6 +125,7 @@ class MoE(SkillNet):
 
     def forward(self, task: str, towers: dict[str, Batch]) -> Outputs:
         """Run a task; the routings of the previous pass are cleared first."""
+        # Routings are kept per pass, because the balancing loss averages over the towers.
         for layer in self.expert_layers:
             layer.routings.clear()
         return super().forward(task, towers)
@@ -202,6 +203,7 @@ def configure_moe(config: SkillNetConfig, options: MoEOptions) -> SkillNetConfig
 
 def _width(config: SkillNetConfig, options: MoEOptions) -> int:
     each = 2 * config.dim * config.num_layers
+    # The router is part of the activated parameters, so experts get a little narrower.
     routers = config.num_layers // options.every * options.experts * config.dim
     fixed = size_matching.total_params(size_matching.one_skill(config, SKILL, 1)) - each + routers
     wanted = size_matching.mean_activated_params(config)

@@ -133,6 +133,7 @@ def solve_width(wanted: float, fixed: float, each: float, where: str) -> int:
 
 def round_width(width: float) -> int:
     """Round to the multiple of the largest power of two that changes the width by at most 0.5 %."""
+    # Matrix kernels are fastest at multiples of large powers of two.
     for step in (64, 32, 16, 8, 4, 2):
         near = round(width / step) * step
         if near and abs(near - width) <= TOLERANCE * width:

@@ -171,6 +171,7 @@ class SpecialistModel(TaskModel):
         super().drop_task(task)
         if task in self.towers:
             del self.towers[task]
+        # Several tasks may pretrain one encoder. It goes with the last of them.
         kept = {pretraining_modality(other) for other in self.config.tasks.values()}
         for modality in set(self.pretrained) - kept:
             del self.pretrained[modality]
@@ -209,6 +210,7 @@ def configure_specialist(config: SkillNetConfig, options: SpecialistOptions) -> 
 def _width(config: SkillNetConfig) -> int:
     """Return the feed-forward width of a Transformer with biases, as all architectures are."""
     D, depth = config.dim, config.num_layers
+    # The towers of a task share its parameter budget.
     wanted = size_matching.mean_activated_params(config) / size_matching.mean_num_towers(config)
     fixed = depth * (4 * D * D + 4 * D + D + 4 * D)
     return size_matching.solve_width(wanted, fixed, depth * (2 * D + 1), "options.ffn_dim")
