@@ -1,4 +1,4 @@
-"""``skillnet evaluate``: a trained model on every row of the test sets, with intervals."""
+"""``skillnet evaluate``: metrics of a trained model on every test row, with confidence intervals."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 
 
 @dataclass
@@ -20,19 +20,19 @@ class EvaluateConfig:
     """Evaluate a trained model.
 
     Args:
-        model: a registry address (models:/skillnet@champion), a run's name, id or folder, a
-            checkpoint, or a saved model; by default the champion.
-        checkpoint: the folder of a checkpoint or saved model; the same as --model.
-        run: a run's name, id or folder; the same as --model.
+        model: registry address (models:/skillnet@champion), name, id or folder of a run,
+            checkpoint, or saved model; by default the champion.
+        checkpoint: folder of a checkpoint or saved model; the same as --model.
+        run: name, id or folder of a run; the same as --model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
-        tasks: which tasks; by default all that the model has.
-        splits: which splits; by default every test set of each corpus.
-        corpora: task -> corpus, where it is not the one of the training run.
-        references: also compute chance and the simple references.
-        samples: resamplings of each interval.
-        precision: auto is bf16 where the machine multiplies it natively.
+        tasks: tasks to evaluate; by default all tasks of the model.
+        splits: splits to evaluate; by default every test split of each corpus.
+        corpora: task -> corpus, if it differs from the training run.
+        simple_baselines: also evaluate chance and the simple baselines.
+        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        precision: auto uses bf16 if the device supports it natively.
         output: CSV file; by default below evaluations in the run root.
-        log: also record the figures in the model's MLflow run.
+        log: also log the metrics to the model's MLflow run.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
@@ -43,23 +43,23 @@ class EvaluateConfig:
     tasks: list[str] | None = None
     splits: list[str] | None = None
     corpora: dict[str, str] = field(default_factory=dict)
-    references: bool = True
-    samples: int = 1000
+    simple_baselines: bool = True
+    bootstrap_samples: int = 1000
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     output: str | None = None
     log: bool = True
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        given = [key for key in ("model", "checkpoint", "run") if getattr(self, key)]
-        if len(given) > 1:
-            raise UserError(f"give one of --{' and --'.join(given)}, not both")
-        if self.samples < 0:
-            raise UserError(f"samples must not be negative, got {self.samples}")
+        models = [key for key in ("model", "checkpoint", "run") if getattr(self, key)]
+        if len(models) > 1:
+            raise UserError(f"give one of --{' and --'.join(models)}, not both")
+        if self.bootstrap_samples < 0:
+            raise UserError(f"bootstrap_samples must not be negative, got {self.bootstrap_samples}")
 
     @property
     def source(self) -> str:
-        """The model that was asked for."""
+        """Name of the requested model: --model, --checkpoint, --run, or the default."""
         from pipelines.runs.model_source import DEFAULT_MODEL
 
         return self.model or self.checkpoint or self.run or DEFAULT_MODEL
@@ -67,30 +67,33 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What ``evaluate`` gives.
+    """Result of :func:`evaluate_trained_model`.
 
     Args:
-        model: as it was asked for.
-        rows: tidy rows of the model.
-        references: tidy rows of chance and the simple references.
-        output: the CSV file with all rows.
-        total_params: parameters of the whole model.
-        seconds: what the model's own evaluation took.
+        model: name of the model, as requested.
+        rows: evaluation rows of the model.
+        simple_baselines: evaluation rows of chance and the simple baselines.
+        output: CSV file with all rows.
+        total_params: parameters of the complete model.
+        seconds: duration of the model's own evaluation.
     """
 
     model: str
     rows: list[dict[str, Any]]
-    references: list[dict[str, Any]]
+    simple_baselines: list[dict[str, Any]]
     output: Path
     total_params: int
     seconds: float
 
 
 def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
-    """Evaluate a model, write the CSV file and record the figures in its MLflow run.
+    """Evaluate a model, write the CSV file and log the metrics to its MLflow run.
+
+    Args:
+        config: of the command.
 
     Raises:
-        UserError: no such model, corpus, task or split; files that were altered.
+        UserError: the model, a corpus, a task or a split is missing, or a file was altered.
     """
     from pipelines.evaluation.evaluator import evaluate_model
     from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
@@ -100,35 +103,35 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
 
     source = model_source.resolve_model(config.source, config.tracking_uri)
     model = model_source.load_source_model(source)
-    data = place(config.data, data_root())
+    data = parse_location(config.data, data_root())
     corpora = source.corpora | config.corpora
-    chosen = config.tasks or source.trained_tasks(sort_rows(model.config.tasks))
-    specs = {name: find_task(name, model.config.tasks) for name in chosen}
+    tasks = config.tasks or source.trained_tasks(sort_rows(model.config.tasks))
+    specs = {name: find_task(name, model.config.tasks) for name in tasks}
     begin = time.monotonic()
     with console.progress("evaluating", None, "rows") as bar:
         rows = evaluate_model(
             model,
             data,
-            chosen,
+            tasks,
             config.splits,
             seed=source.seed,
             corpora=corpora,
             limits=source.limits,
             steps=source.steps,
             precision=config.precision,
-            samples=config.samples,
+            bootstrap_samples=config.bootstrap_samples,
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
         )
     seconds = time.monotonic() - begin
-    beside: list[dict[str, Any]] = []
-    if config.references:
-        with console.progress("simple references", len(specs), "tasks") as bar:
-            beside = evaluate_simple_baselines(
+    baseline_rows: list[dict[str, Any]] = []
+    if config.simple_baselines:
+        with console.progress("simple baselines", len(specs), "tasks") as bar:
+            baseline_rows = evaluate_simple_baselines(
                 data,
                 specs,
                 config.splits,
                 corpora=corpora,
-                samples=config.samples,
+                bootstrap_samples=config.bootstrap_samples,
                 on_task=lambda name: bar.advance(1, name),
             )
     if config.output:
@@ -136,50 +139,61 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         output = run_root() / "evaluations" / f"{stamp}-{source.digest[:8]}.csv"
-    write_evaluation_csv([*rows, *beside], output)
+    write_evaluation_csv([*rows, *baseline_rows], output)
     if config.log and source.run_id:
         log_evaluation(rows, output, source.run_id, source.steps, config.tracking_uri)
     total = sum(p.numel() for p in model.parameters())
-    return EvaluationResult(config.source, rows, beside, output, total, seconds)
+    return EvaluationResult(config.source, rows, baseline_rows, output, total, seconds)
 
 
 def log_evaluation(
     rows: Sequence[dict[str, Any]], path: Path, run_id: str, step: int | None, uri: str | None
 ) -> None:
-    """Record figures and the CSV file in an MLflow run."""
+    """Log metrics and the CSV file to an MLflow run.
+
+    Args:
+        rows: evaluation rows of the model.
+        path: of the CSV file.
+        run_id: of the MLflow run.
+        step: training steps of the model.
+        uri: MLflow tracking URI.
+    """
     from pipelines.evaluation.tables import flat_metrics
     from pipelines.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend
 
-    backend.setup(uri)
+    backend.setup_backend(uri)
     if not is_known_run(run_id, uri):
-        console.note(f"run {run_id} is not in this tracker; the figures are in {path} only")
+        console.note(f"run {run_id} is not in this tracker; the metrics are only in {path}")
         return
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
     tracker.metrics(flat_metrics(rows), step or 0)
     tracker.artifact(path, "evaluation")
     if not tracker.flush():
-        console.warn(f"MLflow does not answer; the figures of run {run_id} wait in the spool")
+        console.warn(f"MLflow does not answer; the metrics of run {run_id} wait in the spool")
 
 
 def show_evaluation(result: EvaluationResult) -> None:
-    """Print the tables of an evaluation."""
-    from pipelines.evaluation.tables import result_cells
+    """Print the tables of an evaluation.
+
+    Args:
+        result: of :func:`evaluate_trained_model`.
+    """
+    from pipelines.evaluation.tables import SYSTEM_LABELS, result_cells
 
     columns, cells = result_cells(result.rows)
     console.table(f"SkillNet, {result.model}", columns, cells)
-    for system in ("reference", "chance"):
-        rows = [row for row in result.references if row["system"] == system]
+    for system in ("simple_baseline", "chance"):
+        rows = [row for row in result.simple_baselines if row["system"] == system]
         if rows:
-            title = "simple references" if system == "reference" else "chance"
-            console.table(title, *result_cells(rows))
-    console.note(f"{result.seconds:.1f} s for the model; all figures are in {result.output}")
+            console.table(SYSTEM_LABELS[system], *result_cells(rows))
+    console.note(f"{result.seconds:.1f} s for the model; all metrics are in {result.output}")
 
 
 @command(
     EvaluateConfig,
-    description="Measure a model on every row of the test sets, each figure with a 95 % "
-    "bootstrap interval, beside chance and simple references.",
+    description="Measure a model on every row of the test sets, each metric with a 95 % "
+    "bootstrap interval, and compare it with chance and simple baselines.",
     example="skillnet evaluate --model models:/skillnet@champion\n"
     "skillnet evaluate --run my-run --splits validation --json",
     show=show_evaluation,

@@ -1,4 +1,4 @@
-"""``skillnet quickstart``: everything once, from downloads to a registered model and a table."""
+"""``skillnet quickstart``: all stages once, from downloads to a registered model and a table."""
 
 import contextlib
 import time
@@ -12,47 +12,46 @@ from pipelines.config.run import FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.storage import archive_root, data_root
-from skillnet_platform.storage.location import local_folder
+from skillnet_platform.storage.location import require_local_folder
 
 PRESET = "quickstart"
 
 
 @dataclass
 class QuickstartConfig(FinetuneConfig):
-    """Everything once. Takes all keys of ``skillnet finetune``, and:
+    """Configuration of the quickstart: all keys of ``skillnet finetune``, and three more.
 
     Args:
-        name: name of the run; by default quickstart and the time.
-        run_dir: directory of runs; by default the run root.
+        name: name of the run; null takes quickstart and the time.
+        run_dir: directory of runs; null takes the run root.
         seed: of weights, order, augmentation and dropout.
-        data: directory of prepared corpora; by default corpora below the run root.
-        init_from: checkpoint or saved model to start from; none starts at random.
-        system: what to train: skillnet, a baseline, or a third party's system.
+        data: directory of prepared corpora; null takes ``corpora`` in the run root.
+        init_from: checkpoint or saved model to start from; null starts from random weights.
+        system: system to train: skillnet, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model.
-        tasks: task name -> how it takes part.
-        training: optimisation, parallelism, rhythm.
-        tracking: where it is recorded.
+        tasks: task name -> its corpus, weight and batch size.
+        training: optimizer, workers and intervals.
+        tracking: MLflow server and experiment.
         evaluate: evaluate the final model on the test splits; needed for the table.
-        archives: directory of the downloads; by default archives below the run root.
-        skip: stages to leave out, if they were done before.
+        archives: directory of the downloads; null takes ``archives`` in the run root.
+        skip: stages to skip, because they were done before.
         registered: name of the registered model.
     """
 
     archives: str | None = None
-    skip: list[Literal["fetch", "prepare", "evaluate_simple_baselines"]] = field(
-        default_factory=list
-    )
+    skip: list[Literal["fetch", "prepare", "simple_baselines"]] = field(default_factory=list)
     registered: str = "skillnet"
 
 
 @dataclass
-class Stages:
-    """Counts and times the stages, and says where it is.
+class StageTimer:
+    """Counter and timer of the stages, which prints a line before and after each.
 
     Args:
         total: number of stages.
-        seconds: stage -> what it took.
+        seconds: stage -> duration.
+        begin: start of the first stage, on the monotonic clock.
     """
 
     total: int
@@ -60,32 +59,35 @@ class Stages:
     begin: float = field(default_factory=time.monotonic)
 
     @contextlib.contextmanager
-    def stage(self, name: str, words: str) -> Iterator[None]:
-        """One stage: a line before it and one after."""
+    def stage(self, name: str, description: str) -> Iterator[None]:
+        """Time one stage, and print a line before and after it."""
         number = len(self.seconds) + 1
-        console.note(f"[{number}/{self.total}] {words}")
+        console.note(f"[{number}/{self.total}] {description}")
         start = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - start
-        so_far = time.monotonic() - self.begin
+        total = time.monotonic() - self.begin
         console.note(
-            f"[{number}/{self.total}] {name}: {clock(self.seconds[name])}, "
-            f"{clock(so_far)} since the start"
+            f"[{number}/{self.total}] {name}: {format_minutes(self.seconds[name])}, "
+            f"{format_minutes(total)} since the start"
         )
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
-    """Fetch, prepare, train, evaluate, register; one document that tells how it went.
+    """Fetch, prepare, train, evaluate and register; return one document about all stages.
+
+    Args:
+        config: of the training run and the stages.
 
     Raises:
-        UserError: whatever the stages raise; what was done before stays and is taken up again.
+        UserError: a stage failed. Finished stages are reused by the next call.
     """
-    _warn_of_slow_arithmetic(config)
-    data = local_folder(config.data, data_root(), "data of quickstart")
-    archives = local_folder(config.archives, archive_root(), "archives")
+    _warn_without_bf16(config)
+    data = require_local_folder(config.data, data_root(), "data of quickstart")
+    archives = require_local_folder(config.archives, archive_root(), "archives")
     names = sorted({task.corpus for task in config.tasks.values()})
-    stages = Stages(5 - len(set(config.skip)))
-    # Each stage is imported when it starts: the first line appears at once.
+    stages = StageTimer(5 - len(set(config.skip)))
+    # Each stage is imported when it starts, so that the first line appears at once.
     if "fetch" not in config.skip:
         with stages.stage("fetch", f"fetching {', '.join(names)} (about 100 MB the first time)"):
             from pipelines.fetch import fetch
@@ -96,20 +98,22 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             from pipelines.preprocessing.prepare import prepare
 
             prepare(names, data, archives)
-    others: list[dict[str, Any]] = []
-    if "references" not in config.skip:
-        with stages.stage("references", "chance and simple references (TF-IDF, nearest neighbour)"):
-            others = _references(config, data)
-    training = _training(config, data)
+    baselines: list[dict[str, Any]] = []
+    if "simple_baselines" not in config.skip:
+        with stages.stage(
+            "simple_baselines", "chance and simple baselines (TF-IDF, nearest neighbour)"
+        ):
+            baselines = _evaluate_baselines(config, data)
+    training = _build_training_config(config, data)
     tasks = ", ".join(config.tasks)
-    with stages.stage("train", f"training one model on {tasks}, then every test row once"):
+    with stages.stage("train", f"training one model on {tasks}, then evaluating every test row"):
         from pipelines.finetune import finetune
 
         result = finetune(training)
     rows = result["evaluation"]
     with stages.stage("register", f"registering the model as {config.registered}"):
-        made = _register(config, data, result, rows, others)
-        total = _tell(config, result, rows, others)
+        made = _register(config, data, result, rows, baselines)
+        total = _record_baselines(config, result, rows, baselines)
     return {
         "name": result["name"],
         "run": result["run"],
@@ -122,33 +126,33 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         "stages": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
         "seconds": round(time.monotonic() - stages.begin, 1),
         "evaluation": rows,
-        "references": others,
+        "simple_baselines": baselines,
     }
 
 
-def clock(seconds: float) -> str:
-    """``75 -> "1 min 15 s"``."""
-    whole = round(seconds)
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{seconds:.1f} s"
+def format_minutes(seconds: float) -> str:
+    """Format a duration: ``75 -> "1 min 15 s"``."""
+    rounded = round(seconds)
+    return f"{rounded // 60} min {rounded % 60} s" if rounded >= 60 else f"{seconds:.1f} s"
 
 
-def _training(config: QuickstartConfig, data: Path) -> FinetuneConfig:
-    """The part of the configuration that training reads; it registers nothing by itself."""
-    own = {f.name: getattr(config, f.name) for f in fields(FinetuneConfig)}
-    own["name"] = config.name or time.strftime("quickstart-%Y%m%d-%H%M%S")
-    own["data"] = str(data)
-    own["evaluate"] = True
-    own["tracking"] = replace(config.tracking, register=False)
-    return FinetuneConfig(**own)
+def _build_training_config(config: QuickstartConfig, data: Path) -> FinetuneConfig:
+    """The part of the configuration for training, which then registers no model itself."""
+    values = {f.name: getattr(config, f.name) for f in fields(FinetuneConfig)}
+    values["name"] = config.name or time.strftime("quickstart-%Y%m%d-%H%M%S")
+    values["data"] = str(data)
+    values["evaluate"] = True
+    values["tracking"] = replace(config.tracking, register=False)
+    return FinetuneConfig(**values)
 
 
-def _references(config: QuickstartConfig, data: Path) -> list[dict[str, Any]]:
+def _evaluate_baselines(config: QuickstartConfig, data: Path) -> list[dict[str, Any]]:
     from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
     from skillnet.skills import find_task
 
     tasks = {name: find_task(name, config.model.tasks) for name in config.measured}
     corpora = {name: task.corpus for name, task in config.measured.items()}
-    with console.progress("simple references", len(tasks), "tasks") as bar:
+    with console.progress("simple baselines", len(tasks), "tasks") as bar:
         return evaluate_simple_baselines(
             data, tasks, corpora=corpora, on_task=lambda name: bar.advance(1, name)
         )
@@ -159,40 +163,42 @@ def _register(
     data: Path,
     result: dict[str, Any],
     rows: list[dict[str, Any]],
-    others: list[dict[str, Any]],
+    baselines: list[dict[str, Any]],
 ) -> Any:
     from pipelines.runs import model_source
     from pipelines.serving.registration import register_model
 
     uri = config.tracking.uri
     source = model_source.resolve_model(result["run"], uri)
-    return register_model(source, data, rows=rows, others=others, name=config.registered, uri=uri)
+    return register_model(
+        source, data, rows=rows, baseline_rows=baselines, name=config.registered, uri=uri
+    )
 
 
-def _tell(
+def _record_baselines(
     config: QuickstartConfig,
     result: dict[str, Any],
     rows: list[dict[str, Any]],
-    others: list[dict[str, Any]],
+    baselines: list[dict[str, Any]],
 ) -> int:
-    """Put the references into the run's record; the number of parameters of the model."""
+    """Log the simple baselines to the run; return the number of parameters of the model."""
     from pipelines.evaluation.tables import run_description, run_facts, write_evaluation_csv
     from skillnet import systems
     from skillnet_platform.tracking import Tracker, backend
 
     model = systems.load_model(result["model"])
     total = sum(p.numel() for p in model.parameters())
-    if others:
+    if baselines:
         tracker = Tracker.by_id(result["run_id"], backend.resolve_uri(config.tracking.uri))
-        tracker.note(run_description(rows, others, model.config, total, run_facts(result)))
-        path = Path(result["run"]) / "evaluate_simple_baselines.csv"
-        write_evaluation_csv(others, path)
+        tracker.note(run_description(rows, baselines, model.config, total, run_facts(result)))
+        path = Path(result["run"]) / "simple_baselines.csv"
+        write_evaluation_csv(baselines, path)
         tracker.artifact(path, "evaluation")
         tracker.flush()
     return total
 
 
-def _warn_of_slow_arithmetic(config: QuickstartConfig) -> None:
+def _warn_without_bf16(config: QuickstartConfig) -> None:
     import torch
 
     from skillnet.precision import native_bf16
@@ -200,18 +206,18 @@ def _warn_of_slow_arithmetic(config: QuickstartConfig) -> None:
     device = torch.device("cuda" if config.training.use_gpu else "cpu")
     if config.training.precision == "auto" and not native_bf16(device):
         console.warn(
-            "this machine does not multiply bf16 natively: it computes in fp32, which takes about "
-            "twice as long for the same steps"
+            "this machine does not multiply bf16 natively; it computes in fp32, which takes about "
+            "twice as long"
         )
 
 
 def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
-    """The table at the end, and what to type next."""
+    """Print the final table and the next commands."""
     from pipelines.evaluation.tables import summary_cells
 
     columns, cells = summary_cells(
         done["evaluation"],
-        done["evaluate_simple_baselines"],
+        done["simple_baselines"],
         config.model.tasks,
         done["total_params"],
     )
@@ -220,11 +226,12 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
         f"One model of {millions:.1f} M parameters, {done['steps']} steps, on held-out data",
         columns,
         cells,
-        caption="active: share of the parameters that the task reads",
+        caption="active: fraction of the parameters that the task uses",
     )
     name = f"models:/{config.registered}@{done['alias']}"
     console.note(
-        f"It is {name} ({done['model']}); all of it took {clock(done['seconds'])}. Now try:\n"
+        f"The model is {name} ({done['model']}); all stages took "
+        f"{format_minutes(done['seconds'])}. Next commands:\n"
         f'  skillnet search "红色的心" --model {name} --open\n'
         f'  skillnet search "横、竖、撇、捺" --task text_to_video --model {name}\n'
         f'  skillnet predict --text "宋代陶瓷工艺史" --model {name}\n'
@@ -237,9 +244,8 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
 @command(
     QuickstartConfig,
     description="Fetch and prepare five corpora, train one sparse model on all of them, "
-    "evaluate it on held-out data, register it, and show what it reached beside chance and "
-    "simple references. Takes about 12 minutes on two cores; starts from the preset "
-    f"'{PRESET}'.",
+    "evaluate it on held-out data, register it, and compare it with chance and simple baselines. "
+    f"Takes 9 to 16 minutes on two cores. Options change the preset '{PRESET}'.",
     example="skillnet quickstart\nskillnet quickstart --training.steps 20 --json",
     show=lambda result: show_quickstart(*result),
     to_json=lambda result: result[0],

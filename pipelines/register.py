@@ -1,19 +1,19 @@
-"""``skillnet register``: put a trained model into the registry, behind the gate."""
+"""``skillnet register``: add a trained model to the registry and decide about its promotion."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pipelines.config.resources import request_model
+from pipelines.serving.registration import register_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
-    from skillnet_platform.tracking.registry import Registered
-from pipelines.serving.registration import register_model
+    from skillnet_platform.tracking.registry import RegisteredVersion
 
 
 @dataclass
@@ -21,64 +21,70 @@ class RegisterConfig:
     """Register a trained model as a new version.
 
     Args:
-        source: a run's name, id or folder, a checkpoint, or a saved model.
-        name: of the registered model.
+        source: name, id or folder of a run, checkpoint, or saved model.
+        name: name of the registered model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
-        samples: resamplings of the intervals that the gate compares.
-        force: make it champion whatever the gate says.
+        bootstrap_samples: resamples of the intervals that promotion compares.
+        force: make it champion without the comparison.
         description: added to the page of the version.
-        corpora: task -> corpus, where it is not the one of the training run.
+        corpora: task -> corpus, if it differs from the training run.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    source: str = positional()
+    source: str = positional_field()
     name: str = "skillnet"
     data: str | None = None
-    samples: int = 1000
+    bootstrap_samples: int = 1000
     force: bool = False
     description: str = ""
     corpora: dict[str, str] = field(default_factory=dict)
     tracking_uri: str | None = None
 
 
-def show_registration(made: "Registered") -> None:
-    """Print what was registered, under which alias, and why."""
-    console.note(f"{made.uri} is now @{made.alias}")
-    rows = [reason.partition(": ")[::2] for reason in made.verdict.reasons]
-    console.table("the gate", ["task", "verdict"], rows)
-    console.note(f"try: skillnet predict --model models:/{made.name}@{made.alias} --text …")
+def show_registration(registered: "RegisteredVersion") -> None:
+    """Print the registered version, its alias, and the reasons for the alias.
+
+    Args:
+        registered: the new version.
+    """
+    console.note(f"{registered.uri} is now @{registered.alias}")
+    rows = [reason.partition(": ")[::2] for reason in registered.verdict.reasons]
+    console.table("promotion", ["task", "reason"], rows)
+    console.note(
+        f"try: skillnet predict --model models:/{registered.name}@{registered.alias} --text …"
+    )
 
 
 @command(
     RegisterConfig,
-    description="Log a trained model with its tokenizer and names, make it a version of the "
-    "registry, and let the gate decide whether it becomes the champion: at least as good on "
-    "all tasks and better on one, by confidence interval.",
+    description="Register a trained model with its tokenizer and output names as a new version. "
+    "It becomes the champion if it is not worse on any task and better on at least one, by "
+    "confidence interval.",
     example="skillnet register my-run",
     show=show_registration,
     resources=lambda config: request_model(config.source, config.data),
 )
-def main(config: RegisterConfig) -> "Registered":
+def main(config: RegisterConfig) -> "RegisteredVersion":
     """Run ``skillnet register``."""
-    from dataclasses import replace
-
     from pipelines.runs import model_source
 
-    if config.samples < 1:
-        raise UserError("the gate compares intervals: samples must be at least 1")
+    if config.bootstrap_samples < 1:
+        raise UserError(
+            "bootstrap_samples must be at least 1, because promotion compares confidence intervals"
+        )
     source = model_source.resolve_model(config.source, config.tracking_uri)
     if config.corpora:
         tasks = source.settings.get("tasks", {})
-        named = {
+        overrides = {
             task: {**tasks.get(task, {}), "corpus": name} for task, name in config.corpora.items()
         }
-        source = replace(source, settings={**source.settings, "tasks": {**tasks, **named}})
+        source = replace(source, settings={**source.settings, "tasks": {**tasks, **overrides}})
     return register_model(
         source,
-        place(config.data, data_root()),
+        parse_location(config.data, data_root()),
         name=config.name,
         uri=config.tracking_uri,
-        samples=config.samples,
+        bootstrap_samples=config.bootstrap_samples,
         force=config.force,
         description=config.description,
     )

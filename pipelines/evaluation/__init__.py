@@ -1,1 +1,1 @@
-"""TODO: package pipelines/evaluation."""
+"""Evaluation: metrics of a model on prepared corpora, simple baselines, row outcomes, tables."""

@@ -1,4 +1,7 @@
-"""A trained model over many rows: batches of like length, outputs in the order of the rows.
+"""Batched inference of a trained model: rows are grouped by length, outputs keep the row order.
+
+:func:`split_inputs` reads prepared shards, :func:`memory_inputs` reads arrays, and
+:class:`InferenceRunner` runs the tasks. Evaluation, prediction and search use them.
 
 Shapes: N rows, C classes, E width of the retrieval space.
 """
@@ -19,12 +22,12 @@ from skillnet.multitask_model import TaskModel
 from skillnet.precision import choose_precision
 from skillnet.skills import SkillPlan, find_task
 
-#: Positions (rows x tokens) of one batch: large enough to fill two cores, small in memory.
-POSITIONS = 4096
+#: Rows x tokens of one batch: large enough for two cores, small in memory.
+MAX_BATCH_TOKENS = 4096
 MAX_BATCH_ROWS = 512
 
-#: Column of a prepared corpus that holds a modality's input.
-COLUMN = {
+#: Modality -> column of a prepared corpus that contains its input.
+INPUT_COLUMNS = {
     "text": "tokens",
     "code": "tokens",
     "image": "pixels",
@@ -35,30 +38,30 @@ COLUMN = {
 
 @dataclass(frozen=True)
 class InferenceInputs:
-    """What one tower reads of N rows.
+    """Input of one tower for N rows.
 
     Args:
-        lengths: (N,) tokens that each row costs in the encoder.
-        take: row numbers -> the tower's batch.
-        items: (N,) the row's own length, in tokens or frames; None where all have one size.
-        owners: (N,) row of the split that each is of, where a row may have several; None where
-            each row is itself.
+        lengths: (N,) tokens of each row in the encoder.
+        load_batch: maps row numbers to the tower's batch.
+        row_lengths: (N,) length of each row in its own unit (tokens or frames); None if all rows
+            have one size.
+        owners: (N,) row of the split that each query belongs to; None if each row has one query.
     """
 
     lengths: np.ndarray
-    take: Callable[[np.ndarray], dict[str, Tensor]]
-    items: np.ndarray | None = None
+    load_batch: Callable[[np.ndarray], dict[str, Tensor]]
+    row_lengths: np.ndarray | None = None
     owners: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
-    def mean_items(self) -> int | None:
-        """Mean length of a row, rounded, at least 1; None where all have one size."""
-        if self.items is None or not len(self.items):
+    def mean_row_length(self) -> int | None:
+        """Mean length of a row, rounded, at least 1; None if all rows have one size."""
+        if self.row_lengths is None or not len(self.row_lengths):
             return None
-        return max(round(float(self.items.mean())), 1)
+        return max(round(float(self.row_lengths.mean())), 1)
 
 
 def split_inputs(
@@ -67,29 +70,32 @@ def split_inputs(
     config: SkillNetConfig,
     where: str,
     *,
-    captions: bool = False,
-    every: bool = False,
+    use_captions: bool = False,
+    all_captions: bool = False,
     limit: int | None = None,
 ) -> InferenceInputs:
-    """The input of a tower from a prepared split.
+    """Return the input of a tower from a prepared split.
 
     Args:
         table: rows of the split, memory-mapped.
-        plan: the tower's plan; its modality names the column.
+        plan: of the tower; its modality selects the column.
         config: shape of the model, for its limits.
-        where: corpus and split, for messages.
-        captions: read the first caption of each row in place of its own modality.
-        every: read all captions of each row, one after the other.
-        limit: longest row in tokens or frames; the model's own limit if that is lower.
+        where: corpus and split, for error messages.
+        use_captions: read the first caption of each row instead of its own modality.
+        all_captions: read every caption of each row, in order.
+        limit: maximum row length in tokens or frames; the model's own limit applies if it is lower.
+
+    Raises:
+        UserError: the column is missing.
     """
-    name = "caption_tokens" if captions else COLUMN[plan.modality]
+    name = "caption_tokens" if use_captions else INPUT_COLUMNS[plan.modality]
     column = open_column(table, name, where)
     longest = config.max_frames if plan.modality == "sound" else config.max_tokens
     longest = longest if limit is None else min(limit, longest)
     owners: np.ndarray | None = None
-    if captions and isinstance(column, NestedRaggedColumn):
+    if use_captions and isinstance(column, NestedRaggedColumn):
         firsts = column.first(np.arange(len(table)))
-        if every:
+        if all_captions:
             counts = column.counts(np.arange(len(table)))
             owners = np.repeat(np.arange(len(table)), counts)
             firsts = np.concatenate(
@@ -100,70 +106,81 @@ def split_inputs(
         firsts = np.arange(len(table))
     if isinstance(column, RaggedColumn):
         ragged = column
-        items = np.minimum(ragged.lengths(firsts), longest)
+        row_lengths = np.minimum(ragged.lengths(firsts), longest)
 
-        def take(rows: np.ndarray) -> dict[str, Tensor]:
+        def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
             values, lengths = ragged.take(firsts[rows], limit=longest)
             return _ragged_batch(plan, values, lengths)
 
-        return InferenceInputs(_cost(plan, config, items), take, items, owners)
+        tokens = _encoder_lengths(plan, config, row_lengths)
+        return InferenceInputs(tokens, load_batch, row_lengths, owners)
     fixed = column
     assert not isinstance(fixed, NestedRaggedColumn)
     return InferenceInputs(
-        np.full(len(table), _tokens_of_one(plan, config)),
-        lambda rows: {COLUMN[plan.modality]: torch.from_numpy(fixed.take(rows))},
+        np.full(len(table), _tokens_per_row(plan, config)),
+        lambda rows: {INPUT_COLUMNS[plan.modality]: torch.from_numpy(fixed.take(rows))},
     )
 
 
 def memory_inputs(
     items: Sequence[np.ndarray], plan: SkillPlan, config: SkillNetConfig
 ) -> InferenceInputs:
-    """The input of a tower from arrays in memory, one per row, as a transform gives them.
+    """Return the input of a tower from arrays in memory.
 
-    Text and code: (T,) token ids. Sound: (frames, mels). Pictures (H, W, 3) and clips
-    (N, H, W, C): uint8.
+    Args:
+        items: one array per row, as a transform returns it. Text and code: (T,) token ids. Audio:
+            (frames, mels). Images: (H, W, 3) uint8. Video: (N, H, W, C) uint8.
+        plan: of the tower.
+        config: shape of the model, for its limits.
     """
     if plan.modality in ("image", "video"):
         return InferenceInputs(
-            np.full(len(items), _tokens_of_one(plan, config)),
+            np.full(len(items), _tokens_per_row(plan, config)),
             lambda rows: {
-                COLUMN[plan.modality]: torch.from_numpy(np.stack([items[row] for row in rows]))
+                INPUT_COLUMNS[plan.modality]: torch.from_numpy(
+                    np.stack([items[row] for row in rows])
+                )
             },
         )
     longest = config.max_frames if plan.modality == "sound" else config.max_tokens
     lengths_N = np.array([min(len(item), longest) for item in items], dtype=np.int64)
 
-    def take(rows: np.ndarray) -> dict[str, Tensor]:
+    def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
         lengths = lengths_N[rows]
         sample = items[int(rows[0])]
         values = np.zeros((len(rows), max(int(lengths.max()), 1), *sample.shape[1:]), sample.dtype)
-        for place, row in enumerate(rows):
-            values[place, : lengths[place]] = items[int(row)][: lengths[place]]
+        for index, row in enumerate(rows):
+            values[index, : lengths[index]] = items[int(row)][: lengths[index]]
         return _ragged_batch(plan, values, lengths)
 
-    return InferenceInputs(_cost(plan, config, lengths_N), take, lengths_N)
+    return InferenceInputs(_encoder_lengths(plan, config, lengths_N), load_batch, lengths_N)
 
 
 class InferenceRunner:
-    """Runs a model's tasks without gradients, in bf16 where the device multiplies it natively.
+    """Inference of a model's tasks without gradients, in bf16 if the device supports it natively.
 
     Args:
-        model: put into evaluation mode while it runs, and back afterwards.
+        model: set to evaluation mode during inference; its mode is restored afterwards.
         precision: ``auto``, ``bf16``, ``fp32`` or ``fp64``.
-        positions: rows x tokens of one batch.
+        max_batch_tokens: rows x tokens of one batch.
     """
 
     def __init__(
-        self, model: TaskModel, precision: str = "auto", positions: int = POSITIONS
+        self, model: TaskModel, precision: str = "auto", max_batch_tokens: int = MAX_BATCH_TOKENS
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         double = next(model.parameters()).dtype == torch.float64
         self.precision = choose_precision("fp64" if double else precision, self.device)
-        self.positions = positions
+        self.max_batch_tokens = max_batch_tokens
 
     def classify(self, task: str, inputs: InferenceInputs) -> np.ndarray:
-        """Probability of each class, (N, C) float32."""
+        """Return class probabilities, (N, C) float32.
+
+        Args:
+            task: a classification task.
+            inputs: of its tower, N rows.
+        """
         outputs = find_task(task, self.model.config.tasks).outputs
         out = np.zeros((len(inputs), outputs), dtype=np.float32)
         with self._inference():
@@ -173,9 +190,14 @@ class InferenceRunner:
         return out
 
     def transcribe(self, task: str, inputs: InferenceInputs) -> tuple[list[list[int]], np.ndarray]:
-        """Symbols of each row by greedy (best path) CTC decoding, and the path's confidence.
+        """Return the symbols of each row by greedy (best path) CTC decoding, and a confidence.
 
-        The confidence is the geometric mean of the path's probabilities, (N,) in (0, 1].
+        Args:
+            task: a CTC task.
+            inputs: of its tower, N rows.
+
+        Returns:
+            Symbol sequences, and the geometric mean of the path's probabilities, (N,) in (0, 1].
         """
         symbols: list[list[int]] = [[] for _ in range(len(inputs))]
         confidence = np.zeros(len(inputs), dtype=np.float32)
@@ -184,14 +206,20 @@ class InferenceRunner:
                 outputs = self.model(task, {"input": batch})
                 log_probs, lengths = outputs["log_probs"].float().cpu(), outputs["lengths"].cpu()
                 best = log_probs.amax(-1)
-                said = greedy_symbols(log_probs, lengths)
-                for place, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-                    symbols[row] = said[place]
-                    confidence[row] = best[place, : max(length, 1)].mean().exp()
+                decoded = greedy_symbols(log_probs, lengths)
+                for index, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+                    symbols[row] = decoded[index]
+                    confidence[row] = best[index, : max(length, 1)].mean().exp()
         return symbols, confidence
 
     def embed(self, task: str, tower: str, inputs: InferenceInputs) -> np.ndarray:
-        """Unit vectors of a retrieval task's tower, (N, E) float32."""
+        """Return the unit vectors of a retrieval tower, (N, E) float32.
+
+        Args:
+            task: a retrieval task.
+            tower: ``query`` or ``candidate``.
+            inputs: of the tower, N rows.
+        """
         out = np.zeros((len(inputs), self.model.config.embedding_dim), dtype=np.float32)
         with self._inference():
             for rows, batch in self._batches(inputs):
@@ -199,8 +227,8 @@ class InferenceRunner:
         return out
 
     def _batches(self, inputs: InferenceInputs) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-        for rows in batches_by_length(inputs.lengths, self.positions):
-            yield rows, {name: x.to(self.device) for name, x in inputs.take(rows).items()}
+        for rows in batches_by_length(inputs.lengths, self.max_batch_tokens):
+            yield rows, {name: x.to(self.device) for name, x in inputs.load_batch(rows).items()}
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -213,20 +241,30 @@ class InferenceRunner:
             self.model.train(was_training)
 
 
-def batches_by_length(lengths: np.ndarray, positions: int) -> Iterator[np.ndarray]:
-    """Row numbers in batches of like length, longest first; every row exactly once."""
+def batches_by_length(lengths: np.ndarray, max_batch_tokens: int) -> Iterator[np.ndarray]:
+    """Yield row numbers in batches of similar length, longest first; every row exactly once.
+
+    Args:
+        lengths: (N,) tokens of each row.
+        max_batch_tokens: rows x tokens of one batch. A batch has at least one row.
+    """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
-        rows = max(1, min(MAX_BATCH_ROWS, positions // max(int(lengths[order[start]]), 1)))
+        longest = max(int(lengths[order[start]]), 1)
+        rows = max(1, min(MAX_BATCH_ROWS, max_batch_tokens // longest))
         yield order[start : start + rows]
         start += rows
 
 
-def mean_input_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
-    """Tower -> mean length of its rows, for those whose rows differ in length."""
-    found = {name: inputs.mean_items for name, inputs in towers.items()}
-    return {name: value for name, value in found.items() if value is not None}
+def mean_row_lengths(towers: Mapping[str, InferenceInputs]) -> dict[str, int]:
+    """Return the mean row length of each tower whose rows differ in length.
+
+    Args:
+        towers: tower -> its inputs.
+    """
+    lengths = {name: inputs.mean_row_length for name, inputs in towers.items()}
+    return {name: value for name, value in lengths.items() if value is not None}
 
 
 def _ragged_batch(plan: SkillPlan, values: np.ndarray, lengths: np.ndarray) -> dict[str, Tensor]:
@@ -235,11 +273,14 @@ def _ragged_batch(plan: SkillPlan, values: np.ndarray, lengths: np.ndarray) -> d
     return {"tokens": torch.from_numpy(values.astype(np.int64))}
 
 
-def _cost(plan: SkillPlan, config: SkillNetConfig, items: np.ndarray) -> np.ndarray:
-    return -(-items // config.mel_stack) if plan.modality == "sound" else items
+def _encoder_lengths(
+    plan: SkillPlan, config: SkillNetConfig, row_lengths: np.ndarray
+) -> np.ndarray:
+    # The audio stem joins mel_stack frames into one token.
+    return -(-row_lengths // config.mel_stack) if plan.modality == "sound" else row_lengths
 
 
-def _tokens_of_one(plan: SkillPlan, config: SkillNetConfig) -> int:
+def _tokens_per_row(plan: SkillPlan, config: SkillNetConfig) -> int:
     if plan.modality == "image":
         return (config.image_size // config.patch_size) ** 2
     f, h, w = config.tubelet

@@ -1,7 +1,8 @@
-"""How well a model restores what is hidden of the rows of a split: the figures of masked tasks.
+"""Masked-prediction losses of pretraining tasks on a split.
 
-Rows are taken as they are, without augmentation, and the same of each row is hidden at every
-evaluation, so that figures of different steps and runs compare.
+Rows are not augmented, and every evaluation masks the same tokens of each row. Metrics of different
+steps and runs are therefore comparable. :func:`masked_losses` is the entry point of the evaluator;
+:mod:`pipelines.evaluation.reconstructions` draws the predictions.
 """
 
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ from torch import Tensor
 from pipelines.config.data import MaskConfig
 from pipelines.config.run import TaskTraining
 from pipelines.evaluation.inference import InferenceRunner
-from pipelines.loading.augment import Draws
+from pipelines.loading.augment import BatchRandom
 from pipelines.loading.dataloader import Batch
-from pipelines.loading.task_dataset import TaskRows
+from pipelines.loading.task_dataset import TaskDataset
 from skillnet.losses import masked_loss_per_row
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import find_task
@@ -24,7 +25,8 @@ from skillnet.skills import find_task
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
-BATCH = 64
+#: Rows of one forward pass.
+BATCH_ROWS = 64
 
 
 def masked_batches(
@@ -36,35 +38,41 @@ def masked_batches(
     limit: int | None = None,
     rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Rows of a split in order, a part of each hidden, on the model's device.
+    """Yield the rows of a split in order, with masked tokens, on the model's device.
 
     Args:
-        model: its sizes, its tasks.
+        model: its configuration selects sizes and tasks.
         task: a masked task of the model.
-        corpus: where the rows are.
-        split: of the corpus.
-        masks: what is hidden.
-        limit: longest row, in tokens or frames.
-        rows: their numbers; none takes all.
+        corpus: of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+        rows: row numbers; None selects all rows.
     """
-    source = pretrained_modality(model, task, corpus, split, masks, limit)
-    like = next(model.parameters())
-    wanted = np.arange(source.count) if rows is None else rows
-    for start in range(0, len(wanted), BATCH):
-        part = wanted[start : start + BATCH]
-        draws = Draws(("evaluation", start), len(part), slice(None))
-        towers, targets = source.load(part, draws)
-        yield Batch(task, towers, targets, part, len(part)).to(like.device, like.dtype)
+    dataset = open_masked_rows(model, task, corpus, split, masks, limit)
+    parameter = next(model.parameters())
+    selected = np.arange(dataset.num_rows) if rows is None else rows
+    for start in range(0, len(selected), BATCH_ROWS):
+        # The key of the generator is constant, so that each evaluation masks the same tokens.
+        part = selected[start : start + BATCH_ROWS]
+        draws = BatchRandom(("evaluation", start), len(part), slice(None))
+        towers, targets = dataset.load(part, draws)
+        yield Batch(task, towers, targets, part, len(part)).to(parameter.device, parameter.dtype)
 
 
-def restored_inputs(runner: InferenceRunner, batch: Batch) -> Tensor:
-    """What the model puts at the hidden tokens of a batch, (M, V) or (M, P)."""
+def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
+    """Return the model's predictions for the M masked tokens of a batch, (M, V) or (M, P).
+
+    Args:
+        runner: of the model; the training mode of the model is restored.
+        batch: from :func:`masked_batches`.
+    """
     model = runner.model
-    training = model.training
+    was_training = model.training
     model.eval()
     with torch.no_grad(), runner.precision.autocast():
         predicted = model(batch.task, batch.towers)["predicted"]
-    model.train(training)
+    model.train(was_training)
     return predicted
 
 
@@ -76,42 +84,74 @@ def masked_losses(
     masks: MaskConfig | None = None,
     limit: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """``masked_loss`` (N,) of every row, and ``masked_accuracy`` (N,) where tokens are restored."""
+    """Return per-row metrics of a masked task: loss, and accuracy for discrete tokens.
+
+    Args:
+        runner: of the model.
+        task: a masked task of the model.
+        corpus: of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+
+    Returns:
+        ``masked_loss`` (N,), and ``masked_accuracy`` (N,) if the targets are token ids.
+    """
     losses: list[Tensor] = []
-    right: list[Tensor] = []
+    accuracies: list[Tensor] = []
     for batch in masked_batches(runner.model, task, corpus, split, masks, limit):
-        predicted = restored_inputs(runner, batch)
+        predicted = predict_masked_tokens(runner, batch)
         values, masked = batch.targets["values"], batch.targets["masked"]
         losses.append(masked_loss_per_row(predicted, values, masked))
         if not values.is_floating_point():
             hits_M = (predicted.argmax(1) == values).double()
             hits_B = torch.zeros(len(masked), dtype=hits_M.dtype, device=masked.device)
             hits_B.index_add_(0, masked.nonzero()[:, 0], hits_M)
-            right.append(hits_B / masked.sum(1))
-    found = {"masked_loss": torch.cat(losses).double().cpu().numpy()}
-    if right:
-        found["masked_accuracy"] = torch.cat(right).cpu().numpy()
-    return found
+            accuracies.append(hits_B / masked.sum(1))
+    metrics = {"masked_loss": torch.cat(losses).double().cpu().numpy()}
+    if accuracies:
+        metrics["masked_accuracy"] = torch.cat(accuracies).cpu().numpy()
+    return metrics
 
 
 def mean_masked_length(
     model: TaskModel, task: str, corpus: "PreparedCorpus", split: str, limit: int | None = None
 ) -> dict[str, int]:
-    """Mean length of the rows of sequences, as costs are counted with; {} for the others."""
-    lengths = pretrained_modality(model, task, corpus, split, None, limit).lengths()
+    """Return the mean row length of a masked task's tower, for cost accounting.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: of the task.
+        split: name of the split.
+        limit: maximum row length in tokens or frames.
+
+    Returns:
+        ``{"input": length}``, or {} if all rows have one size.
+    """
+    lengths = open_masked_rows(model, task, corpus, split, None, limit).row_lengths()
     return {} if lengths is None else {"input": max(round(float(lengths.mean())), 1)}
 
 
-def pretrained_modality(
+def open_masked_rows(
     model: TaskModel,
     task: str,
     corpus: "PreparedCorpus",
     split: str,
     masks: MaskConfig | None,
     limit: int | None,
-) -> TaskRows:
-    """The rows of a split as a masked task of the model reads them."""
+) -> TaskDataset:
+    """Return the rows of a split as a masked task of the model reads them.
+
+    Args:
+        model: its configuration selects sizes and tasks.
+        task: a masked task of the model.
+        corpus: of the task.
+        split: name of the split.
+        masks: mask settings.
+        limit: maximum row length in tokens or frames.
+    """
     settings = TaskTraining(corpus.name, split=split, max_length=limit)
-    return TaskRows(
+    return TaskDataset(
         task, find_task(task, model.config.tasks), corpus, model.config, settings, masks
     )

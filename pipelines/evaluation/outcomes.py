@@ -1,14 +1,16 @@
-"""What became of every test row: the file from which systems are compared row by row.
+"""Outcomes of every test row, for row-by-row comparisons of systems.
 
-``outcomes.parquet`` holds one line per row of every evaluated split. A task's primary metric is
-sum(amount) / sum(weight) over the rows of a split:
+``outcomes.parquet`` has one line per row of every evaluated split. The primary metric of a task is
+sum(numerator) / sum(denominator) over the rows of a split:
 
-objective        amount                                   weight
-classification   1 if the class is right                  1
-ctc              edit distance to the right symbols       number of right symbols
+objective        numerator                                denominator
+classification   1 if the class is correct                1
+ctc              edit distance to the reference           number of reference symbols
 retrieval        queries with a rank of at most 10        number of queries of the row
 
-Rows are numbered as in the prepared split, so that two systems pair by (task, split, row).
+Rows are numbered as in the prepared split. Two systems are paired by (task, split, row).
+:func:`pipelines.evaluation.evaluator.evaluate_model` fills an :class:`OutcomeTable`; comparisons
+and growth reports read the file.
 """
 
 from collections.abc import Iterator
@@ -24,18 +26,18 @@ from skillnet.metrics import ConfidenceInterval, bootstrap_interval, ratio_of_su
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write
 
-FILE = "outcomes.parquet"
+OUTCOMES_FILE = "outcomes.parquet"
 
-#: A retrieved row counts as found up to this rank.
-FOUND_AT = 10
+#: A query counts as successful up to this rank of its best correct candidate.
+RECALL_RANK = 10
 
 SCHEMA = pa.schema(
     [
         ("task", pa.string()),
         ("split", pa.string()),
         ("row", pa.int32()),
-        ("amount", pa.float32()),
-        ("weight", pa.float32()),
+        ("numerator", pa.float32()),
+        ("denominator", pa.float32()),
         ("rank", pa.float32()),
     ]
 )
@@ -43,68 +45,88 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RowOutcomes:
-    """Outcomes of one task's split, in the order of its rows.
+    """Outcomes of one task on one split, in the order of its rows.
 
     Args:
-        amount: (N,) float64, see the head of this file.
-        weight: (N,) float64.
-        rank: (N,) float64, from 1; NaN where nothing is ranked.
+        numerator: (N,) float64, see the module docstring.
+        denominator: (N,) float64.
+        rank: (N,) float64, from 1; NaN for tasks without a ranking.
     """
 
-    amount: np.ndarray
-    weight: np.ndarray
+    numerator: np.ndarray
+    denominator: np.ndarray
     rank: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.amount)
+        return len(self.numerator)
 
     @property
     def value(self) -> float:
-        """The primary metric, a fraction."""
-        total = float(self.weight.sum())
-        return float(self.amount.sum()) / total if total else float("nan")
+        """Primary metric of the split, a fraction; NaN if the denominators sum to 0."""
+        total = float(self.denominator.sum())
+        return float(self.numerator.sum()) / total if total else float("nan")
 
 
 class OutcomeTable:
-    """Collects outcomes while a model is evaluated; knows them by (task, split)."""
+    """Mapping from (task, split) to :class:`RowOutcomes`, filled while a model is evaluated."""
 
     def __init__(self) -> None:
         self._parts: dict[tuple[str, str], RowOutcomes] = {}
 
-    def hits(self, task: str, split: str, right: ArrayLike) -> None:
-        """Rows that are right or wrong, (N,) booleans."""
-        amount = np.asarray(right, np.float64)
-        self.add(task, split, amount, np.ones(len(amount)))
+    def add_hits(self, task: str, split: str, hits: ArrayLike) -> None:
+        """Add the outcomes of classification rows.
 
-    def ranks(
+        Args:
+            task: name of the task.
+            split: name of the split.
+            hits: (N,) booleans, true for rows with the correct class.
+        """
+        numerator = np.asarray(hits, np.float64)
+        self.add(task, split, numerator, np.ones(len(numerator)))
+
+    def add_ranks(
         self, task: str, split: str, ranks: ArrayLike, owners: np.ndarray | None = None
     ) -> None:
-        """Queries with the rank of their best right candidate, (Q,) from 1.
+        """Add the outcomes of retrieval queries.
 
-        A row has one query, or those whose ``owners``, in ascending order, name it; its rank is
-        then their mean.
+        Args:
+            task: name of the task.
+            split: name of the split.
+            ranks: (Q,) rank of the best correct candidate of each query, from 1.
+            owners: (Q,) row of each query, ascending; None if each row has one query. The rank of
+                a row is the mean rank of its queries.
         """
         rank = np.asarray(ranks, np.float64)
-        found: np.ndarray = (rank <= FOUND_AT).astype(np.float64)
-        weight: np.ndarray = np.ones(len(rank))
+        hits: np.ndarray = (rank <= RECALL_RANK).astype(np.float64)
+        queries: np.ndarray = np.ones(len(rank))
         if owners is not None:
-            weight = np.bincount(owners).astype(np.float64)
-            found = np.bincount(owners, found)
-            rank = np.bincount(owners, rank) / weight
-        self.add(task, split, found, weight, rank)
+            queries = np.bincount(owners).astype(np.float64)
+            hits = np.bincount(owners, hits)
+            rank = np.bincount(owners, rank) / queries
+        self.add(task, split, hits, queries, rank)
 
     def add(
         self,
         task: str,
         split: str,
-        amount: ArrayLike,
-        weight: ArrayLike,
+        numerator: ArrayLike,
+        denominator: ArrayLike,
         rank: ArrayLike | None = None,
     ) -> None:
-        """Amounts and weights of a split's rows, each (N,); a second call replaces the first."""
-        amounts = np.asarray(amount, np.float64)
-        ranks = np.full(len(amounts), np.nan) if rank is None else np.asarray(rank, np.float64)
-        self._parts[task, split] = RowOutcomes(amounts, np.asarray(weight, np.float64), ranks)
+        """Add the rows of a split; a second call for the same split replaces the first.
+
+        Args:
+            task: name of the task.
+            split: name of the split.
+            numerator: (N,) see the module docstring.
+            denominator: (N,)
+            rank: (N,) or None for tasks without a ranking.
+        """
+        numerators = np.asarray(numerator, np.float64)
+        ranks = np.full(len(numerators), np.nan) if rank is None else np.asarray(rank, np.float64)
+        self._parts[task, split] = RowOutcomes(
+            numerators, np.asarray(denominator, np.float64), ranks
+        )
 
     def __getitem__(self, key: tuple[str, str]) -> RowOutcomes:
         return self._parts[key]
@@ -118,73 +140,89 @@ class OutcomeTable:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def table(self) -> pa.Table:
-        """All of them, with the columns ``SCHEMA``."""
+    def to_table(self) -> pa.Table:
+        """Return all outcomes as one table with the columns ``SCHEMA``."""
         tables = []
         for (task, split), part in self._parts.items():
             count = len(part)
+            values = (part.numerator, part.denominator, part.rank)
             columns = [
                 pa.array([task] * count, pa.string()),
                 pa.array([split] * count, pa.string()),
                 pa.array(np.arange(count, dtype=np.int32)),
-                *(pa.array(x.astype(np.float32)) for x in (part.amount, part.weight, part.rank)),
+                *(pa.array(x.astype(np.float32)) for x in values),
             ]
             tables.append(pa.Table.from_arrays(columns, schema=SCHEMA))
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
 def write_outcomes(outcomes: OutcomeTable, path: str | Path) -> None:
-    """Write a run's outcomes; readers see the whole file or none."""
+    """Write the outcomes of a run atomically as Parquet.
+
+    Args:
+        outcomes: to write.
+        path: of the file.
+    """
     with atomic_write(path) as stream:
-        pq.write_table(outcomes.table(), stream, compression="zstd")
+        pq.write_table(outcomes.to_table(), stream, compression="zstd")
 
 
 def read_outcomes(path: str | Path) -> OutcomeTable:
-    """Read what :func:`write_outcomes` wrote.
+    """Read a file that :func:`write_outcomes` wrote.
+
+    Args:
+        path: of the file.
 
     Raises:
-        UserError: no such file, another kind of file, missing columns or rows.
+        UserError: the file is missing, is not Parquet, or lacks columns or rows.
     """
     try:
         table = pq.read_table(path, schema=None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; was the run evaluated?") from None
-    except (pa.ArrowException, OSError) as problem:
-        raise UserError(f"{path}: not a Parquet file ({first_line(problem)})") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file ({first_line(error)})") from None
     absent = [name for name in SCHEMA.names if name not in table.column_names]
     if absent:
         raise UserError(f"{path}: the column {absent[0]} is missing")
     try:
         table = table.select(SCHEMA.names).cast(SCHEMA)
         table.validate(full=True)
-    except (pa.ArrowException, ValueError) as problem:
-        raise UserError(f"{path}: not what a run wrote ({first_line(problem)})") from None
-    found = OutcomeTable()
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: invalid outcomes ({first_line(error)})") from None
+    outcomes = OutcomeTable()
     tasks, splits = table["task"].to_numpy(), table["split"].to_numpy()
-    row, amount, weight, rank = (
-        table[name].to_numpy().astype(np.float64) for name in ("row", "amount", "weight", "rank")
+    row, numerator, denominator, rank = (
+        table[name].to_numpy().astype(np.float64)
+        for name in ("row", "numerator", "denominator", "rank")
     )
     for task, split in dict.fromkeys(zip(tasks.tolist(), splits.tolist(), strict=True)):
-        place = np.flatnonzero((tasks == task) & (splits == split))
-        place = place[np.argsort(row[place], kind="stable")]
-        if not np.array_equal(row[place], np.arange(len(place))):
-            raise UserError(f"{path}: {task} {split}: rows are missing or there twice")
-        found.add(task, split, amount[place], weight[place], rank[place])
-    return found
+        lines = np.flatnonzero((tasks == task) & (splits == split))
+        lines = lines[np.argsort(row[lines], kind="stable")]
+        if not np.array_equal(row[lines], np.arange(len(lines))):
+            raise UserError(f"{path}: {task} {split}: rows are missing or duplicated")
+        outcomes.add(task, split, numerator[lines], denominator[lines], rank[lines])
+    return outcomes
 
 
 def paired_difference(
-    one: RowOutcomes, other: RowOutcomes, seed: int = 0, samples: int = 1000
+    one: RowOutcomes, other: RowOutcomes, seed: int = 0, bootstrap_samples: int = 1000
 ) -> ConfidenceInterval:
-    """Primary metric of ``one`` less that of ``other`` on the same rows.
+    """Return the primary metric of ``one`` minus that of ``other``, with its interval.
 
-    The interval comes from drawing rows, both models' outcomes of a row together: what is hard
-    for both does not count as a difference between them.
+    The bootstrap draws the outcomes of both models for a row together. Rows that are difficult for
+    both models therefore do not widen the interval.
+
+    Args:
+        one: outcomes of the first model.
+        other: outcomes of the second model on the same rows.
+        seed: of the bootstrap.
+        bootstrap_samples: number of resamples.
 
     Raises:
-        ValueError: they are not of the same rows.
+        ValueError: the outcomes belong to different rows.
     """
-    if len(one) != len(other) or not np.array_equal(one.weight, other.weight):
+    if len(one) != len(other) or not np.array_equal(one.denominator, other.denominator):
         raise ValueError(f"{len(one)} and {len(other)} outcomes are not of the same rows")
-    rows_N2 = np.stack([one.amount - other.amount, one.weight], 1)
-    return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=samples)
+    rows_N2 = np.stack([one.numerator - other.numerator, one.denominator], 1)
+    return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=bootstrap_samples)

@@ -1,15 +1,23 @@
-"""What simple methods reach on the same splits: the lines a model has to be held against.
+"""Simple baselines on the splits of a model: the systems ``chance`` and ``simple_baseline``.
 
-* ``chance``: what is known without looking at the input. Classes: the commonest one of the
-  training rows. Speech: the commonest symbol at each place. Retrieval: candidates in random
-  order (the exact expectation, so without an interval).
-* ``reference``: classes: logistic regression, on TF-IDF of character n-grams or on pictures,
-  clips and recordings made small. Speech: the
-  transcript of the nearest training recording. Pictures and clips: the training items whose
-  captions are nearest by TF-IDF stand in for the query, and candidates are ranked by how much
-  they look like them. Code: TF-IDF of character n-grams, docstring against code.
+``chance`` predicts without reading the input:
 
-They fit on the ``train`` split only, on ``KNOWN`` of its rows, evenly spread, if it has more.
+* Classification: the most frequent class of the training rows.
+* Speech: the most frequent symbol at each position.
+* Retrieval: candidates in random order; its exact expectation, so it has no interval.
+
+``simple_baseline`` is a method without a neural network:
+
+* Classification: logistic regression on TF-IDF of character n-grams, or on downsampled images,
+  video and audio.
+* Speech: the transcript of the nearest training recording.
+* Image and video retrieval: the training items whose captions are nearest by TF-IDF replace the
+  query; candidates are ranked by visual similarity to them.
+* Code retrieval: TF-IDF of character n-grams, docstring against code.
+
+The methods fit on at most ``MAX_TRAIN_ROWS`` evenly spaced rows of the ``train`` split. The main
+entry point is :func:`evaluate_simple_baselines`; ``skillnet evaluate`` and ``skillnet quickstart``
+call it.
 """
 
 import warnings
@@ -21,34 +29,37 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.evaluation.evaluator import (
-    TaskFigures,
     check_outputs,
     choose_splits,
-    classification_figures,
-    fixed_column,
     locate_task_corpus,
-    ragged_column,
-    retrieval_figures,
-    sequence_figures,
+    read_fixed_column,
+    read_ragged_column,
     tidy_rows,
     uses_all_captions,
+)
+from pipelines.evaluation.task_metrics import (
+    TaskMetrics,
+    classification_metrics,
+    retrieval_metrics,
+    transcription_metrics,
 )
 from pipelines.shards.columns import FixedColumn, open_column
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import ConfidenceInterval, unique_group_ids
 from skillnet.skills import Task, find_task
-from skillnet_platform.config import digest
+from skillnet_platform.config import digest_config
 from skillnet_platform.storage import read_json, run_root, write_json
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 
-#: Goes up whenever a method here changes, so that kept results are not taken for new ones.
-VERSION = 1
+#: Increase it when a method in this file changes, so that cached results are not reused.
+BASELINES_VERSION = 1
 
 NEIGHBOURS = 5
+#: Maximum size of a TF-IDF vocabulary in retrieval.
 FEATURES = 4096
-#: Training rows that a simple method learns from: nearest neighbours compare with all of them.
-KNOWN = 20_000
+#: Maximum number of training rows: the nearest-neighbour methods compare with all of them.
+MAX_TRAIN_ROWS = 20_000
 
 
 def evaluate_simple_baselines(
@@ -58,173 +69,208 @@ def evaluate_simple_baselines(
     *,
     corpora: Mapping[str, str] | None = None,
     seed: int = 0,
-    samples: int = 1000,
-    keep: bool = True,
+    bootstrap_samples: int = 1000,
+    use_cache: bool = True,
     on_task: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of the systems ``chance`` and ``reference``, in the form of ``evaluate_model``.
+    """Evaluate ``chance`` and ``simple_baseline`` on the splits of some tasks.
 
     Args:
         data: directory of prepared corpora.
-        tasks: name -> task; none takes the default five.
-        splits: names; none takes every split whose name starts with ``test``.
-        corpora: task -> corpus, where it is not the built-in one.
+        tasks: name -> task; None selects the default five.
+        splits: names; None selects every split whose name starts with ``test``.
+        corpora: task -> corpus; other tasks use the built-in corpus.
         seed: of the bootstrap.
-        samples: resamplings of each interval; 0 leaves intervals out.
-        keep: read and write ``references-<digest>.json`` beside the corpora. The digest covers
-            the corpora, the settings and ``VERSION``.
-        on_task: called with each task's name before it is computed.
+        bootstrap_samples: resamples of each interval; 0 omits intervals.
+        use_cache: read and write ``simple-baselines-<corpus>-<digest>.json`` beside the corpora.
+            The digest covers the corpora, the settings and ``BASELINES_VERSION``.
+        on_task: called with the name of each task that is computed.
+
+    Returns:
+        Rows in the format of :func:`pipelines.evaluation.evaluator.evaluate_model`.
 
     Raises:
-        UserError: a missing or damaged corpus.
+        UserError: a corpus is missing or damaged.
     """
     specs = dict(SkillNetConfig().tasks if tasks is None else tasks)
     opened = {name: open_corpus(locate_task_corpus(data, name, corpora)) for name in specs}
-    where = place(data, Path())
-    # Beside corpora in a store there is no room for what can be computed again.
-    beside = where if isinstance(where, Path) else run_root() / "cache" / "references"
+    where = parse_location(data, Path())
+    # Results can be recomputed, so they are not written to an object store.
+    cache = where if isinstance(where, Path) else run_root() / "cache" / "simple-baselines"
     rows: list[dict[str, Any]] = []
     for name, corpus in opened.items():
         spec = find_task(name, specs)
         check_outputs(corpus, name, spec)
-        wanted = choose_splits(corpus, splits)
-        key = digest([VERSION, name, corpus.digest, spec.objective, wanted, seed, samples])
-        kept = beside / f"references-{corpus.name}-{key[:12]}.json"
-        if keep and kept.is_file():
-            rows += read_json(kept)
+        names = choose_splits(corpus, splits)
+        settings = [spec.objective, names, seed, bootstrap_samples]
+        key = digest_config([BASELINES_VERSION, name, corpus.digest, *settings])
+        path = cache / f"simple-baselines-{corpus.name}-{key[:12]}.json"
+        if use_cache and path.is_file():
+            rows += read_json(path)
             continue
         if on_task is not None:
             on_task(name)
         new: list[dict[str, Any]] = []
-        for split in wanted:
-            for system, figures in _both(spec, corpus, split, seed, samples).items():
-                new += tidy_rows(figures, system=system, task=name, seed=seed, split=split)
-        if keep:
-            write_json(kept, new)
+        for split in names:
+            systems = _measure_both(spec, corpus, split, seed, bootstrap_samples)
+            for system, metrics in systems.items():
+                new += tidy_rows(metrics, system=system, task=name, seed=seed, split=split)
+        if use_cache:
+            write_json(path, new)
         rows += new
     return rows
 
 
-def _both(
-    spec: Task, corpus: PreparedCorpus, split: str, seed: int, samples: int
-) -> dict[str, TaskFigures]:
-    train, test = _known(corpus.splits["train"].table()), corpus.splits[split].table()
+def _measure_both(
+    spec: Task, corpus: PreparedCorpus, split: str, seed: int, bootstrap_samples: int
+) -> dict[str, TaskMetrics]:
+    """Return system -> metrics of one task on one split."""
+    train, test = _subsample(corpus.splits["train"].table()), corpus.splits[split].table()
     where = f"{corpus.name}/{split}"
     if spec.objective == "classification":
-        return _classes(train, test, corpus.modality, where, seed, samples)
+        return _classification(train, test, corpus.modality, where, seed, bootstrap_samples)
     if spec.objective == "ctc":
-        return _transcripts(train, test, where, seed, samples)
-    groups = unique_group_ids(fixed_column(test, "group", where))
+        return _transcription(train, test, where, seed, bootstrap_samples)
+    groups = unique_group_ids(read_fixed_column(test, "group", where))
     captions = test.column("captions").to_pylist()
     if not uses_all_captions(corpus):
         captions = [row[:1] for row in captions]
     owners = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
-    asked, texts = groups[owners], [caption for row in captions for caption in row]
+    query_groups, texts = groups[owners], [caption for row in captions for caption in row]
     if corpus.modality in ("image", "video"):
-        query, candidate, back_query, back_candidate = _looks(
+        query, candidate, back_query, back_candidate = _visual_vectors(
             train, test, texts, corpus.modality, where
         )
     else:
-        query, candidate = _words(train, test, texts)
+        query, candidate = _code_vectors(train, test, texts)
         back_query, back_candidate = query, candidate
-    there = retrieval_figures(
-        query, candidate, asked, groups, seed, samples, ways=("",), owners=owners
+    forward = retrieval_metrics(
+        query,
+        candidate,
+        query_groups,
+        groups,
+        seed,
+        bootstrap_samples,
+        directions=("",),
+        owners=owners,
     )
-    back = retrieval_figures(
-        back_query, back_candidate, asked, groups, seed, samples, ways=("reverse_",)
+    backward = retrieval_metrics(
+        back_query,
+        back_candidate,
+        query_groups,
+        groups,
+        seed,
+        bootstrap_samples,
+        directions=("reverse_",),
     )
-    return {"chance": random_ranks(groups, asked), "reference": there | back}
+    return {
+        "chance": random_ranking_metrics(groups, query_groups),
+        "simple_baseline": forward | backward,
+    }
 
 
-# -- classes -------------------------------------------------------------------------------
+# -- classification ------------------------------------------------------------------------
 
 
-def _classes(
-    train: pa.Table, test: pa.Table, modality: str, where: str, seed: int, samples: int
-) -> dict[str, TaskFigures]:
+def _classification(
+    train: pa.Table, test: pa.Table, modality: str, where: str, seed: int, bootstrap_samples: int
+) -> dict[str, TaskMetrics]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    known, right = fixed_column(train, "label", where), fixed_column(test, "label", where)
+    train_labels = read_fixed_column(train, "label", where)
+    labels = read_fixed_column(test, "label", where)
     if modality in ("text", "code"):
         vectors = _tfidf((1, 2), 60_000)
-        features = vectors.fit_transform(_strings(train, modality))
-        asked = vectors.transform(_strings(test, modality))
+        train_features = vectors.fit_transform(_strings(train, modality))
+        features = vectors.transform(_strings(test, modality))
     elif modality == "sound":
-        features, asked = (_recordings(table, where) for table in (train, test))
+        train_features, features = (_audio_vectors(table, where) for table in (train, test))
     else:
         name = "pixels" if modality == "image" else "frames"
-        features, asked = (_coarse(_all(table, name, where)) / 255 for table in (train, test))
+        train_features, features = (
+            _brightness(read_fixed_column(table, name, where)) / 255 for table in (train, test)
+        )
     model = LogisticRegression(C=3.0, max_iter=200, tol=1e-3)
     with warnings.catch_warnings():
-        # On thousands of dense features it is still moving after 200 steps, and good enough.
+        # On thousands of dense features, 200 steps are accurate enough without convergence.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        said = model.fit(features, known).predict(asked)
-    commonest = np.full(len(right), np.bincount(known).argmax())
+        predicted = model.fit(train_features, train_labels).predict(features)
+    most_frequent = np.full(len(labels), np.bincount(train_labels).argmax())
     return {
-        "chance": classification_figures(commonest, right, seed, samples),
-        "reference": classification_figures(said, right, seed, samples),
+        "chance": classification_metrics(most_frequent, labels, seed, bootstrap_samples),
+        "simple_baseline": classification_metrics(predicted, labels, seed, bootstrap_samples),
     }
 
 
-# -- sound ---------------------------------------------------------------------------------
+# -- speech --------------------------------------------------------------------------------
 
 
-def _transcripts(
-    train: pa.Table, test: pa.Table, where: str, seed: int, samples: int
-) -> dict[str, TaskFigures]:
-    known, right = ragged_column(train, "symbols", where), ragged_column(test, "symbols", where)
-    nearest = _nearest(_recordings(test, where), _recordings(train, where), 1)[0][:, 0]
-    places = max(len(row) for row in known)
-    usual = round(float(np.mean([len(row) for row in known])))
-    commonest = [
-        int(np.bincount([row[place] for row in known if len(row) > place]).argmax())
-        for place in range(min(usual, places))
+def _transcription(
+    train: pa.Table, test: pa.Table, where: str, seed: int, bootstrap_samples: int
+) -> dict[str, TaskMetrics]:
+    train_symbols = read_ragged_column(train, "symbols", where)
+    symbols = read_ragged_column(test, "symbols", where)
+    nearest = _nearest(_audio_vectors(test, where), _audio_vectors(train, where), 1)[0][:, 0]
+    longest = max(len(row) for row in train_symbols)
+    mean_length = round(float(np.mean([len(row) for row in train_symbols])))
+    most_frequent = [
+        int(np.bincount([row[position] for row in train_symbols if len(row) > position]).argmax())
+        for position in range(min(mean_length, longest))
     ]
     return {
-        "chance": sequence_figures([commonest] * len(right), right, seed, samples),
-        "reference": sequence_figures([known[row] for row in nearest], right, seed, samples),
+        "chance": transcription_metrics(
+            [most_frequent] * len(symbols), symbols, seed, bootstrap_samples
+        ),
+        "simple_baseline": transcription_metrics(
+            [train_symbols[row] for row in nearest], symbols, seed, bootstrap_samples
+        ),
     }
 
 
-def _recordings(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
-    """(N, frames * mels) unit vectors: recordings stretched to one length."""
+def _audio_vectors(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
+    """Return (N, frames * mels) unit vectors: spectrograms resampled to one length."""
     column = open_column(table, "log_mel", where)
     assert not isinstance(column, FixedColumn)
     out = []
     for row in range(len(table)):
         mel_TM = column.take(np.array([row]))[0][0].astype(np.float32)  # type: ignore[union-attr]
-        place = np.linspace(0, len(mel_TM) - 1, frames)
-        low = np.floor(place).astype(int)
+        position = np.linspace(0, len(mel_TM) - 1, frames)
+        low = np.floor(position).astype(int)
         high = np.minimum(low + 1, len(mel_TM) - 1)
-        share = (place - low)[:, None].astype(np.float32)
-        out.append(((1 - share) * mel_TM[low] + share * mel_TM[high]).ravel())
-    return _unit(np.stack(out))
+        fraction = (position - low)[:, None].astype(np.float32)
+        out.append(((1 - fraction) * mel_TM[low] + fraction * mel_TM[high]).ravel())
+    return _normalize(np.stack(out))
 
 
-# -- pictures, clips, code -----------------------------------------------------------------
+# -- retrieval -----------------------------------------------------------------------------
 
 
-def _looks(
+def _visual_vectors(
     train: pa.Table, test: pa.Table, texts: list[str], modality: str, where: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Query and candidate vectors of text -> X, then of X -> text."""
-    names = train.column("captions").to_pylist()
-    owner = np.repeat(np.arange(len(names)), [len(captions) for captions in names])
+    """Return query and candidate vectors of text -> X, then of X -> text."""
+    captions = train.column("captions").to_pylist()
+    owner = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     vectors = _tfidf((1, 2), FEATURES)
-    known_text = vectors.fit_transform([caption for captions in names for caption in captions])
-    known_text = known_text.toarray().astype(np.float32)
+    train_text = vectors.fit_transform([caption for row in captions for caption in row])
+    train_text = train_text.toarray().astype(np.float32)
     text = vectors.transform(texts).toarray().astype(np.float32)
     name = "pixels" if modality == "image" else "frames"
-    known_look, look = (_small(_all(table, name, where)) for table in (train, test))
-    rows, weights = _nearest(text, known_text, NEIGHBOURS)
-    query = _mix(known_look[owner][rows], weights)
+    train_visual, visual = (
+        _centered_brightness(read_fixed_column(table, name, where)) for table in (train, test)
+    )
+    rows, similarity = _nearest(text, train_text, NEIGHBOURS)
+    query = _neighbour_mean(train_visual[owner][rows], similarity)
     firsts = np.unique(owner, return_index=True)[1]
-    rows, weights = _nearest(look, known_look, NEIGHBOURS)
-    return query, look, text, _mix(known_text[firsts][rows], weights)
+    rows, similarity = _nearest(visual, train_visual, NEIGHBOURS)
+    return query, visual, text, _neighbour_mean(train_text[firsts][rows], similarity)
 
 
-def _words(train: pa.Table, test: pa.Table, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _code_vectors(
+    train: pa.Table, test: pa.Table, texts: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return TF-IDF vectors of the queries and of the candidates' code."""
     vectors = _tfidf((1, 3), FEATURES)
     vectors.fit([*_first_captions(train), *_strings(train, "code")])
     candidate = _strings(test, "code")
@@ -234,48 +280,57 @@ def _words(train: pa.Table, test: pa.Table, texts: list[str]) -> tuple[np.ndarra
     )
 
 
-def random_ranks(groups: np.ndarray, asked: np.ndarray | None = None) -> TaskFigures:
-    """Expected figures if every query's candidates came in random order.
+def random_ranking_metrics(
+    groups: np.ndarray, query_groups: np.ndarray | None = None
+) -> TaskMetrics:
+    """Return the expected retrieval metrics if candidates are ranked in random order.
 
-    A query with p right answers among N finds none in the first k with probability
-    (N-p)/N * (N-p-1)/(N-1) * ... over k factors.
+    A query with p correct answers among N candidates finds none of them in the first k with
+    probability (N-p)/N * (N-p-1)/(N-1) * ... over k factors.
 
     Args:
-        groups: (N,) of the candidates.
-        asked: (Q,) of the queries; none is one for each candidate.
+        groups: (N,) group of each candidate.
+        query_groups: (Q,) group of each query; None means one query for each candidate.
     """
-    nothing = float("nan")
-    asked = groups if asked is None else asked
+    nan = float("nan")
+    query_groups = groups if query_groups is None else query_groups
     return {
-        f"{way}{name}": ConfidenceInterval(value, nothing, nothing)
-        for way, here, there in (("", asked, groups), ("reverse_", groups, asked))
-        for name, value in _expected(here, there).items()
+        f"{prefix}{name}": ConfidenceInterval(value, nan, nan)
+        for prefix, queries, candidates in (
+            ("", query_groups, groups),
+            ("reverse_", groups, query_groups),
+        )
+        for name, value in _expected_metrics(queries, candidates).items()
     }
 
 
-def _expected(queries: np.ndarray, candidates: np.ndarray) -> dict[str, float]:
+def _expected_metrics(queries: np.ndarray, candidates: np.ndarray) -> dict[str, float]:
     names, sizes = np.unique(candidates, return_counts=True)
-    right, often = np.unique(sizes[np.searchsorted(names, queries)], return_counts=True)
-    total, share = len(candidates), often / often.sum()
-    missed = np.ones(len(right))
-    found_by: list[float] = []
-    while len(found_by) < total and (len(found_by) < 10 or found_by[-1] < 0.5):
-        k = len(found_by)
-        missed *= np.maximum(total - right - k, 0) / (total - k)
-        found_by.append(float(1 - missed @ share))
-    values = {f"recall_at_{k}": found_by[min(k, total) - 1] for k in (1, 5, 10)}
-    values["median_rank"] = float(np.searchsorted(found_by, 0.5) + 1)
+    # Queries with the same number of correct answers have the same expectation.
+    correct, counts = np.unique(sizes[np.searchsorted(names, queries)], return_counts=True)
+    total, weights = len(candidates), counts / counts.sum()
+    missed = np.ones(len(correct))
+    recalls: list[float] = []
+    while len(recalls) < total and (len(recalls) < 10 or recalls[-1] < 0.5):
+        k = len(recalls)
+        missed *= np.maximum(total - correct - k, 0) / (total - k)
+        recalls.append(float(1 - missed @ weights))
+    values = {f"recall_at_{k}": recalls[min(k, total) - 1] for k in (1, 5, 10)}
+    values["median_rank"] = float(np.searchsorted(recalls, 0.5) + 1)
     return values
 
 
-def _small(x: np.ndarray) -> np.ndarray:
-    """Pictures (N, H, W, C) or clips (N, F, H, W, C) -> unit vectors of coarse brightness."""
-    coarse = _coarse(x)
-    return _unit(coarse - coarse.mean(1, keepdims=True))
+# -- features ------------------------------------------------------------------------------
 
 
-def _coarse(x: np.ndarray, side: int = 12) -> np.ndarray:
-    """Pictures or clips as vectors of coarse brightness, 0 … 255, (N, E)."""
+def _centered_brightness(x: np.ndarray) -> np.ndarray:
+    """Return unit vectors of low-resolution brightness around its mean, (N, E)."""
+    vectors = _brightness(x)
+    return _normalize(vectors - vectors.mean(1, keepdims=True))
+
+
+def _brightness(x: np.ndarray, side: int = 12) -> np.ndarray:
+    """Downsample images (N, H, W, C) or video (N, F, H, W, C) to vectors (N, E) in 0 … 255."""
     if x.ndim == 4:
         x = x[:, None]
     N, F, H, W, C = x.shape
@@ -285,12 +340,13 @@ def _coarse(x: np.ndarray, side: int = 12) -> np.ndarray:
     return blocks.mean((3, 5), dtype=np.float32).reshape(N, -1)
 
 
-def _nearest(x_NE: np.ndarray, known_ME: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, count) rows of the most similar known vectors, best first, and their similarity."""
-    count = min(count, len(known_ME))
+def _nearest(x_NE: np.ndarray, train_ME: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N, count) rows of the most similar training vectors, and their similarity."""
+    count = min(count, len(train_ME))
     rows, values = [], []
+    # Blocks of 512 rows bound the memory of the similarity matrix.
     for start in range(0, len(x_NE), 512):
-        similar = x_NE[start : start + 512] @ known_ME.T
+        similar = x_NE[start : start + 512] @ train_ME.T
         best = np.argpartition(-similar, count - 1, axis=1)[:, :count]
         value = np.take_along_axis(similar, best, 1)
         order = np.argsort(-value, axis=1, kind="stable")
@@ -299,13 +355,14 @@ def _nearest(x_NE: np.ndarray, known_ME: np.ndarray, count: int) -> tuple[np.nda
     return np.concatenate(rows), np.concatenate(values)
 
 
-def _mix(vectors_NKE: np.ndarray, similarity_NK: np.ndarray) -> np.ndarray:
-    """(N, E) mean of neighbours, the nearest ones counting far more."""
+def _neighbour_mean(vectors_NKE: np.ndarray, similarity_NK: np.ndarray) -> np.ndarray:
+    """Return (N, E) means of K neighbours, with exponentially larger weights for nearer ones."""
     weights = np.exp(20 * (similarity_NK - similarity_NK.max(1, keepdims=True)))
-    return _unit(np.einsum("nke,nk->ne", vectors_NKE, weights / weights.sum(1, keepdims=True)))
+    weights = weights / weights.sum(1, keepdims=True)
+    return _normalize(np.einsum("nke,nk->ne", vectors_NKE, weights))
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def _normalize(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
 
@@ -321,16 +378,12 @@ def _strings(table: pa.Table, name: str) -> list[str]:
     return table.column(name).to_pylist()
 
 
-def _known(train: pa.Table) -> pa.Table:
-    """All rows, or ``KNOWN`` of them, evenly spread."""
-    if len(train) <= KNOWN:
+def _subsample(train: pa.Table) -> pa.Table:
+    """Return all rows, or ``MAX_TRAIN_ROWS`` evenly spaced ones."""
+    if len(train) <= MAX_TRAIN_ROWS:
         return train
-    return train.take(np.linspace(0, len(train) - 1, KNOWN).astype(np.int64))
+    return train.take(np.linspace(0, len(train) - 1, MAX_TRAIN_ROWS).astype(np.int64))
 
 
 def _first_captions(table: pa.Table) -> list[str]:
     return [captions[0] for captions in table.column("captions").to_pylist()]
-
-
-def _all(table: pa.Table, name: str, where: str) -> np.ndarray:
-    return fixed_column(table, name, where)

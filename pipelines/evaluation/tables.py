@@ -1,18 +1,20 @@
-"""What people see of a run: figures, tables and the description on its MLflow page."""
+"""Presentation of evaluation rows: tables, CSV files, MLflow metrics and descriptions.
 
+Evaluation rows are the dictionaries with the keys ``COLUMNS`` that
+:func:`pipelines.evaluation.evaluator.evaluate_model` returns. Commands print them with
+:func:`result_cells` and :func:`summary_cells`; training runs log them with :func:`flat_metrics` and
+:func:`run_description`.
+"""
+
+import csv
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from skillnet.config import SkillNetConfig
 from skillnet.skills import Task, default_tasks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-import csv
-from pathlib import Path
-
 from skillnet_platform.storage import atomic_write
 
 COLUMNS = (
@@ -31,25 +33,25 @@ COLUMNS = (
     "machine",
 )
 
+#: One evaluation row, with the keys ``COLUMNS``.
+EvaluationRow = dict[str, Any]
 
-Row = dict[str, Any]
-
-#: The figure that stands for a task in short tables, and whether more of it is better.
-HEADLINE = {
+#: Objective -> its primary metric, and whether higher values are better.
+OBJECTIVE_METRICS = {
     "classification": ("accuracy", True),
     "ctc": ("token_error_rate", False),
     "retrieval": ("recall_at_10", True),
     "masked": ("masked_loss", False),
 }
 
-#: Endings of metrics that are no rates: they are shown as they are.
-PLAIN = ("rank", "loss")
+#: Suffixes of metrics that are not rates, and are therefore not shown in per cent.
+UNSCALED_SUFFIXES = ("rank", "loss")
 
-#: What a model is held against, in words.
-SYSTEMS = {"chance": "chance", "reference": "simple reference"}
+#: System -> its label in tables.
+SYSTEM_LABELS = {"chance": "chance", "simple_baseline": "simple baseline"}
 
-#: Metrics in words, for tables.
-WORDS = {
+#: Metric -> its label in tables.
+METRIC_LABELS = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "token_error_rate": "token error",
@@ -59,110 +61,153 @@ WORDS = {
     "recall_at_10": "R@10",
     "median_rank": "median rank",
     "masked_loss": "masked loss",
-    "masked_accuracy": "masked tokens right",
+    "masked_accuracy": "masked token accuracy",
 }
-
-#: Of Okabe & Ito (2008): the colour-blind can tell them apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C564B")
 
 
 def metric_label(metric: str) -> str:
-    """``reverse_recall_at_10 -> "R@10, X to text"``."""
+    """Return the label of a metric: ``reverse_recall_at_10`` -> ``"R@10, X to text"``.
+
+    Args:
+        metric: name in evaluation rows.
+    """
     base = metric.removeprefix("reverse_")
-    return WORDS.get(base, base.replace("_", " ")) + (", X to text" if base != metric else "")
+    return METRIC_LABELS.get(base, base.replace("_", " ")) + (
+        ", X to text" if base != metric else ""
+    )
 
 
 def format_value(metric: str, value: float | None) -> str:
-    """A figure as people read it: rates in per cent, ranks as they are."""
+    """Format a metric: rates in per cent, ranks and losses as numbers.
+
+    Args:
+        metric: name in evaluation rows.
+        value: its value; None and NaN give a dash.
+    """
     if value is None or np.isnan(value):
         return "–"
-    return f"{value:.4g}" if metric.endswith(PLAIN) else f"{100 * value:.1f} %"
+    return f"{value:.4g}" if metric.endswith(UNSCALED_SUFFIXES) else f"{100 * value:.1f} %"
 
 
-def format_interval(row: Mapping[str, Any]) -> str:
-    """``61.2 % (59.0–63.1)``."""
+def format_value_with_interval(row: Mapping[str, Any]) -> str:
+    """Format a row's value with its interval: ``61.2 % (59.0–63.1)``.
+
+    Args:
+        row: with ``metric``, ``value``, and optionally ``low`` and ``high``.
+    """
     text = format_value(row["metric"], row["value"])
     low, high = row.get("low"), row.get("high")
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return text
-    plain = row["metric"].endswith(PLAIN)
+    plain = row["metric"].endswith(UNSCALED_SUFFIXES)
     return (
         f"{text} ({low:.4g}–{high:.4g})" if plain else f"{text} ({100 * low:.1f}–{100 * high:.1f})"
     )
 
 
-def result_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of evaluation rows: a line per task, split and direction."""
-    columns = ["task", "split", "figures (95 % interval)"]
-    groups: dict[tuple[str, str, bool], list[Row]] = {}
+def result_cells(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of evaluation rows: one line per task, split and direction.
+
+    Args:
+        rows: of one system.
+    """
+    columns = ["task", "split", "metrics (95 % interval)"]
+    groups: dict[tuple[str, str, bool], list[EvaluationRow]] = {}
     for row in rows:
         key = (row["task"], row["split"], row["metric"].startswith("reverse_"))
         groups.setdefault(key, []).append(row)
     cells = []
     for (task, split, reverse), members in groups.items():
-        text = "   ".join(
-            f"{metric_label(row['metric'].removeprefix('reverse_'))} {format_interval(row)}"
-            for row in members
-        )
+        parts = []
+        for row in members:
+            label = metric_label(row["metric"].removeprefix("reverse_"))
+            parts.append(f"{label} {format_value_with_interval(row)}")
+        text = "   ".join(parts)
         cells.append([task, split + (", reverse" if reverse else ""), text])
     return columns, cells
 
 
 def summary_cells(
-    rows: Sequence[Row], others: Sequence[Row], tasks: Mapping[str, Task], total: int
+    rows: Sequence[EvaluationRow],
+    baseline_rows: Sequence[EvaluationRow],
+    tasks: Mapping[str, Task],
+    total_params: int,
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of the table at the end of a run: one line per task on ``test``.
+    """Return columns and cells of the summary of a run: one line per task on ``test``.
 
     Args:
         rows: of the model.
-        others: of the systems ``chance`` and ``reference``.
+        baseline_rows: of the systems ``chance`` and ``simple_baseline``; without rows, the table
+            has no columns for these systems.
         tasks: name -> task.
-        total: parameters of the whole model.
+        total_params: parameters of the complete model.
     """
-    beside = ("chance", "reference") if others else ()
-    columns = ["task", "metric", *(SYSTEMS[name] for name in beside)]
+    baselines = tuple(SYSTEM_LABELS) if baseline_rows else ()
+    columns = ["task", "metric", *(SYSTEM_LABELS[name] for name in baselines)]
     columns += ["SkillNet (95 % interval)", "active"]
     cells = []
     for task in sort_rows(tasks):
-        metric, more = HEADLINE[tasks[task].objective]
+        metric, higher_is_better = OBJECTIVE_METRICS[tasks[task].objective]
         own = find_row(rows, task, metric)
         if own is None:
             continue
-        found = [find_row(others, task, metric, system) for system in beside]
+        compared = [find_row(baseline_rows, task, metric, system) for system in baselines]
         cells.append(
             [
                 task,
-                metric_label(metric) + (" ↑" if more else " ↓"),
-                *(format_value(metric, row["value"]) if row else "–" for row in found),
-                format_interval(own),
-                f"{100 * own['activated_params'] / total:.0f} %",
+                metric_label(metric) + (" ↑" if higher_is_better else " ↓"),
+                *(format_value(metric, row["value"]) if row else "–" for row in compared),
+                format_value_with_interval(own),
+                f"{100 * own['activated_params'] / total_params:.0f} %",
             ]
         )
     return columns, cells
 
 
 def sort_rows(tasks: Iterable[str]) -> list[str]:
-    """The paper's five tasks in its order, then the others as they come."""
+    """Return task names with the paper's five tasks first, in its order; the rest keep their order.
+
+    Args:
+        tasks: names.
+    """
     names = list(tasks)
     known = [name for name in default_tasks() if name in names]
     return known + [name for name in names if name not in known]
 
 
-def headline_rows(rows: Sequence[Row], tasks: Mapping[str, Task]) -> str:
-    """The headline of each task in one line."""
-    said = []
+def format_primary_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Task]) -> str:
+    """Format the primary metric of each task in one line of Markdown.
+
+    Args:
+        rows: of the model.
+        tasks: name -> task.
+    """
+    parts = []
     for task in sort_rows(tasks):
-        metric, _ = HEADLINE[tasks[task].objective]
+        metric, _ = OBJECTIVE_METRICS[tasks[task].objective]
         row = find_row(rows, task, metric)
         if row is not None:
-            said.append(f"{task} {metric_label(metric)} **{format_value(metric, row['value'])}**")
-    return ", ".join(said)
+            value = format_value(metric, row["value"])
+            parts.append(f"{task} {metric_label(metric)} **{value}**")
+    return ", ".join(parts)
 
 
 def find_row(
-    rows: Sequence[Row], task: str, metric: str, system: str | None = None, split: str = "test"
-) -> Row | None:
-    """The row of a figure, or None."""
+    rows: Sequence[EvaluationRow],
+    task: str,
+    metric: str,
+    system: str | None = None,
+    split: str = "test",
+) -> EvaluationRow | None:
+    """Return the first row of a task, metric and split, or None.
+
+    Args:
+        rows: to search.
+        task: name of the task.
+        metric: name of the metric.
+        system: name of the system; None accepts every system.
+        split: name of the split.
+    """
     for row in rows:
         if (row["task"], row["metric"], row["split"]) == (task, metric, split) and system in (
             None,
@@ -172,18 +217,21 @@ def find_row(
     return None
 
 
-def flat_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Rows as MLflow metrics: ``text_to_image/test_recall_at_10``.
+def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
+    """Return rows as MLflow metrics: ``text_to_image/test_recall_at_10`` -> value.
 
-    The bounds of a task's headline on ``test`` stand beside it; those of all other figures are
-    in the CSV file only, or they would crowd the page.
+    Only the primary metrics on ``test`` have bounds here. The bounds of other metrics would fill
+    the page; they are in the CSV file.
+
+    Args:
+        rows: of the model.
     """
-    headlines = {metric for metric, _ in HEADLINE.values()}
+    primary = {metric for metric, _ in OBJECTIVE_METRICS.values()}
     flat: dict[str, float] = {}
     for row in rows:
         name = f"{row['task']}/{row['split']}_{row['metric']}"
         flat[name] = float(row["value"])
-        if row["metric"] in headlines and row["split"] == "test":
+        if row["metric"] in primary and row["split"] == "test":
             for bound in ("low", "high"):
                 if row.get(bound) is not None and not np.isnan(row[bound]):
                     flat[f"{name}_{bound}"] = float(row[bound])
@@ -191,7 +239,12 @@ def flat_metrics(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table in markdown."""
+    """Return a Markdown table.
+
+    Args:
+        columns: titles.
+        cells: lines of cells; pipe characters are escaped.
+    """
     lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
@@ -199,40 +252,49 @@ def markdown_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> st
 
 
 def run_description(
-    rows: Sequence[Row],
-    others: Sequence[Row],
+    rows: Sequence[EvaluationRow],
+    baseline_rows: Sequence[EvaluationRow],
     config: SkillNetConfig,
-    total: int,
+    total_params: int,
     facts: Mapping[str, Any] | None = None,
 ) -> str:
-    """The note at the head of a run's page, in markdown: results, activation, how to go on.
+    """Return the Markdown description on a run's MLflow page: results, active skills and facts.
 
-    ``facts`` are names and values to list (steps, minutes, version).
+    Args:
+        rows: of the model; empty without an evaluation.
+        baseline_rows: of the systems ``chance`` and ``simple_baseline``.
+        config: shape of the model.
+        total_params: parameters of the complete model.
+        facts: name -> value to list (steps, minutes, version).
     """
     parts = [
-        f"One sparse model of {total / 1e6:.1f} M parameters in {len(config.skills)} skills, "
-        f"trained jointly on {len(config.tasks)} tasks."
+        f"One sparse model of {total_params / 1e6:.1f} M parameters in {len(config.skills)} "
+        f"skills, trained jointly on {len(config.tasks)} tasks."
     ]
     if rows:
-        # MLflow folds the note after a few lines: the figures come first.
-        parts.append(f"On held-out data: {headline_rows(rows, config.tasks)}.")
+        # MLflow folds the note after a few lines, so the metrics come first.
+        parts.append(f"On held-out data: {format_primary_metrics(rows, config.tasks)}.")
         parts += [
             "#### Test results",
-            markdown_table(*summary_cells(rows, others, config.tasks, total)),
+            markdown_table(*summary_cells(rows, baseline_rows, config.tasks, total_params)),
         ]
         parts += [
             "*active*: share of the parameters that the task reads. Intervals: bootstrap over "
-            "test rows. Every figure, with the other test sets and the reverse direction: the CSV "
-            "files in `evaluation/` under Artifacts."
+            "test rows. The CSV files in `evaluation/` under Artifacts contain all metrics, with "
+            "the other test sets and the reverse direction."
         ]
-    parts += ["#### Who activates what", markdown_table(*activation_cells(config))]
+    parts += ["#### Active skills of each tower", markdown_table(*activation_cells(config))]
     if facts:
         parts += ["#### Facts", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts)
 
 
 def run_facts(result: Mapping[str, Any]) -> dict[str, str]:
-    """Facts of a finished training run, from what ``finetune`` gives."""
+    """Return the facts of a finished training run for its description.
+
+    Args:
+        result: as :func:`pipelines.finetune.finetune` returns it.
+    """
     facts = {
         "steps": f"{result['step']}",
         "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
@@ -246,7 +308,11 @@ def run_facts(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of the activation table: a line per tower, a dot per active skill."""
+    """Return columns and cells of the activation table: a line per tower, a dot per active skill.
+
+    Args:
+        config: shape of the model.
+    """
     cells = []
     for name in sort_rows(config.tasks):
         towers = config.tasks[name].towers
@@ -257,124 +323,13 @@ def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]
     return ["tower", *config.skills], cells
 
 
-# -- figures -------------------------------------------------------------------------------
-
-History = Mapping[str, Sequence[tuple[int, float]]]
-
-
-def training_figures(history: History, config: SkillNetConfig) -> "dict[str, Figure]":
-    """Artifact name -> figure: loss by task, learning rate, activation.
+def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write evaluation rows as CSV with six significant digits.
 
     Args:
-        history: metric -> (step, value) pairs, such as ``text_to_image/loss`` and
-            ``training/learning_rate``.
-        config: shape of the model.
+        rows: to write.
+        path: of the file.
     """
-    figures = {"plots/activation.png": activation_figure(config)}
-    if any(name.endswith("/loss") for name in history):
-        figures["plots/loss_by_task.png"] = loss_figure(history)
-    if history.get("training/learning_rate"):
-        figures["plots/learning_rate.png"] = learning_rate_figure(history)
-    return figures
-
-
-def loss_figure(history: History) -> "Figure":
-    """A small panel per task: the losses have different units and do not share an axis."""
-    losses = [name for name in history if name.endswith("/loss") and history[name]]
-    names = [f"{task}/loss" for task in sort_rows(n.removesuffix("/loss") for n in losses)]
-    across = min(len(names), 3)
-    down = -(-len(names) // across)
-    figure = _figure(3.2 * across, 2.4 * down)
-    for index, name in enumerate(names):
-        axes = figure.add_subplot(down, across, index + 1)
-        steps, values = np.array(sorted(history[name]), dtype=float).T
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth_series(values), color=colour, linewidth=1.6)
-        axes.set_title(name.removesuffix("/loss").replace("_", " "), fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
-        axes.set_ylim(bottom=0)
-        if index % across == 0:
-            axes.set_ylabel("training loss", fontsize=8)
-        hide_spines(axes)
-    return figure
-
-
-def learning_rate_figure(history: History) -> "Figure":
-    """The learning rate over steps."""
-    figure = _figure(5.2, 2.4)
-    axes = figure.add_subplot()
-    steps, values = np.array(sorted(history["training/learning_rate"]), dtype=float).T
-    axes.plot(steps, values, color=COLOURS[0], linewidth=1.6)
-    axes.set_xlabel("step", fontsize=8)
-    axes.set_ylabel("learning rate", fontsize=8)
-    axes.set_ylim(bottom=0)
-    hide_spines(axes)
-    return figure
-
-
-def activation_figure(config: SkillNetConfig) -> "Figure":
-    """Which tower of which task activates which skill, as a grid."""
-    _, cells = activation_cells(config)
-    active = np.array([[bool(cell) for cell in line[1:]] for line in cells])
-    rows, columns = active.shape
-    figure = _figure(2.6 + 0.75 * columns, 0.9 + 0.36 * rows)
-    axes = figure.add_subplot()
-    for row in range(rows):
-        task = sort_rows(config.tasks).index(cells[row][0].partition(",")[0])
-        for column in range(columns):
-            colour = COLOURS[task % len(COLOURS)] if active[row, column] else "#eceae6"
-            axes.add_patch(_square(column, row, colour))
-    axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(rows - 0.5, -0.5)
-    axes.set_xticks(range(columns), config.skills, fontsize=9)
-    axes.set_yticks(range(rows), [line[0].replace("_", " ") for line in cells], fontsize=9)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return figure
-
-
-def smooth_series(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Running mean over a share of the points, centred, shorter at both ends."""
-    half = max(int(len(values) * share / 2), 1)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    place = np.arange(len(values))
-    low, high = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _square(column: int, row: int, colour: str) -> Any:
-    from matplotlib.patches import FancyBboxPatch
-
-    return FancyBboxPatch(
-        (column - 0.36, row - 0.36),
-        0.72,
-        0.72,
-        boxstyle="round,pad=0,rounding_size=0.12",
-        color=colour,
-        linewidth=0,
-    )
-
-
-def hide_spines(axes: Any) -> None:
-    """Axes that leave the eye to what is drawn on them."""
-    axes.tick_params(labelsize=8, color="#999999")
-    axes.grid(True, color="#ececec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write evaluation rows as CSV; figures keep six digits."""
 
     with atomic_write(path, "w") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")

@@ -1,1 +1,1 @@
-"""Growing a trained model: its settings, its runs, the proof that the rest stayed as it was."""
+"""Model growth: runs that add a skill and a task, and the check that old tasks are unchanged."""

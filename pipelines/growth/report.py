@@ -11,11 +11,11 @@ from typing import Any
 
 from pipelines.evaluation import tables as evaluation_tables
 
-JSON = "growth.json"
-MARKDOWN = "growth.md"
+REPORT_JSON = "growth.json"
+REPORT_MARKDOWN = "growth.md"
 GROWN = "grown"
 
-WORDS = {
+TRAINING_LABELS = {
     GROWN: "new skill and head",
     "without_skill": "head on the frozen model",
     "fresh": "fresh model, this task alone",
@@ -135,7 +135,7 @@ class GrowthReport:
         own = next((w for w in self.worth if (w.system, w.split) == (GROWN, "test")), None)
         figure = ""
         if own is not None:
-            shown = evaluation_tables.format_interval(asdict(own))
+            shown = evaluation_tables.format_value_with_interval(asdict(own))
             figure = f": {self.task} {evaluation_tables.metric_label(own.metric)} {shown}"
         kept = "untouched" if self.untouched else "NOT untouched"
         return (
@@ -148,7 +148,7 @@ class GrowthReport:
         files = [
             [each.file, each.state, _short(each.before), _short(each.after)] for each in self.files
         ]
-        headline = {metric for metric, _ in evaluation_tables.HEADLINE.values()}
+        headline = {metric for metric, _ in evaluation_tables.OBJECTIVE_METRICS.values()}
         figures = [
             [
                 each.task,
@@ -163,9 +163,9 @@ class GrowthReport:
         ]
         worth = [
             [
-                WORDS.get(each.system, each.system),
+                TRAINING_LABELS.get(each.system, each.system),
                 each.split,
-                f"{evaluation_tables.metric_label(each.metric)} {evaluation_tables.format_interval(asdict(each))}",
+                f"{evaluation_tables.metric_label(each.metric)} {evaluation_tables.format_value_with_interval(asdict(each))}",
                 _difference(each),
                 f"{each.trained:,}",
                 f"{each.seconds:.0f} s",
@@ -193,7 +193,7 @@ class GrowthReport:
             for task, pair in each.lost.items()
         ]
         if lost:
-            title = f"old tasks after {WORDS['everything']}"
+            title = f"old tasks after {TRAINING_LABELS['everything']}"
             tables.insert(2, (title, ["task", "figure", "before", "after"], lost))
         return tables
 

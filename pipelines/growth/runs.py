@@ -21,10 +21,10 @@ from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import commit_directory, data_root
-from skillnet_platform.storage.location import below, place
+from skillnet_platform.storage.location import join_location, parse_location
 
 
-def load_source_model(source: ModelSource) -> SkillNet:
+def load_growable_model(source: ModelSource) -> SkillNet:
     """The model that grows, on the CPU.
 
     Raises:
@@ -38,7 +38,7 @@ def load_source_model(source: ModelSource) -> SkillNet:
     return model
 
 
-def grown_model(config: GrowConfig, before: SkillNet, task: Task) -> SkillNet:
+def build_grown_model(config: GrowConfig, before: SkillNet, task: Task) -> SkillNet:
     """A copy of the model with the new skill and task; what is drawn hangs on the seed."""
     grown = copy.deepcopy(before)
     torch.manual_seed(config.seed)
@@ -46,7 +46,7 @@ def grown_model(config: GrowConfig, before: SkillNet, task: Task) -> SkillNet:
     return add_task(grown, config.task.name, task)
 
 
-def keep_start(model: SkillNet, run_dir: str) -> str:
+def save_start_model(model: SkillNet, run_dir: str) -> str:
     """Write what a run starts from, under its own digest: the same again is the same folder."""
     aside = Path(run_dir) / ".starts" / f".growing-{os.getpid()}"
     model.save_pretrained(aside)
@@ -58,7 +58,9 @@ def keep_start(model: SkillNet, run_dir: str) -> str:
     return str(kept)
 
 
-def save_as_run(config: GrowConfig, source: ModelSource, before: SkillNet) -> FinetuneConfig:
+def build_growth_config(
+    config: GrowConfig, source: ModelSource, before: SkillNet
+) -> FinetuneConfig:
     """The growth as a run of the ordinary loop; old tasks are measured and take no steps.
 
     Raises:
@@ -73,9 +75,9 @@ def save_as_run(config: GrowConfig, source: ModelSource, before: SkillNet) -> Fi
     shape = replace(
         before.config,
         skills=(*before.config.skills, skill.name),
-        tasks=before.config.tasks | {task.name: new_task_spec(config)},
+        tasks=before.config.tasks | {task.name: resolve_new_task(config)},
     )
-    old = {each: old_training(each, config, source) for each in before.config.tasks}
+    old = {each: old_task_settings(each, config, source) for each in before.config.tasks}
     return FinetuneConfig(
         name=name,
         run_dir=config.run_dir,
@@ -88,13 +90,13 @@ def save_as_run(config: GrowConfig, source: ModelSource, before: SkillNet) -> Fi
     )
 
 
-def new_task_spec(config: GrowConfig) -> Task:
+def resolve_new_task(config: GrowConfig) -> Task:
     """The new task, with as many outputs as its corpus has classes or symbols."""
     task, outputs = config.task, config.task.outputs
     if not outputs and task.objective in ("classification", "ctc"):
-        data = place(config.data, data_root())
+        data = parse_location(config.data, data_root())
         key = "labels" if task.objective == "classification" else "symbols"
-        names = open_corpus(below(data, task.training.corpus)).manifest.get(key)
+        names = open_corpus(join_location(data, task.training.corpus)).manifest.get(key)
         if not names:
             raise UserError(
                 f"the corpus {task.training.corpus} names no {key}; give --task.outputs"
@@ -103,7 +105,7 @@ def new_task_spec(config: GrowConfig) -> Task:
     return Task(task.objective, dict(task.towers), outputs)
 
 
-def old_training(task: str, config: GrowConfig, source: ModelSource) -> TaskTraining:
+def old_task_settings(task: str, config: GrowConfig, source: ModelSource) -> TaskTraining:
     """How an old task is measured: as in the training of the source."""
     known = (source.settings.get("tasks") or {}).get(task) or {}
     corpora = {task: known["corpus"]} if known else {}
@@ -111,7 +113,7 @@ def old_training(task: str, config: GrowConfig, source: ModelSource) -> TaskTrai
     return TaskTraining(corpus, max_length=known.get("max_length"), eval_only=True)
 
 
-def reference_run(
+def build_reference_config(
     name: Reference, config: GrowConfig, settings: FinetuneConfig, source: ModelSource, run: Path
 ) -> FinetuneConfig | None:
     """The run of a reference; None where the task has no skill but the new one."""
@@ -137,11 +139,11 @@ def reference_run(
         return None
     towers = {t: SkillPlan(left[t], plan.modality) for t, plan in spec.towers.items()}
     torch.manual_seed(config.seed)
-    model = add_task(load_source_model(source), task, replace(spec, towers=towers))
+    model = add_task(load_growable_model(source), task, replace(spec, towers=towers))
     kept = [file for file in settings.training.trainable if file != f"skill-{config.skill.name}"]
     return replace(
         base,
-        init_from=keep_start(model, str(settings.run_dir)),
+        init_from=save_start_model(model, str(settings.run_dir)),
         tasks=alone,
         model=model.config,
         training=replace(settings.training, trainable=kept),

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation import tables
-from pipelines.evaluation.outcomes import FILE as OUTCOMES
+from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
 from pipelines.evaluation.outcomes import (
     OutcomeTable,
     paired_difference,
@@ -18,15 +18,15 @@ from pipelines.growth.report import GROWN, FileState, GrowthReport, TaskState, T
 from pipelines.runs.model_source import ModelSource
 from skillnet import systems
 from skillnet.model import SkillNet
-from skillnet.serialization import read_manifest, hash_file
+from skillnet.serialization import hash_file, read_manifest
 from skillnet.skills import Task
 from skillnet_platform import console
 
 #: What must not change of a row; the rest says when and where it was measured.
-COMPARED = ("value", "low", "high", "activated_params", "flops_per_example")
+COMPARED_COLUMNS = ("value", "low", "high", "activated_params", "flops_per_example")
 
 
-def new_files(before: SkillNet, grown: SkillNet) -> list[str]:
+def added_files(before: SkillNet, grown: SkillNet) -> list[str]:
     """Files that growing added: the new skill's, the new head's, perhaps a stem's."""
     return sorted(grown.files_of().keys() - before.files_of().keys())
 
@@ -50,7 +50,7 @@ def compare_files(source: ModelSource, before: SkillNet, folder: Path) -> list[F
     ]
 
 
-def require_unchanged_tasks(files: Sequence[FileState]) -> None:
+def assert_files_unchanged(files: Sequence[FileState]) -> None:
     """Raise RuntimeError if an old file is not what it was: a defect of this program, or weights
     that another version of safetensors lays out in another way."""
     for file in files:
@@ -60,7 +60,7 @@ def require_unchanged_tasks(files: Sequence[FileState]) -> None:
 
 def assert_frozen_unchanged(report: GrowthReport) -> None:
     """Raise RuntimeError, naming the first of it, if anything but the new files changed."""
-    require_unchanged_tasks(report.files)
+    assert_files_unchanged(report.files)
     for each in report.tasks:
         if not each.same:
             raise RuntimeError(
@@ -99,7 +99,7 @@ def build_growth_report(
     compared = differing = 0
     for key in old_outcomes:
         one, other = old_outcomes[key], own_outcomes[key]
-        alike = (one.amount == other.amount) & (one.weight == other.weight)
+        alike = (one.numerator == other.numerator) & (one.denominator == other.denominator)
         compared, differing = compared + len(one), differing + int((~alike).sum())
     checkpoint = max((run / "checkpoints").glob("step-*"))
     runs = {GROWN: result, **others}
@@ -167,7 +167,7 @@ def _compare_rows(
     states = []
     for row in before:
         other = found.get((row["task"], row["split"], row["metric"]), {})
-        same = all(_equal(row[key], other.get(key)) for key in COMPARED)
+        same = all(_equal(row[key], other.get(key)) for key in COMPARED_COLUMNS)
         states.append(
             TaskState(
                 row["task"],
@@ -190,7 +190,7 @@ def _worth(
     spec: Task,
     settings: FinetuneConfig,
 ) -> list[TransferResult]:
-    metric = tables.HEADLINE[spec.objective][0]
+    metric = tables.OBJECTIVE_METRICS[spec.objective][0]
     theirs = read_outcomes(Path(done["run"]) / OUTCOMES)
     rows = [r for r in done["evaluation"] if (r["task"], r["metric"]) == (task, metric)]
     found = []
@@ -236,7 +236,7 @@ def _headlines(
 ) -> dict[str, list[float]]:
     found = {}
     for task in settings.tasks:
-        metric = tables.HEADLINE[settings.model.tasks[task].objective][0]
+        metric = tables.OBJECTIVE_METRICS[settings.model.tasks[task].objective][0]
         one, other = (tables.find_row(rows, task, metric) for rows in (before, after))
         if one is not None and other is not None:
             found[task] = [float(one["value"]), float(other["value"])]

@@ -1,1 +1,1 @@
-"""TODO: package pipelines/serving."""
+"""Serving: bundles, predictions for raw inputs, registration, retrieval index and search page."""

@@ -30,27 +30,32 @@ from skillnet.precision import best_device
 from skillnet.serialization import check_inside, load_tensors, read_config, read_manifest
 from skillnet.skills import Task
 from skillnet_platform import __version__, console
-from skillnet_platform.config import digest
+from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import (
     read_json,
     run_root,
     sha256_file,
-    staging,
+    staging_directory,
     write_json,
 )
-from skillnet_platform.storage.location import Place, below, content, place
+from skillnet_platform.storage.location import (
+    Location,
+    join_location,
+    parse_location,
+    read_if_exists,
+)
 
-FORMAT = 1
+BUNDLE_FORMAT = 1
 #: Count it up when the vectors of known captions change; bundles made for a checkpoint are kept.
-VECTORS = 2
+VECTORS_VERSION = 2
 #: Known captions of a task, at most: with vectors of 512 numbers they take 200 MB in the bundle and
 #: in the memory of whoever predicts.
-MOST_CAPTIONS = 100_000
+MAX_CAPTIONS = 100_000
 #: Captions that are read or embedded at once.
-BATCH = 8192
-ABOUT = "serving.json"
-TOKENIZER = "tokenizer.json"
+BATCH_CAPTIONS = 8192
+BUNDLE_MANIFEST = "serving.json"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
@@ -64,31 +69,31 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
         task: open_corpus(locate_task_corpus(data, task, source.corpora))
         for task in model.config.tasks
     }
-    words = tokenizer_of(corpora, place(data, Path()))
+    words = read_tokenizer(corpora, parse_location(data, Path()))
     specs = model.config.tasks
     for task, corpus in corpora.items():
         check_outputs(corpus, task, specs[task])
-    names = {task: class_names(corpus, specs[task]) for task, corpus in corpora.items()}
-    with staging(target) as folder:
+    names = {task: read_output_names(corpus, specs[task]) for task, corpus in corpora.items()}
+    with staging_directory(target) as folder:
         model.save_pretrained(folder / "model")
-        (folder / TOKENIZER).write_bytes(words)
+        (folder / TOKENIZER_FILE).write_bytes(words)
         prepared = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
         predictor = TaskPredictor(
             model,
-            tokenizers.load_tokenizer(folder / TOKENIZER),
+            tokenizers.load_tokenizer(folder / TOKENIZER_FILE),
             names,
             limits=source.limits,
             prepared=prepared,
         )
         for task, corpus in corpora.items():
             if specs[task].objective == "retrieval":
-                captions = known_captions(corpus)
+                captions = read_known_captions(corpus)
                 vectors = embed_captions(predictor, task, captions)
                 save_file({"embeddings": vectors}, folder / f"captions-{task}.safetensors")
                 write_json(folder / f"captions-{task}.json", captions)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         about = {
-            "format": FORMAT,
+            "format": BUNDLE_FORMAT,
             "package": __version__,
             "weights_digest": source.digest,
             "run_id": source.run_id,
@@ -106,7 +111,7 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
             },
             "files": {str(path.relative_to(folder)): sha256_file(path) for path in files},
         }
-        write_json(folder / ABOUT, about)
+        write_json(folder / BUNDLE_MANIFEST, about)
     return target
 
 
@@ -125,7 +130,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
             banks[task] = _bank(folder, task)
     return TaskPredictor(
         model,
-        tokenizers.load_tokenizer(folder / TOKENIZER),
+        tokenizers.load_tokenizer(folder / TOKENIZER_FILE),
         {task: entry["names"] for task, entry in about["tasks"].items()},
         banks,
         {task: entry["limit"] for task, entry in about["tasks"].items()},
@@ -141,23 +146,27 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
         UserError: a file is missing or was altered, or the bundle is of another format.
     """
     folder = Path(folder)
-    about = read_json(folder / ABOUT)
+    about = read_json(folder / BUNDLE_MANIFEST)
     told = about if isinstance(about, dict) else {}
-    if told.get("format") != FORMAT:
+    if told.get("format") != BUNDLE_FORMAT:
         raise UserError(
-            f"{folder / ABOUT}: format {told.get('format')!r}, this program reads {FORMAT}; "
+            f"{folder / BUNDLE_MANIFEST}: format {told.get('format')!r}, this program reads {BUNDLE_FORMAT}; "
             f"it was written by skillnet-platform {told.get('package')}"
         )
     tasks, files = about.get("tasks"), about.get("files")
     entries = tasks.values() if isinstance(tasks, dict) else [None]
     whole = all(isinstance(each, dict) and {"names", "limit"} <= set(each) for each in entries)
     if not whole or not isinstance(files, dict):
-        raise UserError(f"{folder / ABOUT}: tasks or files are damaged; register the model again")
-    needed = {TOKENIZER, "model/manifest.json"}
+        raise UserError(
+            f"{folder / BUNDLE_MANIFEST}: tasks or files are damaged; register the model again"
+        )
+    needed = {TOKENIZER_FILE, "model/manifest.json"}
     if needed - set(files):
-        raise UserError(f"{folder / ABOUT} does not list {', '.join(sorted(needed - set(files)))}")
+        raise UserError(
+            f"{folder / BUNDLE_MANIFEST} does not list {', '.join(sorted(needed - set(files)))}"
+        )
     for name, expected in files.items():
-        check_inside(folder / ABOUT, name, deep=True)
+        check_inside(folder / BUNDLE_MANIFEST, name, deep=True)
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a link; a bundle holds its files itself")
         if not (folder / name).is_file():
@@ -201,20 +210,22 @@ def open_predictor(
         for task in tasks
         if task not in source.auxiliary
     ]
-    key = digest([FORMAT, VECTORS, __version__, source.digest, digests, source.limits])
+    key = digest_config(
+        [BUNDLE_FORMAT, VECTORS_VERSION, __version__, source.digest, digests, source.limits]
+    )
     kept = run_root() / "cache" / "bundles" / key[:16]
-    if not (kept / ABOUT).is_file():
+    if not (kept / BUNDLE_MANIFEST).is_file():
         build_bundle(source, data, kept)
     return open_bundle(kept, precision)
 
 
-def class_names(corpus: PreparedCorpus, spec: Task) -> list[str]:
+def read_output_names(corpus: PreparedCorpus, spec: Task) -> list[str]:
     """Names of a task's classes, or of its symbols from 1 on; [] for retrieval."""
     key = LISTED.get(spec.objective)
     return list(corpus.manifest.get(key, [])) if key else []
 
 
-def known_captions(corpus: PreparedCorpus, most: int = MOST_CAPTIONS) -> list[str]:
+def read_known_captions(corpus: PreparedCorpus, most: int = MAX_CAPTIONS) -> list[str]:
     """The distinct first captions of all splits but pretraining, in order, up to so many.
 
     Shards are read one by one, and none beyond the last caption that is taken.
@@ -226,8 +237,8 @@ def known_captions(corpus: PreparedCorpus, most: int = MOST_CAPTIONS) -> list[st
             if "captions" not in opened.table.column_names:
                 break  # rows for prediction only
             captions = opened.table["captions"]
-            for start in range(0, len(captions), BATCH):
-                rows = captions.slice(start, BATCH).to_pylist()
+            for start in range(0, len(captions), BATCH_CAPTIONS):
+                rows = captions.slice(start, BATCH_CAPTIONS).to_pylist()
                 found |= dict.fromkeys(row[0] for row in rows if row)
                 if len(found) > most:
                     console.note(
@@ -241,13 +252,13 @@ def known_captions(corpus: PreparedCorpus, most: int = MOST_CAPTIONS) -> list[st
 def embed_captions(predictor: TaskPredictor, task: str, captions: list[str]) -> np.ndarray:
     """Vectors of known captions, (N, E): spelt in tokens a batch at a time."""
     parts = [
-        predictor.embed_texts(task, captions[start : start + BATCH])
-        for start in range(0, len(captions), BATCH)
+        predictor.embed_texts(task, captions[start : start + BATCH_CAPTIONS])
+        for start in range(0, len(captions), BATCH_CAPTIONS)
     ]
     return np.concatenate(parts) if parts else predictor.embed_texts(task, [])
 
 
-def tokenizer_of(corpora: Mapping[str, PreparedCorpus], data: Place) -> bytes:
+def read_tokenizer(corpora: Mapping[str, PreparedCorpus], data: Location) -> bytes:
     """The tokenizer file of some corpora, checked against their manifests.
 
     Raises:
@@ -258,8 +269,8 @@ def tokenizer_of(corpora: Mapping[str, PreparedCorpus], data: Place) -> bytes:
         for name, corpus in corpora.items()
         if corpus.manifest.get("tokenizer")
     }
-    where = below(data, TOKENIZER)
-    found = content(where)
+    where = join_location(data, TOKENIZER_FILE)
+    found = read_if_exists(where)
     if found is None and not entries:
         return tokenizers.train_tokenizer(
             [], []

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.serving.predictor import PredictionItem, read_content, read_input_item
+from pipelines.serving.predictor import PredictionItem, read_file_bytes, read_input_item
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
 #: So many rows are told one by one.
 MAX_REPORTED = 20
-EXPECTED = 'expected {"text": …} or {"file": …}'
+EXPECTED_ROW = 'expected {"text": …} or {"file": …}'
 
 
 @dataclass(frozen=True)
-class GivenInput:
+class InputRow:
     """A row that can be predicted for, or why it cannot.
 
     Args:
@@ -37,7 +37,7 @@ class GivenInput:
     reason: str = ""
 
 
-def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[GivenInput]:
+def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[InputRow]:
     """Rows of a .jsonl file; files named in it are looked for beside it.
 
     Args:
@@ -48,7 +48,7 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[Gi
     Raises:
         UserError: no such file, none of its rows can be used, or it is one JSON array.
     """
-    data = read_content(path).removeprefix(b"\xef\xbb\xbf")
+    data = read_file_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip().startswith(b"["):
         raise UserError(
             f"{path}: a JSON array; expected an object a line. Make it so with: jq -c '.[]' {path}"
@@ -64,7 +64,7 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[Gi
     return found
 
 
-def check_usable_rows(rows: Sequence[GivenInput]) -> None:
+def check_usable_rows(rows: Sequence[InputRow]) -> None:
     """Refuse a file of which no row can be used.
 
     Raises:
@@ -74,7 +74,7 @@ def check_usable_rows(rows: Sequence[GivenInput]) -> None:
         raise UserError(f"{rows[0].where}: {rows[0].reason}; so none of its rows can be used")
 
 
-def report_rejected(rows: Sequence[GivenInput]) -> None:
+def report_rejected(rows: Sequence[InputRow]) -> None:
     """Say which rows are set aside, and why, and which are predicted for without a text."""
     lines = [f"{row.where}: {row.reason}; set aside" for row in rows if row.reason]
     lines += [
@@ -88,27 +88,27 @@ def report_rejected(rows: Sequence[GivenInput]) -> None:
         console.warn(f"{len(lines) - MAX_REPORTED} more rows like these")
 
 
-def _given(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> GivenInput:
+def _given(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> InputRow:
     row: Any = None
     try:
         row = json.loads(line.decode("utf-8"))
         item = _item(where, row, folder, task, clue)
-        return GivenInput(where, row, item)
+        return InputRow(where, row, item)
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
     except UserError as problem:
         reason = str(problem).removeprefix(f"{where}: ")
     except (ValueError, RecursionError) as problem:
         reason = f"not JSON ({problem})"
-    return GivenInput(where, row if isinstance(row, dict) else {}, None, reason)
+    return InputRow(where, row if isinstance(row, dict) else {}, None, reason)
 
 
 def _item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> PredictionItem:
     if not isinstance(row, dict):
-        raise UserError(EXPECTED)
+        raise UserError(EXPECTED_ROW)
     texts = [row[key] for key in ("text", "sentence") if key in row]
     if len(texts) + ("file" in row) != 1:
-        raise UserError(EXPECTED)
+        raise UserError(EXPECTED_ROW)
     wanted = row.get("task", task)
     if not all(isinstance(each, str) for each in (*texts, row.get("file", ""), wanted or "")):
         raise UserError("text, file and task must be strings")

@@ -14,7 +14,7 @@ from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, find_task
 from skillnet_platform.errors import UserError
 
-SUFFIXES = {
+MODALITY_SUFFIXES = {
     "sound": (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac"),
     "image": (".png", ".jpg", ".jpeg", ".svg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
@@ -23,14 +23,14 @@ SUFFIXES = {
 }
 
 #: Keys under which corpora say to how many tokens they cut texts, code and captions.
-CUT_AFTER = {
+TRUNCATION_KEYS = {
     "text": ("max_tokens", "tokens"),
     "code": ("max_code_tokens", "code_tokens"),
     "query": ("max_caption_tokens", "caption_tokens"),
 }
 
 #: First bytes of common formats, for data that comes without a name.
-MAGIC = (
+MAGIC_BYTES = (
     (b"\x89PNG", "image"),
     (b"\xff\xd8\xff", "image"),
     (b"GIF8", "image"),
@@ -175,7 +175,7 @@ class TaskPredictor:
     def _longest(self, task: str, reads: str) -> int:
         """Tokens kept of a text, of code or of a query: as in training."""
         said = self.prepared.get(task, {})
-        kept = [said[key] for key in CUT_AFTER[reads] if said.get(key)]
+        kept = [said[key] for key in TRUNCATION_KEYS[reads] if said.get(key)]
         if reads == "query":
             kept = kept or [text.CAPTION_TOKENS]
         elif limit := self.limits.get(task):
@@ -281,13 +281,13 @@ def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem
     Raises:
         UserError: there is no such file, it cannot be read, or it is empty.
     """
-    data = read_content(Path(path), "; a text is given with --text")
+    data = read_file_bytes(Path(path), "; a text is given with --text")
     if not data:
         raise UserError(f"{path}: the file is empty")
     return PredictionItem(str(path), None, data, task)
 
 
-def read_content(path: Path, otherwise: str = "") -> bytes:
+def read_file_bytes(path: Path, otherwise: str = "") -> bytes:
     """All of a file.
 
     Args:
@@ -312,18 +312,18 @@ def guess_modality(name: str, data: bytes) -> str:
         UserError: neither tells.
     """
     suffix = Path(name).suffix.lower()
-    for modality, suffixes in SUFFIXES.items():
+    for modality, suffixes in MODALITY_SUFFIXES.items():
         if suffix in suffixes:
             return modality
     head = data[:64].lstrip()
-    for magic, modality in MAGIC:
+    for magic, modality in MAGIC_BYTES:
         if head.startswith(magic):
             return modality
     if head[:4] == b"RIFF":
         return {b"WAVE": "sound", b"WEBP": "image"}.get(head[8:12], "video")
     if head[4:8] == b"ftyp":
         return "video"
-    known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+    known = ", ".join(suffix for suffixes in MODALITY_SUFFIXES.values() for suffix in suffixes)
     raise UserError(f"{name}: cannot tell what it is; name it with one of {known}")
 
 

@@ -1,6 +1,12 @@
-"""TODO: pipelines.serving.registration."""
+"""Registration of a trained model in the MLflow registry, and its promotion to champion.
+
+:func:`register_model` builds the bundle, logs it to the run of the model, and lets
+:mod:`skillnet_platform.tracking.promotion` decide about the alias. ``skillnet register``, training
+runs, ``skillnet grow`` and ``skillnet quickstart`` call it.
+"""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +16,8 @@ from skillnet_platform.storage import run_root, sha256_file
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
-    from skillnet_platform.tracking.promotion import Figure
-    from skillnet_platform.tracking.registry import Registered
+    from skillnet_platform.tracking.promotion import MetricEstimate
+    from skillnet_platform.tracking.registry import RegisteredVersion
 
 
 def register_model(
@@ -19,30 +25,30 @@ def register_model(
     data: str | Path,
     *,
     rows: Sequence[dict[str, Any]] | None = None,
-    others: Sequence[dict[str, Any]] = (),
+    baseline_rows: Sequence[dict[str, Any]] = (),
     name: str = "skillnet",
     uri: str | None = None,
-    samples: int = 1000,
+    bootstrap_samples: int = 1000,
     force: bool = False,
     description: str = "",
-) -> "Registered":
-    """Make a model a version of the registry and give it the alias that it has earned.
+) -> "RegisteredVersion":
+    """Register a model as a new version, and set its alias by comparison with the champion.
 
     Args:
         source: the trained model.
         data: directory of prepared corpora.
-        rows: its evaluation on the test splits; none evaluates it now.
-        others: rows of chance and the simple references, for the page of the version.
-        name: of the registered model.
+        rows: evaluation rows on the test splits; None evaluates the model now.
+        baseline_rows: of chance and the simple baselines, for the page of the version.
+        name: name of the registered model.
         uri: MLflow tracking URI.
-        samples: resamplings, where it is evaluated now.
-        force: make it champion whatever the gate says.
+        bootstrap_samples: resamples of each interval, if the model is evaluated now.
+        force: make it champion without the comparison.
         description: added to the page of the version.
 
     Raises:
-        UserError: corpora that are missing or do not fit the model.
+        UserError: a corpus is missing or does not fit the model.
     """
-    from pipelines.evaluation.tables import run_description as describe
+    from pipelines.evaluation.tables import run_description
     from pipelines.runs.model_source import BUNDLE, load_trained_tasks
     from pipelines.serving import bundle
     from skillnet_platform import __version__
@@ -50,64 +56,69 @@ def register_model(
 
     model = load_trained_tasks(source)
     if rows is None:
-        rows = _evaluate(source, model, data, samples)
-    total = sum(p.numel() for p in model.parameters())
-    with _run_of(source, uri) as run_id:
+        rows = _evaluate(source, model, data, bootstrap_samples)
+    total_params = sum(p.numel() for p in model.parameters())
+    with _open_run(source, uri) as run_id:
         folder = run_root() / "cache" / "registering" / BUNDLE
         bundle.build_bundle(source, data, folder)
-        about = bundle.check_bundle(folder)
-        digests = {entry["corpus"]: entry["corpus_digest"] for entry in about["tasks"].values()}
-        made = registry.register(
+        manifest = bundle.check_bundle(folder)
+        digests = {entry["corpus"]: entry["corpus_digest"] for entry in manifest["tasks"].values()}
+        page = run_description(rows, baseline_rows, model.config, total_params)
+        registered = registry.register_version(
             run_id,
             Path(__file__).with_name("mlflow_model.py"),
             {BUNDLE: folder},
-            registry_metrics(rows, model.config.tasks, about),
+            registry_metrics(rows, model.config.tasks, manifest),
             uri=uri,
             name=name,
             signature=model_signature(),
             input_example=None,
-            metadata={"serving_sha256": sha256_file(folder / bundle.ABOUT)},
+            metadata={"serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST)},
             requirements=[
                 f"skillnet-platform=={__version__}",
-                *registry.installed(registry.REQUIREMENTS),
+                *registry.installed_requirements(registry.REQUIREMENTS),
             ],
-            description="\n\n".join(
-                part for part in (description, describe(rows, others, model.config, total)) if part
-            ),
+            description=f"{description}\n\n{page}" if description else page,
             tags={
                 "weights_digest": source.digest,
-                "serving_sha256": sha256_file(folder / bundle.ABOUT),
+                "serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST),
                 "package": __version__,
                 **{f"corpus.{corpus}": value for corpus, value in digests.items()},
             },
         )
-    if force and made.alias != registry.CHAMPION:
-        verdict = registry.promote(made.version, name=name, uri=uri, force=True)
-        made = registry.Registered(
-            made.name, made.version, made.uri, made.run_id, registry.CHAMPION, verdict
-        )
-    return made
+    if force and registered.alias != registry.CHAMPION:
+        verdict = registry.promote_version(registered.version, name=name, uri=uri, force=True)
+        registered = dataclasses.replace(registered, alias=registry.CHAMPION, verdict=verdict)
+    return registered
 
 
 def registry_metrics(
-    rows: Sequence[dict[str, Any]], tasks: Mapping[str, Any], about: Mapping[str, Any]
-) -> "dict[str, Figure]":
-    """The headline of each task on ``test``, as the gate compares it."""
-    from pipelines.evaluation.tables import HEADLINE, find_row
-    from skillnet_platform.tracking.promotion import Figure
+    rows: Sequence[dict[str, Any]], tasks: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> "dict[str, MetricEstimate]":
+    """Return the primary metric of each task on ``test``, for the promotion decision.
 
-    found: dict[str, Figure] = {}
+    Args:
+        rows: evaluation rows of the model.
+        tasks: name -> task.
+        manifest: of the bundle, with the digests of the corpora.
+    """
+    from pipelines.evaluation.tables import OBJECTIVE_METRICS, find_row
+    from skillnet_platform.tracking.promotion import MetricEstimate
+
+    estimates: dict[str, MetricEstimate] = {}
     for task, spec in tasks.items():
-        metric, more = HEADLINE[spec.objective]
+        metric, higher_is_better = OBJECTIVE_METRICS[spec.objective]
         row = find_row(rows, task, metric)
         if row is not None:
-            data = about["tasks"][task]["corpus_digest"]
-            found[task] = Figure(metric, row["value"], row["low"], row["high"], more, data)
-    return found
+            data = manifest["tasks"][task]["corpus_digest"]
+            estimates[task] = MetricEstimate(
+                metric, row["value"], row["low"], row["high"], higher_is_better, data
+            )
+    return estimates
 
 
 def model_signature() -> Any:
-    """What the registered model takes and gives, as MLflow writes it down."""
+    """Return the MLflow signature of a registered model: input and output columns, parameters."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import Array
@@ -136,11 +147,11 @@ def model_signature() -> Any:
 
 
 def _evaluate(
-    source: "ModelSource", model: Any, data: str | Path, samples: int
+    source: "ModelSource", model: Any, data: str | Path, bootstrap_samples: int
 ) -> list[dict[str, Any]]:
     from pipelines.evaluation.evaluator import evaluate_model
 
-    console.note("evaluating for the gate")
+    console.note("evaluating the model before its registration")
     return evaluate_model(
         model,
         data,
@@ -148,27 +159,27 @@ def _evaluate(
         corpora=source.corpora,
         limits=source.limits,
         steps=source.steps,
-        samples=samples,
+        bootstrap_samples=bootstrap_samples,
     )
 
 
 @contextlib.contextmanager
-def _run_of(source: "ModelSource", uri: str | None) -> Iterator[str]:
-    """Id of the run that made the model; a run for this registration if it has none."""
+def _open_run(source: "ModelSource", uri: str | None) -> Iterator[str]:
+    """Yield the id of the run that trained the model, or of a new run if it has none."""
     from pipelines.runs.model_source import is_known_run
     from skillnet_platform import tracking
     from skillnet_platform.tracking import backend
 
-    backend.setup(uri)
+    backend.setup_backend(uri)
     if source.run_id is not None and is_known_run(source.run_id, uri):
         yield source.run_id
         return
 
     settings = tracking.TrackingConfig(uri=uri, system_metrics=False)
-    with tracking.start(
+    with tracking.start_run(
         f"register {Path(source.name).name}",
         tracking=settings,
-        description=f"Registered from `{source.weights}`, which belongs to no run here.",
+        description=f"Registered from `{source.weights}`, which has no run in this tracker.",
         tags={"trained_as": source.run_id} if source.run_id else None,
     ) as tracker:
         yield tracker.run_id

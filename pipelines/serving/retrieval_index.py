@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from skillnet_platform import console
-from skillnet_platform.config import digest
+from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, human_bytes, run_root
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
 #: Goes up whenever the index changes, so that a kept one is not taken for a new one.
-VERSION = 1
+INDEX_VERSION = 1
 #: Vectors of all rows that are searched are in memory.
-MAX_CACHE_BYTES = 4 * 2**30
+MAX_INDEX_BYTES = 4 * 2**30
 
 
 def build_retrieval_index(
@@ -39,17 +39,19 @@ def build_retrieval_index(
 
     precision = predictor.runner.precision.name
     limit = predictor.limits.get(task)
-    key = digest([VERSION, source.digest, corpus.digest, task, list(splits), precision, limit])
+    key = digest_config(
+        [INDEX_VERSION, source.digest, corpus.digest, task, list(splits), precision, limit]
+    )
     kept = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
     if kept.is_file():
         return load_file(kept)["embeddings"]
     config = predictor.model.config
     rows = sum(corpus.splits[name].rows for name in splits)
-    if rows * config.embedding_dim * 4 > MAX_CACHE_BYTES:
+    if rows * config.embedding_dim * 4 > MAX_INDEX_BYTES:
         raise UserError(
             f"{corpus.name}: vectors of {rows:,} rows take "
             f"{human_bytes(rows * config.embedding_dim * 4)}, a search holds at most "
-            f"{human_bytes(MAX_CACHE_BYTES)} in memory; name some of its splits, for example --splits "
+            f"{human_bytes(MAX_INDEX_BYTES)} in memory; name some of its splits, for example --splits "
             f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
         )
     parts = []

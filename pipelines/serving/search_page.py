@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from skillnet_platform.html_page import render
+from skillnet_platform.html_page import render_page
 
 #: Thumbnails are enlarged by whole factors to at least this many pixels a side, edges kept hard.
-THUMBNAIL = 144
+THUMBNAIL_PIXELS = 144
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def render_search_page(
         "credit": credit,
         "wide": any(card.code is not None for card in cards),
     }
-    return render("search.html", values, package="pipelines.serving.mlflow_model")
+    return render_page("search.html", values, package="pipelines.serving.mlflow_model")
 
 
-def media_data_uri(media: np.ndarray, side: int = THUMBNAIL) -> str:
+def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
     """A picture (H, W, 3) as PNG or a clip (N, H, W, C) as animated PNG, inside a data URI.
 
     A clip ends with a pause on its last frame and starts again.

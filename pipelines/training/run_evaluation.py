@@ -91,7 +91,7 @@ def evaluate_and_log(
     Returns:
         Tidy rows; empty without an evaluation.
     """
-    from pipelines.evaluation import reconstructions, tables
+    from pipelines.evaluation import figures, reconstructions, tables
     from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
     from pipelines.evaluation.outcomes import OutcomeTable, write_outcomes
     from skillnet import systems
@@ -108,7 +108,7 @@ def evaluate_and_log(
     )
     if not brief:
         past = read_metric_history(run / PROGRESS)
-        for name, figure in tables.training_figures(past, config.model).items():
+        for name, figure in figures.training_figures(past, config.model).items():
             tracker.figure(figure, name)
         reconstructions.log_reconstructions(config, model, run, tracker, result["step"])
     outcomes = OutcomeTable()

@@ -151,7 +151,7 @@ def measure_ablations(
             if change.task is not None:
                 altered = _measure_outcomes(runner, name, change.task, part, corpus, limit)
                 pair = (baseline, altered) if more else (altered, baseline)
-                interval = paired_difference(*pair, seed=seed, samples=bootstrap_samples)
+                interval = paired_difference(*pair, seed=seed, bootstrap_samples=bootstrap_samples)
                 row |= {"after": _score(altered.value, more), "score_drop": interval.value}
                 row |= {"low": interval.low, "high": interval.high}
             table.append({column: row.get(column) for column in COLUMNS})

@@ -25,7 +25,7 @@ class Place:
         self.made = registration.register_model(
             model_source.resolve_model(str(self.saved)),
             self.data,
-            samples=50,
+            bootstrap_samples=50,
             description="A first try.",
         )
 

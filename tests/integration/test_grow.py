@@ -116,7 +116,7 @@ def test_references_are_trained_as_they_are_called(place: Path, grown: dict[str,
 
 
 def test_it_is_recorded_with_its_references_below_it(place: Path, grown: dict[str, Any]) -> None:
-    client = backend.client(backend.resolve_uri())
+    client = backend.create_client(backend.resolve_uri())
     run = client.get_run(grown["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.tags["growth.untouched"] == "true"
@@ -176,7 +176,7 @@ def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "nowhere"}, "nowhere: there is no such folder"),
+        ({"source": "nowhere"}, "nowhere: no folder and no run"),
         ({"skill": NewSkill("ink", init_from="vidoe")}, "unknown skill 'vidoe'; did you mean 'vid"),
         ({"skill": NewSkill("code")}, "base already has a skill 'code'"),
         ({"task.name": "text_to_code"}, "base already has a task 'text_to_code'"),
@@ -260,7 +260,9 @@ def test_a_registered_model_grows_into_its_next_version(
     assert model.config.tasks["counting"].outputs == CLASSES
     before = files(model_source.resolve_model(made.made.uri).weights)
     assert all(files(bundle.weights)[name] == content for name, content in before.items())
-    page = backend.client(backend.resolve_uri()).get_model_version("skillnet", "2").description
+    page = (
+        backend.create_client(backend.resolve_uri()).get_model_version("skillnet", "2").description
+    )
     assert "old files" in page
     # As good on all old tasks, to the digit, and one task more.
     assert done["registered"]["alias"] == registry.CHAMPION

@@ -153,7 +153,10 @@ def test_a_run_of_another_tracker_is_no_obstacle(place: Place, tmp_path: Path, c
     shutil.copytree(place.saved, run / "model")
     (run / "config.yaml").write_text("seed: 1\n")
     (run / "run.json").write_text('{"run_id": "' + 32 * "0" + '"}')
-    assert evaluate.main(["--run", str(run), "--data", str(place.data), "--bootstrap_samples", "20"]) == 0
+    assert (
+        evaluate.main(["--run", str(run), "--data", str(place.data), "--bootstrap_samples", "20"])
+        == 0
+    )
     assert "is not in this tracker" in capsys.readouterr().err
     made = registration.register_model(
         model_source.resolve_model(str(run)), place.data, name="other", bootstrap_samples=20

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     from skillnet_platform import config as configuration
     from skillnet_platform import console
 
-    config = configuration.parse(FinetuneConfig, words, "python -m tools.docs.system_costs")
+    config = configuration.parse_config(FinetuneConfig, words, "python -m tools.docs.system_costs")
     lengths = {name: _lengths(config, name) if config.data else {} for name in config.measured}
     header = ["system", "total", *(name.replace("_", " ") for name in config.measured), "mean"]
     rows = []
@@ -68,10 +68,10 @@ def _lengths(config: Any, task: str) -> dict[str, int]:
     """Mean length of the rows of a task's test split, by tower."""
     from pipelines.evaluation.inference import mean_row_lengths, split_inputs
     from pipelines.shards.dataset import open_corpus
-    from skillnet_platform.storage.location import below, place
+    from skillnet_platform.storage.location import join_location, parse_location
 
     settings, spec = config.tasks[task], config.model.tasks[task]
-    corpus = open_corpus(below(place(config.data, Path()), settings.corpus))
+    corpus = open_corpus(join_location(parse_location(config.data, Path()), settings.corpus))
     return mean_row_lengths(
         {
             tower: split_inputs(
@@ -79,7 +79,7 @@ def _lengths(config: Any, task: str) -> dict[str, int]:
                 plan,
                 config.model,
                 corpus.name,
-                captions=tower == "query",
+                use_captions=tower == "query",
                 limit=None if tower == "query" else settings.max_length,
             )
             for tower, plan in spec.towers.items()

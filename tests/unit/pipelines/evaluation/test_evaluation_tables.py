@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipelines.evaluation import tables
+from pipelines.evaluation import figures, tables
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task, default_tasks
 
@@ -21,20 +21,20 @@ ROWS = [
     row("text_classification", "accuracy", 0.6),
     row("text_classification", "macro_f1", 0.55),
 ]
-OTHERS = [
+BASELINE_ROWS = [
     row("text_to_image", "recall_at_10", 0.026, "chance", low=float("nan"), high=float("nan")),
-    row("text_to_image", "recall_at_10", 0.35, "reference"),
+    row("text_to_image", "recall_at_10", 0.35, "simple_baseline"),
 ]
 
 
 def test_the_summary_holds_one_line_per_task_in_the_papers_order():
-    columns, cells = tables.summary_cells(ROWS, OTHERS, default_tasks(), total=100)
-    assert columns[2:4] == ["chance", "simple reference"]
+    columns, cells = tables.summary_cells(ROWS, BASELINE_ROWS, default_tasks(), total_params=100)
+    assert columns[2:4] == ["chance", "simple baseline"]
     assert cells == [
         ["text_classification", "accuracy ↑", "–", "–", "60.0 % (58.0–62.0)", "25 %"],
         ["text_to_image", "R@10 ↑", "2.6 %", "35.0 %", "40.0 % (38.0–42.0)", "25 %"],
     ]
-    columns, cells = tables.summary_cells(ROWS, [], default_tasks(), total=100)
+    columns, cells = tables.summary_cells(ROWS, [], default_tasks(), total_params=100)
     assert columns == ["task", "metric", "SkillNet (95 % interval)", "active"]
     assert [len(line) for line in cells] == [4, 4]
 
@@ -69,7 +69,7 @@ def test_markdown_cells_cannot_break_the_table():
 
 
 def test_the_description_names_results_activation_and_facts():
-    text = tables.run_description(ROWS, OTHERS, SkillNetConfig(), 11_300_000, {"steps": 150})
+    text = tables.run_description(ROWS, BASELINE_ROWS, SkillNetConfig(), 11_300_000, {"steps": 150})
     assert "11.3 M parameters in 7 skills" in text
     assert "40.0 % (38.0–42.0)" in text
     assert text.index("text_to_image R@10 **40.0 %**") < text.index("| task")
@@ -84,7 +84,7 @@ def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
         "own": Task("classification", {"input": SkillPlan(("general", "code"), "code")}, outputs=2)
     }
     config = SkillNetConfig(tasks=tasks)
-    (axes,) = tables.activation_figure(config).axes
+    (axes,) = figures.activation_figure(config).axes
     assert len(axes.patches) == 9 * 7
     grey = sum(min(patch.get_facecolor()[:3]) > 0.9 for patch in axes.patches)
     active = sum(len(plan.skills) for task in tasks.values() for plan in task.towers.values())
@@ -94,24 +94,24 @@ def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
 def test_the_loss_picture_has_a_panel_per_task():
     history = {f"{task}/loss": [(20, 3.0), (10, 4.0), (30, 2.0)] for task in default_tasks()}
     history["training/learning_rate"] = [(10, 1e-3), (20, 5e-4)]
-    figures = tables.training_figures(history, SkillNetConfig())
-    assert set(figures) == {
+    drawn = figures.training_figures(history, SkillNetConfig())
+    assert set(drawn) == {
         "plots/activation.png",
         "plots/loss_by_task.png",
         "plots/learning_rate.png",
     }
-    loss = figures["plots/loss_by_task.png"]
+    loss = drawn["plots/loss_by_task.png"]
     assert [axes.get_title() for axes in loss.axes] == [
         t.replace("_", " ") for t in default_tasks()
     ]
     np.testing.assert_array_equal(loss.axes[0].lines[0].get_xdata(), [10, 20, 30])
-    assert set(tables.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
+    assert set(figures.training_figures({}, SkillNetConfig())) == {"plots/activation.png"}
 
 
 def test_smoothing_keeps_a_constant_and_the_length():
-    np.testing.assert_allclose(tables.smooth_series(np.full(50, 2.5)), 2.5)
+    np.testing.assert_allclose(figures.smooth_series(np.full(50, 2.5)), 2.5)
     values = np.random.default_rng(0).standard_normal(200)
-    smoothed = tables.smooth_series(values)
+    smoothed = figures.smooth_series(values)
     assert len(smoothed) == 200
     assert smoothed.std() < values.std()
     np.testing.assert_allclose(smoothed[100], values[95:106].mean())

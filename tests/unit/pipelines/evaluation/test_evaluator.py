@@ -10,7 +10,12 @@ import torch
 
 from pipelines import evaluate as command
 from pipelines.evaluation.evaluator import evaluate_model
-from pipelines.evaluation.inference import InferenceRunner, batches_by_length, memory_inputs, split_inputs
+from pipelines.evaluation.inference import (
+    InferenceRunner,
+    batches_by_length,
+    memory_inputs,
+    split_inputs,
+)
 from pipelines.evaluation.tables import COLUMNS
 from pipelines.shards.dataset import open_corpus
 from skillnet.accounting import account_task
@@ -32,7 +37,7 @@ def model() -> SkillNet:
 
 @pytest.fixture(scope="module")
 def rows(model: SkillNet, data: Path) -> list[dict]:
-    return evaluate_model(model, data, samples=200, precision="fp32", seed=3, steps=7)
+    return evaluate_model(model, data, bootstrap_samples=200, precision="fp32", seed=3, steps=7)
 
 
 def value(rows: list[dict], task: str, metric: str, split: str = "test") -> float:
@@ -133,17 +138,17 @@ def test_batches_hold_every_row_once(positions: int):
 
 def test_training_mode_is_left_as_it_was(data: Path):
     model = SkillNet(config()).train()
-    evaluate_model(model, data, ["text_classification"], ["validation"], samples=0)
+    evaluate_model(model, data, ["text_classification"], ["validation"], bootstrap_samples=0)
     assert model.training
     assert torch.is_grad_enabled()
 
 
 def test_named_splits(model: SkillNet, data: Path):
-    rows = evaluate_model(model, data, splits=["test_unseen_concept"], samples=0)
+    rows = evaluate_model(model, data, splits=["test_unseen_concept"], bootstrap_samples=0)
     assert {(r["task"], r["split"]) for r in rows} == {("text_to_image", "test_unseen_concept")}
     assert all(np.isnan(r["low"]) for r in rows)
     with pytest.raises(UserError, match=r"no corpus .* has the split 'tset'"):
-        evaluate_model(model, data, splits=["test", "tset"], samples=0)
+        evaluate_model(model, data, splits=["test", "tset"], bootstrap_samples=0)
 
 
 def test_mistakes_have_messages(model: SkillNet, data: Path, tmp_path: Path):
@@ -163,15 +168,22 @@ def test_mistakes_have_messages(model: SkillNet, data: Path, tmp_path: Path):
 
 def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
-    words = ["--checkpoint", str(tmp_path / "model"), "--data", str(data), "--samples", "50"]
+    words = [
+        "--checkpoint",
+        str(tmp_path / "model"),
+        "--data",
+        str(data),
+        "--bootstrap_samples",
+        "50",
+    ]
     out = tmp_path / "figures.csv"
     assert command.main([*words, "--output", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     with out.open(encoding="utf-8") as stream:
         written = list(csv.DictReader(stream))
     assert tuple(written[0]) == COLUMNS
-    assert len(written) == len(document["rows"]) + len(document["evaluate_simple_baselines"])
-    assert {row["system"] for row in written} == {"skillnet", "chance", "reference"}
+    assert len(written) == len(document["rows"]) + len(document["simple_baselines"])
+    assert {row["system"] for row in written} == {"skillnet", "chance", "simple_baseline"}
     assert command.main(words) == 0
     table = capsys.readouterr().out
     assert "text_to_image" in table
@@ -180,15 +192,15 @@ def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: 
 
 def test_command_refuses_what_is_no_model(data: Path, run_root: Path, capsys, tmp_path: Path):
     assert command.main(["--checkpoint", str(tmp_path / "none"), "--data", str(data)]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no folder and no run" in capsys.readouterr().err
     assert command.main(["--checkpoint", str(tmp_path), "--data", str(data)]) == 2
-    assert "holds no whole model" in capsys.readouterr().err
+    assert "holds no complete model" in capsys.readouterr().err
     assert command.main(["--checkpoint", "a", "--run", "b"]) == 2
     assert "not both" in capsys.readouterr().err
 
 
 def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, run_root: Path):
-    from pipelines.evaluate import EvaluateConfig, evaluate_registered_model
+    from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
     from pipelines.runs import model_source
     from skillnet.growth import add_task
     from skillnet.skills import SkillPlan, Task
@@ -207,8 +219,13 @@ def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, r
     source = model_source.resolve_model(str(run / "checkpoints" / "step-00000001"))
     assert source.auxiliary == {"text_to_definition"}
     assert source.limits["text_to_code"] == 9
-    result = evaluate_registered_model(
-        EvaluateConfig(checkpoint=str(source.weights), data=str(data), samples=0, references=False)
+    result = evaluate_trained_model(
+        EvaluateConfig(
+            checkpoint=str(source.weights),
+            data=str(data),
+            bootstrap_samples=0,
+            simple_baselines=False,
+        )
     )
     assert {row["task"] for row in result.rows} == set(config().tasks)
     assert {row["seed"] for row in result.rows} == {5}
@@ -230,20 +247,25 @@ def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) 
         path.write_text(json.dumps(manifest), encoding="utf-8")
         outcomes = OutcomeTable()
         rows = evaluate_model(
-            model, data, ["text_to_image"], ["test"], samples=20, outcomes=outcomes
+            model, data, ["text_to_image"], ["test"], bootstrap_samples=20, outcomes=outcomes
         )
         figures = {row["metric"]: row["value"] for row in rows}
         found[queries] = figures, outcomes["text_to_image", "test"]
         spec = {"text_to_image": model.config.tasks["text_to_image"]}
-        simple = evaluate_simple_baselines(data, spec, ["test"], samples=0, keep=False)
+        simple = evaluate_simple_baselines(
+            data, spec, ["test"], bootstrap_samples=0, use_cache=False
+        )
         found[queries] += ({(r["system"], r["metric"]): r["value"] for r in simple},)
     (first, one, simple_first), (every, three, simple_every) = found["first"], found["all"]
     assert len(one) == len(three) == open_corpus(data / "drawings").splits["test"].rows
-    assert set(three.weight) == {3.0}
+    assert set(three.denominator) == {3.0}
     assert three.value == pytest.approx(every["recall_at_10"])
     assert one.value == pytest.approx(first["recall_at_10"])
     assert first["median_rank"] != every["median_rank"]
-    assert simple_first["reference", "recall_at_1"] != simple_every["reference", "recall_at_1"]
+    assert (
+        simple_first["simple_baseline", "recall_at_1"]
+        != simple_every["simple_baseline", "recall_at_1"]
+    )
     chance = ("chance", "recall_at_1")
     assert simple_first[chance] == pytest.approx(simple_every[chance])
     back = ("chance", "reverse_recall_at_10")

@@ -34,7 +34,7 @@ def test_the_primary_metric_of_a_split_follows_from_its_rows(tmp_path: Path):
     data = write_corpora(tmp_path / "corpora")
     torch.manual_seed(0)
     outcomes = OutcomeTable()
-    rows = evaluate_model(SkillNet(config()), data, samples=0, outcomes=outcomes)
+    rows = evaluate_model(SkillNet(config()), data, bootstrap_samples=0, outcomes=outcomes)
     write_outcomes(outcomes, tmp_path / "outcomes.parquet")
     assert pq.read_schema(tmp_path / "outcomes.parquet").equals(SCHEMA)
     again = read_outcomes(tmp_path / "outcomes.parquet")
@@ -59,15 +59,15 @@ def _table(rows: list[int]) -> pa.Table:
 
 
 def test_rows_come_back_in_their_order(tmp_path: Path):
-    table = _table([2, 0, 1]).set_column(3, "amount", pa.array([2.0, 0.0, 1.0], pa.float32()))
+    table = _table([2, 0, 1]).set_column(3, "numerator", pa.array([2.0, 0.0, 1.0], pa.float32()))
     pq.write_table(table, tmp_path / "o.parquet")
-    assert read_outcomes(tmp_path / "o.parquet")["a", "test"].amount.tolist() == [0.0, 1.0, 2.0]
+    assert read_outcomes(tmp_path / "o.parquet")["a", "test"].numerator.tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("rows", [[0, 2], [0, 1, 1], [1]])
 def test_missing_and_doubled_rows_are_refused(tmp_path: Path, rows: list[int]):
     pq.write_table(_table(rows), tmp_path / "o.parquet")
-    with pytest.raises(UserError, match="a test: rows are missing or there twice"):
+    with pytest.raises(UserError, match="a test: rows are missing or duplicated"):
         read_outcomes(tmp_path / "o.parquet")
 
 
@@ -78,8 +78,8 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path):
     path.write_text("task,split\n")
     with pytest.raises(UserError, match="not a Parquet file"):
         read_outcomes(path)
-    pq.write_table(_table([0]).drop_columns(["weight"]), path)
-    with pytest.raises(UserError, match="the column weight is missing"):
+    pq.write_table(_table([0]).drop_columns(["denominator"]), path)
+    with pytest.raises(UserError, match="the column denominator is missing"):
         read_outcomes(path)
 
 
@@ -93,4 +93,4 @@ def test_a_paired_difference_is_narrower_than_what_rows_alone_would_give() -> No
     assert 0 < found.low < found.value < found.high < 0.15
     assert paired_difference(one, one) == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="not of the same rows"):
-        paired_difference(one, RowOutcomes(one.amount[1:], one.weight[1:], one.rank[1:]))
+        paired_difference(one, RowOutcomes(one.numerator[1:], one.denominator[1:], one.rank[1:]))

@@ -11,9 +11,9 @@ from torch import Tensor
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation import reconstructions
 from pipelines.evaluation.inference import InferenceRunner
-from pipelines.loading.audio_units import units_of
+from pipelines.loading.audio_units import find_sound_units
 from pipelines.loading.dataloader import Batch
-from pipelines.loading.masking import FLAT, normalised
+from pipelines.loading.masking import VARIANCE_FLOOR, normalise_tokens
 from pipelines.shards.dataset import open_corpus
 from skillnet.multitask_model import TaskModel
 from skillnet.stems import cut_tubelets, patchify, stack_frames
@@ -69,7 +69,7 @@ def test_what_is_hidden_is_restored_in_its_place(
 ) -> None:
     config, model = run_of(data)
     oracle = Oracle(right=True)
-    monkeypatch.setattr(reconstructions, "restored", oracle)
+    monkeypatch.setattr(reconstructions, "predict_masked_tokens", oracle)
     original, hidden, restored = reconstructions.reconstruct_rows(config, model, task)
     assert original.shape == hidden.shape == restored.shape
     assert np.allclose(restored, original, atol=1e-4, equal_nan=True)
@@ -78,7 +78,7 @@ def test_what_is_hidden_is_restored_in_its_place(
     assert oracle.masked_BT.any()
     assert torch.equal(changed_BT, oracle.masked_BT), "hidden there, and nowhere else"
 
-    monkeypatch.setattr(reconstructions, "restored", Oracle(right=False))
+    monkeypatch.setattr(reconstructions, "predict_masked_tokens", Oracle(right=False))
     _, _, nothing = reconstructions.reconstruct_rows(config, model, task)
     made = cut(config, task, nothing)
     assert torch.allclose(made[~oracle.masked_BT], tokens[~oracle.masked_BT], atol=1e-5)
@@ -91,16 +91,16 @@ def test_a_unit_is_shown_as_the_mean_of_its_sounds(
 ) -> None:
     config, model = run_of(data, UNITS)
     oracle = Oracle(right=True)
-    monkeypatch.setattr(reconstructions, "restored", oracle)
+    monkeypatch.setattr(reconstructions, "predict_masked_tokens", oracle)
     original, _, restored = reconstructions.reconstruct_rows(config, model, "masked_sound")
     assert np.array_equal(np.isnan(original), np.isnan(restored)), "where a recording has ended"
     tokens, made = (cut(config, "masked_sound", x) for x in (original, restored))
     masked = oracle.masked_BT
     assert torch.equal(made[~masked], tokens[~masked])
     corpus = open_corpus(data / "syllables")
-    units = units_of(corpus, ("train",), config.model.mel_stack, UNITS)
+    units = find_sound_units(corpus, ("train",), config.model.mel_stack, UNITS)
     assert oracle.batch is not None
-    means = normalised(units.centres_KP[oracle.batch.targets["values"]])
+    means = normalise_tokens(units.centres_KP[oracle.batch.targets["values"]])
     asked = tokens[masked]
-    spread = (asked.var(-1, keepdim=True, unbiased=False) + FLAT).sqrt()
+    spread = (asked.var(-1, keepdim=True, unbiased=False) + VARIANCE_FLOOR).sqrt()
     assert torch.allclose(made[masked], means * spread + asked.mean(-1, keepdim=True), atol=1e-4)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.evaluation.simple_baselines import random_ranks, evaluate_simple_baselines
+from pipelines.evaluation.simple_baselines import random_ranking_metrics, evaluate_simple_baselines
 from pipelines.evaluation.tables import COLUMNS
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import retrieval_ranks
@@ -22,7 +22,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(data: Path) -> list[dict]:
-    return evaluate_simple_baselines(data, samples=0, keep=False)
+    return evaluate_simple_baselines(data, bootstrap_samples=0, use_cache=False)
 
 
 @pytest.mark.parametrize(
@@ -44,32 +44,34 @@ def test_they_beat_chance_where_the_rule_is_simple(rows, task, metric, sign):
         for row in rows
         if (row["task"], row["metric"], row["split"]) == (task, metric, "test")
     }
-    assert sign * by["reference"] > sign * by["chance"]
+    assert sign * by["simple_baseline"] > sign * by["chance"]
 
 
 def test_clips_with_classes_have_a_reference_too(tmp_path: Path):
     clips = small_corpora.write_corpora(tmp_path / "corpora", test_rows=30)
     write_labelled_clips(clips)
     tasks = {"counting": Task("classification", {"input": SkillPlan(("video",), "video")}, 3)}
-    found = evaluate_simple_baselines(clips, tasks, corpora={"counting": "counts"}, samples=0, keep=False)
+    found = evaluate_simple_baselines(
+        clips, tasks, corpora={"counting": "counts"}, bootstrap_samples=0, use_cache=False
+    )
     value = {
         row["system"]: row["value"]
         for row in found
         if (row["split"], row["metric"]) == ("test", "accuracy")
     }
-    assert value["reference"] > value["chance"]
+    assert value["simple_baseline"] > value["chance"]
 
 
 def test_rows_have_the_form_of_evaluations(rows):
     assert all(tuple(row) == COLUMNS for row in rows)
-    assert {row["system"] for row in rows} == {"chance", "reference"}
+    assert {row["system"] for row in rows} == {"chance", "simple_baseline"}
     assert {row["task"] for row in rows} == set(SkillNetConfig().tasks)
 
 
 @pytest.mark.parametrize("groups", [list(range(23)), [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
 def test_chance_is_what_random_vectors_reach(groups):
     ids = np.array(groups)
-    expected = random_ranks(ids)
+    expected = random_ranking_metrics(ids)
     random = np.random.default_rng(0)
     ranks = np.concatenate(
         [retrieval_ranks(*random.standard_normal((2, len(ids), 16)), ids, ids) for _ in range(400)]
@@ -86,10 +88,10 @@ def test_results_are_kept_until_a_corpus_changes(data: Path, tmp_path: Path):
     shutil.copytree(data, copy)
     asked: list[str] = []
     tasks = {"text_to_code": SkillNetConfig().tasks["text_to_code"]}
-    first = evaluate_simple_baselines(copy, tasks, samples=50, on_task=asked.append)
-    again = evaluate_simple_baselines(copy, tasks, samples=50, on_task=asked.append)
+    first = evaluate_simple_baselines(copy, tasks, bootstrap_samples=50, on_task=asked.append)
+    again = evaluate_simple_baselines(copy, tasks, bootstrap_samples=50, on_task=asked.append)
     assert asked == ["text_to_code"]
     assert [r["value"] for r in again] == [r["value"] for r in first]
     assert np.isnan(again[0]["low"]) == np.isnan(first[0]["low"])
-    evaluate_simple_baselines(copy, tasks, samples=60, on_task=asked.append)
+    evaluate_simple_baselines(copy, tasks, bootstrap_samples=60, on_task=asked.append)
     assert len(asked) == 2

@@ -39,19 +39,19 @@ def test_a_modality_that_is_new_brings_a_stem_that_trains_also_without_the_skill
 ) -> None:
     source = saved(tmp_path, data, "text_classification")
     config = replace(grow_config("saved", data), run_dir=str(tmp_path))
-    before = runs.load_source_model(source)
-    settings = runs.save_as_run(config, source, before)
-    grown = runs.grown_model(config, before, settings.model.tasks["counting"])
-    new = verification.new_files(before, grown)
+    before = runs.load_growable_model(source)
+    settings = runs.build_growth_config(config, source, before)
+    grown = runs.build_grown_model(config, before, settings.model.tasks["counting"])
+    new = verification.added_files(before, grown)
     assert new == ["head-counting", "skill-ink", "stem-tubelet"]
     assert "ink" not in before.config.skills
     settings.training.trainable = new
     settings.run_dir = str(tmp_path)
-    other = runs.reference_run("without_skill", config, settings, source, tmp_path)
+    other = runs.build_reference_config("without_skill", config, settings, source, tmp_path)
     assert other is not None
     assert other.training.trainable == ["head-counting", "stem-tubelet"]
     assert other.model.tasks["counting"].skills == ("general", "video")
-    fresh = runs.reference_run("fresh", config, settings, source, tmp_path)
+    fresh = runs.build_reference_config("fresh", config, settings, source, tmp_path)
     assert fresh is not None
     assert (fresh.init_from, fresh.training.trainable, list(fresh.trained)) == (None, [], ["counting"])
 
@@ -61,7 +61,7 @@ def test_old_tasks_are_measured_as_they_were_trained(tmp_path: Path, data: Path)
     told = {"text_to_code": {"corpus": "functions", "max_length": 7, "auxiliary": False}}
     source = replace(source, settings={"tasks": told})
     config = grow_config("saved", data)
-    settings = runs.save_as_run(config, source, runs.load_source_model(source))
+    settings = runs.build_growth_config(config, source, runs.load_growable_model(source))
     assert settings.tasks["text_to_code"] == TaskTraining(
         "functions", max_length=7, eval_only=True
     )
@@ -69,7 +69,7 @@ def test_old_tasks_are_measured_as_they_were_trained(tmp_path: Path, data: Path)
     assert list(settings.trained) == ["counting"]
     assert settings.model.tasks["counting"].outputs == 3
     config.corpora = {"text_to_code": "mine"}
-    assert runs.save_as_run(config, source, runs.load_source_model(source)).tasks["text_to_code"].corpus == "mine"
+    assert runs.build_growth_config(config, source, runs.load_growable_model(source)).tasks["text_to_code"].corpus == "mine"
 
 
 def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
@@ -79,29 +79,29 @@ def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
     config = grow_config("saved", data)
     task = NewTask("counting", {"input": SkillPlan(("ink",), "video")}, TaskTraining("counts"))
     config = replace(config, task=task)
-    settings = replace(runs.save_as_run(config, source, runs.load_source_model(source)), run_dir=str(tmp_path))
-    assert runs.reference_run("without_skill", config, settings, source, tmp_path) is None
+    settings = replace(runs.build_growth_config(config, source, runs.load_growable_model(source)), run_dir=str(tmp_path))
+    assert runs.build_reference_config("without_skill", config, settings, source, tmp_path) is None
 
 
 def test_what_starts_alike_is_kept_once(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_classification")
     config = grow_config("saved", data)
-    before = runs.load_source_model(source)
-    task = runs.new_task_spec(config)
+    before = runs.load_growable_model(source)
+    task = runs.resolve_new_task(config)
     kept = [
-        runs.keep_start(runs.grown_model(config, before, task), str(tmp_path)) for _ in range(2)
+        runs.save_start_model(runs.build_grown_model(config, before, task), str(tmp_path)) for _ in range(2)
     ]
     assert kept[0] == kept[1]
     assert len(list((tmp_path / ".starts").iterdir())) == 1
     other = replace(config, seed=5)
-    assert runs.keep_start(runs.grown_model(other, before, task), str(tmp_path)) != kept[0]
+    assert runs.save_start_model(runs.build_grown_model(other, before, task), str(tmp_path)) != kept[0]
 
 
 def test_float64_weights_are_refused(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_classification")
     SkillNet.from_pretrained(source.weights).double().save_pretrained(source.weights)
     with pytest.raises(UserError, match="float64"):
-        runs.load_source_model(source)
+        runs.load_growable_model(source)
 
 
 def growth(**changes: object) -> GrowthReport:
@@ -157,4 +157,4 @@ def test_settings_survive_their_yaml(data: Path) -> None:
 
     config = grow_config("base", data)
     tree = configuration.to_dict(config)
-    assert configuration.build(GrowConfig, tree) == config
+    assert configuration.build_config(GrowConfig, tree) == config

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from pipelines.predict import PredictConfig, clue_lines
-from pipelines.serving.inputs import GivenInput, read_input_rows
+from pipelines.serving.inputs import InputRow, read_input_rows
 from pipelines.serving.predictor import TaskPrediction
 from skillnet_platform.errors import UserError
 from tests.helpers.user_corpora import tnews, write_lines
 
 
-def predicted(rows: list[GivenInput], *answers: str) -> list[tuple[GivenInput, TaskPrediction]]:
+def predicted(rows: list[InputRow], *answers: str) -> list[tuple[InputRow, TaskPrediction]]:
     made = [TaskPrediction("x", "text_classification", answer, 0.5) for answer in answers]
     return list(zip(rows, made, strict=True))
 

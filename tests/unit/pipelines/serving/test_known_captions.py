@@ -26,8 +26,8 @@ def firsts(corpus: PreparedCorpus) -> list[str]:
 def test_all_captions_are_known_where_they_are_few(
     corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle, "BATCH", 3)
-    assert bundle.known_captions(corpus) == firsts(corpus)
+    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 3)
+    assert bundle.read_known_captions(corpus) == firsts(corpus)
 
 
 def test_no_shard_is_opened_beyond_the_last_caption_that_is_taken(
@@ -42,13 +42,13 @@ def test_no_shard_is_opened_beyond_the_last_caption_that_is_taken(
         return before(self, shard)
 
     monkeypatch.setattr(LocalShardStore, "open", watched)
-    assert bundle.known_captions(corpus, 2) == expected[:2]
+    assert bundle.read_known_captions(corpus, 2) == expected[:2]
     assert len(opened) == 1
     assert "answers are chosen among the first ones" in capsys.readouterr().err
 
 
 def test_captions_are_spelt_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "BATCH", 4)
+    monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 4)
     sizes: list[int] = []
 
     def embed_texts(task: str, texts: list[str]) -> np.ndarray:
@@ -65,7 +65,7 @@ def test_a_search_that_would_not_fit_names_the_splits(
     corpus: PreparedCorpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = sum(split.rows for split in corpus.splits.values())
-    monkeypatch.setattr(retrieval_index, "MAX_CACHE_BYTES", rows * 16 * 4 - 1)
+    monkeypatch.setattr(retrieval_index, "MAX_INDEX_BYTES", rows * 16 * 4 - 1)
     predictor = SimpleNamespace(
         model=SimpleNamespace(config=SimpleNamespace(embedding_dim=16)),
         runner=SimpleNamespace(precision=SimpleNamespace(name="fp32")),

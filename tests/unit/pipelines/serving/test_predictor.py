@@ -84,5 +84,5 @@ def test_texts_and_code_are_cut_as_the_corpus_cut_them(words: Any) -> None:
 
 
 def test_where_no_corpus_has_texts_no_tokenizer_is_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "bytes.json").write_bytes(bundle.tokenizer_of({}, tmp_path))
+    (tmp_path / "bytes.json").write_bytes(bundle.read_tokenizer({}, tmp_path))
     assert tokenizers.load_tokenizer(tmp_path / "bytes.json").get_vocab_size() >= 4 + 256
