@@ -1,4 +1,4 @@
-"""Costs by formula against torch's counter and against what a backward pass touches."""
+"""Cost formulas compared with torch's counter and with the parameters of a backward pass."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The dense baseline: as large as its size says, and nothing else than SkillNet without skills."""
+"""Dense baseline: its size matches the options, and it is a SkillNet with one skill."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""New skills and tasks: what was there stays as it was, to the bit."""
+"""Growth: new skills and tasks leave all existing weights bitwise unchanged."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Saved models made to do harm: every loader names what is wrong, and nothing runs or explodes.
+"""Malicious saved models: every loader reports the fault, and no code runs.
 
-Whoever makes a folder also makes its manifest, so the hashes below are right: ``resealed``.
+An attacker who makes a directory also makes its manifest, so the hashes below are correct.
 """
 
 import json
@@ -229,7 +229,7 @@ def test_state_of_no_parameter(saved: Path, model: TaskModel, key: str) -> None:
     path = saved / "optimizer-shared.safetensors"
     save_file(load_file(path) | {key: torch.zeros(())}, path)
     found = checkpoints.verify_checkpoint(resealed(saved))
-    with pytest.raises(ValueError, match="no state of a parameter of this model"):
+    with pytest.raises(ValueError, match="not the state of a parameter of this model"):
         checkpointing.load_checkpoint(found, model, adamw(model))
 
 

@@ -1,4 +1,4 @@
-"""The fused layers against a loop over skills, written out here; values, gradients, memory."""
+"""Fused layers compared with a loop over skills: values, gradients, memory."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""Library encoders behind SkillNet's face: same grid, padding without effect, checkpoints."""
+"""Library encoders: same grid as SkillNet, padding without effect, checkpoints."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Losses against their definitions, and the ranks' losses against that of one process."""
+"""Losses compared with their definitions, and sums over ranks with one process."""
 
 import itertools
 

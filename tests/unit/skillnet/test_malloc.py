@@ -1,4 +1,4 @@
-"""A process that runs one trial after the other gives back what each has left."""
+"""A process that runs several trials returns the memory of each to the system."""
 
 import subprocess
 import sys

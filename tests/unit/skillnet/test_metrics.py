@@ -1,4 +1,4 @@
-"""Metrics against their definitions, written out here, and against scikit-learn."""
+"""Metrics compared with their definitions and with scikit-learn."""
 
 import tracemalloc
 

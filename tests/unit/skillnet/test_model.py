@@ -1,4 +1,4 @@
-"""The whole model: what a row's result hangs on, what a task touches, and golden losses."""
+"""Complete model: independence of rows, parameters of a task, golden losses."""
 
 import json
 import os

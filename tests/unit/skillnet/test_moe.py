@@ -1,4 +1,4 @@
-"""The mixture of experts against a loop over experts, and what its losses must keep."""
+"""Mixture of experts compared with a loop over experts, and properties of its losses."""
 
 import math
 from typing import Any

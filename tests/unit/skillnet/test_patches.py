@@ -1,4 +1,4 @@
-"""Cutting inputs into tokens and putting them together again."""
+"""Cutting inputs into tokens and joining them again."""
 
 import pytest
 import torch

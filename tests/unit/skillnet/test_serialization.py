@@ -1,4 +1,4 @@
-"""Saved models: a file per skill, whole or not at all, and refused when something is wrong."""
+"""Saved models: one file per skill, atomic writes, rejection of damaged files."""
 
 import errno
 import json

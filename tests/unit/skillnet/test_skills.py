@@ -1,4 +1,4 @@
-"""Plans, tasks and names: what is accepted, and what a mistake is told."""
+"""Plans, tasks and names: accepted values and error messages."""
 
 import dataclasses
 

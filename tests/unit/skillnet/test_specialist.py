@@ -1,4 +1,4 @@
-"""Specialists: one encoder a tower, nothing shared, and each trained as if it were alone."""
+"""Specialists: one encoder per tower, no shared parameter, training as if alone."""
 
 import dataclasses
 import shutil
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.training.loop import seed_dropout, step_loss, train
+from pipelines.training.loop import seed_dropout, step_loss, train_model
 from pipelines.training.optimizer import (
     build_lr_scheduler,
     build_optimizer,
@@ -185,7 +185,7 @@ def test_a_task_can_be_taken_off() -> None:
 def test_mistakes_are_named() -> None:
     for options, words in (
         ({"text": "brt"}, "did you mean 'bert'"),
-        ({"sound": "vit"}, "options.sound: no family 'vit'; Known: speech2text, ast"),
+        ({"sound": "vit"}, "options.sound: no architecture 'vit'; Known: speech2text, ast"),
         ({"checkpoints": {"txt": "x"}}, "options.checkpoints: unknown modality 'txt'"),
         ({"ffn_dim": 0}, "options.ffn_dim must be at least 1"),
     ):
@@ -198,13 +198,13 @@ def test_training_side_by_side_is_training_alone(tmp_path: Path) -> None:
     config = small_run(write_corpora(tmp_path / "data"), steps=15, max_grad_norm=0.5)
     config.system, config.options = "specialist", {"ffn_dim": 8}
     config.model.drop_path = 0.2
-    together = dict(train(ResolvedRun(config)).model.named_parameters())
+    together = dict(train_model(ResolvedRun(config)).model.named_parameters())
 
     start = dict(build_model(config).named_parameters())
     stream = ResolvedRun(config).dataloader
     device = torch.device("cpu")
     for task in config.tasks:
-        steps = [step for step in range(15) if stream.plan(step).task == task]
+        steps = [step for step in range(15) if stream.batch_spec(step).task == task]
         assert steps
         alone_config = dataclasses.replace(config.model, tasks={task: config.model.tasks[task]})
         alone = build_system("specialist", alone_config, config.options).double().train()
