@@ -123,7 +123,7 @@ def detect_reader(source: SourceDirectory) -> tuple[str, str] | None:
     """Return (format, evidence) of a directory that holds a known format, or None.
 
     Raises:
-        UserError, StoreUnavailable: the disk or the store fails, so the format is unknown.
+        UserError, StoreUnavailableError: the disk or the store fails, so the format is unknown.
     """
     others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
     for name in {**READERS, **others}:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.config.bounds import Ranged, within
+from pipelines.config.bounds import BoundedOptions, bounded_field
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from pipelines.corpora.readers import columns
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
@@ -41,7 +41,7 @@ TASK_NAMES = {
 
 
 @dataclass
-class MediaOptions(Ranged):
+class MediaOptions(BoundedOptions):
     """Media files.
 
     Args:
@@ -50,7 +50,7 @@ class MediaOptions(Ranged):
     """
 
     media: str | None = None
-    max_megabytes: int = within(MAX_MEDIA_BYTES // 2**20, 1)
+    max_megabytes: int = bounded_field(MAX_MEDIA_BYTES // 2**20, 1)
 
 
 class ExternalCorpus(Corpus):

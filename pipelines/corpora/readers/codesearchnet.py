@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from pipelines.config.bounds import within
+from pipelines.config.bounds import bounded_field
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import missing_format_error
 from pipelines.corpora.formats.record_reader import BadRecord, read_json_lines
@@ -56,7 +56,7 @@ class CodePairOptions(CaptionOptions, CodeOptions):
     docstring: str = "docstring"
     code: str = "code"
     language: str = "python"
-    shortest: int = within(4, 0)
+    shortest: int = bounded_field(4, 0)
 
 
 class CodeSearchNetCorpus(ExternalCorpus):

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.config.bounds import Ranged, within
+from pipelines.config.bounds import BoundedOptions, bounded_field
 from pipelines.corpora.base import tensor_field
 from pipelines.io.media import MEDIA, MediaReadError, read_media
 from pipelines.shards.jpeg import PixelStorage, encode_jpeg, jpeg_field, uses_jpeg
@@ -26,7 +26,7 @@ MAX_SIDE = 4096
 
 
 @dataclass
-class SplitOptions(Ranged):
+class SplitOptions(BoundedOptions):
     """Shares of splits that the corpus does not define; a hash of the key assigns each row.
 
     Args:
@@ -49,7 +49,7 @@ class SplitOptions(Ranged):
 
 
 @dataclass
-class TextOptions(Ranged):
+class TextOptions(BoundedOptions):
     """Texts.
 
     Args:
@@ -57,12 +57,12 @@ class TextOptions(Ranged):
         max_characters: characters kept of a text before it is tokenized.
     """
 
-    max_tokens: int = within(128, 1)
-    max_characters: int = within(10_000, 1)
+    max_tokens: int = bounded_field(128, 1)
+    max_characters: int = bounded_field(10_000, 1)
 
 
 @dataclass
-class CaptionOptions(Ranged):
+class CaptionOptions(BoundedOptions):
     """Captions.
 
     Args:
@@ -70,12 +70,12 @@ class CaptionOptions(Ranged):
         max_caption_characters: characters kept of a caption before it is tokenized.
     """
 
-    max_caption_tokens: int = within(text.CAPTION_TOKENS, 1)
-    max_caption_characters: int = within(1_000, 1)
+    max_caption_tokens: int = bounded_field(text.CAPTION_TOKENS, 1)
+    max_caption_characters: int = bounded_field(1_000, 1)
 
 
 @dataclass
-class SoundOptions(Ranged):
+class SoundOptions(BoundedOptions):
     """Audio: resampled to 16 kHz mono, 80 log-mel bins of 25 ms every 10 ms.
 
     Args:
@@ -85,12 +85,12 @@ class SoundOptions(Ranged):
         trim: remove silence before and after speech. Speech recognition usually keeps it.
     """
 
-    max_seconds: float = within(20.0, 0.1, 3600)
+    max_seconds: float = bounded_field(20.0, 0.1, 3600)
     trim: bool = False
 
 
 @dataclass
-class ImageOptions(Ranged):
+class ImageOptions(BoundedOptions):
     """Images.
 
     Args:
@@ -100,13 +100,13 @@ class ImageOptions(Ranged):
         storage: "raw" pixels, "encoded" as JPEG, or "auto": raw up to 64 KiB per row.
     """
 
-    size: int = within(image.SIZE, 1, MAX_SIDE)
+    size: int = bounded_field(image.SIZE, 1, MAX_SIDE)
     fit: Literal["crop", "pad"] = "crop"
     storage: PixelStorage = "auto"
 
 
 @dataclass
-class VideoOptions(Ranged):
+class VideoOptions(BoundedOptions):
     """Videos: grey frames, spread evenly over the video, the square in the middle of each.
 
     Args:
@@ -115,13 +115,13 @@ class VideoOptions(Ranged):
         storage: "raw" pixels, "encoded" as JPEG, or "auto": raw up to 64 KiB per row.
     """
 
-    frames: int = within(video.FRAMES, 1, MAX_SIDE)
-    video_size: int = within(video.SIZE, 1, MAX_SIDE)
+    frames: int = bounded_field(video.FRAMES, 1, MAX_SIDE)
+    video_size: int = bounded_field(video.SIZE, 1, MAX_SIDE)
     storage: PixelStorage = "auto"
 
 
 @dataclass
-class CodeOptions(Ranged):
+class CodeOptions(BoundedOptions):
     """Functions without their docstrings.
 
     Args:
@@ -129,8 +129,8 @@ class CodeOptions(Ranged):
         max_code_characters: characters kept of a function before it is tokenized.
     """
 
-    max_code_tokens: int = within(256, 1)
-    max_code_characters: int = within(20_000, 1)
+    max_code_tokens: int = bounded_field(256, 1)
+    max_code_characters: int = bounded_field(20_000, 1)
 
 
 #: Columns by name, one of them ``rejected`` with reasons; see ``Corpus.transform``.

@@ -165,7 +165,7 @@ from pathlib import Path
 from pipelines.preprocessing.blocks import read_blocks
 from pipelines.corpora import open_external_corpus
 from pipelines.corpora.base import SourceArchives
-from skillnet_platform.cli import users_mistake
+from skillnet_platform.cli import user_error_message
 for copy in sorted(Path(sys.argv[1]).glob("*/copy-*")):
     folder = copy.parent
     copy.replace(folder / "data.arrow")
@@ -175,9 +175,9 @@ for copy in sorted(Path(sys.argv[1]).glob("*/copy-*")):
         corpus.scan_labels()
         for _ in read_blocks(corpus, SourceArchives.none(), folder / "rejected"):
             pass
-    except Exception as problem:
-        if not users_mistake(problem):
-            print(type(problem).__name__, problem)
+    except Exception as error:
+        if not user_error_message(error):
+            print(type(error).__name__, error)
             sys.exit(3)
 """
 
