@@ -40,14 +40,14 @@ def study(root: Path) -> StudyConfig:
     )
 
 
-def test_a_study_and_its_report(ray_session: Any, run_root: Path, tmp_path: Path, capsys):
+def test_a_study_runs_and_resumes(ray_session: Any, run_root: Path, tmp_path: Path, capsys):
     config = study(tmp_path)
     path = tmp_path / "study.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
     assert command.main(["--config", str(path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     labels = list(config.systems)
-    assert {(run["system"], run["seed"]) for run in told["runs"]} == {
+    assert {(run["system"], run["seed"]) for run in report["runs"]} == {
         (label, seed) for label in labels for seed in (0, 1)
     }
     folder = run_root / "study"
@@ -90,5 +90,5 @@ def test_a_study_and_its_report(ray_session: Any, run_root: Path, tmp_path: Path
     assert command.main(["--config", str(path), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*/*/result.json")} == before
-    assert again["summary"] == told["summary"]
+    assert again["summary"] == report["summary"]
     assert len(client.search_runs([experiment.experiment_id])) == len(runs)

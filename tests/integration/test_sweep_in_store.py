@@ -1,4 +1,4 @@
-"""Sweeps and studies in a store: the driver and the trials see different disks, and lose them."""
+"""Sweeps and studies in an object store, with separate disks that are lost."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ from skillnet_platform import cluster
 here, there, command, *words = sys.argv[1:]
 main = import_module(f"sweeps.{command}").main
 os.environ["SKILLNET_HOME"] = there
-with cluster.session(cpus=2):
+with cluster.ray_session(cpus=2):
     os.environ["SKILLNET_HOME"] = here
     sys.exit(main(words))
 """
@@ -84,7 +84,7 @@ def put_corpus(place: ObjectStore, tmp_path: Path) -> str:
     return f"{place.uri}/corpora"
 
 
-def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
+def test_a_sweep_resumes_from_the_store_after_all_disks_are_lost(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
     data = put_corpus(object_store, tmp_path)
@@ -112,10 +112,10 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     shutil.rmtree(tmp_path / "first")
 
     again = start(tmp_path / "second", "sweep", words)
-    said, told = again.communicate(timeout=400)
-    assert again.returncode == 0, told
-    assert f"kept is taken up from {kept}" in told
-    result = json.loads(said)
+    output, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, errors
+    assert f"kept is resumed from {kept}" in errors
+    result = json.loads(output)
     assert result["counts"] == {"finished": 2, "stopped": 0, "failed": 1}
     assert result["mirror"] == kept
     assert directories.read_bytes(f"{kept}/trials/000-seed0/result.json") == finished, (
@@ -158,7 +158,7 @@ def test_a_sweep_goes_on_from_the_store_when_all_disks_are_lost(
     assert states == {"000-seed0": "FINISHED", "001-seed0": "FINISHED", "002-seed0": "FAILED"}
 
 
-def test_a_store_that_is_not_there_is_told_before_anything_starts(
+def test_a_missing_bucket_is_reported_before_anything_starts(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
     path = sweep_file(tmp_path / "sweep.yaml", f"{object_store.uri}/corpora")
@@ -192,7 +192,8 @@ def study_file(path: Path, data: str) -> Path:
         "systems": {
             "skillnet": {"system": "skillnet"},
             "skillnet-pretrained": {
-                "system": "skillnet", "pretrain": True, "reuse_tuning_of": "skillnet", "extra_seeds": [1]
+                "system": "skillnet", "pretrain": True, "reuse_tuning_of": "skillnet",
+                "extra_seeds": [1],
             },
         },
         "tuning": {"trials": 2, "seed": 9, "space": {"training.lr": {"choice": [0.01]}}},
@@ -203,7 +204,7 @@ def study_file(path: Path, data: str) -> Path:
     return path
 
 
-def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
+def test_a_study_resumes_and_is_compared_from_the_store(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
     data = put_corpus(object_store, tmp_path)
@@ -231,12 +232,12 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     shutil.rmtree(tmp_path / "first")
 
     again = start(tmp_path / "second", "compare", words)
-    said, told = again.communicate(timeout=400)
-    assert again.returncode == 0, told
-    assert f"kept is taken up from {kept}" in told
+    output, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, errors
+    assert f"kept is resumed from {kept}" in errors
     for name, content in finished.items():
         assert directories.read_bytes(f"{kept}/{name}") == content, "not run again"
-    result = json.loads(said)
+    result = json.loads(output)
     assert {(run["system"], run["seed"]) for run in result["runs"]} == {
         ("skillnet", 0), ("skillnet-pretrained", 0), ("skillnet-pretrained", 1)
     }  # fmt: skip
@@ -254,14 +255,12 @@ def test_a_study_goes_on_from_the_store_and_is_compared_from_there(
     assert (start_of_it / "trained.json").is_file(), "the report states the cost of pretraining"
 
     third = start(tmp_path / "third", "compare", [kept, "--name", "once-more", *tracked])
-    said, told = third.communicate(timeout=200)
-    assert third.returncode == 0, told
-    assert json.loads(said)["summary"] == result["summary"]
+    output, errors = third.communicate(timeout=200)
+    assert third.returncode == 0, errors
+    assert json.loads(output)["summary"] == result["summary"]
 
 
-def test_a_run_that_the_store_does_not_have_is_named(
-    object_store: ObjectStore, run_root: Path
-) -> None:
+def test_a_missing_run_is_named(object_store: ObjectStore, run_root: Path) -> None:
     directories.write_bytes(f"{object_store.uri}/marker", b"")
     with pytest.raises(UserError, match="holds no finished run"):
         remote_ledger.fetch_finished_runs(f"{object_store.uri}/no-such-run")

@@ -1,4 +1,4 @@
-"""Sweeps through Ray Tune: halving, failures, a killed driver, nested workers, and what is left."""
+"""Sweeps through Ray Tune: ASHA, failures, a killed driver, nested workers, leftovers."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def base(data: Path, **training: object) -> FinetuneConfig:
-    """A run of two tasks, a second long."""
+    """Return a run of two tasks that takes about a second."""
     config = small_config(data, **({"steps": 6, "log_every": 2, "precision": "fp32"} | training))
     tasks = {name: config.tasks[name] for name in TASKS}
     model = replace(config.model, tasks={name: config.model.tasks[name] for name in TASKS})
@@ -52,7 +52,7 @@ def trial(name: str, config: FinetuneConfig, **more: Any) -> Trial:
 
 
 def runs_below(run_id: str) -> dict[str, Any]:
-    """Name -> run of the children of a run."""
+    """Return name -> child run of an MLflow run."""
     client = backend.create_client(backend.resolve_uri())
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
@@ -65,7 +65,7 @@ def parent(run_root: Path) -> Iterator[tracking.Tracker]:
         yield tracker
 
 
-def test_halving_a_failure_and_a_sweep_gone_on_with(
+def test_asha_a_failure_and_a_resumed_sweep(
     data: Path,
     parent: tracking.Tracker,
     run_root: Path,
@@ -115,10 +115,10 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
     assert "Traceback" in broken.log.read_text(encoding="utf-8")
     assert f"trial broken: {broken.error}" in capsys.readouterr().err
 
-    said = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+    statuses = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
     children = runs_below(parent.run_id)
     for name, outcome in outcomes.items():
-        assert children[name].info.status == said[outcome.status]
+        assert children[name].info.status == statuses[outcome.status]
         assert children[name].info.run_id == outcome.run_id
     assert children["broken"].data.tags["failure"] == broken.error
     assert children["good"].data.metrics["score"] == pytest.approx(outcomes["good"].score)
@@ -147,7 +147,7 @@ def test_halving_a_failure_and_a_sweep_gone_on_with(
         )
 
 
-def test_a_trial_that_is_behind_is_stopped_and_stays_so(
+def test_a_bad_trial_is_stopped_and_stays_stopped(
     data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
 ) -> None:
     config = base(data, evaluate_every=2, checkpoint_every=1)
@@ -181,7 +181,7 @@ def test_a_trial_that_is_behind_is_stopped_and_stays_so(
     assert (behind.folder / "outcome.json").stat().st_mtime_ns == written, "not run again"
 
 
-def test_workers_of_a_trial_give_what_one_process_gives(
+def test_nested_workers_train_like_one_process(
     data: Path, parent: tracking.Tracker, run_root: Path, ray_session: Any
 ) -> None:
     config = base(data, evaluate_every=3, workers=2, precision="fp64")
@@ -270,27 +270,29 @@ def test_optuna_with_seeds_from_the_command_line(
         fixed_cost={"adjust": "ffn_dim", "tolerance": 0.05},
     )
     assert main(["--config", str(path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["counts"] == {"finished": 4, "stopped": 0, "failed": 0}
-    first, second = told["configurations"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["counts"] == {"finished": 4, "stopped": 0, "failed": 0}
+    first, second = result["configurations"]
     assert first["score"] >= second["score"]
     assert len(first["trials"]) == 2
-    costs = [each["activated_params"] for each in told["configurations"]]
+    costs = [each["activated_params"] for each in result["configurations"]]
     assert costs[0] == pytest.approx(costs[1], rel=0.1)
-    with Path(told["files"]["trials"]).open(encoding="utf-8") as stream:
+    with Path(result["files"]["trials"]).open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["seed"] for row in rows] == ["0", "1", "0", "1"]
     assert all(row["status"] == "finished" and row["training.lr"] for row in rows)
 
-    best = configuration.parse_config(FinetuneConfig, ["--config", told["best"]["config"]], "skillnet")
-    assert best.training.lr == pytest.approx(told["best"]["settings"]["training.lr"])
+    best = configuration.parse_config(
+        FinetuneConfig, ["--config", result["best"]["config"]], "skillnet"
+    )
+    assert best.training.lr == pytest.approx(result["best"]["settings"]["training.lr"])
     assert best.evaluate
-    run = backend.create_client(backend.resolve_uri()).get_run(told["run_id"])
+    run = backend.create_client(backend.resolve_uri()).get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["score"] == pytest.approx(first["score"])
-    assert {child.info.status for child in runs_below(told["run_id"]).values()} == {"FINISHED"}
+    assert {child.info.status for child in runs_below(result["run_id"]).values()} == {"FINISHED"}
     # The test splits were not looked at.
-    for outcome in told["trials"]:
+    for outcome in result["trials"]:
         text = (Path(outcome["folder"]) / "evaluation.csv").read_text(encoding="utf-8")
         assert ",validation," in text
         assert ",test," not in text
@@ -299,7 +301,7 @@ def test_optuna_with_seeds_from_the_command_line(
     assert "the sweep guided has samples 2, not 3" in capsys.readouterr().err
 
 
-def test_a_wrong_sweep_is_refused_before_anything_starts(
+def test_an_invalid_sweep_is_rejected_before_anything_starts(
     data: Path, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = base(data)
@@ -317,7 +319,7 @@ DRIVER = """
 import sys
 from skillnet_platform import cluster
 from sweeps.sweep import main
-with cluster.session(cpus=2):
+with cluster.ray_session(cpus=2):
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -365,8 +367,8 @@ def test_a_killed_driver_and_an_interrupted_one(
 
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["--config", str(path)]) == 130
-    told = json.loads((trials / "001-seed0" / "result.json").read_text(encoding="utf-8"))
-    assert told["resumed"] > 0, "it resumed from its checkpoint"
+    result = json.loads((trials / "001-seed0" / "result.json").read_text(encoding="utf-8"))
+    assert result["resumed"] > 0, "it resumed from its checkpoint"
     assert (trials / "000-seed0" / "result.json").stat().st_mtime == finished, "not run again"
     states = {name: run.info.status for name, run in runs_below(identity).items()}
     assert states == {"000-seed0": "FINISHED", "001-seed0": "FINISHED", "002-seed0": "KILLED"}
@@ -380,7 +382,7 @@ def test_a_killed_driver_and_an_interrupted_one(
     assert client.get_run(identity).info.status == "FINISHED"
 
 
-def test_outcomes_tell_their_last_score() -> None:
+def test_outcomes_have_their_last_score() -> None:
     reports = [{"step": 2, "score": 0.1}, {"step": 4, "score": 0.3}]
     outcome = TrialOutcome("a", "a", Path(), "stopped", reports=reports)
     assert (outcome.score, outcome.step, outcome.seconds) == (0.3, 4, None)

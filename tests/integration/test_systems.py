@@ -1,4 +1,4 @@
-"""Every system trains through ``finetune``, is saved, found again by its name, and evaluated."""
+"""Every system trains through ``finetune``, is saved, loaded by its name, and evaluated."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.runs.progress_log import read_metric_history
 from pipelines.training.init_from import preview
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
@@ -66,17 +66,17 @@ def test_a_run_of_each_system(system: str, data: Path, run_root: Path) -> None:
 
 
 @pytest.mark.parametrize("system", sorted(OPTIONS))
-def test_going_on_after_an_interruption_is_exact(system: str, data: Path, tmp_path: Path) -> None:
+def test_resuming_is_exact(system: str, data: Path, tmp_path: Path) -> None:
     config = config_for(data, system)
-    whole = train(ResolvedRun(config))
-    assert train(ResolvedRun(config, tmp_path), stop_at=3).step == 3
-    parts = train(ResolvedRun(config, tmp_path))
+    whole = train_model(ResolvedRun(config))
+    assert train_model(ResolvedRun(config, tmp_path), stop_at=3).step == 3
+    parts = train_model(ResolvedRun(config, tmp_path))
     assert parts.resumed == 3
     one, other = (dict(run.model.named_parameters()) for run in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> None:
+def test_two_workers_train_experts_like_one(data: Path, tmp_path: Path) -> None:
     config = config_for(data, "moe", bucket_mb=0.004)
     # The balancing loss is that of a worker's own tokens: only it depends on their number.
     config.options = {"experts": 9, "ffn_dim": 8, "balance": 0.0, "z": 0.0}
@@ -92,10 +92,12 @@ def test_two_workers_train_experts_as_one_does(data: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("system", sorted(OPTIONS))
-def test_pretrained_and_started_from(system: str, data: Path, tmp_path: Path) -> None:
+def test_finetuning_starts_from_a_pretrained_system(
+    system: str, data: Path, tmp_path: Path
+) -> None:
     config = small_pretraining(data, steps=5, precision="fp32")
     config.system, config.options = system, OPTIONS[system]
-    trained = train(ResolvedRun(build_joint_run(config))).model
+    trained = train_model(ResolvedRun(build_joint_run(config))).model
     trained.save_pretrained(tmp_path / "pretrained")
     after = config_for(data, system)
     after.init_from = str(tmp_path / "pretrained")
@@ -122,19 +124,19 @@ def _pretrained(name: str, config: FinetuneConfig) -> list[str]:
         ("specialist", {"checkpoints": {"text": "/none"}}, "neither a folder nor in the cache"),
     ],
 )
-def test_mistakes_are_named_before_anything_starts(
+def test_errors_are_named_before_anything_starts(
     system: str, options: dict[str, Any], words: str, data: Path, run_root: Path
 ) -> None:
     config = config_for(data, system)
     config.options = options
     with pytest.raises(ValueError, match=words):
         finetune(config)
-    assert not (run_root / "test").exists(), "a refused run takes no name"
+    assert not (run_root / "test").exists(), "a rejected run reserves no name"
 
 
 @pytest.fixture
 def bag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of a third party, installed as any other, whose entry point names a system."""
+    """Install a third-party package whose entry point names a system."""
     source = tmp_path / "source"  # pip leaves its traces beside what it builds
     shutil.copytree(Path(__file__).parents[1] / "systems_package", source)
     target = tmp_path / "installed"
@@ -144,7 +146,7 @@ def bag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("bag")
-def test_a_system_of_a_third_party_is_trained_by_its_name(data: Path, run_root: Path) -> None:
+def test_a_third_party_system_is_trained_by_its_name(data: Path, run_root: Path) -> None:
     assert "bag" in system_names()
     config = config_for(data, "bag", steps=5)
     config.options, config.evaluate = {"layers": 2}, True

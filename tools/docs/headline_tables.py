@@ -32,6 +32,8 @@ TASKS = (
     ("text_to_code", "code, R@10 ↑"),
     ("mean", "mean score"),
 )
+#: Column of ``tests.csv`` -> its name in results that were kept before the rename.
+COLUMNS_RENAMED = (("dof", "freedom"), ("std_error", "error"))
 #: Plain statements of the claims, by their names in ``claims.json``.
 CLAIMS = {
     "the specialists": "Without pretraining, SkillNet is at or above the specialists on all five "
@@ -88,8 +90,13 @@ def claims_list(claims: Sequence[Mapping[str, Any]]) -> str:
     for claim in claims:
         statement = CLAIMS.get(claim["name"], claim["claim"])
         lines.append(f"- {statement}: **{claim['verdict']}**.")
-        parts = [f"{part['words']}{MARKS[part['shown']]}" for part in claim["parts"]]
-        lines += [f"    - {part}" for part in parts or [str(claim["why"])]]
+        # Results kept before the rename have the keys parts, words and why.
+        conditions = claim.get("conditions", claim.get("parts", ()))
+        reason = claim.get("undecided_reason", claim.get("why"))
+        texts = [
+            f"{each.get('text', each.get('words'))}{MARKS[each['shown']]}" for each in conditions
+        ]
+        lines += [f"    - {text}" for text in texts or [str(reason)]]
     return "\n".join(lines)
 
 
@@ -105,8 +112,10 @@ def detectable_difference(rows: Rows) -> str:
     level = 0.05 / (2 * len(rows))
     least: dict[str, list[float]] = {}
     for row in rows:
-        quantile = float(stats.t.isf(level, float(row["freedom"])))
-        least.setdefault(row["task"], []).append(100 * quantile * float(row["error"]))
+        # Results kept before the rename have the columns freedom and error.
+        dof, error = (row.get(new) or row[old] for new, old in COLUMNS_RENAMED)
+        quantile = float(stats.t.isf(level, float(dof)))
+        least.setdefault(row["task"], []).append(100 * quantile * float(error))
     heads = [(task, head.partition(",")[0]) for task, head in TASKS if task in least]
     listed = ", ".join(f"{head} {median(least[task]):.1f}" for task, head in heads)
     return (

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.docs import scale_table
 from benchmarks.measure import RESULTS
 from tests.chaos.result_rows import read
-from tools.docs import chaos_table
+from tools.docs import chaos_table, scale_table
 from tools.docs import growth_tables as growth_result
 from tools.docs import headline_tables as headline
 from tools.docs import quickstart_tables as seeds
@@ -39,8 +38,10 @@ def test_the_quickstart_pages_show_the_newest_results() -> None:
 
 
 def test_the_detectable_difference_is_the_median_of_a_tasks_tests() -> None:
-    row = {"task": "mean", "error": "0.01", "freedom": "1e9"}
-    text = headline.detectable_difference([row, row | {"error": "0.02"}, row | {"error": "0.09"}])
+    row = {"task": "mean", "std_error": "0.01", "dof": "1e9"}
+    text = headline.detectable_difference(
+        [row, row | {"std_error": "0.02"}, row | {"std_error": "0.09"}]
+    )
     # The normal quantile at 0.05 / 6 is 2.394.
     assert text.endswith(
         "after Holm correction for 3 tests (median of a task's tests, points): mean score 4.8."

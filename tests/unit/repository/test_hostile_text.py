@@ -29,16 +29,21 @@ def search_page() -> str:
 
 def comparison_page() -> str:
     """Render a page with hostile text in every value of the template."""
-    part = SimpleNamespace(shown=True, words=NASTY)
+    condition = SimpleNamespace(shown=True, text=NASTY)
     claim = SimpleNamespace(
-        verdict=NASTY, words=NASTY, winner=NASTY, why=NASTY, parts=[part], rule=NASTY
+        verdict=NASTY,
+        text=NASTY,
+        winner=NASTY,
+        undecided_reason=NASTY,
+        conditions=[condition],
+        rule=NASTY,
     )
-    cell = SimpleNamespace(text=NASTY, best=True, mark=NASTY, small=NASTY)
+    cell = SimpleNamespace(text=NASTY, is_best=True, mark=NASTY, small=NASTY)
     tables = [
         SimpleNamespace(
-            columns=[NASTY], rows=[[cell, cell]], caption=NASTY, title=NASTY, aside=aside
+            columns=[NASTY], rows=[[cell, cell]], caption=NASTY, title=NASTY, collapsed=collapsed
         )
-        for aside in (True, False)
+        for collapsed in (True, False)
     ]
     report = SimpleNamespace(
         title=NASTY,
@@ -51,14 +56,14 @@ def comparison_page() -> str:
     )
     pictures = [{"name": NASTY, "uri": PICTURE, "caption": NASTY}]
     sections = {"claims": NASTY}
-    values = {"report": report, "pictures": pictures, "skills": pictures, "sections": sections}
+    values = {"report": report, "figures": pictures, "skills": pictures, "sections": sections}
     return render_template("report.html", values)
 
 
 def interpretation_page() -> str:
     told = SimpleNamespace(model=NASTY, skills=(NASTY,), facts={NASTY: NASTY})
     pictures = [{"name": NASTY, "uri": PICTURE, "caption": NASTY}]
-    return render_template("interpretation.html", {"interpretation": told, "pictures": pictures})
+    return render_template("interpretation.html", {"interpretation": told, "figures": pictures})
 
 
 PAGES: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""Finished runs read back, grouped and compared; claims decided as their rules say."""
+"""Finished runs: reading, grouping, comparison, and the verdicts of claims."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def compared(root: Path, systems: dict, **more) -> SystemComparison:
 
 @pytest.fixture(scope="module")
 def clear(tmp_path_factory: pytest.TempPathFactory) -> SystemComparison:
-    """SkillNet ahead of all, the more so pretrained; dense behind, one system alike."""
+    """Build a comparison where SkillNet leads, more so if pretrained, and dense is last."""
     systems = {
         "skillnet": 0.6,
         "skillnet-pretrained": 1.4,
@@ -45,11 +45,11 @@ def verdicts(of: SystemComparison, config: ClaimsConfig | None = None) -> dict[s
     return {claim.name: claim.verdict for claim in cl.evaluate_claims(of, config)}
 
 
-def test_estimates_are_means_over_seeds_of_what_the_runs_say(clear: SystemComparison):
+def test_estimates_are_means_over_the_seeds_of_the_runs(clear: SystemComparison):
     for label, runs in clear.systems.items():
         for task in TASKS:
-            said = [r["value"] for run in runs for r in run.rows if r["task"] == task]
-            wanted = 1 - np.mean(said) if task == "speech_recognition" else np.mean(said)
+            values = [r["value"] for run in runs for r in run.rows if r["task"] == task]
+            wanted = 1 - np.mean(values) if task == "speech_recognition" else np.mean(values)
             found = clear.scores[label, task, "test"]
             assert found.value == pytest.approx(wanted, abs=1e-5)
             assert found.low < found.value < found.high
@@ -57,7 +57,7 @@ def test_estimates_are_means_over_seeds_of_what_the_runs_say(clear: SystemCompar
         assert clear.scores[label, MEAN, "test"].value == pytest.approx(mean)
 
 
-def test_relative_scores_count_the_specialists_of_the_same_pretraining(clear: SystemComparison):
+def test_relative_scores_use_specialists_of_the_same_pretraining(clear: SystemComparison):
     assert clear.relative["specialist"].value[:3] == (1, 1, 1)
     assert clear.relative["skillnet"].against == "specialist"
     assert clear.relative["skillnet-pretrained"].against == "specialist-pretrained"
@@ -93,7 +93,7 @@ def test_tests_cover_each_system_once_and_are_corrected_together(clear: SystemCo
     assert dense.difference.high < 0
 
 
-def test_claims_hold_where_the_difference_is_large(clear: SystemComparison):
+def test_claims_hold_with_a_large_difference(clear: SystemComparison):
     assert verdicts(clear) == {
         "the specialists": "holds",
         "the specialists, pretrained": "holds",
@@ -111,25 +111,25 @@ def test_claims_hold_where_the_difference_is_large(clear: SystemComparison):
 def test_claims_are_refuted_by_a_clear_loss(tmp_path: Path):
     lost = {"text_to_image": -0.9, "text_to_code": 0.4}
     found = compared(tmp_path, {"skillnet": lost, "specialist": 0.0, "dense": 0.6, "moe": 0.9})
-    told = {claim.name: claim for claim in cl.evaluate_claims(found)}
-    assert told["the specialists"].verdict == "does not hold"
-    assert told["text to image"].verdict == "does not hold"
-    assert told["text to image"].winner == "moe"
-    assert told["equal activated cost"].verdict == "does not hold"
-    assert told["equal activated cost"].winner == "moe"
-    assert told["pretraining"].verdict == "not decided"
-    assert told["pretraining"].undecided_reason == "skillnet-pretrained not run"
+    claims = {claim.name: claim for claim in cl.evaluate_claims(found)}
+    assert claims["the specialists"].verdict == "does not hold"
+    assert claims["text to image"].verdict == "does not hold"
+    assert claims["text to image"].winner == "moe"
+    assert claims["equal activated cost"].verdict == "does not hold"
+    assert claims["equal activated cost"].winner == "moe"
+    assert claims["pretraining"].verdict == "not decided"
+    assert claims["pretraining"].undecided_reason == "skillnet-pretrained not run"
 
 
-def test_nothing_is_decided_between_equals_or_with_two_seeds(tmp_path: Path):
+def test_nothing_is_decided_for_equal_systems_or_two_seeds(tmp_path: Path):
     found = compared(tmp_path / "equal", {"skillnet": 0.0, "specialist": 0.0, "dense": 0.0})
-    told = {
+    claims = {
         claim.name: claim
         for claim in cl.evaluate_claims(found, ClaimsConfig(relative=1.0, margin=0.0))
     }
-    assert told["the specialists"].verdict == "not decided"
-    assert told["the specialists"].winner is None
-    assert told["equal activated cost"].undecided_reason.startswith("no moe within 10 %")
+    assert claims["the specialists"].verdict == "not decided"
+    assert claims["the specialists"].winner is None
+    assert claims["equal activated cost"].undecided_reason.startswith("no moe within 10 %")
     two = compared(tmp_path / "two", {"skillnet": 1.5, "specialist": 0.0}, seeds=(0, 1))
     claim = cl.evaluate_claims(two)[0]
     assert claim.verdict == "not decided"
@@ -137,7 +137,7 @@ def test_nothing_is_decided_between_equals_or_with_two_seeds(tmp_path: Path):
     assert len(claim.conditions) == len(TASKS) + 1
 
 
-def test_a_claim_that_holds_by_not_being_behind_has_none_ahead(tmp_path: Path):
+def test_a_non_inferiority_claim_has_no_winner(tmp_path: Path):
     found = compared(tmp_path, {"skillnet": 0.01, "specialist": 0.0})
     claim = cl.evaluate_claims(found, ClaimsConfig(relative=0.5, margin=0.5))[0]
     assert (claim.verdict, claim.winner, claim.winner_text) == ("holds", None, "no winner")
@@ -148,7 +148,7 @@ def test_a_claim_that_holds_by_not_being_behind_has_none_ahead(tmp_path: Path):
     assert "| holds | no winner |" in reporting.report_to_markdown(made)
 
 
-def test_a_specialist_that_scores_nothing_leaves_the_relative_score_open(tmp_path: Path):
+def test_a_specialist_with_score_zero_leaves_the_relative_score_unknown(tmp_path: Path):
     found = compared(tmp_path, {"skillnet": 0.5, "specialist": {"text_to_code": -50.0}})
     assert np.isnan(found.relative["skillnet"].value.value)
     claim = cl.evaluate_claims(found)[0]
@@ -165,13 +165,13 @@ def test_a_larger_model_does_not_win_at_equal_cost(tmp_path: Path):
     paths = write_study(tmp_path, {"skillnet": 0.5}, activated=1500)
     paths += write_study(tmp_path, {"dense": -0.5, "specialist": -0.5}, activated=1000)
     found = compare_systems(label_runs([read_run(path) for path in paths]))
-    told = {claim.name: claim for claim in cl.evaluate_claims(found)}
-    assert told["text to image"].verdict == "does not hold"
-    assert "1.50 of its activated parameters" in told["text to image"].conditions[0].text
-    assert told["equal activated cost"].verdict == "not decided"
+    claims = {claim.name: claim for claim in cl.evaluate_claims(found)}
+    assert claims["text to image"].verdict == "does not hold"
+    assert "1.50 of its activated parameters" in claims["text to image"].conditions[0].text
+    assert claims["equal activated cost"].verdict == "not decided"
 
 
-def test_a_missing_task_leaves_the_others(tmp_path: Path):
+def test_a_missing_task_keeps_the_others(tmp_path: Path):
     write_study(tmp_path, {"skillnet": 0.5, "specialist": 0.0}, seeds=(0, 1, 2))
     write_study(tmp_path, {"dense": 0.0}, seeds=(0, 1, 2), tasks=TASKS[:2])
     found = compare_systems(
@@ -187,7 +187,7 @@ def test_a_missing_task_leaves_the_others(tmp_path: Path):
         compare_systems(label_runs(runs))
 
 
-def test_signs_of_differences():
+def test_differences_have_signs():
     assert [format_signed_points(x) for x in (0.0123, -0.0123, -0.0, -0.0001)] == [
         "+1.2",
         "−1.2",
@@ -196,7 +196,7 @@ def test_signs_of_differences():
     ]
 
 
-def test_one_seed_and_one_system_still_give_a_table(tmp_path: Path):
+def test_one_seed_and_one_system_give_a_table(tmp_path: Path):
     found = compared(tmp_path, {"skillnet": 0.0}, seeds=(3,))
     assert found.seeds == 1
     assert not found.tests
@@ -235,7 +235,7 @@ def test_runs_of_other_settings_get_other_labels(tmp_path: Path, capsys):
 
 
 def pretrained_runs(root: Path) -> list[Path]:
-    """Two seeds of two recipes: each run from a pretraining of its own."""
+    """Write two seeds of two configurations; each run has its own pretraining."""
     return [
         write_run(
             root / f"{name}{seed}",
@@ -248,9 +248,11 @@ def pretrained_runs(root: Path) -> list[Path]:
     ]
 
 
-def test_other_pretrainings_make_other_systems(tmp_path: Path, capsys):
+def test_different_pretrainings_are_different_systems(tmp_path: Path, capsys):
     runs = [read_run(path) for path in pretrained_runs(tmp_path)]
-    assert [run.pretraining_seconds for run in runs] == [4.0] * 4, "as of a run taken up again"
+    assert [run.pretraining_seconds for run in runs] == [4.0] * 4, (
+        "includes the time before the resume"
+    )
     named = label_runs(runs)
     assert [(run.label, run.seed) for run in named] == [
         ("skillnet-pretrained", 0),
@@ -269,7 +271,7 @@ def test_other_pretrainings_make_other_systems(tmp_path: Path, capsys):
     assert "unknown" not in caption
 
 
-def test_a_pretraining_that_is_gone_counts_as_the_only_known_one(tmp_path: Path):
+def test_an_unknown_pretraining_counts_as_the_only_known_one(tmp_path: Path):
     folders = pretrained_runs(tmp_path)
     shutil.rmtree(tmp_path / "before-a1")
     runs = [read_run(path) for path in folders]
@@ -278,11 +280,11 @@ def test_a_pretraining_that_is_gone_counts_as_the_only_known_one(tmp_path: Path)
     shutil.rmtree(tmp_path / "before-a0")
     alone = label_runs([read_run(path) for path in folders[:2]])
     assert {run.label for run in alone} == {"skillnet-pretrained"}
-    told = build_settings_table(compare_systems(alone)).caption
-    assert "The pretraining settings of skillnet-pretrained are unknown." in told
+    caption = build_settings_table(compare_systems(alone)).caption
+    assert "The pretraining settings of skillnet-pretrained are unknown." in caption
 
 
-def test_runs_on_other_rows_or_corpora_are_refused(tmp_path: Path):
+def test_runs_on_different_rows_or_corpora_are_rejected(tmp_path: Path):
     write_run(tmp_path / "a", "skillnet")
     write_run(tmp_path / "b", "dense", rows=199)
     one, other = read_run(tmp_path / "a"), read_run(tmp_path / "b")
@@ -295,7 +297,7 @@ def test_runs_on_other_rows_or_corpora_are_refused(tmp_path: Path):
         compare_systems([one, altered])
 
 
-def test_what_a_run_tells(tmp_path: Path, run_root: Path):
+def test_a_run_is_read_from_its_files(tmp_path: Path, run_root: Path):
     write_run(tmp_path / "a", "moe", 4, pretrained=True, activated=70)
     path = tmp_path / "a"
     run = read_run(path)
@@ -313,7 +315,7 @@ def test_what_a_run_tells(tmp_path: Path, run_root: Path):
         read_run(path)
 
 
-def test_an_altered_table_is_refused_with_its_line(tmp_path: Path):
+def test_a_damaged_table_is_rejected_with_its_line(tmp_path: Path):
     path = write_run(tmp_path / "a") / "evaluation.csv"
     text = path.read_text()
     lines = text.splitlines()

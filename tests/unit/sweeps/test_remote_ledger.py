@@ -1,4 +1,4 @@
-"""The ledger of a sweep goes to a store and comes back: whose file is taken when both have one."""
+"""The ledger of a sweep in an object store: upload, restore, and precedence of files."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def trial_at(folder: Path, uri: str) -> LedgerEntry:
     return LedgerEntry(Trial("000", FinetuneConfig()), folder, RunMirror(uri, folder))
 
 
-def test_an_empty_disk_gets_the_ledger_and_no_models(
+def test_an_empty_disk_restores_the_ledger_without_models(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
     uri = f"{object_store.uri}/sweep"
@@ -57,7 +57,7 @@ def test_an_empty_disk_gets_the_ledger_and_no_models(
     assert not (again.folder / "checkpoints").exists()
 
 
-def test_what_the_driver_wrote_stays_and_what_the_trial_said_is_taken(
+def test_driver_files_are_kept_and_trial_logs_are_downloaded(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
     uri = f"{object_store.uri}/sweep/trials/000"
@@ -78,7 +78,7 @@ def test_what_the_driver_wrote_stays_and_what_the_trial_said_is_taken(
     assert finished["model"] == str(here.folder / "model")
 
 
-def test_a_trial_that_failed_is_forgotten_in_both_places(
+def test_a_failure_is_cleared_on_disk_and_in_the_store(
     object_store: ObjectStore, tmp_path: Path
 ) -> None:
     uri = f"{object_store.uri}/sweep/trials/000"
@@ -92,7 +92,7 @@ def test_a_trial_that_failed_is_forgotten_in_both_places(
     assert not (here.folder / "error.txt").exists()
 
 
-def test_a_sweep_knows_its_two_places(run_root: Path, tmp_path: Path) -> None:
+def test_a_sweep_resolves_its_directory_and_mirror(run_root: Path, tmp_path: Path) -> None:
     config, folder, mirror = _resolve_config(SweepConfig(name="a", run_dir="s3://bucket/runs"))
     assert (folder, config.run_dir) == (run_root / "a", "s3://bucket/runs")
     assert mirror is not None

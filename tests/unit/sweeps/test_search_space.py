@@ -1,4 +1,4 @@
-"""Search spaces: what may vary, what is found wrong before anything starts, width at fixed cost."""
+"""Search spaces: points, errors that are found before anything starts, width at fixed cost."""
 
 import math
 from collections import Counter
@@ -29,7 +29,7 @@ def space(dimensions: dict[str, Any]) -> SearchSpace:
 
 
 @pytest.mark.parametrize(
-    ("key", "kind", "said"),
+    ("key", "kind", "expected"),
     [
         ("training.lrr", {"choice": [1.0]}, "did you mean 'training.lr'"),
         ("model.tasks.text_to_vidio.towers.candidate.skills", {"choice": [["video"]]},
@@ -52,21 +52,19 @@ def space(dimensions: dict[str, Any]) -> SearchSpace:
          "did you mean 'model.skills'"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_space_is_said_at_once(
-    key: str, kind: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
+def test_errors_in_a_space_are_found_at_once(key: str, kind: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
         space({key: kind})
 
 
-def test_two_dimensions_do_not_set_one_key() -> None:
+def test_two_dimensions_cannot_set_one_key() -> None:
     with pytest.raises(UserError, match=r"training\.lr is set by both"):
         space(
             {"training.lr": {"choice": [0.1]}, "pace": {"options": {"slow": {"training.lr": 1.0}}}}
         )
 
 
-def test_a_grid_crosses_values_and_options_set_keys_together() -> None:
+def test_a_grid_combines_values_and_options_set_several_keys() -> None:
     made = space(
         {
             "model.skill_every": {"choice": [1, 2]},
@@ -93,7 +91,7 @@ def test_a_grid_crosses_values_and_options_set_keys_together() -> None:
     assert FinetuneConfig() == made.apply_point({"model.skill_every": 1, "text tower": "shared"})
 
 
-def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
+def test_random_points_are_distinct_in_range_and_reproducible() -> None:
     made = space(
         {
             "training.lr": {"loguniform": [1e-4, 1e-2]},
@@ -118,7 +116,7 @@ def test_draws_lie_in_their_ranges_differ_and_repeat_with_the_seed() -> None:
     assert len(list(small.random_points(9, seed=0))) == 2
 
 
-def test_spread_points_leave_no_part_of_a_range_untried() -> None:
+def test_latin_hypercube_points_cover_every_part_of_a_range() -> None:
     made = space(
         {
             "training.lr": {"loguniform": [1e-4, 1e-2]},
@@ -142,7 +140,7 @@ def test_spread_points_leave_no_part_of_a_range_untried() -> None:
     )
 
 
-def test_values_that_do_not_go_together_are_named() -> None:
+def test_incompatible_values_are_named() -> None:
     made = space({"model.dim": {"choice": [192, 200]}, "model.num_heads": {"choice": [4, 3]}})
     with pytest.raises(
         UserError, match=r"must divide by .*with model\.dim 200, model\.num_heads 3"
@@ -169,7 +167,7 @@ def test_width_at_fixed_cost(adjust: Any) -> None:
         fit_fixed_cost(plain, target, FixedCostConfig(adjust="dim", tolerance=1e-5))
 
 
-def test_optuna_finds_the_better_half_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_optuna_finds_the_better_half_and_resumes_after_a_kill(tmp_path: Path) -> None:
     made = space({"training.lr": {"loguniform": [1e-4, 1e-1]}, VIDEO: {
         "choice": [["general", "video"], ["general", "image", "video"]]}})  # fmt: skip
 
@@ -222,7 +220,7 @@ def test_the_shipped_sweeps_have_valid_spaces(path: Path) -> None:
             assert abs(compute_model_cost(each.config) / target - 1) <= config.fixed_cost.tolerance
 
 
-def test_scores() -> None:
+def test_plain_and_relative_scores() -> None:
     def row(task: str, metric: str, value: float, split: str = "validation") -> dict[str, Any]:
         return {"task": task, "metric": metric, "value": value, "split": split}
 

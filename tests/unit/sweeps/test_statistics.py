@@ -1,4 +1,4 @@
-"""Intervals and tests over seeds and rows: coverage, size, power and what happens at the edges."""
+"""Intervals and tests over seeds and rows: coverage, size, power and edge cases."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ ROWS = 150
 
 
 def world(random, seeds, rows=ROWS, shift=0.0, by_seed=0.1, by_row=1.0, rest=0.7, row_N=None):
-    """Right or wrong answers (S, N) of a system, from a probit model with crossed effects."""
+    """Draw answers (S, N) of a system, right or wrong, from a probit model with crossed effects."""
     row_N = random.normal(0, by_row, rows) if row_N is None else row_N
     seed_S1 = random.normal(0, by_seed, (seeds, 1))
     return (0.5 + shift + seed_S1 + row_N + random.normal(0, rest, (seeds, rows)) > 0) * 1.0
@@ -27,7 +27,7 @@ def as_sample(answers_SN, key="test", weight=None):
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("by_seed", [0.0, 0.1])
-def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int, by_seed: float):
+def test_intervals_have_their_nominal_coverage(seeds: int, by_seed: float):
     random = np.random.default_rng(seeds)
     right, trials = truth(by_seed=by_seed), 400
     hits = 0
@@ -39,7 +39,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int, by_seed: flo
 
 
 def test_intervals_over_rows_alone_would_be_too_short():
-    """Why seeds must count: the same answers, with seeds taken for fixed, cover far less."""
+    """With seeds treated as fixed, intervals of the same answers cover far less."""
     random = np.random.default_rng(0)
     right, both, alone = truth(by_seed=0.4), 0, 0
     for _ in range(200):
@@ -84,7 +84,7 @@ def test_a_large_effect_is_found_and_pairing_by_row_helps():
 
 
 def false_alarms(level: float, pooled: bool, trials: int = 400) -> float:
-    """Share of tests of equal systems, three seeds each, that a study of six calls significant."""
+    """Return the share of significant tests of six equal systems with three seeds each."""
     random = np.random.default_rng(3)
     alarms = []
     for _ in range(trials):
@@ -92,21 +92,22 @@ def false_alarms(level: float, pooled: bool, trials: int = 400) -> float:
         study = [as_sample(world(random, 3, by_seed=0.15, row_N=row_N)) for _ in range(6)]
         spread = st.pool_seed_variance(study)
         assert spread is not None
-        told = spread.for_difference() if pooled else None
+        variance = spread.for_difference() if pooled else None
         alarms += [
-            st.compute_p_value(st.subtract_samples(x, study[0]), told) <= level for x in study[1:]
+            st.compute_p_value(st.subtract_samples(x, study[0]), variance) <= level
+            for x in study[1:]
         ]
     return float(np.mean(alarms))
 
 
-def test_pooling_the_spread_over_seeds_ends_false_certainty():
-    """A correction for many tests looks at small p-values: these must be right."""
+def test_pooling_the_seed_variance_limits_false_alarms():
+    """Corrections for many tests use small p-values, so these must be accurate."""
     assert false_alarms(0.002, pooled=True) <= 0.004
     assert false_alarms(0.05, pooled=True) <= 0.06
     assert false_alarms(0.002, pooled=False) >= 0.008
 
 
-def test_a_pooled_spread_by_hand():
+def test_a_pooled_seed_variance_by_hand():
     rows = {"t": np.zeros((3, 4))}
     one = st.RunSample((0, 1, 2), np.array([0.1, 0.2, 0.3]), rows)
     two = st.RunSample((0, 1), np.array([0.5, 0.5]), {"t": np.zeros((2, 4))})
@@ -123,7 +124,7 @@ def test_a_pooled_spread_by_hand():
 
 
 def test_one_estimate_by_hand():
-    """Two seeds, three rows: the mean squares of the two-way table, worked out."""
+    """Two seeds and three rows, with the mean squares of the two-way table computed by hand."""
     answers = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
     found = st.estimate_mean(as_sample(answers))
     assert found.value == pytest.approx(4 / 6)
@@ -191,7 +192,7 @@ def test_equal_systems_do_not_differ():
     assert st.estimate_mean(none)[:4] == (0, 0, 0, 0)
 
 
-def test_all_right_and_all_wrong():
+def test_estimates_without_variance():
     right, wrong = as_sample(np.ones((3, 5))), as_sample(np.zeros((3, 5)))
     assert st.estimate_mean(right, least=0, most=1)[:3] == (1, 1, 1)
     assert st.compute_p_value(st.subtract_samples(right, wrong)) == 0.0
@@ -199,7 +200,7 @@ def test_all_right_and_all_wrong():
     assert np.isnan(st.estimate_mean(st.divide_samples(right, wrong)).low)
 
 
-def test_one_seed_counts_rows_only():
+def test_one_seed_has_variance_over_rows_only():
     random = np.random.default_rng(0)
     answers = world(random, 1)
     found = st.estimate_mean(as_sample(answers))
@@ -207,14 +208,14 @@ def test_one_seed_counts_rows_only():
     assert found.std_error == pytest.approx(answers.std(ddof=1) / np.sqrt(ROWS))
 
 
-def test_bounds_are_cut_at_the_ends_of_the_scale():
+def test_bounds_are_clipped_to_the_scale():
     answers = np.zeros((3, 20))
     answers[0, 0] = 1
     found = st.estimate_mean(as_sample(answers), least=0.0, most=1.0)
     assert found.low == 0.0 < found.value < found.high
 
 
-def test_pairs_take_common_seeds_or_else_the_order():
+def test_pairs_use_common_seeds_or_the_order():
     random = np.random.default_rng(0)
     answers = world(random, 3)
     one = st.build_sample({1: answers[0], 2: answers[1], 3: answers[2]}, np.ones(ROWS), "t")
@@ -226,7 +227,7 @@ def test_pairs_take_common_seeds_or_else_the_order():
     assert st.compute_p_value(st.subtract_samples(one, other)) == 1.0
 
 
-def test_other_rows_are_refused():
+def test_different_rows_are_rejected():
     random = np.random.default_rng(0)
     with pytest.raises(ValueError, match="150 rows do not pair with 149"):
         st.subtract_samples(as_sample(world(random, 2)), as_sample(world(random, 2, rows=149)))
@@ -249,7 +250,7 @@ def test_holm_against_known_values():
     assert with_gap[2] == pytest.approx(0.04)
 
 
-def test_holm_keeps_the_chance_of_any_false_rejection():
+def test_holm_limits_the_family_wise_error_rate():
     random = np.random.default_rng(0)
     shared = random.normal(size=(1500, 1))
     p = 2 * stats.norm.sf(abs(0.6 * shared + 0.8 * random.normal(size=(1500, 10))))

@@ -1,4 +1,4 @@
-"""What a study makes of its configuration: the same for all systems, but for what they set."""
+"""Trials that a study builds from its configuration, and checks of a resumed study."""
 
 import shutil
 from dataclasses import replace
@@ -70,7 +70,7 @@ def test_every_system_gets_the_same_trials():
     assert rates == [0.002, *points[0][1:]]
 
 
-def test_named_points_are_tried_by_every_system_besides():
+def test_every_system_also_tries_named_points():
     tuning = replace(study().tuning, points=[{"training.lr": 0.05}])
     trials = st.build_tuning_trials(study(tuning=tuning))
     assert len(trials) == 15
@@ -83,7 +83,7 @@ def test_named_points_are_tried_by_every_system_besides():
     assert st.build_tuning_trials(study(tuning=none)) == []
 
 
-def test_final_runs_differ_in_what_their_system_sets_and_in_nothing_else():
+def test_final_runs_differ_only_in_the_settings_of_their_system():
     config = study()
     made = {label: st.build_final_trial(config, label, {}, 1) for label in SYSTEMS}
     assert made["skillnet"].name == "skillnet-seed1"
@@ -98,7 +98,7 @@ def test_final_runs_differ_in_what_their_system_sets_and_in_nothing_else():
     assert chosen.config.training.lr == 0.007
 
 
-def test_pretraining_follows_the_run_in_seed_and_sizes():
+def test_pretraining_has_the_seed_and_sizes_of_its_run():
     config = study(pretraining=PretrainConfig(seed=5))
     made = st.build_final_trial(config, "skillnet-pretrained", {}, 1)
     plan = made.pretrain
@@ -112,7 +112,7 @@ def test_pretraining_follows_the_run_in_seed_and_sizes():
     assert len({configuration.digest_config(t.pretrain) for t in trials}) == 1
 
 
-def test_the_best_validation_score_is_chosen_and_told():
+def test_the_best_validation_score_is_chosen_and_reported():
     config = study()
     trials = st.build_tuning_trials(config)
     scores = {"skillnet": [0.3, 0.5, 0.5, 0.4], "skillnet-pretrained": [0.6, 0.2, 0.1, 0.3]}
@@ -137,22 +137,22 @@ def test_the_best_validation_score_is_chosen_and_told():
         st.choose_settings(config, trials, [o for o in outcomes if not o.name.startswith("dense")])
 
 
-def test_the_report_says_what_equal_tuning_does_not_make_equal():
+def test_the_report_lists_limits_of_equal_tuning():
     trial = {"settings": {"training.lr": 0.1}, "status": "finished", "score": 0.5}
     trial |= {"steps": 6, "seconds": 1.0}
     tuned = {
         "skillnet": st.TuningResult("skillnet", {}, 0.5, [trial]),
         "skillnet-pretrained": st.TuningResult("skillnet-pretrained", {}, 0.5, [], "skillnet"),
     }
-    told = build_tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
-    assert "Tuned: training.lr. All other settings are equal for all systems" in told
-    assert "Without trials of their own: skillnet-pretrained those of skillnet." in told
-    assert "tuned without the pretraining that they are used with" in told
-    assert "pretraining, its learning rate too, were tuned for nobody" in told
+    caption = build_tuning_tables(tuned, ["skillnet-pretrained"])[0].caption
+    assert "Tuned: training.lr. All other settings are equal for all systems" in caption
+    assert "Settings tuned for another system: skillnet-pretrained uses skillnet." in caption
+    assert "tuned without the pretraining" in caption
+    assert "pretraining, including its learning rate, were not tuned" in caption
     own = {label: st.TuningResult(label, {}, 0.5, [trial]) for label in tuned}
-    told = build_tuning_tables(own, ["skillnet-pretrained"])[0].caption
-    assert "Without trials of their own" not in told
-    assert "tuned without the pretraining" not in told
+    caption = build_tuning_tables(own, ["skillnet-pretrained"])[0].caption
+    assert "tuned for another system" not in caption
+    assert "tuned without the pretraining" not in caption
     assert "pretraining" not in build_tuning_tables(own)[0].caption
 
 
@@ -164,7 +164,7 @@ def test_without_tuning_nothing_is_chosen():
     assert build_tuning_tables(tuned) == []
 
 
-def test_the_ledger_reads_back(tmp_path: Path):
+def test_the_ledger_round_trips(tmp_path: Path):
     config = study()
     trials = [st.build_final_trial(config, "dense", {}, seed) for seed in (0, 1)]
     outcomes = [outcome(trials[0], None), outcome(trials[1], None, "failed")]
@@ -180,7 +180,7 @@ def test_the_ledger_reads_back(tmp_path: Path):
 
 
 def begun(config: StudyConfig, trial: Trial, group: str) -> Path:
-    """A run of a study that was begun."""
+    """Write the configuration of a started run."""
     folder = config.folder / group / trial.name
     folder.mkdir(parents=True)
     start = folder.parent / "pretraining-1"
@@ -194,7 +194,7 @@ def begun(config: StudyConfig, trial: Trial, group: str) -> Path:
     return folder
 
 
-def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
+def test_a_study_resumes_only_with_unchanged_settings(run_root: Path):
     lesson = SystemConfig("skillnet", pretrain=True, reuse_tuning_of="skillnet")
     few = {"skillnet": SystemConfig("skillnet"), "skillnet-pretrained": lesson}
     tuning = TuningConfig(
@@ -214,13 +214,13 @@ def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
     st.check_study(study(**common | {"seeds": [0, 1], "systems": more, "reference": "moe"}))
 
     shorter = replace(config.run, training=replace(config.run.training, steps=10))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         st.check_study(study(**common | {"run": shorter}))
-    said = str(told.value)
-    assert said.startswith("the study s has run.training.steps 12, not 10; its run skillnet-t0 ")
+    message = str(raised.value)
+    assert message.startswith("the study s has run.training.steps 12, not 10; its run skillnet-t0 ")
     assert (
         "with training.steps 6, not 5. Give another --name, or resume the study with --config "
-        in said
+        in message
     )
     space = {"training.lr": SearchDimension(loguniform=[1e-3, 1e-1])}
     wider = study(**common | {"tuning": replace(tuning, space=space)})
@@ -230,19 +230,21 @@ def test_a_study_goes_on_with_what_it_ran_and_with_more(run_root: Path):
     shutil.rmtree(config.folder / "tuning")
     st.check_study(wider)
     before = replace(config.pretraining, training=replace(config.pretraining.training, lr=0.5))
-    with pytest.raises(UserError, match=r"skillnet-pretrained-seed0 was made with a pretraining"):
+    with pytest.raises(
+        UserError, match=r"skillnet-pretrained-seed0 was trained with a pretraining"
+    ):
         st.check_study(study(**common | {"pretraining": before}))
     alone = few | {"skillnet-pretrained": replace(lesson, pretrain=False)}
     with pytest.raises(UserError, match=r"systems\.skillnet-pretrained\.pretrain True, not False"):
         st.check_study(study(**common | {"systems": alone}))
     chosen = st.build_final_trial(config, "skillnet", {"training.lr": 0.3}, 0)
     with pytest.raises(
-        UserError, match=r"skillnet-seed0 was made with training\.lr 0\.1, not 0\.3"
+        UserError, match=r"skillnet-seed0 was trained with training\.lr 0\.1, not 0\.3"
     ):
-        st.check_same(config, [chosen], config.folder / "runs")
+        st.check_unchanged(config, [chosen], config.folder / "runs")
 
 
-def test_what_is_close_gets_more_seeds():
+def test_a_system_can_have_extra_seeds():
     config = study(
         systems={"a": SystemConfig("dense"), "b": SystemConfig("dense", extra_seeds=[4, 3])},
         tuning=TuningConfig(),
@@ -280,7 +282,7 @@ def test_what_is_close_gets_more_seeds():
         ),
     ],
 )
-def test_mistakes_in_a_study_are_named(values: dict[str, Any], expected: str):
+def test_errors_in_a_study_are_named(values: dict[str, Any], expected: str):
     with pytest.raises(UserError, match=expected):
         study(**values)
 
@@ -294,12 +296,12 @@ def test_mistakes_in_a_study_are_named(values: dict[str, Any], expected: str):
         (SystemConfig("skillnet", set={"model.dim": "wide"}), "model.dim: expected a whole number"),
     ],
 )
-def test_mistakes_in_a_system_are_named(entry: SystemConfig, expected: str):
+def test_errors_in_a_system_are_named(entry: SystemConfig, expected: str):
     with pytest.raises(UserError, match=expected):
         st.build_base_run(study(systems={"x": entry}), "x", 0)
 
 
-def test_bad_tuning_is_refused():
+def test_invalid_tuning_is_rejected():
     for values, expected in (
         ({"trials": -1}, "must be at least 0"),
         ({"step_fraction": 0.0}, "above 0"),
@@ -315,7 +317,9 @@ def test_bad_tuning_is_refused():
 
 @pytest.mark.parametrize("name", ["headline", "pilot", "tiny"])
 def test_presets_of_studies_expand(name: str):
-    config = configuration.parse_config(StudyConfig, ["--config", f"studies/{name}"], "skillnet compare")
+    config = configuration.parse_config(
+        StudyConfig, ["--config", f"studies/{name}"], "skillnet compare"
+    )
     assert config.name is not None
     assert config.reference in config.systems
     seen = set()

@@ -1,4 +1,4 @@
-"""The report of a comparison: one page that needs nothing else, and files that agree with it."""
+"""The report of a comparison: a self-contained page, and files that agree with it."""
 
 import base64
 import csv
@@ -53,7 +53,7 @@ def written(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Co
 
 
 class Links(HTMLParser):
-    """Collects what a page points at, the tags it uses, and its text."""
+    """Collects the links, tags and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def page_of(report: ComparisonReport) -> str:
     return (report.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_needs_nothing_else(written: ComparisonReport):
+def test_the_page_is_self_contained(written: ComparisonReport):
     page = page_of(written)
     found = Links(page)
     assert "script" not in found.tags
@@ -90,12 +90,12 @@ def test_the_page_needs_nothing_else(written: ComparisonReport):
         links = re.findall(r"(?:href|src)=\"([^\"]*)\"", drawing)
         assert all(link.startswith("#") for link in links)
         assert "<script" not in drawing
-        # Whatever looks like an address is the name of a vocabulary of XML.
+        # All URLs are names of XML namespaces.
         names = re.findall(r"xmlns(?::\w+)?=\"([^\"]*)\"", drawing)
         assert set(re.findall(r"https?://[^\s\"<>]+", drawing)) <= set(names)
 
 
-def test_every_text_from_outside_is_escaped(folders: list[Path], tmp_path: Path):
+def test_external_text_is_escaped(folders: list[Path], tmp_path: Path):
     bad = "<img src=x onerror=alert(1)>$x_{$ & \"'"
     names = [f"{bad}{place}" for place in range(len(SYSTEMS))]
     of = compare_systems(label_runs([read_run(f) for f in folders], names), names[0], names[2])
@@ -112,14 +112,14 @@ def test_every_text_from_outside_is_escaped(folders: list[Path], tmp_path: Path)
         assert {row["system"] for row in csv.DictReader(stream)} == set(names)
 
 
-def test_a_template_must_not_miss_a_value():
+def test_a_template_with_a_missing_value_fails():
     from jinja2 import UndefinedError
 
     with pytest.raises(UndefinedError):
         render_template("report.html", {})
 
 
-def test_files_agree_with_what_was_computed(written: ComparisonReport):
+def test_files_agree_with_the_comparison(written: ComparisonReport):
     of, folder = written.comparison, written.folder
     assert folder is not None
 
@@ -148,7 +148,7 @@ def test_files_agree_with_what_was_computed(written: ComparisonReport):
     assert outcomes.column_names[:4] == ["system", "seed", "task", "split"]
 
 
-def test_the_table_marks_what_is_significant_and_best(written: ComparisonReport):
+def test_the_table_marks_significant_and_best_values(written: ComparisonReport):
     table = build_score_table(written.comparison)
     rows = {row[0].text: row for row in table.rows}
     place = 2 + TASKS.index("text_to_image")
@@ -162,10 +162,10 @@ def test_the_table_marks_what_is_significant_and_best(written: ComparisonReport)
     for title in ("Results on held-out rows", "Gain from pretraining", "Cost", "All tests"):
         assert title in page.text
     for claim in written.claims:
-        assert claim.words in page.text
+        assert claim.text in page.text
 
 
-def test_how_it_was_made_is_told(written: ComparisonReport):
+def test_provenance_is_listed(written: ComparisonReport):
     facts = written.facts
     assert facts["seeds"].startswith("skillnet: 0, 1, 2")
     assert "headings " + "a" * 64 in facts["corpora (digests)"]
@@ -182,7 +182,7 @@ def test_plots_name_their_axes(written: ComparisonReport):
     assert "speech recognition, 1 − token error" in panels
 
 
-def test_words():
+def test_number_formats():
     assert [format_count(x) for x in (950, 4.2e6, 1.25e9, float("nan"))] == [
         "950",
         "4.2 M",
@@ -210,16 +210,16 @@ def test_finished_runs_from_the_command_line(
     study = folders[0].parent
     (study / "study.json").write_text(json.dumps({"tuning": tuned, "runs": entries}))
     monkeypatch.setenv("SKILLNET_HOME", str(study))
-    words = ["--runs", str(study), *names[-3:], "--output", str(tmp_path / "out"), "--json"]
+    arguments = ["--runs", str(study), *names[-3:], "--output", str(tmp_path / "out"), "--json"]
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert command.main([*words, "--tracking.uri", uri, "--name", "again"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {(run["system"], run["seed"]) for run in told["runs"]} == {
+    assert command.main([*arguments, "--tracking.uri", uri, "--name", "again"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {(run["system"], run["seed"]) for run in printed["runs"]} == {
         (system, seed) for system in SYSTEMS for seed in (0, 1, 2)
     }
-    means = [r for r in told["summary"] if (r["system"], r["task"]) == ("skillnet", MEAN)]
+    means = [r for r in printed["summary"] if (r["system"], r["task"]) == ("skillnet", MEAN)]
     assert means[0]["low"] < means[0]["score"] < means[0]["high"]
-    assert told["relative"]["skillnet-pretrained"]["against"] == "specialist-pretrained"
+    assert printed["relative"]["skillnet-pretrained"]["against"] == "specialist-pretrained"
     page = Links((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "Every system got 1 trial(s) of 6 steps" in page.text
     client = backend.create_client(uri)
@@ -234,7 +234,7 @@ def test_finished_runs_from_the_command_line(
     assert runs[0].data.metrics["skillnet/mean_score"] == pytest.approx(means[0]["score"])
 
 
-def test_tuning_is_told_by_the_labels_of_the_report(tmp_path: Path):
+def test_tuning_is_reported_by_the_labels_of_the_report(tmp_path: Path):
     def tuned(score: float) -> dict[str, TuningResult]:
         return {
             "skillnet": TuningResult("skillnet", {"training.lr": score}, score),
@@ -265,7 +265,7 @@ def test_tuning_is_told_by_the_labels_of_the_report(tmp_path: Path):
     assert (made["net"].score, made["net (two)"].score) == (0.5, 0.7)
 
 
-def test_pictures_of_skills_lie_with_the_report(
+def test_skill_figures_are_written_beside_the_report(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[InterpretConfig] = []
@@ -284,7 +284,7 @@ def test_pictures_of_skills_lie_with_the_report(
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         ([], "nothing to compare"),
         (["--runs", "nowhere"], "no folder and no run in"),
@@ -294,14 +294,14 @@ def test_pictures_of_skills_lie_with_the_report(
         (["--claims.margin", "-1"], "claims.margin must not be negative"),
     ],
 )
-def test_mistakes_get_one_line(words: list[str], expected: str, run_root: Path, capsys):
-    assert command.main(words) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert expected in said[-1]
-    assert len([line for line in said if line.startswith("error")]) == 1
+def test_errors_are_one_line(arguments: list[str], expected: str, run_root: Path, capsys):
+    assert command.main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert expected in lines[-1]
+    assert len([line for line in lines if line.startswith("error")]) == 1
 
 
-def test_runs_and_names_take_several_words():
+def test_runs_and_names_take_several_values():
     assert command.normalize_arguments(["--runs", "a", "b", "--json"]) == ["a", "b", "--json"]
     assert command.normalize_arguments(["--names", "x", "y", "--runs", "a"]) == [
         "--names",

@@ -1,4 +1,4 @@
-"""The picture of a sweep: score against cost."""
+"""The figure of a sweep: score against cost."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def outcome(name: str, params: float, flops: float) -> TrialOutcome:
     return TrialOutcome(name, name, Path(), "finished", reports=[line | costs])
 
 
-def test_costs_that_are_the_same_are_drawn_as_the_same() -> None:
+def test_nearly_equal_costs_do_not_fill_the_axis() -> None:
     ranked = ranking.rank_configurations([outcome("a", 2.000e6, 1e8), outcome("b", 2.001e6, 2e8)])
     figure = ranking.draw_ranking_figure(ranked)
     assert figure is not None

@@ -1,4 +1,4 @@
-"""Which sweeps may be given more seeds: those whose trials do not hang on one another's scores."""
+"""Seeds can be added to a sweep with independent trials only."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def kept(folder: Path) -> SweepConfig:
 
 
 @pytest.mark.parametrize("search", ["grid", "random"])
-def test_more_seeds_are_more_trials_of_the_same_names(tmp_path: Path, search: Any) -> None:
+def test_added_seeds_keep_the_names_of_earlier_trials(tmp_path: Path, search: Any) -> None:
     folder = tmp_path / "sweep"
     folder.mkdir()
     config = sweep_of(tmp_path, search=search, samples=2)
@@ -49,7 +49,7 @@ def test_more_seeds_are_more_trials_of_the_same_names(tmp_path: Path, search: An
 
 
 @pytest.mark.parametrize("settings", [{"search": "optuna"}, {"scheduler": "asha"}])
-def test_what_hangs_on_earlier_scores_keeps_its_seeds(
+def test_sweeps_with_dependent_trials_keep_their_seeds(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     folder = tmp_path / "sweep"

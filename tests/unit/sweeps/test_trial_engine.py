@@ -1,4 +1,4 @@
-"""What of the engine of sweeps needs no Ray: resources, halving after a kill, what is kept."""
+"""Parts of the trial engine that need no Ray cluster: resources, resumed ASHA, pruning."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ REPORTS = [{"step": 2, "score": 0.9}, {"step": 4, "score": 0.95}]
         (0.0, True, r"trial a: training\.use_gpu is true, but resources\.gpus is 0"),
     ],
 )
-def test_a_gpu_is_asked_for_and_used_or_neither(
+def test_a_gpu_must_be_both_reserved_and_used(
     gpus: float, use_gpu: bool, expected: str, tmp_path: Path
 ) -> None:
     trial = Trial("a", small_config(tmp_path / "corpora", use_gpu=use_gpu))
@@ -40,14 +40,14 @@ def test_a_gpu_is_asked_for_and_used_or_neither(
 
 
 def decision(halving: ResumableASHA, name: str, score: float) -> str:
-    """What becomes of a trial that reaches the first rung with that score."""
+    """Return the decision about a trial that reaches the first rung with a score."""
     trial: Any = SimpleNamespace(trial_id=name)
     runner: Any = None
     halving.scheduler.on_trial_add(runner, trial)
     return halving.scheduler.on_trial_result(runner, trial, {"step": 2, "score": score})
 
 
-def test_halving_remembers_what_was_reported_before_a_kill() -> None:
+def test_asha_replays_reports_from_before_a_kill() -> None:
     fresh, gone_on = ResumableASHA(6, 2, 2.0), ResumableASHA(6, 2, 2.0)
     gone_on.replay_reports("good", REPORTS)
     gone_on.replay_reports("new", [])
@@ -57,7 +57,7 @@ def test_halving_remembers_what_was_reported_before_a_kill() -> None:
 
 
 def entry(root: Path, name: str, status: Any, score: float) -> LedgerEntry:
-    """A trial that has ended, and what it left."""
+    """Return the ledger entry of an ended trial, with its files."""
     folder = root / name
     for heavy in WEIGHT_FOLDERS:
         (folder / heavy / "part").mkdir(parents=True)
@@ -79,7 +79,9 @@ def test_only_the_best_keep_models_and_checkpoints(tmp_path: Path) -> None:
     running = replace(entries[0], folder=tmp_path / "none", outcome=None)
     prune_entries([*entries, running], keep=1)
     left = {each.trial.name for each in entries if (each.folder / "checkpoints").exists()}
-    assert left == {"best", "failed", "interrupted"}, "what did not end goes on from there"
+    assert left == {"best", "failed", "interrupted"}, (
+        "trials without an end resume from their checkpoints"
+    )
     assert not any((tmp_path / "second" / heavy).exists() for heavy in WEIGHT_FOLDERS)
     assert all((each.folder / "evaluation.csv").is_file() for each in entries)
     prune_entries(entries, keep=0)
