@@ -1,13 +1,15 @@
-"""A bundle: all that predictions need, in one folder, and the hashes to check it by.
+"""Bundle of a model: one directory with everything that predictions need, and its hashes.
 
     model/                     weights, as save_pretrained writes them
     tokenizer.json             of the corpora that the model was trained on
-    captions-TASK.safetensors  vectors of known captions, one row each
-    captions-TASK.json         those captions
-    serving.json               names of classes and symbols, limits, how inputs were prepared,
+    captions-TASK.safetensors  embeddings of known captions, one row each
+    captions-TASK.json         the captions
+    serving.json               names of classes and symbols, limits, preprocessing settings,
                                digests of the corpora, hashes of all other files
 
-This is what the registry keeps of a model. It opens without the corpora and without a network.
+The registry stores bundles. A bundle opens without the corpora and without a network.
+:func:`build_bundle` writes one, :func:`open_bundle` checks and opens one, and
+:func:`open_predictor` opens any model.
 """
 
 import hashlib
@@ -20,8 +22,7 @@ from safetensors.numpy import save_file
 
 from pipelines.evaluation.evaluator import check_outputs, locate_task_corpus
 from pipelines.runs.head_sizes import LISTED
-from pipelines.runs.model_source import ModelSource
-from pipelines.runs.model_source import load_trained_tasks as load_model
+from pipelines.runs.model_source import ModelSource, load_trained_tasks
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.tokenizer import training as tokenizers
@@ -47,43 +48,51 @@ from skillnet_platform.storage.location import (
 )
 
 BUNDLE_FORMAT = 1
-#: Count it up when the vectors of known captions change; bundles made for a checkpoint are kept.
+#: Increase it when the embeddings of known captions change: bundles of checkpoints are cached.
 VECTORS_VERSION = 2
-#: Known captions of a task, at most: with vectors of 512 numbers they take 200 MB in the bundle and
-#: in the memory of whoever predicts.
+#: Maximum number of known captions of a task: embeddings of width 512 take 200 MB on disk and in
+#: the memory of a predictor.
 MAX_CAPTIONS = 100_000
-#: Captions that are read or embedded at once.
+#: Captions that are read or embedded in one batch.
 BATCH_CAPTIONS = 8192
 BUNDLE_MANIFEST = "serving.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
 def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
-    """Write a model's bundle, whole or not at all; returns its folder.
+    """Write a model's bundle atomically.
+
+    Args:
+        source: the trained model.
+        data: directory of prepared corpora.
+        target: directory to create.
+
+    Returns:
+        ``target``.
 
     Raises:
-        UserError: the corpora of the model's tasks are missing or do not fit it.
+        UserError: a corpus of the model's tasks is missing or does not fit the model.
     """
-    model = load_model(source)
+    model = load_trained_tasks(source)
     corpora = {
         task: open_corpus(locate_task_corpus(data, task, source.corpora))
         for task in model.config.tasks
     }
-    words = read_tokenizer(corpora, parse_location(data, Path()))
+    tokenizer = read_tokenizer(corpora, parse_location(data, Path()))
     specs = model.config.tasks
     for task, corpus in corpora.items():
         check_outputs(corpus, task, specs[task])
     names = {task: read_output_names(corpus, specs[task]) for task, corpus in corpora.items()}
     with staging_directory(target) as folder:
         model.save_pretrained(folder / "model")
-        (folder / TOKENIZER_FILE).write_bytes(words)
-        prepared = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
+        (folder / TOKENIZER_FILE).write_bytes(tokenizer)
+        preprocessing = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
         predictor = TaskPredictor(
             model,
             tokenizers.load_tokenizer(folder / TOKENIZER_FILE),
             names,
             limits=source.limits,
-            prepared=prepared,
+            preprocessing=preprocessing,
         )
         for task, corpus in corpora.items():
             if specs[task].objective == "retrieval":
@@ -92,7 +101,7 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
                 save_file({"embeddings": vectors}, folder / f"captions-{task}.safetensors")
                 write_json(folder / f"captions-{task}.json", captions)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        about = {
+        manifest = {
             "format": BUNDLE_FORMAT,
             "package": __version__,
             "weights_digest": source.digest,
@@ -105,105 +114,109 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
                     "corpus_digest": corpus.digest,
                     "names": names[task],
                     "limit": source.limits.get(task),
-                    "preprocessing": prepared[task],
+                    "preprocessing": preprocessing[task],
                 }
                 for task, corpus in corpora.items()
             },
             "files": {str(path.relative_to(folder)): sha256_file(path) for path in files},
         }
-        write_json(folder / BUNDLE_MANIFEST, about)
+        write_json(folder / BUNDLE_MANIFEST, manifest)
     return target
 
 
 def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
-    """A predictor from a bundle. Every file is hashed first.
+    """Check the hash of every file of a bundle, and return its predictor.
+
+    Args:
+        folder: of the bundle.
+        precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
 
     Raises:
-        UserError: a file is missing or was altered; names it.
+        UserError: a file is missing or was altered.
     """
     folder = Path(folder)
-    about = check_bundle(folder)
+    manifest = check_bundle(folder)
     model = systems.load_model(folder / "model").to(best_device())
     banks = {}
     for task, spec in model.config.tasks.items():
-        if spec.objective == "retrieval" and f"captions-{task}.json" in about["files"]:
-            banks[task] = _bank(folder, task)
+        if spec.objective == "retrieval" and f"captions-{task}.json" in manifest["files"]:
+            banks[task] = _read_caption_bank(folder, task)
     return TaskPredictor(
         model,
         tokenizers.load_tokenizer(folder / TOKENIZER_FILE),
-        {task: entry["names"] for task, entry in about["tasks"].items()},
+        {task: entry["names"] for task, entry in manifest["tasks"].items()},
         banks,
-        {task: entry["limit"] for task, entry in about["tasks"].items()},
+        {task: entry["limit"] for task, entry in manifest["tasks"].items()},
         precision,
-        {task: entry["preprocessing"] for task, entry in about["tasks"].items()},
+        {task: entry["preprocessing"] for task, entry in manifest["tasks"].items()},
     )
 
 
 def check_bundle(folder: str | Path) -> dict[str, Any]:
-    """Hash every file of a bundle; returns what ``serving.json`` says.
+    """Check the hash of every file of a bundle, and return the content of ``serving.json``.
+
+    Args:
+        folder: of the bundle.
 
     Raises:
-        UserError: a file is missing or was altered, or the bundle is of another format.
+        UserError: a file is missing or was altered, or the bundle has another format.
     """
     folder = Path(folder)
-    about = read_json(folder / BUNDLE_MANIFEST)
-    told = about if isinstance(about, dict) else {}
-    if told.get("format") != BUNDLE_FORMAT:
+    path = folder / BUNDLE_MANIFEST
+    document = read_json(path)
+    manifest = document if isinstance(document, dict) else {}
+    if manifest.get("format") != BUNDLE_FORMAT:
         raise UserError(
-            f"{folder / BUNDLE_MANIFEST}: format {told.get('format')!r}, this program reads {BUNDLE_FORMAT}; "
-            f"it was written by skillnet-platform {told.get('package')}"
+            f"{path}: format {manifest.get('format')!r}, this program reads {BUNDLE_FORMAT}; "
+            f"it was written by skillnet-platform {manifest.get('package')}"
         )
-    tasks, files = about.get("tasks"), about.get("files")
+    tasks, files = manifest.get("tasks"), manifest.get("files")
     entries = tasks.values() if isinstance(tasks, dict) else [None]
-    whole = all(isinstance(each, dict) and {"names", "limit"} <= set(each) for each in entries)
-    if not whole or not isinstance(files, dict):
-        raise UserError(
-            f"{folder / BUNDLE_MANIFEST}: tasks or files are damaged; register the model again"
-        )
-    needed = {TOKENIZER_FILE, "model/manifest.json"}
-    if needed - set(files):
-        raise UserError(
-            f"{folder / BUNDLE_MANIFEST} does not list {', '.join(sorted(needed - set(files)))}"
-        )
+    valid = all(isinstance(entry, dict) and {"names", "limit"} <= set(entry) for entry in entries)
+    if not valid or not isinstance(files, dict):
+        raise UserError(f"{path}: tasks or files are damaged; register the model again")
+    required = {TOKENIZER_FILE, "model/manifest.json"}
+    if required - set(files):
+        raise UserError(f"{path} does not list {', '.join(sorted(required - set(files)))}")
     for name, expected in files.items():
-        check_inside(folder / BUNDLE_MANIFEST, name, deep=True)
+        check_inside(path, name, deep=True)
         if (folder / name).is_symlink():
-            raise UserError(f"{folder / name} is a link; a bundle holds its files itself")
+            raise UserError(f"{folder / name} is a link; a bundle must contain the file itself")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; register the model again")
         if sha256_file(folder / name) != expected:
             raise UserError(f"{folder / name} was altered after the model was registered")
-    return about
+    return manifest
 
 
-def _bank(folder: Path, task: str) -> CaptionBank:
-    """The known captions of a task, with their vectors."""
+def _read_caption_bank(folder: Path, task: str) -> CaptionBank:
+    """Return the known captions of a task with their embeddings."""
     path, captions = folder / f"captions-{task}.safetensors", folder / f"captions-{task}.json"
-    tensors, words = load_tensors(path), read_json(captions)
+    tensors, texts = load_tensors(path), read_json(captions)
     vectors = tensors.get("embeddings")
-    texts = isinstance(words, list) and all(isinstance(each, str) for each in words)
-    if not texts or vectors is None or vectors.ndim != 2 or len(vectors) != len(words):
-        raise UserError(f"{path} does not hold a vector for each text of {captions.name}")
-    return CaptionBank(words, vectors.numpy())
+    valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if not valid or vectors is None or vectors.ndim != 2 or len(vectors) != len(texts):
+        raise UserError(f"{path} does not contain an embedding for each text of {captions.name}")
+    return CaptionBank(texts, vectors.numpy())
 
 
 def open_predictor(
     source: ModelSource, data: str | Path | None, precision: str = "auto"
 ) -> TaskPredictor:
-    """A predictor for any model: from its bundle, or from one made now and kept for next time.
+    """Return a predictor for any model; the bundle of a checkpoint is built once and cached.
 
     Args:
         source: the model.
-        data: prepared corpora; needed for a checkpoint, which has no tokenizer of its own.
+        data: directory of prepared corpora; required for a checkpoint, which has no tokenizer.
         precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
 
     Raises:
-        UserError: as :func:`build_bundle` and :func:`open_bundle`.
+        UserError: as for :func:`build_bundle` and :func:`open_bundle`.
     """
     if source.bundle is not None:
         return open_bundle(source.bundle, precision)
     if data is None:
-        raise UserError(f"{source.name} is a checkpoint: give --data, the prepared corpora")
+        raise UserError(f"{source.name} is a checkpoint; give --data with the prepared corpora")
     tasks = read_config(source.weights, read_manifest(source.weights))[0].tasks
     digests = [
         open_corpus(locate_task_corpus(data, task, source.corpora)).digest
@@ -213,44 +226,60 @@ def open_predictor(
     key = digest_config(
         [BUNDLE_FORMAT, VECTORS_VERSION, __version__, source.digest, digests, source.limits]
     )
-    kept = run_root() / "cache" / "bundles" / key[:16]
-    if not (kept / BUNDLE_MANIFEST).is_file():
-        build_bundle(source, data, kept)
-    return open_bundle(kept, precision)
+    target = run_root() / "cache" / "bundles" / key[:16]
+    if not (target / BUNDLE_MANIFEST).is_file():
+        build_bundle(source, data, target)
+    return open_bundle(target, precision)
 
 
 def read_output_names(corpus: PreparedCorpus, spec: Task) -> list[str]:
-    """Names of a task's classes, or of its symbols from 1 on; [] for retrieval."""
+    """Return the names of a task's classes, or of its symbols from 1; [] for retrieval.
+
+    Args:
+        corpus: of the task.
+        spec: the task.
+    """
     key = LISTED.get(spec.objective)
     return list(corpus.manifest.get(key, [])) if key else []
 
 
-def read_known_captions(corpus: PreparedCorpus, most: int = MAX_CAPTIONS) -> list[str]:
-    """The distinct first captions of all splits but pretraining, in order, up to so many.
+def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS) -> list[str]:
+    """Return the distinct first captions of all splits except ``pretrain``, in order.
 
-    Shards are read one by one, and none beyond the last caption that is taken.
+    Shards are read one at a time, and none after the last returned caption.
+
+    Args:
+        corpus: of a retrieval task.
+        max_captions: maximum number of captions.
     """
-    found: dict[str, None] = {}
+    captions: dict[str, None] = {}
     for name, split in corpus.splits.items():
         for shard in split.shards if name != "pretrain" else ():
-            opened = split.files.open(shard)  # held while it is read: a cache may want its place
+            # The handle keeps the shard in the cache while it is read.
+            opened = split.files.open(shard)
             if "captions" not in opened.table.column_names:
-                break  # rows for prediction only
-            captions = opened.table["captions"]
-            for start in range(0, len(captions), BATCH_CAPTIONS):
-                rows = captions.slice(start, BATCH_CAPTIONS).to_pylist()
-                found |= dict.fromkeys(row[0] for row in rows if row)
-                if len(found) > most:
+                break  # rows without captions, for prediction only
+            column = opened.table["captions"]
+            for start in range(0, len(column), BATCH_CAPTIONS):
+                rows = column.slice(start, BATCH_CAPTIONS).to_pylist()
+                captions |= dict.fromkeys(row[0] for row in rows if row)
+                if len(captions) > max_captions:
                     console.note(
-                        f"{corpus.name} has more than {most:,} captions: answers are chosen among "
-                        "the first ones"
+                        f"{corpus.name} has more than {max_captions:,} captions; predictions "
+                        "choose among the first ones only"
                     )
-                    return list(found)[:most]
-    return list(found)
+                    return list(captions)[:max_captions]
+    return list(captions)
 
 
 def embed_captions(predictor: TaskPredictor, task: str, captions: list[str]) -> np.ndarray:
-    """Vectors of known captions, (N, E): spelt in tokens a batch at a time."""
+    """Return the embeddings of captions, (N, E), computed in batches.
+
+    Args:
+        predictor: with the model and its tokenizer.
+        task: a retrieval task.
+        captions: N texts.
+    """
     parts = [
         predictor.embed_texts(task, captions[start : start + BATCH_CAPTIONS])
         for start in range(0, len(captions), BATCH_CAPTIONS)
@@ -259,10 +288,17 @@ def embed_captions(predictor: TaskPredictor, task: str, captions: list[str]) -> 
 
 
 def read_tokenizer(corpora: Mapping[str, PreparedCorpus], data: Location) -> bytes:
-    """The tokenizer file of some corpora, checked against their manifests.
+    """Read the tokenizer file of prepared corpora, and check it against their manifests.
+
+    Args:
+        corpora: task -> corpus.
+        data: directory of prepared corpora.
+
+    Returns:
+        Content of the file.
 
     Raises:
-        UserError: it is missing or another one than the corpora were prepared with.
+        UserError: the file is missing, or the corpora were prepared with another tokenizer.
     """
     entries = {
         name: corpus.manifest["tokenizer"]
@@ -270,18 +306,17 @@ def read_tokenizer(corpora: Mapping[str, PreparedCorpus], data: Location) -> byt
         if corpus.manifest.get("tokenizer")
     }
     where = join_location(data, TOKENIZER_FILE)
-    found = read_if_exists(where)
-    if found is None and not entries:
-        return tokenizers.train_tokenizer(
-            [], []
-        ).encode()  # nothing reads text: one of bytes alone will do
-    if found is None:
+    content = read_if_exists(where)
+    if content is None and not entries:
+        # No task reads text, so a tokenizer of single bytes is sufficient.
+        return tokenizers.train_tokenizer([], []).encode()
+    if content is None:
         raise UserError(f"{where} is missing; run `skillnet prepare`")
-    sha256 = hashlib.sha256(found).hexdigest()
+    sha256 = hashlib.sha256(content).hexdigest()
     for task, entry in entries.items():
         if entry["sha256"] != sha256:
             raise UserError(
                 f"{where} is not the tokenizer that {corpora[task].name} was prepared with; run "
                 "`skillnet prepare`"
             )
-    return found
+    return content

@@ -1,8 +1,8 @@
-"""Rows of a file to predict for: JSON lines, good ones as items, others with a reason.
+"""Rows of a JSON lines file as inputs of predictions; unusable rows have a reason instead.
 
-A row that cannot be used is told with file and line and set aside; the rest arrives. CLUE scores a
-prediction of every line, so a line whose sentence is empty gets one all the same: that of an empty
-text, or of its keywords.
+An unusable row is reported with its file and line; the other rows are predicted. CLUE scores a
+prediction of every line, so in its format a line with an empty sentence is predicted as well: from
+the empty text, or from its keywords. ``skillnet predict`` calls :func:`read_input_rows`.
 """
 
 import json
@@ -15,20 +15,20 @@ from pipelines.serving.predictor import PredictionItem, read_file_bytes, read_in
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
-#: So many rows are told one by one.
+#: Maximum number of rows that are reported individually.
 MAX_REPORTED = 20
 EXPECTED_ROW = 'expected {"text": …} or {"file": …}'
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """A row that can be predicted for, or why it cannot.
+    """Row of an input file: either an item to predict for, or a reason for its rejection.
 
     Args:
         where: file and line.
-        row: what stands there; {} if that is no object.
-        item: of it, or none.
-        reason: why it is set aside; "" if it is not.
+        row: the JSON object; {} if the line is not an object.
+        item: to predict for; None if the row is rejected.
+        reason: of the rejection; "" if the row is usable.
     """
 
     where: str
@@ -38,88 +38,96 @@ class InputRow:
 
 
 def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[InputRow]:
-    """Rows of a .jsonl file; files named in it are looked for beside it.
+    """Read the rows of a .jsonl file; files that rows name are relative to its directory.
 
     Args:
         path: of the file.
-        task: of rows that name none.
-        clue: whether each row needs an id, and an empty sentence is one, too.
+        task: for rows that do not name one.
+        clue: require an id in each row, and accept empty sentences.
 
     Raises:
-        UserError: no such file, none of its rows can be used, or it is one JSON array.
+        UserError: the file is missing, is a JSON array, or has no usable row.
     """
     data = read_file_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip().startswith(b"["):
         raise UserError(
-            f"{path}: a JSON array; expected an object a line. Make it so with: jq -c '.[]' {path}"
+            f"{path}: a JSON array; expected an object a line. Convert it with: jq -c '.[]' {path}"
         )
-    found = [
-        _given(f"{path}, line {number}", line, path.parent, task, clue)
+    rows = [
+        _parse_row(f"{path}, line {number}", line, path.parent, task, clue)
         for number, line in enumerate(data.split(b"\n"), 1)
         if line.strip()
     ]
-    if not found:
-        raise UserError(f"{path}: no rows in it")
-    check_usable_rows(found)
-    return found
+    if not rows:
+        raise UserError(f"{path}: the file has no rows")
+    check_usable_rows(rows)
+    return rows
 
 
 def check_usable_rows(rows: Sequence[InputRow]) -> None:
-    """Refuse a file of which no row can be used.
+    """Check that at least one row of a file is usable.
+
+    Args:
+        rows: of the file.
 
     Raises:
-        UserError: naming the first of them.
+        UserError: every row is rejected; the message gives the first reason.
     """
     if rows and all(row.reason for row in rows):
-        raise UserError(f"{rows[0].where}: {rows[0].reason}; so none of its rows can be used")
+        raise UserError(f"{rows[0].where}: {rows[0].reason}; none of its rows is usable")
 
 
 def report_rejected(rows: Sequence[InputRow]) -> None:
-    """Say which rows are set aside, and why, and which are predicted for without a text."""
-    lines = [f"{row.where}: {row.reason}; set aside" for row in rows if row.reason]
+    """Warn about rejected rows with their reasons, and about rows with empty texts.
+
+    Args:
+        rows: of all files.
+    """
+    lines = [f"{row.where}: {row.reason}; row skipped" for row in rows if row.reason]
     lines += [
-        f"{row.where}: the text is empty; predicted for all the same"
+        f"{row.where}: the text is empty; the row is predicted from the empty text"
         for row in rows
         if row.item is not None and row.item.text is not None and not row.item.text.strip()
     ]
     for line in lines[:MAX_REPORTED]:
         console.warn(line)
     if len(lines) > MAX_REPORTED:
-        console.warn(f"{len(lines) - MAX_REPORTED} more rows like these")
+        console.warn(f"{len(lines) - MAX_REPORTED} more rows with similar problems")
 
 
-def _given(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> InputRow:
+def _parse_row(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> InputRow:
     row: Any = None
     try:
         row = json.loads(line.decode("utf-8"))
-        item = _item(where, row, folder, task, clue)
+        item = _parse_item(where, row, folder, task, clue)
         return InputRow(where, row, item)
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
-    except UserError as problem:
-        reason = str(problem).removeprefix(f"{where}: ")
-    except (ValueError, RecursionError) as problem:
-        reason = f"not JSON ({problem})"
+    except UserError as error:
+        reason = str(error).removeprefix(f"{where}: ")
+    # json raises RecursionError for deeply nested input.
+    except (ValueError, RecursionError) as error:
+        reason = f"not JSON ({error})"
     return InputRow(where, row if isinstance(row, dict) else {}, None, reason)
 
 
-def _item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> PredictionItem:
+def _parse_item(where: str, row: Any, folder: Path, task: str | None, clue: bool) -> PredictionItem:
     if not isinstance(row, dict):
         raise UserError(EXPECTED_ROW)
     texts = [row[key] for key in ("text", "sentence") if key in row]
     if len(texts) + ("file" in row) != 1:
         raise UserError(EXPECTED_ROW)
-    wanted = row.get("task", task)
-    if not all(isinstance(each, str) for each in (*texts, row.get("file", ""), wanted or "")):
+    task = row.get("task", task)
+    if not all(isinstance(value, str) for value in (*texts, row.get("file", ""), task or "")):
         raise UserError("text, file and task must be strings")
     if clue and "id" not in row:
-        raise UserError('no "id" in it; CLUE tells predictions apart by it')
+        raise UserError('no "id"; CLUE identifies predictions by it')
     if not texts:
         if "\0" in row["file"]:
             raise UserError("no file can have such a name")
-        return replace(read_input_item(folder / row["file"], wanted), where=where)
+        return replace(read_input_item(folder / row["file"], task), where=where)
     if not texts[0].strip() and not clue:
         raise UserError("the text is empty")
-    said = row.get("keywords")
-    keywords = said if isinstance(said, str) else None
-    return PredictionItem(texts[0], texts[0], None, wanted, keywords, where, may_be_empty=clue)
+    value = row.get("keywords")
+    keywords = value if isinstance(value, str) else None
+    return PredictionItem(texts[0], texts[0], None, task, keywords, where, may_be_empty=clue)

@@ -1,7 +1,7 @@
-"""The model file that the registry keeps: MLflow runs it to load and to serve a SkillNet.
+"""Model code of registered versions: MLflow runs this file to load and to serve a SkillNet.
 
-It reads safetensors and JSON only, never a pickle, and needs the package skillnet-platform of
-the version named in the model's requirements.
+It reads safetensors and JSON only, never a pickle. It requires the package skillnet-platform in the
+version that the model's requirements name.
 
     echo '{"dataframe_records": [{"text": "中国古代文学史"}]}' |
       curl -s -H 'Content-Type: application/json' -d @- http://127.0.0.1:5001/invocations
@@ -23,16 +23,21 @@ DEFAULT_TOP = 5
 
 
 class SkillNetModel(PythonModel):
-    """Rows of text or files in, answers out.
+    """MLflow model that predicts for rows of texts and files.
 
-    Columns of the input, all of them optional, one of ``text`` and ``file`` in each row:
-    ``text``; ``file``, a media file's bytes in base64; ``name``, its file name; ``task``, by
-    default the one that reads such an input. Columns of the output: see
-    :class:`pipelines.serving.predictor.TaskPrediction`; a Python file gives one row for each function.
+    Every input column is optional, but each row has one of ``text`` and ``file``. ``file`` is the
+    content of a media file in base64, and ``name`` its file name. ``task`` selects a task; by
+    default the first task that reads the modality runs. The output columns are the fields of
+    :class:`pipelines.serving.predictor.TaskPrediction`. A Python file gives one row for each
+    function.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Open the bundle among the model's artifacts."""
+        """Open the bundle among the model's artifacts.
+
+        Args:
+            context: of MLflow.
+        """
         self.predictor = open_bundle(context.artifacts["bundle"])
 
     def predict(
@@ -41,14 +46,24 @@ class SkillNetModel(PythonModel):
         model_input: pd.DataFrame,
         params: Mapping[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Answer each row. ``params``: ``top``, the number of alternatives."""
+        """Predict for each row.
+
+        Args:
+            context: of MLflow.
+            model_input: rows, see the class.
+            params: ``top``, the number of alternatives.
+        """
         items = [_item(row, number) for number, row in enumerate(_records(model_input))]
         top = int((params or {}).get("top", DEFAULT_TOP))
         return prediction_frame(self.predictor.predict(items, top))
 
 
 def prediction_frame(predictions: Sequence[TaskPrediction]) -> pd.DataFrame:
-    """Predictions as the table that the model answers with."""
+    """Return predictions as the table of the model's output.
+
+    Args:
+        predictions: in order.
+    """
     return pd.DataFrame(
         {
             "input": [p.input for p in predictions],

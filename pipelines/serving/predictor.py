@@ -1,4 +1,8 @@
-"""A trained model with its vocabulary and names: texts and media files in, answers out."""
+"""Predictions of a trained model for raw inputs: texts and the bytes of media files.
+
+:class:`TaskPredictor` is the main entry point; ``skillnet predict``, ``skillnet search`` and the
+MLflow model use it. It preprocesses inputs with the settings of the training corpora.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +26,14 @@ MODALITY_SUFFIXES = {
     "text": (".txt",),
 }
 
-#: Keys under which corpora say to how many tokens they cut texts, code and captions.
+#: Input -> keys of a corpus' preprocessing settings that limit its tokens.
 TRUNCATION_KEYS = {
     "text": ("max_tokens", "tokens"),
     "code": ("max_code_tokens", "code_tokens"),
     "query": ("max_caption_tokens", "caption_tokens"),
 }
 
-#: First bytes of common formats, for data that comes without a name.
+#: First bytes of common formats, for data without a file name.
 MAGIC_BYTES = (
     (b"\x89PNG", "image"),
     (b"\xff\xd8\xff", "image"),
@@ -46,16 +50,16 @@ MAGIC_BYTES = (
 
 @dataclass(frozen=True)
 class PredictionItem:
-    """One thing to predict for: a text, or a media file's bytes.
+    """Input of a prediction: a text, or the bytes of a media file.
 
     Args:
-        name: what to call it in the answer: a path, or the text itself.
-        text: the text, or none.
-        data: the bytes, or none.
-        task: the task to run, or none to choose by what the input is.
-        keywords: what stands beside the text, for a corpus that was prepared with it.
-        where: where it stands, for messages; the name where that is not given.
-        may_be_empty: whether an empty text is predicted for, too.
+        name: name in the result: a path, or the text itself.
+        text: the text, or None.
+        data: the bytes, or None.
+        task: task to run; None selects the first task that reads the modality.
+        keywords: keywords of the text, for corpora that were prepared with them.
+        where: position of the input in error messages; "" uses the name.
+        may_be_empty: whether an empty text is accepted.
     """
 
     name: str
@@ -69,17 +73,17 @@ class PredictionItem:
 
 @dataclass(frozen=True)
 class TaskPrediction:
-    """An answer.
+    """Result of a task for one input.
 
     Args:
-        input: what it is for; of a Python file, each function is one input.
-        task: the task that was run.
-        answer: best class, transcript, or the known caption nearest to a picture, clip or
-            function. Empty for a text in a retrieval task: its vector is the result.
-        score: probability of the class; geometric mean of the transcript's probabilities;
-            cosine similarity of the caption.
-        alternatives: the best answers with their scores, the first one included.
-        embedding: retrieval: the input's unit vector.
+        input: name of the input; each function of a Python file is an input.
+        task: the task that ran.
+        answer: best class, transcript, or the known caption nearest to an image, video or function.
+            Empty for a text in a retrieval task: its embedding is the result.
+        score: probability of the class; geometric mean of the transcript's probabilities; cosine
+            similarity of the caption.
+        alternatives: best answers with their scores, including the first.
+        embedding: unit vector of the input, for retrieval tasks.
     """
 
     input: str
@@ -92,23 +96,23 @@ class TaskPrediction:
 
 @dataclass(frozen=True)
 class CaptionBank:
-    """Known captions of a retrieval task and their vectors, (N, E) unit length."""
+    """Known captions of a retrieval task and their embeddings, (N, E) of unit length."""
 
     captions: list[str]
     embeddings: np.ndarray
 
 
 class TaskPredictor:
-    """Runs a model on raw inputs.
+    """Predictor for raw inputs.
 
     Args:
         model: the trained model.
-        tokenizer: of the corpora it was trained on.
+        tokenizer: of the training corpora.
         names: task -> names of its classes or symbols (symbol 1 first).
         banks: task -> known captions.
-        limits: task -> longest sequence of the task's own modality, as in training.
-        prepared: task -> how its corpus was prepared, so that inputs are prepared alike.
+        limits: task -> maximum length of the task's own modality, as in training.
         precision: see :class:`pipelines.evaluation.inference.InferenceRunner`.
+        preprocessing: task -> preprocessing settings of its corpus.
     """
 
     def __init__(
@@ -119,76 +123,86 @@ class TaskPredictor:
         banks: Mapping[str, CaptionBank] | None = None,
         limits: Mapping[str, int | None] | None = None,
         precision: str = "auto",
-        prepared: Mapping[str, Mapping[str, Any]] | None = None,
+        preprocessing: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.names, self.banks, self.limits = dict(names), dict(banks or {}), dict(limits or {})
-        self.prepared = dict(prepared or {})
+        self.preprocessing = dict(preprocessing or {})
         self.runner = InferenceRunner(model, precision)
 
     def predict(
         self,
         items: Sequence[PredictionItem],
         top: int = 5,
-        on_bad: Callable[[int, str], None] | None = None,
+        on_error: Callable[[int, str], None] | None = None,
     ) -> list[TaskPrediction]:
-        """Answers, in the order of the items; a Python file gives one per function.
+        """Predict for each item, in order; a Python file gives one prediction per function.
 
         Args:
-            items: what to predict for.
-            top: how many alternatives.
-            on_bad: called with the number of an item that cannot be read, and why: it may raise,
-                or leave it out. None raises.
+            items: inputs.
+            top: number of alternatives.
+            on_error: called with the index and the message of an unreadable item. It may raise;
+                otherwise the item is skipped. None raises the error.
 
         Raises:
-            UserError: an input that cannot be read, or that no task of the model takes; names it.
+            UserError: an input is unreadable, or no task of the model reads its modality.
         """
         jobs: list[tuple[str, str, str, np.ndarray]] = []  # task, tower, name, array
         for number, item in enumerate(items):
             try:
-                task, tower, plan = self._route(item)
-                arrays = self._arrays(item, task, tower, plan)
-            except UserError as problem:
-                if on_bad is None:
+                task, tower, plan = self._select_task(item)
+                arrays = self._preprocess(item, task, tower, plan)
+            except UserError as error:
+                if on_error is None:
                     raise
-                on_bad(number, str(problem))
+                on_error(number, str(error))
                 continue
             jobs += [(task, tower, name, array) for name, array in arrays]
         out: list[TaskPrediction | None] = [None] * len(jobs)
         for key in dict.fromkeys((task, tower) for task, tower, _, _ in jobs):
-            places = [i for i, job in enumerate(jobs) if job[:2] == key]
-            answers = self._run(*key, [jobs[i][3] for i in places], top)
-            for place, (answer, score, others, vector) in zip(places, answers, strict=True):
-                out[place] = TaskPrediction(jobs[place][2], key[0], answer, score, others, vector)
+            indices = [i for i, job in enumerate(jobs) if job[:2] == key]
+            answers = self._run_task(*key, [jobs[i][3] for i in indices], top)
+            for index, (answer, score, ranked, vector) in zip(indices, answers, strict=True):
+                out[index] = TaskPrediction(jobs[index][2], key[0], answer, score, ranked, vector)
         return [prediction for prediction in out if prediction is not None]
 
-    def tokens(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
-        """Token ids of each text, cut after ``limit``."""
+    def tokenize(self, texts: Sequence[str], limit: int) -> list[np.ndarray]:
+        """Return the token ids of each text, truncated to ``limit``.
+
+        Args:
+            texts: to tokenize.
+            limit: maximum number of tokens.
+        """
         return [np.array(row or [1], np.int32) for row in self._encode(texts, limit)]
 
     def embed_texts(self, task: str, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of queries in a retrieval task's space, (N, E) unit length."""
+        """Return the embeddings of queries in a retrieval task's space, (N, E) of unit length.
+
+        Args:
+            task: a retrieval task.
+            texts: N queries.
+        """
         plan = find_task(task, self.model.config.tasks).towers["query"]
-        rows = self.tokens([words.strip() for words in texts], self._longest(task, "query"))
+        rows = self.tokenize([text.strip() for text in texts], self._max_tokens(task, "query"))
         return self.runner.embed(task, "query", memory_inputs(rows, plan, self.model.config))
 
-    def _longest(self, task: str, reads: str) -> int:
-        """Tokens kept of a text, of code or of a query: as in training."""
-        said = self.prepared.get(task, {})
-        kept = [said[key] for key in TRUNCATION_KEYS[reads] if said.get(key)]
-        if reads == "query":
-            kept = kept or [text.CAPTION_TOKENS]
+    def _max_tokens(self, task: str, kind: str) -> int:
+        """Return the maximum tokens of a text, of code or of a query, as in training."""
+        settings = self.preprocessing.get(task, {})
+        limits = [settings[key] for key in TRUNCATION_KEYS[kind] if settings.get(key)]
+        if kind == "query":
+            limits = limits or [text.CAPTION_TOKENS]
         elif limit := self.limits.get(task):
-            kept.append(limit)
-        return min([*kept, self.model.config.max_tokens])
+            limits.append(limit)
+        return min([*limits, self.model.config.max_tokens])
 
     def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         return text.encode_texts(self.tokenizer, list(texts), limit).to_pylist()
 
-    # -- which task, and what it reads -----------------------------------------------------
+    # -- selection of the task and preprocessing -------------------------------------------
 
-    def _route(self, item: PredictionItem) -> tuple[str, str, SkillPlan]:
-        """(task, tower, plan) for an item."""
+    def _select_task(self, item: PredictionItem) -> tuple[str, str, SkillPlan]:
+        """Return task, tower and plan for an item."""
         tasks = self.model.config.tasks
         modality = "text" if item.data is None else guess_modality(item.name, item.data)
         if item.task is not None:
@@ -196,9 +210,9 @@ class TaskPredictor:
             for tower in ("input", "candidate", "query"):
                 if tower in spec.towers and spec.towers[tower].modality == modality:
                     return item.task, tower, spec.towers[tower]
-            reads = sorted({plan.modality for plan in spec.towers.values()})
+            modalities = sorted({plan.modality for plan in spec.towers.values()})
             raise UserError(
-                f"{item.name}: {item.task} reads {' or '.join(reads)}, this is {modality}"
+                f"{item.name}: {item.task} reads {' or '.join(modalities)}, this is {modality}"
             )
         for name in sort_rows(tasks):
             towers = tasks[name].towers
@@ -209,59 +223,59 @@ class TaskPredictor:
             f"{item.name}: no task of this model reads {modality}; it has {', '.join(tasks)}"
         )
 
-    def _arrays(
+    def _preprocess(
         self, item: PredictionItem, task: str, tower: str, plan: SkillPlan
     ) -> list[tuple[str, np.ndarray]]:
-        """Named inputs of the model; several for a file of functions."""
+        """Return named model inputs of an item; several for a file with functions."""
         config = self.model.config
-        data, alike = item.data or b"", self.prepared.get(task, {})
+        data, settings = item.data or b"", self.preprocessing.get(task, {})
         try:
             if plan.modality == "text":
-                words = (item.text if item.text is not None else _decoded(data)).strip()
-                if not words and not item.may_be_empty:
+                content = (item.text if item.text is not None else _decode_text(data)).strip()
+                if not content and not item.may_be_empty:
                     raise ValueError("the text is empty")
-                if alike.get("keywords") and tower != "query":
-                    words = text.append_keywords(words, item.keywords)
-                longest = self._longest(task, "query" if tower == "query" else "text")
-                return [(item.name, self.tokens([words], longest)[0])]
+                if settings.get("keywords") and tower != "query":
+                    content = text.append_keywords(content, item.keywords)
+                limit = self._max_tokens(task, "query" if tower == "query" else "text")
+                return [(item.name, self.tokenize([content], limit)[0])]
             if plan.modality == "image":
-                fit = alike.get("fit", "pad")
+                fit = settings.get("fit", "pad")
                 return [(item.name, image.load_pixels(data, config.image_size, fit))]
             if plan.modality == "sound":
-                seconds = alike.get("max_seconds")
+                seconds = settings.get("max_seconds")
                 frames = round(seconds * 100) if seconds else sound.MAX_FRAMES
-                return [(item.name, sound.load_log_mel(data, frames, alike.get("trim", True)))]
+                return [(item.name, sound.load_log_mel(data, frames, settings.get("trim", True)))]
             if plan.modality == "video":
                 size = config.video_size
                 return [(item.name, video.load_video_frames(data, config.video_frames, size))]
-            found = list(code.parse_functions(code.decode_source(data)))
-            if not found:
-                raise ValueError("there is no function in it")
-            rows = self.tokens([f.code for f in found], self._longest(task, "code"))
-            names = [f"{item.name}:{f.line} {f.name}" for f in found]
+            functions = list(code.parse_functions(code.decode_source(data)))
+            if not functions:
+                raise ValueError("the file has no functions")
+            rows = self.tokenize([f.code for f in functions], self._max_tokens(task, "code"))
+            names = [f"{item.name}:{f.line} {f.name}" for f in functions]
             return list(zip(names, rows, strict=True))
-        except ValueError as problem:
-            raise UserError(f"{item.where or item.name}: {problem}") from None
+        except ValueError as error:
+            raise UserError(f"{item.where or item.name}: {error}") from None
 
-    # -- running ---------------------------------------------------------------------------
+    # -- inference -------------------------------------------------------------------------
 
-    def _run(
+    def _run_task(
         self, task: str, tower: str, arrays: list[np.ndarray], top: int
     ) -> list[tuple[str, float, list[tuple[str, float]], list[float]]]:
         spec = find_task(task, self.model.config.tasks)
         inputs = memory_inputs(arrays, spec.towers[tower], self.model.config)
         if spec.objective == "classification":
             probabilities = self.runner.classify(task, inputs)
-            return [(*_best(self.names[task], row, top), []) for row in probabilities]
+            return [(*_rank_names(self.names[task], row, top), []) for row in probabilities]
         if spec.objective == "ctc":
-            said, confidence = self.runner.transcribe(task, inputs)
+            transcripts, confidence = self.runner.transcribe(task, inputs)
             names = self.names[task]
-            # Characters stand side by side; names of sounds stand apart.
+            # Single characters are joined; longer symbol names are separated by spaces.
             space = "" if all(len(name) == 1 for name in names[1:]) else " "
-            words = [space.join(names[symbol - 1] for symbol in row) for row in said]
+            texts = [space.join(names[symbol - 1] for symbol in row) for row in transcripts]
             return [
-                (word, float(score), [(word, float(score))], [])
-                for word, score in zip(words, confidence, strict=True)
+                (text, float(score), [(text, float(score))], [])
+                for text, score in zip(texts, confidence, strict=True)
             ]
         vectors = self.runner.embed(task, tower, inputs)
         bank = self.banks.get(task)
@@ -270,46 +284,54 @@ class TaskPredictor:
             if tower == "query" or bank is None:
                 answers.append(("", float("nan"), [], vector.tolist()))
             else:
-                best = _best(bank.captions, bank.embeddings @ vector, top)
-                answers.append((*best, vector.tolist()))
+                ranked = _rank_names(bank.captions, bank.embeddings @ vector, top)
+                answers.append((*ranked, vector.tolist()))
         return answers
 
 
 def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem:
-    """A file as an item.
+    """Return a file as an item.
+
+    Args:
+        path: of the file.
+        task: task to run; None selects one by modality.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or it is empty.
+        UserError: the file is missing, unreadable or empty.
     """
-    data = read_file_bytes(Path(path), "; a text is given with --text")
+    data = read_file_bytes(Path(path), "; use --text for a text")
     if not data:
         raise UserError(f"{path}: the file is empty")
     return PredictionItem(str(path), None, data, task)
 
 
-def read_file_bytes(path: Path, otherwise: str = "") -> bytes:
-    """All of a file.
+def read_file_bytes(path: Path, hint: str = "") -> bytes:
+    """Return the content of a file.
 
     Args:
         path: of the file.
-        otherwise: what to do if there is none, at the end of the message.
+        hint: appended to the message if the file is missing.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: the file is missing or unreadable.
     """
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{otherwise}") from None
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read ({problem.strerror})") from None
+        raise UserError(f"{path}: no such file{hint}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def guess_modality(name: str, data: bytes) -> str:
-    """What a file is, by its name, else by its first bytes.
+    """Return the modality of a file by its suffix, or else by its first bytes.
+
+    Args:
+        name: file name.
+        data: content.
 
     Raises:
-        UserError: neither tells.
+        UserError: the modality is unknown.
     """
     suffix = Path(name).suffix.lower()
     for modality, suffixes in MODALITY_SUFFIXES.items():
@@ -324,19 +346,19 @@ def guess_modality(name: str, data: bytes) -> str:
     if head[4:8] == b"ftyp":
         return "video"
     known = ", ".join(suffix for suffixes in MODALITY_SUFFIXES.values() for suffix in suffixes)
-    raise UserError(f"{name}: cannot tell what it is; name it with one of {known}")
+    raise UserError(f"{name}: unknown file type; use a name with one of {known}")
 
 
-def _decoded(data: bytes) -> str:
+def _decode_text(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise ValueError("the text is not UTF-8") from None
 
 
-def _best(
+def _rank_names(
     names: Sequence[str], scores: np.ndarray, top: int
 ) -> tuple[str, float, list[tuple[str, float]]]:
     order = np.argsort(-scores, kind="stable")[:top]
-    ranked = [(names[int(place)], float(scores[place])) for place in order]
+    ranked = [(names[int(index)], float(scores[index])) for index in order]
     return ranked[0][0], ranked[0][1], ranked

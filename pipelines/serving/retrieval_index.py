@@ -1,4 +1,7 @@
-"""TODO: pipelines.serving.retrieval_index."""
+"""Retrieval index of a prepared corpus: embeddings of its rows, cached on disk.
+
+``skillnet search`` calls :func:`build_retrieval_index`.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,9 +18,9 @@ if TYPE_CHECKING:
     from pipelines.serving.predictor import TaskPredictor
     from pipelines.shards.dataset import PreparedCorpus
 
-#: Goes up whenever the index changes, so that a kept one is not taken for a new one.
+#: Increase it when the index changes, so that cached files are not reused.
 INDEX_VERSION = 1
-#: Vectors of all rows that are searched are in memory.
+#: A search holds the embeddings of all searched rows in memory.
 MAX_INDEX_BYTES = 4 * 2**30
 
 
@@ -28,10 +31,20 @@ def build_retrieval_index(
     corpus: "PreparedCorpus",
     splits: Sequence[str],
 ) -> np.ndarray:
-    """Vectors of all rows of some splits, (N, E); kept by the digests of model and corpus.
+    """Return the embeddings of all rows of some splits; the file is cached by model and corpus.
+
+    Args:
+        predictor: with the model.
+        source: of the model; its digest is part of the cache key.
+        task: a retrieval task.
+        corpus: to embed.
+        splits: names of its splits.
+
+    Returns:
+        Unit vectors (N, E) float32, in the order of the splits and their rows.
 
     Raises:
-        UserError: they would not fit into ``MOST_BYTES``.
+        UserError: the embeddings exceed ``MAX_INDEX_BYTES``.
     """
     from safetensors.numpy import load_file, save
 
@@ -42,16 +55,17 @@ def build_retrieval_index(
     key = digest_config(
         [INDEX_VERSION, source.digest, corpus.digest, task, list(splits), precision, limit]
     )
-    kept = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
-    if kept.is_file():
-        return load_file(kept)["embeddings"]
+    path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
+    if path.is_file():
+        return load_file(path)["embeddings"]
     config = predictor.model.config
     rows = sum(corpus.splits[name].rows for name in splits)
-    if rows * config.embedding_dim * 4 > MAX_INDEX_BYTES:
+    size = rows * config.embedding_dim * 4  # float32
+    if size > MAX_INDEX_BYTES:
         raise UserError(
             f"{corpus.name}: vectors of {rows:,} rows take "
-            f"{human_bytes(rows * config.embedding_dim * 4)}, a search holds at most "
-            f"{human_bytes(MAX_INDEX_BYTES)} in memory; name some of its splits, for example --splits "
+            f"{human_bytes(size)}, a search holds at most {human_bytes(MAX_INDEX_BYTES)} in "
+            "memory; name some of its splits, for example --splits "
             f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
         )
     parts = []
@@ -67,6 +81,6 @@ def build_retrieval_index(
             parts.append(predictor.runner.embed(task, "candidate", inputs))
             bar.advance(len(inputs), name)
     vectors = np.concatenate(parts)
-    with atomic_write(kept) as stream:
+    with atomic_write(path) as stream:
         stream.write(save({"embeddings": vectors}))
     return vectors

@@ -1,4 +1,7 @@
-"""A search result as one HTML page that needs nothing else: pictures inside, text escaped."""
+"""Search results as one self-contained HTML page: images are embedded, text is escaped.
+
+``skillnet search`` calls :func:`render_search_page`.
+"""
 
 import base64
 import io
@@ -9,21 +12,21 @@ import numpy as np
 
 from skillnet_platform.html_page import render_page
 
-#: Thumbnails are enlarged by whole factors to at least this many pixels a side, edges kept hard.
+#: Minimum side of a thumbnail. Images are enlarged by an integer factor without interpolation.
 THUMBNAIL_PIXELS = 144
 
 
 @dataclass(frozen=True)
 class ResultCard:
-    """One result.
+    """One search result on the page.
 
     Args:
         rank: from 1.
         score: cosine similarity to the query.
-        title: its name, plain text.
+        title: caption, plain text.
         details: further lines, plain text.
-        media: the picture or clip as an array, (H, W, 3) or (N, H, W, C) uint8, or none.
-        code: source text, shown as it is, or none.
+        media: image (H, W, 3) or video (N, H, W, C) uint8; None for other modalities.
+        code: source code, or None.
     """
 
     rank: int
@@ -40,30 +43,32 @@ def render_search_page(
     facts: Sequence[tuple[str, str]] = (),
     credit: str = "",
 ) -> str:
-    """The page as text.
+    """Return the page as HTML text.
 
     Args:
-        query: what was searched for, plain text from the user.
+        query: plain text of the user.
         cards: results, best first.
-        facts: name and value of what the reader may want to know of the search.
-        credit: who made what is shown, and its licence.
+        facts: (name, value) pairs about the search.
+        credit: authors and licences of the shown data.
     """
     top = max((card.score for card in cards), default=1.0)
     low = min((card.score for card in cards), default=0.0)
     values = {
         "query": query,
-        "cards": [(card, _share(card.score, low, top), _picture(card)) for card in cards],
+        "cards": [(card, _bar_percent(card.score, low, top), _media_uri(card)) for card in cards],
         "facts": list(facts),
         "credit": credit,
         "wide": any(card.code is not None for card in cards),
     }
-    return render_page("search.html", values, package="pipelines.serving.mlflow_model")
+    return render_page("search.html", values, package="pipelines.serving")
 
 
 def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
-    """A picture (H, W, 3) as PNG or a clip (N, H, W, C) as animated PNG, inside a data URI.
+    """Return an image as PNG, or a video as animated PNG, in a data URI.
 
-    A clip ends with a pause on its last frame and starts again.
+    Args:
+        media: image (H, W, 3) or video (N, H, W, C) uint8.
+        side: minimum side in pixels.
     """
     from PIL import Image
 
@@ -79,17 +84,18 @@ def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
     if len(images) == 1:
         images[0].save(buffer, "PNG", optimize=True)
     else:
-        waits = [220] * (len(images) - 1) + [1400]
+        # Each frame is shown for 220 ms; the last one for 1.4 s, before the animation restarts.
+        durations_ms = [220] * (len(images) - 1) + [1400]
         images[0].save(
-            buffer, "PNG", save_all=True, append_images=images[1:], duration=waits, loop=0
+            buffer, "PNG", save_all=True, append_images=images[1:], duration=durations_ms, loop=0
         )
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _share(score: float, low: float, top: float) -> int:
-    """Length of a score's bar, in per cent."""
+def _bar_percent(score: float, low: float, top: float) -> int:
+    """Return the length of a score's bar, in per cent."""
     return 100 if top <= low else round(15 + 85 * (score - low) / (top - low))
 
 
-def _picture(card: ResultCard) -> str:
+def _media_uri(card: ResultCard) -> str:
     return "" if card.media is None else media_data_uri(card.media)

@@ -134,7 +134,7 @@ class TestPredict:
         said = capsys.readouterr()
         assert [a["input"] for a in json.loads(said.out)] == ["数学教程", "法律概论"]
         told = " ".join(said.err.split())
-        assert f"{rows}, line 2: the text is empty; set aside" in told
+        assert f"{rows}, line 2: the text is empty; row skipped" in told
         assert f"{rows}, line 3: a damaged image" in told
 
     def test_an_empty_sentence_has_a_prediction(self, place: Place):
@@ -157,7 +157,7 @@ class TestPredict:
             (["{files}/broken.png"], "broken.png: a damaged image"),
             (["{files}/broken.mp3"], "broken.mp3: not audio"),
             (["{files}/empty.py"], "the file is empty"),
-            (["{files}/unknown.xyz"], "cannot tell what it is"),
+            (["{files}/unknown.xyz"], "unknown file type"),
             (["{files}/bad.jsonl"], "bad.jsonl, line 1: not JSON"),
             (["{files}/square.png", "--task", "speech_recognition"], "reads sound, this is image"),
             (["--text", "x", "--task", "text_to_imag"], "did you mean 'text_to_image'"),

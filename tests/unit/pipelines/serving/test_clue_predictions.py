@@ -66,8 +66,8 @@ def test_bad_lines_are_set_aside_and_an_empty_sentence_is_predicted_for(tmp_path
         ('[{"id": 1, "sentence": "一"}]'.encode(), r"test\.json: a JSON array; expected an object"),
         (b'[\n {"id": 1}\n]', r"test\.json: a JSON array"),
         ('{"id": 2, "sentence": "新闻"}'.encode("gbk"), "line 1: not UTF-8; convert.*iconv"),
-        (b"\n \n", "no rows in it"),
-        (b'{"sentence": "a"}', 'line 1: no "id" in it; CLUE'),
+        (b"\n \n", "the file has no rows"),
+        (b'{"sentence": "a"}', 'line 1: no "id"; CLUE'),
     ],
 )
 def test_a_file_of_which_nothing_can_be_used_is_one_message(

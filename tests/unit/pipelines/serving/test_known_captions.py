@@ -44,7 +44,7 @@ def test_no_shard_is_opened_beyond_the_last_caption_that_is_taken(
     monkeypatch.setattr(LocalShardStore, "open", watched)
     assert bundle.read_known_captions(corpus, 2) == expected[:2]
     assert len(opened) == 1
-    assert "answers are chosen among the first ones" in capsys.readouterr().err
+    assert "choose among the first ones only" in capsys.readouterr().err
 
 
 def test_captions_are_spelt_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,12 @@ from tests.helpers.user_corpora import tnews
 WORDS = "新闻研究概论教程史料手册论文集年鉴方法的_abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-class Spelling(TaskPredictor):
-    """Keeps the token ids that it was about to give the model."""
+class RecordingPredictor(TaskPredictor):
+    """Predictor that records the token ids of its last call."""
 
-    def tokens(self, texts: Any, limit: int) -> list[np.ndarray]:
-        self.spelt = super().tokens(texts, limit)
-        return self.spelt
+    def tokenize(self, texts: Any, limit: int) -> list[np.ndarray]:
+        self.recorded = super().tokenize(texts, limit)
+        return self.recorded
 
 
 @pytest.fixture
@@ -36,10 +36,14 @@ def words(tmp_path: Path) -> Any:
     return tokenizers.load_tokenizer(path)
 
 
-def predictor(words: Any, task: str, prepared: Mapping[str, Any], **limits: int) -> Spelling:
+def predictor(
+    words: Any, task: str, prepared: Mapping[str, Any], **limits: int
+) -> RecordingPredictor:
     torch.manual_seed(0)
     names = {"text_classification": [f"class {number}" for number in range(15)]}
-    return Spelling(SkillNet(config()), words, names, limits=limits, prepared={task: prepared})
+    return RecordingPredictor(
+        SkillNet(config()), words, names, limits=limits, preprocessing={task: prepared}
+    )
 
 
 @pytest.mark.parametrize("keywords", [False, True])
@@ -54,7 +58,7 @@ def test_headlines_are_read_with_their_keywords_where_training_read_them(
     for row, text in zip(read_input_rows(place / "test.json", None), trained, strict=True):
         assert row.item is not None
         made.predict([row.item])
-        assert made.spelt[0].tolist() == words.encode(text).ids[:48]
+        assert made.recorded[0].tolist() == words.encode(text).ids[:48]
 
 
 @pytest.mark.parametrize(
@@ -68,19 +72,19 @@ def test_queries_are_as_long_as_captions_were(
     made = predictor(words, "text_to_image", prepared)
     made.model.config.max_tokens = 24
     made.embed_texts("text_to_image", [" " + "abc" * 40])
-    assert len(made.spelt[0]) == kept
+    assert len(made.recorded[0]) == kept
     made.predict([PredictionItem("x", "abc" * 40, None, "text_to_image")])
-    assert len(made.spelt[0]) == kept
+    assert len(made.recorded[0]) == kept
 
 
 def test_texts_and_code_are_cut_as_the_corpus_cut_them(words: Any) -> None:
     made = predictor(words, "text_classification", {"max_tokens": 9})
     made.predict([PredictionItem("x", "abc" * 40)])
-    assert len(made.spelt[0]) == 9
+    assert len(made.recorded[0]) == 9
     made = predictor(words, "text_to_code", {"code_tokens": 11}, text_to_code=10)
     source = b"def send(message):\n    return client.post(message, message, message)\n"
     made.predict([PredictionItem("a.py", None, source)])
-    assert len(made.spelt[0]) == 10
+    assert len(made.recorded[0]) == 10
 
 
 def test_where_no_corpus_has_texts_no_tokenizer_is_asked_for(tmp_path: Path) -> None:

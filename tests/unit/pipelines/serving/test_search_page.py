@@ -61,5 +61,10 @@ def test_cards_come_in_the_order_given_and_bars_follow_scores():
 
 
 def test_no_results_and_equal_scores():
-    assert "Nothing was found" in render_search_page("x", [])
-    assert render_search_page("x", [ResultCard(1, 0.5, "a"), ResultCard(2, 0.5, "b")]).count("width:100%") == 2
+    assert "No results" in render_search_page("x", [])
+    assert (
+        render_search_page("x", [ResultCard(1, 0.5, "a"), ResultCard(2, 0.5, "b")]).count(
+            "width:100%"
+        )
+        == 2
+    )
