@@ -19,7 +19,7 @@ from benchmarks.measure import Result, clock_for, in_turns, ratio, spread
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.shards.dataset import PreparedCorpus
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import open_corpora
 from skillnet_platform import console
@@ -50,7 +50,7 @@ def run(rounds: int, threads: int) -> list[Result]:
     results = []
     for name in COLUMNS:
         results += _task(name, config, corpora, rounds, threads)
-    done = train(ResolvedRun(config))
+    done = train_model(ResolvedRun(config))
     waiting = spread([done.waiting])
     setting = f"{STEPS} steps of the default model and tasks, {done.rows_per_second:.0f} rows/s"
     results.append(

@@ -63,7 +63,7 @@ def _seconds_per_step(data: Path, steps: int = 40) -> float:
     """CPU seconds of a step of the sweep's run in this process, one thread."""
     import torch
 
-    from pipelines.training.loop import train
+    from pipelines.training.loop import train_model
     from pipelines.training.resolved_run import ResolvedRun
     from skillnet_platform import config as configuration
     from sweeps.config.sweep import SweepConfig
@@ -71,9 +71,9 @@ def _seconds_per_step(data: Path, steps: int = 40) -> float:
     torch.set_num_threads(1)
     words = ["--config", CONFIG, "--run.data", str(data), "--run.training.steps", str(steps)]
     run = configuration.parse_config(SweepConfig, words, "skillnet sweep").run
-    train(ResolvedRun(run), stop_at=5)
+    train_model(ResolvedRun(run), stop_at=5)
     begin = time.process_time()
-    train(ResolvedRun(run))
+    train_model(ResolvedRun(run))
     return (time.process_time() - begin) / steps
 
 

@@ -134,8 +134,8 @@ def register_run(
 
 @command(
     FinetuneConfig,
-    description="Train all tasks jointly: one sparse model, one task a step, only the "
-    "skills of that task computed, updated and exchanged.",
+    description="Train all tasks jointly in one sparse model: each step has one task, and only "
+    "the skills of that task are computed, updated and communicated.",
     example="skillnet finetune --name first --training.steps 2000\n"
     "skillnet finetune --config tiny --training.workers 2 --json",
     show=lambda result: print_result(result, f"the model is in {result['model']}"),

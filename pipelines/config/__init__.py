@@ -1,1 +1,1 @@
-"""TODO: package pipelines/config."""
+"""Configuration dataclasses of the commands; they validate their values and read no files."""

@@ -1,27 +1,33 @@
-"""Bounds of options that are numbers: a size of 0 is told before anything runs."""
+"""Bounds of numeric options, checked when a configuration is built."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def within(default: float, least: float, most: float = float("inf")) -> Any:
-    """A field of a dataclass whose value lies between ``least`` and ``most``, both included."""
+def bounded_field(default: float, least: float, most: float = float("inf")) -> Any:
+    """Return a dataclass field whose value must be in a closed interval.
+
+    Args:
+        default: value of the field.
+        least: smallest value.
+        most: largest value.
+    """
     return field(default=default, metadata={"range": (least, most)})
 
 
 @dataclass
-class Ranged:
-    """A dataclass that looks at the bounds of its fields.
+class BoundedOptions:
+    """Base class of options that checks the bounds of its fields.
 
     Raises:
-        ValueError: a value lies outside of them; says which, and what they are.
+        ValueError: a value is outside its bounds; names the field and the bounds.
     """
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            least, most = each.metadata.get("range", (None, None))
-            value = getattr(self, each.name)
-            if least is None or least <= value <= most:  # nan lies nowhere
+        for option in fields(self):
+            least, most = option.metadata.get("range", (None, None))
+            value = getattr(self, option.name)
+            if least is None or least <= value <= most:  # false for nan
                 continue
             bounds = f"at least {least:g}" if most == float("inf") else f"{least:g} to {most:g}"
-            raise ValueError(f"{each.name} is {value}; expected {bounds}")
+            raise ValueError(f"{option.name} is {value}; expected {bounds}")

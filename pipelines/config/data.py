@@ -1,4 +1,4 @@
-"""Typed settings of what happens to rows on their way into a batch: changes, and what is hidden."""
+"""Configuration of the changes and masks of training rows."""
 
 from dataclasses import dataclass, replace
 
@@ -8,22 +8,23 @@ class AugmentConfig:
     """Random changes of training rows, keyed by (seed, step, row). Zero turns a change off.
 
     Args:
-        image_shift: largest shift of a picture, in pixels, each way.
-        image_scale: largest relative change of a picture's size.
+        image_shift: largest shift of an image in each direction, in pixels.
+        image_scale: largest relative change of the size of an image.
         image_colour: largest relative change of each colour channel.
-        video_shift: largest shift of a clip, in pixels, the same for all its frames.
-        video_scale: largest relative change of a clip's size.
-        sound_pad: most frames of silence added in front, and as many again behind.
+        video_shift: largest shift of a video, in pixels, equal for all its frames.
+        video_scale: largest relative change of the size of a video.
+        sound_pad: largest number of silent frames added before the audio, and after it.
         sound_gain: largest change of level, in units of the normalised log power.
-        sound_noise: highest level of added noise, as a share of the recording's mean power.
-        time_masks: spans of frames silenced per recording (SpecAugment, Park et al. 2019).
-        time_mask_frames: longest such span, in frames; never above a fifth of the recording.
-        frequency_masks: bands of mel bins silenced per recording.
-        frequency_mask_bins: widest such band.
-        token_dropout: share of tokens of a text to classify replaced by the mask token.
+        sound_noise: largest level of added noise, as a fraction of the mean power of the audio.
+        time_masks: spans of frames silenced per row (SpecAugment, Park et al. 2019).
+        time_mask_frames: longest of these spans, in frames; at most a fifth of the audio.
+        frequency_masks: bands of mel bins silenced per row.
+        frequency_mask_bins: widest of these bands, in bins.
+        token_dropout: fraction of the tokens of a text replaced by the mask token, for
+            classification.
         caption_dropout: the same for captions. A caption has few tokens, and without one of
-            them it may be another row's.
-        code_dropout: share of code tokens replaced by the mask token.
+            them it may describe another row.
+        code_dropout: fraction of code tokens replaced by the mask token.
     """
 
     image_shift: float = 3.0
@@ -56,18 +57,19 @@ class AugmentConfig:
 
 @dataclass
 class MaskConfig:
-    """What masked tasks hide of a row: shares of its tokens, keyed by (seed, step, row).
+    """Fractions of a row that masked tasks mask, keyed by (seed, step, row).
 
     Args:
-        text: share of the tokens of a text (BERT, Devlin et al. 2019: 0.15).
+        text: fraction of the tokens of a text (BERT, Devlin et al. 2019: 0.15).
         code: the same for code.
-        image: share of a picture's patches (SimMIM, Xie et al. 2022: 0.6 with small patches).
-        video: share of a clip's tubelets (VideoMAE, Tong et al. 2022: 0.75 to 0.9).
-        video_tubes: hide the same places in all frames, as VideoMAE does; else any tubelets.
-        sound: share of a recording (wav2vec 2.0, Baevski et al. 2020: about a half).
-        views: share of the tokens hidden of each of the two views of a row.
-        sound_span: tokens of one hidden span of sound. A token is ``model.mel_stack`` frames of
-            10 ms; wav2vec 2.0's spans last 200 ms.
+        image: fraction of the patches of an image (SimMIM, Xie et al. 2022: 0.6 with small
+            patches).
+        video: fraction of the tubelets of a video (VideoMAE, Tong et al. 2022: 0.75 to 0.9).
+        video_tubes: mask the same positions in all frames, as VideoMAE does; else any tubelets.
+        sound: fraction of the audio (wav2vec 2.0, Baevski et al. 2020: about a half).
+        views: fraction of the tokens masked in each of the two views of a row.
+        sound_span: tokens of one masked span of sound. A token is ``model.mel_stack`` frames of
+            10 ms; spans of wav2vec 2.0 last 200 ms.
     """
 
     text: float = 0.15
@@ -91,7 +93,7 @@ class MaskConfig:
             )
 
     def for_views(self) -> "MaskConfig":
-        """The same small share of every modality, anywhere: what two views hide."""
+        """Return the masks of views: an equal fraction of every modality, without tubes."""
         share = self.views
         return replace(
             self, text=share, code=share, image=share, video=share, sound=share, video_tubes=False

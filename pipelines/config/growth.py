@@ -1,4 +1,4 @@
-"""What ``skillnet grow`` is told: what grows, by which skill and task, and how they train."""
+"""Configuration of ``skillnet grow``: the new skill, the new task and their training."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,11 +13,11 @@ Reference = Literal["without_skill", "fresh", "everything"]
 
 @dataclass
 class NewSkill:
-    """The skill that is added, to every module that carries skills.
+    """Skill to add to every skill module of the model.
 
     Args:
-        name: its name, new to the model.
-        init_from: a skill of the model whose weights it starts as; none draws fresh ones.
+        name: name that the model does not have yet.
+        init_from: skill of the model whose weights are copied; null starts from random weights.
     """
 
     name: str
@@ -26,14 +26,14 @@ class NewSkill:
 
 @dataclass
 class NewTask:
-    """The task that is added, with its head (and a stem, if it reads a modality that is new).
+    """Task to add, with its head, and a stem if its modality is new.
 
     Args:
-        name: its name, new to the model.
+        name: name that the model does not have yet.
         towers: tower -> plan: ``input``, or ``query`` and ``candidate`` for retrieval.
-        training: its corpus, split, batch.
-        objective: what its head computes.
-        outputs: classes or symbols; 0 takes the number that the corpus has.
+        training: its corpus, split and batch size.
+        objective: objective of its head.
+        outputs: classes or symbols; 0 takes the number of the corpus.
     """
 
     name: str
@@ -45,23 +45,23 @@ class NewTask:
 
 @dataclass
 class GrowConfig:
-    """What grows, by what, and how the new part is trained.
+    """Configuration of a growth: a model, a new skill and task, and their training.
 
     Args:
-        source: the model that grows: a registry address, a run's name, id or folder, a
+        source: the model to grow: a registry address, a run's name, id or folder, a
             checkpoint, or a saved model.
-        skill: what is added.
-        task: what the new skill is for.
-        name: name of the run and of its directory; that of an unfinished run goes on with it.
-        run_dir: directory of runs; none takes the run root.
+        skill: the new skill.
+        task: the new task, which activates the new skill.
+        name: name of the run and of its directory; the name of an unfinished run resumes it.
+        run_dir: directory of runs; null takes the run root.
         seed: of new weights, order, augmentation and dropout.
-        data: directory of prepared corpora; none takes ``corpora`` below the run root.
-        corpora: old task -> corpus, where it is not the one of the training run.
-        training: optimisation, parallelism, rhythm; ``trainable`` is set to the new files.
-        references: what the new task is also trained as, with the same steps: ``without_skill``
-            is a head on the frozen model; ``fresh`` a new model for this task alone;
-            ``everything`` the grown model with nothing frozen, which shows what freezing saves.
-        tracking: where it is recorded, and whether it is registered.
+        data: directory of prepared corpora; null takes ``corpora`` in the run root.
+        corpora: old task -> corpus, if it differs from that of the training run.
+        training: optimizer, workers and intervals; ``trainable`` is set to the new files.
+        references: comparison runs of the new task with the same steps: ``without_skill`` trains
+            a head on the frozen model; ``fresh`` a new model for this task alone;
+            ``everything`` the grown model with nothing frozen, to measure the effect of freezing.
+        tracking: MLflow server, experiment and registration.
     """
 
     skill: NewSkill
@@ -80,11 +80,14 @@ class GrowConfig:
         if self.training.trainable:
             raise ValueError("training.trainable is set by grow to the new files; leave it out")
         if self.training.precision == "fp64":
-            raise ValueError("training.precision fp64 would rewrite every file; use fp32 or auto")
+            raise ValueError("training.precision fp64 would change every file; use fp32 or auto")
         if not any(self.skill.name in plan.skills for plan in self.task.towers.values()):
             raise ValueError(
                 f"no tower of task.towers activates the new skill {self.skill.name!r}; add it to "
-                "the skills of one"
+                "the skills of one of them"
             )
         if self.task.training.eval_only or self.task.training.auxiliary:
-            raise ValueError("task.training: the new task trains and is measured")
+            raise ValueError(
+                "task.training: the new task must be trained and evaluated; remove auxiliary and "
+                "eval_only"
+            )

@@ -1,1 +1,1 @@
-"""TODO: package pipelines/loading."""
+"""From shards to batches: samplers, datasets, augmentation, masks and the data loader."""

@@ -192,7 +192,7 @@ def prefetch_shards(sampler: RowSampler, table: ShardTable, batch_index: int) ->
         batch_index: of the batch.
 
     Raises:
-        UserError, StoreUnavailable: see :meth:`ShardTable.open`.
+        UserError, StoreUnavailableError: see :meth:`ShardTable.open`.
     """
     if isinstance(sampler, WindowedShuffleSampler):
         table.open(sampler.shards(batch_index), sampler.next_shards(batch_index))

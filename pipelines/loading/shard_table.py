@@ -55,7 +55,7 @@ class ShardTable:
 
         Raises:
             UserError: a shard is missing, corrupt or not an Arrow file.
-            StoreUnavailable: the store does not answer.
+            StoreUnavailableError: the store does not answer.
         """
         numbers = list(range(len(self._shards)) if shards is None else shards)
         self._prefetch(numbers)

@@ -1,1 +1,1 @@
-"""TODO: package pipelines/runs."""
+"""The folder of a run: layout, identity, checkpoints, progress, mirror, trained models."""

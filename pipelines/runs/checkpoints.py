@@ -19,7 +19,7 @@ PREFIX = "step-"
 
 
 @dataclass
-class Checkpoint:
+class VerifiedCheckpoint:
     """A verified checkpoint on disk.
 
     Args:
@@ -36,7 +36,7 @@ class Checkpoint:
         return int(self.state["step"])
 
 
-def find_newest(folder: Path, most: int | None = None) -> Checkpoint | None:
+def find_newest(folder: Path, most: int | None = None) -> VerifiedCheckpoint | None:
     """Return the newest valid checkpoint of a run, or None; warn about invalid ones.
 
     Args:
@@ -53,7 +53,7 @@ def find_newest(folder: Path, most: int | None = None) -> Checkpoint | None:
     return None
 
 
-def verify_checkpoint(path: str | Path) -> Checkpoint:
+def verify_checkpoint(path: str | Path) -> VerifiedCheckpoint:
     """Compare every file of a checkpoint with its manifest.
 
     Args:
@@ -78,7 +78,7 @@ def verify_checkpoint(path: str | Path) -> Checkpoint:
     step = state.get("step") if isinstance(state, dict) else None
     if type(step) is not int or step < 0 or step_of(path.name) not in (-1, step):
         raise UserError(f"{path / 'state.json'}: expected keys and values with the step")
-    return Checkpoint(path, state)
+    return VerifiedCheckpoint(path, state)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, directories, run_root, write_json
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailableError
 
 CONFIG = "config.yaml"
 RESULT = "result.json"
@@ -40,7 +40,7 @@ LOCATION_KEYS = ("run_dir", "data", "init_from", "storage", "tracking")
 
 
 if TYPE_CHECKING:
-    from pipelines.runs.checkpoints import Checkpoint
+    from pipelines.runs.checkpoints import VerifiedCheckpoint
 
 
 class RunMirror:
@@ -58,7 +58,7 @@ class RunMirror:
 
     def uri_of(self, *names: str) -> str:
         """Return the URI of a path in the folder."""
-        return directories.join(self.uri, *names)
+        return directories.join_uri(self.uri, *names)
 
     def list_checkpoints(self) -> list[str]:
         """Return the names of the checkpoint folders, newest first, complete or not."""
@@ -79,7 +79,7 @@ class RunMirror:
             keep: number of checkpoints that stay.
 
         Raises:
-            UserError, StoreUnavailable: see
+            UserError, StoreUnavailableError: see
                 :func:`skillnet_platform.storage.directories.put_directory`.
         """
         from pipelines.runs import checkpoints
@@ -127,14 +127,14 @@ class RunMirror:
 
         Raises:
             UserError: the store rejects the request.
-            StoreUnavailable: it does not answer.
+            StoreUnavailableError: it does not answer.
         """
         # The summary is of an earlier process; the driver must download that of this one.
         (self.run / RESULTS[0]).unlink(missing_ok=True)
         try:
             self.upload_files(CONFIG, *STATE)
             directories.remove_file(self.uri_of(RESULTS[0]))
-        except StoreUnavailable as error:
+        except StoreUnavailableError as error:
             if not exists:
                 raise
             console.warn(f"{error.reason}. Continuing with the files in {self.run}")
@@ -144,11 +144,11 @@ class RunMirror:
 
         Raises:
             UserError: the store has no model either.
-            StoreUnavailable: the store does not answer.
+            StoreUnavailableError: the store does not answer.
         """
         if (self.run / RESULTS[0]).is_file():
             return
-        if not directories.exists(self.uri_of(RESULTS[0])):
+        if not directories.object_exists(self.uri_of(RESULTS[0])):
             raise UserError(
                 f"the final model is neither in {self.run} nor in {self.uri}: the first worker "
                 "could not upload it. Run the same command again"
@@ -158,17 +158,17 @@ class RunMirror:
             if directories.is_committed(self.uri_of(name)):
                 directories.get_directory(self.uri_of(name), self.run / name, check=_check_model)
         for name in (*STATE[1:], RESULTS[0]):
-            if directories.exists(self.uri_of(name)):
+            if directories.object_exists(self.uri_of(name)):
                 directories.get_file(self.uri_of(name), self.run / name)
 
     def remove_if_reachable(self, name: str) -> None:
         """Remove a folder that is no longer used; ignore a store that does not answer."""
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailableError):
             directories.remove_directory(self.uri_of(name))
 
     def is_finished(self) -> bool:
         """Return whether the store has the run's results."""
-        return directories.exists(self.uri_of(RESULT))
+        return directories.object_exists(self.uri_of(RESULT))
 
     def restore(self, config: FinetuneConfig) -> None:
         """Download the files of the run that this machine lacks, without checkpoints.
@@ -178,7 +178,7 @@ class RunMirror:
 
         Raises:
             UserError: files are corrupt, or the store rejects the request.
-            StoreUnavailable: the store does not answer, and the run is not on this machine.
+            StoreUnavailableError: the store does not answer, and the run is not on this machine.
         """
         exists = (self.run / CONFIG).is_file()
         try:
@@ -186,12 +186,12 @@ class RunMirror:
                 self._download_config(config)
             if not (self.run / RESULT).is_file() and self.is_finished():
                 self.download_results()
-        except StoreUnavailable as error:
+        except StoreUnavailableError as error:
             if not exists:
                 raise
             console.warn(f"{error.reason}. Continuing with the files in {self.run}")
 
-    def download_newest(self, above: int = -1) -> "Checkpoint | None":
+    def download_newest(self, above: int = -1) -> "VerifiedCheckpoint | None":
         """Download the newest valid checkpoint of the store after a step; None if there is none.
 
         A corrupt checkpoint causes a warning, and the one before it is used.
@@ -228,7 +228,7 @@ class RunMirror:
             # The configuration comes first: a folder without it is no run directory.
             self.relocate_config(config, stored)
         for name in STATE:
-            if directories.exists(self.uri_of(name)):
+            if directories.object_exists(self.uri_of(name)):
                 directories.get_file(self.uri_of(name), self.run / name)
         console.note(f"{config.name} is restored from {self.uri}")
 
@@ -253,7 +253,7 @@ class RunMirror:
             if directories.is_committed(self.uri_of(name)):
                 directories.get_directory(self.uri_of(name), self.run / name, check=_check_model)
         for name in RESULTS:
-            if directories.exists(self.uri_of(name)):
+            if directories.object_exists(self.uri_of(name)):
                 directories.get_file(self.uri_of(name), self.run / name)
         result = json.loads(directories.read_bytes(self.uri_of(RESULT)))
         relocated = _replace_prefix(result, str(result.get("run", "")), str(self.run))
@@ -265,7 +265,7 @@ def mirror_of(config: FinetuneConfig, run: Path) -> RunMirror | None:
     if not config.storage.mirror:
         return None
     assert config.name is not None
-    return RunMirror(directories.join(config.storage.mirror, config.name), run)
+    return RunMirror(directories.join_uri(config.storage.mirror, config.name), run)
 
 
 def download_model(uri: str) -> Path:
@@ -279,11 +279,11 @@ def download_model(uri: str) -> Path:
 
     Raises:
         UserError: there is no complete model, or it is corrupt.
-        StoreUnavailable: the store does not answer.
+        StoreUnavailableError: the store does not answer.
     """
     model = run = uri.rstrip("/")
     if directories.is_committed(model):
-        run = directories.join(model, *([".."] * (2 if f"/{CHECKPOINTS}/" in model else 1)))
+        run = directories.join_uri(model, *([".."] * (2 if f"/{CHECKPOINTS}/" in model else 1)))
     else:
         there = RunMirror(run, Path())
         steps = [there.uri_of(CHECKPOINTS, step) for step in there.list_checkpoints()]
@@ -298,15 +298,15 @@ def download_model(uri: str) -> Path:
                 f"({directories.MANIFEST}), or a run's folder with one"
             )
         model = complete[0]
-    manifest = directories.read_bytes(directories.join(model, directories.MANIFEST))
+    manifest = directories.read_bytes(directories.join_uri(model, directories.MANIFEST))
     key = hashlib.sha256(model.encode() + manifest).hexdigest()[:16]
     cached = run_root() / "cache" / "models" / key
     target = cached / model.removeprefix(run).lstrip("/")
     if not (target / directories.MANIFEST).is_file():
         directories.get_directory(model, target, check=_check_model)
         for name in (CONFIG, STATE[0], RESULTS[0]):
-            if directories.exists(directories.join(run, name)):
-                directories.get_file(directories.join(run, name), cached / name)
+            if directories.object_exists(directories.join_uri(run, name)):
+                directories.get_file(directories.join_uri(run, name), cached / name)
     return target
 
 

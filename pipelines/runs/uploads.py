@@ -13,12 +13,12 @@ from pipelines.runs import checkpoints
 from pipelines.runs.mirror import CHECKPOINTS, RunMirror, link_checkpoint, mirror_of
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailableError
 
 OUTBOX = "outbox"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 #: Exceptions of a store that is unusable now; all others are program errors.
-RETRYABLE = (StoreUnavailable, UserError, OSError)
+RETRYABLE = (StoreUnavailableError, UserError, OSError)
 
 
 class CheckpointUploads:
@@ -135,7 +135,7 @@ def restore_latest(mirror: RunMirror) -> None:
         local = checkpoints.find_newest(folder)
         try:
             mirror.download_newest(local.step if local else -1)
-        except StoreUnavailable as error:
+        except StoreUnavailableError as error:
             here = f"step {local.step}" if local else "no checkpoint"
             console.warn(f"{error.reason}. Resuming from this machine: {here}")
 
@@ -161,7 +161,7 @@ def upload_trained(
 
 
 def _reason_of(error: BaseException) -> str:
-    return error.reason if isinstance(error, StoreUnavailable) else str(error)
+    return error.reason if isinstance(error, StoreUnavailableError) else str(error)
 
 
 def retry_until(label: str, action: Callable[[], Any], patience: float) -> str | None:
@@ -197,7 +197,7 @@ def upload_results(mirror: RunMirror, keep: int, patience: float) -> None:
         patience: seconds to wait for a store that fails.
 
     Raises:
-        StoreUnavailable: names the missing files. All files stay on this machine.
+        StoreUnavailableError: names the missing files. All files stay on this machine.
     """
     begin = time.monotonic()
 
@@ -210,7 +210,7 @@ def upload_results(mirror: RunMirror, keep: int, patience: float) -> None:
     left = max(0.0, patience - (time.monotonic() - begin))
     missing += [retry_until("its results", mirror.upload_all, left)]
     if any(missing):
-        raise StoreUnavailable(
+        raise StoreUnavailableError(
             f"the run is finished and complete in {mirror.run}, but {mirror.uri} lacks "
             f"{' and '.join(part for part in missing if part)}. Run the same command again to "
             "upload it"

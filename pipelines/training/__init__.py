@@ -1,1 +1,1 @@
-"""Training: mixture of tasks, loop, gradient synchronisation, optimiser, checkpoints, precision."""
+"""Training: loop, optimizer, gradient sums, checkpoints, preemption, and evaluation of a run."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipelines.runs.checkpoints import (
     PREFIX,
-    Checkpoint,
+    VerifiedCheckpoint,
     list_checkpoint_folders,
     list_manifest_files,
     load_weights,
@@ -117,7 +117,7 @@ def write_checkpoint(
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint,
+    checkpoint: VerifiedCheckpoint,
     model: TaskModel,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,

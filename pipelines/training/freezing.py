@@ -8,7 +8,7 @@ from torch import nn
 
 from pipelines.config.run import FinetuneConfig
 from skillnet.multitask_model import TaskModel
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.errors import UserError, suggest_name
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -29,7 +29,8 @@ def trainable_parameters(model: TaskModel, config: FinetuneConfig) -> dict[str, 
     trainable = set(config.training.trainable)
     files = model.files_of()
     for file in sorted(trainable - files.keys()):
-        raise UserError(f"training.trainable: the model has no file {file!r}{nearest(file, files)}")
+        suggestion = suggest_name(file, files)
+        raise UserError(f"training.trainable: the model has no file {file!r}{suggestion}")
     for file, names in files.items():
         for name in names:
             model.get_parameter(name).requires_grad_(not trainable or file in trainable)

@@ -76,7 +76,7 @@ def resolve_init_weights(given: str, uri: str | None, run_dir: str) -> str:
         return str(source.weights.absolute())
     copy = Path(run_dir) / ".starts" / source.digest[:16]
     if not (copy / "manifest.json").is_file():
-        with storage.staging(copy) as staging:
+        with storage.staging_directory(copy) as staging:
             shutil.copytree(source.weights, staging, dirs_exist_ok=True)
             # A comparison of runs reports the cost of training these weights.
             if source.run is not None and (source.run / TRAINED).is_file():

@@ -26,7 +26,7 @@ from pipelines.training.optimizer import (
 )
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
-from pipelines.training.setup import build_model, pick_device, resume
+from pipelines.training.setup import build_model, pick_device, resume_run
 from pipelines.training.throughput import ThroughputMeter
 from skillnet import losses as skillnet_losses
 from skillnet.losses import RankGather
@@ -76,7 +76,7 @@ class TrainResult:
         return values | {"checkpoint": str(self.checkpoint) if self.checkpoint else None}
 
 
-def train(
+def train_model(
     run: ResolvedRun,
     *,
     rank: int = 0,
@@ -121,7 +121,7 @@ def train(
     identity = run.identity_digest
     start = 0
     if run.has_folder:
-        start = resume(run.folder, identity, model, optimizer, average, world)
+        start = resume_run(run.folder, identity, model, optimizer, average, world)
     scheduler = build_lr_scheduler(optimizer, settings, start)
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = ThroughputMeter(config, world, device)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
-from skillnet_platform.storage.location import below, place
+from skillnet_platform.storage.location import join_location, parse_location
 
 if TYPE_CHECKING:
     from pipelines.loading.dataloader import MultiTaskDataLoader
@@ -94,9 +94,9 @@ class ResolvedRun:
     @cached_property
     def identity_digest(self) -> str:
         """SHA-256 of the identity; checkpoints carry it."""
-        from skillnet_platform.config import digest
+        from skillnet_platform.config import digest_config
 
-        return digest(self.identity)
+        return digest_config(self.identity)
 
     def with_workers(self, workers: int) -> "ResolvedRun":
         """Return this run with a fixed number of workers, which its identity does not cover.
@@ -137,7 +137,7 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
     from pipelines.shards.dataset import open_corpus
     from skillnet_platform.storage.cache import shared_cache
 
-    folder, storage = place(config.run_dir, run_root()), config.storage
+    folder, storage = parse_location(config.run_dir, run_root()), config.storage
     if isinstance(folder, str):
         if storage.mirror not in (None, folder):
             raise UserError(
@@ -145,13 +145,13 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
             )
         storage = replace(storage, mirror=folder)
         folder = run_root()
-    data = place(config.data, data_root())
+    data = parse_location(config.data, data_root())
     corpora = {}
     for name in sorted({task.corpus for task in config.tasks.values()}):
         # A missing corpus is an error later, when it is needed: a finished run needs none.
         with contextlib.suppress(ValueError, OSError):
             corpora[name] = open_corpus(
-                below(data, name), cache=shared_cache(config.storage.cache_gb)
+                join_location(data, name), cache=shared_cache(config.storage.cache_gb)
             )
     config = infer_num_outputs(config, {name: c.manifest for name, c in corpora.items()})
     name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")

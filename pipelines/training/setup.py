@@ -20,7 +20,7 @@ from skillnet.systems import build_system
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.cache import GB, shared_cache
-from skillnet_platform.storage.location import below, place
+from skillnet_platform.storage.location import join_location, parse_location
 
 
 def build_dataloader(
@@ -49,7 +49,7 @@ def build_dataloader(
     needed, limit = dataloader.bytes_in_use(), shared_cache(config.storage.cache_gb).limit
     if needed > limit:
         raise UserError(
-            f"storage.cache_gb: the shards that training uses at once take up to "
+            f"storage.cache_gb: the shards that training uses at once need up to "
             f"{needed / GB:.2g} GB, and the cache holds {limit / GB:.2g} GB; set it to "
             f"{needed / GB:.2g} or more, or lower training.shuffle_gb ({training.shuffle_gb})"
         )
@@ -68,11 +68,11 @@ def open_corpora(
     Raises:
         UserError: a corpus is missing, or its vocabulary is larger than the model's.
     """
-    data = place(config.data, storage.data_root())
+    data = parse_location(config.data, storage.data_root())
     cache = shared_cache(config.storage.cache_gb)
     known = opened or {}
     corpora = {
-        name: known[name] if name in known else open_corpus(below(data, name), cache=cache)
+        name: known[name] if name in known else open_corpus(join_location(data, name), cache=cache)
         for name in sorted({task.corpus for task in config.tasks.values()})
     }
     for name, corpus in corpora.items():
@@ -93,7 +93,7 @@ def build_model(config: FinetuneConfig) -> TaskModel:
     return model
 
 
-def resume(
+def resume_run(
     run: Path,
     identity: str,
     model: TaskModel,
@@ -126,7 +126,7 @@ def resume(
     return checkpoint.step
 
 
-def common_checkpoint(folder: Path, world: int) -> checkpoints.Checkpoint | None:
+def common_checkpoint(folder: Path, world: int) -> checkpoints.VerifiedCheckpoint | None:
     """Return the newest valid checkpoint that all ranks can read, each from its own disk.
 
     Raises:

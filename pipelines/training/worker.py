@@ -13,7 +13,7 @@ from pipelines.runs.mirror import TRAINED, mirror_of
 from pipelines.runs.uploads import CheckpointUploads, restore_latest, upload_trained
 from pipelines.training import preemption
 from pipelines.training.callbacks import LoopCallback
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.reporter import OnEvaluation, RunReporter, SilentReporter
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet.growth import remove_task
@@ -58,7 +58,7 @@ def run_worker(
     if mirror is not None:
         restore_latest(mirror)
     if rank:
-        result = train(
+        result = train_model(
             run,
             rank=rank,
             world=world,
@@ -75,7 +75,7 @@ def run_worker(
     is_remote = apart and mirror is not None
     reporter = RunReporter(config, folder, tracker, on_evaluation, uploads, world, is_remote)
     try:
-        result = train(run, rank=rank, world=world, reporter=reporter, callbacks=callbacks)
+        result = train_model(run, rank=rank, world=world, reporter=reporter, callbacks=callbacks)
         if result.preempted and host is not None:
             if uploads is not None:
                 uploads.close(config.storage.patience)

@@ -79,7 +79,7 @@ def parse_faults(text: str) -> list[Fault]:
     try:
         given = json.loads(text)
         each = [given] if isinstance(given, dict) else given
-        return [configuration.build(Fault, one) for one in each]
+        return [configuration.build_config(Fault, one) for one in each]
     except (ValueError, TypeError) as error:
         raise UserError(f"{VARIABLE}: {error}") from None
 

@@ -56,9 +56,9 @@ def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     from skillnet_platform.tracking import backend
 
     uri = config.tracking.uri
-    tracking.send_left_behind(uri)
+    tracking.send_leftover_spools(uri)
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
-    client = backend.client(uri)
+    client = backend.create_client(uri)
     lost = doubled = 0
     for name, points in read_metric_history(run / "progress.jsonl").items():
         told = [point.step for point in client.get_metric_history(run_id, name)]

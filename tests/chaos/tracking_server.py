@@ -45,7 +45,7 @@ class Server:
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
-        self._process = tracking_server.start(
+        self._process = tracking_server.start_server(
             self._uri,
             "127.0.0.1",
             self._port,
@@ -63,5 +63,5 @@ class Server:
     def stop(self) -> None:
         """Kill it and all its workers."""
         if self._process is not None:
-            tracking_server.end(self._process, patience=0)
+            tracking_server.stop_server(self._process, patience=0)
             self._process = None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
 from tests.helpers.ports import free_port
@@ -60,7 +60,7 @@ def train_and_save(
 
     metrics = Metrics()
     place = Path(run) if run else None
-    done = train(
+    done = train_model(
         ResolvedRun(config, place), rank=rank, world=world, reporter=metrics, stop_at=stop_at
     )
     if rank == 0:

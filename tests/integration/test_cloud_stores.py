@@ -56,7 +56,7 @@ def prepare(*words: str) -> str:
 def test_files_and_folders(store: CloudStore, tmp_path: Path) -> None:
     uri, folder = f"{store.uri}/files", tmp_path / "folder"
     assert directories.list_files(uri) == []
-    assert not directories.exists(f"{uri}/none")
+    assert not directories.object_exists(f"{uri}/none")
     with pytest.raises(FileNotFoundError):
         directories.read_bytes(f"{uri}/none")
     directories.remove_file(f"{uri}/none")
@@ -107,7 +107,7 @@ def test_a_bucket_that_is_not_there(store: CloudStore, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     for action in (
         lambda: directories.list_files(nowhere),
-        lambda: directories.exists(nowhere),
+        lambda: directories.object_exists(nowhere),
         lambda: directories.write_bytes(nowhere, b"a"),
         lambda: directories.put_file(tmp_path / "a", nowhere),
     ):

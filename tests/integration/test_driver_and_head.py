@@ -100,7 +100,7 @@ def test_a_driver_killed_and_one_asked_to_leave(
     ours = [line for line in said.splitlines() if not any(actor in line for actor in rays)]
     assert "Traceback" not in "\n".join(ours)
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
-    assert backend.client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
+    assert backend.create_client(str(config.tracking.uri)).get_run(run_id).info.status == "KILLED"
     result = finetune(config)
     assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 7)
     assert same(weights(run), two)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import cli
 from skillnet_platform import config as configuration
-from skillnet_platform.errors import Terminated
+from skillnet_platform.errors import TerminatedError
 from tests.chaos.fault_injection import VARIABLE, finetune_with_faults
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.integration.ranks import run_ranks, train_and_save
@@ -63,7 +63,7 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What an undisturbed run in one process ends with."""
     run = tmp_path_factory.mktemp("alone")
-    train(ResolvedRun(config_for(data, run, "alone"), run))
+    train_model(ResolvedRun(config_for(data, run, "alone"), run))
     return weights(run)
 
 
@@ -108,7 +108,7 @@ def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
 ) -> None:
     config = config_for(data, tmp_path, "asked", workers=2, checkpoint_every=0)
     fault = {"rank": 1, "step": 5, "kind": "term"}
-    with pytest.raises(Terminated, match="the same command"):
+    with pytest.raises(TerminatedError, match="the same command"):
         finetune_with_faults(config, fault)
     run = tmp_path / "asked"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]

@@ -46,11 +46,13 @@ def test_a_run_in_this_process(data: Path, run_root: Path) -> None:
     assert result["step"] == 6
     run = Path(result["run"])
     assert run == run_root / "test"
-    stored = configuration.build(FinetuneConfig, configuration.load_yaml(run / "config.yaml"))
-    assert configuration.digest(stored.model) == configuration.digest(config.model)
+    stored = configuration.build_config(
+        FinetuneConfig, configuration.load_yaml(run / "config.yaml")
+    )
+    assert configuration.digest_config(stored.model) == configuration.digest_config(config.model)
     assert {row["task"] for row in result["evaluation"]} == set(config.tasks)
 
-    recorded = backend.client(backend.resolve_uri()).get_run(result["run_id"])
+    recorded = backend.create_client(backend.resolve_uri()).get_run(result["run_id"])
     assert recorded.info.status == "FINISHED"
     assert recorded.data.params["model.dim"] == "16"
     metrics = recorded.data.metrics
@@ -126,7 +128,7 @@ def test_command_line(
 def test_a_folder_that_is_no_run_is_left_alone(data: Path, run_root: Path) -> None:
     (run_root / "test").mkdir()
     (run_root / "test" / "diary.txt").write_text("mine")
-    with pytest.raises(UserError, match="exists and is no run"):
+    with pytest.raises(UserError, match="exists but is not a run directory"):
         finetune(config_for(data))
 
 
@@ -175,7 +177,7 @@ def test_a_failed_run_is_recorded_as_failed(data: Path, run_root: Path) -> None:
     config = config_for(data, steps=40, lr=1e300, max_grad_norm=0.0, weight_decay=0.0)
     with pytest.raises(FloatingPointError, match=r"lower training\.lr"):
         finetune(config)
-    client = backend.client(backend.resolve_uri())
+    client = backend.create_client(backend.resolve_uri())
     experiment = client.get_experiment_by_name("skillnet")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"

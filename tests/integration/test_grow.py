@@ -64,7 +64,7 @@ def test_every_old_file_is_the_same_to_the_byte(place: Path, grown: dict[str, An
     start = files(Path(str(configuration.load_yaml(place / "grown" / "config.yaml")["init_from"])))
     assert all(start[name] != after[name] for name in NEW), "what is new has trained"
     report = grown["growth"]
-    assert report["untouched"]
+    assert report["is_unchanged"]
     assert {f["file"]: f["state"] for f in report["files"]} == {
         **dict.fromkeys(before, "same"),
         **dict.fromkeys(NEW, "new"),
@@ -75,8 +75,8 @@ def test_every_figure_of_old_tasks_is_the_same(place: Path, grown: dict[str, Any
     report = GrowthReport.from_dict(grown["growth"])
     tasks = {each.task for each in report.tasks}
     assert tasks == set(small_config(place).tasks)
-    assert all(each.same and each.before == each.after for each in report.tasks)
-    assert (report.rows_compared, report.rows_differing) == (5 * 8, 0)
+    assert all(each.is_unchanged and each.before == each.after for each in report.tasks)
+    assert (report.rows_compared, report.rows_changed) == (5 * 8, 0)
     new = [row for row in grown["evaluation"] if row["task"] == "counting"]
     assert {row["metric"] for row in new} == {"accuracy", "macro_f1"}
     # The limit of the old run still holds, so that a later evaluation gives the same.
@@ -84,43 +84,43 @@ def test_every_figure_of_old_tasks_is_the_same(place: Path, grown: dict[str, Any
     assert model_source.resolve_model("grown").corpora["counting"] == "counts"
 
 
-def test_frozen_files_have_no_optimiser_state(place: Path, grown: dict[str, Any]) -> None:
+def test_frozen_files_have_no_optimizer_state(place: Path, grown: dict[str, Any]) -> None:
     (folder,) = (place / "grown" / "checkpoints").iterdir()
     kept = {path.stem.removeprefix("optimizer-") for path in folder.glob("optimizer-*")}
-    assert kept == set(grown["growth"]["optimiser"]) == NEW
+    assert kept == set(grown["growth"]["optimizer_files"]) == NEW
 
 
 def test_references_are_trained_as_they_are_called(place: Path, grown: dict[str, Any]) -> None:
-    worth = {each["system"]: each for each in grown["growth"]["worth"]}
-    assert list(worth) == ["grown", "without_skill", "fresh", "everything"]
+    results = {each["system"]: each for each in grown["growth"]["transfer_results"]}
+    assert list(results) == ["grown", "without_skill", "fresh", "everything"]
     model = SkillNet.from_pretrained(grown["model"])
     sizes = {
         file: sum(model.get_parameter(name).numel() for name in names)
         for file, names in model.files_of().items()
     }
-    assert worth["grown"]["trained"] == sizes["skill-ink"] + sizes["head-counting"]
-    assert worth["without_skill"]["trained"] == sizes["head-counting"]
-    assert worth["fresh"]["trained"] == model.activated_parameters("counting")
-    assert worth["everything"]["trained"] == model.activated_parameters("counting")
-    assert worth["grown"]["behind"] == []
+    assert results["grown"]["trained_params"] == sizes["skill-ink"] + sizes["head-counting"]
+    assert results["without_skill"]["trained_params"] == sizes["head-counting"]
+    assert results["fresh"]["trained_params"] == model.activated_parameters("counting")
+    assert results["everything"]["trained_params"] == model.activated_parameters("counting")
+    assert results["grown"]["difference"] == []
     for name in ("without_skill", "fresh", "everything"):
-        difference, low, high = worth[name]["behind"]
-        assert difference == pytest.approx(worth["grown"]["value"] - worth[name]["value"])
+        difference, low, high = results[name]["difference"]
+        assert difference == pytest.approx(results["grown"]["value"] - results[name]["value"])
         assert low <= difference <= high
     references = place / "grown" / "references"
     fresh = SkillNet.from_pretrained(references / "grown-fresh" / "model")
     assert list(fresh.config.tasks) == ["counting"]
     changed = files(references / "grown-everything" / "model")
     assert changed["shared"] != files(place / "base" / "model")["shared"]
-    assert set(worth["everything"]["lost"]) >= set(small_config(place).tasks)
+    assert set(results["everything"]["regressions"]) >= set(small_config(place).tasks)
 
 
 def test_it_is_recorded_with_its_references_below_it(place: Path, grown: dict[str, Any]) -> None:
     client = backend.create_client(backend.resolve_uri())
     run = client.get_run(grown["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.tags["growth.untouched"] == "true"
-    assert "what the new skill is worth" in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["growth.is_unchanged"] == "true"
+    assert "benefit of the new skill" in run.data.tags["mlflow.note.content"]
     kept = {entry.path for entry in client.list_artifacts(grown["run_id"], "growth")}
     assert kept == {"growth/growth.json", "growth/growth.md"}
     below = client.search_runs(
@@ -156,17 +156,17 @@ def test_a_killed_growth_goes_on_and_ends_the_same(
     assert not (place / "killed" / "model").exists()
     done = grow_model(config)
     assert (done["resumed"], done["step"]) == (4, 6)
-    assert done["growth"]["untouched"]
+    assert done["growth"]["is_unchanged"]
     assert files(place / "killed" / "model") == files(place / "grown" / "model")
 
 
 def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "grow_model.yaml"
+    path = tmp_path / "grow.yaml"
     path.write_text(configuration.to_yaml(grow_config("base", place / "corpora", steps=2)))
     assert growing.main(["--config", str(path), "--name", "typed", "--from", "base"]) == 0
     said = capsys.readouterr()
     assert "skill-ink" in said.out
-    assert "untouched" in said.err
+    assert "unchanged" in said.err
     assert growing.main(["--config", str(path), "--name", "typed", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["growth"]["task"] == "counting"
     assert growing.main(["base", "--config", str(path), "--skill.nam", "x"]) == 2
@@ -181,7 +181,7 @@ def test_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ({"skill": NewSkill("code")}, "base already has a skill 'code'"),
         ({"task.name": "text_to_code"}, "base already has a task 'text_to_code'"),
         ({"corpus": "cuonts"}, "cuonts: missing. Run `skillnet prepare cuonts`"),
-        ({"corpus": "unnamed"}, "the corpus unnamed names no labels; give --task.outputs"),
+        ({"corpus": "unnamed"}, "the corpus unnamed has no list of labels; give --task.outputs"),
         ({"corpus": "headings"}, "counting reads video, but corpus headings holds text"),
         ({"skills": ("ink", "genral")}, "unknown skill 'genral'"),
         ({"data": "nodata"}, "nodata/counts: missing"),

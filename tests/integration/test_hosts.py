@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import config as configuration
 from tests.chaos.fault_injection import VARIABLE
@@ -60,7 +60,7 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
         data, tmp_path, "elastic", placement_strategy="strict_spread", max_failures=0, **elastic
     )
     alone = tmp_path / "alone"
-    train(ResolvedRun(config_for(data, tmp_path, "alone", precision="fp64"), alone))
+    train_model(ResolvedRun(config_for(data, tmp_path, "alone", precision="fp64"), alone))
     run = tmp_path / "elastic"
     order = [
         {"rank": None, "step": 5, "kind": "hold"},  # until its host is gone

@@ -19,8 +19,8 @@ from pipelines.runs.uploads import CheckpointUploads
 from pipelines.training import preemption
 from pipelines.training.resolved_run import ResolvedRun, resolve_config
 from pipelines.training.worker import run_worker
-from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.errors import UserError
+from skillnet_platform.ray_internals.errors import WorkerGroupResize
 from skillnet_platform.storage import directories
 from tests.chaos.fault_injection import Fault, FaultInjection
 from tests.helpers.object_store import BUCKET, ObjectStore
@@ -42,7 +42,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(data: Path, store: ObjectStore, **training: object) -> FinetuneConfig:
-    config = small_config(data, **({"steps": 12, "checkpoint_every": 4, "keep_checkpoints": 2} | training))
+    config = small_config(
+        data, **({"steps": 12, "checkpoint_every": 4, "keep_checkpoints": 2} | training)
+    )
     tasks = {name: config.tasks[name] for name in ("text_classification", "text_to_image")}
     model = replace(config.model, tasks={name: config.model.tasks[name] for name in tasks})
     storage = StorageConfig(patience=60.0)
@@ -73,7 +75,7 @@ def test_a_run_lies_in_the_store(object_store: ObjectStore, data: Path, run_root
         assert source.settings["name"] == "a"
         assert model_source.load_source_model(source).config.dim == 16
     assert source.steps == 12
-    with pytest.raises(UserError, match="holds no whole model"):
+    with pytest.raises(UserError, match="holds no complete model"):
         model_source.resolve_model(f"{object_store.uri}/b")
 
 
@@ -81,12 +83,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
     from pipelines.training import loop, worker
 
     def train(*args: object, **more: object) -> object:
-        done = loop.train(*args, **(more | {"stop_at": step}))  # type: ignore[arg-type]
+        done = loop.train_model(*args, **(more | {"stop_at": step}))  # type: ignore[arg-type]
         if step is not None:
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(worker, "train_model", train)
 
 
 def run_until(monkeypatch: pytest.MonkeyPatch, config: FinetuneConfig, step: int | None) -> None:
@@ -167,8 +169,8 @@ def test_training_outlives_the_store(
     assert result["step"] == 12
     said = capsys.readouterr().err
     assert "step-00000004 is not yet in" in said
-    assert "Training goes on" in said
-    assert directories.exists(f"{object_store.uri}/a/result.json")
+    assert "Training continues" in said
+    assert directories.object_exists(f"{object_store.uri}/a/result.json")
     there = f"{object_store.uri}/a"
     last = "checkpoints/step-00000012"
     undisturbed = Path(whole["run"])
@@ -181,7 +183,6 @@ def test_a_store_that_never_comes_back_loses_nothing(
     data: Path, run_root: Path, quick: None, tmp_path: Path
 ) -> None:
     """The server is killed with all that it held; another one gets everything."""
-    from tests.chaos.fault_injection import Fault, FaultInjection
     from tests.helpers.object_store import in_environment
 
     server = ObjectStore()
@@ -197,7 +198,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
             with (
                 pytest.MonkeyPatch.context() as patch,
                 pytest.raises(
-                    directories.StoreUnavailable,
+                    directories.StoreUnavailableError,
                     match=r"finished and whole in .*lacks its last checkpoint .*and its results",
                 ),
             ):
@@ -229,7 +230,7 @@ def test_mistakes_are_found_before_the_work(
     object_store.door.shut()
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")
     try:
-        with pytest.raises(directories.StoreUnavailable, match="did not answer"):
+        with pytest.raises(directories.StoreUnavailableError, match="did not answer"):
             finetune.finetune(config)
     finally:
         object_store.door.unshut()
@@ -249,7 +250,7 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
     """Two folders stand for two machines: the worker's checkpoints and model reach the driver's."""
     config = resolve_config(config_of(data, object_store))
     theirs, mine = tmp_path / "worker" / "a", run_root / "a"
-    monkeypatch.setattr("pipelines.training.reporter.ALOUD_S", 0.0)
+    monkeypatch.setattr("pipelines.training.reporter.PROGRESS_NOTE_S", 0.0)
     run_worker(ResolvedRun(config, theirs), apart=True)
     # The driver does not see its progress file; Ray passes on what it says.
     assert "training: step 5 of 12, " in capsys.readouterr().err

@@ -17,7 +17,7 @@ from pipelines.pretrain import main, pretrain
 from pipelines.runs import model_source
 from pipelines.runs.identity import compute_identity
 from pipelines.training.init_from import locate
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
@@ -68,9 +68,9 @@ def test_two_workers_reach_the_weights_of_one(data: Path, tmp_path: Path) -> Non
 def test_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
     config = build_joint_run(small_pretraining(data, steps=11, precision="bf16", ema=0.9))
     config.model.drop_path = 0.3
-    whole = train(ResolvedRun(config, tmp_path / "whole"))
-    train(ResolvedRun(config, tmp_path / "parts"), stop_at=4)
-    parts = train(ResolvedRun(config, tmp_path / "parts"))
+    whole = train_model(ResolvedRun(config, tmp_path / "whole"))
+    train_model(ResolvedRun(config, tmp_path / "parts"), stop_at=4)
+    parts = train_model(ResolvedRun(config, tmp_path / "parts"))
     assert parts.resumed == 4
     for (name, one), (_, other) in zip(
         whole.model.named_parameters(), parts.model.named_parameters(), strict=True
@@ -100,13 +100,13 @@ def test_command_line(
     assert heads == {f"head-{task}.safetensors" for task in config.tasks}
     pictures = sorted(file.name for file in (run / "reconstructions").iterdir())
     assert pictures == ["step-00000003.png", "step-00000006.png"]
-    recorded = backend.client(backend.resolve_uri()).get_run(result["run_id"])
+    recorded = backend.create_client(backend.resolve_uri()).get_run(result["run_id"])
     assert recorded.data.tags["stage"] == "pretrain"
     assert {f"{task}/validation_masked_loss" for task in config.tasks} <= set(recorded.data.metrics)
     # Text, code and sound are predicted as classes, so an accuracy is reported.
     told = {row["task"] for row in result["evaluation"] if row["metric"] == "masked_accuracy"}
     assert told == {"masked_text", "masked_code", "masked_sound"}
-    listed = backend.client(backend.resolve_uri()).list_artifacts(
+    listed = backend.create_client(backend.resolve_uri()).list_artifacts(
         result["run_id"], "reconstructions"
     )
     assert len(listed) == 2

@@ -63,29 +63,29 @@ def test_the_document_tells_everything(done, place: Path):
     assert document["steps"] == 12
     assert document["model"] == "models:/skillnet/1"
     assert document["alias"] == "champion"
-    assert set(document["stages"]) == {"references", "train", "register"}
+    assert set(document["stages"]) == {"simple_baselines", "train", "register"}
     tasks = {row["task"] for row in document["evaluation"]}
     assert len(tasks) == 5
-    assert {row["system"] for row in document["references"]} == {"chance", "reference"}
-    assert {row["task"] for row in document["references"]} == tasks
+    assert {row["system"] for row in document["simple_baselines"]} == {"chance", "simple_baseline"}
+    assert {row["task"] for row in document["simple_baselines"]} == tasks
     assert all(row["steps"] == 12 for row in document["evaluation"])
     assert (place / "first" / "model" / "manifest.json").is_file()
 
 
 def test_stages_are_numbered_and_timed(done):
     _, said = done
-    for number, name in enumerate(["references", "train", "register"], 1):
+    for number, name in enumerate(["simple_baselines", "train", "register"], 1):
         assert f"[{number}/3] {name}: " in said
 
 
-def test_the_run_is_recorded_with_the_references(done):
+def test_the_run_is_recorded_with_the_simple_baselines(done):
     document, _ = done
     run = backend.create_client(backend.resolve_uri()).get_run(document["run_id"])
     assert run.info.status == "FINISHED"
     note = run.data.tags["mlflow.note.content"]
-    assert "simple reference" in note
+    assert "simple baseline" in note
     assert "| text_to_image |" in note
-    row = next(r for r in document["references"] if r["system"] == "reference")
+    row = next(r for r in document["simple_baselines"] if r["system"] == "reference")
     assert f"{100 * row['value']:.1f} %" in note
     assert run.data.metrics["text_to_code/test_recall_at_10"] >= 0
 
@@ -104,7 +104,7 @@ def test_the_table_for_people_and_a_second_version(done, place: Path, capsys):
     capsys.readouterr()
     assert quickstart.main(words(place / "corpora", name="second", seed=1)) == 0
     printed = capsys.readouterr()
-    for name in ("chance", "simple reference", "SkillNet", "active", "text_to_video"):
+    for name in ("chance", "simple baseline", "SkillNet", "active", "text_to_video"):
         assert name in printed.out
     assert 'skillnet search "红色的心"' in printed.err
     assert registry.resolve_registered("models:/skillnet/2").version == 2

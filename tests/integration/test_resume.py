@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -61,9 +61,9 @@ def test_the_same_in_float64_at_another_world_size(
 def test_dropout_does_not_hang_on_where_a_run_stopped(data: Path, tmp_path: Path) -> None:
     config = small_config(data, steps=8)
     config.model.dropout = config.model.drop_path = 0.3
-    whole = train(ResolvedRun(config, tmp_path / "whole"))
-    train(ResolvedRun(config, tmp_path / "parts"), stop_at=3)
-    parts = train(ResolvedRun(config, tmp_path / "parts"))
+    whole = train_model(ResolvedRun(config, tmp_path / "whole"))
+    train_model(ResolvedRun(config, tmp_path / "parts"), stop_at=3)
+    parts = train_model(ResolvedRun(config, tmp_path / "parts"))
     assert parts.resumed == 3
     for (name, one), (_, other) in zip(
         whole.model.named_parameters(), parts.model.named_parameters(), strict=True
@@ -72,22 +72,22 @@ def test_dropout_does_not_hang_on_where_a_run_stopped(data: Path, tmp_path: Path
 
 
 def test_another_configuration_is_refused(data: Path, tmp_path: Path) -> None:
-    train(ResolvedRun(small_config(data, steps=4), tmp_path), stop_at=2)
+    train_model(ResolvedRun(small_config(data, steps=4), tmp_path), stop_at=2)
     with pytest.raises(UserError, match="another configuration"):
-        train(ResolvedRun(small_config(data, steps=4, lr=0.5), tmp_path))
+        train_model(ResolvedRun(small_config(data, steps=4, lr=0.5), tmp_path))
 
 
 def test_goes_on_from_the_checkpoint_before_an_altered_one(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = small_config(data, steps=9, checkpoint_every=3)
-    whole = train(ResolvedRun(config, tmp_path / "whole"))
-    train(ResolvedRun(config, tmp_path / "parts"), stop_at=6)
+    whole = train_model(ResolvedRun(config, tmp_path / "whole"))
+    train_model(ResolvedRun(config, tmp_path / "parts"), stop_at=6)
     damaged = tmp_path / "parts" / "checkpoints" / "step-00000006" / "skill-general.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    parts = train(ResolvedRun(config, tmp_path / "parts"))
+    parts = train_model(ResolvedRun(config, tmp_path / "parts"))
     assert parts.resumed == 3
     assert "skill-general.safetensors" in capsys.readouterr().err
     for (name, one), (_, other) in zip(

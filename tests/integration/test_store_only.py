@@ -13,7 +13,7 @@ from pipelines import finetune
 from pipelines.config.run import FinetuneConfig
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.ray_train import fit
-from skillnet_platform.errors import Terminated
+from skillnet_platform.errors import TerminatedError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB
 from tests.chaos.fault_injection import finetune_with_faults
@@ -56,7 +56,7 @@ def test_a_driver_asked_to_leave_reaches_workers_that_do_not_see_its_disk(
     config = config_of(data, object_store, workers=1, checkpoint_every=0, threads_per_worker=1)
     apart_from_the_driver(monkeypatch, object_store, tmp_path / "worker" / "a")
     order = {"step": 5, "kind": "term", "victim": "driver"}
-    with pytest.raises(Terminated, match="the same command"):
+    with pytest.raises(TerminatedError, match="the same command"):
         finetune_with_faults(config, order)
     assert directories.list_folders(f"{object_store.uri}/a/checkpoints") == ["step-00000006"]
     # Another machine, and another one for the worker.

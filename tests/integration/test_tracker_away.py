@@ -64,7 +64,7 @@ def arrived(config: FinetuneConfig, run: Path) -> None:
     told = read_metric_history(run / "progress.jsonl")
     assert [step for step, _ in told["training/learning_rate"]] == list(range(1, STEPS + 1))
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
-    client = backend.client(str(config.tracking.uri))
+    client = backend.create_client(str(config.tracking.uri))
     for name, points in told.items():
         found = client.get_metric_history(run_id, name)
         assert sorted((point.step, point.value) for point in found) == points, name
@@ -110,7 +110,7 @@ def test_away_at_the_end(data: Path, tmp_path: Path, run_root: Path, server: Ser
     assert str(waiting[0]) in said
     server.start()
     # What the next run of this machine does first.
-    assert tracking.send_left_behind(server.uri) > 0
-    assert tracking.send_left_behind(server.uri) == 0
+    assert tracking.send_leftover_spools(server.uri) > 0
+    assert tracking.send_leftover_spools(server.uri) == 0
     arrived(config, run)
     assert list((run_root / "spool").iterdir()) == []

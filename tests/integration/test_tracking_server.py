@@ -92,7 +92,7 @@ def test_a_tracker_that_is_killed_leaves_nobody_and_is_there_again_by_the_same_c
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
         where.uri = uri
-        with tracking.start("before", None, where) as run:
+        with tracking.start_run("before", None, where) as run:
             run.metrics({"loss": 1.0}, 1)
         (mine,) = [
             each
@@ -111,7 +111,7 @@ def test_a_tracker_that_is_killed_leaves_nobody_and_is_there_again_by_the_same_c
 
 
 def steps_of(tracker: Tracker, name: str = "loss") -> list[tuple[int, float]]:
-    found = backend.client(tracker.uri).get_metric_history(tracker.run_id, name)
+    found = backend.create_client(tracker.uri).get_metric_history(tracker.run_id, name)
     return sorted((point.step, point.value) for point in found)
 
 
@@ -127,8 +127,8 @@ def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
     try:
         with served("--store", database.uri, "--artifacts", kept, home=run_root) as uri:
             where.uri = uri
-            with tracking.start("sweep", None, where) as parent:
-                trials = [tracking.child(parent, f"trial-{n}") for n in range(TRIALS)]
+            with tracking.start_run("sweep", None, where) as parent:
+                trials = [tracking.start_child_run(parent, f"trial-{n}") for n in range(TRIALS)]
                 processes = tracked_trials.start(trials, run_root, halfway, away)
                 halfway.wait(PATIENCE_S)
                 database.stop()
@@ -142,13 +142,13 @@ def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
                     trial.end()
                 until(lambda: all(trial.flush() for trial in trials), "ends were sent")
             assert list((run_root / "spool").iterdir()) == [], "nothing waits or was refused"
-            client = backend.client(uri)
+            client = backend.create_client(uri)
             below = client.search_runs([parent.experiment_id], max_results=100)
             assert len(below) == TRIALS + 1
             assert {run.info.status for run in below} == {"FINISHED"}
             for number, trial in enumerate(trials):
                 assert_recorded(number, trial, f"{kept}/{parent.experiment_id}")
-            again = backend.setup(uri, "load")
+            again = backend.setup_backend(uri, "load")
             assert again.experiment_id == parent.experiment_id
     finally:
         for process in processes:
@@ -162,11 +162,11 @@ def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
     for name in told[0]:
         expected = [(step, values[name]) for step, values in enumerate(told)]
         assert steps_of(trial, name) == expected
-    client = backend.client(trial.uri)
+    client = backend.create_client(trial.uri)
     run = client.get_run(trial.run_id)
     assert run.data.tags["seed"] == str(number)
     setting, report = tracked_trials.setting(number), tracked_trials.report(number)
-    flat = config.flatten(setting)
+    flat = config.flatten_tree(setting)
     assert run.data.params == {key: str(value) for key, value in flat.items()}
     files = {"config.yaml": setting, "reports/trial.json": report}
     mine = f"{folder}/{trial.run_id}/artifacts"
@@ -210,13 +210,13 @@ def test_a_call_without_credentials_is_rejected(
             "session-key": 0o600,
         }
         with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME"):
-            backend.setup(uri)
+            backend.setup_backend(uri)
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
         password = (kept / "admin-password").read_text().strip()
         assert password not in (run_root / "tracker.log").read_text()
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
         where = TrackingConfig(uri=uri, system_metrics=False)
-        with tracking.start("with a password", None, where) as run:
+        with tracking.start_run("with a password", None, where) as run:
             run.metrics({"loss": 1.0}, 1)
             run.text("hello", "notes.txt")
             # A password that is changed meanwhile holds records up, and loses none.
@@ -226,7 +226,7 @@ def test_a_call_without_credentials_is_rejected(
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
             assert run.flush()
         assert steps_of(run) == [(1, 1.0), (2, 2.0)]
-        names = [each.path for each in backend.client(uri).list_artifacts(run.run_id)]
+        names = [each.path for each in backend.create_client(uri).list_artifacts(run.run_id)]
         assert names == ["notes.txt"]
 
 

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             if not own:
                 parser.error(f"{run}: no evaluation.csv. Wait until the run has finished.")
             rows += own
-            baselines = baselines or read_rows(run / "references.csv")
+            baselines = baselines or read_rows(run / "simple_baselines.csv")
         rows = baselines + rows
         with path.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")

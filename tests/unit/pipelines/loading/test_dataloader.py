@@ -1,4 +1,4 @@
-"""The stream is a pure function of (seed, step), whatever the number of workers."""
+"""Batches are a pure function of (seed, step), for any number of workers."""
 
 from collections import Counter
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_each_row_comes_once_an_epoch(stream: MultiTaskDataLoader) -> None:
 
 
 def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
-    """Augmentation hangs on the step: a picture seen twice is not the same picture twice."""
+    """Augmentation depends on the step: a repeated image is augmented differently."""
     steps = [step for step in range(200) if stream.batch_spec(step).task == "text_to_image"]
     seen: dict[int, torch.Tensor] = {}
     for step in steps:

@@ -1,4 +1,4 @@
-"""Masks: how much they hide, where, and that they hang on the row alone."""
+"""Masks: their fraction, their position, and their dependence on the row alone."""
 
 import numpy as np
 import pytest

@@ -13,7 +13,7 @@ from pipelines.shards.dataset import open_corpus
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.cache import FileCache, CacheKey
+from skillnet_platform.storage.cache import CacheKey, FileCache
 from tests.helpers.small_corpora import small_config, write_corpora
 from tests.unit.pipelines.shards.test_remote_corpora import same
 
@@ -30,7 +30,7 @@ def store(data: Path, run_root: Path) -> str:
     """The corpora in a store, and an empty cache."""
     uri = f"memory://{uuid.uuid4().hex}"
     for name in CORPORA:
-        directories.put_directory(data / name, directories.join(uri, name))
+        directories.put_directory(data / name, directories.join_uri(uri, name))
     return uri
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pipelines.runs import checkpoints, model_source
 from pipelines.training import checkpointing
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.optimizer import WeightAverage, build_optimizer
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    train(
+    train_model(
         ResolvedRun(
             small_config(data, steps=8, checkpoint_every=2, keep_checkpoints=3, ema=0.9), run
         )
@@ -48,7 +48,7 @@ def test_the_newest_few_stay(run: Path) -> None:
 
 def test_what_is_read_is_what_was_written(data: Path, tmp_path: Path) -> None:
     config = small_config(data, steps=5, ema=0.9)
-    done = train(ResolvedRun(config, tmp_path))
+    done = train_model(ResolvedRun(config, tmp_path))
     found = checkpoints.find_newest(tmp_path / "checkpoints")
     assert found is not None
     assert (found.step, found.path) == (5, done.checkpoint)
@@ -153,13 +153,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from pipelines.runs import checkpoints
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import small_config
 config = small_config(Path(sys.argv[1]), steps=6, checkpoint_every=2, keep_checkpoints=9)
 try:
-    train(ResolvedRun(config, Path(sys.argv[2])))
+    train_model(ResolvedRun(config, Path(sys.argv[2])))
 except UserError as problem:
     found = checkpoints.find_newest(Path(sys.argv[2]) / "checkpoints")
     left = sorted(path.name for path in (Path(sys.argv[2]) / "checkpoints").iterdir())

@@ -19,7 +19,7 @@ def test_a_line_that_was_cut_short_is_taken_away_before_the_next(tmp_path: Path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
     again = ProgressFile(path)
-    again.say(step=2, metrics={"loss": 2.5})
+    again.append(step=2, metrics={"loss": 2.5})
     again.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]

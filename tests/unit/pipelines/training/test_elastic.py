@@ -18,7 +18,7 @@ from skillnet_platform.ray_internals.errors import WorkerGroupResize
     ("given", "said"),
     [
         ({"workers": 2, "min_workers": 3}, r"between 1 and training.workers \(2\), got 3"),
-        ({"workers": 2, "min_workers": 0}, "leave it out to train with all workers or none"),
+        ({"workers": 2, "min_workers": 0}, "remove it to train with all workers or none"),
         ({"workers": 0, "min_workers": 1}, "training.min_workers must be between 1"),
         ({"resize_interval_s": 0.0}, "training.resize_interval_s must be above 0"),
     ],
@@ -41,18 +41,18 @@ def test_a_workers_notice_is_its_hosts_and_the_drivers_ends_the_run(tmp_path: Pa
     try:
         preemption.listen_in_worker()
         with pytest.raises(WorkerGroupResize) as told:
-            worker._regroup(1, "host")
+            worker._end_for_resize(1, "host")
         assert told.value.leaving == []
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.stop_requested()
         with pytest.raises(WorkerGroupResize) as told:
-            worker._regroup(1, "host")
+            worker._end_for_resize(1, "host")
         assert told.value.leaving == ["host"]
         (tmp_path / preemption.FILE).touch()
         with preemption.watch_stop_signal(preemption.FileStopSignal(tmp_path / preemption.FILE)):
             while not preemption.stop_requested_by_driver():
                 pass
-        worker._regroup(1, "host")
+        worker._end_for_resize(1, "host")
     finally:
         preemption.listen_in_worker()
         signal.signal(signal.SIGTERM, before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.config.run import FinetuneConfig, TaskTraining
-from pipelines.training.loop import train
+from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from skillnet_platform.errors import UserError
@@ -25,7 +25,7 @@ def config_for(data: Path, *only: str, **training: object) -> FinetuneConfig:
 def changed(config: FinetuneConfig, run: Path | None = None) -> set[str]:
     """Files with a weight that training changed."""
     old = dict(build_model(config).double().named_parameters())
-    after = train(ResolvedRun(config, run)).model
+    after = train_model(ResolvedRun(config, run)).model
     return {after.file_of(n) for n, p in after.named_parameters() if not torch.equal(p, old[n])}
 
 
@@ -37,7 +37,7 @@ def test_only_the_named_files_change_also_in_the_average(data: Path, tmp_path: P
 
 def test_what_is_frozen_has_no_optimiser_state_and_no_gradient(data: Path, tmp_path: Path) -> None:
     config = config_for(data, "skill-general")
-    done = train(ResolvedRun(config, tmp_path))
+    done = train_model(ResolvedRun(config, tmp_path))
     (folder,) = (tmp_path / "checkpoints").iterdir()
     kept = {path.stem for path in folder.glob("optimizer-*.safetensors")}
     assert kept == {"optimizer-skill-general"}
@@ -53,7 +53,7 @@ def test_tasks_that_are_only_measured_take_no_steps(data: Path) -> None:
     assert set(config.trained) == {"text_to_code"}
     assert set(config.measured) == set(config.tasks)
     assert "head-speech_recognition" not in changed(config)
-    assert set(train(ResolvedRun(config)).losses) == {"text_to_code"}
+    assert set(train_model(ResolvedRun(config)).losses) == {"text_to_code"}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_tasks_that_are_only_measured_take_no_steps(data: Path) -> None:
 )
 def test_what_cannot_train_is_named(data: Path, only: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        train(ResolvedRun(config_for(data, only)))
+        train_model(ResolvedRun(config_for(data, only)))
 
 
 def test_no_task_to_train(data: Path) -> None:
@@ -73,6 +73,6 @@ def test_no_task_to_train(data: Path) -> None:
     for task in config.tasks.values():
         task.eval_only = True
     with pytest.raises(UserError, match="no task to train"):
-        train(ResolvedRun(config))
+        train_model(ResolvedRun(config))
     with pytest.raises(ValueError, match="set only one"):
         TaskTraining("x", auxiliary=True, eval_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipelines.config.run import TrainingConfig
-from pipelines.training.loop import step_loss, train
+from pipelines.training.loop import step_loss, train_model
 from pipelines.training.optimizer import (
     WeightAverage,
     build_lr_scheduler,
@@ -96,7 +96,7 @@ def test_state_only_for_skills_that_were_used(data: Path) -> None:
     config = small_config(data, steps=3)
     config.tasks = {"text_classification": config.tasks["text_classification"]}
     before = build_model(config).double()
-    after = train(ResolvedRun(config)).model
+    after = train_model(ResolvedRun(config)).model
     for (name, one), (_, other) in zip(
         before.named_parameters(), after.named_parameters(), strict=True
     ):

@@ -11,7 +11,7 @@ from pipelines.config.run import FinetuneConfig, PretrainConfig, TaskTraining
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.task_dataset import resolve_splits
 from pipelines.shards.dataset import open_corpus
-from pipelines.training.loop import task_loss, train
+from pipelines.training.loop import task_loss, train_model
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, open_corpora
@@ -81,7 +81,7 @@ def test_every_activated_weight_gets_a_gradient_and_no_other(
 def test_inactive_skills_stay_as_they_were_to_the_bit(config: FinetuneConfig) -> None:
     del config.tasks["masked_video"], config.tasks["masked_sound"]
     before = {name: p.clone() for name, p in build_model(config).double().named_parameters()}
-    after = dict(train(ResolvedRun(config)).model.named_parameters())
+    after = dict(train_model(ResolvedRun(config)).model.named_parameters())
     still = {name for name, p in after.items() if torch.equal(p, before[name])}
     expected = {
         name
@@ -100,8 +100,8 @@ def test_losses_fall_on_rows_that_can_be_learnt(data: Path) -> None:
     config = build_joint_run(
         small_pretraining(data, steps=150, lr=3e-3, precision="fp32", log_every=25)
     )
-    first = train(ResolvedRun(config), stop_at=25).losses
-    last = train(ResolvedRun(config)).losses
+    first = train_model(ResolvedRun(config), stop_at=25).losses
+    last = train_model(ResolvedRun(config)).losses
     assert last.keys() == set(TASKS)
     for task in TASKS:
         assert last[task] < first[task], task
@@ -118,10 +118,10 @@ def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(
         splits = resolve_splits(corpora[settings.corpus], "pretraining")
         assert splits == (("train",) if name == "masked_sound" else ("pretrain", "train"))
         rows = stream.datasets[name]
-        assert rows.count == 45 + (20 if len(splits) == 2 else 0)
+        assert rows.num_rows == 45 + (20 if len(splits) == 2 else 0)
         keys = rows.shard_table.table().column("key").to_pylist()
         assert {key.split("/")[0] for key in keys} == set(splits)
-        assert len(set(keys)) == rows.count
+        assert len(set(keys)) == rows.num_rows
 
 
 def test_rows_of_several_splits_are_those_of_each(data: Path, config: FinetuneConfig) -> None:
