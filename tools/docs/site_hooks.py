@@ -35,7 +35,7 @@ REMOTE = re.compile(
 
 def command_names() -> list[str]:
     """Return the commands of this repository, in the order of ``skillnet --help``."""
-    return [name for name in cli.SUMMARIES if name in cli.commands()]
+    return [name for name in cli.SUMMARIES if name in cli.find_commands()]
 
 
 def help_text(command: str) -> str:
