@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 
 
 @dataclass
@@ -16,11 +16,11 @@ class InspectConfig:
         options: format -> its options, listed in docs/own-corpora.md.
     """
 
-    path: str = positional()
+    path: str = positional_field()
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def show_report(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
     """Print the report of an inspected path."""
     from pipelines.preprocessing.inspection import show_inspection
 
@@ -33,7 +33,7 @@ def show_report(report: dict[str, Any]) -> None:
     "seconds. Nothing is prepared or written.",
     example="skillnet inspect /data/unknown\n"
     "skillnet inspect folder:s3://bucket/images --options.folder.val_fraction 0.2",
-    show=show_report,
+    show=print_report,
 )
 def main(config: InspectConfig) -> dict[str, Any]:
     """Run ``skillnet inspect``."""

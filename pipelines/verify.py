@@ -20,7 +20,13 @@ from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import archive_root, data_root, sha256_file
-from skillnet_platform.storage.location import Location, below, content, local_folder, place
+from skillnet_platform.storage.location import (
+    Location,
+    join_location,
+    parse_location,
+    read_if_exists,
+    require_local_folder,
+)
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
@@ -74,8 +80,8 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
         if "altered" not in str(error):
             raise
         return [HashCheck("model", "altered", str(error))]
-    data = place(config.data, data_root())
-    archives = local_folder(config.archives, archive_root(), "archives")
+    data = parse_location(config.data, data_root())
+    archives = require_local_folder(config.archives, archive_root(), "archives")
     checks = [_make_check("weights", lambda: _check_weights(source))]
     recorded: dict[str, str] = {}
     if source.bundle is not None:
@@ -92,7 +98,7 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
         checks.append(_check_tokenizer(source.bundle, data))
     sources: dict[tuple[str, str], dict[str, str]] = {}
     for name in names:
-        check, entries = _check_corpus(below(data, name), recorded.get(name))
+        check, entries = _check_corpus(join_location(data, name), recorded.get(name))
         checks.append(check)
         # Corpora share downloads: each is hashed once.
         sources |= {(entry["file"], entry["sha256"]): entry for entry in entries}
@@ -128,7 +134,7 @@ def _check_bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]
     from skillnet_platform.tracking import backend, registry
 
     def tag() -> str:
-        client = backend.client(backend.resolve_uri(uri))
+        client = backend.create_client(backend.resolve_uri(uri))
         name = source.name.removeprefix("models:/").split("@")[0].split("/")[0]
         tags = client.get_model_version(name or registry.MODEL_NAME, str(source.version)).tags
         _require_equal(
@@ -149,7 +155,7 @@ def _check_run(
     from skillnet_platform.tracking import backend
 
     try:
-        run = backend.client(backend.resolve_uri(uri)).get_run(str(source.run_id))
+        run = backend.create_client(backend.resolve_uri(uri)).get_run(str(source.run_id))
     except MlflowException:
         yield HashCheck("run", "absent", f"no run {source.run_id} in this tracker")
         return
@@ -219,8 +225,8 @@ def _find_extra_sources(names: list[str]) -> dict[str, str]:
 
 
 def _check_tokenizer(bundle: Path, data: Location) -> HashCheck:
-    location = below(data, "tokenizer.json")
-    data_bytes = content(location)
+    location = join_location(data, "tokenizer.json")
+    data_bytes = read_if_exists(location)
     if data_bytes is None:
         return HashCheck("tokenizer", "absent", f"{location} does not exist")
     expected = sha256_file(bundle / "tokenizer.json")
@@ -245,7 +251,12 @@ def _make_check(subject: str, compare: Callable[[], str]) -> HashCheck:
 
 
 def show_verification(checks: list[HashCheck], model: str) -> None:
-    """Print the checks as a table."""
+    """Print the checks as a table.
+
+    Args:
+        checks: results of :func:`verify`.
+        model: address of the model.
+    """
     rows = [[check.subject, check.state, check.detail] for check in checks]
     console.table(f"verify {model}", ["subject", "state", ""], rows)
 

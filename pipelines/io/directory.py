@@ -219,7 +219,7 @@ class SourceDirectory:
         Raises:
             EOFError, zlib.error, BadGzipFile: ``DAMAGE_ERRORS``: a compressed file is truncated or
                 damaged, or a line has no end.
-            SourceReadError, StoreUnavailable: see :func:`pipelines.io.source_file.open_stream`.
+            SourceReadError, StoreUnavailableError: see :func:`pipelines.io.source_file.open_stream`.
         """
         with self.open(relative) as stream:
             yield from iter_lines(stream, ends)

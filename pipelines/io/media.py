@@ -100,7 +100,7 @@ def read_media(
         truncated, or not a regular file.
 
     Raises:
-        UserError, StoreUnavailable: a disk fails, or a store is unavailable for longer than
+        UserError, StoreUnavailableError: a disk fails, or a store is unavailable for longer than
             ``$SKILLNET_STORE_PATIENCE``. No row causes these errors.
     """
     values = references.to_pylist() if hasattr(references, "to_pylist") else references

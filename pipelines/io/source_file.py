@@ -1,7 +1,7 @@
 """Source files of corpora, on a disk or in a store. A failing disk or store is not bad data.
 
 An unavailable store is asked again for ``$SKILLNET_STORE_PATIENCE`` seconds, and reading resumes
-at the byte where it broke off. After that time ``StoreUnavailable`` is raised. A failing disk
+at the byte where it broke off. After that time ``StoreUnavailableError`` is raised. A failing disk
 raises ``SourceReadError``. Neither is an ``OSError``: readers of damaged gzip, tar or JSON files
 catch ``OSError`` and would reject rows.
 """
@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar, cast
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.objects import S3_OPTIONS
-from skillnet_platform.storage.retry import steadily
+from skillnet_platform.storage.retry import retry_transient
 
 Result = TypeVar("Result")
 #: Bytes of a buffer: each unbuffered read passes through Python.
@@ -86,7 +86,7 @@ def query_store(uri: str, action: Callable[[Any, str], Result]) -> Result:
 
     Raises:
         FileNotFoundError: there is no such object.
-        UserError, StoreUnavailable: see :mod:`pipelines.io.source_file` and
+        UserError, StoreUnavailableError: see :mod:`pipelines.io.source_file` and
             :mod:`skillnet_platform.storage.retry`.
     """
     system = open_filesystem(uri)
@@ -99,7 +99,7 @@ def query_store(uri: str, action: Callable[[Any, str], Result]) -> Result:
             return None, error
 
     try:
-        result, missing = steadily(uri, once)
+        result, missing = retry_transient(uri, once)
     except PER_FILE_ERRORS:
         raise
     except OSError as error:
@@ -139,7 +139,7 @@ def open_stream(path: str) -> IO[bytes]:
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or no
             permission to read it.
-        SourceReadError, StoreUnavailable: its disk or store fails, now or while it is read.
+        SourceReadError, StoreUnavailableError: its disk or store fails, now or while it is read.
         UserError: no driver opens the URI, or the path is not a regular file.
     """
     if is_remote(path):

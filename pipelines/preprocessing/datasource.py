@@ -18,9 +18,9 @@ from pipelines.preprocessing.blocks import read_blocks
 from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.preprocessing.spool import UNIT_SCHEMA, pack_unit, read_spool, rejected_rows_path
 from pipelines.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS, shard_stem
-from skillnet_platform.cli import users_mistake
+from skillnet_platform.cli import user_error_message
 from skillnet_platform.storage import disk_guard, write_json
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailableError
 
 #: Values of ``shard`` in units that carry an error message instead of rows.
 USER_ERROR, STORE_UNAVAILABLE = -1, -2
@@ -60,10 +60,10 @@ def read_units(index: int, job: CorpusJob) -> Iterator[pa.Table]:
     try:
         with disk_guard(job.staging_dir):
             yield from _read_units(index, job)
-    except StoreUnavailable as error:
+    except StoreUnavailableError as error:
         yield _error_unit(index, STORE_UNAVAILABLE, str(error))
     except Exception as error:
-        message = users_mistake(error)
+        message = user_error_message(error)
         if message is None:
             raise
         yield _error_unit(index, USER_ERROR, message)

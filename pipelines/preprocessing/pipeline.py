@@ -34,7 +34,7 @@ from pipelines.transforms import decode_guard
 from skillnet_platform import cluster, console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, require_space
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailableError
 
 #: With fewer free bytes than this, no corpus is started.
 MIN_FREE_BYTES = 2**20
@@ -73,7 +73,7 @@ def choose_scheduling(corpora: Sequence[Corpus], store: str | None) -> Schedulin
 
     node = ray.get_runtime_context().get_node_id()
     (own,) = [each for each in ray.nodes() if each["NodeID"] == node]
-    has_cpu, this_node = bool(own["Resources"].get("CPU")), cluster.on_this_host(ray)
+    has_cpu, this_node = bool(own["Resources"].get("CPU")), cluster.pin_to_this_node(ray)
     bound_here = [corpus.name for corpus in corpora if not corpus.can_run_remotely()]
     if bound_here and not has_cpu:
         raise UserError(
@@ -106,7 +106,7 @@ def spool_corpora(
     try:
         ray.get(pending)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, StoreUnavailable):
+        if isinstance(error.cause, StoreUnavailableError):
             raise error.cause from None
         raise
     return files
@@ -155,7 +155,7 @@ def write_corpora(
     Raises:
         UserError: the disk is full, too many rows are bad, or another process prepares one of the
             corpora.
-        StoreUnavailable: the store does not answer. Uploaded shards stay there.
+        StoreUnavailableError: the store does not answer. Uploaded shards stay there.
     """
     if not jobs:
         return
@@ -172,7 +172,7 @@ def write_corpora(
                 if "user_error" in result:
                     raise UserError(result["user_error"])
                 if "store_unavailable" in result:
-                    raise StoreUnavailable(result["store_unavailable"])
+                    raise StoreUnavailableError(result["store_unavailable"])
                 state = states[result["corpus"]]
                 bar.advance(state.add_result(result), state.job.corpus.name)
                 state.check_error_rate(max_error_rate)

@@ -19,7 +19,7 @@ from pipelines.tokenizer import selection
 from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform import cluster, config, console, signals, storage
-from skillnet_platform.cli import users_mistake
+from skillnet_platform.cli import user_error_message
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 
@@ -86,7 +86,7 @@ def prepare(
             policy = selection.TokenizerPolicy(tokenizer == selection.LEARN, vocabulary, lock)
             return _prepare(corpora, data, archives.absolute(), cpus, max_error_rate, policy, store)
     except Exception as error:
-        message = users_mistake(error)
+        message = user_error_message(error)
         if message is None or isinstance(error, UserError):
             raise
         raise UserError(message) from error
@@ -136,7 +136,7 @@ def _prepare(
 
     scheduling = pipeline.choose_scheduling(corpora, store)
     # After Ray's start: Ray's own handler of SIGTERM would print a C++ stack.
-    with signals.terminate_as_interrupt(), storage.scratch(data / "reading") as spool_dir:
+    with signals.terminate_as_interrupt(), storage.scratch_directory(data / "reading") as spool_dir:
         spools: dict[str, Path] = {}
         if not is_trained:
             spools = pipeline.spool_corpora(training_corpora, archives, spool_dir, scheduling)
@@ -145,7 +145,7 @@ def _prepare(
                 training_corpora, spools, tokenizer, num_tokens, scheduling
             )
             recorded = {
-                selection.FINGERPRINT: config.digest(fingerprint),
+                selection.FINGERPRINT: config.digest_config(fingerprint),
                 "sha256": storage.sha256_file(tokenizer),
             }
             names = [corpus.name for corpus in training_corpora]
@@ -194,7 +194,7 @@ def build_corpus_identity(
     return {
         "sources": sources,
         "preprocessing": preprocessing,
-        "preprocessing_digest": config.digest(preprocessing),
+        "preprocessing_digest": config.digest_config(preprocessing),
         "tokenizer": _describe_tokenizer(data / TOKENIZER) if corpus.text_columns else None,
     }
 
@@ -284,7 +284,7 @@ def reuse_if_current(
         if store is None:
             manifest = verify_corpus(data / corpus.name)
         else:
-            manifest = open_corpus(directories.join(store, corpus.name)).manifest
+            manifest = open_corpus(directories.join_uri(store, corpus.name)).manifest
     except UserError:
         return
 

@@ -26,7 +26,7 @@ from pipelines.tokenizer.training import TOKENIZER, TOKENIZER_MANIFEST
 from skillnet_platform import console, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories, run_root
-from skillnet_platform.storage.location import Place, content
+from skillnet_platform.storage.location import Location, read_if_exists
 
 #: Files that the corpora of a folder share. They are uploaded first: manifests name their hash.
 SHARED_FILES = (TOKENIZER, TOKENIZER_MANIFEST)
@@ -35,7 +35,7 @@ MAX_ENTRY_READS = 16
 
 
 @contextlib.contextmanager
-def stage_locally(data: Place) -> Iterator[Path]:
+def stage_locally(data: Location) -> Iterator[Path]:
     """Provide the local directory to prepare in.
 
     A path is returned as it is. For a URI the directory lies below the run root and holds the
@@ -48,7 +48,7 @@ def stage_locally(data: Place) -> Iterator[Path]:
     Raises:
         UserError: the store denies access, or another process of this machine replaces its
             tokenizer; raised before the block starts.
-        StoreUnavailable: the store does not answer.
+        StoreUnavailableError: the store does not answer.
     """
     if isinstance(data, Path):
         yield data
@@ -60,8 +60,8 @@ def stage_locally(data: Place) -> Iterator[Path]:
         for name in SHARED_FILES:
             # The store's copy replaces a local one: its corpora use that tokenizer, and another
             # machine may have uploaded it after the last prepare on this one.
-            remote = directories.join(data, name)
-            if directories.exists(remote):
+            remote = directories.join_uri(data, name)
+            if directories.object_exists(remote):
                 directories.get_file(remote, folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def stage_locally(data: Place) -> Iterator[Path]:
 def local_staging_dir(uri: str) -> Path:
     """Return the local directory for corpora that are prepared into a URI."""
     key = hashlib.sha256(uri.encode()).hexdigest()[:12]
-    return storage.run_root() / "staging" / f"{directories.name_of(uri)}-{key}"
+    return storage.run_root() / "staging" / f"{directories.last_name(uri)}-{key}"
 
 
 def upload_shared_files(folder: Path, uri: str) -> None:
@@ -82,8 +82,8 @@ def upload_shared_files(folder: Path, uri: str) -> None:
         uri: URI of the folder of prepared corpora.
     """
     for name in SHARED_FILES:
-        remote = directories.join(uri, name)
-        if (folder / name).is_file() and content(remote) != (folder / name).read_bytes():
+        remote = directories.join_uri(uri, name)
+        if (folder / name).is_file() and read_if_exists(remote) != (folder / name).read_bytes():
             directories.put_file(folder / name, remote)
 
 
@@ -114,8 +114,8 @@ class RemoteStaging:
                 :func:`pipelines.preprocessing.staging.staging_dir`.
             tokenizer_sha256: hash of the tokenizer beside the corpus.
         """
-        staging_uri = directories.join(data, folder.name)
-        return cls(directories.join(data, name), staging_uri, tokenizer_sha256)
+        staging_uri = directories.join_uri(data, folder.name)
+        return cls(directories.join_uri(data, name), staging_uri, tokenizer_sha256)
 
     def fetch_tokenizer(self) -> Path | None:
         """Return the tokenizer file on this node, downloaded if necessary; ``None`` if unused."""
@@ -123,7 +123,7 @@ class RemoteStaging:
             return None
         path = run_root() / "cache" / "tokenizers" / f"{self.tokenizer_sha256}.json"
         if not path.is_file():
-            remote = directories.join(self.uri, "..", TOKENIZER)
+            remote = directories.join_uri(self.uri, "..", TOKENIZER)
             directories.get_file(remote, path, sha256=self.tokenizer_sha256)
         return path
 
@@ -150,7 +150,7 @@ class RemoteStaging:
         for stem, entry in entries.items():
             recorded = (entry or {}).get("file")
             if entry is None or (recorded and existing.get(recorded["file"]) != recorded["bytes"]):
-                directories.remove_file(directories.join(self.staging_uri, f"{stem}.json"))
+                directories.remove_file(directories.join_uri(self.staging_uri, f"{stem}.json"))
                 continue
             (folder / f"{stem}.json").write_text(json.dumps(entry), encoding="utf-8")
             complete[stem] = entry
@@ -158,7 +158,7 @@ class RemoteStaging:
 
     def _read_entry(self, stem: str) -> dict[str, Any] | None:
         try:
-            uri = directories.join(self.staging_uri, f"{stem}.json")
+            uri = directories.join_uri(self.staging_uri, f"{stem}.json")
             entry = json.loads(directories.read_bytes(uri))
             recorded = entry["file"]
             valid = recorded is None or recorded["file"] == f"{stem}.arrow"
@@ -175,7 +175,7 @@ class RemoteStaging:
         """
         for name in (f"{stem}.arrow", f"{stem}.json"):
             if (folder / name).is_file():
-                directories.put_file(folder / name, directories.join(self.staging_uri, name))
+                directories.put_file(folder / name, directories.join_uri(self.staging_uri, name))
                 (folder / name).unlink()
 
     def commit(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -191,10 +191,10 @@ class RemoteStaging:
         Raises:
             UserError: the store has another tokenizer now.
         """
-        name = directories.name_of(self.uri)
-        tokenizer = directories.join(self.uri, "..", TOKENIZER)
+        name = directories.last_name(self.uri)
+        tokenizer = directories.join_uri(self.uri, "..", TOKENIZER)
         if self.tokenizer_sha256 is not None and self.tokenizer_sha256 != _sha256(
-            content(tokenizer)
+            read_if_exists(tokenizer)
         ):
             raise UserError(
                 f"{tokenizer}: the tokenizer was replaced by another `skillnet prepare` while this "
@@ -203,15 +203,15 @@ class RemoteStaging:
         shards = [s["file"] for split in manifest["splits"].values() for s in split["shards"]]
         old_files = {entry.name for entry in directories.list_files(self.uri)}
         # A corpus without a manifest is not read: remove it first and write it last.
-        directories.remove_file(directories.join(self.uri, MANIFEST))
+        directories.remove_file(directories.join_uri(self.uri, MANIFEST))
         with console.progress(f"publishing {name}", len(shards), "shards") as bar:
             directories.copy_files(
                 self.staging_uri, self.uri, shards, lambda _: bar.advance(1, name)
             )
-        directories.put_file(folder / QUARANTINE, directories.join(self.uri, QUARANTINE))
+        directories.put_file(folder / QUARANTINE, directories.join_uri(self.uri, QUARANTINE))
         for old in old_files - {*shards, QUARANTINE, MANIFEST}:
-            directories.remove_file(directories.join(self.uri, old))
-        directories.put_file(folder / MANIFEST, directories.join(self.uri, MANIFEST))
+            directories.remove_file(directories.join_uri(self.uri, old))
+        directories.put_file(folder / MANIFEST, directories.join_uri(self.uri, MANIFEST))
         directories.remove_directory(self.staging_uri)
         shutil.rmtree(folder)
 
@@ -230,4 +230,4 @@ def clear_staging(data: str, name: str, keep: str = "") -> None:
     """
     for folder in directories.list_folders(data):
         if folder.startswith(f".{name}.partial-") and folder != keep:
-            directories.remove_directory(directories.join(data, folder))
+            directories.remove_directory(directories.join_uri(data, folder))

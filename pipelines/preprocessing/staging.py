@@ -27,7 +27,7 @@ import pyarrow as pa
 from pipelines.preprocessing.blocks import format_json_line
 from pipelines.shards.format import MANIFEST, QUARANTINE, write_shard
 from skillnet_platform import storage
-from skillnet_platform.config import digest
+from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
 
 REJECTED_ROWS = "rejected.jsonl"
@@ -48,7 +48,7 @@ def staging_dir(final: Path, identity: dict[str, Any]) -> Iterator[Path]:
     Raises:
         UserError: another process prepares the same corpus.
     """
-    folder = final.with_name(f".{final.name}.partial-{digest(identity)[:16]}")
+    folder = final.with_name(f".{final.name}.partial-{digest_config(identity)[:16]}")
     for other in final.parent.glob(f".{final.name}.partial-*"):
         if other != folder:
             with _locked(other):

@@ -18,8 +18,8 @@ from pipelines.preprocessing.spool import unpack_unit
 from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import decode_guard
 from skillnet.malloc import keep_freed_memory
-from skillnet_platform.cli import users_mistake
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.cli import user_error_message
+from skillnet_platform.storage.directories import StoreUnavailableError
 
 #: Column of a transformed block: the reason of a rejected row, null for a good row.
 REJECTED_COLUMN = "rejected"
@@ -41,10 +41,10 @@ def write_block(jobs: Sequence[CorpusJob], session: str, unit: pa.Table) -> pa.T
     keep_freed_memory()
     try:
         result = _write_block(jobs, session, unit)
-    except StoreUnavailable as error:
+    except StoreUnavailableError as error:
         result = {"store_unavailable": str(error)}
     except Exception as error:
-        message = users_mistake(error)
+        message = user_error_message(error)
         if message is None:
             raise
         result = {"user_error": message}

@@ -1,4 +1,4 @@
-"""Folders with links that lead round, files that are none, and names that are not UTF-8."""
+"""Source directories with circular links, irregular files and names that are not UTF-8."""
 
 import io
 import json
@@ -23,7 +23,7 @@ ODD = os.fsdecode("狗".encode("gbk"))
 
 
 def summary(place: Path, folder: Path, reader: str = "folder") -> tuple[list[str], ReadSummary]:
-    """Keys of all rows that arrive, and what reading gave."""
+    """Return the keys of accepted rows, and the summary."""
     corpus = open_external_corpus("mine", f"{reader}:{place}")
     corpus.scan_labels()
     json.dumps(corpus.extra_sources(), ensure_ascii=False).encode()
@@ -48,8 +48,8 @@ CLASSES = [f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range
 
 class TestLinks:
     @pytest.mark.parametrize("loops", [1, 3])
-    def test_circles_are_walked_once(self, tmp_path: Path, loops: int) -> None:
-        """Three loops were 3 ** 16 ways through the folder, and a picture was in all splits."""
+    def test_circular_links_are_followed_once(self, tmp_path: Path, loops: int) -> None:
+        """Three loops would be 3 ** 16 paths, and an image would be in all splits."""
         given = classes(tmp_path / "given")
         for number in range(loops):
             (given / "cat" / f"loop{number}").symlink_to(".")
@@ -59,8 +59,8 @@ class TestLinks:
         assert list(place.folders()) == ["", "cat", "dog"]
         assert summary(given, tmp_path)[0] == CLASSES
 
-    def test_files_and_folders_elsewhere_are_followed(self, tmp_path: Path) -> None:
-        """Media mostly lie on another disk than their annotations."""
+    def test_links_to_other_directories_are_followed(self, tmp_path: Path) -> None:
+        """Media often lie on another disk than their annotations."""
         disk = classes(tmp_path / "disk")
         given = tmp_path / "given"
         given.mkdir()
@@ -70,14 +70,14 @@ class TestLinks:
             (given / "dog" / file.name).symlink_to(file)
         assert summary(given, tmp_path)[0] == CLASSES
 
-    def test_two_names_of_a_folder_are_both_walked(self, tmp_path: Path) -> None:
+    def test_two_links_to_one_directory_are_both_followed(self, tmp_path: Path) -> None:
         given = classes(tmp_path / "given")
         (given / "wolf").symlink_to("dog")
         names = [entry.name for entry in SourceDirectory(str(given)).walk()]
         assert names == [*CLASSES, *(f"wolf/{number}.jpg" for number in range(3))]
 
-    def test_links_that_multiply_are_refused(self, tmp_path: Path) -> None:
-        """Folders of which each leads on to the next, twice: 2 ** 12 ways and no circle."""
+    def test_exponentially_many_links_are_rejected(self, tmp_path: Path) -> None:
+        """Each directory has two links to the next one: 2 ** 12 paths without a circle."""
         for number in range(12):
             (tmp_path / f"d{number}").mkdir()
             for name in "ab":
@@ -88,7 +88,7 @@ class TestLinks:
         ):
             list(SourceDirectory(str(tmp_path / "d0")).walk())
 
-    def test_links_to_nothing_are_told(self, tmp_path: Path) -> None:
+    def test_dangling_links_are_reported(self, tmp_path: Path) -> None:
         given = classes(tmp_path / "given")
         (given / "cat" / "3.jpg").symlink_to("nowhere.jpg")
         (given / "cat" / "4.jpg").symlink_to("4.jpg")
@@ -98,30 +98,30 @@ class TestLinks:
         ]
 
 
-class TestFilesThatAreNone:
-    def test_metadata_that_are_a_pipe(self, tmp_path: Path) -> None:
+class TestIrregularFiles:
+    def test_metadata_file_that_is_a_pipe(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "metadata.jsonl")
         with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
             open_external_corpus("mine", f"folder:{tmp_path}")
 
-    def test_metadata_that_are_a_device(self, tmp_path: Path) -> None:
+    def test_metadata_file_that_is_a_device(self, tmp_path: Path) -> None:
         (tmp_path / "metadata.jsonl").symlink_to("/dev/zero")
         with pytest.raises(UserError, match=r"metadata\.jsonl: a pipe, device or socket"):
             open_external_corpus("mine", f"folder:{tmp_path}")
 
-    def test_metadata_that_are_a_folder(self, tmp_path: Path) -> None:
+    def test_metadata_file_that_is_a_directory(self, tmp_path: Path) -> None:
         (tmp_path / "metadata.jsonl").mkdir()
         with pytest.raises(UserError, match=r"metadata\.jsonl: a folder; expected a file"):
             open_external_corpus("mine", f"folder:{tmp_path}")
 
-    def test_a_place_that_is_a_pipe(self, tmp_path: Path) -> None:
+    def test_corpus_path_that_is_a_pipe(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "rows.jsonl")
         with pytest.raises(UserError, match="a pipe, device or socket"):
             SourceDirectory(str(tmp_path / "rows.jsonl"))
 
 
 class TestNamesThatAreNotUtf8:
-    def test_a_class_and_a_picture_cost_their_rows(self, tmp_path: Path) -> None:
+    def test_only_the_rows_of_such_names_are_rejected(self, tmp_path: Path) -> None:
         given = classes(tmp_path / "given")
         (given / ODD).mkdir()
         (given / ODD / "0.jpg").write_bytes(user_corpora.jpg(0))
@@ -136,7 +136,7 @@ class TestNamesThatAreNotUtf8:
         told = (tmp_path / "rejected.jsonl").read_text("utf-8")
         assert r"dog/\\udcb9\\udcb7.jpg" in told
 
-    def test_annotations_of_such_a_name_are_read(self, tmp_path: Path) -> None:
+    def test_annotation_file_of_such_a_name_is_read(self, tmp_path: Path) -> None:
         rows = "".join(f'{{"text": "第{n}条", "label": "{n % 2}"}}\n' for n in range(20))
         (tmp_path / "given").mkdir()
         (tmp_path / "given" / f"train.{ODD}.jsonl").write_text(rows + '{"text', "utf-8")
@@ -145,21 +145,21 @@ class TestNamesThatAreNotUtf8:
         (name,) = found.truncated_files
         assert name == r"train.\udcb9\udcb7.jsonl"
 
-    def test_a_place_of_such_a_name_is_told(self, tmp_path: Path) -> None:
+    def test_corpus_path_of_such_a_name_is_reported(self, tmp_path: Path) -> None:
         (tmp_path / ODD).mkdir()
         with pytest.raises(UserError, match=r"udcb9.udcb7: the path is not UTF-8"):
             SourceDirectory(str(tmp_path / ODD))
         (tmp_path / "link").symlink_to(ODD)
         assert not SourceDirectory(str(tmp_path / "link")).entries()
 
-    def test_a_description_is_json_all_the_same(self, tmp_path: Path) -> None:
+    def test_inspection_report_is_valid_json(self, tmp_path: Path) -> None:
         row = {"text": "甲", "label": "a", "more": {"\udcb9": ["\udcb7"]}}
         (tmp_path / f"train.{ODD}.jsonl").write_text((json.dumps(row) + "\n") * 9)
         found = inspect_corpus(f"folder:{tmp_path}")
         assert found["source"]["more"] == {r"\udcb9": [r"\udcb7"]}
         json.dumps(found, ensure_ascii=False).encode()
 
-    def test_a_tar_of_such_a_name_is_told(self, tmp_path: Path) -> None:
+    def test_tar_of_such_a_name_is_reported(self, tmp_path: Path) -> None:
         tars = user_corpora.webdataset(tmp_path / "given", rows=6)
         (tars / "train-000000.tar").rename(tars / f"train-{ODD}.tar")
         _, found = summary(tars, tmp_path, "webdataset")
@@ -167,8 +167,8 @@ class TestNamesThatAreNotUtf8:
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
-def test_a_tar_of_headers_without_end_is_refused(kind: bytes) -> None:
-    """tarfile takes each inside the one before it."""
+def test_tar_with_endless_headers_is_rejected(kind: bytes) -> None:
+    """tarfile parses each header inside the previous one."""
     record = b"abc\0" if kind == tarfile.GNUTYPE_LONGNAME else b"12 path=abc\n"
     head = tarfile.TarInfo("x")
     head.type, head.size = kind, len(record)

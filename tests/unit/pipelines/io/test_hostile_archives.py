@@ -1,4 +1,4 @@
-"""Archives made to do harm are refused with one message, before anything of them is kept."""
+"""Hostile archives are rejected with one message before any member is used."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from pipelines.io.archive import ArchiveLimits
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import tarred, zipped
 
-#: One message whatever the attack; what follows names the member and the reason.
+#: The message of every attack. Its end names the member and the reason.
 REFUSED = r"/x: unsafe archive: .*It was not read\. Download it again"
 
 
@@ -36,7 +36,7 @@ def refused(folder: Path, data: bytes, why: str) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits that a test reaches in no time."""
+    """Set limits that a test reaches quickly."""
     monkeypatch.setattr(archives, "LIMITS", ArchiveLimits(5000, 30_000, 20, 50, 20_000, 12_000))
 
 
@@ -44,11 +44,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name", ["../x", "a/../../x", "/etc/passwd", "..", "\\x", "a\\..\\..\\x", "C:/x", "//host/x"]
 )
-def test_a_name_that_leads_outside(tmp_path: Path, pack, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_member_name_that_leads_outside_is_rejected(tmp_path: Path, pack, name: str) -> None:  # type: ignore[no-untyped-def]
     refused(tmp_path, pack({"good": b"1", name: b"2"}), "leads outside of the archive")
 
 
-def test_a_name_that_ends_early(tmp_path: Path) -> None:
+def test_member_name_with_a_null_character_is_rejected(tmp_path: Path) -> None:
     data = zipped({"good.json_/evil": b"1"}).replace(b"good.json_/evil", b"good.json\0/evil")
     refused(tmp_path, data, "leads outside of the archive")
 
@@ -74,11 +74,11 @@ def one(kind: bytes, **fields: object) -> bytes:
         (tarfile.FIFOTYPE, "'passwd.json' is a device or pipe"),
     ],
 )
-def test_what_is_no_file_in_a_tar(tmp_path: Path, kind: bytes, words: str) -> None:
+def test_irregular_member_of_a_tar_is_rejected(tmp_path: Path, kind: bytes, words: str) -> None:
     refused(tmp_path, one(kind, linkname="/etc/passwd"), words)
 
 
-def test_a_link_in_a_zip(tmp_path: Path) -> None:
+def test_link_in_a_zip_is_rejected(tmp_path: Path) -> None:
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as out:
         link = zipfile.ZipInfo("link")
@@ -91,15 +91,15 @@ def test_a_link_in_a_zip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
-def test_a_bomb(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
-    """50 MB of zeros in 50 KB, by the limits that hold by default."""
+def test_compression_bomb_is_rejected(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
+    """50 MB of zeros in 50 KB, with default limits."""
     data = pack({"zeros": bytes(50 * 2**20)})
     assert len(data) < 100_000
     refused(tmp_path, data, "expands to")
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
-def test_a_bomb_is_met_before_it_goes_off(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
+def test_compression_bomb_is_rejected_before_it_fills_the_memory(tmp_path: Path, pack) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "x"
     path.write_bytes(pack({"zeros": bytes(50 * 2**20)}))
     tracemalloc.start()
@@ -114,22 +114,22 @@ def test_a_bomb_is_met_before_it_goes_off(tmp_path: Path, pack) -> None:  # type
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
-def test_a_member_beyond_the_limit(tmp_path: Path, small: None, pack) -> None:  # type: ignore[no-untyped-def]
+def test_member_above_the_size_limit_is_rejected(tmp_path: Path, small: None, pack) -> None:  # type: ignore[no-untyped-def]
     refused(tmp_path, pack({"long": bytes(range(256)) * 20}), "5120 bytes in 'long', more than")
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
-def test_many_members_that_are_too_much_together(tmp_path: Path, small: None, pack) -> None:  # type: ignore[no-untyped-def]
+def test_members_above_the_total_limit_are_rejected(tmp_path: Path, small: None, pack) -> None:  # type: ignore[no-untyped-def]
     refused(tmp_path, pack({str(n): bytes(range(250)) * 8 for n in range(16)}), "more than")
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
-def test_too_many_members(tmp_path: Path, small: None, pack) -> None:  # type: ignore[no-untyped-def]
+def test_too_many_members_are_rejected(tmp_path: Path, small: None, pack) -> None:  # type: ignore[no-untyped-def]
     refused(tmp_path, pack({str(n): b"" for n in range(21)}), "members")
     read(tmp_path, zipped({str(n): b"" for n in range(20)}))
 
 
-def test_an_archive_in_an_archive_is_a_member_like_any_other(tmp_path: Path) -> None:
+def test_nested_archive_is_an_ordinary_member(tmp_path: Path) -> None:
     inner = zipped({"zeros": bytes(2**20)})
     assert read(tmp_path, zipped({"inner.zip": inner})) == [("inner.zip", inner)]
 
@@ -138,8 +138,8 @@ def test_an_archive_in_an_archive_is_a_member_like_any_other(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("told", [10, 90])
-def test_a_zip_that_lies_about_a_size(tmp_path: Path, told: int) -> None:
-    """The directory says 10, or 90, where the stream holds 50."""
+def test_zip_with_a_wrong_declared_size_is_rejected(tmp_path: Path, told: int) -> None:
+    """The directory declares 10 or 90 bytes, and the stream holds 50."""
     data = bytearray(zipped({"member": b"x" * 50}))
     place = data.index(b"PK\x01\x02")
     struct.pack_into("<I", data, place + 24, told)
@@ -147,7 +147,7 @@ def test_a_zip_that_lies_about_a_size(tmp_path: Path, told: int) -> None:
         read(tmp_path, bytes(data))
 
 
-def test_a_tar_whose_member_is_longer_than_the_file(tmp_path: Path) -> None:
+def test_tar_member_longer_than_the_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/x: (unsafe archive|cannot be read as a zip or tar)"):
         read(tmp_path, tarred({"member": bytes(3000)})[:-30])
     entry = tarfile.TarInfo("huge")
@@ -156,8 +156,8 @@ def test_a_tar_whose_member_is_longer_than_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-def test_a_name_that_is_a_flood(tmp_path: Path, kind: bytes) -> None:
-    """Python takes the long name of a member into memory, whatever length it declares."""
+def test_huge_member_name_is_rejected(tmp_path: Path, kind: bytes) -> None:
+    """Python reads the long name of a member into memory at any declared length."""
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w:gz") as out:
         entry = tarfile.TarInfo("././@LongLink")
@@ -172,21 +172,21 @@ def test_a_name_that_is_a_flood(tmp_path: Path, kind: bytes) -> None:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_compression_that_knows_no_limit(tmp_path: Path, method: int) -> None:
+def test_compression_method_without_a_limit_is_rejected(tmp_path: Path, method: int) -> None:
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", method) as out:
         out.writestr("member", b"x" * 500)
     refused(tmp_path, target.getvalue(), f"compression method {method}")
 
 
-def test_an_encrypted_member(tmp_path: Path) -> None:
+def test_encrypted_member_is_rejected(tmp_path: Path) -> None:
     data = bytearray(zipped({"member": b"x"}))
     for place, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         struct.pack_into("<H", data, data.index(place) + offset, 1)
     refused(tmp_path, bytes(data), "'member' is encrypted")
 
 
-def test_a_valid_archive_that_compresses_well_is_read(tmp_path: Path) -> None:
+def test_valid_archive_with_a_high_ratio_is_read(tmp_path: Path) -> None:
     lines = b'{"label": 1, "sentence": "the same words again"}\n' * 20_000
     for pack in (zipped, tarred):
         assert read(tmp_path, pack({"lines.json": lines})) == [("lines.json", lines)]

@@ -1,4 +1,4 @@
-"""References to media: bytes come in order, and what has none says why."""
+"""Media references: bytes are read in order, and unreadable files state the reason."""
 
 import io
 import os
@@ -15,12 +15,12 @@ from pipelines.io import media
 from pipelines.io.archive import ArchiveLimits
 from pipelines.io.media import MEDIA, MediaReadError, MediaRef, read_media
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailableError
 from tests.helpers.archive_files import tarred
 
 
 def read(*references: MediaRef, max_bytes: int = media.MAX_MEDIA_BYTES) -> list[bytes | str]:
-    """What a column of those references gives: bytes, or the reason."""
+    """Return the bytes or the reason of each reference."""
     column = pa.array([reference.row() for reference in references], MEDIA)
     return [
         found.reason if isinstance(found, MediaReadError) else found
@@ -28,7 +28,7 @@ def read(*references: MediaRef, max_bytes: int = media.MAX_MEDIA_BYTES) -> list[
     ]
 
 
-def test_files_and_ranges_come_in_order(tmp_path: Path) -> None:
+def test_files_and_ranges_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"0123456789")
     (tmp_path / "b").write_bytes(b"b")
     a, b = str(tmp_path / "a"), f"file://{tmp_path / 'b'}"
@@ -48,7 +48,7 @@ def test_a_member_of_a_plain_tar_is_a_range(tmp_path: Path) -> None:
     assert read(*reversed(ranges)) == [b"y", b"xx" * 500]
 
 
-def test_members_of_a_compressed_tar_in_any_order(tmp_path: Path) -> None:
+def test_members_of_a_compressed_tar_are_read_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "S0002.tar.gz"
     path.write_bytes(tarred({f"S0002/{n}.wav": bytes([n]) * 9 for n in range(1, 6)}))
     names = ["S0002/2.wav", "S0002/4.wav", "S0002/1.wav", "S0002/9.wav", "S0002/5.wav"]
@@ -56,10 +56,10 @@ def test_members_of_a_compressed_tar_in_any_order(tmp_path: Path) -> None:
     assert found == [b"\2" * 9, b"\4" * 9, b"\1" * 9, "not in its archive", b"\5" * 9]
 
 
-def test_a_compressed_tar_is_gone_on_with_in_the_next_block(
+def test_next_block_continues_a_compressed_tar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten blocks of an archive decompress it once, not ten times from its start."""
+    """Ten blocks of one archive decompress it once, and not ten times from its start."""
     path = tmp_path / "S0002.tar.gz"
     path.write_bytes(tarred({f"{n}.wav": os.urandom(900) for n in range(20)}))
     opened = []
@@ -78,7 +78,7 @@ def test_a_compressed_tar_is_gone_on_with_in_the_next_block(
 
 
 def flooded(folder: Path) -> Path:
-    """A good member, and one whose name is 30 MB long, in 30 KB."""
+    """Return a tar of 30 KB with a good member and one whose name is 30 MB long."""
     target, path = io.BytesIO(), folder / "flood.tar.gz"
     with tarfile.open(fileobj=target, mode="w:gz") as out:
         good = tarfile.TarInfo("good.wav")
@@ -91,7 +91,7 @@ def flooded(folder: Path) -> Path:
     return path
 
 
-def test_a_tar_that_attacks_costs_its_rows_and_no_memory(
+def test_hostile_tar_rejects_its_rows_and_needs_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = flooded(tmp_path)
@@ -106,14 +106,14 @@ def test_a_tar_that_attacks_costs_its_rows_and_no_memory(
     assert found == [b"good", f"the archive is refused: {flood}"]
 
 
-def test_a_tar_that_expands_without_end_is_refused(tmp_path: Path) -> None:
+def test_tar_that_expands_without_end_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "bomb.tar.gz"
     path.write_bytes(tarred({"zeros.wav": bytes(50 * 2**20), "after.wav": b"1"}))
     (found,) = read(MediaRef(str(path), member="after.wav"))
     assert str(found).startswith("the archive is refused: expands to more than")
 
 
-def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
+def test_unreadable_media_state_their_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "large").write_bytes(b"1" * 2000)
     (tmp_path / "cut.tar.gz").write_bytes(tarred({"a": os.urandom(5000)})[:-2000])
@@ -150,13 +150,13 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bucket() -> str:
-    """A place that only a URI leads to."""
+    """Return a folder that is only reachable by URI."""
     store = fsspec.filesystem("memory")
     store.pipe({"/bucket/a.wav": b"0123456789", "/bucket/s.tar.gz": tarred({"m.wav": b"mm"})})
     return "memory://bucket"
 
 
-def test_uris_are_read_alike(bucket: str) -> None:
+def test_uris_are_read_like_paths(bucket: str) -> None:
     found = read(
         MediaRef(f"{bucket}/a.wav"),
         MediaRef(f"{bucket}/a.wav", 4, 2),
@@ -175,10 +175,10 @@ def test_uris_are_read_alike(bucket: str) -> None:
 
 
 @pytest.mark.parametrize("member", [None, "m.wav"])
-def test_a_store_that_fails_is_not_the_rows_fault(
+def test_store_failure_rejects_no_row(
     bucket: str, monkeypatch: pytest.MonkeyPatch, member: str | None
 ) -> None:
-    """It is asked again, and then the whole preparation stops: no row is set aside for it."""
+    """The store is asked again. Then preparation stops, and no row is rejected."""
     asked = []
 
     def broken(self: object, path: str, *more: object, **others: object) -> bytes:
@@ -189,18 +189,20 @@ def test_a_store_that_fails_is_not_the_rows_fault(
     for name in ("cat_file", "_open"):
         monkeypatch.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{name}", broken)
     reference = MediaRef(f"{bucket}/s.tar.gz", member=member)
-    with pytest.raises(StoreUnavailable, match=r"s\.tar\.gz: the store did not answer for 1 s"):
+    with pytest.raises(
+        StoreUnavailableError, match=r"s\.tar\.gz: the store did not answer for 1 s"
+    ):
         read(reference)
     assert len(asked) > 1
 
 
-def test_a_disk_that_fails_is_not_the_rows_fault(tmp_path: Path) -> None:
+def test_disk_failure_rejects_no_row(tmp_path: Path) -> None:
     """Reading address 0 of a process gives EIO, as a broken disk or mount does."""
     (tmp_path / "a.wav").symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=r"a\.wav: cannot be read \(Input/output error\).*again"):
         read(MediaRef(str(tmp_path / "a.wav"), 0, 100))
 
 
-def test_an_unknown_scheme_is_named() -> None:
+def test_unknown_uri_scheme_is_reported() -> None:
     with pytest.raises(UserError, match="nowhere://x: cannot be opened"):
         read(MediaRef("nowhere://x/y"))

@@ -1,4 +1,4 @@
-"""Reading ahead: in order, several at once, within its bytes, and nothing left behind."""
+"""Prefetching: in order, several at once, within its memory, and without leftover threads."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from pipelines.io.media import MediaReadError, MediaRef, read_media
 from pipelines.io.prefetch import OrderedPrefetcher
 
 
-def test_results_come_in_order_and_errors_in_their_place() -> None:
+def test_results_and_errors_are_returned_in_order() -> None:
     def fetch(number: int, grant: Callable[[int], None]) -> int:
         grant(1)
         if number == 5:
@@ -30,7 +30,7 @@ def test_results_come_in_order_and_errors_in_their_place() -> None:
     assert found == [n * n if n != 5 else "five" for n in range(20)]
 
 
-def test_several_are_on_their_way_at_once() -> None:
+def test_several_results_are_fetched_at_once() -> None:
     together = threading.Barrier(3)
 
     def fetch(number: int, grant: Callable[[int], None]) -> int:
@@ -42,7 +42,7 @@ def test_several_are_on_their_way_at_once() -> None:
     ahead.close()
 
 
-def test_no_more_bytes_wait_than_there_is_room_for() -> None:
+def test_waiting_bytes_are_limited() -> None:
     sizes = [3, 4, 4, 9, 30, 4, 4, 4, 2, 8]
     lock, waiting, most = threading.Lock(), 0, 0
 
@@ -65,7 +65,7 @@ def test_no_more_bytes_wait_than_there_is_room_for() -> None:
     assert most <= 10 + 9
 
 
-def test_who_waits_for_room_is_let_go_at_the_end() -> None:
+def test_close_releases_threads_that_wait_for_room() -> None:
     let_go = threading.Event()
 
     def fetch(number: int, grant: Callable[[int], None]) -> int:
@@ -82,7 +82,7 @@ def test_who_waits_for_room_is_let_go_at_the_end() -> None:
     assert let_go.wait(timeout=30)
 
 
-def test_a_file_that_is_not_there_or_a_pipe_is_only_told_of(tmp_path: Path) -> None:
+def test_advice_ignores_missing_files_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_bytes(b"abc")
     for name in ("pipe", "none", "file", "with\0null"):
@@ -90,7 +90,9 @@ def test_a_file_that_is_not_there_or_a_pipe_is_only_told_of(tmp_path: Path) -> N
     prefetch.advise_kernel(f"{tmp_path}/file", 2**62, 2**62)
 
 
-def test_files_and_objects_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_objects_in_one_block_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fsspec
 
     store = fsspec.filesystem("memory")

@@ -1,4 +1,4 @@
-"""A store or a disk that fails in the midst of a file is not taken for damage of the file."""
+"""A store or disk that fails inside a file is not reported as damage of the file."""
 
 import gzip
 import io
@@ -22,7 +22,7 @@ from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.preprocessing.datasource import STORE_UNAVAILABLE, read_units
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.directories import StoreUnavailable
+from skillnet_platform.storage.directories import StoreUnavailableError
 from tests.helpers import user_corpora
 from tests.helpers.archive_files import tarred
 from tests.helpers.flaky_store import reads_fail
@@ -67,7 +67,7 @@ def put(name: str, data: bytes) -> SourceDirectory:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_records_are_read_on_after_an_outage(name: str) -> None:
+def test_reading_records_resumes_after_an_outage(name: str) -> None:
     place = put(name, FILES[name]())
     with reads_fail(2, place=900) as faults:
         found = [record for _, record in read_records(place, "")]
@@ -76,15 +76,18 @@ def test_records_are_read_on_after_an_outage(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_outage_that_lasts_is_no_bad_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_outage_is_not_a_bad_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
     place = put(name, FILES[name]())
-    with reads_fail(10**6, place=900), pytest.raises(StoreUnavailable, match=f"{name}: the store"):
+    with (
+        reads_fail(10**6, place=900),
+        pytest.raises(StoreUnavailableError, match=f"{name}: the store"),
+    ):
         list(read_records(place, ""))
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_tars_are_read_on_after_an_outage(
+def test_reading_tars_resumes_after_an_outage(
     tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "all.tar.gz" if packed else "train-000000.tar"
@@ -98,11 +101,11 @@ def test_tars_are_read_on_after_an_outage(
     assert not reasons
     assert sum(sizes(rows).values()) == 12
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
-    with reads_fail(10**6, place=4000), pytest.raises(StoreUnavailable):
+    with reads_fail(10**6, place=4000), pytest.raises(StoreUnavailableError):
         read(corpus)
 
 
-def test_a_speakers_archive_waits_for_its_store(
+def test_speaker_archive_waits_for_its_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = user_corpora.aishell1(tmp_path)
@@ -112,14 +115,14 @@ def test_a_speakers_archive_waits_for_its_store(
         rows, _ = read(corpus)
     assert (faults["left"], len(rows["train"])) == (0, 15)
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
-    with reads_fail(10**6, place=10, name=".tar.gz"), pytest.raises(StoreUnavailable):
+    with reads_fail(10**6, place=10, name=".tar.gz"), pytest.raises(StoreUnavailableError):
         read(corpus)
 
 
-def test_a_store_that_is_away_is_told_to_the_driver(
+def test_unavailable_store_is_reported_to_the_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a unit of work: Ray would wrap the exception."""
+    """The error is a unit of work, because Ray would wrap the exception."""
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "0.1")
     corpus = open_external_corpus("mine", f"folder:{put('rows.jsonl', lines(ROWS)).uri}")
     with reads_fail(10**6, place=900):
@@ -130,7 +133,7 @@ def test_a_store_that_is_away_is_told_to_the_driver(
     assert "rows.jsonl: the store did not answer" in last["raw"][0].as_py().decode()
 
 
-def test_a_file_that_is_replaced_meanwhile_is_not_mixed() -> None:
+def test_file_that_is_replaced_while_read_is_reported() -> None:
     place = put("rows.jsonl", lines(ROWS))
     with reads_fail(1, place=900), open_stream(place.uri) as stream:
         put("rows.jsonl", lines(ROWS[:30]))
@@ -139,7 +142,7 @@ def test_a_file_that_is_replaced_meanwhile_is_not_mixed() -> None:
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.jsonl.gz", "train.tar", "a.tar.gz"])
-def test_a_disk_that_fails_is_named(tmp_path: Path, name: str) -> None:
+def test_disk_failure_names_the_file(tmp_path: Path, name: str) -> None:
     """Reading address 0 of a process gives EIO, as a broken disk or mount does."""
     (tmp_path / name).symlink_to("/proc/self/mem")
     reader = "webdataset" if "tar" in name else "folder"
@@ -152,7 +155,7 @@ def test_a_disk_that_fails_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".gz", ".json"))])
-def test_damage_still_is_damage(name: str) -> None:
+def test_damaged_file_is_still_reported_as_damaged(name: str) -> None:
     whole = FILES[name]()
     place = put(name, whole[: len(whole) // 2])
     *good, last = [record for _, record in read_records(place, "")]
@@ -162,8 +165,8 @@ def test_damage_still_is_damage(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_lines_that_end_in_the_midst_of_one_are_cut_short(tmp_path: Path, name: str) -> None:
-    """A bad line with an end says nothing of the rest: a download that broke off has none."""
+def test_last_line_without_an_end_is_truncated(tmp_path: Path, name: str) -> None:
+    """A bad line with an end does not concern the rest; a truncated download has no line end."""
     every = FILES[name]().splitlines(keepends=True)
     before = 9 + name.endswith(".csv")
     cut = b"".join(every[:before]) + every[before][:10]
@@ -182,8 +185,8 @@ def summary(place: str, folder: Path, reader: str = "folder") -> ReadSummary:
     return last
 
 
-def test_the_rest_of_a_file_weighs_as_a_file(tmp_path: Path) -> None:
-    """A JSON array that is cut at a sixth is one bad row of eleven: by rows it would pass."""
+def test_truncated_file_counts_as_one_file(tmp_path: Path) -> None:
+    """A JSON array cut after a sixth is one bad row of eleven; counted by rows it would pass."""
     whole = FILES["rows.json"]()
     (tmp_path / "rows.json").write_bytes(whole[: len(whole) // 6])
     found = summary(str(tmp_path / "rows.json"), tmp_path)
@@ -200,7 +203,7 @@ def test_the_rest_of_a_file_weighs_as_a_file(tmp_path: Path) -> None:
     assert not found.truncation_error(1.0)
 
 
-def test_one_tar_of_many_may_break_off(tmp_path: Path) -> None:
+def test_one_truncated_tar_of_many_is_allowed(tmp_path: Path) -> None:
     files = {f"{n}.txt": b"word" for n in range(20)} | {f"{n}.cls": b"1" for n in range(20)}
     for number in range(12):
         (tmp_path / f"train-{number}.tar.gz").write_bytes(tarred(dict(sorted(files.items()))))
@@ -213,8 +216,10 @@ def test_one_tar_of_many_may_break_off(tmp_path: Path) -> None:
     assert found.truncation_error(0.08)
 
 
-def test_a_bucket_that_is_away(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found, listed and read alike: patience, then one message, whatever the client raises."""
+def test_unavailable_bucket_gives_one_message(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding, listing and reading retry and then give one message for any client error."""
     directories.write_bytes(f"{object_store.uri}/away/rows.jsonl", lines(ROWS))
     place = SourceDirectory(f"{object_store.uri}/away")
     reference = MediaRef(f"{object_store.uri}/away/rows.jsonl").row()
@@ -227,7 +232,7 @@ def test_a_bucket_that_is_away(object_store: ObjectStore, monkeypatch: pytest.Mo
             lambda: list(read_records(place, "rows.jsonl")),
             lambda: list(read_media([reference])),
         ):
-            with pytest.raises(StoreUnavailable, match=r"away.* did not answer for 1 s"):
+            with pytest.raises(StoreUnavailableError, match=r"away.* did not answer for 1 s"):
                 action()
     finally:
         object_store.door.unshut()

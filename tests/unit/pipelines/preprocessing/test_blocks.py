@@ -1,4 +1,4 @@
-"""Cutting rows into blocks: numbering, duplicates, what does not fit, and going on."""
+"""Cutting rows into blocks: numbering, duplicates, wrong types, and resuming."""
 
 import json
 from collections.abc import Iterator
@@ -37,12 +37,12 @@ from tests.helpers.synthetic_corpora import Made, put_archive
 
 
 class Given(Made):
-    """Rows as they are handed over."""
+    """Corpus of given rows."""
 
     given: tuple[Row | RejectedRow, ...] = ()
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
-        """Those rows."""
+        """Yield the given rows."""
         yield from self.given
 
 
@@ -60,7 +60,7 @@ def read(
     return blocks, summary, [json.loads(line) for line in lines]  # type: ignore[return-value]
 
 
-def test_blocks_are_full_but_the_last_of_each_split(tmp_path: Path) -> None:
+def test_all_blocks_but_the_last_of_a_split_are_full(tmp_path: Path) -> None:
     rows = [row(str(n), split="test" if n % 5 == 0 else "train") for n in range(25)]
     blocks, summary, _ = read(rows, tmp_path)
     found = [(b.split, b.shard, b.table.num_rows) for b in blocks]
@@ -73,7 +73,7 @@ def test_blocks_are_full_but_the_last_of_each_split(tmp_path: Path) -> None:
 
 
 def test_long_texts_fill_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few megabytes unpack to thousands of texts of a million characters."""
+    """A few megabytes decompress to thousands of texts of a million characters."""
     monkeypatch.setattr(blocks_module, "MAX_BLOCK_CHARACTERS", 1000)
     rows = [row(str(n), text="长" * (400 if n < 6 else 1)) for n in range(12)]
     blocks, summary, _ = read(rows, tmp_path)
@@ -81,7 +81,7 @@ def test_long_texts_fill_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert summary.split_shards == {"train": 3}
 
 
-def test_what_does_not_fit_is_told_with_its_place(tmp_path: Path) -> None:
+def test_rejected_rows_are_recorded_with_their_source(tmp_path: Path) -> None:
     rows = [
         row("a", file="list.jsonl", row=1),
         row("a", file="list.jsonl", row=2),
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_told_with_its_place(tmp_path: Path) -> None:
     assert "by choice" not in summary.errors
 
 
-def test_keys_are_found_again_wherever_they_are_kept() -> None:
+def test_key_set_finds_keys_in_memory_and_file() -> None:
     with KeySet(in_memory=10) as seen:
         assert all(seen.add(str(number)) for number in range(57))
         assert not any(seen.add(str(number)) for number in range(57))
@@ -116,7 +116,7 @@ def test_keys_are_found_again_wherever_they_are_kept() -> None:
         assert not seen.add("\udcff")
 
 
-def test_a_unit_of_work_gives_its_rows_back_without_a_copy(tmp_path: Path) -> None:
+def test_unit_is_unpacked_without_a_copy(tmp_path: Path) -> None:
     (block,), _, _ = read([row("a"), row("b", text="二")], tmp_path)
     unit = pack_unit(block)
     before = pa.total_allocated_bytes()
@@ -125,7 +125,7 @@ def test_a_unit_of_work_gives_its_rows_back_without_a_copy(tmp_path: Path) -> No
     assert table.equals(block.table)
 
 
-def test_a_spool_gives_what_reading_gives(tmp_path: Path) -> None:
+def test_spool_returns_the_same_units_as_reading(tmp_path: Path) -> None:
     archives = put_archive(tmp_path)
     corpus = Made()
     write_spool(corpus, SourceArchives(archives, corpus.archives), tmp_path / "made.arrows")
@@ -140,7 +140,7 @@ def test_a_spool_gives_what_reading_gives(tmp_path: Path) -> None:
     assert told == rejected_rows_path(tmp_path / "made.arrows").read_bytes()
 
 
-def test_a_disk_that_fills_up_while_rows_are_spooled_is_a_message(tmp_path: Path) -> None:
+def test_full_disk_while_spooling_is_reported(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     archives, corpus = put_archive(tmp_path), Made()
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_while_rows_are_spooled_is_a_message(tmp_path: Path
         write_spool(corpus, SourceArchives(archives, corpus.archives), tmp_path / "made.arrows")
 
 
-def test_the_quarantine_tells_where_a_row_stands_and_its_medium() -> None:
+def test_quarantine_names_the_source_and_the_media() -> None:
     made = pa.table({"rejected": pa.array(["no pictures in it", None, "longer than 1 s"])})
     references = [MediaRef("/d/a.mp4"), MediaRef("/d/b.mp4"), MediaRef("/d/s.tgz", member="c.mp4")]
     block = pa.table(
@@ -174,7 +174,7 @@ def test_the_quarantine_tells_where_a_row_stands_and_its_medium() -> None:
     ]
 
 
-def test_finished_blocks_are_not_given_again_unless_their_rows_changed(tmp_path: Path) -> None:
+def test_finished_blocks_are_skipped_unless_their_rows_changed(tmp_path: Path) -> None:
     archives = put_archive(tmp_path)
     corpus = Made()
     job = CorpusJob(
@@ -189,7 +189,7 @@ def test_finished_blocks_are_not_given_again_unless_their_rows_changed(tmp_path:
     assert again[-1]["units"][0].as_py() == len(again) - 1
 
 
-def test_a_folder_in_the_making_goes_with_its_last_shard(tmp_path: Path) -> None:
+def test_staging_dir_without_shards_is_removed(tmp_path: Path) -> None:
     table = pa.table({"key": ["a"]})
     with (
         pytest.raises(ValueError, match="stop"),

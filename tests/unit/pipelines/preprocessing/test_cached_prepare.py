@@ -1,4 +1,4 @@
-"""A prepare with nothing changed reads no row: classes and symbols stand in the manifest."""
+"""Preparing an unchanged corpus reads no row: labels and symbols are in the manifest."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tests.helpers import user_corpora
 
 
 class Started(Exception):
-    """Ray would be started."""
+    """Raised in place of the start of Ray."""
 
 
 def pictures(folder: Path) -> Path:
@@ -38,7 +38,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def put(data: Path, corpus: ExternalCorpus) -> None:
-    """The corpus as if it had been prepared: its manifest, and a shard of nothing."""
+    """Write a manifest and an empty shard, as if the corpus was prepared."""
     corpus.scan_labels()
     home = data / corpus.name
     home.mkdir(parents=True)
@@ -67,9 +67,7 @@ def deaf(corpus: ExternalCorpus) -> ExternalCorpus:
     return corpus
 
 
-def test_nothing_is_read_where_the_listing_tells_that_nothing_changed(
-    place: str, tmp_path: Path
-) -> None:
+def test_unchanged_listing_reads_no_row(place: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     put(data, open_external_corpus("mine", place))
     corpus = deaf(open_external_corpus("mine", place))
@@ -79,7 +77,7 @@ def test_nothing_is_read_where_the_listing_tells_that_nothing_changed(
     assert corpus.facts() == {key: told[key] for key in corpus.facts()}
 
 
-def test_what_was_added_is_read(place: str, tmp_path: Path) -> None:
+def test_added_file_is_read(place: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     put(data, open_external_corpus("mine", place))
     first = next(path for path in sorted((tmp_path / "given").rglob("*.*")) if path.is_file())
@@ -90,7 +88,7 @@ def test_what_was_added_is_read(place: str, tmp_path: Path) -> None:
         preparing.prepare([], data, tmp_path, external=[open_external_corpus("mine", place)])
 
 
-def test_other_classes_are_not_taken_from_the_manifest(place: str, tmp_path: Path) -> None:
+def test_labels_of_other_options_are_not_reused(place: str, tmp_path: Path) -> None:
     data = tmp_path / "data"
     put(data, open_external_corpus("mine", place))
     before = json.loads((data / "mine" / "manifest.json").read_text())

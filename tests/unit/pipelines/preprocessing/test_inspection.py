@@ -29,7 +29,7 @@ def poems(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_pictures_have_the_size_that_they_have(tmp_path: Path) -> None:
+def test_image_sizes_are_reported(tmp_path: Path) -> None:
     for number in range(4):
         home = tmp_path / "train" / "ab"[number % 2]
         home.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def test_pictures_have_the_size_that_they_have(tmp_path: Path) -> None:
     assert found["media"]["height"].startswith("64 to 1200")
 
 
-def test_a_clip_that_was_held_upright_is_higher_than_wide(tmp_path: Path) -> None:
+def test_upright_video_is_higher_than_wide(tmp_path: Path) -> None:
     home = tmp_path / "train" / "waving"
     home.mkdir(parents=True)
     wide = encode_video(np.zeros((4, 24, 32, 1), np.uint8))
@@ -63,7 +63,7 @@ def test_rows_of_each_split_and_the_fields_of_the_source_are_shown(tmp_path: Pat
     assert found["texts"]["texts"].endswith("characters")
 
 
-def test_code_has_lengths_and_tars_have_fields(tmp_path: Path) -> None:
+def test_code_lengths_and_tar_fields_are_reported(tmp_path: Path) -> None:
     found = inspection.inspect_corpus(str(user_corpora.codesearchnet(tmp_path / "code")))
     assert found["texts"]["lines of code"] == "6"
     assert {"docstring", "func_name", "code"} <= set(found["source"])
@@ -75,7 +75,7 @@ def test_code_has_lengths_and_tars_have_fields(tmp_path: Path) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A description that waits for a fraction of a second; set the event to let what hangs go."""
+    """Shorten the time limits; the event releases a hanging reader."""
     monkeypatch.setattr(inspection, "READ_TIMEOUT_S", 0.2)
     monkeypatch.setattr(inspection, "COUNT_TIMEOUT_S", 0.2)
     free = threading.Event()
@@ -83,7 +83,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     free.set()
 
 
-def test_a_listing_without_an_end_ends_it_not(
+def test_endless_listing_is_interrupted(
     tmp_path: Path, impatient: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = user_corpora.vatex(tmp_path)
@@ -101,7 +101,7 @@ def test_a_listing_without_an_end_ends_it_not(
     inspection.show_inspection(found)
 
 
-def test_time_is_looked_at_at_every_row(
+def test_time_limit_is_checked_at_every_row(
     poems: Path, impatient: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = SourceDirectory.lines
@@ -116,7 +116,7 @@ def test_time_is_looked_at_at_every_row(
     assert (found["rows"], found["complete"]) == (5, False)
 
 
-def test_a_problem_of_a_reader_is_told(poems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_error_is_raised(poems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: SourceDirectory, relative: str = "") -> Iterator[tuple[int, bytes]]:
         raise UserError("no such file")
 
@@ -125,7 +125,7 @@ def test_a_problem_of_a_reader_is_told(poems: Path, monkeypatch: pytest.MonkeyPa
         inspection.inspect_corpus(f"{POEMS}:{poems}")
 
 
-def test_readers_of_others_are_known_by_name(
+def test_third_party_reader_is_found_by_name(
     poems: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert inspection.inspect_corpus(f"{POEMS}:{poems}")["rows"] == 12
@@ -141,7 +141,7 @@ def test_readers_of_others_are_known_by_name(
 
 
 @pytest.mark.parametrize("words", [{"tnews": {"keywords": True}}, {"mine": {}}])
-def test_options_of_what_is_not_read_are_refused(tmp_path: Path, words: dict[str, Any]) -> None:
+def test_options_of_another_reader_are_rejected(tmp_path: Path, words: dict[str, Any]) -> None:
     folder = user_corpora.codesearchnet(tmp_path)
     with pytest.raises(UserError, match=r"is read as codesearchnet .*--options\.codesearchnet"):
         inspection.inspect_corpus(str(folder), words)

@@ -1,4 +1,4 @@
-"""Pixels kept as JPEG read like raw ones, nearly the same values, at a fraction of the bytes."""
+"""JPEG columns read like raw ones, with nearly equal values and a fraction of the bytes."""
 
 import io
 import json
@@ -24,14 +24,14 @@ PICTURE, CLIP = (224, 224, 3), (8, 96, 96, 1)
 
 
 def smooth(shape: tuple[int, ...], number: int) -> np.ndarray:
-    """Something that JPEG keeps well."""
+    """Return a smooth row that JPEG preserves well."""
     y, x = np.mgrid[: shape[-3], : shape[-2]]
     wave = 127 + 120 * np.sin((x + 2 * y) / (20 + number))
     return np.broadcast_to(wave[..., None], shape).astype(np.uint8)
 
 
 @pytest.mark.parametrize("shape", [PICTURE, CLIP])
-def test_rows_come_back_nearly_as_they_were(shape: tuple[int, ...]) -> None:
+def test_decoded_rows_are_nearly_equal(shape: tuple[int, ...]) -> None:
     rows = [smooth(shape, number) for number in range(5)]
     cells = [encode_jpeg(row) for row in rows]
     back = decode_jpegs(cells, shape)
@@ -41,7 +41,7 @@ def test_rows_come_back_nearly_as_they_were(shape: tuple[int, ...]) -> None:
     assert cells == [encode_jpeg(row) for row in rows]
 
 
-def test_storage_goes_by_size_unless_it_is_told() -> None:
+def test_storage_depends_on_size_unless_it_is_set() -> None:
     assert not uses_jpeg((48, 48, 3), "auto")
     assert uses_jpeg(PICTURE, "auto")
     assert uses_jpeg((48, 48, 3), "encoded")
@@ -52,7 +52,7 @@ def test_storage_goes_by_size_unless_it_is_told() -> None:
 
 
 def column(rows: int = 6, chunks: int = 2) -> tuple[pa.Table, np.ndarray]:
-    """An encoded column in several chunks, and its decoded rows."""
+    """Return a JPEG column in several chunks, and its decoded rows."""
     cells = [encode_jpeg(smooth(PICTURE, number)) for number in range(rows)]
     schema = pa.schema([jpeg_field("pixels", PICTURE)])
     parts = [pa.table([cells[i::chunks]], schema=schema) for i in range(chunks)]
@@ -73,7 +73,7 @@ def test_a_column_is_read_in_any_order_across_shards() -> None:
     assert np.array_equal(single.take(np.array([2, 1])), want[[2, 1]])
 
 
-def test_what_is_no_jpeg_of_that_shape_is_named() -> None:
+def test_cell_of_another_shape_is_reported() -> None:
     schema = pa.schema([jpeg_field("pixels", PICTURE)])
     small = io.BytesIO()
     Image.new("RGB", (8, 8)).save(small, "JPEG")
@@ -86,7 +86,7 @@ def test_what_is_no_jpeg_of_that_shape_is_named() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_folder_is_prepared_encoded_and_its_bad_rows_set_aside(tmp_path: Path, kind: str) -> None:
+def test_folder_is_prepared_as_jpeg_without_its_bad_rows(tmp_path: Path, kind: str) -> None:
     ending = {"image": "jpg", "video": "mp4"}[kind]
     good = io.BytesIO()
     if kind == "image":

@@ -1,4 +1,4 @@
-"""Corpora in a store: the same batches as from the disk, through a cache smaller than they are."""
+"""Corpora in a store give the same batches as on a disk, with a cache smaller than they are."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.training.resolved_run import ResolvedRun
 from pipelines.config.run import FinetuneConfig, StorageConfig
 from pipelines.loading.dataloader import Batch, MultiTaskDataLoader
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.shards.format import manifest_digest
+from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.cache import GB, FileCache
@@ -31,13 +31,13 @@ def uploaded(object_store_server: ObjectStore, data: Path) -> str:
     uri = f"s3://{BUCKET}/test-remote-corpora"
     with in_environment(object_store_server.environment):
         for name in MODALITY:
-            directories.put_directory(data / name, directories.join(uri, name))
+            directories.put_directory(data / name, directories.join_uri(uri, name))
     return uri
 
 
 @pytest.fixture
 def bucket(object_store: ObjectStore, uploaded: str, run_root: Path) -> str:
-    """The corpora in a store, not to be changed, and an empty cache."""
+    """Return the URI of read-only corpora in a store, with an empty cache."""
     return uploaded
 
 
@@ -57,7 +57,7 @@ def same(
                 assert torch.equal(x, y), (step, mine.task)
 
 
-def test_a_corpus_is_opened_by_its_manifest(bucket: str, data: Path) -> None:
+def test_remote_corpus_is_opened_by_its_manifest(bucket: str, data: Path) -> None:
     cache = FileCache(data.parent / "empty", GB)
     there, here = open_corpus(f"{bucket}/headings", cache=cache), open_corpus(data / "headings")
     assert (there.digest, there.rows, there.path) == (here.digest, here.rows, f"{bucket}/headings")
@@ -69,9 +69,14 @@ def test_a_corpus_is_opened_by_its_manifest(bucket: str, data: Path) -> None:
     assert verify_corpus(f"{bucket}/headings")["digest"] == here.digest
 
 
-def test_the_same_batches_as_from_the_disk(bucket: str, data: Path) -> None:
+def test_remote_batches_equal_local_batches(bucket: str, data: Path) -> None:
     config = small_config(data)
-    same(ResolvedRun(config).dataloader, ResolvedRun(replace(config, data=bucket)).dataloader, range(12), world=2)
+    same(
+        ResolvedRun(config).dataloader,
+        ResolvedRun(replace(config, data=bucket)).dataloader,
+        range(12),
+        world=2,
+    )
 
 
 def windowed(data: Path | str, corpus: str, cache_gb: float, shuffle_gb: float) -> FinetuneConfig:
@@ -83,37 +88,37 @@ def windowed(data: Path | str, corpus: str, cache_gb: float, shuffle_gb: float) 
 
 
 @pytest.mark.parametrize("corpus", ["drawings", "syllables", "functions"])
-def test_a_corpus_larger_than_the_cache(
+def test_corpus_larger_than_the_cache_is_read(
     bucket: str, data: Path, corpus: str, run_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three epochs in windows of two shards of six; the cache holds not more than five."""
+    """Read three epochs in windows of two of six shards; the cache holds at most five."""
     split = open_corpus(data / corpus).splits["train"]
     shard = max(entry["bytes"] for entry in split.shards) / GB
     limit = 5.1 * shard
     local = ResolvedRun(windowed(data, corpus, limit, 2.1 * shard)).dataloader
     there = ResolvedRun(windowed(bucket, corpus, limit, 2.1 * shard)).dataloader
-    (rows,) = there.rows.values()
+    (rows,) = there.datasets.values()
     cache = FileCache(run_root / "cache" / "shards", int(limit * GB))
     seen = []
     for step in range(-(-3 * 60 // 6)):
         same(local, there, range(step, step + 1))
         assert cache.used() <= limit * GB
-        assert len(rows.held._open) <= 4
-        seen.append(there.plan(step).rows)
+        assert len(rows.shard_table._open) <= 4
+        seen.append(there.batch_spec(step).rows)
     for epoch in range(3):
         part = np.concatenate(seen)[60 * epoch : 60 * (epoch + 1)]
         assert len(part) < 60 or sorted(part.tolist()) == list(range(60))
-    assert "going on over it" not in capsys.readouterr().err
+    assert "the cache's limit" not in capsys.readouterr().err
     # Resuming anywhere needs no more than the windows there.
     same(local, ResolvedRun(windowed(bucket, corpus, limit, 2.1 * shard)).dataloader, range(17, 19))
 
 
-def test_a_cache_that_cannot_do_is_refused_before_the_start(bucket: str) -> None:
-    with pytest.raises(UserError, match=r"storage.cache_gb.*or training.shuffle_gb \(4.0\) lower"):
-        ResolvedRun(windowed(bucket, "drawings", 1e-5, 4.0)).dataloader
+def test_too_small_cache_is_rejected_before_the_start(bucket: str) -> None:
+    with pytest.raises(UserError, match=r"storage.cache_gb.*or lower training.shuffle_gb \(4.0\)"):
+        _ = ResolvedRun(windowed(bucket, "drawings", 1e-5, 4.0)).dataloader
 
 
-def test_what_was_shuffled_whole_keeps_its_order(data: Path) -> None:
+def test_completely_shuffled_corpus_keeps_its_order(data: Path) -> None:
     config = small_config(data)
     corpora = {name: open_corpus(data / name) for name in MODALITY}
     before = MultiTaskDataLoader(
@@ -122,7 +127,9 @@ def test_what_was_shuffled_whole_keeps_its_order(data: Path) -> None:
     same(before, ResolvedRun(config).dataloader, range(8))
 
 
-def test_damage_is_named(object_store: ObjectStore, data: Path, run_root: Path) -> None:
+def test_damaged_remote_shard_is_reported(
+    object_store: ObjectStore, data: Path, run_root: Path
+) -> None:
     place = f"{object_store.uri}/drawings"
     directories.put_directory(data / "drawings", place)
     shard = open_corpus(place).splits["train"].shards[0]["file"]
@@ -145,7 +152,7 @@ def test_damage_is_named(object_store: ObjectStore, data: Path, run_root: Path) 
         open_corpus(f"{object_store.uri}/nothing")
 
 
-def test_a_manifest_cannot_lead_out_of_the_cache(
+def test_manifest_cannot_lead_out_of_the_cache(
     object_store: ObjectStore, tmp_path: Path, data: Path, run_root: Path
 ) -> None:
     folder = tmp_path / "evil"

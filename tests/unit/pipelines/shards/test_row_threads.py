@@ -1,4 +1,4 @@
-"""Rows shared out over threads: each once, and the result is that of one thread."""
+"""Rows shared among threads: each once, with the result of one thread."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 from pipelines.config.data import AugmentConfig
 from pipelines.loading import augment
-from pipelines.loading.augment import Draws
+from pipelines.loading.augment import BatchRandom
 from pipelines.shards import row_threads
 from pipelines.shards.row_threads import map_row_slices
 
@@ -23,7 +23,7 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 64, 65])
-def test_every_row_comes_once(cores: int, count: int) -> None:
+def test_every_row_is_processed_once(cores: int, count: int) -> None:
     seen = np.zeros(count, int)
 
     def mark(mine: slice) -> None:
@@ -42,7 +42,7 @@ def test_an_error_in_a_thread_is_raised(cores: int) -> None:
         map_row_slices(64, fail)
 
 
-def test_no_more_threads_than_the_process_computes_with() -> None:
+def test_row_threads_do_not_exceed_torch_threads() -> None:
     before = row_threads._limit
     try:
         row_threads.limit_row_threads(1)
@@ -53,15 +53,16 @@ def test_no_more_threads_than_the_process_computes_with() -> None:
         row_threads.limit_row_threads(before)
 
 
-def test_pictures_and_clips_change_alike_however_many_threads(cores: int) -> None:
+def test_augmentation_does_not_depend_on_the_number_of_threads(cores: int) -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (37, 20, 20, 3), np.uint8)
     frames = random.integers(0, 256, (37, 4, 12, 12, 1), np.uint8)
     config = AugmentConfig()
-    for change, rows in ((augment.pictures, pixels), (augment.clips, frames)):
-        whole = change(rows, config, Draws((1,), 37, slice(None)))
+    for change, rows in ((augment.augment_images, pixels), (augment.augment_videos, frames)):
+        whole = change(rows, config, BatchRandom((1,), 37, slice(None)))
         one_by_one = [
-            change(rows[n : n + 1], config, Draws((1,), 37, slice(n, n + 1))) for n in range(37)
+            change(rows[n : n + 1], config, BatchRandom((1,), 37, slice(n, n + 1)))
+            for n in range(37)
         ]
         assert torch.equal(whole, torch.cat(one_by_one))
         assert whole.is_contiguous()

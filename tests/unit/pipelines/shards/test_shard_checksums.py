@@ -1,4 +1,4 @@
-"""A shard is hashed before it is read, once, and again when it may have changed."""
+"""A shard is hashed once before it is read, and again when it may have changed."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the shards that were hashed."""
+    """Record the names of hashed shards."""
     names: list[str] = []
     real = checksums.sha256_file
 
@@ -36,7 +36,7 @@ def flip(path: Path, position: int = 700) -> None:
     path.write_bytes(content)
 
 
-def test_a_flipped_bit_is_found_and_named_where_the_shard_is_read(corpus: Path) -> None:
+def test_flipped_bit_is_reported_when_the_shard_is_opened(corpus: Path) -> None:
     flip(corpus / "train-00001.arrow")
     opened = open_corpus(corpus)
     opened.splits["test"].table()
@@ -46,7 +46,7 @@ def test_a_flipped_bit_is_found_and_named_where_the_shard_is_read(corpus: Path) 
     assert open_corpus(corpus).splits["train"].table().num_rows == 45
 
 
-def test_hashing_is_paid_for_once(corpus: Path, hashed: list[str]) -> None:
+def test_shard_is_hashed_once(corpus: Path, hashed: list[str]) -> None:
     open_corpus(corpus).splits["train"].table()
     assert sorted(hashed) == ["train-00000.arrow", "train-00001.arrow"]
     open_corpus(corpus).splits["train"].table()
@@ -57,7 +57,7 @@ def test_hashing_is_paid_for_once(corpus: Path, hashed: list[str]) -> None:
     assert len(hashed) == 3, "notes of other splits stay"
 
 
-def test_a_shard_that_may_have_changed_is_hashed_again(corpus: Path, hashed: list[str]) -> None:
+def test_possibly_changed_shard_is_hashed_again(corpus: Path, hashed: list[str]) -> None:
     path = corpus / "train-00000.arrow"
     open_corpus(corpus).splits["train"].table()
     os.utime(path, ns=(1, 1))
@@ -68,7 +68,7 @@ def test_a_shard_that_may_have_changed_is_hashed_again(corpus: Path, hashed: lis
         open_corpus(corpus).splits["train"].table()
 
 
-def test_notes_that_are_damaged_or_cannot_be_kept_only_cost_time(
+def test_lost_records_only_cost_time(
     corpus: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (corpus / checksums.VERIFIED_NOTES).write_text('{"train-')

@@ -1,4 +1,4 @@
-"""Shards open in three libraries, and nothing altered is taken for whole."""
+"""Shards open in three libraries, and altered shards are detected."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def table() -> pa.Table:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A corpus of two shards in one split."""
+    """Write a corpus of two shards in one split."""
     directory = tmp_path / "made"
     directory.mkdir()
     shards = [write_shard(table(), directory / f"train-0000{n}.arrow") for n in range(2)]
@@ -67,7 +67,7 @@ def test_a_shard_opens_in_pyarrow_polars_and_datasets(tmp_path: Path) -> None:
     assert datasets.Dataset.from_file(str(path)).to_list() == want
 
 
-def test_the_shape_stands_in_the_metadata_of_the_field(corpus: Path) -> None:
+def test_shape_is_in_the_metadata_of_the_field(corpus: Path) -> None:
     field = open_corpus(corpus).schema.field("pixels")
     assert json.loads(field.metadata[b"shape"]) == [2, 2, 3]
     assert field.type == pa.list_(pa.uint8(), 12)
@@ -82,17 +82,17 @@ def test_rows_are_memory_mapped_not_copied(corpus: Path) -> None:
     assert pa.total_allocated_bytes() - before < 1024
 
 
-def test_equal_tables_give_equal_bytes_however_they_are_chunked() -> None:
+def test_equal_tables_with_other_chunks_give_equal_bytes() -> None:
     pieces = pa.concat_tables([table().slice(0, 2), table().slice(2)])
     assert shard_bytes(pieces) == shard_bytes(table())
 
 
-def test_an_unknown_column_is_named(corpus: Path) -> None:
+def test_unknown_column_is_reported(corpus: Path) -> None:
     with pytest.raises(UserError, match=r"no column 'pixel'.*pixels"):
         open_corpus(corpus).splits["train"].column("pixel")
 
 
-def test_a_changed_byte_is_found_by_verification(corpus: Path) -> None:
+def test_verification_detects_a_changed_byte(corpus: Path) -> None:
     shard = corpus / "train-00001.arrow"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -102,20 +102,20 @@ def test_a_changed_byte_is_found_by_verification(corpus: Path) -> None:
         verify_corpus(corpus)
 
 
-def test_a_cut_shard_is_refused_when_opened(corpus: Path) -> None:
+def test_truncated_shard_is_rejected_when_opened(corpus: Path) -> None:
     shard = corpus / "train-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"train-00000\.arrow: this shard was altered: \d+ bytes"):
         open_corpus(corpus)
 
 
-def test_a_missing_shard_is_named(corpus: Path) -> None:
+def test_missing_shard_is_reported(corpus: Path) -> None:
     (corpus / "train-00001.arrow").unlink()
     with pytest.raises(UserError, match=r"train-00001\.arrow: this shard is missing"):
         open_corpus(corpus)
 
 
-def test_a_directory_without_a_manifest_is_not_a_corpus(corpus: Path) -> None:
+def test_directory_without_a_manifest_is_not_a_corpus(corpus: Path) -> None:
     (corpus / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"not a prepared corpus.*skillnet prepare made"):
         open_corpus(corpus)
@@ -130,7 +130,7 @@ def test_a_directory_without_a_manifest_is_not_a_corpus(corpus: Path) -> None:
         ("task", "another", "changed after it was written"),
     ],
 )
-def test_an_edited_manifest_is_refused(corpus: Path, key: str, value: object, message: str) -> None:
+def test_edited_manifest_is_rejected(corpus: Path, key: str, value: object, message: str) -> None:
     path = corpus / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**manifest, key: value}), encoding="utf-8")
@@ -138,7 +138,7 @@ def test_an_edited_manifest_is_refused(corpus: Path, key: str, value: object, me
         open_corpus(corpus)
 
 
-def test_versions_of_libraries_do_not_count_for_the_digest(corpus: Path) -> None:
+def test_library_versions_do_not_change_the_digest(corpus: Path) -> None:
     manifest = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))
     assert manifest_digest({**manifest, "made_with": {}}) == manifest["digest"]
     assert manifest_digest({**manifest, "corpus": "other"}) != manifest["digest"]

@@ -1,4 +1,4 @@
-"""Preparing into a store: its tokenizer is that of its corpora, whatever lies on this disk."""
+"""Preparing into a store uses the tokenizer of its corpora, and not a local leftover."""
 
 import json
 import uuid
@@ -29,7 +29,7 @@ def learnt(path: Path, text: str) -> Path:
 
 
 def put(uri: str, tokenizer: Path, *corpora: str) -> None:
-    """A store with a tokenizer, and corpora whose manifests say that they are spelt with it."""
+    """Create a store with a tokenizer and corpora that use it."""
     directories.put_file(tokenizer, f"{uri}/{TOKENIZER}")
     for name in corpora:
         told = {"corpus": name, "tokenizer": {"sha256": sha256_file(tokenizer)}}
@@ -37,7 +37,7 @@ def put(uri: str, tokenizer: Path, *corpora: str) -> None:
 
 
 @pytest.mark.parametrize("lesson", ["their own", selection.LEARN])
-def test_the_tokenizer_of_a_stores_corpora_is_not_replaced(
+def test_tokenizer_of_a_stores_corpora_is_not_replaced(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lesson: str
 ) -> None:
     put(uri, learnt(tmp_path / "before.json", "苹果和梨"), "headlines", "functions")
@@ -58,9 +58,7 @@ def test_the_tokenizer_of_a_stores_corpora_is_not_replaced(
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == before
 
 
-def test_the_stores_tokenizer_wins_over_what_an_earlier_prepare_left_here(
-    uri: str, tmp_path: Path
-) -> None:
+def test_tokenizer_of_the_store_replaces_a_local_leftover(uri: str, tmp_path: Path) -> None:
     old, new = learnt(tmp_path / "old.json", "苹果"), learnt(tmp_path / "new.json", "桌子")
     put(uri, old)
     with remote_staging.stage_locally(uri) as here:
@@ -73,7 +71,7 @@ def test_the_stores_tokenizer_wins_over_what_an_earlier_prepare_left_here(
     assert directories.read_bytes(f"{uri}/{TOKENIZER}") == new.read_bytes()
 
 
-def test_what_corpora_share_is_sent_once(
+def test_shared_files_are_uploaded_once(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []

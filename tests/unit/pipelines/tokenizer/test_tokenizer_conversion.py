@@ -1,4 +1,4 @@
-"""Tokenizers of the user's own: any kind, nothing unknown, four ids where the model has them."""
+"""Converted tokenizers: all kinds, no unknown tokens, and the model's four fixed ids."""
 
 import json
 from pathlib import Path
@@ -54,20 +54,20 @@ KINDS = {"WordPiece": word_piece, "byte-level BPE": byte_level, "Unigram": unigr
 
 @pytest.fixture(params=KINDS)
 def adopted(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Tokenizer, Tokenizer]:
-    """(As it was, as adopted)."""
+    """Return the original and the converted tokenizer."""
     before = KINDS[request.param]()
     before.save(str(tmp_path / "tokenizer.json"))
     return before, Tokenizer.from_str(convert_tokenizer(tmp_path))
 
 
-def test_the_four_and_the_bytes_come_first(adopted: tuple[Tokenizer, Tokenizer]) -> None:
+def test_special_tokens_and_bytes_come_first(adopted: tuple[Tokenizer, Tokenizer]) -> None:
     _, made = adopted
     names = [*tokenizers.SPECIAL, *BYTE_TOKENS]
     assert [made.token_to_id(name) for name in names] == list(range(260))
     assert sorted(made.get_vocab().values()) == list(range(made.get_vocab_size()))
 
 
-def test_known_texts_are_cut_as_before(adopted: tuple[Tokenizer, Tokenizer]) -> None:
+def test_known_texts_are_tokenized_as_before(adopted: tuple[Tokenizer, Tokenizer]) -> None:
     before, made = adopted
     for each in TEXTS[:3]:
         assert made.encode(each).tokens == before.encode(each).tokens
@@ -85,7 +85,7 @@ def test_nothing_is_unknown_and_different_characters_stay_different(
     assert ids != other
 
 
-def test_a_folder_of_transformers(tmp_path: Path) -> None:
+def test_directory_of_transformers_is_converted(tmp_path: Path) -> None:
     from transformers import BertTokenizer
 
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "红", "色", "read", "##er"]
@@ -96,20 +96,20 @@ def test_a_folder_of_transformers(tmp_path: Path) -> None:
     assert row == [made.token_to_id("红"), *(4 + byte for byte in "龘".encode())]
 
 
-def test_one_of_ours_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_own_tokenizer_is_not_changed(tmp_path: Path) -> None:
     ours = tokenizers.train_tokenizer(TEXTS, [], size=500)
     (tmp_path / "ours.json").write_text(ours, encoding="utf-8")
     assert convert_tokenizer(tmp_path / "ours.json") == ours
 
 
-def test_every_kind_of_chinese_character_is_spelt_by_a_learnt_one() -> None:
+def test_trained_tokenizer_encodes_all_kinds_of_chinese_characters() -> None:
     learnt = Tokenizer.from_str(tokenizers.train_tokenizer(TEXTS, [], size=500))
     rows = text.encode_texts(learnt, STRANGE, 64).to_pylist()
     assert all(row and tokenizers.UNKNOWN not in row for row in rows)
     assert len({tuple(row) for row in rows}) == len(STRANGE)
 
 
-def test_a_corpus_of_more_characters_than_tokens_keeps_the_commonest() -> None:
+def test_small_vocabulary_keeps_the_most_frequent_characters() -> None:
     many = "".join(chr(0x4E00 + n) for n in range(2000))
     learnt = json.loads(tokenizers.train_tokenizer([many, "的" * 50], [], size=1000))["model"][
         "vocab"
@@ -126,7 +126,7 @@ def test_a_corpus_of_more_characters_than_tokens_keeps_the_commonest() -> None:
         ("folder/x.txt", "x", "finds no tokenizer there"),
     ],
 )
-def test_what_is_no_tokenizer_is_named(
+def test_invalid_tokenizer_is_reported(
     tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     path = tmp_path / name

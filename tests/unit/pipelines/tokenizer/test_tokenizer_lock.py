@@ -1,4 +1,4 @@
-"""One folder has one tokenizer, also while several prepares work in it."""
+"""A directory has one tokenizer, even while several prepare runs use it."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "ensure_ray", refuse)
 
 
-def test_many_spell_with_it_and_one_alone_replaces_it(tmp_path: Path) -> None:
+def test_lock_is_shared_for_use_and_exclusive_for_replacement(tmp_path: Path) -> None:
     with (
         selection.lock_tokenizer(tmp_path),
         selection.lock_tokenizer(tmp_path) as mine,
@@ -45,7 +45,7 @@ def test_many_spell_with_it_and_one_alone_replaces_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("lesson", ["their own", selection.LEARN])
-def test_a_prepare_does_not_replace_what_another_one_spells_with(
+def test_prepare_does_not_replace_a_tokenizer_in_use(
     tmp_path: Path, no_ray: None, there: bool, lesson: str
 ) -> None:
     data = tmp_path / "data"
@@ -65,9 +65,7 @@ def test_a_prepare_does_not_replace_what_another_one_spells_with(
     assert (data / TOKENIZER).exists() == there
 
 
-def test_a_corpus_is_not_put_beside_the_tokenizer_of_another_machine(
-    run_root: Path, tmp_path: Path
-) -> None:
+def test_corpus_is_not_published_beside_another_tokenizer(run_root: Path, tmp_path: Path) -> None:
     uri = f"memory://{tmp_path.name}-claim"
     put(uri, learnt(tmp_path / "mine.json", "苹果"))
     mine = RemoteStaging.create(uri, "a", tmp_path, sha256_file(tmp_path / "mine.json"))
@@ -77,7 +75,7 @@ def test_a_corpus_is_not_put_beside_the_tokenizer_of_another_machine(
     assert not directories.is_committed(f"{uri}/a")
 
 
-def test_what_another_prepare_has_not_sent_yet_stays(run_root: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_was_not_uploaded_yet_stays(run_root: Path, tmp_path: Path) -> None:
     uri = f"memory://{tmp_path.name}-staged"
     with remote_staging.stage_locally(uri) as here, selection.lock_tokenizer(here) as mine:
         mine.exclusive()
@@ -90,13 +88,13 @@ def test_what_another_prepare_has_not_sent_yet_stays(run_root: Path, tmp_path: P
         assert (here / TOKENIZER).is_file()
 
 
-def test_a_file_is_no_place_for_corpora(tmp_path: Path, no_ray: None) -> None:
+def test_data_path_that_is_a_file_is_rejected(tmp_path: Path, no_ray: None) -> None:
     (tmp_path / "data").write_text("")
     with pytest.raises(UserError, match="data: a file; expected the directory"):
         preparing.prepare(["drawings"], tmp_path / "data", tmp_path)
 
 
-def test_a_tokenizer_that_no_corpus_is_spelt_with_was_left_by_a_killed_prepare(
+def test_unused_trained_tokenizer_is_a_leftover(
     tmp_path: Path,
 ) -> None:
     tokenizer = learnt(tmp_path / TOKENIZER, "苹果")

@@ -1,4 +1,4 @@
-"""The tokenizer: the same from the same texts, and nothing unknown."""
+"""Training the tokenizer: deterministic, and without unknown tokens."""
 
 import json
 
@@ -17,7 +17,7 @@ def learnt() -> Tokenizer:
     return Tokenizer.from_str(tokenizers.train_tokenizer(TASK, OTHER, ("横折",), size=500))
 
 
-def test_learning_does_not_depend_on_the_order_or_the_run() -> None:
+def test_training_does_not_depend_on_order_or_run() -> None:
     first = tokenizers.train_tokenizer(TASK, OTHER, ("横折", "横折钩"), size=500)
     assert first == tokenizers.train_tokenizer(
         TASK[::-1], OTHER[::-1], ("横折钩", "横折"), size=500
@@ -34,7 +34,7 @@ def test_every_chinese_character_is_a_token_and_terms_are_one(learnt: Tokenizer)
     assert learnt.encode("竖、横折、横").tokens == ["竖", "、", "横折", "、", "横"]
 
 
-def test_identifiers_are_cut_and_lose_their_case(learnt: Tokenizer) -> None:
+def test_identifiers_are_split_and_lower_cased(learnt: Tokenizer) -> None:
     snake, camel = learnt.encode("get_stock_data").tokens, learnt.encode("getStockData").tokens
     assert [t for t in snake if t != "_"] == camel
     assert "stock" in camel
@@ -48,11 +48,11 @@ def test_nothing_is_unknown(learnt: Tokenizer) -> None:
         assert tokenizers.UNKNOWN not in tokens.ids, strange
 
 
-def test_bytes_spelt_out_in_a_text_are_no_tokens(learnt: Tokenizer) -> None:
+def test_byte_token_names_in_a_text_are_ordinary_text(learnt: Tokenizer) -> None:
     assert learnt.encode("<0x41>").tokens != ["<0x41>"]
 
 
-def test_rare_characters_of_other_texts_are_left_to_bytes(learnt: Tokenizer) -> None:
+def test_rare_characters_of_other_texts_are_encoded_as_bytes(learnt: Tokenizer) -> None:
     vocabulary = learnt.get_vocab()
     assert "常" in vocabulary
     assert "罕" not in vocabulary
@@ -64,7 +64,7 @@ def test_the_vocabulary_is_not_larger_than_asked(learnt: Tokenizer) -> None:
     assert json.loads(learnt.to_str())["model"]["byte_fallback"]
 
 
-def test_tokens_are_cut_at_the_limit_and_captions_keep_their_rows(learnt: Tokenizer) -> None:
+def test_tokens_are_truncated_and_captions_keep_their_rows(learnt: Tokenizer) -> None:
     assert text.encode_texts(learnt, ["红" * 9, ""], 4).to_pylist() == [
         [learnt.token_to_id("红")] * 4,
         [],
@@ -74,7 +74,7 @@ def test_tokens_are_cut_at_the_limit_and_captions_keep_their_rows(learnt: Tokeni
     assert rows == [[[ids["红"]], [ids["心"]]], [], [[ids["色"]]]]
 
 
-def test_a_missing_or_broken_tokenizer_is_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_missing_or_damaged_tokenizer_is_reported(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="no such tokenizer"):
         tokenizers.load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "bad.json").write_text("{}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One row's decoder fails, is too slow, or has ended workers before: the others go on."""
+"""A decoder that fails, is too slow or has ended workers costs only its own row."""
 
 import ast
 import signal
@@ -15,7 +15,7 @@ from pipelines.corpora.readers import columns
 from pipelines.io.source_file import SourceReadError
 from pipelines.transforms import decode_guard
 from pipelines.transforms.decode_guard import CRASHES_WORKER, TOO_LARGE, DecodeAttempts, decode_each
-from skillnet_platform.storage.retry import StoreUnavailable
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 
 def refuse(value: int) -> int:
@@ -40,7 +40,7 @@ def test_each_row_gets_its_result_or_its_reason() -> None:
     ]
 
 
-def test_what_a_decoder_raises_costs_one_row_and_is_told_by_its_type() -> None:
+def test_unexpected_decoder_error_rejects_one_row_with_its_type() -> None:
     found = list(decode_each([1, 0, 2, None], lambda value: 2 // value))  # type: ignore[operator]
     assert found == [
         (2, None),
@@ -50,9 +50,11 @@ def test_what_a_decoder_raises_costs_one_row_and_is_told_by_its_type() -> None:
     ]
 
 
-@pytest.mark.parametrize("problem", [SourceReadError("a disk fails"), StoreUnavailable("away")])
+@pytest.mark.parametrize(
+    "problem", [SourceReadError("a disk fails"), StoreUnavailableError("away")]
+)
 @pytest.mark.parametrize("within", [True, False])
-def test_a_store_that_fails_is_no_bad_row(problem: Exception, within: bool) -> None:
+def test_store_failure_is_not_a_bad_row(problem: Exception, within: bool) -> None:
     def fail(value: int) -> int:
         raise problem
 
@@ -60,7 +62,7 @@ def test_a_store_that_fails_is_no_bad_row(problem: Exception, within: bool) -> N
         list(decode_each([0], fail) if within else decode_each(map(fail, [0]), int))
 
 
-def test_signals_are_as_before_and_no_alarm_is_left() -> None:
+def test_signal_handlers_and_timers_are_restored() -> None:
     before = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGPROF)
     list(decode_each(range(3), refuse, seconds=0.2))
     assert before == (signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGPROF))
@@ -68,7 +70,7 @@ def test_signals_are_as_before_and_no_alarm_is_left() -> None:
     assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
-def test_a_thread_without_signals_reads_too() -> None:
+def test_decoding_works_in_a_thread_without_signals() -> None:
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.extend(decode_each(range(2), refuse)))
     thread.start()
@@ -88,7 +90,7 @@ with watch_block("test-" + sys.argv[1], "train-00000"):
 """
 
 
-def test_a_row_that_ended_two_processes_is_not_tried_again(tmp_path: Path) -> None:
+def test_row_that_ended_two_processes_is_skipped(tmp_path: Path) -> None:
     name = tmp_path.name
     run = [subprocess.run([sys.executable, "-c", CRASH, name], capture_output=True, text=True,
                           check=False) for _ in range(3)]  # fmt: skip
@@ -105,7 +107,7 @@ def test_a_row_that_ended_two_processes_is_not_tried_again(tmp_path: Path) -> No
     assert not decode_guard.attempts_dir(f"test-{name}").exists()
 
 
-def test_a_worker_that_ends_between_rows_blames_none() -> None:
+def test_worker_that_ends_between_rows_blames_no_row() -> None:
     first = DecodeAttempts("between", "block")
     assert not first.must_skip_next()
     first.end_row()
@@ -116,7 +118,7 @@ def test_a_worker_that_ends_between_rows_blames_none() -> None:
     decode_guard.remove_attempts("between")
 
 
-def test_code_that_cannot_be_read_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_cannot_be_read_rejects_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def strip(source: str) -> str:
         if source == "deep":
             raise RecursionError

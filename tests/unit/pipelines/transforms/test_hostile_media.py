@@ -1,4 +1,4 @@
-"""Recordings, clips and pictures of others: what may read them, and what they may not ask for."""
+"""Hostile audio, videos and images: allowed decoders and forbidden requests."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ DRAWN = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 
 
 def saved(picture: Image.Image, kind: str, **more: Any) -> bytes:
-    """A picture as a file."""
+    """Return an image file."""
     target = io.BytesIO()
     picture.save(target, kind, **more)
     return target.getvalue()
@@ -27,7 +27,7 @@ def saved(picture: Image.Image, kind: str, **more: Any) -> bytes:
 def riff(
     samples: bytes, size: int, riff_size: int | None = None, form: int = 1, bits: int = 16
 ) -> bytes:
-    """A WAV file of mono samples at 16 kHz whose head says those sizes."""
+    """Return a WAV file of mono samples at 16 kHz with declared sizes."""
     about = struct.pack("<HHIIHH", form, 1, 16_000, 2_000 * bits, bits // 8, bits)
     chunks = b"WAVEfmt " + struct.pack("<I", 16) + about + b"data" + struct.pack("<I", size)
     whole = len(chunks) + len(samples) if riff_size is None else riff_size
@@ -35,7 +35,7 @@ def riff(
 
 
 def rf64(samples: bytes, size: int) -> bytes:
-    """The same with its sizes in 64 bits."""
+    """Return the same file with 64-bit sizes."""
     plain = riff(samples, 0xFFFFFFFF)
     sizes = struct.pack("<IQQQI", 28, size + 72, size, 0, 0)
     return b"RF64\xff\xff\xff\xffWAVEds64" + sizes + plain[12:]
@@ -47,7 +47,7 @@ SAMPLES = (tone(0.5, 16_000) * 20_000).astype("<i2").tobytes()
 @pytest.mark.parametrize(
     "name", ["list.mp3", "list.mp4", "hls.mp3", "dash.mp3", "dash.mp4", "session.mp3"]
 )
-def test_what_names_other_files_opens_none(
+def test_playlists_open_no_other_files(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -70,7 +70,7 @@ def test_what_names_other_files_opens_none(
         (sound.load_log_mel if name.endswith("mp3") else video.load_video_frames)(made.encode())
 
 
-def test_what_is_read_is_known_and_opens_nothing_else() -> None:
+def test_allowed_formats_exist_and_are_no_playlists() -> None:
     for name in containers.FORMATS:
         assert av.ContainerFormat(name, "r").is_input, name
     bad = {"hls", "dash", "concat", "sdp", "rtsp", "image2", "vobsub", "imf", "lavfi", "webm_dash"}
@@ -83,12 +83,12 @@ def test_what_is_read_is_known_and_opens_nothing_else() -> None:
      DRAWN, b"1\n00:00:01,000 --> 00:00:02,000\nhi\n\n"],
     ids=["png", "jpeg", "svg", "subtitles"],
 )  # fmt: skip
-def test_a_picture_is_no_clip(data: bytes) -> None:
+def test_image_is_not_a_video(data: bytes) -> None:
     with pytest.raises(ValueError, match="a playlist, an image"):
         video.load_video_frames(data)
 
 
-def test_a_codec_that_nobody_knows_is_a_bad_row() -> None:
+def test_unknown_codec_is_a_bad_row() -> None:
     data = unknown_codec()
     for read in (video.load_video_frames, video.count_frames, video.read_video_size):
         with pytest.raises(ValueError, match="codec that FFmpeg does not know"):
@@ -98,7 +98,7 @@ def test_a_codec_that_nobody_knows_is_a_bad_row() -> None:
         sound.decode_audio(spoken.replace(b"A_OPUS", b"A_ZZZZ"))
 
 
-def test_the_cover_of_a_record_is_no_clip() -> None:
+def test_cover_image_is_not_a_video() -> None:
     cover = b"\0image/jpeg\0\3\0" + saved(Image.new("RGB", (32, 32)), "JPEG")
     tag = b"APIC" + struct.pack(">I", len(cover)) + b"\0\0" + cover
     size = bytes(len(tag) >> shift & 127 for shift in (21, 14, 7, 0))
@@ -109,7 +109,7 @@ def test_the_cover_of_a_record_is_no_clip() -> None:
 
 
 @pytest.mark.parametrize("form", ["w64", "aiff", "caf", "au", "nut"])
-def test_old_formats_of_sound_are_read_but_not_all(form: str) -> None:
+def test_old_audio_formats_are_read_within_the_list(form: str) -> None:
     data = encoded(tone(), 32_000, form, "pcm_s16be" if form in ("aiff", "au") else "pcm_s16le")
     if form == "nut":
         with pytest.raises(ValueError, match="not read as audio"):
@@ -119,7 +119,7 @@ def test_old_formats_of_sound_are_read_but_not_all(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["mpegts", "avi", "flv", "mov", "matroska"])
-def test_usual_formats_of_clips_are_read(form: str) -> None:
+def test_common_video_formats_are_read(form: str) -> None:
     target = io.BytesIO()
     with av.open(target, "w", format=form) as out:
         stream: Any = out.add_stream("flv" if form == "flv" else "mpeg2video", rate=25)
@@ -132,7 +132,7 @@ def test_usual_formats_of_clips_are_read(form: str) -> None:
     assert np.abs(made.mean((1, 2, 3)) - 30 * np.arange(8)).max() < 12
 
 
-def test_samples_beyond_all_numbers_are_refused() -> None:
+def test_samples_that_overflow_are_rejected() -> None:
     loud = np.tile(np.array([3e38, -3e38], "<f4"), 4_000).tobytes()
     data = riff(loud, len(loud), form=3, bits=32)
     assert np.isfinite(sound.decode_audio(data)).all()
@@ -156,7 +156,7 @@ def test_samples_beyond_all_numbers_are_refused() -> None:
     ],
     ids=["half", "half of a stream", "half of zero", "a sample", "rf64", "rf64 sample", "bw64"],
 )
-def test_a_wav_that_ends_before_its_samples_is_cut_short(data: bytes) -> None:
+def test_truncated_wav_is_detected(data: bytes) -> None:
     with pytest.raises(ValueError, match="cut short"):
         sound.decode_audio(data)
 
@@ -173,12 +173,12 @@ def test_a_wav_that_ends_before_its_samples_is_cut_short(data: bytes) -> None:
     ],
     ids=["more behind", "zero", "ffmpeg", "sox", "head counted in", "rf64"],
 )
-def test_a_wav_whose_length_nobody_knew_is_whole(data: bytes) -> None:
+def test_wav_of_unknown_length_is_complete(data: bytes) -> None:
     assert sound.decode_audio(data).size == len(SAMPLES) // 2
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PCX", "SGI", "DDS", "ICNS"])
-def test_formats_that_nobody_has_are_no_pictures(kind: str) -> None:
+def test_rare_image_formats_are_rejected(kind: str) -> None:
     data = saved(Image.new("RGB", (128, 128)), kind)
     for read in (image.load_pixels, image.read_image_size):
         with pytest.raises(ValueError, match="not an image"):
@@ -189,7 +189,7 @@ def test_formats_that_nobody_has_are_no_pictures(kind: str) -> None:
     "kind",
     ["PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "AVIF"],
 )
-def test_formats_that_people_have_are_pictures(kind: str) -> None:
+def test_common_image_formats_are_read(kind: str) -> None:
     Image.init()
     if kind not in Image.SAVE:
         pytest.skip(f"this Pillow writes no {kind}")
@@ -201,7 +201,7 @@ def test_formats_that_people_have_are_pictures(kind: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0.5, np.nan])
-def test_a_picture_of_fractions_is_refused(value: float) -> None:
+def test_image_of_fractions_is_rejected(value: float) -> None:
     data = saved(Image.fromarray(np.full((16, 16), value, np.float32)), "TIFF")
     with pytest.raises(ValueError, match="fractions"):
         image.load_pixels(data)

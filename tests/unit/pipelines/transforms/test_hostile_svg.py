@@ -1,4 +1,4 @@
-"""SVG files of others: what they may not ask of their reader, and what they may."""
+"""Hostile SVG files: forbidden and allowed requests."""
 
 import base64
 import io
@@ -14,26 +14,26 @@ NAMES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/
 
 
 def png(side: int = 8) -> bytes:
-    """A red square."""
+    """Return a red square."""
     target = io.BytesIO()
     Image.new("RGB", (side, side), (255, 0, 0)).save(target, "PNG")
     return target.getvalue()
 
 
 def svg(body: str, about: str = 'width="64" height="64"', before: str = "") -> bytes:
-    """A drawing as a file."""
+    """Return an SVG file."""
     return f"{before}<svg {NAMES} {about}>{body}</svg>".encode()
 
 
 def embedded(data: bytes, kind: str) -> str:
-    """An image element that carries its picture."""
+    """Return an image element with embedded data."""
     coded = base64.b64encode(data).decode()
     return f'<image width="64" height="64" xlink:href="data:image/{kind};base64,{coded}"/>'
 
 
 @pytest.fixture
 def secret(tmp_path: Path) -> str:
-    """A red picture outside of every corpus."""
+    """Write a red image outside of all corpora."""
     path = tmp_path / "secret.png"
     path.write_bytes(png())
     return str(path)
@@ -56,38 +56,34 @@ def secret(tmp_path: Path) -> str:
          '<rect filter="url(#f)" width="64" height="64"/>', ""),
     ],
 )  # fmt: skip
-def test_a_drawing_that_refers_to_another_file_is_refused(
-    body: str, before: str, secret: str
-) -> None:
+def test_svg_that_refers_to_another_file_is_rejected(body: str, before: str, secret: str) -> None:
     data = svg(body.replace("PATH", secret), before=before.replace("PATH", secret))
     with pytest.raises(ValueError, match=r"refers to another file|not PNG, JPEG"):
         image.load_pixels(data)
 
 
-def test_an_encoding_that_the_file_names_hides_nothing(secret: str) -> None:
+def test_declared_encoding_hides_no_reference(secret: str) -> None:
     body = f'<image width="64" height="64" href="{secret}"/>'
     for name in ("utf-16", "utf-7", "cp037", "gbk"):
         with pytest.raises(ValueError, match=r"SVG|refers to another file"):
             image.load_pixels(svg(body, before=f'<?xml version="1.0" encoding="{name}"?>'))
 
 
-def test_a_drawing_within_a_drawing_is_refused(secret: str) -> None:
+def test_svg_in_an_svg_is_rejected(secret: str) -> None:
     inner = svg(f'<image width="64" height="64" href="{secret}"/>')
     for kind in ("svg+xml", "png"):
         with pytest.raises(ValueError, match="not PNG, JPEG, GIF or WebP"):
             image.load_pixels(svg(embedded(inner, kind)))
 
 
-def test_a_file_that_slips_through_is_not_found(
-    secret: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unchecked_reference_finds_no_file(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(secret).parent)
     monkeypatch.setattr(drawing, "_check_svg", lambda data: None)
     pixels = image.load_pixels(svg('<image width="64" height="64" href="secret.png"/>'))
     assert (pixels == 255).all()
 
 
-def test_an_embedded_picture_is_drawn_and_a_huge_one_is_not() -> None:
+def test_embedded_image_is_drawn_unless_it_is_huge() -> None:
     assert (image.load_pixels(svg(embedded(png(), "png"))) == [255, 0, 0]).all()
     target = io.BytesIO()
     Image.new("1", (9_000, 9_000)).save(target, "PNG")
@@ -95,8 +91,8 @@ def test_an_embedded_picture_is_drawn_and_a_huge_one_is_not() -> None:
         image.load_pixels(svg(embedded(target.getvalue(), "png")))
 
 
-def test_an_embedded_picture_is_measured_as_it_is_drawn() -> None:
-    """Line ends count for nothing, nor what follows a number sign; packed or percent signs."""
+def test_embedded_image_is_measured_as_it_is_drawn() -> None:
+    """Line ends and text after a number sign are ignored; base64 and percent encoding work."""
     coded = base64.b64encode(png()).decode()
     lines = "&#10;".join(coded[at : at + 20] for at in range(0, len(coded), 20))
     plain = "".join(f"%{byte:02x}" for byte in png())
@@ -105,8 +101,8 @@ def test_an_embedded_picture_is_measured_as_it_is_drawn() -> None:
         assert (image.load_pixels(data) == [255, 0, 0]).all(), rest
 
 
-def test_a_file_of_illustrator_is_drawn() -> None:
-    """With entities, an external DTD that nobody fetches, and a reference within the drawing."""
+def test_illustrator_file_is_drawn() -> None:
+    """The file has entities, an external DTD that is not fetched, and an internal reference."""
     before = (
         '<?xml version="1.0" encoding="utf-8"?><!-- Generator: Adobe Illustrator 16.0.0 -->'
         '<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" '
@@ -131,7 +127,7 @@ def test_a_file_of_illustrator_is_drawn() -> None:
         "",
     ],
 )
-def test_no_drawing_is_larger_than_is_needed(about: str) -> None:
+def test_drawn_size_is_limited(about: str) -> None:
     body = '<rect width="1" height="1000000"/>'
     with Image.open(io.BytesIO(drawing.draw_svg(svg(body, about), 96))) as drawn:
         assert drawn.width * drawn.height <= drawing.MAX_DRAWN_PIXELS
@@ -146,14 +142,14 @@ def test_sizes_may_have_any_unit() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(30, 30), (90, 30), (30, 90), (7, 250)])
-def test_usual_drawings_are_as_wide_as_was_asked_for(width: int, height: int) -> None:
+def test_drawn_width_is_the_requested_width(width: int, height: int) -> None:
     data = svg('<rect width="9" height="9"/>', f'width="{width}" height="{height}"')
     with Image.open(io.BytesIO(drawing.draw_svg(data, 96))) as drawn:
         assert drawn.size == (96, int(np.ceil(96 * height / width)))
 
 
-def test_deep_drawings_end_nothing() -> None:
-    """A usual stack ends at a few hundred elements nested elements."""
+def test_deeply_nested_svg_crashes_nothing() -> None:
+    """A default stack overflows at a few hundred nested elements."""
     square = '<rect width="64" height="64" fill="#f00"/>'
     assert (image.load_pixels(svg("<g>" * 900 + square + "</g>" * 900)) == [255, 0, 0]).all()
     with pytest.raises(ValueError, match="nested elements"):
@@ -164,7 +160,7 @@ def test_deep_drawings_end_nothing() -> None:
 
 
 def entities(count: int, times: int) -> str:
-    """A DOCTYPE whose entities each hold the one before so many times."""
+    """Return a DOCTYPE whose entities each repeat the previous entity."""
     chain = "".join(f'<!ENTITY e{n + 1} "{f"&e{n};" * times}">' for n in range(count))
     return f'<!DOCTYPE svg [<!ENTITY e0 "aaaaaaaaaa">{chain}]>'
 
@@ -180,12 +176,12 @@ def entities(count: int, times: int) -> str:
     ],
     ids=["bomb", "chain", "undeclared", "no svg", "null"],
 )  # fmt: skip
-def test_what_is_no_sound_drawing_is_refused(data: bytes) -> None:
+def test_damaged_svg_is_rejected(data: bytes) -> None:
     with pytest.raises(ValueError, match="SVG"):
         image.load_pixels(data)
 
 
-def test_a_photograph_that_speaks_of_svg_is_a_photograph() -> None:
+def test_photograph_that_mentions_svg_is_a_photograph() -> None:
     target = io.BytesIO()
     Image.new("RGB", (30, 20), (250, 0, 0)).save(target, "JPEG", comment=b"<svg> made by a tool")
     assert b"<svg" in target.getvalue()[:512]
@@ -193,7 +189,7 @@ def test_a_photograph_that_speaks_of_svg_is_a_photograph() -> None:
     assert image.load_pixels(target.getvalue(), 8, "crop")[..., 0].min() > 200
 
 
-def test_what_stands_before_a_drawing_hides_it_not() -> None:
+def test_text_before_an_svg_does_not_hide_it() -> None:
     drawn = svg('<rect width="64" height="64" fill="#f00"/>')
     for before in (b"\xef\xbb\xbf\n ", b"<!DOCTYPE svg>", b"<!-- " + b"licence " * 99 + b"-->"):
         assert (image.load_pixels(before + drawn) == [255, 0, 0]).all()

@@ -1,4 +1,4 @@
-"""Media files at the border, and what becomes of them."""
+"""Decoding of media files, and the pixels, frames and functions computed from them."""
 
 import io
 import wave
@@ -15,14 +15,14 @@ from tests.helpers.video_files import encode_video
 
 
 def picture(kind: str, size: tuple[int, int] = (60, 30)) -> bytes:
-    """A red rectangle as a file."""
+    """Return a red rectangle as a file."""
     target = io.BytesIO()
     Image.new("RGB", size, (220, 20, 30)).save(target, kind)
     return target.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_picture_keeps_its_aspect_on_white(kind: str) -> None:
+def test_image_keeps_its_aspect_ratio_on_white(kind: str) -> None:
     pixels = image.load_pixels(picture(kind))
     assert pixels.shape == (48, 48, 3)
     assert pixels.dtype == np.uint8
@@ -33,8 +33,8 @@ def test_a_picture_keeps_its_aspect_on_white(kind: str) -> None:
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
 @pytest.mark.parametrize("size", [24, 90])
-def test_an_opaque_picture_needs_no_alpha(fit: str, size: int) -> None:
-    """The short way of opaque pictures gives the pixels of the long way of transparent ones."""
+def test_opaque_image_gives_equal_pixels_without_alpha(fit: str, size: int) -> None:
+    """The fast path of opaque images gives the pixels of the path of transparent images."""
     colours = np.random.default_rng(0).integers(0, 256, (40, 70, 3), np.uint8)
     files = []
     for mode in ("RGB", "RGBA"):
@@ -45,14 +45,14 @@ def test_an_opaque_picture_needs_no_alpha(fit: str, size: int) -> None:
     assert np.array_equal(opaque, transparent)
 
 
-def test_a_colour_that_the_file_calls_transparent_becomes_white() -> None:
+def test_declared_transparent_colour_becomes_white() -> None:
     target = io.BytesIO()
     Image.new("RGB", (30, 20), (10, 20, 30)).save(target, "PNG", transparency=(10, 20, 30))
     assert (image.load_pixels(target.getvalue(), 8, "crop") == 255).all()
 
 
 def held(orientation: int) -> bytes:
-    """A photograph 64 x 32, black to the left of its sensor and white to the right."""
+    """Return a photograph of 64 x 32, black left on the sensor and white right."""
     seen = np.zeros((32, 64, 3), np.uint8)
     seen[:, 32:] = 255
     target, exif = io.BytesIO(), Image.Exif()
@@ -65,7 +65,7 @@ def held(orientation: int) -> bytes:
     ("orientation", "white"),
     [(1, np.s_[:, 16:]), (3, np.s_[:, :16]), (6, np.s_[16:]), (8, np.s_[:16])],
 )
-def test_a_photograph_is_turned_as_its_camera_was_held(orientation: int, white) -> None:  # type: ignore[no-untyped-def]
+def test_photograph_is_rotated_upright(orientation: int, white) -> None:  # type: ignore[no-untyped-def]
     made = image.load_pixels(held(orientation), 32, "crop" if orientation in (1, 3) else "pad")
     expected = np.zeros((32, 32), bool)
     expected[white] = True
@@ -74,7 +74,7 @@ def test_a_photograph_is_turned_as_its_camera_was_held(orientation: int, white) 
     assert ((made[..., 0] > 127) == expected).mean() > 0.95
 
 
-def test_damaged_exif_costs_no_picture() -> None:
+def test_damaged_exif_is_ignored() -> None:
     whole = held(6)
     place = whole.index(b"Exif") + 6
     broken = whole[:place] + b"\xff" * 12 + whole[place + 12 :]
@@ -82,7 +82,7 @@ def test_damaged_exif_costs_no_picture() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_greys_of_16_bits_stay_greys(kind: str) -> None:
+def test_16_bit_greys_stay_greys(kind: str) -> None:
     ramp = np.linspace(0, 65535, 32).astype(np.uint16)
     target = io.BytesIO()
     Image.fromarray(np.tile(ramp, (32, 1))).save(target, kind)
@@ -90,7 +90,7 @@ def test_greys_of_16_bits_stay_greys(kind: str) -> None:
     assert np.array_equal(made, np.broadcast_to((ramp >> 8)[None, :, None], (32, 32, 3)))
 
 
-def test_an_svg_is_drawn_and_its_margin_cut_off() -> None:
+def test_svg_is_drawn_without_its_margin() -> None:
     svg = (
         b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72">'
         b'<rect x="30" y="30" width="12" height="12" fill="#0000ff"/></svg>'
@@ -111,20 +111,20 @@ def test_transparent_pixels_become_white_not_black() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", picture("PNG")[:60], b"<svg><rect"])
-def test_what_is_no_picture_is_refused(data: bytes) -> None:
+def test_non_image_is_rejected(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"image|SVG"):
         image.load_pixels(data)
 
 
 def tone(seconds: float = 0.5, rate: int = 32_000, hertz: float = 1000.0) -> np.ndarray:
-    """A sine between silences, with a constant offset as some recorders leave it."""
+    """Return a sine between silences, with a constant offset of the recorder."""
     time = np.arange(int(seconds * rate)) / rate
     quiet = np.zeros(rate // 2)
     return np.concatenate([quiet, 0.5 * np.sin(2 * np.pi * hertz * time), quiet]) + 0.1
 
 
 def wav(samples: np.ndarray, rate: int) -> bytes:
-    """Samples as a WAV file."""
+    """Return samples as a WAV file."""
     target = io.BytesIO()
     with wave.open(target, "wb") as out:
         out.setnchannels(1)
@@ -135,7 +135,7 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
 
 
 def encoded(samples: np.ndarray, rate: int, kind: str, codec: str, layout: str = "s16") -> bytes:
-    """Samples as a file of a container and a codec, which takes 16 bits in that layout."""
+    """Encode samples in a container and codec that takes 16-bit samples."""
     target = io.BytesIO()
     with av.open(target, "w", format=kind) as container:
         stream: Any = container.add_stream(codec, rate=rate)
@@ -149,12 +149,12 @@ def encoded(samples: np.ndarray, rate: int, kind: str, codec: str, layout: str =
 
 
 def mp3(samples: np.ndarray, rate: int) -> bytes:
-    """Samples as an MP3 file."""
+    """Return samples as an MP3 file."""
     return encoded(samples, rate, "mp3", "mp3", "s16p")
 
 
 @pytest.mark.parametrize("encode", [wav, mp3])
-def test_a_recording_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None:  # type: ignore[no-untyped-def]
+def test_audio_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None:  # type: ignore[no-untyped-def]
     decoded = sound.decode_audio(encode(tone(), 32_000))
     assert abs(len(decoded) - 24_000) < 1_600
     mel = sound.compute_log_mel(decoded)
@@ -166,8 +166,8 @@ def test_a_recording_is_resampled_trimmed_and_peaks_at_its_pitch(encode) -> None
     assert abs(centre[mel[20].argmax()] - 1000) < 60
 
 
-def test_every_bin_of_the_spectrum_counts_as_its_triangle_says() -> None:
-    """A pure tone at a filter's middle is loudest there, and bins between two share theirs."""
+def test_mel_filters_are_triangles() -> None:
+    """A tone at a filter's centre is loudest there, and tones between centres are shared."""
     centres = 700 * (10 ** (np.linspace(*(2595 * np.log10(1 + np.array([20.0, 8000.0]) / 700)), 82)
                             / 2595) - 1)  # fmt: skip
     time = np.arange(sound.RATE) / sound.RATE
@@ -178,7 +178,7 @@ def test_every_bin_of_the_spectrum_counts_as_its_triangle_says() -> None:
         assert (frames.mean(axis=0).argmax()) == mel
 
 
-def test_level_does_not_matter() -> None:
+def test_level_does_not_change_the_result() -> None:
     loud = sound.compute_log_mel(sound.decode_audio(wav(tone(), 32_000)))
     quiet = sound.compute_log_mel(sound.decode_audio(wav(tone() * 0.25, 32_000)))
     assert np.abs(loud[5:45] - quiet[5:45]).max() < 0.15
@@ -192,13 +192,13 @@ def test_level_does_not_matter() -> None:
         (b"", "not audio"),
     ],
 )
-def test_what_is_no_recording_is_refused(data: bytes, message: str) -> None:
+def test_non_audio_is_rejected(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sound.decode_audio(data)
 
 
 @pytest.mark.parametrize("end", [-1, -4_000, -8_000])
-def test_an_ogg_file_that_ends_within_a_page_is_cut_short(end: int) -> None:
+def test_truncated_ogg_file_is_detected(end: int) -> None:
     whole = encoded(tone(4.0, 48_000), 48_000, "ogg", "libopus")
     pages = whole.count(b"OggS")
     assert pages > 3
@@ -210,8 +210,8 @@ def test_an_ogg_file_that_ends_within_a_page_is_cut_short(end: int) -> None:
     ("kind", "codec"),
     [("ogg", "libopus"), ("webm", "libopus"), ("flac", "flac"), ("mp4", "aac"), ("adts", "aac")],
 )
-def test_recordings_of_other_formats_sound_alike(kind: str, codec: str) -> None:
-    """Opus as voice messages and browsers record it, and what else people have."""
+def test_audio_formats_give_similar_frames(kind: str, codec: str) -> None:
+    """Opus from voice messages and browsers, and other common formats."""
     rate = 48_000
     said = tone(0.5, rate)
     mel = sound.compute_log_mel(sound.decode_audio(encoded(said, rate, kind, codec)))
@@ -220,7 +220,7 @@ def test_recordings_of_other_formats_sound_alike(kind: str, codec: str) -> None:
     assert abs(int(mel[20].argmax()) - int(plain[20].argmax())) <= 1
 
 
-def test_silence_is_refused() -> None:
+def test_silence_is_rejected() -> None:
     with pytest.raises(ValueError, match="silent"):
         sound.compute_log_mel(np.zeros(16_000, np.float32))
 
@@ -240,19 +240,19 @@ def test_pen_paths_appear_in_order_and_stay() -> None:
     assert last[20, 16] == 255
 
 
-def test_without_a_path_there_is_nothing_to_draw() -> None:
+def test_drawing_without_a_path_is_rejected() -> None:
     with pytest.raises(ValueError, match="no pen path"):
         video.draw_pen_paths([[(0.5, 0.5)]])
 
 
-def test_a_clip_survives_an_mp4_file() -> None:
+def test_video_survives_an_mp4_file() -> None:
     frames = video.draw_pen_paths(PATHS)
     read = video.load_video_frames(encode_video(frames))
     assert read.shape == frames.shape
     assert np.abs(read.astype(int) - frames.astype(int)).mean() < 6
 
 
-def test_a_longer_video_is_thinned_to_its_end() -> None:
+def test_longer_video_is_sampled_to_its_end() -> None:
     frames = np.zeros((31, 40, 60, 3), np.uint8)
     frames += np.arange(31, dtype=np.uint8)[:, None, None, None] * 8
     out = video.sample_frames(frames)
@@ -272,10 +272,10 @@ def test_a_longer_video_is_thinned_to_its_end() -> None:
         ((0, 0, 0, 0), (1, 2, 3, 4)),  # no matrix at all
     ],
 )
-def test_a_clip_is_turned_as_its_camera_was_held(
+def test_video_is_rotated_upright(
     matrix: tuple[int, int, int, int], numbers: tuple[int, ...]
 ) -> None:
-    """Quarters numbered 1 2 above 3 4 by their grey."""
+    """Quarters 1 2 above 3 4 are identified by their grey."""
     quarters = np.array([[50, 100], [150, 200]], np.uint8).repeat(16, 0).repeat(16, 1)
     wide = np.pad(quarters, ((0, 0), (8, 8)))
     data = clips.held(encode_video(np.stack([wide] * 4)[..., None]), *matrix)
@@ -285,7 +285,7 @@ def test_a_clip_is_turned_as_its_camera_was_held(
     assert video.read_video_size(data) == ((128, 192) if matrix[1] else (192, 128))
 
 
-def test_what_is_no_video_is_refused() -> None:
+def test_non_video_is_rejected() -> None:
     with pytest.raises(ValueError, match="not a video"):
         video.load_video_frames(b"\0" * 400)
 
@@ -325,14 +325,14 @@ def test_functions_lose_their_docstring_and_keep_the_rest() -> None:
         compile(function.code, "f", "exec")
 
 
-def test_what_is_not_python_is_refused() -> None:
+def test_non_python_is_rejected() -> None:
     with pytest.raises(ValueError, match="not Python"):
         list(code.parse_functions("def f(:"))
     with pytest.raises(ValueError, match="not UTF-8"):
         code.decode_source("中文".encode("gbk"))
 
 
-def test_a_long_chain_of_elif_is_read() -> None:
+def test_long_elif_chain_is_parsed() -> None:
     chain = "".join(f"    elif x == {n}:\n        y = {n}\n" for n in range(1_200))
     source = f"def f(x):\n    '''说明'''\n    if x:\n        def g(): pass\n{chain}    return y"
     assert [f.name for f in code.parse_functions(source)] == ["f", "f.g"]
@@ -350,11 +350,11 @@ def test_a_long_chain_of_elif_is_read() -> None:
         ('def f(:\n  """一"""', "def f(:"),
     ],
 )
-def test_source_that_does_not_parse_loses_its_first_text(source: str, left: str) -> None:
+def test_unparsable_source_loses_its_first_text(source: str, left: str) -> None:
     assert code.remove_docstring(source) == left
 
 
-def test_texts_that_never_end_are_passed_over_at_once() -> None:
-    """Were each of them followed to the end, this would take hours."""
+def test_unclosed_texts_are_skipped_in_linear_time() -> None:
+    """If each text were searched to the end, this would take hours."""
     source = "def f(:" + 300_000 * '\n"""a' + 300_000 * "\n'''b"
     assert code.remove_docstring(source) == source
