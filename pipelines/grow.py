@@ -1,12 +1,12 @@
-"""``skillnet grow``: add a skill and a task to a trained model, and train nothing else.
+"""``skillnet grow``: add a skill and a task to a trained model, and train only these.
 
-<run root>/<name>/          a run as finetune leaves it, and
-  grow.yaml                 the resolved configuration of the growth
-  references/               the runs that the new task is held against
-  growth.json, growth.md    the report: what stayed the same, and what the new skill is worth
+<run root>/<name>/          a run with the files of ``skillnet finetune``, and
+  grow.yaml                 resolved configuration of the growth
+  references/               reference runs of the new task
+  growth.json, growth.md    report: unchanged files and metrics, and the benefit of the new skill
 
-It is a run on the ordinary loop that starts from the grown model (below ``.starts`` beside the
-runs) and whose ``training.trainable`` names the new files, so it goes on after a kill as any run does.
+A growth is a run of the ordinary training loop. It starts from the grown model (in ``.starts``
+beside the runs), and its ``training.trainable`` lists the new files. It resumes like any run.
 """
 
 import contextlib
@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 
 
 def grow_model(config: GrowConfig) -> dict[str, Any]:
-    """Grow a model, train the new part, and prove that the rest stayed as it was.
+    """Grow a model, train the new part, and check that the old parts are unchanged.
+
+    Args:
+        config: of the growth.
 
     Returns:
-        What :func:`pipelines.finetune.finetune` gives, and ``growth``: the report.
+        The result of :func:`pipelines.finetune.finetune`, and ``growth``: the report.
 
     Raises:
-        UserError: no such model or corpus, names in use, a name that another run has.
-        RuntimeError: something else than the new files changed; the report says what.
+        UserError: the model or a corpus is missing, a name is in use, or another run has the name.
+        RuntimeError: an old part changed; the report names it.
     """
     from pipelines.growth import runs, verification
     from pipelines.runs import layout, model_source
@@ -63,23 +66,26 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     )
     finished = training_run.find_finished_result(resolved)
     if finished is not None and "growth" in finished:
-        console.note(f"{settings.name} is finished ({finished['step']} steps); give another name")
+        console.note(
+            f"{settings.name} is finished ({finished['step']} steps); give another --name for a "
+            "new growth"
+        )
         return finished
     training_run.validate_run(resolved)
     layout.create_run_folder(settings, run)
-    with atomic_write(run / "grow_model.yaml", "w") as stream:
+    with atomic_write(run / "grow.yaml", "w") as stream:
         stream.write(configuration.to_yaml(config))
-    with _tracked(settings, run, {"grown_from": source.digest}) as tracker:
+    with _open_tracker(settings, run, {"grown_from": source.digest}) as tracker:
         if finished is None:
             with show_progress(run / PROGRESS, settings.training.steps):
                 finished = training_run.train_and_evaluate(resolved, tracker)
             write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
-        others = _references(config, settings, source, run, tracker)
+        references = _train_references(config, settings, source, run, tracker)
         report = verification.build_growth_report(
-            source, before, settings, run, result, others, (config.skill.name, config.task.name)
+            source, before, settings, run, result, references, (config.skill.name, config.task.name)
         )
-        _record(report, run, tracker)
+        _log_report(report, run, tracker)
     verification.assert_frozen_unchanged(report)
     result["registered"] = _register(config, settings, run, result, report)
     result["growth"] = report.to_dict()
@@ -87,48 +93,48 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     return result
 
 
-def _references(
+def _train_references(
     config: GrowConfig,
     settings: "FinetuneConfig",
     source: "ModelSource",
     run: Path,
     tracker: "Tracker",
 ) -> dict[str, dict[str, Any]]:
-    """Name -> result of the runs that the new task is held against, each a child in MLflow."""
+    """Train the reference runs; return name -> result. Each is a child run in MLflow."""
     from pipelines.growth import runs
     from pipelines.runs import layout
     from pipelines.runs.progress_log import PROGRESS, show_progress
     from pipelines.training import run as training_run
     from pipelines.training.resolved_run import ResolvedRun
 
-    done: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(config.references):
         other = runs.build_reference_config(name, config, settings, source, run)
         if other is None:
-            console.note(f"{name}: without the new skill the task has none; left out")
+            console.note(f"{name}: the task has no other skill; this reference is skipped")
             continue
         assert other.name is not None
         folder = run / "references" / other.name
         resolved = ResolvedRun(other, folder)
         finished = training_run.open_run_folder(resolved)
         if finished is None:
-            console.note(f"reference {name}")
+            console.note(f"training the reference {name}")
             training_run.validate_run(resolved)
             with (
-                _tracked(other, folder, {"reference": name}, tracker.run_id) as child,
+                _open_tracker(other, folder, {"reference": name}, tracker.run_id) as child,
                 show_progress(folder / PROGRESS, other.training.steps),
             ):
                 finished = training_run.train_and_evaluate(resolved, child)
             write_json(folder / layout.RESULT, finished)
-        done[name] = finished
-    return done
+        results[name] = finished
+    return results
 
 
 @contextlib.contextmanager
-def _tracked(
+def _open_tracker(
     settings: "FinetuneConfig", run: Path, tags: dict[str, str], parent: str | None = None
 ) -> "Iterator[Tracker]":
-    """The MLflow run of a folder: that of an earlier part of it, or a new one."""
+    """Open the MLflow run of a folder: the recorded one if the run resumes, or a new one."""
     from pipelines.runs.layout import RUN
     from skillnet_platform import tracking
 
@@ -145,16 +151,16 @@ def _tracked(
         yield tracker
 
 
-def _record(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
+def _log_report(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
     from pipelines.growth.report import REPORT_JSON, REPORT_MARKDOWN
 
     write_json(run / REPORT_JSON, console.plain(report.to_dict()))
     with atomic_write(run / REPORT_MARKDOWN, "w") as stream:
-        stream.write(report.markdown() + "\n")
+        stream.write(report.to_markdown() + "\n")
     for name in (REPORT_JSON, REPORT_MARKDOWN):
         tracker.artifact(run / name, "growth")
-    tracker.note(report.markdown())
-    tracker.tags({"growth.untouched": str(report.untouched).lower()})
+    tracker.note(report.to_markdown())
+    tracker.tags({"growth.is_unchanged": str(report.is_unchanged).lower()})
 
 
 def _register(
@@ -169,24 +175,33 @@ def _register(
     from pipelines.runs import model_source
     from pipelines.serving.registration import register_model
 
-    made = register_model(
+    registered = register_model(
         model_source.resolve_model(str(run), config.tracking.uri),
         str(settings.data),
         rows=result["evaluation"],
         uri=config.tracking.uri,
-        description=report.headline(),
+        description=report.summarize(),
     )
-    return {"name": made.name, "version": made.version, "alias": made.alias, "uri": made.uri}
+    return {
+        "name": registered.name,
+        "version": registered.version,
+        "alias": registered.alias,
+        "uri": registered.uri,
+    }
 
 
 def show_growth(result: dict[str, Any]) -> None:
-    """Print the tables of the report, and where the model is."""
+    """Print the tables of the report, and the location of the model.
+
+    Args:
+        result: of :func:`grow_model`.
+    """
     from pipelines.growth.report import GrowthReport
 
     report = GrowthReport.from_dict(result["growth"])
-    for title, columns, cells in report.tables():
+    for title, columns, cells in report.build_tables():
         console.table(title, columns, cells)
-    console.note(report.headline())
+    console.note(report.summarize())
     console.note(f"the model is in {result['model']}")
     if result.get("registered"):
         console.note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
@@ -194,9 +209,9 @@ def show_growth(result: dict[str, Any]) -> None:
 
 @command(
     GrowConfig,
-    description="Add a skill and a task to a trained model and train only them. The report "
-    "shows, by hash, that every other file is the same to the byte, that every figure of the "
-    "old tasks is the same to the digit, and what the new skill is worth.",
+    description="Add a skill and a task to a trained model, and train only these. The report "
+    "compares every other file by hash, compares every metric of the old tasks, and measures the "
+    "benefit of the new skill.",
     example="skillnet prepare stroke_counts\n"
     "skillnet grow my-run --config grow/stroke-count --name counting",
     show=show_growth,

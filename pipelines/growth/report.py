@@ -1,8 +1,10 @@
-"""What growing a model left untouched, and what the new skill is worth, as a report.
+"""Report of a growth: whether the old parts are unchanged, and the benefit of the new skill.
 
-Untouched means three things, each compared with what was there before: the bytes of every old
-file (sha256), every figure of every old task on every test row, and the files that the optimiser
-kept state for.
+Old parts count as unchanged if three comparisons hold: the bytes of every old file (sha256), every
+metric of every old task on every test row, and the files with optimizer state. The report also
+compares the new task with reference runs.
+:func:`pipelines.growth.verification.build_growth_report` fills a :class:`GrowthReport`;
+``skillnet grow`` prints, writes and logs it.
 """
 
 from collections.abc import Mapping
@@ -13,8 +15,10 @@ from pipelines.evaluation import tables as evaluation_tables
 
 REPORT_JSON = "growth.json"
 REPORT_MARKDOWN = "growth.md"
+#: System name of the grown model; reference runs have their own names.
 GROWN = "grown"
 
+#: System -> its label in tables.
 TRAINING_LABELS = {
     GROWN: "new skill and head",
     "without_skill": "head on the frozen model",
@@ -25,7 +29,7 @@ TRAINING_LABELS = {
 
 @dataclass(frozen=True)
 class FileState:
-    """A file of weights and its sha256 before and after; None where there is none."""
+    """sha256 of a weight file before and after growth; None if the file does not exist."""
 
     file: str
     before: str | None
@@ -33,7 +37,7 @@ class FileState:
 
     @property
     def state(self) -> str:
-        """same, new, changed or gone."""
+        """One of same, new, changed and gone."""
         if self.before is None:
             return "new"
         if self.after is None:
@@ -43,29 +47,41 @@ class FileState:
 
 @dataclass(frozen=True)
 class TaskState:
-    """An old task's figure before and after; ``same`` holds for its interval and costs too."""
+    """Metric of an old task before and after growth.
+
+    Args:
+        task: name of the old task.
+        split: name of the split.
+        metric: name of the metric.
+        before: its value before growth.
+        after: its value after growth.
+        is_unchanged: whether value, interval and cost are equal.
+    """
 
     task: str
     split: str
     metric: str
     before: float
     after: float
-    same: bool
+    is_unchanged: bool
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What one way to learn the new task came to, on one split.
+    """Result of one way to train the new task, on one split.
 
     Args:
-        system: ``grown`` or a reference.
+        system: ``grown`` or the name of a reference run.
         split: of the corpus.
-        metric: the task's headline.
-        value, low, high: with its interval over test rows.
-        behind: metric of ``grown`` less this one on the same rows, with its paired interval.
-        trained: parameters that its steps changed.
-        seconds: of training.
-        lost: old task -> (headline before, after) on ``test``, where it was measured after.
+        metric: primary metric of the task.
+        value: of the metric.
+        low: lower bound of its interval over test rows.
+        high: upper bound of its interval.
+        difference: value of ``grown`` minus this value on the same rows, with the bounds of its
+            paired interval; empty for ``grown``.
+        trained_params: parameters that training changed.
+        seconds: duration of the training.
+        regressions: old task -> (primary metric before, after) on ``test``, if it was measured.
     """
 
     system: str
@@ -74,15 +90,33 @@ class TransferResult:
     value: float
     low: float
     high: float
-    behind: list[float]
-    trained: int
+    difference: list[float]
+    trained_params: int
     seconds: float
-    lost: dict[str, list[float]] = field(default_factory=dict)
+    regressions: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
 class GrowthReport:
-    """The report of one growth; see the head of this file."""
+    """Report of one growth.
+
+    Args:
+        source: name of the source model.
+        source_digest: of its weights.
+        skill: name of the new skill.
+        task: name of the new task.
+        corpus: of the new task.
+        objective: of the new task.
+        steps: training steps.
+        seed: of the run.
+        total_params: parameters of the grown model.
+        files: weight files, compared.
+        tasks: metrics of the old tasks, compared.
+        rows_compared: test rows of the old tasks.
+        rows_changed: number of these rows whose outcome changed.
+        optimizer_files: weight files with optimizer state.
+        transfer_results: of the grown model and of the reference runs.
+    """
 
     source: str
     source_digest: str
@@ -92,131 +126,144 @@ class GrowthReport:
     objective: str
     steps: int
     seed: int
-    total_parameters: int
+    total_params: int
     files: list[FileState]
     tasks: list[TaskState]
     rows_compared: int
-    rows_differing: int
-    optimiser: list[str]
-    worth: list[TransferResult]
+    rows_changed: int
+    optimizer_files: list[str]
+    transfer_results: list[TransferResult]
 
     @property
-    def untouched(self) -> bool:
-        """Whether only new files differ and everything of the old tasks is the same."""
-        new = {each.file for each in self.files if each.state == "new"}
+    def is_unchanged(self) -> bool:
+        """Whether only new files differ and all results of the old tasks are equal."""
+        new = {file.file for file in self.files if file.state == "new"}
         return (
-            all(each.state in ("same", "new") for each in self.files)
-            and all(each.same for each in self.tasks)
-            and not self.rows_differing
-            and set(self.optimiser) <= new
+            all(file.state in ("same", "new") for file in self.files)
+            and all(task.is_unchanged for task in self.tasks)
+            and not self.rows_changed
+            and set(self.optimizer_files) <= new
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with what follows from them said once more for readers of the JSON."""
+        """Return plain values, including derived values for readers of the JSON file."""
         values: dict[str, Any] = asdict(self)
         for entry, file in zip(values["files"], self.files, strict=True):
             entry["state"] = file.state
-        return values | {"untouched": self.untouched}
+        return values | {"is_unchanged": self.is_unchanged}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GrowthReport":
-        """The inverse of :meth:`to_dict`."""
-        rest = {k: v for k, v in values.items() if k not in ("files", "tasks", "worth")}
-        rest.pop("untouched", None)
-        files = [FileState(f["file"], f["before"], f["after"]) for f in values["files"]]
-        tasks = [TaskState(**each) for each in values["tasks"]]
-        worth = [TransferResult(**each) for each in values["worth"]]
-        return cls(**rest, files=files, tasks=tasks, worth=worth)
+        """Return the report of :meth:`to_dict`.
 
-    def headline(self) -> str:
-        """One sentence, for the terminal and for the page of a registered version."""
-        same = sum(each.state == "same" for each in self.files)
-        new = [each.file for each in self.files if each.state == "new"]
-        own = next((w for w in self.worth if (w.system, w.split) == (GROWN, "test")), None)
-        figure = ""
+        Args:
+            values: of the JSON file.
+        """
+        lists = ("files", "tasks", "transfer_results")
+        rest = {key: value for key, value in values.items() if key not in lists}
+        rest.pop("is_unchanged", None)
+        files = [FileState(f["file"], f["before"], f["after"]) for f in values["files"]]
+        tasks = [TaskState(**entry) for entry in values["tasks"]]
+        results = [TransferResult(**entry) for entry in values["transfer_results"]]
+        return cls(**rest, files=files, tasks=tasks, transfer_results=results)
+
+    def summarize(self) -> str:
+        """Return one sentence for the terminal and for the page of a registered version."""
+        unchanged_files = sum(file.state == "same" for file in self.files)
+        new = [file.file for file in self.files if file.state == "new"]
+        own = next(
+            (r for r in self.transfer_results if (r.system, r.split) == (GROWN, "test")), None
+        )
+        metric = ""
         if own is not None:
-            shown = evaluation_tables.format_value_with_interval(asdict(own))
-            figure = f": {self.task} {evaluation_tables.metric_label(own.metric)} {shown}"
-        kept = "untouched" if self.untouched else "NOT untouched"
+            value = evaluation_tables.format_value_with_interval(asdict(own))
+            metric = f": {self.task} {evaluation_tables.metric_label(own.metric)} {value}"
+        outcome = "unchanged" if self.is_unchanged else "NOT unchanged"
         return (
-            f"grown from {self.source} by {', '.join(new)}{figure}; {same} old files, "
-            f"{len(self.tasks)} figures and {self.rows_compared} rows of old tasks {kept}"
+            f"grown from {self.source} by {', '.join(new)}{metric}; {unchanged_files} old files, "
+            f"{len(self.tasks)} metrics and {self.rows_compared} rows of old tasks {outcome}"
         )
 
-    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(title, columns, cells) of the report's tables."""
-        files = [
-            [each.file, each.state, _short(each.before), _short(each.after)] for each in self.files
-        ]
-        headline = {metric for metric, _ in evaluation_tables.OBJECTIVE_METRICS.values()}
-        figures = [
-            [
-                each.task,
-                each.split,
-                evaluation_tables.metric_label(each.metric),
-                evaluation_tables.format_value(each.metric, each.before),
-                evaluation_tables.format_value(each.metric, each.after),
-                "same" if each.same else "CHANGED",
-            ]
-            for each in self.tasks
-            if each.metric in headline
-        ]
-        worth = [
-            [
-                TRAINING_LABELS.get(each.system, each.system),
-                each.split,
-                f"{evaluation_tables.metric_label(each.metric)} {evaluation_tables.format_value_with_interval(asdict(each))}",
-                _difference(each),
-                f"{each.trained:,}",
-                f"{each.seconds:.0f} s",
-            ]
-            for each in self.worth
-        ]
+    def build_tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """Return (title, columns, cells) of each table of the report."""
+        primary = {metric for metric, _ in evaluation_tables.OBJECTIVE_METRICS.values()}
+        old_tasks = [task for task in self.tasks if task.metric in primary]
         tables = [
             (
-                f"{self.task}: what the new skill is worth",
-                ["trained", "split", "figure", "grown less this", "parameters", "training"],
-                worth,
+                f"{self.task}: benefit of the new skill",
+                ["trained", "split", "metric", "grown minus this", "parameters", "training"],
+                [_transfer_cells(result) for result in self.transfer_results],
             ),
-            ("old tasks", ["task", "split", "figure", "before", "after", ""], figures),
-            ("files", ["file", "", "sha256 before", "after"], files),
+            (
+                "old tasks",
+                ["task", "split", "metric", "before", "after", ""],
+                [_task_cells(task) for task in old_tasks],
+            ),
+            (
+                "files",
+                ["file", "", "sha256 before", "after"],
+                [[f.file, f.state, _short(f.before), _short(f.after)] for f in self.files],
+            ),
         ]
-        metric_of = {each.task: each.metric for each in self.tasks if each.metric in headline}
-        lost = [
+        metric_of = {task.task: task.metric for task in old_tasks}
+        regressions = [
             [
                 task,
                 evaluation_tables.metric_label(metric_of[task]),
-                *(evaluation_tables.format_value("", x) for x in pair),
+                *(evaluation_tables.format_value("", value) for value in pair),
             ]
-            for each in self.worth
-            if (each.system, each.split) == ("everything", "test")
-            for task, pair in each.lost.items()
+            for result in self.transfer_results
+            if (result.system, result.split) == ("everything", "test")
+            for task, pair in result.regressions.items()
         ]
-        if lost:
+        if regressions:
             title = f"old tasks after {TRAINING_LABELS['everything']}"
-            tables.insert(2, (title, ["task", "figure", "before", "after"], lost))
+            tables.insert(2, (title, ["task", "metric", "before", "after"], regressions))
         return tables
 
-    def markdown(self) -> str:
-        """The report as markdown."""
-        parts = [f"{self.headline()}."]
-        for title, columns, cells in self.tables():
+    def to_markdown(self) -> str:
+        """Return the report as Markdown."""
+        parts = [f"{self.summarize()}."]
+        for title, columns, cells in self.build_tables():
             parts += [f"#### {title}", evaluation_tables.markdown_table(columns, cells)]
         parts += [
-            f"{self.steps} steps, seed {self.seed}. Of each old task every figure of the CSV "
-            f"files, its interval and its cost were compared ({len(self.tasks)} figures), and what "
-            f"became of each of {self.rows_compared} test rows ({self.rows_differing} differ). The "
-            f"optimiser kept state for {', '.join(self.optimiser) or 'nothing'} only."
+            f"{self.steps} steps, seed {self.seed}. All {len(self.tasks)} metrics of the old tasks "
+            f"were compared, with their intervals and costs, and the outcomes of "
+            f"{self.rows_compared} test rows ({self.rows_changed} changed). The optimizer kept "
+            f"state only for {', '.join(self.optimizer_files) or 'no file'}."
         ]
         return "\n\n".join(parts)
+
+
+def _transfer_cells(result: TransferResult) -> list[str]:
+    value = evaluation_tables.format_value_with_interval(asdict(result))
+    return [
+        TRAINING_LABELS.get(result.system, result.system),
+        result.split,
+        f"{evaluation_tables.metric_label(result.metric)} {value}",
+        _format_difference(result),
+        f"{result.trained_params:,}",
+        f"{result.seconds:.0f} s",
+    ]
+
+
+def _task_cells(task: TaskState) -> list[str]:
+    return [
+        task.task,
+        task.split,
+        evaluation_tables.metric_label(task.metric),
+        evaluation_tables.format_value(task.metric, task.before),
+        evaluation_tables.format_value(task.metric, task.after),
+        "same" if task.is_unchanged else "CHANGED",
+    ]
 
 
 def _short(digest: str | None) -> str:
     return "–" if digest is None else digest[:16]
 
 
-def _difference(each: TransferResult) -> str:
-    if not each.behind:
+def _format_difference(result: TransferResult) -> str:
+    if not result.difference:
         return "–"
-    value, low, high = (100 * x for x in each.behind)
+    value, low, high = (100 * x for x in result.difference)
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f}) points"

@@ -1,4 +1,8 @@
-"""The runs of a growth on the ordinary loop: the growth itself, and what it is held against."""
+"""Runs of a growth in the ordinary training loop: the growth itself, and its reference runs.
+
+``skillnet grow`` builds the configurations with :func:`build_growth_config` and
+:func:`build_reference_config`.
+"""
 
 import copy
 import os
@@ -25,21 +29,35 @@ from skillnet_platform.storage.location import join_location, parse_location
 
 
 def load_growable_model(source: ModelSource) -> SkillNet:
-    """The model that grows, on the CPU.
+    """Load the model that grows, on the CPU.
+
+    Args:
+        source: the source model.
 
     Raises:
-        UserError: a model of another system, or weights that training would rewrite.
+        UserError: the model is of another system, or its weights are float64.
     """
     model = model_source.load_source_model(source).cpu()
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
-        raise UserError(f"{source.name} is a {model.system} model; only a skillnet has skills")
+        raise UserError(
+            f"{source.name}: system {model.system} has no skills; give a skillnet model"
+        )
     if next(model.parameters()).dtype != torch.float32:
-        raise UserError(f"{source.name} has float64 weights, which training would rewrite")
+        raise UserError(
+            f"{source.name}: the weights are float64, and training would change every file; "
+            "give a float32 model"
+        )
     return model
 
 
 def build_grown_model(config: GrowConfig, before: SkillNet, task: Task) -> SkillNet:
-    """A copy of the model with the new skill and task; what is drawn hangs on the seed."""
+    """Return a copy of the model with the new skill and task; the seed determines new weights.
+
+    Args:
+        config: of the growth.
+        before: the source model.
+        task: the new task.
+    """
     grown = copy.deepcopy(before)
     torch.manual_seed(config.seed)
     add_skill(grown, config.skill.name, config.skill.init_from)
@@ -47,37 +65,55 @@ def build_grown_model(config: GrowConfig, before: SkillNet, task: Task) -> Skill
 
 
 def save_start_model(model: SkillNet, run_dir: str) -> str:
-    """Write what a run starts from, under its own digest: the same again is the same folder."""
-    aside = Path(run_dir) / ".starts" / f".growing-{os.getpid()}"
-    model.save_pretrained(aside)
-    kept = aside.with_name(str(digest_weights(str(aside)))[:16])
-    if kept.is_dir():
-        shutil.rmtree(aside)
+    """Save the initial model of a run in a directory that its digest names.
+
+    Args:
+        model: the initial model.
+        run_dir: directory of runs.
+
+    Returns:
+        Path of the saved model; equal models share one directory.
+    """
+    # The process id separates growths that start at the same time.
+    staging = Path(run_dir) / ".starts" / f".growing-{os.getpid()}"
+    model.save_pretrained(staging)
+    target = staging.with_name(str(digest_weights(str(staging)))[:16])
+    if target.is_dir():
+        shutil.rmtree(staging)
     else:
-        commit_directory(aside, kept)
-    return str(kept)
+        commit_directory(staging, target)
+    return str(target)
 
 
 def build_growth_config(
     config: GrowConfig, source: ModelSource, before: SkillNet
 ) -> FinetuneConfig:
-    """The growth as a run of the ordinary loop; old tasks are measured and take no steps.
+    """Return the training configuration of a growth; old tasks are evaluated, not trained.
+
+    Args:
+        config: of the growth.
+        source: the source model.
+        before: the source model in memory.
 
     Raises:
-        UserError: a name in use, or a corpus that is missing or not known.
+        UserError: a name is in use, or a corpus is missing or unknown.
     """
     task, skill = config.task, config.skill
     if skill.name in before.config.skills:
-        raise UserError(f"skill.name: {source.name} already has a skill {skill.name!r}")
+        raise UserError(
+            f"skill.name: {source.name} already has a skill {skill.name!r}; choose another name"
+        )
     if task.name in before.config.tasks:
-        raise UserError(f"task.name: {source.name} already has a task {task.name!r}")
+        raise UserError(
+            f"task.name: {source.name} already has a task {task.name!r}; choose another name"
+        )
     name = config.name or time.strftime("grow-%Y%m%d-%H%M%S")
     shape = replace(
         before.config,
         skills=(*before.config.skills, skill.name),
         tasks=before.config.tasks | {task.name: resolve_new_task(config)},
     )
-    old = {each: old_task_settings(each, config, source) for each in before.config.tasks}
+    old = {name: old_task_settings(name, config, source) for name in before.config.tasks}
     return FinetuneConfig(
         name=name,
         run_dir=config.run_dir,
@@ -91,7 +127,14 @@ def build_growth_config(
 
 
 def resolve_new_task(config: GrowConfig) -> Task:
-    """The new task, with as many outputs as its corpus has classes or symbols."""
+    """Return the new task, with the number of outputs from its corpus if it is not given.
+
+    Args:
+        config: of the growth.
+
+    Raises:
+        UserError: the corpus has no list of classes or symbols.
+    """
     task, outputs = config.task, config.task.outputs
     if not outputs and task.objective in ("classification", "ctc"):
         data = parse_location(config.data, data_root())
@@ -99,52 +142,71 @@ def resolve_new_task(config: GrowConfig) -> Task:
         names = open_corpus(join_location(data, task.training.corpus)).manifest.get(key)
         if not names:
             raise UserError(
-                f"the corpus {task.training.corpus} names no {key}; give --task.outputs"
+                f"the corpus {task.training.corpus} has no list of {key}; give --task.outputs"
             )
         outputs = len(names)
     return Task(task.objective, dict(task.towers), outputs)
 
 
 def old_task_settings(task: str, config: GrowConfig, source: ModelSource) -> TaskTraining:
-    """How an old task is measured: as in the training of the source."""
-    known = (source.settings.get("tasks") or {}).get(task) or {}
-    corpora = {task: known["corpus"]} if known else {}
+    """Return the settings to evaluate an old task, as in the training of the source.
+
+    Args:
+        task: name of the old task.
+        config: of the growth.
+        source: the source model.
+    """
+    trained = (source.settings.get("tasks") or {}).get(task) or {}
+    corpora = {task: trained["corpus"]} if trained else {}
     corpus = Path(locate_task_corpus("", task, corpora | config.corpora)).name
-    return TaskTraining(corpus, max_length=known.get("max_length"), eval_only=True)
+    return TaskTraining(corpus, max_length=trained.get("max_length"), eval_only=True)
 
 
 def build_reference_config(
     name: Reference, config: GrowConfig, settings: FinetuneConfig, source: ModelSource, run: Path
 ) -> FinetuneConfig | None:
-    """The run of a reference; None where the task has no skill but the new one."""
+    """Return the training configuration of a reference run.
+
+    Args:
+        name: kind of reference.
+        config: of the growth.
+        settings: training configuration of the growth.
+        source: the source model.
+        run: folder of the growth.
+
+    Returns:
+        None for ``without_skill`` if a tower of the new task has no other skill.
+    """
     task = config.task.name
     spec = settings.model.tasks[task]
     base = replace(settings, name=f"{settings.name}-{name}", run_dir=str(run / "references"))
-    alone = {task: settings.tasks[task]}
+    only_new = {task: settings.tasks[task]}
     if name == "everything":
         return replace(base, training=replace(settings.training, trainable=[]))
     if name == "fresh":
         return replace(
             base,
             init_from=None,
-            tasks=alone,
+            tasks=only_new,
             model=replace(settings.model, tasks={task: spec}),
             training=replace(settings.training, trainable=[]),
         )
-    left = {
+    remaining = {
         tower: tuple(skill for skill in plan.skills if skill != config.skill.name)
         for tower, plan in spec.towers.items()
     }
-    if not all(left.values()):
+    if not all(remaining.values()):
         return None
-    towers = {t: SkillPlan(left[t], plan.modality) for t, plan in spec.towers.items()}
+    towers = {t: SkillPlan(remaining[t], plan.modality) for t, plan in spec.towers.items()}
     torch.manual_seed(config.seed)
     model = add_task(load_growable_model(source), task, replace(spec, towers=towers))
-    kept = [file for file in settings.training.trainable if file != f"skill-{config.skill.name}"]
+    trainable = [
+        file for file in settings.training.trainable if file != f"skill-{config.skill.name}"
+    ]
     return replace(
         base,
         init_from=save_start_model(model, str(settings.run_dir)),
-        tasks=alone,
+        tasks=only_new,
         model=model.config,
-        training=replace(settings.training, trainable=kept),
+        training=replace(settings.training, trainable=trainable),
     )

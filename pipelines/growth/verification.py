@@ -1,4 +1,8 @@
-"""Measuring what growing left untouched: bytes of files, figures and rows of old tasks."""
+"""Comparison of a grown model with its source: file bytes, metrics and outcomes of old tasks.
+
+:func:`build_growth_report` is the main entry point; ``skillnet grow`` calls it after training, and
+:func:`assert_frozen_unchanged` then fails the command if an old part changed.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -7,8 +11,8 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation import tables
-from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
 from pipelines.evaluation.outcomes import (
+    OUTCOMES_FILE,
     OutcomeTable,
     paired_difference,
     read_outcomes,
@@ -22,25 +26,35 @@ from skillnet.serialization import hash_file, read_manifest
 from skillnet.skills import Task
 from skillnet_platform import console
 
-#: What must not change of a row; the rest says when and where it was measured.
+#: Columns of an evaluation row that must not change; the others describe the measurement.
 COMPARED_COLUMNS = ("value", "low", "high", "activated_params", "flops_per_example")
 
 
 def added_files(before: SkillNet, grown: SkillNet) -> list[str]:
-    """Files that growing added: the new skill's, the new head's, perhaps a stem's."""
+    """Return the files that growth added: of the new skill, the new head, and possibly a stem.
+
+    Args:
+        before: the source model.
+        grown: the grown model.
+    """
     return sorted(grown.files_of().keys() - before.files_of().keys())
 
 
 def compare_files(source: ModelSource, before: SkillNet, folder: Path) -> list[FileState]:
-    """The weight files of the source and of a saved model, by the hash of their bytes.
+    """Compare the weight files of the source with those of a saved model, by sha256.
 
-    What a file was before is read from the source's manifest, which was checked when it was
-    loaded; of a checkpoint that keeps averaged weights, which are not among its files, it is the
-    hash of what they are written as.
+    The hashes of the source come from its manifest, which was checked when the model was loaded. A
+    checkpoint with averaged weights does not contain the averages as model files; their hash is
+    computed as if they were saved.
+
+    Args:
+        source: the source model.
+        before: the source model in memory.
+        folder: of the saved model.
     """
     listed = read_manifest(source.weights)["files"]
     if any(name.startswith("average-") for name in listed):
-        old = {file: _hash(before, names) for file, names in before.files_of().items()}
+        old = {file: _hash_parameters(before, names) for file, names in before.files_of().items()}
     else:
         old = {file: listed[f"{file}.safetensors"]["sha256"] for file in before.files_of()}
     new = {path.stem: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
@@ -51,25 +65,41 @@ def compare_files(source: ModelSource, before: SkillNet, folder: Path) -> list[F
 
 
 def assert_files_unchanged(files: Sequence[FileState]) -> None:
-    """Raise RuntimeError if an old file is not what it was: a defect of this program, or weights
-    that another version of safetensors lays out in another way."""
+    """Check that every old file has the same bytes.
+
+    Args:
+        files: of :func:`compare_files`.
+
+    Raises:
+        RuntimeError: a file changed. This is a defect, or another version of safetensors wrote the
+            source.
+    """
     for file in files:
         if file.state not in ("same", "new"):
-            raise RuntimeError(f"{file.file} is {file.state}: sha256 {file.before}, {file.after}")
+            raise RuntimeError(
+                f"{file.file} is {file.state}: sha256 {file.before} before, {file.after} after"
+            )
 
 
 def assert_frozen_unchanged(report: GrowthReport) -> None:
-    """Raise RuntimeError, naming the first of it, if anything but the new files changed."""
+    """Check that only new files changed, and that all results of the old tasks are equal.
+
+    Args:
+        report: of the growth.
+
+    Raises:
+        RuntimeError: names the first difference.
+    """
     assert_files_unchanged(report.files)
-    for each in report.tasks:
-        if not each.same:
+    for task in report.tasks:
+        if not task.is_unchanged:
             raise RuntimeError(
-                f"{each.task} {each.split} {each.metric} was {each.before} and is {each.after}"
+                f"{task.task} {task.split} {task.metric} was {task.before} and is {task.after}"
             )
-    if not report.untouched:
+    if not report.is_unchanged:
         raise RuntimeError(
-            f"{report.rows_differing} rows of old tasks came out otherwise; the optimiser kept "
-            f"state for {', '.join(report.optimiser)}"
+            f"the outcomes of {report.rows_changed} rows of old tasks changed; the optimizer kept "
+            f"state for {', '.join(report.optimizer_files)}"
         )
 
 
@@ -79,30 +109,31 @@ def build_growth_report(
     settings: FinetuneConfig,
     run: Path,
     result: Mapping[str, Any],
-    others: Mapping[str, Mapping[str, Any]],
+    references: Mapping[str, Mapping[str, Any]],
     added: tuple[str, str],
 ) -> GrowthReport:
-    """Measure the source now and compare; see :class:`Growth`.
+    """Evaluate the source model, and compare it with the grown model.
 
     Args:
-        source, before: the model that grew, and it in memory.
+        source: the source model.
+        before: the source model in memory.
         settings: of the run.
-        run: its folder, with the final model and ``outcomes.parquet``.
-        result: what the run came to.
-        others: reference -> what its run came to.
-        added: the new skill and the new task.
+        run: folder of the run, with the final model and ``outcomes.parquet``.
+        result: of the run.
+        references: name of each reference run -> its result.
+        added: names of the new skill and the new task.
     """
     skill, task = added
     spec = settings.model.tasks[task]
-    old_rows, old_outcomes = _measured_before(before, settings, run)
-    own_outcomes = read_outcomes(run / OUTCOMES)
-    compared = differing = 0
+    old_rows, old_outcomes = _evaluate_source(before, settings, run)
+    own_outcomes = read_outcomes(run / OUTCOMES_FILE)
+    compared = changed = 0
     for key in old_outcomes:
         one, other = old_outcomes[key], own_outcomes[key]
-        alike = (one.numerator == other.numerator) & (one.denominator == other.denominator)
-        compared, differing = compared + len(one), differing + int((~alike).sum())
+        unchanged = (one.numerator == other.numerator) & (one.denominator == other.denominator)
+        compared, changed = compared + len(one), changed + int((~unchanged).sum())
     checkpoint = max((run / "checkpoints").glob("step-*"))
-    runs = {GROWN: result, **others}
+    results = {GROWN: result, **references}
     model = systems.load_model(run / "model")
     return GrowthReport(
         source=source.name,
@@ -113,27 +144,29 @@ def build_growth_report(
         objective=spec.objective,
         steps=int(result["step"]),
         seed=settings.seed,
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_params=sum(p.numel() for p in model.parameters()),
         files=compare_files(source, before, run / "model"),
         tasks=_compare_rows(old_rows, result["evaluation"]),
         rows_compared=compared,
-        rows_differing=differing,
-        optimiser=sorted(
+        rows_changed=changed,
+        optimizer_files=sorted(
             path.stem.removeprefix("optimizer-")
             for path in checkpoint.glob("optimizer-*.safetensors")
         ),
-        worth=[
-            each
-            for name, done in runs.items()
-            for each in _worth(name, done, own_outcomes, old_rows, task, spec, settings)
+        transfer_results=[
+            transfer
+            for name, run_result in results.items()
+            for transfer in _compare_transfer(
+                name, run_result, own_outcomes, old_rows, task, spec, settings
+            )
         ],
     )
 
 
-def _measured_before(
+def _evaluate_source(
     before: SkillNet, settings: FinetuneConfig, run: Path
 ) -> tuple[list[dict[str, Any]], OutcomeTable]:
-    """Rows and outcomes of the old tasks on the source, in this process as the grown model's."""
+    """Evaluate the old tasks of the source, in this process as the grown model was."""
     from pipelines.evaluation.evaluator import evaluate_model
 
     old = {
@@ -144,7 +177,7 @@ def _measured_before(
     outcomes = OutcomeTable()
     if not old:
         return [], outcomes
-    with console.progress("the source, for comparison", None, "rows") as bar:
+    with console.progress("evaluating the source", None, "rows") as bar:
         rows = evaluate_model(
             before,
             str(settings.data),
@@ -155,19 +188,19 @@ def _measured_before(
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
             outcomes=outcomes,
         )
-    # Through the file, as the grown model's: it keeps fewer digits than memory.
-    write_outcomes(outcomes, run / f"before-{OUTCOMES}")
-    return rows, read_outcomes(run / f"before-{OUTCOMES}")
+    # The file has fewer digits than memory; the grown model's outcomes also come from a file.
+    write_outcomes(outcomes, run / f"before-{OUTCOMES_FILE}")
+    return rows, read_outcomes(run / f"before-{OUTCOMES_FILE}")
 
 
 def _compare_rows(
     before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
 ) -> list[TaskState]:
-    found = {(row["task"], row["split"], row["metric"]): row for row in after}
+    rows_after = {(row["task"], row["split"], row["metric"]): row for row in after}
     states = []
     for row in before:
-        other = found.get((row["task"], row["split"], row["metric"]), {})
-        same = all(_equal(row[key], other.get(key)) for key in COMPARED_COLUMNS)
+        other = rows_after.get((row["task"], row["split"], row["metric"]), {})
+        is_unchanged = all(_equal(row[key], other.get(key)) for key in COMPARED_COLUMNS)
         states.append(
             TaskState(
                 row["task"],
@@ -175,15 +208,15 @@ def _compare_rows(
                 row["metric"],
                 row["value"],
                 other.get("value", float("nan")),
-                same,
+                is_unchanged,
             )
         )
     return states
 
 
-def _worth(
+def _compare_transfer(
     name: str,
-    done: Mapping[str, Any],
+    result: Mapping[str, Any],
     own: OutcomeTable,
     old_rows: Sequence[dict[str, Any]],
     task: str,
@@ -191,13 +224,13 @@ def _worth(
     settings: FinetuneConfig,
 ) -> list[TransferResult]:
     metric = tables.OBJECTIVE_METRICS[spec.objective][0]
-    theirs = read_outcomes(Path(done["run"]) / OUTCOMES)
-    rows = [r for r in done["evaluation"] if (r["task"], r["metric"]) == (task, metric)]
-    found = []
+    outcomes = read_outcomes(Path(result["run"]) / OUTCOMES_FILE)
+    rows = [r for r in result["evaluation"] if (r["task"], r["metric"]) == (task, metric)]
+    transfers = []
     for row in rows:
         key = (task, row["split"])
-        behind = [] if name == GROWN else list(paired_difference(own[key], theirs[key]))
-        found.append(
+        difference = [] if name == GROWN else list(paired_difference(own[key], outcomes[key]))
+        transfers.append(
             TransferResult(
                 system=name,
                 split=row["split"],
@@ -205,24 +238,26 @@ def _worth(
                 value=row["value"],
                 low=row["low"],
                 high=row["high"],
-                behind=behind,
-                trained=_trained(Path(done["run"])),
-                seconds=float(done["seconds"]),
-                lost={} if name == GROWN else _headlines(old_rows, done["evaluation"], settings),
+                difference=difference,
+                trained_params=_count_trained(Path(result["run"])),
+                seconds=float(result["seconds"]),
+                regressions={}
+                if name == GROWN
+                else _primary_values(old_rows, result["evaluation"], settings),
             )
         )
-    return found
+    return transfers
 
 
-def _trained(run: Path) -> int:
-    """Parameters that a run's steps changed: those that its optimiser kept an average for."""
+def _count_trained(run: Path) -> int:
+    """Return the number of trained parameters: those with an average in the optimizer state."""
     from safetensors import safe_open
 
     checkpoint = max((run / "checkpoints").glob("step-*"))
     total = 0
     for path in checkpoint.glob("optimizer-*.safetensors"):
         with safe_open(str(path), "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - it is no mapping
+            for key in tensors.keys():  # noqa: SIM118 - the handle is not a mapping
                 if key.endswith("/exp_avg"):
                     size = 1
                     for length in tensors.get_slice(key).get_shape():
@@ -231,19 +266,19 @@ def _trained(run: Path) -> int:
     return total
 
 
-def _headlines(
+def _primary_values(
     before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], settings: FinetuneConfig
 ) -> dict[str, list[float]]:
-    found = {}
+    values = {}
     for task in settings.tasks:
         metric = tables.OBJECTIVE_METRICS[settings.model.tasks[task].objective][0]
         one, other = (tables.find_row(rows, task, metric) for rows in (before, after))
         if one is not None and other is not None:
-            found[task] = [float(one["value"]), float(other["value"])]
-    return found
+            values[task] = [float(one["value"]), float(other["value"])]
+    return values
 
 
-def _hash(model: SkillNet, names: Sequence[str]) -> str:
+def _hash_parameters(model: SkillNet, names: Sequence[str]) -> str:
     from safetensors.torch import save
 
     tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
@@ -251,4 +286,4 @@ def _hash(model: SkillNet, names: Sequence[str]) -> str:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return bool(one == other) or (one != one and other != other)  # two NaNs are the same
+    return bool(one == other) or (one != one and other != other)  # NaN is equal to NaN here

@@ -56,7 +56,7 @@ def text_of(folder: Path) -> str:
     """What stands between the page's marks."""
     growth = GrowthReport.from_dict(json.loads((folder / REPORT_JSON).read_text(encoding="utf-8")))
     first = rows_of(folder / EVALUATION)[0]
-    new = [each for each in growth.worth if each.split == "test"]
+    new = [each for each in growth.transfer_results if each.split == "test"]
     words = tables.metric_label(new[0].metric)
     lines = [
         f"| trained | {words} (95 % interval) | grown minus this, paired | trained parameters |",
@@ -66,7 +66,7 @@ def text_of(folder: Path) -> str:
     ]
     same = sum(each.state == "same" for each in growth.files)
     changed = sum(each.state in ("changed", "gone") for each in growth.files)
-    moved = sum(not each.same for each in growth.tasks)
+    moved = sum(not each.is_unchanged for each in growth.tasks)
     tasks = len({each.task for each in growth.tasks})
     name = yaml.safe_load((folder / "grow.yaml").read_text(encoding="utf-8"))["name"]
     parts = [
@@ -80,11 +80,13 @@ def text_of(folder: Path) -> str:
         "Effect on the old tasks:\n\n"
         f"- {same} old files have the same sha256, and {changed} differ.\n"
         f"- {moved} of {len(growth.tasks)} metrics of {tasks} tasks changed.\n"
-        f"- {growth.rows_differing} of {growth.rows_compared:,} test rows changed their outcome.\n"
+        f"- {growth.rows_changed} of {growth.rows_compared:,} test rows changed their outcome.\n"
         "- The optimizer kept state only for "
-        f"{' and '.join(f'`{name}`' for name in growth.optimiser)}.",
+        f"{' and '.join(f'`{name}`' for name in growth.optimizer_files)}.",
     ]
-    everything = next((each for each in new if each.system == "everything" and each.lost), None)
+    everything = next(
+        (each for each in new if each.system == "everything" and each.regressions), None
+    )
     if everything is not None:
         head = ["task", "metric", "before and after growth", "after training everything"]
         shown = {metric for metric, _ in tables.OBJECTIVE_METRICS.values()}
@@ -92,7 +94,7 @@ def text_of(folder: Path) -> str:
         cells = [
             [f"`{task}`", tables.metric_label(metric_of[task])]
             + [tables.format_value(metric_of[task], value) for value in pair]
-            for task, pair in everything.lost.items()
+            for task, pair in everything.regressions.items()
         ]
         parts += [
             "If everything is trained, the old tasks change:",
@@ -104,13 +106,13 @@ def text_of(folder: Path) -> str:
 
 def _line(each: TransferResult) -> str:
     behind = ""
-    if each.behind:
-        value, low, high = (100 * x for x in each.behind)
+    if each.difference:
+        value, low, high = (100 * x for x in each.difference)
         behind = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     bold = "**" if each.system == GROWN else ""
     shown = tables.format_value_with_interval({k: getattr(each, k) for k in ("metric", *BOUNDS)})
     words = TRAINING_LABELS.get(each.system, each.system)
-    return f"| {bold}{words}{bold} | {bold}{shown}{bold} | {behind} | {each.trained:,} |"
+    return f"| {bold}{words}{bold} | {bold}{shown}{bold} | {behind} | {each.trained_params:,} |"
 
 
 def _simple(path: Path, task: str, metric: str) -> list[str]:

@@ -136,7 +136,7 @@ def test_a_growth_is_kept_and_told_as_its_report_has_it(tmp_path: Path) -> None:
     row = {"system": "skillnet", "task": "counting", "split": "test", "metric": "accuracy"}
     write_rows(folder / "evaluation.csv", [row | DAY])
     (folder / "growth.json").write_text(json.dumps(report.to_dict()))
-    (folder / "growth.md").write_text(report.markdown())
+    (folder / "growth.md").write_text(report.to_markdown())
     (folder / "grow.yaml").write_text("name: grown\n")
     kept = growth_result.collect(folder, tmp_path / "results")
     assert kept.name == "2026-01-02-growth"

@@ -53,23 +53,30 @@ def test_a_modality_that_is_new_brings_a_stem_that_trains_also_without_the_skill
     assert other.model.tasks["counting"].skills == ("general", "video")
     fresh = runs.build_reference_config("fresh", config, settings, source, tmp_path)
     assert fresh is not None
-    assert (fresh.init_from, fresh.training.trainable, list(fresh.trained)) == (None, [], ["counting"])
+    assert (fresh.init_from, fresh.training.trainable, list(fresh.trained)) == (
+        None,
+        [],
+        ["counting"],
+    )
 
 
 def test_old_tasks_are_measured_as_they_were_trained(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_to_code", "text_classification")
-    told = {"text_to_code": {"corpus": "functions", "max_length": 7, "auxiliary": False}}
-    source = replace(source, settings={"tasks": told})
+    tasks = {"text_to_code": {"corpus": "functions", "max_length": 7, "auxiliary": False}}
+    source = replace(source, settings={"tasks": tasks})
     config = grow_config("saved", data)
     settings = runs.build_growth_config(config, source, runs.load_growable_model(source))
-    assert settings.tasks["text_to_code"] == TaskTraining(
-        "functions", max_length=7, eval_only=True
-    )
+    assert settings.tasks["text_to_code"] == TaskTraining("functions", max_length=7, eval_only=True)
     assert settings.tasks["text_classification"].corpus == "headings"
     assert list(settings.trained) == ["counting"]
     assert settings.model.tasks["counting"].outputs == 3
     config.corpora = {"text_to_code": "mine"}
-    assert runs.build_growth_config(config, source, runs.load_growable_model(source)).tasks["text_to_code"].corpus == "mine"
+    assert (
+        runs.build_growth_config(config, source, runs.load_growable_model(source))
+        .tasks["text_to_code"]
+        .corpus
+        == "mine"
+    )
 
 
 def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
@@ -79,7 +86,10 @@ def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
     config = grow_config("saved", data)
     task = NewTask("counting", {"input": SkillPlan(("ink",), "video")}, TaskTraining("counts"))
     config = replace(config, task=task)
-    settings = replace(runs.build_growth_config(config, source, runs.load_growable_model(source)), run_dir=str(tmp_path))
+    settings = replace(
+        runs.build_growth_config(config, source, runs.load_growable_model(source)),
+        run_dir=str(tmp_path),
+    )
     assert runs.build_reference_config("without_skill", config, settings, source, tmp_path) is None
 
 
@@ -89,15 +99,18 @@ def test_what_starts_alike_is_kept_once(tmp_path: Path, data: Path) -> None:
     before = runs.load_growable_model(source)
     task = runs.resolve_new_task(config)
     kept = [
-        runs.save_start_model(runs.build_grown_model(config, before, task), str(tmp_path)) for _ in range(2)
+        runs.save_start_model(runs.build_grown_model(config, before, task), str(tmp_path))
+        for _ in range(2)
     ]
     assert kept[0] == kept[1]
     assert len(list((tmp_path / ".starts").iterdir())) == 1
     other = replace(config, seed=5)
-    assert runs.save_start_model(runs.build_grown_model(other, before, task), str(tmp_path)) != kept[0]
+    assert (
+        runs.save_start_model(runs.build_grown_model(other, before, task), str(tmp_path)) != kept[0]
+    )
 
 
-def test_float64_weights_are_refused(tmp_path: Path, data: Path) -> None:
+def test_float64_weights_are_rejected(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_classification")
     SkillNet.from_pretrained(source.weights).double().save_pretrained(source.weights)
     with pytest.raises(UserError, match="float64"):
@@ -108,11 +121,13 @@ def growth(**changes: object) -> GrowthReport:
     values: dict[str, object] = {
         "source": "base", "source_digest": "", "skill": "ink", "task": "counting",
         "corpus": "counts", "objective": "classification", "steps": 1, "seed": 0,
-        "total_parameters": 10, "rows_compared": 4, "rows_differing": 0,
+        "total_params": 10, "rows_compared": 4, "rows_changed": 0,
         "files": [FileState("shared", "a", "a"), FileState("skill-ink", None, "b")],
         "tasks": [TaskState("text_to_code", "test", "recall_at_10", 0.5, 0.5, True)],
-        "optimiser": ["skill-ink"],
-        "worth": [TransferResult("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3, 1.0)],
+        "optimizer_files": ["skill-ink"],
+        "transfer_results": [
+            TransferResult("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3, 1.0)
+        ],
     }  # fmt: skip
     return GrowthReport(**(values | changes))  # type: ignore[arg-type]
 
@@ -120,22 +135,22 @@ def growth(**changes: object) -> GrowthReport:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"files": [FileState("shared", "a", "b")]}, "shared is changed: sha256 a, b"),
+        ({"files": [FileState("shared", "a", "b")]}, "shared is changed: sha256 a before, b after"),
         ({"files": [FileState("shared", "a", None)]}, "shared is gone"),
         (
             {"tasks": [TaskState("text_to_code", "test", "recall_at_10", 0.5, 0.4, False)]},
             "text_to_code test recall_at_10 was 0.5 and is 0.4",
         ),
-        ({"rows_differing": 1}, "1 rows of old tasks came out otherwise"),
-        ({"optimiser": ["shared", "skill-ink"]}, "kept state for shared, skill-ink"),
+        ({"rows_changed": 1}, "the outcomes of 1 rows of old tasks changed"),
+        ({"optimizer_files": ["shared", "skill-ink"]}, "kept state for shared, skill-ink"),
     ],
 )
-def test_whatever_changed_is_named(changes: dict[str, object], message: str) -> None:
-    assert growth().untouched
+def test_a_change_is_named(changes: dict[str, object], message: str) -> None:
+    assert growth().is_unchanged
     verification.assert_frozen_unchanged(growth())
     report = growth(**changes)
-    assert not report.untouched
-    assert "NOT untouched" in report.headline()
+    assert not report.is_unchanged
+    assert "NOT unchanged" in report.summarize()
     with pytest.raises(RuntimeError, match=message):
         verification.assert_frozen_unchanged(report)
 
@@ -146,10 +161,10 @@ def test_a_report_survives_its_json_and_reads_well() -> None:
     report = growth()
     again = GrowthReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert again == report
-    text = report.markdown()
+    text = report.to_markdown()
     assert "| text_to_code | test | R@10 | 50.0 % | 50.0 % | same |" in text
     assert "| skill-ink | new | – | b |" in text
-    assert "accuracy 50.0 % (40.0–60.0)" in report.headline()
+    assert "accuracy 50.0 % (40.0–60.0)" in report.summarize()
 
 
 def test_settings_survive_their_yaml(data: Path) -> None:
