@@ -58,6 +58,7 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
 
     folder, mirror = config.folder, config.mirror
     if mirror is not None:
+        # The ledger must be local before the check, which compares with earlier runs.
         remote_ledger.restore_ledger(mirror, START_FILES, ("tuning", "runs"))
     check_study(config)
     with tracking.start_run(
@@ -100,6 +101,7 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
     runs: list[FinishedRun] = []
     studies: list[tuple[Path, dict[str, TuningResult]]] = []
     for named in config.runs:
+        # Runs in an object store are read from a local copy.
         given = str(fetch_finished_runs(named)) if is_uri(named) else named
         for path in (Path(given).expanduser(), run_root() / given):
             if (path / STUDY_LEDGER).is_file():
@@ -109,6 +111,7 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
                 break
         else:
             runs.append(read_run(find_run(given, config.tracking.uri)))
+    # label_runs may rename systems; tuning results must follow their runs.
     old_labels = {run.folder: run.label for run in runs}
     runs = label_runs(runs, config.names)
     tuning = relabel_tuning(
@@ -145,6 +148,7 @@ def relabel_tuning(
         for old, own in results.items():
             label, other = new.get(old, old), own.reuse_tuning_of
             entry = replace(own, label=label, reuse_tuning_of=other and new.get(other, other))
+            # Two studies tuned one system differently: both results stay, under different labels.
             if label in relabelled and relabelled[label] != entry:
                 entry = replace(entry, label=f"{label} ({folder.name})")
             relabelled[entry.label] = entry
@@ -223,6 +227,7 @@ def _find_model(run: "FinishedRun", config: StudyConfig) -> str | None:
     """Return the path or URI of a run's model, here or in the study's store; None if missing."""
     if (run.folder / "model" / "manifest.json").is_file():
         return str(run.folder)
+    # With ``runs`` the mirror belongs to no study.
     if config.mirror is None or config.runs:
         return None
     model = config.mirror.uri_of("runs", run.folder.name)
@@ -253,6 +258,7 @@ def normalize_arguments(argv: Sequence[str]) -> list[str]:
             arguments.append(option)
             continue
         values: list[str] = []
+        # All values up to the next option belong to this option.
         while queue and not queue[0].startswith("--"):
             values.append(queue.pop(0))
         if option == "--names" and values:

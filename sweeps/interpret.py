@@ -83,6 +83,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
     model = model_source.load_trained_tasks(source)
+    # Baselines can subclass SkillNet, so the registered name is compared as well.
     if not isinstance(model, SkillNet) or model.system != SkillNet.system:
         raise UserError(
             f"{config.model} is a {model.system} model without skills; give a skillnet model"
@@ -133,6 +134,7 @@ def _record_files(files: list[Path], run_id: str, uri: str | None) -> None:
     from pipelines.runs.model_source import is_known_run
     from skillnet_platform.tracking import Tracker, backend
 
+    # A model copied from elsewhere names a run that this tracking server does not have.
     if not is_known_run(run_id, uri):
         console.note(f"the run {run_id} is not in this tracker: the files are only on disk")
         return
@@ -159,6 +161,7 @@ def build_ablation_cells(
     cells: dict[str, list[str]] = {}
     for row in rows:
         line = cells.setdefault(row["task"], [row["task"], *[""] * len(skills)])
+        # Swaps have two skills and would need a second table.
         if row["change"] == SWAP:
             continue
         drop = row["score_drop"]

@@ -138,6 +138,7 @@ def _store_config(config: SweepConfig, folder: Path) -> None:
             )
         if old == new:
             return
+    # A sweep and a run of the same name would mix their files.
     elif (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is a run, not a sweep; give another --name")
     with atomic_write(stored, "w") as stream:
@@ -170,6 +171,7 @@ def _build_source(config: SweepConfig, folder: Path) -> tuple[Any, FinetuneConfi
     from sweeps.search.space import SearchSpace
     from sweeps.search.strategies import OptunaSource, configurations_from_points
 
+    # Trials are evaluated on the validation split only; best.yaml sets evaluate again.
     named = replace(config.run, name=folder.name, tracking=config.tracking, evaluate=False)
     run = resolve_config(replace(named, run_dir=str(folder.parent)))
     if not config.space:
@@ -222,6 +224,7 @@ def _rank_and_record(
     parent.metrics({f"trials/{status}": count for status, count in counts.items()})
     best = configurations[0]
     if best.score is None:
+        # One error explains most failures; the log has the details.
         first = next(outcome for outcome in outcomes if outcome.error)
         raise UserError(
             f"none of the {len(outcomes)} trials has a score; {first.name}: {first.error} "
@@ -259,6 +262,7 @@ def _write_best(config: SweepConfig, folder: Path, trial: str) -> Path:
     run = replace(
         run,
         name=None,
+        # Outside of the sweep's directory, but in the same object store.
         run_dir=config.run.run_dir or (config.run_dir if is_uri(config.run_dir) else None),
         seed=config.run.seed,
         data=config.run.data,

@@ -26,6 +26,7 @@ Verdict = Literal["holds", "does not hold", "not decided"]
 
 #: Seeds per system below which no claim is decided.
 MIN_SEEDS = 3
+#: Task of the claim about a single task.
 IMAGE_TASK = "text_to_image"
 
 
@@ -95,6 +96,7 @@ def evaluate_claims(
         One entry per claim. A claim whose systems were not run is not decided, with the reason.
     """
     rules = config or ClaimsConfig()
+    # The order here is the order of the report.
     makers: list[Callable[[SystemComparison, ClaimsConfig], EvaluatedClaim]] = [
         lambda c, r: _specialists_claim(c, r, ""),
         lambda c, r: _specialists_claim(c, r, PRETRAINED),
@@ -103,6 +105,7 @@ def evaluate_claims(
         lambda c, r: _equal_cost_claim(c, r, ("dense", "moe")),
     ]
     found = [make(comparison, rules) for make in makers]
+    # The numbers stay in the report, but they carry no verdict.
     if comparison.seeds < MIN_SEEDS:
         have = "1 seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
         why = f"{have} per system; a verdict requires at least {MIN_SEEDS}"
@@ -142,12 +145,14 @@ def _specialists_claim(
     for task in comparison.common_tasks:
         change, test = _signed_change(comparison, own, other, task)
         numbers = f"{task}: {_format_points(change)}"
+        # Non-inferiority: the whole interval lies above minus the margin.
         if change[1] >= -rules.margin:
             conditions.append(ClaimCondition(numbers, True))
         else:
             is_loss = test.is_significant and change[0] < 0
             conditions.append(ClaimCondition(numbers, False if is_loss else None))
     value = comparison.relative[own].value
+    # An interval that contains the threshold neither shows nor refutes the condition.
     shown = True if value.low >= rules.relative else False if value.high < rules.relative else None
     numbers = f"{value.value:.3f} ({value.low:.3f} to {value.high:.3f})"
     if np.isnan(value.value):
@@ -189,6 +194,7 @@ def _image_claim(comparison: SystemComparison, rules: ClaimsConfig) -> Evaluated
     conditions, pairs = [], []
     for other in comparison.systems:
         own = find_variant(base, other, list(comparison.systems))
+        # A system without this task has no cost entry and is not a baseline here.
         known = (other, IMAGE_TASK) in comparison.costs and (own, IMAGE_TASK) in comparison.costs
         if own is None or other.removesuffix(PRETRAINED) == base or not known:
             continue
@@ -233,6 +239,7 @@ def _equal_cost_claim(
         if runs[0].system not in systems or own is None:
             continue
         share = comparison.costs[label, MEAN].activated / comparison.costs[own, MEAN].activated
+        # Systems of another size say nothing about equal cost.
         if abs(share - 1) > rules.equal_cost:
             continue
         seen.add(runs[0].system)
@@ -282,6 +289,7 @@ def _signed_change(
     test = comparison.find_test(own, other, task)
     if test is not None:
         return (test.difference.value, test.difference.low, test.difference.high), test
+    # Pairs are tested once; in the opposite order all signs change.
     test = comparison.find_test(other, own, task)
     assert test is not None, f"{own} and {other} were not tested on {task}"
     return (-test.difference.value, -test.difference.high, -test.difference.low), test
@@ -307,6 +315,7 @@ def _find_leader(
         return max(better, key=lambda label: better[label])
     if beaten < len(pairs):
         return None
+    # Several pairs can mix variants, so the result names the reference without its suffix.
     own = pairs[0][0]
     return own if len(pairs) == 1 else own.removesuffix(PRETRAINED)
 

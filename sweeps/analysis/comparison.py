@@ -18,6 +18,7 @@ from sweeps.analysis.finished_runs import PRETRAINED, FinishedRun, check_compara
 from sweeps.analysis.statistics import RunSample, ScoreEstimate, SeedVariance
 from sweeps.config.trials import PRIMARY_METRICS
 
+#: Split of significance tests, scores and costs.
 SPLIT = "test"
 
 #: Pseudo-task: the mean over the tasks that all systems have.
@@ -162,6 +163,7 @@ def compare_systems(
         for task, split in run.outcomes:
             if split not in splits.setdefault(task, []):
                 splits[task].append(split)
+        # A row with another metric, such as macro F1, is not the primary score of its task.
         metrics |= {
             row["task"]: row["metric"] for row in run.rows if row["metric"] in PRIMARY_METRICS
         }
@@ -177,6 +179,7 @@ def compare_systems(
         samples[label, MEAN, SPLIT] = statistics.average_samples(
             [samples[label, t, SPLIT] for t in common]
         )
+    # One pooled variance per task and split: scores of different tasks vary differently.
     spreads = {
         key: statistics.pool_seed_variance(
             [sample for own, sample in samples.items() if own[1:] == key]
@@ -218,6 +221,7 @@ def find_variant(base: str, label: str, labels: Sequence[str]) -> str | None:
         labels: all labels that were run.
     """
     wanted = base + PRETRAINED if label.endswith(PRETRAINED) else base
+    # Without a variant of the same pretraining the other variant is the best available pair.
     for name in (wanted, base, base + PRETRAINED):
         if name in labels:
             return name
@@ -240,6 +244,7 @@ def _build_samples(
                 parts = {run.seed: run.outcomes[task, split] for run in having}
                 weight = next(iter(parts.values())).denominator
                 more_is_better = PRIMARY_METRICS[metrics[task]]
+                # Scores count what is right, so errors are subtracted from the weights.
                 amounts = {
                     seed: part.numerator if more_is_better else weight - part.numerator
                     for seed, part in parts.items()
@@ -266,6 +271,7 @@ def _estimate_relative_scores(
             for task in common
         ]
         means[label] = (against, statistics.average_samples(ratios))
+    # The ratio of the specialists to themselves is 1 for every seed and has no variance.
     spread = statistics.pool_seed_variance(
         [own for label, (against, own) in means.items() if label != against]
     )
@@ -304,6 +310,7 @@ def _run_tests(
             estimate = statistics.estimate_mean(change, spread)
             p = statistics.compute_p_value(change, spread)
             found.append((kind, label, against, task, estimate, p))
+    # One correction over all tests, because the report shows them side by side.
     corrected = statistics.correct_p_values([p for *_, p in found])
     return [PairedTest(*values, both) for values, both in zip(found, corrected, strict=True)]
 
@@ -325,6 +332,7 @@ def _collect_costs(
                     float(np.mean([row["activated_params"] for row in rows])),
                     float(np.mean([row["flops_per_example"] for row in rows])),
                 )
+        # The mean is over common tasks, so that systems with fewer tasks are comparable.
         own = [costs[label, task] for task in common]
         costs[label, MEAN] = TaskCost(
             float(np.mean([cost.activated for cost in own])),

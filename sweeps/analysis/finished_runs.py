@@ -78,6 +78,7 @@ class FinishedRun:
         if not self.settings.get("init_from"):
             return None
         start = Path(str(self.settings["init_from"]))
+        # ``init_from`` names a run directory or the model directory below it.
         for path in (start / TRAINED, start.parent / TRAINED):
             if path.is_file():
                 return total_training_seconds(read_trained(path))
@@ -120,6 +121,7 @@ def find_run(given: str, uri: str | None = None) -> Path:
     Raises:
         UserError: there is no such run.
     """
+    # Directories first: a lookup in the tracking server is slower and may fail.
     for path in (Path(given).expanduser(), run_root() / given):
         if (path / "config.yaml").is_file():
             return path.absolute()
@@ -160,6 +162,7 @@ def read_run(folder: Path, label: str | None = None) -> FinishedRun:
     }
     path = folder / "result.json"
     result = read_record(path, schema, REMEDY) if path.is_file() else {}
+    # The stored digests are those at training time; the corpora may have changed since.
     digests = result.get("corpora") or read_corpus_digests(settings)
     return FinishedRun(
         label or make_label(settings),
@@ -189,6 +192,7 @@ def read_evaluation_rows(path: Path) -> list[dict[str, Any]]:
             rows: list[dict[str, Any]] = list(csv.DictReader(stream))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    # Line 1 is the header.
     for number, row in enumerate(rows, 2):
         absent = [name for name in COLUMNS if row.get(name) is None]
         if absent:
@@ -299,6 +303,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
     weights: dict[tuple[str, str], tuple[np.ndarray, FinishedRun]] = {}
     for run in runs:
         for name, digest in run.digests.items():
+            # The first run with a corpus defines the version that the others must have.
             known, other = corpora.setdefault(name, (digest, run))
             if known != digest:
                 raise UserError(
@@ -308,6 +313,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         for key in run.outcomes:
             own = run.outcomes[key].denominator
             weight, first = weights.setdefault(key, (own, run))
+            # Equal weights mean equal rows: each row contributes its number of symbols or queries.
             if not np.array_equal(own, weight):
                 raise UserError(
                     f"{run.folder} and {first.folder} were evaluated on different rows of "
@@ -340,6 +346,7 @@ def _flat_differences(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
             key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
             for key, value in configuration.flatten_tree(tree).items()
         }
+    # dict.fromkeys keeps the order of the configuration, which a set would lose.
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     return {
         key: {label: values.get(key, "–") for label, values in flat.items()}
@@ -364,6 +371,7 @@ def _group_by_configuration(
     before = [_configuration_digest(run.pretraining) if run.pretraining else "" for run in runs]
     groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run, key, start in zip(runs, own, before, strict=True):
+        # Known pretrainings of runs with the same settings.
         known = {b for k, b in zip(own, before, strict=True) if k == key and b}
         groups.setdefault((key, start or (known.pop() if len(known) == 1 else "")), []).append(run)
     return groups

@@ -119,7 +119,9 @@ def build_sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hasha
     weight_N = np.asarray(weight, np.float64)
     if weight_N.sum() <= 0:
         raise ValueError(f"{key}: the weights of the rows must sum to more than 0")
+    # A ratio of sums weights long rows more, as the token error rate is defined.
     values_S = amount_SN.sum(1) / weight_N.sum()
+    # Influence function of the ratio: each run's values sum to 0.
     rows_SN = (amount_SN - values_S[:, None] * weight_N) / weight_N.mean()
     return RunSample(seeds, values_S, {key: rows_SN})
 
@@ -171,6 +173,7 @@ def pair_samples(left: RunSample, right: RunSample) -> tuple[RunSample, RunSampl
         left: scores of one system.
         right: scores of another system.
     """
+    # The usual case of a study; the samples need no copy.
     if left.seeds == right.seeds:
         return left, right
     common = sorted(set(left.seeds) & set(right.seeds))
@@ -210,6 +213,7 @@ def _sum_rows(
 
 def pool_seed_variance(samples: Sequence[RunSample]) -> SeedVariance | None:
     """Return the pooled variance over seeds; None without repeated runs."""
+    # Systems with more seeds have more weight: each counts with its degrees of freedom.
     parts = [(_variance(each.values), len(each.seeds) - 1) for each in samples]
     dof = sum(own for _, own in parts)
     if not dof:
@@ -234,6 +238,7 @@ def estimate_mean(
         most: upper end of the score's range.
     """
     value, error, dof = _mean_and_error(sample, spread)
+    # With zero error the degrees of freedom are infinite, and 0.0 * error keeps NaN.
     half = float(stats.t.ppf((1 + level) / 2, dof)) * error if error else 0.0 * error
     low, high = (float(np.clip(x, least, most)) for x in (value - half, value + half))
     return ScoreEstimate(value, low, high, error, dof, len(sample.seeds))
@@ -252,6 +257,7 @@ def compute_p_value(
     value, error, dof = _mean_and_error(sample, spread)
     if np.isnan(value) or np.isnan(error):
         return float("nan")
+    # Without variance any difference from the null hypothesis is certain.
     if error == 0:
         return 1.0 if value == null else 0.0
     return float(2 * stats.t.sf(abs(value - null) / error, dof))
@@ -271,6 +277,7 @@ def _mean_and_error(sample: RunSample, spread: SeedVariance | None) -> tuple[flo
     variances, squares = [], []
     if count > 1 or spread is not None:
         known = spread or SeedVariance(0.0, count - 1)
+        # The larger of own and pooled variance, so that an unstable system is not understated.
         variances.append(max(_variance(sample.values), known.variance) / count)
         squares.append(variances[-1] ** 2 / known.dof)
     for part in sample.rows.values():
@@ -278,11 +285,13 @@ def _mean_and_error(sample: RunSample, spread: SeedVariance | None) -> tuple[flo
         mean_N = part.mean(0)
         variance = float(mean_N.var(ddof=1)) / rows
         if count > 1:
+            # The row variance contains residual variance, which averages out over seeds.
             residual = float(((part - mean_N) ** 2).sum()) / ((count - 1) * (rows - 1))
             variance = max(variance - residual / (count * rows), 0.0)
         variances.append(variance)
         squares.append(variance**2 / (rows - 1))
     total = sum(variances)
+    # Satterthwaite's approximation for a sum of independent variances.
     dof = total**2 / sum(squares) if sum(squares) > 0 else np.inf
     return value, float(np.sqrt(total)), float(dof)
 
@@ -298,6 +307,7 @@ def correct_p_values(p_values: Sequence[float]) -> list[float]:
     adjusted = np.full(len(p), np.nan)
     highest = 0.0
     for rank, index in enumerate(order):
+        # The running maximum keeps the corrected values in the order of the p-values.
         highest = max(highest, min(1.0, (len(order) - rank) * p[index]))
         adjusted[index] = highest
     return [float(x) for x in adjusted]

@@ -19,5 +19,6 @@ def resolve_result_folder(root: Location, name: str) -> tuple[Path, RunMirror | 
     """
     if isinstance(root, Path):
         return root / name, None
+    # Files are written locally first, then mirrored to the object store.
     folder = run_root() / name
     return folder, RunMirror(directories.join_uri(root, name), folder)

@@ -51,6 +51,7 @@ class SearchDimension:
     def value_at(self, fraction: float) -> Any:
         """Return the quantile of the sampling distribution at a fraction in [0, 1)."""
         if self.range is None:
+            # Equal parts of [0, 1) for the values of a list.
             return self.values[int(fraction * len(self.values))]
         low, high = self.range
         if self.kind == "integer":
@@ -75,6 +76,7 @@ class SearchDimension:
             names = " and ".join(given) if given else "nothing"
             raise UserError(f"{where}: give one of {known}, not {names}")
         if self.range is None:
+            # JSON makes lists and dictionaries comparable.
             texts = [json.dumps(value, sort_keys=True) for value in self.values]
             duplicate = next((each for each in texts if texts.count(each) > 1), None)
             if duplicate is not None:

@@ -138,6 +138,7 @@ class StudyConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
+        # Finished runs have their own seeds and systems, so the study's keys are not used.
         if self.runs:
             return
         if not self.seeds:
@@ -147,6 +148,7 @@ class StudyConfig:
             key = "seeds" if label is None else f"seeds and systems.{label}.extra_seeds"
             if len(set(seeds)) < len(seeds):
                 raise UserError(f"{key} must differ, got {seeds}")
+            # Settings chosen with a seed of a final run would favour that run.
             if self.tuning.trials and self.tuning.seed in seeds:
                 raise UserError(
                     f"tuning.seed {self.tuning.seed} is also one of {key}: settings must not be "
@@ -161,6 +163,7 @@ class StudyConfig:
                     f"systems.{label}.reuse_tuning_of: {other!r} is not another system"
                     f"{suggest_name(other, self.systems)}"
                 )
+            # A chain of references would make the number of trials per system unclear.
             if other is not None and self.systems[other].reuse_tuning_of is not None:
                 raise UserError(
                     f"systems.{label}.reuse_tuning_of: {other} has no tuning trials; name a system "

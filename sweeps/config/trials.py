@@ -59,6 +59,7 @@ class ResourceConfig:
             raise UserError(f"resources.cpus must be above 0, got {self.cpus}")
         if self.gpus < 0:
             raise UserError(f"resources.gpus must be at least 0, got {self.gpus}")
+        # Ray shares one GPU in fractions, but does not split several GPUs.
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise UserError(f"resources.gpus above 1 must be a whole number, got {self.gpus}")
         if self.max_concurrent_trials < 0:
@@ -126,6 +127,7 @@ class ScoreConfig:
     references: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Rejecting test splits here keeps them unseen until the final runs.
         if self.split.startswith("test"):
             raise UserError(
                 f"score.split {self.split}: a sweep must not choose settings on a test split; "
@@ -164,6 +166,8 @@ class ScoreConfig:
         for row in rows:
             if row["split"] == self.split and row["metric"] in PRIMARY_METRICS:
                 value = float(row["value"])
+                # An error rate above 1 would otherwise give a negative score that dominates the
+                # mean.
                 scores[row["task"]] = (
                     value if PRIMARY_METRICS[row["metric"]] else max(1.0 - value, 0.0)
                 )

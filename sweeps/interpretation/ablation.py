@@ -81,6 +81,7 @@ def list_plan_changes(task: Task, skills: Sequence[str], swaps: bool = True) -> 
             for name, plan in task.towers.items()
         }
         changes.append(PlanChange(REMOVE, skill, "", _replace_skills(task, left)))
+        # Towers in which the swapped skill is replaced.
         homes = [name for name, plan in task.towers.items() if skill in plan.skills]
         for other in skills if swaps else ():
             if any(other in task.towers[name].skills for name in homes):
@@ -150,6 +151,7 @@ def measure_ablations(
             }
             if change.task is not None:
                 altered = _measure_outcomes(runner, name, change.task, part, corpus, limit)
+                # For error rates the order is reversed, so that a positive drop is always worse.
                 pair = (baseline, altered) if more else (altered, baseline)
                 interval = paired_difference(*pair, seed=seed, bootstrap_samples=bootstrap_samples)
                 row |= {"after": _score(altered.value, more), "score_drop": interval.value}
@@ -168,6 +170,7 @@ def _measure_outcomes(
 ) -> RowOutcomes:
     """Return the outcome of every row of a split under a plan, as in an evaluation."""
     outcomes = OutcomeTable()
+    # Only a SkillNet has plans; interpret_source has checked this.
     assert isinstance(runner.model, SkillNet)
     with override_plan(runner.model, name, task):
         measure_split(
@@ -230,6 +233,7 @@ def override_plan(model: SkillNet, name: str, task: Task) -> Iterator[None]:
         task: the task with the other plan.
     """
     before = model.config
+    # Plans are read from the configuration at each forward pass.
     model.config = replace(before, tasks=before.tasks | {name: task})
     try:
         yield

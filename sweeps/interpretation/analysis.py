@@ -95,6 +95,7 @@ class SkillInterpretation:
             }
             for name, data in drawn.items()
         ]
+        # Images are embedded, so that the page can be moved without its directory.
         page = render_template("interpretation.html", {"interpretation": self, "figures": encoded})
         with atomic_write(folder / PAGE, "w") as stream:
             stream.write(page)

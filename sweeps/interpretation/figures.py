@@ -94,6 +94,7 @@ def draw_swap_figure(rows: Rows, skills: Sequence[str]) -> "Figure":
         task: [s for s in skills if any((r["task"], r["skill"]) == (task, s) for r in swaps)]
         for task in tasks
     }
+    # Panels have one row per active skill, so their heights differ.
     heights = [len(active[task]) for task in tasks]
     figure = _make_figure(2.2 + 1.0 * len(skills), 1.0 + sum(0.55 * h + 0.75 for h in heights))
     panels = figure.subplots(len(tasks), 1, height_ratios=[h + 1.2 for h in heights], squeeze=False)
@@ -160,6 +161,7 @@ def draw_similarity_figure(rows: Rows, title: str) -> "Figure":
         title: title of the figure.
     """
     skills = list(dict.fromkeys(row["skill"] for row in rows))
+    # The baseline is the last row, where captions refer to it.
     skills.sort(key=lambda name: name == UNTRAINED)
     modules = list(dict.fromkeys(row["module"] for row in rows))
     every = sorted({row["layer"] for row in rows})
@@ -168,6 +170,7 @@ def draw_similarity_figure(rows: Rows, title: str) -> "Figure":
     side = 0.9 + 0.36 * len(skills)
     figure = _make_figure(1.2 + side * len(layers), 1.0 + (side + 0.1) * len(modules))
     panels = figure.subplots(len(modules), len(layers), squeeze=False)
+    # A diverging colour map only if some similarity is clearly negative.
     negative = any(row["value"] is not None and row["value"] < -0.05 for row in rows)
     for down, module in enumerate(modules):
         for across, layer in enumerate(layers):
@@ -244,6 +247,7 @@ def _write_value(
     weight: str = "normal",
 ) -> None:
     red, green, blue, _ = image.cmap(image.norm(value))
+    # Luma weights of ITU-R BT.601 decide between white and dark text.
     is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
     colour = "white" if is_dark else "#1a1a1a"
     _write_text(axes, position, text, fontsize=size, color=colour, weight=weight)

@@ -87,6 +87,7 @@ def measure_gradient_share(
         settings = TaskTraining(
             corpus.name, batch_size=batch, split=split, max_length=(limits or {}).get(name)
         )
+        # Always the first caption, so that equal seeds give equal batches.
         settings = replace(settings, first_caption_prob=1.0)
         stream = MultiTaskDataLoader({corpus.name: corpus}, {name: settings}, model.config, seed)
         squares, sizes = _squared_norms(model, name, stream, batches, precision)
@@ -122,6 +123,7 @@ def _squared_norms(
 ) -> tuple[dict[ModelPart, np.ndarray], dict[ModelPart, int]]:
     """Return part -> squared gradient norm of each batch, and part -> number of parameters."""
     named = list(model.active_parameters(task))
+    # All skills are listed, so that inactive ones have a share of 0.
     parts: dict[ModelPart, int] = {("skill", skill): 0 for skill in model.config.skills}
     parts |= {(kind, kind): 0 for kind in ("shared", "stem", "head")}
     owners = [_parse_part(model.file_of(name)) for name, _ in named]
@@ -135,11 +137,13 @@ def _squared_norms(
     model.eval()
     try:
         for parameter in frozen:
+            # Frozen parameters are included: the share describes the task, not the optimizer.
             parameter.requires_grad_(True)
         for step in range(batches):
             batch = stream.batch(step).to(first.device, first.dtype)
             with numbers.autocast():
                 outputs = model(task, batch.towers)
+            # The loss is computed outside autocast, as in training.
             loss = task_loss(model.config.tasks[task], outputs, batch)
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             for owner, gradient in zip(owners, gradients, strict=True):

@@ -87,6 +87,7 @@ def measure_skill_similarity(
         spec = model.config.tasks[name]
         tower = "input" if "input" in spec.towers else "candidate"
         plan = spec.towers[tower]
+        # One task per modality is enough, and each costs a forward pass per skill.
         if plan.modality in seen:
             continue
         seen.add(plan.modality)
@@ -139,6 +140,7 @@ def compute_linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
 def _with_untrained(model: SkillNet, seed: int) -> SkillNet:
     """Return a copy with one untrained skill; the global random state is unchanged."""
     copied = copy.deepcopy(model)
+    # The new weights must not change the random state of the caller.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return add_skill(copied, UNTRAINED)

@@ -85,6 +85,7 @@ def draw_score_cost_figure(comparison: SystemComparison) -> "Figure":
                 yerr=[[100 * max(low, 0)], [100 * max(high, 0)]],
                 **_style(label, labels),
             )
+            # Sizes of one system share a line; pretrained variants have their own.
             system = comparison.systems[label][0].system + label[len(_base_label(label)) :]
             families.setdefault(system, []).append((cost.flops, 100 * score.value))
         for members in families.values():
@@ -115,6 +116,7 @@ def draw_pretraining_figure(comparison: SystemComparison) -> "Figure":
     labels = list(comparison.systems)
     width = 0.7 / len(systems)
     for test in tests:
+        # Systems are placed side by side within the slot of their task.
         x = tasks.index(test.task) + (systems.index(test.against) + 0.5) * width - 0.35
         value, low, high = (100 * x for x in test.difference[:3])
         panel.errorbar(
@@ -186,6 +188,7 @@ def encode_svg_uri(figure: "Figure") -> str:
     import matplotlib
 
     buffer = io.StringIO()
+    # Dates and versions would make equal figures differ.
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "skillnet"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=metadata)
@@ -215,6 +218,7 @@ def _base_label(label: str) -> str:
 
 def _style(label: str, labels: Sequence[str]) -> dict[str, Any]:
     bases = list(dict.fromkeys(_base_label(name) for name in labels))
+    # A pretrained variant has the colour and marker of its plain system.
     index = bases.index(_base_label(label)) if _base_label(label) in bases else 0
     colour = COLORS[index % len(COLORS)]
     return {
@@ -263,6 +267,7 @@ def _legend(
 
 
 def _make_panels(names: Sequence[str], height: float, **more: Any) -> "tuple[Figure, list[Any]]":
+    # Three panels per row fit the width of the page.
     across = min(len(names), 3)
     down = -(-len(names) // across)
     figure = _make_figure(0.6 + 2.7 * across, height * down + 0.3)

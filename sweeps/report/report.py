@@ -134,6 +134,7 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
     dates = sorted({str(row["date"]) for row in rows})
     versions = []
     for name in PACKAGES:
+        # Not every installation has all optional packages.
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -220,6 +221,7 @@ def build_summary_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
     for (label, task, split), score in comparison.scores.items():
         value, low, high = score[:3]
         metric = comparison.metrics.get(task, "score")
+        # Scores are inverted back to error rates, which swaps the bounds.
         if metric == "token_error_rate":
             value, low, high = 1 - value, 1 - high, 1 - low
         cost = comparison.costs.get((label, task))
@@ -243,6 +245,7 @@ def build_summary_rows(comparison: SystemComparison) -> list[dict[str, Any]]:
     for label, relative in comparison.relative.items():
         own = relative.value
         rows.append(
+            # The relative score has its own metric name, so that rows stay tidy.
             {"system": label, "task": MEAN, "split": SPLIT, "score": own.value}
             | {"metric": f"relative_to_{relative.against}", **own._asdict()}
         )

@@ -107,6 +107,7 @@ def build_score_table(comparison: SystemComparison) -> ReportTable:
         relative = comparison.relative.get(label)
         if relative is None or np.isnan(relative.value.value):
             row.append(TableCell("–"))
+        # Specialists relative to themselves: 1 without an interval.
         elif relative.against == label:
             row.append(TableCell("1"))
         else:
@@ -162,6 +163,7 @@ def build_cost_table(comparison: SystemComparison) -> ReportTable:
     for label, runs in comparison.systems.items():
         cost = comparison.costs[label, MEAN]
         seconds = np.array([run.seconds for run in runs])
+        # The range over runs, since training times depend on the load of the machine.
         ends = (format_duration(float(seconds.min())), format_duration(float(seconds.max())))
         spread = f"{ends[0]} to {ends[1]}" if ends[0] != ends[1] else ""
         rows.append(
@@ -303,6 +305,7 @@ def build_seed_table(comparison: SystemComparison) -> ReportTable:
 
 def build_settings_table(comparison: SystemComparison) -> ReportTable:
     """Return the settings in which the systems differ, which must explain a fair comparison."""
+    # The first run represents its system: runs of one label differ only in the seed.
     differing = find_differing_settings([runs[0] for runs in comparison.systems.values()])
     rows = [
         [TableCell(key), *(TableCell(values[label]) for label in comparison.systems)]
@@ -351,10 +354,12 @@ def _best_labels(comparison: SystemComparison, task: str) -> set[str]:
         if (found := comparison.find_score(label, task)) is not None
     }
     top = {label for label, value in known.items() if value == max(known.values())}
+    # If all are equal, none is highlighted.
     return top if len(top) < len(known) else set()
 
 
 def _score_cell(comparison: SystemComparison, label: str, task: str, best: bool) -> TableCell:
+    # Only tests against the reference are marked, not gains from pretraining.
     plain = _metric_cell(comparison, task, comparison.find_score(label, task))
     against = find_variant(comparison.reference, label, list(comparison.systems))
     test = comparison.find_test(label, against, task) if against else None
@@ -369,6 +374,7 @@ def _metric_cell(comparison: SystemComparison, task: str, score: ScoreEstimate |
         return TableCell("–")
     value, low, high = score[:3]
     if comparison.metrics.get(task) == "token_error_rate":
+        # Error rates are shown as such; inverting swaps the bounds.
         value, low, high = 1 - value, 1 - high, 1 - low
     return TableCell(f"{100 * value:.1f}", f"{100 * low:.1f}–{100 * high:.1f}")
 

@@ -26,7 +26,9 @@ def _build_chosen_table(
 ) -> ReportTable:
     rows = []
     for label, own in tuning.items():
+        # Failed trials have no time.
         seconds = sum(trial["seconds"] or 0.0 for trial in own.trials)
+        # The first trial is always the run as configured.
         first = own.trials[0]["score"] if own.trials else None
         rows.append(
             [
@@ -63,6 +65,7 @@ def _limits_note(tuning: Mapping[str, TuningResult], pretrained: Collection[str]
         f" Tuned: {', '.join(sorted(keys))}. All other settings are equal for all systems and were "
         "not tuned here; a system for which they were chosen earlier has an advantage."
     ]
+    # These notes name advantages that equal numbers of trials do not remove.
     borrowed = [own for own in tuning.values() if own.reuse_tuning_of is not None]
     if borrowed:
         pairs = ", ".join(f"{own.label} uses {own.reuse_tuning_of}" for own in borrowed)

@@ -56,6 +56,7 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
         table = run.outcomes.to_table()
         count = table.num_rows
         table = table.add_column(0, "system", pa.array([run.label] * count))
+        # System and seed come first, because readers group by them.
         parts.append(table.add_column(1, "seed", pa.array([run.seed] * count, pa.int64())))
     with atomic_write(folder / "outcomes.parquet") as stream:
         pq.write_table(pa.concat_tables(parts), stream, compression="zstd")
@@ -106,6 +107,7 @@ def _write_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path:
 
 
 def _cell(value: Any) -> Any:
+    # NaN is the only value that differs from itself.
     if value is None or value != value:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value

@@ -55,6 +55,7 @@ def fit_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig
     """
     if fixed.adjust is None:
         return config
+    # The model width must be a multiple of the number of heads.
     step = config.model.num_heads if fixed.adjust == "dim" else 1
 
     def with_width(count: int) -> FinetuneConfig:
@@ -87,6 +88,7 @@ def _find_nearest_count(cost: Callable[[int], float], target: float, most: int) 
     The cost must increase with the count.
     """
     low, high = 1, 2
+    # Doubling first finds a bracket, then interpolation needs few model builds.
     while high < most and cost(high) < target:
         low, high = high, min(high * 2, most)
     while high - low > 1:

@@ -19,6 +19,7 @@ from sweeps.trials.trial import TrialOutcome
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Statuses that are counted; an interrupted trial has no outcome yet.
 STATUSES = ("finished", "stopped", "failed")
 
 
@@ -66,6 +67,7 @@ def rank_configurations(outcomes: Sequence[TrialOutcome]) -> list[RankedConfigur
     for outcome in outcomes:
         groups.setdefault(outcome.group, []).append(outcome)
     order = [*compute_mean_scores(outcomes)]
+    # Groups without any score are last.
     order += [name for name in groups if name not in order]
     return [_summarize_group(rank, name, groups[name]) for rank, name in enumerate(order, 1)]
 
@@ -73,6 +75,7 @@ def rank_configurations(outcomes: Sequence[TrialOutcome]) -> list[RankedConfigur
 def _summarize_group(rank: int, name: str, members: list[TrialOutcome]) -> RankedConfiguration:
     scored = [each for each in members if each.score is not None]
     values = [float(each.score) for each in scored if each.score is not None]
+    # All repeats of a configuration are evaluated on the same tasks.
     tasks = scored[0].reports[-1]["scores"] if scored else {}
     return RankedConfiguration(
         rank=rank,
@@ -163,6 +166,7 @@ def write_trials_csv(outcomes: Sequence[TrialOutcome], path: Path) -> None:
             | {f"score/{task}": value for task, value in scores.items()}
             | values
         )
+    # Trials can have different settings, so the columns are the union in order.
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with atomic_write(path, "w") as stream:
         writer = csv.DictWriter(stream, columns, lineterminator="\n")

@@ -97,6 +97,7 @@ class SearchSpace:
         random = np.random.default_rng(seed)
         seen: set[str] = set()
         for _ in range(max(count, 1)):
+            # A small discrete space may be exhausted: give up after many duplicates.
             for _ in range(200):
                 point = {name: each.value_at(float(random.random())) for name, each in rest.items()}
                 key = json.dumps(point, sort_keys=True)
@@ -149,6 +150,7 @@ class SearchSpace:
         key = json.dumps(point, sort_keys=True)
         if key in self._applied:
             return self._applied[key]
+        # A JSON round trip copies the tree faster than deepcopy.
         tree = json.loads(json.dumps(self._tree))
         for name, value in self.resolve_assignments(point).items():
             _set_key(tree, name, value)
@@ -196,6 +198,7 @@ class SearchSpace:
                 near = suggest_name(part, known)
                 raise UserError(f"{where}: {key!r}: {part!r} does not exist{near}")
             node = node[part]
+        # Two dimensions with one key would overwrite each other silently.
         if self._owners.setdefault(key, owner) != owner:
             raise UserError(f"space: {key} is set by both {self._owners[key]!r} and {owner!r}")
 

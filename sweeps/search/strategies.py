@@ -80,6 +80,7 @@ def build_candidate(
     settings = dict(point)
     for width in ("ffn_dim", "dim"):
         key = f"model.{width}"
+        # A width set by ``finish`` is part of what distinguishes the configuration.
         if getattr(config.model, width) != getattr(plain.model, width):
             settings[key] = getattr(config.model, width)
     return CandidateConfiguration(f"{index:03d}", point, config, settings)
@@ -161,6 +162,7 @@ class OptunaSource:
         if name in self._proposed_here:
             result = {"score": fmean(good)} if good else None
             self._search.on_trial_complete(name, result, error=not good)
+        # Proposed before a restart: this Optuna has not seen the point and gets it as a result.
         elif good:
             self._search.add_evaluated_point(
                 self._encode_point(self._candidates[name].point), fmean(good)
@@ -174,6 +176,7 @@ class OptunaSource:
         else:
             point = self._decode_point(self._search.suggest(name))
             self._proposed_here.add(name)
+            # Stored before any trial starts, so that a killed sweep repeats the same points.
             with self._proposals_path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(point, ensure_ascii=False) + "\n")
         self._candidates[name] = build_candidate(self._space, index, point, self._finish)

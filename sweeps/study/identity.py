@@ -31,6 +31,7 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
     """
     for trial in trials:
         stored = folder / trial.name / CONFIG
+        # A trial that never started fits any configuration.
         if not stored.is_file():
             continue
         before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))

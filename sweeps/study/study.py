@@ -138,6 +138,7 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
     tuning = choose_settings(config, trials, tuned)
     write_study_ledger(StudyResult(config, tuning, []), folder)
     finals = build_final_trials(config, tuning)
+    # Checked again, because only now the chosen settings are known.
     check_unchanged(config, finals, folder / "runs")
     outcomes = run_trials(
         finals,
@@ -163,6 +164,7 @@ def build_tuning_trials(config: StudyConfig) -> list[Trial]:
             continue
         base = build_base_run(config, label, config.tuning.seed)
         steps = math.ceil(config.tuning.step_fraction * base.training.steps)
+        # Trials must not read the test splits.
         base = replace(base, evaluate=False, training=replace(base.training, steps=steps))
         for index, settings in enumerate(points):
             run = override_run(base, settings, "tuning.space")
@@ -232,6 +234,7 @@ def choose_settings(
                     "seconds": outcome.seconds if outcome else None,
                 }
             )
+            # Strictly greater: among equal scores the first trial is chosen.
             if score is not None and (own.score is None or score > own.score):
                 own.score, own.settings = score, settings
         if own.trials and own.score is None:
@@ -305,6 +308,7 @@ def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig
     except (ValueError, TypeError) as error:
         raise UserError(f"systems.{label}: {error}") from None
     run = override_run(config.run, entry.set, f"systems.{label}.set")
+    # Runs of a study are not registered, and the study's own run logs system metrics.
     tracking = replace(config.tracking, register=False, system_metrics=False)
     return replace(
         run, seed=seed, system=entry.system, options=dict(entry.options), tracking=tracking
@@ -330,6 +334,7 @@ def build_pretraining(
         data=run.data,
         system=run.system,
         options=dict(run.options),
+        # Sizes of the run, but tasks of the pretraining.
         model=replace(run.model, tasks=plan.model.tasks),
         tracking=run.tracking,
     )
@@ -374,6 +379,7 @@ def write_study_ledger(study: StudyResult, folder: Path) -> None:
                 {
                     "system": outcome.group,
                     "seed": outcome.seed,
+                    # Relative, so that a study can be moved or mirrored.
                     "folder": str(outcome.folder.relative_to(folder)),
                     "status": outcome.status,
                     "error": outcome.error,
@@ -395,6 +401,7 @@ def read_study_ledger(folder: Path) -> tuple[dict[str, TuningResult], list[tuple
         Label -> tuning result, and (label, directory) of each finished run.
     """
     ledger = read_json(folder / STUDY_LEDGER)
+    # Unknown keys of a ledger are ignored.
     known = {f.name for f in fields(TuningResult)}
     tuning = {
         label: TuningResult(**{key: value for key, value in entry.items() if key in known})

@@ -77,6 +77,7 @@ class TrialDriver:
 
     def _find_next(self) -> tuple[str, dict[str, Any]] | None:
         while (entry := self._next_entry()) is not None:
+            # A trial of an earlier part of the sweep is not repeated.
             settled = entry.load_settled()
             if self._asha is not None:
                 self._asha.replay_reports(entry.trial.name, read_reports(entry.folder))
@@ -94,6 +95,7 @@ class TrialDriver:
             except Exception as error:
                 if not is_away(error):
                     raise
+                # Training without a run would lose its metrics, so the trial waits.
                 self._wait_for_tracker(entry)
                 return None
             resources = self.options.resources
@@ -180,6 +182,7 @@ class TrialDriver:
         """
         entry = self.entries[name]
         error_file = entry.folder / ERROR
+        # Tune may report the end of a trial twice.
         if entry.outcome is not None:
             return
         if entry.mirror is not None:
@@ -188,6 +191,7 @@ class TrialDriver:
             self._settle(entry, "finished")
         elif error_file.is_file():
             self._settle(entry, "failed", last_line(error_file.read_text(encoding="utf-8")))
+        # The order matters: an error before the signal is still a failure.
         elif self._stopper.stop_requested:
             self._settle(entry, "interrupted")
         elif error is not None:
@@ -291,6 +295,7 @@ class TrialDriver:
         fit = self.source.total
         for name, each in (("CPU", used.cpus), ("GPU", used.gpus)):
             if each:
+                # 1e-6 absorbs rounding of fractional CPUs and GPUs.
                 fit = min(fit, int(have.get(name, 0) / (each * workers) + 1e-6))
                 if not fit:
                     raise UserError(

@@ -77,6 +77,7 @@ def run_trials(
                 check_trial(trial, folder, score, asha, resources)
             source: TrialSource = ListedTrials(listed)
         else:
+            # A source creates trials later, so one example stands for all of them.
             source, listed = trials, [trials.example]
             check_trial(source.example, None, score, asha, resources)
         pretrainings = SharedPretrainings(listed, folder, store)
@@ -85,6 +86,7 @@ def run_trials(
             if first:
                 for trial in first:
                     check_trial(trial, folder, None, None, resources)
+                # Pretrainings are neither scored nor stopped early, and their models are needed.
                 plain = replace(options, score=None, asha=None, keep=None, label="pretraining")
                 pretrainings.record_outcomes(TrialDriver(ListedTrials(first), plain).run())
             return TrialDriver(source, options, pretrainings.set_init_from).run()
@@ -144,6 +146,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
+            # The lock is released by the kernel if the process dies.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(

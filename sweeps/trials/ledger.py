@@ -62,6 +62,7 @@ class LedgerEntry:
             line: step, score, score of each task, costs.
         """
         self.reported_step = max(self.reported_step, int(line["step"]))
+        # On a shared disk the trial has already written this line itself.
         if line["step"] not in {known["step"] for known in read_reports(self.folder)}:
             with (self.folder / REPORTS).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
@@ -141,6 +142,7 @@ class LedgerEntry:
         if not path.is_file():
             return self.reported_step
         with path.open("rb") as stream:
+            # The last lines are enough, and the file grows with every step.
             stream.seek(max(path.stat().st_size - 4096, 0))
             lines = stream.read().splitlines()
         for line in reversed(lines):
@@ -171,6 +173,7 @@ def compute_mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
         if outcome.status != "finished":
             short.add(outcome.group)
     means = {group: fmean(values) for group, values in scores.items()}
+    # False sorts before True: complete groups come first.
     return dict(sorted(means.items(), key=lambda item: (item[0] in short, -item[1])))
 
 

@@ -33,6 +33,7 @@ class SharedPretrainings:
                 continue
             joint = build_joint_run(trial.pretrain)
             name = make_pretraining_name(joint)
+            # Equal pretrainings have equal names, so each runs once.
             if name not in self._trials:
                 self._trials[name] = Trial(name, joint, splits=("validation",))
 

@@ -92,4 +92,5 @@ def find_first_rung(asha: AshaConfig, trial: Trial) -> int:
         raise UserError(
             f"asha.grace_period {asha.grace_period} is more than training.steps {steps}"
         )
+    # Without a grace period the first evaluation is the first rung.
     return asha.grace_period or every

@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from pipelines.training.ray_train.fit import NestedFit
 from sweeps.config.trials import ScoreConfig, TrialStatus
 
+#: Input of the trial's process.
 TRIAL = "trial.json"
+#: Evaluations of a trial, one JSON object per line.
 REPORTS = "reports.jsonl"
 #: Costs of an evaluation line, where known.
 COSTS = ("activated_params", "flops_per_example")
+#: Standard output and standard error of the trial's process.
 LOG = "log.txt"
+#: Traceback of a failed trial.
 ERROR = "error.txt"
+#: Status, error, score and step of a trial that has ended.
 OUTCOME = "outcome.json"
 #: The driver creates this file to stop the trial.
 STOP = "stop"
@@ -178,6 +183,7 @@ def run_trial(
     finally:
         # On another node than the driver's, no later process sends the remaining metrics.
         tracker.settle(TRACKER_PATIENCE_S if mirror is not None else 0.0)
+    # Trials are never registered; the key completes the result of a run.
     result["registered"] = None
     if watch is not None and result["evaluation"]:
         watch.record(result["evaluation"], result["step"])
@@ -252,6 +258,7 @@ class EvaluationRecorder:
             **compute_mean_costs(rows),
             "time": time.time(),
         }
+        # A resumed trial repeats the evaluations after its last checkpoint.
         if step in {known["step"] for known in read_reports(self._folder)}:
             return None
         with (self._folder / REPORTS).open("a", encoding="utf-8") as stream:
@@ -261,6 +268,7 @@ class EvaluationRecorder:
 
 def compute_mean_costs(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean over tasks of activated parameters and FLOPs per example."""
+    # Costs are equal in all rows of a task.
     by_task = {row["task"]: row for row in rows}
     costs = {}
     for key in COSTS:
