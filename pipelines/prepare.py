@@ -13,9 +13,9 @@ from pipelines.tokenizer import training as tokenizers
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.location import local_folder, place
+from skillnet_platform.storage.location import parse_location, require_local_folder
 
 
 @dataclass
@@ -42,7 +42,7 @@ class PrepareConfig:
             summary.
     """
 
-    corpora: list[str] = positional([])
+    corpora: list[str] = positional_field([])
     corpus: dict[str, str] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: str | None = None
@@ -116,12 +116,12 @@ def main(config: PrepareConfig) -> dict[str, Any]:
         open_external_corpus(name, path, config.options.get(name))
         for name, path in config.corpus.items()
     ]
-    destination = place(config.data, storage.data_root())
+    destination = parse_location(config.data, storage.data_root())
     with stage_locally(destination) as data:
         done = prepare(
             config.corpora or ([] if external else list(BUILT_IN)),
             data,
-            local_folder(config.archives, storage.archive_root(), "archives"),
+            require_local_folder(config.archives, storage.archive_root(), "archives"),
             config.cpus,
             config.max_error_rate,
             external,

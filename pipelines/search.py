@@ -1,4 +1,4 @@
-"""``skillnet search``: rank pictures, clips or functions for a Chinese text."""
+"""``skillnet search``: rank images, videos or functions of a corpus for a Chinese text."""
 
 import re
 import time
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.config.resources import request_model
+from pipelines.serving.retrieval_index import build_retrieval_index
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import atomic_write, data_root, run_root
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
-from pipelines.serving.retrieval_index import build_retrieval_index
 
 
 @dataclass
@@ -28,20 +28,20 @@ class SearchConfig:
     """Search a prepared corpus with a text.
 
     Args:
-        query: what to look for, in Chinese; several words are one query.
+        query: text in Chinese; several arguments are one query.
         task: text_to_image, text_to_video or text_to_code.
-        model: a registry address, a run's name, id or folder, a checkpoint, or a saved model.
+        model: registry address, name, id or folder of a run, checkpoint, or saved model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
-        splits: which splits to search; by default all but pretraining. The vectors of their rows
-            may take 4 GiB: two million rows at a width of 512.
-        top: how many results.
-        html: the page to write; by default below searches in the run root.
+        splits: splits to search; by default all except pretrain. The embeddings of their rows may
+            take 4 GiB: two million rows at a width of 512.
+        top: number of results.
+        html: page to write; by default below searches in the run root.
         open: open the page in a browser.
         precision: auto, bf16, fp32 or fp64.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
-    query: list[str] = positional()
+    query: list[str] = positional_field()
     task: str = "text_to_image"
     model: str = "models:/skillnet@champion"
     data: str | None = None
@@ -56,12 +56,22 @@ class SearchConfig:
         if self.top < 1:
             raise UserError(f"top must be at least 1, got {self.top}")
         if not " ".join(self.query).strip():
-            raise UserError("the query is empty; say what to look for")
+            raise UserError("the query is empty; give a text")
 
 
 @dataclass(frozen=True)
 class SearchHit:
-    """One result: rank from 1, cosine similarity, and the row of the corpus."""
+    """One result of a search.
+
+    Args:
+        rank: from 1.
+        score: cosine similarity to the query.
+        key: of the row.
+        split: of the row.
+        caption: first caption of the row, or its key.
+        captions: all captions of the row.
+        row: number of the row in its split.
+    """
 
     rank: int
     score: float
@@ -74,15 +84,15 @@ class SearchHit:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search gives.
+    """Result of :func:`search_corpus`.
 
     Args:
-        query: the text.
-        task: the task whose space was searched.
-        model: the model, with its version if it has one.
-        searched: number of candidates.
-        seconds: of embedding the query and ranking, without loading.
-        hits: best first; a row for each distinct key.
+        query: text of the user.
+        task: the retrieval task.
+        model: name of the model, with its version if it has one.
+        searched: number of searched rows.
+        seconds: duration of the query's embedding and of the ranking, without loading.
+        hits: best first.
         page: the HTML file.
     """
 
@@ -96,10 +106,13 @@ class SearchResult:
 
 
 def search_corpus(config: SearchConfig) -> SearchResult:
-    """Rank the rows of a task's corpus for a text and write the page.
+    """Rank the rows of a task's corpus for a text, and write the page.
+
+    Args:
+        config: of the command.
 
     Raises:
-        UserError: no such model, task, corpus or split.
+        UserError: the model, the corpus or a split is missing, or the task is not a retrieval task.
     """
     from pipelines.evaluation.evaluator import locate_task_corpus
     from pipelines.runs import model_source
@@ -108,24 +121,24 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     from skillnet.skills import find_task
 
     source = model_source.resolve_model(config.model, config.tracking_uri)
-    data = place(config.data, data_root())
+    data = parse_location(config.data, data_root())
     predictor = open_predictor(source, data, config.precision)
     tasks = predictor.model.config.tasks
     if find_task(config.task, tasks).objective != "retrieval":
         searchable = [name for name, spec in tasks.items() if spec.objective == "retrieval"]
         raise UserError(
-            f"{config.task} ranks nothing; search with one of {', '.join(searchable) or 'none'}"
+            f"{config.task} is not a retrieval task; use one of {', '.join(searchable) or 'none'}"
         )
     corpus = open_corpus(locate_task_corpus(data, config.task, source.corpora))
-    splits = _splits(corpus, config.splits)
+    splits = _choose_splits(corpus, config.splits)
     vectors = build_retrieval_index(predictor, source, config.task, corpus, splits)
     begin = time.monotonic()
     query = " ".join(config.query).strip()
     scores = vectors @ predictor.embed_texts(config.task, [query])[0]
-    hits = _hits(corpus, splits, scores, config.top)
+    hits = _rank_hits(corpus, splits, scores, config.top)
     seconds = time.monotonic() - begin
     name = source.name if source.version is None else f"{source.name} (version {source.version})"
-    page = Path(config.html) if config.html else _page_path(query, config.task)
+    page = Path(config.html) if config.html else _default_page(query, config.task)
     write_search_page(page, query, config.task, name, corpus, hits, len(vectors))
     return SearchResult(query, config.task, name, len(vectors), seconds, hits, page.absolute())
 
@@ -139,27 +152,41 @@ def write_search_page(
     hits: Sequence[SearchHit],
     searched: int,
 ) -> None:
-    """Write the result as one HTML page with its pictures inside."""
+    """Write the result of a search as one HTML page with embedded images.
+
+    Args:
+        path: of the page.
+        query: text of the user.
+        task: a retrieval task.
+        model: name of the model.
+        corpus: that was searched.
+        hits: best first.
+        searched: number of searched rows.
+    """
     from pipelines.serving.search_page import ResultCard, render_search_page
 
     facts = [
         ("task", task),
         ("model", model),
         ("searched", f"{searched:,} rows of {corpus.name}"),
-        ("on", time.strftime("%Y-%m-%d")),
+        ("date", time.strftime("%Y-%m-%d")),
     ]
     cards = []
     for hit in hits:
-        more = [caption for caption in hit.captions if caption != hit.caption]
-        details = ([" · ".join(more)] if more else []) + [f"{hit.key} · {hit.split}"]
-        media, code = _shown(corpus, hit)
+        others = [caption for caption in hit.captions if caption != hit.caption]
+        details = ([" · ".join(others)] if others else []) + [f"{hit.key} · {hit.split}"]
+        media, code = _load_media(corpus, hit)
         cards.append(ResultCard(hit.rank, hit.score, hit.caption, details, media, code))
     with atomic_write(path, "w") as stream:
         stream.write(render_search_page(query, cards, facts, credit_line(corpus)))
 
 
 def credit_line(corpus: "PreparedCorpus") -> str:
-    """Who made what a built-in corpus shows, and its licences; "" for others."""
+    """Return authors and licences of the data of a built-in corpus; "" for other corpora.
+
+    Args:
+        corpus: that was searched.
+    """
     from pipelines.corpora import BUILT_IN, find_corpus
 
     if corpus.name not in BUILT_IN:
@@ -168,31 +195,35 @@ def credit_line(corpus: "PreparedCorpus") -> str:
     return f"From {'; '.join(f'{a.requirement}: {a.licence}' for a in archives)}."
 
 
-def show_search(found: SearchResult) -> None:
-    """Print the ranked table."""
+def show_search(result: SearchResult) -> None:
+    """Print the ranked table.
+
+    Args:
+        result: of :func:`search_corpus`.
+    """
     rows = [
         [hit.rank, f"{hit.score:.3f}", _short(hit.caption), hit.key, hit.split]
-        for hit in found.hits
+        for hit in result.hits
     ]
     columns = ["", "similarity", "caption", "key", "split"]
-    console.table(f"{found.query} · {found.task} · {found.model}", columns, rows)
+    console.table(f"{result.query} · {result.task} · {result.model}", columns, rows)
     console.note(
-        f"{found.searched:,} rows ranked in {1000 * found.seconds:.0f} ms; page: {found.page}"
+        f"{result.searched:,} rows ranked in {1000 * result.seconds:.0f} ms; page: {result.page}"
     )
 
 
-def _splits(corpus: "PreparedCorpus", wanted: Sequence[str] | None) -> list[str]:
-    if wanted is None:
+def _choose_splits(corpus: "PreparedCorpus", names: Sequence[str] | None) -> list[str]:
+    if names is None:
         return [name for name in corpus.splits if name != "pretrain"]
-    for name in wanted:
+    for name in names:
         if name not in corpus.splits:
             raise UserError(
                 f"corpus {corpus.name} has no split {name!r}; it has {', '.join(corpus.splits)}"
             )
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(names))
 
 
-def _hits(
+def _rank_hits(
     corpus: "PreparedCorpus", splits: Sequence[str], scores: np.ndarray, top: int
 ) -> list[SearchHit]:
     ends = np.cumsum([corpus.splits[name].rows for name in splits])
@@ -211,8 +242,8 @@ def _hits(
     return hits
 
 
-def _shown(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
-    """The picture or clip of a hit, or its code."""
+def _load_media(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | None, str | None]:
+    """Return the image or video of a hit, or its code."""
     from pipelines.shards.columns import FixedColumn, open_column
 
     table: Any = corpus.splits[hit.split].table()
@@ -221,26 +252,26 @@ def _shown(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | None,
             column = open_column(table, name, corpus.name)
             if isinstance(column, FixedColumn):
                 media = column.take(np.array([hit.row]))[0]
-                # Clips are white on black for the model; on paper it is the other way round.
+                # Videos are white on black for the model; the page shows them black on white.
                 return (255 - media if corpus.modality == "video" else media), None
     code = table.column("code")[hit.row].as_py() if "code" in table.column_names else None
     return None, code
 
 
-def _page_path(query: str, task: str) -> Path:
+def _default_page(query: str, task: str) -> Path:
     stem = re.sub(r"[^\w]+", "-", query).strip("-")[:40] or "query"
     return run_root() / "searches" / f"{task}-{stem}.html"
 
 
-def _short(text: str, longest: int = 60) -> str:
+def _short(text: str, max_length: int = 60) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
 @command(
     SearchConfig,
-    description="Rank the pictures, clips or functions of a prepared corpus for a Chinese "
-    "text, as a table and as an HTML page with thumbnails.",
+    description="Rank the images, videos or functions of a prepared corpus for a Chinese text; "
+    "print a table, and write an HTML page with thumbnails.",
     example='skillnet search "红色的心" --open\n'
     'skillnet search "横、竖、撇、捺" --task text_to_video\n'
     'skillnet search "发送消息给用户" --task text_to_code --top 5',
@@ -249,10 +280,10 @@ def _short(text: str, longest: int = 60) -> str:
 )
 def main(config: SearchConfig) -> SearchResult:
     """Run ``skillnet search``."""
-    found = search_corpus(config)
-    if config.open and not webbrowser.open(found.page.as_uri()):
-        console.warn(f"no browser could be started; open {found.page} by hand")
-    return found
+    result = search_corpus(config)
+    if config.open and not webbrowser.open(result.page.as_uri()):
+        console.warn(f"no browser could be started; open {result.page} manually")
+    return result
 
 
 if __name__ == "__main__":

@@ -102,15 +102,15 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
     studies: list[tuple[Path, dict[str, TuningResult]]] = []
     for named in config.runs:
         # Runs in an object store are read from a local copy.
-        given = str(fetch_finished_runs(named)) if is_uri(named) else named
-        for path in (Path(given).expanduser(), run_root() / given):
+        location = str(fetch_finished_runs(named)) if is_uri(named) else named
+        for path in (Path(location).expanduser(), run_root() / location):
             if (path / STUDY_LEDGER).is_file():
                 results, members = read_study_ledger(path.absolute())
                 studies.append((path.absolute(), results))
                 runs += [read_run(folder, label) for label, folder in members]
                 break
         else:
-            runs.append(read_run(find_run(given, config.tracking.uri)))
+            runs.append(read_run(find_run(location, config.tracking.uri)))
     # label_runs may rename systems; tuning results must follow their runs.
     old_labels = {run.folder: run.label for run in runs}
     runs = label_runs(runs, config.names)

@@ -64,9 +64,9 @@ def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def ray_session(session_root: Path) -> Iterator[Any]:
     """The session's only Ray, with more slots than cores so that two workers always fit."""
-    from skillnet_platform.cluster import session
+    from skillnet_platform.cluster import ray_session
 
-    with session(cpus=CPUS) as ray:
+    with ray_session(cpus=CPUS) as ray:
         yield ray
 
 

@@ -345,6 +345,7 @@ class PretrainConfig(FinetuneConfig):
             default_views_training() if self.views else {}
         )
         tasks = more | self.tasks
+        # A model with heads of all known tasks would have parameters that no step trains.
         known = {name: task for name, task in self.model.tasks.items() if name in tasks}
         model = replace(self.model, tasks=known)
         values = {f.name: getattr(self, f.name) for f in fields(FinetuneConfig)}

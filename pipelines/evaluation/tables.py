@@ -77,7 +77,7 @@ def metric_label(metric: str) -> str:
     )
 
 
-def format_value(metric: str, value: float | None) -> str:
+def format_metric(metric: str, value: float | None) -> str:
     """Format a metric: rates in per cent, ranks and losses as numbers.
 
     Args:
@@ -95,7 +95,7 @@ def format_value_with_interval(row: Mapping[str, Any]) -> str:
     Args:
         row: with ``metric``, ``value``, and optionally ``low`` and ``high``.
     """
-    text = format_value(row["metric"], row["value"])
+    text = format_metric(row["metric"], row["value"])
     low, high = row.get("low"), row.get("high")
     if low is None or high is None or np.isnan(low) or np.isnan(high):
         return text
@@ -156,7 +156,7 @@ def summary_cells(
             [
                 task,
                 metric_label(metric) + (" ↑" if higher_is_better else " ↓"),
-                *(format_value(metric, row["value"]) if row else "–" for row in compared),
+                *(format_metric(metric, row["value"]) if row else "–" for row in compared),
                 format_value_with_interval(own),
                 f"{100 * own['activated_params'] / total_params:.0f} %",
             ]
@@ -187,7 +187,7 @@ def format_primary_metrics(rows: Sequence[EvaluationRow], tasks: Mapping[str, Ta
         metric, _ = OBJECTIVE_METRICS[tasks[task].objective]
         row = find_row(rows, task, metric)
         if row is not None:
-            value = format_value(metric, row["value"])
+            value = format_metric(metric, row["value"])
             parts.append(f"{task} {metric_label(metric)} **{value}**")
     return ", ".join(parts)
 

@@ -210,7 +210,7 @@ class GrowthReport:
             [
                 task,
                 evaluation_tables.metric_label(metric_of[task]),
-                *(evaluation_tables.format_value("", value) for value in pair),
+                *(evaluation_tables.format_metric("", value) for value in pair),
             ]
             for result in self.transfer_results
             if (result.system, result.split) == ("everything", "test")
@@ -252,8 +252,8 @@ def _task_cells(task: TaskState) -> list[str]:
         task.task,
         task.split,
         evaluation_tables.metric_label(task.metric),
-        evaluation_tables.format_value(task.metric, task.before),
-        evaluation_tables.format_value(task.metric, task.after),
+        evaluation_tables.format_metric(task.metric, task.before),
+        evaluation_tables.format_metric(task.metric, task.after),
         "same" if task.is_unchanged else "CHANGED",
     ]
 

@@ -78,6 +78,7 @@ def augment_images(pixels_BHWC: np.ndarray, config: AugmentConfig, random: Batch
     """
     B, H, W, C = pixels_BHWC.shape
     transform = _draw_transforms(config.image_shift, config.image_scale, random)
+    # All random numbers are drawn before the threads start, so their order is fixed.
     tint = None
     if config.image_colour:
         tint = torch.from_numpy(1 + config.image_colour * (2 * random.uniform("colour", 3) - 1))
@@ -175,6 +176,7 @@ def augment_audio(
     level = random.uniform("sound", 5)
     front = np.floor(level[:, 0] * (config.sound_pad + 1)).astype(np.int64)
     behind = np.floor(level[:, 1] * (config.sound_pad + 1)).astype(np.int64)
+    # Padding must not push the end of the audio out of the model's limit.
     front = np.minimum(front, np.maximum(longest - frames_B, 0))
     total = np.minimum(frames_B + front + behind, longest)
     width = int(total.max())

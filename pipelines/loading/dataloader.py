@@ -136,6 +136,7 @@ class MultiTaskDataLoader:
             task, corpus = find_task(name, model.tasks), corpora[settings.corpus]
             dataset = TaskDataset(name, task, corpus, model, settings, masks)
             self.datasets[name] = dataset
+            # The key has the task's name: adding a task does not change the order of the others.
             key = (seed, "order", name)
             self._samplers[name] = _build_sampler(dataset, settings.batch_size, key, shuffle_bytes)
         self.weights = compute_task_weights(
@@ -175,6 +176,7 @@ class MultiTaskDataLoader:
         prefetch_shards(self._samplers[spec.task], dataset.shard_table, spec.batch_index)
         part = rank_slice(len(spec.rows), rank, world)
         is_padding = part.stop == part.start
+        # The first row stands in; its loss has zero weight.
         if is_padding:
             part = slice(0, 1)
         random = BatchRandom((self.seed, "rows", step), len(spec.rows), part)
@@ -205,6 +207,7 @@ def _build_sampler(
     dataset: TaskDataset, batch_size: int, key: tuple[int | str, ...], shuffle_bytes: float
 ) -> RowSampler:
     table, lengths = dataset.shard_table, dataset.row_lengths
+    # One shard cannot be divided into windows.
     if sum(table.bytes) > shuffle_bytes and len(table.bytes) > 1:
         return WindowedShuffleSampler(
             table.rows, table.bytes, batch_size, shuffle_bytes, key, lengths

@@ -76,11 +76,13 @@ class TaskSampler:
         counts = np.zeros(len(self.names))
         tasks = np.empty(blocks * BLOCK, dtype=np.int64)
         for step in range(len(tasks)):
+            # The task that is furthest behind its fraction comes next.
             task = int(np.argmax((step + 1) * self._shares - counts))
             counts[task] += 1
             tasks[step] = task
         for block in range(blocks):
             part = tasks[block * BLOCK : (block + 1) * BLOCK]
+            # Shuffling hides the regular pattern from the optimizer; the key is the block.
             keyed_rng(self._seed, "schedule", block).shuffle(part)
         batch_indices = np.empty_like(tasks)
         for task in range(len(self.names)):
@@ -137,6 +139,7 @@ class ShuffleSampler:
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
+            # A batch may touch two epochs; older permutations are not needed again.
             for old in [known for known in self._epochs if known < epoch - 1]:
                 del self._epochs[old]
             self._epochs[epoch] = self._permutation(epoch)
@@ -145,6 +148,7 @@ class ShuffleSampler:
     def _permutation(self, epoch: int) -> np.ndarray:
         random = keyed_rng(*self._key, epoch)
         order = random.permutation(self._rows)
+        # Lengths of a remote corpus are read at the first batch, not when training starts.
         if callable(self._lengths):
             self._lengths = self._lengths()
         if self._lengths is None:

@@ -58,6 +58,7 @@ class ShardTable:
             StoreUnavailableError: the store does not answer.
         """
         numbers = list(range(len(self._shards)) if shards is None else shards)
+        # Downloads start in the background before the first shard is opened.
         self._prefetch(numbers)
         remaining = {number: self._open[number] for number in numbers if number in self._open}
         if len(remaining) != len(numbers) or len(remaining) != len(self._open):
@@ -111,6 +112,7 @@ class ShardTable:
 
     def to_local(self, rows: np.ndarray) -> np.ndarray:
         """Return the (B,) numbers of rows among those of the open shards, which must hold them."""
+        # All shards are open, so global and local numbers are equal.
         if len(self._open) == len(self._shards):
             return rows
         open_shards = np.fromiter(self._open, np.int64, len(self._open))
@@ -126,6 +128,7 @@ class ShardTable:
         if not self._open:
             self.open()
         if self._names is None:
+            # Splits of one corpus may differ in columns, for example where labels are missing.
             schemas = [split.schema for split in self._splits] if len(self._splits) > 1 else []
             first = schemas[0] if schemas else next(iter(self._open.values())).table.schema
             self._names = [n for n in first.names if all(n in schema.names for schema in schemas)]

@@ -101,6 +101,7 @@ class TaskDataset:
                 f"task {name} reads {self.plan.modality}, but corpus {corpus.name} holds "
                 f"{corpus.modality}; set tasks.{name}.corpus to one of that modality"
             )
+        # The model's own limit applies first; the task may lower it.
         limit = {"text": model.max_tokens, "code": model.max_tokens, "sound": model.max_frames}
         self.limit = min(
             limit.get(self.plan.modality, 1 << 30), max_length if max_length else 1 << 30
@@ -119,6 +120,7 @@ class TaskDataset:
             )
         masks = masks or MaskConfig()
         if self.views:
+            # Views are masked lightly: both must still show the same row.
             masks = masks.for_views()
         units = self._find_units(corpus)
         self._mask = masking.InputMasker(model, masks, vocab_size, self.limit, units)
@@ -263,6 +265,7 @@ class TaskDataset:
             branch = random.branch(tower)
             inputs = self._inputs(local, branch, config)
             masked, _ = self._mask(self.plan.modality, inputs, branch)
+            # Without this key the stem treats the input as complete.
             del masked["masked"]
             towers[tower] = masked
         # The groups of a corpus mark similar rows, as labels do; here only a row equals itself.

@@ -71,6 +71,7 @@ class WindowedShuffleSampler:
         """Return the shards of the window after those that a batch reads."""
         epoch, window, _, _ = self._touched(batch_index)[-1]
         windows = self._layout(epoch).windows
+        # The last window of an epoch is followed by the first of the next epoch.
         if window + 1 < len(windows):
             return windows[window + 1]
         return self._layout(epoch + 1).windows[0]

@@ -69,6 +69,7 @@ def verify_checkpoint(path: str | Path) -> VerifiedCheckpoint:
             check_file(path, name, manifest)
     except ValueError as error:
         raise UserError(f"checkpoint {path} cannot be used: {error}") from None
+    # A saved model has no step and no optimizer state, so a run cannot resume from it.
     if "state.json" not in manifest["files"]:
         raise UserError(
             f"{path} is a saved model, not a checkpoint: it has no state.json. Start from it with "
@@ -94,6 +95,7 @@ def load_weights(path: Path, model: TaskModel) -> None:
     """
     manifest = read_manifest(path)
     parameters = dict(model.named_parameters())
+    # One file at a time: peak memory is one file, not the complete model.
     for file, names in model.files_of().items():
         tensors = load_tensors(check_file(path, f"{file}.safetensors", manifest))
         for name in names:

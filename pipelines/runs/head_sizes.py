@@ -42,6 +42,7 @@ def infer_num_outputs(
     tasks = dict(config.model.tasks)
     for name, settings in config.tasks.items():
         task = tasks.get(name)
+        # Only defaults are replaced: a number in the configuration is a decision of the user.
         if task is None or name not in usual or task.outputs != usual[name].outputs:
             continue
         outputs = num_outputs_of(manifests.get(settings.corpus, {}), task)

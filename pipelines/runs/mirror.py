@@ -94,6 +94,7 @@ class RunMirror:
                 and name not in self.corrupt
                 and directories.is_committed(self.uri_of(CHECKPOINTS, name))
             )
+            # Count only checkpoints that stay: corrupt ones do not use up the number to keep.
             count += stays
             # An interrupted upload is useless once a newer one is complete.
             if not stays and checkpoints.step_of(name) <= checkpoints.step_of(path.name):
@@ -182,6 +183,7 @@ class RunMirror:
         """
         exists = (self.run / CONFIG).is_file()
         try:
+            # Only a machine without the folder takes the configuration of the store.
             if not exists:
                 self._download_config(config)
             if not (self.run / RESULT).is_file() and self.is_finished():
@@ -281,6 +283,7 @@ def download_model(uri: str) -> Path:
         UserError: there is no complete model, or it is corrupt.
         StoreUnavailableError: the store does not answer.
     """
+    # The URI may name a model, a checkpoint or a run's folder.
     model = run = uri.rstrip("/")
     if directories.is_committed(model):
         run = directories.join_uri(model, *([".."] * (2 if f"/{CHECKPOINTS}/" in model else 1)))
@@ -299,6 +302,7 @@ def download_model(uri: str) -> Path:
             )
         model = complete[0]
     manifest = directories.read_bytes(directories.join_uri(model, directories.MANIFEST))
+    # The manifest has the hashes of all files, so a changed model gets another folder.
     key = hashlib.sha256(model.encode() + manifest).hexdigest()[:16]
     cached = run_root() / "cache" / "models" / key
     target = cached / model.removeprefix(run).lstrip("/")

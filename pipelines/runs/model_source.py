@@ -62,6 +62,7 @@ class ModelSource:
         from skillnet_platform.config import digest_config
 
         files = read_manifest(self.weights)["files"]
+        # Optimizer state does not change the model's outputs.
         weights = {n: e["sha256"] for n, e in files.items() if not n.startswith("optimizer-")}
         return digest_config(weights)
 
@@ -97,31 +98,32 @@ class ModelSource:
         return [name for name in tasks if known is None or name in known]
 
 
-def resolve_model(given: str, uri: str | None = None) -> ModelSource:
+def resolve_model(address: str, uri: str | None = None) -> ModelSource:
     """Resolve a model from a path, a run or a registry URI; see the examples in this module.
 
     Args:
-        given: a path, a run's name or id, a URI, or a registry URI.
+        address: a path, a run's name or id, a URI, or a registry URI.
         uri: MLflow tracking URI; None takes the default.
 
     Raises:
         UserError: there is no such model, or it is incomplete.
     """
-    if given.startswith(("models:/", "runs:/")):
-        return _registered(given, uri)
-    if is_uri(given):
+    if address.startswith(("models:/", "runs:/")):
+        return _registered(address, uri)
+    if is_uri(address):
         from pipelines.runs.mirror import download_model
 
-        return _resolve_folder(download_model(given), given)
-    path = Path(given).expanduser()
+        return _resolve_folder(download_model(address), address)
+    path = Path(address).expanduser()
     if path.is_dir():
-        return _resolve_folder(path.absolute(), given)
-    if (run_root() / given).is_dir():
-        return _resolve_folder(run_root() / given, given)
-    if len(given) == 32 and given.isalnum():
-        return _by_id(given, uri)
+        return _resolve_folder(path.absolute(), address)
+    if (run_root() / address).is_dir():
+        return _resolve_folder(run_root() / address, address)
+    # MLflow run ids are 32 hexadecimal digits; a run's name is tried first.
+    if len(address) == 32 and address.isalnum():
+        return _by_id(address, uri)
     raise UserError(
-        f"{given}: no folder and no run in {run_root()} has this name, and it is no registry "
+        f"{address}: no folder and no run in {run_root()} has this name, and it is no registry "
         f"address such as {DEFAULT_MODEL}"
     )
 
@@ -152,6 +154,7 @@ def load_source_model(source: ModelSource, task: str | None = None) -> TaskModel
                 if key not in parameters or parameters[key].shape != value.shape:
                     raise UserError(f"{path}: {key} is not the average of a weight of this model")
                 parameters[key].copy_(value)
+    # A checkpoint still has the heads of auxiliary tasks; a final model does not.
     if task is None:
         for name in source.auxiliary & set(model.config.tasks):
             remove_task(model, name)
@@ -183,16 +186,16 @@ def is_known_run(run_id: str, uri: str | None) -> bool:
     return True
 
 
-def _registered(given: str, uri: str | None) -> ModelSource:
+def _registered(address: str, uri: str | None) -> ModelSource:
     from skillnet_platform.tracking import registry
 
-    version = registry.resolve_registered(given, uri)
+    version = registry.resolve_registered(address, uri)
     bundle = version.path / "artifacts" / BUNDLE
     if not bundle.is_dir():
-        raise UserError(f"{given} is not a SkillNet model: it has no artifact {BUNDLE!r}")
-    source = _bundle(bundle, given)
+        raise UserError(f"{address} is not a SkillNet model: it has no artifact {BUNDLE!r}")
+    source = _bundle(bundle, address)
     return ModelSource(
-        name=given,
+        name=address,
         weights=source.weights,
         bundle=bundle,
         run_id=version.run_id or source.run_id,
@@ -202,7 +205,7 @@ def _registered(given: str, uri: str | None) -> ModelSource:
     )
 
 
-def _bundle(folder: Path, given: str) -> ModelSource:
+def _bundle(folder: Path, address: str) -> ModelSource:
     required: dict[str, type | tuple[type, ...]] = {
         "run_id": (str, NoneType),
         "settings": dict,
@@ -210,7 +213,7 @@ def _bundle(folder: Path, given: str) -> ModelSource:
     }
     about = read_record(folder / "serving.json", required, REMEDY)
     return ModelSource(
-        name=given,
+        name=address,
         weights=folder / "model",
         bundle=folder,
         run_id=about.get("run_id"),
@@ -233,29 +236,29 @@ def _check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     return settings
 
 
-def _resolve_folder(path: Path, given: str) -> ModelSource:
+def _resolve_folder(path: Path, address: str) -> ModelSource:
     if (path / "serving.json").is_file():
-        return _bundle(path, given)
+        return _bundle(path, address)
     if (path / "artifacts" / BUNDLE).is_dir():
-        return _bundle(path / "artifacts" / BUNDLE, given)
+        return _bundle(path / "artifacts" / BUNDLE, address)
     if (path / "manifest.json").is_file() and (path / "config.json").is_file():
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        return _with_run(path, run if (run / "config.yaml").is_file() else None, given)
+        return _with_run(path, run if (run / "config.yaml").is_file() else None, address)
     if (path / "model" / "manifest.json").is_file():
-        return _with_run(path / "model", path, given)
+        return _with_run(path / "model", path, address)
     if (path / "checkpoints").is_dir():
         from pipelines.runs import checkpoints
 
         newest = checkpoints.find_newest(path / "checkpoints")
         if newest is not None:
-            return _with_run(newest.path, path, given)
+            return _with_run(newest.path, path, address)
     raise UserError(
         f"{path} holds no complete model: expected a checkpoint or saved model (manifest.json and "
         "config.json), or a run's folder with one"
     )
 
 
-def _with_run(weights: Path, run: Path | None, given: str) -> ModelSource:
+def _with_run(weights: Path, run: Path | None, address: str) -> ModelSource:
     settings: dict[str, Any] = {}
     if run is not None and (run / "config.yaml").is_file():
         settings = _check_settings(load_yaml(run / "config.yaml"), run / "config.yaml")
@@ -264,7 +267,7 @@ def _with_run(weights: Path, run: Path | None, given: str) -> ModelSource:
     for record in (weights / "state.json", *([run / "trained.json"] if run else [])):
         if steps is None and record.is_file():
             steps = read_record(record, {"step": int}, REMEDY)["step"]
-    return ModelSource(given, weights, None, run, run_id, None, settings, steps)
+    return ModelSource(address, weights, None, run, run_id, None, settings, steps)
 
 
 def _by_id(run_id: str, uri: str | None) -> ModelSource:

@@ -77,6 +77,7 @@ def show_progress(path: Path, steps: int) -> Iterator[None]:
                     return
                 ended.wait(0.3)
 
+    # A thread follows the file, because the main thread waits for the training.
     thread = threading.Thread(target=follow, name="progress", daemon=True)
     thread.start()
     try:
@@ -97,6 +98,7 @@ def _new_lines(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
     lines = []
     for line in complete.splitlines():
         # Skip lines that a disk corrupted.
+        # A corrupt line must not end the display of a running training.
         with contextlib.suppress(ValueError, RecursionError):
             values = json.loads(line)
             if isinstance(values, dict) and _is_line(values):

@@ -42,8 +42,10 @@ class CheckpointUploads:
 
     def add_checkpoint(self, path: Path) -> None:
         """Queue a checkpoint in its current state; return at once."""
+        # Training may delete the original before the upload is done.
         copy = link_checkpoint(path, self._outbox)
         with self._changed:
+            # Only the newest checkpoint matters for a restart.
             replaced, self._waiting = self._waiting, copy
             self._changed.notify_all()
         if replaced is not None:
@@ -131,6 +133,7 @@ def restore_latest(mirror: RunMirror) -> None:
     folder = mirror.run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".restore.lock").open("a") as lock:
+        # One worker per node downloads; the others wait and then find the checkpoint.
         fcntl.flock(lock, fcntl.LOCK_EX)
         local = checkpoints.find_newest(folder)
         try:
@@ -141,7 +144,7 @@ def restore_latest(mirror: RunMirror) -> None:
 
 
 def upload_trained(
-    mirror: RunMirror, uploads: CheckpointUploads, patience: float, apart: bool
+    mirror: RunMirror, uploads: CheckpointUploads, patience: float, is_remote: bool
 ) -> None:
     """Finish the uploads of rank 0, and upload the model if the driver is on another machine.
 
@@ -151,10 +154,10 @@ def upload_trained(
         mirror: of the run.
         uploads: of the checkpoints.
         patience: seconds to wait for a store that fails.
-        apart: the driver does not see this worker's disk.
+        is_remote: the driver does not see this worker's disk.
     """
-    missing = uploads.close(patience if apart else 0)
-    if apart:
+    missing = uploads.close(patience if is_remote else 0)
+    if is_remote:
         missing = retry_until("the final model", mirror.upload_trained, patience) or missing
     if missing:
         console.warn(f"{mirror.uri} lacks {missing}")
@@ -231,6 +234,7 @@ def fit_storage(config: FinetuneConfig, run: Path) -> dict[str, Any]:
 
     mirror = mirror_of(config, run)
     # An elastic run may get nodes later.
+    # With one node all workers see the run's folder.
     single_node = sum(node["Alive"] for node in ray.nodes()) < 2 and not config.training.min_workers
     if mirror is None or single_node:
         return {"storage_path": str(run / "ray")}

@@ -15,7 +15,7 @@ from pipelines.shards.files import OpenShard, ShardStore, open_shard_store
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.cache import FileCache
-from skillnet_platform.storage.location import Place, below, place
+from skillnet_platform.storage.location import Location, join_location, parse_location
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class CorpusSplit:
 class PreparedCorpus:
     """Open prepared corpus: its manifest and its splits."""
 
-    path: Place
+    path: Location
     manifest: dict[str, Any]
     splits: dict[str, CorpusSplit] = field(default_factory=dict)
 
@@ -127,9 +127,9 @@ def open_corpus(
     Raises:
         UserError: there is no manifest, it has another version or was edited, or a shard is
             missing, has another size or (with ``verify``) another content.
-        StoreUnavailable: the store does not answer.
+        StoreUnavailableError: the store does not answer.
     """
-    files = open_shard_store(place(path, Path()), cache)
+    files = open_shard_store(parse_location(path, Path()), cache)
     manifest = _read_manifest(files)
     shards = _list_shards(manifest)
     files.check_sizes(shards)
@@ -152,7 +152,7 @@ def verify_corpus(path: str | Path) -> dict[str, Any]:
 
 
 def _read_manifest(files: ShardStore) -> dict[str, Any]:
-    named = below(files.location, MANIFEST)
+    named = join_location(files.location, MANIFEST)
     name = str(files.location).rsplit("/", 1)[-1]
     hint = files.repair_hint if files.remote else f"Run `skillnet prepare {name}`."
     try:
@@ -175,7 +175,7 @@ def _read_manifest(files: ShardStore) -> dict[str, Any]:
     return manifest
 
 
-def _find_invalid_key(named: Place, manifest: dict[str, Any]) -> str | None:
+def _find_invalid_key(named: Location, manifest: dict[str, Any]) -> str | None:
     """Return the first required key that is missing or has a wrong type.
 
     Raises:

@@ -9,9 +9,9 @@ import pyarrow as pa
 from pipelines.shards.checksums import check_shards
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import directories, sha256_file
-from skillnet_platform.storage.cache import FileCache, Held, Wanted, shared_cache
-from skillnet_platform.storage.location import Place
-from skillnet_platform.storage.retry import StoreUnavailable
+from skillnet_platform.storage.cache import FileCache, CacheHandle, CacheKey, shared_cache
+from skillnet_platform.storage.location import Location
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 #: A shard's entry in the manifest: file, rows, bytes, sha256.
 ShardEntry = Mapping[str, Any]
@@ -28,7 +28,7 @@ class OpenShard(Protocol):
 class ShardStore(Protocol):
     """Access to the shards of one corpus."""
 
-    location: Place
+    location: Location
     #: Whether opening a shard may download it.
     remote: bool
 
@@ -56,7 +56,7 @@ class ShardStore(Protocol):
 
 
 class _OpenShard:
-    def __init__(self, table: pa.Table, handle: Held | None = None) -> None:
+    def __init__(self, table: pa.Table, handle: CacheHandle | None = None) -> None:
         self.table, self._handle = table, handle
 
 
@@ -72,7 +72,7 @@ class LocalShardStore:
     remote = False
 
     def __init__(self, location: Path) -> None:
-        self.location: Place = location
+        self.location: Location = location
         self._folder = location
         self._verified: set[str] = set()
 
@@ -131,7 +131,7 @@ class RemoteShardStore:
     remote = True
 
     def __init__(self, location: str, cache: FileCache | None = None) -> None:
-        self.location: Place = location
+        self.location: Location = location
         self._uri, self._cache = location, cache or shared_cache()
 
     @property
@@ -143,7 +143,7 @@ class RemoteShardStore:
         return bool(directories.list_files(self._uri))
 
     def manifest(self, name: str) -> bytes:
-        return directories.read_bytes(directories.join(self._uri, name))
+        return directories.read_bytes(directories.join_uri(self._uri, name))
 
     def open(self, shard: ShardEntry) -> OpenShard:
         key = self._cache_key(shard)
@@ -156,7 +156,7 @@ class RemoteShardStore:
     def check_sizes(self, shards: Iterable[ShardEntry]) -> None:
         existing = {entry.name: entry.bytes for entry in directories.list_files(self._uri)}
         for shard in shards:
-            uri = directories.join(self._uri, shard["file"])
+            uri = directories.join_uri(self._uri, shard["file"])
             if shard["file"] not in existing:
                 raise UserError(f"{uri}: this shard is missing. {self.repair_hint}")
             _compare_size(uri, existing[shard["file"]], shard, self.repair_hint)
@@ -165,7 +165,7 @@ class RemoteShardStore:
         import hashlib
 
         for shard in shards:
-            uri = directories.join(self._uri, shard["file"])
+            uri = directories.join_uri(self._uri, shard["file"])
             try:
                 with directories.open_file(uri) as stream:
                     digest = hashlib.sha256()
@@ -174,15 +174,15 @@ class RemoteShardStore:
             except FileNotFoundError:
                 raise UserError(f"{uri}: this shard is missing. {self.repair_hint}") from None
             except OSError as error:
-                raise StoreUnavailable(f"{uri}: reading it broke off ({error})") from error
+                raise StoreUnavailableError(f"{uri}: reading it broke off ({error})") from error
             _compare_digest(uri, digest.hexdigest(), shard, self.repair_hint)
 
-    def _cache_key(self, shard: ShardEntry) -> Wanted:
-        uri = directories.join(self._uri, shard["file"])
-        return Wanted(uri, shard["sha256"], shard["bytes"])
+    def _cache_key(self, shard: ShardEntry) -> CacheKey:
+        uri = directories.join_uri(self._uri, shard["file"])
+        return CacheKey(uri, shard["sha256"], shard["bytes"])
 
 
-def open_shard_store(location: Place, cache: FileCache | None = None) -> ShardStore:
+def open_shard_store(location: Location, cache: FileCache | None = None) -> ShardStore:
     """Return the shards of the corpus at a path or URI.
 
     Args:
@@ -194,7 +194,7 @@ def open_shard_store(location: Place, cache: FileCache | None = None) -> ShardSt
     return RemoteShardStore(location, cache)
 
 
-def _map_shard(path: Path, named: Place, shard: ShardEntry, repair_hint: str) -> pa.Table:
+def _map_shard(path: Path, named: Location, shard: ShardEntry, repair_hint: str) -> pa.Table:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         if table.num_rows != shard["rows"]:
@@ -204,11 +204,11 @@ def _map_shard(path: Path, named: Place, shard: ShardEntry, repair_hint: str) ->
         raise _make_shard_error(named, error, repair_hint) from None
 
 
-def _make_shard_error(named: Place, error: Exception, repair_hint: str) -> UserError:
+def _make_shard_error(named: Location, error: Exception, repair_hint: str) -> UserError:
     return UserError(f"{named}: not a readable shard ({first_line(error)}). {repair_hint}")
 
 
-def _compare_size(named: Place, size: int, shard: ShardEntry, repair_hint: str) -> None:
+def _compare_size(named: Location, size: int, shard: ShardEntry, repair_hint: str) -> None:
     if size != shard["bytes"]:
         raise UserError(
             f"{named}: this shard was altered: {size} bytes, expected {shard['bytes']}. "
@@ -216,7 +216,7 @@ def _compare_size(named: Place, size: int, shard: ShardEntry, repair_hint: str) 
         )
 
 
-def _compare_digest(named: Place, found: str, shard: ShardEntry, repair_hint: str) -> None:
+def _compare_digest(named: Location, found: str, shard: ShardEntry, repair_hint: str) -> None:
     if found != shard["sha256"]:
         raise UserError(
             f"{named}: this shard was altered: sha256 {found}, expected {shard['sha256']}. "

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from skillnet_platform.config import digest as digest_of
+from skillnet_platform.config import digest_config as digest_of
 from skillnet_platform.storage import disk_guard, sha256_file
 
 FORMAT_VERSION = 1

@@ -21,7 +21,7 @@ from pipelines.tokenizer.training import TOKENIZER_MANIFEST
 from skillnet_platform import config, storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.location import Location, below, content
+from skillnet_platform.storage.location import Location, join_location, read_if_exists
 
 #: Value of ``--tokenizer``: train a new tokenizer on these corpora, even if one exists.
 LEARN = "learn"
@@ -139,7 +139,7 @@ def check_replaceable(tokenizer: Path, replaced: set[str], data: Location) -> No
     """
     if others := _corpora_using(tokenizer, replaced, data):
         raise UserError(
-            f"{below(data, tokenizer.name)}: {', '.join(others)} there are prepared with it; a "
+            f"{join_location(data, tokenizer.name)}: {', '.join(others)} there are prepared with it; a "
             "model reads corpora of one tokenizer. Give another --data, or prepare them again in "
             "the same call"
         )
@@ -170,7 +170,7 @@ def _corpora_using(tokenizer: Path, excluded: set[str], data: Location) -> list[
     return [
         name
         for name in _list_folders(data)
-        if name not in excluded and _tokenizer_of(below(data, name, MANIFEST)) == sha256
+        if name not in excluded and _tokenizer_of(join_location(data, name, MANIFEST)) == sha256
     ]
 
 
@@ -183,7 +183,7 @@ def _list_folders(data: Location) -> list[str]:
 def _tokenizer_of(manifest: Location) -> str | None:
     """Return the SHA-256 of a corpus' tokenizer; ``None`` if the folder is not a corpus."""
     try:
-        recorded = json.loads(content(manifest) or b"{}")
+        recorded = json.loads(read_if_exists(manifest) or b"{}")
         return str(recorded["tokenizer"]["sha256"])
     except (ValueError, KeyError, TypeError):
         return None

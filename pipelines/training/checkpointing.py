@@ -111,6 +111,7 @@ def write_checkpoint(
         text = json.dumps(full, indent=1, sort_keys=True)
         (staging / "state.json").write_text(text + "\n", encoding="utf-8")
         write_manifest(staging, [*written, "state.json"])
+    # Remove old checkpoints only after the new one is complete.
     for old in list_checkpoint_folders(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -141,6 +142,7 @@ def load_checkpoint(
         tensors = load_tensors(path, str(device))
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
+            # ``step`` is a scalar; the averages have the parameter's shape.
             expected = None if field == "step" else shapes.get(name)
             known = name in shapes and field in OPTIMIZER_STATE
             if not known or value.shape != (expected or ()):

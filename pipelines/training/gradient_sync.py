@@ -71,6 +71,7 @@ class GradientSync:
         self._next = 0
         self._handles: list[Any] = []
         self._flag = False
+        # One rank needs no buckets and no hooks.
         if world == 1:
             return
         for task, named in active.items():
@@ -79,6 +80,7 @@ class GradientSync:
             last = len(groups) - 1
             self._buckets[task] = [_Bucket(group, i == last) for i, group in enumerate(groups)]
             self._where[task] = {p: i for i, group in enumerate(groups) for p in group}
+        # A hook per parameter, also for parameters of several tasks.
         every = {p for where in self._where.values() for p in where}
         for parameter in every:
             parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -100,6 +102,7 @@ class GradientSync:
         if self._world == 1 or self._task is None:
             return self._flag
         buckets = self._buckets[self._task]
+        # Parameters without a gradient in this step never call the hook.
         while self._next < len(buckets):
             self._launch()
         for handle, bucket in zip(self._handles, buckets, strict=True):
@@ -116,6 +119,7 @@ class GradientSync:
         if index is None:
             raise AssertionError(f"a parameter outside the plan of {self._task} has a gradient")
         self._waiting[index] -= 1
+        # Buckets start in a fixed order: collective operations must match on all ranks.
         while self._next < len(self._waiting) and self._waiting[self._next] == 0:
             self._launch()
 
@@ -134,6 +138,7 @@ def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: float) -> list[list[n
     filled = 0.0
     for parameter in parameters:
         size = parameter.numel() * parameter.element_size()
+        # A bucket has one dtype, because it is one flat tensor.
         fits = groups and filled + size <= bucket_bytes
         if not fits or groups[-1][0].dtype != parameter.dtype:
             groups.append([])

@@ -56,23 +56,24 @@ class InitReport:
         return dataclasses.asdict(self)
 
 
-def resolve_init_weights(given: str, uri: str | None, run_dir: str) -> str:
+def resolve_init_weights(address: str, uri: str | None, run_dir: str) -> str:
     """Return the folder of the weights that ``--from`` names.
 
     A registered version and a model in an object store are copied below ``run_dir``: a download
     may be gone when the run resumes.
 
     Args:
-        given: a path, a run or a registered version.
+        address: a path, a run or a registered version.
         uri: of the tracking server.
         run_dir: directory of runs.
 
     Raises:
         UserError: there is no such model.
     """
-    source = resolve_model(given, uri)
-    is_registered = source.version is not None or given.startswith(("models:/", "runs:/"))
-    if not is_registered and not is_uri(given):
+    # This is the only place that contacts the registry or a store for initial weights.
+    source = resolve_model(address, uri)
+    is_registered = source.version is not None or address.startswith(("models:/", "runs:/"))
+    if not is_registered and not is_uri(address):
         return str(source.weights.absolute())
     copy = Path(run_dir) / ".starts" / source.digest[:16]
     if not (copy / "manifest.json").is_file():
@@ -103,10 +104,12 @@ def load_init_weights(config: FinetuneConfig, model: TaskModel) -> InitReport | 
     if not config.init_from:
         return None
     source, location = resolve_model(config.init_from), f"--from {config.init_from}"
+    # Differences are collected first, to explain a tensor that does not fit.
     differing = _find_differences(config, source.weights, location)
     try:
-        given = dict(load_source_model(source).named_parameters())
-        fresh = set(model.load_partial(given))
+        weights = dict(load_source_model(source).named_parameters())
+        # Names of parameters that the source does not provide.
+        fresh = set(model.load_partial(weights))
     except ValueError as error:
         keys = ", ".join(
             f"model.{key} {theirs} there and {ours} here" for key, theirs, ours in differing
@@ -118,7 +121,7 @@ def load_init_weights(config: FinetuneConfig, model: TaskModel) -> InitReport | 
     if not taken:
         raise UserError(
             f"{location} has no weight that this model could start from; it holds "
-            f"{', '.join(sorted(given)[:3])}, …"
+            f"{', '.join(sorted(weights)[:3])}, …"
         )
     return InitReport(str(source.weights), source.digest, taken, partial)
 

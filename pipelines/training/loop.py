@@ -109,20 +109,25 @@ def train_model(
         torch.set_num_threads(settings.threads_per_worker)
     row_threads.limit_row_threads(torch.get_num_threads())
 
+    # Each rank builds the model from the seed or the initial weights.
     model = build_model(config).to(device, precision.weights)
+    # The broadcast makes weights bitwise equal even if nodes compute initial weights differently.
     if world > 1:
         for parameter in model.parameters():
             dist.broadcast(parameter.data, src=0)
     optimizer = build_optimizer(model.named_parameters(), settings)
     average = WeightAverage(settings.ema) if settings.ema else None
+    # Task -> parameters that its steps change: clipping, sums and the average use only these.
     active = trainable_parameters(model, config)
     sync = GradientSync(active, world, settings.bucket_mb * 2**20)
 
     identity = run.identity_digest
+    # The checkpoint must have the same identity as this run.
     start = 0
     if run.has_folder:
         start = resume_run(run.folder, identity, model, optimizer, average, world)
     scheduler = build_lr_scheduler(optimizer, settings, start)
+    # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = ThroughputMeter(config, world, device)
     stopped, path, failed, leaving = None, None, 0, False
@@ -154,15 +159,18 @@ def train_model(
         for batch in meter.iter_timed(prefetcher):
             batch = batch.to(device, precision.weights)
             task = config.model.tasks[batch.task]
+            # Dropout is reseeded each step, so a resumed run continues with the same random numbers.
             seed_dropout(config.seed, step, rank)
             for callback in callbacks:
                 callback.on_step_start(step)
 
+            # Gradients are summed over ranks during the backward pass; the stop flag travels with them.
             sync.begin(batch.task, preemption.stop_requested())
             loss = step_loss(model, task, batch, precision, config, rank, world)
             loss.backward()
             leaving = sync.finish()
             norm = clip_gradients((p for _, p in active[batch.task]), settings.max_grad_norm)
+            # All ranks see the same norm, so all of them skip the same steps.
             if torch.isfinite(norm):
                 optimizer.step()
                 if average is not None:
@@ -176,11 +184,13 @@ def train_model(
                         f" lower training.lr ({settings.lr}) or training.max_grad_norm, or set "
                         "training.precision fp32"
                     )
+            # Gradients become None, so that AdamW skips the parameters that the next task does not use.
             optimizer.zero_grad()
 
             step += 1
             lr = float(scheduler.get_last_lr()[0])
             meter.add(batch, loss.detach(), norm, lr, skipped=failed > 0)
+            # Also after a skipped update: the learning rate is a function of the step.
             scheduler.step()
             if step % settings.log_every == 0 or step == last or leaving:
                 values = meter.collect_metrics() | model.statistics()
@@ -189,12 +199,14 @@ def train_model(
                 limit = settings.max_minutes
                 if limit and meter.broadcast_flag(meter.elapsed > 60 * limit):
                     stopped = f"reached training.max_minutes {limit} at step {step}"
+            # All ranks read the same flag from the last bucket, so all of them stop after this step.
             if leaving and step < last:
                 stopped = f"preempted (SIGTERM) at step {step}"
                 break
             if settings.evaluate_every and step % settings.evaluate_every == 0 and step < last:
                 with averaged_weights(model, average), meter.paused():
                     reporter.evaluate(model, step)
+            # The checkpoint of the last step is written below.
             if stopped or step == last:
                 break
             if settings.checkpoint_every and step % settings.checkpoint_every == 0:
@@ -202,8 +214,10 @@ def train_model(
 
     if step > start or path is None:
         path = save_checkpoint()
+    # No rank may end while rank 0 still writes the checkpoint.
     if world > 1:
         dist.barrier()
+    # The result has the averaged weights; the checkpoint has both.
     if average is not None:
         average.swap(model)
     if stopped is None and last < settings.steps:

@@ -23,6 +23,7 @@ _OF_LIBRARIES = ("pos_embed", "cls_token", "distillation_token")
 
 def has_weight_decay(name: str, parameter: Tensor) -> bool:
     """Return whether weight decay applies: only to weight matrices, not to embeddings."""
+    # Names such as ``layers.0.attention.qkv.weight.weights.text``.
     parts = name.split(".")
     kept = parts[:-1] if "weights" in parts[-2:-1] else parts  # a skill may be called anything
     if "patch_embeddings" in kept:  # transformers' name for the projection of patches
@@ -38,6 +39,7 @@ def compute_learning_rate(config: TrainingConfig, step: int) -> float:
         config: schedule.
         step: steps done before; 0 for the first step.
     """
+    # The steps win over the fraction.
     warmup = float(
         config.warmup_fraction * config.steps
         if config.warmup_steps is None
@@ -47,6 +49,7 @@ def compute_learning_rate(config: TrainingConfig, step: int) -> float:
         return config.lr * (step + 1) / max(warmup, 1.0)
     if config.schedule == "constant":
         return config.lr
+    # Decay begins after the warmup; with ``wsd`` after the constant phase.
     start = warmup
     if config.schedule == "wsd":
         start = max(warmup, config.steps * (1 - config.wsd_decay_fraction))
@@ -130,6 +133,7 @@ class WeightAverage:
             if name not in self.values:
                 self.values[name], self.updates[name] = parameter.detach().clone(), 0
             count = self.updates[name] = self.updates[name] + 1
+            # Parameters with the same number of updates share one fused call.
             rate = 1 - min(self._decay, (1 + count) / (10 + count))
             averages, weights = by_rate.setdefault(rate, ([], []))
             averages.append(self.values[name])

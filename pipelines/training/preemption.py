@@ -129,6 +129,7 @@ def listen_in_driver(stop_signal: StopSignal | None = None) -> Iterator[None]:
                     "continue to train"
                 )
 
+    # A request of an earlier run in this process must not stop this one.
     _STOP_REQUESTED.clear()
     # The handler must not set the signal: the main thread may be inside the client that it needs.
     forwarder = threading.Thread(target=forward, args=(stop_signal,), name="stop", daemon=True)

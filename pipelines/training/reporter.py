@@ -100,6 +100,7 @@ class RunReporter(LoopReporter):
         from pipelines.evaluation.tables import flat_metrics
         from pipelines.training.run_evaluation import evaluate_run
 
+        # The same precision as in training; without intervals, which would slow the run down.
         precision = self._config.training.precision
         rows = evaluate_run(self._config, model, ["validation"], precision=precision)
         self.metrics(flat_metrics(rows), step)

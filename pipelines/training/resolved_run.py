@@ -153,6 +153,7 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
             corpora[name] = open_corpus(
                 join_location(data, name), cache=shared_cache(config.storage.cache_gb)
             )
+    # Before the name: the number of outputs is part of the identity.
     config = infer_num_outputs(config, {name: c.manifest for name, c in corpora.items()})
     name = config.name or time.strftime(f"{stage}-%Y%m%d-%H%M%S")
     if "/" in name or name in ("", ".", ".."):

@@ -31,6 +31,7 @@ def validate_run(run: ResolvedRun) -> None:
     from skillnet.skills import find_task
     from skillnet.systems import find_system
 
+    # Cheap checks come first: the options of a system need no corpus.
     config = run.config
     system = find_system(config.system)
     system.configure(config.model, system.model.parse_options(config.options))
@@ -38,6 +39,7 @@ def validate_run(run: ResolvedRun) -> None:
     _ = run.dataloader
     for name, task in config.tasks.items():
         check_outputs(run.corpora[task.corpus], name, find_task(name, config.model.tasks))
+    # A missing GPU is reported before the workers start.
     pick_device(config.training.use_gpu)
     _ = run.init_report
     tokenizers = {
@@ -142,6 +144,7 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
         )
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)
+        # A finished run with fewer steps continues to the new number of steps.
         if result["step"] >= config.training.steps:
             return result
     return None
@@ -163,6 +166,7 @@ def _train(
     config, folder = run.config, run.folder
     tracked = (tracker.run_id, tracker.uri)
     if config.training.workers == 0:
+        # The training process reuses freed memory; Ray workers get this by their environment.
         keep_freed_memory()
         with preemption.listen_in_driver():
             run_worker(run, tracked=tracked, on_evaluation=on_evaluation, callbacks=callbacks)

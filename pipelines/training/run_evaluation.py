@@ -106,6 +106,7 @@ def evaluate_and_log(
         | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
         | {"training/total_params": total}
     )
+    # Figures take seconds each, which a sweep of many short runs cannot afford.
     if not brief:
         past = read_metric_history(run / PROGRESS)
         for name, figure in figures.training_figures(past, config.model).items():
@@ -159,6 +160,7 @@ def check_evaluation_splits(
     """
     from skillnet.skills import find_task
 
+    # A masked task is evaluated on validation rows, the others on test rows.
     known = {name: manifests[task.corpus]["splits"] for name, task in config.measured.items()}
     masked = {n for n in known if find_task(n, config.model.tasks).objective == "masked"}
     if splits:

@@ -87,6 +87,7 @@ def open_corpora(
 
 def build_model(config: FinetuneConfig) -> TaskModel:
     """Build the model of a configuration: random weights from the seed, or those of init_from."""
+    # The seed alone determines random weights, on every rank and in every process.
     torch.manual_seed(config.seed)
     model = build_system(config.system, config.model, config.options)
     load_init_weights(config, model)
@@ -133,6 +134,7 @@ def common_checkpoint(folder: Path, world: int) -> checkpoints.VerifiedCheckpoin
         UserError: some ranks see checkpoints and others none.
     """
     newest = checkpoints.find_newest(folder)
+    # Each rank may see its own disk. Repeat until all agree on one step.
     while world > 1:
         steps: list[Any] = [None] * world
         dist.all_gather_object(steps, newest.step if newest else None)

@@ -84,6 +84,7 @@ class ThroughputMeter:
         for name, (total, count) in zip(self._names, sums.tolist(), strict=True):
             if count:
                 mean = total / count
+                # Running mean over about 20 steps of a task, for the progress line.
                 weight = min(0.5, count / 20)
                 known = self.losses.get(name, mean)
                 self.losses[name] = known + weight * (mean - known) if name in self.losses else mean
@@ -108,6 +109,7 @@ class ThroughputMeter:
         """Return rank 0's flag on all ranks."""
         if self._world == 1:
             return flag
+        # Clocks of ranks differ, so rank 0 decides for all.
         shared = torch.tensor([float(flag)], device=self._device)
         dist.broadcast(shared, src=0)
         return bool(shared.item())
@@ -120,5 +122,6 @@ class ThroughputMeter:
             yield
         finally:
             spent = time.monotonic() - begin
+            # Neither the total nor the current interval counts the pause.
             self._pause += spent
             self._mark += spent

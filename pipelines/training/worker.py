@@ -33,8 +33,8 @@ def run_worker(
     world: int = 1,
     tracked: tuple[str, str] | None = None,
     on_evaluation: OnEvaluation | None = None,
-    apart: bool = False,
-    host: str | None = None,
+    is_remote: bool = False,
+    node_id: str | None = None,
     callbacks: Sequence[LoopCallback] = (),
 ) -> None:
     """Train as one of ``world`` workers; rank 0 writes the model and a summary to the run.
@@ -45,15 +45,16 @@ def run_worker(
         world: number of workers.
         tracked: MLflow run id and URI.
         on_evaluation: called after each evaluation: with its rows on rank 0, with none elsewhere.
-        apart: the driver does not see this worker's disk, so rank 0 sends it the final model
+        is_remote: the driver does not see this worker's disk, so rank 0 sends it the final model
             through the run's mirror.
-        host: id of this worker's node in an elastic run; None in other runs.
+        node_id: id of this worker's node in an elastic run; None in other runs.
         callbacks: called by the training loop.
 
     Raises:
         WorkerGroupResize: the workers of an elastic run wrote a checkpoint and must restart.
     """
     config, folder = run.config, run.folder
+    # Every node restores from the mirror, because a checkpoint may be on another node's disk.
     mirror = mirror_of(config, folder)
     if mirror is not None:
         restore_latest(mirror)
@@ -65,22 +66,24 @@ def run_worker(
             reporter=SilentReporter(on_evaluation),
             callbacks=callbacks,
         )
-        if result.preempted and host is not None:
-            _end_for_resize(world, host)
+        if result.preempted and node_id is not None:
+            _end_for_resize(world, node_id)
         return
     tracker = Tracker.by_id(*tracked) if tracked else None
     uploads = (
         CheckpointUploads(mirror, config.training.keep_checkpoints) if mirror is not None else None
     )
-    is_remote = apart and mirror is not None
+    is_remote = is_remote and mirror is not None
     reporter = RunReporter(config, folder, tracker, on_evaluation, uploads, world, is_remote)
     try:
         result = train_model(run, rank=rank, world=world, reporter=reporter, callbacks=callbacks)
-        if result.preempted and host is not None:
+        if result.preempted and node_id is not None:
             if uploads is not None:
                 uploads.close(config.storage.patience)
-            _end_for_resize(world, host)
+            _end_for_resize(world, node_id)
+        # A preempted run has no final model; it resumes from its checkpoint.
         if not result.preempted:
+            # The final model has no heads of auxiliary tasks.
             for name in config.tasks.keys() - config.measured.keys():
                 remove_task(result.model, name)
             result.model.save_pretrained(folder / MODEL)
@@ -90,10 +93,10 @@ def run_worker(
     if is_remote and tracker is not None:
         tracker.settle(TRACKER_PATIENCE_S)
     if mirror is not None and uploads is not None:
-        upload_trained(mirror, uploads, config.storage.patience, apart)
+        upload_trained(mirror, uploads, config.storage.patience, is_remote)
 
 
-def _end_for_resize(world: int, host: str) -> None:
+def _end_for_resize(world: int, node_id: str) -> None:
     """End this worker together with the others, unless the driver asked the run to stop.
 
     Raises:
@@ -101,11 +104,12 @@ def _end_for_resize(world: int, host: str) -> None:
     """
     own = (
         preemption.stop_requested_by_driver(),
-        host if preemption.stop_requested_by_signal() else None,
+        node_id if preemption.stop_requested_by_signal() else None,
     )
     ranks: list[Any] = [own] * world
     if world > 1:
         dist.all_gather_object(ranks, own)
+    # A stop of the driver ends the run; only a stop of workers restarts the group.
     if not any(by_driver for by_driver, _ in ranks):
         leaving = sorted({node for _, node in ranks if node is not None})
         raise WorkerGroupResize(leaving)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.retry import StoreUnavailable
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -60,7 +60,7 @@ def decode_each(
         For each value, the result of ``read`` and ``None``, or ``None`` and the reason.
 
     Raises:
-        UserError, StoreUnavailable: raised by ``values`` or ``read``; they concern no single row.
+        UserError, StoreUnavailableError: raised by ``values`` or ``read``; they concern no single row.
     """
     attempts = _current
     with _timer(seconds) as timer:
@@ -72,7 +72,7 @@ def decode_each(
                 timer.start()
                 result = read(value)
                 timer.stop()
-            except (UserError, StoreUnavailable):
+            except (UserError, StoreUnavailableError):
                 raise
             except ValueError as error:
                 outcome: tuple[Result | None, str | None] = None, str(error)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from skillnet_platform import __version__, console
-from skillnet_platform.errors import Terminated, UserError, nearest
+from skillnet_platform.errors import TerminatedError, UserError, suggest_name
 
 GROUP = "skillnet.commands"
 
@@ -52,21 +52,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``skillnet <command> …``; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _say(_help(commands()))
+        _say(_help(find_commands()))
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         _say(f"skillnet {__version__}")
         return 0
-    known = commands()
+    known = find_commands()
     name, rest = arguments[0], arguments[1:]
     if name not in known:
         what = "option" if name.startswith("-") else "command"
-        console.error(f"unknown {what} {name!r}{nearest(name, known)}")
+        console.error(f"unknown {what} {name!r}{suggest_name(name, known)}")
         return 2
     return _load_and_run(known[name], rest)
 
 
-class Command(Generic[ConfigT]):
+class CliCommand(Generic[ConfigT]):
     """Command of ``skillnet`` that is called with the arguments of its command line.
 
     Made by :func:`command`. ``python -m MODULE`` and the entry point call the same object.
@@ -110,11 +110,11 @@ class Command(Generic[ConfigT]):
             UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
             SystemExit: with 0 after ``--help``.
         """
-        from skillnet_platform.config import parse
+        from skillnet_platform.config import parse_config
 
         words = self._rewrite_arguments(argv) if self._rewrite_arguments else list(argv)
         prog = f"skillnet {self.name}"
-        return parse(self.config_class, words, prog, self.description, self.example)
+        return parse_config(self.config_class, words, prog, self.description, self.example)
 
     def request_resources(self, argv: Sequence[str]) -> Any:
         """Return what the command needs of a cluster; ``None`` for a command without a hook.
@@ -152,7 +152,7 @@ def command(
     exit_code: Callable[[Any], int] | None = None,
     rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None,
     resources: Callable[[ConfigT], Any] | None = None,
-) -> Callable[[Callable[[ConfigT], Any]], Command[ConfigT]]:
+) -> Callable[[Callable[[ConfigT], Any]], CliCommand[ConfigT]]:
     """Make a command of a function that takes a configuration and returns a result.
 
     The command parses its arguments, runs the function, and prints the result as a table or,
@@ -171,8 +171,8 @@ def command(
             ``skillnet submit``. By default one worker with one CPU.
     """
 
-    def decorate(function: Callable[[ConfigT], Any]) -> Command[ConfigT]:
-        return Command(
+    def decorate(function: Callable[[ConfigT], Any]) -> CliCommand[ConfigT]:
+        return CliCommand(
             function,
             config_class,
             description=description,
@@ -216,7 +216,7 @@ def run_command(
     except SystemExit as exit_request:
         wanted = exit_request.code
         return wanted if isinstance(wanted, int) else int(wanted is not None)
-    except Terminated as notice:
+    except TerminatedError as notice:
         console.error(str(notice))
         return 143
     except KeyboardInterrupt:
@@ -227,7 +227,7 @@ def run_command(
         return 0
     except Exception as problem:
         _traceback_if_wanted()
-        message = users_mistake(problem, ours)
+        message = user_error_message(problem, ours)
         if message is not None:
             console.error(message)
             return 2
@@ -243,7 +243,7 @@ def run_command(
         console.end_json()
 
 
-def users_mistake(problem: BaseException, ours: tuple[str, ...] = OUR_PACKAGES) -> str | None:
+def user_error_message(problem: BaseException, ours: tuple[str, ...] = OUR_PACKAGES) -> str | None:
     """The message if this exception, or one it wraps, is a user's mistake; None otherwise.
 
     Looks through what Ray wraps around an exception of a remote task or of a training worker.
@@ -282,7 +282,7 @@ def _raised_in(problem: BaseException) -> str:
     return str(name).partition(".")[0]
 
 
-def commands() -> dict[str, EntryPoint]:
+def find_commands() -> dict[str, EntryPoint]:
     """Commands by name: those of installed packages, and those of the checkout that this is.
 
     A job on a cluster has our code and none of our metadata: the checkout's own pyproject.toml,

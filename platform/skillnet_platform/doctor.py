@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from skillnet_platform import cluster, console
 from skillnet_platform.checks.finding import Finding
-from skillnet_platform.checks.machine import _state_api, checks
+from skillnet_platform.checks.machine import check_state_api, list_machine_checks
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import (
     request_resources,
     split_own_options,
 )
-from skillnet_platform.config import positional
+from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 
 
@@ -30,7 +30,7 @@ class DoctorConfig:
             ``skillnet submit`` takes them.
     """
 
-    entry: list[str] = positional([])
+    entry: list[str] = positional_field([])
     ray: bool = True
     only: Literal["all", "problems"] = "all"
     env_from: list[str] = field(default_factory=list)
@@ -88,16 +88,16 @@ def _from_inside(entry: list[str], env_from: list[str]) -> list[Finding]:
     """Findings of the same command, run as a job on the cluster."""
     from skillnet_platform import submit
 
-    told = submit.ask(["doctor", "--json", *entry], env_from)
+    told = submit.run_job(["doctor", "--json", *entry], env_from)
     return [Finding(**each) for each in told["findings"]]
 
 
 def _cluster(request: Any) -> list[Finding]:
-    from skillnet_platform.checks.cluster import cluster_findings
+    from skillnet_platform.checks.cluster import check_cluster
 
     try:
-        with cluster.session() as ray:
-            return [_state_api(), *cluster_findings(ray, request)]
+        with cluster.ray_session() as ray:
+            return [check_state_api(), *check_cluster(ray, request)]
     except UserError as problem:
         return [Finding("cluster", "error", str(problem), "see the lines above")]
 
@@ -125,7 +125,7 @@ def main(config: DoctorConfig) -> DoctorReport:
         title, findings = f"The cluster of {address}", _from_inside(config.entry, config.env_from)
     else:
         title = f"The cluster of {address}" if address else "This machine"
-        listed = checks(config.ray and not address, request)
+        listed = list_machine_checks(config.ray and not address, request)
         if address and config.ray:
             listed.append(lambda: _cluster(request))
         findings = [finding for check in listed for finding in check()]

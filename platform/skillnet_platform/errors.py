@@ -10,7 +10,7 @@ class UserError(ValueError):
     """
 
 
-class Terminated(KeyboardInterrupt):
+class TerminatedError(KeyboardInterrupt):
     """SIGTERM ended the run in good order. The message says what was kept and how to go on.
 
     The command line prints it, and exits with 143 (128 + SIGTERM).
@@ -22,7 +22,7 @@ def first_line(problem: BaseException) -> str:
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """A hint to append to an error: ``; did you mean 'dim'?`` or the list of what is known."""
     from difflib import get_close_matches
 

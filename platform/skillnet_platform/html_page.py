@@ -8,7 +8,7 @@ from typing import Any
 PACKAGE = "skillnet_platform"
 
 
-def render(template: str, values: Mapping[str, Any], package: str = PACKAGE) -> str:
+def render_page(template: str, values: Mapping[str, Any], package: str = PACKAGE) -> str:
     """A template, filled in. Values are escaped, whatever they hold.
 
     Args:

@@ -6,8 +6,8 @@ from typing import Any
 
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.cluster.node_requirements import PROJECT, REQUIREMENTS, requirements_text
-from skillnet_platform.config import positional
+from skillnet_platform.cluster.node_requirements import PROJECT, REQUIREMENTS, format_requirements
+from skillnet_platform.config import positional_field
 from skillnet_platform.storage import atomic_write
 
 
@@ -19,7 +19,7 @@ class PinNodesConfig:
         output: file to write; by default platform/deploy/requirements.txt of the checkout.
     """
 
-    output: str | None = positional(None)
+    output: str | None = positional_field(None)
 
 
 def show_pins(result: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def show_pins(result: dict[str, Any]) -> None:
 def main(config: PinNodesConfig) -> dict[str, Any]:
     """Run ``skillnet pin-nodes``."""
     path = Path(config.output) if config.output else PROJECT.parent / REQUIREMENTS
-    text = requirements_text()
+    text = format_requirements()
     with atomic_write(path, "w") as stream:
         stream.write(text)
     return {"output": str(path), "packages": text.count("==")}

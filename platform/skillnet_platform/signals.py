@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from skillnet_platform.errors import Terminated
+from skillnet_platform.errors import TerminatedError
 
 
 @contextlib.contextmanager
@@ -20,15 +20,15 @@ def terminate_as_interrupt() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        raise Terminated("ended by SIGTERM; the same command goes on")
+        raise TerminatedError("ended by SIGTERM; the same command goes on")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt as problem:
-        if not asked or isinstance(problem, Terminated):
+        if not asked or isinstance(problem, TerminatedError):
             raise
         # Ray, when it waits, makes a plain one of ours.
-        raise Terminated("ended by SIGTERM; the same command goes on") from problem
+        raise TerminatedError("ended by SIGTERM; the same command goes on") from problem
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -23,19 +23,19 @@ from skillnet_platform.cluster import working_dir
 from skillnet_platform.cluster.job_client import (
     MARK,
     NEWEST,
-    _new_id,
-    connect,
-    entrypoint,
+    connect_job_server,
     find_job,
-    from_here,
+    job_entrypoint,
     job_environment,
+    make_job_id,
+    read_variables,
 )
-from skillnet_platform.cluster.job_logs import follow
+from skillnet_platform.cluster.job_logs import follow_job
 from skillnet_platform.cluster.resource_request import request_resources, split_own_options
-from skillnet_platform.config import positional
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.config import positional_field
+from skillnet_platform.errors import UserError, suggest_name
 
-#: How long :func:`ask` waits for its answer: as doctor for its slowest node, and a start.
+#: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.
 ANSWER_S = 900.0
 SECRET = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|_KEY$")
 
@@ -56,7 +56,7 @@ class SubmitConfig:
         exclude: names of files and folders that are not uploaded, beside the usual ones.
     """
 
-    entry: list[str] = positional([])
+    entry: list[str] = positional_field([])
     address: str | None = None
     attach: str | None = None
     detach: bool = False
@@ -74,21 +74,23 @@ def split_submit_arguments(argv: Sequence[str]) -> list[str]:
     return [*own, "--", *words]
 
 
-def send(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Package]:
+def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.JobPackage]:
     """Upload the code in the working directory and start the job; its id.
 
     Raises:
         UserError: an unknown command or preset, a folder without our code, too large an upload.
     """
-    known = cli.commands()
+    known = cli.find_commands()
     if options.entry[0] not in known:
-        raise UserError(f"unknown command {options.entry[0]!r}{nearest(options.entry[0], known)}")
+        raise UserError(
+            f"unknown command {options.entry[0]!r}{suggest_name(options.entry[0], known)}"
+        )
     here = Path.cwd()
     if not (here / "platform" / "skillnet_platform").is_dir():
         raise UserError(f"{here}: not the root of the repository, whose code is sent with a job")
     if options.check:
         request_resources(options.entry)  # a missing preset shows before anything is sent
-    variables = {**job_environment(), **options.env, **from_here(options.env_from)}
+    variables = {**job_environment(), **options.env, **read_variables(options.env_from)}
     for name in options.env:
         if SECRET.search(name.upper()):
             console.warn(
@@ -96,13 +98,13 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Package]:
                 f"give --env_from {name}"
             )
     with tempfile.TemporaryDirectory() as folder:
-        package = working_dir.pack(here, Path(folder) / "code.zip", options.exclude)
+        package = working_dir.pack_working_dir(here, Path(folder) / "code.zip", options.exclude)
         console.note(f"upload: {package.words()}")
         if package.size > working_dir.UNUSUAL:
-            console.warn(working_dir.heaviest(package))
+            console.warn(working_dir.describe_largest_files(package))
         job = client.submit_job(
-            entrypoint=entrypoint(options.entry, options.check),
-            submission_id=_new_id(options.entry[0]),
+            entrypoint=job_entrypoint(options.entry, options.check),
+            submission_id=make_job_id(options.entry[0]),
             runtime_env={"working_dir": str(package.path), "env_vars": variables},
             metadata={MARK: shlex.join(options.entry), "user": getpass.getuser()},
         )
@@ -110,17 +112,17 @@ def send(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Package]:
     return str(job), package
 
 
-def ask(words: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any]:
+def run_job(words: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any]:
     """Run a command as a job and give the JSON document that it prints.
 
     The job does not outlive the question: it is stopped when nobody waits for it any more.
 
     Raises:
-        UserError: as :func:`connect` and :func:`send`.
+        UserError: as :func:`connect` and :func:`submit_job`.
         RuntimeError: the job printed no document, with the end of its log; or took too long.
     """
-    client = connect()
-    job, _ = send(client, SubmitConfig(list(words), check=False, env_from=[*env_from]))
+    client = connect_job_server()
+    job, _ = submit_job(client, SubmitConfig(list(words), check=False, env_from=[*env_from]))
     deadline, ended = time.monotonic() + ANSWER_S, False
     try:
         while not ended:
@@ -172,19 +174,19 @@ def main(config: SubmitConfig) -> dict[str, Any]:
             "or --attach to follow a job that was sent before"
         )
     began = time.monotonic()
-    client = connect(config.address)
+    client = connect_job_server(config.address)
     told: dict[str, Any] = {"address": client.get_address()}
     if config.attach:
         job = find_job(client, config.attach)
     else:
-        job, package = send(client, config)
+        job, package = submit_job(client, config)
         told |= {"upload_bytes": package.size, "upload_files": package.files}
     told["job_id"] = job
     if config.detach:
         console.note(f"{job} is on its way; follow it with: skillnet submit --attach {job}")
         told["status"], code = str(client.get_job_status(job).value), 0
     else:
-        told["status"], code = follow(client, job)
+        told["status"], code = follow_job(client, job)
     return told | {"exit_code": code, "seconds": time.monotonic() - began}
 
 

@@ -79,9 +79,11 @@ def main(config: TrackerConfig) -> int:
         console.note(f"user {ADMIN}, password in {auth_folder() / PASSWORD}")
     if config.allowed_hosts:
         words += ["--allowed-hosts", ",".join(config.allowed_hosts)]
-    program = tracking_server.command(config.host, config.port, config.artifacts, config.workers)
-    with tracking_server.started(
-        [*program, *words], tracking_server.environment(uri) | secret
+    program = tracking_server.server_command(
+        config.host, config.port, config.artifacts, config.workers
+    )
+    with tracking_server.running_server(
+        [*program, *words], tracking_server.server_environment(uri) | secret
     ) as server:
         try:
             with signals.terminate_as_interrupt():
@@ -96,7 +98,7 @@ def require_safe(host: str, auth: bool) -> None:
     Raises:
         UserError: ``host`` is not loopback, and there is no authentication.
     """
-    if not loopback.is_local(host) and not auth:
+    if not loopback.is_loopback_host(host) and not auth:
         raise UserError(
             f"--host {host} lets others read and change every run: give --auth true as well, or "
             "keep to 127.0.0.1 and reach it through ssh -L"
@@ -136,7 +138,7 @@ def prepare(uri: str) -> None:
     Raises:
         UserError: the database cannot be reached, or refuses.
     """
-    backend.prepare_environment()
+    backend.prepare_mlflow_environment()
     from mlflow.exceptions import MlflowException
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Registry
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as Runs

@@ -52,7 +52,7 @@ def main(config: UiConfig) -> int:
     if uri.startswith("http"):
         console.note(f"the runs are kept by a server already: {uri}")
         return 0
-    if not loopback.is_local(config.host) and not config.without_password:
+    if not loopback.is_loopback_host(config.host) and not config.without_password:
         raise UserError(
             f"--host {config.host} lets others read and change every run, without a password: "
             "keep to 127.0.0.1 and reach it through ssh -L, start `skillnet tracker --auth true`, "
@@ -60,16 +60,19 @@ def main(config: UiConfig) -> int:
         )
     port = config.port or _free_port(config.host)
     require_free(config.host, port)
-    place = backend.setup(uri, config.experiment)
-    tracking.send_left_behind(uri)
+    place = backend.setup_backend(uri, config.experiment)
+    tracking.send_leftover_spools(uri)
     return _serve(place, config.host, port, config.open)
 
 
-def _serve(place: backend.Place, host: str, port: int, open_browser: bool) -> int:
+def _serve(place: backend.TrackingBackend, host: str, port: int, open_browser: bool) -> int:
     url = f"http://{host}:{port}"
-    words, environment = tracking_server.command(host, port), tracking_server.environment(place.uri)
+    words, environment = (
+        tracking_server.server_command(host, port),
+        tracking_server.server_environment(place.uri),
+    )
     said: list[str] = []
-    with tracking_server.started(
+    with tracking_server.running_server(
         words, environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as server:
         threading.Thread(target=_drain, args=(server, said), daemon=True).start()

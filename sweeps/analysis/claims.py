@@ -104,18 +104,18 @@ def evaluate_claims(
         _image_claim,
         lambda c, r: _equal_cost_claim(c, r, ("dense", "moe")),
     ]
-    found = [make(comparison, rules) for make in makers]
+    evaluated = [make(comparison, rules) for make in makers]
     # The numbers stay in the report, but they carry no verdict.
     if comparison.seeds < MIN_SEEDS:
         have = "1 seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
         why = f"{have} per system; a verdict requires at least {MIN_SEEDS}"
-        found = [
+        evaluated = [
             claim
             if claim.undecided_reason
             else EvaluatedClaim(claim.name, claim.text, claim.rule, claim.conditions, None, why)
-            for claim in found
+            for claim in evaluated
         ]
-    return found
+    return evaluated
 
 
 # -- claims --------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def _run_tests(
     for label in labels:
         if label.endswith(PRETRAINED) and label.removesuffix(PRETRAINED) in labels:
             pairs.append(("pretraining", label, label.removesuffix(PRETRAINED)))
-    found = []
+    tests = []
     for kind, label, against in pairs:
         for task in tasks:
             left, right = samples.get((label, task, SPLIT)), samples.get((against, task, SPLIT))
@@ -309,10 +309,10 @@ def _run_tests(
             spread = pooled.for_difference() if pooled else None
             estimate = statistics.estimate_mean(change, spread)
             p = statistics.compute_p_value(change, spread)
-            found.append((kind, label, against, task, estimate, p))
+            tests.append((kind, label, against, task, estimate, p))
     # One correction over all tests, because the report shows them side by side.
-    corrected = statistics.correct_p_values([p for *_, p in found])
-    return [PairedTest(*values, both) for values, both in zip(found, corrected, strict=True)]
+    corrected = statistics.correct_p_values([p for *_, p in tests])
+    return [PairedTest(*values, both) for values, both in zip(tests, corrected, strict=True)]
 
 
 def _collect_costs(

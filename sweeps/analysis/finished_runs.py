@@ -127,10 +127,10 @@ def find_run(given: str, uri: str | None = None) -> Path:
             return path.absolute()
     from pipelines.runs import model_source
 
-    found = model_source.resolve_model(given, uri)
-    if found.run is None:
+    source = model_source.resolve_model(given, uri)
+    if source.run is None:
         raise UserError(f"{given} is a model without a run directory; name its run")
-    return found.run
+    return source.run
 
 
 def read_run(folder: Path, label: str | None = None) -> FinishedRun:
@@ -246,14 +246,14 @@ def count_parameters(model: Path) -> int:
 def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return corpus -> current digest of the corpora of a run; missing corpora are left out."""
     tasks = settings.get("tasks") or {}
-    found = {}
+    digests = {}
     for corpus in sorted({task["corpus"] for task in tasks.values() if task}):
         path = Path(str(settings.get("data") or "")) / corpus / "manifest.json"
         if path.is_file():
-            found[corpus] = str(
+            digests[corpus] = str(
                 read_record(path, {"digest": str}, f"prepare {corpus} again")["digest"]
             )
-    return found
+    return digests
 
 
 def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[FinishedRun]:

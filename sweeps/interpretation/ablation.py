@@ -206,7 +206,7 @@ def find_measured_splits(
         UserError: an unknown task, or no corpus with that split.
     """
     names = sort_rows(model.config.tasks) if tasks is None else list(tasks)
-    found: list[tuple[str, CorpusSplit, PreparedCorpus]] = []
+    measured: list[tuple[str, CorpusSplit, PreparedCorpus]] = []
     seen: set[str] = set()
     for name in names:
         if find_task(name, model.config.tasks).objective not in OBJECTIVE_METRICS:
@@ -214,13 +214,13 @@ def find_measured_splits(
         corpus = open_corpus(locate_task_corpus(data, name, corpora))
         seen |= corpus.splits.keys()
         if split in corpus.splits:
-            found.append((name, corpus.splits[split], corpus))
-    if not found:
+            measured.append((name, corpus.splits[split], corpus))
+    if not measured:
         raise UserError(
             f"no corpus of the tasks {', '.join(names)} has the split {split!r}; they have "
             f"{', '.join(sorted(seen)) or 'none'}"
         )
-    return found
+    return measured
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def collect_facts(comparison: SystemComparison) -> dict[str, str]:
             continue
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "report made": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "report created": time.strftime("%Y-%m-%d %H:%M %Z"),
         "runs evaluated": " to ".join(dict.fromkeys((dates[0], dates[-1]))),
         "seeds": "; ".join(
             f"{label}: {', '.join(str(run.seed) for run in runs)}"

@@ -349,9 +349,9 @@ def _metric(comparison: SystemComparison, task: str) -> str:
 def _best_labels(comparison: SystemComparison, task: str) -> set[str]:
     """Return the labels with the highest score; empty if all are equal."""
     known = {
-        label: found.value
+        label: score.value
         for label in comparison.systems
-        if (found := comparison.find_score(label, task)) is not None
+        if (score := comparison.find_score(label, task)) is not None
     }
     top = {label for label, value in known.items() if value == max(known.values())}
     # If all are equal, none is highlighted.

@@ -35,10 +35,10 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         if not stored.is_file():
             continue
         before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
-        found = _first_difference(
+        difference = _first_difference(
             _run_identity(before), _run_identity(trial.config)
         ) or _compare_pretraining(before, trial)
-        if not found:
+        if not difference:
             continue
         study = config.folder / STUDY_FILE
         known = _decisive_keys(configuration.load_yaml(study)) if study.is_file() else {}
@@ -48,8 +48,8 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         changed = _first_difference({k: known[k] for k in both}, {k: now[k] for k in both})
         cause = f"has {changed}; its run" if changed else "was started with other settings: its run"
         raise UserError(
-            f"the study {config.name} {cause} {trial.name} was trained with {found}. Give another "
-            f"--name, or resume the study with --config {study}"
+            f"the study {config.name} {cause} {trial.name} was trained with {difference}. "
+            f"Give another --name, or resume the study with --config {study}"
         )
 
 
@@ -63,8 +63,8 @@ def _compare_pretraining(before: FinetuneConfig, trial: Trial) -> str:
     if not stored.is_file():
         return ""
     start = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
-    found = _first_difference(_run_identity(start), _run_identity(trial.pretrain.joint()))
-    return f"a pretraining with {found}" if found else ""
+    difference = _first_difference(_run_identity(start), _run_identity(trial.pretrain.joint()))
+    return f"a pretraining with {difference}" if difference else ""
 
 
 def _run_identity(config: FinetuneConfig) -> dict[str, Any]:

@@ -78,31 +78,31 @@ def fetch_trial(trial: RunMirror) -> None:
         trial.download_results(folders=())
 
 
-def restore_ledger(whole: RunMirror, begun: Sequence[str], groups: Sequence[str]) -> None:
+def restore_ledger(ledger: RunMirror, start_files: Sequence[str], groups: Sequence[str]) -> None:
     """Download the ledger of a sweep or study that was started on another machine.
 
     Args:
-        whole: mirror of the sweep or study.
-        begun: files that exist from the start; without the first there is nothing to restore.
+        ledger: mirror of the sweep or study.
+        start_files: files that exist from the start; without the first there is nothing to restore.
         groups: names of its directories of trials.
 
     Raises:
         UserError: the store rejects the request.
         StoreUnavailableError: the store does not respond.
     """
-    if not directories.object_exists(whole.uri_of(begun[0])):
+    if not directories.object_exists(ledger.uri_of(start_files[0])):
         return
-    folder, known = whole.run, (whole.run / begun[0]).is_file()
-    for name in (*begun, *(f"{group}/{PROPOSALS}" for group in groups)):
-        if not (folder / name).is_file() and directories.object_exists(whole.uri_of(name)):
-            directories.get_file(whole.uri_of(name), folder / name)
+    folder, known = ledger.run, (ledger.run / start_files[0]).is_file()
+    for name in (*start_files, *(f"{group}/{PROPOSALS}" for group in groups)):
+        if not (folder / name).is_file() and directories.object_exists(ledger.uri_of(name)):
+            directories.get_file(ledger.uri_of(name), folder / name)
     for group in groups:
-        for name in directories.list_folders(whole.uri_of(group)):
-            trial = RunMirror(whole.uri_of(group, name), folder / group / name)
+        for name in directories.list_folders(ledger.uri_of(group)):
+            trial = RunMirror(ledger.uri_of(group, name), folder / group / name)
             if not any((trial.run / done).is_file() for done in (OUTCOME, RESULT)):
                 fetch_trial(trial)
     if not known:
-        console.note(f"{folder.name} is resumed from {whole.uri}")
+        console.note(f"{folder.name} is resumed from {ledger.uri}")
 
 
 def fetch_finished_runs(uri: str) -> Path:
@@ -119,17 +119,17 @@ def fetch_finished_runs(uri: str) -> Path:
         StoreUnavailableError: the store does not respond.
     """
     cache = run_root() / "cache" / "runs" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    whole = RunMirror(uri, cache / uri.rstrip("/").rpartition("/")[2])
-    if not directories.object_exists(whole.uri_of(STUDY_LEDGER)):
-        _fetch_run(whole)
-        return whole.run
-    directories.get_file(whole.uri_of(STUDY_LEDGER), whole.run / STUDY_LEDGER)
-    for entry in read_json(whole.run / STUDY_LEDGER)["runs"]:
+    ledger = RunMirror(uri, cache / uri.rstrip("/").rpartition("/")[2])
+    if not directories.object_exists(ledger.uri_of(STUDY_LEDGER)):
+        _fetch_run(ledger)
+        return ledger.run
+    directories.get_file(ledger.uri_of(STUDY_LEDGER), ledger.run / STUDY_LEDGER)
+    for entry in read_json(ledger.run / STUDY_LEDGER)["runs"]:
         # The name comes from the store: it must not lead out of the directory.
         names = PurePosixPath(str(entry["folder"])).parts
         if entry["status"] == "finished" and ".." not in names and "/" not in names:
-            _fetch_run(RunMirror(whole.uri_of(*names), whole.run.joinpath(*names)))
-    return whole.run
+            _fetch_run(RunMirror(ledger.uri_of(*names), ledger.run.joinpath(*names)))
+    return ledger.run
 
 
 def _fetch_run(run: RunMirror) -> None:

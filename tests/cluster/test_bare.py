@@ -64,7 +64,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         copy_network(root)
         shutil.copytree(ROOT / "platform/deploy", root / "root/.skillnet/deploy")
         pins = root / "root/.skillnet/deploy/requirements.txt"
-        pins.write_text(node_requirements.requirements_text())
+        pins.write_text(node_requirements.format_requirements())
         (root / "root/.ray").mkdir()
         (root / "root/.ray/auth_token").write_text("0123456789abcdef" * 4)
         yield root
@@ -127,7 +127,7 @@ def inside(root: Path, script: str, network: bool = True) -> str:
 
 def test_a_bare_machine_installs_what_is_pinned(machine: Path) -> None:
     inside(machine, INSTALL)
-    pinned = node_requirements.pins(node_requirements.direct_dependencies())
+    pinned = node_requirements.pin_packages(node_requirements.read_dependencies())
     listed = json.loads(inside(machine, "~/.skillnet/venv/bin/python -m pip list --format json"))
     there: dict[str, str] = {
         canonicalize_name(each["name"]): Version(each["version"]).public for each in listed

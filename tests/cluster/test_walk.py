@@ -119,7 +119,7 @@ def until_it_answers(client: Host, url: str, *words: str) -> str:
 def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:
     """on_prem.yaml with what its comments say is to be changed, and dependencies that are there."""
     shutil.copytree(ROOT / "platform/deploy", folder / "deploy")
-    (folder / "deploy/requirements.txt").write_text(node_requirements.requirements_text())
+    (folder / "deploy/requirements.txt").write_text(node_requirements.format_requirements())
     text = (folder / "deploy/on_prem.yaml").read_text()
     assert "  # ~/.aws: ~/.aws " in text
     told: dict[str, Any] = yaml.safe_load(text.replace("  # ~/.aws: ~/.aws ", "  ~/.aws: ~/.aws "))

@@ -23,7 +23,7 @@ def named(action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as problem:
-        said = cli.users_mistake(problem)
+        said = cli.user_error_message(problem)
         assert said, f"{type(problem).__name__}: {problem}"  # noqa: PT017
         assert len(said) < 2000
 

@@ -12,10 +12,10 @@ def where(experiment: str = "tests", uri: str | None = None) -> TrackingConfig:
 
 def run_of(tracker: Tracker) -> Any:
     """The run as the tracker has it."""
-    return backend.client(tracker.uri).get_run(tracker.run_id)
+    return backend.create_client(tracker.uri).get_run(tracker.run_id)
 
 
 def history(tracker: Tracker, name: str) -> list[tuple[int, float]]:
     """(Step, value) of each point of a metric."""
-    points = backend.client(tracker.uri).get_metric_history(tracker.run_id, name)
+    points = backend.create_client(tracker.uri).get_metric_history(tracker.run_id, name)
     return sorted((point.step, point.value) for point in points)

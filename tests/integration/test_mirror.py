@@ -251,7 +251,7 @@ def test_a_worker_apart_sends_its_model_to_the_driver(
     config = resolve_config(config_of(data, object_store))
     theirs, mine = tmp_path / "worker" / "a", run_root / "a"
     monkeypatch.setattr("pipelines.training.reporter.PROGRESS_NOTE_S", 0.0)
-    run_worker(ResolvedRun(config, theirs), apart=True)
+    run_worker(ResolvedRun(config, theirs), is_remote=True)
     # The driver does not see its progress file; Ray passes on what it says.
     assert "training: step 5 of 12, " in capsys.readouterr().err
     driver = RunMirror(f"{object_store.uri}/a", mine)
@@ -279,14 +279,14 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
     try:
         with pytest.raises(WorkerGroupResize) as told:
             one = ResolvedRun(config, tmp_path / "one" / "a")
-            run_worker(one, apart=True, host="one", callbacks=callbacks)
+            run_worker(one, is_remote=True, node_id="one", callbacks=callbacks)
     finally:
         preemption.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
     assert told.value.leaving == ["one"]
     assert directories.is_committed(f"{object_store.uri}/a/checkpoints/step-00000006")
     shutil.rmtree(tmp_path / "one")
-    run_worker(ResolvedRun(config, tmp_path / "another" / "a"), apart=True, host="another")
+    run_worker(ResolvedRun(config, tmp_path / "another" / "a"), is_remote=True, node_id="another")
     trained = json.loads((tmp_path / "another" / "a" / "trained.json").read_text())
     assert (trained["resumed"], trained["step"]) == (6, 12)
     assert weights(tmp_path / "another" / "a" / "model") == weights(Path(whole["model"]))

@@ -152,7 +152,7 @@ class TestPredict:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ([], "nothing to predict for"),
+            ([], "no input; give --text"),
             (["{files}/none.png"], "no such file"),
             (["{files}/broken.png"], "broken.png: a damaged image"),
             (["{files}/broken.mp3"], "broken.mp3: not audio"),
@@ -268,7 +268,7 @@ class TestSearch:
         [
             ([], "query is missing"),
             ([" "], "the query is empty"),
-            (["心", "--task", "text_classification"], "ranks nothing"),
+            (["心", "--task", "text_classification"], "is not a retrieval task"),
             (["心", "--splits", "tset"], "has no split 'tset'"),
             (["心", "--data", "/nowhere"], "missing. Run `skillnet prepare drawings`"),
         ],

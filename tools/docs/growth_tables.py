@@ -93,7 +93,7 @@ def text_of(folder: Path) -> str:
         metric_of = {e.task: e.metric for e in growth.tasks if e.metric in shown}
         cells = [
             [f"`{task}`", tables.metric_label(metric_of[task])]
-            + [tables.format_value(metric_of[task], value) for value in pair]
+            + [tables.format_metric(metric_of[task], value) for value in pair]
             for task, pair in everything.regressions.items()
         ]
         parts += [

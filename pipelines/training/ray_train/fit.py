@@ -67,8 +67,8 @@ def ray_worker(settings: dict[str, Any]) -> None:
             context.get_world_size(),
             (tracked[0], tracked[1]) if tracked else None,
             settings["on_evaluation"],
-            apart=settings["driver_node"] != node,
-            host=node if config.training.min_workers else None,
+            is_remote=settings["driver_node"] != node,
+            node_id=node if config.training.min_workers else None,
             callbacks=settings["callbacks"],
         )
 

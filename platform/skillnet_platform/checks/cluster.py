@@ -18,16 +18,16 @@ from skillnet_platform.checks.node_probe import (
     AGAIN,
     INTERFACES,
     STORE_PATIENCE_S,
-    Seen,
-    look_everywhere,
-    roots,
+    NodeProbe,
+    probe_nodes,
+    storage_roots,
     tracker_folder,
 )
 from skillnet_platform.cluster import loopback, versions
 from skillnet_platform.cluster.resource_request import ResourceRequest, estimate_checkpoint_bytes
 from skillnet_platform.errors import first_line
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.location import place
+from skillnet_platform.storage.location import parse_location
 from skillnet_platform.storage.objects import is_uri
 from skillnet_platform.storage.retry import PATIENCE_VARIABLE
 from skillnet_platform.tracking import backend
@@ -40,24 +40,33 @@ ENTRY = (
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 
 
-def cluster_findings(ray: Any, request: ResourceRequest) -> list[Finding]:
+def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
     """All checks of the cluster that ``ray`` is connected to, for a run that asks for that."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    seen, silent = look_everywhere(ray, nodes, request)
+    seen, silent = probe_nodes(ray, nodes, request)
     if silent:
-        return [*silent, *enough(nodes, request, _growth())]
-    found = [*same_versions(seen), *enough(nodes, request, _growth()), *models(request.models)]
-    found += [
-        *authentication(seen, _dashboard(ray)),
-        *shared_storage(seen, roots(request.locations)),
+        return [*silent, *check_resources(nodes, request, _growth())]
+    found = [
+        *check_node_versions(seen),
+        *check_resources(nodes, request, _growth()),
+        *check_models(request.models),
     ]
-    return [*found, *room(seen, request), *trackers(seen, request), *meeting(seen, request)]
+    found += [
+        *check_authentication(seen, _dashboard(ray)),
+        *check_shared_storage(seen, storage_roots(request.locations)),
+    ]
+    return [
+        *found,
+        *check_checkpoint_space(seen, request),
+        *check_node_trackers(seen, request),
+        *check_interfaces(seen, request),
+    ]
 
 
-def same_versions(seen: Sequence[Seen]) -> list[Finding]:
+def check_node_versions(seen: Sequence[NodeProbe]) -> list[Finding]:
     """All nodes have the versions of the node that runs this, and those of the sender."""
     found = []
-    sent, here = versions.expected(), versions.installed()
+    sent, here = versions.expected_versions(), versions.installed_versions()
     for each in seen:
         for name, version in each.versions.items():
             if version != here[name]:
@@ -76,7 +85,7 @@ def same_versions(seen: Sequence[Seen]) -> list[Finding]:
     return found
 
 
-def enough(
+def check_resources(
     nodes: Sequence[Mapping[str, Any]],
     request: ResourceRequest,
     growth: Sequence[Mapping[str, float]],
@@ -86,7 +95,7 @@ def enough(
     cpus, gpus = (sum(each.get(key, 0) for each in now) for key in ("CPU", "GPU"))
     on = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
     have = f"{cpus:g} CPUs, {gpus:g} GPUs on {on}; request: {request.format()}"
-    later = enough(nodes, request.next_stage, growth) if request.next_stage else []
+    later = check_resources(nodes, request.next_stage, growth) if request.next_stage else []
     return [_resources(now, [*now, *growth], request, have), *later]
 
 
@@ -148,7 +157,7 @@ def _growth() -> list[dict[str, float]]:
     return [dict(resources) for resources, count in most for _ in range(count)]
 
 
-def authentication(seen: Sequence[Seen], dashboard: str = "") -> list[Finding]:
+def check_authentication(seen: Sequence[NodeProbe], dashboard: str = "") -> list[Finding]:
     """Every node asks for the token, and the job server does when it is called without one.
 
     Args:
@@ -159,7 +168,7 @@ def authentication(seen: Sequence[Seen], dashboard: str = "") -> list[Finding]:
     open_ = [each.node for each in seen if each.auth_mode != "token"]
     if open_:
         # What listens on loopback only is reached by users of that machine alone.
-        level: Level = "warning" if all(map(loopback.is_local, open_)) else "error"
+        level: Level = "warning" if all(map(loopback.is_loopback_host, open_)) else "error"
         what = f"whoever reaches these nodes may run code there: {', '.join(open_)}"
         return [Finding("authentication", level, what, advice)]
     if dashboard and _answers_anybody(dashboard):
@@ -188,7 +197,7 @@ def _answers_anybody(url: str) -> bool:
         return False
 
 
-def shared_storage(seen: Sequence[Seen], places: Sequence[str]) -> list[Finding]:
+def check_shared_storage(seen: Sequence[NodeProbe], places: Sequence[str]) -> list[Finding]:
     """Every node writes to those places and reads what the others wrote."""
     advice = (
         f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount, or "
@@ -211,13 +220,13 @@ def shared_storage(seen: Sequence[Seen], places: Sequence[str]) -> list[Finding]
     return found
 
 
-def models(wanted: Sequence[str]) -> list[Finding]:
+def check_models(wanted: Sequence[str]) -> list[Finding]:
     """The driver, which runs on this node, finds the models that the run starts from."""
     os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
     found = []
     for name in wanted:
         try:
-            target = place(name, storage.run_root())
+            target = parse_location(name, storage.run_root())
             there = (
                 target.exists()
                 if isinstance(target, Path)
@@ -233,7 +242,7 @@ def models(wanted: Sequence[str]) -> list[Finding]:
     return found
 
 
-def _unseen(seen: Sequence[Seen], where: str) -> str:
+def _unseen(seen: Sequence[NodeProbe], where: str) -> str:
     """Words on a node that does not see what another one wrote in a place; empty if all do."""
     wanted = {each.node for each in seen}
     for each in seen:
@@ -242,7 +251,9 @@ def _unseen(seen: Sequence[Seen], where: str) -> str:
     return ""
 
 
-def room(seen: Sequence[Seen], request: ResourceRequest | None = None) -> list[Finding]:
+def check_checkpoint_space(
+    seen: Sequence[NodeProbe], request: ResourceRequest | None = None
+) -> list[Finding]:
     """Space for checkpoints on every node, where the run writes them."""
     request = request or ResourceRequest()
     least = min(seen, key=lambda each: each.free_bytes)
@@ -259,7 +270,9 @@ def room(seen: Sequence[Seen], request: ResourceRequest | None = None) -> list[F
     return [Finding("checkpoints", "ok", f"at least {free} free")]
 
 
-def trackers(seen: Sequence[Seen], request: ResourceRequest | None = None) -> list[Finding]:
+def check_node_trackers(
+    seen: Sequence[NodeProbe], request: ResourceRequest | None = None
+) -> list[Finding]:
     """Every node reaches the MLflow server, and is let in."""
     records = request is not None and request.uses_tracker
     for each in seen:
@@ -282,7 +295,7 @@ def trackers(seen: Sequence[Seen], request: ResourceRequest | None = None) -> li
     return [Finding("tracker on nodes", "ok", uri)]
 
 
-def meeting(seen: Sequence[Seen], request: ResourceRequest) -> list[Finding]:
+def check_interfaces(seen: Sequence[NodeProbe], request: ResourceRequest) -> list[Finding]:
     """Workers on different nodes find each other: gloo and NCCL need the right interface."""
     if len(seen) < 2:
         return []

@@ -27,17 +27,26 @@ SHARED_MEMORY_BYTES = cluster.OBJECT_STORE_BYTES + 2**26
 OPEN_FILES = 4096
 
 
-def checks(
+def list_machine_checks(
     with_ray: bool = True, request: ResourceRequest | None = None
 ) -> list[Callable[[], list[Finding]]]:
     """All checks, cheap ones first."""
     found: list[Callable[[], list[Finding]]]
-    where, entry = functools.partial(disk, request), functools.partial(tracker, request)
-    found = [versions, cpus, memory, shared_memory, where, open_files, loopback, entry]
-    return [*found, ray_works] if with_ray else found
+    where, entry = functools.partial(check_disk, request), functools.partial(check_tracker, request)
+    found = [
+        check_packages,
+        check_cpus,
+        check_memory,
+        check_shared_memory,
+        where,
+        check_open_files,
+        check_loopback,
+        entry,
+    ]
+    return [*found, check_ray] if with_ray else found
 
 
-def versions() -> list[Finding]:
+def check_packages() -> list[Finding]:
     """Python and the packages that matter."""
     good = (3, 11) <= sys.version_info[:2] <= (3, 13)
     advice = "" if good else "use Python 3.11, 3.12 or 3.13"
@@ -50,7 +59,7 @@ def versions() -> list[Finding]:
     return found
 
 
-def cpus() -> list[Finding]:
+def check_cpus() -> list[Finding]:
     """CPUs that this process may use, and whether they are already busy."""
     usable = len(os.sched_getaffinity(0))
     busy = os.getloadavg()[0]
@@ -65,7 +74,7 @@ def cpus() -> list[Finding]:
     return found
 
 
-def memory() -> list[Finding]:
+def check_memory() -> list[Finding]:
     """Memory that can be had without swapping."""
     free = _meminfo("MemAvailable")
     if free is None or free >= FREE_MEMORY_BYTES:
@@ -75,7 +84,7 @@ def memory() -> list[Finding]:
     return [Finding("memory", "warning", f"{storage.human_bytes(free)} available", advice)]
 
 
-def shared_memory() -> list[Finding]:
+def check_shared_memory() -> list[Finding]:
     """The memory file system in which Ray keeps its objects."""
     place = Path("/dev/shm")  # noqa: S108 - request about, not written to
     if not place.is_dir():
@@ -87,7 +96,7 @@ def shared_memory() -> list[Finding]:
     return [Finding("shared memory", "warning", f"{storage.human_bytes(free)} free", advice)]
 
 
-def disk(request: ResourceRequest | None = None) -> list[Finding]:
+def check_disk(request: ResourceRequest | None = None) -> list[Finding]:
     """Room, and the right to write, where runs are kept."""
     request = request or ResourceRequest()
     root = runs_directory(request.run_dir)
@@ -120,7 +129,7 @@ def disk(request: ResourceRequest | None = None) -> list[Finding]:
     return [Finding("disk", "ok", seen)]
 
 
-def open_files() -> list[Finding]:
+def check_open_files() -> list[Finding]:
     """How many files a process may open: Ray takes many."""
     import resource
 
@@ -130,7 +139,7 @@ def open_files() -> list[Finding]:
     return [Finding("open files", "warning", f"{soft} allowed", f"ulimit -n {min(hard, 65536)}")]
 
 
-def loopback() -> list[Finding]:
+def check_loopback() -> list[Finding]:
     """Whether a port can be opened and reached on 127.0.0.1: Ray, gloo and MLflow do."""
     try:
         with socket.socket() as server:
@@ -143,7 +152,7 @@ def loopback() -> list[Finding]:
     return [Finding("loopback", "ok", "127.0.0.1 answers")]
 
 
-def tracker(request: ResourceRequest | None = None) -> list[Finding]:
+def check_tracker(request: ResourceRequest | None = None) -> list[Finding]:
     """Whether the tracker can be reached, and lets us in; who records nothing need not get in."""
     try:
         uri = backend.resolve_uri()
@@ -161,23 +170,23 @@ def tracker(request: ResourceRequest | None = None) -> list[Finding]:
     return [Finding("tracker", "ok", uri)]
 
 
-def ray_works() -> list[Finding]:
+def check_ray() -> list[Finding]:
     """Start Ray, or connect to it, run a task and ask the State API."""
     began = time.monotonic()
     try:
-        with cluster.session() as ray:
+        with cluster.ray_session() as ray:
             answer = ray.get(ray.remote(platform.python_version).remote(), timeout=60)
             took = f"a task ran after {time.monotonic() - began:.1f} s"
             found = [Finding("ray", "ok", took)]
             if answer != platform.python_version():
                 advice = "use the same Python on every node"
                 found = [Finding("ray", "error", f"workers run Python {answer}", advice)]
-            return [*found, _state_api()]
+            return [*found, check_state_api()]
     except Exception as problem:
         return [Finding("ray", "error", first_line(problem), "see the lines above")]
 
 
-def _state_api() -> Finding:
+def check_state_api() -> Finding:
     from ray.util.state import list_nodes
 
     try:

@@ -16,7 +16,7 @@ from skillnet_platform.cluster import versions
 from skillnet_platform.cluster.resource_request import ResourceRequest, runs_directory
 from skillnet_platform.errors import first_line
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.location import below, place
+from skillnet_platform.storage.location import join_location, parse_location
 from skillnet_platform.storage.retry import PATIENCE_VARIABLE
 from skillnet_platform.tracking import backend
 
@@ -29,7 +29,7 @@ AGAIN = "run `ray up` again: it runs platform/deploy/setup_node.sh on every node
 
 
 @dataclass(frozen=True)
-class Seen:
+class NodeProbe:
     """What one node saw; plain values, because it crosses the cluster."""
 
     node: str
@@ -46,20 +46,20 @@ class Seen:
     access_problem: str = ""
 
 
-def look_everywhere(
+def probe_nodes(
     ray: Any, nodes: Sequence[Mapping[str, Any]], request: ResourceRequest
-) -> tuple[list[Seen], list[Finding]]:
+) -> tuple[list[NodeProbe], list[Finding]]:
     """One task a node: first each leaves a file in the storage, then each says what it sees."""
     places: Sequence[str] = request.locations
     if folder_of_tracker := tracker_folder():
-        places = list(dict.fromkeys([*roots(places), folder_of_tracker]))
+        places = list(dict.fromkeys([*storage_roots(places), folder_of_tracker]))
     folder = f".doctor-{secrets.token_hex(4)}"
     written, problems = _on_each(ray, nodes, _leave_file, folder, places)
     seen: dict[str, Any] = {}
     if not problems:  # a node that is silent says nothing about the storage of the others
         seen, problems = _on_each(ray, nodes, _look_around, folder, places, request.run_dir)
     _clean_up(folder, places)
-    told = [Seen(**answer, write_problem=written[node]) for node, answer in seen.items()]
+    told = [NodeProbe(**answer, write_problem=written[node]) for node, answer in seen.items()]
     return sorted(told, key=lambda each: each.node), problems
 
 
@@ -92,9 +92,9 @@ def _on_each(
 def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
     """Write a file named after this node into each place; what went wrong, or nothing."""
     os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
-    for where in roots(places):
+    for where in storage_roots(places):
         try:
-            target = below(place(where, storage.run_root()), folder, address)
+            target = join_location(parse_location(where, storage.run_root()), folder, address)
             if isinstance(target, Path):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(address, encoding="utf-8")
@@ -121,20 +121,20 @@ def _look_around(
     away, access = _tracker_problems()
     return {
         "node": address,
-        "versions": versions.installed(),
+        "versions": versions.installed_versions(),
         "auth_mode": os.environ.get("RAY_AUTH_MODE", "(not set)"),
         "interfaces": {name: os.environ.get(name, "") for name in INTERFACES},
         "addresses": addresses,
         "name_resolves_to": resolved,
         "home": os.environ.get(storage.HOME_VARIABLE, ""),
-        "files_seen": {where: _files_in(where, folder) for where in roots(places)},
+        "files_seen": {where: _files_in(where, folder) for where in storage_roots(places)},
         "free_bytes": storage.free_bytes(runs_directory(run_dir)),
         "tracker_problem": away,
         "access_problem": access,
     }
 
 
-def roots(places: Sequence[str]) -> list[str]:
+def storage_roots(places: Sequence[str]) -> list[str]:
     """Where a run reads and writes: the places that it names, the run root where it names none."""
     return list(dict.fromkeys(str(name or storage.run_root()) for name in places or [""]))
 
@@ -148,21 +148,21 @@ def tracker_folder() -> str:
 def _files_in(where: str, folder: str) -> list[str]:
     os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
     try:
-        target = below(place(where, storage.run_root()), folder)
+        target = join_location(parse_location(where, storage.run_root()), folder)
         if isinstance(target, Path):
             return sorted(path.read_text(encoding="utf-8") for path in target.iterdir())
         names = [entry.name for entry in directories.list_files(target)]
         return sorted(
-            directories.read_bytes(directories.join(target, name)).decode() for name in names
+            directories.read_bytes(directories.join_uri(target, name)).decode() for name in names
         )
     except Exception:  # shows as files that are not seen
         return []
 
 
 def _clean_up(folder: str, places: Sequence[str]) -> None:
-    for where in roots(places):
+    for where in storage_roots(places):
         with contextlib.suppress(Exception):  # a finding already
-            target = below(place(where, storage.run_root()), folder)
+            target = join_location(parse_location(where, storage.run_root()), folder)
             if isinstance(target, Path):
                 shutil.rmtree(target)
             else:

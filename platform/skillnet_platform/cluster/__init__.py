@@ -3,9 +3,15 @@
 from skillnet_platform.cluster.connect import (
     OBJECT_STORE_BYTES,
     ensure_ray,
-    on_this_host,
-    prepare_environment,
-    session,
+    pin_to_this_node,
+    prepare_ray_environment,
+    ray_session,
 )
 
-__all__ = ["OBJECT_STORE_BYTES", "ensure_ray", "on_this_host", "prepare_environment", "session"]
+__all__ = [
+    "OBJECT_STORE_BYTES",
+    "ensure_ray",
+    "pin_to_this_node",
+    "prepare_ray_environment",
+    "ray_session",
+]

@@ -28,7 +28,7 @@ ON_A_CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
-def prepare_environment() -> None:
+def prepare_ray_environment() -> None:
     """Set Ray's environment where the user has not. Call before the first ``import ray``."""
     defaults = DEFAULTS | (ON_A_CLUSTER if os.environ.get("RAY_ADDRESS") else {})
     for name, value in defaults.items():
@@ -62,7 +62,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     Raises:
         UserError: ``RAY_ADDRESS`` is set but nothing answers there, or it is of a job server.
     """
-    prepare_environment()
+    prepare_ray_environment()
     import logging
 
     import ray
@@ -86,7 +86,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
             ) from problem
         return ray
     _share_import_path()
-    with loopback.starting():
+    with loopback.loopback_environment():
         ray.init(
             num_cpus=cpus or len(os.sched_getaffinity(0)),
             # Tune and Train ask the State API, which lives in the dashboard, to clean up after
@@ -97,11 +97,11 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
             logging_level=logging.ERROR,
             log_to_driver=True,
         )
-    loopback.require(ray)
+    loopback.require_loopback(ray)
     return ray
 
 
-def on_this_host(ray: Any) -> dict[str, Any]:
+def pin_to_this_node(ray: Any) -> dict[str, Any]:
     """Options of a task that must run on the host of this process, whose disk it needs."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -110,9 +110,9 @@ def on_this_host(ray: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def session(cpus: int | None = None) -> Iterator[Any]:
+def ray_session(cpus: int | None = None) -> Iterator[Any]:
     """Ray for the length of a block; shut down after it only if this block started it."""
-    prepare_environment()
+    prepare_ray_environment()
     import ray
 
     already = ray.is_initialized()

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from skillnet_platform import cluster
-from skillnet_platform.cluster.versions import pinned_here
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.cluster.versions import version_variable
+from skillnet_platform.errors import UserError, suggest_name
 
 NEWEST = "newest"
 MARK = "skillnet"
@@ -25,7 +25,7 @@ OPEN_A_TUNNEL = (
 SERVICES = ("doctor", "tracker", "ui")
 
 
-def job_server(address: str | None = None) -> str:
+def resolve_job_server_url(address: str | None = None) -> str:
     """The URL of the job server: the one given, or that of the environment.
 
     Raises:
@@ -42,17 +42,19 @@ def job_server(address: str | None = None) -> str:
     return found.rstrip("/")
 
 
-def connect(address: str | None = None) -> Any:
+def connect_job_server(address: str | None = None) -> Any:
     """A ``JobSubmissionClient`` that was answered.
 
     Raises:
         UserError: no address, no token, a token that the cluster refuses, nothing that answers.
     """
-    url = job_server(address)
+    url = resolve_job_server_url(address)
     # A cluster of ours always asks for the token; the embedded Ray never does.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    cluster.prepare_environment()
-    place = token_place() if os.environ["RAY_AUTH_MODE"] == "token" else "RAY_AUTH_MODE=disabled"
+    cluster.prepare_ray_environment()
+    place = (
+        find_token_source() if os.environ["RAY_AUTH_MODE"] == "token" else "RAY_AUTH_MODE=disabled"
+    )
     import requests
 
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -76,7 +78,7 @@ def connect(address: str | None = None) -> Any:
         ) from None
 
 
-def token_place() -> str:
+def find_token_source() -> str:
     """Where the token comes from.
 
     Raises:
@@ -97,7 +99,7 @@ def token_place() -> str:
     )
 
 
-def entrypoint(words: Sequence[str], check: bool = True) -> str:
+def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
     """The shell command of a job."""
     run = shlex.join(["python", "-m", "skillnet_platform.cli", *words])
     if not check:
@@ -108,10 +110,10 @@ def entrypoint(words: Sequence[str], check: bool = True) -> str:
 
 def job_environment() -> dict[str, str]:
     """Variables of every job: our code comes with it, and the versions it was tried with."""
-    return {"PYTHONPATH": "platform", "PYTHONUNBUFFERED": "1", **pinned_here()}
+    return {"PYTHONPATH": "platform", "PYTHONUNBUFFERED": "1", **version_variable()}
 
 
-def from_here(names: Sequence[str]) -> dict[str, str]:
+def read_variables(names: Sequence[str]) -> dict[str, str]:
     """Those environment variables of this process.
 
     Raises:
@@ -132,7 +134,9 @@ def find_job(client: Any, wanted: str) -> str:
     jobs = {each.submission_id: each for each in client.list_jobs() if each.submission_id}
     if wanted != NEWEST:
         if wanted not in jobs:
-            raise UserError(f"--attach {wanted}: no such job on the cluster{nearest(wanted, jobs)}")
+            raise UserError(
+                f"--attach {wanted}: no such job on the cluster{suggest_name(wanted, jobs)}"
+            )
         return wanted
     me = getpass.getuser()
     runs = [each for each in jobs.values() if _command(each) not in ("", *SERVICES)]
@@ -151,5 +155,5 @@ def _command(job: Any) -> str:
     return next(iter(shlex.split((job.metadata or {}).get(MARK, ""))), "")
 
 
-def _new_id(name: str) -> str:
+def make_job_id(name: str) -> str:
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

@@ -19,7 +19,7 @@ QUIET_S = 120.0
 AGAIN_S = 1.0
 
 
-def follow(client: Any, job: str) -> tuple[str, int]:
+def follow_job(client: Any, job: str) -> tuple[str, int]:
     """Print the log of a job until it ends; its status and its exit code.
 
     A lost connection is tried again. An interrupt ends the following, not the job.

@@ -18,7 +18,7 @@ _INTERFACES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @contextlib.contextmanager
-def starting() -> Iterator[None]:
+def loopback_environment() -> Iterator[None]:
     """The environment in which to call ``ray.init`` so that what it starts stays on loopback.
 
     Ray's servers listen on every interface unless the node's address is 127.0.0.1, and ``init``
@@ -46,7 +46,7 @@ def starting() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def is_local(host: str) -> bool:
+def is_loopback_host(host: str) -> bool:
     """Whether only this machine reaches what listens on that interface."""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -54,18 +54,18 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def holds(ray: Any) -> bool:
+def listens_on_loopback(ray: Any) -> bool:
     """Whether the Ray that this process is connected to is one that listens on loopback only."""
     return bool(ray.util.get_node_ip_address() == ADDRESS)
 
 
-def require(ray: Any) -> None:
+def require_loopback(ray: Any) -> None:
     """End a Ray that was just started and listens elsewhere.
 
     Raises:
         RuntimeError: it does: this version of Ray chooses its address in another way.
     """
-    if not holds(ray):
+    if not listens_on_loopback(ray):
         address = ray.util.get_node_ip_address()
         ray.shutdown()
         raise RuntimeError(

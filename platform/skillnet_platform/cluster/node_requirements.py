@@ -21,7 +21,7 @@ REQUIREMENTS = Path("platform/deploy/requirements.txt")
 EXTRAS = ("cluster", "s3", "gs", "azure", "tracker")
 
 
-def direct_dependencies(project: Path = PROJECT) -> list[str]:
+def read_dependencies(project: Path = PROJECT) -> list[str]:
     """The requirements of ``pyproject.toml``, and those of ``EXTRAS`` that are installed here.
 
     Raises:
@@ -45,7 +45,7 @@ def direct_dependencies(project: Path = PROJECT) -> list[str]:
     ]
 
 
-def pins(requirements: list[str]) -> dict[str, str]:
+def pin_packages(requirements: list[str]) -> dict[str, str]:
     """Those packages and all that they need, name -> version, as installed here.
 
     Raises:
@@ -76,7 +76,7 @@ def pins(requirements: list[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def requirements_text(project: Path = PROJECT) -> str:
+def format_requirements(project: Path = PROJECT) -> str:
     """The content of ``requirements.txt``: pinned, with the Python under which it was pinned."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     head = [
@@ -84,7 +84,9 @@ def requirements_text(project: Path = PROJECT) -> str:
         "# Written by `skillnet pin-nodes`: names from pyproject.toml, versions from the installed",
         "# packages.",
     ]
-    pinned = [f"{name}=={version}" for name, version in pins(direct_dependencies(project)).items()]
+    pinned = [
+        f"{name}=={version}" for name, version in pin_packages(read_dependencies(project)).items()
+    ]
     return "\n".join([*head, *pinned]) + "\n"
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from skillnet_platform import cli, storage
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage.objects import is_uri
 
 #: Options of ``doctor`` and ``submit`` that take no value.
@@ -103,11 +103,11 @@ def request_resources(arguments: Sequence[str]) -> ResourceRequest:
     if not arguments:
         return ResourceRequest()
     name, *rest = arguments
-    known = cli.commands()
+    known = cli.find_commands()
     if name not in known:
-        raise UserError(f"unknown command {name!r}{nearest(name, known)}")
+        raise UserError(f"unknown command {name!r}{suggest_name(name, known)}")
     loaded = known[name].load()
-    request = loaded.request_resources(rest) if isinstance(loaded, cli.Command) else None
+    request = loaded.request_resources(rest) if isinstance(loaded, cli.CliCommand) else None
     return request if isinstance(request, ResourceRequest) else ResourceRequest()
 
 

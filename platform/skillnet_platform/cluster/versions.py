@@ -10,7 +10,7 @@ PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "tokenizers", "safetensors", "n
 VARIABLE = "SKILLNET_VERSIONS"
 
 
-def installed() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Python's and the packages' versions here; "" for what is not installed.
 
     A local part such as +cpu is left out: the same code for another device.
@@ -24,12 +24,12 @@ def installed() -> dict[str, str]:
     return found
 
 
-def pinned_here() -> dict[str, str]:
+def version_variable() -> dict[str, str]:
     """The environment variable that tells a job with which versions its code was tried."""
-    return {VARIABLE: json.dumps(installed())}
+    return {VARIABLE: json.dumps(installed_versions())}
 
 
-def expected() -> dict[str, str]:
+def expected_versions() -> dict[str, str]:
     """What the sender of this job has installed; empty outside of a job."""
     told = json.loads(os.environ.get(VARIABLE) or "{}")
     return {str(key): str(value) for key, value in told.items()}

@@ -39,7 +39,7 @@ UNUSUAL = 50 * 2**20
 
 
 @dataclass(frozen=True)
-class Package:
+class JobPackage:
     """A zip file that is ready to be sent.
 
     Args:
@@ -65,7 +65,7 @@ class Package:
         return f"{text}; left here: {', '.join(self.kept[:NAMED])}{more}"
 
 
-def pack(root: Path, target: Path, left_out: Sequence[str] = ()) -> Package:
+def pack_working_dir(root: Path, target: Path, left_out: Sequence[str] = ()) -> JobPackage:
     """Write the package of the folder ``root`` to ``target``.
 
     Args:
@@ -88,16 +88,16 @@ def pack(root: Path, target: Path, left_out: Sequence[str] = ()) -> Package:
             package.writestr(entry, content)
             sizes[name] = len(content)
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
-    done = Package(target, len(sizes), target.stat().st_size, largest, sorted(kept))
+    done = JobPackage(target, len(sizes), target.stat().st_size, largest, sorted(kept))
     if done.size > LARGEST:
         raise UserError(
             f"{root}: the upload would be {done.words()}, Ray takes up to "
-            f"{storage.human_bytes(LARGEST)}; {heaviest(done)}"
+            f"{storage.human_bytes(LARGEST)}; {describe_largest_files(done)}"
         )
     return done
 
 
-def heaviest(package: Package) -> str:
+def describe_largest_files(package: JobPackage) -> str:
     """The largest files in words, and how to leave them here."""
     named = ", ".join(f"{name} ({storage.human_bytes(size)})" for name, size in package.largest)
     return f"the largest are {named}; leave some here with --exclude NAME,NAME"

@@ -1,34 +1,40 @@
 """TODO: package skillnet_platform.config."""
 
-from skillnet_platform.config.fields import ALIAS, aliased, defaults, positional, to_dict
+from skillnet_platform.config.fields import (
+    ALIAS,
+    aliased_field,
+    default_values,
+    positional_field,
+    to_dict,
+)
 from skillnet_platform.config.parser import (
-    build,
-    digest,
+    build_config,
+    digest_config,
     find_config,
-    flatten,
+    flatten_tree,
     load_layer,
     load_yaml,
-    merge,
-    parse,
+    merge_trees,
+    parse_config,
     read_value,
     to_yaml,
 )
-from skillnet_platform.config.schema import checked
+from skillnet_platform.config.schema import check_keys
 
 __all__ = [
     "ALIAS",
-    "aliased",
-    "build",
-    "checked",
-    "defaults",
-    "digest",
+    "aliased_field",
+    "build_config",
+    "check_keys",
+    "default_values",
+    "digest_config",
     "find_config",
-    "flatten",
+    "flatten_tree",
     "load_layer",
     "load_yaml",
-    "merge",
-    "parse",
-    "positional",
+    "merge_trees",
+    "parse_config",
+    "positional_field",
     "read_value",
     "to_dict",
     "to_yaml",

@@ -10,7 +10,7 @@ POSITIONAL = "skillnet_positional"
 ALIAS = "skillnet_alias"
 
 
-def positional(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+def positional_field(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     """A dataclass field that may be given without its name: ``skillnet search "a red heart"``.
 
     A field of type ``list[str]`` takes all bare words, one of type ``str`` takes one. Without a
@@ -24,12 +24,12 @@ def positional(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata=marks)
 
 
-def aliased(default: Any, alias: str) -> Any:
+def aliased_field(default: Any, alias: str) -> Any:
     """A dataclass field that the command line also knows by another name, such as ``--from``."""
     return dataclasses.field(default=default, metadata={ALIAS: alias})
 
 
-def defaults(cls: type) -> dict[str, Any]:
+def default_values(cls: type) -> dict[str, Any]:
     """The tree of defaults of a dataclass, without the fields that have none."""
     tree: dict[str, Any] = {}
     for f in dataclasses.fields(cls):

@@ -5,14 +5,14 @@ import re
 import textwrap
 from typing import Any
 
-from skillnet_platform.config.fields import ALIAS, POSITIONAL, defaults
-from skillnet_platform.config.schema import children, describe, without_none
+from skillnet_platform.config.fields import ALIAS, POSITIONAL, default_values
+from skillnet_platform.config.schema import child_types, describe_type, without_none
 
 WIDTH = 100
 COLUMN = 34
 
 
-def render(cls: type, prog: str, description: str = "", example: str = "") -> str:
+def render_help(cls: type, prog: str, description: str = "", example: str = "") -> str:
     """The text of ``--help``: usage, every key with its type and default, an example."""
     bare = [f.name.upper() for f in dataclasses.fields(cls) if f.metadata.get(POSITIONAL)]
     usage = " ".join(["usage:", prog, *(f"[{name}]" for name in bare), "[OPTIONS]"])
@@ -45,7 +45,7 @@ def argument_notes(cls: type) -> dict[str, str]:
 
 def _tree_of(cls: type) -> dict[str, Any]:
     try:
-        return defaults(cls)
+        return default_values(cls)
     except (TypeError, ValueError):  # a nested dataclass whose fields are required
         return {}
 
@@ -56,11 +56,11 @@ def _section(cls: Any, prefix: str, tree: Any) -> list[str]:
     aliases = {f.name: f"--{f.metadata[ALIAS]}, " for f in fields if ALIAS in f.metadata}
     plain: list[str] = []
     nested: list[str] = []
-    for name, hint in (children(cls) or {}).items():
+    for name, hint in (child_types(cls) or {}).items():
         value = tree.get(name) if isinstance(tree, dict) else None
-        below = children(hint)
+        below = child_types(hint)
         if below is None:
-            text = f"{notes.get(name, '')} ({describe(hint)}{_default(tree, name)})".strip()
+            text = f"{notes.get(name, '')} ({describe_type(hint)}{_default(tree, name)})".strip()
             plain += _entry(f"{aliases.get(name, '')}--{prefix}{name}", text)
         elif "*" in below:
             nested += ["", f"{prefix}{name}: {notes.get(name, '')}".rstrip(": ")]
@@ -74,10 +74,10 @@ def _section(cls: Any, prefix: str, tree: Any) -> list[str]:
 
 
 def _below(value_hint: Any, prefix: str) -> list[str]:
-    if children(value_hint) is None:
-        return _entry(f"--{prefix}", describe(value_hint))
-    if "*" in (children(value_hint) or {}):
-        return _below((children(value_hint) or {})["*"], f"{prefix}.NAME")
+    if child_types(value_hint) is None:
+        return _entry(f"--{prefix}", describe_type(value_hint))
+    if "*" in (child_types(value_hint) or {}):
+        return _below((child_types(value_hint) or {})["*"], f"{prefix}.NAME")
     return [line for line in _section(without_none(value_hint), f"{prefix}.", None) if line]
 
 

@@ -20,28 +20,28 @@ import yaml
 
 from skillnet_platform import console
 from skillnet_platform.config import safe_yaml
-from skillnet_platform.config.fields import ALIAS, POSITIONAL, T, _tree, defaults, to_dict
+from skillnet_platform.config.fields import ALIAS, POSITIONAL, T, _tree, default_values, to_dict
 from skillnet_platform.config.schema import (
-    checked,
-    children,
-    describe,
-    drop_removed,
+    check_keys,
+    child_types,
+    describe_kind,
+    describe_type,
+    find_invalid_nulls,
+    find_missing_keys,
+    format_value,
     hint_at,
-    kind,
-    missing,
-    nested,
-    shown,
-    unwanted_nulls,
+    nest_value,
+    remove_null_entries,
     value_at,
     without_none,
 )
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.errors import UserError, suggest_name
 
 #: Key of a mapping in a YAML file that starts from another file.
 INCLUDE = "include"
 
 
-def parse(
+def parse_config(
     cls: type[T],
     argv: Sequence[str],
     prog: str,
@@ -70,31 +70,33 @@ def parse(
     end = words.index("--") if "--" in words else len(words)
     words, rest = words[:end], words[end:]  # what follows "--" may be another command's options
     if "--help" in words or "-h" in words:
-        from skillnet_platform.config.help import render
+        from skillnet_platform.config.help import render_help
 
-        print(render(cls, prog, description, example))
+        print(render_help(cls, prog, description, example))
         raise SystemExit(0)
     if "--json" in words:
         words = [word for word in words if word != "--json"]
         console.begin_json()
-    tree = defaults(cls)
+    tree = default_values(cls)
     files, overrides, bare = _scan([*words, *rest], cls)
     origins: dict[str, str] = {}
     for given in files:
         path = find_config(given)
-        layer = checked(cls, load_layer(path), str(path))
-        origins |= dict.fromkeys(flatten(layer), str(path))
-        merge(tree, layer)
+        layer = check_keys(cls, load_layer(path), str(path))
+        origins |= dict.fromkeys(flatten_tree(layer), str(path))
+        merge_trees(tree, layer)
     for key, value in overrides:
-        layer = checked(cls, nested(key, value), "command line")
-        origins |= dict.fromkeys(flatten(layer), "command line")
-        merge(tree, layer)
-    drop_removed(cls, tree)
+        layer = check_keys(cls, nest_value(key, value), "command line")
+        origins |= dict.fromkeys(flatten_tree(layer), "command line")
+        merge_trees(tree, layer)
+    remove_null_entries(cls, tree)
     _place_bare(cls, tree, bare, prog)
-    return build(cls, tree, origins)
+    return build_config(cls, tree, origins)
 
 
-def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> T:
+def build_config(
+    cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | None = None
+) -> T:
     """Check the types of a complete tree and build ``cls`` from it.
 
     Args:
@@ -107,13 +109,13 @@ def build(cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | No
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    absent = next(missing(cls, tree), None)
+    absent = next(find_missing_keys(cls, tree), None)
     if absent:
         raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
-    null = next(unwanted_nulls(cls, tree), None)
+    null = next(find_invalid_nulls(cls, tree), None)
     if null:
         source = f"{origins[null]}: " if origins and null in origins else ""
-        raise UserError(f"{source}{null}: expected {describe(hint_at(cls, null))}, got null")
+        raise UserError(f"{source}{null}: expected {describe_type(hint_at(cls, null))}, got null")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, None, as_group=False)
     try:
@@ -131,7 +133,7 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
             mapping.
     """
     try:
-        loaded = safe_yaml.load(Path(path).read_text(encoding="utf-8"))
+        loaded = safe_yaml.load_plain_yaml(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except ValueError as problem:
@@ -139,7 +141,7 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected keys and values, got {kind(loaded)}")
+        raise UserError(f"{path}: expected keys and values, got {describe_kind(loaded)}")
     return loaded
 
 
@@ -194,7 +196,7 @@ def find_config(name: str) -> Path:
             return folder / f"{name}.yaml"
         known += [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
     raise UserError(
-        f"--config {name}: neither a file nor a preset{nearest(name.removesuffix('.yaml'), known)}"
+        f"--config {name}: neither a file nor a preset{suggest_name(name.removesuffix('.yaml'), known)}"
     )
 
 
@@ -203,24 +205,24 @@ def to_yaml(obj: Any) -> str:
     return yaml.safe_dump(to_dict(obj), sort_keys=False, allow_unicode=True)
 
 
-def digest(obj: Any) -> str:
+def digest_config(obj: Any) -> str:
     """SHA-256 of the canonical JSON (sorted keys, no spaces) of dataclasses, mappings, lists."""
     text = json.dumps(_tree(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}} -> {"a.b": 1}``; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten_tree(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
-def merge(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merge_trees(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Put ``new`` over ``tree``, in place: mappings merge by key, anything else is replaced.
 
     A null over a mapping takes it away: ``tasks: {text_to_code: null}`` leaves that task out.
@@ -229,14 +231,14 @@ def merge(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         if value is None and isinstance(tree.get(key), dict):
             del tree[key]
         elif isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            merge(tree[key], value)
+            merge_trees(tree[key], value)
         else:
             tree[key] = value
     return tree
 
 
 def _over(layer: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """As :func:`merge`, but a null stays: what it takes away lies in a layer further below."""
+    """As :func:`merge_trees`, but a null stays: what it takes away lies in a layer further below."""
     for key, value in new.items():
         below = layer.get(key)
         if isinstance(value, Mapping) and isinstance(below, dict):
@@ -265,7 +267,7 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
         key = aliases.get(key, key)
         hint = hint_at(cls, key)
         if key != "config" and hint is None:
-            checked(cls, nested(key, None), "command line")
+            check_keys(cls, nest_value(key, None), "command line")
             raise UserError(f"command line: {key!r} has no keys of its own")
         if not equals:
             is_flag = without_none(hint) is bool
@@ -298,7 +300,7 @@ def read_value(text: str, hint: Any, key: str) -> Any:
     if listed:
         parts = text.split(",")
     try:
-        values = [safe_yaml.load(part) for part in parts]
+        values = [safe_yaml.load_plain_yaml(part) for part in parts]
     except ValueError as problem:
         short = text if len(text) <= 80 else text[:79] + "…"
         raise UserError(
@@ -332,16 +334,16 @@ def _reworded(cls: Any, tree: Mapping[str, Any], message: str, origins: Mapping[
     if hint is None or not key:
         return " ".join(message.split())
     source = f"{origins[key]}: " if key in origins else ""
-    return f"{source}{key}: expected {describe(hint)}, got {shown(given)}"
+    return f"{source}{key}: expected {describe_type(hint)}, got {format_value(given)}"
 
 
 def _deepest(cls: Any, tree: Mapping[str, Any], path: str, message: str) -> str:
     """jsonargparse leaves dictionary keys out of the path: find the place by its type and value."""
-    if hint_at(cls, path) is not None and children(hint_at(cls, path)) is None:
+    if hint_at(cls, path) is not None and child_types(hint_at(cls, path)) is None:
         return path
     parts = path.split(".") if path else []
     last = parts[-1] if parts else ""
-    for key, value in flatten(tree).items():
+    for key, value in flatten_tree(tree).items():
         inside = [p for p in key.split(".") if p in parts]
         if inside == parts and key.rpartition(".")[2] == last:
             shown = re.search(r"[Gg]iven value: (.*)|Got value: (.*)", message)

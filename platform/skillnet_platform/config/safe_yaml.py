@@ -11,7 +11,7 @@ DEEPEST = 50
 MOST_VALUES = 50_000
 
 
-def load(text: str) -> Any:
+def load_plain_yaml(text: str) -> Any:
     """The value of a YAML text; keys are text and occur once.
 
     Raises:

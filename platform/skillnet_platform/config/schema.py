@@ -11,7 +11,7 @@ from typing import Any
 from skillnet_platform.errors import UserError
 
 
-def children(hint: Any) -> dict[str, Any] | None:
+def child_types(hint: Any) -> dict[str, Any] | None:
     """The named children of a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
     hint = without_none(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -34,7 +34,7 @@ def hint_at(cls: Any, key: str) -> Any:
     """The type at a dotted key, or None if there is no such key."""
     hint = cls
     for part in key.split("."):
-        known = children(hint)
+        known = child_types(hint)
         if known is None or (part not in known and "*" not in known):
             return None
         hint = known.get(part, known.get("*"))
@@ -43,20 +43,22 @@ def hint_at(cls: Any, key: str) -> Any:
 
 def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a dataclass, without those inside dictionaries."""
-    for name, hint in (children(cls) or {}).items():
+    for name, hint in (child_types(cls) or {}).items():
         if name != "*":
             yield prefix + name
             yield from all_keys(hint, f"{prefix}{name}.")
 
 
-def checked(cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None) -> Any:
+def check_keys(
+    cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None
+) -> Any:
     """The same tree, if its keys exist and have keys below them where they must.
 
     Raises:
         UserError: naming the first that does not.
     """
     root = root or cls
-    known = children(cls)
+    known = child_types(cls)
     if known is None:
         return tree
     for key, value in tree.items():
@@ -65,17 +67,19 @@ def checked(cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root:
             raise UserError(f"{source}: unknown key {full!r}{_hint(full, prefix, known, root)}")
         below = known.get(key, known.get("*"))
         if isinstance(value, dict):
-            checked(below, value, source, f"{prefix}{key}.", root)
-        elif value is not None and children(below) is not None:
+            check_keys(below, value, source, f"{prefix}{key}.", root)
+        elif value is not None and child_types(below) is not None:
             # The library that checks types calls the dataclass with it.
-            expected = describe(without_none(below))
-            raise UserError(f"{source}: {prefix}{key}: expected {expected}, got {shown(value)}")
+            expected = describe_type(without_none(below))
+            raise UserError(
+                f"{source}: {prefix}{key}: expected {expected}, got {format_value(value)}"
+            )
     return tree
 
 
-def missing(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
+def find_missing_keys(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
     """Keys that have no default and no value."""
-    hint, known = without_none(hint), children(hint)
+    hint, known = without_none(hint), child_types(hint)
     if known is None or not isinstance(tree, Mapping):
         return
     if dataclasses.is_dataclass(hint):
@@ -85,26 +89,26 @@ def missing(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
             if f.init and required and f.name not in tree:
                 yield prefix + f.name
     for key, value in tree.items():
-        yield from missing(known.get(key, known.get("*")), value, f"{prefix}{key}.")
+        yield from find_missing_keys(known.get(key, known.get("*")), value, f"{prefix}{key}.")
 
 
-def unwanted_nulls(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
+def find_invalid_nulls(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
     """Keys that are null and may not be: the library that checks types lets them pass."""
-    known = children(hint)
+    known = child_types(hint)
     if known is None or not isinstance(tree, Mapping):
         return
     for key, value in tree.items():
         below = known.get(key, known.get("*"))
         if value is not None:
-            yield from unwanted_nulls(below, value, f"{prefix}{key}.")
+            yield from find_invalid_nulls(below, value, f"{prefix}{key}.")
         elif below not in (None, Any, object) and type(None) not in typing.get_args(below):
             yield prefix + key
 
 
-def drop_removed(hint: Any, tree: Any) -> None:
+def remove_null_entries(hint: Any, tree: Any) -> None:
     """Take out, in place, the entries of dictionaries of dataclasses that are null: a null takes
     an entry away, also where no layer below has it."""
-    known = children(hint)
+    known = child_types(hint)
     if known is None or not isinstance(tree, dict):
         return
     for key, value in list(tree.items()):
@@ -112,7 +116,7 @@ def drop_removed(hint: Any, tree: Any) -> None:
         if value is None and key not in known and dataclasses.is_dataclass(below):
             del tree[key]
         else:
-            drop_removed(below, value)
+            remove_null_entries(below, value)
 
 
 def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
@@ -129,7 +133,7 @@ def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
     return f"; {place} has: {', '.join(sorted(known))}"
 
 
-def nested(key: str, value: Any) -> dict[str, Any]:
+def nest_value(key: str, value: Any) -> dict[str, Any]:
     """``("a.b", 1) -> {"a": {"b": 1}}``."""
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -143,7 +147,7 @@ def value_at(tree: Any, key: str) -> Any:
     return tree
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type in words: "a whole number", "one of a, b", "a list of text", …"""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if hint in names:
@@ -152,25 +156,25 @@ def describe(hint: Any) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else describe(a) for a in args)
+        return " or ".join("null" if a is type(None) else describe_type(a) for a in args)
     if origin is list or (origin is tuple and args[-1:] == (Ellipsis,)):
-        return f"a list, each {describe(args[0])}"
+        return f"a list, each {describe_type(args[0])}"
     if origin is tuple:
-        return f"a list of {len(args)}: {', '.join(describe(a) for a in args)}"
-    if children(hint) is not None:
+        return f"a list of {len(args)}: {', '.join(describe_type(a) for a in args)}"
+    if child_types(hint) is not None:
         return "keys and values" if origin is dict else f"the keys of {hint.__name__}"
     return getattr(hint, "__name__", str(hint))
 
 
-def kind(value: Any) -> str:
+def describe_kind(value: Any) -> str:
     """What sort of value this is, in words."""
     names = {list: "a list", str: "text", int: "a whole number", float: "a number"}
     return names.get(type(value), type(value).__name__)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as an error shows it: short, with its sort."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     text = str(value) if isinstance(value, (list, dict)) else repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '…'} ({kind(value)})"
+    return f"{text if len(text) <= 80 else text[:77] + '…'} ({describe_kind(value)})"

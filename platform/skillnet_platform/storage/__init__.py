@@ -14,9 +14,9 @@ from skillnet_platform.storage.local import (
     read_record,
     require_space,
     run_root,
-    scratch,
+    scratch_directory,
     sha256_file,
-    staging,
+    staging_directory,
     write_json,
 )
 
@@ -34,8 +34,8 @@ __all__ = [
     "read_record",
     "require_space",
     "run_root",
-    "scratch",
+    "scratch_directory",
     "sha256_file",
-    "staging",
+    "staging_directory",
     "write_json",
 ]

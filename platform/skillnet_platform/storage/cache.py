@@ -38,7 +38,7 @@ _NAME_LENGTH = 64
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CacheKey:
     """A file of a store and what it has to be.
 
     Args:
@@ -57,7 +57,7 @@ class Wanted:
             raise UserError(f"{self.uri}: its manifest gives no SHA-256 but {self.sha256!r}")
 
 
-class Held:
+class CacheHandle:
     """A cached file in use; it stays until this is released or collected.
 
     Args:
@@ -89,19 +89,19 @@ class FileCache:
 
     def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
-        self._queue: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[CacheKey] = queue.SimpleQueue()
         self._coming: set[str] = set()
         self._refused: set[str] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._warned = False
 
-    def hold(self, wanted: Wanted) -> Held:
+    def hold(self, wanted: CacheKey) -> CacheHandle:
         """The file, downloaded unless it is there, and kept until the result is released.
 
         Raises:
             UserError: the store refuses, has no such file or another one; the disk is full.
-            StoreUnavailable: see :func:`remote_errors.steadily`.
+            StoreUnavailableError: see :func:`retry_transient`.
         """
         while True:
             held = self._take(wanted)
@@ -109,7 +109,7 @@ class FileCache:
                 return held
             self._fetch(wanted, needed=True)
 
-    def prefetch(self, wanted: Iterable[Wanted]) -> None:
+    def prefetch(self, wanted: Iterable[CacheKey]) -> None:
         """Start downloads of files that will be wanted soon, if there is room for them.
 
         What goes wrong is told by :meth:`hold`, which tries again.
@@ -150,7 +150,7 @@ class FileCache:
             marks = self._reserved()
             return self._taken(marks, self._files())
 
-    def _take(self, wanted: Wanted) -> Held | None:
+    def _take(self, wanted: CacheKey) -> CacheHandle | None:
         path = self.folder / wanted.sha256
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -163,14 +163,14 @@ class FileCache:
             if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
                 if mine.st_size == wanted.bytes:
                     os.utime(path)  # used now: the last to be removed
-                    return Held(path, descriptor)
+                    return CacheHandle(path, descriptor)
                 path.unlink(missing_ok=True)
         except FileNotFoundError:
             pass
         os.close(descriptor)
         return None
 
-    def _fetch(self, wanted: Wanted, needed: bool) -> None:
+    def _fetch(self, wanted: CacheKey, needed: bool) -> None:
         """Download a file unless somebody has; without ``needed`` only if there is room."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / wanted.sha256
@@ -191,7 +191,7 @@ class FileCache:
             finally:
                 reserved.unlink(missing_ok=True)
 
-    def _make_room(self, wanted: Wanted, needed: bool) -> Path | None:
+    def _make_room(self, wanted: CacheKey, needed: bool) -> Path | None:
         """Remove old files until the wanted one fits; marks its space as taken.
 
         None if there is no room and the file is not needed now.

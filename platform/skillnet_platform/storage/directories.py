@@ -9,7 +9,7 @@ nothing.
     is_committed("s3://bucket/runs/a/checkpoints/step-00000500")
     get_directory("s3://bucket/…", "elsewhere/step-00000500", check=checkpoints.verify_checkpoint)
 
-Every function tries again while the store is away: see :func:`remote_errors.steadily`.
+Every function tries again while the store is away: see :func:`retry_transient`.
 """
 
 import hashlib
@@ -24,39 +24,39 @@ from urllib.parse import urlsplit
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import local as local_storage
 from skillnet_platform.storage.objects import (
-    Entry,
+    ObjectEntry,
     copy_file,
-    exists,
     get_file,
     info_of,
-    is_local,
+    is_local_uri,
     is_uri,
-    join,
+    join_uri,
+    last_name,
     list_files,
     list_folders,
     md5_of,
-    name_of,
+    object_exists,
     open_file,
     put_file,
     read_bytes,
     remove_file,
     write_bytes,
 )
-from skillnet_platform.storage.retry import StoreUnavailable
+from skillnet_platform.storage.retry import StoreUnavailableError
 
 __all__ = [
-    "Entry",
-    "StoreUnavailable",
+    "ObjectEntry",
+    "StoreUnavailableError",
     "copy_files",
-    "exists",
     "get_directory",
     "get_file",
     "is_committed",
     "is_uri",
-    "join",
+    "join_uri",
+    "last_name",
     "list_files",
     "list_folders",
-    "name_of",
+    "object_exists",
     "open_file",
     "put_directory",
     "put_file",
@@ -73,7 +73,7 @@ STREAMS = 4
 
 def is_committed(uri: str, manifest: str = MANIFEST) -> bool:
     """Whether the folder's manifest is there, so that all of it is."""
-    return exists(join(uri, manifest))
+    return object_exists(join_uri(uri, manifest))
 
 
 def remove_directory(uri: str, manifest: str = MANIFEST) -> None:
@@ -82,11 +82,11 @@ def remove_directory(uri: str, manifest: str = MANIFEST) -> None:
     Raises:
         UserError: the URI names a bucket rather than a folder in it.
     """
-    if not urlsplit(uri).path.strip("/") and not is_local(uri):
+    if not urlsplit(uri).path.strip("/") and not is_local_uri(uri):
         raise UserError(f"{uri}: a whole bucket is not removed")
-    remove_file(join(uri, manifest))
-    _each(lambda entry: remove_file(join(uri, entry.name)), list_files(uri))
-    if is_local(uri):
+    remove_file(join_uri(uri, manifest))
+    _each(lambda entry: remove_file(join_uri(uri, entry.name)), list_files(uri))
+    if is_local_uri(uri):
         shutil.rmtree(urlsplit(uri).path, ignore_errors=True)
 
 
@@ -113,9 +113,9 @@ def put_directory(
         Whether anything had to be sent.
 
     Raises:
-        UserError: the local folder has no manifest; see also :func:`remote_errors.steadily`.
+        UserError: the local folder has no manifest; see also :func:`retry_transient`.
         FileNotFoundError: a local file went away meanwhile.
-        StoreUnavailable: the folder is not committed; do it again later.
+        StoreUnavailableError: the folder is not committed; do it again later.
     """
     folder = Path(local)
     if not (folder / manifest).is_file():
@@ -130,12 +130,12 @@ def put_directory(
     if manifest in there:
         sizes = {name: (folder / name).stat().st_size for name in names}
         same = there == sizes | {manifest: len(mine)}
-        if same and read_bytes(join(uri, manifest)) == mine:
+        if same and read_bytes(join_uri(uri, manifest)) == mine:
             return False
-        remove_file(join(uri, manifest))
+        remove_file(join_uri(uri, manifest))
 
     def send(name: str) -> None:
-        path, target = folder / name, join(uri, name)
+        path, target = folder / name, join_uri(uri, name)
         size = path.stat().st_size
         if there.get(name) != size or not _is_there(target, path):
             put_file(path, target)
@@ -143,8 +143,8 @@ def put_directory(
             on_file(name, size)
 
     _each(send, names)
-    _each(lambda name: remove_file(join(uri, name)), there.keys() - {*names, manifest})
-    write_bytes(join(uri, manifest), mine)
+    _each(lambda name: remove_file(join_uri(uri, name)), there.keys() - {*names, manifest})
+    write_bytes(join_uri(uri, manifest), mine)
     return True
 
 
@@ -167,7 +167,7 @@ def get_directory(
 
     Raises:
         UserError: the folder is not committed; the disk is full; what ``check`` raises; see also
-            :func:`remote_errors.steadily`.
+            :func:`retry_transient`.
     """
     entries = list_files(uri)
     if manifest not in {entry.name for entry in entries}:
@@ -176,14 +176,14 @@ def get_directory(
     target = Path(local)
     total = sum(entry.bytes for entry in entries)
     local_storage.require_space(target, total)
-    with local_storage.staging(target) as aside:
+    with local_storage.staging_directory(target) as aside:
 
-        def fetch(entry: Entry) -> None:
+        def fetch(entry: ObjectEntry) -> None:
             place = (aside / entry.name).resolve()
             if not place.is_relative_to(aside.resolve()):
                 raise UserError(f"{uri}: the name {entry.name!r} leads out of the folder")
             try:
-                get_file(join(uri, entry.name), place)
+                get_file(join_uri(uri, entry.name), place)
             except FileNotFoundError:
                 raise UserError(f"{uri}: {entry.name} was removed while it was read") from None
             if on_file is not None:
@@ -211,11 +211,11 @@ def copy_files(
 
     Raises:
         FileNotFoundError: one of them is not there.
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
     def copy(name: str) -> None:
-        copy_file(join(source, name), join(target, name))
+        copy_file(join_uri(source, name), join_uri(target, name))
         if on_file is not None:
             on_file(name)
 

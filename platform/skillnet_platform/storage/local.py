@@ -107,7 +107,7 @@ def read_record(
 
 
 @contextlib.contextmanager
-def staging(final: str | os.PathLike[str]) -> Iterator[Path]:
+def staging_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty directory to fill; it becomes ``final`` when the block ends without error.
 
     After an error it is removed. What killed processes left beside ``final`` is removed first.
@@ -115,13 +115,13 @@ def staging(final: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: the disk is full.
     """
-    with scratch(final) as aside, disk_guard(Path(final)):
+    with scratch_directory(final) as aside, disk_guard(Path(final)):
         yield aside
         commit_directory(aside, final)
 
 
 @contextlib.contextmanager
-def scratch(path: str | os.PathLike[str]) -> Iterator[Path]:
+def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty directory beside ``path``; it is removed when the block ends, however.
 
     What killed processes left of theirs is removed first.

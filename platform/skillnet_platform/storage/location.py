@@ -4,13 +4,13 @@ from pathlib import Path
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import objects
-from skillnet_platform.storage.objects import is_uri, join
+from skillnet_platform.storage.objects import is_uri, join_uri
 
 #: An absolute path, or a URI as plain text. ``file://`` URIs are paths.
-Place = Path | str
+Location = Path | str
 
 
-def place(given: str | Path | None, default: Path) -> Place:
+def parse_location(given: str | Path | None, default: Path) -> Location:
     """The place that was given, or the default.
 
     ``pathlib`` would make ``s3:/bucket`` of ``s3://bucket``: whoever takes a place from a user
@@ -32,12 +32,12 @@ def place(given: str | Path | None, default: Path) -> Place:
     return Path(text).expanduser().absolute()
 
 
-def below(where: Place, *names: str) -> Place:
+def join_location(where: Location, *names: str) -> Location:
     """A place below another."""
-    return where.joinpath(*names) if isinstance(where, Path) else join(where, *names)
+    return where.joinpath(*names) if isinstance(where, Path) else join_uri(where, *names)
 
 
-def content(where: Place) -> bytes | None:
+def read_if_exists(where: Location) -> bytes | None:
     """The bytes of a small file of a place, or none if there is no such file."""
     try:
         if isinstance(where, Path):
@@ -47,13 +47,13 @@ def content(where: Place) -> bytes | None:
         return None
 
 
-def local_folder(given: str | Path | None, default: Path, key: str) -> Path:
+def require_local_folder(given: str | Path | None, default: Path, key: str) -> Path:
     """The folder on this machine that was given, or the default.
 
     Raises:
         UserError: it is a place in a store; names the key.
     """
-    found = place(given, default)
+    found = parse_location(given, default)
     if isinstance(found, str):
         raise UserError(f"{key} takes a folder on this machine, not {found}")
     return found

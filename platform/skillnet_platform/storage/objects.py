@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import local as local_storage
-from skillnet_platform.storage.retry import AZURE, missing_bucket, steadily
+from skillnet_platform.storage.retry import AZURE, missing_bucket, retry_transient
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ S3_OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class ObjectEntry:
     """A file in a store: its name below the folder that was listed, and its bytes."""
 
     name: str
@@ -44,7 +44,7 @@ def is_uri(place: str | os.PathLike[str] | None) -> bool:
     return bool(mark) and scheme.isidentifier() and scheme not in _NOT_STORES
 
 
-def join(uri: str, *names: str) -> str:
+def join_uri(uri: str, *names: str) -> str:
     """A place below another: ``join("s3://b/x/", "y", "z.json") -> "s3://b/x/y/z.json"``.
 
     Names may go up, as a manifest's ``../tokenizer.json`` does, but not above the bucket.
@@ -64,16 +64,16 @@ def join(uri: str, *names: str) -> str:
     return f"{scheme}://{PurePosixPath(*parts)}"
 
 
-def name_of(uri: str) -> str:
+def last_name(uri: str) -> str:
     """The last part of a URI."""
     return uri.rstrip("/").rpartition("/")[2]
 
 
-def exists(uri: str) -> bool:
+def object_exists(uri: str) -> bool:
     """Whether there is such an object (folders are no objects).
 
     Raises:
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
     return info_of(uri) is not None
 
@@ -83,7 +83,7 @@ def open_file(uri: str) -> IO[bytes]:
 
     Raises:
         FileNotFoundError: there is none.
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
     def opened() -> IO[bytes]:
@@ -99,7 +99,7 @@ def read_bytes(uri: str) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
     def read() -> bytes:
@@ -114,7 +114,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
     def write() -> None:
         system, path = _system(uri)
-        if is_local(uri):
+        if is_local_uri(uri):
             with local_storage.atomic_write(path) as stream:
                 stream.write(data)
         else:
@@ -128,12 +128,12 @@ def put_file(local: str | os.PathLike[str], uri: str) -> None:
 
     Raises:
         FileNotFoundError: the local file is not there (any more).
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
     def put() -> None:
         system, path = _system(uri)
-        if is_local(uri):
+        if is_local_uri(uri):
             with Path(local).open("rb") as source, local_storage.atomic_write(path) as stream:
                 shutil.copyfileobj(source, stream)
         else:
@@ -147,13 +147,13 @@ def copy_file(source: str, target: str) -> None:
 
     Raises:
         FileNotFoundError: there is no such object.
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
     def copy() -> None:
         system, path = _system(source)
         _, place = _system(target)
-        if is_local(target):
+        if is_local_uri(target):
             Path(place).parent.mkdir(parents=True, exist_ok=True)
         system.cp_file(path, place)
 
@@ -166,7 +166,7 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
     Raises:
         FileNotFoundError: there is no such object.
         UserError: its content is not what ``sha256`` says; the disk is full; see also
-            :func:`remote_errors.steadily`.
+            :func:`retry_transient`.
     """
     target = Path(local)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -191,22 +191,22 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
         aside.unlink(missing_ok=True)
 
 
-def list_files(uri: str) -> list[Entry]:
+def list_files(uri: str) -> list[ObjectEntry]:
     """All files below a folder, by name; empty if there are none.
 
     Raises:
         UserError: the bucket is not there, or is not ours to list.
-        StoreUnavailable: see :func:`remote_errors.steadily`.
+        StoreUnavailableError: see :func:`retry_transient`.
     """
 
-    def found() -> list[Entry]:
+    def found() -> list[ObjectEntry]:
         system, path = _system(uri)
         system.invalidate_cache(path)
         top = path.rstrip("/") + "/"
         entries = system.find(path, detail=True)
         return sorted(
             (
-                Entry(name.removeprefix(top), int(info["size"]))
+                ObjectEntry(name.removeprefix(top), int(info["size"]))
                 for name, info in entries.items()
                 if name.startswith(top)
             ),
@@ -240,14 +240,14 @@ def remove_file(uri: str) -> None:
         except FileNotFoundError:
             return
 
-    steadily(uri, remove)
+    retry_transient(uri, remove)
 
 
 def info_of(uri: str) -> dict[str, Any] | None:
     """What the store tells of an object, or none if there is none.
 
     Raises:
-        UserError: the bucket is not there; see also :func:`remote_errors.steadily`.
+        UserError: the bucket is not there; see also :func:`retry_transient`.
     """
 
     def ask() -> dict[str, Any] | None:
@@ -284,10 +284,10 @@ def _in_bucket(uri: str, action: Callable[[], Result]) -> Result:
 
     Raises:
         FileNotFoundError: there is no such object.
-        UserError, StoreUnavailable: see :func:`remote_errors.steadily`.
+        UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
     try:
-        return steadily(uri, action)
+        return retry_transient(uri, action)
     except FileNotFoundError:
         _require_bucket(uri)
         raise
@@ -295,7 +295,7 @@ def _in_bucket(uri: str, action: Callable[[], Result]) -> Result:
 
 def _or_nothing(uri: str, found: Callable[[], list[Any]]) -> list[Any]:
     try:
-        entries = steadily(uri, found)
+        entries = retry_transient(uri, found)
     except FileNotFoundError:
         entries = []
     if not entries:
@@ -318,11 +318,11 @@ def _require_bucket(uri: str) -> None:
         system.invalidate_cache()
         return bool(system.exists(path.partition("/")[0]))
 
-    if not steadily(uri, ask):
+    if not retry_transient(uri, ask):
         raise UserError(missing_bucket(uri))
 
 
-def is_local(uri: str) -> bool:
+def is_local_uri(uri: str) -> bool:
     """Whether a URI names a place on this machine's disk."""
     return urlsplit(uri).scheme in ("file", "local")
 

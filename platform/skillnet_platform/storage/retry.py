@@ -1,7 +1,7 @@
 """What an object store's failure means: the user's mistake, or a store that is away for a while.
 
 Clients raise their own errors; here they become a ``UserError`` (wrong credentials, missing
-bucket), a ``FileNotFoundError`` (no such object), or, after patient tries, ``StoreUnavailable``.
+bucket), a ``FileNotFoundError`` (no such object), or, after patient tries, ``StoreUnavailableError``.
 """
 
 import errno
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from skillnet_platform import console
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.errors import UserError, suggest_name
 
 Result = TypeVar("Result")
 
@@ -76,7 +76,7 @@ _lock = threading.Lock()
 ADVICE = ". Run the same command again when it does"
 
 
-class StoreUnavailable(RuntimeError):
+class StoreUnavailableError(RuntimeError):
     """The store did not answer for longer than we wait. Nothing local is lost by it."""
 
     @property
@@ -85,7 +85,7 @@ class StoreUnavailable(RuntimeError):
         return str(self).removesuffix(ADVICE)
 
 
-def patience() -> float:
+def retry_patience() -> float:
     """Seconds for which an operation is tried again: ``$SKILLNET_STORE_PATIENCE``, else 120.
 
     Raises:
@@ -103,22 +103,22 @@ def patience() -> float:
     return seconds
 
 
-def steadily(uri: str, action: Callable[[], Result], seconds: float | None = None) -> Result:
+def retry_transient(uri: str, action: Callable[[], Result], seconds: float | None = None) -> Result:
     """Do something with a store; if it is away, try again with growing, random pauses.
 
     Args:
         uri: what it is about, for messages.
         action: must do no harm when done twice.
-        seconds: how long to try; none for :func:`patience`.
+        seconds: how long to try; none for :func:`retry_patience`.
 
     Raises:
         UserError: the store refused: credentials, bucket, scheme.
         FileNotFoundError: there is no such object.
-        StoreUnavailable: it did not answer for so long.
+        StoreUnavailableError: it did not answer for so long.
     """
     import tenacity
 
-    limit = patience() if seconds is None else seconds
+    limit = retry_patience() if seconds is None else seconds
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
         # Full jitter: many workers that lost one store do not come back to it all at once.
@@ -130,14 +130,14 @@ def steadily(uri: str, action: Callable[[], Result], seconds: float | None = Non
     try:
         return again(action)
     except Exception as problem:
-        said = refusal(uri, problem)
+        said = explain_refusal(uri, problem)
         if said is not None:
             raise UserError(said) from problem
         if _status(problem) == 404:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from problem
         if not is_transient(problem):
             raise
-        raise StoreUnavailable(
+        raise StoreUnavailableError(
             f"{uri}: the store{_endpoint(uri)} did not answer for {limit:.0f} s "
             f"({_words(problem)}){ADVICE}"
         ) from problem
@@ -160,7 +160,7 @@ def is_transient(problem: BaseException) -> bool:
     return isinstance(problem, TimeoutError) or package in _CLIENT_PACKAGES
 
 
-def refusal(uri: str, problem: BaseException) -> str | None:
+def explain_refusal(uri: str, problem: BaseException) -> str | None:
     """The message for people if the store, or the lack of a client, refuses for good."""
     scheme = urlsplit(uri).scheme
     if isinstance(problem, ImportError):
@@ -168,7 +168,7 @@ def refusal(uri: str, problem: BaseException) -> str | None:
         hint = f"pip install {package}" if package else str(problem)
         return f"{uri}: the client for {scheme}:// is not installed: {hint}"
     if isinstance(problem, ValueError) and "Protocol not known" in str(problem):
-        return f"{uri}: {scheme}:// is no known kind of store{nearest(scheme, CLIENTS)}"
+        return f"{uri}: {scheme}:// is no known kind of store{suggest_name(scheme, CLIENTS)}"
     if isinstance(problem, PermissionError) and scheme in ("file", "local"):
         return f"{uri}: no permission ({problem.strerror or problem})"
     if isinstance(problem, PermissionError) or _is_about_credentials(problem):

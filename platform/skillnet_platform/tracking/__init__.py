@@ -5,10 +5,10 @@ from skillnet_platform.tracking.run import (
     LONGEST_TAG,
     Tracker,
     TrackingConfig,
-    child,
-    recorded,
-    send_left_behind,
-    start,
+    read_run_id,
+    send_leftover_spools,
+    start_child_run,
+    start_run,
 )
 
 __all__ = [
@@ -16,8 +16,8 @@ __all__ = [
     "LONGEST_TAG",
     "Tracker",
     "TrackingConfig",
-    "child",
-    "recorded",
-    "send_left_behind",
-    "start",
+    "read_run_id",
+    "send_leftover_spools",
+    "start_child_run",
+    "start_run",
 ]

@@ -45,14 +45,14 @@ EXPERIMENT_TAGS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TrackingBackend:
     """A store that is ready, and the experiment in it."""
 
     uri: str
     experiment_id: str
 
 
-def prepare_environment() -> None:
+def prepare_mlflow_environment() -> None:
     """Set MLflow's environment where the user has not, and keep its loggers to warnings."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -83,35 +83,35 @@ def artifact_root() -> Path:
     return storage.run_root() / "mlartifacts"
 
 
-def client(uri: str) -> Any:
+def create_client(uri: str) -> Any:
     """An ``MlflowClient`` of that store, for tracking and registry alike."""
-    prepare_environment()
+    prepare_mlflow_environment()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def setup(uri: str | None = None, experiment: str = "skillnet") -> Place:
+def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> TrackingBackend:
     """Make sure that the store and the experiment exist. The driver calls it, before workers.
 
     Raises:
         UserError: nothing answers at the URI, or the experiment was deleted there.
     """
     chosen = resolve_uri(uri)
-    prepare_environment()
+    prepare_mlflow_environment()
     if chosen.startswith("http"):
         require_answer(chosen)
     from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
 
     with _one_at_a_time(chosen):
-        mlflow_client = client(chosen)
+        mlflow_client = create_client(chosen)
         try:
             found = mlflow_client.get_experiment_by_name(experiment)
             if found is None:
                 location = artifact_root().as_uri() if chosen.startswith("sqlite") else None
                 identity = mlflow_client.create_experiment(experiment, location, EXPERIMENT_TAGS)
-                return Place(chosen, identity)
+                return TrackingBackend(chosen, identity)
         except MlflowException as problem:
             found = _made_meanwhile(mlflow_client, experiment, problem, chosen)
     if found.lifecycle_stage == LifecycleStage.DELETED:
@@ -119,7 +119,7 @@ def setup(uri: str | None = None, experiment: str = "skillnet") -> Place:
             f"the experiment {experiment!r} was deleted in {chosen}; restore it there, or give "
             "another name with --tracking.experiment"
         )
-    return Place(chosen, found.experiment_id)
+    return TrackingBackend(chosen, found.experiment_id)
 
 
 def _made_meanwhile(mlflow_client: Any, experiment: str, problem: Exception, uri: str) -> Any:
@@ -161,12 +161,12 @@ def require_access(uri: str) -> None:
     """
     if not uri.startswith("http"):
         return
-    prepare_environment()
+    prepare_mlflow_environment()
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import read_mlflow_creds
 
     try:
-        client(uri).search_experiments(max_results=1)
+        create_client(uri).search_experiments(max_results=1)
     except MlflowException as problem:
         if problem.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             raise UserError(f"tracking.uri {uri}: {first_line(problem)}") from None

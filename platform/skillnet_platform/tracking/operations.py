@@ -9,7 +9,7 @@ PARAMETERS_A_BATCH = 100
 METRICS_A_BATCH = 1000
 
 
-def apply(client: Any, run_id: str, operation: Operation) -> None:
+def apply_operation(client: Any, run_id: str, operation: Operation) -> None:
     """Send one operation through an ``MlflowClient``; raises what that raises.
 
     Each may be sent twice and leaves what once would have left.

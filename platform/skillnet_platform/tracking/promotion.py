@@ -14,7 +14,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricEstimate:
     """One task's measure of one system.
 
     Args:
@@ -35,7 +35,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PromotionDecision:
     """Whether the gate opens, and one line a task saying why."""
 
     passed: bool
@@ -45,7 +45,9 @@ class Verdict:
         return "; ".join(self.reasons)
 
 
-def compare(challenger: Mapping[str, Figure], champion: Mapping[str, Figure]) -> Verdict:
+def decide_promotion(
+    challenger: Mapping[str, MetricEstimate], champion: Mapping[str, MetricEstimate]
+) -> PromotionDecision:
     """Hold a challenger's figures, by task, against a champion's.
 
     A task that only the champion knows closes the gate. One that only the challenger knows
@@ -76,20 +78,20 @@ def compare(challenger: Mapping[str, Figure], champion: Mapping[str, Figure]) ->
             )
     if not worse and not better:
         reasons.append("better on no task")
-    return Verdict(better and not worse, tuple(reasons))
+    return PromotionDecision(better and not worse, tuple(reasons))
 
 
-def to_json(figures: Mapping[str, Figure]) -> dict[str, dict[str, Any]]:
+def estimates_to_json(figures: Mapping[str, MetricEstimate]) -> dict[str, dict[str, Any]]:
     """Figures by task as plain mappings."""
     return {task: asdict(figure) for task, figure in figures.items()}
 
 
-def from_json(obj: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+def estimates_from_json(obj: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricEstimate]:
     """The inverse of ``to_json``."""
-    return {task: Figure(**fields) for task, fields in obj.items()}
+    return {task: MetricEstimate(**fields) for task, fields in obj.items()}
 
 
-def _difference(new: Figure, old: Figure) -> tuple[float, float]:
+def _difference(new: MetricEstimate, old: MetricEstimate) -> tuple[float, float]:
     """The interval of the gain; positive is better, whichever way the metric runs."""
     sign = 1.0 if new.higher_is_better else -1.0
     gain = sign * (new.value - old.value)
@@ -98,7 +100,7 @@ def _difference(new: Figure, old: Figure) -> tuple[float, float]:
     return gain - math.hypot(below_new, above_old), gain + math.hypot(above_new, below_old)
 
 
-def _spread(figure: Figure) -> tuple[float, float]:
+def _spread(figure: MetricEstimate) -> tuple[float, float]:
     """How far the interval reaches towards worse and towards better."""
     down, up = figure.value - figure.low, figure.high - figure.value
     return (down, up) if figure.higher_is_better else (up, down)

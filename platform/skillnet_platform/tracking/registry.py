@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from skillnet_platform.errors import UserError, nearest
+from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.tracking import backend, promotion
 
 MODEL_NAME = "skillnet"
@@ -26,7 +26,7 @@ REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "tokenizers", "pyarro
 
 
 @dataclass(frozen=True)
-class Registered:
+class RegisteredVersion:
     """A version in the registry.
 
     Args:
@@ -43,11 +43,11 @@ class Registered:
     uri: str
     run_id: str
     alias: str
-    verdict: promotion.Verdict
+    verdict: promotion.PromotionDecision
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedModel:
     """A model found: its files, and what the registry knows of it (None for a plain folder)."""
 
     uri: str
@@ -57,11 +57,11 @@ class Resolved:
     metadata: Mapping[str, Any] | None = None
 
 
-def register(
+def register_version(
     run_id: str,
     code_path: str | os.PathLike[str],
     artifacts: Mapping[str, str | os.PathLike[str]],
-    figures: Mapping[str, promotion.Figure],
+    figures: Mapping[str, promotion.MetricEstimate],
     *,
     uri: str | None = None,
     name: str = MODEL_NAME,
@@ -72,7 +72,7 @@ def register(
     code_paths: Sequence[str] | None = None,
     description: str = "",
     tags: Mapping[str, Any] | None = None,
-) -> Registered:
+) -> RegisteredVersion:
     """Log a model under a run, make it a version and let the gate decide which alias it gets.
 
     The first version becomes champion; a later one only through the gate, else challenger.
@@ -99,7 +99,7 @@ def register(
         if not Path(what).exists():
             raise UserError(f"{what}: no such file; a model cannot be registered without it")
     chosen = backend.resolve_uri(uri)
-    client = backend.client(chosen)
+    client = backend.create_client(chosen)
     experiment_id = client.get_run(run_id).info.experiment_id
     with _as_default(chosen, experiment_id) as mlflow:
         # pyfunc.log_model would open the run anew and end it FINISHED, whatever it was.
@@ -113,7 +113,7 @@ def register(
             signature=signature,
             input_example=input_example,
             metadata=dict(metadata or {}),
-            pip_requirements=list(requirements or installed(REQUIREMENTS)),
+            pip_requirements=list(requirements or installed_requirements(REQUIREMENTS)),
             code_paths=list(code_paths) if code_paths else None,
         )
         _ensure_model(client, name)
@@ -127,14 +127,14 @@ def register(
         )
     number = int(made.version)
     client.set_model_version_tag(name, made.version, FIGURES_TAG, _pack(figures))
-    verdict = promote(number, name=name, uri=chosen)
+    verdict = promote_version(number, name=name, uri=chosen)
     alias = CHAMPION if verdict.passed else CHALLENGER
-    return Registered(name, number, f"models:/{name}/{number}", run_id, alias, verdict)
+    return RegisteredVersion(name, number, f"models:/{name}/{number}", run_id, alias, verdict)
 
 
-def promote(
+def promote_version(
     number: int, *, name: str = MODEL_NAME, uri: str | None = None, force: bool = False
-) -> promotion.Verdict:
+) -> promotion.PromotionDecision:
     """Hold a version against the champion and move the alias that it earned.
 
     Args:
@@ -143,17 +143,17 @@ def promote(
         uri: the tracker.
         force: make it champion whatever the figures say (the verdict records that).
     """
-    client = backend.client(backend.resolve_uri(uri))
-    current = champion(name=name, uri=uri)
+    client = backend.create_client(backend.resolve_uri(uri))
+    current = find_champion(name=name, uri=uri)
     if current is None:
-        verdict = promotion.Verdict(True, ("the first version",))
+        verdict = promotion.PromotionDecision(True, ("the first version",))
     elif int(current.version) == number:
-        verdict = promotion.Verdict(True, ("already the champion",))
+        verdict = promotion.PromotionDecision(True, ("already the champion",))
     else:
         ours = _unpack(client.get_model_version(name, str(number)))
-        verdict = promotion.compare(ours, _unpack(current))
+        verdict = promotion.decide_promotion(ours, _unpack(current))
     if force and not verdict.passed:
-        verdict = promotion.Verdict(True, (*verdict.reasons, "promoted by hand"))
+        verdict = promotion.PromotionDecision(True, (*verdict.reasons, "promoted by hand"))
     client.set_model_version_tag(name, str(number), "gate", str(verdict)[:5000])
     client.set_registered_model_alias(name, CHAMPION if verdict.passed else CHALLENGER, str(number))
     if verdict.passed:
@@ -161,12 +161,12 @@ def promote(
     return verdict
 
 
-def champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
+def find_champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
     """The champion as an MLflow ModelVersion, or None if there is none yet."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client = backend.client(backend.resolve_uri(uri))
+        client = backend.create_client(backend.resolve_uri(uri))
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as problem:
         if problem.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -174,7 +174,7 @@ def champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
         raise
 
 
-def resolve(model: str, uri: str | None = None) -> Resolved:
+def resolve_registered(model: str, uri: str | None = None) -> ResolvedModel:
     """Find a model's files: a folder, ``models:/skillnet@champion``, ``models:/skillnet/3``,
     ``models:/m-…`` or ``runs:/RUN_ID/path``.
 
@@ -183,13 +183,13 @@ def resolve(model: str, uri: str | None = None) -> Resolved:
     """
     if not model.startswith(("models:/", "runs:/")):
         if Path(model).is_dir():
-            return Resolved(model, Path(model).absolute())
+            return ResolvedModel(model, Path(model).absolute())
         raise UserError(
             f"{model}: no such directory. Give a checkpoint's directory or a registered model "
             f"such as models:/{MODEL_NAME}@{CHAMPION}"
         )
     chosen = backend.resolve_uri(uri)
-    client = backend.client(chosen)
+    client = backend.create_client(chosen)
     from mlflow.exceptions import MlflowException
 
     try:
@@ -201,7 +201,7 @@ def resolve(model: str, uri: str | None = None) -> Resolved:
             problem
         )
     metadata = mlflow.models.Model.load(str(path)).metadata if (path / "MLmodel").exists() else {}
-    return Resolved(
+    return ResolvedModel(
         model,
         path,
         int(found.version) if found else None,
@@ -210,18 +210,18 @@ def resolve(model: str, uri: str | None = None) -> Resolved:
     )
 
 
-def load(model: str, uri: str | None = None) -> Any:
+def load_registered(model: str, uri: str | None = None) -> Any:
     """The pyfunc model behind a URI (or in a folder with an MLmodel file).
 
     Raises:
         UserError: there is none.
     """
-    resolved = resolve(model, uri)
+    resolved = resolve_registered(model, uri)
     with _as_default(backend.resolve_uri(uri)) as mlflow:
         return mlflow.pyfunc.load_model(str(resolved.path))
 
 
-def installed(names: Sequence[str]) -> list[str]:
+def installed_requirements(names: Sequence[str]) -> list[str]:
     """``name==version`` of what is installed, for a model's requirements."""
     found = []
     for name in names:
@@ -264,7 +264,7 @@ def _what_there_is(client: Any, model: str) -> str:
     if not models:
         return "; nothing is registered there yet (`skillnet register` does)"
     if name not in models:
-        return f": no model {name!r}{nearest(name, models)}"
+        return f": no model {name!r}{suggest_name(name, models)}"
     aliases = ", ".join(f"@{alias} ({v})" for alias, v in sorted(models[name].aliases.items()))
     versions = [int(each.version) for each in client.search_model_versions(f"name = '{name}'")]
     return f"; {name} has versions {sorted(versions)} and aliases {aliases or 'none'}"
@@ -276,18 +276,18 @@ def _drop_alias(client: Any, name: str, alias: str, number: int) -> None:
         client.delete_registered_model_alias(name, alias)
 
 
-def _pack(figures: Mapping[str, promotion.Figure]) -> str:
-    return json.dumps(promotion.to_json(figures), separators=(",", ":"))
+def _pack(figures: Mapping[str, promotion.MetricEstimate]) -> str:
+    return json.dumps(promotion.estimates_to_json(figures), separators=(",", ":"))
 
 
-def _unpack(found: Any) -> dict[str, promotion.Figure]:
-    return promotion.from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
+def _unpack(found: Any) -> dict[str, promotion.MetricEstimate]:
+    return promotion.estimates_from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
 
 
 @contextlib.contextmanager
 def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
     """MLflow's functions, as opposed to its client, read process-wide settings: set, put back."""
-    backend.prepare_environment()
+    backend.prepare_mlflow_environment()
     names = (backend.URI_VARIABLE, "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
     before = {name: os.environ.get(name) for name in names}
     os.environ[backend.URI_VARIABLE] = uri

@@ -63,8 +63,10 @@ class Tracker:
 
     def __init__(self, run_id: str, uri: str, experiment_id: str = "") -> None:
         self.run_id, self.uri, self.experiment_id = run_id, uri, experiment_id
-        client = backend.client(uri)
-        self._spool = spool.Spool(run_id, uri, lambda op: operations.apply(client, run_id, op))
+        client = backend.create_client(uri)
+        self._spool = spool.OperationSpool(
+            run_id, uri, lambda op: operations.apply_operation(client, run_id, op)
+        )
 
     @classmethod
     def by_id(cls, run_id: str, uri: str) -> "Tracker":
@@ -91,7 +93,7 @@ class Tracker:
         Parameters cannot change in MLflow: on a resumed run the first values stay, and what
         differs is kept in tags named ``changed.<key>``.
         """
-        flat = configuration.flatten(configuration.to_dict(resolved))
+        flat = configuration.flatten_tree(configuration.to_dict(resolved))
         values = {key: _short(value, LONGEST_PARAMETER) for key, value in flat.items()}
         self._spool.send({"kind": "params", "values": values})
         self.text(configuration.to_yaml(resolved), "config.yaml")
@@ -184,7 +186,7 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def start(
+def start_run(
     name: str,
     config: Any = None,
     tracking: TrackingConfig | None = None,
@@ -213,9 +215,9 @@ def start(
             have the run to go on with.
     """
     where = tracking or TrackingConfig()
-    place = backend.setup(where.uri, where.experiment)
-    client = backend.client(place.uri)
-    send_left_behind(place.uri)
+    place = backend.setup_backend(where.uri, where.experiment)
+    client = backend.create_client(place.uri)
+    send_leftover_spools(place.uri)
     orphans.close_abandoned(client, place.experiment_id)
     if run_id is None:
         run = client.create_run(place.experiment_id, run_name=name, tags=_first_tags(parent))
@@ -251,10 +253,10 @@ def start(
         # A tracker that is only busy gets a little time: the next run may be weeks away.
         tracker.settle(0.0 if status == "KILLED" else END_PATIENCE_S)
         if len(tracker._spool) == 0:
-            send_left_behind(place.uri)  # what a worker of this run could not send
+            send_leftover_spools(place.uri)  # what a worker of this run could not send
 
 
-def child(
+def start_child_run(
     parent: Tracker,
     name: str,
     config: Any = None,
@@ -275,7 +277,7 @@ def child(
     Raises:
         MlflowException: the tracker is away (:func:`skillnet_platform.tracking.spool.is_away`).
     """
-    client = backend.client(parent.uri)
+    client = backend.create_client(parent.uri)
     if run_id is None:
         first = _first_tags(parent.run_id)
         run = client.create_run(parent.experiment_id, run_name=name, tags=first)
@@ -291,7 +293,7 @@ def child(
     return tracker
 
 
-def recorded(path: Path) -> str | None:
+def read_run_id(path: Path) -> str | None:
     """Id of the MLflow run that a ``run.json`` names; none if there is no such file.
 
     Raises:
@@ -320,10 +322,10 @@ def _take_up(client: Any, run_id: str, uri: str) -> None:
     client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
 
 
-def send_left_behind(uri: str) -> int:
+def send_leftover_spools(uri: str) -> int:
     """Send what processes that ended left in their spools for this tracker; how many records."""
     sent = 0
-    for path in spool.left_behind(uri):
+    for path in spool.find_leftover_spools(uri):
         sent += Tracker(path.name.partition(".")[0], uri)._spool.adopt(path)
     return sent
 

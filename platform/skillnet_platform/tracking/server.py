@@ -20,7 +20,7 @@ WATCH = f"read -r g || exit; cat; kill -TERM -$g && sleep {END_S} && kill -KILL 
 
 
 @contextlib.contextmanager
-def started(
+def running_server(
     command: Sequence[str], environment: Mapping[str, str], **streams: Any
 ) -> "Iterator[subprocess.Popen[Any]]":
     """A command for the length of a block; at its end it and all below it are ended.
@@ -53,10 +53,10 @@ def started(
         # First: once the server has been waited for, its number may be another's.
         watcher.kill()
         watcher.communicate()
-        end(server)
+        stop_server(server)
 
 
-def end(server: "subprocess.Popen[Any]", patience: float | None = None) -> None:
+def stop_server(server: "subprocess.Popen[Any]", patience: float | None = None) -> None:
     """End a process that leads a session of its own, and all that it started.
 
     Args:
@@ -80,7 +80,7 @@ def end(server: "subprocess.Popen[Any]", patience: float | None = None) -> None:
 STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
 
 
-def start(uri: str, host: str, port: int, **streams: Any) -> "subprocess.Popen[Any]":
+def start_server(uri: str, host: str, port: int, **streams: Any) -> "subprocess.Popen[Any]":
     """Start a server on a store, in a session of its own; it does not answer yet.
 
     Args:
@@ -89,18 +89,20 @@ def start(uri: str, host: str, port: int, **streams: Any) -> "subprocess.Popen[A
         port: where to listen.
         streams: of ``subprocess.Popen``: what becomes of its output.
     """
-    words = command(host, port)
-    return subprocess.Popen(words, env=environment(uri), start_new_session=True, **streams)
+    words = server_command(host, port)
+    return subprocess.Popen(words, env=server_environment(uri), start_new_session=True, **streams)
 
 
-def environment(uri: str) -> dict[str, str]:
+def server_environment(uri: str) -> dict[str, str]:
     """The environment of a server on that store."""
     given = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", STORE_VARIABLE: uri}
     given.pop(backend.URI_VARIABLE, None)
     return given
 
 
-def command(host: str, port: int, artifacts: str | None = None, workers: int = 1) -> list[str]:
+def server_command(
+    host: str, port: int, artifacts: str | None = None, workers: int = 1
+) -> list[str]:
     """The command line of an MLflow server; artifacts by default in the run root."""
     program = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"  # noqa: PTH120
     kept = ["--artifacts-destination", artifacts or backend.artifact_root().as_uri()]

@@ -26,7 +26,7 @@ from skillnet_platform.tracking.operations import Operation
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 PROBE_S = 0.5
-#: Between tries of a record that fails while another one is taken: see :meth:`Spool._send_first`.
+#: Between tries of a record that fails while another one is taken: see :meth:`OperationSpool._send_first`.
 DOUBT_PAUSES_S = (0.0, 1.0, 2.0)
 
 _COUNTER = count()
@@ -56,7 +56,7 @@ def is_away(problem: BaseException) -> bool:
     )
 
 
-class Spool:
+class OperationSpool:
     """The operations of one process for one run.
 
     Args:
@@ -125,7 +125,7 @@ class Spool:
 
     def adopt(self, path: Path) -> int:
         """Send what a process that ended left in ``path``; how many records, 0 if still away."""
-        _, operations = read(path)
+        _, operations = read_spool(path)
         with self._lock:
             self.path, self._waiting = path, list(operations)
             return len(operations) if self.flush() else 0
@@ -224,7 +224,7 @@ class Spool:
         self._pause = min(self._pause * 2, LONGEST_PAUSE_S)
 
 
-def left_behind(uri: str) -> list[Path]:
+def find_leftover_spools(uri: str) -> list[Path]:
     """Spools for this tracker whose process, on this machine, has ended.
 
     One whose first line was cut short, by a kill or a full disk, is set aside with a warning.
@@ -251,7 +251,7 @@ def left_behind(uri: str) -> list[Path]:
     return found
 
 
-def read(path: Path) -> tuple[str, list[Operation]]:
+def read_spool(path: Path) -> tuple[str, list[Operation]]:
     """The run id and the operations in a spool file, without lines cut short by a kill."""
     operations = []
     # Not splitlines(): texts may hold the other characters at which that cuts.

@@ -13,7 +13,7 @@ from skillnet_platform.checks import cluster as checks
 from skillnet_platform.checks import machine as machine_checks
 from skillnet_platform.checks import node_probe
 from skillnet_platform.checks.finding import GIB
-from skillnet_platform.checks.node_probe import Seen
+from skillnet_platform.checks.node_probe import NodeProbe
 from skillnet_platform.cluster import versions
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
@@ -22,9 +22,9 @@ from skillnet_platform.cluster.resource_request import (
 )
 from tests.helpers.object_store import ObjectStore
 
-ONE = Seen(
+ONE = NodeProbe(
     node="10.0.0.1",
-    versions=versions.installed(),
+    versions=versions.installed_versions(),
     auth_mode="token",
     interfaces={"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"},
     addresses={"lo": "127.0.0.1", "eth0": "10.0.0.1"},
@@ -44,21 +44,28 @@ def node(cpus: float, gpus: float = 0) -> dict[str, dict[str, float]]:
 
 def test_a_sound_cluster_has_nothing_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
-    for check in (checks.same_versions, checks.authentication, checks.room, checks.trackers):
+    for check in (
+        checks.check_node_versions,
+        checks.check_authentication,
+        checks.check_checkpoint_space,
+        checks.check_node_trackers,
+    ):
         assert [each.level for each in check([ONE, TWO])] == ["ok"], check
-    assert [each.level for each in checks.meeting([ONE, TWO], ResourceRequest(2))] == ["ok"]
-    (finding,) = checks.shared_storage([ONE, TWO], ["/mnt/runs"])
+    assert [each.level for each in checks.check_interfaces([ONE, TWO], ResourceRequest(2))] == [
+        "ok"
+    ]
+    (finding,) = checks.check_shared_storage([ONE, TWO], ["/mnt/runs"])
     assert finding.level == "ok"
 
 
 def test_another_version_on_a_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     other = replace(TWO, versions=TWO.versions | {"torch": "2.0.0"})
-    (finding,) = checks.same_versions([ONE, other])
+    (finding,) = checks.check_node_versions([ONE, other])
     assert finding.level == "error"
     assert "torch 2.0.0 on 10.0.0.2" in finding.seen
     assert "ray up" in finding.advice
     monkeypatch.setenv(versions.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
-    told = checks.same_versions([ONE, TWO])
+    told = checks.check_node_versions([ONE, TWO])
     assert [each.level for each in told] == ["warning", "warning"]
     assert "9.9 where the job was sent" in told[1].seen
 
@@ -89,16 +96,16 @@ def test_resources(
     growth: list[dict[str, float]],
     level: str,
 ) -> None:
-    (finding,) = checks.enough(nodes, asked, growth)
+    (finding,) = checks.check_resources(nodes, asked, growth)
     assert finding.level == level
     assert asked.format() in finding.seen
 
 
 def test_each_stage_and_each_model_is_looked_at(tmp_path: Path) -> None:
-    told = checks.enough([node(2)], ResourceRequest(2, next_stage=ResourceRequest(4)), [])
+    told = checks.check_resources([node(2)], ResourceRequest(2, next_stage=ResourceRequest(4)), [])
     assert [each.level for each in told] == ["ok", "error"]
     (tmp_path / "model").mkdir()
-    found = checks.models([str(tmp_path / "model"), str(tmp_path / "gone")])
+    found = checks.check_models([str(tmp_path / "model"), str(tmp_path / "gone")])
     assert [each.level for each in found] == ["ok", "error"]
     assert found[1].seen == f"{tmp_path}/gone: not there, as seen from the head"
 
@@ -117,11 +124,13 @@ def test_the_autoscaler_may_start_what_the_file_says(
 
 
 def test_a_node_that_asks_for_no_token_is_named() -> None:
-    (finding,) = checks.authentication([ONE, replace(TWO, auth_mode="disabled")])
+    (finding,) = checks.check_authentication([ONE, replace(TWO, auth_mode="disabled")])
     assert (finding.level, finding.seen[-8:]) == ("error", "10.0.0.2")
     assert "RAY_AUTH_MODE=token" in finding.advice
     here = replace(ONE, node="127.0.0.1", auth_mode="disabled")
-    assert checks.authentication([here])[0].level == "warning", "for users of this machine alone"
+    assert checks.check_authentication([here])[0].level == "warning", (
+        "for users of this machine alone"
+    )
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -151,10 +160,10 @@ def server() -> Iterator[str]:
 def test_a_job_server_is_tried_without_the_token(
     server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (finding,) = checks.authentication([ONE, TWO], server)
+    (finding,) = checks.check_authentication([ONE, TWO], server)
     assert (finding.level, server in finding.seen) == ("error", True)
     monkeypatch.setattr(Answers, "code", 401)
-    assert checks.authentication([ONE, TWO], server)[0].level == "ok"
+    assert checks.check_authentication([ONE, TWO], server)[0].level == "ok"
 
 
 def test_a_tracker_is_asked_for_more_than_its_health(
@@ -164,17 +173,19 @@ def test_a_tracker_is_asked_for_more_than_its_health(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setattr(Answers, "code", 401)
-    (finding,) = machine_checks.tracker()
+    (finding,) = machine_checks.check_tracker()
     assert finding.level == "error"
     assert "asks for a password, and none is set" in finding.seen
-    assert machine_checks.tracker(ResourceRequest())[0].level == "warning", "nothing is recorded"
+    assert machine_checks.check_tracker(ResourceRequest())[0].level == "warning", (
+        "nothing is recorded"
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     problem, access = node_probe._tracker_problems()
     assert (problem, "refuses the user me" in access) == ("", True)
     told = [ONE, replace(TWO, access_problem=access)]
-    assert checks.trackers(told, ResourceRequest(uses_tracker=True))[0].level == "error"
-    (finding,) = checks.trackers(told, ResourceRequest())
+    assert checks.check_node_trackers(told, ResourceRequest(uses_tracker=True))[0].level == "error"
+    (finding,) = checks.check_node_trackers(told, ResourceRequest())
     assert finding.level == "warning", "a command that records nothing needs no entry"
     assert "--env_from MLFLOW_TRACKING_USERNAME" in finding.advice
 
@@ -196,17 +207,21 @@ def test_room_is_held_against_what_the_run_takes(
     assert estimate_checkpoint_bytes(request_resources(words)) == 0
     assert request_resources(["finetune", "--run_dir", "s3://b/runs"]).run_dir == ""
     little = replace(TWO, free_bytes=2999)
-    (finding,) = checks.room([ONE, little], asked)
+    (finding,) = checks.check_checkpoint_space([ONE, little], asked)
     assert finding.level == "error"
     assert finding.seen == "2.9 KiB free on 10.0.0.2; the run takes 2.9 KiB"
-    assert checks.room([ONE, replace(TWO, free_bytes=3000)], asked)[0].level == "ok"
+    assert (
+        checks.check_checkpoint_space([ONE, replace(TWO, free_bytes=3000)], asked)[0].level == "ok"
+    )
     monkeypatch.setattr(storage, "free_bytes", lambda path: 2999 if "big" in str(path) else 10**12)
-    assert [each.level for each in machine_checks.disk(asked)] == ["error"]
-    assert [each.level for each in machine_checks.disk()] == ["ok"]
+    assert [each.level for each in machine_checks.check_disk(asked)] == ["error"]
+    assert [each.level for each in machine_checks.check_disk()] == ["ok"]
     away = node_probe._look_around("10.0.0.1", "x", [], asked.run_dir)
     assert away["free_bytes"] == 2999
     assert not (tmp_path / "new").exists()
-    assert machine_checks.disk(request_resources(["finetune", "--run_dir", str(tmp_path / "new")]))
+    assert machine_checks.check_disk(
+        request_resources(["finetune", "--run_dir", str(tmp_path / "new")])
+    )
     assert not (tmp_path / "new").exists(), "doctor makes no folder of a run"
 
 
@@ -221,7 +236,7 @@ def test_room_is_held_against_what_the_run_takes(
 )
 def test_storage_that_is_not_shared_is_an_error(change: dict[str, object], words: str) -> None:
     two = replace(TWO, **change)  # type: ignore[arg-type]
-    (finding,) = checks.shared_storage([ONE, two], ["/mnt/runs"])
+    (finding,) = checks.check_shared_storage([ONE, two], ["/mnt/runs"])
     assert finding.level == "error"
     assert words in finding.seen
     assert "SKILLNET_HOME" in finding.advice
@@ -229,37 +244,37 @@ def test_storage_that_is_not_shared_is_an_error(change: dict[str, object], words
 
 
 def test_little_room_and_lost_trackers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    (finding,) = checks.room([ONE, replace(TWO, free_bytes=GIB)])
+    (finding,) = checks.check_checkpoint_space([ONE, replace(TWO, free_bytes=GIB)])
     assert (finding.level, "10.0.0.2" in finding.seen) == ("warning", True)
     lost = replace(TWO, tracker_problem="no MLflow server answers there")
-    (finding,) = checks.trackers([ONE, lost])
+    (finding,) = checks.check_node_trackers([ONE, lost])
     assert (finding.level, finding.seen[:8]) == ("error", "10.0.0.2")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("SKILLNET_HOME", "/mnt/runs")
-    (finding,) = checks.trackers([ONE, TWO])
+    (finding,) = checks.check_node_trackers([ONE, TWO])
     assert finding.level == "warning"
     assert "skillnet tracker" in finding.advice
     # On a disk that only one host has, the others' metrics would go nowhere.
     monkeypatch.setenv("SKILLNET_HOME", "/root/runs")
     own = [replace(each, files_seen={"/root/runs": [each.node]}) for each in (ONE, TWO)]
-    (finding,) = checks.trackers(own)
+    (finding,) = checks.check_node_trackers(own)
     assert finding.level == "error"
     assert "sqlite:////root/runs/mlflow.db: a file. /root/runs: 10.0.0.1 does not" in finding.seen
 
 
 def test_workers_that_would_not_meet() -> None:
     silent = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": ""})
-    (finding,) = checks.meeting([ONE, silent], ResourceRequest(2))
+    (finding,) = checks.check_interfaces([ONE, silent], ResourceRequest(2))
     assert finding.level == "error"
     assert "127.0.1.1" in finding.seen
-    (finding,) = checks.meeting(
+    (finding,) = checks.check_interfaces(
         [ONE, replace(silent, name_resolves_to="10.0.0.2")], ResourceRequest(2)
     )
     assert finding.level == "ok"
     wrong = replace(TWO, interfaces={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"})
-    (finding,) = checks.meeting([ONE, wrong], ResourceRequest(2))
+    (finding,) = checks.check_interfaces([ONE, wrong], ResourceRequest(2))
     assert "GLOO_SOCKET_IFNAME=lo has 127.0.0.1" in finding.seen
-    assert checks.meeting([ONE], ResourceRequest(2)) == []
+    assert checks.check_interfaces([ONE], ResourceRequest(2)) == []
 
 
 def test_config_without_a_command_asks_about_finetune() -> None:
@@ -277,7 +292,7 @@ def test_each_place_that_a_run_names_is_looked_at() -> None:
     both = {"/mnt/runs": ["10.0.0.1", "10.0.0.2"], "s3://b/runs": ["10.0.0.1", "10.0.0.2"]}
     blind = both | {"s3://b/runs": []}
     seen = [replace(ONE, files_seen=both), replace(TWO, files_seen=blind)]
-    told = checks.shared_storage(seen, list(both))
+    told = checks.check_shared_storage(seen, list(both))
     assert [each.level for each in told] == ["ok", "error"]
     assert told[1].seen == "s3://b/runs: 10.0.0.2 does not see what 10.0.0.1 wrote there"
 
@@ -285,7 +300,7 @@ def test_each_place_that_a_run_names_is_looked_at() -> None:
 @pytest.mark.integration
 def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
     asked = ResourceRequest(2, locations=(str(tmp_path),))
-    found = {each.check: each for each in checks.cluster_findings(ray_session, asked)}
+    found = {each.check: each for each in checks.check_cluster(ray_session, asked)}
     assert found["versions"].level == "ok", found["versions"]
     assert found["resources"].level == "ok"
     assert "on 1 node" in found["resources"].seen

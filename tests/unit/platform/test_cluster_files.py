@@ -213,8 +213,8 @@ def test_requirements_are_this_environment(tmp_path: Path) -> None:
 
 def test_requirements_name_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-package>=1 is not installed here"):
-        node_requirements.pins(["no-such-package>=1"])
+        node_requirements.pin_packages(["no-such-package>=1"])
     with pytest.raises(UserError, match=r"pytest<1 is needed, .* is installed here"):
-        node_requirements.pins(["pytest<1"])
+        node_requirements.pin_packages(["pytest<1"])
     with pytest.raises(UserError, match="a checkout of the repository"):
-        node_requirements.direct_dependencies(tmp_path / "pyproject.toml")
+        node_requirements.read_dependencies(tmp_path / "pyproject.toml")

@@ -36,7 +36,7 @@ class Example:
             at its peak.
     """
 
-    query: str = config.positional("")
+    query: str = config.positional_field("")
     name: str = "x"
     model: SkillNetConfig = field(default_factory=SkillNetConfig)
     parts: dict[str, Part] = field(default_factory=lambda: {"a": Part("headings")})
@@ -47,7 +47,7 @@ class Example:
 
 
 def parse(*argv: str) -> Example:
-    return config.parse(Example, argv, prog="skillnet example", description="Do it.")
+    return config.parse_config(Example, argv, prog="skillnet example", description="Do it.")
 
 
 def test_later_layers_win(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_later_layers_win(tmp_path: Path) -> None:
 
 
 def test_a_mapping_starts_from_another_file(tmp_path: Path) -> None:
-    (tmp_path / "sizes.yaml").write_text("{dim: 64, depth: 3, tasks: {text_to_code: null}}")
+    (tmp_path / "sizes.yaml").write_text("{dim: 64, num_layers: 3, tasks: {text_to_code: null}}")
     outer = tmp_path / "outer.yaml"
-    outer.write_text("model: {include: sizes.yaml, depth: 2, tasks: {text_to_image: null}}")
+    outer.write_text("model: {include: sizes.yaml, num_layers: 2, tasks: {text_to_image: null}}")
     made = parse("--config", str(outer), "--model.num_heads", "2")
     assert (made.model.dim, made.model.num_layers, made.model.num_heads) == (64, 2, 2)
     assert not {"text_to_code", "text_to_image"} & made.model.tasks.keys()
@@ -196,23 +196,25 @@ def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     file.write_text(config.to_yaml(made), encoding="utf-8")
     again = parse("--config", str(file))
     assert again == made
-    assert config.digest(again) == config.digest(made)
-    assert config.digest(parse()) != config.digest(made)
+    assert config.digest_config(again) == config.digest_config(made)
+    assert config.digest_config(parse()) != config.digest_config(made)
 
 
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:
-    assert config.digest({"a": 1, "b": [1, 2]}) == config.digest({"b": (1, 2), "a": 1})
-    assert config.digest({"b": [2, 1]}) != config.digest({"b": [1, 2]})
+    assert config.digest_config({"a": 1, "b": [1, 2]}) == config.digest_config(
+        {"b": (1, 2), "a": 1}
+    )
+    assert config.digest_config({"b": [2, 1]}) != config.digest_config({"b": [1, 2]})
 
 
 def test_flatten_keeps_lists_and_empty_mappings() -> None:
-    flat = config.flatten({"a": {"b": 1, "c": {}}, "d": [1]})
+    flat = config.flatten_tree({"a": {"b": 1, "c": {}}, "d": [1]})
     assert flat == {"a.b": 1, "a.c": {}, "d": [1]}
 
 
 def test_help_shows_keys_types_defaults_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        config.parse(Example, ["--help"], "skillnet example", example="skillnet example 心")
+        config.parse_config(Example, ["--help"], "skillnet example", example="skillnet example 心")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "[QUERY]" in text
@@ -225,19 +227,19 @@ def test_help_shows_keys_types_defaults_and_notes(capsys: pytest.CaptureFixture[
 def test_a_required_word_is_asked_for() -> None:
     @dataclass
     class Needs:
-        text: str = config.positional()
+        text: str = config.positional_field()
 
     with pytest.raises(UserError, match="text is missing"):
-        config.parse(Needs, [], prog="skillnet needs")
+        config.parse_config(Needs, [], prog="skillnet needs")
 
 
 def test_every_bare_word_goes_into_a_list() -> None:
     @dataclass
     class Many:
-        names: list[str] = config.positional([])
+        names: list[str] = config.positional_field([])
 
-    assert config.parse(Many, ["a", "b"], prog="x").names == ["a", "b"]
-    assert config.parse(Many, [], prog="x").names == []
+    assert config.parse_config(Many, ["a", "b"], prog="x").names == ["a", "b"]
+    assert config.parse_config(Many, [], prog="x").names == []
 
 
 def test_json_keeps_standard_output_for_the_document(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,7 +270,7 @@ def _tree() -> dict[str, Any]:
 
 
 def test_merge_joins_mappings_and_replaces_the_rest() -> None:
-    merged = config.merge(_tree(), {"a": {"y": 2}, "b": [3]})
+    merged = config.merge_trees(_tree(), {"a": {"y": 2}, "b": [3]})
     assert merged == {"a": {"x": 1, "y": 2}, "b": [3]}
 
 

@@ -43,14 +43,14 @@ def test_doctor_fails_where_nothing_can_be_written(
 
 def test_doctor_names_a_tracker_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    (finding,) = machine_checks.tracker()
+    (finding,) = machine_checks.check_tracker()
     assert finding.level == "error"
     assert "no MLflow server answers" in finding.seen
 
 
 @pytest.mark.integration
 def test_doctor_runs_a_task_and_asks_the_state_api(ray_session: object) -> None:
-    findings = {each.check: each for each in machine_checks.ray_works()}
+    findings = {each.check: each for each in machine_checks.check_ray()}
     assert findings["ray"].level == "ok", findings["ray"]
     assert "ray state api" in findings
 
@@ -69,7 +69,7 @@ def test_ui_lets_nobody_in_by_mistake(
 ) -> None:
     served: list[str] = []
 
-    def serve(place: backend.Place, host: str, *more: object) -> int:
+    def serve(place: backend.TrackingBackend, host: str, *more: object) -> int:
         served.append(host)
         return 0
 
@@ -89,7 +89,7 @@ def test_no_command_line_has_a_password(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
     uri = "postgresql://me:secret@db/mlflow"
-    assert tracking_server.start(uri, "127.0.0.1", 5000).wait() == 0
+    assert tracking_server.start_server(uri, "127.0.0.1", 5000).wait() == 0
     variable, *words = seen.read_text().split()
     assert variable == uri
     assert "secret" not in " ".join(words)
@@ -107,7 +107,7 @@ def test_ui_points_to_the_server_that_has_the_runs(
 @pytest.mark.integration
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_ui_serves_the_runs_and_leaves_no_process(run_root: Path, number: int, code: int) -> None:
-    backend.setup(experiment="shown")
+    backend.setup_backend(experiment="shown")
     process = subprocess.Popen(
         [sys.executable, "-m", "skillnet_platform.ui", "--port", "0"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},

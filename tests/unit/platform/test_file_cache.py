@@ -13,7 +13,7 @@ import pytest
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.cache import FileCache, Wanted, cache_folder, cache_limit
+from skillnet_platform.storage.cache import CacheKey, FileCache, cache_folder, cache_limit
 from tests.helpers.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[3]
@@ -24,11 +24,11 @@ def place() -> str:
     return f"memory://{uuid.uuid4().hex}"
 
 
-def put(place: str, number: int, size: int = 100) -> Wanted:
+def put(place: str, number: int, size: int = 100) -> CacheKey:
     data = bytes([number]) * size
-    uri = directories.join(place, f"shard-{number}")
+    uri = directories.join_uri(place, f"shard-{number}")
     directories.write_bytes(uri, data)
-    return Wanted(uri, hashlib.sha256(data).hexdigest(), size)
+    return CacheKey(uri, hashlib.sha256(data).hexdigest(), size)
 
 
 def names(cache: FileCache) -> set[str]:
@@ -104,7 +104,7 @@ def test_altered_and_missing_files_are_named(place: str, tmp_path: Path) -> None
     assert names(cache) == set()
     assert cache.used() == 0
     with pytest.raises(UserError, match="gives no SHA-256"):
-        Wanted("s3://b/a", "../../etc/passwd", 3)
+        CacheKey("s3://b/a", "../../etc/passwd", 3)
 
 
 def test_processes_share_it(object_store: ObjectStore, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_processes_share_it(object_store: ObjectStore, tmp_path: Path) -> None:
         f"wanted = {[(w.uri, w.sha256, w.bytes) for w in wanted]!r}\n"
         "random.seed(int(sys.argv[1]))\n"
         "for _ in range(40):\n"
-        "    one = Wanted(*random.choice(wanted))\n"
+        "    one = CacheKey(*random.choice(wanted))\n"
         "    held = cache.hold(one)\n"
         "    assert hashlib.sha256(held.path.read_bytes()).hexdigest() == one.sha256\n"
         "    assert cache.used() <= 500_000, cache.used()\n"
@@ -152,7 +152,7 @@ def test_a_killed_download_leaves_no_debt(
         "    print('on its way', flush=True)\n"
         "    time.sleep(600)\n"
         "directories.get_file = stuck\n"
-        f"FileCache({str(folder)!r}, 250).hold(Wanted(*{(wanted.uri, wanted.sha256, 100)!r}))\n"
+        f"FileCache({str(folder)!r}, 250).hold(CacheKey(*{(wanted.uri, wanted.sha256, 100)!r}))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     process = subprocess.Popen(

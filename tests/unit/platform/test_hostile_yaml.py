@@ -67,7 +67,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_merges_of_merges_hold_each_key_once() -> None:
     """Some versions of PyYAML write out all repetitions: those are refused."""
     try:
-        loaded = safe_yaml.load(MERGES)
+        loaded = safe_yaml.load_plain_yaml(MERGES)
     except ValueError as problem:
         assert "merged" in str(problem)  # noqa: PT017 - either is right
     else:
@@ -76,7 +76,7 @@ def test_merges_of_merges_hold_each_key_once() -> None:
 
 def test_aliases_and_merges_of_honest_files_work() -> None:
     text = "base: &base {a: 1, b: [1, 2]}\nother: {<<: *base, a: 2}\nagain: *base\n"
-    loaded = safe_yaml.load(text)
+    loaded = safe_yaml.load_plain_yaml(text)
     assert loaded["other"] == {"a": 2, "b": [1, 2]}
     assert loaded["again"] == loaded["base"]
 
@@ -91,4 +91,4 @@ def test_values_of_the_command_line_are_read_alike() -> None:
         ("--seed", "2026-13-45"),
     ):
         with pytest.raises(UserError, match=f"command line: {key}: cannot read"):
-            config.parse(FinetuneConfig, [key, value], prog="x")
+            config.parse_config(FinetuneConfig, [key, value], prog="x")

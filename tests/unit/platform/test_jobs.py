@@ -40,7 +40,7 @@ def test_a_command_states_its_resource_request(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text("training: {workers: 3, use_gpu: true}\n")
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(f"run: {{include: {run}, training: {{placement: strict_spread}}}}\n")
+    sweep.write_text(f"run: {{include: {run}, training: {{placement_strategy: strict_spread}}}}\n")
     corpora = "s3://b/corpora"
     assert request_resources([]) == request_resources(["fetch", "headings"]) == ResourceRequest()
     prepare = request_resources(["prepare", "--corpus", "tnews=/data", "--data", corpora, "--json"])
@@ -131,9 +131,9 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
     (root / "outside").symlink_to("/etc/hostname")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SKILLNET_HOME", str(root / "elsewhere"))
-        first = working_dir.pack(root, tmp_path / "one.zip", ["big"])
+        first = working_dir.pack_working_dir(root, tmp_path / "one.zip", ["big"])
         (root / "skillnet/model.py").touch()
-        again = working_dir.pack(root, tmp_path / "two.zip", ["big/*"])
+        again = working_dir.pack_working_dir(root, tmp_path / "two.zip", ["big/*"])
     with zipfile.ZipFile(first.path) as package:
         assert package.namelist() == ["run.sh", "skillnet/model.py"]
         assert package.getinfo("run.sh").external_attr >> 16 == 0o755
@@ -154,7 +154,7 @@ def test_too_large_a_package_names_what_is_large(
     (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
     monkeypatch.setattr(working_dir, "LARGEST", 10)
     with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); leave some here with --excl"):
-        working_dir.pack(tmp_path / "code", tmp_path / "code.zip")
+        working_dir.pack_working_dir(tmp_path / "code", tmp_path / "code.zip")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ class Server:
 def test_a_lost_connection_loses_and_doubles_nothing(
     cuts: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert submit.follow(Server("one\ntwo\nthree\n", cuts=cuts), "job") == ("SUCCEEDED", 0)
+    assert submit.follow_job(Server("one\ntwo\nthree\n", cuts=cuts), "job") == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
@@ -271,10 +271,10 @@ def test_a_quiet_job_keeps_its_follower(
 ) -> None:
     for name, value in (("PATIENCE_S", 0.02), ("QUIET_S", 0.05), ("AGAIN_S", 0.0)):
         monkeypatch.setattr(job_logs, name, value)
-    assert submit.follow(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
+    assert submit.follow_job(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\n"
     with pytest.raises(UserError, match=r"connection .* is lost .*; the job job goes on"):
-        submit.follow(Quiet(1000, answers=False), "job")
+        submit.follow_job(Quiet(1000, answers=False), "job")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_quiet_job_keeps_its_follower(
     [(2, 2), (1, 1), (130, 130), (143, 143), (139, 139), (-15, 143), (None, 1), (256, 1)],
 )
 def test_the_exit_code_is_the_jobs(code: int, given: int) -> None:
-    assert submit.follow(Server(status="FAILED", code=code), "job") == ("FAILED", given)
+    assert submit.follow_job(Server(status="FAILED", code=code), "job") == ("FAILED", given)
 
 
 def test_jobs_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,10 +309,10 @@ def test_a_question_that_nobody_waits_for_leaves_no_job(
 
     server = Pending()
     monkeypatch.setattr(submit, "ANSWER_S", 0.0)
-    monkeypatch.setattr(submit, "connect", lambda: server)
-    monkeypatch.setattr(submit, "send", lambda client, options: ("doctor-1", None))
+    monkeypatch.setattr(submit, "connect_job_server", lambda: server)
+    monkeypatch.setattr(submit, "submit_job", lambda client, options: ("doctor-1", None))
     with pytest.raises(problem):
-        submit.ask(["doctor", "--json"])
+        submit.run_job(["doctor", "--json"])
     assert server.stopped == ["doctor-1"]
 
 
@@ -327,8 +327,8 @@ def test_options_behind_the_command_are_its_own(
         return "finetune-1", SimpleNamespace(size=1, files=1)
 
     server.get_address = lambda: "http://127.0.0.1:8265"  # type: ignore[attr-defined]
-    monkeypatch.setattr(submit, "connect", lambda address: server)
-    monkeypatch.setattr(submit, "send", send)
+    monkeypatch.setattr(submit, "connect_job_server", lambda address: server)
+    monkeypatch.setattr(submit, "submit_job", send)
     assert submit.main(["finetune", "--config", "tiny", "--json"]) == 0
     assert capsys.readouterr().out == "", "submit itself was not asked for JSON"
     assert submit.main(["--json", "finetune", "--seed", "1"]) == 0
@@ -347,14 +347,16 @@ def test_passwords_come_from_the_environment(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "from here")
     secret, server = "from here", Server()
     words = ["--env_from", "MLFLOW_TRACKING_PASSWORD", "--", "finetune"]
-    submit.send(server, config.parse(submit.SubmitConfig, words, "submit"))
+    submit.submit_job(server, config.parse_config(submit.SubmitConfig, words, "submit"))
     assert server.sent["runtime_env"]["env_vars"]["MLFLOW_TRACKING_PASSWORD"] == secret
     assert secret not in capsys.readouterr().err
-    submit.send(server, submit.SubmitConfig(["finetune"], env={"MLFLOW_TRACKING_PASSWORD": "x"}))
+    submit.submit_job(
+        server, submit.SubmitConfig(["finetune"], env={"MLFLOW_TRACKING_PASSWORD": "x"})
+    )
     assert "give --env_from MLFLOW_TRACKING_PASSWORD" in capsys.readouterr().err
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD is not set here"):
-        submit.send(server, config.parse(submit.SubmitConfig, words, "submit"))
+        submit.submit_job(server, config.parse_config(submit.SubmitConfig, words, "submit"))
 
 
 def test_a_job_servers_address_is_not_one_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +380,7 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
     server = Server()
     options = submit.SubmitConfig(["finetune", "--config", "tiny"], env={"SKILLNET_HOME": "s3://b"})
-    job, package = submit.send(server, options)
+    job, package = submit.submit_job(server, options)
     sent = server.sent
     assert sent["submission_id"] == job
     assert job.startswith("finetune-")
@@ -389,12 +391,12 @@ def test_code_and_environment_go_along(monkeypatch: pytest.MonkeyPatch) -> None:
     assert package.files == len(sent["files"])
     variables = sent["runtime_env"]["env_vars"]
     assert (variables["PYTHONPATH"], variables["SKILLNET_HOME"]) == ("platform", "s3://b")
-    assert json.loads(variables[versions.VARIABLE])["ray"] == versions.installed()["ray"]
+    assert json.loads(variables[versions.VARIABLE])["ray"] == versions.installed_versions()["ray"]
     check, run = sent["entrypoint"].split(" && ")
     assert "skillnet_platform.doctor --only problems finetune --config tiny" in check
     assert run.endswith("skillnet_platform.cli finetune --config tiny")
     with pytest.raises(UserError, match="unknown command 'finetun'; did you mean 'finetune'"):
-        submit.send(server, submit.SubmitConfig(["finetun"]))
+        submit.submit_job(server, submit.SubmitConfig(["finetun"]))
     monkeypatch.chdir("/")
     with pytest.raises(UserError, match="not the root of the repository"):
-        submit.send(server, options)
+        submit.submit_job(server, options)

@@ -42,12 +42,12 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
 
 def test_staging_commits_on_success_only(tmp_path: Path) -> None:
     final = tmp_path / "corpus"
-    with pytest.raises(RuntimeError), storage.staging(final) as aside:
+    with pytest.raises(RuntimeError), storage.staging_directory(final) as aside:
         (aside / "part").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
-        with storage.staging(final) as aside:
+        with storage.staging_directory(final) as aside:
             (aside / "part").write_text(text)
         assert (final / "part").read_text() == text
         assert os.listdir(tmp_path) == ["corpus"]
@@ -57,7 +57,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
     final = tmp_path / "corpus"
     code = (
         "import sys, time; from skillnet_platform import storage\n"
-        f"with storage.staging({str(final)!r}) as aside:\n"
+        f"with storage.staging_directory({str(final)!r}) as aside:\n"
         "    (aside / 'part').write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
@@ -66,14 +66,14 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     process.stdout.readline()
-    with storage.staging(tmp_path / "corpus2"):
+    with storage.staging_directory(tmp_path / "corpus2"):
         pass
     assert len(list(tmp_path.glob(".corpus.*"))) == 1, "a living writer is left alone"
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert not final.exists()
-    with storage.staging(final) as aside:
+    with storage.staging_directory(final) as aside:
         (aside / "part").write_text("whole")
     assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus2"]
 
@@ -84,7 +84,7 @@ def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path) -
     old = tmp_path / f".corpus.{gone.pid}.old.tmp"
     old.mkdir()
     (old / "part").write_text("old")
-    with pytest.raises(RuntimeError), storage.staging(tmp_path / "corpus"):
+    with pytest.raises(RuntimeError), storage.staging_directory(tmp_path / "corpus"):
         raise RuntimeError
     assert (tmp_path / "corpus" / "part").read_text() == "old"
 
@@ -155,6 +155,6 @@ def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
         storage.write_json(place, {})
     with (
         pytest.raises(UserError, match=r"x\.json: cannot be written \(Not a directory\)"),
-        storage.staging(place),
+        storage.staging_directory(place),
     ):
         raise AssertionError("nothing can be made there")

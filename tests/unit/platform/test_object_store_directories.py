@@ -8,7 +8,7 @@ import pytest
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
-from skillnet_platform.storage.retry import patience, refusal
+from skillnet_platform.storage.retry import explain_refusal, retry_patience
 from tests.helpers.object_store import KEYS, ObjectStore, in_environment
 
 
@@ -35,21 +35,22 @@ def test_uris() -> None:
     assert directories.is_uri("memory://a")
     for path in (None, "runs/a", "/data", "models:/skillnet@champion", "http://host/a", Path("a")):
         assert not directories.is_uri(path)
-    assert directories.join("s3://b/a/", "c/", "d.json") == "s3://b/a/c/d.json"
+    assert directories.join_uri("s3://b/a/", "c/", "d.json") == "s3://b/a/c/d.json"
     assert (
-        directories.join("s3://b/corpora/x", "../tokenizer.json") == "s3://b/corpora/tokenizer.json"
+        directories.join_uri("s3://b/corpora/x", "../tokenizer.json")
+        == "s3://b/corpora/tokenizer.json"
     )
-    assert directories.join("file:///tmp/a", "b") == "file:///tmp/a/b"
-    assert directories.join("memory://a", "b") == "memory://a/b"
+    assert directories.join_uri("file:///tmp/a", "b") == "file:///tmp/a/b"
+    assert directories.join_uri("memory://a", "b") == "memory://a/b"
     with pytest.raises(UserError, match="leads out"):
-        directories.join("s3://b/a", "../../other/x")
+        directories.join_uri("s3://b/a", "../../other/x")
 
 
 def test_a_folder_goes_up_and_comes_down(place: str, tmp_path: Path) -> None:
     mine = folder(tmp_path / "mine", a=b"one", b=b"")
     (mine / "deep").mkdir()
     (mine / "deep" / "c").write_bytes(b"three")
-    uri = directories.join(place, "x")
+    uri = directories.join_uri(place, "x")
     assert not directories.is_committed(uri)
     assert directories.list_files(uri) == []
     assert directories.put_directory(mine, uri)
@@ -61,26 +62,26 @@ def test_a_folder_goes_up_and_comes_down(place: str, tmp_path: Path) -> None:
     back = directories.get_directory(uri, tmp_path / "back")
     assert (back / "deep" / "c").read_bytes() == b"three"
     assert (back / "b").read_bytes() == b""
-    with directories.open_file(directories.join(uri, "a")) as stream:
+    with directories.open_file(directories.join_uri(uri, "a")) as stream:
         stream.seek(1)
         assert stream.read() == b"ne"
     directories.remove_directory(uri)
     assert directories.list_files(uri) == []
-    assert not directories.exists(directories.join(uri, "a"))
+    assert not directories.object_exists(directories.join_uri(uri, "a"))
 
 
 def test_another_content_replaces_a_folder(place: str, tmp_path: Path) -> None:
-    uri = directories.join(place, "x")
+    uri = directories.join_uri(place, "x")
     directories.put_directory(folder(tmp_path / "old", a=b"one", gone=b"x"), uri)
     new = folder(tmp_path / "new", a=b"eno")
     (new / "manifest.json").write_text('{"n": 1}')
     assert directories.put_directory(new, uri)
     assert [entry.name for entry in directories.list_files(uri)] == ["a", "manifest.json"]
-    assert directories.read_bytes(directories.join(uri, "a")) == b"eno"
+    assert directories.read_bytes(directories.join_uri(uri, "a")) == b"eno"
 
 
 def test_without_its_manifest_a_folder_counts_as_nothing(place: str, tmp_path: Path) -> None:
-    mine, uri = folder(tmp_path / "mine"), directories.join(place, "x")
+    mine, uri = folder(tmp_path / "mine"), directories.join_uri(place, "x")
 
     def break_off(name: str, size: int) -> None:
         raise KeyboardInterrupt
@@ -99,7 +100,7 @@ def test_without_its_manifest_a_folder_counts_as_nothing(place: str, tmp_path: P
 
 
 def test_a_download_that_fails_its_check_leaves_nothing(place: str, tmp_path: Path) -> None:
-    uri = directories.join(place, "x")
+    uri = directories.join_uri(place, "x")
     directories.put_directory(folder(tmp_path / "mine"), uri)
 
     def refuse(path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_download_that_fails_its_check_leaves_nothing(place: str, tmp_path: Pa
     with pytest.raises(UserError, match="not what"):
         directories.get_directory(uri, tmp_path / "back", check=refuse)
     with pytest.raises(UserError, match="altered or cut short"):
-        directories.get_file(directories.join(uri, "a"), tmp_path / "one", sha256="0" * 64)
+        directories.get_file(directories.join_uri(uri, "a"), tmp_path / "one", sha256="0" * 64)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "store") == ["mine"]
 
 
@@ -118,21 +119,21 @@ def test_an_upload_goes_on_where_it_stopped(object_store: ObjectStore, tmp_path:
     original = directories.put_file
     mine = folder(tmp_path / "mine", **{f"f{n}": bytes([n]) * 100 for n in range(6)})
     for name in ("f0", "f1"):
-        directories.put_file(mine / name, directories.join(object_store.uri, name))
+        directories.put_file(mine / name, directories.join_uri(object_store.uri, name))
     directories.write_bytes(
-        directories.join(object_store.uri, "f2"), b"x" * 100
+        directories.join_uri(object_store.uri, "f2"), b"x" * 100
     )  # same size, other bytes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(directories, "put_file", lambda a, b: (sent.append(a.name), original(a, b)))
         directories.put_directory(mine, object_store.uri)
     assert sorted(sent) == ["f2", "f3", "f4", "f5"]
-    assert directories.read_bytes(directories.join(object_store.uri, "f2")) == bytes([2]) * 100
+    assert directories.read_bytes(directories.join_uri(object_store.uri, "f2")) == bytes([2]) * 100
 
 
 def test_an_outage_is_waited_for(
     object_store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine, uri = folder(tmp_path / "mine"), directories.join(object_store.uri, "x")
+    mine, uri = folder(tmp_path / "mine"), directories.join_uri(object_store.uri, "x")
     object_store.door.shut()
     opener = threading.Timer(3.0, object_store.door.unshut)
     opener.start()
@@ -151,7 +152,7 @@ def test_an_outage_that_lasts_says_so(object_store: ObjectStore, tmp_path: Path)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SKILLNET_STORE_PATIENCE", "1")
-            with pytest.raises(directories.StoreUnavailable, match="did not answer for 1 s"):
+            with pytest.raises(directories.StoreUnavailableError, match="did not answer for 1 s"):
                 directories.put_directory(mine, object_store.uri)
     finally:
         object_store.door.unshut()
@@ -159,16 +160,16 @@ def test_an_outage_that_lasts_says_so(object_store: ObjectStore, tmp_path: Path)
 
 def test_wrong_credentials_and_missing_bucket(object_store: ObjectStore) -> None:
     other = object_store.uri.replace("skillnet-test", "no-such-bucket")
-    for action in (directories.exists, directories.list_files, directories.list_folders):
+    for action in (directories.object_exists, directories.list_files, directories.list_folders):
         with pytest.raises(UserError, match=r"no bucket 'no-such-bucket'.*create it"):
             action(other)
     with pytest.raises(UserError, match="no bucket 'no-such-bucket'"):
-        directories.write_bytes(directories.join(other, "a"), b"x")
+        directories.write_bytes(directories.join_uri(other, "a"), b"x")
     with (
         in_environment({"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/nonexistent"}),
         pytest.raises(UserError, match=r"refused the credentials.*AWS_ACCESS_KEY_ID"),
     ):
-        directories.exists(object_store.uri)
+        directories.object_exists(object_store.uri)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_wrong_credentials_and_missing_bucket(object_store: ObjectStore) -> None
     ],
 )
 def test_a_missing_bucket_is_told_from_what_clients_say(said: str) -> None:
-    told = refusal("s3://mine/a", FileNotFoundError(said))
+    told = explain_refusal("s3://mine/a", FileNotFoundError(said))
     assert told is not None
     assert "there is no bucket 'mine'" in told
 
@@ -197,7 +198,7 @@ def test_a_missing_bucket_is_told_from_what_clients_say(said: str) -> None:
 )
 def test_a_missing_file_is_no_missing_bucket(said: str) -> None:
     """Whatever its path is called."""
-    assert refusal("s3://bucket/a.mp4", FileNotFoundError(said)) is None
+    assert explain_refusal("s3://bucket/a.mp4", FileNotFoundError(said)) is None
 
 
 def test_keys_that_the_store_refuses(tmp_path: Path) -> None:
@@ -215,8 +216,8 @@ def test_keys_that_the_store_refuses(tmp_path: Path) -> None:
 
 def test_unknown_and_uninstalled_kinds_of_store() -> None:
     with pytest.raises(UserError, match=r"s4://.*no known kind of store; known: .*s3"):
-        directories.exists("s4://bucket/x")
-    told = refusal("gs://bucket/x", ModuleNotFoundError("No module named 'gcsfs'"))
+        directories.object_exists("s4://bucket/x")
+    told = explain_refusal("gs://bucket/x", ModuleNotFoundError("No module named 'gcsfs'"))
     assert told is not None
     assert "pip install 'skillnet-platform[gs]'" in told
 
@@ -225,7 +226,7 @@ def test_unknown_and_uninstalled_kinds_of_store() -> None:
 def test_patience_is_checked(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", given)
     with pytest.raises(UserError, match="expected seconds"):
-        patience()
+        retry_patience()
 
 
 def test_files_are_copied_within_a_store(place: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend, promotion, registry
-from skillnet_platform.tracking.promotion import Figure
+from skillnet_platform.tracking.promotion import MetricEstimate
 
 CODE = """
 import json
@@ -27,12 +27,14 @@ mlflow.models.set_model(Counter())
 """
 
 
-def accuracy(value: float, half: float = 0.02, **more: Any) -> Figure:
-    return Figure("accuracy", value, value - half, value + half, **more)
+def accuracy(value: float, half: float = 0.02, **more: Any) -> MetricEstimate:
+    return MetricEstimate("accuracy", value, value - half, value + half, **more)
 
 
-def error(value: float, half: float = 0.02) -> Figure:
-    return Figure("token_error_rate", value, value - half, value + half, higher_is_better=False)
+def error(value: float, half: float = 0.02) -> MetricEstimate:
+    return MetricEstimate(
+        "token_error_rate", value, value - half, value + half, higher_is_better=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,23 +52,27 @@ def error(value: float, half: float = 0.02) -> Figure:
         ({"a": accuracy(0.525), "b": error(0.2)}, False, "a: no difference"),
     ],
 )
-def test_the_gate(challenger: dict[str, Figure], passes: bool, says: str) -> None:
+def test_the_gate(challenger: dict[str, MetricEstimate], passes: bool, says: str) -> None:
     champion = {"a": accuracy(0.5), "b": error(0.2)}
-    verdict = promotion.compare(challenger, champion)
+    verdict = promotion.decide_promotion(challenger, champion)
     assert verdict.passed is passes
     assert says in str(verdict)
 
 
 def test_an_interval_that_leans_is_used_on_the_side_that_counts() -> None:
-    old = Figure("accuracy", 0.50, 0.49, 0.59)
-    assert not promotion.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": old}).passed
-    mirrored = Figure("accuracy", 0.50, 0.41, 0.51)
-    assert promotion.compare({"a": Figure("accuracy", 0.56, 0.55, 0.57)}, {"a": mirrored}).passed
+    old = MetricEstimate("accuracy", 0.50, 0.49, 0.59)
+    assert not promotion.decide_promotion(
+        {"a": MetricEstimate("accuracy", 0.56, 0.55, 0.57)}, {"a": old}
+    ).passed
+    mirrored = MetricEstimate("accuracy", 0.50, 0.41, 0.51)
+    assert promotion.decide_promotion(
+        {"a": MetricEstimate("accuracy", 0.56, 0.55, 0.57)}, {"a": mirrored}
+    ).passed
 
 
 def test_figures_survive_json() -> None:
     figures = {"a": accuracy(0.5, data="d"), "b": error(0.1)}
-    assert promotion.from_json(promotion.to_json(figures)) == figures
+    assert promotion.estimates_from_json(promotion.estimates_to_json(figures)) == figures
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +87,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(session_root: Path) -> Iterator[tracking.Tracker]:
     where = tracking.TrackingConfig(experiment="registry", system_metrics=False)
-    with tracking.start("trained", None, where) as tracker:
+    with tracking.start_run("trained", None, where) as tracker:
         yield tracker
 
 
-def put(run: tracking.Tracker, files: Path, name: str, value: float) -> registry.Registered:
-    return registry.register(
+def put(run: tracking.Tracker, files: Path, name: str, value: float) -> registry.RegisteredVersion:
+    return registry.register_version(
         run.run_id,
         files / "serving.py",
         {"model": files / "weights"},
@@ -100,7 +106,7 @@ def put(run: tracking.Tracker, files: Path, name: str, value: float) -> registry
 
 
 def aliases(run: tracking.Tracker, name: str) -> dict[str, int]:
-    found = backend.client(run.uri).get_registered_model(name).aliases
+    found = backend.create_client(run.uri).get_registered_model(name).aliases
     return {alias: int(version) for alias, version in found.items()}
 
 
@@ -114,12 +120,12 @@ def test_versions_earn_their_alias(run: tracking.Tracker, files: Path) -> None:
     third = put(run, files, name, 0.60)
     assert third.alias == "champion"
     assert aliases(run, name) == {"champion": 3, "challenger": 2}
-    client = backend.client(run.uri)
+    client = backend.create_client(run.uri)
     tags = client.get_model_version(name, "2").tags
     assert "better on no task" in tags["gate"]
     assert tags["seed"] == "1"
-    assert not registry.promote(1, name=name, uri=run.uri).passed
-    assert registry.promote(2, name=name, uri=run.uri, force=True).passed
+    assert not registry.promote_version(1, name=name, uri=run.uri).passed
+    assert registry.promote_version(2, name=name, uri=run.uri, force=True).passed
     assert aliases(run, name) == {"champion": 2, "challenger": 1}
     assert client.get_run(run.run_id).info.status == "RUNNING", "registering does not end the run"
 
@@ -130,8 +136,8 @@ def test_what_is_loaded_predicts_as_what_was_put(run: tracking.Tracker, files: P
     made = put(run, files, "loaded", 0.5)
     rows = pd.DataFrame({"text": ["abc", "红色的心"]})
     for uri in ("models:/loaded@champion", made.uri):
-        assert registry.load(uri, run.uri).predict(rows) == [8, 9]
-    resolved = registry.resolve("models:/loaded@champion", run.uri)
+        assert registry.load_registered(uri, run.uri).predict(rows) == [8, 9]
+    resolved = registry.resolve_registered("models:/loaded@champion", run.uri)
     assert resolved.version == 1
     assert resolved.run_id == run.run_id
     assert resolved.metadata == {"tasks": ["a"]}
@@ -141,7 +147,7 @@ def test_what_is_loaded_predicts_as_what_was_put(run: tracking.Tracker, files: P
 
 
 def test_a_folder_is_a_model_too(files: Path) -> None:
-    found = registry.resolve(str(files))
+    found = registry.resolve_registered(str(files))
     assert (found.path, found.version) == (files, None)
 
 
@@ -159,18 +165,18 @@ def test_a_folder_is_a_model_too(files: Path) -> None:
 def test_a_model_that_is_not_there_is_named(
     run: tracking.Tracker, files: Path, uri: str, says: str
 ) -> None:
-    if registry.champion(name="present", uri=run.uri) is None:
+    if registry.find_champion(name="present", uri=run.uri) is None:
         put(run, files, "present", 0.5)
     with pytest.raises(UserError) as caught:
-        registry.resolve(uri, run.uri)
+        registry.resolve_registered(uri, run.uri)
     assert says in str(caught.value)
     assert uri in str(caught.value)
 
 
 def test_a_missing_artefact_is_named_before_anything_is_logged(run: tracking.Tracker) -> None:
     with pytest.raises(UserError, match=r"absent\.py: no such file"):
-        registry.register(run.run_id, "absent.py", {}, {}, uri=run.uri, name="never")
-    assert registry.champion(name="never", uri=run.uri) is None
+        registry.register_version(run.run_id, "absent.py", {}, {}, uri=run.uri, name="never")
+    assert registry.find_champion(name="never", uri=run.uri) is None
 
 
 def test_the_process_keeps_its_own_mlflow_settings(

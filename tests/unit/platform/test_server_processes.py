@@ -14,7 +14,7 @@ SERVER = "echo $$; sleep 1000 & echo $!; wait"
 STARTS = f"""
 import os, time
 from skillnet_platform.tracking import server
-with server.started(["sh", "-c", {SERVER!r}], os.environ):
+with server.running_server(["sh", "-c", {SERVER!r}], os.environ):
     print("in", flush=True)
     time.sleep(1000)
 """
@@ -36,7 +36,9 @@ def test_a_server_that_does_not_listen_is_killed_and_so_is_what_it_left(
 ) -> None:
     monkeypatch.setattr(tracking_server, "END_S", 0.5)
     deaf = "trap '' TERM; sleep 1000 & echo $!; wait; sleep 1000"
-    with tracking_server.started(["sh", "-c", deaf], os.environ, stdout=subprocess.PIPE) as server:
+    with tracking_server.running_server(
+        ["sh", "-c", deaf], os.environ, stdout=subprocess.PIPE
+    ) as server:
         # By a pipe: capfd's file, read while it is being written, loses what comes in between.
         assert server.stdout is not None
         child = psutil.Process(int(server.stdout.readline()))

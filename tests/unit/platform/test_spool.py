@@ -32,7 +32,7 @@ from tests.helpers.tracked_runs import history, run_of, where
 @contextlib.contextmanager
 def server(database: Path, port: int) -> Iterator[str]:
     """A real MLflow server for the length of a block; then killed, not asked."""
-    process = tracking_server.start(
+    process = tracking_server.start_server(
         f"sqlite:///{database}",
         "127.0.0.1",
         port,
@@ -48,7 +48,7 @@ def server(database: Path, port: int) -> Iterator[str]:
             time.sleep(0.2)
         yield uri
     finally:
-        tracking_server.end(process, patience=0)
+        tracking_server.stop_server(process, patience=0)
 
 
 @pytest.mark.integration
@@ -56,19 +56,19 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
     run_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spool, "FIRST_PAUSE_S", 3600.0)
-    apply, asked = operations.apply, 0
+    apply, asked = operations.apply_operation, 0
 
     def counted(client: Any, run_id: str, operation: spool.Operation) -> None:
         nonlocal asked
         asked += 1
         apply(client, run_id, operation)
 
-    monkeypatch.setattr(operations, "apply", counted)
+    monkeypatch.setattr(operations, "apply_operation", counted)
     port = free_port()
     database = run_root / "server.db"
     with contextlib.ExitStack() as stack:
         with server(database, port) as uri:
-            tracker = stack.enter_context(tracking_run.start("spooled", None, where(uri=uri)))
+            tracker = stack.enter_context(tracking_run.start_run("spooled", None, where(uri=uri)))
             left = Tracker.by_id(tracker.run_id, uri)
             tracker.metrics({"loss": 0.0}, step=0)
         asked = 0
@@ -87,9 +87,9 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
             assert tracker.flush()
             assert tracker.flush()
             assert history(tracker, "loss") == [(step, float(step)) for step in range(200)]
-            artifacts = backend.client(uri).list_artifacts(tracker.run_id)
+            artifacts = backend.create_client(uri).list_artifacts(tracker.run_id)
             assert "notes.txt" in [each.path for each in artifacts]
-            assert tracking_run.send_left_behind(uri) == 1
+            assert tracking_run.send_leftover_spools(uri) == 1
             assert history(tracker, "other") == [(1, 1.0)]
             assert list(spool.spool_root().glob("*.jsonl")) == []
             stack.close()
@@ -97,7 +97,7 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(
 
 
 def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    apply, refused = operations.apply, 0
+    apply, refused = operations.apply_operation, 0
 
     def busy(client: Any, run_id: str, operation: spool.Operation) -> None:
         nonlocal refused
@@ -106,9 +106,9 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
             raise ConnectionError("Read timed out.")
         apply(client, run_id, operation)
 
-    monkeypatch.setattr(operations, "apply", busy)
+    monkeypatch.setattr(operations, "apply_operation", busy)
     monkeypatch.setattr(tracking_run, "SETTLE_PAUSE_S", 0.01)
-    with tracking_run.start("busy", None, where()) as tracker:
+    with tracking_run.start_run("busy", None, where()) as tracker:
         tracker.metrics({"loss": 1.0}, step=1)
     assert refused == 3
     assert run_of(tracker).info.status == "FINISHED"
@@ -117,7 +117,7 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
     # No longer than it is told to; what is left then waits for the next run.
     refused = 0
     monkeypatch.setattr(tracking_run, "END_PATIENCE_S", 0.0)
-    with tracking_run.start("busier", None, where()) as tracker:
+    with tracking_run.start_run("busier", None, where()) as tracker:
         pass
     assert run_of(tracker).info.status == "RUNNING"
     assert len(list(spool.spool_root().glob(f"{tracker.run_id}.*"))) == 1
@@ -128,14 +128,14 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_spool_cut_short_by_a_kill_is_read_up_to_there(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"run_id": "r", "uri": "u"}\n{"kind": "tags", "values": {}}\n{"kind": "me')
-    assert spool.read(path) == ("r", [{"kind": "tags", "values": {}}])
+    assert spool.read_spool(path) == ("r", [{"kind": "tags", "values": {}}])
 
 
 def test_a_broken_line_costs_itself_only(tmp_path: Path) -> None:
     path, note = tmp_path / "x.jsonl", {"kind": "tags", "values": {"note": "one\u2028two\x85"}}
     lines = ['{"run_id": "r", "uri": "u"}', '{"kind": "me', json.dumps(note, ensure_ascii=False)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert spool.read(path) == ("r", [note])
+    assert spool.read_spool(path) == ("r", [note])
 
 
 def dead_process() -> int:
@@ -154,10 +154,10 @@ def test_a_spool_without_a_first_line_is_set_aside(
     (folder / f"broken.{name}.jsonl").write_bytes(text.encode("latin-1"))
     (folder / f"whole.{name}.jsonl").write_text('{"run_id": "whole", "uri": "u"}\n')
     (folder / "not-ours.jsonl").touch()
-    assert [path.name for path in spool.left_behind("u")] == [f"whole.{name}.jsonl"]
+    assert [path.name for path in spool.find_leftover_spools("u")] == [f"whole.{name}.jsonl"]
     assert (folder / f"broken.{name}.unreadable").read_bytes() == text.encode("latin-1")
     assert f"broken.{name}.jsonl" in capsys.readouterr().err
-    assert spool.left_behind("other") == []
+    assert spool.find_leftover_spools("other") == []
     assert capsys.readouterr().err == "", "said once"
 
 
@@ -169,13 +169,13 @@ def test_a_full_disk_leaves_no_half_line(run_root: Path, monkeypatch: pytest.Mon
         yield
         raise UserError("the disk is full")
 
-    kept = spool.Spool("r", "sqlite:///x.db", away)
+    kept = spool.OperationSpool("r", "sqlite:///x.db", away)
     with monkeypatch.context() as patch, pytest.raises(UserError):
         patch.setattr(spool.storage, "disk_guard", contextlib.contextmanager(full))
         kept.send({"kind": "tags", "values": {"a": "1"}})
     assert kept.path.read_text() == ""
     kept.send({"kind": "tags", "values": {"b": "2"}})
-    assert spool.read(kept.path) == ("r", [{"kind": "tags", "values": {"b": "2"}}])
+    assert spool.read_spool(kept.path) == ("r", [{"kind": "tags", "values": {"b": "2"}}])
 
 
 class Server:
@@ -198,7 +198,7 @@ def test_a_record_that_always_fails_holds_up_no_other(
 ) -> None:
     monkeypatch.setattr(spool, "DOUBT_PAUSES_S", (0.0, 0.0))
     server = Server()
-    kept = spool.Spool("r", "sqlite:///x.db", server)
+    kept = spool.OperationSpool("r", "sqlite:///x.db", server)
     (run_root / "bad.txt").write_text("bytes that the server cannot take")
     kept.send({"kind": "tags", "name": "first"})
     kept.send({"kind": "artifact", "path": str(run_root / "bad.txt"), "folder": "notes"})
@@ -223,7 +223,7 @@ def test_a_record_that_always_fails_holds_up_no_other(
 
 
 def test_a_refused_record_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    with tracking_run.start("refused", None, where()) as tracker:
+    with tracking_run.start_run("refused", None, where()) as tracker:
         tracker.metrics({"bad name!\n": 1.0}, step=1)
         tracker.metrics({"good": 1.0}, step=1)
     assert "the tracker refused metrics" in capsys.readouterr().err

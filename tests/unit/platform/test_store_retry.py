@@ -10,7 +10,7 @@ import pytest
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
 from skillnet_platform.storage.objects import md5_of
-from skillnet_platform.storage.retry import is_transient, refusal, steadily
+from skillnet_platform.storage.retry import explain_refusal, is_transient, retry_transient
 
 
 class AzureError(Exception):
@@ -58,15 +58,15 @@ HttpError.__module__ = "gcsfs.retry"
 )
 def test_a_store_that_is_away_is_waited_for(problem: Exception) -> None:
     assert is_transient(problem)
-    assert refusal("abfs://skillnet/x", problem) is None
+    assert explain_refusal("abfs://skillnet/x", problem) is None
     tries: list[int] = []
 
     def fail() -> None:
         tries.append(1)
         raise problem
 
-    with pytest.raises(directories.StoreUnavailable, match="did not answer"):
-        steadily("abfs://skillnet/x", fail, seconds=0.2)
+    with pytest.raises(directories.StoreUnavailableError, match="did not answer"):
+        retry_transient("abfs://skillnet/x", fail, seconds=0.2)
     assert tries
 
 
@@ -82,20 +82,22 @@ def test_a_store_that_is_away_is_waited_for(problem: Exception) -> None:
 )
 def test_refused_credentials_are_not_tried_again(uri: str, problem: Exception, hint: str) -> None:
     assert not is_transient(problem)
-    assert f"refused the credentials ({type(problem).__name__}" in str(refusal(uri, problem))
-    assert hint in str(refusal(uri, problem))
+    assert f"refused the credentials ({type(problem).__name__}" in str(
+        explain_refusal(uri, problem)
+    )
+    assert hint in str(explain_refusal(uri, problem))
 
 
 def test_a_missing_container_is_told_from_a_missing_object() -> None:
     uri = "abfs://mine@account.dfs.core.windows.net/x"
     absent = ResourceNotFoundError("does not exist. ErrorCode:ContainerNotFound", 404)
-    assert "there is no container 'mine'" in str(refusal(uri, absent))
+    assert "there is no container 'mine'" in str(explain_refusal(uri, absent))
 
     def blob() -> None:
         raise ResourceNotFoundError("The blob does not exist. ErrorCode:BlobNotFound", 404)
 
     with pytest.raises(FileNotFoundError, match=r"mine@account"):
-        steadily(uri, blob)
+        retry_transient(uri, blob)
 
 
 def test_a_request_that_cannot_be_right_is_a_message() -> None:
@@ -103,7 +105,7 @@ def test_a_request_that_cannot_be_right_is_a_message() -> None:
         raise HttpResponseError("The specified resource name contains invalid characters", 400)
 
     with pytest.raises(UserError, match=r"refused the request.*invalid characters"):
-        steadily("abfs://UPPER/x", bad_name)
+        retry_transient("abfs://UPPER/x", bad_name)
 
 
 def test_the_clients_own_classes_have_that_shape() -> None:

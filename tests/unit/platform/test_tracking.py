@@ -29,7 +29,7 @@ class Settings:
 def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
     with (
         pytest.raises(UserError, match=r"cannot go on with the run 0+ .* remove that file"),
-        tracking.start("lost", None, where(), run_id="0" * 32),
+        tracking.start_run("lost", None, where(), run_id="0" * 32),
     ):
         raise AssertionError("it went on")
 
@@ -37,12 +37,12 @@ def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
 @pytest.mark.parametrize("told", ["[]", "3", "{}", '{"run_id": 7}', '{"run_id": ""}', "{"])
 def test_a_damaged_record_of_a_run_is_named(told: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    assert tracking.recorded(path) is None
+    assert tracking.read_run_id(path) is None
     path.write_text('{"run_id": "abc"}')
-    assert tracking.recorded(path) == "abc"
+    assert tracking.read_run_id(path) == "abc"
     path.write_text(told)
     with pytest.raises(UserError, match=r"run\.json"):
-        tracking.recorded(path)
+        tracking.read_run_id(path)
 
 
 def test_a_run_records_what_made_it() -> None:
@@ -53,7 +53,7 @@ def test_a_run_records_what_made_it() -> None:
         "sources": [{"file": "x.zip", "sha256": "00"}],
         "quarantine": {"empty": 2},
     }
-    with tracking.start(
+    with tracking.start_run(
         "my run", Settings(), where(), tags={"seed": 3}, description="**what** it is"
     ) as tracker:
         tracker.metrics({"text_to_image/loss": 2.0, "lr": 1e-3}, step=1)
@@ -83,7 +83,7 @@ def test_a_figure_is_kept_as_a_picture() -> None:
 
     figure = Figure(figsize=(2, 1))
     figure.subplots().plot([1, 2])
-    with tracking.start("figure", None, where()) as tracker:
+    with tracking.start_run("figure", None, where()) as tracker:
         tracker.figure(figure, "plots/loss.png")
     kept = Path(run_of(tracker).info.artifact_uri.removeprefix("file://")) / "plots/loss.png"
     assert kept.read_bytes().startswith(b"\x89PNG")
@@ -100,7 +100,7 @@ def test_a_figure_is_kept_as_a_picture() -> None:
     ],
 )
 def test_a_run_ends_as_it_ended(problem: BaseException, status: str, failure: str | None) -> None:
-    with pytest.raises(type(problem)), tracking.start("ends", None, where()) as tracker:
+    with pytest.raises(type(problem)), tracking.start_run("ends", None, where()) as tracker:
         raise problem
     run = run_of(tracker)
     assert run.info.status == status
@@ -111,7 +111,7 @@ def child(run_root: Path) -> "subprocess.Popen[str]":
     code = (
         "import time; from skillnet_platform import tracking\n"
         "where = tracking.TrackingConfig(system_metrics=False)\n"
-        "with tracking.start('child', None, where) as tracker:\n"
+        "with tracking.start_run('child', None, where) as tracker:\n"
         "    print(tracker.run_id, flush=True); time.sleep(60)"
     )
     environment = {
@@ -130,7 +130,7 @@ def child(run_root: Path) -> "subprocess.Popen[str]":
 
 @pytest.mark.integration
 def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
-    place = backend.setup()
+    place = backend.setup_backend()
     ids = {}
     for name in (signal.SIGTERM, signal.SIGKILL):
         process = child(run_root)
@@ -139,10 +139,10 @@ def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
         process.send_signal(name)
         process.wait(30)
         process.stdout.close()
-    client = backend.client(place.uri)
+    client = backend.create_client(place.uri)
     assert client.get_run(ids[signal.SIGTERM]).info.status == "KILLED"
     assert client.get_run(ids[signal.SIGKILL]).info.status == "RUNNING"
-    with tracking.start("next", None, TrackingConfig(system_metrics=False)) as tracker:
+    with tracking.start_run("next", None, TrackingConfig(system_metrics=False)) as tracker:
         closed = client.get_run(ids[signal.SIGKILL])
         assert closed.info.status == "KILLED"
         assert closed.data.tags["failure"] == "the process was killed"
@@ -150,16 +150,16 @@ def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
 
 
 def test_rank_zero_writes_by_id_and_leaves_the_end_to_the_driver() -> None:
-    with tracking.start("worker", None, where()) as tracker:
+    with tracking.start_run("worker", None, where()) as tracker:
         Tracker.by_id(tracker.run_id, tracker.uri).metrics({"a/loss": 1.0}, step=5)
         assert run_of(tracker).info.status == "RUNNING"
     assert history(tracker, "a/loss") == [(5, 1.0)]
 
 
 def test_a_resumed_run_goes_on_and_says_what_changed() -> None:
-    with tracking.start("first", Settings(), where()) as first:
+    with tracking.start_run("first", Settings(), where()) as first:
         first.metrics({"loss": 2.0}, step=1)
-    with tracking.start("again", Settings(steps=20), where(), run_id=first.run_id) as second:
+    with tracking.start_run("again", Settings(steps=20), where(), run_id=first.run_id) as second:
         second.metrics({"loss": 1.0}, step=2)
     run = run_of(first)
     assert second.run_id == first.run_id
@@ -171,8 +171,8 @@ def test_a_resumed_run_goes_on_and_says_what_changed() -> None:
 
 def test_children_stand_below_their_parent() -> None:
     with (
-        tracking.start("sweep", None, where()) as parent,
-        tracking.start("trial", None, where(), parent=parent.run_id) as trial,
+        tracking.start_run("sweep", None, where()) as parent,
+        tracking.start_run("trial", None, where(), parent=parent.run_id) as trial,
     ):
         pass
     assert run_of(trial).data.tags["mlflow.parentRunId"] == parent.run_id
@@ -180,13 +180,13 @@ def test_children_stand_below_their_parent() -> None:
 
 def test_the_machine_is_recorded_along() -> None:
     config = TrackingConfig(experiment="tests", system_metrics=True)
-    with tracking.start("system", None, config) as tracker:
+    with tracking.start_run("system", None, config) as tracker:
         pass
     assert run_of(tracker).data.metrics["system/system_memory_usage_megabytes"] > 0
 
 
 def test_very_long_values_are_shortened_not_lost_runs() -> None:
-    with tracking.start("long", {"a": "x" * 9000}, where(), tags={"b": "y" * 9000}) as tracker:
+    with tracking.start_run("long", {"a": "x" * 9000}, where(), tags={"b": "y" * 9000}) as tracker:
         pass
     run = run_of(tracker)
     assert len(run.data.params["a"]) == tracking.LONGEST_PARAMETER
@@ -211,21 +211,21 @@ def test_the_default_store_is_in_the_run_root(
 def test_a_server_that_is_not_there_is_said_at_the_start() -> None:
     with (
         pytest.raises(UserError, match="no MLflow server answers there"),
-        tracking.start("x", None, where(uri=f"http://127.0.0.1:{free_port()}")),
+        tracking.start_run("x", None, where(uri=f"http://127.0.0.1:{free_port()}")),
     ):
         pass
 
 
 def test_a_deleted_experiment_is_named() -> None:
-    place = backend.setup(experiment="deleted")
-    backend.client(place.uri).delete_experiment(place.experiment_id)
+    place = backend.setup_backend(experiment="deleted")
+    backend.create_client(place.uri).delete_experiment(place.experiment_id)
     with pytest.raises(UserError, match="'deleted' was deleted"):
-        backend.setup(experiment="deleted")
+        backend.setup_backend(experiment="deleted")
 
 
 @pytest.mark.integration
 def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
-    code = "from skillnet_platform.tracking import backend; print(backend.setup().experiment_id)"
+    code = "from skillnet_platform.tracking import backend; print(backend.setup_backend().experiment_id)"
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "platform"),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 DRIVER = """
 import json, sys
 from skillnet_platform import cluster
-with cluster.session(cpus=1) as ray:
+with cluster.ray_session(cpus=1) as ray:
     from ray._private.runtime_env.uv_runtime_env_hook import hook
     worker = ray.get(ray.remote(lambda: sys.executable).remote(), timeout=120)
     environment = dict(ray.get_runtime_context().runtime_env)

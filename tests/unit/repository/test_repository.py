@@ -149,7 +149,7 @@ def test_presets_parse(path: Path) -> None:
     }
     place = path.relative_to(ROOT / "configs")
     kind = kinds.get(place.parts[0].removesuffix(".yaml"), FinetuneConfig)
-    made = config.parse(kind, ["--config", str(path)], prog="skillnet")
+    made = config.parse_config(kind, ["--config", str(path)], prog="skillnet")
     if isinstance(made, FinetuneConfig):
         assert set(made.tasks) <= set(made.model.tasks)
 

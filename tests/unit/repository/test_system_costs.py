@@ -45,7 +45,7 @@ def test_the_table_has_each_systems_costs(
 
 def test_the_page_of_baselines_counts_as_the_code_does() -> None:
     words = ["--config", "quickstart", "--model.bigram_buckets", "0"]
-    config = configuration.parse(FinetuneConfig, words, "test")
+    config = configuration.parse_config(FinetuneConfig, words, "test")
     page = Path(__file__).parents[3] / "docs" / "baselines.md"
     lines = page.read_text(encoding="utf-8").splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("| system | total |"))

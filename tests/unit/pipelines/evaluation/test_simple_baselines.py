@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.evaluation.simple_baselines import random_ranking_metrics, evaluate_simple_baselines
+from pipelines.evaluation.simple_baselines import evaluate_simple_baselines, random_ranking_metrics
 from pipelines.evaluation.tables import COLUMNS
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import retrieval_ranks

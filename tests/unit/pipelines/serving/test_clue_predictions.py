@@ -30,7 +30,7 @@ def test_a_test_file_is_read_and_its_lines_are_told_apart(tmp_path: Path) -> Non
 def test_classes_of_another_corpus_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "test.json", [{"id": 4, "sentence": "一"}])
     rows = read_input_rows(tmp_path / "test.json", None, clue=True)
-    with pytest.raises(UserError, match="'G 文化' is none of TNEWS's"):
+    with pytest.raises(UserError, match="'G 文化' is not a class of TNEWS"):
         clue_lines(predicted(rows, "G 文化"))
 
 
@@ -79,5 +79,5 @@ def test_a_file_of_which_nothing_can_be_used_is_one_message(
 
 
 def test_the_format_is_for_one_file() -> None:
-    with pytest.raises(UserError, match="one test file"):
+    with pytest.raises(UserError, match="exactly one test file"):
         PredictConfig(format="clue", text="一")

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,10 +143,29 @@ def test_learning_rate_rises_then_never_rises(schedule: str) -> None:
         assert rates[160] < 2.0
 
 
-def test_warmup_in_steps() -> None:
-    assert compute_learning_rate(
-        TrainingConfig(steps=100, warmup_steps=10, lr=1.0), 4
-    ) == pytest.approx(0.5)
+def test_warmup_steps_win_over_the_fraction() -> None:
+    def rate(step: int, **warmup: Any) -> float:
+        return compute_learning_rate(TrainingConfig(steps=100, lr=1.0, **warmup), step)
+
+    assert rate(4, warmup_steps=10) == pytest.approx(0.5)
+    assert rate(4, warmup_fraction=0.1) == pytest.approx(0.5)
+    assert rate(4, warmup_steps=10, warmup_fraction=0.5) == pytest.approx(0.5)
+    assert rate(0, warmup_steps=0, warmup_fraction=0.5) == 1.0
+    # Below 1 a fraction; 1 is no number of steps any more.
+    assert rate(49, warmup_fraction=1.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup_steps": -1}, "use null for training.warmup_fraction"),
+        ({"warmup_fraction": 10}, "use training.warmup_steps for a number of steps"),
+        ({"warmup_fraction": -0.1}, r"must be in \[0, 1\]"),
+    ],
+)
+def test_invalid_warmup_names_the_other_key(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**values)
 
 
 def test_scheduler_sets_the_learning_rate_of_each_step_also_after_a_resume() -> None:
