@@ -1,4 +1,4 @@
-"""``skillnet evaluate``: metrics of a trained model on every test row, with confidence intervals."""
+"""``skillnet evaluate``: metrics of a trained model on every test row, with bootstrap intervals."""
 
 import time
 from collections.abc import Sequence

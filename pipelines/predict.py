@@ -28,8 +28,8 @@ class PredictConfig:
         files: audio, images, video, Python files, texts (.txt), or .jsonl with one row per line:
             {"text": …} or {"file": …}, and optionally "task".
         file: more files; the same as positional arguments.
-        input: file of rows as JSON lines, with any name. Rows of TNEWS, {"id": …, "sentence": …}, are
-            read as well, with "keywords" if the model was trained with them. Unusable rows are
+        input: file of rows as JSON lines, with any name. Rows of TNEWS, {"id": …, "sentence": …},
+            are read as well, with "keywords" if the model was trained with them. Unusable rows are
             reported and skipped; it is an error if no row is usable.
         format: of the output: ``jsonl`` has all fields of each prediction, ``clue`` the lines that
             CLUE expects for TNEWS, {"id": 2, "label": "107", "label_desc": "news_car"}, including

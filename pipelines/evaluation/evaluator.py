@@ -330,7 +330,7 @@ def read_fixed_column(table: Any, name: str, where: str) -> np.ndarray:
     """
     column = open_column(table, name, where)
     if not isinstance(column, FixedColumn):
-        raise UserError(f"{where}: column {name!r} holds lists, expected one number a row")
+        raise UserError(f"{where}: column {name!r} holds lists, expected one number per row")
     return column.take(np.arange(len(table)))
 
 
@@ -347,6 +347,6 @@ def read_ragged_column(table: Any, name: str, where: str) -> list[list[int]]:
     """
     column = open_column(table, name, where)
     if not isinstance(column, RaggedColumn):
-        raise UserError(f"{where}: column {name!r} holds numbers, expected lists of them")
+        raise UserError(f"{where}: column {name!r} holds numbers, expected a list per row")
     values, lengths = column.take(np.arange(len(table)))
     return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]

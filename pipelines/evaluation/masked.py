@@ -53,8 +53,8 @@ def masked_batches(
     parameter = next(model.parameters())
     selected = np.arange(dataset.num_rows) if rows is None else rows
     for start in range(0, len(selected), BATCH_ROWS):
-        # The key of the generator is constant, so that each evaluation masks the same tokens.
         part = selected[start : start + BATCH_ROWS]
+        # The key of the generator is constant, so that each evaluation masks the same tokens.
         draws = BatchRandom(("evaluation", start), len(part), slice(None))
         towers, targets = dataset.load(part, draws)
         yield Batch(task, towers, targets, part, len(part)).to(parameter.device, parameter.dtype)

@@ -51,7 +51,7 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
     data = read_file_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip().startswith(b"["):
         raise UserError(
-            f"{path}: a JSON array; expected an object a line. Convert it with: jq -c '.[]' {path}"
+            f"{path}: a JSON array; expected one object per line. Convert it with: jq -c '.[]' {path}"
         )
     rows = [
         _parse_row(f"{path}, line {number}", line, path.parent, task, clue)
@@ -124,7 +124,7 @@ def _parse_item(where: str, row: Any, folder: Path, task: str | None, clue: bool
         raise UserError('no "id"; CLUE identifies predictions by it')
     if not texts:
         if "\0" in row["file"]:
-            raise UserError("no file can have such a name")
+            raise UserError("the file name contains a null character")
         return replace(read_input_item(folder / row["file"], task), where=where)
     if not texts[0].strip() and not clue:
         raise UserError("the text is empty")

@@ -1,4 +1,4 @@
-"""What people read of a run: tables say what the rows say, figures show every task and skill."""
+"""Tables and figures of a run: cells equal the rows, figures show every task and skill."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_results_keep_splits_and_directions_apart():
     assert "accuracy 60.0 % (58.0–62.0)" in cells[3][2]
 
 
-def test_metrics_are_grouped_by_task_and_only_headlines_have_bounds():
+def test_metrics_are_grouped_by_task_and_only_primary_ones_have_bounds():
     flat = tables.flat_metrics(ROWS)
     assert flat["text_to_image/test_recall_at_10"] == 0.4
     assert flat["text_to_image/test_recall_at_10_low"] == pytest.approx(0.38)
@@ -79,7 +79,7 @@ def test_the_description_names_results_activation_and_facts():
     assert cells == ["●", "", "", "", "●", "", "●"]
 
 
-def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
+def test_the_activation_figure_has_a_square_for_every_tower_and_skill():
     tasks = default_tasks() | {
         "own": Task("classification", {"input": SkillPlan(("general", "code"), "code")}, outputs=2)
     }
@@ -91,7 +91,7 @@ def test_the_activation_picture_has_a_square_for_every_tower_and_skill():
     assert len(axes.patches) - grey == active
 
 
-def test_the_loss_picture_has_a_panel_per_task():
+def test_the_loss_figure_has_a_panel_per_task():
     history = {f"{task}/loss": [(20, 3.0), (10, 4.0), (30, 2.0)] for task in default_tasks()}
     history["training/learning_rate"] = [(10, 1e-3), (20, 5e-4)]
     drawn = figures.training_figures(history, SkillNetConfig())

@@ -1,4 +1,4 @@
-"""Evaluation: every row once, in any order, with figures that a plain computation confirms."""
+"""Evaluation: every row once, in any order, with metrics that a direct computation confirms."""
 
 import csv
 import json
@@ -67,10 +67,10 @@ def test_rows_are_tidy_and_complete(rows: list[dict], model: SkillNet):
         assert row["flops_per_example"] > 0
 
 
-def test_figures_equal_a_row_by_row_computation(model: SkillNet, data: Path, rows: list[dict]):
+def test_metrics_equal_a_row_by_row_computation(model: SkillNet, data: Path, rows: list[dict]):
     table = open_corpus(data / "headings").splits["test"].table()
     with torch.no_grad():
-        said = [
+        predicted = [
             int(
                 model(
                     "text_classification",
@@ -80,18 +80,18 @@ def test_figures_equal_a_row_by_row_computation(model: SkillNet, data: Path, row
             for tokens in table.column("tokens").to_pylist()
         ]
     right = table.column("label").to_pylist()
-    accuracy = np.mean(np.array(said) == np.array(right))
+    accuracy = np.mean(np.array(predicted) == np.array(right))
     assert value(rows, "text_classification", "accuracy") == pytest.approx(accuracy)
 
     table = open_corpus(data / "strokes").splits["test"].table()
-    queries, clips = [], []
+    queries, videos = [], []
     with torch.no_grad():
         for row in table.to_pylist():
             tokens = torch.tensor([row["caption_tokens"][0]])
             frames = torch.tensor(row["frames"], dtype=torch.uint8).view(1, 8, 32, 32, 1)
             queries.append(model.embed("text_to_video", "query", {"tokens": tokens}))
-            clips.append(model.embed("text_to_video", "candidate", {"frames": frames}))
-    similar = torch.cat(queries) @ torch.cat(clips).T
+            videos.append(model.embed("text_to_video", "candidate", {"frames": frames}))
+    similar = torch.cat(queries) @ torch.cat(videos).T
     ranks = (similar >= similar.diag()[:, None]).sum(1).numpy()
     assert value(rows, "text_to_video", "recall_at_5") == pytest.approx(np.mean(ranks <= 5))
     assert value(rows, "text_to_video", "median_rank") == pytest.approx(np.median(ranks))
@@ -136,7 +136,7 @@ def test_batches_hold_every_row_once(positions: int):
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= positions
 
 
-def test_training_mode_is_left_as_it_was(data: Path):
+def test_the_training_mode_is_restored(data: Path):
     model = SkillNet(config()).train()
     evaluate_model(model, data, ["text_classification"], ["validation"], bootstrap_samples=0)
     assert model.training
@@ -151,7 +151,7 @@ def test_named_splits(model: SkillNet, data: Path):
         evaluate_model(model, data, splits=["test", "tset"], bootstrap_samples=0)
 
 
-def test_mistakes_have_messages(model: SkillNet, data: Path, tmp_path: Path):
+def test_user_errors_have_messages(model: SkillNet, data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="did you mean 'text_to_image'"):
         evaluate_model(model, data, ["text_to_imag"])
     with pytest.raises(UserError, match="skillnet prepare headings"):
@@ -190,7 +190,9 @@ def test_command(model: SkillNet, data: Path, run_root: Path, capsys, tmp_path: 
     assert "test_unseen_concept, reverse" in table
 
 
-def test_command_refuses_what_is_no_model(data: Path, run_root: Path, capsys, tmp_path: Path):
+def test_the_command_rejects_a_directory_without_a_model(
+    data: Path, run_root: Path, capsys, tmp_path: Path
+):
     assert command.main(["--checkpoint", str(tmp_path / "none"), "--data", str(data)]) == 2
     assert "no folder and no run" in capsys.readouterr().err
     assert command.main(["--checkpoint", str(tmp_path), "--data", str(data)]) == 2
@@ -199,7 +201,9 @@ def test_command_refuses_what_is_no_model(data: Path, run_root: Path, capsys, tm
     assert "not both" in capsys.readouterr().err
 
 
-def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, run_root: Path):
+def test_a_checkpoint_is_evaluated_without_auxiliary_tasks(
+    data: Path, tmp_path: Path, run_root: Path
+):
     from pipelines.evaluate import EvaluateConfig, evaluate_trained_model
     from pipelines.runs import model_source
     from skillnet.growth import add_task
@@ -232,7 +236,7 @@ def test_a_checkpoint_does_without_auxiliary_tasks(data: Path, tmp_path: Path, r
 
 
 def test_every_caption_of_a_row_may_be_a_query(model: SkillNet, tmp_path: Path) -> None:
-    """As with five captions a photograph: as many queries, resampled by rows, outcomes by rows."""
+    """Several captions per row are several queries; intervals and outcomes are per row."""
     from pipelines.evaluation.outcomes import OutcomeTable
     from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
     from pipelines.shards.format import manifest_digest

@@ -1,4 +1,4 @@
-"""Outcomes of single rows: they give the figures that evaluation gives, and survive the file."""
+"""Outcomes of single rows: they give the metrics of the evaluation, and a file keeps them."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
 from tests.helpers.readable_corpora import config, write_corpora
 
-HEADLINE = {
+PRIMARY_METRIC = {
     "text_classification": "accuracy",
     "speech_recognition": "token_error_rate",
     "text_to_image": "recall_at_10",
@@ -40,7 +40,7 @@ def test_the_primary_metric_of_a_split_follows_from_its_rows(tmp_path: Path):
     again = read_outcomes(tmp_path / "outcomes.parquet")
     compared = 0
     for row in rows:
-        if row["metric"] == HEADLINE[row["task"]]:
+        if row["metric"] == PRIMARY_METRIC[row["task"]]:
             found = again[row["task"], row["split"]]
             assert found.value == pytest.approx(row["value"], abs=1e-6)
             assert np.isfinite(found.rank).all() == row["task"].startswith("text_to_")
@@ -58,20 +58,20 @@ def _table(rows: list[int]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
 
-def test_rows_come_back_in_their_order(tmp_path: Path):
+def test_rows_are_read_in_their_order(tmp_path: Path):
     table = _table([2, 0, 1]).set_column(3, "numerator", pa.array([2.0, 0.0, 1.0], pa.float32()))
     pq.write_table(table, tmp_path / "o.parquet")
     assert read_outcomes(tmp_path / "o.parquet")["a", "test"].numerator.tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("rows", [[0, 2], [0, 1, 1], [1]])
-def test_missing_and_doubled_rows_are_refused(tmp_path: Path, rows: list[int]):
+def test_missing_and_duplicated_rows_are_rejected(tmp_path: Path, rows: list[int]):
     pq.write_table(_table(rows), tmp_path / "o.parquet")
     with pytest.raises(UserError, match="a test: rows are missing or duplicated"):
         read_outcomes(tmp_path / "o.parquet")
 
 
-def test_another_file_is_refused_in_one_line(tmp_path: Path):
+def test_another_file_is_rejected_with_one_line(tmp_path: Path):
     path = tmp_path / "o.parquet"
     with pytest.raises(UserError, match="no such file"):
         read_outcomes(path)
@@ -83,7 +83,7 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path):
         read_outcomes(path)
 
 
-def test_a_paired_difference_is_narrower_than_what_rows_alone_would_give() -> None:
+def test_a_paired_difference_is_narrower_than_an_unpaired_one() -> None:
     random = np.random.default_rng(0)
     hard = random.random(400)
     one = RowOutcomes((hard < 0.6).astype(float), np.ones(400), np.full(400, np.nan))

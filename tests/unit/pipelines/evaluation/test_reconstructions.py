@@ -1,4 +1,4 @@
-"""Pictures of what is restored: what is hidden lies where the mask is, and shows what was told."""
+"""Figures of reconstructions: masked tokens are hidden, and show the predictions."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ def run_of(data: Path, units: int = 0) -> tuple[FinetuneConfig, TaskModel]:
 
 
 class Oracle:
-    """Predicts what was asked for, or nothing at all; keeps the batch that it saw."""
+    """Model that predicts the targets, or zeros, and records its batch."""
 
     def __init__(self, right: bool) -> None:
         self.right, self.batch = right, None
@@ -54,7 +54,7 @@ class Oracle:
 
 
 def cut(config: FinetuneConfig, task: str, images: np.ndarray) -> Tensor:
-    """Pictures, clips or recordings as shown, cut into the tokens of the model."""
+    """Return displayed images, video or audio as the tokens of the model."""
     x = torch.from_numpy(images)
     if task == "masked_image":
         return patchify(x, config.model.patch_size)
@@ -64,7 +64,7 @@ def cut(config: FinetuneConfig, task: str, images: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("task", ["masked_image", "masked_video", "masked_sound"])
-def test_what_is_hidden_is_restored_in_its_place(
+def test_masked_tokens_are_restored_in_their_place(
     task: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, model = run_of(data)
@@ -86,7 +86,7 @@ def test_what_is_hidden_is_restored_in_its_place(
     assert torch.allclose(made[oracle.masked_BT], means[oracle.masked_BT], atol=1e-4)
 
 
-def test_a_unit_is_shown_as_the_mean_of_its_sounds(
+def test_a_sound_unit_is_drawn_as_the_mean_of_its_frames(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, model = run_of(data, UNITS)

@@ -1,4 +1,4 @@
-"""Simple references: they find what rules put together, chance is exact, results are kept."""
+"""Simple baselines: they exceed chance on rule-based data, chance is exact, results are cached."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def rows(data: Path) -> list[dict]:
         ("text_to_code", "recall_at_1", 1),
     ],
 )
-def test_they_beat_chance_where_the_rule_is_simple(rows, task, metric, sign):
+def test_simple_baselines_exceed_chance_on_simple_rules(rows, task, metric, sign):
     by = {
         row["system"]: row["value"]
         for row in rows
@@ -47,7 +47,7 @@ def test_they_beat_chance_where_the_rule_is_simple(rows, task, metric, sign):
     assert sign * by["simple_baseline"] > sign * by["chance"]
 
 
-def test_clips_with_classes_have_a_reference_too(tmp_path: Path):
+def test_video_classification_has_a_simple_baseline(tmp_path: Path):
     clips = small_corpora.write_corpora(tmp_path / "corpora", test_rows=30)
     write_labelled_clips(clips)
     tasks = {"counting": Task("classification", {"input": SkillPlan(("video",), "video")}, 3)}
@@ -62,14 +62,14 @@ def test_clips_with_classes_have_a_reference_too(tmp_path: Path):
     assert value["simple_baseline"] > value["chance"]
 
 
-def test_rows_have_the_form_of_evaluations(rows):
+def test_rows_have_the_columns_of_evaluations(rows):
     assert all(tuple(row) == COLUMNS for row in rows)
     assert {row["system"] for row in rows} == {"chance", "simple_baseline"}
     assert {row["task"] for row in rows} == set(SkillNetConfig().tasks)
 
 
 @pytest.mark.parametrize("groups", [list(range(23)), [0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
-def test_chance_is_what_random_vectors_reach(groups):
+def test_chance_equals_the_metrics_of_random_vectors(groups):
     ids = np.array(groups)
     expected = random_ranking_metrics(ids)
     random = np.random.default_rng(0)
@@ -81,17 +81,17 @@ def test_chance_is_what_random_vectors_reach(groups):
     assert abs(expected["median_rank"].value - np.median(ranks)) <= 1
 
 
-def test_results_are_kept_until_a_corpus_changes(data: Path, tmp_path: Path):
+def test_results_are_cached_until_settings_change(data: Path, tmp_path: Path):
     import shutil
 
     copy = tmp_path / "corpora"
     shutil.copytree(data, copy)
-    asked: list[str] = []
+    computed: list[str] = []
     tasks = {"text_to_code": SkillNetConfig().tasks["text_to_code"]}
-    first = evaluate_simple_baselines(copy, tasks, bootstrap_samples=50, on_task=asked.append)
-    again = evaluate_simple_baselines(copy, tasks, bootstrap_samples=50, on_task=asked.append)
-    assert asked == ["text_to_code"]
+    first = evaluate_simple_baselines(copy, tasks, bootstrap_samples=50, on_task=computed.append)
+    again = evaluate_simple_baselines(copy, tasks, bootstrap_samples=50, on_task=computed.append)
+    assert computed == ["text_to_code"]
     assert [r["value"] for r in again] == [r["value"] for r in first]
     assert np.isnan(again[0]["low"]) == np.isnan(first[0]["low"])
-    evaluate_simple_baselines(copy, tasks, bootstrap_samples=60, on_task=asked.append)
-    assert len(asked) == 2
+    evaluate_simple_baselines(copy, tasks, bootstrap_samples=60, on_task=computed.append)
+    assert len(computed) == 2

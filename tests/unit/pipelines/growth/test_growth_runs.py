@@ -1,4 +1,4 @@
-"""The runs of a growth: what trains, what is only measured, what the new task is held against."""
+"""The runs of a growth: trained files, evaluated old tasks, and reference runs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def saved(tmp_path: Path, data: Path, *tasks: str) -> ModelSource:
     return ModelSource("saved", tmp_path / "model")
 
 
-def test_a_modality_that_is_new_brings_a_stem_that_trains_also_without_the_skill(
+def test_a_new_modality_adds_a_stem_that_also_trains_without_the_skill(
     tmp_path: Path, data: Path
 ) -> None:
     source = saved(tmp_path, data, "text_classification")
@@ -60,7 +60,7 @@ def test_a_modality_that_is_new_brings_a_stem_that_trains_also_without_the_skill
     )
 
 
-def test_old_tasks_are_measured_as_they_were_trained(tmp_path: Path, data: Path) -> None:
+def test_old_tasks_are_evaluated_with_their_training_settings(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_to_code", "text_classification")
     tasks = {"text_to_code": {"corpus": "functions", "max_length": 7, "auxiliary": False}}
     source = replace(source, settings={"tasks": tasks})
@@ -79,7 +79,7 @@ def test_old_tasks_are_measured_as_they_were_trained(tmp_path: Path, data: Path)
     )
 
 
-def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
+def test_a_task_with_only_the_new_skill_has_no_reference_without_it(
     tmp_path: Path, data: Path
 ) -> None:
     source = saved(tmp_path, data, "text_classification")
@@ -93,7 +93,7 @@ def test_a_task_of_the_new_skill_alone_has_no_reference_without_it(
     assert runs.build_reference_config("without_skill", config, settings, source, tmp_path) is None
 
 
-def test_what_starts_alike_is_kept_once(tmp_path: Path, data: Path) -> None:
+def test_equal_start_models_share_one_directory(tmp_path: Path, data: Path) -> None:
     source = saved(tmp_path, data, "text_classification")
     config = grow_config("saved", data)
     before = runs.load_growable_model(source)
@@ -155,7 +155,7 @@ def test_a_change_is_named(changes: dict[str, object], message: str) -> None:
         verification.assert_frozen_unchanged(report)
 
 
-def test_a_report_survives_its_json_and_reads_well() -> None:
+def test_a_report_keeps_its_values_in_json_and_has_readable_tables() -> None:
     import json
 
     report = growth()
@@ -167,7 +167,7 @@ def test_a_report_survives_its_json_and_reads_well() -> None:
     assert "accuracy 50.0 % (40.0–60.0)" in report.summarize()
 
 
-def test_settings_survive_their_yaml(data: Path) -> None:
+def test_settings_keep_their_values_in_yaml(data: Path) -> None:
     from skillnet_platform import config as configuration
 
     config = grow_config("base", data)

@@ -1,4 +1,4 @@
-"""What ``skillnet predict`` writes for CLUE's evaluation of TNEWS."""
+"""Output of ``skillnet predict`` for CLUE's evaluation of TNEWS."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from tests.helpers.user_corpora import tnews, write_lines
 
 
 def predicted(rows: list[InputRow], *answers: str) -> list[tuple[InputRow, TaskPrediction]]:
-    made = [TaskPrediction("x", "text_classification", answer, 0.5) for answer in answers]
-    return list(zip(rows, made, strict=True))
+    predictions = [TaskPrediction("x", "text_classification", answer, 0.5) for answer in answers]
+    return list(zip(rows, predictions, strict=True))
 
 
-def test_a_test_file_is_read_and_its_lines_are_told_apart(tmp_path: Path) -> None:
+def test_lines_of_a_test_file_keep_their_ids(tmp_path: Path) -> None:
     rows = read_input_rows(tnews(tmp_path, other=3) / "test.json", "text_classification", clue=True)
     items = [row.item for row in rows if row.item]
     texts = ["news_story的新闻研究0", "news_culture的新闻概论1", "news_entertainment的新闻教程2"]
@@ -27,14 +27,14 @@ def test_a_test_file_is_read_and_its_lines_are_told_apart(tmp_path: Path) -> Non
     assert [line["id"] for line in lines] == [0, 1, 2]
 
 
-def test_classes_of_another_corpus_are_named(tmp_path: Path) -> None:
+def test_classes_of_another_corpus_are_rejected(tmp_path: Path) -> None:
     write_lines(tmp_path / "test.json", [{"id": 4, "sentence": "一"}])
     rows = read_input_rows(tmp_path / "test.json", None, clue=True)
     with pytest.raises(UserError, match="'G 文化' is not a class of TNEWS"):
         clue_lines(predicted(rows, "G 文化"))
 
 
-def test_bad_lines_are_set_aside_and_an_empty_sentence_is_predicted_for(tmp_path: Path) -> None:
+def test_unusable_lines_have_reasons_and_an_empty_sentence_is_predicted(tmp_path: Path) -> None:
     path = tmp_path / "test.json"
     lines = [
         '{"id": 0, "sentence": "一"}'.encode(),
@@ -51,7 +51,15 @@ def test_bad_lines_are_set_aside_and_an_empty_sentence_is_predicted_for(tmp_path
     rows = read_input_rows(path, None, clue=True)
     assert [row.where for row in rows] == [f"{path}, line {n}" for n in range(1, 10)]
     assert [row.item is not None for row in rows] == [True, True] + [False] * 7
-    reasons = ("not UTF-8", 'no "id"', "strings", "not JSON", "no file", "strings", "expected")
+    reasons = (
+        "not UTF-8",
+        'no "id"',
+        "strings",
+        "not JSON",
+        "null character",
+        "strings",
+        "expected",
+    )
     for row, reason in zip(rows[2:], reasons, strict=True):
         assert reason in row.reason
     assert rows[1].item is not None
@@ -63,14 +71,17 @@ def test_bad_lines_are_set_aside_and_an_empty_sentence_is_predicted_for(tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"id": 1, "sentence": "一"}]'.encode(), r"test\.json: a JSON array; expected an object"),
+        (
+            '[{"id": 1, "sentence": "一"}]'.encode(),
+            r"test\.json: a JSON array; expected one object",
+        ),
         (b'[\n {"id": 1}\n]', r"test\.json: a JSON array"),
         ('{"id": 2, "sentence": "新闻"}'.encode("gbk"), "line 1: not UTF-8; convert.*iconv"),
         (b"\n \n", "the file has no rows"),
         (b'{"sentence": "a"}', 'line 1: no "id"; CLUE'),
     ],
 )
-def test_a_file_of_which_nothing_can_be_used_is_one_message(
+def test_a_file_without_usable_rows_gives_one_message(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "test.json").write_bytes(content)
@@ -78,6 +89,6 @@ def test_a_file_of_which_nothing_can_be_used_is_one_message(
         read_input_rows(tmp_path / "test.json", None, clue=True)
 
 
-def test_the_format_is_for_one_file() -> None:
+def test_the_clue_format_requires_one_file() -> None:
     with pytest.raises(UserError, match="exactly one test file"):
         PredictConfig(format="clue", text="一")

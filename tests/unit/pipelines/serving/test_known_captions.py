@@ -1,4 +1,4 @@
-"""Known captions and searched rows are bounded: memory does not grow with a corpus."""
+"""Known captions and searched rows have a limit, so memory does not grow with the corpus."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,31 +23,31 @@ def firsts(corpus: PreparedCorpus) -> list[str]:
     return list(dict.fromkeys(row[0] for row in rows))
 
 
-def test_all_captions_are_known_where_they_are_few(
+def test_all_captions_are_known_below_the_limit(
     corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 3)
     assert bundle.read_known_captions(corpus) == firsts(corpus)
 
 
-def test_no_shard_is_opened_beyond_the_last_caption_that_is_taken(
+def test_no_shard_is_opened_after_the_last_returned_caption(
     corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = firsts(corpus)
     opened: list[str] = []
     before = LocalShardStore.open
 
-    def watched(self: LocalShardStore, shard: dict[str, str]) -> object:
+    def recording_open(self: LocalShardStore, shard: dict[str, str]) -> object:
         opened.append(shard["file"])
         return before(self, shard)
 
-    monkeypatch.setattr(LocalShardStore, "open", watched)
+    monkeypatch.setattr(LocalShardStore, "open", recording_open)
     assert bundle.read_known_captions(corpus, 2) == expected[:2]
     assert len(opened) == 1
     assert "choose among the first ones only" in capsys.readouterr().err
 
 
-def test_captions_are_spelt_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_embedded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "BATCH_CAPTIONS", 4)
     sizes: list[int] = []
 
@@ -61,7 +61,7 @@ def test_captions_are_spelt_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [4, 4, 2]
 
 
-def test_a_search_that_would_not_fit_names_the_splits(
+def test_a_search_above_the_memory_limit_names_a_split(
     corpus: PreparedCorpus, run_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = sum(split.rows for split in corpus.splits.values())

@@ -1,4 +1,4 @@
-"""A predictor reads inputs as its corpora were prepared."""
+"""A predictor preprocesses inputs with the settings of its corpora."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,46 +47,46 @@ def predictor(
 
 
 @pytest.mark.parametrize("keywords", [False, True])
-def test_headlines_are_read_with_their_keywords_where_training_read_them(
+def test_headings_have_keywords_if_training_used_them(
     words: Any, tmp_path: Path, keywords: bool
 ) -> None:
     place = tnews(tmp_path / "tnews", other=3)
     corpus = open_external_corpus("tnews", str(place), {"keywords": keywords})
     rows = [row for row in corpus.rows(SourceArchives.none()) if isinstance(row, dict)]
     trained = [row["text"] for row in rows if row["split"] == "unlabelled"]
-    made = predictor(words, "text_classification", corpus.preprocessing())
+    tested = predictor(words, "text_classification", corpus.preprocessing())
     for row, text in zip(read_input_rows(place / "test.json", None), trained, strict=True):
         assert row.item is not None
-        made.predict([row.item])
-        assert made.recorded[0].tolist() == words.encode(text).ids[:48]
+        tested.predict([row.item])
+        assert tested.recorded[0].tolist() == words.encode(text).ids[:48]
 
 
 @pytest.mark.parametrize(
-    ("prepared", "kept"),
+    ("prepared", "expected_tokens"),
     [({}, 20), ({"max_caption_tokens": 7}, 7), ({"caption_tokens": 64}, 24)],
 )
-def test_queries_are_as_long_as_captions_were(
-    words: Any, prepared: dict[str, int], kept: int, monkeypatch: pytest.MonkeyPatch
+def test_queries_are_truncated_like_captions(
+    words: Any, prepared: dict[str, int], expected_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.transforms.text.CAPTION_TOKENS", 20)
-    made = predictor(words, "text_to_image", prepared)
-    made.model.config.max_tokens = 24
-    made.embed_texts("text_to_image", [" " + "abc" * 40])
-    assert len(made.recorded[0]) == kept
-    made.predict([PredictionItem("x", "abc" * 40, None, "text_to_image")])
-    assert len(made.recorded[0]) == kept
+    tested = predictor(words, "text_to_image", prepared)
+    tested.model.config.max_tokens = 24
+    tested.embed_texts("text_to_image", [" " + "abc" * 40])
+    assert len(tested.recorded[0]) == expected_tokens
+    tested.predict([PredictionItem("x", "abc" * 40, None, "text_to_image")])
+    assert len(tested.recorded[0]) == expected_tokens
 
 
-def test_texts_and_code_are_cut_as_the_corpus_cut_them(words: Any) -> None:
-    made = predictor(words, "text_classification", {"max_tokens": 9})
-    made.predict([PredictionItem("x", "abc" * 40)])
-    assert len(made.recorded[0]) == 9
-    made = predictor(words, "text_to_code", {"code_tokens": 11}, text_to_code=10)
+def test_texts_and_code_are_truncated_like_the_corpus(words: Any) -> None:
+    tested = predictor(words, "text_classification", {"max_tokens": 9})
+    tested.predict([PredictionItem("x", "abc" * 40)])
+    assert len(tested.recorded[0]) == 9
+    tested = predictor(words, "text_to_code", {"code_tokens": 11}, text_to_code=10)
     source = b"def send(message):\n    return client.post(message, message, message)\n"
-    made.predict([PredictionItem("a.py", None, source)])
-    assert len(made.recorded[0]) == 10
+    tested.predict([PredictionItem("a.py", None, source)])
+    assert len(tested.recorded[0]) == 10
 
 
-def test_where_no_corpus_has_texts_no_tokenizer_is_asked_for(tmp_path: Path) -> None:
+def test_corpora_without_text_need_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(bundle.read_tokenizer({}, tmp_path))
     assert tokenizers.load_tokenizer(tmp_path / "bytes.json").get_vocab_size() >= 4 + 256

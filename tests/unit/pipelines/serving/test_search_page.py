@@ -1,4 +1,4 @@
-"""The search page: nothing from outside, everything escaped, thumbnails that decode."""
+"""The search page: no external resources, escaped text, thumbnails that decode."""
 
 import base64
 import io
@@ -9,24 +9,26 @@ from PIL import Image
 
 from pipelines.serving.search_page import ResultCard, media_data_uri, render_search_page
 
-NASTY = '<script>alert("1")</script> & "红色的心"\''
+HOSTILE_TEXT = '<script>alert("1")</script> & "红色的心"\''
 
 
 def test_all_text_is_escaped():
-    card = ResultCard(1, 0.5, NASTY, details=[NASTY], code=NASTY, media=None)
-    html = render_search_page(NASTY, [card], facts=[(NASTY, NASTY)], credit=NASTY)
+    card = ResultCard(1, 0.5, HOSTILE_TEXT, details=[HOSTILE_TEXT], code=HOSTILE_TEXT, media=None)
+    html = render_search_page(
+        HOSTILE_TEXT, [card], facts=[(HOSTILE_TEXT, HOSTILE_TEXT)], credit=HOSTILE_TEXT
+    )
     assert "<script" not in html
     assert html.count("&lt;script&gt;") == 8  # title, heading, fact twice, card thrice, credit
     assert "红色的心" in html
 
 
-def test_an_attribute_cannot_be_left():
+def test_text_cannot_end_an_attribute():
     picture = np.zeros((4, 4, 3), np.uint8)
     html = render_search_page("x", [ResultCard(1, 0.5, 'a" onerror="alert(1)', media=picture)])
     assert 'onerror="alert' not in html
 
 
-def test_the_page_refers_to_nothing_outside():
+def test_the_page_has_no_external_resources():
     picture = np.zeros((4, 4, 3), np.uint8)
     html = render_search_page("心", [ResultCard(1, 0.5, "心", media=picture)])
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
@@ -35,14 +37,14 @@ def test_the_page_refers_to_nothing_outside():
     assert "default-src 'none'" in html
 
 
-def test_a_picture_keeps_its_pixels():
+def test_an_image_keeps_its_pixels():
     picture = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     image = Image.open(io.BytesIO(base64.b64decode(media_data_uri(picture).partition(",")[2])))
     assert image.size == (144, 144)
     np.testing.assert_array_equal(np.asarray(image)[1::3, 1::3], picture)
 
 
-def test_a_clip_keeps_its_frames():
+def test_a_video_keeps_its_frames():
     clip = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 1), dtype=np.uint8)
     image = Image.open(io.BytesIO(base64.b64decode(media_data_uri(clip).partition(",")[2])))
     assert image.n_frames == 8
@@ -53,7 +55,7 @@ def test_a_clip_keeps_its_frames():
         )
 
 
-def test_cards_come_in_the_order_given_and_bars_follow_scores():
+def test_cards_keep_their_order_and_bars_follow_scores():
     html = render_search_page("x", [ResultCard(1, 0.9, "first"), ResultCard(2, 0.1, "second")])
     assert html.index("first") < html.index("second")
     widths = [int(w) for w in re.findall(r'style="width:(\d+)%"', html)]
