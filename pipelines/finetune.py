@@ -140,6 +140,27 @@ def register_run(
     "skillnet finetune --config tiny --training.workers 2 --json",
     show=lambda result: print_result(result, f"the model is in {result['model']}"),
     resources=request_training,
+    essential=(
+        "name",
+        "run_dir",
+        "data",
+        "init_from",
+        "seed",
+        "system",
+        "model.dim",
+        "model.num_layers",
+        "tasks.NAME.batch_size",
+        "training.steps",
+        "training.max_minutes",
+        "training.lr",
+        "training.use_gpu",
+        "training.workers",
+        "training.min_workers",
+        "training.precision",
+        "training.checkpoint_every",
+        "training.evaluate_every",
+        "tracking.uri",
+    ),
 )
 def main(config: FinetuneConfig) -> dict[str, Any]:
     """Run ``skillnet finetune``."""

@@ -216,6 +216,25 @@ def show_growth(result: dict[str, Any]) -> None:
     "skillnet grow my-run --config grow/stroke-count --name counting",
     show=show_growth,
     resources=request_growth,
+    essential=(
+        "source",
+        "name",
+        "run_dir",
+        "data",
+        "seed",
+        "corpora",
+        "references",
+        "skill.name",
+        "skill.init_from",
+        "task.name",
+        "training.steps",
+        "training.lr",
+        "training.use_gpu",
+        "training.workers",
+        "training.precision",
+        "tracking.register",
+        "tracking.uri",
+    ),
 )
 def main(config: GrowConfig) -> dict[str, Any]:
     """Run ``skillnet grow``."""

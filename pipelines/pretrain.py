@@ -46,6 +46,28 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     "skillnet finetune --config quickstart --from first-pretraining",
     show=lambda result: print_result(result, f"next: skillnet finetune --from {result['name']}"),
     resources=request_training,
+    essential=(
+        "name",
+        "run_dir",
+        "data",
+        "init_from",
+        "seed",
+        "contrastive",
+        "views",
+        "model.dim",
+        "model.num_layers",
+        "tasks.NAME.batch_size",
+        "training.steps",
+        "training.max_minutes",
+        "training.lr",
+        "training.use_gpu",
+        "training.workers",
+        "training.min_workers",
+        "training.precision",
+        "training.checkpoint_every",
+        "training.evaluate_every",
+        "tracking.uri",
+    ),
 )
 def main(config: PretrainConfig) -> dict[str, Any]:
     """Run ``skillnet pretrain``."""

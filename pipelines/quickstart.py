@@ -251,6 +251,27 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     to_json=lambda result: result[0],
     rewrite_arguments=lambda argv: ["--config", PRESET, *argv],
     resources=request_training,
+    essential=(
+        "name",
+        "run_dir",
+        "data",
+        "archives",
+        "skip",
+        "registered",
+        "seed",
+        "model.dim",
+        "model.num_layers",
+        "training.steps",
+        "training.max_minutes",
+        "training.lr",
+        "training.use_gpu",
+        "training.workers",
+        "training.min_workers",
+        "training.precision",
+        "training.checkpoint_every",
+        "training.evaluate_every",
+        "tracking.uri",
+    ),
 )
 def main(config: QuickstartConfig) -> tuple[dict[str, Any], QuickstartConfig]:
     """Run ``skillnet quickstart``."""

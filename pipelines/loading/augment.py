@@ -78,7 +78,7 @@ def augment_images(pixels_BHWC: np.ndarray, config: AugmentConfig, random: Batch
     """
     B, H, W, C = pixels_BHWC.shape
     transform = _draw_transforms(config.image_shift, config.image_scale, random)
-    # All random numbers are drawn before the threads start, so their order is fixed.
+    # Random numbers are drawn for all rows at once; the threads below only apply them.
     tint = None
     if config.image_colour:
         tint = torch.from_numpy(1 + config.image_colour * (2 * random.uniform("colour", 3) - 1))

@@ -265,7 +265,7 @@ class TaskDataset:
             branch = random.branch(tower)
             inputs = self._inputs(local, branch, config)
             masked, _ = self._mask(self.plan.modality, inputs, branch)
-            # Without this key the stem treats the input as complete.
+            # A view does not mark its masked tokens for the model.
             del masked["masked"]
             towers[tower] = masked
         # The groups of a corpus mark similar rows, as labels do; here only a row equals itself.

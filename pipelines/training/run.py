@@ -144,7 +144,7 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
         )
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)
-        # A finished run with fewer steps continues to the new number of steps.
+        # A run that stopped early, for example at max_minutes, is not finished.
         if result["step"] >= config.training.steps:
             return result
     return None
