@@ -159,12 +159,12 @@ def train_model(
         for batch in meter.iter_timed(prefetcher):
             batch = batch.to(device, precision.weights)
             task = config.model.tasks[batch.task]
-            # Dropout is reseeded each step, so a resumed run continues with the same random numbers.
+            # Dropout is reseeded each step, so that a resumed run repeats the same numbers.
             seed_dropout(config.seed, step, rank)
             for callback in callbacks:
                 callback.on_step_start(step)
 
-            # Gradients are summed over ranks during the backward pass; the stop flag travels with them.
+            # Ranks sum gradients during the backward pass; the stop flag travels with them.
             sync.begin(batch.task, preemption.stop_requested())
             loss = step_loss(model, task, batch, precision, config, rank, world)
             loss.backward()
@@ -184,7 +184,7 @@ def train_model(
                         f" lower training.lr ({settings.lr}) or training.max_grad_norm, or set "
                         "training.precision fp32"
                     )
-            # Gradients become None, so that AdamW skips the parameters that the next task does not use.
+            # Gradients become None, so that AdamW skips parameters outside the next task.
             optimizer.zero_grad()
 
             step += 1
@@ -199,7 +199,7 @@ def train_model(
                 limit = settings.max_minutes
                 if limit and meter.broadcast_flag(meter.elapsed > 60 * limit):
                     stopped = f"reached training.max_minutes {limit} at step {step}"
-            # All ranks read the same flag from the last bucket, so all of them stop after this step.
+            # All ranks read the same flag from the last bucket, so all stop after this step.
             if leaving and step < last:
                 stopped = f"preempted (SIGTERM) at step {step}"
                 break
