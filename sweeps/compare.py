@@ -297,6 +297,27 @@ def report_document(report: "ComparisonReport") -> dict[str, Any]:
     exit_code=lambda result: int(bool(result[1])),
     rewrite_arguments=normalize_arguments,
     resources=request_study,
+    essential=(
+        "runs",
+        "names",
+        "name",
+        "run_dir",
+        "seeds",
+        "reference",
+        "specialist",
+        "tuning.trials",
+        "interpret",
+        "output",
+        "open",
+        "resources.cpus",
+        "resources.gpus",
+        "resources.max_concurrent_trials",
+        "run.data",
+        "run.training.steps",
+        "run.training.workers",
+        "run.training.use_gpu",
+        "tracking.uri",
+    ),
 )
 def main(config: StudyConfig) -> tuple["ComparisonReport", int]:
     """Run ``skillnet compare``."""

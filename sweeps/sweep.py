@@ -302,6 +302,26 @@ def show_sweep(result: dict[str, Any]) -> None:
     "skillnet sweep --config sweeps/placement --name first --run.training.steps 400 --json",
     show=show_sweep,
     resources=request_sweep,
+    essential=(
+        "name",
+        "run_dir",
+        "search",
+        "samples",
+        "seeds",
+        "scheduler",
+        "score.kind",
+        "resources.cpus",
+        "resources.gpus",
+        "resources.max_concurrent_trials",
+        "keep",
+        "max_failures",
+        "run.data",
+        "run.training.steps",
+        "run.training.lr",
+        "run.training.workers",
+        "run.training.use_gpu",
+        "tracking.uri",
+    ),
 )
 def main(config: SweepConfig) -> dict[str, Any]:
     """Run ``skillnet sweep``."""

@@ -235,7 +235,7 @@ def test_different_rows_are_rejected():
         st.RunSample((), np.zeros(0), {})
     with pytest.raises(ValueError, match="at least 2"):
         st.build_sample({0: [1.0]}, [1.0], "t")
-    with pytest.raises(ValueError, match="at least one figure"):
+    with pytest.raises(ValueError, match="at least one sample"):
         st.average_samples([])
 
 
