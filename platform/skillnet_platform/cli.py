@@ -87,11 +87,13 @@ class CliCommand(Generic[ConfigT]):
         exit_code: Callable[[Any], int] | None,
         rewrite_arguments: Callable[[Sequence[str]], list[str]] | None,
         resources: Callable[[ConfigT], Any] | None,
+        essential: Sequence[str],
     ) -> None:
         self.config_class = config_class
         self.description, self.example, self.name = description, example, name
         self._function, self._show = function, show
         self._to_json, self._exit_code = to_json, exit_code
+        self.essential = essential
         self._rewrite_arguments, self._resources = rewrite_arguments, resources
         functools.update_wrapper(self, function)
 
@@ -113,8 +115,14 @@ class CliCommand(Generic[ConfigT]):
         from skillnet_platform.config import parse_config
 
         words = self._rewrite_arguments(argv) if self._rewrite_arguments else list(argv)
-        prog = f"skillnet {self.name}"
-        return parse_config(self.config_class, words, prog, self.description, self.example)
+        return parse_config(
+            self.config_class,
+            words,
+            f"skillnet {self.name}",
+            self.description,
+            self.example,
+            self.essential,
+        )
 
     def request_resources(self, argv: Sequence[str]) -> Any:
         """Return what the command needs of a cluster; ``None`` for a command without a hook.
@@ -152,6 +160,7 @@ def command(
     exit_code: Callable[[Any], int] | None = None,
     rewrite_arguments: Callable[[Sequence[str]], list[str]] | None = None,
     resources: Callable[[ConfigT], Any] | None = None,
+    essential: Sequence[str] = (),
 ) -> Callable[[Callable[[ConfigT], Any]], CliCommand[ConfigT]]:
     """Make a command of a function that takes a configuration and returns a result.
 
@@ -169,6 +178,8 @@ def command(
         rewrite_arguments: changes the arguments before they are parsed.
         resources: returns the ``ResourceRequest`` of a configuration, for ``skillnet doctor`` and
             ``skillnet submit``. By default one worker with one CPU.
+        essential: dotted keys that ``--help`` shows; ``--help all`` shows every key. By default
+            all keys without keys of their own.
     """
 
     def decorate(function: Callable[[ConfigT], Any]) -> CliCommand[ConfigT]:
@@ -183,6 +194,7 @@ def command(
             exit_code=exit_code,
             rewrite_arguments=rewrite_arguments,
             resources=resources,
+            essential=essential,
         )
 
     return decorate

@@ -86,6 +86,8 @@ def split_own_options(
     while rest and rest[0].startswith("--") and rest[0] != "--":
         word = rest.pop(0)
         own.append(word)
+        if word == "--help" and rest[:1] == ["all"]:
+            own.append(rest.pop(0))
         if "=" not in word and word[2:] not in valueless and rest:
             own.append(rest.pop(0))
     return own, rest[1:] if rest[:1] == ["--"] else rest

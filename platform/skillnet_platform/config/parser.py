@@ -9,6 +9,7 @@ first, because here the file and the nearest right key can be named.
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import typing
@@ -47,6 +48,7 @@ def parse_config(
     prog: str,
     description: str = "",
     example: str = "",
+    essential: Sequence[str] = (),
 ) -> T:
     """Build ``cls`` from the words of a command line.
 
@@ -59,7 +61,9 @@ def parse_config(
         cls: a dataclass; nested dataclasses and ``dict[str, dataclass]`` are nested keys.
         prog: what is typed before the arguments, for example "skillnet finetune".
         description: one paragraph for ``--help``.
-        example: a command that works, for ``--help``.
+        example: command lines that work, one per line, for ``--help``.
+        essential: dotted keys that ``--help`` shows; ``--help all`` shows every key. By default
+            all keys without keys of their own, if one screen has room for them.
 
     Raises:
         UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
@@ -69,10 +73,12 @@ def parse_config(
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
     words, rest = words[:end], words[end:]  # what follows "--" may be another command's options
-    if "--help" in words or "-h" in words:
-        from skillnet_platform.config.help import render_help
+    if {"--help", "--help=all", "-h"} & set(words):
+        from skillnet_platform.config.help import default_essential, render_help
 
-        print(render_help(cls, prog, description, example))
+        everything = "--help=all" in words or ("--help", "all") in itertools.pairwise(words)
+        shown = None if everything else essential or default_essential(cls)
+        print(render_help(cls, prog, description, example, shown))
         raise SystemExit(0)
     if "--json" in words:
         words = [word for word in words if word != "--json"]

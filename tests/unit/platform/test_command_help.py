@@ -1,0 +1,68 @@
+"""``--help`` fits on one screen for every command, and ``--help all`` shows every option."""
+
+import contextlib
+import io
+
+import pytest
+
+from skillnet_platform import cli
+from skillnet_platform.config.help import MAX_ESSENTIAL, WIDTH, display_width
+from skillnet_platform.config.schema import all_keys
+
+#: Lines of options on one screen, with --config, --json and --help.
+SCREEN = 24
+
+
+def help_lines(*arguments: str) -> list[str]:
+    """Return the lines that a command prints on standard output."""
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream):
+        assert cli.main(list(arguments)) == 0
+    return stream.getvalue().splitlines()
+
+
+def option_lines(lines: list[str]) -> list[str]:
+    """Return the lines between ``options:`` and the next empty line."""
+    start = lines.index("options:") + 1
+    return lines[start : lines.index("", start)]
+
+
+@pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
+def test_help_fits_on_one_screen(name: str) -> None:
+    lines = help_lines(name, "--help")
+    options = option_lines(lines)
+    assert len(options) <= SCREEN
+    assert all(line.startswith("  --") for line in options), "one line per option"
+    assert f"All options: skillnet {name} --help all" in lines
+    assert max(map(display_width, lines)) <= WIDTH
+
+
+@pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
+def test_help_all_shows_every_option_in_full(name: str) -> None:
+    lines = help_lines(name, "--help", "all")
+    assert lines == help_lines(name, "--help=all")
+    assert max(map(display_width, lines)) <= WIDTH
+    text = "\n".join(lines)
+    command = cli.find_commands()[name].load()
+    for key in all_keys(command.config_class):
+        assert f"{key}" in text
+
+
+@pytest.mark.parametrize("name", sorted(cli.SUMMARIES))
+def test_essential_options_exist(name: str) -> None:
+    command = cli.find_commands()[name].load()
+    assert len(command.essential) <= MAX_ESSENTIAL
+    known = set(all_keys(command.config_class))
+    for key in command.essential:
+        assert key.partition(".NAME")[0] in known
+
+
+def test_a_long_example_is_continued_on_the_next_line() -> None:
+    from skillnet_platform.config.help import render_help
+
+    line = "skillnet predict " + " ".join(f"--option{n} value" for n in range(9))
+    text = render_help(cli.find_commands()["fetch"].load().config_class, "x", example=line)
+    example = text.splitlines()[text.splitlines().index("example:") + 1 :]
+    assert example[0].endswith(" \\")
+    joined = " ".join(each.removesuffix(" \\").strip() for each in example)
+    assert joined == line
