@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from skillnet_platform import cluster, storage
+from skillnet_platform.checks.distributions import check_distributions
 from skillnet_platform.checks.finding import FREE_DISK_BYTES, GIB, Finding, Level
 from skillnet_platform.cluster.resource_request import (
     ResourceRequest,
@@ -35,6 +36,7 @@ def list_machine_checks(
     where, entry = functools.partial(check_disk, request), functools.partial(check_tracker, request)
     found = [
         check_packages,
+        check_distributions,
         check_cpus,
         check_memory,
         check_shared_memory,

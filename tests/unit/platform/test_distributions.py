@@ -1,0 +1,56 @@
+"""``skillnet doctor`` names packages and scripts that belong to another distribution."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from skillnet_platform import cli
+from skillnet_platform.checks import distributions
+
+
+def install(site: Path, name: str, script: str) -> None:
+    """Write the metadata of an installed distribution with one script."""
+    folder = site / f"{name.replace('-', '_')}-1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(f"[console_scripts]\n{script} = other.cli:main\n")
+
+
+def test_our_packages_and_script_are_our_own() -> None:
+    (finding,) = distributions.check_distributions()
+    assert finding.level == "ok"
+
+
+def test_another_distribution_with_our_script_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "skillnet-ai", "skillnet")
+    install(tmp_path, "unrelated", "unrelated")
+    monkeypatch.syspath_prepend(tmp_path)
+    (finding,) = distributions.check_distributions()
+    assert finding.level == "warning"
+    assert "skillnet-ai also installs a script named skillnet" in finding.seen
+    assert "skillnet-platform" in finding.advice
+
+
+@pytest.mark.parametrize("name", distributions.PACKAGES)
+def test_a_package_of_another_distribution_is_an_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    (finding,) = distributions.check_distributions()
+    assert finding.level == "error"
+    assert f"the package {name} is that of {tmp_path}" in finding.seen
+
+
+def test_both_scripts_start_the_same_program() -> None:
+    import tomllib
+
+    root = Path(__file__).parents[3]
+    scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["skillnet"] == scripts["skillnet-platform"] == "skillnet_platform.cli:main"
+    assert cli.main(["--version"]) == 0
