@@ -1,4 +1,4 @@
-# The everyday commands. PYTHON names the interpreter that makes the environment, VENV where it is.
+# Everyday commands. PYTHON is the interpreter of the virtual environment, VENV its directory.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +9,7 @@ SEED ?= 0
 FUZZ_MINUTES ?= 20
 # The lock file names the public index, even if this machine uses another one.
 UV_LOCK = $(BIN)/uv lock --quiet --default-index https://pypi.org/simple
-# Processes that run tests: more than four would fight for memory rather than save time.
+# Test processes. More than four compete for memory and save no time.
 JOBS ?= logical --maxprocesses 4
 
 .PHONY: demo docs check-lock lock test test-cluster test-node chaos fuzz check format bench clean help
@@ -20,27 +20,28 @@ help:  ## show this
 demo: $(VENV)/.installed  ## fetch, prepare, train, evaluate and register one model on five corpora
 	$(BIN)/skillnet quickstart
 
-# In the order of the folders: by number, the default, the few that take minutes would come last, alone.
+# In directory order. The default order runs the few slow files last, one after the other.
 test: $(VENV)/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Ends with this command, however that ends; skipped, with the reason, where it cannot run. A step that
-# failed leaves the later ones nothing to stand on.
-test-cluster: $(VENV)/.installed-dev  ## walk docs/cluster.md on hosts made of namespaces (root)
+# The test nodes end with this command. Without root the tests are skipped with the reason. The steps
+# build on each other, so the first failure (-x) ends the run.
+test-cluster: $(VENV)/.installed-dev  ## run docs/cluster.md on nodes made of namespaces (root)
 	timeout --signal=INT --kill-after=60 1800 \
 	    $(BIN)/python -m pytest -x -m cluster -rs tests/cluster $(PYTEST_ARGS)
 
-# Ten gigabytes on the disk while it runs.
-test-node: $(VENV)/.installed-dev  ## make a node of a bare Debian, and train there (root, network, debootstrap)
+# Needs 10 GB of disk while it runs.
+test-node: $(VENV)/.installed-dev  ## set up a node from a bare Debian and train on it (root, network, debootstrap)
 	$(BIN)/python -m pytest -x -m bare -rs tests/cluster $(PYTEST_ARGS)
 
-check: $(VENV)/.installed-dev  ## rules of style, format, types and imports
+check: $(VENV)/.installed-dev  ## check style, format, types, imports, language and names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.style.check
 
-format: $(VENV)/.installed-dev  ## put the format right, and what ruff can repair
+format: $(VENV)/.installed-dev  ## format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -58,7 +59,7 @@ lock: $(VENV)/.installed-dev  ## write uv.lock again after a change of dependenc
 	$(UV_LOCK)
 
 # Rows that the newest CSV of today has are not run again, so an interrupted run resumes.
-chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their ends; a tracker away for a minute
+chaos: $(VENV)/.installed-dev  ## inject faults into 80 small runs and compare their results; tracker outage
 	$(BIN)/skillnet fetch
 	$(BIN)/skillnet prepare headings drawings
 	$(BIN)/python -m tests.chaos --launcher ranks --runs 45 --seed $(SEED) $(CHAOS_ARGS)
@@ -68,11 +69,11 @@ chaos: $(VENV)/.installed-dev  ## disturb 80 small runs by seed, compare their e
 	SKILLNET_TEST_OUTAGE_S=60 $(BIN)/python -m pytest tests/integration/test_tracker_away.py
 
 # Rounds with new random damage; the round that runs when the time is over is the last.
-fuzz: $(VENV)/.installed-dev  ## random damage to everything that is read, for FUZZ_MINUTES (20)
+fuzz: $(VENV)/.installed-dev  ## damage all inputs at random for FUZZ_MINUTES (20)
 	end=$$(($$(date +%s) + 60 * $(FUZZ_MINUTES))); round=0; \
 	while [ "$$(date +%s)" -lt "$$end" ]; do round=$$((round + 1)); \
 	    $(BIN)/python -m pytest -m fuzz -n $(JOBS) --dist loadgroup --hypothesis-profile=long \
-	        $(PYTEST_ARGS) || exit 1; echo "fuzz: $$round round(s) without a find"; done
+	        $(PYTEST_ARGS) || exit 1; echo "fuzz: $$round round(s) without a failure"; done
 
 bench: $(VENV)/.installed-dev  ## measure speed, as ratios, into benchmarks/results/
 	$(BIN)/python -m benchmarks
@@ -92,7 +93,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable '.[dev,docs,tracker]'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0 || \
-	    echo "Azurite is not there, so the tests of Azure's store will be skipped: npm is missing or failed"
+	    echo "Azurite is missing, so the tests of Azure's store will be skipped: npm is missing or failed"
 	touch $@ $(VENV)/.installed $(VENV)/.installed-docs
 
 $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
