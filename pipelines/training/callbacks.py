@@ -7,7 +7,7 @@ from typing import Protocol
 class LoopCallback(Protocol):
     """Hooks of the training loop.
 
-    Ray sends each callback to the workers by pickle, so its class must be importable there. The
+    Ray serializes each callback for the workers, so its class must be importable there. The
     loop calls the hooks on all ranks; :class:`pipelines.training.reporter.LoopReporter` is the
     interface for results of rank 0.
     """

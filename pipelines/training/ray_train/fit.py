@@ -94,7 +94,7 @@ def fit_on_ray(
         on_evaluation: see :func:`pipelines.training.worker.run_worker`; called in the workers, so
             it must be picklable.
         nested: how to run inside a trial of Ray Tune.
-        callbacks: of the training loop; sent to the workers by pickle.
+        callbacks: of the training loop; Ray serializes them for the workers.
 
     Raises:
         Terminated: asked to leave while an elastic run waited for hosts.
@@ -131,14 +131,14 @@ def fit_on_ray(
                 with preemption.listen_in_driver(leave):
                     trainer.fit()
                 return
-            except RayActorError as problem:
+            except RayActorError as error:
                 # Not a worker: those are the controller's matter. Its workers end with it.
                 if not left:
                     raise
-                words = str(problem).strip().splitlines()[0]
+                words = str(error).strip().splitlines()[0]
                 console.warn(f"Ray Train's controller is gone ({words}); starting it again")
-            except ControllerError as problem:
-                if not isinstance(problem.controller_failure, InsufficientWorkersError):
+            except ControllerError as error:
+                if not isinstance(error.controller_failure, InsufficientWorkersError):
                     raise
                 raise TerminatedError(
                     "ended by SIGTERM while too few hosts were there to train; the same command, "
