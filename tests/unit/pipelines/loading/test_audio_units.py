@@ -1,4 +1,4 @@
-"""Units of sound: found once and alike, and asked for in place of frames."""
+"""Units of sound: deterministic, computed once, and used as targets instead of frames."""
 
 from pathlib import Path
 
@@ -33,9 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedCorpus:
     return open_corpus(folder / "syllables")
 
 
-def test_every_search_finds_the_same_units(
-    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_units_are_deterministic(corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     first = find_sound_units(corpus, ("train",), STACK, COUNT)
     assert find_sound_units(corpus, ("train",), STACK, COUNT) is first
     monkeypatch.setattr(audio_units, "_units_by_key", {})
@@ -51,7 +49,7 @@ def test_a_stack_belongs_to_the_nearest_mean() -> None:
     assert torch.equal(SoundUnits(centres)(x), torch.cdist(x, centres[None]).argmin(-1))
 
 
-def test_hidden_sound_is_asked_for_by_unit() -> None:
+def test_targets_of_masked_sound_are_units() -> None:
     random = torch.Generator().manual_seed(0)
     log_mel, frames = torch.randn(3, 40, 80, generator=random), torch.tensor([40, 20, 9])
     units = SoundUnits(torch.randn(COUNT, STACK * 80, generator=random))
@@ -67,7 +65,7 @@ def test_hidden_sound_is_asked_for_by_unit() -> None:
     assert torch.equal(asked["units"]["values"], units(stack_frames(log_mel, STACK))[masked])
 
 
-def test_validation_rows_are_asked_for_the_units_of_training(corpus: PreparedCorpus) -> None:
+def test_validation_rows_use_the_units_of_training(corpus: PreparedCorpus) -> None:
     units = find_sound_units(corpus, ("train",), STACK, COUNT)
     task = find_task("masked_sound", MODEL.tasks)
     rows = TaskDataset("masked_sound", task, corpus, MODEL, TaskTraining("syllables", split="test"))
@@ -78,17 +76,19 @@ def test_validation_rows_are_asked_for_the_units_of_training(corpus: PreparedCor
     assert torch.equal(targets["values"], wanted)
 
 
-def test_too_few_sounds_for_the_units(corpus: PreparedCorpus) -> None:
+def test_too_few_stacks_for_the_units_are_rejected(corpus: PreparedCorpus) -> None:
     with pytest.raises(UserError, match=r"too few for 1000000 units; lower model\.sound_units"):
         find_sound_units(corpus, ("train",), STACK, 1_000_000)
 
 
-def test_a_negative_number_is_refused() -> None:
+def test_negative_number_of_units_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"model\.sound_units must be from 0 to \d+, got -1"):
         SkillNetConfig(sound_units=-1)
 
 
-def test_the_place_of_shards_does_not_matter(corpus: PreparedCorpus, tmp_path: Path) -> None:
+def test_units_do_not_depend_on_the_location_of_shards(
+    corpus: PreparedCorpus, tmp_path: Path
+) -> None:
     copy = tmp_path / "elsewhere"
     copy.mkdir()
     for file in corpus.path.iterdir():

@@ -1,4 +1,4 @@
-"""Augmentation changes what it says, and only that."""
+"""Augmentation makes the configured changes and no others."""
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def test_nothing_changes_when_all_is_off() -> None:
     assert np.array_equal(drop_tokens(tokens, np.array([3]), 0.0, draws(1), 20), tokens)
 
 
-def test_a_picture_moves_as_far_as_it_says() -> None:
+def test_image_shifts_by_the_configured_pixels() -> None:
     pixels = np.full((200, 21, 21, 3), 255, dtype=np.uint8)
     pixels[:, 10, 10] = 0
     config = AugmentConfig(**(vars(NONE) | {"image_shift": 3.0}))
@@ -48,7 +48,7 @@ def test_a_picture_moves_as_far_as_it_says() -> None:
     assert abs(float((centre - 10).mean())) < 0.4
 
 
-def test_frames_of_a_clip_move_together() -> None:
+def test_frames_of_a_video_shift_together() -> None:
     frames = np.zeros((4, 3, 16, 16, 1), dtype=np.uint8)
     frames[:, :, 5:9, 5:9] = 255
     config = AugmentConfig(**(vars(NONE) | {"video_shift": 2.0, "video_scale": 0.1}))
@@ -70,7 +70,7 @@ def test_share_of_dropped_tokens_and_the_last_one_stays() -> None:
     assert single.tolist() == [[7]]
 
 
-def test_a_recording_is_padded_with_its_silence_and_noise_adds_to_power() -> None:
+def test_audio_is_padded_with_silence_and_noise_adds_to_power() -> None:
     random = np.random.default_rng(0)
     mel = random.standard_normal((50, 20, 6), dtype=np.float32)
     frames = np.full(50, 20)

@@ -55,7 +55,7 @@ def test_slices_of_ranks_join_to_the_global_batch(stream: MultiTaskDataLoader, w
     assert len(tasks) == 5
 
 
-def test_the_same_step_is_the_same_batch_again(data: Path) -> None:
+def test_equal_step_gives_an_equal_batch(data: Path) -> None:
     first, second = (ResolvedRun(small_config(data)).dataloader for _ in range(2))
     for step in (7, 3, 7):
         one, other = tensors(first.batch(step)), tensors(second.batch(step))
@@ -72,7 +72,7 @@ def test_another_seed_gives_other_rows_and_another_order(data: Path) -> None:
     assert any(set(one.rows) != set(other.rows) for one, other in plans)
 
 
-def test_each_row_comes_once_an_epoch(stream: MultiTaskDataLoader) -> None:
+def test_each_row_occurs_once_per_epoch(stream: MultiTaskDataLoader) -> None:
     seen: dict[str, list[int]] = {name: [] for name in stream.tasks}
     for step in range(300):
         plan = stream.batch_spec(step)
@@ -97,7 +97,7 @@ def test_rows_change_from_epoch_to_epoch(stream: MultiTaskDataLoader) -> None:
             seen[row] = pixels
 
 
-def test_sequences_of_a_batch_are_of_like_length(data: Path) -> None:
+def test_sequences_of_a_batch_have_similar_lengths(data: Path) -> None:
     stream = ResolvedRun(small_config(data)).dataloader
     rows = stream.datasets["text_classification"]
     lengths = rows.row_lengths()
@@ -127,7 +127,9 @@ def test_captions_of_a_row_are_all_used(stream: MultiTaskDataLoader) -> None:
     assert set(seen) == {tuple(tokens) for tokens in captions[row]}
 
 
-def test_noise_is_as_loud_whatever_the_corpus_divided_by(data: Path, tmp_path: Path) -> None:
+def test_noise_level_does_not_depend_on_the_deviation_of_the_corpus(
+    data: Path, tmp_path: Path
+) -> None:
     """Log power is stored divided by a deviation; noise adds to the power itself."""
     config = small_config(data)
     config.tasks = {"speech_recognition": config.tasks["speech_recognition"]}
@@ -150,7 +152,7 @@ def test_prefetcher_gives_the_same_batches_in_order(stream: MultiTaskDataLoader)
         assert all(torch.equal(x, expected[name]) for name, x in tensors(batch).items())
 
 
-def test_prefetcher_raises_what_its_thread_met(stream: MultiTaskDataLoader) -> None:
+def test_prefetcher_raises_the_error_of_its_thread(stream: MultiTaskDataLoader) -> None:
     stream.datasets["text_to_video"].task.towers.clear()
     stream.datasets["text_to_video"].limit = None  # type: ignore[assignment]
     stream.datasets["text_to_video"].shard_table._columns["frames"] = object()  # type: ignore[assignment]
@@ -158,7 +160,7 @@ def test_prefetcher_raises_what_its_thread_met(stream: MultiTaskDataLoader) -> N
         list(ahead)
 
 
-def test_rank_slice_is_that_of_array_split() -> None:
+def test_rank_slice_equals_array_split() -> None:
     for count in range(12):
         for world in range(1, 6):
             expected = [part.tolist() for part in np.array_split(np.arange(count), world)]
@@ -166,7 +168,7 @@ def test_rank_slice_is_that_of_array_split() -> None:
             assert rows == expected
 
 
-def test_a_corpus_of_another_modality_is_named(data: Path) -> None:
+def test_corpus_of_another_modality_is_rejected(data: Path) -> None:
     config = small_config(data)
     config.tasks["text_to_image"].corpus = "strokes"
     with pytest.raises(
@@ -175,28 +177,28 @@ def test_a_corpus_of_another_modality_is_named(data: Path) -> None:
         _ = ResolvedRun(config).dataloader
 
 
-def test_an_unknown_split_is_named(data: Path) -> None:
+def test_unknown_split_is_rejected(data: Path) -> None:
     config = small_config(data)
     config.tasks["text_to_image"].split = "training"
     with pytest.raises(UserError, match=r"drawings has no split 'training'; it has train, "):
         _ = ResolvedRun(config).dataloader
 
 
-def test_a_missing_corpus_is_named(data: Path) -> None:
+def test_missing_corpus_is_rejected_by_name(data: Path) -> None:
     config = small_config(data)
     config.tasks["text_to_image"].corpus = "paintings"
     with pytest.raises(UserError, match="paintings"):
         _ = ResolvedRun(config).dataloader
 
 
-def test_a_vocabulary_larger_than_the_models_is_refused(data: Path) -> None:
+def test_vocabulary_larger_than_the_model_is_rejected(data: Path) -> None:
     config = small_config(data)
     config.model.vocab_size = 50
     with pytest.raises(UserError, match="vocab_size is 50; set it to 64"):
         _ = ResolvedRun(config).dataloader
 
 
-def test_labels_beyond_the_models_classes_are_refused(data: Path) -> None:
+def test_labels_beyond_the_classes_of_the_model_are_rejected(data: Path) -> None:
     import dataclasses
 
     config = small_config(data)

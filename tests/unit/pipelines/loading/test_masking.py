@@ -36,7 +36,7 @@ def hider(**changes: object) -> InputMasker:
     return InputMasker(MODEL, MaskConfig(**changes), vocab_size=60, longest=24)  # type: ignore[arg-type]
 
 
-def test_pick_hides_the_share_and_nothing_after_the_end() -> None:
+def test_mask_has_the_fraction_and_nothing_after_the_end() -> None:
     lengths = np.array([1, 2, 3, 10, 20])
     masked = sample_mask(np.random.default_rng(0).random((5, 20)), lengths, 0.15)
     assert masked.sum(1).tolist() == [1, 1, 1, 2, 3]
@@ -45,7 +45,7 @@ def test_pick_hides_the_share_and_nothing_after_the_end() -> None:
     assert many.sum(1).tolist() == [1, 1, 2, 9, 19]
 
 
-def test_every_place_is_picked_alike() -> None:
+def test_every_position_is_masked_equally_often() -> None:
     masked = sample_mask(np.random.default_rng(0).random((4000, 10)), np.full(4000, 10), 0.3)
     assert np.abs(masked.mean(0) - 0.3).max() < 0.04
 
@@ -56,7 +56,7 @@ def runs(row: np.ndarray) -> list[int]:
     return (edges[1::2] - edges[::2]).tolist()
 
 
-def test_spans_hide_the_share_in_runs() -> None:
+def test_span_mask_has_the_fraction_in_runs() -> None:
     random = np.random.default_rng(0)
     lengths = random.integers(1, 41, 300)
     masked = sample_span_mask(random.random((300, 40)), lengths, 0.5, 5)
@@ -70,14 +70,14 @@ def test_spans_hide_the_share_in_runs() -> None:
     assert np.mean([len(runs(row)) for row in single]) > 8
 
 
-def test_tubes_hide_the_same_places_at_all_times() -> None:
+def test_tube_mask_is_equal_in_all_frames() -> None:
     masked = sample_tube_mask(np.random.default_rng(0).random((20, 16)), 4, 0.75).reshape(20, 4, 16)
     assert (masked == masked[:, :1]).all()
     assert (masked.sum(2) == 12).all()
     assert len({tuple(row[0]) for row in masked}) > 10
 
 
-def test_tokens_as_bert_hides_them() -> None:
+def test_tokens_are_masked_as_in_bert() -> None:
     B, T = 600, 20
     tokens = torch.full((B, T), 9)
     tokens[:, 16:] = 0
@@ -97,7 +97,7 @@ def test_tokens_as_bert_hides_them() -> None:
     assert int(hidden[other].max()) < 60
 
 
-def test_patches_are_blanked_and_their_pixels_are_asked_for() -> None:
+def test_masked_patches_are_filled_and_their_pixels_are_targets() -> None:
     pixels = torch.randint(0, 256, (5, 48, 48, 3), dtype=torch.uint8)
     shown, targets = hider(image=0.5)("image", {"pixels": pixels}, draws(5))
     masked = targets["masked"]
@@ -125,7 +125,7 @@ def test_normalised_patches_have_no_mean_and_flat_ones_stay_flat() -> None:
 
 
 @pytest.mark.parametrize("tubes", [True, False])
-def test_tubelets_are_blanked_and_their_pixels_are_asked_for(tubes: bool) -> None:
+def test_masked_tubelets_are_filled_and_their_pixels_are_targets(tubes: bool) -> None:
     frames = torch.randint(0, 256, (6, 8, 32, 32, 1), dtype=torch.uint8)
     shown, targets = hider(video_tubes=tubes)("video", {"frames": frames}, draws(6))
     masked = targets["masked"]
@@ -142,7 +142,7 @@ def test_tubelets_are_blanked_and_their_pixels_are_asked_for(tubes: bool) -> Non
     assert targets["values"].shape == (6 * 48, 2 * 8 * 8 * 3)
 
 
-def test_frames_are_hidden_by_stacks_and_a_cut_stack_is_left() -> None:
+def test_frames_are_masked_by_stacks_without_incomplete_stacks() -> None:
     mel, frames = torch.randn(4, 27, 80) + 5, torch.tensor([27, 17, 3, 8])
     mel[torch.arange(27) >= frames[:, None]] = 0
     shown, targets = hider(sound_span=2)("sound", {"log_mel": mel, "frames": frames}, draws(4))
@@ -163,7 +163,7 @@ def test_frames_are_hidden_by_stacks_and_a_cut_stack_is_left() -> None:
     assert torch.equal(shown["frames"], frames)
 
 
-def test_a_rows_mask_hangs_on_no_other_row() -> None:
+def test_mask_of_a_row_depends_on_no_other_row() -> None:
     frames = torch.tensor([16, 40, 24, 9])
     mel = torch.randn(4, 40, 80)
     whole = hider()("sound", {"log_mel": mel, "frames": frames}, draws(4))[1]["masked"]
@@ -173,7 +173,7 @@ def test_a_rows_mask_hangs_on_no_other_row() -> None:
 
 
 @pytest.mark.parametrize("key", ["text", "image", "sound"])
-def test_a_share_of_nothing_or_all_is_refused(key: str) -> None:
+def test_fraction_of_zero_or_one_is_rejected(key: str) -> None:
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match=rf"training\.masking\.{key}"):
             MaskConfig(**{key: share})  # type: ignore[arg-type]

@@ -42,13 +42,13 @@ def config_of(data: Path | str, corpus: str = "drawings", shuffle_gb: float = 4)
 
 
 def names_of(stream: MultiTaskDataLoader) -> tuple[list[str], list[int]]:
-    """Shards of the only task's split, and their numbers in the order in which they come."""
+    """Shards of the only task's split, and their numbers in the order of their use."""
     (rows,), (order,) = stream.datasets.values(), stream._samplers.values()
     come = dict.fromkeys(shard for batch in range(15) for shard in order.shards(batch))
     return [str(shard["file"]) for _, shard in rows.shard_table._shards], list(come)
 
 
-def test_an_altered_shard_is_named_before_its_rows_are_used(
+def test_corrupt_shard_is_reported_before_its_rows_are_used(
     store: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = ResolvedRun(config_of(store, shuffle_gb=1e-9)).dataloader  # windows of one shard
@@ -71,7 +71,7 @@ def test_an_altered_shard_is_named_before_its_rows_are_used(
     same(ResolvedRun(config_of(data, shuffle_gb=1e-9)).dataloader, stream, range(7, 12))
 
 
-def test_a_whole_shuffle_fetches_in_the_order_of_need(
+def test_complete_shuffle_prefetches_shards_in_order_of_use(
     store: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted: list[CacheKey] = []
@@ -85,7 +85,7 @@ def test_a_whole_shuffle_fetches_in_the_order_of_need(
     assert [numbers[one.sha256] for one in wanted[:6]] == needed
 
 
-def test_the_cache_has_to_hold_the_corpus_once(store: str) -> None:
+def test_cache_must_hold_the_corpus_once(store: str) -> None:
     size = open_corpus(f"{store}/drawings").splits["train"].bytes
     assert ResolvedRun(config_of(store)).dataloader.bytes_in_use() == size
     windows = config_of(store)

@@ -1,4 +1,4 @@
-"""Shares of the tasks, and the order of rows."""
+"""Fractions of the tasks, and the order of rows."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_counts_follow_the_shares_in_every_block(raw: list[float], seed: int, bl
         assert abs(counts[name] - share * blocks * BLOCK) <= len(shares) - 1 + 1e-6
 
 
-def test_a_step_does_not_hang_on_which_steps_were_asked_before() -> None:
+def test_task_of_a_step_does_not_depend_on_earlier_calls() -> None:
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
     far, near = TaskSampler(shares, 3), TaskSampler(shares, 3)
     far.task_at(9_999)
@@ -28,16 +28,16 @@ def test_a_step_does_not_hang_on_which_steps_were_asked_before() -> None:
     ]
 
 
-def test_occurrences_count_up_per_task() -> None:
+def test_batch_indices_count_up_per_task() -> None:
     schedule = TaskSampler({"a": 0.6, "b": 0.4}, 0)
     seen = {"a": 0, "b": 0}
     for step in range(500):
-        name, occurrence = schedule.task_at(step)
-        assert occurrence == seen[name]
+        name, batch_index = schedule.task_at(step)
+        assert batch_index == seen[name]
         seen[name] += 1
 
 
-def test_tasks_are_not_in_a_fixed_turn() -> None:
+def test_tasks_have_no_fixed_order() -> None:
     schedule = TaskSampler({"a": 0.5, "b": 0.5}, 0)
     blocks = {
         tuple(schedule.task_at(step)[0] for step in range(start, start + BLOCK))
@@ -64,7 +64,7 @@ def test_weights_explicit_and_by_temperature() -> None:
     window=st.integers(1, 5),
     bucketed=st.booleans(),
 )
-def test_every_row_once_an_epoch_whatever_the_sizes(
+def test_every_row_occurs_once_per_epoch_for_any_size(
     rows: int, batch: int, window: int, bucketed: bool
 ) -> None:
     lengths = np.arange(rows)[::-1] % 7 if bucketed else None
@@ -77,7 +77,7 @@ def test_every_row_once_an_epoch_whatever_the_sizes(
         assert sorted(flat[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
-def test_order_can_be_asked_anywhere() -> None:
+def test_batches_can_be_requested_in_any_order() -> None:
     lengths = np.arange(50) % 9
     one = ShuffleSampler(50, 8, lengths, (5,), window=3)
     expected = [one.batch(index) for index in range(40)]

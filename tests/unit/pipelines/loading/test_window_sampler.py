@@ -1,4 +1,4 @@
-"""The order of corpora too large to be shuffled whole."""
+"""The order of corpora that are too large for a complete shuffle."""
 
 import numpy as np
 import pytest
@@ -26,10 +26,12 @@ def make(
     bucketed=st.booleans(),
 )
 @settings(deadline=None)
-def test_every_row_once_an_epoch(rows: list[int], batch: int, limit: float, bucketed: bool) -> None:
+def test_every_row_occurs_once_per_epoch(
+    rows: list[int], batch: int, limit: float, bucketed: bool
+) -> None:
     order, total = make(rows, batch, limit, bucketed), sum(rows)
     count = -(-3 * total // batch)
-    seen = np.concatenate([order.batch(occurrence) for occurrence in range(count)])
+    seen = np.concatenate([order.batch(batch_index) for batch_index in range(count)])
     for epoch in range(3):
         part = seen[epoch * total : (epoch + 1) * total]
         assert sorted(part.tolist()) == list(range(total))
@@ -46,11 +48,11 @@ def test_a_batch_needs_the_shards_of_its_windows_only(
 ) -> None:
     order = make(rows, batch, limit)
     starts = np.concatenate([[0], np.cumsum(rows)])
-    for occurrence in range(12):
-        shards = order.shards(occurrence)
-        touched = np.searchsorted(starts, order.batch(occurrence), side="right") - 1
+    for batch_index in range(12):
+        shards = order.shards(batch_index)
+        touched = np.searchsorted(starts, order.batch(batch_index), side="right") - 1
         assert set(touched.tolist()) <= set(shards)
-        touched = order._touched(occurrence)
+        touched = order._touched(batch_index)
         windows = len({(epoch, window) for epoch, window, _, _ in touched})
         largest = max(limit, 10 * max(rows))
         assert sum(10 * rows[shard] for shard in shards) <= windows * largest
@@ -58,32 +60,32 @@ def test_a_batch_needs_the_shards_of_its_windows_only(
             assert sum(10 * rows[shard] for shard in shards) <= order.max_open_bytes()
 
 
-def test_it_is_a_function_of_the_occurrence_alone() -> None:
+def test_batch_depends_on_its_index_alone() -> None:
     rows = [7, 3, 9, 4, 8]
     straight = make(rows, 5, 120, bucketed=True)
-    batches = [straight.batch(occurrence) for occurrence in range(20)]
-    for occurrence in (17, 2, 9):
+    batches = [straight.batch(batch_index) for batch_index in range(20)]
+    for batch_index in (17, 2, 9):
         fresh = make(rows, 5, 120, bucketed=True)
-        np.testing.assert_array_equal(fresh.batch(occurrence), batches[occurrence])
-        np.testing.assert_array_equal(straight.batch(occurrence), batches[occurrence])
+        np.testing.assert_array_equal(fresh.batch(batch_index), batches[batch_index])
+        np.testing.assert_array_equal(straight.batch(batch_index), batches[batch_index])
     later = np.concatenate(batches[7:14])
     assert not np.array_equal(np.concatenate(batches[:7]), later)  # the second epoch is another
 
 
-def test_what_comes_next_is_known() -> None:
+def test_next_shards_are_those_of_the_next_window() -> None:
     order = make([4] * 8, 4, 80)  # windows of two shards, batches of one window's half
-    for occurrence in range(14):
-        ahead = set(order.next_shards(occurrence))
-        now = set(order.shards(occurrence))
+    for batch_index in range(14):
+        ahead = set(order.next_shards(batch_index))
+        now = set(order.shards(batch_index))
         after = next(
             set(order.shards(later))
-            for later in range(occurrence, occurrence + 4)
+            for later in range(batch_index, batch_index + 4)
             if set(order.shards(later)) != now
         )
         assert ahead == after
 
 
-def test_rows_of_a_batch_are_of_like_length() -> None:
+def test_rows_of_a_batch_have_similar_lengths() -> None:
     rng = np.random.default_rng(3)
     lengths = rng.integers(1, 200, 600)
     key = (0, "y")
@@ -113,8 +115,8 @@ def test_lengths_are_read_from_shards_of_the_window_only() -> None:
         return rows % 7
 
     order = WindowedShuffleSampler([40] * 8, [1] * 8, 10, 2, (0, "x"), lengths)
-    for occurrence in range(32):
+    for batch_index in range(32):
         asked.clear()
-        order.batch(occurrence)
+        order.batch(batch_index)
         if asked:
-            assert set(np.unique(np.concatenate(asked) // 40)) <= set(order.shards(occurrence))
+            assert set(np.unique(np.concatenate(asked) // 40)) <= set(order.shards(batch_index))

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or refused."""
+"""Checkpoints are complete or rejected."""
 
 import json
 import shutil
@@ -41,12 +41,12 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def test_the_newest_few_stay(run: Path) -> None:
+def test_newest_checkpoints_are_kept(run: Path) -> None:
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-00000006", "step-00000008"]
 
 
-def test_what_is_read_is_what_was_written(data: Path, tmp_path: Path) -> None:
+def test_loaded_checkpoint_equals_the_written_one(data: Path, tmp_path: Path) -> None:
     config = small_config(data, steps=5, ema=0.9)
     done = train_model(ResolvedRun(config, tmp_path))
     found = checkpoints.find_newest(tmp_path / "checkpoints")
@@ -70,7 +70,7 @@ def test_what_is_read_is_what_was_written(data: Path, tmp_path: Path) -> None:
         assert torch.equal(one, other), name
 
 
-def test_a_checkpoint_is_a_saved_model(run: Path) -> None:
+def test_checkpoint_loads_as_a_saved_model(run: Path) -> None:
     model = SkillNet.from_pretrained(run / "checkpoints" / "step-00000008", task="text_to_image")
     assert set(model.config.tasks) == {"text_to_image"}
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_a_saved_model(run: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["manifest.json", "state.json", "skill-general.safetensors", "config.json"]
 )
-def test_an_incomplete_one_is_refused_by_name(run: Path, name: str) -> None:
+def test_incomplete_checkpoint_is_rejected_by_name(run: Path, name: str) -> None:
     path = run / "checkpoints" / "step-00000008"
     (path / name).unlink()
     with pytest.raises(UserError, match=rf"checkpoint .*step-00000008 cannot be used: .*{name}"):
@@ -86,7 +86,7 @@ def test_an_incomplete_one_is_refused_by_name(run: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["optimizer-shared.safetensors", "state.json"])
-def test_an_altered_one_is_refused_by_name(run: Path, name: str) -> None:
+def test_corrupt_checkpoint_is_rejected_by_name(run: Path, name: str) -> None:
     path = run / "checkpoints" / "step-00000008" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -95,14 +95,14 @@ def test_an_altered_one_is_refused_by_name(run: Path, name: str) -> None:
         checkpoints.verify_checkpoint(path.parent)
 
 
-def test_a_truncated_manifest_is_refused(run: Path) -> None:
+def test_truncated_manifest_is_rejected(run: Path) -> None:
     path = run / "checkpoints" / "step-00000008" / "manifest.json"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         checkpoints.verify_checkpoint(path.parent)
 
 
-def test_newest_whole_one_is_taken_and_the_others_named(
+def test_newest_valid_checkpoint_is_used_and_invalid_ones_are_named(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "checkpoints" / "step-00000008" / "manifest.json").unlink()
@@ -117,17 +117,17 @@ def test_newest_whole_one_is_taken_and_the_others_named(
     assert "step-00000006" in said
 
 
-def test_without_any_there_is_none(tmp_path: Path) -> None:
+def test_no_checkpoint_returns_none(tmp_path: Path) -> None:
     assert checkpoints.find_newest(tmp_path / "checkpoints") is None
 
 
-def test_a_saved_model_is_no_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_saved_model_is_not_a_checkpoint(data: Path, tmp_path: Path) -> None:
     build_model(small_config(data)).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="is a saved model, not a checkpoint"):
         checkpoints.verify_checkpoint(tmp_path / "model")
 
 
-def test_weights_of_another_shape_are_refused(data: Path, run: Path) -> None:
+def test_weights_of_another_shape_are_rejected(data: Path, run: Path) -> None:
     config = small_config(data)
     config.model.ffn_dim = 32
     with pytest.raises(UserError, match="this model has"):
@@ -167,7 +167,7 @@ except UserError as problem:
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(data: Path, tmp_path: Path) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(data: Path, tmp_path: Path) -> None:
     """On a file system with room for one checkpoint, in a namespace of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()

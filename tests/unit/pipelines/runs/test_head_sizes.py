@@ -1,4 +1,4 @@
-"""A task has as many outputs as its corpus has classes or symbols, unless a run names a number."""
+"""Outputs of a task equal the classes or symbols of its corpus, unless they are configured."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.helpers.small_corpora import write_corpora
 
 
 def has(folder: Path, corpus: str, **told: object) -> None:
-    """Let a prepared corpus say more."""
+    """Add keys to the manifest of a prepared corpus."""
     path = folder / corpus / "manifest.json"
     manifest = json.loads(path.read_text()) | told
     manifest["digest"] = manifest_digest(manifest)
@@ -24,7 +24,7 @@ def has(folder: Path, corpus: str, **told: object) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Five corpora in the places of the paper's, the recordings with 23 characters."""
+    """Five corpora named as those of the paper; the audio corpus has 23 symbols."""
     folder = write_corpora(tmp_path / "corpora", rows=5, test_rows=5, shards=1)
     names = {"headings": "tnews", "syllables": "aishell1", "drawings": "aic_icc"}
     for old, new in (names | {"strokes": "vatex", "functions": "pytorrent"}).items():
@@ -39,7 +39,7 @@ def paper(data: Path, *words: str) -> FinetuneConfig:
     return configuration.parse_config(FinetuneConfig, said, "skillnet finetune", "Train.")
 
 
-def test_the_paper_needs_no_number_of_symbols(data: Path, run_root: Path) -> None:
+def test_outputs_follow_the_corpora(data: Path, run_root: Path) -> None:
     run = resolve_run(paper(data))
     assert run.config.model.tasks["speech_recognition"].outputs == 23
     assert run.config.model.tasks["text_classification"].outputs == 15
@@ -47,14 +47,14 @@ def test_the_paper_needs_no_number_of_symbols(data: Path, run_root: Path) -> Non
     assert set(run.manifests) == {"tnews", "aishell1", "aic_icc", "vatex", "pytorrent"}
 
 
-def test_a_number_that_a_run_names_is_not_changed(data: Path, run_root: Path) -> None:
+def test_configured_outputs_are_not_changed(data: Path, run_root: Path) -> None:
     run = resolve_run(paper(data, "--model.tasks.speech_recognition.outputs", "30"))
     assert run.config.model.tasks["speech_recognition"].outputs == 30
     with pytest.raises(UserError, match="has 23 symbols, the model was built for 30"):
         validate_run(run)
 
 
-def test_what_is_no_corpus_is_refused_by_name_later(data: Path, run_root: Path) -> None:
+def test_damaged_corpus_is_rejected_by_name_in_validation(data: Path, run_root: Path) -> None:
     (data / "aishell1" / "manifest.json").write_text("[")
     run = resolve_run(paper(data))
     assert run.config.model.tasks["speech_recognition"].outputs == 61

@@ -1,4 +1,4 @@
-"""The progress file: what a full disk or a kill cut short does not spoil what comes after."""
+"""Progress file: a line truncated by a full disk or a kill does not damage later lines."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from pipelines.runs.progress_log import ProgressFile, read_metric_history
 from skillnet_platform.errors import UserError
 
 
-def test_a_line_that_was_cut_short_is_taken_away_before_the_next(tmp_path: Path) -> None:
+def test_partial_last_line_is_removed_before_the_next(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     file = ProgressFile(path)
     file.append(step=1, metrics={"loss": 3.0})
@@ -29,7 +29,7 @@ def test_a_line_that_was_cut_short_is_taken_away_before_the_next(tmp_path: Path)
     assert path.read_bytes() == b""
 
 
-def test_two_lines_in_one_are_passed_over(tmp_path: Path) -> None:
+def test_joined_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     path.write_text('{"step": 1, "metrics": {"loss": 1.0}}\n{"step": 2, "met{"step": 3}\n')
     assert read_metric_history(path) == {"loss": [(1, 1.0)]}
@@ -50,14 +50,14 @@ def test_two_lines_in_one_are_passed_over(tmp_path: Path) -> None:
     ],
     ids=range(9),
 )
-def test_a_line_that_it_never_wrote_is_passed_over(line: str, tmp_path: Path) -> None:
+def test_foreign_line_is_skipped(line: str, tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     whole = b'{"step": 1, "metrics": {"loss": 1.0}}\n'
     path.write_bytes(whole + line.encode("utf-8", "surrogatepass") + b"\n")
     assert read_metric_history(path) == {"loss": [(1, 1.0)]}
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = ProgressFile(tmp_path / "progress.jsonl")
 
     class Full:

@@ -1,4 +1,4 @@
-"""Elastic runs: which settings fit, how many workers find a place, and whose notice ends a run."""
+"""Elastic runs: valid settings, and the effect of stop requests to workers and driver."""
 
 import os
 import signal
@@ -23,12 +23,12 @@ from skillnet_platform.ray_internals.errors import WorkerGroupResize
         ({"resize_interval_s": 0.0}, "training.resize_interval_s must be above 0"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(given: dict[str, Any], said: str) -> None:
+def test_invalid_elastic_settings_are_rejected(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         TrainingConfig(**given)
 
 
-def test_a_run_may_become_elastic_when_it_is_taken_up() -> None:
+def test_resumed_run_may_become_elastic() -> None:
     config = FinetuneConfig(training=TrainingConfig(workers=4))
     elastic = replace(
         config, training=replace(config.training, min_workers=1, resize_interval_s=5.0)
@@ -36,7 +36,7 @@ def test_a_run_may_become_elastic_when_it_is_taken_up() -> None:
     assert compute_identity(elastic) == compute_identity(config)
 
 
-def test_a_workers_notice_is_its_hosts_and_the_drivers_ends_the_run(tmp_path: Path) -> None:
+def test_signal_to_a_worker_resizes_and_stop_of_the_driver_ends(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         preemption.listen_in_worker()
@@ -59,7 +59,7 @@ def test_a_workers_notice_is_its_hosts_and_the_drivers_ends_the_run(tmp_path: Pa
     assert not preemption.stop_requested()
 
 
-def test_to_make_room_a_worker_is_asked_without_a_signal() -> None:
+def test_resize_request_needs_no_signal() -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         preemption.listen_in_worker()

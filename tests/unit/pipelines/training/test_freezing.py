@@ -1,4 +1,4 @@
-"""Training only some files of a model: the others are read, and stay as they are to the bit."""
+"""Training only some files of a model; the others stay bitwise unchanged."""
 
 from pathlib import Path
 
@@ -29,13 +29,13 @@ def changed(config: FinetuneConfig, run: Path | None = None) -> set[str]:
     return {after.file_of(n) for n, p in after.named_parameters() if not torch.equal(p, old[n])}
 
 
-def test_only_the_named_files_change_also_in_the_average(data: Path, tmp_path: Path) -> None:
+def test_only_trainable_files_change_also_in_the_average(data: Path, tmp_path: Path) -> None:
     config = config_for(data, "skill-text", "head-text_classification", ema=0.5)
     config.tasks = {"text_classification": config.tasks["text_classification"]}
     assert changed(config, tmp_path) == {"skill-text", "head-text_classification"}
 
 
-def test_what_is_frozen_has_no_optimiser_state_and_no_gradient(data: Path, tmp_path: Path) -> None:
+def test_frozen_weights_have_no_optimizer_state_and_no_gradient(data: Path, tmp_path: Path) -> None:
     config = config_for(data, "skill-general")
     done = train_model(ResolvedRun(config, tmp_path))
     (folder,) = (tmp_path / "checkpoints").iterdir()
@@ -46,7 +46,7 @@ def test_what_is_frozen_has_no_optimiser_state_and_no_gradient(data: Path, tmp_p
         assert parameter.grad is None
 
 
-def test_tasks_that_are_only_measured_take_no_steps(data: Path) -> None:
+def test_eval_only_tasks_take_no_steps(data: Path) -> None:
     config = config_for(data)
     for name, task in config.tasks.items():
         task.eval_only = name != "text_to_code"
@@ -63,7 +63,7 @@ def test_tasks_that_are_only_measured_take_no_steps(data: Path) -> None:
         ("head-text_classification", "nothing to train for speech_recognition, which activates"),
     ],
 )
-def test_what_cannot_train_is_named(data: Path, only: str, message: str) -> None:
+def test_untrainable_selection_is_rejected(data: Path, only: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train_model(ResolvedRun(config_for(data, only)))
 

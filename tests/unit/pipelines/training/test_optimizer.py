@@ -52,8 +52,8 @@ def test_weight_matrices_decay_and_vectors_do_not() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_an_inactive_skill_stays_as_it_is(data: Path) -> None:
-    """Weights, gradients and optimiser state, also under weight decay and after being active."""
+def test_inactive_skill_is_unchanged(data: Path) -> None:
+    """Weights, gradients and optimizer state, also with weight decay and after active steps."""
     config = small_config(data, weight_decay=0.5)
     stream, model = ResolvedRun(config).dataloader, build_model(config).double()
     optimizer = build_optimizer(model.named_parameters(), config.training)
@@ -123,7 +123,9 @@ def test_state_only_for_skills_that_were_used(data: Path) -> None:
         ("heads.text_classification.project.bias", (4,), False),
     ],
 )
-def test_what_decays(name: str, shape: tuple[int, ...], expected: bool) -> None:
+def test_weight_decay_applies_to_matrices_only(
+    name: str, shape: tuple[int, ...], expected: bool
+) -> None:
     assert has_weight_decay(name, torch.zeros(shape)) == expected
 
 

@@ -1,4 +1,4 @@
-"""Masked tasks on a model and on the stream: what is asked, what moves, and what is never read."""
+"""Masked tasks: their targets, the weights that change, and the splits that are never read."""
 
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_every_activated_weight_gets_a_gradient_and_no_other(
     assert skills == {"general", task.removeprefix("masked_")}
 
 
-def test_inactive_skills_stay_as_they_were_to_the_bit(config: FinetuneConfig) -> None:
+def test_inactive_skills_are_bitwise_unchanged(config: FinetuneConfig) -> None:
     del config.tasks["masked_video"], config.tasks["masked_sound"]
     before = {name: p.clone() for name, p in build_model(config).double().named_parameters()}
     after = dict(train_model(ResolvedRun(config)).model.named_parameters())
@@ -96,7 +96,7 @@ def test_inactive_skills_stay_as_they_were_to_the_bit(config: FinetuneConfig) ->
     assert still == expected
 
 
-def test_losses_fall_on_rows_that_can_be_learnt(data: Path) -> None:
+def test_losses_fall_on_learnable_rows(data: Path) -> None:
     config = build_joint_run(
         small_pretraining(data, steps=150, lr=3e-3, precision="fp32", log_every=25)
     )
@@ -124,7 +124,7 @@ def test_pretraining_reads_what_the_manifest_allows_and_each_row_once(
         assert len(set(keys)) == rows.num_rows
 
 
-def test_rows_of_several_splits_are_those_of_each(data: Path, config: FinetuneConfig) -> None:
+def test_rows_of_several_splits_equal_those_of_each(data: Path, config: FinetuneConfig) -> None:
     rows = ResolvedRun(config).dataloader.datasets["masked_video"]
     splits = open_corpus(data / "strokes").splits
     for place, (split, row) in {3: ("pretrain", 3), 20: ("train", 0), 64: ("train", 44)}.items():
@@ -133,7 +133,7 @@ def test_rows_of_several_splits_are_those_of_each(data: Path, config: FinetuneCo
         assert found.flatten().tolist() == stored
 
 
-def test_no_built_in_corpus_allows_what_is_evaluated() -> None:
+def test_no_built_in_corpus_allows_pretraining_on_evaluation_splits() -> None:
     found = {entry.name: entry.load() for entry in entry_points(group="skillnet.corpora")}
     assert len(found) >= 5
     for name, corpus in found.items():
@@ -141,28 +141,28 @@ def test_no_built_in_corpus_allows_what_is_evaluated() -> None:
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_a_split_that_is_evaluated_is_refused(data: Path, split: str) -> None:
+def test_evaluation_split_is_rejected(data: Path, split: str) -> None:
     config = small_pretraining(data)
     config.tasks["masked_image"].split = split
     with pytest.raises(UserError, match=rf"drawings allows pretrain, train for .*not {split}"):
         build_joint_run(config)
 
 
-def test_a_corpus_that_allows_nothing_is_refused(data: Path) -> None:
+def test_corpus_without_pretraining_splits_is_rejected(data: Path) -> None:
     corpus = open_corpus(data / "drawings")
     corpus.manifest["pretraining"] = []
     with pytest.raises(UserError, match="names no split for pretraining"):
         resolve_splits(corpus, "pretraining")
 
 
-def test_a_task_with_labels_is_refused(data: Path) -> None:
+def test_task_with_labels_is_rejected(data: Path) -> None:
     config = small_pretraining(data)
     config.tasks["text_classification"] = TaskTraining("headings")
     with pytest.raises(UserError, match=r"text_classification learns from labels"):
         build_joint_run(config)
 
 
-def test_the_switch_adds_pairs_of_training_rows(data: Path) -> None:
+def test_contrastive_adds_pairs_of_training_rows(data: Path) -> None:
     config = small_pretraining(data)
     config.contrastive = True
     joint = build_joint_run(config)
@@ -204,14 +204,14 @@ def test_views_are_two_changes_of_the_same_rows(data: Path) -> None:
         assert torch.equal(again["query"][key], query[2:4, :width])
 
 
-def test_views_of_captions_are_refused(data: Path) -> None:
+def test_views_of_captions_are_rejected(data: Path) -> None:
     config = small_pretraining(data)
     config.tasks["text_to_image"] = TaskTraining("drawings", views=True)
     with pytest.raises(UserError, match=r"tasks\.text_to_image\.views .* both read image"):
         _ = ResolvedRun(build_joint_run(config)).dataloader
 
 
-def test_a_configuration_comes_back_from_yaml() -> None:
+def test_configuration_survives_yaml() -> None:
     from skillnet_platform import config as configuration
 
     before = PretrainConfig(contrastive=True)
