@@ -191,9 +191,9 @@ def _shorten_error(lines: list[str]) -> str:
 
 def _find_npm(folder: Path) -> list[str]:
     """Return the command of npm: an installed one, a downloaded one, or [] if neither works."""
-    found = shutil.which("npm")
-    if found:
-        return [found]
+    installed = shutil.which("npm")
+    if installed:
+        return [installed]
     console.note(f"npm is missing: fetching {NODE_PACKAGE.split('>')[0]} to use its npm once")
     home = folder / "node"
     error = _run_command(
@@ -208,15 +208,15 @@ def _find_npm(folder: Path) -> list[str]:
 
 def _accept_download(archive: Archive, folder: Path, directory: Path) -> str:
     """Move a download to ``directory`` if it equals the pinned archive; else return the error."""
-    found = list(folder.glob(f"*/{archive.file}"))
-    if not found:
+    downloads = list(folder.glob(f"*/{archive.file}"))
+    if not downloads:
         names = sorted(p.name for p in folder.glob(f"*/{archive.file.split('-')[0]}*"))
         return f"the download has another name than {archive.file}: {', '.join(names) or 'none'}"
     try:
-        check_archive(archive, found[0].parent)
+        check_archive(archive, downloads[0].parent)
     except UserError as error:
         return str(error).split(". ")[0]
-    found[0].replace(directory / archive.file)
+    downloads[0].replace(directory / archive.file)
     return ""
 
 

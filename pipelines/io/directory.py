@@ -181,16 +181,16 @@ class SourceDirectory:
     def _scan(self, relative: str) -> list[DirectoryEntry]:
         folder = self.path(relative)
         if self.remote:
-            found = query_store(folder, _list_remote)
+            listed = query_store(folder, _list_remote)
         else:
             try:
                 with os.scandir(folder) as entries:
-                    found = [_make_entry(entry) for entry in entries]
+                    listed = [_make_entry(entry) for entry in entries]
             except PER_FILE_ERRORS:
                 raise
             except OSError as error:
                 raise make_read_error(folder, error) from None
-        return sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+        return sorted((e for e in listed if not e.name.startswith(".")), key=lambda e: e.name)
 
     def open(self, relative: str = "") -> IO[bytes]:
         """Open a file for sequential reading; decompress it if its name ends in ``.gz``.
@@ -219,7 +219,8 @@ class SourceDirectory:
         Raises:
             EOFError, zlib.error, BadGzipFile: ``DAMAGE_ERRORS``: a compressed file is truncated or
                 damaged, or a line has no end.
-            SourceReadError, StoreUnavailableError: see :func:`pipelines.io.source_file.open_stream`.
+            SourceReadError, StoreUnavailableError: see
+                :func:`pipelines.io.source_file.open_stream`.
         """
         with self.open(relative) as stream:
             yield from iter_lines(stream, ends)
@@ -227,10 +228,10 @@ class SourceDirectory:
     def digest(self, relative: str) -> str:
         """Return the SHA-256 of a file's stored bytes, without decompression."""
         with open_stream(self.path(relative)) as stream:
-            found = hashlib.sha256()
+            digest = hashlib.sha256()
             while block := stream.read(1 << 20):
-                found.update(block)
-        return found.hexdigest()
+                digest.update(block)
+        return digest.hexdigest()
 
     def _exists(self, path: str) -> bool:
         if not self.remote:
@@ -284,11 +285,11 @@ def digest_listing(entries: Iterable[DirectoryEntry]) -> tuple[int, int, str]:
     The digest shows that media were added or replaced. Their content is not read: for a large
     corpus that would take as long as preparing it.
     """
-    files, total, found = 0, 0, hashlib.sha256()
+    files, total, digest = 0, 0, hashlib.sha256()
     for entry in entries:
         files, total = files + 1, total + (entry.size or 0)
-        found.update(f"{entry.name}\0{entry.size}\n".encode("utf-8", "surrogateescape"))
-    return files, total, found.hexdigest()
+        digest.update(f"{entry.name}\0{entry.size}\n".encode("utf-8", "surrogateescape"))
+    return files, total, digest.hexdigest()
 
 
 def _list_remote(system: Any, folder: str) -> list[DirectoryEntry]:

@@ -51,8 +51,8 @@ class KeySet:
     def _is_in_file(self, digest: bytes) -> bool:
         if self._table is None:
             return False
-        found = self._table.execute("SELECT 1 FROM seen WHERE key = ?", (digest,))
-        return found.fetchone() is not None
+        rows = self._table.execute("SELECT 1 FROM seen WHERE key = ?", (digest,))
+        return rows.fetchone() is not None
 
     def _flush(self) -> None:
         if self._table is None:

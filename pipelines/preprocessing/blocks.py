@@ -124,6 +124,7 @@ def read_blocks(
             characters[split] = 0
             for row in refused:
                 reject(row)
+            # A block without accepted rows becomes no shard, and the next block takes its index.
             if table.num_rows:
                 split_rows[split] += table.num_rows
                 yield RowBlock(split, split_shards[split], table, digest_keys(table))
@@ -140,6 +141,7 @@ def read_blocks(
             full = len(waiting[split]) == corpus.shard_rows
             if full or characters[split] > MAX_BLOCK_CHARACTERS:
                 yield from cut(split)
+        # The last, incomplete blocks come in a fixed order.
         for split in sorted(waiting):
             yield from cut(split)
     yield ReadSummary(

@@ -16,7 +16,12 @@ from ray.data.block import BlockMetadata
 
 from pipelines.preprocessing.blocks import read_blocks
 from pipelines.preprocessing.corpus_job import CorpusJob
-from pipelines.preprocessing.spool import UNIT_SCHEMA, pack_unit, read_spool, rejected_rows_path
+from pipelines.preprocessing.spool import (
+    UNIT_SCHEMA,
+    pack_unit,
+    read_spool_units,
+    rejected_rows_path,
+)
 from pipelines.preprocessing.staging import READ_SUMMARY, REJECTED_ROWS, shard_stem
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.storage import disk_guard, write_json
@@ -95,7 +100,7 @@ def _read_sources(job: CorpusJob) -> Iterator[pa.Table]:
 def _read_spooled(job: CorpusJob) -> Iterator[pa.Table]:
     assert job.spool is not None
     shutil.copyfile(rejected_rows_path(job.spool), job.staging_dir / REJECTED_ROWS)
-    return read_spool(job.spool)
+    return read_spool_units(job.spool)
 
 
 def _make_column(name: str, value: int) -> tuple[int, pa.Field, pa.Array]:

@@ -207,6 +207,7 @@ def _run_within(seconds: float, work: Callable[[threading.Event], None]) -> bool
         except BaseException as error:
             errors.append(error)
 
+    # A daemon thread does not keep the process alive if it hangs.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -292,6 +293,7 @@ def _describe_captions(rows: list[Row]) -> dict[str, Any]:
 
 def _describe_media(corpus: ExternalCorpus, rows: list[Row]) -> dict[str, Any]:
     """Return sizes and durations of media files that are spread over the first rows."""
+    # Neighbouring rows are often similar, so the decoded rows are spread evenly.
     step = max(1, len(rows) // MAX_DECODED)
     measured: dict[str, list[float]] = {}
     rejections = Counter[str]()

@@ -50,6 +50,7 @@ class CorpusProgress:
     errors: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        # The file of an earlier run would end this run's reading too early.
         (self.job.staging_dir / staging.READ_SUMMARY).unlink(missing_ok=True)
         for entry in self.finished_before.values():
             self.rows += len(entry["rejected"]) + (entry["file"] or {"rows": 0})["rows"]
@@ -158,11 +159,13 @@ class CorpusProgress:
         )
         rows_in = self.summary.rows
         rows_out = sum(entry["rows"] for entry in parts.values())
+        # A lost row would be a bug that no later check could detect.
         if rows_in != rows_out + rejected:
             raise RuntimeError(
                 f"{corpus.name}: {rows_in} rows in, but {rows_out} out and {rejected} rejected; "
                 "nothing was published"
             )
+        # Rows rejected while reading and by the transform are counted together.
         reasons.update(self.summary.rejections)
         if not any(parts[name]["rows"] for name in {"train", *corpus.pretraining} & parts.keys()):
             counts = ", ".join(f"{name} {entry['rows']}" for name, entry in parts.items())

@@ -174,7 +174,7 @@ class RemoteStaging:
             stem: name of the files without their suffixes.
         """
         for name in (f"{stem}.arrow", f"{stem}.json"):
-            if (folder / name).is_file():
+            if (folder / name).is_file():  # a shard without accepted rows has no file
                 directories.put_file(folder / name, directories.join_uri(self.staging_uri, name))
                 (folder / name).unlink()
 

@@ -75,7 +75,7 @@ def write_spool(corpus: Corpus, sources: SourceArchives, path: Path) -> None:
             writer.write_table(pack_unit(part))
 
 
-def read_spool(path: Path) -> Iterator[pa.Table]:
+def read_spool_units(path: Path) -> Iterator[pa.Table]:
     """Yield the units of a spool file one at a time, memory-mapped."""
     with pa.memory_map(str(path)) as stream:
         for batch in pa.ipc.open_stream(stream):
@@ -95,7 +95,7 @@ def iter_texts(corpus: Corpus, spool: Path, splits: Iterable[str]) -> Iterator[s
         spool: spool file of the corpus.
         splits: splits to read.
     """
-    for unit in read_spool(spool):
+    for unit in read_spool_units(spool):
         if unit["split"][0].as_py() not in splits:
             continue
         block = unpack_unit(unit)

@@ -49,6 +49,7 @@ def staging_dir(final: Path, identity: dict[str, Any]) -> Iterator[Path]:
         UserError: another process prepares the same corpus.
     """
     folder = final.with_name(f".{final.name}.partial-{digest_config(identity)[:16]}")
+    # Staging directories of other identities are obsolete. The lock protects a running process.
     for other in final.parent.glob(f".{final.name}.partial-*"):
         if other != folder:
             with _locked(other):
@@ -105,7 +106,7 @@ def write_shard_entry(
         temporary = final.with_name(f".{stem}.{os.uname().nodename}.{os.getpid()}.tmp")
         try:
             entry["file"] = write_shard(table, temporary) | {"file": final.name}
-            temporary.replace(final)
+            temporary.replace(final)  # atomic: a reader sees a complete shard or none
         finally:
             temporary.unlink(missing_ok=True)
     storage.write_json(folder / f"{stem}.json", entry | {"rejected": rejected})
@@ -187,6 +188,7 @@ def _read_entry(folder: Path, stem: str) -> dict[str, Any] | None:
         recorded = entry["file"]
         if recorded is None and not path.exists():
             return entry
+        # The size is compared first, because hashing reads the complete file.
         same_size = path.stat().st_size == recorded["bytes"]
         if same_size and storage.sha256_file(path) == recorded["sha256"]:
             return entry

@@ -53,6 +53,7 @@ def check_shards(directory: Path, shards: Sequence[Mapping[str, Any]]) -> None:
 
 def _hash_shard(directory: Path, shard: Mapping[str, Any]) -> list[Any]:
     path = directory / shard["file"]
+    # The state is read before hashing: a later change of the file then invalidates the record.
     before = _read_state(directory, shard)
     sha256 = sha256_file(path)
     if sha256 != shard["sha256"]:

@@ -31,7 +31,7 @@ class FixedColumn:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Return copies of rows, (len(rows), *shape)."""
-        if len(self._chunks) == 1:
+        if len(self._chunks) == 1:  # the usual case needs no second copy
             return self._chunks[0][rows]
         first = self._chunks[0]
         out = np.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
@@ -119,6 +119,7 @@ class RaggedColumn:
             begin = begin + np.floor(crop * (full - lengths + 1)).astype(np.int64)
         longest = max(int(lengths.max(initial=0)), 1)
         longest = -(-longest // multiple) * multiple
+        # Rounding up must not exceed the limit: positions of the model end there.
         if limit is not None:
             longest = min(longest, max(limit, 1))
         positions = np.arange(longest)
@@ -214,6 +215,7 @@ def _read_shape(field: pa.Field) -> tuple[int, ...]:
 
 def _view_numbers(array: pa.Array) -> np.ndarray:
     """Return a view (items,) of the numbers of a flat or fixed-size list array."""
+    # A view needs the flat values: nested fixed-size lists are unwrapped without a copy.
     while pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
     return array.to_numpy(zero_copy_only=True)
@@ -234,6 +236,7 @@ def _view_offsets(array: pa.Array) -> np.ndarray:
 
 def _view_binary(array: pa.Array) -> tuple[memoryview, np.ndarray]:
     """Return the concatenated bytes of a binary array, and the offset of each cell."""
+    # The buffers are read directly, because ``to_pylist`` would copy all cells.
     _, ends, values = array.buffers()
     offsets = np.frombuffer(ends, np.int32)[array.offset : array.offset + len(array) + 1]
     return memoryview(values if values is not None else b""), offsets
@@ -245,7 +248,7 @@ def _chunk_starts(chunks: Sequence[pa.Array]) -> np.ndarray:
 
 def _split_by_chunk(rows: np.ndarray, starts: np.ndarray):
     """Yield for each chunk: its index, which of ``rows`` lie in it, and their indices inside it."""
-    if len(starts) <= 2:
+    if len(starts) <= 2:  # one chunk: no search, and no copy of the indices
         yield 0, slice(None), rows
         return
     chunk = np.searchsorted(starts, rows, side="right") - 1

@@ -132,6 +132,7 @@ def open_corpus(
     files = open_shard_store(parse_location(path, Path()), cache)
     manifest = _read_manifest(files)
     shards = _list_shards(manifest)
+    # Sizes cost one listing and detect most incomplete copies; hashing costs a full read.
     files.check_sizes(shards)
     if verify:
         files.check_digests(shards)
@@ -167,6 +168,7 @@ def _read_manifest(files: ShardStore) -> dict[str, Any]:
         raise UserError(
             f"{named}: format version {version}, this program reads {FORMAT_VERSION}. {hint}"
         )
+    # An edited manifest could name other hashes, so its own digest is checked before the shards.
     if manifest_digest(manifest) != manifest.get("digest"):
         raise UserError(f"{named}: changed after it was written. {files.repair_hint}")
     key = _find_invalid_key(named, manifest)
@@ -198,6 +200,7 @@ def _find_invalid_key(named: Location, manifest: dict[str, Any]) -> str | None:
         for shard in shards:
             for key, kind in (("file", str), ("rows", int), ("bytes", int), ("sha256", str)):
                 value = shard.get(key)
+                # ``isinstance`` would accept a bool as an int.
                 if type(value) is not kind or (isinstance(value, int) and value < 0):
                     return f"splits.{name}.shards.{key}"
             check_inside(str(named), shard["file"], deep=True)

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipelines.shards.checksums import check_shards
 from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import directories, sha256_file
-from skillnet_platform.storage.cache import FileCache, CacheHandle, CacheKey, shared_cache
+from skillnet_platform.storage.cache import CacheHandle, CacheKey, FileCache, shared_cache
 from skillnet_platform.storage.location import Location
 from skillnet_platform.storage.retry import StoreUnavailableError
 
@@ -92,7 +92,7 @@ class LocalShardStore:
             raise UserError(
                 f"{path}: this shard is missing. Run `skillnet prepare {self._folder.name}`."
             )
-        self.prefetch([shard])
+        self.prefetch([shard])  # verifies the shard
         return _OpenShard(_map_shard(path, path, shard, self.repair_hint))
 
     def prefetch(self, shards: Iterable[ShardEntry]) -> None:
@@ -196,6 +196,7 @@ def open_shard_store(location: Location, cache: FileCache | None = None) -> Shar
 
 def _map_shard(path: Path, named: Location, shard: ShardEntry, repair_hint: str) -> pa.Table:
     try:
+        # With a memory map, ``read_all`` reads only metadata; pages are loaded when rows are used.
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         if table.num_rows != shard["rows"]:
             raise pa.ArrowInvalid(f"{table.num_rows} rows, expected {shard['rows']}")
@@ -216,9 +217,9 @@ def _compare_size(named: Location, size: int, shard: ShardEntry, repair_hint: st
         )
 
 
-def _compare_digest(named: Location, found: str, shard: ShardEntry, repair_hint: str) -> None:
-    if found != shard["sha256"]:
+def _compare_digest(named: Location, sha256: str, shard: ShardEntry, repair_hint: str) -> None:
+    if sha256 != shard["sha256"]:
         raise UserError(
-            f"{named}: this shard was altered: sha256 {found}, expected {shard['sha256']}. "
+            f"{named}: this shard was altered: sha256 {sha256}, expected {shard['sha256']}. "
             f"{repair_hint}"
         )

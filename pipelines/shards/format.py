@@ -63,6 +63,7 @@ def write_shard(table: pa.Table, path: Path) -> dict[str, Any]:
             stream.seek(0)
             stream.write(head)
             stream.flush()
+            # The hash below is recorded as proof, so the bytes must be on the disk.
             os.fsync(stream.fileno())
     return {
         "file": path.name,
@@ -73,6 +74,7 @@ def write_shard(table: pa.Table, path: Path) -> dict[str, Any]:
 
 
 def _write(table: pa.Table, sink: Any) -> None:
+    # One record batch: equal rows must give equal bytes, independent of the table's chunks.
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks(), max_chunksize=max(table.num_rows, 1))
 

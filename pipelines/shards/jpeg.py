@@ -65,6 +65,7 @@ def encode_jpeg(row: NDArray[np.uint8]) -> bytes:
     """Encode an image (H, W, 3) or a video (F, H, W, 1) as JPEG. Equal rows give equal bytes."""
     from PIL import Image
 
+    # JPEG is two-dimensional: the frames of a video are stacked vertically.
     flat = row if row.shape[-1] == 3 else row.reshape(-1, row.shape[-2])
     target = io.BytesIO()
     Image.fromarray(flat).save(target, "JPEG", quality=QUALITY)
@@ -100,6 +101,7 @@ def _decode_into(cell: Any, row: NDArray[np.uint8], where: str) -> None:
 
     mode, width = ("RGB" if row.shape[-1] == 3 else "L"), row.shape[-2]
     try:
+        # The class is called directly: ``Image.open`` would probe other formats.
         image = JpegImageFile(io.BytesIO(cell))
         if (
             image.mode == mode

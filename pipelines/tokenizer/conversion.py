@@ -106,11 +106,11 @@ def _read_vocabulary(tree: dict[str, Any]) -> dict[str, int]:
     """Return token -> id in the order of ids, with added tokens."""
     vocab = tree["model"].get("vocab") or {}
     if isinstance(vocab, list):
-        found = {entry[0]: number for number, entry in enumerate(vocab)}
+        ids = {entry[0]: number for number, entry in enumerate(vocab)}
     else:
-        found = dict(vocab)
-    found |= {token["content"]: token["id"] for token in tree.get("added_tokens") or []}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+        ids = dict(vocab)
+    ids |= {token["content"]: token["id"] for token in tree.get("added_tokens") or []}
+    return dict(sorted(ids.items(), key=lambda item: item[1]))
 
 
 def _has_bytes(tree: dict[str, Any]) -> bool:

@@ -139,9 +139,9 @@ def check_replaceable(tokenizer: Path, replaced: set[str], data: Location) -> No
     """
     if others := _corpora_using(tokenizer, replaced, data):
         raise UserError(
-            f"{join_location(data, tokenizer.name)}: {', '.join(others)} there are prepared with it; a "
-            "model reads corpora of one tokenizer. Give another --data, or prepare them again in "
-            "the same call"
+            f"{join_location(data, tokenizer.name)}: {', '.join(others)} there are prepared with "
+            "it; a model reads corpora of one tokenizer. Give another --data, or prepare them "
+            "again in the same call"
         )
 
 

@@ -68,11 +68,11 @@ def remove_docstring(source: str) -> str:
     text that occupies complete lines.
     """
     try:
-        found = next(parse_functions(textwrap.dedent(source)), None)
+        function = next(parse_functions(textwrap.dedent(source)), None)
     except ValueError:
-        found = None
-    if found is not None:
-        return found.code
+        function = None
+    if function is not None:
+        return function.code
     return _remove_first_text(source).strip()
 
 

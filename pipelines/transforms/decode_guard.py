@@ -60,7 +60,7 @@ def decode_each(
         For each value, the result of ``read`` and ``None``, or ``None`` and the reason.
 
     Raises:
-        UserError, StoreUnavailableError: raised by ``values`` or ``read``; they concern no single row.
+        UserError, StoreUnavailableError: from ``values`` or ``read``; they concern no single row.
     """
     attempts = _current
     with _timer(seconds) as timer:

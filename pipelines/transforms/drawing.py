@@ -95,9 +95,9 @@ class _SvgChecker:
         raise ValueError("a damaged SVG (an undeclared entity)")
 
     def href(self, value: str) -> None:
-        found = _EMBEDDED.match(value)
-        if found:
-            self.pixels += _count_pixels(found[1], value[found.end() :])
+        match = _EMBEDDED.match(value)
+        if match:
+            self.pixels += _count_pixels(match[1], value[match.end() :])
             if self.pixels > MAX_EMBEDDED_PIXELS:
                 raise ValueError(
                     f"an SVG with images of more than {MAX_EMBEDDED_PIXELS // 10**6} million pixels"
@@ -158,7 +158,7 @@ def _draw(text: str, side: int) -> bytes:
         # A panic of the Rust library is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError("a damaged SVG (its drawing failed)") from None
+        raise ValueError("a damaged SVG (the renderer failed)") from None
 
 
 def _run_with_stack(action: Callable[[], bytes]) -> bytes:

@@ -138,13 +138,13 @@ def load_video_frames(data: bytes, count: int = FRAMES, size: int = SIZE) -> NDA
             large.
     """
     expected = count_frames(data)
-    found, taken = _decode_sampled(data, expected, count, size)
-    if found != expected:
+    decoded, sampled = _decode_sampled(data, expected, count, size)
+    if decoded != expected:
         # Some packets hold no visible frame. After one pass the number of frames is known.
-        if found < 0.9 * expected - 2:
+        if decoded < 0.9 * expected - 2:
             raise ValueError(CUT_SHORT)
-        found, taken = _decode_sampled(data, found, count, size)
-    return np.stack(taken)[..., None]
+        decoded, sampled = _decode_sampled(data, decoded, count, size)
+    return np.stack(sampled)[..., None]
 
 
 def _decode_sampled(
@@ -153,23 +153,23 @@ def _decode_sampled(
     """Return the number of frames, and the frames sampled from ``length``, square and grey."""
     from av.video.reformatter import VideoReformatter
 
-    wanted = _sample_indices(length, count)
-    taken: list[NDArray[np.uint8]] = []
-    found = 0
+    indices = _sample_indices(length, count)
+    sampled: list[NDArray[np.uint8]] = []
+    decoded = 0
     pixels: Any = None
     reformatter = VideoReformatter()  # one object for all frames, because it caches its tables
     for frame in _iter_frames(data):
-        while len(taken) < count and wanted[len(taken)] == found:
-            same = len(taken) > 0 and wanted[len(taken) - 1] == found
+        while len(sampled) < count and indices[len(sampled)] == decoded:
+            same = len(sampled) > 0 and indices[len(sampled) - 1] == decoded
             if not same:
                 pixels = reformatter.reformat(frame, format="rgb24").to_ndarray()
-            taken.append(
-                taken[-1] if same else rotate_upright(frame, _crop_grey_square(pixels, size))
+            sampled.append(
+                sampled[-1] if same else rotate_upright(frame, _crop_grey_square(pixels, size))
             )
-        found += 1
-    if not found:
+        decoded += 1
+    if not decoded:
         raise ValueError("a video without frames")
-    return found, taken
+    return decoded, sampled
 
 
 def _sample_indices(length: int, count: int) -> list[int]:

@@ -135,7 +135,7 @@ def test_a_defect_in_a_transform_leaves_no_corpus(
         raise ZeroDivisionError("a defect")
 
     corpus = type("Broken", (Made,), {"transform": broken})()
-    monkeypatch.setattr(preparing, "find_corpus", lambda name: corpus)
+    monkeypatch.setattr(preprocessing_prepare, "find_corpus", lambda name: corpus)
     with pytest.raises(Exception, match="a defect"):
         prepare(["broken"], tmp_path / "data", archives)
     assert list((tmp_path / "data").iterdir()) == []  # not even its folder: no shard was finished
@@ -229,7 +229,7 @@ def test_other_settings_do_not_go_on_with_the_shards_of_the_first(
 ) -> None:
     """A prepare that stopped leaves its shards; one with other settings removes them."""
     archives = made[1]
-    monkeypatch.setattr(pipeline.partial, "gather", _interrupt)
+    monkeypatch.setattr(pipeline.staging, "gather_entries", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare([MADE], tmp_path, archives)
     (left,) = tmp_path.iterdir()
@@ -246,9 +246,9 @@ def _interrupt(*_: object) -> None:
 
 def test_two_prepares_of_one_corpus_do_not_meet(tmp_path: Path) -> None:
     with (
-        pipeline.partial.partial(tmp_path / "made", {"a": 1}) as folder,
+        pipeline.staging.staging_dir(tmp_path / "made", {"a": 1}) as folder,
         pytest.raises(UserError, match=r"made: another process prepares this corpus now"),
-        pipeline.partial.partial(tmp_path / "made", {"a": 1}),
+        pipeline.staging.staging_dir(tmp_path / "made", {"a": 1}),
     ):
         raise AssertionError(folder)
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from pipelines.preprocessing.datasource import read_units
 from pipelines.preprocessing.progress import MAX_REASONS, count_reasons
 from pipelines.preprocessing.spool import (
     pack_unit,
-    read_spool,
+    read_spool_units,
     rejected_rows_path,
     unpack_unit,
     write_spool,
@@ -136,7 +136,7 @@ def test_spool_returns_the_same_units_as_reading(tmp_path: Path) -> None:
     told = (tmp_path / REJECTED_ROWS).read_bytes()
     spooled = list(read_units(3, replace(job, spool=tmp_path / "made.arrows")))
     assert all(a.equals(b) for a, b in zip(live, spooled, strict=True))
-    assert len(live) == len(list(read_spool(tmp_path / "made.arrows"))) == 13
+    assert len(live) == len(list(read_spool_units(tmp_path / "made.arrows"))) == 13
     assert told == rejected_rows_path(tmp_path / "made.arrows").read_bytes()
 
 
