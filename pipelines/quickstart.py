@@ -112,15 +112,15 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         result = finetune(training)
     rows = result["evaluation"]
     with stages.stage("register", f"registering the model as {config.registered}"):
-        made = _register(config, data, result, rows, baselines)
+        registered = _register(config, data, result, rows, baselines)
         total = _record_baselines(config, result, rows, baselines)
     return {
         "name": result["name"],
         "run": result["run"],
         "run_id": result["run_id"],
-        "model": made.uri,
-        "alias": made.alias,
-        "gate": list(made.verdict.reasons),
+        "model": registered.uri,
+        "alias": registered.alias,
+        "promotion_reasons": list(registered.verdict.reasons),
         "steps": result["step"],
         "total_params": total,
         "stages": {name: round(seconds, 1) for name, seconds in stages.seconds.items()},
