@@ -95,6 +95,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     Raises:
         UserError: the model, a corpus, a task or a split is missing, or a file was altered.
     """
+    # torch loads here, so that --help and usage errors stay fast.
     from pipelines.evaluation.evaluator import evaluate_model
     from pipelines.evaluation.simple_baselines import evaluate_simple_baselines
     from pipelines.evaluation.tables import sort_rows
@@ -105,6 +106,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     model = model_source.load_source_model(source)
     data = parse_location(config.data, data_root())
     corpora = source.corpora | config.corpora
+    # A checkpoint of a run may contain auxiliary tasks, which have no test splits.
     tasks = config.tasks or source.trained_tasks(sort_rows(model.config.tasks))
     specs = {name: find_task(name, model.config.tasks) for name in tasks}
     begin = time.monotonic()

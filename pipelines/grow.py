@@ -61,6 +61,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
     settings.training.trainable = verification.added_files(before, grown)
     settings.init_from = runs.save_start_model(grown, str(settings.run_dir))
+    # Checked before training: an old file that saving rewrites would waste the run.
     verification.assert_files_unchanged(
         verification.compare_files(source, before, Path(settings.init_from))
     )
@@ -73,6 +74,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         return finished
     training_run.validate_run(resolved)
     layout.create_run_folder(settings, run)
+    # Written after validation, so that a rejected config does not reserve the name.
     with atomic_write(run / "grow.yaml", "w") as stream:
         stream.write(configuration.to_yaml(config))
     with _open_tracker(settings, run, {"grown_from": source.digest}) as tracker:
@@ -86,6 +88,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
             source, before, settings, run, result, references, (config.skill.name, config.task.name)
         )
         _log_report(report, run, tracker)
+    # The report is written first, so that it shows what changed if the check fails.
     verification.assert_frozen_unchanged(report)
     result["registered"] = _register(config, settings, run, result, report)
     result["growth"] = report.to_dict()

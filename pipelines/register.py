@@ -73,6 +73,7 @@ def main(config: RegisterConfig) -> "RegisteredVersion":
             "bootstrap_samples must be at least 1, because promotion compares confidence intervals"
         )
     source = model_source.resolve_model(config.source, config.tracking_uri)
+    # The source has the corpora of its training run; the option overrides them.
     if config.corpora:
         tasks = source.settings.get("tasks", {})
         overrides = {

@@ -228,6 +228,7 @@ def _rank_hits(
 ) -> list[SearchHit]:
     ends = np.cumsum([corpus.splits[name].rows for name in splits])
     hits: list[SearchHit] = []
+    # Equal scores keep the order of the rows, so that results are reproducible.
     for rank in np.argsort(-scores, kind="stable")[:top]:
         number = int(np.searchsorted(ends, rank, side="right"))
         name = splits[number]

@@ -51,7 +51,7 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
     data = read_file_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if data.lstrip().startswith(b"["):
         raise UserError(
-            f"{path}: a JSON array; expected one object per line. Convert it with: jq -c '.[]' {path}"
+            f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
         )
     rows = [
         _parse_row(f"{path}, line {number}", line, path.parent, task, clue)

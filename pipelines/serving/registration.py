@@ -61,6 +61,7 @@ def register_model(
     with _open_run(source, uri) as run_id:
         folder = run_root() / "cache" / "registering" / BUNDLE
         bundle.build_bundle(source, data, folder)
+        # The bundle is read back, so that a damaged one is never registered.
         manifest = bundle.check_bundle(folder)
         digests = {entry["corpus"]: entry["corpus_digest"] for entry in manifest["tasks"].values()}
         page = run_description(rows, baseline_rows, model.config, total_params)

@@ -211,7 +211,7 @@ def test_what_cannot_grow_is_said_before_anything_is_made(
     [
         ({"skill": NewSkill("colour")}, "no tower of task.towers activates the new skill 'colour'"),
         ({"training": "trainable"}, "training.trainable is set by grow"),
-        ({"training": "fp64"}, "fp64 would rewrite every file"),
+        ({"training": "fp64"}, "fp64 would change every file"),
     ],
 )
 def test_configurations_that_contradict_themselves(

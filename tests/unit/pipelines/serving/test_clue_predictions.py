@@ -73,7 +73,7 @@ def test_unusable_lines_have_reasons_and_an_empty_sentence_is_predicted(tmp_path
     [
         (
             '[{"id": 1, "sentence": "一"}]'.encode(),
-            r"test\.json: a JSON array; expected one object",
+            r"test\.json: a JSON array; expected one ob",
         ),
         (b'[\n {"id": 1}\n]', r"test\.json: a JSON array"),
         ('{"id": 2, "sentence": "新闻"}'.encode("gbk"), "line 1: not UTF-8; convert.*iconv"),

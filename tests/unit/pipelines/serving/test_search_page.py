@@ -9,14 +9,12 @@ from PIL import Image
 
 from pipelines.serving.search_page import ResultCard, media_data_uri, render_search_page
 
-HOSTILE_TEXT = '<script>alert("1")</script> & "红色的心"\''
+HOSTILE = '<script>alert("1")</script> & "红色的心"\''
 
 
 def test_all_text_is_escaped():
-    card = ResultCard(1, 0.5, HOSTILE_TEXT, details=[HOSTILE_TEXT], code=HOSTILE_TEXT, media=None)
-    html = render_search_page(
-        HOSTILE_TEXT, [card], facts=[(HOSTILE_TEXT, HOSTILE_TEXT)], credit=HOSTILE_TEXT
-    )
+    card = ResultCard(1, 0.5, HOSTILE, details=[HOSTILE], code=HOSTILE, media=None)
+    html = render_search_page(HOSTILE, [card], facts=[(HOSTILE, HOSTILE)], credit=HOSTILE)
     assert "<script" not in html
     assert html.count("&lt;script&gt;") == 8  # title, heading, fact twice, card thrice, credit
     assert "红色的心" in html
