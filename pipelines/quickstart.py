@@ -24,7 +24,7 @@ class QuickstartConfig(FinetuneConfig):
     Args:
         name: name of the run; null takes quickstart and the time.
         run_dir: directory of runs; null takes the run root.
-        seed: of weights, order, augmentation and dropout.
+        seed: seed of weights, order, augmentation and dropout.
         data: directory of prepared corpora; null takes ``corpora`` in the run root.
         init_from: checkpoint or saved model to start from; null starts from random weights.
         system: system to train: skillnet, a baseline, or a third party's system.

@@ -54,7 +54,7 @@ class GrowConfig:
         task: the new task, which activates the new skill.
         name: name of the run and of its directory; the name of an unfinished run resumes it.
         run_dir: directory of runs; null takes the run root.
-        seed: of new weights, order, augmentation and dropout.
+        seed: seed of new weights, order, augmentation and dropout.
         data: directory of prepared corpora; null takes ``corpora`` in the run root.
         corpora: old task -> corpus, if it differs from that of the training run.
         training: optimizer, workers and intervals; ``trainable`` is set to the new files.

@@ -225,7 +225,7 @@ class FinetuneConfig:
         name: name of the run and of its directory. The name of an unfinished run resumes it from
             the newest valid checkpoint; null generates a name.
         run_dir: directory of runs, or a URI to which they are mirrored; null takes the run root.
-        seed: of weights, order, augmentation and dropout.
+        seed: seed of weights, order, augmentation and dropout.
         data: directory or URI of prepared corpora; null takes ``corpora`` in the run root.
         init_from: trained model of the same system to start from: the name or folder of a run,
             a checkpoint, a saved model or a registered version; null starts from random weights.
@@ -315,7 +315,7 @@ class PretrainConfig(FinetuneConfig):
         name: name of the run and of its directory. The name of an unfinished run resumes it from
             the newest valid checkpoint; null generates a name.
         run_dir: directory of runs, or a URI to which they are mirrored; null takes the run root.
-        seed: of weights, order, augmentation, masks and dropout.
+        seed: seed of weights, order, augmentation, masks and dropout.
         data: directory or URI of prepared corpora; null takes ``corpora`` in the run root.
         init_from: trained model of the same system to start from: the name or folder of a run,
             a checkpoint, a saved model or a registered version; null starts from random weights.

@@ -82,7 +82,7 @@ def train_and_evaluate(
         it to the run's folder.
 
     Raises:
-        Terminated: the run was preempted, after a checkpoint.
+        TerminatedError: the run was preempted, after a checkpoint.
     """
     from pipelines.training.run_evaluation import evaluate_and_log
 

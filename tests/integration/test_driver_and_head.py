@@ -76,7 +76,7 @@ def test_a_driver_asked_to_leave_while_it_waits_for_hosts(data: Path, tmp_path: 
         finally:
             process.kill()
     assert process.returncode == 143, said
-    assert "ended by SIGTERM while too few hosts were there to train" in "\n".join(said)
+    assert "ended by SIGTERM while too few nodes were available to train" in "\n".join(said)
     assert not (tmp_path / "waiting" / "model").exists()
 
 

@@ -56,7 +56,7 @@ def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_pat
         TorchTrainer(
             _together,
             scaling_config=ScalingConfig(num_workers=2),
-            torch_config=rendezvous.torch_config(use_gpu=False),
+            torch_config=rendezvous.build_torch_config(use_gpu=False),
             run_config=RunConfig(storage_path=str(tmp_path)),
         ).fit()
     whole = " ".join(each.process for each in seen)

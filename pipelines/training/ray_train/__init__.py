@@ -1,1 +1,1 @@
-"""TODO: package pipelines/training/ray_train."""
+"""Training on Ray Train: start of the workers, and their rendezvous."""

@@ -28,27 +28,34 @@ from skillnet_platform.ray_internals.errors import InsufficientWorkersError
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-#: Numbers of the fits of this process, for their names.
+#: Counter of the fits of this process, for their names.
 _FITS = count()
-#: Threads of a worker that wait do not spin: the one that makes the batches needs the core.
+#: Waiting compute threads must not spin: the thread that loads the batches needs the core.
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEP_FREED_MEMORY}
 
 
 @dataclass
 class NestedFit:
-    """How a fit on Ray runs inside a trial of Ray Tune.
+    """Settings of a fit on Ray inside a trial of Ray Tune.
 
     Args:
         resources: of one worker, such as ``{"CPU": 1}``.
-        callbacks: of Ray Train, such as the one that passes reports on to Tune.
+        callbacks: of Ray Train, such as the one that forwards reports to Tune.
     """
 
     resources: dict[str, float]
     callbacks: list[Any]
 
 
-def ray_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's loop function: takes plain values, so that any worker can read them."""
+def run_ray_worker(settings: dict[str, Any]) -> None:
+    """Run one Ray worker.
+
+    The settings are plain values: a configuration is built and validated again in each worker,
+    instead of being unpickled.
+
+    Args:
+        settings: see :func:`fit_on_ray`.
+    """
     import ray.train
 
     config = configuration.build_config(FinetuneConfig, settings["config"])
@@ -82,22 +89,21 @@ def fit_on_ray(
 ) -> None:
     """Train on ``training.workers`` Ray workers.
 
-    A worker that dies takes the others with it; Ray starts them again, up to
-    ``training.max_failures`` times, and they go on from the newest whole checkpoint. So often, too,
-    a controller that died is started again. A user's mistake, such as a full disk, ends the run.
-    With ``training.min_workers`` a host that leaves is no failure:
-    :mod:`pipelines.training.ray_train.elastic`.
+    If a worker dies, Ray restarts all workers up to ``training.max_failures`` times, and they
+    resume from the newest valid checkpoint. A dead controller is restarted equally often. A user
+    error, such as a full disk, ends the run. With ``training.min_workers`` the loss of a node is
+    no failure, see :mod:`skillnet_platform.ray_internals.elastic`.
 
     Args:
         run: configuration with absolute paths, and the run's folder.
         tracked: MLflow run id and URI.
         on_evaluation: see :func:`pipelines.training.worker.run_worker`; called in the workers, so
-            it must be picklable.
+            Ray must be able to serialize it.
         nested: how to run inside a trial of Ray Tune.
         callbacks: of the training loop; Ray serializes them for the workers.
 
     Raises:
-        Terminated: asked to leave while an elastic run waited for hosts.
+        TerminatedError: the driver was preempted while an elastic run waited for nodes.
     """
     from skillnet_platform import cluster
 
@@ -105,7 +111,7 @@ def fit_on_ray(
     workers = config.training.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = config.training.threads_per_worker or max(1, (cores or 1) // workers)
-    # It looks out for notices of cloud machines, and logs an error about itself.
+    # Ray's own watcher of preemption notices logs an error about itself; ours is watch_spot.sh.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     loop = {
         "config": configuration.to_dict(config),
@@ -124,28 +130,28 @@ def fit_on_ray(
 
         leave = loop["leave"] = RayStopSignal()
         loop["driver_node"] = ray.get_runtime_context().get_node_id()
-        for left in range(config.training.max_failures, -1, -1):
+        for attempts_left in range(config.training.max_failures, -1, -1):
             trainer = _trainer(config, run.folder, loop, nested)
             try:
-                # Not before Ray is up: it takes the signal for itself.
+                # Only after Ray has started, because Ray installs its own handler.
                 with preemption.listen_in_driver(leave):
                     trainer.fit()
                 return
             except RayActorError as error:
-                # Not a worker: those are the controller's matter. Its workers end with it.
-                if not left:
+                # The controller died, and its workers with it; it handles deaths of workers itself.
+                if not attempts_left:
                     raise
-                words = str(error).strip().splitlines()[0]
-                console.warn(f"Ray Train's controller is gone ({words}); starting it again")
+                reason = str(error).strip().splitlines()[0]
+                console.warn(f"the controller of Ray Train died ({reason}); restarting it")
             except ControllerError as error:
                 if not isinstance(error.controller_failure, InsufficientWorkersError):
                     raise
                 raise TerminatedError(
-                    "ended by SIGTERM while too few hosts were there to train; the same command, "
-                    f"with --name {config.name}, goes on"
+                    "ended by SIGTERM while too few nodes were available to train; run the same "
+                    f"command with --name {config.name} to resume"
                 ) from None
             except SystemExit:
-                # What Ray Train makes of Ctrl-C would be taken for an ordinary end.
+                # Ray Train turns Ctrl-C into SystemExit, which would look like a normal end.
                 raise KeyboardInterrupt from None
 
 
@@ -159,14 +165,14 @@ def _trainer(
     from skillnet_platform.ray_internals.worker_callback import WorkerStartCallback
 
     training = config.training
-    one = {"CPU": 1.0} | ({"GPU": 1.0} if training.use_gpu else {})
+    per_worker = {"CPU": 1.0} | ({"GPU": 1.0} if training.use_gpu else {})
     workers: Any = training.workers
-    kind: Any = PolicyTrainer
+    trainer_class: Any = PolicyTrainer
     if training.min_workers:
         from skillnet_platform.ray_internals.elastic import ElasticTrainer
 
         workers = (training.min_workers, training.workers)
-        kind = functools.partial(
+        trainer_class = functools.partial(
             ElasticTrainer,
             stop_requested=loop["leave"].is_set,
             request_resize=preemption.request_resize,
@@ -175,21 +181,21 @@ def _trainer(
         num_workers=workers,
         elastic_resize_monitor_interval_s=training.resize_interval_s,
         use_gpu=training.use_gpu,
-        resources_per_worker=nested.resources if nested else one,
+        resources_per_worker=nested.resources if nested else per_worker,
         placement_strategy=training.placement_strategy.upper(),
     )
-    trainer: TorchTrainer = kind(
-        ray_worker,
+    trainer: TorchTrainer = trainer_class(
+        run_ray_worker,
         train_loop_config=loop,
         scaling_config=scaling,
-        torch_config=rendezvous.torch_config(training.use_gpu),
+        torch_config=rendezvous.build_torch_config(training.use_gpu),
         run_config=RunConfig(
-            # Our own checkpoints are what a run goes on from: each fit is a new one to Ray.
+            # A run resumes from its own checkpoints, so each fit is a new one for Ray.
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",
             **fit_storage(config, run),
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            # Ray's type names only what users' callbacks see; it takes those of workers as well.
+            # Ray's type covers only callbacks of users, but it accepts those of workers as well.
             callbacks=[
                 WorkerStartCallback(preemption.listen_in_worker),  # type: ignore[list-item]
                 *(nested.callbacks if nested else []),

@@ -1,8 +1,8 @@
-"""How the workers of a run find each other.
+"""Rendezvous of the workers of a run.
 
-Torch's own store of addresses listens on every interface, whatever address it is given. On the
-embedded Ray all workers are of one machine, and a file does: nothing listens but the process
-group itself, on loopback. On a cluster Ray's way is kept.
+The address store of torch listens on all interfaces, also with a loopback address. On the embedded
+Ray all workers run on one node and meet in a file, so only the process group itself listens, on
+loopback. On a cluster the workers use Ray's own rendezvous.
 """
 
 import shutil
@@ -20,34 +20,38 @@ from ray.train.torch import TorchConfig
 from skillnet_platform.cluster import loopback
 
 
-def torch_config(use_gpu: bool) -> TorchConfig:
-    """The process group for a run on the Ray that this process is connected to."""
-    kind = OnThisMachine if loopback.listens_on_loopback(ray) else TorchConfig
-    return kind(backend="nccl" if use_gpu else "gloo")
+def build_torch_config(use_gpu: bool) -> TorchConfig:
+    """Return the process group configuration for the Ray that this process is connected to.
+
+    Args:
+        use_gpu: NCCL instead of gloo.
+    """
+    config_class = SingleNodeTorchConfig if loopback.listens_on_loopback(ray) else TorchConfig
+    return config_class(backend="nccl" if use_gpu else "gloo")
 
 
 @dataclass
-class OnThisMachine(TorchConfig):
-    """Workers of one machine, which meet in a file."""
+class SingleNodeTorchConfig(TorchConfig):
+    """Process group of workers on one node, which meet in a file."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """What Ray Train calls."""
-        return _MeetInAFile
+        """Class that Ray Train instantiates."""
+        return _FileRendezvous
 
 
-class _MeetInAFile(Backend):
+class _FileRendezvous(Backend):
     share_cuda_visible_devices = True
 
     def __init__(self) -> None:
         self._folder: Path | None = None
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Called anew, by the controller, whenever the workers were started again."""
-        assert isinstance(backend_config, OnThisMachine)
+        """Join the workers; the controller calls this after each start of the workers."""
+        assert isinstance(backend_config, SingleNodeTorchConfig)
         self._clean()
-        # A folder that only this user may open; NCCL looks into the file later too.
-        self._folder = Path(tempfile.mkdtemp(prefix="skillnet-meeting-"))
+        # Only this user can open the folder. It stays, because NCCL reads the file later too.
+        self._folder = Path(tempfile.mkdtemp(prefix="skillnet-rendezvous-"))
         joining = [
             worker_group.execute_single_async(
                 rank,
@@ -63,9 +67,9 @@ class _MeetInAFile(Backend):
         ray.get(joining)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """The workers end next: a rank that hangs is not waited for."""
+        """Leave the process group without waiting for a rank that hangs; the workers end next."""
         leaving = worker_group.execute_async(_leave)
-        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_S)
+        ray.wait(leaving, num_returns=len(leaving), timeout=LEAVE_TIMEOUT_S)
         self._clean()
 
     def _clean(self) -> None:
@@ -74,7 +78,7 @@ class _MeetInAFile(Backend):
 
 
 #: Seconds for the workers to leave their process group.
-LEAVE_S = 30.0
+LEAVE_TIMEOUT_S = 30.0
 
 
 def _join(backend: str, url: str, rank: int, world: int, timeout_s: int) -> None:
