@@ -119,7 +119,7 @@ def test_command_line(
     assert main(["--config", str(path), "--name", "x", "--training.step", "2"]) == 2
     assert "training.steps" in capsys.readouterr().err
     assert main(["--config", str(path), "--name", "a/b"]) == 2
-    assert "cannot be a folder's name" in capsys.readouterr().err
+    assert "is no valid folder name" in capsys.readouterr().err
     assert main(["--config", str(path), "--name", "x", "--data", str(tmp_path)]) == 2
     assert "skillnet prepare" in capsys.readouterr().err
     assert not (run_root / "x").exists(), "a refused run takes no name"

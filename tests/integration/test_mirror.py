@@ -199,7 +199,7 @@ def test_a_store_that_never_comes_back_loses_nothing(
                 pytest.MonkeyPatch.context() as patch,
                 pytest.raises(
                     directories.StoreUnavailableError,
-                    match=r"finished and whole in .*lacks its last checkpoint .*and its results",
+                    match=r"finished and complete in .*lacks its last checkpoint .*and its results",
                 ),
             ):
                 patch.setattr(RunMirror, "check_writable", check_writable)
@@ -225,7 +225,7 @@ def test_mistakes_are_found_before_the_work(
     config = config_of(data, object_store)
     with pytest.raises(UserError, match="no bucket 'elsewhere'"):
         finetune.finetune(replace(config, run_dir="s3://elsewhere/runs"))
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give only one of them"):
         finetune.finetune(replace(config, storage=StorageConfig(mirror="s3://other/runs")))
     object_store.door.shut()
     monkeypatch.setenv("SKILLNET_STORE_PATIENCE", "1")

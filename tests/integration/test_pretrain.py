@@ -16,7 +16,7 @@ from pipelines.finetune import finetune
 from pipelines.pretrain import main, pretrain
 from pipelines.runs import model_source
 from pipelines.runs.identity import compute_identity
-from pipelines.training.init_from import locate
+from pipelines.training.init_from import resolve_init_weights
 from pipelines.training.loop import train_model
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
@@ -143,7 +143,7 @@ def test_from_a_run_a_folder_and_a_checkpoint(data: Path, run_root: Path) -> Non
     start = saved(made["model"])
     for given in ("pretraining", made["run"], made["model"], made["checkpoint"]):
         here = replace(tuning(data, given), run_dir=str(run_root))
-        here.init_from = locate(given, None, str(run_root))
+        here.init_from = resolve_init_weights(given, None, str(run_root))
         model = dict(build_model(here).named_parameters())
         same = {name for name in model if name in start}
         assert all(torch.equal(model[name], start[name].float()) for name in same)
@@ -163,9 +163,9 @@ def test_from_a_run_a_folder_and_a_checkpoint(data: Path, run_root: Path) -> Non
 
 
 def test_from_a_registered_version(place: Place, tmp_path: Path) -> None:
-    folder = locate("models:/skillnet@champion", None, str(tmp_path))
+    folder = resolve_init_weights("models:/skillnet@champion", None, str(tmp_path))
     assert Path(folder).is_relative_to(tmp_path)
-    assert locate("models:/skillnet/1", None, str(tmp_path)) == folder
+    assert resolve_init_weights("models:/skillnet/1", None, str(tmp_path)) == folder
     config = FinetuneConfig(data=str(place.data), model=readable_config(), init_from=folder)
     model, expected = build_model(config), saved(place.saved)
     for name, parameter in model.named_parameters():
@@ -217,11 +217,11 @@ def test_a_start_without_stems_of_a_task_leaves_them_fresh(data: Path, tmp_path:
     config = small_pretraining(data)
     config.tasks = {"masked_sound": config.tasks["masked_sound"]}
     build_model(build_joint_run(config)).save_pretrained(tmp_path / "model")
-    from pipelines.training.init_from import preview
+    from pipelines.training.init_from import dry_run_init
 
-    start = preview(tuning(data, str(tmp_path / "model")))
+    start = dry_run_init(tuning(data, str(tmp_path / "model")))
     assert start is not None
     assert "stem-log_mel" in start.taken
     assert "skill-sound" in start.taken
     assert "stem-patch" in start.fresh
-    assert "fresh: " in start.words()
+    assert "random: " in start.summary()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
 from pipelines.runs.progress_log import read_metric_history
-from pipelines.training.init_from import preview
+from pipelines.training.init_from import dry_run_init
 from pipelines.training.loop import train_model
 from pipelines.training.pretraining import build_joint_run
 from pipelines.training.resolved_run import ResolvedRun
@@ -101,7 +101,7 @@ def test_finetuning_starts_from_a_pretrained_system(
     trained.save_pretrained(tmp_path / "pretrained")
     after = config_for(data, system)
     after.init_from = str(tmp_path / "pretrained")
-    start = preview(after)
+    start = dry_run_init(after)
     assert start is not None
     assert all(file.startswith("head-") for file in start.fresh)
     source = dict(trained.named_parameters())
