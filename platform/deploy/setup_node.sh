@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
-# Makes one machine ready to be a node of the cluster. Called by ray_cluster.yaml, on_prem.yaml and
-# kuberay.yaml, and by the tests: what they try is what a cloud runs.
+# Sets up one machine as a node of a cluster. ray_cluster.yaml, on_prem.yaml, kuberay.yaml and the
+# tests call it.
 #
-#   setup_node.sh install    the dependencies, and ~/.skillnet/env.sh, which every shell reads
-#   setup_node.sh settings   prints what a shell must set before `ray start`: the address and
-#                            interface by which this node meets the others, and the open files
+#   setup_node.sh install    installs the dependencies, and writes ~/.skillnet/env.sh, which every shell reads
+#   setup_node.sh settings   prints settings for a shell before `ray start`: address and interface of
+#                            this node, and the limit of open files
 #
-# Only dependencies are installed, never our own code: that comes with each job, and a worker that
-# had both would mix them. Files are looked for beside this script; settings come from the
-# environment:
-#   SKILLNET_HOME        where runs are kept (needed): a path at which all nodes see the same, or,
-#                        for runs that lie in an object store, one on each node's own disk
-#   SKILLNET_NFS         SERVER:/PATH of a network file system to mount there, if nobody has
-#   MLFLOW_TRACKING_URI  the MLflow server, if there is one
-#   SKILLNET_VENV        the virtual environment (~/.skillnet/venv); one that is there is used
-#   SKILLNET_PYTHON      the interpreter that makes it
-#   SKILLNET_INTERFACE   the network interface, where the route does not tell
+# Only dependencies are installed. Each job brings our own code, and an installed copy would mix with
+# it. Files lie beside this script; settings come from the environment:
+#   SKILLNET_HOME        directory of runs (required): a path that all nodes share, or, for runs in
+#                        an object store, a path on each node's own disk
+#   SKILLNET_NFS         SERVER:/PATH of a network file system to mount there, if it is not mounted
+#   MLFLOW_TRACKING_URI  URI of the MLflow server, if there is one
+#   SKILLNET_VENV        virtual environment (~/.skillnet/venv); an existing one is used
+#   SKILLNET_PYTHON      interpreter that creates it
+#   SKILLNET_INTERFACE   network interface, if the route does not name it
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -45,8 +44,8 @@ find_python() {
         "SKILLNET_PYTHON"
 }
 
-# Debian's and Ubuntu's Python comes without venv. A fresh cloud image still installs its own
-# updates: wait for them.
+# The Python of Debian and Ubuntu has no venv. A new cloud image may still install its updates, so
+# wait for the lock.
 make_venv() {
     local python package root=()
     python="$(find_python)"
@@ -66,7 +65,7 @@ install_dependencies() {
         fail "$requirements is missing; write it with: skillnet pin-nodes"
     venv="${SKILLNET_VENV:-$state/venv}"
     [ -x "$venv/bin/python" ] || make_venv
-    # Nothing is fetched where all is there already: a second `ray up` takes seconds.
+    # pip downloads nothing if all versions are installed: a second `ray up` takes seconds.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
         --requirement "$requirements"
 }
@@ -82,7 +81,7 @@ mount_storage() {
     fi
     "${root[@]}" mkdir -p "$SKILLNET_HOME"
     if ! mountpoint -q "$SKILLNET_HOME"; then
-        # hard: a server that is away for a while stops a run, it does not lose its writes
+        # hard: an unreachable server pauses a run and loses no writes
         "${root[@]}" mount -t nfs4 -o nfsvers=4.1,hard,timeo=600,retrans=2,noresvport \
             "$SKILLNET_NFS" "$SKILLNET_HOME" || fail "$SKILLNET_NFS cannot be mounted"
         "${root[@]}" chown "$(id -u):$(id -g)" "$SKILLNET_HOME"
@@ -108,9 +107,9 @@ END
     if [ -n "${SKILLNET_INTERFACE:-}" ]; then
         echo "export SKILLNET_INTERFACE=\"$SKILLNET_INTERFACE\"" >>"$state/env.sh"
     fi
-    # First, because many a .bashrc returns early in shells that nobody types into.
+    # The first line, because many .bashrc files return early in non-interactive shells.
     touch "$HOME/.bashrc"
-    # shellcheck disable=SC2016 # it is for the shell that reads it
+    # shellcheck disable=SC2016 # the reading shell expands it
     grep -qF '.skillnet/env.sh' "$HOME/.bashrc" ||
         sed -i '1{h;s/.*/. "$HOME\/.skillnet\/env.sh"/;G}' "$HOME/.bashrc"
     # shellcheck disable=SC2016
@@ -120,22 +119,22 @@ END
 
 install() {
     [ -n "${SKILLNET_HOME:-}" ] ||
-        fail "SKILLNET_HOME is not set: give the path at which nodes keep their runs"
+        fail "SKILLNET_HOME is not set: give the directory of runs on the nodes"
     case "$SKILLNET_HOME" in
-    *://*) fail "SKILLNET_HOME is a path on the nodes; a store is named with --data and --run_dir" ;;
+    *://*) fail "SKILLNET_HOME is a path on the nodes; use --data and --run_dir for an object store" ;;
     esac
     install_dependencies
     mount_storage
     write_environment
     if [ -z "${RAY_AUTH_TOKEN:-}" ]; then
-        [ -s "$token" ] || fail "no token in $token; make one with: ray get-auth-token --generate"
+        [ -s "$token" ] || fail "no token in $token; generate one with: ray get-auth-token --generate"
         chmod 600 "$token"
     fi
 }
 
-# A host's name often means 127.0.1.1, and gloo would announce that to the other hosts: name the
-# interface instead. On a worker it is the one that reaches the head (RAY_HEAD_IP, set by
-# `ray up`); on the head the one on which `ray up` came in, else the one of the default route.
+# A host name often resolves to 127.0.1.1, and gloo would announce that to other nodes, so name the
+# interface. A worker takes the interface to the head (RAY_HEAD_IP, set by `ray up`). The head takes
+# the interface of the ssh connection of `ray up`, else that of the default route.
 settings() {
     command -v ip >/dev/null || fail "install iproute2 on $(hostname)"
     local interface="${SKILLNET_INTERFACE:-}" address="" route came_in
@@ -161,7 +160,7 @@ settings() {
     [ -n "$interface" ] || fail "no interface has the address $address; set SKILLNET_INTERFACE"
     echo "export SKILLNET_NODE_IP=$address"
     echo "export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface"
-    # Ray opens many files and sockets; where the administrator allows fewer, take those.
+    # Ray opens many files and sockets: raise the soft limit up to the hard limit.
     local files
     files="$(ulimit -H -n)"
     if [ "$files" = unlimited ] || [ "$files" -gt 65536 ]; then files=65536; fi
@@ -170,5 +169,5 @@ settings() {
 
 case "${1:-}" in
 install | settings) "$1" ;;
-*) fail "say what: install or settings" ;;
+*) fail "unknown argument; use install or settings" ;;
 esac

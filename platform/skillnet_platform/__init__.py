@@ -1,6 +1,6 @@
-"""Services every run stands on: configuration, storage, Ray, MLflow, the command line.
+"""Platform services: configuration, storage, Ray, MLflow and the command line.
 
-Knows nothing of models or corpora; nothing heavy is imported here.
+The package imports no models and no corpora. Its modules load Ray and MLflow only when needed.
 """
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
-"""The ``skillnet`` command: a thin shell over entry points, and the error handling of commands.
+"""Program ``skillnet``: starts commands, and turns their exceptions into messages and exit codes.
 
-Commands are entry points of the group ``skillnet.commands`` and are imported only when called.
-Exit codes: 0 done, 2 the user's mistake, 130 interrupted, 143 ended by SIGTERM, 1 anything else.
+Commands are entry points of the group ``skillnet.commands``. Most are made by :func:`command`; a
+plain ``main(argv)`` also works. A command is imported only when it is called.
+Exit codes: 0 success, 2 user error, 130 interrupted, 143 ended by SIGTERM, 1 any other error.
 """
 
 import functools
@@ -17,31 +18,31 @@ from skillnet_platform.errors import TerminatedError, UserError, suggest_name
 
 GROUP = "skillnet.commands"
 
-#: One line each, so that ``skillnet --help`` need not import a command to describe it.
+#: One line per command: ``skillnet --help`` imports no command.
 SUMMARIES = {
-    "quickstart": "fetch, prepare, train, evaluate and register, with a table at the end",
-    "fetch": "download the corpora, or say what to put where by hand",
+    "quickstart": "fetch, prepare, train, evaluate and register a small model",
+    "fetch": "download the corpora, or list what to download by hand",
     "inspect": "report the content of a directory or URI before it is prepared",
-    "prepare": "turn the downloads into verified Arrow shards",
+    "prepare": "convert downloads or your own data into Arrow shards",
     "pretrain": "train the skills on unlabelled data",
     "finetune": "train the tasks jointly",
     "evaluate": "measure a model on every test row, with intervals",
-    "register": "put a trained model into the registry, behind the gate",
-    "predict": "use a registered model on a file or a text",
-    "search": "rank pictures, clips or functions for a text",
+    "register": "register a trained model; promote it if it is better",
+    "predict": "predict from a file or a text with a registered model",
+    "search": "rank images, videos or functions for a text",
     "grow": "add a skill to a trained model",
-    "verify": "re-hash everything from shard to weights",
-    "sweep": "compare many runs of a space of settings",
+    "verify": "check every hash from the downloads to the weights",
+    "sweep": "train many configurations and rank them",
     "compare": "compare systems, with statistics",
-    "interpret": "show what the skills of a trained model do",
+    "interpret": "measure what each skill of a trained model contributes",
     "submit": "send a command to a Ray cluster",
     "pin-nodes": "pin the packages that cluster nodes install",
-    "doctor": "check this machine before a run",
+    "doctor": "check this machine or a cluster before a run",
     "tracker": "run an MLflow server for several machines",
-    "ui": "open the MLflow pages of the runs here",
+    "ui": "show the runs of this machine in MLflow's pages",
 }
 
-#: A plain ValueError raised by these packages is a message to the user; elsewhere it is a defect.
+#: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
 OUR_PACKAGES = ("skillnet", "skillnet_platform", "pipelines", "sweeps")
 
 PlainMain = Callable[[list[str] | None], int | None]
@@ -49,13 +50,17 @@ ConfigT = TypeVar("ConfigT")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``skillnet <command> …``; returns the exit code."""
+    """Run ``skillnet COMMAND …`` and return the exit code.
+
+    Args:
+        argv: command and its arguments. ``None`` means ``sys.argv[1:]``.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _say(_help(find_commands()))
+        _print_text(_help(find_commands()))
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
-        _say(f"skillnet {__version__}")
+        _print_text(f"skillnet {__version__}")
         return 0
     known = find_commands()
     name, rest = arguments[0], arguments[1:]
@@ -237,16 +242,16 @@ def run_command(
     except BrokenPipeError:
         _reader_left()
         return 0
-    except Exception as problem:
+    except Exception as error:
         _traceback_if_wanted()
-        message = user_error_message(problem, ours)
+        message = user_error_message(error, ours)
         if message is not None:
             console.error(message)
             return 2
-        text = str(problem).strip()
+        text = str(error).strip()
         lines = text.splitlines() or [""]
         console.error(
-            f"{type(problem).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}".rstrip(": ")
+            f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}".rstrip(": ")
         )
         if not _debug():
             console.note("rerun with SKILLNET_DEBUG=1 for the traceback")
@@ -255,12 +260,16 @@ def run_command(
         console.end_json()
 
 
-def user_error_message(problem: BaseException, ours: tuple[str, ...] = OUR_PACKAGES) -> str | None:
-    """The message if this exception, or one it wraps, is a user's mistake; None otherwise.
+def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGES) -> str | None:
+    """Return the message of a user error in an exception or its causes, else ``None``.
 
-    Looks through what Ray wraps around an exception of a remote task or of a training worker.
+    Ray wraps the exceptions of remote tasks and training workers.
+
+    Args:
+        error: the exception.
+        ours: packages whose plain ValueErrors are user errors.
     """
-    for inner in _unwrap(problem):
+    for inner in _unwrap(error):
         if isinstance(inner, UserError) and not hasattr(inner, "cause"):
             return str(inner)
         if type(inner) is ValueError and _raised_in(inner) in ours:
@@ -268,8 +277,8 @@ def user_error_message(problem: BaseException, ours: tuple[str, ...] = OUR_PACKA
     return None
 
 
-def _unwrap(problem: BaseException) -> Iterator[BaseException]:
-    waiting, seen = [problem], set()
+def _unwrap(error: BaseException) -> Iterator[BaseException]:
+    waiting, seen = [error], set()
     while waiting:
         inner = waiting.pop(0)
         if id(inner) in seen:
@@ -283,9 +292,9 @@ def _unwrap(problem: BaseException) -> Iterator[BaseException]:
         waiting += [each for each in wrapped if isinstance(each, BaseException)]
 
 
-def _raised_in(problem: BaseException) -> str:
-    """The top package of the frame that raised; "" if there is no traceback."""
-    frame = problem.__traceback__
+def _raised_in(error: BaseException) -> str:
+    """Return the top package of the frame that raised; "" without a traceback."""
+    frame = error.__traceback__
     if frame is None:
         return ""
     while frame.tb_next is not None:
@@ -295,18 +304,18 @@ def _raised_in(problem: BaseException) -> str:
 
 
 def find_commands() -> dict[str, EntryPoint]:
-    """Commands by name: those of installed packages, and those of the checkout that this is.
+    """Return name -> entry point of the commands of installed packages and of this checkout.
 
-    A job on a cluster has our code and none of our metadata: the checkout's own pyproject.toml,
-    which comes with the code, names them there.
+    A job on a cluster has our code without package metadata. There the pyproject.toml of the
+    uploaded checkout names the commands.
     """
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
     project = Path(__file__).parents[2] / "pyproject.toml"
     if project.is_file():
         import tomllib
 
-        told = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        named = told.get("entry-points", {}).get(GROUP, {})
+        project_table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        named = project_table.get("entry-points", {}).get(GROUP, {})
         found |= {name: EntryPoint(name, value, GROUP) for name, value in named.items()}
     return found
 
@@ -325,7 +334,7 @@ def _help(commands: dict[str, EntryPoint]) -> str:
     known = [name for name in SUMMARIES if name in commands]
     others = sorted(set(commands) - set(SUMMARIES))
     width = max((len(name) for name in commands), default=0)
-    lines = ["usage: skillnet COMMAND [OPTIONS]", "", "One sparse model, five modalities.", ""]
+    lines = ["usage: skillnet COMMAND [OPTIONS]", "", "One sparse model for five modalities.", ""]
     lines += [f"  {name:<{width}}  {SUMMARIES[name]}" for name in known]
     if others:
         lines += ["", "From other packages:"]
@@ -340,7 +349,7 @@ def _help(commands: dict[str, EntryPoint]) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
+def _print_text(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -348,7 +357,7 @@ def _say(text: str) -> None:
 
 
 def _reader_left() -> None:
-    """Whoever read our output went away (``| head``): keep Python from complaining at exit."""
+    """Silence Python's error at exit after the reader of our output left (``| head``)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

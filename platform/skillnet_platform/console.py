@@ -1,8 +1,8 @@
-"""What a person sees: notes, tables, progress; and the one JSON document that a program reads.
+"""Terminal output: messages, tables, progress, and the JSON document of ``--json``.
 
-Results go to standard output, everything else to standard error. After ``begin_json`` (which
-``--json`` calls) standard output carries nothing but what ``emit_json`` writes, whatever
-libraries print.
+Results go to standard output, everything else to standard error. After :func:`begin_json`, which
+``--json`` calls, standard output carries only the document of :func:`emit_json`; the output of
+libraries goes to standard error.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class _JsonOutput:
-    """Where the document goes while standard output is turned to standard error."""
+    """State of the redirection of standard output to standard error."""
 
     stream: IO[str] | None = None
     saved_fd: int | None = None
@@ -28,7 +28,7 @@ class _JsonOutput:
 
 
 def begin_json() -> None:
-    """Keep standard output for ``emit_json``: whatever else is printed goes to standard error."""
+    """Reserve standard output for :func:`emit_json`; other output goes to standard error."""
     if _JsonOutput.stream is not None:
         return
     sys.stdout.flush()
@@ -46,7 +46,7 @@ def begin_json() -> None:
 
 
 def end_json() -> None:
-    """Undo ``begin_json``; does nothing without it."""
+    """Undo :func:`begin_json`, if it was called."""
     stream = _JsonOutput.stream
     if stream is None:
         return
@@ -62,14 +62,15 @@ def end_json() -> None:
 
 
 def json_wanted() -> bool:
-    """Whether ``--json`` was given to the command that is running."""
+    """Return whether the running command got ``--json``."""
     return _JsonOutput.stream is not None
 
 
 def emit_json(obj: Any) -> None:
     """Write one JSON document to standard output: the result of a command under ``--json``.
 
-    Takes dataclasses, paths and numpy values; NaN and infinities become null.
+    Args:
+        obj: dataclasses, mappings, lists, paths and numpy values. NaN and infinities become null.
     """
     stream = _JsonOutput.stream or sys.stdout
     stream.write(json.dumps(plain(obj), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
@@ -77,17 +78,17 @@ def emit_json(obj: Any) -> None:
 
 
 def note(message: str) -> None:
-    """Say something to the user, on standard error."""
+    """Print a message on standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:
-    """Say what may be wrong, on standard error."""
+    """Print a warning on standard error."""
     print(f"{_paint('warning:', '33')} {message}", file=sys.stderr, flush=True)
 
 
 def error(message: str) -> None:
-    """Say what went wrong, on standard error."""
+    """Print an error on standard error."""
     print(f"{_paint('error:', '31')} {message}", file=sys.stderr, flush=True)
 
 
@@ -96,8 +97,13 @@ def table(
 ) -> None:
     """Print a table: to standard output, or to standard error under ``--json``.
 
-    Columns whose cells are all numbers (or "–") are set to the right. Floats keep 4 digits;
-    give strings for anything else.
+    Columns of numbers (or "–") are right-aligned. Floats keep 4 digits; pass text for others.
+
+    Args:
+        title: above the table.
+        columns: names of the columns.
+        rows: cells of each row.
+        caption: below the table.
     """
     from rich import box
     from rich.console import Console
@@ -117,7 +123,14 @@ def table(
 
 
 class Progress:
-    """A running count, with words beside it."""
+    """Running count with a rate, a remaining time and a short text.
+
+    Args:
+        label: activity.
+        total: number of units; ``None`` if unknown.
+        unit: plural of the counted thing.
+        done: units of an earlier run.
+    """
 
     def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -129,7 +142,7 @@ class Progress:
         self._said = self.start
 
     def advance(self, count: int = 1, words: str | None = None) -> None:
-        """Count ``count`` more; ``words`` (a loss, a file's name) stand beside the bar."""
+        """Add ``count`` units, and show a text such as a loss or a file name."""
         self.done += count
         if words is not None:
             self.words = words
@@ -142,17 +155,17 @@ class Progress:
             print(self.line(), file=sys.stderr, flush=True)
 
     def found(self, count: int) -> None:
-        """Count what was done before and is only seen now: it says nothing of the rate."""
+        """Add units of earlier work, which do not count for the rate."""
         self.done += count
         self.first += count
 
     @property
     def rate(self) -> float:
-        """Units per second since the start."""
+        """Return the units per second since the start."""
         return (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
 
     def line(self) -> str:
-        """The plain form: ``training: 40/100 steps, 3.1 steps/s, 0:19 left, loss 2.31``."""
+        """Return one line: ``training: 40/100 steps, 3.1 steps/s, 0:19 left, loss 2.31``."""
         parts = [
             f"{self.done}/{self.total} {self.unit}" if self.total else f"{self.done} {self.unit}"
         ]
@@ -172,13 +185,13 @@ class Progress:
 def progress(
     label: str, total: int | None = None, unit: str = "steps", done: int = 0
 ) -> Iterator[Progress]:
-    """Show progress with rate and remaining time: a bar on a terminal, else a line every 10 s.
+    """Show progress in a block: a bar on a terminal, else a line every 10 s.
 
     Args:
-        label: what is being done.
-        total: how many units there are, or None if nobody knows.
-        unit: the plural of what is counted.
-        done: units already done before (a resumed run).
+        label: activity.
+        total: number of units; ``None`` if unknown.
+        unit: plural of the counted thing.
+        done: units of an earlier run.
     """
     state = Progress(label, total, unit, done)
     if not _is_terminal(sys.stderr):
@@ -227,7 +240,7 @@ def _is_numeric(text: str) -> bool:
 
 
 def plain(obj: Any) -> Any:
-    """Dataclasses, paths and numpy values as what JSON knows; NaN and infinities as None."""
+    """Return an object as JSON types: NaN and infinities become ``None``."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {f.name: plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, dict):

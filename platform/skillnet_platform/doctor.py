@@ -1,5 +1,4 @@
-"""``skillnet doctor``: what to know before a run about this machine, or about the cluster of
-``RAY_ADDRESS``, with what to do about it."""
+"""``skillnet doctor``: check this machine, or the cluster of ``RAY_ADDRESS``, before a run."""
 
 import os
 from collections.abc import Sequence
@@ -20,14 +19,13 @@ from skillnet_platform.errors import UserError
 
 @dataclass
 class DoctorConfig:
-    """Options of ``skillnet doctor``; they stand before the command.
+    """Options of ``skillnet doctor``; they precede the command.
 
     Args:
-        entry: a command with its options: whether the cluster has what it asks for.
-        ray: whether to start Ray, run a task and ask the State API (about 8 s).
-        only: ``all`` findings, or ``problems``.
-        env_from: names of variables that a look at a cluster gets as they are set here, as
-            ``skillnet submit`` takes them.
+        entry: command with its options, whose resources are checked.
+        ray: start Ray, run a task and query the State API (about 8 s).
+        only: print ``all`` findings, or only ``problems``.
+        env_from: names of variables whose local values the checks on a cluster get.
     """
 
     entry: list[str] = positional_field([])
@@ -52,7 +50,7 @@ class DoctorReport:
 
     @property
     def failed(self) -> bool:
-        """Whether a finding is an error."""
+        """Return whether a finding is an error."""
         return any(finding.level == "error" for finding in self.findings)
 
 
@@ -62,20 +60,20 @@ def show_findings(report: DoctorReport) -> None:
         rows = [(each.check, each.level, each.seen, each.advice) for each in report.shown]
         console.table(report.title, ("check", "state", "seen", "what to do"), rows)
     elif not report.failed:
-        console.note(f"checked: {len(report.findings)} findings, none of them a problem")
+        console.note(f"checked: {len(report.findings)} findings without a problem")
 
 
 def split_doctor_arguments(argv: Sequence[str]) -> list[str]:
-    """Separate doctor's own options from the command that it is request about, by ``--``."""
+    """Separate doctor's own options from the command to check by ``--``."""
     own, words = split_own_options(_named(list(argv)))
-    # The command is only request about: these can mean nobody but doctor, wherever they stand.
+    # Doctor does not run the command, so these options are its own at every position.
     own += [word for word in words if word in ("--json", "--help", "-h")]
     words = [word for word in words if word not in ("--json", "--help", "-h")]
     return [*own, "--", *words]
 
 
 def _named(argv: list[str]) -> list[str]:
-    """``--config FILE`` without a command asks about ``finetune``."""
+    """Return the arguments with ``finetune`` for ``--config FILE`` without a command."""
     before, words = split_own_options(argv)
     given = "--config" in before or any(word.startswith("--config=") for word in before)
     if not given or words:
@@ -85,11 +83,11 @@ def _named(argv: list[str]) -> list[str]:
 
 
 def _from_inside(entry: list[str], env_from: list[str]) -> list[Finding]:
-    """Findings of the same command, run as a job on the cluster."""
+    """Return the findings of doctor on the cluster, run as a job."""
     from skillnet_platform import submit
 
-    told = submit.run_job(["doctor", "--json", *entry], env_from)
-    return [Finding(**each) for each in told["findings"]]
+    document = submit.run_job(["doctor", "--json", *entry], env_from)
+    return [Finding(**each) for each in document["findings"]]
 
 
 def _cluster(request: Any) -> list[Finding]:
@@ -98,15 +96,15 @@ def _cluster(request: Any) -> list[Finding]:
     try:
         with cluster.ray_session() as ray:
             return [check_state_api(), *check_cluster(ray, request)]
-    except UserError as problem:
-        return [Finding("cluster", "error", str(problem), "see the lines above")]
+    except UserError as error:
+        return [Finding("cluster", "error", str(error), "see the lines above")]
 
 
 @command(
     DoctorConfig,
     description="Check this machine before a run: versions, CPUs, memory, disk, ports, "
     "MLflow and Ray. With RAY_ADDRESS set, check every node of that cluster, and whether it "
-    "has what a command asks for.",
+    "has the resources of a command.",
     example="skillnet doctor --ray false\n"
     "skillnet doctor finetune --config small --training.workers 4",
     show=show_findings,

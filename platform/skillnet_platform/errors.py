@@ -1,29 +1,29 @@
-"""The exceptions that carry a message for people."""
+"""Exceptions whose message is complete for the user."""
 
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A user's mistake. The message is complete: which file or key, what was expected, what to do.
+    """User error. The message names the file or key, the expected value and the remedy.
 
-    The command line prints it as it is, without a traceback, and exits with 2.
+    The command line prints the message without a traceback and exits with 2.
     """
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM ended the run in good order. The message says what was kept and how to go on.
+    """End of a run after SIGTERM. The message states what was saved and how to resume.
 
-    The command line prints it, and exits with 143 (128 + SIGTERM).
+    The command line prints the message and exits with 143 (128 + SIGTERM).
     """
 
 
-def first_line(problem: BaseException) -> str:
-    """What a library's exception says, for a message of ours: its first line, 200 characters."""
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """A hint to append to an error: ``; did you mean 'dim'?`` or the list of what is known."""
+    """Return a hint for an error: ``; did you mean 'dim'?``, or the list of known names."""
     from difflib import get_close_matches
 
     names = sorted(set(known))

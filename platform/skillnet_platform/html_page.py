@@ -1,5 +1,7 @@
-"""Pages of HTML that need nothing else: every value is escaped, and the one head that all have
-forbids scripts and everything from outside."""
+"""Self-contained HTML pages.
+
+Every value is escaped. The shared head forbids scripts and external resources.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -9,13 +11,13 @@ PACKAGE = "skillnet_platform"
 
 
 def render_page(template: str, values: Mapping[str, Any], package: str = PACKAGE) -> str:
-    """A template, filled in. Values are escaped, whatever they hold.
+    """Return a template filled with escaped values.
 
     Args:
-        template: a file in ``templates`` of the package, or of this one; pages extend
+        template: file in ``templates`` of ``package`` or of this package. Pages extend
             ``page.html``, which has the head.
-        values: what it names; one that it lacks raises ``jinja2.UndefinedError``.
-        package: that has the template.
+        values: variables of the template. A missing variable raises ``jinja2.UndefinedError``.
+        package: package that has the template.
     """
     text: str = _environment(package).get_template(template).render(values)
     return text

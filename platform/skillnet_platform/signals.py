@@ -1,4 +1,4 @@
-"""Ends of runs that nobody meant: signals, killed processes; and the machine's own metrics."""
+"""SIGTERM as an interrupt, so that open runs and servers are closed."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ from skillnet_platform.errors import TerminatedError
 
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises an interrupt inside the block, so that what is open gets closed."""
+    """Raise ``TerminatedError`` on SIGTERM inside the block, so that resources are closed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -20,15 +20,15 @@ def terminate_as_interrupt() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        raise TerminatedError("ended by SIGTERM; the same command goes on")
+        raise TerminatedError("ended by SIGTERM; the same command resumes it")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt as problem:
-        if not asked or isinstance(problem, TerminatedError):
+    except KeyboardInterrupt as error:
+        if not asked or isinstance(error, TerminatedError):
             raise
-        # Ray, when it waits, makes a plain one of ours.
-        raise TerminatedError("ended by SIGTERM; the same command goes on") from problem
+        # Ray replaces our exception by a plain KeyboardInterrupt while it waits.
+        raise TerminatedError("ended by SIGTERM; the same command resumes it") from error
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,7 @@
-"""``skillnet submit``: send a command to a cluster, follow its log, find it again.
+"""``skillnet submit``: send a command to a cluster as a job, follow its log, attach to it again.
 
-The client speaks with the job server in Ray's dashboard, which listens on the head's loopback:
-``ray dashboard CLUSTER.yaml`` leads there through ssh. A job belongs to the cluster: it goes on
+The client talks to the job server in Ray's dashboard, which listens on the head's loopback.
+``ray dashboard CLUSTER.yaml`` opens an ssh tunnel to it. A job belongs to the cluster: it continues
 when the client ends.
 """
 
@@ -42,18 +42,18 @@ SECRET = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|_KEY$")
 
 @dataclass
 class SubmitConfig:
-    """Options of ``skillnet submit``; they stand before the command.
+    """Options of ``skillnet submit``; they precede the command.
 
     Args:
-        entry: a command of skillnet with its options, as it would run here.
-        address: the job server; by default RAY_ADDRESS.
-        attach: follow a job that was sent before: its id, or your newest without one.
-        detach: send the job and return at once.
-        check: look at the cluster first (`skillnet doctor`); errors keep the job from running.
+        entry: command of skillnet with its options, as it would run here.
+        address: job server; by default RAY_ADDRESS.
+        attach: follow an earlier job by its id, or your newest job without an id.
+        detach: send the job and return immediately.
+        check: check the cluster first (`skillnet doctor`); errors stop the job.
         env: environment variables of the job, such as ``--env.SKILLNET_HOME s3://bucket/runs``.
-        env_from: names of variables that the job gets as they are set here; for passwords, which
-            would be seen in a command line.
-        exclude: names of files and folders that are not uploaded, beside the usual ones.
+        env_from: names of variables whose local values the job gets; for passwords, which a
+            command line would expose.
+        exclude: names of files and folders to leave out of the upload, beside the usual ones.
     """
 
     entry: list[str] = positional_field([])
@@ -67,18 +67,22 @@ class SubmitConfig:
 
 
 def split_submit_arguments(argv: Sequence[str]) -> list[str]:
-    """Separate the own options from the command that is sent, by ``--``."""
+    """Separate own options from the command to send by ``--``."""
     own, words = split_own_options(_attach_newest(argv))
     if {"--help", "-h"} & set(words):
-        raise SystemExit(cli.main(words))  # what the command can do is known here
+        raise SystemExit(cli.main(words))  # the help of the command needs no cluster
     return [*own, "--", *words]
 
 
 def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.JobPackage]:
-    """Upload the code in the working directory and start the job; its id.
+    """Upload the code of the working directory and start a job.
+
+    Returns:
+        Id of the job, and its package.
 
     Raises:
-        UserError: an unknown command or preset, a folder without our code, too large an upload.
+        UserError: an unknown command, invalid arguments, a folder without our code, or too large an
+            upload.
     """
     known = cli.find_commands()
     if options.entry[0] not in known:
@@ -87,9 +91,9 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
         )
     here = Path.cwd()
     if not (here / "platform" / "skillnet_platform").is_dir():
-        raise UserError(f"{here}: not the root of the repository, whose code is sent with a job")
+        raise UserError(f"{here}: not the root of the repository, whose code a job needs")
     if options.check:
-        request_resources(options.entry)  # a missing preset shows before anything is sent
+        request_resources(options.entry)  # invalid arguments fail before the upload
     variables = {**job_environment(), **options.env, **read_variables(options.env_from)}
     for name in options.env:
         if SECRET.search(name.upper()):
@@ -99,7 +103,7 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
             )
     with tempfile.TemporaryDirectory() as folder:
         package = working_dir.pack_working_dir(here, Path(folder) / "code.zip", options.exclude)
-        console.note(f"upload: {package.words()}")
+        console.note(f"upload: {package.summary()}")
         if package.size > working_dir.UNUSUAL:
             console.warn(working_dir.describe_largest_files(package))
         job = client.submit_job(
@@ -112,17 +116,17 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
     return str(job), package
 
 
-def run_job(words: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a command as a job and give the JSON document that it prints.
+def run_job(arguments: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a command as a job and return the JSON document that it prints.
 
-    The job does not outlive the question: it is stopped when nobody waits for it any more.
+    The job is stopped when this function ends early.
 
     Raises:
         UserError: as :func:`connect` and :func:`submit_job`.
-        RuntimeError: the job printed no document, with the end of its log; or took too long.
+        RuntimeError: the job printed no document, or took longer than :data:`ANSWER_S`.
     """
     client = connect_job_server()
-    job, _ = submit_job(client, SubmitConfig(list(words), check=False, env_from=[*env_from]))
+    job, _ = submit_job(client, SubmitConfig(list(arguments), check=False, env_from=[*env_from]))
     deadline, ended = time.monotonic() + ANSWER_S, False
     try:
         while not ended:
@@ -131,7 +135,7 @@ def run_job(words: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any
             if not ended and time.monotonic() > deadline:
                 raise RuntimeError(
                     f"the job {job} is {status.value} after {ANSWER_S:.0f} s and was stopped; "
-                    "see `ray status`: is there a node with room for it?"
+                    "see `ray status` for a node with free CPUs"
                 )
             if not ended:
                 time.sleep(0.5)
@@ -142,13 +146,13 @@ def run_job(words: Sequence[str], env_from: Sequence[str] = ()) -> dict[str, Any
     log = str(client.get_job_logs(job))
     begin, end = log.find("{\n"), log.rfind("\n}")
     if begin < 0 or end < 0:
-        raise RuntimeError(f"the job {job} gave no answer: {log[-500:].strip()}")
-    told: dict[str, Any] = json.loads(log[begin : end + 2])
-    return told
+        raise RuntimeError(f"the job {job} printed no answer: {log[-500:].strip()}")
+    document: dict[str, Any] = json.loads(log[begin : end + 2])
+    return document
 
 
 def _attach_newest(argv: Sequence[str]) -> list[str]:
-    """``--attach`` without an id means the newest job."""
+    """Return the arguments with the newest job for ``--attach`` without an id."""
     words = list(argv)
     if "--attach" in words:
         place = words.index("--attach")
@@ -160,34 +164,34 @@ def _attach_newest(argv: Sequence[str]) -> list[str]:
 @command(
     SubmitConfig,
     description="Send a command with this checkout's code to the cluster of RAY_ADDRESS and "
-    "follow its log. The job goes on when this command ends.",
+    "follow its log. The job continues when this command ends.",
     example="skillnet submit finetune --config small --training.workers 4\n"
     "skillnet submit --attach",
     exit_code=lambda result: int(result["exit_code"]),
     rewrite_arguments=split_submit_arguments,
 )
 def main(config: SubmitConfig) -> dict[str, Any]:
-    """Send a command, or attach to one; the exit code is the job's."""
+    """Run ``skillnet submit``; the exit code is that of the job."""
     if bool(config.entry) == bool(config.attach):
         raise UserError(
             "skillnet submit: give a command, such as `skillnet submit finetune --config small`, "
-            "or --attach to follow a job that was sent before"
+            "or --attach to follow an earlier job"
         )
-    began = time.monotonic()
+    start = time.monotonic()
     client = connect_job_server(config.address)
-    told: dict[str, Any] = {"address": client.get_address()}
+    result: dict[str, Any] = {"address": client.get_address()}
     if config.attach:
         job = find_job(client, config.attach)
     else:
         job, package = submit_job(client, config)
-        told |= {"upload_bytes": package.size, "upload_files": package.files}
-    told["job_id"] = job
+        result |= {"upload_bytes": package.size, "upload_files": package.files}
+    result["job_id"] = job
     if config.detach:
-        console.note(f"{job} is on its way; follow it with: skillnet submit --attach {job}")
-        told["status"], code = str(client.get_job_status(job).value), 0
+        console.note(f"{job} was sent; follow it with: skillnet submit --attach {job}")
+        result["status"], code = str(client.get_job_status(job).value), 0
     else:
-        told["status"], code = follow_job(client, job)
-    return told | {"exit_code": code, "seconds": time.monotonic() - began}
+        result["status"], code = follow_job(client, job)
+    return result | {"exit_code": code, "seconds": time.monotonic() - start}
 
 
 if __name__ == "__main__":

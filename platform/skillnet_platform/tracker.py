@@ -1,8 +1,8 @@
-"""``skillnet tracker``: an MLflow server for several machines, on PostgreSQL, behind a password.
+"""``skillnet tracker``: run an MLflow server for several machines, on PostgreSQL, with a password.
 
-A thin shell around ``mlflow server``. What it adds: the schemas are made before the server's
-workers start, which race on an empty database; it listens on loopback, and elsewhere only with
-MLflow's own authentication, whose first password it makes itself and keeps in a file of mode 600.
+A wrapper around ``mlflow server`` with two additions. It creates the schemas before the server's
+workers start, which would race on an empty database. It listens on loopback, and on other
+interfaces only with MLflow's authentication, whose first password it writes to a file of mode 600.
 """
 
 import os
@@ -29,17 +29,17 @@ class TrackerConfig:
     """Options of ``skillnet tracker``.
 
     Args:
-        store: the database: ``postgresql://USER@HOST/DATABASE``, or sqlite for one machine; by
-            default MLFLOW_BACKEND_STORE_URI, else the sqlite file of the run root. A password
-            belongs into ``~/.pgpass`` or PGPASSWORD: others see command lines.
-        artifacts: where the server keeps artifacts: a folder, or a URI such as
+        store: database: ``postgresql://USER@HOST/DATABASE``, or sqlite for one machine; by
+            default MLFLOW_BACKEND_STORE_URI, else the sqlite file of the run root. Put a
+            password into ``~/.pgpass`` or PGPASSWORD: other users can read command lines.
+        artifacts: folder of the artifacts, or a URI such as
             ``s3://BUCKET/PATH``; by default in the run root.
-        host: which interface to listen on; any but loopback needs ``auth``.
-        port: where to listen.
-        auth: ask for a user and a password.
-        workers: processes that answer.
-        allowed_hosts: names by which clients call this host, beyond localhost and private
-            addresses (MLflow's guard against DNS rebinding).
+        host: interface to listen on; any but loopback needs ``auth``.
+        port: port to listen on.
+        auth: require a user and a password.
+        workers: processes that answer requests.
+        allowed_hosts: names of this machine that clients use, beyond localhost and private
+            addresses (MLflow's protection against DNS rebinding).
     """
 
     store: str | None = None
@@ -63,27 +63,27 @@ class TrackerConfig:
 def main(config: TrackerConfig) -> int:
     """Serve until interrupted."""
     require_safe(config.host, config.auth)
-    ui.require_free(config.host, config.port)
+    ui.require_free_port(config.host, config.port)
     uri = resolve_store(config.store or os.environ.get(tracking_server.STORE_VARIABLE))
     if config.store and _without_password(config.store) != config.store:
         console.warn(
-            "--store with a password: other users of this machine see command lines; keep it in "
-            f"~/.pgpass, or give the URI as {tracking_server.STORE_VARIABLE}"
+            "--store with a password: other users of this machine can read command lines. Keep "
+            f"it in ~/.pgpass, or give the URI as {tracking_server.STORE_VARIABLE}"
         )
-    prepare(uri)
-    words: list[str] = []
+    create_schemas(uri)
+    options: list[str] = []
     secret: dict[str, str] = {}
     if config.auth:
-        secret = prepare_auth(uri, auth_folder())
-        words += ["--app-name", "basic-auth"]
-        console.note(f"user {ADMIN}, password in {auth_folder() / PASSWORD}")
+        secret = create_first_user(uri, auth_directory())
+        options += ["--app-name", "basic-auth"]
+        console.note(f"user {ADMIN}, password in {auth_directory() / PASSWORD}")
     if config.allowed_hosts:
-        words += ["--allowed-hosts", ",".join(config.allowed_hosts)]
+        options += ["--allowed-hosts", ",".join(config.allowed_hosts)]
     program = tracking_server.server_command(
         config.host, config.port, config.artifacts, config.workers
     )
     with tracking_server.running_server(
-        [*program, *words], tracking_server.server_environment(uri) | secret
+        [*program, *options], tracking_server.server_environment(uri) | secret
     ) as server:
         try:
             with signals.terminate_as_interrupt():
@@ -93,30 +93,34 @@ def main(config: TrackerConfig) -> int:
 
 
 def require_safe(host: str, auth: bool) -> None:
-    """Refuse to listen beyond this machine without a password.
+    """Check that a server beyond loopback has a password.
+
+    Args:
+        host: interface to listen on.
+        auth: whether the server requires a password.
 
     Raises:
-        UserError: ``host`` is not loopback, and there is no authentication.
+        UserError: ``host`` is not loopback, and ``auth`` is False.
     """
     if not loopback.is_loopback_host(host) and not auth:
         raise UserError(
-            f"--host {host} lets others read and change every run: give --auth true as well, or "
-            "keep to 127.0.0.1 and reach it through ssh -L"
+            f"--host {host} lets others read and change every run. Add --auth true, or use "
+            "127.0.0.1 with ssh -L"
         )
 
 
 def resolve_store(given: str | None) -> str:
-    """The database's URI.
+    """Return the URI of the database.
+
+    Args:
+        given: URI or path; by default the sqlite file of the run root.
 
     Raises:
-        UserError: it is no database, or its driver is not installed.
+        UserError: the URI is not a database, or its driver is not installed.
     """
     uri = backend.resolve_uri(given) if given is None or "://" not in given else given
     if uri.startswith(("http:", "https:", "file:")):
-        raise UserError(
-            f"--store {uri}: give the database that the server is to keep runs in, "
-            "postgresql://… or sqlite:///…"
-        )
+        raise UserError(f"--store {uri}: give a database, postgresql://… or sqlite:///…")
     if uri.startswith("sqlite:"):
         return backend.resolve_uri(uri)
     if uri.startswith("postgresql:"):
@@ -127,16 +131,16 @@ def resolve_store(given: str | None) -> str:
                 "--store postgresql://…: the driver is not installed; "
                 "pip install 'skillnet-platform[tracker]'"
             )
-        # Whatever SQLAlchemy takes the plain name for: we install psycopg 3.
+        # SQLAlchemy's default driver may differ: the extra installs psycopg 3.
         return uri.replace("postgresql:", "postgresql+psycopg:", 1)
     return uri
 
 
-def prepare(uri: str) -> None:
-    """Make the schemas of runs and of the registry, in this one process.
+def create_schemas(uri: str) -> None:
+    """Create the schemas of runs and registry in this process.
 
     Raises:
-        UserError: the database cannot be reached, or refuses.
+        UserError: the database does not answer, or refuses.
     """
     backend.prepare_mlflow_environment()
     from mlflow.exceptions import MlflowException
@@ -148,22 +152,25 @@ def prepare(uri: str) -> None:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        # MLflow would try for a minute and a half before it says that there is nobody.
+        # MLflow would retry for 90 s before it reports a missing server.
         engine = create_engine(uri)
         engine.connect().close()
         engine.dispose()
         Runs(uri, "mlflow-artifacts:/")
         Registry(uri)
-    except (SQLAlchemyError, MlflowException) as problem:
-        raise UserError(f"--store {_without_password(uri)}: {first_line(problem)}") from None
+    except (SQLAlchemyError, MlflowException) as error:
+        raise UserError(f"--store {_without_password(uri)}: {first_line(error)}") from None
 
 
-def prepare_auth(uri: str, folder: Path) -> dict[str, str]:
-    """Make the users' tables and the first user; what the server needs in its environment.
+def create_first_user(uri: str, folder: Path) -> dict[str, str]:
+    """Create the tables of users and the first user.
 
     Args:
-        uri: of the database; users are kept in it too.
+        uri: of the database, which also holds the users.
         folder: of the configuration and the secrets.
+
+    Returns:
+        Environment variables of the server.
 
     Raises:
         UserError: Flask-WTF, which MLflow's authentication needs, is not installed.
@@ -179,7 +186,7 @@ def prepare_auth(uri: str, folder: Path) -> dict[str, str]:
         ini,
         "[mlflow]\n"
         "default_permission = READ\n"
-        # A % is the format's own sign.
+        # % is special in this format.
         f"database_uri = {uri.replace('%', '%%')}\n"
         f"admin_username = {ADMIN}\n"
         f"authorization_function = {AUTHORIZATION}\n",
@@ -196,20 +203,20 @@ def prepare_auth(uri: str, folder: Path) -> dict[str, str]:
     }
 
 
-def auth_folder() -> Path:
-    """Where the server's secrets are kept: ``<run root>/tracker``."""
+def auth_directory() -> Path:
+    """Return the folder of the server's secrets: ``<run root>/tracker``."""
     return storage.run_root() / "tracker"
 
 
 def _secret(path: Path) -> str:
-    """The secret in a file, made at the first call."""
+    """Return the secret in a file, which the first call generates."""
     if not path.is_file():
         _write_private(path, secrets.token_urlsafe(24) + "\n")
     return path.read_text(encoding="ascii").strip()
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, and was never readable to others."""
+    """Write a file with mode 600 from its creation."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)

@@ -1,4 +1,4 @@
-"""``skillnet ui``: the MLflow pages of the runs made here."""
+"""``skillnet ui``: serve the MLflow pages of this machine's runs."""
 
 import socket
 import subprocess
@@ -24,13 +24,13 @@ class UiConfig:
     """Options of ``skillnet ui``.
 
     Args:
-        port: where to listen; 0 takes a free one.
-        host: which interface to listen on; the pages have no password, so any but loopback needs
-            ``without_password``.
-        without_password: let whoever reaches ``host`` read and change every run.
-        uri: the store to show; by default that of the runs made here.
-        experiment: whose runs are shown first.
-        open: whether to open a browser.
+        port: port to listen on; 0 takes a free port.
+        host: interface to listen on. The pages have no password, so any interface but loopback
+            needs ``without_password``.
+        without_password: let everyone who reaches ``host`` read and change every run.
+        uri: tracker to show; by default that of this machine's runs.
+        experiment: experiment to show first.
+        open: open a browser.
     """
 
     port: int = 5000
@@ -50,37 +50,37 @@ def main(config: UiConfig) -> int:
     """Serve MLflow's pages until interrupted."""
     uri = backend.resolve_uri(config.uri)
     if uri.startswith("http"):
-        console.note(f"the runs are kept by a server already: {uri}")
+        console.note(f"a server already shows the runs: {uri}")
         return 0
     if not loopback.is_loopback_host(config.host) and not config.without_password:
         raise UserError(
-            f"--host {config.host} lets others read and change every run, without a password: "
-            "keep to 127.0.0.1 and reach it through ssh -L, start `skillnet tracker --auth true`, "
-            "or, on a network that is yours alone, add --without_password"
+            f"--host {config.host} lets others read and change every run without a password. "
+            "Use 127.0.0.1 with ssh -L, start `skillnet tracker --auth true`, or add "
+            "--without_password on a private network"
         )
     port = config.port or _free_port(config.host)
-    require_free(config.host, port)
-    place = backend.setup_backend(uri, config.experiment)
+    require_free_port(config.host, port)
+    tracker = backend.setup_backend(uri, config.experiment)
     tracking.send_leftover_spools(uri)
-    return _serve(place, config.host, port, config.open)
+    return _serve(tracker, config.host, port, config.open)
 
 
-def _serve(place: backend.TrackingBackend, host: str, port: int, open_browser: bool) -> int:
+def _serve(tracker: backend.TrackingBackend, host: str, port: int, open_browser: bool) -> int:
     url = f"http://{host}:{port}"
-    words, environment = (
+    arguments, environment = (
         tracking_server.server_command(host, port),
-        tracking_server.server_environment(place.uri),
+        tracking_server.server_environment(tracker.uri),
     )
-    said: list[str] = []
+    output: list[str] = []
     with tracking_server.running_server(
-        words, environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        arguments, environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as server:
-        threading.Thread(target=_drain, args=(server, said), daemon=True).start()
+        threading.Thread(target=_drain, args=(server, output), daemon=True).start()
         try:
             with signals.terminate_as_interrupt():
-                _wait_until_up(server, url, said)
-                console.note(f"runs of {place.uri}; Ctrl-C stops")
-                page = f"{url}/#/experiments/{place.experiment_id}/runs?{backend.TRAINING_VIEW}"
+                _wait_until_up(server, url, output)
+                console.note(f"runs of {tracker.uri}; Ctrl-C stops")
+                page = f"{url}/#/experiments/{tracker.experiment_id}/runs?{backend.TRAINING_VIEW}"
                 print(page, flush=True)
                 if open_browser:
                     webbrowser.open(page)
@@ -89,19 +89,19 @@ def _serve(place: backend.TrackingBackend, host: str, port: int, open_browser: b
             return 0
 
 
-def _drain(server: "subprocess.Popen[str]", said: list[str]) -> None:
-    """Keep the pipe from filling, and the last lines for an error."""
+def _drain(server: "subprocess.Popen[str]", output: list[str]) -> None:
+    """Read the pipe so that it does not fill, and keep the last lines for an error."""
     assert server.stderr is not None
     for line in server.stderr:
-        said.append(line.rstrip())
-        del said[:-20]
+        output.append(line.rstrip())
+        del output[:-20]
 
 
-def _wait_until_up(server: "subprocess.Popen[str]", url: str, said: list[str]) -> None:
+def _wait_until_up(server: "subprocess.Popen[str]", url: str, output: list[str]) -> None:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError(f"the MLflow server did not start: {' '.join(said[-3:])}")
+            raise RuntimeError(f"the MLflow server did not start: {' '.join(output[-3:])}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=2):  # noqa: S310 - http, ours
                 return
@@ -116,20 +116,24 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def require_free(host: str, port: int) -> None:
-    """Refuse a port on which nothing can listen.
+def require_free_port(host: str, port: int) -> None:
+    """Check that a port is free.
+
+    Args:
+        host: interface to listen on.
+        port: port to listen on.
 
     Raises:
-        UserError: another program has it, or the interface is not there.
+        UserError: another program uses the port, or the interface does not exist.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as problem:
+        except OSError as error:
             raise UserError(
-                f"--host {host} --port {port}: cannot listen there ({problem.strerror}); give "
-                "another port, or --port 0 for a free one"
+                f"--host {host} --port {port}: cannot listen there ({error.strerror}); give "
+                "another port, or --port 0 for a free port"
             ) from None
 
 

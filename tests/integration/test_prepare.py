@@ -219,7 +219,7 @@ def test_a_prepare_that_is_asked_to_leave_says_so_in_one_line(
         first.kill()
         first.wait()
     assert first.returncode == 143, err
-    assert "ended by SIGTERM; the same command goes on" in err
+    assert "ended by SIGTERM; the same command resumes it" in err
     assert "received at" not in err, "Ray's stack of C++"
     assert [path.name.split("-")[0] for path in data.iterdir()] == [".made.partial"]
 

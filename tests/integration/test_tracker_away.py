@@ -88,7 +88,7 @@ def test_away_for_a_while(data: Path, tmp_path: Path, run_root: Path, server: Se
     said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     assert said.count("does not answer") == 1
-    assert "the tracker is back" in said
+    assert "the tracker answers again" in said
     arrived(config, run)
     assert list((run_root / "spool").iterdir()) == []
 

@@ -1,1 +1,1 @@
-"""TODO: package platform/skillnet_platform/checks."""
+"""Checks of ``skillnet doctor``: one machine, or every node of a cluster."""

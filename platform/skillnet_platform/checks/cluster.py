@@ -1,7 +1,4 @@
-"""Checks of a cluster: what its nodes told becomes findings.
-
-Each finding names what was seen, and what to do about it.
-"""
+"""Checks of a cluster: the probes of its nodes become findings with advice."""
 
 import math
 import os
@@ -41,7 +38,12 @@ BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 
 
 def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
-    """All checks of the cluster that ``ray`` is connected to, for a run that asks for that."""
+    """Run all checks of the connected cluster.
+
+    Args:
+        ray: the ``ray`` module, connected.
+        request: resources of the run that the checks are for.
+    """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     seen, silent = probe_nodes(ray, nodes, request)
     if silent:
@@ -64,7 +66,7 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
 
 
 def check_node_versions(seen: Sequence[NodeProbe]) -> list[Finding]:
-    """All nodes have the versions of the node that runs this, and those of the sender."""
+    """Check that all nodes have the versions of this node and of the job's sender."""
     found = []
     sent, here = versions.expected_versions(), versions.installed_versions()
     for each in seen:
@@ -90,11 +92,17 @@ def check_resources(
     request: ResourceRequest,
     growth: Sequence[Mapping[str, float]],
 ) -> list[Finding]:
-    """CPUs and GPUs for the run: now, or once the autoscaler has started what it may."""
+    """Check that the cluster has CPUs and GPUs for the run, now or after autoscaling.
+
+    Args:
+        nodes: living nodes, as ``ray.nodes()`` lists them.
+        request: resources of the run.
+        growth: resources of each node that the autoscaler may start.
+    """
     now = [dict(node.get("Resources", {})) for node in nodes]
     cpus, gpus = (sum(each.get(key, 0) for each in now) for key in ("CPU", "GPU"))
     on = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-    have = f"{cpus:g} CPUs, {gpus:g} GPUs on {on}; request: {request.format()}"
+    have = f"{cpus:g} CPUs, {gpus:g} GPUs on {on}; requested: {request.format()}"
     later = check_resources(nodes, request.next_stage, growth) if request.next_stage else []
     return [_resources(now, [*now, *growth], request, have), *later]
 
@@ -108,10 +116,10 @@ def _resources(
     if _places(now, request) >= request.workers:
         return Finding("resources", "ok", have)
     if _places(most, request) >= request.workers:
-        advice = "nothing: the autoscaler starts more nodes, which takes minutes"
+        advice = "none needed: the autoscaler starts more nodes within minutes"
         return Finding("resources", "warning", have, advice)
     if request.min_workers and (found := _places(most, request)) >= request.min_workers:
-        advice = f"nothing: the run trains with {found}, and with more when there are hosts"
+        advice = f"none needed: the run trains with {found} workers, and with more on more nodes"
         return Finding("resources", "warning", have, advice)
     if request.spread and _places(most, replace(request, spread=False)) >= request.workers:
         advice = (
@@ -125,10 +133,10 @@ def _resources(
 
 
 def _places(nodes: Sequence[Mapping[str, float]], request: ResourceRequest) -> int:
-    """For how many of the workers there is a place at once."""
+    """Return the number of workers that fit at the same time."""
     gpus = request.gpus / request.workers
     found = [
-        # As in Ray, three tenths three times are nine tenths.
+        # As in Ray, 3 × 0.3 CPUs fit into 0.9 CPUs.
         int(
             min(
                 node.get("CPU", 0) / request.cpus + 1e-6,
@@ -141,54 +149,54 @@ def _places(nodes: Sequence[Mapping[str, float]], request: ResourceRequest) -> i
 
 
 def _growth() -> list[dict[str, float]]:
-    """Resources of the nodes that the autoscaler may start, from the file `ray up` left here."""
+    """Return the resources of the nodes that the autoscaler may start, from `ray up`'s file."""
     try:
-        told = yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
+        content = yaml.safe_load(BOOTSTRAP.expanduser().read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return []
-    if told["provider"]["type"] == "local":
-        return []  # machines one owns are there or not
-    kinds = told.get("available_node_types", {})
+    if content["provider"]["type"] == "local":
+        return []  # the autoscaler starts no on-premise nodes
+    kinds = content.get("available_node_types", {})
     most = [
         (kind.get("resources", {}), kind.get("max_workers", 0))
         for name, kind in kinds.items()
-        if name != told.get("head_node_type")
+        if name != content.get("head_node_type")
     ]
     return [dict(resources) for resources, count in most for _ in range(count)]
 
 
 def check_authentication(seen: Sequence[NodeProbe], dashboard: str = "") -> list[Finding]:
-    """Every node asks for the token, and the job server does when it is called without one.
+    """Check that every node and the job server require the token.
 
     Args:
-        seen: what nodes told of their own settings.
-        dashboard: address of the job server; tried where it is given.
+        seen: probes of the nodes.
+        dashboard: address of the job server. Empty skips its check.
     """
-    advice = f"RAY_AUTH_MODE=token belongs into every node's environment; {AGAIN}"
+    advice = f"set RAY_AUTH_MODE=token in every node's environment; {AGAIN}"
     open_ = [each.node for each in seen if each.auth_mode != "token"]
     if open_:
-        # What listens on loopback only is reached by users of that machine alone.
+        # Only users of the same machine reach a loopback address.
         level: Level = "warning" if all(map(loopback.is_loopback_host, open_)) else "error"
-        what = f"whoever reaches these nodes may run code there: {', '.join(open_)}"
+        what = f"these nodes run code without a token: {', '.join(open_)}"
         return [Finding("authentication", level, what, advice)]
     if dashboard and _answers_anybody(dashboard):
-        what = f"{dashboard} takes jobs from whoever reaches it: it answers without a token"
+        what = f"{dashboard} accepts jobs without a token"
         return [Finding("authentication", "error", what, advice)]
-    return [Finding("authentication", "ok", "by token on every node")]
+    return [Finding("authentication", "ok", "every node requires the token")]
 
 
 def _dashboard(ray: Any) -> str:
-    """Address of the job server of the cluster; empty if it cannot be told."""
+    """Return the address of the cluster's job server; empty if it is unknown."""
     try:
         from skillnet_platform.ray_internals.job_server import find_job_server_url
 
         return find_job_server_url(ray.get_runtime_context().gcs_address)
-    except Exception:  # no dashboard, or another version of Ray: the nodes' settings remain
+    except Exception:  # no dashboard: only the nodes' settings are checked
         return ""
 
 
 def _answers_anybody(url: str) -> bool:
-    """Whether a call without a token is served."""
+    """Return whether the job server answers a request without a token."""
     import requests
 
     try:
@@ -198,7 +206,12 @@ def _answers_anybody(url: str) -> bool:
 
 
 def check_shared_storage(seen: Sequence[NodeProbe], places: Sequence[str]) -> list[Finding]:
-    """Every node writes to those places and reads what the others wrote."""
+    """Check that every node writes to the locations and reads the files of the others.
+
+    Args:
+        seen: probes of the nodes.
+        places: paths and URIs.
+    """
     advice = (
         f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount, or "
         "name a store: --data s3://… --run_dir s3://…"
@@ -215,13 +228,13 @@ def check_shared_storage(seen: Sequence[NodeProbe], places: Sequence[str]) -> li
         if blind := _unseen(seen, where):
             found.append(Finding("storage", "error", blind, advice))
         else:
-            what = f"{where}: each of {len(seen)} nodes reads what all wrote"
+            what = f"{where}: each of {len(seen)} nodes reads the files of all"
             found.append(Finding("storage", "ok", what))
     return found
 
 
 def check_models(wanted: Sequence[str]) -> list[Finding]:
-    """The driver, which runs on this node, finds the models that the run starts from."""
+    """Check that the driver, which runs on this node, finds the models that the run reads."""
     os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
     found = []
     for name in wanted:
@@ -233,37 +246,37 @@ def check_models(wanted: Sequence[str]) -> list[Finding]:
                 else bool(directories.list_files(target))
             )
             if not there and not is_uri(name) and (storage.run_root() / name).exists():
-                there = True  # a run's name may have a folder before it
-            seen = name if there else f"{name}: not there, as seen from the head"
-        except Exception as problem:
-            there, seen = False, f"{name}: {first_line(problem)}"
-        advice = "" if there else "a path on the cluster, or the URI of a place in a store"
+                there = True  # a run's name may contain a folder
+            seen = name if there else f"{name}: does not exist on the head"
+        except Exception as error:
+            there, seen = False, f"{name}: {first_line(error)}"
+        advice = "" if there else "give a path on the cluster, or the URI of an object store"
         found.append(Finding("model", "ok" if there else "error", seen, advice))
     return found
 
 
 def _unseen(seen: Sequence[NodeProbe], where: str) -> str:
-    """Words on a node that does not see what another one wrote in a place; empty if all do."""
+    """Return a text about a node that does not see another node's file; empty if all do."""
     wanted = {each.node for each in seen}
     for each in seen:
         for missing in sorted(wanted - set(each.files_seen.get(where, []))):
-            return f"{where}: {each.node} does not see what {missing} wrote there"
+            return f"{where}: {each.node} does not see the file of {missing}"
     return ""
 
 
 def check_checkpoint_space(
     seen: Sequence[NodeProbe], request: ResourceRequest | None = None
 ) -> list[Finding]:
-    """Space for checkpoints on every node, where the run writes them."""
+    """Check the free space for checkpoints on every node."""
     request = request or ResourceRequest()
     least = min(seen, key=lambda each: each.free_bytes)
     free = storage.human_bytes(least.free_bytes)
     advice = (
-        "free some, keep fewer checkpoints (--training.keep_checkpoints 1), or use a larger disk"
+        "free space, keep fewer checkpoints (--training.keep_checkpoints 1), or use a larger disk"
     )
     needed = estimate_checkpoint_bytes(request)
     if needed > least.free_bytes:
-        what = f"{free} free on {least.node}; the run takes {storage.human_bytes(needed)}"
+        what = f"{free} free on {least.node}; the run needs {storage.human_bytes(needed)}"
         return [Finding("checkpoints", "error", what, advice)]
     if least.free_bytes < FREE_DISK_BYTES and not needed:
         return [Finding("checkpoints", "warning", f"{free} free on {least.node}", advice)]
@@ -273,7 +286,7 @@ def check_checkpoint_space(
 def check_node_trackers(
     seen: Sequence[NodeProbe], request: ResourceRequest | None = None
 ) -> list[Finding]:
-    """Every node reaches the MLflow server, and is let in."""
+    """Check that every node reaches the MLflow server and has its credentials."""
     records = request is not None and request.uses_tracker
     for each in seen:
         if each.tracker_problem:
@@ -296,7 +309,7 @@ def check_node_trackers(
 
 
 def check_interfaces(seen: Sequence[NodeProbe], request: ResourceRequest) -> list[Finding]:
-    """Workers on different nodes find each other: gloo and NCCL need the right interface."""
+    """Check the network interface by which gloo and NCCL connect workers of different nodes."""
     if len(seen) < 2:
         return []
     wanted = INTERFACES if request.gpus else INTERFACES[:1]
@@ -304,8 +317,10 @@ def check_interfaces(seen: Sequence[NodeProbe], request: ResourceRequest) -> lis
         for name in wanted:
             interface = each.interfaces.get(name, "")
             if not interface and each.name_resolves_to.startswith("127."):
-                what = f"{each.node}: its name leads to {each.name_resolves_to}, {name} is not set"
-                advice = f"the workers would wait for each other for ever; {AGAIN}"
+                what = (
+                    f"{each.node}: its name resolves to {each.name_resolves_to}; {name} is not set"
+                )
+                advice = f"the workers would not find each other; {AGAIN}"
                 return [Finding("interface", "error", what, advice)]
             if interface and each.addresses.get(interface) != each.node:
                 known = f"{name}={interface} has {each.addresses.get(interface) or 'no address'}"

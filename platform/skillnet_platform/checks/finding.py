@@ -1,4 +1,4 @@
-"""TODO: skillnet_platform.checks.finding."""
+"""Result of a check: a level, the observation and the advice."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,14 @@ FREE_DISK_BYTES = 5 * GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, how it stands, what was seen, what to do."""
+    """Result of one check.
+
+    Args:
+        check: name of the check.
+        level: ``ok``, ``warning`` or ``error``.
+        seen: observation.
+        advice: what to do about it.
+    """
 
     check: str
     level: Level

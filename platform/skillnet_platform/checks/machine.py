@@ -1,4 +1,4 @@
-"""TODO: skillnet_platform.checks.machine."""
+"""Checks of one machine: packages, CPUs, memory, disk, ports, tracker and Ray."""
 
 import functools
 import os
@@ -31,25 +31,28 @@ OPEN_FILES = 4096
 def list_machine_checks(
     with_ray: bool = True, request: ResourceRequest | None = None
 ) -> list[Callable[[], list[Finding]]]:
-    """All checks, cheap ones first."""
-    found: list[Callable[[], list[Finding]]]
-    where, entry = functools.partial(check_disk, request), functools.partial(check_tracker, request)
-    found = [
+    """Return all checks of this machine, fast checks first.
+
+    Args:
+        with_ray: include the check that starts Ray (about 8 s).
+        request: resources of the run that the checks are for.
+    """
+    checks: list[Callable[[], list[Finding]]] = [
         check_packages,
         check_distributions,
         check_cpus,
         check_memory,
         check_shared_memory,
-        where,
+        functools.partial(check_disk, request),
         check_open_files,
         check_loopback,
-        entry,
+        functools.partial(check_tracker, request),
     ]
-    return [*found, check_ray] if with_ray else found
+    return [*checks, check_ray] if with_ray else checks
 
 
 def check_packages() -> list[Finding]:
-    """Python and the packages that matter."""
+    """Check the versions of Python and of the main packages."""
     good = (3, 11) <= sys.version_info[:2] <= (3, 13)
     advice = "" if good else "use Python 3.11, 3.12 or 3.13"
     found = [Finding("python", "ok" if good else "error", platform.python_version(), advice)]
@@ -62,7 +65,7 @@ def check_packages() -> list[Finding]:
 
 
 def check_cpus() -> list[Finding]:
-    """CPUs that this process may use, and whether they are already busy."""
+    """Check the number of usable CPUs, their load and the quota of a container."""
     usable = len(os.sched_getaffinity(0))
     busy = os.getloadavg()[0]
     found = [Finding("cpus", "ok", f"{usable} usable, load {busy:.1f}")]
@@ -77,21 +80,21 @@ def check_cpus() -> list[Finding]:
 
 
 def check_memory() -> list[Finding]:
-    """Memory that can be had without swapping."""
+    """Check the memory that is available without swapping."""
     free = _meminfo("MemAvailable")
     if free is None or free >= FREE_MEMORY_BYTES:
         seen = "unknown" if free is None else f"{storage.human_bytes(free)} available"
         return [Finding("memory", "ok", seen)]
-    advice = f"a worker takes up to {storage.human_bytes(FREE_MEMORY_BYTES)}: close something"
+    advice = f"a worker needs up to {storage.human_bytes(FREE_MEMORY_BYTES)}: close other programs"
     return [Finding("memory", "warning", f"{storage.human_bytes(free)} available", advice)]
 
 
 def check_shared_memory() -> list[Finding]:
-    """The memory file system in which Ray keeps its objects."""
-    place = Path("/dev/shm")  # noqa: S108 - request about, not written to
-    if not place.is_dir():
+    """Check the space of the memory file system that holds Ray's objects."""
+    folder = Path("/dev/shm")  # noqa: S108 - only its size is read
+    if not folder.is_dir():
         return [Finding("shared memory", "warning", "no /dev/shm", "Ray falls back to /tmp")]
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(folder).free
     if free >= SHARED_MEMORY_BYTES:
         return [Finding("shared memory", "ok", f"{storage.human_bytes(free)} free")]
     advice = "give the container more: --shm-size 2g"
@@ -99,7 +102,7 @@ def check_shared_memory() -> list[Finding]:
 
 
 def check_disk(request: ResourceRequest | None = None) -> list[Finding]:
-    """Room, and the right to write, where runs are kept."""
+    """Check free space and write permission in the directory of runs."""
     request = request or ResourceRequest()
     root = runs_directory(request.run_dir)
     advice = (
@@ -111,16 +114,16 @@ def check_disk(request: ResourceRequest | None = None) -> list[Finding]:
         if not request.run_dir:
             root.mkdir(parents=True, exist_ok=True)
         while not root.exists():
-            root = root.absolute().parent  # a run makes its folder, a look at it does not
+            root = root.absolute().parent  # a check must not create the directory of runs
         with storage.atomic_write(root / ".doctor") as stream:
             stream.write(b"x")
         (root / ".doctor").unlink()
-    except (OSError, UserError) as problem:
-        return [Finding("disk", "error", f"{root}: {problem}", advice)]
+    except (OSError, UserError) as error:
+        return [Finding("disk", "error", f"{root}: {error}", advice)]
     free, needed = storage.free_bytes(root), estimate_checkpoint_bytes(request)
     seen = f"{storage.human_bytes(free)} free in {root}"
     larger = (
-        "free some, keep fewer checkpoints (--training.keep_checkpoints 1), or use a larger disk: "
+        "free space, keep fewer checkpoints (--training.keep_checkpoints 1), or use a larger disk: "
         + ("another --run_dir" if request.run_dir else storage.HOME_VARIABLE)
     )
     if needed > free:
@@ -132,7 +135,7 @@ def check_disk(request: ResourceRequest | None = None) -> list[Finding]:
 
 
 def check_open_files() -> list[Finding]:
-    """How many files a process may open: Ray takes many."""
+    """Check how many files a process may open: Ray opens many."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -142,64 +145,68 @@ def check_open_files() -> list[Finding]:
 
 
 def check_loopback() -> list[Finding]:
-    """Whether a port can be opened and reached on 127.0.0.1: Ray, gloo and MLflow do."""
+    """Check that a port on 127.0.0.1 accepts connections, as Ray, gloo and MLflow need."""
     try:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             server.listen(1)
             with socket.create_connection(server.getsockname(), timeout=2):
                 pass
-    except OSError as problem:
-        return [Finding("loopback", "error", str(problem), "allow connections to 127.0.0.1")]
+    except OSError as error:
+        return [Finding("loopback", "error", str(error), "allow connections to 127.0.0.1")]
     return [Finding("loopback", "ok", "127.0.0.1 answers")]
 
 
 def check_tracker(request: ResourceRequest | None = None) -> list[Finding]:
-    """Whether the tracker can be reached, and lets us in; who records nothing need not get in."""
+    """Check that the tracker answers and accepts the credentials.
+
+    Missing credentials are only a warning for a command that does not use the tracker.
+    """
     try:
         uri = backend.resolve_uri()
         if not uri.startswith("http"):
             return [Finding("tracker", "ok", uri)]
         backend.require_answer(uri)
-    except UserError as problem:
-        return [Finding("tracker", "error", str(problem), f"correct {backend.URI_VARIABLE}")]
+    except UserError as error:
+        return [Finding("tracker", "error", str(error), f"correct {backend.URI_VARIABLE}")]
     try:
         backend.require_access(uri)
-    except UserError as problem:
+    except UserError as error:
         advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         level: Level = "error" if request is None or request.uses_tracker else "warning"
-        return [Finding("tracker", level, str(problem), advice)]
+        return [Finding("tracker", level, str(error), advice)]
     return [Finding("tracker", "ok", uri)]
 
 
 def check_ray() -> list[Finding]:
-    """Start Ray, or connect to it, run a task and ask the State API."""
-    began = time.monotonic()
+    """Start Ray or connect to it, run a task and query the State API."""
+    start = time.monotonic()
     try:
         with cluster.ray_session() as ray:
             answer = ray.get(ray.remote(platform.python_version).remote(), timeout=60)
-            took = f"a task ran after {time.monotonic() - began:.1f} s"
+            took = f"a task ran after {time.monotonic() - start:.1f} s"
             found = [Finding("ray", "ok", took)]
             if answer != platform.python_version():
                 advice = "use the same Python on every node"
                 found = [Finding("ray", "error", f"workers run Python {answer}", advice)]
             return [*found, check_state_api()]
-    except Exception as problem:
-        return [Finding("ray", "error", first_line(problem), "see the lines above")]
+    except Exception as error:
+        return [Finding("ray", "error", first_line(error), "see the lines above")]
 
 
 def check_state_api() -> Finding:
+    """Query the State API, through which Tune and Train clean up."""
     from ray.util.state import list_nodes
 
     try:
         return Finding("ray state api", "ok", f"{len(list_nodes(timeout=20))} node(s)")
-    except Exception as problem:
+    except Exception as error:
         advice = "sweeps may stall without it: end other Ray processes of this machine"
-        return Finding("ray state api", "warning", first_line(problem), advice)
+        return Finding("ray state api", "warning", first_line(error), advice)
 
 
 def _cpu_quota() -> float | None:
-    """CPUs that a container's control group allows; None without a limit."""
+    """Return the CPUs that a container's control group allows; ``None`` without a limit."""
     try:
         allowed, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(allowed) / int(period)

@@ -1,4 +1,4 @@
-"""Each node of a cluster looks around and tells what it sees, in a task of its own."""
+"""Probe of every node of a cluster: one task per node reports versions, storage and network."""
 
 import contextlib
 import os
@@ -21,16 +21,31 @@ from skillnet_platform.storage.retry import PATIENCE_VARIABLE
 from skillnet_platform.tracking import backend
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-#: A node's first task starts a process that imports what it needs.
+#: Seconds for a node's answer. Its first task starts a process and imports packages.
 NODE_TIMEOUT_S = 300.0
-#: A node that looks at a store waits no longer for it.
+#: Seconds of retries for an object store during a probe.
 STORE_PATIENCE_S = "10"
-AGAIN = "run `ray up` again: it runs platform/deploy/setup_node.sh on every node"
+AGAIN = "run `ray up` again, which runs platform/deploy/setup_node.sh on every node"
 
 
 @dataclass(frozen=True)
 class NodeProbe:
-    """What one node saw; plain values, because it crosses the cluster."""
+    """Observations of one node, as plain values for the transfer.
+
+    Args:
+        node: address of the node.
+        versions: package -> version.
+        auth_mode: value of RAY_AUTH_MODE.
+        interfaces: variable -> network interface of gloo and NCCL.
+        addresses: network interface -> IPv4 address.
+        name_resolves_to: address of the node's host name.
+        home: value of SKILLNET_HOME.
+        write_problem: error of a write to the storage; empty if it worked.
+        files_seen: location -> addresses of the nodes whose files this node read.
+        free_bytes: free bytes of the directory of runs.
+        tracker_problem: error of a request to the tracker; empty if it worked.
+        access_problem: error about the tracker's credentials; empty if it worked.
+    """
 
     node: str
     versions: dict[str, str]
@@ -49,24 +64,37 @@ class NodeProbe:
 def probe_nodes(
     ray: Any, nodes: Sequence[Mapping[str, Any]], request: ResourceRequest
 ) -> tuple[list[NodeProbe], list[Finding]]:
-    """One task a node: first each leaves a file in the storage, then each says what it sees."""
-    places: Sequence[str] = request.locations
+    """Run two tasks on every node: write a file to the storage, then report observations.
+
+    Args:
+        ray: the ``ray`` module, connected.
+        nodes: living nodes, as ``ray.nodes()`` lists them.
+        request: locations and directory of the run.
+
+    Returns:
+        Probes sorted by node, and findings about nodes that failed.
+    """
+    locations: Sequence[str] = request.locations
     if folder_of_tracker := tracker_folder():
-        places = list(dict.fromkeys([*storage_roots(places), folder_of_tracker]))
+        locations = list(dict.fromkeys([*storage_roots(locations), folder_of_tracker]))
     folder = f".doctor-{secrets.token_hex(4)}"
-    written, problems = _on_each(ray, nodes, _leave_file, folder, places)
+    written, problems = _on_each(ray, nodes, _leave_file, folder, locations)
     seen: dict[str, Any] = {}
-    if not problems:  # a node that is silent says nothing about the storage of the others
-        seen, problems = _on_each(ray, nodes, _look_around, folder, places, request.run_dir)
-    _clean_up(folder, places)
-    told = [NodeProbe(**answer, write_problem=written[node]) for node, answer in seen.items()]
-    return sorted(told, key=lambda each: each.node), problems
+    if not problems:  # without a node's file the other nodes cannot look for it
+        seen, problems = _on_each(ray, nodes, _look_around, folder, locations, request.run_dir)
+    _clean_up(folder, locations)
+    probes = [NodeProbe(**answer, write_problem=written[node]) for node, answer in seen.items()]
+    return sorted(probes, key=lambda each: each.node), problems
 
 
 def _on_each(
     ray: Any, nodes: Sequence[Mapping[str, Any]], function: Any, *arguments: Any
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """Call ``function(address, *arguments)`` on every node; answers by address, and problems."""
+    """Call ``function(address, *arguments)`` on every node.
+
+    Returns:
+        Address -> answer, and findings about nodes that failed.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     tasks = {}
@@ -79,8 +107,8 @@ def _on_each(
     for task in done:
         try:
             answers[tasks[task]] = ray.get(task)
-        except Exception as problem:
-            text = str(problem).strip().rsplit("\n", 1)[-1][:200]
+        except Exception as error:
+            text = str(error).strip().rsplit("\n", 1)[-1][:200]
             problems.append(Finding("node", "error", f"{tasks[task]}: {text}", AGAIN))
     for task in late:
         advice = "see `ray status`, and the logs of its raylet"
@@ -90,7 +118,7 @@ def _on_each(
 
 
 def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
-    """Write a file named after this node into each place; what went wrong, or nothing."""
+    """Write a file named after this node into each location; return the error or ""."""
     os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
     for where in storage_roots(places):
         try:
@@ -100,8 +128,8 @@ def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
                 target.write_text(address, encoding="utf-8")
             else:
                 directories.write_bytes(target, address.encode())
-        except Exception as problem:
-            return f"{where}: {first_line(problem)}"
+        except Exception as error:
+            return f"{where}: {first_line(error)}"
     return ""
 
 
@@ -116,8 +144,8 @@ def _look_around(
     }
     try:
         resolved = socket.gethostbyname(socket.gethostname())
-    except OSError as problem:
-        resolved = str(problem)
+    except OSError as error:
+        resolved = str(error)
     away, access = _tracker_problems()
     return {
         "node": address,
@@ -135,12 +163,12 @@ def _look_around(
 
 
 def storage_roots(places: Sequence[str]) -> list[str]:
-    """Where a run reads and writes: the places that it names, the run root where it names none."""
+    """Return the locations of a run, with the run root for an empty name or none."""
     return list(dict.fromkeys(str(name or storage.run_root()) for name in places or [""]))
 
 
 def tracker_folder() -> str:
-    """The folder of a tracker that is a file; empty if it is a server."""
+    """Return the folder of a tracker that is a file; empty for a server."""
     uri = backend.resolve_uri()
     return str(Path(uri.removeprefix("sqlite:///")).parent) if uri.startswith("sqlite:") else ""
 
@@ -155,13 +183,13 @@ def _files_in(where: str, folder: str) -> list[str]:
         return sorted(
             directories.read_bytes(directories.join_uri(target, name)).decode() for name in names
         )
-    except Exception:  # shows as files that are not seen
+    except Exception:  # the missing files become a finding
         return []
 
 
 def _clean_up(folder: str, places: Sequence[str]) -> None:
     for where in storage_roots(places):
-        with contextlib.suppress(Exception):  # a finding already
+        with contextlib.suppress(Exception):  # the probe reports the error
             target = join_location(parse_location(where, storage.run_root()), folder)
             if isinstance(target, Path):
                 shutil.rmtree(target)
@@ -170,15 +198,15 @@ def _clean_up(folder: str, places: Sequence[str]) -> None:
 
 
 def _tracker_problems() -> tuple[str, str]:
-    """What keeps this node from the tracker; and from what is behind the tracker's password."""
+    """Return the error of a request to the tracker, and the error about its credentials."""
     try:
         uri = backend.resolve_uri()
         if uri.startswith("http"):
             backend.require_answer(uri)
-    except ValueError as problem:
-        return str(problem), ""
+    except ValueError as error:
+        return str(error), ""
     try:
         backend.require_access(uri)
-    except ValueError as problem:
-        return "", str(problem)
+    except ValueError as error:
+        return "", str(error)
     return "", ""

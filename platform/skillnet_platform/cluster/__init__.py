@@ -1,4 +1,7 @@
-"""TODO: package skillnet_platform.cluster."""
+"""Ray sessions, jobs of a cluster, and what nodes need.
+
+:func:`ray_session` connects to the cluster of ``RAY_ADDRESS``, or starts Ray on this machine.
+"""
 
 from skillnet_platform.cluster.connect import (
     OBJECT_STORE_BYTES,

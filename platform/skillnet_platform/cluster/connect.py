@@ -1,4 +1,4 @@
-"""Connecting to Ray: a private one on this machine, or the cluster that ``RAY_ADDRESS`` names."""
+"""Connection to Ray: embedded on this machine, or the cluster of ``RAY_ADDRESS``."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ from skillnet_platform.cluster import loopback
 from skillnet_platform.errors import UserError
 from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
 
-#: Set before Ray is imported, and only where the user has not set them.
+#: Environment of Ray, set before its import unless the user has set it.
 DEFAULTS = {
-    # report() waits for the controller's next poll; 2 s by default is most of a short run.
+    # report() waits for the controller's next poll: its default of 2 s dominates a short run.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -22,27 +22,27 @@ DEFAULTS = {
     # Under `uv run` Ray would replace every worker's interpreter and upload the directory.
     UV_RUN_VARIABLE: "0",
 }
-#: The same on a cluster. Ray Train gives workers a minute to start, four times; a node that an
-#: autoscaler starts needs several, and a host under load can need more than one.
+#: The same on a cluster. Ray Train waits one minute for workers to start, four times. A node that
+#: the autoscaler starts needs several minutes.
 ON_A_CLUSTER = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "1800"}
 OBJECT_STORE_BYTES = 512 * 2**20
 
 
 def prepare_ray_environment() -> None:
-    """Set Ray's environment where the user has not. Call before the first ``import ray``."""
+    """Set Ray's environment unless the user has set it. Call before the first ``import ray``."""
     defaults = DEFAULTS | (ON_A_CLUSTER if os.environ.get("RAY_ADDRESS") else {})
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        # Processes that differ in it cannot talk; the embedded Ray chooses for itself.
+        # Processes with different modes cannot talk; the embedded Ray chooses its own mode.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
 def _share_import_path() -> None:
-    """Let workers import what this process imports from outside its installation.
+    """Let workers import modules of this process from outside its installation.
 
-    A checkout that is not installed, or pytest's ``pythonpath``, is on ``sys.path`` of the
-    driver only; Ray passes on the environment, not ``sys.path``.
+    A checkout that is not installed, or pytest's ``pythonpath``, is on ``sys.path`` of the driver
+    only. Ray passes on the environment, not ``sys.path``.
     """
     inside = (sys.prefix, sys.base_prefix)
     own = [os.path.abspath(p) for p in sys.path if os.path.isdir(p or ".")]  # noqa: PTH100, PTH112
@@ -52,15 +52,15 @@ def _share_import_path() -> None:
 
 
 def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_BYTES) -> Any:
-    """Initialise Ray once and return the ``ray`` module; later calls find it running.
+    """Initialize Ray once and return the ``ray`` module; later calls use the running Ray.
 
     Args:
-        cpus: CPUs of the embedded Ray, by default all that this process may use. More than
-            the machine has is allowed: it is then a number of slots. Ignored on a cluster.
-        object_store_bytes: shared memory of the embedded Ray.
+        cpus: CPUs of the embedded Ray, by default all CPUs of this process. A larger number is
+            allowed and means slots. Ignored on a cluster.
+        object_store_bytes: shared memory of the embedded Ray, in bytes.
 
     Raises:
-        UserError: ``RAY_ADDRESS`` is set but nothing answers there, or it is of a job server.
+        UserError: ``RAY_ADDRESS`` does not answer, or is the address of a job server.
     """
     prepare_ray_environment()
     import logging
@@ -74,23 +74,23 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     if address:
         if address.startswith(("http://", "https://")):
             raise UserError(
-                f"RAY_ADDRESS={address} is the address of a cluster's job server: send it the "
+                f"RAY_ADDRESS={address} is the address of a cluster's job server. Send the "
                 "command with `skillnet submit`, or unset RAY_ADDRESS to use this machine alone"
             )
         try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as problem:
+        except (ConnectionError, ValueError) as error:
             raise UserError(
-                f"RAY_ADDRESS={address}: no Ray answers there ({problem}). Start the cluster, "
+                f"RAY_ADDRESS={address}: no Ray answers there ({error}). Start the cluster, "
                 "or unset RAY_ADDRESS to use this machine alone."
-            ) from problem
+            ) from error
         return ray
     _share_import_path()
     with loopback.loopback_environment():
         ray.init(
             num_cpus=cpus or len(os.sched_getaffinity(0)),
-            # Tune and Train ask the State API, which lives in the dashboard, to clean up after
-            # themselves; without it sweeps can stall in silence.
+            # Tune and Train clean up through the State API of the dashboard; without it sweeps
+            # can stall without a message.
             include_dashboard=True,
             dashboard_host=loopback.ADDRESS,
             object_store_memory=max(object_store_bytes, 80 * 2**20),
@@ -102,7 +102,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
 
 
 def pin_to_this_node(ray: Any) -> dict[str, Any]:
-    """Options of a task that must run on the host of this process, whose disk it needs."""
+    """Return options of a task that must run on this node, because it needs the node's disk."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = ray.get_runtime_context().get_node_id()
@@ -111,7 +111,7 @@ def pin_to_this_node(ray: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def ray_session(cpus: int | None = None) -> Iterator[Any]:
-    """Ray for the length of a block; shut down after it only if this block started it."""
+    """Provide Ray for a block; shut it down afterwards only if this block started it."""
     prepare_ray_environment()
     import ray
 

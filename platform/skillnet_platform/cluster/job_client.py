@@ -1,4 +1,4 @@
-"""TODO: skillnet_platform.cluster.job_client."""
+"""Client of a cluster's job server: address, token, entry point and jobs."""
 
 import getpass
 import logging
@@ -21,19 +21,19 @@ OPEN_A_TUNNEL = (
     "open a tunnel with `ray dashboard ray_cluster.yaml`, then: "
     "export RAY_ADDRESS=http://127.0.0.1:8265"
 )
-#: Commands that serve or only look: ``--attach`` without an id does not mean them.
+#: Commands that serve or only check: ``--attach`` without an id ignores them.
 SERVICES = ("doctor", "tracker", "ui")
 
 
 def resolve_job_server_url(address: str | None = None) -> str:
-    """The URL of the job server: the one given, or that of the environment.
+    """Return the URL of the job server: ``address``, or that of the environment.
 
     Raises:
-        UserError: there is none, or it is not a URL.
+        UserError: there is no address, or it is not a URL.
     """
     found = address or next((os.environ[name] for name in ADDRESSES if os.environ.get(name)), "")
     if not found:
-        raise UserError(f"RAY_ADDRESS is not set: no cluster to send to; {OPEN_A_TUNNEL}")
+        raise UserError(f"RAY_ADDRESS is not set: no cluster to send the job to; {OPEN_A_TUNNEL}")
     if not found.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS={found}: a job is sent to the http:// address of the dashboard; "
@@ -43,13 +43,16 @@ def resolve_job_server_url(address: str | None = None) -> str:
 
 
 def connect_job_server(address: str | None = None) -> Any:
-    """A ``JobSubmissionClient`` that was answered.
+    """Return a ``JobSubmissionClient`` whose server answered.
+
+    Args:
+        address: URL of the job server; by default that of the environment.
 
     Raises:
-        UserError: no address, no token, a token that the cluster refuses, nothing that answers.
+        UserError: no address, no token, a refused token, or no answer.
     """
     url = resolve_job_server_url(address)
-    # A cluster of ours always asks for the token; the embedded Ray never does.
+    # Our clusters always require the token; the embedded Ray never does.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     cluster.prepare_ray_environment()
     place = (
@@ -71,18 +74,18 @@ def connect_job_server(address: str | None = None) -> Any:
             f"{url}: the cluster refuses the token ({place}); take the cluster's own, which "
             "`ray up` copied to ~/.ray/auth_token of its head"
         ) from None
-    except (ConnectionError, requests.RequestException) as problem:
+    except (ConnectionError, requests.RequestException) as error:
         raise UserError(
-            f"{url}: no cluster answers there ({type(problem).__name__}); is it up, and the "
-            f"tunnel open? `ray dashboard CLUSTER.yaml` opens one"
+            f"{url}: no cluster answers there ({type(error).__name__}). Start it, or open the "
+            f"tunnel: `ray dashboard CLUSTER.yaml`"
         ) from None
 
 
 def find_token_source() -> str:
-    """Where the token comes from.
+    """Return the source of the token: a variable or a file.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no token.
     """
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
@@ -93,14 +96,14 @@ def find_token_source() -> str:
     except OSError:
         pass
     raise UserError(
-        f"no token in {path}: a cluster takes jobs only with its own; copy it from "
-        "~/.ray/auth_token of the head, or make one before `ray up` with: "
+        f"no token in {path}: a cluster accepts jobs only with its token. Copy it from "
+        "~/.ray/auth_token of the head, or generate one before `ray up` with: "
         "ray get-auth-token --generate"
     )
 
 
 def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
-    """The shell command of a job."""
+    """Return the shell command of a job, with a check of the cluster before it."""
     run = shlex.join(["python", "-m", "skillnet_platform.cli", *words])
     if not check:
         return run
@@ -109,15 +112,15 @@ def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
 
 
 def job_environment() -> dict[str, str]:
-    """Variables of every job: our code comes with it, and the versions it was tried with."""
+    """Return the variables of every job: the import path of its code, and the versions here."""
     return {"PYTHONPATH": "platform", "PYTHONUNBUFFERED": "1", **version_variable()}
 
 
 def read_variables(names: Sequence[str]) -> dict[str, str]:
-    """Those environment variables of this process.
+    """Return environment variables of this process by name.
 
     Raises:
-        UserError: one is not set.
+        UserError: a variable is not set.
     """
     for name in names:
         if name not in os.environ:
@@ -126,10 +129,14 @@ def read_variables(names: Sequence[str]) -> dict[str, str]:
 
 
 def find_job(client: Any, wanted: str) -> str:
-    """The id of a job that was sent: as given, or this user's newest that is a run.
+    """Return the id of a job: ``wanted``, or this user's newest run.
+
+    Args:
+        client: ``JobSubmissionClient``.
+        wanted: id of a job, or :data:`NEWEST`.
 
     Raises:
-        UserError: there is no such job, or none at all.
+        UserError: the job does not exist.
     """
     jobs = {each.submission_id: each for each in client.list_jobs() if each.submission_id}
     if wanted != NEWEST:
@@ -151,7 +158,7 @@ def find_job(client: Any, wanted: str) -> str:
 
 
 def _command(job: Any) -> str:
-    """The command of skillnet that a job runs; empty if it is no job of ours."""
+    """Return the skillnet command that a job runs; empty for other jobs."""
     return next(iter(shlex.split((job.metadata or {}).get(MARK, ""))), "")
 
 

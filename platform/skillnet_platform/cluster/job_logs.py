@@ -1,4 +1,4 @@
-"""The log of a job of a cluster, printed until the job ends, and how it ended."""
+"""Log of a cluster's job, printed until the job ends."""
 
 import asyncio
 import contextlib
@@ -11,18 +11,25 @@ from typing import Any
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
-#: How long a job server that does not answer is asked again.
+#: Seconds in which a job server that does not answer is asked again.
 PATIENCE_S = 120.0
-#: A log that says nothing for so long is opened anew: nothing else tells a job that is quiet
-#: from a connection whose other end is gone.
+#: Seconds without output after which the log is opened again. A quiet job and a dead connection
+#: look the same.
 QUIET_S = 120.0
 AGAIN_S = 1.0
 
 
 def follow_job(client: Any, job: str) -> tuple[str, int]:
-    """Print the log of a job until it ends; its status and its exit code.
+    """Print the log of a job until the job ends.
 
-    A lost connection is tried again. An interrupt ends the following, not the job.
+    A lost connection is opened again. An interrupt ends this function, not the job.
+
+    Args:
+        client: ``JobSubmissionClient``.
+        job: id of the job.
+
+    Returns:
+        Status and exit code of the job.
     """
     stream = sys.stderr if console.json_wanted() else sys.stdout
     try:
@@ -30,7 +37,7 @@ def follow_job(client: Any, job: str) -> tuple[str, int]:
             asyncio.run(_print_log(client, job, stream))
     except KeyboardInterrupt:
         console.note(
-            f"\nthe job goes on; follow it with `skillnet submit --attach {job}`, end it with "
+            f"\nthe job continues; follow it with `skillnet submit --attach {job}`, end it with "
             f"`ray job stop {job}`"
         )
         return "RUNNING", 130
@@ -46,9 +53,9 @@ def follow_job(client: Any, job: str) -> tuple[str, int]:
 
 
 def _exit_code(code: int | None) -> int:
-    """The code of a job that did not succeed, as a shell gives it; 1 where the cluster has none.
+    """Return the exit code of a failed job as a shell reports it; 1 if the cluster has none.
 
-    It has none of a job that was stopped, or whose head was lost. A signal has a negative one.
+    A stopped job, and a job whose head was lost, have no code. A signal has a negative code.
     """
     if not code:
         return 1
@@ -56,10 +63,10 @@ def _exit_code(code: int | None) -> int:
 
 
 async def _print_log(client: Any, job: str, stream: Any) -> None:
-    """The log from its beginning; after a lost connection from where it was cut."""
+    """Print the log; after a lost connection continue at the cut."""
     printed, deadline = 0, time.monotonic() + PATIENCE_S
     while True:
-        position, problem = 0, ""
+        position, error = 0, ""
         try:
             async for text in _while_it_speaks(client.tail_job_logs(job)):
                 fresh = text[max(printed - position, 0) :]
@@ -68,27 +75,27 @@ async def _print_log(client: Any, job: str, stream: Any) -> None:
                 stream.write(fresh)
                 stream.flush()
         except Exception as lost:
-            problem = f"{type(lost).__name__}: {lost}"
+            error = f"{type(lost).__name__}: {lost}"
         with contextlib.suppress(Exception):
             ended = client.get_job_status(job).is_terminal()
-            deadline = time.monotonic() + PATIENCE_S  # it answers, however quiet the job is
+            deadline = time.monotonic() + PATIENCE_S  # it answers, even if the job is quiet
             if ended:
-                if problem:  # cut off before the last words
+                if error:  # the connection broke before the end of the log
                     stream.write(client.get_job_logs(job)[printed:])
                 return
         if time.monotonic() > deadline:
             raise UserError(
-                f"the connection to the cluster is lost ({problem or 'closed'}); the job {job} "
-                f"goes on: skillnet submit --attach {job}"
+                f"the connection to the cluster is lost ({error or 'closed'}); the job {job} "
+                f"continues: skillnet submit --attach {job}"
             )
         await asyncio.sleep(AGAIN_S)
 
 
 async def _while_it_speaks(texts: AsyncIterator[str]) -> AsyncIterator[str]:
-    """The texts of a log.
+    """Yield the texts of a log.
 
     Raises:
-        TimeoutError: none came for ``QUIET_S``.
+        TimeoutError: no text for ``QUIET_S`` seconds.
     """
     while True:
         try:

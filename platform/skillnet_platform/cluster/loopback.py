@@ -1,4 +1,4 @@
-"""What keeps the embedded Ray to this machine and to its user: loopback addresses, and a token."""
+"""Isolation of the embedded Ray: loopback addresses, and a token."""
 
 import contextlib
 import functools
@@ -13,20 +13,20 @@ ADDRESS = "127.0.0.1"
 
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
-#: Where gloo and NCCL listen in workers; without it they take what the host's name resolves to.
+#: Interface of gloo and NCCL in workers; by default they use the address of the host name.
 _INTERFACES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @contextlib.contextmanager
 def loopback_environment() -> Iterator[None]:
-    """The environment in which to call ``ray.init`` so that what it starts stays on loopback.
+    """Set the environment of a ``ray.init`` whose servers must listen on loopback only.
 
-    Ray's servers listen on every interface unless the node's address is 127.0.0.1, and ``init``
-    replaces that address by an outer one where clusters are switched on, as they are on Linux.
-    They are switched off here, as on macOS and Windows, for this one start: the processes inherit
-    it, the caller's environment is as before. Ray asks for a token by itself unless
-    ``RAY_AUTH_MODE`` is "disabled"; one is made here where the user has none, because Ray would
-    leave one in the home directory, after which every other Ray of the user asks for it.
+    Ray's servers listen on every interface unless the node's address is 127.0.0.1. On Linux
+    ``init`` replaces that address by an outer one, because clusters are enabled there. This block
+    disables clusters for one start: Ray's processes inherit the setting, and the caller's
+    environment is restored. Ray requires a token unless ``RAY_AUTH_MODE`` is "disabled". Without
+    a token of the user this block generates one: Ray would write one to the home directory, and
+    every other Ray of the user would then require it.
     """
     from skillnet_platform.ray_internals.single_node import CLUSTER_VARIABLE, disable_clusters
 
@@ -47,7 +47,7 @@ def loopback_environment() -> Iterator[None]:
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether only this machine reaches what listens on that interface."""
+    """Return whether an interface is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -55,32 +55,32 @@ def is_loopback_host(host: str) -> bool:
 
 
 def listens_on_loopback(ray: Any) -> bool:
-    """Whether the Ray that this process is connected to is one that listens on loopback only."""
+    """Return whether the connected Ray listens on loopback only."""
     return bool(ray.util.get_node_ip_address() == ADDRESS)
 
 
 def require_loopback(ray: Any) -> None:
-    """End a Ray that was just started and listens elsewhere.
+    """Shut down a Ray that listens on another address.
 
     Raises:
-        RuntimeError: it does: this version of Ray chooses its address in another way.
+        RuntimeError: Ray chose another address; this version of Ray differs from the tested one.
     """
     if not listens_on_loopback(ray):
         address = ray.util.get_node_ip_address()
         ray.shutdown()
         raise RuntimeError(
-            f"Ray {ray.__version__} listens on {address} instead of {ADDRESS}, where others can "
-            "reach it, and was ended; install the version that pyproject.toml names"
+            f"Ray {ray.__version__} listens on {address} instead of {ADDRESS}, where other "
+            "machines can reach it, and was shut down. Install the version of pyproject.toml"
         )
 
 
 def _has_token() -> bool:
-    """Whether Ray finds a token by itself, in the places where it looks."""
+    """Return whether Ray finds a token of the user."""
     kept = Path("~/.ray/auth_token").expanduser()
     return bool(os.environ.get(_TOKEN) or os.environ.get(_TOKEN_FILE) or kept.is_file())
 
 
 @functools.cache
 def _own_token() -> str:
-    """One for the life of this process: Ray keeps the first that it is given."""
+    """Return the token of this process: Ray keeps the first token that it gets."""
     return secrets.token_hex(32)

@@ -16,40 +16,43 @@ from skillnet_platform.errors import UserError
 PROJECT = Path(__file__).resolve().parents[3] / "pyproject.toml"
 REQUIREMENTS = Path("platform/deploy/requirements.txt")
 
-#: Extras of ``pyproject.toml`` that nodes get as far as they are installed here: what the
-#: autoscaler on AWS, object stores and a tracking server need.
+#: Extras of ``pyproject.toml`` that nodes get if they are installed here: for the autoscaler on
+#: AWS, object stores and a tracking server.
 EXTRAS = ("cluster", "s3", "gs", "azure", "tracker")
 
 
 def read_dependencies(project: Path = PROJECT) -> list[str]:
-    """The requirements of ``pyproject.toml``, and those of ``EXTRAS`` that are installed here.
+    """Return the requirements of ``pyproject.toml``, with those of ``EXTRAS`` installed here.
 
     Raises:
-        UserError: no such file: this is an installation, not a checkout.
+        UserError: the file is missing: this is an installation, not a checkout.
     """
     import tomllib
 
     from packaging.requirements import Requirement
 
     try:
-        told = tomllib.loads(project.read_text(encoding="utf-8"))
+        content = tomllib.loads(project.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{project}: no such file; a cluster gets its code from a checkout of the repository"
         ) from None
-    extras = told["project"].get("optional-dependencies", {})
+    extras = content["project"].get("optional-dependencies", {})
     optional = [line for name in EXTRAS for line in extras.get(name, [])]
     return [
-        *map(str, told["project"]["dependencies"]),
+        *map(str, content["project"]["dependencies"]),
         *(str(line) for line in optional if _is_installed(Requirement(line).name)),
     ]
 
 
 def pin_packages(requirements: list[str]) -> dict[str, str]:
-    """Those packages and all that they need, name -> version, as installed here.
+    """Return name -> installed version of packages and their dependencies.
+
+    Args:
+        requirements: requirement lines.
 
     Raises:
-        UserError: a package that is not installed, or not at a version that is asked for.
+        UserError: a package is not installed, or has another version than required.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -65,10 +68,10 @@ def pin_packages(requirements: list[str]) -> dict[str, str]:
         except PackageNotFoundError:
             if direct:
                 raise UserError(f"{wanted} is not installed here; pip install -e .") from None
-            continue  # a need of another platform, or one that its owner left to choice
+            continue  # a requirement of another platform, or an optional one
         if direct and not wanted.specifier.contains(installed.version, prereleases=True):
             raise UserError(f"{wanted} is needed, {installed.version} is installed here")
-        found[name] = installed.version.partition("+")[0]  # +cpu, +cu128: the node's own choice
+        found[name] = installed.version.partition("+")[0]  # +cpu, +cu128: depends on the node
         for extra in ["", *sorted(wanted.extras)]:
             if (name, extra) not in done:
                 done.add((name, extra))
@@ -77,7 +80,7 @@ def pin_packages(requirements: list[str]) -> dict[str, str]:
 
 
 def format_requirements(project: Path = PROJECT) -> str:
-    """The content of ``requirements.txt``: pinned, with the Python under which it was pinned."""
+    """Return the text of ``requirements.txt``: pinned versions, and the version of Python."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     head = [
         f"# python {python}",

@@ -1,4 +1,4 @@
-"""Versions that must be the same wherever a run has a process."""
+"""Versions that must be equal in all processes of a run."""
 
 import json
 import os
@@ -6,14 +6,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "tokenizers", "safetensors", "numpy")
-#: Carries what the sender of a job has installed to the checks inside it.
+#: Environment variable with the versions of the job's sender, for the checks inside the job.
 VARIABLE = "SKILLNET_VERSIONS"
 
 
 def installed_versions() -> dict[str, str]:
-    """Python's and the packages' versions here; "" for what is not installed.
+    """Return the versions of Python and the packages in this process; "" if not installed.
 
-    A local part such as +cpu is left out: the same code for another device.
+    A local part such as +cpu is dropped: it marks the same code for another device.
     """
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -25,11 +25,11 @@ def installed_versions() -> dict[str, str]:
 
 
 def version_variable() -> dict[str, str]:
-    """The environment variable that tells a job with which versions its code was tried."""
+    """Return the environment variable with the versions installed here, for a job."""
     return {VARIABLE: json.dumps(installed_versions())}
 
 
 def expected_versions() -> dict[str, str]:
-    """What the sender of this job has installed; empty outside of a job."""
-    told = json.loads(os.environ.get(VARIABLE) or "{}")
-    return {str(key): str(value) for key, value in told.items()}
+    """Return the versions of the sender of this job; empty outside of a job."""
+    sent = json.loads(os.environ.get(VARIABLE) or "{}")
+    return {str(key): str(value) for key, value in sent.items()}

@@ -1,7 +1,7 @@
-"""What of a checkout goes to a cluster with a job: everything but what is made, secret or huge.
+"""Working directory of a job: the checkout without generated, private and large files.
 
-The package is a zip file with the same bytes for the same content, so a second job with unchanged
-code uploads nothing: Ray names packages by their digest.
+The package is a zip file with equal bytes for equal content. Ray names packages by their digest,
+so a second job with unchanged code uploads nothing.
 """
 
 import fnmatch
@@ -14,13 +14,13 @@ from pathlib import Path
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 
-#: Names of files and folders that are made anew, or useless elsewhere.
-MADE = (
+#: Names of generated files and folders.
+GENERATED = (
     *(".git", ".hg", ".svn", ".venv", "venv", ".tox", ".nox", "node_modules", "__pycache__"),
     *(".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", ".import_linter_cache"),
     *("*.egg-info", "*.pyc", "dist", "build", ".DS_Store"),
 )
-#: Names of runs and secrets. It is said when one of these stays here.
+#: Names of runs and secrets. The upload message lists the ones that stay on this machine.
 PRIVATE = (
     *("runs", "mlruns", "mlartifacts", "*.db"),
     *(".env", "*.env", ".env.*", ".envrc", "*.pem", "*.key", "*.p12", "*.pfx", "*.keytab"),
@@ -30,24 +30,24 @@ PRIVATE = (
     *("credentials", "credentials.json", "credentials.csv"),
     *("client_secret*.json", "service-account*.json"),
 )
-#: How many of them are named.
-NAMED = 6
-#: Ray refuses a larger one.
-LARGEST = 500 * 2**20
-#: Above this something was hardly meant to be sent.
+#: Number of private names in the message.
+MAX_LISTED = 6
+#: Limit of Ray for a package.
+MAX_BYTES = 500 * 2**20
+#: A larger package probably holds a file by mistake.
 UNUSUAL = 50 * 2**20
 
 
 @dataclass(frozen=True)
 class JobPackage:
-    """A zip file that is ready to be sent.
+    """Zip file of a job's code.
 
     Args:
         path: of the zip file.
-        files: in it.
+        files: number of files in it.
         size: bytes of the zip file.
         largest: (path, bytes) of the largest files before compression, largest first.
-        kept: paths of what looks private and stays here.
+        kept: private paths that are not uploaded.
     """
 
     path: Path
@@ -56,30 +56,30 @@ class JobPackage:
     largest: list[tuple[str, int]]
     kept: list[str] = field(default_factory=list)
 
-    def words(self) -> str:
-        """``312 files, 1.1 MiB; left here: .env, runs``."""
+    def summary(self) -> str:
+        """Return a summary: ``312 files, 1.1 MiB; not uploaded: .env, runs``."""
         text = f"{self.files} files, {storage.human_bytes(self.size)}"
         if not self.kept:
             return text
-        more = f" and {len(self.kept) - NAMED} more" if len(self.kept) > NAMED else ""
-        return f"{text}; left here: {', '.join(self.kept[:NAMED])}{more}"
+        more = f" and {len(self.kept) - MAX_LISTED} more" if len(self.kept) > MAX_LISTED else ""
+        return f"{text}; not uploaded: {', '.join(self.kept[:MAX_LISTED])}{more}"
 
 
-def pack_working_dir(root: Path, target: Path, left_out: Sequence[str] = ()) -> JobPackage:
-    """Write the package of the folder ``root`` to ``target``.
+def pack_working_dir(root: Path, target: Path, excluded: Sequence[str] = ()) -> JobPackage:
+    """Write the package of a checkout.
 
     Args:
-        root: what jobs run in.
-        target: a zip file to write.
-        left_out: further names, or paths relative to ``root``, that stay here; ``*`` is a wildcard.
+        root: working directory of jobs.
+        target: zip file to write.
+        excluded: further names, or paths relative to ``root``, to leave out; ``*`` is a wildcard.
 
     Raises:
-        UserError: it is larger than Ray takes; names the largest files.
+        UserError: the package is larger than Ray accepts; names the largest files.
     """
     sizes: dict[str, int] = {}
     kept: list[str] = []
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as package:
-        for path in _chosen(root, [*MADE, *left_out], kept):
+        for path in _chosen(root, [*GENERATED, *excluded], kept):
             name = path.relative_to(root).as_posix()
             content = path.read_bytes()
             entry = zipfile.ZipInfo(name)  # dated 1980: the same content gives the same bytes
@@ -89,24 +89,24 @@ def pack_working_dir(root: Path, target: Path, left_out: Sequence[str] = ()) -> 
             sizes[name] = len(content)
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
     done = JobPackage(target, len(sizes), target.stat().st_size, largest, sorted(kept))
-    if done.size > LARGEST:
+    if done.size > MAX_BYTES:
         raise UserError(
-            f"{root}: the upload would be {done.words()}, Ray takes up to "
-            f"{storage.human_bytes(LARGEST)}; {describe_largest_files(done)}"
+            f"{root}: the upload would be {done.summary()}, the limit of Ray is "
+            f"{storage.human_bytes(MAX_BYTES)}; {describe_largest_files(done)}"
         )
     return done
 
 
 def describe_largest_files(package: JobPackage) -> str:
-    """The largest files in words, and how to leave them here."""
+    """Return the names of the largest files, and how to exclude them."""
     named = ", ".join(f"{name} ({storage.human_bytes(size)})" for name, size in package.largest)
-    return f"the largest are {named}; leave some here with --exclude NAME,NAME"
+    return f"the largest are {named}; exclude some with --exclude NAME,NAME"
 
 
 def _chosen(root: Path, patterns: Sequence[str], kept: list[str]) -> Iterator[Path]:
-    """Files to send, in a fixed order. Links are not followed: they may lead out of the folder.
+    """Yield the files to upload in a fixed order, and collect private paths in ``kept``.
 
-    What looks private is not among them; its path is put into ``kept``.
+    Symbolic links are skipped: they may lead out of the folder.
     """
     own = storage.run_root()
 

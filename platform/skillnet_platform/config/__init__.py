@@ -1,4 +1,7 @@
-"""TODO: package skillnet_platform.config."""
+"""Typed configuration: dataclasses, YAML files and command-line overrides.
+
+:func:`parse_config` builds a dataclass from a command line; errors name the key and the file.
+"""
 
 from skillnet_platform.config.fields import (
     ALIAS,

@@ -1,4 +1,4 @@
-"""TODO: skillnet_platform.config.fields."""
+"""Fields of configuration dataclasses, and their trees of plain values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,10 +11,13 @@ ALIAS = "skillnet_alias"
 
 
 def positional_field(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A dataclass field that may be given without its name: ``skillnet search "a red heart"``.
+    """Return a dataclass field that needs no option name: ``skillnet search "a red heart"``.
 
-    A field of type ``list[str]`` takes all bare words, one of type ``str`` takes one. Without a
-    default the command requires it.
+    A field of type ``list[str]`` takes all bare words, a field of type ``str`` takes one word.
+
+    Args:
+        default: of the field. Without a default the command requires a word.
+        metadata: further entries of the field's metadata.
     """
     marks = {POSITIONAL: True, **metadata}
     if isinstance(default, list):
@@ -25,12 +28,12 @@ def positional_field(default: Any = dataclasses.MISSING, **metadata: Any) -> Any
 
 
 def aliased_field(default: Any, alias: str) -> Any:
-    """A dataclass field that the command line also knows by another name, such as ``--from``."""
+    """Return a dataclass field with a second option name, such as ``--from``."""
     return dataclasses.field(default=default, metadata={ALIAS: alias})
 
 
 def default_values(cls: type) -> dict[str, Any]:
-    """The tree of defaults of a dataclass, without the fields that have none."""
+    """Return the defaults of a dataclass as a tree, without the fields that have no default."""
     tree: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
         if f.default is not dataclasses.MISSING:
@@ -41,7 +44,7 @@ def default_values(cls: type) -> dict[str, Any]:
 
 
 def to_dict(obj: Any) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries, lists and scalars: safe for YAML, JSON."""
+    """Return a configuration as dictionaries, lists and scalars, for YAML and JSON."""
     tree = _tree(obj)
     if not isinstance(tree, dict):
         raise TypeError(f"expected a dataclass or a mapping, got {type(obj).__name__}")

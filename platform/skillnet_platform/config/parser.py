@@ -1,9 +1,9 @@
-"""Typed configuration: dataclasses in, YAML and dotted overrides on top, errors that name the key.
+"""Parser of typed configurations: dataclass, YAML files and dotted overrides.
 
 The order is: defaults of the dataclass, each ``--config`` in turn, then overrides. Mappings
-merge by key, so that overriding one entry of a dictionary keeps the others; everything else is
-replaced. jsonargparse checks the types and builds the objects; unknown keys are found here
-first, because here the file and the nearest right key can be named.
+merge by key, so an override of one entry keeps the other entries; other values are replaced.
+jsonargparse checks the types and builds the objects. This module finds unknown keys first,
+because it knows the file and can suggest the nearest key.
 """
 
 import copy
@@ -38,7 +38,7 @@ from skillnet_platform.config.schema import (
 )
 from skillnet_platform.errors import UserError, suggest_name
 
-#: Key of a mapping in a YAML file that starts from another file.
+#: Key by which a mapping in a YAML file includes another file.
 INCLUDE = "include"
 
 
@@ -50,16 +50,16 @@ def parse_config(
     example: str = "",
     essential: Sequence[str] = (),
 ) -> T:
-    """Build ``cls`` from the words of a command line.
+    """Build ``cls`` from the arguments of a command.
 
-    Knows ``--config FILE_OR_PRESET`` (repeatable, later ones win; see :func:`load_layer`),
-    ``--key.sub value`` or
-    ``--key.sub=value`` with YAML values, ``--json``, ``--help``, and bare words for fields made
-    with ``positional``. A boolean's value may be left out: ``--open`` means ``--open true``.
+    Accepts ``--config FILE_OR_PRESET`` (repeatable, later files win, see :func:`load_layer`),
+    ``--key.sub value`` or ``--key.sub=value`` with YAML values, ``--json``, ``--help``, and bare
+    words for fields of :func:`positional_field`. ``--open`` means ``--open true``.
 
     Args:
         cls: a dataclass; nested dataclasses and ``dict[str, dataclass]`` are nested keys.
-        prog: what is typed before the arguments, for example "skillnet finetune".
+        argv: the arguments.
+        prog: program and command, for example "skillnet finetune".
         description: one paragraph for ``--help``.
         example: command lines that work, one per line, for ``--help``.
         essential: dotted keys that ``--help`` shows; ``--help all`` shows every key. By default
@@ -67,12 +67,12 @@ def parse_config(
 
     Raises:
         UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
-        ValueError: what the dataclass's own ``__post_init__`` says.
+        ValueError: raised by ``__post_init__`` of the dataclass.
         SystemExit: with 0 after ``--help``.
     """
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
-    words, rest = words[:end], words[end:]  # what follows "--" may be another command's options
+    words, rest = words[:end], words[end:]  # options of another command follow "--"
     if {"--help", "--help=all", "-h"} & set(words):
         from skillnet_platform.config.help import default_essential, render_help
 
@@ -103,15 +103,15 @@ def parse_config(
 def build_config(
     cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | None = None
 ) -> T:
-    """Check the types of a complete tree and build ``cls`` from it.
+    """Build ``cls`` from a complete tree of plain values.
 
     Args:
         cls: the dataclass.
         tree: every field, as nested mappings.
-        origins: flat key -> where its value comes from (a file), for the message.
+        origins: flat key -> origin of its value (a file), for the message.
 
     Raises:
-        UserError: naming the key, what was expected and what was given.
+        UserError: a key is missing or has a wrong type; names the expected type.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -126,8 +126,8 @@ def build_config(
     parser.add_class_arguments(cls, None, as_group=False)
     try:
         made = parser.instantiate(parser.parse_object(copy.deepcopy(dict(tree))))
-    except ArgumentError as problem:
-        raise UserError(_reworded(cls, tree, str(problem), origins or {})) from None
+    except ArgumentError as error:
+        raise UserError(_reworded(cls, tree, str(error), origins or {})) from None
     return cls(**{f.name: getattr(made, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
@@ -135,15 +135,14 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
     """Read a YAML mapping of plain values.
 
     Raises:
-        UserError: no such file, not YAML (with the line) or more than plain values, or not a
-            mapping.
+        UserError: the file is missing, is not YAML (with the line), has tags, or is no mapping.
     """
     try:
         loaded = safe_yaml.load_plain_yaml(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except ValueError as problem:
-        raise UserError(f"{path}: not valid YAML: {problem}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -152,23 +151,23 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
 
 
 def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, Any]:
-    """Read a file of ``--config``. In it, a mapping may start from another file or preset.
+    """Read a file of ``--config``, in which a mapping may include another file or preset.
 
-    ``run: {include: small, training: {steps: 100}}`` is all of ``small`` with other steps.
+    ``run: {include: small, training: {steps: 100}}`` is ``small`` with another number of steps.
 
     Args:
         path: the file.
-        inside: files that include this one.
+        inside: files that include this file.
 
     Raises:
         UserError: as :func:`load_yaml`, or a file that includes itself.
     """
     chain = [*inside, Path(path).resolve()]
 
-    def whole(value: Any) -> Any:
+    def resolve_includes(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        own = {key: whole(below) for key, below in value.items() if key != INCLUDE}
+        own = {key: resolve_includes(below) for key, below in value.items() if key != INCLUDE}
         if not isinstance(value.get(INCLUDE), str):
             return own if INCLUDE not in value else own | {INCLUDE: value[INCLUDE]}
         beside = Path(path).parent / value[INCLUDE]
@@ -177,22 +176,22 @@ def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, A
             raise UserError(f"{path}: {INCLUDE}: {value[INCLUDE]} includes itself")
         return _over(load_layer(other, chain), own)
 
-    layer: dict[str, Any] = whole(load_yaml(path))
+    layer: dict[str, Any] = resolve_includes(load_yaml(path))
     return layer
 
 
 def preset_directories() -> list[Path]:
-    """Where presets are looked for: beside the package once installed, or in the checkout."""
+    """Return the directories of presets: ./configs, the installed package, the checkout."""
     here = Path(__file__).resolve().parents[1]
     places = (Path("configs").absolute(), here / "configs", here.parents[1] / "configs")
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
 def find_config(name: str) -> Path:
-    """The file of ``--config``: a path, or a preset such as ``tiny`` or ``tasks/five``.
+    """Return the file of ``--config``: a path, or a preset such as ``tiny`` or ``tasks/five``.
 
     Raises:
-        UserError: there is neither; names the nearest preset.
+        UserError: neither exists; suggests the nearest preset.
     """
     if Path(name).is_file():
         return Path(name)
@@ -201,24 +200,23 @@ def find_config(name: str) -> Path:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
         known += [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
-    raise UserError(
-        f"--config {name}: neither a file nor a preset{suggest_name(name.removesuffix('.yaml'), known)}"
-    )
+    hint = suggest_name(name.removesuffix(".yaml"), known)
+    raise UserError(f"--config {name}: neither a file nor a preset{hint}")
 
 
 def to_yaml(obj: Any) -> str:
-    """The resolved configuration as YAML that ``--config`` reads back to an equal object."""
+    """Return a configuration as YAML, which ``--config`` reads back to an equal object."""
     return yaml.safe_dump(to_dict(obj), sort_keys=False, allow_unicode=True)
 
 
 def digest_config(obj: Any) -> str:
-    """SHA-256 of the canonical JSON (sorted keys, no spaces) of dataclasses, mappings, lists."""
+    """Return the SHA-256 of a configuration's canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(_tree(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}} -> {"a.b": 1}``; lists stay values."""
+    """Return a flat mapping: ``{"a": {"b": 1}} -> {"a.b": 1}``. Lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -229,9 +227,9 @@ def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merge_trees(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Put ``new`` over ``tree``, in place: mappings merge by key, anything else is replaced.
+    """Merge ``new`` into ``tree`` in place: mappings merge by key, other values are replaced.
 
-    A null over a mapping takes it away: ``tasks: {text_to_code: null}`` leaves that task out.
+    A null removes a mapping: ``tasks: {text_to_code: null}`` removes that task.
     """
     for key, value in new.items():
         if value is None and isinstance(tree.get(key), dict):
@@ -244,7 +242,7 @@ def merge_trees(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _over(layer: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """As :func:`merge_trees`, but a null stays: what it takes away lies in a layer further below."""
+    """Merge like :func:`merge_trees`, but keep nulls: they remove entries of a lower layer."""
     for key, value in new.items():
         below = layer.get(key)
         if isinstance(value, Mapping) and isinstance(below, dict):
@@ -291,10 +289,15 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
 
 
 def read_value(text: str, hint: Any, key: str) -> Any:
-    """A word of the command line as a value: strings as they are, the rest read as YAML.
+    """Return the value of a command-line word: text unchanged, other types parsed as YAML.
+
+    Args:
+        text: the word.
+        hint: type of the key.
+        key: dotted key, for the message.
 
     Raises:
-        UserError: it is no value; names the key.
+        UserError: the word cannot be parsed; names the key.
     """
     if hint is not str and text in ("null", "None", "~"):
         return None
@@ -307,10 +310,10 @@ def read_value(text: str, hint: Any, key: str) -> Any:
         parts = text.split(",")
     try:
         values = [safe_yaml.load_plain_yaml(part) for part in parts]
-    except ValueError as problem:
+    except ValueError as error:
         short = text if len(text) <= 80 else text[:79] + "…"
         raise UserError(
-            f"command line: --{key}: cannot read {short!r} as a value ({problem})"
+            f"command line: --{key}: cannot read {short!r} as a value ({error})"
         ) from None
     return values if listed else values[0]
 
@@ -333,7 +336,7 @@ def _place_bare(cls: Any, tree: dict[str, Any], bare: list[str], prog: str) -> N
 
 
 def _reworded(cls: Any, tree: Mapping[str, Any], message: str, origins: Mapping[str, str]) -> str:
-    """jsonargparse's nested message as one line: key, what was expected, what was given."""
+    """Return jsonargparse's nested message as one line: key, expected type, value."""
     path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     key = _deepest(cls, tree, path, message)
     hint, given = hint_at(cls, key), value_at(tree, key)
@@ -344,7 +347,7 @@ def _reworded(cls: Any, tree: Mapping[str, Any], message: str, origins: Mapping[
 
 
 def _deepest(cls: Any, tree: Mapping[str, Any], path: str, message: str) -> str:
-    """jsonargparse leaves dictionary keys out of the path: find the place by its type and value."""
+    """Return the full key: jsonargparse omits dictionary keys, so match type and value."""
     if hint_at(cls, path) is not None and child_types(hint_at(cls, path)) is None:
         return path
     parts = path.split(".") if path else []

@@ -1,37 +1,37 @@
-"""YAML from anyone: plain values only, and what would explode is refused instead of loaded."""
+"""YAML of untrusted origin: plain values only, with limits on length, depth and number."""
 
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
-#: Far beyond any configuration, and read within seconds.
-LONGEST = 512 * 2**10
-DEEPEST = 50
-MOST_VALUES = 50_000
+#: Far larger than any configuration; a text at the limits is read within seconds.
+MAX_CHARACTERS = 512 * 2**10
+MAX_DEPTH = 50
+MAX_VALUES = 50_000
 
 
 def load_plain_yaml(text: str) -> Any:
-    """The value of a YAML text; keys are text and occur once.
+    """Return the value of a YAML text whose keys are text and unique.
 
     Raises:
-        ValueError: not YAML, a tag that would make an object, a key that occurs twice, or a text
-            that is longer, deeper or (with its aliases written out) larger than configurations are.
+        ValueError: not YAML, a tag that creates an object, a duplicate key, or a text above the
+            limits (aliases count as often as they are used).
     """
-    if len(text) > LONGEST:
-        raise ValueError(f"{len(text)} characters, more than {LONGEST}")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{len(text)} characters, more than {MAX_CHARACTERS}")
     try:
         value = _Loader(text).get_single_data()  # type: ignore[no-untyped-call]
-        _count(value, [MOST_VALUES])
-    except yaml.YAMLError as problem:
-        raise ValueError(" ".join(str(problem).split())) from None
+        _count(value, [MAX_VALUES])
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
         raise ValueError("a value holds itself") from None
     return value
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with limits, that takes no key twice."""
+    """Safe loader with limits that rejects duplicate keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -39,22 +39,22 @@ class _Loader(yaml.SafeLoader):
         self.flattened: dict[int, Any] = {}
 
     def fetch_flow_collection_start(self, token: Any) -> None:
-        """The scanner looks far ahead, and ever more slowly, where brackets are open."""
+        """Limit open brackets: the scanner's lookahead gets slower with each of them."""
         super().fetch_flow_collection_start(token)  # type: ignore[no-untyped-call]
-        if self.flow_level > DEEPEST:
-            raise self._problem(f"nested deeper than {DEEPEST}")
+        if self.flow_level > MAX_DEPTH:
+            raise self._problem(f"nested deeper than {MAX_DEPTH}")
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """A node and all below it."""
+        """Compose a node with its descendants, up to :data:`MAX_DEPTH` levels."""
         self.depth += 1
-        if self.depth > DEEPEST:
-            raise self._problem(f"nested deeper than {DEEPEST}")
+        if self.depth > MAX_DEPTH:
+            raise self._problem(f"nested deeper than {MAX_DEPTH}")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
     def flatten_mapping(self, node: Any) -> None:
-        """Write out the merge keys of a mapping, once: what is merged may repeat its keys."""
+        """Expand the merge keys of a mapping once; merged mappings may repeat its keys."""
         if id(node) in self.flattened:
             return
         self.flattened[id(node)] = node
@@ -69,15 +69,15 @@ class _Loader(yaml.SafeLoader):
                 raise self._problem(f"the key {key.value!r} occurs twice", key)
             seen.add(key.value)
         super().flatten_mapping(node)
-        if len(node.value) > MOST_VALUES:
-            raise self._problem(f"more than {MOST_VALUES} keys merged", node)
+        if len(node.value) > MAX_VALUES:
+            raise self._problem(f"more than {MAX_VALUES} keys merged", node)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """The value of a node; what Python says about a number or a date gets its line."""
+        """Return the value of a node; add the line to Python's error about a number or a date."""
         try:
             return super().construct_object(node, deep)
-        except (ValueError, OverflowError, AttributeError) as problem:
-            raise self._problem(str(problem), node) from None
+        except (ValueError, OverflowError, AttributeError) as error:
+            raise self._problem(str(error), node) from None
 
     def _problem(self, words: str, node: Any = None) -> yaml.MarkedYAMLError:
         mark = node.start_mark if node is not None else self.get_mark()  # type: ignore[no-untyped-call]
@@ -85,10 +85,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count(value: Any, left: list[int]) -> None:
-    """ValueError if a tree holds more values than are left; aliases count as often as used."""
+    """Raise ValueError if a tree holds more than ``left`` values, aliases expanded."""
     left[0] -= 1
     if left[0] < 0:
-        raise ValueError(f"more than {MOST_VALUES} values, aliases written out")
+        raise ValueError(f"more than {MAX_VALUES} values, aliases written out")
     below = value.values() if isinstance(value, dict) else value
     if isinstance(value, (dict, list, tuple, set)):
         for each in below:

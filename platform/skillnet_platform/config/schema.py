@@ -1,4 +1,4 @@
-"""Trees of plain values held against dataclasses: which keys exist, of what type, in words."""
+"""Checks of trees of plain values against dataclasses: keys, types and their names in errors."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from skillnet_platform.errors import UserError
 
 
 def child_types(hint: Any) -> dict[str, Any] | None:
-    """The named children of a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
+    """Return the types below a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
     hint = without_none(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         hints = typing.get_type_hints(hint)
@@ -23,7 +23,7 @@ def child_types(hint: Any) -> dict[str, Any] | None:
 
 
 def without_none(hint: Any) -> Any:
-    """``T`` of ``T | None``; any other type as it is."""
+    """Return ``T`` for ``T | None``, and any other type unchanged."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         rest = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return rest[0] if len(rest) == 1 else hint
@@ -31,7 +31,7 @@ def without_none(hint: Any) -> Any:
 
 
 def hint_at(cls: Any, key: str) -> Any:
-    """The type at a dotted key, or None if there is no such key."""
+    """Return the type at a dotted key, or ``None`` if the key does not exist."""
     hint = cls
     for part in key.split("."):
         known = child_types(hint)
@@ -42,7 +42,7 @@ def hint_at(cls: Any, key: str) -> Any:
 
 
 def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a dataclass, without those inside dictionaries."""
+    """Yield every dotted key of a dataclass, without keys inside dictionaries."""
     for name, hint in (child_types(cls) or {}).items():
         if name != "*":
             yield prefix + name
@@ -52,10 +52,17 @@ def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
 def check_keys(
     cls: Any, tree: dict[str, Any], source: str, prefix: str = "", root: Any = None
 ) -> Any:
-    """The same tree, if its keys exist and have keys below them where they must.
+    """Return the same tree after a check that its keys exist and hold mappings where required.
+
+    Args:
+        cls: type of the tree.
+        tree: nested mappings.
+        source: file or "command line", for the message.
+        prefix: dotted key of the tree, with a dot at the end.
+        root: type of the complete configuration, for suggestions.
 
     Raises:
-        UserError: naming the first that does not.
+        UserError: an unknown key, or a value where keys are expected.
     """
     root = root or cls
     known = child_types(cls)
@@ -69,7 +76,7 @@ def check_keys(
         if isinstance(value, dict):
             check_keys(below, value, source, f"{prefix}{key}.", root)
         elif value is not None and child_types(below) is not None:
-            # The library that checks types calls the dataclass with it.
+            # jsonargparse would call the dataclass with the value.
             expected = describe_type(without_none(below))
             raise UserError(
                 f"{source}: {prefix}{key}: expected {expected}, got {format_value(value)}"
@@ -78,7 +85,7 @@ def check_keys(
 
 
 def find_missing_keys(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
-    """Keys that have no default and no value."""
+    """Yield the keys that have no default and no value."""
     hint, known = without_none(hint), child_types(hint)
     if known is None or not isinstance(tree, Mapping):
         return
@@ -93,7 +100,7 @@ def find_missing_keys(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
 
 
 def find_invalid_nulls(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
-    """Keys that are null and may not be: the library that checks types lets them pass."""
+    """Yield the keys that are null although their type forbids it; jsonargparse accepts them."""
     known = child_types(hint)
     if known is None or not isinstance(tree, Mapping):
         return
@@ -106,8 +113,10 @@ def find_invalid_nulls(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
 
 
 def remove_null_entries(hint: Any, tree: Any) -> None:
-    """Take out, in place, the entries of dictionaries of dataclasses that are null: a null takes
-    an entry away, also where no layer below has it."""
+    """Remove, in place, null entries from dictionaries of dataclasses.
+
+    A null removes an entry, also if no lower layer has the entry.
+    """
     known = child_types(hint)
     if known is None or not isinstance(tree, dict):
         return
@@ -134,21 +143,21 @@ def _hint(full: str, prefix: str, known: Mapping[str, Any], root: Any) -> str:
 
 
 def nest_value(key: str, value: Any) -> dict[str, Any]:
-    """``("a.b", 1) -> {"a": {"b": 1}}``."""
+    """Return a value below a dotted key: ``("a.b", 1) -> {"a": {"b": 1}}``."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return typing.cast(dict[str, Any], value)
 
 
 def value_at(tree: Any, key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
+    """Return the value at a dotted key, or ``None`` if there is no value."""
     for part in key.split(".") if key else []:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
 
 
 def describe_type(hint: Any) -> str:
-    """A type in words: "a whole number", "one of a, b", "a list of text", …"""
+    """Return a type in words: "a whole number", "one of a, b", "a list, each text"."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if hint in names:
         return names[hint]
@@ -167,13 +176,16 @@ def describe_type(hint: Any) -> str:
 
 
 def describe_kind(value: Any) -> str:
-    """What sort of value this is, in words."""
-    names = {list: "a list", str: "text", int: "a whole number", float: "a number"}
+    """Return the kind of a value in words."""
+    names = {
+        **{list: "a list", str: "text", int: "a whole number", float: "a number"},
+        dict: "keys and values",
+    }
     return names.get(type(value), type(value).__name__)
 
 
 def format_value(value: Any) -> str:
-    """A value as an error shows it: short, with its sort."""
+    """Return a value for an error message, shortened, with its kind."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     text = str(value) if isinstance(value, (list, dict)) else repr(value)

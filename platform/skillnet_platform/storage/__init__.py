@@ -1,4 +1,8 @@
-"""TODO: package skillnet_platform.storage."""
+"""Files on the local disk and in object stores.
+
+``local`` writes files atomically, ``objects`` and ``directories`` read and write object stores,
+``location`` parses paths and URIs, ``retry`` repeats transient failures, ``cache`` keeps shards.
+"""
 
 from skillnet_platform.storage.local import (
     HOME_VARIABLE,

@@ -1,15 +1,15 @@
-"""A bounded cache on the local disk for files of a store, shared by all processes of a host.
+"""Bounded cache on the local disk for files of an object store, shared by a node's processes.
 
     <folder>/
-      <sha256>                 a whole, verified file
-      <sha256>.lock            held by the process that downloads it
-      <sha256>.<bytes>.taken   space that a download on its way will take
-      .<sha256>.<…>.tmp        a download on its way
-      .room                    held while space is made
+      <sha256>                 a complete, verified file
+      <sha256>.lock            locked by the process that downloads the file
+      <sha256>.<bytes>.taken   space reserved by a running download
+      .<sha256>.<…>.tmp        a running download
+      .room                    locked while space is freed
 
-Files are named by their content: the same shard of two corpora is kept once, and an altered one
-cannot get in. A process that uses a file holds a shared lock on it, which the system takes back
-when the process ends; only files without one are removed, those not used for longest first.
+Files are named by the hash of their content. A shard of two corpora is stored once, and an altered
+shard is rejected. A process holds a shared lock on each file that it uses; the system releases the
+lock when the process ends. The cache removes only unlocked files, the least recently used first.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from skillnet_platform.storage import local as local_storage
 FOLDER_VARIABLE = "SKILLNET_CACHE"
 LIMIT_VARIABLE = "SKILLNET_CACHE_GB"
 DEFAULT_GB = 20.0
-#: Downloads ahead of need at once.
+#: Number of concurrent prefetches.
 STREAMS = 4
 GB = 10**9
 
@@ -39,12 +39,12 @@ _NAME_LENGTH = 64
 
 @dataclass(frozen=True)
 class CacheKey:
-    """A file of a store and what it has to be.
+    """Location, hash and size of a file in an object store.
 
     Args:
-        uri: where it is.
+        uri: of the file.
         sha256: of its content, in hexadecimal.
-        bytes: its size.
+        bytes: size of the file.
     """
 
     uri: str
@@ -52,17 +52,17 @@ class CacheKey:
     bytes: int
 
     def __post_init__(self) -> None:
-        # It becomes a file's name: a manifest must not lead elsewhere.
+        # It becomes a file name: a manifest must not lead out of the folder.
         if len(self.sha256) != _NAME_LENGTH or not set(self.sha256) <= set("0123456789abcdef"):
-            raise UserError(f"{self.uri}: its manifest gives no SHA-256 but {self.sha256!r}")
+            raise UserError(f"{self.uri}: expected a SHA-256 in its manifest, got {self.sha256!r}")
 
 
 class CacheHandle:
-    """A cached file in use; it stays until this is released or collected.
+    """Cached file in use. The cache keeps the file until the handle is released or collected.
 
     Args:
-        path: the file.
-        descriptor: opened, with a shared lock.
+        path: of the file.
+        descriptor: open file descriptor with a shared lock.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -70,7 +70,7 @@ class CacheHandle:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let the cache remove the file when it needs the space."""
+        """Allow the cache to remove the file."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -80,11 +80,11 @@ class CacheHandle:
 
 
 class FileCache:
-    """See the head of this file.
+    """Cache of files by their hash; see the module docstring.
 
     Args:
         folder: on a local disk.
-        limit: bytes that the files may take together.
+        limit: bytes of all files together.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
@@ -97,10 +97,10 @@ class FileCache:
         self._warned = False
 
     def hold(self, wanted: CacheKey) -> CacheHandle:
-        """The file, downloaded unless it is there, and kept until the result is released.
+        """Return the file, downloaded if needed; the cache keeps it until the handle is released.
 
         Raises:
-            UserError: the store refuses, has no such file or another one; the disk is full.
+            UserError: the store refuses, the file is missing or altered, or the disk is full.
             StoreUnavailableError: see :func:`retry_transient`.
         """
         while True:
@@ -110,9 +110,9 @@ class FileCache:
             self._fetch(wanted, needed=True)
 
     def prefetch(self, wanted: Iterable[CacheKey]) -> None:
-        """Start downloads of files that will be wanted soon, if there is room for them.
+        """Start downloads of files that are needed soon, if the limit allows.
 
-        What goes wrong is told by :meth:`hold`, which tries again.
+        :meth:`hold` repeats a failed download and reports its error.
         """
         with self._lock:
             for one in wanted:
@@ -121,7 +121,7 @@ class FileCache:
                     self._coming.add(one.sha256)
                     self._queue.put(one)
             if self._coming and not self._threads:
-                # Daemons: what is fetched ahead must not keep a process that has ended from going.
+                # Daemons: a prefetch must not delay the end of the process.
                 self._threads = [
                     threading.Thread(target=self._work, name="prefetch", daemon=True)
                     for _ in range(STREAMS)
@@ -135,16 +135,16 @@ class FileCache:
             try:
                 self._fetch(one, needed=False)
             except UserError:
-                # Whoever needs the file asks again, and is told. Until then an altered one would
-                # be downloaded for each batch that looks ahead.
+                # :meth:`hold` reports the error. Without this set, each prefetched batch would
+                # download an altered file again.
                 self._refused.add(one.sha256)
             except Exception:  # noqa: S110
-                pass  # the store may be back when the file is needed
+                pass  # the store may answer when the file is needed
             finally:
                 self._coming.discard(one.sha256)
 
     def used(self) -> int:
-        """Bytes of all files, and of those on their way."""
+        """Return the bytes of all files and running downloads."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / ".room"):
             marks = self._reserved()
@@ -159,10 +159,10 @@ class FileCache:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         try:
             mine, there = os.fstat(descriptor), path.stat()
-            # It may have been removed, and even fetched again, before the lock was ours.
+            # Another process may have removed or replaced it before this one got the lock.
             if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
                 if mine.st_size == wanted.bytes:
-                    os.utime(path)  # used now: the last to be removed
+                    os.utime(path)  # most recently used
                     return CacheHandle(path, descriptor)
                 path.unlink(missing_ok=True)
         except FileNotFoundError:
@@ -171,7 +171,7 @@ class FileCache:
         return None
 
     def _fetch(self, wanted: CacheKey, needed: bool) -> None:
-        """Download a file unless somebody has; without ``needed`` only if there is room."""
+        """Download a missing file; without ``needed`` only if the limit allows."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / wanted.sha256
         with _locked(self.folder / f"{wanted.sha256}.lock"):
@@ -185,16 +185,17 @@ class FileCache:
                 directories.get_file(wanted.uri, path, wanted.sha256)
             except FileNotFoundError:
                 raise UserError(
-                    f"{wanted.uri}: this file is missing, though its manifest names it. Put it "
-                    "there again"
+                    f"{wanted.uri}: the file is missing, although its manifest lists it. Upload "
+                    "it again"
                 ) from None
             finally:
                 reserved.unlink(missing_ok=True)
 
     def _make_room(self, wanted: CacheKey, needed: bool) -> Path | None:
-        """Remove old files until the wanted one fits; marks its space as taken.
+        """Remove old files until a file fits, and reserve its space.
 
-        None if there is no room and the file is not needed now.
+        Returns:
+            Mark of the reservation. ``None`` if nothing fits and the file is not needed now.
         """
         with _locked(self.folder / ".room"):
             self._sweep()
@@ -215,7 +216,7 @@ class FileCache:
             return mark
 
     def _files(self) -> list[tuple[Path, int, float]]:
-        """(path, bytes, time of last use) of the whole files."""
+        """Return (path, bytes, time of last use) of the complete files."""
         found = []
         for path in self.folder.glob("*"):
             if len(path.name) == _NAME_LENGTH:
@@ -225,17 +226,17 @@ class FileCache:
         return found
 
     def _taken(self, marks: dict[Path, int], files: list[tuple[Path, int, float]]) -> int:
-        # A file in place whose mark is still there counts once. Marks are read before files: a
-        # download that ends between the two would be in neither the other way round.
+        # A file with a mark counts once. Marks are read before files: in the other order a download
+        # that ends in between would be missed.
         sizes = {mark.name.split(".")[0]: size for mark, size in marks.items()}
         return sum((sizes | {path.name: size for path, size, _ in files}).values())
 
     def _reserved(self) -> dict[Path, int]:
-        """Bytes that downloads on their way will take."""
+        """Return mark -> bytes of the running downloads."""
         return {path: int(path.name.split(".")[1]) for path in self.folder.glob("*.taken")}
 
     def _sweep(self) -> None:
-        """Remove what downloads of dead processes left: nobody holds their locks."""
+        """Remove leftovers of downloads of dead processes: their locks are free."""
         for mark in self._reserved():
             sha256 = mark.name.split(".")[0]
             with (self.folder / f"{sha256}.lock").open("a") as lock:
@@ -251,14 +252,14 @@ class FileCache:
         if not self._warned:
             self._warned = True
             console.warn(
-                f"{self.folder}: the shards in use take {local_storage.human_bytes(excess)} more than "
-                f"the cache's limit of {local_storage.human_bytes(self.limit)}; going on over it. Set "
-                "storage.cache_gb higher, or training.shuffle_gb lower"
+                f"{self.folder}: the shards in use exceed the cache limit of "
+                f"{local_storage.human_bytes(self.limit)} by {local_storage.human_bytes(excess)}. "
+                "Set storage.cache_gb higher, or training.shuffle_gb lower"
             )
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless a process uses it; whether it is gone."""
+    """Remove a file unless a process uses it; return whether it is removed."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -281,7 +282,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where the cache is: ``$SKILLNET_CACHE``, or ``cache/shards`` under the run root."""
+    """Return the cache folder: ``$SKILLNET_CACHE``, or ``cache/shards`` in the run root."""
     given = os.environ.get(FOLDER_VARIABLE)
     return (
         Path(given).expanduser().absolute()
@@ -291,10 +292,10 @@ def cache_folder() -> Path:
 
 
 def cache_limit() -> int:
-    """Bytes of the cache: ``$SKILLNET_CACHE_GB`` in 10^9 bytes, else 20.
+    """Return the limit of the cache in bytes: ``$SKILLNET_CACHE_GB`` in GB, else 20 GB.
 
     Raises:
-        UserError: the variable holds no size.
+        UserError: the variable is not a positive number.
     """
     given = os.environ.get(LIMIT_VARIABLE)
     try:
@@ -310,10 +311,10 @@ _shared: dict[tuple[Any, ...], FileCache] = {}
 
 
 def shared_cache(gigabytes: float | None = None) -> FileCache:
-    """This process's face of the host's cache.
+    """Return this process's object for the node's cache.
 
     Args:
-        gigabytes: its limit; none takes the environment's.
+        gigabytes: limit in GB. ``None`` takes the limit of the environment.
     """
     limit = cache_limit() if gigabytes is None else int(gigabytes * GB)
     key = (cache_folder(), limit, os.getpid())

@@ -1,15 +1,14 @@
-"""Files and folders in an object store, by URI: ``s3://bucket/prefix``, ``gs://…``, ``file://…``.
+"""Folders in an object store, by URI: ``s3://bucket/prefix``, ``gs://…``, ``file://…``.
 
-Through fsspec, so any of its file systems will do. An object store has no rename and no
-half-visible folder: a folder there is *committed* when its manifest is there, which is written
-last and removed first. A folder without its manifest is what a dead upload left, and counts as
-nothing.
+Any file system of fsspec works. An object store has no rename, so a folder is *committed* when its
+manifest exists. The manifest is written last and removed first. A folder without a manifest is the
+leftover of an interrupted upload and is ignored.
 
     put_directory("runs/a/checkpoints/step-00000500", "s3://bucket/runs/a/checkpoints/step-…")
     is_committed("s3://bucket/runs/a/checkpoints/step-00000500")
     get_directory("s3://bucket/…", "elsewhere/step-00000500", check=checkpoints.verify_checkpoint)
 
-Every function tries again while the store is away: see :func:`retry_transient`.
+Every function repeats transient failures: see :func:`retry_transient`.
 """
 
 import hashlib
@@ -67,7 +66,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-#: Transfers of one folder at once; a transfer of a large file uses several connections itself.
+#: Concurrent transfers of one folder. The transfer of a large file uses several connections.
 STREAMS = 4
 
 
@@ -96,16 +95,16 @@ def put_directory(
     manifest: str = MANIFEST,
     on_file: Callable[[str, int], None] | None = None,
 ) -> bool:
-    """Upload a folder and commit it by its manifest, which comes last.
+    """Upload a folder and commit it by its manifest, which is written last.
 
-    A folder that is there with the same manifest and files of the same size is left as it is.
-    One with another manifest is replaced: from the removal of its manifest to the arrival of the
-    new one there is no folder. Files whose content is known to be there are not sent again, so
-    an upload that was cut short goes on where it stopped.
+    A folder with the same manifest and files of the same size is not changed. A folder with another
+    manifest is replaced: between the removal of its manifest and the write of the new manifest the
+    folder does not exist. Files with known content are not sent again, so an interrupted upload
+    resumes.
 
     Args:
-        local: a folder with a manifest.
-        uri: where its files go.
+        local: folder with a manifest.
+        uri: of the new folder.
         manifest: name of the file that commits it.
         on_file: called with the name and size of each file that is there.
 
@@ -155,15 +154,14 @@ def get_directory(
     check: Callable[[Path], Any] | None = None,
     on_file: Callable[[str, int], None] | None = None,
 ) -> Path:
-    """Download a committed folder; it is in place whole or not at all.
+    """Download a committed folder atomically.
 
     Args:
-        uri: the folder.
-        local: where it will be; what is there is replaced.
-        manifest: name of the file that commits it.
-        check: called with the downloaded folder before it is put in place; raises if it is not
-            what it should be.
-        on_file: called with the name and size of each file that arrived.
+        uri: of the folder.
+        local: path of the new folder; an existing folder is replaced.
+        manifest: name of the file that commits the folder.
+        check: called with the downloaded folder before the rename; raises if it is invalid.
+        on_file: called with the name and size of each downloaded file.
 
     Raises:
         UserError: the folder is not committed; the disk is full; what ``check`` raises; see also
@@ -171,7 +169,7 @@ def get_directory(
     """
     entries = list_files(uri)
     if manifest not in {entry.name for entry in entries}:
-        what = f"has no {manifest}: its upload did not end" if entries else "does not exist"
+        what = f"has no {manifest}: its upload is incomplete" if entries else "does not exist"
         raise UserError(f"{uri} {what}")
     target = Path(local)
     total = sum(entry.bytes for entry in entries)
@@ -201,13 +199,13 @@ def copy_files(
     names: Iterable[str],
     on_file: Callable[[str], None] | None = None,
 ) -> None:
-    """Copy files of one folder to another one of the same store.
+    """Copy files of one folder to another folder of the same store.
 
     Args:
-        source: the folder that has them.
-        target: where they go.
+        source: URI of the folder with the files.
+        target: URI of the other folder.
         names: of the files.
-        on_file: called with the name of each that is there.
+        on_file: called with the name of each copied file.
 
     Raises:
         FileNotFoundError: one of them is not there.
@@ -223,7 +221,7 @@ def copy_files(
 
 
 def _each(action: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Do it for all items, several at once; the first error ends it."""
+    """Run an action for all items concurrently; the first error ends it."""
     waiting = list(items)
     if len(waiting) < 2:
         for item in waiting:
@@ -240,13 +238,13 @@ def _each(action: Callable[[Any], None], items: Iterable[Any]) -> None:
 
 
 def _is_there(uri: str, local: Path) -> bool:
-    """Whether the object is known to hold these bytes: by the MD5 that the store gives of it.
+    """Return whether an object has the bytes of a local file, by the MD5 of the store.
 
-    Where it gives none (parts, encryption), the answer is no.
+    Without an MD5 (multipart upload, encryption) the result is False.
     """
-    told = md5_of(info_of(uri) or {})
-    if told is None:
+    digest = md5_of(info_of(uri) or {})
+    if digest is None:
         return False
     with local.open("rb") as stream:
         found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
-    return found.digest() == told
+    return found.digest() == digest

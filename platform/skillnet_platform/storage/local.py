@@ -1,4 +1,4 @@
-"""Paths, digests, and writing so that nothing half-written is ever taken for whole."""
+"""Local files: paths of the run root, hashes, and atomic writes of files and directories."""
 
 import contextlib
 import errno
@@ -16,32 +16,38 @@ HOME_VARIABLE = "SKILLNET_HOME"
 
 
 def run_root() -> Path:
-    """Where everything that runs make is kept: ``$SKILLNET_HOME``, or ``runs`` in the working
-    directory. Always absolute, so that a worker started elsewhere finds the same place."""
+    """Return the run root: ``$SKILLNET_HOME``, or ``runs`` in the working directory.
+
+    The path is absolute, so that a worker with another working directory finds the same folder.
+    """
     return Path(os.environ.get(HOME_VARIABLE) or "runs").expanduser().absolute()
 
 
 def data_root() -> Path:
-    """Where prepared corpora are kept by default: ``<run root>/corpora``."""
+    """Return the default folder of prepared corpora: ``<run root>/corpora``."""
     return run_root() / "corpora"
 
 
 def archive_root() -> Path:
-    """Where downloads are kept by default: ``<run root>/archives``."""
+    """Return the default folder of downloads: ``<run root>/archives``."""
     return run_root() / "archives"
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal. Reads in blocks; memory stays small."""
+    """Return the SHA-256 of a file in hexadecimal, read in blocks."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file beside ``path`` and put it in its place when the block ends without error.
+    """Open a temporary file that replaces ``path`` when the block ends without error.
 
-    Readers see the old file or the whole new one. ``mode`` is "wb" or "w" (UTF-8).
+    Readers see the old file or the complete new file.
+
+    Args:
+        path: of the file.
+        mode: "wb", or "w" for UTF-8 text.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -64,7 +70,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write ``obj`` as readable JSON, atomically."""
+    """Write ``obj`` as indented JSON, atomically."""
     with atomic_write(path, "w") as stream:
         json.dump(obj, stream, ensure_ascii=False, indent=2)
         stream.write("\n")
@@ -74,43 +80,43 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: there is no such file, or it is not JSON.
+        UserError: the file is missing or not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: not a JSON file ({problem})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
 
 
 def read_record(
     path: str | os.PathLike[str], kinds: Mapping[str, type | tuple[type, ...]], remedy: str
 ) -> dict[str, Any]:
-    """Read a JSON object that has some keys at least.
+    """Read a JSON object and check some of its keys.
 
     Args:
         path: of the file.
-        kinds: key -> what its value must be.
-        remedy: what to do where the file is damaged.
+        kinds: key -> type of its value.
+        remedy: advice at the end of the error about a damaged file.
 
     Raises:
         UserError: there is no such file, or it is damaged.
     """
-    told = read_json(path)
-    if not isinstance(told, dict):
-        raise UserError(f"{path} is damaged: it holds no object; {remedy}")
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged: expected an object; {remedy}")
     for key, kind in kinds.items():
-        if not isinstance(told.get(key), kind):
-            raise UserError(f"{path} is damaged: no {key}, or one of another kind; {remedy}")
-    return told
+        if not isinstance(record.get(key), kind):
+            raise UserError(f"{path} is damaged: {key} is missing or of another type; {remedy}")
+    return record
 
 
 @contextlib.contextmanager
 def staging_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty directory to fill; it becomes ``final`` when the block ends without error.
+    """Provide an empty directory that becomes ``final`` when the block ends without error.
 
-    After an error it is removed. What killed processes left beside ``final`` is removed first.
+    After an error the directory is removed. Leftovers of killed processes are removed first.
 
     Raises:
         UserError: the disk is full.
@@ -122,12 +128,12 @@ def staging_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty directory beside ``path``; it is removed when the block ends, however.
+    """Provide an empty directory beside ``path`` that is removed when the block ends.
 
-    What killed processes left of theirs is removed first.
+    Leftovers of killed processes are removed first.
 
     Raises:
-        UserError: it cannot be made there.
+        UserError: the directory cannot be created.
     """
     target = Path(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -142,9 +148,9 @@ def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
-    """Put the finished directory ``tmp`` in place as ``final``, replacing one that is there.
+    """Rename the finished directory ``tmp`` to ``final`` and replace an existing directory.
 
-    Its files are on the disk before the name changes. Both must be on one file system.
+    The files are synced to the disk before the rename. Both must be on one file system.
     """
     source, target = Path(tmp), Path(final)
     for folder, _, names in os.walk(source):
@@ -164,49 +170,53 @@ def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str])
 
 @contextlib.contextmanager
 def _making(path: Path) -> Iterator[None]:
-    """Say in one message why a file or folder cannot be made at all."""
+    """Turn an OSError about a new file or folder into one message."""
     try:
         with disk_guard(path):
             yield
-    except OSError as problem:
-        # "File exists" is what is said of a file where a folder should be.
-        is_file = isinstance(problem, FileExistsError)
-        why = os.strerror(errno.ENOTDIR) if is_file else problem.strerror or str(problem)
-        raise UserError(f"{path}: cannot be written ({why}); give a folder that can") from problem
+    except OSError as error:
+        # "File exists" means a file at the path of a folder.
+        is_file = isinstance(error, FileExistsError)
+        why = os.strerror(errno.ENOTDIR) if is_file else error.strerror or str(error)
+        raise UserError(f"{path}: cannot be written ({why}); give a writable folder") from error
 
 
 @contextlib.contextmanager
 def disk_guard(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
-    """Turn "no space left", from whichever library, into one message.
+    """Turn "no space left" of any library into one message.
 
     Args:
-        path: what is being written.
-        needed: bytes that it takes in all, if known.
+        path: that is being written.
+        needed: total bytes, if known.
 
     Raises:
         UserError: naming the path, the bytes free and the bytes needed.
     """
     try:
         yield
-    except Exception as problem:
-        full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(problem):
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
             raise
-        raise UserError(_full_message(Path(path), needed)) from problem
+        raise UserError(_full_message(Path(path), needed)) from error
 
 
 def require_space(path: str | os.PathLike[str], needed: int) -> None:
-    """Check, before a long write, that ``needed`` bytes are free where ``path`` will be.
+    """Check before a long write that the disk has enough free bytes.
+
+    Args:
+        path: that will be written.
+        needed: bytes.
 
     Raises:
-        UserError: naming the path, the bytes free and the bytes needed.
+        UserError: too few bytes are free; names path, free and needed bytes.
     """
     if free_bytes(Path(path)) < needed:
         raise UserError(_full_message(Path(path), needed))
 
 
 def human_bytes(count: float) -> str:
-    """``1536 -> "1.5 KiB"``."""
+    """Return a number of bytes with its unit: ``1536 -> "1.5 KiB"``."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -224,7 +234,7 @@ def _full_message(path: Path, needed: int | None) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free where ``path`` is, or would be."""
+    """Return the free bytes of the disk that holds ``path`` or its nearest existing parent."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -237,13 +247,13 @@ def _remove_leftovers(final: Path, kind: str = "tmp") -> None:
         if pid.isdigit() and int(pid) != os.getpid() and process_is_alive(int(pid)):
             continue
         if left.name.endswith(".old.tmp") and not final.exists():
-            left.rename(final)  # killed between the two renames: the old one is still whole
+            left.rename(final)  # killed between the two renames: the old directory is complete
         else:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def process_is_alive(pid: int) -> bool:
-    """Whether a process of this machine with that id runs, whoever owns it."""
+    """Return whether a process of this machine has that id, of any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

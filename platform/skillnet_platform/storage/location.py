@@ -1,4 +1,4 @@
-"""What a user gives where a folder is asked for: a path, or the URI of a place in a store."""
+"""Locations given by users: a path, or the URI of a folder in an object store."""
 
 from pathlib import Path
 
@@ -11,13 +11,16 @@ Location = Path | str
 
 
 def parse_location(given: str | Path | None, default: Path) -> Location:
-    """The place that was given, or the default.
+    """Return the location of a user's text, or the default.
 
-    ``pathlib`` would make ``s3:/bucket`` of ``s3://bucket``: whoever takes a place from a user
-    asks here first.
+    ``pathlib`` turns ``s3://bucket`` into ``s3:/bucket``, so every user input passes through here.
+
+    Args:
+        given: path or URI. Empty takes the default.
+        default: path to use without ``given``.
 
     Raises:
-        UserError: a ``file://`` URI that names another host.
+        UserError: a ``file://`` URI of another node.
     """
     if not given:
         return default
@@ -33,12 +36,12 @@ def parse_location(given: str | Path | None, default: Path) -> Location:
 
 
 def join_location(where: Location, *names: str) -> Location:
-    """A place below another."""
+    """Return the location of ``names`` below ``where``."""
     return where.joinpath(*names) if isinstance(where, Path) else join_uri(where, *names)
 
 
 def read_if_exists(where: Location) -> bytes | None:
-    """The bytes of a small file of a place, or none if there is no such file."""
+    """Return the bytes of a small file, or ``None`` if the file does not exist."""
     try:
         if isinstance(where, Path):
             return where.read_bytes()
@@ -48,10 +51,15 @@ def read_if_exists(where: Location) -> bytes | None:
 
 
 def require_local_folder(given: str | Path | None, default: Path, key: str) -> Path:
-    """The folder on this machine that was given, or the default.
+    """Return a local folder given by the user, or the default.
+
+    Args:
+        given: path. Empty takes the default.
+        default: path to use without ``given``.
+        key: option, for the message.
 
     Raises:
-        UserError: it is a place in a store; names the key.
+        UserError: ``given`` is the URI of an object store.
     """
     found = parse_location(given, default)
     if isinstance(found, str):

@@ -16,12 +16,12 @@ from skillnet_platform.storage.retry import AZURE, missing_bucket, retry_transie
 
 Result = TypeVar("Result")
 
-#: Addresses with a scheme that are no places in a store.
+#: Schemes of addresses that are not object stores.
 _NOT_STORES = ("models", "runs", "http", "https")
 #: Options of the client for ``s3://``.
 S3_OPTIONS = {
     "use_listings_cache": False,
-    # A request that hangs ends soon; the patient loop around it does the waiting.
+    # A hanging request ends soon: retry_transient repeats it.
     "config_kwargs": {
         "connect_timeout": 10,
         "read_timeout": 30,
@@ -32,22 +32,31 @@ S3_OPTIONS = {
 
 @dataclass(frozen=True)
 class ObjectEntry:
-    """A file in a store: its name below the folder that was listed, and its bytes."""
+    """File in an object store.
+
+    Args:
+        name: relative to the listed folder.
+        bytes: size of the file.
+    """
 
     name: str
     bytes: int
 
 
 def is_uri(place: str | os.PathLike[str] | None) -> bool:
-    """Whether this names a place in a store, rather than a path or a registry's address."""
+    """Return whether a text is the URI of an object store, not a path or registry address."""
     scheme, mark, _ = str(place or "").partition("://")
     return bool(mark) and scheme.isidentifier() and scheme not in _NOT_STORES
 
 
 def join_uri(uri: str, *names: str) -> str:
-    """A place below another: ``join("s3://b/x/", "y", "z.json") -> "s3://b/x/y/z.json"``.
+    """Return a URI below another: ``("s3://b/x/", "y", "z.json") -> "s3://b/x/y/z.json"``.
 
-    Names may go up, as a manifest's ``../tokenizer.json`` does, but not above the bucket.
+    Names may go up, such as ``../tokenizer.json`` of a manifest, but not above the bucket.
+
+    Args:
+        uri: of a folder.
+        names: path components.
 
     Raises:
         UserError: a name leads above the bucket.
@@ -65,12 +74,12 @@ def join_uri(uri: str, *names: str) -> str:
 
 
 def last_name(uri: str) -> str:
-    """The last part of a URI."""
+    """Return the last component of a URI."""
     return uri.rstrip("/").rpartition("/")[2]
 
 
 def object_exists(uri: str) -> bool:
-    """Whether there is such an object (folders are no objects).
+    """Return whether an object exists (folders are not objects).
 
     Raises:
         UserError, StoreUnavailableError: see :func:`retry_transient`.
@@ -79,10 +88,10 @@ def object_exists(uri: str) -> bool:
 
 
 def open_file(uri: str) -> IO[bytes]:
-    """An object opened for reading, with random access. Close it.
+    """Open an object for reading with random access; the caller closes it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the object does not exist.
         UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
@@ -95,10 +104,10 @@ def open_file(uri: str) -> IO[bytes]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The content of a small object.
+    """Return the content of a small object.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the object does not exist.
         UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
@@ -110,7 +119,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Put a small object: readers see the old one or the whole new one."""
+    """Write a small object; readers see the old or the complete new object."""
 
     def write() -> None:
         system, path = _system(uri)
@@ -124,10 +133,10 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def put_file(local: str | os.PathLike[str], uri: str) -> None:
-    """Upload a file. Readers see the old object or the whole new one.
+    """Upload a file; readers see the old or the complete new object.
 
     Raises:
-        FileNotFoundError: the local file is not there (any more).
+        FileNotFoundError: the local file does not exist.
         UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
@@ -143,10 +152,10 @@ def put_file(local: str | os.PathLike[str], uri: str) -> None:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy an object within a store: its bytes do not pass through this machine.
+    """Copy an object within a store, without a transfer through this machine.
 
     Raises:
-        FileNotFoundError: there is no such object.
+        FileNotFoundError: the object does not exist.
         UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
 
@@ -161,11 +170,16 @@ def copy_file(source: str, target: str) -> None:
 
 
 def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None) -> None:
-    """Download a file beside its place, compare its hash, and put it in place.
+    """Download a file to a temporary name, check its hash, and rename it.
+
+    Args:
+        uri: of the object.
+        local: path of the file.
+        sha256: expected hash in hexadecimal. ``None`` skips the check.
 
     Raises:
-        FileNotFoundError: there is no such object.
-        UserError: its content is not what ``sha256`` says; the disk is full; see also
+        FileNotFoundError: the object does not exist.
+        UserError: the content has another hash, or the disk is full; see also
             :func:`retry_transient`.
     """
     target = Path(local)
@@ -192,10 +206,10 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
 
 
 def list_files(uri: str) -> list[ObjectEntry]:
-    """All files below a folder, by name; empty if there are none.
+    """Return all files below a folder, sorted by name; empty if there are none.
 
     Raises:
-        UserError: the bucket is not there, or is not ours to list.
+        UserError: the bucket does not exist, or may not be listed.
         StoreUnavailableError: see :func:`retry_transient`.
     """
 
@@ -217,7 +231,7 @@ def list_files(uri: str) -> list[ObjectEntry]:
 
 
 def list_folders(uri: str) -> list[str]:
-    """Names of the folders in a folder, in order; empty if there are none."""
+    """Return the names of the folders in a folder, sorted."""
 
     def found() -> list[str]:
         system, path = _system(uri)
@@ -231,7 +245,7 @@ def list_folders(uri: str) -> list[str]:
 
 
 def remove_file(uri: str) -> None:
-    """Remove an object; without one there is nothing to do."""
+    """Remove an object, if it exists."""
 
     def remove() -> None:
         system, path = _system(uri)
@@ -244,10 +258,10 @@ def remove_file(uri: str) -> None:
 
 
 def info_of(uri: str) -> dict[str, Any] | None:
-    """What the store tells of an object, or none if there is none.
+    """Return the metadata of an object, or ``None`` if the object does not exist.
 
     Raises:
-        UserError: the bucket is not there; see also :func:`retry_transient`.
+        UserError: the bucket does not exist; see also :func:`retry_transient`.
     """
 
     def ask() -> dict[str, Any] | None:
@@ -263,27 +277,27 @@ def info_of(uri: str) -> dict[str, Any] | None:
 
 
 def md5_of(info: Mapping[str, Any]) -> bytes | None:
-    """The MD5 of an object's bytes by what :func:`info_of` gave; none where the store gives none.
+    """Return the MD5 of an object from the metadata of :func:`info_of`, or ``None``.
 
-    S3 gives it as the tag of an object that was sent in one part, unless it is encrypted by a
-    key; GCS in base64, of all but composed objects; Azure of what was sent in one block or by a
-    client that said it.
+    S3 has it as the tag of an object that was uploaded in one part and is not encrypted by a key.
+    GCS has it in base64, except for composed objects. Azure has it for one block, or if the client
+    sent it.
     """
     tag = str(info.get("ETag") or "").strip('"')
     if re.fullmatch("[0-9a-f]{32}", tag):
         return bytes.fromhex(tag)
     if isinstance(given := info.get("md5Hash"), str):
         return base64.b64decode(given)
-    # Azure's own kind of mapping, which is none of Python's.
+    # Azure's mapping type is not a Mapping of Python.
     given = (info.get("content_settings") or {}).get("content_md5")
     return bytes(given) if given else None
 
 
 def _in_bucket(uri: str, action: Callable[[], Result]) -> Result:
-    """Do it steadily; where something is missing, see whether it is the bucket.
+    """Run an action with retries, and report a missing bucket as a user error.
 
     Raises:
-        FileNotFoundError: there is no such object.
+        FileNotFoundError: the object does not exist.
         UserError, StoreUnavailableError: see :func:`retry_transient`.
     """
     try:
@@ -304,10 +318,10 @@ def _or_nothing(uri: str, found: Callable[[], list[Any]]) -> list[Any]:
 
 
 def _require_bucket(uri: str) -> None:
-    """Tell a missing bucket, which somebody has to mend, from a missing object.
+    """Distinguish a missing bucket from a missing object.
 
     Raises:
-        UserError: there is no such bucket.
+        UserError: the bucket does not exist.
     """
     parts = urlsplit(uri)
     if parts.scheme not in ("s3", "gs", "gcs", *AZURE):
@@ -323,12 +337,12 @@ def _require_bucket(uri: str) -> None:
 
 
 def is_local_uri(uri: str) -> bool:
-    """Whether a URI names a place on this machine's disk."""
+    """Return whether a URI names a path on this machine's disk."""
     return urlsplit(uri).scheme in ("file", "local")
 
 
 def _system(uri: str) -> tuple[Any, str]:
-    """(fsspec's file system, the path in it) of a URI; fsspec keeps one for each kind."""
+    """Return fsspec's file system of a URI and the path in it; fsspec caches the systems."""
     import fsspec
 
     scheme = urlsplit(uri).scheme

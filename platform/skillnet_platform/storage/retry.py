@@ -1,7 +1,8 @@
-"""What an object store's failure means: the user's mistake, or a store that is away for a while.
+"""Failures of object stores: user error, missing object, or temporary outage.
 
-Clients raise their own errors; here they become a ``UserError`` (wrong credentials, missing
-bucket), a ``FileNotFoundError`` (no such object), or, after patient tries, ``StoreUnavailableError``.
+Each client raises its own errors. :func:`retry_transient` turns them into ``UserError`` (wrong
+credentials, missing bucket), ``FileNotFoundError`` (missing object), or, after retries,
+``StoreUnavailableError``.
 """
 
 import errno
@@ -18,14 +19,14 @@ from skillnet_platform.errors import UserError, suggest_name
 
 Result = TypeVar("Result")
 
-#: Seconds that an operation is tried again before it counts as failed.
+#: Seconds in which an operation is repeated before it fails.
 PATIENCE_VARIABLE = "SKILLNET_STORE_PATIENCE"
 DEFAULT_PATIENCE_S = 120.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 20.0
-#: People hear of a store that is away no more often than this.
+#: Seconds between two warnings about one store.
 QUIET_S = 30.0
 
-#: What pip installs for a scheme whose client is missing.
+#: Scheme -> package of its client.
 CLIENTS = {
     "s3": "'skillnet-platform[s3]'",
     "gs": "'skillnet-platform[gs]'",
@@ -37,7 +38,7 @@ CLIENTS = {
 #: Schemes of Azure, where a bucket is called a container.
 AZURE = ("abfs", "abfss", "az")
 
-# Codes that clients give for requests that will never succeed as they are.
+# Error numbers of requests that no retry repairs.
 _REFUSED = {
     errno.EINVAL,
     errno.EPERM,
@@ -50,7 +51,7 @@ _REFUSED = {
     errno.ENOSPC,
     errno.EDQUOT,
 }
-# How clients say that a bucket is not there: not a path with that word in it.
+# Texts of clients about a missing bucket. A path with that word must not match.
 _NO_BUCKET = re.compile(
     r"NoSuchBucket|ContainerNotFound"
     r"|(?<![\w/.-])bucket\b(?![/.-])[^/]{0,80}(does not exist|not found)",
@@ -60,7 +61,7 @@ _CLIENT_PACKAGES = (
     *("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec"),
     *("gcsfs", "google", "adlfs", "azure"),
 )
-# Clients' errors about credentials, by name: a client need not be there.
+# Names of credential errors: the client may not be installed.
 _CREDENTIALS = {
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
     *("ProfileNotFound", "TokenRetrievalError"),
@@ -68,28 +69,28 @@ _CREDENTIALS = {
     *("ClientAuthenticationError", "CredentialUnavailableError"),
 }
 
-_told: dict[str, float] = {}
+_last_warned: dict[str, float] = {}
 _lock = threading.Lock()
 
 
-#: What to do about a store that is away, at the end of its message.
-ADVICE = ". Run the same command again when it does"
+#: Advice at the end of the message about an outage.
+ADVICE = ". Run the same command again when it answers"
 
 
 class StoreUnavailableError(RuntimeError):
-    """The store did not answer for longer than we wait. Nothing local is lost by it."""
+    """Outage of an object store that lasted longer than the retries. No local data is lost."""
 
     @property
     def reason(self) -> str:
-        """The message without what to do: for a longer one that says so itself."""
+        """Return the message without the advice."""
         return str(self).removesuffix(ADVICE)
 
 
 def retry_patience() -> float:
-    """Seconds for which an operation is tried again: ``$SKILLNET_STORE_PATIENCE``, else 120.
+    """Return the seconds of retries: ``$SKILLNET_STORE_PATIENCE``, else 120.
 
     Raises:
-        UserError: the variable holds no number of seconds.
+        UserError: the variable is not a number of seconds.
     """
     given = os.environ.get(PATIENCE_VARIABLE)
     if not given:
@@ -104,24 +105,24 @@ def retry_patience() -> float:
 
 
 def retry_transient(uri: str, action: Callable[[], Result], seconds: float | None = None) -> Result:
-    """Do something with a store; if it is away, try again with growing, random pauses.
+    """Run an action on a store; repeat it after transient failures, with growing random pauses.
 
     Args:
-        uri: what it is about, for messages.
-        action: must do no harm when done twice.
-        seconds: how long to try; none for :func:`retry_patience`.
+        uri: of the object, for messages.
+        action: idempotent function.
+        seconds: time limit. ``None`` takes :func:`retry_patience`.
 
     Raises:
-        UserError: the store refused: credentials, bucket, scheme.
-        FileNotFoundError: there is no such object.
-        StoreUnavailableError: it did not answer for so long.
+        UserError: the store refused the credentials, the bucket or the scheme.
+        FileNotFoundError: the object does not exist.
+        StoreUnavailableError: the store did not answer within the time limit.
     """
     import tenacity
 
     limit = retry_patience() if seconds is None else seconds
     again = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
-        # Full jitter: many workers that lost one store do not come back to it all at once.
+        # Full jitter: many workers must not return to one store at the same time.
         wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S),
         stop=tenacity.stop_after_delay(limit),
         before_sleep=lambda state: _tell(uri, state.outcome, limit),
@@ -129,91 +130,93 @@ def retry_transient(uri: str, action: Callable[[], Result], seconds: float | Non
     )
     try:
         return again(action)
-    except Exception as problem:
-        said = explain_refusal(uri, problem)
+    except Exception as error:
+        said = explain_refusal(uri, error)
         if said is not None:
-            raise UserError(said) from problem
-        if _status(problem) == 404:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from problem
-        if not is_transient(problem):
+            raise UserError(said) from error
+        if _status(error) == 404:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+        if not is_transient(error):
             raise
         raise StoreUnavailableError(
             f"{uri}: the store{_endpoint(uri)} did not answer for {limit:.0f} s "
-            f"({_words(problem)}){ADVICE}"
-        ) from problem
+            f"({_words(error)}){ADVICE}"
+        ) from error
 
 
-def is_transient(problem: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    if isinstance(problem, FileNotFoundError | PermissionError | FileExistsError | UserError):
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same request may succeed later."""
+    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | UserError):
         return False
-    if _is_about_credentials(problem):
+    if _is_about_credentials(error):
         return False
-    if isinstance(problem, OSError):
-        return problem.errno not in _REFUSED
-    if isinstance(problem, ValueError):
+    if isinstance(error, OSError):
+        return error.errno not in _REFUSED
+    if isinstance(error, ValueError):
         return False
-    status = _status(problem)
+    status = _status(error)
     if status is not None:
         return status >= 500 or status in (408, 429)
-    package = type(problem).__module__.partition(".")[0]
-    return isinstance(problem, TimeoutError) or package in _CLIENT_PACKAGES
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, TimeoutError) or package in _CLIENT_PACKAGES
 
 
-def explain_refusal(uri: str, problem: BaseException) -> str | None:
-    """The message for people if the store, or the lack of a client, refuses for good."""
+def explain_refusal(uri: str, error: BaseException) -> str | None:
+    """Return the user's message for a permanent refusal or a missing client, else ``None``."""
     scheme = urlsplit(uri).scheme
-    if isinstance(problem, ImportError):
+    if isinstance(error, ImportError):
         package = CLIENTS.get(scheme)
-        hint = f"pip install {package}" if package else str(problem)
+        hint = f"pip install {package}" if package else str(error)
         return f"{uri}: the client for {scheme}:// is not installed: {hint}"
-    if isinstance(problem, ValueError) and "Protocol not known" in str(problem):
-        return f"{uri}: {scheme}:// is no known kind of store{suggest_name(scheme, CLIENTS)}"
-    if isinstance(problem, PermissionError) and scheme in ("file", "local"):
-        return f"{uri}: no permission ({problem.strerror or problem})"
-    if isinstance(problem, PermissionError) or _is_about_credentials(problem):
+    if isinstance(error, ValueError) and "Protocol not known" in str(error):
+        return f"{uri}: {scheme}:// is not a known object store{suggest_name(scheme, CLIENTS)}"
+    if isinstance(error, PermissionError) and scheme in ("file", "local"):
+        return f"{uri}: no permission ({error.strerror or error})"
+    if isinstance(error, PermissionError) or _is_about_credentials(error):
         return (
-            f"{uri}: the store{_endpoint(uri)} refused the credentials ({_words(problem)}). "
+            f"{uri}: the store{_endpoint(uri)} refused the credentials ({_words(error)}). "
             f"{_credentials_hint(scheme)}"
         )
-    absent = isinstance(problem, FileNotFoundError) or _status(problem) == 404
-    if absent and _NO_BUCKET.search(str(problem)):
+    absent = isinstance(error, FileNotFoundError) or _status(error) == 404
+    if absent and _NO_BUCKET.search(str(error)):
         return missing_bucket(uri)
-    invalid = isinstance(problem, OSError) and problem.errno == errno.EINVAL
-    # What a client says of an address, a key or a request that cannot be right.
-    invalid |= isinstance(problem, ValueError) and _raised_in(problem) in _CLIENT_PACKAGES
-    if invalid or _status(problem) == 400:
-        return f"{uri}: the store{_endpoint(uri)} refused the request ({_words(problem)})"
+    invalid = isinstance(error, OSError) and error.errno == errno.EINVAL
+    # Errors of clients about an invalid address, key or request.
+    invalid |= isinstance(error, ValueError) and _raised_in(error) in _CLIENT_PACKAGES
+    if invalid or _status(error) == 400:
+        return f"{uri}: the store{_endpoint(uri)} refused the request ({_words(error)})"
     return None
 
 
 def missing_bucket(uri: str) -> str:
-    """The message that the bucket of a URI is not there."""
+    """Return the message about the missing bucket of a URI."""
     parts = urlsplit(uri)
     more = " or AWS_ENDPOINT_URL" if parts.scheme == "s3" else ""
     what, name = "bucket", parts.netloc
     if parts.scheme in AZURE:  # abfs://container@account.dfs.core.windows.net/…
         what, name = "container", parts.netloc.partition("@")[0]
-    return f"{uri}: there is no {what} {name!r}{_endpoint(uri)}; create it, or mend its name{more}"
+    return (
+        f"{uri}: there is no {what} {name!r}{_endpoint(uri)}; create it, or correct its name{more}"
+    )
 
 
-def _is_about_credentials(problem: BaseException) -> bool:
-    if _status(problem) in (401, 403):
+def _is_about_credentials(error: BaseException) -> bool:
+    if _status(error) in (401, 403):
         return True
-    # What gcsfs makes of a 403: an OSError without a number.
-    if type(problem) is OSError and str(problem).startswith("Forbidden"):
+    # gcsfs turns a 403 into an OSError without a number.
+    if type(error) is OSError and str(error).startswith("Forbidden"):
         return True
-    # What adlfs makes of credentials that are not there, or cannot be read.
-    if type(problem) is ValueError and str(problem).startswith("unable to connect to account"):
+    # adlfs turns missing or unreadable credentials into a ValueError.
+    if type(error) is ValueError and str(error).startswith("unable to connect to account"):
         return True
-    return not _CREDENTIALS.isdisjoint(kind.__name__ for kind in type(problem).__mro__)
+    return not _CREDENTIALS.isdisjoint(kind.__name__ for kind in type(error).__mro__)
 
 
 def _credentials_hint(scheme: str) -> str:
     if scheme == "s3":
         return (
-            "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, to ones that may "
-            "read and write there"
+            "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, to credentials with "
+            "read and write access"
         )
     if scheme in AZURE:
         return (
@@ -239,38 +242,38 @@ def _endpoint(uri: str) -> str:
     return f" at {parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
-def _status(problem: BaseException) -> int | None:
-    response: Any = getattr(problem, "response", None)
+def _status(error: BaseException) -> int | None:
+    response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    told = [getattr(problem, name, None) for name in ("status", "status_code", "code")]
-    told += [response, getattr(response, "status_code", None)]
-    return next((int(each) for each in told if isinstance(each, int)), None)
+    codes = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    codes += [response, getattr(response, "status_code", None)]
+    return next((int(each) for each in codes if isinstance(each, int)), None)
 
 
-def _raised_in(problem: BaseException) -> str:
-    """The top package of the frame that raised."""
-    frame = problem.__traceback__
+def _raised_in(error: BaseException) -> str:
+    """Return the top package of the frame that raised."""
+    frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     name = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
     return str(name).partition(".")[0]
 
 
-def _words(problem: BaseException) -> str:
-    text = " ".join(str(problem).split())
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
     short = text if len(text) <= 100 else text[:99] + "…"
-    return f"{type(problem).__name__}: {short}" if text else type(problem).__name__
+    return f"{type(error).__name__}: {short}" if text else type(error).__name__
 
 
 def _tell(uri: str, outcome: Any, limit: float) -> None:
     store = urlsplit(uri).netloc
     now = time.monotonic()
     with _lock:
-        if now - _told.get(store, float("-inf")) < QUIET_S:
+        if now - _last_warned.get(store, float("-inf")) < QUIET_S:
             return
-        _told[store] = now
+        _last_warned[store] = now
     console.warn(
         f"{uri}: the store{_endpoint(uri)} does not answer ({_words(outcome.exception())}); "
-        f"trying again for up to {limit:.0f} s"
+        f"retrying for up to {limit:.0f} s"
     )

@@ -1,4 +1,7 @@
-"""TODO: package skillnet_platform.tracking."""
+"""MLflow runs, the model registry and the rule of promotion.
+
+:func:`start_run` opens a run. Records wait in a spool on disk while the tracker is unreachable.
+"""
 
 from skillnet_platform.tracking.run import (
     LONGEST_PARAMETER,

@@ -1,7 +1,7 @@
-"""Which MLflow store is used, and how it is first set up.
+"""MLflow backend: its URI, its first setup, and its health.
 
-Always an explicit URI: MLflow's own default is a path relative to the working directory, which
-in a Ray worker is a private database. One process sets an empty store up; several at once race.
+The URI is always explicit: MLflow's default is relative to the working directory, which in a Ray
+worker is a private database. One process sets up an empty backend, since several would race.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from skillnet_platform.errors import UserError, first_line
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
-#: Set where the user has not. MLflow retries a dead server for minutes by default.
+#: Environment of MLflow unless the user has set it. MLflow retries a dead server for minutes.
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -26,14 +26,14 @@ DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # its import sets the level anew
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # its import sets the level again
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
-#: MLflow's pages open on traces of language models otherwise.
+#: Without it MLflow's pages open on traces of language models.
 TRAINING_VIEW = "workflowType=machine_learning"
 
-#: So that MLflow's pages show training runs first, and say what they show.
+#: Tags by which MLflow's pages show training runs first, with a description.
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": (
@@ -46,14 +46,19 @@ EXPERIMENT_TAGS = {
 
 @dataclass(frozen=True)
 class TrackingBackend:
-    """A store that is ready, and the experiment in it."""
+    """Backend that is ready, with its experiment.
+
+    Args:
+        uri: of the backend.
+        experiment_id: of the experiment.
+    """
 
     uri: str
     experiment_id: str
 
 
 def prepare_mlflow_environment() -> None:
-    """Set MLflow's environment where the user has not, and keep its loggers to warnings."""
+    """Set MLflow's environment unless the user has set it, and limit its loggers to warnings."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     for logger in ("mlflow", "alembic"):
@@ -62,10 +67,10 @@ def prepare_mlflow_environment() -> None:
 
 
 def resolve_uri(uri: str | None = None) -> str:
-    """The tracker's URI: the one given, else MLFLOW_TRACKING_URI, else sqlite in the run root.
+    """Return the tracker's URI: ``uri``, MLFLOW_TRACKING_URI, or sqlite in the run root.
 
     Raises:
-        UserError: a file store, which MLflow no longer has.
+        UserError: a file store, which MLflow no longer supports.
     """
     chosen = uri or os.environ.get(URI_VARIABLE) or f"sqlite:///{storage.run_root() / 'mlflow.db'}"
     if chosen.startswith("sqlite:///"):
@@ -79,12 +84,12 @@ def resolve_uri(uri: str | None = None) -> str:
 
 
 def artifact_root() -> Path:
-    """Where artifacts of the default store are kept: ``<run root>/mlartifacts``."""
+    """Return the folder of artifacts of the default backend: ``<run root>/mlartifacts``."""
     return storage.run_root() / "mlartifacts"
 
 
 def create_client(uri: str) -> Any:
-    """An ``MlflowClient`` of that store, for tracking and registry alike."""
+    """Return an ``MlflowClient`` for tracking and registry."""
     prepare_mlflow_environment()
     from mlflow import MlflowClient
 
@@ -92,10 +97,14 @@ def create_client(uri: str) -> Any:
 
 
 def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> TrackingBackend:
-    """Make sure that the store and the experiment exist. The driver calls it, before workers.
+    """Create the backend and the experiment if needed. The driver calls it before workers start.
+
+    Args:
+        uri: of the backend; see :func:`resolve_uri`.
+        experiment: name of the experiment.
 
     Raises:
-        UserError: nothing answers at the URI, or the experiment was deleted there.
+        UserError: no server answers at the URI, or the experiment was deleted.
     """
     chosen = resolve_uri(uri)
     prepare_mlflow_environment()
@@ -112,8 +121,8 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
                 location = artifact_root().as_uri() if chosen.startswith("sqlite") else None
                 identity = mlflow_client.create_experiment(experiment, location, EXPERIMENT_TAGS)
                 return TrackingBackend(chosen, identity)
-        except MlflowException as problem:
-            found = _made_meanwhile(mlflow_client, experiment, problem, chosen)
+        except MlflowException as error:
+            found = _created_meanwhile(mlflow_client, experiment, error, chosen)
     if found.lifecycle_stage == LifecycleStage.DELETED:
         raise UserError(
             f"the experiment {experiment!r} was deleted in {chosen}; restore it there, or give "
@@ -122,9 +131,9 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
     return TrackingBackend(chosen, found.experiment_id)
 
 
-def _made_meanwhile(mlflow_client: Any, experiment: str, problem: Exception, uri: str) -> Any:
-    """The experiment, if another machine made it between our look and our try."""
-    code = getattr(problem, "error_code", "")
+def _created_meanwhile(mlflow_client: Any, experiment: str, error: Exception, uri: str) -> Any:
+    """Return the experiment that another machine created in the meantime."""
+    code = getattr(error, "error_code", "")
     if code == "RESOURCE_ALREADY_EXISTS":
         return mlflow_client.get_experiment_by_name(experiment)
     if code == "UNAUTHENTICATED":
@@ -132,32 +141,32 @@ def _made_meanwhile(mlflow_client: Any, experiment: str, problem: Exception, uri
             f"tracking.uri {uri}: the server asks for a password; set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD"
         ) from None
-    raise UserError(f"tracking.uri {uri}: {first_line(problem)}") from problem
+    raise UserError(f"tracking.uri {uri}: {first_line(error)}") from error
 
 
 def require_answer(uri: str) -> None:
-    """Ask an MLflow server for its health.
+    """Check that an MLflow server answers.
 
     Raises:
-        UserError: nothing answers.
+        UserError: no answer.
     """
     import requests
 
     try:
         answer = requests.get(f"{uri}/health", timeout=5)
         answer.raise_for_status()
-    except requests.RequestException as problem:
+    except requests.RequestException as error:
         raise UserError(
-            f"tracking.uri {uri}: no MLflow server answers there ({first_line(problem)}). Start "
+            f"tracking.uri {uri}: no MLflow server answers there ({first_line(error)}). Start "
             f"it, or unset {URI_VARIABLE} to use a sqlite file in {storage.run_root()}"
         ) from None
 
 
 def require_access(uri: str) -> None:
-    """Ask a tracker for something that it shows to those alone whom it lets in.
+    """Check that a tracker accepts the user and password of the environment.
 
     Raises:
-        UserError: it asks for a password, or refuses the one that was given; or another error.
+        UserError: the tracker requires a password, refuses the password, or fails.
     """
     if not uri.startswith("http"):
         return
@@ -167,12 +176,12 @@ def require_access(uri: str) -> None:
 
     try:
         create_client(uri).search_experiments(max_results=1)
-    except MlflowException as problem:
-        if problem.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            raise UserError(f"tracking.uri {uri}: {first_line(problem)}") from None
+    except MlflowException as error:
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise UserError(f"tracking.uri {uri}: {first_line(error)}") from None
         user = read_mlflow_creds().username
         raise UserError(
-            f"tracking.uri {uri}: the server refuses the user {user} with that password"
+            f"tracking.uri {uri}: the server refuses the user {user} with this password"
             if user
             else f"tracking.uri {uri}: the server asks for a password, and none is set"
         ) from None
@@ -180,7 +189,7 @@ def require_access(uri: str) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time(uri: str) -> Iterator[None]:
-    """Let one process of this machine at a time migrate a sqlite store."""
+    """Allow one process of this machine at a time to migrate a sqlite database."""
     if not uri.startswith("sqlite:///"):
         yield
         return

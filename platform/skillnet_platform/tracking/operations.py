@@ -1,18 +1,23 @@
-"""The writes that a run makes to its tracker, as records, and how each is sent."""
+"""Writes of a run to its tracker, as records, and their transmission."""
 
 from pathlib import Path
 from typing import Any
 
 Operation = dict[str, Any]
 
-PARAMETERS_A_BATCH = 100
-METRICS_A_BATCH = 1000
+PARAMETERS_PER_BATCH = 100
+METRICS_PER_BATCH = 1000
 
 
 def apply_operation(client: Any, run_id: str, operation: Operation) -> None:
-    """Send one operation through an ``MlflowClient``; raises what that raises.
+    """Send one operation through an ``MlflowClient``, and raise the client's errors.
 
-    Each may be sent twice and leaves what once would have left.
+    Every operation is idempotent.
+
+    Args:
+        client: ``MlflowClient``.
+        run_id: MLflow run.
+        operation: record with a ``kind``.
     """
     _SENDERS[operation["kind"]](client, run_id, operation)
 
@@ -22,19 +27,19 @@ def _metrics(client: Any, run_id: str, operation: Operation) -> None:
 
     when, step = operation["time"], operation["step"]
     points = [Metric(name, value, when, step) for name, value in operation["values"].items()]
-    for first in range(0, len(points), METRICS_A_BATCH):
-        client.log_batch(run_id, metrics=points[first : first + METRICS_A_BATCH])
+    for first in range(0, len(points), METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=points[first : first + METRICS_PER_BATCH])
 
 
 def _params(client: Any, run_id: str, operation: Operation) -> None:
-    """New ones are set. Parameters cannot change: one that differs becomes a tag."""
+    """Set new parameters. MLflow's parameters cannot change: a different value becomes a tag."""
     from mlflow.entities import Param, RunTag
 
     known = client.get_run(run_id).data.params
     values = operation["values"]
     new = [Param(key, value) for key, value in values.items() if key not in known]
-    for first in range(0, len(new), PARAMETERS_A_BATCH):
-        client.log_batch(run_id, params=new[first : first + PARAMETERS_A_BATCH])
+    for first in range(0, len(new), PARAMETERS_PER_BATCH):
+        client.log_batch(run_id, params=new[first : first + PARAMETERS_PER_BATCH])
     changed = {key: value for key, value in values.items() if known.get(key, value) != value}
     if changed:
         tags = [RunTag(f"changed.{key}", value) for key, value in changed.items()]

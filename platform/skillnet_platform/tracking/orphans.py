@@ -1,4 +1,4 @@
-"""TODO: skillnet_platform.tracking.orphans."""
+"""Runs whose process was killed: found by a process tag and closed."""
 
 import os
 import socket
@@ -9,12 +9,17 @@ PROCESS_TAG = "skillnet.process"
 
 
 def this_process() -> str:
-    """Host, process id and its start time: an id alone is used again by the system."""
+    """Return host, process id and start time: the system reuses process ids."""
     return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def close_abandoned(client: Any, experiment_id: str) -> int:
-    """End as KILLED the RUNNING runs whose process, on this machine, is gone; how many."""
+    """Close as KILLED the RUNNING runs whose process on this machine ended; return their number.
+
+    Args:
+        client: ``MlflowClient``.
+        experiment_id: experiment to search.
+    """
     closed = 0
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
         host, _, rest = run.data.tags.get(PROCESS_TAG, "").partition(":")

@@ -1,10 +1,10 @@
-"""The gate before an alias moves: at least as good on every task, better on one.
+"""Promotion rule: a challenger becomes champion if it is worse on no task and better on one.
 
-Both by confidence interval. The two systems are measured separately, each with a 95 % interval;
-the interval of their difference has the half-width sqrt(a² + b²) of the two half-widths (the
-normal approximation for independent estimates; on shared test rows it is wider than a paired
-one, so it errs towards "no difference"). Worse means: the whole interval of the difference is
-below zero; better: the whole of it is above.
+Both are decided by the confidence interval of the difference. The two systems are measured
+separately, each with a 95 % interval. The interval of the difference has the half-width
+sqrt(a² + b²) of the two half-widths: the normal approximation for independent estimates. On shared
+test rows it is wider than a paired interval, so it errs towards "no difference". Worse means that
+the interval lies below zero, better that it lies above zero.
 """
 
 import math
@@ -15,15 +15,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MetricEstimate:
-    """One task's measure of one system.
+    """Estimate of one metric of one system on one task.
 
     Args:
-        metric: its name; figures of different metrics are not compared.
+        metric: name. Estimates of different metrics are not compared.
         value: the estimate.
         low: lower end of its 95 % interval.
-        high: upper end.
-        higher_is_better: false for error rates.
-        data: digest of the corpus it was measured on; different ones are not compared.
+        high: upper end of its 95 % interval.
+        higher_is_better: False for error rates.
+        data: digest of the corpus. Estimates on different corpora are not compared.
     """
 
     metric: str
@@ -36,7 +36,12 @@ class MetricEstimate:
 
 @dataclass(frozen=True)
 class PromotionDecision:
-    """Whether the gate opens, and one line a task saying why."""
+    """Decision about a challenger, with one reason per task.
+
+    Args:
+        passed: whether the challenger becomes the champion.
+        reasons: one line per task.
+    """
 
     passed: bool
     reasons: tuple[str, ...]
@@ -48,10 +53,14 @@ class PromotionDecision:
 def decide_promotion(
     challenger: Mapping[str, MetricEstimate], champion: Mapping[str, MetricEstimate]
 ) -> PromotionDecision:
-    """Hold a challenger's figures, by task, against a champion's.
+    """Compare the estimates of a challenger with those of the champion, task by task.
 
-    A task that only the champion knows closes the gate. One that only the challenger knows
-    counts as better.
+    A task that only the champion has counts as worse. A task that only the challenger has counts
+    as better.
+
+    Args:
+        challenger: task -> estimate.
+        champion: task -> estimate.
     """
     reasons: list[str] = []
     worse = better = False
@@ -66,7 +75,7 @@ def decide_promotion(
         elif (new.metric, new.data) != (old.metric, old.data):
             worse = True
             what = "metric" if new.metric != old.metric else "data"
-            reasons.append(f"{task}: measured with another {what}, cannot be compared")
+            reasons.append(f"{task}: measured with another {what} and not comparable")
         else:
             low, high = _difference(new, old)
             worse |= high < 0
@@ -81,18 +90,18 @@ def decide_promotion(
     return PromotionDecision(better and not worse, tuple(reasons))
 
 
-def estimates_to_json(figures: Mapping[str, MetricEstimate]) -> dict[str, dict[str, Any]]:
-    """Figures by task as plain mappings."""
-    return {task: asdict(figure) for task, figure in figures.items()}
+def estimates_to_json(estimates: Mapping[str, MetricEstimate]) -> dict[str, dict[str, Any]]:
+    """Return task -> estimate as plain mappings."""
+    return {task: asdict(estimate) for task, estimate in estimates.items()}
 
 
 def estimates_from_json(obj: Mapping[str, Mapping[str, Any]]) -> dict[str, MetricEstimate]:
-    """The inverse of ``to_json``."""
+    """Return task -> estimate from plain mappings: the inverse of :func:`estimates_to_json`."""
     return {task: MetricEstimate(**fields) for task, fields in obj.items()}
 
 
 def _difference(new: MetricEstimate, old: MetricEstimate) -> tuple[float, float]:
-    """The interval of the gain; positive is better, whichever way the metric runs."""
+    """Return the interval of the gain; a positive gain is an improvement for every metric."""
     sign = 1.0 if new.higher_is_better else -1.0
     gain = sign * (new.value - old.value)
     below_new, above_new = _spread(new)
@@ -101,6 +110,6 @@ def _difference(new: MetricEstimate, old: MetricEstimate) -> tuple[float, float]
 
 
 def _spread(figure: MetricEstimate) -> tuple[float, float]:
-    """How far the interval reaches towards worse and towards better."""
+    """Return the lengths of the interval towards worse and towards better."""
     down, up = figure.value - figure.low, figure.high - figure.value
     return (down, up) if figure.higher_is_better else (up, down)

@@ -1,8 +1,8 @@
-"""Models in MLflow: logged from code, registered as versions, promoted by alias, loaded back.
+"""Model registry of MLflow: register versions, promote them by alias, and load them.
 
-A model is a Python file that calls ``mlflow.models.set_model`` and artefacts (safetensors, JSON)
-that it reads in ``load_context(self, context)``: nothing is pickled. Two aliases are used,
-``champion`` (the best so far) and ``challenger`` (the latest one that was not better).
+A model is a Python file that calls ``mlflow.models.set_model``, with artifacts (safetensors, JSON)
+that it reads in ``load_context(self, context)``. Nothing is pickled. The alias ``champion`` marks
+the best version, ``challenger`` the latest version that was not promoted.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "tokenizers", "pyarro
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version in the registry.
+    """Version of a registered model.
 
     Args:
         name: of the registered model.
         version: counted from 1.
         uri: ``models:/name/version``.
-        run_id: of the run that made it.
+        run_id: of the run that trained it.
         alias: that it got: champion or challenger.
         verdict: what the gate said.
     """
@@ -48,7 +48,7 @@ class RegisteredVersion:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model found: its files, and what the registry knows of it (None for a plain folder)."""
+    """Files of a model, and its entry in the registry (``None`` for a plain folder)."""
 
     uri: str
     path: Path
@@ -73,36 +73,37 @@ def register_version(
     description: str = "",
     tags: Mapping[str, Any] | None = None,
 ) -> RegisteredVersion:
-    """Log a model under a run, make it a version and let the gate decide which alias it gets.
+    """Log a model in a run, register it as a version, and set its alias by the promotion rule.
 
-    The first version becomes champion; a later one only through the gate, else challenger.
+    The first version becomes champion. A later version becomes champion if the rule allows, else
+    challenger.
 
     Args:
         run_id: the run that trained it.
         code_path: the Python file of the model (ends with ``mlflow.models.set_model``).
         artifacts: name -> file or directory, copied into the model.
-        figures: task -> its measure; kept in the version's tags for the next comparison.
-        uri: the tracker; by default as in ``store.resolve_uri``.
+        figures: task -> estimate; stored in the tags of the version for the next comparison.
+        uri: of the tracker; see :func:`skillnet_platform.tracking.backend.resolve_uri`.
         name: of the registered model.
         signature: an ``mlflow.models.ModelSignature``.
-        input_example: what ``predict`` takes.
-        metadata: kept in the model's MLmodel file.
-        requirements: pip requirements; by default the installed versions of what is needed.
+        input_example: example input of ``predict``.
+        metadata: stored in the model's MLmodel file.
+        requirements: pip requirements; by default the installed versions of the needed packages.
         code_paths: packages shipped inside the model; by default none.
         description: markdown for the page of the version.
         tags: more tags of the version.
 
     Raises:
-        UserError: a code file or an artefact is missing.
+        UserError: a code file or an artifact is missing.
     """
     for what in [code_path, *artifacts.values()]:
         if not Path(what).exists():
-            raise UserError(f"{what}: no such file; a model cannot be registered without it")
+            raise UserError(f"{what}: no such file. Registration needs it")
     chosen = backend.resolve_uri(uri)
     client = backend.create_client(chosen)
     experiment_id = client.get_run(run_id).info.experiment_id
     with _as_default(chosen, experiment_id) as mlflow:
-        # pyfunc.log_model would open the run anew and end it FINISHED, whatever it was.
+        # pyfunc.log_model would open the run again and end it as FINISHED.
         info = mlflow.models.Model.log(
             artifact_path=None,
             name=name,
@@ -135,13 +136,13 @@ def register_version(
 def promote_version(
     number: int, *, name: str = MODEL_NAME, uri: str | None = None, force: bool = False
 ) -> promotion.PromotionDecision:
-    """Hold a version against the champion and move the alias that it earned.
+    """Compare a version with the champion and set its alias.
 
     Args:
         number: the version.
         name: of the registered model.
         uri: the tracker.
-        force: make it champion whatever the figures say (the verdict records that).
+        force: make it champion regardless of the estimates; the decision records this.
     """
     client = backend.create_client(backend.resolve_uri(uri))
     current = find_champion(name=name, uri=uri)
@@ -162,24 +163,28 @@ def promote_version(
 
 
 def find_champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
-    """The champion as an MLflow ModelVersion, or None if there is none yet."""
+    """Return the champion as an MLflow ModelVersion, or ``None``."""
     from mlflow.exceptions import MlflowException
 
     try:
         client = backend.create_client(backend.resolve_uri(uri))
         return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as problem:
-        if problem.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
 
 
 def resolve_registered(model: str, uri: str | None = None) -> ResolvedModel:
-    """Find a model's files: a folder, ``models:/skillnet@champion``, ``models:/skillnet/3``,
-    ``models:/m-…`` or ``runs:/RUN_ID/path``.
+    """Return the files of a model in a folder, the registry or a run.
+
+    Args:
+        model: a folder, ``models:/skillnet@champion``, ``models:/skillnet/3``, ``models:/m-…`` or
+            ``runs:/RUN_ID/path``.
+        uri: of the tracker.
 
     Raises:
-        UserError: there is none; says which there are.
+        UserError: the model does not exist; lists the existing models.
     """
     if not model.startswith(("models:/", "runs:/")):
         if Path(model).is_dir():
@@ -196,9 +201,9 @@ def resolve_registered(model: str, uri: str | None = None) -> ResolvedModel:
         found = _version_of(client, model)
         with _as_default(chosen) as mlflow:
             path = Path(mlflow.artifacts.download_artifacts(artifact_uri=model))
-    except (MlflowException, OSError) as problem:
+    except (MlflowException, OSError) as error:
         raise UserError(f"{model}: not found in {chosen}{_what_there_is(client, model)}") from (
-            problem
+            error
         )
     metadata = mlflow.models.Model.load(str(path)).metadata if (path / "MLmodel").exists() else {}
     return ResolvedModel(
@@ -211,10 +216,14 @@ def resolve_registered(model: str, uri: str | None = None) -> ResolvedModel:
 
 
 def load_registered(model: str, uri: str | None = None) -> Any:
-    """The pyfunc model behind a URI (or in a folder with an MLmodel file).
+    """Load the pyfunc model of a URI, or of a folder with an MLmodel file.
+
+    Args:
+        model: see :func:`resolve_registered`.
+        uri: of the tracker.
 
     Raises:
-        UserError: there is none.
+        UserError: the model does not exist.
     """
     resolved = resolve_registered(model, uri)
     with _as_default(backend.resolve_uri(uri)) as mlflow:
@@ -222,7 +231,7 @@ def load_registered(model: str, uri: str | None = None) -> Any:
 
 
 def installed_requirements(names: Sequence[str]) -> list[str]:
-    """``name==version`` of what is installed, for a model's requirements."""
+    """Return ``name==version`` of installed packages, for a model's requirements."""
     found = []
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
@@ -235,8 +244,8 @@ def _ensure_model(client: Any, name: str) -> None:
 
     try:
         client.create_registered_model(name)
-    except MlflowException as problem:
-        if problem.error_code != "RESOURCE_ALREADY_EXISTS":
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
 
@@ -256,13 +265,13 @@ def _version_of(client: Any, model: str) -> Any:
 
 
 def _what_there_is(client: Any, model: str) -> str:
-    """What the registry has instead, for the end of an error."""
+    """Return the existing models or versions, for the end of an error."""
     if model.startswith("runs:/"):
         return ""
     name = model.removeprefix("models:/").split("@")[0].split("/")[0]
     models = {each.name: each for each in client.search_registered_models()}
     if not models:
-        return "; nothing is registered there yet (`skillnet register` does)"
+        return "; the registry is empty (`skillnet register` adds a model)"
     if name not in models:
         return f": no model {name!r}{suggest_name(name, models)}"
     aliases = ", ".join(f"@{alias} ({v})" for alias, v in sorted(models[name].aliases.items()))
@@ -286,7 +295,7 @@ def _unpack(found: Any) -> dict[str, promotion.MetricEstimate]:
 
 @contextlib.contextmanager
 def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
-    """MLflow's functions, as opposed to its client, read process-wide settings: set, put back."""
+    """Set MLflow's process-wide settings for a block: its functions take no URI."""
     backend.prepare_mlflow_environment()
     names = (backend.URI_VARIABLE, "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
     before = {name: os.environ.get(name) for name in names}
@@ -312,9 +321,9 @@ def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Hold back MLflow's advice to who writes a model's file: type hints, integer columns.
+    """Hide MLflow's advice to authors of model files: type hints, integer columns.
 
-    MLflow puts a filter of its own before any of ours, so what is shown is filtered instead.
+    MLflow inserts its own warning filter before ours, so this filters the output instead.
     """
     with warnings.catch_warnings():
         show = warnings.showwarning

@@ -59,7 +59,13 @@ class TrackingConfig:
 
 
 class Tracker:
-    """Writes to one run. Nothing here raises because the tracker is away: see ``spool``."""
+    """Writer to one MLflow run. An unreachable tracker raises nothing: records wait in the spool.
+
+    Args:
+        run_id: of the MLflow run.
+        uri: of the tracker.
+        experiment_id: of the experiment, for links.
+    """
 
     def __init__(self, run_id: str, uri: str, experiment_id: str = "") -> None:
         self.run_id, self.uri, self.experiment_id = run_id, uri, experiment_id
@@ -70,28 +76,28 @@ class Tracker:
 
     @classmethod
     def by_id(cls, run_id: str, uri: str) -> "Tracker":
-        """A tracker for a run that another process opened: for rank 0 in a worker."""
+        """Return a tracker for a run that another process opened: for rank 0 in a worker."""
         return cls(run_id, uri)
 
     @property
     def link(self) -> str:
-        """The page of the run for an HTTP tracker; its id otherwise."""
+        """Return the URL of the run's page for an HTTP tracker, else the run's id."""
         if self.uri.startswith("http"):
             page = f"experiments/{self.experiment_id}/runs/{self.run_id}"
             return f"{self.uri}/#/{page}?{backend.TRAINING_VIEW}"
         return self.run_id
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step; name them ``task/what``, such as ``text_to_image/loss``."""
+        """Log metrics at a step, named ``task/metric``, such as ``text_to_image/loss``."""
         now = int(time.time() * 1000)
         numbers = {name: float(value) for name, value in values.items()}
         self._spool.send({"kind": "metrics", "values": numbers, "step": int(step), "time": now})
 
     def params(self, resolved: Any) -> None:
-        """Record the resolved configuration: flat parameters, and the file ``config.yaml``.
+        """Log the resolved configuration: flat parameters, and the file ``config.yaml``.
 
-        Parameters cannot change in MLflow: on a resumed run the first values stay, and what
-        differs is kept in tags named ``changed.<key>``.
+        MLflow's parameters cannot change: a resumed run keeps the first values, and changed values
+        become tags named ``changed.<key>``.
         """
         flat = configuration.flatten_tree(configuration.to_dict(resolved))
         values = {key: _short(value, LONGEST_PARAMETER) for key, value in flat.items()}
@@ -99,11 +105,11 @@ class Tracker:
         self.text(configuration.to_yaml(resolved), "config.yaml")
 
     def inputs(self, manifests: Mapping[str, Mapping[str, Any]], context: str = "training") -> None:
-        """Record corpora as dataset inputs.
+        """Log corpora as dataset inputs.
 
         Args:
             manifests: corpus name -> its manifest (``digest``, ``splits``, ``schema`` are read).
-            context: what they were used for.
+            context: purpose of the corpora.
         """
         for name, manifest in manifests.items():
             digest = str(manifest["digest"])
@@ -125,7 +131,7 @@ class Tracker:
             self.tags({f"corpus.{name}": digest})
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags; a later value replaces an earlier one."""
+        """Set tags; a later value replaces an earlier value."""
         short = {key: _short(value, LONGEST_TAG) for key, value in values.items()}
         self._spool.send({"kind": "tags", "values": short})
 
@@ -134,40 +140,43 @@ class Tracker:
         self.tags({"mlflow.note.content": markdown})
 
     def figure(self, figure: Any, name: str) -> None:
-        """Keep a matplotlib figure as the artifact ``name`` (``plots/loss.png``)."""
+        """Log a matplotlib figure as the artifact ``name`` (``plots/loss.png``)."""
         with self._new_artifact(name) as path:
             figure.savefig(path, dpi=120, bbox_inches="tight")
 
     def text(self, text: str, name: str) -> None:
-        """Keep a text as the artifact ``name``."""
+        """Log a text as the artifact ``name``."""
         with self._new_artifact(name) as path:
             path.write_text(text, encoding="utf-8")
 
     def dict(self, obj: Any, name: str) -> None:
-        """Keep dataclasses, mappings and lists as the JSON artifact ``name``."""
+        """Log dataclasses, mappings and lists as the JSON artifact ``name``."""
         with self._new_artifact(name) as path:
             text = json.dumps(console.plain(obj), ensure_ascii=False, indent=2)
             path.write_text(text, encoding="utf-8")
 
     def artifact(self, path: str | os.PathLike[str], folder: str = "") -> None:
-        """Keep a file or a directory as it is, below ``folder``."""
+        """Log a file or directory below ``folder``."""
         local = str(Path(path).absolute())
         self._spool.send({"kind": "artifact", "path": local, "folder": folder})
 
     def end(self, status: str = "FINISHED") -> None:
-        """End the run: FINISHED, FAILED or KILLED. Only the driver does."""
+        """End the run with FINISHED, FAILED or KILLED. Only the driver calls it."""
         now = int(time.time() * 1000)
         self._spool.send({"kind": "end", "status": status, "time": now})
         self.flush()
 
     def flush(self) -> bool:
-        """Send what waits; True if nothing is left. Rank 0 calls it before it leaves."""
+        """Send waiting records; return whether none is left. Rank 0 calls it before it ends."""
         return self._spool.flush() if len(self._spool) else True
 
     def settle(self, patience: float) -> bool:
-        """Send what waits, trying for so many seconds; True if nothing is left.
+        """Send waiting records with retries; return whether none is left.
 
-        For a process that ends where no later one may look for its spool.
+        For a process on a node where no later process may send its spool.
+
+        Args:
+            patience: seconds of retries.
         """
         end = time.monotonic() + patience
         while not self.flush():
@@ -195,24 +204,24 @@ def start_run(
     parent: str | None = None,
     run_id: str | None = None,
 ) -> Iterator[Tracker]:
-    """Open a run for the length of a block, on the driver.
+    """Open an MLflow run for a block, on the driver.
 
-    It ends FINISHED; FAILED with the cause in the tag ``failure`` after an exception; KILLED
-    after an interrupt or SIGTERM. A run left RUNNING by a process that was killed is closed by
-    the next ``start``, and what its spool still holds is sent.
+    The run ends as FINISHED, as FAILED with the cause in the tag ``failure`` after an exception, or
+    as KILLED after an interrupt or SIGTERM. The next call closes a run that a killed process left
+    RUNNING, and sends the records in its spool.
 
     Args:
-        name: the name of the run, for people.
-        config: the resolved configuration, if it is to be recorded.
-        tracking: where; by default as ``TrackingConfig()``.
-        tags: more tags.
+        name: of the run.
+        config: resolved configuration to log. ``None`` logs none.
+        tracking: tracker and experiment; by default ``TrackingConfig()``.
+        tags: further tags.
         description: markdown for the head of the run's page.
         parent: id of the parent run (a sweep).
-        run_id: go on with this run instead of opening one.
+        run_id: run to resume instead of opening a new run.
 
     Raises:
-        UserError: no tracker answers at the URI, the URI is a file store, or the tracker does not
-            have the run to go on with.
+        UserError: no tracker answers at the URI, the URI is a file store, or the run to resume does
+            not exist.
     """
     where = tracking or TrackingConfig()
     place = backend.setup_backend(where.uri, where.experiment)
@@ -223,7 +232,7 @@ def start_run(
         run = client.create_run(place.experiment_id, run_name=name, tags=_first_tags(parent))
         run_id = run.info.run_id
     else:
-        _take_up(client, run_id, place.uri)
+        _resume(client, run_id, place.uri)
     tracker = Tracker(run_id, place.uri, place.experiment_id)
     status = "FINISHED"
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -244,16 +253,16 @@ def start_run(
     except SystemExit as exit_request:
         status = "FINISHED" if exit_request.code in (0, None) else "FAILED"
         raise
-    except BaseException as problem:
+    except BaseException as error:
         status = "FAILED"
-        tracker.tags({"failure": f"{type(problem).__name__}: {problem}"})
+        tracker.tags({"failure": f"{type(error).__name__}: {error}"})
         raise
     finally:
         tracker.end(status)
-        # A tracker that is only busy gets a little time: the next run may be weeks away.
+        # A busy tracker gets a little time: the next run may start weeks later.
         tracker.settle(0.0 if status == "KILLED" else END_PATIENCE_S)
         if len(tracker._spool) == 0:
-            send_leftover_spools(place.uri)  # what a worker of this run could not send
+            send_leftover_spools(place.uri)  # records of the run's workers
 
 
 def start_child_run(
@@ -263,19 +272,19 @@ def start_child_run(
     tags: Mapping[str, Any] | None = None,
     run_id: str | None = None,
 ) -> Tracker:
-    """Open a run nested in another, on the driver, which has to ``end`` it.
+    """Open a run nested in another run, on the driver, which must call ``end``.
 
-    If the driver is killed, the next ``start`` closes it, as any other.
+    If the driver is killed, the next :func:`start_run` closes the run.
 
     Args:
-        parent: of the open run above it.
-        name: the name of the run, for people.
-        config: the resolved configuration, if it is to be recorded.
-        tags: more tags.
-        run_id: go on with this run instead of opening one.
+        parent: tracker of the parent run.
+        name: of the run.
+        config: resolved configuration to log. ``None`` logs none.
+        tags: further tags.
+        run_id: run to resume instead of opening a new run.
 
     Raises:
-        MlflowException: the tracker is away (:func:`skillnet_platform.tracking.spool.is_away`).
+        MlflowException: the tracker is unreachable (see ``spool.is_away``).
     """
     client = backend.create_client(parent.uri)
     if run_id is None:
@@ -294,7 +303,7 @@ def start_child_run(
 
 
 def read_run_id(path: Path) -> str | None:
-    """Id of the MLflow run that a ``run.json`` names; none if there is no such file.
+    """Return the id of the MLflow run in a ``run.json``, or ``None`` without the file.
 
     Raises:
         UserError: the file is damaged.
@@ -307,23 +316,23 @@ def read_run_id(path: Path) -> str | None:
     return run_id
 
 
-def _take_up(client: Any, run_id: str, uri: str) -> None:
+def _resume(client: Any, run_id: str, uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
         client.update_run(run_id, status="RUNNING")
-    except MlflowException as problem:
-        if problem.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise UserError(
-            f"the tracker {uri} cannot go on with the run {run_id} that run.json names: "
-            f"{first_line(problem)}; {_REMOVE}"
+            f"the tracker {uri} cannot resume the run {run_id} of run.json: "
+            f"{first_line(error)}; {_REMOVE}"
         ) from None
     client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
 
 
 def send_leftover_spools(uri: str) -> int:
-    """Send what processes that ended left in their spools for this tracker; how many records."""
+    """Send the spools of ended processes for this tracker; return the number of records."""
     sent = 0
     for path in spool.find_leftover_spools(uri):
         sent += Tracker(path.name.partition(".")[0], uri)._spool.adopt(path)

@@ -1,4 +1,4 @@
-"""An MLflow server as a process of ours: how it is started. ``family.end`` ends it."""
+"""MLflow server as a child process, which is terminated with this process."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ from typing import Any
 
 from skillnet_platform.tracking import backend
 
-#: Seconds for a server to end by itself.
+#: Seconds for a server to end after SIGTERM.
 END_S = 10
-#: Is told a group of processes, waits for the end of its input, which comes with the death of
-#: whoever holds the other end, be it by SIGKILL, and then ends the group. A server has a session of
-#: its own, so that Ctrl-C reaches it through us alone, and nobody else would.
+#: Shell script that reads a process group, waits for the end of its input, and ends the group. Its
+#: input ends with this process, also after SIGKILL. A server has its own session, so that Ctrl-C
+#: reaches the server only through this process.
 WATCH = f"read -r g || exit; cat; kill -TERM -$g && sleep {END_S} && kill -KILL -$g"
 
 
@@ -23,14 +23,14 @@ WATCH = f"read -r g || exit; cat; kill -TERM -$g && sleep {END_S} && kill -KILL 
 def running_server(
     command: Sequence[str], environment: Mapping[str, str], **streams: Any
 ) -> "Iterator[subprocess.Popen[Any]]":
-    """A command for the length of a block; at its end it and all below it are ended.
+    """Run a server process group during a block, and terminate it with this process.
 
     Args:
-        command: its words.
-        environment: all of its environment.
-        streams: of ``subprocess.Popen``: what becomes of its output.
+        command: program and arguments.
+        environment: complete environment of the server.
+        streams: stream arguments of ``subprocess.Popen``.
     """
-    # The watcher first: a kill while it is being started would leave a server that nobody ends.
+    # The watcher starts first: a kill during its start would leave a running server.
     watcher = subprocess.Popen(
         ["/bin/sh", "-c", WATCH],
         stdin=subprocess.PIPE,
@@ -44,24 +44,24 @@ def running_server(
     except BaseException:
         watcher.communicate()
         raise
-    # A SIGKILL of ours before this line is the one that leaves a server.
+    # Only a SIGKILL before this line leaves a running server.
     watcher.stdin.write(f"{server.pid}\n".encode())
     watcher.stdin.flush()
     try:
         yield server
     finally:
-        # First: once the server has been waited for, its number may be another's.
+        # First: after the wait the system may reuse the process id.
         watcher.kill()
         watcher.communicate()
         stop_server(server)
 
 
 def stop_server(server: "subprocess.Popen[Any]", patience: float | None = None) -> None:
-    """End a process that leads a session of its own, and all that it started.
+    """Terminate a process that leads its own session, with its descendants.
 
     Args:
-        server: it.
-        patience: seconds for it to end by itself, by default ``END_S``; with 0 it is not asked.
+        server: the process.
+        patience: seconds after SIGTERM, by default ``END_S``; 0 sends SIGKILL at once.
     """
     patience = END_S if patience is None else patience
     if patience > 0:
@@ -69,32 +69,32 @@ def stop_server(server: "subprocess.Popen[Any]", patience: float | None = None) 
             os.killpg(server.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(patience)
-    # Also what it left behind: the group lives as long as one of its processes does.
+    # Also its descendants: the group exists while one of its processes runs.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
 
-#: By which MLflow's server takes its store. A URI may hold a password, and every user of the
-#: machine sees command lines.
+#: Variable with the URI of the server's database. A URI may hold a password, and every user of the
+#: machine can read command lines.
 STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
 
 
 def start_server(uri: str, host: str, port: int, **streams: Any) -> "subprocess.Popen[Any]":
-    """Start a server on a store, in a session of its own; it does not answer yet.
+    """Start an MLflow server in its own session; it does not answer yet.
 
     Args:
-        uri: of the store; seen in no command line.
-        host: which interface to listen on.
-        port: where to listen.
-        streams: of ``subprocess.Popen``: what becomes of its output.
+        uri: of the database; it appears in no command line.
+        host: interface to listen on.
+        port: port to listen on.
+        streams: stream arguments of ``subprocess.Popen``.
     """
     words = server_command(host, port)
     return subprocess.Popen(words, env=server_environment(uri), start_new_session=True, **streams)
 
 
 def server_environment(uri: str) -> dict[str, str]:
-    """The environment of a server on that store."""
+    """Return the environment of a server for the database ``uri``."""
     given = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", STORE_VARIABLE: uri}
     given.pop(backend.URI_VARIABLE, None)
     return given
@@ -103,7 +103,14 @@ def server_environment(uri: str) -> dict[str, str]:
 def server_command(
     host: str, port: int, artifacts: str | None = None, workers: int = 1
 ) -> list[str]:
-    """The command line of an MLflow server; artifacts by default in the run root."""
+    """Return the command line of an MLflow server.
+
+    Args:
+        host: interface to listen on.
+        port: port to listen on.
+        artifacts: folder or URI of artifacts, by default in the run root.
+        workers: processes that answer.
+    """
     program = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"  # noqa: PTH120
     kept = ["--artifacts-destination", artifacts or backend.artifact_root().as_uri()]
     return [

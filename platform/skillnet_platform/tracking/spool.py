@@ -1,10 +1,9 @@
-"""What a run says to its tracker, kept on disk while the tracker is away and sent once it is back.
+"""Spool of tracker writes: kept on disk while the tracker is unreachable, and sent afterwards.
 
-Every write is a small record (an *operation*). It is tried at once; if the tracker does not
-answer, the record and all that follow it go to a JSON-lines file, in order, and are tried again
-with growing pauses, so that a dead server costs a run a fraction of a second now and then.
-Metrics carry the time at which they were made and MLflow keeps one row for equal (key, step,
-time, value): sending one twice leaves one.
+Every write is a small record (an *operation*), which is sent at once. If the tracker does not
+answer, the record and all later records go to a JSON-lines file in order. They are retried with
+growing pauses, so a dead server costs a run a fraction of a second at a time. Metrics carry their
+time, and MLflow keeps one row for equal (key, step, time, value), so a repeated send has no effect.
 """
 
 import contextlib
@@ -26,12 +25,13 @@ from skillnet_platform.tracking.operations import Operation
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 PROBE_S = 0.5
-#: Between tries of a record that fails while another one is taken: see :meth:`OperationSpool._send_first`.
+#: Seconds between retries of a record that fails while the tracker accepts another record; see
+#: :meth:`OperationSpool._send_first`.
 DOUBT_PAUSES_S = (0.0, 1.0, 2.0)
 
 _COUNTER = count()
 
-#: MLflow's error codes that mean "not now", as opposed to "never". A password may be set right.
+#: MLflow's error codes for a temporary failure. A wrong password can be corrected.
 AWAY = {
     "INTERNAL_ERROR",
     "TEMPORARILY_UNAVAILABLE",
@@ -42,27 +42,27 @@ AWAY = {
 
 
 def spool_root() -> Path:
-    """Where spools are kept: ``<run root>/spool``."""
+    """Return the folder of spools: ``<run root>/spool``."""
     return storage.run_root() / "spool"
 
 
-def is_away(problem: BaseException) -> bool:
-    """Whether this error says that the tracker cannot be reached, rather than that it refuses."""
-    code = getattr(problem, "error_code", None)
+def is_away(error: BaseException) -> bool:
+    """Return whether an error means that the tracker is unreachable, not that it refuses."""
+    code = getattr(error, "error_code", None)
     if code is not None:
         return code in AWAY
-    return isinstance(problem, OSError) or type(problem).__module__.startswith(
+    return isinstance(error, OSError) or type(error).__module__.startswith(
         ("requests", "urllib3", "sqlalchemy")
     )
 
 
 class OperationSpool:
-    """The operations of one process for one run.
+    """Queue of the operations of one process for one run.
 
     Args:
         run_id: the MLflow run.
-        uri: the tracker that it belongs to.
-        apply: sends one operation; raises what the tracker's client raises.
+        uri: of the tracker.
+        apply: sends one operation and raises the errors of the tracker's client.
     """
 
     def __init__(self, run_id: str, uri: str, apply: Callable[[Operation], None]) -> None:
@@ -79,30 +79,30 @@ class OperationSpool:
 
     @property
     def _files(self) -> Path:
-        """Copies of artifacts that wait."""
+        """Folder of copied artifacts that wait."""
         return self.path.with_suffix("")
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def send(self, operation: Operation) -> None:
-        """Send now if the tracker is there, otherwise keep it."""
+        """Send an operation now, or keep it while the tracker is unreachable."""
         with self._lock:
             if not self._waiting:
                 try:
                     self._apply_or_reject(operation)
-                except Exception as problem:
-                    if not is_away(problem):
+                except Exception as error:
+                    if not is_away(error):
                         raise
                     self._keep(operation)
-                    self._away(problem)
+                    self._away(error)
                 return
             self._keep(operation)
             if time.monotonic() >= self._next_try:
                 self.flush()
 
     def flush(self) -> bool:
-        """Try to send everything that waits; True if nothing is left."""
+        """Try to send all waiting records; return whether none is left."""
         with self._lock:
             sent = 0
             try:
@@ -111,20 +111,20 @@ class OperationSpool:
                 for operation in self._waiting:
                     self._send_first(operation)
                     sent += 1
-            except Exception as problem:
-                if not is_away(problem):
+            except Exception as error:
+                if not is_away(error):
                     raise
-                self._away(problem)
+                self._away(error)
             if sent or not self._waiting:
                 del self._waiting[:sent]
                 self._rewrite()
                 if not self._waiting:
                     self._pause = FIRST_PAUSE_S
-                    console.note(f"the tracker is back: {sent} records sent")
+                    console.note(f"the tracker answers again: {sent} records sent")
             return not self._waiting
 
     def adopt(self, path: Path) -> int:
-        """Send what a process that ended left in ``path``; how many records, 0 if still away."""
+        """Send the spool of an ended process; return the number of records, 0 if unreachable."""
         _, operations = read_spool(path)
         with self._lock:
             self.path, self._waiting = path, list(operations)
@@ -133,44 +133,43 @@ class OperationSpool:
     def _apply_or_reject(self, operation: Operation) -> None:
         try:
             self._apply(operation)
-        except Exception as problem:
-            if is_away(problem):
+        except Exception as error:
+            if is_away(error):
                 raise
             # A tracker that refuses one record must not end a training run.
-            self._reject(operation, f"the tracker refused {operation['kind']}: {problem}")
+            self._reject(operation, f"the tracker refused {operation['kind']}: {error}")
 
     def _send_first(self, operation: Operation) -> None:
-        """Send the record that waits longest; set it aside if it alone keeps the others waiting.
+        """Send the oldest record; reject it if it alone blocks the others.
 
-        An error of the server is what a tracker that is away answers, and what it answers for
-        good to a record that it cannot digest. The two differ in what becomes of the newest
-        record: as long as that is not taken either, in turn with this one, all of them wait.
+        A server error means an outage, or a record that the server can never store. The newest
+        record decides: while the server accepts neither record, all records wait.
         """
         try:
             self._apply_or_reject(operation)
-        except Exception as problem:
+        except Exception as error:
             newest = self._waiting[-1]
             if operation is newest:
                 raise
             for pause in DOUBT_PAUSES_S:
                 try:
-                    self._apply(newest)  # and again in its turn, which changes nothing
+                    self._apply(newest)  # it is sent again in its turn, which has no effect
                 except Exception:
-                    raise problem from None
+                    raise error from None
                 time.sleep(pause)
                 try:
                     self._apply_or_reject(operation)
                     return
                 except Exception as again:
-                    problem = again
+                    error = again
             what = f"the tracker takes other records and fails at {operation['kind']}"
-            self._reject(operation, f"{what}: {first_line(problem)}")
+            self._reject(operation, f"{what}: {first_line(error)}")
 
     def _reject(self, operation: Operation, words: str) -> None:
         rejected = self.path.with_suffix(".rejected")
         rejected.parent.mkdir(parents=True, exist_ok=True)
         if operation["kind"] == "artifact" and Path(operation["path"]).is_relative_to(self._files):
-            # The copy would go with those that were sent.
+            # The copy would be removed with the sent copies.
             source = Path(operation["path"])
             kept = self.path.with_suffix(".rejected-files") / source.relative_to(self._files)
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -179,11 +178,11 @@ class OperationSpool:
         with rejected.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
         self.rejected += 1
-        console.warn(f"{words}; it is set aside in {rejected} ({self.rejected} so far)")
+        console.warn(f"{words}; it was written to {rejected} ({self.rejected} so far)")
 
     def _keep(self, operation: Operation) -> None:
         if operation["kind"] == "artifact" and Path(operation["path"]).is_file():
-            # The file may be gone, and this process too, before the tracker is back.
+            # The file and this process may end before the tracker answers.
             source = Path(operation["path"])
             kept = self._files / operation["folder"] / source.name
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -214,9 +213,9 @@ class OperationSpool:
             for operation in self._waiting:
                 stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
 
-    def _away(self, problem: BaseException) -> None:
+    def _away(self, error: BaseException) -> None:
         if self._pause == FIRST_PAUSE_S:
-            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             console.warn(
                 f"the tracker {self.uri} does not answer ({reason}); records wait in {self.path}"
             )
@@ -225,9 +224,9 @@ class OperationSpool:
 
 
 def find_leftover_spools(uri: str) -> list[Path]:
-    """Spools for this tracker whose process, on this machine, has ended.
+    """Return the spools for this tracker whose process on this machine ended.
 
-    One whose first line was cut short, by a kill or a full disk, is set aside with a warning.
+    A spool with an incomplete first line, after a kill or a full disk, is renamed with a warning.
     """
     found = []
     for path in sorted(spool_root().glob("*.jsonl")):
@@ -240,21 +239,21 @@ def find_leftover_spools(uri: str) -> list[Path]:
             if _header(path)["uri"] == uri:
                 found.append(path)
         except OSError:
-            continue  # another process sent it meanwhile, or it is another user's
+            continue  # another process sent it, or another user owns it
         except ValueError:
             aside = path.with_suffix(".unreadable")
             path.replace(aside)
             console.warn(
-                f"{path}: records for a tracker without a readable first line, which says what "
-                f"tracker; set aside as {aside.name}"
+                f"{path}: the first line, which names the tracker, is unreadable. The file was "
+                f"renamed to {aside.name}"
             )
     return found
 
 
 def read_spool(path: Path) -> tuple[str, list[Operation]]:
-    """The run id and the operations in a spool file, without lines cut short by a kill."""
+    """Return run id and operations of a spool file, without lines that a kill cut."""
     operations = []
-    # Not splitlines(): texts may hold the other characters at which that cuts.
+    # Not splitlines(): texts may hold other line separators.
     for line in path.read_text(encoding="utf-8").split("\n")[1:]:
         with contextlib.suppress(json.JSONDecodeError):
             operations.append(json.loads(line))
@@ -262,23 +261,23 @@ def read_spool(path: Path) -> tuple[str, list[Operation]]:
 
 
 def _header(path: Path) -> dict[str, str]:
-    """What the first line says: ``run_id`` and ``uri``.
+    """Return the first line: ``run_id`` and ``uri``.
 
     Raises:
-        ValueError: it is not there, or not whole.
+        ValueError: the line is missing or incomplete.
     """
     with path.open(encoding="utf-8") as stream:
-        told: dict[str, str] = json.loads(stream.readline())
-    if not isinstance(told, dict) or not {"run_id", "uri"} <= set(told):
+        header: dict[str, str] = json.loads(stream.readline())
+    if not isinstance(header, dict) or not {"run_id", "uri"} <= set(header):
         raise ValueError(f"{path}: no run and tracker in the first line")
-    return told
+    return header
 
 
 def _require_listener(uri: str) -> None:
-    """A request to a host that is gone takes seconds to fail; a connection is quicker to try.
+    """Check for a listening server: a connection fails faster than a request.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: no server listens.
     """
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname:

@@ -1,4 +1,4 @@
-"""TODO: skillnet_platform.tracking.system_metrics."""
+"""CPU, memory, disk, network and GPU metrics of a run."""
 
 import contextlib
 import threading
@@ -12,9 +12,15 @@ def system_metrics(
     publish: Callable[[Mapping[str, float], int], None],
     every_s: float = 10.0,
 ) -> Iterator[None]:
-    """Publish CPU, memory, disk, network and GPU figures, named ``system/…``, during the block.
+    """Publish system metrics named ``system/…`` during a block.
 
-    MLflow's monitors, our sending: its own thread stops for good at the first lost request.
+    MLflow's monitors collect them. MLflow's own thread would stop at the first lost request.
+
+    Args:
+        run_id: MLflow run.
+        uri: tracker of the run.
+        publish: sends metrics and their step.
+        every_s: seconds between two measurements.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 

@@ -107,7 +107,7 @@ def test_each_stage_and_each_model_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     found = checks.check_models([str(tmp_path / "model"), str(tmp_path / "gone")])
     assert [each.level for each in found] == ["ok", "error"]
-    assert found[1].seen == f"{tmp_path}/gone: not there, as seen from the head"
+    assert found[1].seen == f"{tmp_path}/gone: does not exist on the head"
 
 
 def test_the_autoscaler_may_start_what_the_file_says(

@@ -181,7 +181,7 @@ def test_a_node_without_its_settings_is_told_what_is_missing(node: Path) -> None
     done = run_script(node, "install", SKILLNET_HOME="/mnt/runs")
     assert done.returncode == 1
     assert "skillnet pin-nodes" in done.stderr
-    assert "say what: install or settings" in run_script(node, "go").stderr
+    assert "unknown argument; use install or settings" in run_script(node, "go").stderr
 
 
 def test_a_node_finds_the_interface_of_the_head(node: Path) -> None:

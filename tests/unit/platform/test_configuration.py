@@ -214,7 +214,9 @@ def test_flatten_keeps_lists_and_empty_mappings() -> None:
 
 def test_help_shows_keys_types_defaults_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        config.parse_config(Example, ["--help"], "skillnet example", example="skillnet example 心")
+        config.parse_config(
+            Example, ["--help", "all"], "skillnet example", example="skillnet example 心"
+        )
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "[QUERY]" in text

@@ -142,8 +142,8 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
     assert first.largest[0] == ("skillnet/model.py", 17)
     private = [".aws", ".env", ".netrc", "elsewhere", "prod.env", "runs", "secret/id.pem"]
     assert first.kept == [*private, "secret/id_ed25519"]
-    assert first.words().endswith(
-        "; left here: .aws, .env, .netrc, elsewhere, prod.env, runs and 2 more"
+    assert first.summary().endswith(
+        "; not uploaded: .aws, .env, .netrc, elsewhere, prod.env, runs and 2 more"
     )
 
 
@@ -152,7 +152,7 @@ def test_too_large_a_package_names_what_is_large(
 ) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
-    monkeypatch.setattr(working_dir, "LARGEST", 10)
+    monkeypatch.setattr(working_dir, "MAX_BYTES", 10)
     with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); leave some here with --excl"):
         working_dir.pack_working_dir(tmp_path / "code", tmp_path / "code.zip")
 
@@ -273,7 +273,7 @@ def test_a_quiet_job_keeps_its_follower(
         monkeypatch.setattr(job_logs, name, value)
     assert submit.follow_job(Quiet(4, dead), "job") == ("SUCCEEDED", 0)
     assert capsys.readouterr().out == "one\ntwo\n"
-    with pytest.raises(UserError, match=r"connection .* is lost .*; the job job goes on"):
+    with pytest.raises(UserError, match=r"connection .* is lost .*; the job job continues"):
         submit.follow_job(Quiet(1000, answers=False), "job")
 
 

@@ -142,7 +142,7 @@ def test_an_outage_is_waited_for(
     assert directories.is_committed(uri)
     said = capsys.readouterr().err
     assert "does not answer" in said
-    assert "trying again" in said
+    assert "retrying" in said
     assert "127.0.0.1" in said
 
 

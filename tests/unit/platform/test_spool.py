@@ -218,7 +218,7 @@ def test_a_record_that_always_fails_holds_up_no_other(
     assert tags["name"] == "bad tags"
     assert Path(notes["path"]).read_text() == "bytes that the server cannot take"
     said = capsys.readouterr().err
-    assert f"fails at tags: too many 500 error responses; it is set aside in {aside} (2 so" in said
+    assert f"fails at tags: too many 500 error responses; it was written to {aside} (2 so" in said
     assert not kept.path.exists()
 
 

@@ -28,7 +28,7 @@ class Settings:
 
 def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
     with (
-        pytest.raises(UserError, match=r"cannot go on with the run 0+ .* remove that file"),
+        pytest.raises(UserError, match=r"cannot resume the run 0+ .* remove that file"),
         tracking.start_run("lost", None, where(), run_id="0" * 32),
     ):
         raise AssertionError("it went on")
