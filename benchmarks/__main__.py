@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.seconds:
         os.environ["SKILLNET_BENCHMARK_SECONDS"] = str(options.seconds)
     for name in options.names or NAMES:
-        console.note(f"{name} …")
+        console.print_note(f"{name} …")
         module = importlib.import_module(f"benchmarks.{name}")
         results = module.run(options.rounds, options.threads)
         if not results:
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             for r in results
         ]
-        console.table(name, ["measured", "median (smallest–largest)", "target", "met"], rows)
-        console.note(f"written to {path}")
+        console.print_table(name, ["measured", "median (smallest–largest)", "target", "met"], rows)
+        console.print_note(f"written to {path}")
     return 0
 
 

@@ -20,7 +20,7 @@ def files(kind: str, rows: int) -> list[Path]:
     folder = root / kind
     found = sorted(folder.glob(f"*/*.{ENDING[kind]}"))[:rows]
     if len(found) < rows:
-        console.note(f"making {rows} rows of {kind} in {folder}")
+        console.print_note(f"making {rows} rows of {kind} in {folder}")
         make(folder, kind, rows, storage.archive_root())
         found = sorted(folder.glob(f"*/*.{ENDING[kind]}"))[:rows]
     return found

@@ -58,7 +58,7 @@ def contenders(
     found = {}
     for name, (package, maker) in makers.items():
         if package and find_spec(package) is None:
-            console.warn(f"{name} is not installed: left out")
+            console.print_warning(f"{name} is not installed: left out")
             continue
         found[name] = stack.enter_context(side(maker, cells, keep=True, without=without))
     return found

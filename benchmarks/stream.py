@@ -45,7 +45,9 @@ def run(rounds: int, threads: int) -> list[Result]:
     try:
         corpora = open_corpora(config)
     except UserError as error:
-        console.warn(f"the stream needs prepared corpora (skillnet prepare, or --data): {error}")
+        console.print_warning(
+            f"the stream needs prepared corpora (skillnet prepare, or --data): {error}"
+        )
         return []
     results = []
     for name in COLUMNS:

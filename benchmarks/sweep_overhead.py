@@ -32,7 +32,7 @@ def run(rounds: int, threads: int) -> list[Result]:
     del rounds, threads
     data = Path(os.environ.get("SKILLNET_BENCHMARK_DATA") or data_root())
     if not (data / "headings" / "manifest.json").is_file():
-        console.warn(f"sweep_overhead needs prepared corpora; there are none in {data}")
+        console.print_warning(f"sweep_overhead needs prepared corpora; there are none in {data}")
         return []
     seconds = float(os.environ.get(SECONDS_VARIABLE) or SECONDS)
     steps = max(round(seconds / _seconds_per_step(data)), 2)

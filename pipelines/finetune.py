@@ -76,7 +76,9 @@ def run_end_to_end(
     if finished is not None:
         if mirror is not None and not mirror.is_finished():
             upload_results(mirror, config.training.keep_checkpoints, config.storage.patience)
-        console.note(f"{config.name} is finished ({finished['step']} steps); give another name")
+        console.print_note(
+            f"{config.name} is finished ({finished['step']} steps); give another name"
+        )
         return finished
     validate_run(run)
     if config.evaluate:
@@ -108,8 +110,8 @@ def print_result(result: dict[str, Any], next_step: str) -> None:
     if result["evaluation"]:
         from pipelines.evaluation.tables import result_cells
 
-        console.table(result["name"], *result_cells(result["evaluation"]))
-    console.note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {next_step}")
+        console.print_table(result["name"], *result_cells(result["evaluation"]))
+    console.print_note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {next_step}")
 
 
 def register_run(

@@ -67,7 +67,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     )
     finished = training_run.find_finished_result(resolved)
     if finished is not None and "growth" in finished:
-        console.note(
+        console.print_note(
             f"{settings.name} is finished ({finished['step']} steps); give another --name for a "
             "new growth"
         )
@@ -114,14 +114,14 @@ def _train_references(
     for name in dict.fromkeys(config.references):
         other = runs.build_reference_config(name, config, settings, source, run)
         if other is None:
-            console.note(f"{name}: the task has no other skill; this reference is skipped")
+            console.print_note(f"{name}: the task has no other skill; this reference is skipped")
             continue
         assert other.name is not None
         folder = run / "references" / other.name
         resolved = ResolvedRun(other, folder)
         finished = training_run.open_run_folder(resolved)
         if finished is None:
-            console.note(f"training the reference {name}")
+            console.print_note(f"training the reference {name}")
             training_run.validate_run(resolved)
             with (
                 _open_tracker(other, folder, {"reference": name}, tracker.run_id) as child,
@@ -157,7 +157,7 @@ def _open_tracker(
 def _log_report(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
     from pipelines.growth.report import REPORT_JSON, REPORT_MARKDOWN
 
-    write_json(run / REPORT_JSON, console.plain(report.to_dict()))
+    write_json(run / REPORT_JSON, console.to_json_types(report.to_dict()))
     with atomic_write(run / REPORT_MARKDOWN, "w") as stream:
         stream.write(report.to_markdown() + "\n")
     for name in (REPORT_JSON, REPORT_MARKDOWN):
@@ -203,11 +203,11 @@ def show_growth(result: dict[str, Any]) -> None:
 
     report = GrowthReport.from_dict(result["growth"])
     for title, columns, cells in report.build_tables():
-        console.table(title, columns, cells)
-    console.note(report.summarize())
-    console.note(f"the model is in {result['model']}")
+        console.print_table(title, columns, cells)
+    console.print_note(report.summarize())
+    console.print_note(f"the model is in {result['model']}")
     if result.get("registered"):
-        console.note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
+        console.print_note(f"{result['registered']['uri']} is now @{result['registered']['alias']}")
 
 
 @command(

@@ -179,9 +179,9 @@ def print_tables(predictions: "list[TaskPrediction]") -> None:
             )
             others = "\n".join(f"{_short(n, 32)} {v:.3f}" for n, v in p.alternatives[1:])
             rows.append([_short(p.input), answer, score if p.answer else "–", others])
-        console.table(task, ["input", "answer", "score", "alternatives"], rows)
+        console.print_table(task, ["input", "answer", "score", "alternatives"], rows)
         if any(not p.answer and p.task == task and p.embedding for p in predictions):
-            console.note(
+            console.print_note(
                 f'to rank the rows of a corpus for a text: skillnet search "…" --task {task}'
             )
 
@@ -197,7 +197,7 @@ def show_predictions(
         config: of the command.
     """
     if config.format == "clue" and config.output:
-        console.note(f"{len(lines)} predictions in {config.output}")
+        console.print_note(f"{len(lines)} predictions in {config.output}")
     elif config.format == "clue":
         print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     else:

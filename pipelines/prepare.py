@@ -55,7 +55,7 @@ class PrepareConfig:
 
 def show_corpora(result: dict[str, Any]) -> None:
     """Print a table of the prepared corpora."""
-    console.table(
+    console.print_table(
         "Corpora",
         ["corpus", "state", "rows in", "rows out", "rejected", "splits", "size"],
         [_make_table_row(name, entry) for name, entry in result["corpora"].items()],

@@ -62,12 +62,12 @@ class StageTimer:
     def stage(self, name: str, description: str) -> Iterator[None]:
         """Time one stage, and print a line before and after it."""
         number = len(self.seconds) + 1
-        console.note(f"[{number}/{self.total}] {description}")
+        console.print_note(f"[{number}/{self.total}] {description}")
         start = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - start
         total = time.monotonic() - self.begin
-        console.note(
+        console.print_note(
             f"[{number}/{self.total}] {name}: {format_minutes(self.seconds[name])}, "
             f"{format_minutes(total)} since the start"
         )
@@ -152,7 +152,7 @@ def _evaluate_baselines(config: QuickstartConfig, data: Path) -> list[dict[str, 
 
     tasks = {name: find_task(name, config.model.tasks) for name in config.measured}
     corpora = {name: task.corpus for name, task in config.measured.items()}
-    with console.progress("simple baselines", len(tasks), "tasks") as bar:
+    with console.show_progress("simple baselines", len(tasks), "tasks") as bar:
         return evaluate_simple_baselines(
             data, tasks, corpora=corpora, on_task=lambda name: bar.advance(1, name)
         )
@@ -205,7 +205,7 @@ def _warn_without_bf16(config: QuickstartConfig) -> None:
 
     device = torch.device("cuda" if config.training.use_gpu else "cpu")
     if config.training.precision == "auto" and not native_bf16(device):
-        console.warn(
+        console.print_warning(
             "this machine does not multiply bf16 natively; it computes in fp32, which takes about "
             "twice as long"
         )
@@ -222,14 +222,14 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
         done["total_params"],
     )
     millions = done["total_params"] / 1e6
-    console.table(
+    console.print_table(
         f"One model of {millions:.1f} M parameters, {done['steps']} steps, on held-out data",
         columns,
         cells,
         caption="active: fraction of the parameters that the task uses",
     )
     name = f"models:/{config.registered}@{done['alias']}"
-    console.note(
+    console.print_note(
         f"The model is {name} ({done['model']}); all stages took "
         f"{format_minutes(done['seconds'])}. Next commands:\n"
         f'  skillnet search "红色的心" --model {name} --open\n'

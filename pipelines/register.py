@@ -47,10 +47,10 @@ def show_registration(registered: "RegisteredVersion") -> None:
     Args:
         registered: the new version.
     """
-    console.note(f"{registered.uri} is now @{registered.alias}")
+    console.print_note(f"{registered.uri} is now @{registered.alias}")
     rows = [reason.partition(": ")[::2] for reason in registered.verdict.reasons]
-    console.table("promotion", ["task", "reason"], rows)
-    console.note(
+    console.print_table("promotion", ["task", "reason"], rows)
+    console.print_note(
         f"try: skillnet predict --model models:/{registered.name}@{registered.alias} --text …"
     )
 

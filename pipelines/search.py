@@ -206,8 +206,8 @@ def show_search(result: SearchResult) -> None:
         for hit in result.hits
     ]
     columns = ["", "similarity", "caption", "key", "split"]
-    console.table(f"{result.query} · {result.task} · {result.model}", columns, rows)
-    console.note(
+    console.print_table(f"{result.query} · {result.task} · {result.model}", columns, rows)
+    console.print_note(
         f"{result.searched:,} rows ranked in {1000 * result.seconds:.0f} ms; page: {result.page}"
     )
 
@@ -283,7 +283,7 @@ def main(config: SearchConfig) -> SearchResult:
     """Run ``skillnet search``."""
     result = search_corpus(config)
     if config.open and not webbrowser.open(result.page.as_uri()):
-        console.warn(f"no browser could be started; open {result.page} manually")
+        console.print_warning(f"no browser could be started; open {result.page} manually")
     return result
 
 

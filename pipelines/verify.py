@@ -258,7 +258,7 @@ def show_verification(checks: list[HashCheck], model: str) -> None:
         model: address of the model.
     """
     rows = [[check.subject, check.state, check.detail] for check in checks]
-    console.table(f"verify {model}", ["subject", "state", ""], rows)
+    console.print_table(f"verify {model}", ["subject", "state", ""], rows)
 
 
 def _altered(checks: list[HashCheck]) -> list[HashCheck]:
@@ -279,10 +279,12 @@ def main(config: VerifyConfig) -> tuple[list[HashCheck], str]:
     """Run ``skillnet verify``."""
     checks = verify(config)
     for check in _altered(checks):
-        console.error(f"{check.subject}: {check.detail}")
+        console.print_error(f"{check.subject}: {check.detail}")
     absent = sum(check.state == "absent" for check in checks)
     if absent:
-        console.note(f"{absent} of {len(checks)} are not on this machine and were not compared")
+        console.print_note(
+            f"{absent} of {len(checks)} are not on this machine and were not compared"
+        )
     return checks, config.model
 
 

@@ -213,7 +213,7 @@ def _add_skill_figures(report: "ComparisonReport", config: StudyConfig, folder: 
     try:
         interpretation, files = interpret_source(interpret_config)
     except UserError as error:
-        console.warn(f"the report has no figures about the skills: {error}")
+        console.print_warning(f"the report has no figures about the skills: {error}")
         return
     report.skills = interpretation.figures()
     report.captions |= {name: find_caption(name) for name in report.skills}
@@ -274,7 +274,7 @@ def show_comparison(report: "ComparisonReport") -> None:
 
     show_report(report)
     assert report.folder is not None
-    console.note(f"report: {report.folder / 'report.html'}; tables: CSV files beside it")
+    console.print_note(f"report: {report.folder / 'report.html'}; tables: CSV files beside it")
 
 
 def report_document(report: "ComparisonReport") -> dict[str, Any]:
@@ -325,7 +325,7 @@ def main(config: StudyConfig) -> tuple["ComparisonReport", int]:
     if config.open and report.folder is not None:
         page = (report.folder / "report.html").absolute().as_uri()
         if not webbrowser.open(page):
-            console.warn(f"no browser could be started; open {page} in a browser")
+            console.print_warning(f"no browser could be started; open {page} in a browser")
     return report, failed
 
 

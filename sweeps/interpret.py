@@ -89,7 +89,7 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
             f"{config.model} is a {model.system} model without skills; give a skillnet model"
         )
     begin = time.monotonic()
-    with console.progress("interpreting", None, "rows") as bar:
+    with console.show_progress("interpreting", None, "rows") as bar:
         interpretation = interpret_model(
             model,
             parse_location(config.data, data_root()),
@@ -136,7 +136,7 @@ def _record_files(files: list[Path], run_id: str, uri: str | None) -> None:
 
     # A model copied from elsewhere names a run that this tracking server does not have.
     if not is_known_run(run_id, uri):
-        console.note(f"the run {run_id} is not in this tracker: the files are only on disk")
+        console.print_note(f"the run {run_id} is not in this tracker: the files are only on disk")
         return
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
     for path in files:
@@ -182,12 +182,12 @@ def show_interpretation(
         files: its files; the HTML page is first.
         split: split of the ablations.
     """
-    console.table(
+    console.print_table(
         f"{interpretation.model}: score drop in points on {split}",
         *build_ablation_cells(interpretation.ablations, interpretation.skills),
         caption="after removing an active skill (or adding another); *: the interval excludes 0",
     )
-    console.note(f"page: {files[0]}")
+    console.print_note(f"page: {files[0]}")
 
 
 def _tables_by_name(interpretation: "SkillInterpretation") -> dict[str, Any]:

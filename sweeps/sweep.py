@@ -101,7 +101,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         result = _rank_and_record(config, run, folder, parent, outcomes)
     result["seconds"] = time.monotonic() - begin
     result["mirror"] = mirror.uri if mirror is not None else None
-    write_json(folder / RESULT, console.plain(result))
+    write_json(folder / RESULT, console.to_json_types(result))
     if mirror is not None:
         mirror.upload_files(*remote_ledger.RESULT_FILES)
     return result
@@ -285,9 +285,9 @@ def show_sweep(result: dict[str, Any]) -> None:
     """Print the ranking and the command that trains the best configuration."""
     from sweeps.search import ranking
 
-    console.table(result["name"], *ranking.build_ranking_table(result["configurations"]))
+    console.print_table(result["name"], *ranking.build_ranking_table(result["configurations"]))
     best = result["best"]
-    console.note(
+    console.print_note(
         f"best: {best['name']} with {best['score']:.4f}; train it with\n"
         f"  skillnet finetune --config {best['config']}"
     )

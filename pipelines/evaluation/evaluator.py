@@ -124,6 +124,7 @@ def evaluate_model(
                     outcomes=outcomes,
                     all_captions=uses_all_captions(corpus),
                 )
+            # Splits differ in the length of their rows, so the cost is computed for each of them.
             cost = account_task(model, name, lengths)
             rows += tidy_rows(
                 metrics,
@@ -135,6 +136,7 @@ def evaluate_model(
                 flops_per_example=cost.flops_per_example,
                 steps=steps,
             )
+    # A corpus may lack a split that others have, but a name that no corpus has is an error.
     missing = sorted(set(splits or ()) - evaluated)
     if missing or not rows:
         raise UserError(
@@ -184,6 +186,7 @@ def measure_split(
             where,
             use_captions=tower == "query",
             all_captions=all_captions,
+            # Queries are captions; the limit is about the corpus' own modality.
             limit=None if tower == "query" else limit,
         )
         for tower, plan in spec.towers.items()
@@ -196,15 +199,18 @@ def measure_split(
         row_outcomes.add_hits(task, split.name, predicted == labels)
     elif spec.objective == "ctc":
         symbols, _ = runner.transcribe(task, inputs["input"])
+        # Metrics and stored outcomes use the same counts, so that they cannot disagree.
         counts = error_counts(symbols, read_ragged_column(table, "symbols", where))
         metrics = error_rate_metrics(counts, seed, bootstrap_samples)
         row_outcomes.add(task, split.name, counts[:, 0], counts[:, 1])
     else:
         query = runner.embed(task, "query", inputs["query"])
         candidate = runner.embed(task, "candidate", inputs["candidate"])
+        # Rows without a group must not count as correct answers for one another.
         groups = unique_group_ids(read_fixed_column(table, "group", where))
         owners = inputs["query"].owners
         query_groups = groups if owners is None else groups[owners]
+        # The outcomes need the ranks too, so this direction is not left to retrieval_metrics.
         ranks = retrieval_ranks(query, candidate, query_groups, groups)
         metrics = rank_metrics(ranks, "", seed, bootstrap_samples, owners) | retrieval_metrics(
             query,
@@ -294,6 +300,7 @@ def choose_splits(corpus: PreparedCorpus, splits: Sequence[str] | None) -> list[
     """
     if splits is None:
         return [name for name in corpus.splits if name.startswith("test")]
+    # Corpora have different splits; the caller reports names that no corpus has.
     return [name for name in splits if name in corpus.splits]
 
 
@@ -309,6 +316,7 @@ def check_outputs(corpus: PreparedCorpus, task: str, spec: Task) -> None:
         UserError: the numbers differ.
     """
     num_outputs = num_outputs_of(corpus.manifest, spec)
+    # Without this check, outputs would get the names of other classes, without any error.
     if num_outputs is not None and num_outputs != spec.outputs:
         raise UserError(
             f"{task}: the corpus {corpus.name} has {num_outputs} {LISTED[spec.objective]}, the "

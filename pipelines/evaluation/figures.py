@@ -54,12 +54,14 @@ def loss_figure(history: MetricHistory) -> "Figure":
     figure = _figure(3.2 * columns, 2.4 * lines)
     for index, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, index + 1)
+        # A resumed run may log steps out of order.
         steps, values = np.array(sorted(history[name]), dtype=float).T
         color = COLORS[index % len(COLORS)]
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth_series(values), color=color, linewidth=1.6)
         axes.set_title(name.removesuffix("/loss").replace("_", " "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
+        # A cut axis would exaggerate small changes of the loss.
         axes.set_ylim(bottom=0)
         if index % columns == 0:
             axes.set_ylabel("training loss", fontsize=8)
@@ -101,6 +103,7 @@ def activation_figure(config: SkillNetConfig) -> "Figure":
             color = COLORS[task % len(COLORS)] if active[row, column] else "#eceae6"
             axes.add_patch(_square(column, row, color))
     axes.set_xlim(-0.5, columns - 0.5)
+    # The axis is inverted, so that the first tower is at the top as in the table.
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xticks(range(columns), config.skills, fontsize=9)
     axes.set_yticks(range(rows), [line[0].replace("_", " ") for line in cells], fontsize=9)
@@ -119,6 +122,7 @@ def smooth_series(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
         fraction: window length as a fraction of N.
     """
     half = max(int(len(values) * fraction / 2), 1)
+    # Prefix sums: the work does not grow with the window.
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
@@ -128,6 +132,7 @@ def smooth_series(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
+    # A Figure without pyplot has no global state and needs no display in a training process.
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 

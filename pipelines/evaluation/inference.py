@@ -106,8 +106,10 @@ def split_inputs(
         firsts = np.arange(len(table))
     if isinstance(column, RaggedColumn):
         ragged = column
+        # Rows are cut at the limit when they are read, so batches and costs use the cut lengths.
         row_lengths = np.minimum(ragged.lengths(firsts), longest)
 
+        # Only one batch is copied into memory; the split itself stays memory-mapped.
         def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
             values, lengths = ragged.take(firsts[rows], limit=longest)
             return _ragged_batch(plan, values, lengths)
@@ -148,6 +150,7 @@ def memory_inputs(
     def load_batch(rows: np.ndarray) -> dict[str, Tensor]:
         lengths = lengths_N[rows]
         sample = items[int(rows[0])]
+        # An empty text keeps one column of padding, because an encoder needs at least one token.
         values = np.zeros((len(rows), max(int(lengths.max()), 1), *sample.shape[1:]), sample.dtype)
         for index, row in enumerate(rows):
             values[index, : lengths[index]] = items[int(row)][: lengths[index]]
@@ -170,6 +173,7 @@ class InferenceRunner:
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
+        # Autocast would round away the digits for which float64 weights were chosen.
         double = next(model.parameters()).dtype == torch.float64
         self.precision = choose_precision("fp64" if double else precision, self.device)
         self.max_batch_tokens = max_batch_tokens
@@ -185,6 +189,7 @@ class InferenceRunner:
         out = np.zeros((len(inputs), outputs), dtype=np.float32)
         with self._inference():
             for rows, batch in self._batches(inputs):
+                # Probabilities are normalised in float32: bf16 has about three significant digits.
                 logits = self.model(task, {"input": batch})["logits"]
                 out[rows] = torch.softmax(logits.float(), -1).cpu().numpy()
         return out
@@ -209,6 +214,8 @@ class InferenceRunner:
                 decoded = greedy_symbols(log_probs, lengths)
                 for index, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
                     symbols[row] = decoded[index]
+                    # The mean of log-probabilities does not penalise long transcripts as their sum
+                    # would. Frames after the end are padding and do not count.
                     confidence[row] = best[index, : max(length, 1)].mean().exp()
         return symbols, confidence
 
@@ -238,6 +245,7 @@ class InferenceRunner:
             with torch.no_grad(), self.precision.autocast():
                 yield
         finally:
+            # Training runs evaluate between two steps and must find the mode that they left.
             self.model.train(was_training)
 
 
@@ -248,6 +256,8 @@ def batches_by_length(lengths: np.ndarray, max_batch_tokens: int) -> Iterator[np
         lengths: (N,) tokens of each row.
         max_batch_tokens: rows x tokens of one batch. A batch has at least one row.
     """
+    # Longest first, so that a lack of memory shows in the first batch. The stable order gives the
+    # same batches, and therefore the same bits, in every evaluation.
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):

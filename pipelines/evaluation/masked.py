@@ -72,6 +72,7 @@ def predict_masked_tokens(runner: InferenceRunner, batch: Batch) -> Tensor:
     model.eval()
     with torch.no_grad(), runner.precision.autocast():
         predicted = model(batch.task, batch.towers)["predicted"]
+    # Training runs evaluate between two steps and must find the mode that they left.
     model.train(was_training)
     return predicted
 
@@ -102,7 +103,9 @@ def masked_losses(
     for batch in masked_batches(runner.model, task, corpus, split, masks, limit):
         predicted = predict_masked_tokens(runner, batch)
         values, masked = batch.targets["values"], batch.targets["masked"]
+        # The loss is kept per row, because the bootstrap resamples rows.
         losses.append(masked_loss_per_row(predicted, values, masked))
+        # Only discrete targets (token ids, sound units) have an accuracy; others are regressed.
         if not values.is_floating_point():
             hits_M = (predicted.argmax(1) == values).double()
             hits_B = torch.zeros(len(masked), dtype=hits_M.dtype, device=masked.device)
@@ -129,6 +132,7 @@ def mean_masked_length(
     Returns:
         ``{"input": length}``, or {} if all rows have one size.
     """
+    # Masks hide tokens but do not remove them, so they do not matter for lengths.
     lengths = open_masked_rows(model, task, corpus, split, None, limit).row_lengths()
     return {} if lengths is None else {"input": max(round(float(lengths.mean())), 1)}
 

@@ -31,6 +31,7 @@ OUTCOMES_FILE = "outcomes.parquet"
 #: A query counts as successful up to this rank of its best correct candidate.
 RECALL_RANK = 10
 
+# float32 holds integers up to 2**24 exactly, so only mean ranks are rounded in the file.
 SCHEMA = pa.schema(
     [
         ("task", pa.string()),
@@ -63,6 +64,7 @@ class RowOutcomes:
     @property
     def value(self) -> float:
         """Primary metric of the split, a fraction; NaN if the denominators sum to 0."""
+        # The sum is 0 if all references of a split are empty.
         total = float(self.denominator.sum())
         return float(self.numerator.sum()) / total if total else float("nan")
 
@@ -99,6 +101,8 @@ class OutcomeTable:
         rank = np.asarray(ranks, np.float64)
         hits: np.ndarray = (rank <= RECALL_RANK).astype(np.float64)
         queries: np.ndarray = np.ones(len(rank))
+        # Captions of one image are not independent: a row, not a query, is the unit of tests
+        # (decision 25).
         if owners is not None:
             queries = np.bincount(owners).astype(np.float64)
             hits = np.bincount(owners, hits)
@@ -186,6 +190,7 @@ def read_outcomes(path: str | Path) -> OutcomeTable:
     if absent:
         raise UserError(f"{path}: the column {absent[0]} is missing")
     try:
+        # The cast checks: a row number that does not fit raises an error and does not wrap.
         table = table.select(SCHEMA.names).cast(SCHEMA)
         table.validate(full=True)
     except (pa.ArrowException, ValueError) as error:
@@ -198,6 +203,7 @@ def read_outcomes(path: str | Path) -> OutcomeTable:
     )
     for task, split in dict.fromkeys(zip(tasks.tolist(), splits.tolist(), strict=True)):
         lines = np.flatnonzero((tasks == task) & (splits == split))
+        # Systems are paired by position, so rows must be in order and complete.
         lines = lines[np.argsort(row[lines], kind="stable")]
         if not np.array_equal(row[lines], np.arange(len(lines))):
             raise UserError(f"{path}: {task} {split}: rows are missing or duplicated")
@@ -222,7 +228,9 @@ def paired_difference(
     Raises:
         ValueError: the outcomes belong to different rows.
     """
+    # Row counts can agree by accident; reference lengths and query counts are a second check.
     if len(one) != len(other) or not np.array_equal(one.denominator, other.denominator):
         raise ValueError(f"{len(one)} and {len(other)} outcomes are not of the same rows")
+    # The difference is formed before resampling, so that each draw takes both models' row.
     rows_N2 = np.stack([one.numerator - other.numerator, one.denominator], 1)
     return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=bootstrap_samples)

@@ -123,10 +123,12 @@ def reconstruct_rows(config: FinetuneConfig, model: TaskModel, task: str) -> Rec
     split = "validation" if "validation" in corpus.splits else next(iter(corpus.splits))
     rows = _evenly_spaced_rows(corpus, split)
     runner = InferenceRunner(model, config.training.precision)
+    # A figure has fewer rows than a batch of masked_batches, so there is exactly one batch.
     (batch,) = masked_batches(model, task, corpus, split, masks, settings.max_length, rows)
     predicted_MP = predict_masked_tokens(runner, batch).float().cpu()
     masked_BT = batch.targets["masked"].cpu()
     dataset = open_masked_rows(model, task, corpus, split, masks, settings.max_length)
+    # The batch contains masked inputs only, so the originals are read again.
     original = {
         key: x.float() if x.is_floating_point() else x
         for key, x in dataset.load_inputs(rows).items()
@@ -163,6 +165,7 @@ def _restore_videos(
     predicted_MP: Tensor,
 ) -> ReconstructionTriple:
     frames = original["frames"]
+    # Frames may have one channel; the figure draws RGB.
     x = scale_to_signed(frames, torch.float32).expand(*frames.shape[:-1], 3)
     cut = _fill_masked(cut_tubelets(x, config.tubelet), masked_BT, predicted_MP)
     out = join_tubelets(cut, config.tubelet, config.video_frames, config.video_size)
@@ -180,6 +183,7 @@ def _restore_audio(
     cut = _fill_masked(stack_frames(x, config.mel_stack), masked_BT, predicted_MP)
     out = unstack_frames(cut, config.mel_stack, x.shape[1])
     ended = torch.arange(x.shape[1]) >= original["frames"][:, None]
+    # Matplotlib leaves NaN blank, so that padding is not drawn as silence.
     views = [y.masked_fill(ended[..., None], torch.nan) for y in (x, hidden["log_mel"], out)]
     return tuple(y.transpose(1, 2).numpy() for y in views)  # type: ignore[return-value]
 
@@ -187,18 +191,22 @@ def _restore_audio(
 def _fill_masked(cut_BTP: Tensor, masked_BT: Tensor, predicted_MP: Tensor) -> Tensor:
     """Replace masked tokens by predictions, scaled to the original's mean and deviation."""
     masked_MP = cut_BTP[masked_BT]
+    # With the floor of normalise_tokens, a perfect prediction restores the original.
     std_M1 = (masked_MP.var(-1, keepdim=True, unbiased=False) + VARIANCE_FLOOR).sqrt()
+    # Cutting may return a view of the original, which is drawn too.
     cut_BTP = cut_BTP.clone()
     cut_BTP[masked_BT] = predicted_MP * std_M1 + masked_MP.mean(-1, keepdim=True)
     return cut_BTP
 
 
 def _pixels(x: Tensor) -> np.ndarray:
+    # Predictions are unbounded, but imshow expects values in [0, 1].
     return ((x + 1) / 2).clamp(0, 1).numpy()
 
 
 def _evenly_spaced_rows(corpus: PreparedCorpus, split: str) -> np.ndarray:
     """Return a few evenly spaced row numbers of a split."""
+    # Fixed rows make the figures of different steps comparable.
     count = corpus.splits[split].rows
     return np.unique(np.linspace(0, count - 1, min(ROWS_PER_TASK, count)).astype(np.int64))
 
@@ -219,6 +227,8 @@ def _draw_triple(part: Any, modality: str, triple: ReconstructionTriple) -> None
                 if modality == "image":
                     axes[row, view].imshow(images[row])
                 else:
+                    # All views share the limits of the original, so their brightness can be
+                    # compared. Percentiles ignore single loud bins.
                     low, high = np.nanpercentile(triple[0][row], (1, 99))
                     axes[row, view].imshow(
                         images[row], origin="lower", aspect="auto", vmin=low, vmax=high

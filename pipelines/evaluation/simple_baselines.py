@@ -96,6 +96,7 @@ def evaluate_simple_baselines(
     opened = {name: open_corpus(locate_task_corpus(data, name, corpora)) for name in specs}
     where = parse_location(data, Path())
     # Results can be recomputed, so they are not written to an object store.
+    # Beside the corpora, all runs on this data share the results.
     cache = where if isinstance(where, Path) else run_root() / "cache" / "simple-baselines"
     rows: list[dict[str, Any]] = []
     for name, corpus in opened.items():
@@ -213,6 +214,7 @@ def _transcription(
     symbols = read_ragged_column(test, "symbols", where)
     nearest = _nearest(_audio_vectors(test, where), _audio_vectors(train, where), 1)[0][:, 0]
     longest = max(len(row) for row in train_symbols)
+    # A guess of mean length balances insertions and deletions.
     mean_length = round(float(np.mean([len(row) for row in train_symbols])))
     most_frequent = [
         int(np.bincount([row[position] for row in train_symbols if len(row) > position]).argmax())
@@ -234,7 +236,9 @@ def _audio_vectors(table: pa.Table, where: str, frames: int = 24) -> np.ndarray:
     assert not isinstance(column, FixedColumn)
     out = []
     for row in range(len(table)):
+        # Row by row, because recordings differ in length and padding all of them costs memory.
         mel_TM = column.take(np.array([row]))[0][0].astype(np.float32)  # type: ignore[union-attr]
+        # With one length, recordings of any speed and duration can be compared by their cosine.
         position = np.linspace(0, len(mel_TM) - 1, frames)
         low = np.floor(position).astype(int)
         high = np.minimum(low + 1, len(mel_TM) - 1)
@@ -260,8 +264,10 @@ def _visual_vectors(
     train_visual, visual = (
         _centered_brightness(read_fixed_column(table, name, where)) for table in (train, test)
     )
+    # Texts and pixels share no features; the captions of training items connect them.
     rows, similarity = _nearest(text, train_text, NEIGHBOURS)
     query = _neighbour_mean(train_visual[owner][rows], similarity)
+    # Neighbours are items here, so each needs one text: its first caption.
     firsts = np.unique(owner, return_index=True)[1]
     rows, similarity = _nearest(visual, train_visual, NEIGHBOURS)
     return query, visual, text, _neighbour_mean(train_text[firsts][rows], similarity)
@@ -272,6 +278,7 @@ def _code_vectors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return TF-IDF vectors of the queries and of the candidates' code."""
     vectors = _tfidf((1, 3), FEATURES)
+    # One vocabulary for both sides; otherwise their vectors could not be compared.
     vectors.fit([*_first_captions(train), *_strings(train, "code")])
     candidate = _strings(test, "code")
     return (
@@ -311,8 +318,10 @@ def _expected_metrics(queries: np.ndarray, candidates: np.ndarray) -> dict[str, 
     total, weights = len(candidates), counts / counts.sum()
     missed = np.ones(len(correct))
     recalls: list[float] = []
+    # The median rank is where recall reaches one half; the reported recalls need k up to 10.
     while len(recalls) < total and (len(recalls) < 10 or recalls[-1] < 0.5):
         k = len(recalls)
+        # The running product needs no factorials, which overflow for thousands of candidates.
         missed *= np.maximum(total - correct - k, 0) / (total - k)
         recalls.append(float(1 - missed @ weights))
     values = {f"recall_at_{k}": recalls[min(k, total) - 1] for k in (1, 5, 10)}
@@ -325,6 +334,7 @@ def _expected_metrics(queries: np.ndarray, candidates: np.ndarray) -> dict[str, 
 
 def _centered_brightness(x: np.ndarray) -> np.ndarray:
     """Return unit vectors of low-resolution brightness around its mean, (N, E)."""
+    # Shapes, not the overall brightness, must decide about similarity.
     vectors = _brightness(x)
     return _normalize(vectors - vectors.mean(1, keepdims=True))
 
@@ -335,8 +345,10 @@ def _brightness(x: np.ndarray, side: int = 12) -> np.ndarray:
         x = x[:, None]
     N, F, H, W, C = x.shape
     step = max(H // side, 1)
+    # Blocks have one size, so the remainder at the right and lower border is left out.
     h, w = H // step, W // step
     blocks = x[:, :, : h * step, : w * step].reshape(N, F, h, step, w, step, C)
+    # float32 holds the sums of bytes exactly and needs half the memory of float64.
     return blocks.mean((3, 5), dtype=np.float32).reshape(N, -1)
 
 
@@ -347,6 +359,7 @@ def _nearest(x_NE: np.ndarray, train_ME: np.ndarray, count: int) -> tuple[np.nda
     # Blocks of 512 rows bound the memory of the similarity matrix.
     for start in range(0, len(x_NE), 512):
         similar = x_NE[start : start + 512] @ train_ME.T
+        # A partial sort suffices: few of up to MAX_TRAIN_ROWS similarities are kept.
         best = np.argpartition(-similar, count - 1, axis=1)[:, :count]
         value = np.take_along_axis(similar, best, 1)
         order = np.argsort(-value, axis=1, kind="stable")
@@ -357,18 +370,21 @@ def _nearest(x_NE: np.ndarray, train_ME: np.ndarray, count: int) -> tuple[np.nda
 
 def _neighbour_mean(vectors_NKE: np.ndarray, similarity_NK: np.ndarray) -> np.ndarray:
     """Return (N, E) means of K neighbours, with exponentially larger weights for nearer ones."""
+    # With the maximum subtracted, the largest weight is 1, and exp cannot overflow.
     weights = np.exp(20 * (similarity_NK - similarity_NK.max(1, keepdims=True)))
     weights = weights / weights.sum(1, keepdims=True)
     return _normalize(np.einsum("nke,nk->ne", vectors_NKE, weights))
 
 
 def _normalize(x: np.ndarray) -> np.ndarray:
+    # A black image or a text without known n-grams has the norm 0.
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
 
 
 def _tfidf(ngrams: tuple[int, int], features: int) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    # Chinese text has no spaces between words; character n-grams need no segmentation.
     return TfidfVectorizer(
         analyzer="char", ngram_range=ngrams, sublinear_tf=True, max_features=features
     )
@@ -382,6 +398,7 @@ def _subsample(train: pa.Table) -> pa.Table:
     """Return all rows, or ``MAX_TRAIN_ROWS`` evenly spaced ones."""
     if len(train) <= MAX_TRAIN_ROWS:
         return train
+    # A corpus may be sorted by class or source; evenly spaced rows cover all of it.
     return train.take(np.linspace(0, len(train) - 1, MAX_TRAIN_ROWS).astype(np.int64))
 
 

@@ -114,6 +114,7 @@ def result_cells(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[st
     columns = ["task", "split", "metrics (95 % interval)"]
     groups: dict[tuple[str, str, bool], list[EvaluationRow]] = {}
     for row in rows:
+        # Both directions of retrieval have the same metrics; one line for both is too long to read.
         key = (row["task"], row["split"], row["metric"].startswith("reverse_"))
         groups.setdefault(key, []).append(row)
     cells = []
@@ -149,6 +150,7 @@ def summary_cells(
     for task in sort_rows(tasks):
         metric, higher_is_better = OBJECTIVE_METRICS[tasks[task].objective]
         own = find_row(rows, task, metric)
+        # Masked tasks and tasks that were not requested have no row on the test split.
         if own is None:
             continue
         compared = [find_row(baseline_rows, task, metric, system) for system in baselines]
@@ -233,6 +235,8 @@ def flat_metrics(rows: Sequence[EvaluationRow]) -> dict[str, float]:
         flat[name] = float(row["value"])
         if row["metric"] in primary and row["split"] == "test":
             for bound in ("low", "high"):
+                # A metric without an interval has NaN bounds, which would be an empty curve in
+                # MLflow.
                 if row.get(bound) is not None and not np.isnan(row[bound]):
                     flat[f"{name}_{bound}"] = float(row[bound])
     return flat
@@ -316,6 +320,7 @@ def activation_cells(config: SkillNetConfig) -> tuple[list[str], list[list[str]]
     cells = []
     for name in sort_rows(config.tasks):
         towers = config.tasks[name].towers
+        # The query comes before the candidates, as in the name of the task.
         for tower in sorted(towers, key=["input", "query", "candidate"].index):
             plan = towers[tower]
             label = name if tower == "input" else f"{name}, {tower}"
@@ -332,6 +337,7 @@ def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) ->
     """
 
     with atomic_write(path, "w") as stream:
+        # The csv module writes CRLF by default, which shows as a change of every line in git.
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
@@ -339,6 +345,7 @@ def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) ->
 
 
 def _cell(value: Any) -> Any:
+    # NaN stands for a bound that was not computed; readers of CSV expect an empty cell.
     if value is None or (isinstance(value, float) and value != value):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value

@@ -33,6 +33,7 @@ def classification_metrics(
         seed: of the bootstrap.
         bootstrap_samples: resamples of each interval; 0 omits intervals.
     """
+    # Macro-F1 is not a mean over rows: the bootstrap must resample predictions with their labels.
     pairs = np.stack([np.asarray(predicted), np.asarray(labels)], 1).astype(np.int64)
     return {
         "accuracy": mean_with_interval(pairs[:, 0] == pairs[:, 1], seed, bootstrap_samples),
@@ -68,6 +69,7 @@ def error_rate_metrics(
         bootstrap_samples: resamples of each interval; 0 omits intervals.
     """
     return {
+        # A ratio of sums: a mean of rates would give short transcripts too much weight.
         "token_error_rate": _interval(counts, ratio_of_sums, seed, bootstrap_samples),
         "exact_rate": mean_with_interval(counts[:, 0] == 0, seed, bootstrap_samples),
     }
@@ -101,6 +103,7 @@ def retrieval_metrics(
             ranks = retrieval_ranks(candidate, query, candidate_ids, query_ids)
         else:
             ranks = retrieval_ranks(query, candidate, query_ids, candidate_ids)
+        # In the reverse direction a row is one query, so nothing is resampled together.
         clusters = None if prefix else owners
         metrics |= rank_metrics(ranks, prefix, seed, bootstrap_samples, clusters)
     return metrics
@@ -154,6 +157,7 @@ def _interval(
     bootstrap_samples: int,
     clusters: np.ndarray | None = None,
 ) -> ConfidenceInterval:
+    # NaN bounds make tables omit the interval; equal bounds would claim certainty.
     if not bootstrap_samples:
         return ConfidenceInterval(float(statistic(values)), float("nan"), float("nan"))
     return bootstrap_interval(

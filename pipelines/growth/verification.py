@@ -177,7 +177,7 @@ def _evaluate_source(
     outcomes = OutcomeTable()
     if not old:
         return [], outcomes
-    with console.progress("evaluating the source", None, "rows") as bar:
+    with console.show_progress("evaluating the source", None, "rows") as bar:
         rows = evaluate_model(
             before,
             str(settings.data),

@@ -144,15 +144,15 @@ def show_inspection(report: dict[str, Any]) -> None:
     lines += [["", ""]] + [[f"source: {k}", str(v)] for k, v in report["source"].items()]
     for example in report["examples"]:
         lines += [["", ""]] + [[f"example: {k}", str(v)] for k, v in example.items()]
-    console.table(report["path"], ["", ""], lines)
+    console.print_table(report["path"], ["", ""], lines)
     rejected = [[count, reason] for reason, count in report["rejected"].items()]
     undecoded = media.get("rejected", {}).items()
     rejected += [[f"{count} of {media['decoded']}", reason] for reason, count in undecoded]
     if rejected:
-        console.table("Rows that prepare would reject", ["rows", "reason"], rejected)
+        console.print_table("Rows that prepare would reject", ["rows", "reason"], rejected)
     reader = report["reader"]
     named_path = f"{reader}=" if reader.isidentifier() else f"mine={reader}:"
-    console.note(f"to prepare it: skillnet prepare --corpus {named_path}{report['path']}")
+    console.print_note(f"to prepare it: skillnet prepare --corpus {named_path}{report['path']}")
 
 
 @dataclass

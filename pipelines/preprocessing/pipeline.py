@@ -165,7 +165,7 @@ def write_corpora(
         states = [_start_job(job, store, stack) for job in jobs]
         running = [state.job for state in states]
         with (
-            console.progress("preparing", unit="rows") as bar,
+            console.show_progress("preparing", unit="rows") as bar,
             contextlib.closing(_run_tasks(running, session, scheduling)) as results,
         ):
             for result in results:
@@ -191,7 +191,7 @@ def _start_job(job: CorpusJob, store: str | None, stack: contextlib.ExitStack) -
         remote = RemoteStaging.create(store, job.final_dir.name, folder, sha256)
     finished = remote.finished_shards(folder) if remote else staging.finished_shards(folder)
     if finished:
-        console.note(f"{job.corpus.name}: resumes with {len(finished)} finished shards")
+        console.print_note(f"{job.corpus.name}: resumes with {len(finished)} finished shards")
     keys = {stem: entry["keys"] for stem, entry in finished.items()}
     job = replace(job, staging_dir=folder, finished_keys=keys, remote=remote)
     return CorpusProgress(job, finished)

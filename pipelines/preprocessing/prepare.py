@@ -171,7 +171,7 @@ def _prepare(
         ]
         for manifest in pipeline.write_corpora(jobs, max_error_rate, scheduling, store):
             done[manifest["corpus"]] = _summarize_manifest(manifest, "prepared")
-            console.note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
+            console.print_note(f"{manifest['corpus']}: {manifest['rows_out']} rows prepared")
     return {corpus.name: done[corpus.name] for corpus in corpora}
 
 
@@ -316,7 +316,7 @@ def _summarize_manifest(manifest: dict[str, Any], state: str) -> dict[str, Any]:
     shards = [s for entry in manifest["splits"].values() for s in entry["shards"]]
     truncated = manifest.get("truncated_files", {})
     for file, where in truncated.items():
-        console.warn(
+        console.print_warning(
             f"{manifest['corpus']}: {file} is truncated {where}; the rest is not in the corpus. "
             "Replace the file and prepare again"
         )

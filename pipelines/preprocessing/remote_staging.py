@@ -204,7 +204,7 @@ class RemoteStaging:
         old_files = {entry.name for entry in directories.list_files(self.uri)}
         # A corpus without a manifest is not read: remove it first and write it last.
         directories.remove_file(directories.join_uri(self.uri, MANIFEST))
-        with console.progress(f"publishing {name}", len(shards), "shards") as bar:
+        with console.show_progress(f"publishing {name}", len(shards), "shards") as bar:
             directories.copy_files(
                 self.staging_uri, self.uri, shards, lambda _: bar.advance(1, name)
             )

@@ -49,7 +49,7 @@ def find_newest(folder: Path, most: int | None = None) -> VerifiedCheckpoint | N
         try:
             return verify_checkpoint(path)
         except ValueError as error:
-            console.warn(f"{error}; trying the checkpoint before it")
+            console.print_warning(f"{error}; trying the checkpoint before it")
     return None
 
 

@@ -47,6 +47,6 @@ def infer_num_outputs(
             continue
         outputs = num_outputs_of(manifests.get(settings.corpus, {}), task)
         if outputs and outputs != task.outputs:
-            console.note(f"{name}: {outputs} outputs, as in {settings.corpus}")
+            console.print_note(f"{name}: {outputs} outputs, as in {settings.corpus}")
             tasks[name] = replace(task, outputs=outputs)
     return replace(config, model=replace(config.model, tasks=tasks))

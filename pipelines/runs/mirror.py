@@ -138,7 +138,7 @@ class RunMirror:
         except StoreUnavailableError as error:
             if not exists:
                 raise
-            console.warn(f"{error.reason}. Continuing with the files in {self.run}")
+            console.print_warning(f"{error.reason}. Continuing with the files in {self.run}")
 
     def download_trained(self) -> None:
         """Download the final model of a worker whose disk this machine does not see.
@@ -191,7 +191,7 @@ class RunMirror:
         except StoreUnavailableError as error:
             if not exists:
                 raise
-            console.warn(f"{error.reason}. Continuing with the files in {self.run}")
+            console.print_warning(f"{error.reason}. Continuing with the files in {self.run}")
 
     def download_newest(self, above: int = -1) -> "VerifiedCheckpoint | None":
         """Download the newest valid checkpoint of the store after a step; None if there is none.
@@ -213,7 +213,7 @@ class RunMirror:
             try:
                 directories.get_directory(there, target, check=checkpoints.verify_checkpoint)
             except UserError as error:
-                console.warn(f"{there}: {error}; trying the checkpoint before it")
+                console.print_warning(f"{there}: {error}; trying the checkpoint before it")
                 self.corrupt.add(name)
                 continue
             return checkpoints.verify_checkpoint(target)
@@ -232,7 +232,7 @@ class RunMirror:
         for name in STATE:
             if directories.object_exists(self.uri_of(name)):
                 directories.get_file(self.uri_of(name), self.run / name)
-        console.note(f"{config.name} is restored from {self.uri}")
+        console.print_note(f"{config.name} is restored from {self.uri}")
 
     def relocate_config(self, config: FinetuneConfig, stored: Path | None = None) -> None:
         """Replace the locations in a configuration that another machine wrote.

@@ -70,7 +70,7 @@ def show_progress(path: Path, steps: int) -> Iterator[None]:
                         continue
                     if bar is None:
                         bar = stack.enter_context(
-                            console.progress("training", steps, "steps", done=line["step"])
+                            console.show_progress("training", steps, "steps", done=line["step"])
                         )
                     bar.advance(line["step"] - bar.done, line["losses"])
                 if last:

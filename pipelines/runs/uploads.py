@@ -88,14 +88,14 @@ class CheckpointUploads:
             try:
                 self._mirror.upload_checkpoint(path, self._keep)
                 if self._error is not None:
-                    console.note(
+                    console.print_note(
                         f"{self._mirror.uri}: the store answers again; {path.name} is uploaded"
                     )
                 self._error, pause = None, FIRST_PAUSE_S
                 _remove_copy(path)
             except RETRYABLE as error:
                 if self._error is None:
-                    console.warn(
+                    console.print_warning(
                         f"{path.name} is not yet in {self._mirror.uri}: {_reason_of(error)}. "
                         "Training continues; the upload is repeated until it succeeds"
                     )
@@ -140,7 +140,7 @@ def restore_latest(mirror: RunMirror) -> None:
             mirror.download_newest(local.step if local else -1)
         except StoreUnavailableError as error:
             here = f"step {local.step}" if local else "no checkpoint"
-            console.warn(f"{error.reason}. Resuming from this machine: {here}")
+            console.print_warning(f"{error.reason}. Resuming from this machine: {here}")
 
 
 def upload_trained(
@@ -160,7 +160,7 @@ def upload_trained(
     if is_remote:
         missing = retry_until("the final model", mirror.upload_trained, patience) or missing
     if missing:
-        console.warn(f"{mirror.uri} lacks {missing}")
+        console.print_warning(f"{mirror.uri} lacks {missing}")
 
 
 def _reason_of(error: BaseException) -> str:

@@ -80,11 +80,13 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
     }
     tokenizer = read_tokenizer(corpora, parse_location(data, Path()))
     specs = model.config.tasks
+    # A wrong corpus must fail before the captions are embedded.
     for task, corpus in corpora.items():
         check_outputs(corpus, task, specs[task])
     names = {task: read_output_names(corpus, specs[task]) for task, corpus in corpora.items()}
     with staging_directory(target) as folder:
         model.save_pretrained(folder / "model")
+        # A copy, because the tokenizer beside the corpora may be replaced later (decision 24).
         (folder / TOKENIZER_FILE).write_bytes(tokenizer)
         preprocessing = {task: c.manifest.get("preprocessing", {}) for task, c in corpora.items()}
         predictor = TaskPredictor(
@@ -97,9 +99,12 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
         for task, corpus in corpora.items():
             if specs[task].objective == "retrieval":
                 captions = read_known_captions(corpus)
+                # Embedded once here, so that a server does not run the text tower over all
+                # captions.
                 vectors = embed_captions(predictor, task, captions)
                 save_file({"embeddings": vectors}, folder / f"captions-{task}.safetensors")
                 write_json(folder / f"captions-{task}.json", captions)
+        # Listed after everything is written, so that the hashes cover every file.
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         manifest = {
             "format": BUNDLE_FORMAT,
@@ -135,6 +140,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
         UserError: a file is missing or was altered.
     """
     folder = Path(folder)
+    # Hashes come first: no file is parsed before it is known to be unchanged.
     manifest = check_bundle(folder)
     model = systems.load_model(folder / "model").to(best_device())
     banks = {}
@@ -175,11 +181,14 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
     valid = all(isinstance(entry, dict) and {"names", "limit"} <= set(entry) for entry in entries)
     if not valid or not isinstance(files, dict):
         raise UserError(f"{path}: tasks or files are damaged; register the model again")
+    # A manifest without files would otherwise pass, because it has nothing to compare.
     required = {TOKENIZER_FILE, "model/manifest.json"}
     if required - set(files):
         raise UserError(f"{path} does not list {', '.join(sorted(required - set(files)))}")
     for name, expected in files.items():
+        # A bundle may come from elsewhere; a name like ../x must not reach other files.
         check_inside(path, name, deep=True)
+        # The target of a link may change after its hash was checked.
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a link; a bundle must contain the file itself")
         if not (folder / name).is_file():
@@ -194,6 +203,7 @@ def _read_caption_bank(folder: Path, task: str) -> CaptionBank:
     path, captions = folder / f"captions-{task}.safetensors", folder / f"captions-{task}.json"
     tensors, texts = load_tensors(path), read_json(captions)
     vectors = tensors.get("embeddings")
+    # Vectors that are paired with other texts would give wrong captions without an error.
     valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     if not valid or vectors is None or vectors.ndim != 2 or len(vectors) != len(texts):
         raise UserError(f"{path} does not contain an embedding for each text of {captions.name}")
@@ -223,10 +233,12 @@ def open_predictor(
         for task in tasks
         if task not in source.auxiliary
     ]
+    # Another version of the package may preprocess differently, so it builds its own bundle.
     key = digest_config(
         [BUNDLE_FORMAT, VECTORS_VERSION, __version__, source.digest, digests, source.limits]
     )
     target = run_root() / "cache" / "bundles" / key[:16]
+    # build_bundle publishes a complete directory or none, so this file proves completeness.
     if not (target / BUNDLE_MANIFEST).is_file():
         build_bundle(source, data, target)
     return open_bundle(target, precision)
@@ -252,6 +264,7 @@ def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS
         corpus: of a retrieval task.
         max_captions: maximum number of captions.
     """
+    # A dictionary removes duplicates and keeps the order, on which the digest of a bundle depends.
     captions: dict[str, None] = {}
     for name, split in corpus.splits.items():
         for shard in split.shards if name != "pretrain" else ():
@@ -264,7 +277,7 @@ def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS
                 rows = column.slice(start, BATCH_CAPTIONS).to_pylist()
                 captions |= dict.fromkeys(row[0] for row in rows if row)
                 if len(captions) > max_captions:
-                    console.note(
+                    console.print_note(
                         f"{corpus.name} has more than {max_captions:,} captions; predictions "
                         "choose among the first ones only"
                     )
@@ -280,6 +293,7 @@ def embed_captions(predictor: TaskPredictor, task: str, captions: list[str]) -> 
         task: a retrieval task.
         captions: N texts.
     """
+    # Batches bound the memory of the tokenized texts.
     parts = [
         predictor.embed_texts(task, captions[start : start + BATCH_CAPTIONS])
         for start in range(0, len(captions), BATCH_CAPTIONS)
@@ -312,6 +326,7 @@ def read_tokenizer(corpora: Mapping[str, PreparedCorpus], data: Location) -> byt
         return tokenizers.train_tokenizer([], []).encode()
     if content is None:
         raise UserError(f"{where} is missing; run `skillnet prepare`")
+    # Ids of another tokenizer are valid numbers and would be read as other tokens.
     sha256 = hashlib.sha256(content).hexdigest()
     for task, entry in entries.items():
         if entry["sha256"] != sha256:

@@ -48,13 +48,16 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
     Raises:
         UserError: the file is missing, is a JSON array, or has no usable row.
     """
+    # Editors on Windows write a byte order mark, which the JSON parser rejects.
     data = read_file_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    # Otherwise the only message would be that line 1 is not an object.
     if data.lstrip().startswith(b"["):
         raise UserError(
             f"{path}: a JSON array; expected one object per line. Convert it: jq -c '.[]' {path}"
         )
     rows = [
         _parse_row(f"{path}, line {number}", line, path.parent, task, clue)
+        # Not splitlines(): on text it would also split at U+2028, which JSON strings may contain.
         for number, line in enumerate(data.split(b"\n"), 1)
         if line.strip()
     ]
@@ -73,6 +76,7 @@ def check_usable_rows(rows: Sequence[InputRow]) -> None:
     Raises:
         UserError: every row is rejected; the message gives the first reason.
     """
+    # All rows fail for one cause, such as the wrong file or format; an empty result would hide it.
     if rows and all(row.reason for row in rows):
         raise UserError(f"{rows[0].where}: {rows[0].reason}; none of its rows is usable")
 
@@ -89,10 +93,11 @@ def report_rejected(rows: Sequence[InputRow]) -> None:
         for row in rows
         if row.item is not None and row.item.text is not None and not row.item.text.strip()
     ]
+    # A wrong encoding rejects every row; thousands of warnings would hide the first one.
     for line in lines[:MAX_REPORTED]:
-        console.warn(line)
+        console.print_warning(line)
     if len(lines) > MAX_REPORTED:
-        console.warn(f"{len(lines) - MAX_REPORTED} more rows with similar problems")
+        console.print_warning(f"{len(lines) - MAX_REPORTED} more rows with similar problems")
 
 
 def _parse_row(where: str, line: bytes, folder: Path, task: str | None, clue: bool) -> InputRow:
@@ -101,6 +106,7 @@ def _parse_row(where: str, line: bytes, folder: Path, task: str | None, clue: bo
         row = json.loads(line.decode("utf-8"))
         item = _parse_item(where, row, folder, task, clue)
         return InputRow(where, row, item)
+    # UnicodeDecodeError and UserError are ValueErrors, so the order of these handlers matters.
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
     except UserError as error:
@@ -123,6 +129,7 @@ def _parse_item(where: str, row: Any, folder: Path, task: str | None, clue: bool
     if clue and "id" not in row:
         raise UserError('no "id"; CLUE identifies predictions by it')
     if not texts:
+        # Opening such a path raises ValueError, not OSError, and would be reported as broken JSON.
         if "\0" in row["file"]:
             raise UserError("the file name contains a null character")
         return replace(read_input_item(folder / row["file"], task), where=where)
@@ -130,4 +137,5 @@ def _parse_item(where: str, row: Any, folder: Path, task: str | None, clue: bool
         raise UserError("the text is empty")
     value = row.get("keywords")
     keywords = value if isinstance(value, str) else None
+    # CLUE expects a line for each id, so empty sentences are predicted in its format.
     return PredictionItem(texts[0], texts[0], None, task, keywords, where, may_be_empty=clue)

@@ -71,6 +71,7 @@ def prediction_frame(predictions: Sequence[TaskPrediction]) -> pd.DataFrame:
             "answer": [p.answer for p in predictions],
             "score": [p.score for p in predictions],
             "alternatives": [[name for name, _ in p.alternatives] for p in predictions],
+            # The columns of the signature are lists of one type, so names and scores are separate.
             "scores": [[score for _, score in p.alternatives] for p in predictions],
             "embedding": [p.embedding for p in predictions],
         }
@@ -78,22 +79,26 @@ def prediction_frame(predictions: Sequence[TaskPrediction]) -> pd.DataFrame:
 
 
 def _records(model_input: pd.DataFrame) -> list[dict[str, Any]]:
+    # pandas marks absent cells by NaN, a float; the checks below expect None.
     frame = model_input.astype(object).where(model_input.notna(), None)
     return frame.to_dict("records")
 
 
 def _item(row: Mapping[str, Any], number: int) -> PredictionItem:
     text, data = row.get("text"), row.get("file")
+    # With both, the answer would depend on an arbitrary choice.
     if (text is None) == (data is None):
         raise UserError(f"row {number}: give either text or file")
     name = str(row.get("name") or (text if text is not None else f"row {number}"))
     if data is None:
         return PredictionItem(name, text, None, row.get("task") or None)
     try:
+        # Without validation, foreign characters are skipped and the result is garbage.
         content = base64.b64decode(data, validate=True)
     except ValueError:
         raise UserError(f"row {number}: file is not base64") from None
     return PredictionItem(name, None, content, row.get("task") or None)
 
 
+# MLflow runs this file and takes the object that is set here, so a version needs no pickle.
 mlflow.models.set_model(SkillNetModel())

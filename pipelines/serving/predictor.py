@@ -40,10 +40,12 @@ MAGIC_BYTES = (
     (b"GIF8", "image"),
     (b"<svg", "image"),
     (b"ID3", "sound"),
+    # An MP3 file without an ID3 tag starts with the sync bits of a frame.
     (b"\xff\xfb", "sound"),
     (b"\xff\xf3", "sound"),
     (b"fLaC", "sound"),
     (b"OggS", "sound"),
+    # EBML, the container of Matroska and WebM.
     (b"\x1aE\xdf\xa3", "video"),
 )
 
@@ -148,6 +150,7 @@ class TaskPredictor:
             UserError: an input is unreadable, or no task of the model reads its modality.
         """
         jobs: list[tuple[str, str, str, np.ndarray]] = []  # task, tower, name, array
+        # Everything is read before the model runs, so that a damaged file fails early.
         for number, item in enumerate(items):
             try:
                 task, tower, plan = self._select_task(item)
@@ -159,6 +162,7 @@ class TaskPredictor:
                 continue
             jobs += [(task, tower, name, array) for name, array in arrays]
         out: list[TaskPrediction | None] = [None] * len(jobs)
+        # One pass per task and tower, so that the model runs in batches and not item by item.
         for key in dict.fromkeys((task, tower) for task, tower, _, _ in jobs):
             indices = [i for i, job in enumerate(jobs) if job[:2] == key]
             answers = self._run_task(*key, [jobs[i][3] for i in indices], top)
@@ -173,6 +177,7 @@ class TaskPredictor:
             texts: to tokenize.
             limit: maximum number of tokens.
         """
+        # An encoder needs at least one token; id 1 is the unknown token (decision 24).
         return [np.array(row or [1], np.int32) for row in self._encode(texts, limit)]
 
     def embed_texts(self, task: str, texts: Sequence[str]) -> np.ndarray:
@@ -194,6 +199,7 @@ class TaskPredictor:
             limits = limits or [text.CAPTION_TOKENS]
         elif limit := self.limits.get(task):
             limits.append(limit)
+        # Preparation, training and the model each have a limit; the tightest one held in training.
         return min([*limits, self.model.config.max_tokens])
 
     def _encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
@@ -216,6 +222,7 @@ class TaskPredictor:
             )
         for name in sort_rows(tasks):
             towers = tasks[name].towers
+            # A text without a task is classified; the embedding of a query needs an explicit task.
             for tower in ("input", "candidate"):
                 if tower in towers and towers[tower].modality == modality:
                     return name, tower, towers[tower]
@@ -248,12 +255,14 @@ class TaskPredictor:
             if plan.modality == "video":
                 size = config.video_size
                 return [(item.name, video.load_video_frames(data, config.video_frames, size))]
+            # The model was trained on single functions, so a file is one input for each of them.
             functions = list(code.parse_functions(code.decode_source(data)))
             if not functions:
                 raise ValueError("the file has no functions")
             rows = self.tokenize([f.code for f in functions], self._max_tokens(task, "code"))
             names = [f"{item.name}:{f.line} {f.name}" for f in functions]
             return list(zip(names, rows, strict=True))
+        # Transforms raise ValueError for damaged media and do not know the file's name.
         except ValueError as error:
             raise UserError(f"{item.where or item.name}: {error}") from None
 
@@ -266,12 +275,14 @@ class TaskPredictor:
         inputs = memory_inputs(arrays, spec.towers[tower], self.model.config)
         if spec.objective == "classification":
             probabilities = self.runner.classify(task, inputs)
+            # A probability needs no bank of captions and has no embedding.
             return [(*_rank_names(self.names[task], row, top), []) for row in probabilities]
         if spec.objective == "ctc":
             transcripts, confidence = self.runner.transcribe(task, inputs)
             names = self.names[task]
             # Single characters are joined; longer symbol names are separated by spaces.
             space = "" if all(len(name) == 1 for name in names[1:]) else " "
+            # Symbol 0 is the blank of CTC, which decoding has removed.
             texts = [space.join(names[symbol - 1] for symbol in row) for row in transcripts]
             return [
                 (text, float(score), [(text, float(score))], [])
@@ -284,6 +295,7 @@ class TaskPredictor:
             if tower == "query" or bank is None:
                 answers.append(("", float("nan"), [], vector.tolist()))
             else:
+                # Both sides are unit vectors, so their product is the cosine similarity.
                 ranked = _rank_names(bank.captions, bank.embeddings @ vector, top)
                 answers.append((*ranked, vector.tolist()))
         return answers
@@ -333,16 +345,20 @@ def guess_modality(name: str, data: bytes) -> str:
     Raises:
         UserError: the modality is unknown.
     """
+    # The suffix decides first: texts and Python code have no magic bytes.
     suffix = Path(name).suffix.lower()
     for modality, suffixes in MODALITY_SUFFIXES.items():
         if suffix in suffixes:
             return modality
+    # SVG is text and may start with white space.
     head = data[:64].lstrip()
     for magic, modality in MAGIC_BYTES:
         if head.startswith(magic):
             return modality
+    # WAV, WebP and AVI are RIFF files; their form type follows the size.
     if head[:4] == b"RIFF":
         return {b"WAVE": "sound", b"WEBP": "image"}.get(head[8:12], "video")
+    # MP4 and MOV start with the size of their first box; its type comes second.
     if head[4:8] == b"ftyp":
         return "video"
     known = ", ".join(suffix for suffixes in MODALITY_SUFFIXES.values() for suffix in suffixes)
@@ -351,6 +367,7 @@ def guess_modality(name: str, data: bytes) -> str:
 
 def _decode_text(data: bytes) -> str:
     try:
+        # utf-8-sig also removes the byte order mark that editors on Windows write.
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise ValueError("the text is not UTF-8") from None
@@ -359,6 +376,7 @@ def _decode_text(data: bytes) -> str:
 def _rank_names(
     names: Sequence[str], scores: np.ndarray, top: int
 ) -> tuple[str, float, list[tuple[str, float]]]:
+    # A stable order makes the answer reproducible if scores are equal.
     order = np.argsort(-scores, kind="stable")[:top]
     ranked = [(names[int(index)], float(scores[index])) for index in order]
     return ranked[0][0], ranked[0][1], ranked

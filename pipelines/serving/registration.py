@@ -48,6 +48,7 @@ def register_model(
     Raises:
         UserError: a corpus is missing or does not fit the model.
     """
+    # These modules load torch and MLflow, which --help of the commands must not do.
     from pipelines.evaluation.tables import run_description
     from pipelines.runs.model_source import BUNDLE, load_trained_tasks
     from pipelines.serving import bundle
@@ -67,6 +68,7 @@ def register_model(
         page = run_description(rows, baseline_rows, model.config, total_params)
         registered = registry.register_version(
             run_id,
+            # MLflow stores the file as code, so that the version contains no pickle.
             Path(__file__).with_name("mlflow_model.py"),
             {BUNDLE: folder},
             registry_metrics(rows, model.config.tasks, manifest),
@@ -76,17 +78,20 @@ def register_model(
             input_example=None,
             metadata={"serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST)},
             requirements=[
+                # Another version may not read this bundle format, so the requirement is exact.
                 f"skillnet-platform=={__version__}",
                 *registry.installed_requirements(registry.REQUIREMENTS),
             ],
             description=f"{description}\n\n{page}" if description else page,
             tags={
+                # `skillnet verify` compares these digests with the present files.
                 "weights_digest": source.digest,
                 "serving_sha256": sha256_file(folder / bundle.BUNDLE_MANIFEST),
                 "package": __version__,
                 **{f"corpus.{corpus}": value for corpus, value in digests.items()},
             },
         )
+    # A version that passed the comparison is not recorded as forced.
     if force and registered.alias != registry.CHAMPION:
         verdict = registry.promote_version(registered.version, name=name, uri=uri, force=True)
         registered = dataclasses.replace(registered, alias=registry.CHAMPION, verdict=verdict)
@@ -111,6 +116,7 @@ def registry_metrics(
         metric, higher_is_better = OBJECTIVE_METRICS[spec.objective]
         row = find_row(rows, task, metric)
         if row is not None:
+            # Promotion compares a metric only with one of the same corpus (decision 4).
             data = manifest["tasks"][task]["corpus_digest"]
             estimates[task] = MetricEstimate(
                 metric, row["value"], row["low"], row["high"], higher_is_better, data
@@ -127,6 +133,7 @@ def model_signature() -> Any:
     text, number = DataType.string, DataType.double
     inputs = Schema(
         [
+            # MLflow rejects rows without a required column, and a row has either text or file.
             ColSpec(text, "text", required=False),
             ColSpec(text, "file", required=False),
             ColSpec(text, "name", required=False),
@@ -138,6 +145,7 @@ def model_signature() -> Any:
             ColSpec(text, "input"),
             ColSpec(text, "task"),
             ColSpec(text, "answer"),
+            # A query has no score: its embedding is the result.
             ColSpec(number, "score", required=False),
             ColSpec(Array(text), "alternatives"),
             ColSpec(Array(number), "scores"),
@@ -152,7 +160,7 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     from pipelines.evaluation.evaluator import evaluate_model
 
-    console.note("evaluating the model before its registration")
+    console.print_note("evaluating the model before its registration")
     return evaluate_model(
         model,
         data,
@@ -176,11 +184,13 @@ def _open_run(source: "ModelSource", uri: str | None) -> Iterator[str]:
         yield source.run_id
         return
 
+    # The load of this machine says nothing about the model.
     settings = tracking.TrackingConfig(uri=uri, system_metrics=False)
     with tracking.start_run(
         f"register {Path(source.name).name}",
         tracking=settings,
         description=f"Registered from `{source.weights}`, which has no run in this tracker.",
+        # The run may exist in another tracker, so its id is kept.
         tags={"trained_as": source.run_id} if source.run_id else None,
     ) as tracker:
         yield tracker.run_id

@@ -50,6 +50,7 @@ def build_retrieval_index(
 
     from pipelines.evaluation.inference import split_inputs
 
+    # bf16 and float32 give different vectors, so an index belongs to one precision.
     precision = predictor.runner.precision.name
     limit = predictor.limits.get(task)
     key = digest_config(
@@ -61,15 +62,17 @@ def build_retrieval_index(
     config = predictor.model.config
     rows = sum(corpus.splits[name].rows for name in splits)
     size = rows * config.embedding_dim * 4  # float32
+    # Checked in advance: embedding takes long, and memory would run out only at its end.
     if size > MAX_INDEX_BYTES:
         raise UserError(
             f"{corpus.name}: vectors of {rows:,} rows take "
             f"{human_bytes(size)}, a search holds at most {human_bytes(MAX_INDEX_BYTES)} in "
             "memory; name some of its splits, for example --splits "
+            # The smallest split is the one that fits most probably.
             f"{min(splits, key=lambda name: corpus.splits[name].rows)}"
         )
     parts = []
-    with console.progress(f"embedding {corpus.name}", None, "rows") as bar:
+    with console.show_progress(f"embedding {corpus.name}", None, "rows") as bar:
         for name in splits:
             inputs = split_inputs(
                 corpus.splits[name].table(),
@@ -81,6 +84,7 @@ def build_retrieval_index(
             parts.append(predictor.runner.embed(task, "candidate", inputs))
             bar.advance(len(inputs), name)
     vectors = np.concatenate(parts)
+    # Two searches may build one index; no reader must see half a file.
     with atomic_write(path) as stream:
         stream.write(save({"embeddings": vectors}))
     return vectors

@@ -51,6 +51,7 @@ def render_search_page(
         facts: (name, value) pairs about the search.
         credit: authors and licences of the shown data.
     """
+    # Without results the page is still written and says so.
     top = max((card.score for card in cards), default=1.0)
     low = min((card.score for card in cards), default=0.0)
     values = {
@@ -75,6 +76,7 @@ def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
     frames = media[None] if media.ndim == 3 else media
     factor = max(-(-side // frames.shape[1]), 1)
     images = [
+        # Pillow has no images with a channel axis of length 1.
         Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame).resize(
             (frame.shape[1] * factor, frame.shape[0] * factor), Image.Resampling.NEAREST
         )
@@ -94,6 +96,8 @@ def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
 
 def _bar_percent(score: float, low: float, top: float) -> int:
     """Return the length of a score's bar, in per cent."""
+    # Cosines of good results are close together, so the bars show the range of this list. The last
+    # bar stays visible.
     return 100 if top <= low else round(15 + 85 * (score - low) / (top - low))
 
 

@@ -116,7 +116,7 @@ def listen_in_driver(stop_signal: StopSignal | None = None) -> Iterator[None]:
             raise KeyboardInterrupt
         _STOP_REQUESTED.set()
         done.set()
-        console.warn("SIGTERM: stopping after this step, with a checkpoint")
+        console.print_warning("SIGTERM: stopping after this step, with a checkpoint")
 
     def forward(signal_to_set: StopSignal) -> None:
         done.wait()
@@ -124,7 +124,7 @@ def listen_in_driver(stop_signal: StopSignal | None = None) -> Iterator[None]:
             try:
                 signal_to_set.set()
             except Exception as error:
-                console.warn(
+                console.print_warning(
                     f"the stop request did not reach the workers ({first_line(error)}); they "
                     "continue to train"
                 )

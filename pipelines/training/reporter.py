@@ -93,7 +93,7 @@ class RunReporter(LoopReporter):
         if time.monotonic() >= self._next_note:
             self._next_note = time.monotonic() + PROGRESS_NOTE_S
             suffix = f", {losses}" if losses else ""
-            console.note(f"training: step {step} of {self._config.training.steps}{suffix}")
+            console.print_note(f"training: step {step} of {self._config.training.steps}{suffix}")
 
     def evaluate(self, model: TaskModel, step: int) -> None:
         from pipelines.evaluation import reconstructions

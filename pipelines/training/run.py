@@ -90,7 +90,7 @@ def train_and_evaluate(
     tracker.inputs(run.manifests)
     begin = time.monotonic()
     if report is not None:
-        console.note(report.summary())
+        console.print_note(report.summary())
         tracker.tags({"init_from": report.source, "init_from_digest": report.digest})
     _train(run, tracker, on_evaluation, nested, callbacks)
     result = {
@@ -181,7 +181,7 @@ def _train(
     shutil.rmtree(folder / "ray", ignore_errors=True)
     trained = read_json(folder / "trained.json")
     if trained["stopped_early"]:
-        console.warn(trained["stopped_early"])
+        console.print_warning(trained["stopped_early"])
         tracker.tags({"stopped_early": trained["stopped_early"]})
     if trained["preempted"]:
         raise TerminatedError(

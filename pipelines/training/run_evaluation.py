@@ -51,7 +51,7 @@ def evaluate_run(
     with contextlib.ExitStack() as stack:
         on_split = None
         if show_progress:
-            bar = stack.enter_context(console.progress("evaluating", None, "rows"))
+            bar = stack.enter_context(console.show_progress("evaluating", None, "rows"))
             on_split = lambda task, split, rows: bar.advance(rows, f"{task} {split}")  # noqa: E731
         return evaluate_model(
             model,

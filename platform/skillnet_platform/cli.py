@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in known:
         what = "option" if name.startswith("-") else "command"
-        console.error(f"unknown {what} {name!r}{suggest_name(name, known)}")
+        console.print_error(f"unknown {what} {name!r}{suggest_name(name, known)}")
         return 2
     return _load_and_run(known[name], rest)
 
@@ -234,10 +234,10 @@ def run_command(
         wanted = exit_request.code
         return wanted if isinstance(wanted, int) else int(wanted is not None)
     except TerminatedError as notice:
-        console.error(str(notice))
+        console.print_error(str(notice))
         return 143
     except KeyboardInterrupt:
-        console.error("interrupted")
+        console.print_error("interrupted")
         return 130
     except BrokenPipeError:
         _reader_left()
@@ -246,15 +246,15 @@ def run_command(
         _traceback_if_wanted()
         message = user_error_message(error, ours)
         if message is not None:
-            console.error(message)
+            console.print_error(message)
             return 2
         text = str(error).strip()
         lines = text.splitlines() or [""]
-        console.error(
+        console.print_error(
             f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}".rstrip(": ")
         )
         if not _debug():
-            console.note("rerun with SKILLNET_DEBUG=1 for the traceback")
+            console.print_note("rerun with SKILLNET_DEBUG=1 for the traceback")
         return 1
     finally:
         console.end_json()
@@ -325,7 +325,9 @@ def _load_and_run(entry: EntryPoint, arguments: list[str]) -> int:
         function = entry.load()
     except ModuleNotFoundError as missing:
         _traceback_if_wanted()
-        console.error(f"the command {entry.name!r} ({entry.value}) cannot be loaded: {missing}")
+        console.print_error(
+            f"the command {entry.name!r} ({entry.value}) cannot be loaded: {missing}"
+        )
         return 1
     return run_command(function, arguments)
 

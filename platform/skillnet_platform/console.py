@@ -73,26 +73,28 @@ def emit_json(obj: Any) -> None:
         obj: dataclasses, mappings, lists, paths and numpy values. NaN and infinities become null.
     """
     stream = _JsonOutput.stream or sys.stdout
-    stream.write(json.dumps(plain(obj), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+    stream.write(
+        json.dumps(to_json_types(obj), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    )
     stream.flush()
 
 
-def note(message: str) -> None:
+def print_note(message: str) -> None:
     """Print a message on standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
-def warn(message: str) -> None:
+def print_warning(message: str) -> None:
     """Print a warning on standard error."""
     print(f"{_paint('warning:', '33')} {message}", file=sys.stderr, flush=True)
 
 
-def error(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error on standard error."""
     print(f"{_paint('error:', '31')} {message}", file=sys.stderr, flush=True)
 
 
-def table(
+def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = ""
 ) -> None:
     """Print a table: to standard output, or to standard error under ``--json``.
@@ -122,7 +124,7 @@ def table(
     stream.flush()
 
 
-class Progress:
+class ProgressCounter:
     """Running count with a rate, a remaining time and a short text.
 
     Args:
@@ -182,9 +184,9 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(
+def show_progress(
     label: str, total: int | None = None, unit: str = "steps", done: int = 0
-) -> Iterator[Progress]:
+) -> Iterator[ProgressCounter]:
     """Show progress in a block: a bar on a terminal, else a line every 10 s.
 
     Args:
@@ -193,7 +195,7 @@ def progress(
         unit: plural of the counted thing.
         done: units of an earlier run.
     """
-    state = Progress(label, total, unit, done)
+    state = ProgressCounter(label, total, unit, done)
     if not _is_terminal(sys.stderr):
         yield state
         if state.done > state.first:
@@ -239,20 +241,21 @@ def _is_numeric(text: str) -> bool:
     return True
 
 
-def plain(obj: Any) -> Any:
+def to_json_types(obj: Any) -> Any:
     """Return an object as JSON types: NaN and infinities become ``None``."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
+        return {f.name: to_json_types(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, dict):
-        return {str(key): plain(value) for key, value in obj.items()}
+        return {str(key): to_json_types(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple, set, frozenset)):
         return [
-            plain(value) for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)
+            to_json_types(value)
+            for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)
         ]
     if isinstance(obj, PurePath):
         return str(obj)
     if hasattr(obj, "tolist") and not isinstance(obj, (str, bytes)):
-        return plain(obj.tolist())
+        return to_json_types(obj.tolist())
     if isinstance(obj, float) and not math.isfinite(obj):
         return None
     return obj

@@ -58,9 +58,9 @@ def show_findings(report: DoctorReport) -> None:
     """Print the findings as a table."""
     if report.shown:
         rows = [(each.check, each.level, each.seen, each.advice) for each in report.shown]
-        console.table(report.title, ("check", "state", "seen", "what to do"), rows)
+        console.print_table(report.title, ("check", "state", "seen", "what to do"), rows)
     elif not report.failed:
-        console.note(f"checked: {len(report.findings)} findings without a problem")
+        console.print_note(f"checked: {len(report.findings)} findings without a problem")
 
 
 def split_doctor_arguments(argv: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ class PinNodesConfig:
 
 def show_pins(result: dict[str, Any]) -> None:
     """Print the number of pinned packages and the path of the file."""
-    console.note(f"{result['output']}: {result['packages']} packages pinned")
+    console.print_note(f"{result['output']}: {result['packages']} packages pinned")
 
 
 @command(

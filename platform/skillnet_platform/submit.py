@@ -97,22 +97,22 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
     variables = {**job_environment(), **options.env, **read_variables(options.env_from)}
     for name in options.env:
         if SECRET.search(name.upper()):
-            console.warn(
+            console.print_warning(
                 f"--env.{name}: other users of this machine see command lines; export {name} and "
                 f"give --env_from {name}"
             )
     with tempfile.TemporaryDirectory() as folder:
         package = working_dir.pack_working_dir(here, Path(folder) / "code.zip", options.exclude)
-        console.note(f"upload: {package.summary()}")
+        console.print_note(f"upload: {package.summary()}")
         if package.size > working_dir.UNUSUAL:
-            console.warn(working_dir.describe_largest_files(package))
+            console.print_warning(working_dir.describe_largest_files(package))
         job = client.submit_job(
             entrypoint=job_entrypoint(options.entry, options.check),
             submission_id=make_job_id(options.entry[0]),
             runtime_env={"working_dir": str(package.path), "env_vars": variables},
             metadata={MARK: shlex.join(options.entry), "user": getpass.getuser()},
         )
-    console.note(f"job {job}: {shlex.join(options.entry)}")
+    console.print_note(f"job {job}: {shlex.join(options.entry)}")
     return str(job), package
 
 
@@ -187,7 +187,7 @@ def main(config: SubmitConfig) -> dict[str, Any]:
         result |= {"upload_bytes": package.size, "upload_files": package.files}
     result["job_id"] = job
     if config.detach:
-        console.note(f"{job} was sent; follow it with: skillnet submit --attach {job}")
+        console.print_note(f"{job} was sent; follow it with: skillnet submit --attach {job}")
         result["status"], code = str(client.get_job_status(job).value), 0
     else:
         result["status"], code = follow_job(client, job)

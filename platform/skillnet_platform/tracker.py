@@ -66,7 +66,7 @@ def main(config: TrackerConfig) -> int:
     ui.require_free_port(config.host, config.port)
     uri = resolve_store(config.store or os.environ.get(tracking_server.STORE_VARIABLE))
     if config.store and _without_password(config.store) != config.store:
-        console.warn(
+        console.print_warning(
             "--store with a password: other users of this machine can read command lines. Keep "
             f"it in ~/.pgpass, or give the URI as {tracking_server.STORE_VARIABLE}"
         )
@@ -76,7 +76,7 @@ def main(config: TrackerConfig) -> int:
     if config.auth:
         secret = create_first_user(uri, auth_directory())
         options += ["--app-name", "basic-auth"]
-        console.note(f"user {ADMIN}, password in {auth_directory() / PASSWORD}")
+        console.print_note(f"user {ADMIN}, password in {auth_directory() / PASSWORD}")
     if config.allowed_hosts:
         options += ["--allowed-hosts", ",".join(config.allowed_hosts)]
     program = tracking_server.server_command(

@@ -50,7 +50,7 @@ def main(config: UiConfig) -> int:
     """Serve MLflow's pages until interrupted."""
     uri = backend.resolve_uri(config.uri)
     if uri.startswith("http"):
-        console.note(f"a server already shows the runs: {uri}")
+        console.print_note(f"a server already shows the runs: {uri}")
         return 0
     if not loopback.is_loopback_host(config.host) and not config.without_password:
         raise UserError(
@@ -79,7 +79,7 @@ def _serve(tracker: backend.TrackingBackend, host: str, port: int, open_browser:
         try:
             with signals.terminate_as_interrupt():
                 _wait_until_up(server, url, output)
-                console.note(f"runs of {tracker.uri}; Ctrl-C stops")
+                console.print_note(f"runs of {tracker.uri}; Ctrl-C stops")
                 page = f"{url}/#/experiments/{tracker.experiment_id}/runs?{backend.TRAINING_VIEW}"
                 print(page, flush=True)
                 if open_browser:

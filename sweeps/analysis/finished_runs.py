@@ -291,7 +291,7 @@ def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[F
                 )
         named += [replace(run, label=label) for run in sorted(members, key=lambda r: r.seed)]
         if not names and label != members[0].label:
-            console.note(
+            console.print_note(
                 f"{label}: {members[0].label} with other settings; set another name with --names"
             )
     return named

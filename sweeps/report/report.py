@@ -169,11 +169,11 @@ def show_report(report: ComparisonReport) -> None:
         for claim in report.claims
     ]
     columns = ["verdict", "winner", "claim", ""]
-    console.table(report.title, columns, cells)
+    console.print_table(report.title, columns, cells)
     for table in report.tables:
         if not table.collapsed:
             lines = [[cell.to_lines() for cell in row] for row in table.rows]
-            console.table(table.title, list(table.columns), lines, table.caption)
+            console.print_table(table.title, list(table.columns), lines, table.caption)
 
 
 def report_to_markdown(report: ComparisonReport) -> str:

@@ -50,7 +50,7 @@ def write_report(report: ComparisonReport, folder: Path) -> Path:
     write_evaluation_csv(rows, folder / "results.csv")
     _write_rows(build_summary_rows(comparison), SUMMARY_COLUMNS, folder / "summary.csv")
     _write_rows(build_test_rows(comparison), TEST_COLUMNS, folder / "tests.csv")
-    write_json(folder / "claims.json", console.plain(build_claim_rows(report.claims)))
+    write_json(folder / "claims.json", console.to_json_types(build_claim_rows(report.claims)))
     parts = []
     for run in comparison.runs:
         table = run.outcomes.to_table()

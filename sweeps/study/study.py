@@ -426,4 +426,4 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 def warn_about_failures(study: StudyResult) -> None:
     """Print a warning for each final run without a result."""
     for outcome in study.failed_runs:
-        console.warn(f"{outcome.name} {outcome.status}: {outcome.error or 'no result'}")
+        console.print_warning(f"{outcome.name} {outcome.status}: {outcome.error or 'no result'}")

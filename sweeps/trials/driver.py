@@ -159,7 +159,7 @@ class TrialDriver:
     def _wait_for_tracker(self, entry: LedgerEntry) -> None:
         self._waiting.append(entry)
         if not self._has_warned:
-            console.warn("the tracking server does not respond: new trials wait for it")
+            console.print_warning("the tracking server does not respond: new trials wait for it")
         self._has_warned = True
 
     # -- end of trials ------------------------------------------------------------------------
@@ -217,7 +217,9 @@ class TrialDriver:
         if status == "stopped":
             entry.remove_weights()
         if status == "failed":
-            console.warn(f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})")
+            console.print_warning(
+                f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})"
+            )
         if status != "interrupted":
             self.source.record_outcome(outcome)
 
@@ -322,7 +324,7 @@ class TrialDriver:
             return int(min(reached, steps))
 
         def watch() -> None:
-            with console.progress(self.options.label, self.source.total * steps, unit) as bar:
+            with console.show_progress(self.options.label, self.source.total * steps, unit) as bar:
                 while True:
                     last = over.wait(0.5)
                     entries = list(self.entries.values())

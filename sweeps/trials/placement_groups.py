@@ -24,7 +24,7 @@ def remove_placement_groups(ray: Any, patience_s: float) -> int:
         if time.monotonic() >= end:
             for identity in left:
                 _remove_group(ray, identity)
-            console.warn(f"removed {len(left)} placement groups that trials had left")
+            console.print_warning(f"removed {len(left)} placement groups that trials had left")
             return len(left)
         time.sleep(0.1)
     return 0
@@ -47,7 +47,9 @@ def find_placement_groups(ray: Any) -> list[str]:
     except RayStateApiException:
         # Ctrl-C in a terminal also ends the dashboard of an embedded Ray, which only we use.
         if os.environ.get("RAY_ADDRESS"):
-            console.warn("cannot check for leftover placement groups: Ray's dashboard is down")
+            console.print_warning(
+                "cannot check for leftover placement groups: Ray's dashboard is down"
+            )
             return []
         table = placement_group_table()
         return [name for name, group in table.items() if group["state"] != "REMOVED"]

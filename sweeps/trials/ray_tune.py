@@ -283,7 +283,7 @@ class GracefulStopper(Stopper):
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
-            console.note("stopping the trials; the same command resumes them")
+            console.print_note("stopping the trials; the same command resumes them")
             self._on_request()
 
         signals = (signal.SIGINT, signal.SIGTERM)

@@ -56,7 +56,7 @@ def return_logs(trial: RunMirror) -> None:
     try:
         trial.upload_files(*PROCESS_FILES)
     except StoreUnavailableError as error:
-        console.warn(f"the log of the trial is on this node only: {error.reason}")
+        console.print_warning(f"the log of the trial is on this node only: {error.reason}")
 
 
 def fetch_trial(trial: RunMirror) -> None:
@@ -102,7 +102,7 @@ def restore_ledger(ledger: RunMirror, start_files: Sequence[str], groups: Sequen
             if not any((trial.run / done).is_file() for done in (OUTCOME, RESULT)):
                 fetch_trial(trial)
     if not known:
-        console.note(f"{folder.name} is resumed from {ledger.uri}")
+        console.print_note(f"{folder.name} is resumed from {ledger.uri}")
 
 
 def fetch_finished_runs(uri: str) -> Path:

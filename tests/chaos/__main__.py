@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     from skillnet_platform import console, storage
 
     if options.launcher == "hosts" and (reason := missing(*chaos_hosts.PROGRAMS)):
-        console.warn(f"no run is made on hosts: {reason}")
+        console.print_warning(f"no run is made on hosts: {reason}")
         return 0
     kinds = kinds_of(options.launcher, root)
     output = options.output or RESULTS / f"{datetime.date.today().isoformat()}-chaos.csv"
@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
         row = lane.disturb(row, orders)
         took = time.monotonic() - began
         append(output, row)
-        console.note(
+        console.print_note(
             f"{number}: {row.fault} ({row.victim}) after step {row.step}: exits {row.exits}, "
             f"{row.lost_steps} steps again, {row.lost_metrics} metrics lost, "
             f"{row.doubled_metrics} twice, {row.recovery_seconds} s, "

@@ -134,7 +134,9 @@ class FaultInjection:
                 self._do(fault, marker)
 
     def _do(self, fault: Fault, marker: Path) -> None:
-        console.warn(f"{VARIABLE}: {fault.kind} of the {fault.victim} after step {fault.step}")
+        console.print_warning(
+            f"{VARIABLE}: {fault.kind} of the {fault.victim} after step {fault.step}"
+        )
         if fault.kind in ("kill", "term"):
             number = signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM
             os.kill(self._process_of(fault.victim), number)

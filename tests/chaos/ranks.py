@@ -68,7 +68,7 @@ def fit_on_ranks(
                 return
             if words.is_file():
                 raise UserError(words.read_text(encoding="utf-8"))
-            console.warn(f"workers ended with {codes}; starting them again")
+            console.print_warning(f"workers ended with {codes}; starting them again")
     raise RuntimeError(f"the workers died {config.training.max_failures + 1} times")
 
 
@@ -111,7 +111,7 @@ def _worker(
         words.write_text(str(problem), encoding="utf-8")
         os._exit(2)
     except BaseException as problem:
-        console.warn(f"rank {rank}: {type(problem).__name__}: {problem}"[:200])
+        console.print_warning(f"rank {rank}: {type(problem).__name__}: {problem}"[:200])
         # Not in order: what is left of the group would wait for this rank.
         os._exit(1)
     dist.destroy_process_group()

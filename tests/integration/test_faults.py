@@ -125,7 +125,7 @@ def test_a_users_mistake_in_a_worker_is_told_and_not_tried_again(
     fault = {"rank": 0, "step": 1, "kind": "flip"}
     config = config_for(data, tmp_path, "mistaken", workers=2)
     said: list[str] = []
-    monkeypatch.setattr("skillnet_platform.console.error", said.append)
+    monkeypatch.setattr("skillnet_platform.console.print_error", said.append)
     assert cli.run_command(lambda _: finetune_with_faults(config, fault) and 0, []) == 2
     assert "holds no checkpoint to flip a bit of" in said[0]
     told = (tmp_path / "mistaken" / "progress.jsonl").read_text(encoding="utf-8")

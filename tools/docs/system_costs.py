@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         for cells in (header, ["---"] * len(header), *rows):
             print("| " + " | ".join(cells) + " |")
     else:
-        console.table("parameters in millions; operations per example in millions", header, rows)
+        console.print_table(
+            "parameters in millions; operations per example in millions", header, rows
+        )
     return 0
 
 

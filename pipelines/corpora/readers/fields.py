@@ -162,7 +162,7 @@ class RecordCorpus(ExternalCorpus):
                 f"--{prefix}.text"
             )
         if not annotations and filled:
-            console.warn(
+            console.print_warning(
                 f"{self.source.uri}: neither captions nor labels among the fields "
                 f"{', '.join(filled)}. The rows are prepared without them, for pretraining. If a "
                 f"field holds them, name it: --{prefix}.text FIELD, or --{prefix}.label FIELD"

@@ -142,7 +142,7 @@ def fit_on_ray(
                 if not attempts_left:
                     raise
                 reason = str(error).strip().splitlines()[0]
-                console.warn(f"the controller of Ray Train died ({reason}); restarting it")
+                console.print_warning(f"the controller of Ray Train died ({reason}); restarting it")
             except ControllerError as error:
                 if not isinstance(error.controller_failure, InsufficientWorkersError):
                     raise

@@ -36,7 +36,7 @@ def follow_job(client: Any, job: str) -> tuple[str, int]:
         with _silent_ray():
             asyncio.run(_print_log(client, job, stream))
     except KeyboardInterrupt:
-        console.note(
+        console.print_note(
             f"\nthe job continues; follow it with `skillnet submit --attach {job}`, end it with "
             f"`ray job stop {job}`"
         )
@@ -45,10 +45,10 @@ def follow_job(client: Any, job: str) -> tuple[str, int]:
     status = str(info.status.value)
     code = info.driver_exit_code
     if status == "SUCCEEDED":
-        console.note(f"{job} succeeded")
+        console.print_note(f"{job} succeeded")
         return status, 0
     reason = f": {info.message}" if info.message and code is None else ""
-    console.error(f"{job} {status.lower()}{reason}")
+    console.print_error(f"{job} {status.lower()}{reason}")
     return status, _exit_code(code)
 
 

@@ -198,7 +198,9 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
             return decision
         if not self._warned:
             fewest = self.scaling_config.min_workers
-            console.warn(f"fewer than {fewest} worker(s) fit on the cluster; waiting for nodes")
+            console.print_warning(
+                f"fewer than {fewest} worker(s) fit on the cluster; waiting for nodes"
+            )
             self._warned = True
         time.sleep(RETRY_INTERVAL_S)  # the controller asks again without a pause
         return decision
@@ -217,7 +219,9 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
             and self._resized_group != worker_group_state.start_time
             and self._has_free_slot({worker.metadata.node_id for worker in workers})
         ):
-            console.note(f"{decision.num_workers} workers fit: writing a checkpoint to resize")
+            console.print_note(
+                f"{decision.num_workers} workers fit: writing a checkpoint to resize"
+            )
             workers[0].execute_async(self._request_resize)
             self._resized_group = worker_group_state.start_time
         return NoopDecision()
@@ -248,7 +252,7 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
                 timeout=COORDINATOR_TIMEOUT_S,
             )
         except ray.exceptions.RayError as error:
-            console.warn(f"the number of workers does not change: {error}".splitlines()[0])
+            console.print_warning(f"the number of workers does not change: {error}".splitlines()[0])
             return None
         return reserved
 
@@ -268,7 +272,7 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
     def _log_size(self, workers: int) -> None:
         most = self.scaling_config.max_workers
         if workers < most or self._last_size not in (None, workers):
-            console.note(f"training with {workers} of {most} workers")
+            console.print_note(f"training with {workers} of {most} workers")
         self._last_size = workers
 
 
@@ -282,7 +286,7 @@ class HostLossPolicy(FailFastOnUserError):
             for failure in error.worker_failures.values():
                 if isinstance(failure, WorkerGroupResize):
                     if failure.leaving:
-                        console.warn(
+                        console.print_warning(
                             f"{len(failure.leaving)} node(s) were asked to leave and get no worker"
                         )
                     PLACEMENT.exclude_hosts(failure.leaving, now)
@@ -295,7 +299,9 @@ class HostLossPolicy(FailFastOnUserError):
                 return FailureDecision.RAISE
         lost = PLACEMENT.hosts - set(probe_raylets(ray.nodes()))
         if lost and not is_user_error(error):
-            console.warn(f"{len(lost)} node(s) left; resuming from the newest valid checkpoint")
+            console.print_warning(
+                f"{len(lost)} node(s) left; resuming from the newest valid checkpoint"
+            )
             return FailureDecision.RETRY
         return super().make_decision(error)
 

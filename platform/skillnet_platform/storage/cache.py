@@ -251,7 +251,7 @@ class FileCache:
     def _warn(self, excess: int) -> None:
         if not self._warned:
             self._warned = True
-            console.warn(
+            console.print_warning(
                 f"{self.folder}: the shards in use exceed the cache limit of "
                 f"{local_storage.human_bytes(self.limit)} by {local_storage.human_bytes(excess)}. "
                 "Set storage.cache_gb higher, or training.shuffle_gb lower"

@@ -273,7 +273,7 @@ def _tell(uri: str, outcome: Any, limit: float) -> None:
         if now - _last_warned.get(store, float("-inf")) < QUIET_S:
             return
         _last_warned[store] = now
-    console.warn(
+    console.print_warning(
         f"{uri}: the store{_endpoint(uri)} does not answer ({_words(outcome.exception())}); "
         f"retrying for up to {limit:.0f} s"
     )

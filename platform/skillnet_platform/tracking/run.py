@@ -152,7 +152,7 @@ class Tracker:
     def dict(self, obj: Any, name: str) -> None:
         """Log dataclasses, mappings and lists as the JSON artifact ``name``."""
         with self._new_artifact(name) as path:
-            text = json.dumps(console.plain(obj), ensure_ascii=False, indent=2)
+            text = json.dumps(console.to_json_types(obj), ensure_ascii=False, indent=2)
             path.write_text(text, encoding="utf-8")
 
     def artifact(self, path: str | os.PathLike[str], folder: str = "") -> None:

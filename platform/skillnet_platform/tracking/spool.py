@@ -120,7 +120,7 @@ class OperationSpool:
                 self._rewrite()
                 if not self._waiting:
                     self._pause = FIRST_PAUSE_S
-                    console.note(f"the tracker answers again: {sent} records sent")
+                    console.print_note(f"the tracker answers again: {sent} records sent")
             return not self._waiting
 
     def adopt(self, path: Path) -> int:
@@ -178,7 +178,7 @@ class OperationSpool:
         with rejected.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(operation, ensure_ascii=False) + "\n")
         self.rejected += 1
-        console.warn(f"{words}; it was written to {rejected} ({self.rejected} so far)")
+        console.print_warning(f"{words}; it was written to {rejected} ({self.rejected} so far)")
 
     def _keep(self, operation: Operation) -> None:
         if operation["kind"] == "artifact" and Path(operation["path"]).is_file():
@@ -216,7 +216,7 @@ class OperationSpool:
     def _away(self, error: BaseException) -> None:
         if self._pause == FIRST_PAUSE_S:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            console.warn(
+            console.print_warning(
                 f"the tracker {self.uri} does not answer ({reason}); records wait in {self.path}"
             )
         self._next_try = time.monotonic() + self._pause
@@ -243,7 +243,7 @@ def find_leftover_spools(uri: str) -> list[Path]:
         except ValueError:
             aside = path.with_suffix(".unreadable")
             path.replace(aside)
-            console.warn(
+            console.print_warning(
                 f"{path}: the first line, which names the tracker, is unreadable. The file was "
                 f"renamed to {aside.name}"
             )

@@ -17,7 +17,7 @@ class Row:
 
 
 def test_a_table_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    console.table("Tasks", ["task", "R@10"], [["text_to_image", 0.3512345], ["[x]", None]])
+    console.print_table("Tasks", ["task", "R@10"], [["text_to_image", 0.3512345], ["[x]", None]])
     captured = capsys.readouterr()
     assert "0.3512" in captured.out
     assert "[x]" in captured.out, "a cell is text, not markup"
@@ -26,7 +26,7 @@ def test_a_table_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_wide_table_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     long = "a" * 90
-    console.table("Wide", ["first", "second"], [[long, "end"]])
+    console.print_table("Wide", ["first", "second"], [[long, "end"]])
     assert long in capsys.readouterr().out
 
 
@@ -53,7 +53,7 @@ def test_progress_without_a_terminal_is_plain_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
-    with console.progress("training", total=4, unit="steps") as bar:
+    with console.show_progress("training", total=4, unit="steps") as bar:
         bar.advance(2, "loss 1.5")
         bar.advance(2)
     captured = capsys.readouterr()
@@ -68,7 +68,7 @@ def test_progress_without_a_terminal_is_plain_lines(
 
 
 def test_progress_of_a_resumed_run_counts_only_its_own_steps() -> None:
-    with console.progress("training", total=100, done=90) as bar:
+    with console.show_progress("training", total=100, done=90) as bar:
         bar.start -= 10.0
         bar.advance(5)
         assert bar.rate == pytest.approx(0.5, rel=0.05)
@@ -77,7 +77,7 @@ def test_progress_of_a_resumed_run_counts_only_its_own_steps() -> None:
 
 
 def test_what_was_done_before_and_is_seen_late_says_nothing_of_the_rate() -> None:
-    with console.progress("sweep", total=100) as bar:
+    with console.show_progress("sweep", total=100) as bar:
         bar.start -= 10.0
         bar.found(60)
         bar.advance(20)
