@@ -124,6 +124,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
             bootstrap_samples=config.bootstrap_samples,
             on_split=lambda task, split, count: bar.advance(count, f"{task} {split}"),
         )
+    # Stopped before the simple baselines, which may come from a cache.
     seconds = time.monotonic() - begin
     baseline_rows: list[dict[str, Any]] = []
     if config.simple_baselines:
@@ -140,7 +141,9 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
         output = Path(config.output)
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
+        # Time and weights are in the name, so that no evaluation overwrites another one.
         output = run_root() / "evaluations" / f"{stamp}-{source.digest[:8]}.csv"
+    # Written before the tracking server is asked: its outage must not cost the results.
     write_evaluation_csv([*rows, *baseline_rows], output)
     if config.log and source.run_id:
         log_evaluation(rows, output, source.run_id, source.steps, config.tracking_uri)
@@ -165,10 +168,12 @@ def log_evaluation(
     from skillnet_platform.tracking import Tracker, backend
 
     backend.setup_backend(uri)
+    # The model may have been copied from a machine with another tracker.
     if not is_known_run(run_id, uri):
         console.print_note(f"run {run_id} is not in this tracker; the metrics are only in {path}")
         return
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
+    # The baselines describe the corpora and not this run; the CSV file contains them.
     tracker.metrics(flat_metrics(rows), step or 0)
     tracker.artifact(path, "evaluation")
     if not tracker.flush():

@@ -63,14 +63,17 @@ def fetch(names: Sequence[str], directory: Path) -> list[dict[str, Any]]:
             a full disk. Completed downloads stay.
     """
     corpora = [find_corpus(name) for name in dict.fromkeys(names)]
+    # Corpora share archives, and each is downloaded once.
     archives = list(dict.fromkeys(a for corpus in corpora for a in corpus.archives))
     missing = [archive for archive in archives if not _is_verified(archive, directory)]
     if missing:
+        # A full disk is reported before the download, not after minutes of it.
         storage.require_space(directory, sum(archive.bytes for archive in missing))
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         with (
             storage.disk_guard(directory),
+            # On one file system with its target, so that accepting a file is a rename.
             tempfile.TemporaryDirectory(prefix=_PREFIX, dir=directory) as temporary,
         ):
             _download(missing, directory, Path(temporary))
@@ -110,6 +113,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 def _download(missing: list[Archive], directory: Path, folder: Path) -> None:
     jobs = [(f"{a.registry}-{n}", a) for n, a in enumerate(missing)]
+    # Found before the threads start, because all downloads from npm share it.
     npm = _find_npm(folder) if any(a.registry == "npm" for a in missing) else []
     errors: list[str] = []
     failed: list[Archive] = []
@@ -124,12 +128,14 @@ def _download(missing: list[Archive], directory: Path, folder: Path) -> None:
                     errors.append(f"{archive.requirement}: {error}")
                     failed.append(archive)
                 bar.advance(1, archive.file)
+    # Raised after all downloads have ended, so that the completed ones stay.
     if errors:
         raise UserError(_explain_manual_download(errors, failed, directory))
 
 
 def _download_one(archive: Archive, npm: list[str], target: Path) -> str:
     """Download an archive into ``target``; return the error, or ""."""
+    # pip and npm choose the file name, so each download has its own directory.
     target.mkdir()
     if archive.registry == "npm":
         if not npm:
@@ -145,6 +151,7 @@ def _download_one(archive: Archive, npm: list[str], target: Path) -> str:
             archive.requirement,
         ]
     else:
+        # A source distribution could run its own code during a download, so only wheels pass.
         command = [*_PIP, "download", "--no-deps", "--only-binary", ":all:", "-d", str(target)]
         command.append(archive.requirement)
     return _run_command(command)
@@ -170,6 +177,7 @@ def _run_command(command: list[str]) -> str:
             text=True,
             timeout=TIMEOUT_S,
             check=False,
+            # Settings of the user have priority.
             env={**_RETRY_SETTINGS, **os.environ},
         )
     except FileNotFoundError:
@@ -178,6 +186,7 @@ def _run_command(command: list[str]) -> str:
         return f"no answer within {TIMEOUT_S} seconds"
     if done.returncode == 0:
         return ""
+    # Warnings may precede the error that explains the failure.
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match("(npm )?(ERROR|error|ERR!)", line)]
     return _shorten_error(errors or lines or [f"exit code {done.returncode}"])
@@ -213,6 +222,7 @@ def _accept_download(archive: Archive, folder: Path, directory: Path) -> str:
         names = sorted(p.name for p in folder.glob(f"*/{archive.file.split('-')[0]}*"))
         return f"the download has another name than {archive.file}: {', '.join(names) or 'none'}"
     try:
+        # Checked before the move: a wrong file never has the final name.
         check_archive(archive, downloads[0].parent)
     except UserError as error:
         return str(error).split(". ")[0]

@@ -43,6 +43,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         UserError: the model or a corpus is missing, a name is in use, or another run has the name.
         RuntimeError: an old part changed; the report names it.
     """
+    # torch loads here, so that --help and usage errors stay fast.
     from pipelines.growth import runs, verification
     from pipelines.runs import layout, model_source
     from pipelines.runs.progress_log import PROGRESS, show_progress
@@ -59,6 +60,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     assert settings.name is not None
     run = Path(str(settings.run_dir)) / settings.name
     grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
+    # Read from the model, because a new modality adds a stem to the new skill and head.
     settings.training.trainable = verification.added_files(before, grown)
     settings.init_from = runs.save_start_model(grown, str(settings.run_dir))
     # Checked before training: an old file that saving rewrites would waste the run.
@@ -66,6 +68,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         verification.compare_files(source, before, Path(settings.init_from))
     )
     finished = training_run.find_finished_result(resolved)
+    # A result without a report was interrupted after its training, and resumes below.
     if finished is not None and "growth" in finished:
         console.print_note(
             f"{settings.name} is finished ({finished['step']} steps); give another --name for a "
@@ -81,6 +84,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         if finished is None:
             with show_progress(run / PROGRESS, settings.training.steps):
                 finished = training_run.train_and_evaluate(resolved, tracker)
+            # Written before the report, so that a growth that is killed now does not train again.
             write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
         references = _train_references(config, settings, source, run, tracker)
@@ -113,6 +117,7 @@ def _train_references(
     results: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(config.references):
         other = runs.build_reference_config(name, config, settings, source, run)
+        # Without another skill there is no frozen model to put the head on.
         if other is None:
             console.print_note(f"{name}: the task has no other skill; this reference is skipped")
             continue
@@ -150,6 +155,7 @@ def _open_tracker(
         run_id=tracking.read_run_id(run / RUN),
         parent=parent,
     ) as tracker:
+        # Written at once, so that a killed run resumes in the same MLflow run.
         write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         yield tracker
 
@@ -157,6 +163,7 @@ def _open_tracker(
 def _log_report(report: "GrowthReport", run: Path, tracker: "Tracker") -> None:
     from pipelines.growth.report import REPORT_JSON, REPORT_MARKDOWN
 
+    # Local files come first, because the tracking server may be away.
     write_json(run / REPORT_JSON, console.to_json_types(report.to_dict()))
     with atomic_write(run / REPORT_MARKDOWN, "w") as stream:
         stream.write(report.to_markdown() + "\n")
@@ -181,6 +188,7 @@ def _register(
     registered = register_model(
         model_source.resolve_model(str(run), config.tracking.uri),
         str(settings.data),
+        # The run has measured the model; a second evaluation would only take time.
         rows=result["evaluation"],
         uri=config.tracking.uri,
         description=report.summarize(),

@@ -37,6 +37,7 @@ def print_report(report: dict[str, Any]) -> None:
 )
 def main(config: InspectConfig) -> dict[str, Any]:
     """Run ``skillnet inspect``."""
+    # Decoders load here, so that --help stays fast.
     from pipelines.preprocessing.inspection import inspect_corpus
 
     return inspect_corpus(config.path, config.options)

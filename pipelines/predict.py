@@ -82,10 +82,12 @@ def predict_rows(config: PredictConfig) -> "list[tuple[InputRow, TaskPrediction]
         UserError: the model or a file is missing, an input of the command line is unreadable, or a
             file has no usable row.
     """
+    # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
     from pipelines.serving.inputs import InputRow, check_usable_rows, report_rejected
 
+    # Inputs are read before the model is loaded, so that a wrong path fails at once.
     inputs = gather_inputs(config)
     source = model_source.resolve_model(config.model, config.tracking_uri)
     data = parse_location(config.data, data_root())
@@ -107,6 +109,7 @@ def predict_rows(config: PredictConfig) -> "list[tuple[InputRow, TaskPrediction]
     ]
     unusable += [row for row in inputs if row.reason]
     predicted = [row for index, row in enumerate(usable) if index not in rejected]
+    # Inputs of the command line have no position here; they have failed above.
     check_usable_rows([row for row in (*unusable, *predicted) if row.where])
     report_rejected([*unusable, *predicted])
     # A file with functions has several predictions, so that inputs and predictions do not pair.
@@ -152,6 +155,7 @@ def clue_lines(predictions: "list[tuple[InputRow, TaskPrediction]]") -> list[dic
     """
     lines = []
     for row, prediction in predictions:
+        # The classes of the reader tnews are named by code and description.
         code, _, description = prediction.answer.partition(" ")
         if not code.isdigit() or not description:
             raise UserError(
@@ -210,6 +214,7 @@ def _to_json(prediction: "TaskPrediction") -> dict[str, Any]:
         {"answer": name, "score": score} for name, score in prediction.alternatives
     ]
     if not prediction.answer:
+        # The score of an embedding is NaN, which JSON does not have.
         values["score"] = None
     return values
 
@@ -242,6 +247,7 @@ def main(
     if config.format == "clue":
         lines = clue_lines(answered)
     if config.output:
+        # A killed command must not leave half a file that looks complete.
         with atomic_write(config.output, "w") as stream:
             for line in lines:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -73,11 +73,13 @@ def rewrite_corpus_options(arguments: Sequence[str]) -> list[str]:
             word = f"--corpus={rest.pop(0)}"
         if word.startswith("--corpus="):
             name, equals, path = word.removeprefix("--corpus=").partition("=")
+            # The name becomes a directory and a configuration key, so separators are not allowed.
             if not equals or not path or not re.fullmatch(r"[\w-]+", name):
                 raise UserError(
                     f"command line: --corpus {name}: expected NAME=PATH, for example "
                     "--corpus tnews=/data/tnews_public"
                 )
+            # Two values of one key would leave only one of the corpora.
             if f"--corpus.{name}" in out:
                 raise UserError(
                     f"command line: --corpus {name} is given twice; give one of them another name: "
@@ -110,6 +112,7 @@ def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:
 def main(config: PrepareConfig) -> dict[str, Any]:
     """Run ``skillnet prepare``."""
     start = time.monotonic()
+    # A mistyped name would otherwise prepare the corpus with default options.
     if unknown := sorted(set(config.options) - set(config.corpus)):
         raise UserError(f"options.{unknown[0]}: no such corpus is given with --corpus")
     external = [
@@ -117,6 +120,7 @@ def main(config: PrepareConfig) -> dict[str, Any]:
         for name, path in config.corpus.items()
     ]
     destination = parse_location(config.data, storage.data_root())
+    # Shards are written to a local disk; an object store has no atomic rename.
     with stage_locally(destination) as data:
         done = prepare(
             config.corpora or ([] if external else list(BUILT_IN)),

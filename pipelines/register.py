@@ -66,6 +66,7 @@ def show_registration(registered: "RegisteredVersion") -> None:
 )
 def main(config: RegisterConfig) -> "RegisteredVersion":
     """Run ``skillnet register``."""
+    # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
 
     if config.bootstrap_samples < 1:

@@ -114,6 +114,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     Raises:
         UserError: the model, the corpus or a split is missing, or the task is not a retrieval task.
     """
+    # torch loads here, so that --help and usage errors stay fast.
     from pipelines.evaluation.evaluator import locate_task_corpus
     from pipelines.runs import model_source
     from pipelines.serving.bundle import open_predictor
@@ -132,6 +133,7 @@ def search_corpus(config: SearchConfig) -> SearchResult:
     corpus = open_corpus(locate_task_corpus(data, config.task, source.corpora))
     splits = _choose_splits(corpus, config.splits)
     vectors = build_retrieval_index(predictor, source, config.task, corpus, splits)
+    # The time excludes loading and indexing, which happen once for a model and a corpus.
     begin = time.monotonic()
     query = " ".join(config.query).strip()
     scores = vectors @ predictor.embed_texts(config.task, [query])[0]
@@ -214,12 +216,14 @@ def show_search(result: SearchResult) -> None:
 
 def _choose_splits(corpus: "PreparedCorpus", names: Sequence[str] | None) -> list[str]:
     if names is None:
+        # Pretraining rows would enlarge the index, whose size is limited; --splits can include them.
         return [name for name in corpus.splits if name != "pretrain"]
     for name in names:
         if name not in corpus.splits:
             raise UserError(
                 f"corpus {corpus.name} has no split {name!r}; it has {', '.join(corpus.splits)}"
             )
+    # A split that is named twice would list each of its rows twice.
     return list(dict.fromkeys(names))
 
 
@@ -230,6 +234,7 @@ def _rank_hits(
     hits: list[SearchHit] = []
     # Equal scores keep the order of the rows, so that results are reproducible.
     for rank in np.argsort(-scores, kind="stable")[:top]:
+        # The end of a split is the first row of the next one, hence side="right".
         number = int(np.searchsorted(ends, rank, side="right"))
         name = splits[number]
         row = int(rank) - int(ends[number]) + corpus.splits[name].rows
@@ -260,6 +265,8 @@ def _load_media(corpus: "PreparedCorpus", hit: SearchHit) -> tuple[np.ndarray | 
 
 
 def _default_page(query: str, task: str) -> Path:
+    # A query may contain a slash. A Chinese character takes three bytes of the 255 that file
+    # systems allow for a name.
     stem = re.sub(r"[^\w]+", "-", query).strip("-")[:40] or "query"
     return run_root() / "searches" / f"{task}-{stem}.html"
 

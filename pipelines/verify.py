@@ -77,6 +77,7 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     try:
         source = model_source.resolve_model(config.model, config.tracking_uri)
     except UserError as error:
+        # Resolving a model checks hashes too; such a finding is a result of this command.
         if "altered" not in str(error):
             raise
         return [HashCheck("model", "altered", str(error))]
@@ -129,6 +130,7 @@ def _check_bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]
         return f"{len(about['files'])} files, written by skillnet-platform {about['package']}"
 
     yield _make_check("bundle", files)
+    # Only the registry has tags to compare; a folder has none.
     if source.version is None:
         return
     from skillnet_platform.tracking import backend, registry
@@ -169,6 +171,7 @@ def _check_run(
 
     yield _make_check("run", corpora)
     model = Path(tags.get("run_dir", "")) / "model"
+    # Without the last condition, a run's model would be compared with itself.
     if "run_dir" in tags and (model / "manifest.json").is_file() and model != source.weights:
 
         def compare_weights() -> str:
@@ -193,7 +196,10 @@ def _check_corpus(location: Location, digest: str | None) -> tuple[HashCheck, li
     manifest: dict[str, Any] = {}
 
     def shards() -> str:
+        # verify_corpus ignores the records of earlier checks (decision 19), so it finds damage
+        # after the first read.
         manifest.update(verify_corpus(location))
+        # A manifest that agrees with its shards may still be of a later preparation.
         if digest is not None:
             _require_equal(f"{location}, the digest of its manifest", manifest["digest"], digest)
         listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
@@ -238,6 +244,7 @@ def _check_tokenizer(bundle: Path, data: Location) -> HashCheck:
 
 def _require_equal(subject: str, actual: str | None, expected: str | None) -> str:
     """Return the hash if both are equal; raise UserError with the subject otherwise."""
+    # Two absent hashes are equal, but nothing was compared.
     if actual != expected or actual is None:
         raise UserError(f"{subject} was altered: sha256 {actual}, recorded is {expected}")
     return f"sha256 {actual[:16]}…"
@@ -247,6 +254,7 @@ def _make_check(subject: str, compare: Callable[[], str]) -> HashCheck:
     try:
         return HashCheck(subject, "ok", compare())
     except ValueError as error:
+        # One altered file must not hide the state of the others.
         return HashCheck(subject, "altered", str(error))
 
 

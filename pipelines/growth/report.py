@@ -42,6 +42,7 @@ class FileState:
             return "new"
         if self.after is None:
             return "gone"
+        # Equal hashes mean equal bytes; comparing values would miss a changed dtype.
         return "same" if self.before == self.after else "changed"
 
 
@@ -142,11 +143,13 @@ class GrowthReport:
             all(file.state in ("same", "new") for file in self.files)
             and all(task.is_unchanged for task in self.tasks)
             and not self.rows_changed
+            # Optimizer state of an old file would mean that a step could have changed it.
             and set(self.optimizer_files) <= new
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, including derived values for readers of the JSON file."""
+        # asdict leaves out properties, which readers of the JSON file need.
         values: dict[str, Any] = asdict(self)
         for entry, file in zip(values["files"], self.files, strict=True):
             entry["state"] = file.state
@@ -161,6 +164,7 @@ class GrowthReport:
         """
         lists = ("files", "tasks", "transfer_results")
         rest = {key: value for key, value in values.items() if key not in lists}
+        # Derived values are computed again, so that they cannot contradict the entries.
         rest.pop("is_unchanged", None)
         files = [FileState(f["file"], f["before"], f["after"]) for f in values["files"]]
         tasks = [TaskState(**entry) for entry in values["tasks"]]
@@ -218,6 +222,7 @@ class GrowthReport:
         ]
         if regressions:
             title = f"old tasks after {TRAINING_LABELS['everything']}"
+            # Next to the table of the old tasks, because the reader compares both.
             tables.insert(2, (title, ["task", "metric", "before", "after"], regressions))
         return tables
 
@@ -259,6 +264,7 @@ def _task_cells(task: TaskState) -> list[str]:
 
 
 def _short(digest: str | None) -> str:
+    # 16 digits identify a file in a table; the JSON file has all of them.
     return "–" if digest is None else digest[:16]
 
 

@@ -58,6 +58,7 @@ def build_grown_model(config: GrowConfig, before: SkillNet, task: Task) -> Skill
         before: the source model.
         task: the new task.
     """
+    # The source model stays as it is, because the report measures it after the training.
     grown = copy.deepcopy(before)
     torch.manual_seed(config.seed)
     add_skill(grown, config.skill.name, config.skill.init_from)
@@ -77,6 +78,8 @@ def save_start_model(model: SkillNet, run_dir: str) -> str:
     # The process id separates growths that start at the same time.
     staging = Path(run_dir) / ".starts" / f".growing-{os.getpid()}"
     model.save_pretrained(staging)
+    # The identity of a run contains the digest of its initial weights, so a killed growth must find
+    # the same weights again (decision 11).
     target = staging.with_name(str(digest_weights(str(staging)))[:16])
     if target.is_dir():
         shutil.rmtree(staging)
@@ -113,6 +116,7 @@ def build_growth_config(
         skills=(*before.config.skills, skill.name),
         tasks=before.config.tasks | {task.name: resolve_new_task(config)},
     )
+    # Old tasks take no steps; they are evaluated to show that they did not change.
     old = {name: old_task_settings(name, config, source) for name in before.config.tasks}
     return FinetuneConfig(
         name=name,
@@ -121,7 +125,9 @@ def build_growth_config(
         data=config.data,
         model=shape,
         tasks=old | {task.name: task.training},
+        # A copy, because the caller sets its trainable files.
         training=replace(config.training),
+        # `skillnet grow` registers the model itself, after it has checked the old parts.
         tracking=replace(config.tracking, register=False),
     )
 
@@ -182,6 +188,7 @@ def build_reference_config(
     base = replace(settings, name=f"{settings.name}-{name}", run_dir=str(run / "references"))
     only_new = {task: settings.tasks[task]}
     if name == "everything":
+        # No list means that all files train.
         return replace(base, training=replace(settings.training, trainable=[]))
     if name == "fresh":
         return replace(
@@ -198,8 +205,10 @@ def build_reference_config(
     if not all(remaining.values()):
         return None
     towers = {t: SkillPlan(remaining[t], plan.modality) for t, plan in spec.towers.items()}
+    # The head depends on the seed only, so a resumed reference starts from the same weights.
     torch.manual_seed(config.seed)
     model = add_task(load_growable_model(source), task, replace(spec, towers=towers))
+    # The model of this reference has no file of the new skill.
     trainable = [
         file for file in settings.training.trainable if file != f"skill-{config.skill.name}"
     ]

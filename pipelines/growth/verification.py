@@ -57,6 +57,7 @@ def compare_files(source: ModelSource, before: SkillNet, folder: Path) -> list[F
         old = {file: _hash_parameters(before, names) for file, names in before.files_of().items()}
     else:
         old = {file: listed[f"{file}.safetensors"]["sha256"] for file in before.files_of()}
+    # The written files are hashed, because the next user of the model reads these.
     new = {path.stem: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
     return [
         FileState(file, old.get(file), new.get(file))
@@ -125,15 +126,20 @@ def build_growth_report(
     """
     skill, task = added
     spec = settings.model.tasks[task]
+    # The source is measured again and not read from its run: another machine may round differently,
+    # and the comparison is exact.
     old_rows, old_outcomes = _evaluate_source(before, settings, run)
     own_outcomes = read_outcomes(run / OUTCOMES_FILE)
     compared = changed = 0
     for key in old_outcomes:
         one, other = old_outcomes[key], own_outcomes[key]
+        # Frozen parts must give equal numbers, so no tolerance is allowed.
         unchanged = (one.numerator == other.numerator) & (one.denominator == other.denominator)
         compared, changed = compared + len(one), changed + int((~unchanged).sum())
+    # Step numbers have leading zeros, so the last name is the last step.
     checkpoint = max((run / "checkpoints").glob("step-*"))
     results = {GROWN: result, **references}
+    # Read from disk: the report is about the written files, not about a model in memory.
     model = systems.load_model(run / "model")
     return GrowthReport(
         source=source.name,
@@ -199,6 +205,7 @@ def _compare_rows(
     rows_after = {(row["task"], row["split"], row["metric"]): row for row in after}
     states = []
     for row in before:
+        # A metric that is absent after the growth counts as changed.
         other = rows_after.get((row["task"], row["split"], row["metric"]), {})
         is_unchanged = all(_equal(row[key], other.get(key)) for key in COMPARED_COLUMNS)
         states.append(
@@ -259,6 +266,7 @@ def _count_trained(run: Path) -> int:
         with safe_open(str(path), "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - the handle is not a mapping
                 if key.endswith("/exp_avg"):
+                    # The shape comes from the header, so no tensor is read.
                     size = 1
                     for length in tensors.get_slice(key).get_shape():
                         size *= length
@@ -281,6 +289,7 @@ def _primary_values(
 def _hash_parameters(model: SkillNet, names: Sequence[str]) -> str:
     from safetensors.torch import save
 
+    # The bytes must be those of a saved file, which holds contiguous tensors.
     tensors = {name: model.get_parameter(name).detach().cpu().contiguous() for name in names}
     return hashlib.sha256(save(tensors)).hexdigest()
 

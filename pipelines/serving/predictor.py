@@ -275,7 +275,6 @@ class TaskPredictor:
         inputs = memory_inputs(arrays, spec.towers[tower], self.model.config)
         if spec.objective == "classification":
             probabilities = self.runner.classify(task, inputs)
-            # A probability needs no bank of captions and has no embedding.
             return [(*_rank_names(self.names[task], row, top), []) for row in probabilities]
         if spec.objective == "ctc":
             transcripts, confidence = self.runner.transcribe(task, inputs)

@@ -51,7 +51,7 @@ def render_search_page(
         facts: (name, value) pairs about the search.
         credit: authors and licences of the shown data.
     """
-    # Without results the page is still written and says so.
+    # A search without results still writes its page.
     top = max((card.score for card in cards), default=1.0)
     low = min((card.score for card in cards), default=0.0)
     values = {
