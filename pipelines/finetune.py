@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.config.resources import request_training
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder
-from pipelines.runs.progress_log import PROGRESS, show_progress
+from pipelines.runs.progress_log import PROGRESS, follow_progress
 from pipelines.training.resolved_run import resolve_run
 from pipelines.training.run import find_finished_result, train_and_evaluate, validate_run
 from skillnet_platform import console, tracking
@@ -94,7 +94,7 @@ def run_end_to_end(
         run_id=tracking.read_run_id(folder / RUN),
     ) as tracker:
         write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
-        with show_progress(folder / PROGRESS, config.training.steps):
+        with follow_progress(folder / PROGRESS, config.training.steps):
             requested = splits if config.evaluate else None
             result = train_and_evaluate(run, tracker, splits=requested, callbacks=callbacks)
     result["registered"] = register_run(config, folder, result["evaluation"])

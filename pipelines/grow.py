@@ -46,7 +46,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.growth import runs, verification
     from pipelines.runs import layout, model_source
-    from pipelines.runs.progress_log import PROGRESS, show_progress
+    from pipelines.runs.progress_log import PROGRESS, follow_progress
     from pipelines.training import run as training_run
     from pipelines.training.resolved_run import resolve_run
 
@@ -82,7 +82,7 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         stream.write(configuration.to_yaml(config))
     with _open_tracker(settings, run, {"grown_from": source.digest}) as tracker:
         if finished is None:
-            with show_progress(run / PROGRESS, settings.training.steps):
+            with follow_progress(run / PROGRESS, settings.training.steps):
                 finished = training_run.train_and_evaluate(resolved, tracker)
             # Written before the report, so that a growth that is killed now does not train again.
             write_json(run / layout.RESULT, finished | {"registered": None})
@@ -110,7 +110,7 @@ def _train_references(
     """Train the reference runs; return name -> result. Each is a child run in MLflow."""
     from pipelines.growth import runs
     from pipelines.runs import layout
-    from pipelines.runs.progress_log import PROGRESS, show_progress
+    from pipelines.runs.progress_log import PROGRESS, follow_progress
     from pipelines.training import run as training_run
     from pipelines.training.resolved_run import ResolvedRun
 
@@ -130,7 +130,7 @@ def _train_references(
             training_run.validate_run(resolved)
             with (
                 _open_tracker(other, folder, {"reference": name}, tracker.run_id) as child,
-                show_progress(folder / PROGRESS, other.training.steps),
+                follow_progress(folder / PROGRESS, other.training.steps),
             ):
                 finished = training_run.train_and_evaluate(resolved, child)
             write_json(folder / layout.RESULT, finished)

@@ -48,7 +48,7 @@ class ProgressFile:
 
 
 @contextlib.contextmanager
-def show_progress(path: Path, steps: int) -> Iterator[None]:
+def follow_progress(path: Path, steps: int) -> Iterator[None]:
     """Show a progress bar from the lines that rank 0 appends, inside a block.
 
     Args:
