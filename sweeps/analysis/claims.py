@@ -149,6 +149,7 @@ def _specialists_claim(
         if change[1] >= -rules.margin:
             conditions.append(ClaimCondition(numbers, True))
         else:
+            # An interval that reaches below the margin is no proof of a loss.
             is_loss = test.is_significant and change[0] < 0
             conditions.append(ClaimCondition(numbers, False if is_loss else None))
     value = comparison.relative[own].value
@@ -303,6 +304,7 @@ def _find_leader(
     The reference leads if it beats each baseline. Otherwise the best baseline that beats the
     reference leads.
     """
+    # With too few seeds no claim has a verdict, and so no leader.
     if comparison.seeds < MIN_SEEDS:
         return None
     beaten, better = 0, {}
@@ -313,6 +315,7 @@ def _find_leader(
             better[other] = comparison.scores[other, task, "test"].value
     if better:
         return max(better, key=lambda label: better[label])
+    # A baseline that is neither better nor worse leaves the claim without a leader.
     if beaten < len(pairs):
         return None
     # Several pairs can mix variants, so the result names the reference without its suffix.

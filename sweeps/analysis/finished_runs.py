@@ -274,6 +274,7 @@ def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[F
         raise UserError(
             f"{len(names)} names for {len(groups)} configurations: {counts}; give one name for each"
         )
+    # Equal labels would merge two configurations into one system of the report.
     if len(set(names)) < len(names):
         raise UserError(f"names must differ, got {', '.join(names)}")
     labels: list[str] = []
@@ -283,6 +284,7 @@ def label_runs(runs: Sequence[FinishedRun], names: Sequence[str] = ()) -> list[F
         labels.append(label)
         seeds = [run.seed for run in members]
         for seed in seeds:
+            # A run that counts twice would make the seeds look more alike than they are.
             if seeds.count(seed) > 1:
                 equal = [str(run.folder) for run in members if run.seed == seed]
                 raise UserError(

@@ -68,6 +68,7 @@ class SeedVariance(NamedTuple):
 
     def for_difference(self) -> "SeedVariance":
         """Return the variance of the difference of two systems' runs."""
+        # Seeds of different systems are treated as independent, so the variances add.
         return SeedVariance(2 * self.variance, self.dof)
 
 
@@ -122,6 +123,7 @@ def build_sample(amounts: Mapping[int, ArrayLike], weight: ArrayLike, key: Hasha
     # A ratio of sums weights long rows more, as the token error rate is defined.
     values_S = amount_SN.sum(1) / weight_N.sum()
     # Influence function of the ratio: each run's values sum to 0.
+    # Division by the mean weight gives the influences the unit of the score.
     rows_SN = (amount_SN - values_S[:, None] * weight_N) / weight_N.mean()
     return RunSample(seeds, values_S, {key: rows_SN})
 
@@ -159,6 +161,7 @@ def divide_samples(above: RunSample, below: RunSample) -> RunSample:
     above, below = pair_samples(above, below)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where(below.values == 0, np.nan, above.values / below.values)
+        # A score of 0 has no relative score; NaN keeps it out of every verdict.
         scale = np.where(below.values == 0, np.nan, 1 / below.values)
     return RunSample(above.seeds, values, _sum_rows([(above, scale), (below, -values * scale)]))
 
@@ -182,6 +185,7 @@ def pair_samples(left: RunSample, right: RunSample) -> tuple[RunSample, RunSampl
             left.select([left.seeds.index(seed) for seed in common]),
             right.select([right.seeds.index(seed) for seed in common]),
         )
+    # One common seed gives no variance, so pairing by order uses more of the runs.
     count = min(len(left.seeds), len(right.seeds))
     return left.select(range(count)), right.select(range(count))
 
@@ -267,6 +271,7 @@ def _variance(values_S: NDArray[np.float64]) -> float:
     # Rounding errors are not variance: equal values must give exactly 0.
     if len(values_S) < 2 or np.ptp(values_S) == 0:
         return 0.0
+    # With few seeds the divisor N would understate the variance clearly.
     return float(values_S.var(ddof=1))
 
 
@@ -303,6 +308,7 @@ def correct_p_values(p_values: Sequence[float]) -> list[float]:
     alpha, for any dependence between the tests. NaN stays NaN and does not count as a test.
     """
     p = np.asarray(p_values, np.float64)
+    # A test without a p-value must not make the correction of the others stricter.
     order = [int(i) for i in np.argsort(p) if not np.isnan(p[i])]
     adjusted = np.full(len(p), np.nan)
     highest = 0.0

@@ -84,6 +84,7 @@ def list_plan_changes(task: Task, skills: Sequence[str], swaps: bool = True) -> 
         # Towers in which the swapped skill is replaced.
         homes = [name for name, plan in task.towers.items() if skill in plan.skills]
         for other in skills if swaps else ():
+            # A swap for an active skill would be a removal.
             if any(other in task.towers[name].skills for name in homes):
                 continue
             towers = left | {name: (*left[name], other) for name in homes}
@@ -135,6 +136,7 @@ def measure_ablations(
         spec = model.config.tasks[name]
         metric, more = OBJECTIVE_METRICS[spec.objective]
         limit = (limits or {}).get(name)
+        # The baseline is measured in the same way, so that differences come from the plan alone.
         baseline = _measure_outcomes(runner, name, spec, part, corpus, limit)
         for change in list_plan_changes(spec, model.config.skills, swaps):
             if on_change is not None:
@@ -179,6 +181,7 @@ def _measure_outcomes(
             part,
             f"{corpus.name}/{part.name}",
             limit=limit,
+            # Intervals come from the paired outcomes, so those of the metrics are not needed.
             bootstrap_samples=0,
             outcomes=outcomes,
             all_captions=uses_all_captions(corpus),
@@ -247,6 +250,7 @@ def override_plan(model: SkillNet, name: str, task: Task) -> Iterator[None]:
 
 def _replace_skills(task: Task, skills: Mapping[str, Sequence[str]]) -> Task | None:
     """Return the task with other skills in its towers; None if a tower would have no skill."""
+    # Such a plan is invalid, so the change cannot be measured.
     if not all(skills.values()):
         return None
     towers = {

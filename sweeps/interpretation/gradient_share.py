@@ -110,6 +110,7 @@ def measure_gradient_share(
 def _share_interval(
     values: np.ndarray, total: np.ndarray, seed: int, bootstrap_samples: int
 ) -> ConfidenceInterval:
+    # A ratio of sums, so that the share of a batch with tiny gradients has little weight.
     rows_N2 = np.stack([values, total], 1)
     return bootstrap_interval(rows_N2, ratio_of_sums, seed=seed, samples=bootstrap_samples)
 
@@ -145,12 +146,15 @@ def _squared_norms(
                 outputs = model(task, batch.towers)
             # The loss is computed outside autocast, as in training.
             loss = task_loss(model.config.tasks[task], outputs, batch)
+            # autograd.grad leaves .grad of the parameters alone, so the model stays unchanged.
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
             for owner, gradient in zip(owners, gradients, strict=True):
                 if gradient is not None:
+                    # Sums of millions of small squares lose digits in float32.
                     squares[owner][step] += float(gradient.double().square().sum())
     finally:
         for parameter in frozen:
+            # An error must not leave the model of the caller unfrozen.
             parameter.requires_grad_(False)
         model.train(training)
     return squares, parts

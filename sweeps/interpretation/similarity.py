@@ -127,6 +127,7 @@ def compute_linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
     Returns:
         (skill, skill) -> CKA; None if one of the outputs is constant.
     """
+    # Without centring, an offset that all skills share would make them look similar.
     centred = {name: (x - x.mean(0)).float() for name, x in outputs.items()}
     own = {name: float((x.T @ x).norm()) for name, x in centred.items()}
     return {
@@ -139,6 +140,7 @@ def compute_linear_cka(outputs: Mapping[str, Tensor]) -> Pairs:
 
 def _with_untrained(model: SkillNet, seed: int) -> SkillNet:
     """Return a copy with one untrained skill; the global random state is unchanged."""
+    # The model of the caller must not get another skill.
     copied = copy.deepcopy(model)
     # The new weights must not change the random state of the caller.
     with torch.random.fork_rng(devices=[]):
@@ -189,6 +191,7 @@ def _sample_rows(lengths: np.ndarray, tokens: int, seed: int) -> np.ndarray:
     """Return random row indices (sorted) that contain at least ``tokens`` tokens."""
     order = np.random.default_rng(seed).permutation(len(lengths))
     enough = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1
+    # Sorted rows read a memory-mapped split in order.
     return np.sort(order[:enough])
 
 

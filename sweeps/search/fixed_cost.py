@@ -34,6 +34,7 @@ def compute_model_cost(
     from skillnet.accounting import account_task
     from skillnet.systems import build_system
 
+    # The meta device allocates no weights, so that many widths can be tried.
     with torch.device("meta"):
         model = build_system(config.system, config.model, config.options)
     accounts = [account_task(model, task) for task in config.measured]
@@ -65,11 +66,13 @@ def fit_fixed_cost(config: FinetuneConfig, target: float, fixed: FixedCostConfig
     costs: dict[int, float] = {}
 
     def cost(count: int) -> float:
+        # The search asks for the same width several times, and each costs a model.
         if count not in costs:
             costs[count] = compute_model_cost(with_width(count), fixed.by)
         return costs[count]
 
     best = _find_nearest_count(cost, target, MAX_WIDTH // step)
+    # Outside of the tolerance, a better score could come from the cost alone.
     if abs(cost(best) - target) > fixed.tolerance * target:
         nearest = ", ".join(
             f"{count * step} gives {costs[count]:,.0f}"
@@ -103,6 +106,7 @@ def _find_nearest_count(cost: Callable[[int], float], target: float, most: int) 
 def _interpolate_count(cost: Callable[[int], float], target: float, low: int, high: int) -> int:
     """Return the linear interpolation inside (low, high); it is exact for ``ffn_dim``."""
     rise = cost(high) - cost(low)
+    # Without a rise, halving still ends.
     fraction = (target - cost(low)) / rise if rise > 0 else 0.5
     guess = round(low + fraction * (high - low))
     return min(max(guess, low + 1), high - 1)

@@ -82,6 +82,7 @@ def _summarize_group(rank: int, name: str, members: list[TrialOutcome]) -> Ranke
         name=name,
         settings=members[0].settings,
         score=fmean(values) if values else None,
+        # One repeat has no deviation; 0 would look like certainty.
         score_std=stdev(values) if len(values) > 1 else None,
         scores={task: fmean(e.reports[-1]["scores"][task] for e in scored) for task in tasks},
         status_counts={
@@ -140,6 +141,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     names = {}
     for key in keys:
         parts = key.split(".")
+        # Tables are narrow: the shortest suffix that is still unique identifies a setting.
         for count in range(1, len(parts) + 1):
             end = ".".join(parts[-count:])
             if sum(other == end or other.endswith(f".{end}") for other in keys) == 1:
@@ -181,6 +183,7 @@ def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figur
     from pipelines.evaluation.figures import COLORS, style_axes
 
     points = [e for e in configurations if e.score is not None and e.flops_per_example]
+    # One point shows no trade-off between score and cost.
     if len(points) < 2:
         return None
     figure = Figure(figsize=(9.6, 3.8), layout="constrained", facecolor="white")
@@ -192,6 +195,7 @@ def draw_ranking_figure(configurations: Sequence[RankedConfiguration]) -> "Figur
     for panel, (key, label) in zip(axes, panels, strict=True):
         costs = [getattr(each, key) / 1e6 for each in points]
         for each, cost in zip(points, costs, strict=True):
+            # Scores after fewer steps must not look equal to final ones.
             is_complete = each.status_counts["stopped"] == 0
             panel.errorbar(
                 cost,

@@ -154,7 +154,9 @@ class OptunaSource:
     def record_outcome(self, outcome: TrialOutcome) -> None:
         """Report the mean score to Optuna when the last seed of a configuration has ended."""
         scores = self._scores.setdefault(outcome.group, [])
+        # A failed seed counts as ended; otherwise Optuna would wait for it forever.
         scores.append(outcome.score if outcome.status != "failed" else None)
+        # Optuna gets one mean for a configuration and not the noise of each seed (decision 13).
         if len(scores) < len(self._seeds):
             return
         good = [score for score in scores if score is not None]
@@ -194,6 +196,7 @@ class OptunaSource:
 
     def _encode_point(self, point: SearchPoint) -> dict[str, Any]:
         return {
+            # Optuna stores plain categories only; an index stands for lists and dictionaries too.
             name: self._categories[name].index(value) if name in self._categories else value
             for name, value in point.items()
         }
@@ -225,6 +228,7 @@ def _build_optuna_search(space: SearchSpace, seed: int) -> tuple[Any, dict[str, 
     distributions: dict[str, BaseDistribution] = {}
     categories: dict[str, list[Any]] = {}
     for name, dimension in space.dimensions.items():
+        # A grid promises that every value is tried, which a sampler cannot keep.
         if dimension.grid:
             raise UserError(f"space.{name}.grid: Optuna chooses all values itself; give choice")
         if dimension.range is None:
@@ -246,6 +250,7 @@ def _read_proposals(path: Path) -> list[SearchPoint]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
+    # Half a line would be read as another point, or not at all.
     complete = text[: text.rfind("\n") + 1]
     if complete != text:  # the driver was killed during a write
         path.write_text(complete, encoding="utf-8")

@@ -131,11 +131,13 @@ def run_study(config: StudyConfig, tracker: "Tracker") -> StudyResult:
             parent=tracker,
             score=ScoreConfig(),
             resources=config.resources,
+            # Only the scores of tuning are used, so no weights are kept.
             keep=0,
             label="tuning",
             store=mirror.uri_of("tuning") if mirror is not None else None,
         )
     tuning = choose_settings(config, trials, tuned)
+    # Written before the final runs, so that a killed study resumes with the same settings.
     write_study_ledger(StudyResult(config, tuning, []), folder)
     finals = build_final_trials(config, tuning)
     # Checked again, because only now the chosen settings are known.
@@ -189,6 +191,7 @@ def build_tuning_points(config: StudyConfig) -> list[dict[str, Any]]:
     """
     space = SearchSpace(config.tuning.space, config.run)
     spread = space.latin_hypercube_points(config.tuning.trials - 1, config.tuning.seed)
+    # The settings as configured are always tried, so tuning cannot end below them by bad luck.
     points = [{}, *(space.resolve_assignments(point) for point in spread)]
     for point in config.tuning.points:
         try:
@@ -237,6 +240,7 @@ def choose_settings(
             # Strictly greater: among equal scores the first trial is chosen.
             if score is not None and (own.score is None or score > own.score):
                 own.score, own.settings = score, settings
+        # Untuned settings would make the comparison with tuned systems unfair.
         if own.trials and own.score is None:
             raise UserError(f"no tuning trial of {label} finished; see {config.folder / 'tuning'}")
         tuning[label] = own
@@ -261,6 +265,7 @@ def build_final_trials(config: StudyConfig, tuning: Mapping[str, TuningResult]) 
     seeds = dict.fromkeys(seed for label in config.systems for seed in config.seeds_of(label))
     return [
         build_final_trial(config, label, tuning[label].settings, seed)
+        # Seeds are the outer loop, so that an interrupted study can already be compared.
         for seed in seeds
         for label in config.systems
         if seed in config.seeds_of(label)
@@ -304,6 +309,7 @@ def build_base_run(config: StudyConfig, label: str, seed: int) -> FinetuneConfig
 
     entry = config.systems[label]
     try:
+        # Checked here, because a wrong option must fail before the first trial trains.
         find_system(entry.system).model.parse_options(entry.options)
     except (ValueError, TypeError) as error:
         raise UserError(f"systems.{label}: {error}") from None

@@ -80,6 +80,7 @@ class TrialDriver:
             # A trial of an earlier part of the sweep is not repeated.
             settled = entry.load_settled()
             if self._asha is not None:
+                # ASHA must know earlier scores before it judges new ones (decision 13).
                 self._asha.replay_reports(entry.trial.name, read_reports(entry.folder))
             entry.steps_before = entry.steps_done() if settled is None else math.inf
             self.entries[entry.trial.name] = entry
@@ -113,6 +114,7 @@ class TrialDriver:
         store = self.options.store
         if store is None:
             return {"folder": str(entry.folder), "store": None}
+        # Nodes have different run roots, so the path is relative (decision 17).
         return {"folder": str(entry.folder.relative_to(run_root())), "store": store}
 
     def is_exhausted(self) -> bool:
@@ -135,6 +137,7 @@ class TrialDriver:
         from pipelines.training.resolved_run import resolve_run
         from pipelines.training.run import open_run_folder
 
+        # A stop file of an earlier part would end the trial at its first check.
         entry.clear_failure()
         entry.trial = self._prepare_start(entry.trial)
         run = resolve_run(place_config(entry.trial.config, entry.folder))
@@ -152,6 +155,7 @@ class TrialDriver:
         record = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
         write_json(entry.folder / layout.RUN, record)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
+        # Written last, because it names the MLflow run to which the trial writes.
         write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)
         if entry.mirror is not None:
             remote_ledger.send_trial(entry.mirror)
@@ -214,12 +218,14 @@ class TrialDriver:
             if outcome.score is not None:
                 entry.tracker.metrics({"score": outcome.score}, outcome.step)
             entry.tracker.end(MLFLOW_STATUS[status])
+        # Stopped trials do not resume, so their weights only take space.
         if status == "stopped":
             entry.remove_weights()
         if status == "failed":
             console.print_warning(
                 f"trial {entry.trial.name}: {error} (see {outcome.log or entry.folder})"
             )
+        # An interrupted trial resumes later, so its score is not final for the source.
         if status != "interrupted":
             self.source.record_outcome(outcome)
 
@@ -233,6 +239,7 @@ class TrialDriver:
     def _stop_trials(self) -> None:
         for entry in list(self.entries.values()):
             if entry.outcome is None and entry.tracker is not None:
+                # Tune waits for the next report; a trial sees this file in 0.2 s (decision 17).
                 (entry.folder / STOP).touch()
 
     # -- run ----------------------------------------------------------------------------------
@@ -283,6 +290,7 @@ class TrialDriver:
                     nested=self.source.example.config.training.workers > 1,
                     max_failures=self.options.max_failures,
                 )
+            # After a signal the user waits; a normal end may give Ray more time.
             patience = 5.0 if self._stopper.stop_requested else 15.0
             placement_groups.remove_placement_groups(ray, patience)
 

@@ -114,6 +114,7 @@ class LedgerEntry:
             error: last line of the exception, or None.
         """
         self.outcome = self.build_outcome(status, error)
+        # Without an outcome file the trial counts as open and resumes (decision 13).
         if status != "interrupted" and (self.folder / CONFIG).is_file():
             record = {"status": status, "error": error, "score": self.outcome.score}
             write_json(self.folder / OUTCOME, record | {"step": self.outcome.step})
@@ -148,6 +149,7 @@ class LedgerEntry:
         for line in reversed(lines):
             try:
                 return max(int(json.loads(line)["step"]), self.reported_step)
+            # The last line may be incomplete while the trial writes it.
             except (ValueError, KeyError, TypeError):
                 continue
         return self.reported_step
@@ -170,6 +172,7 @@ def compute_mean_scores(outcomes: Iterable[TrialOutcome]) -> dict[str, float]:
     for outcome in outcomes:
         if outcome.score is not None:
             scores.setdefault(outcome.group, []).append(outcome.score)
+        # A score after fewer steps is not comparable with a final one.
         if outcome.status != "finished":
             short.add(outcome.group)
     means = {group: fmean(values) for group, values in scores.items()}
@@ -193,6 +196,7 @@ def prune_entries(entries: Sequence[LedgerEntry], keep: int | None) -> None:
     for entry in entries:
         if entry.outcome is None or entry.outcome.status in ("failed", "interrupted"):
             continue
+        # A stopped trial cannot become the model of its group.
         if entry.outcome.group not in best or entry.outcome.status == "stopped":
             entry.remove_weights()
 

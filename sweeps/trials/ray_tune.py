@@ -57,6 +57,7 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
     from pipelines.runs.mirror import RunMirror
     from sweeps.trials import remote_ledger
 
+    # Each node resolves the path below its own run root.
     folder, store = run_root() / arguments["folder"], arguments["store"]
     mirror = RunMirror(directories.join_uri(store, folder.name), folder) if store else None
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,8 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
             (folder / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
             if mirror is not None:
                 remote_ledger.return_logs(mirror)
+            # Reported as an ordinary end: Tune would otherwise repeat a trial that fails again
+            # (decision 13).
             tune.report({STEP: 0, FAILED: f"{type(error).__name__}: {error}"})
             return
         except _TrialStopped:
@@ -99,6 +102,7 @@ def run_trial_process(arguments: dict[str, Any]) -> None:
         finally:
             give_back_freed_memory()
     reports = read_reports(folder)
+    # A report of an earlier step must not be repeated with the last step.
     last = tune_metrics(reports[-1]) if reports and reports[-1][STEP] == result["step"] else {}
     tune.report({STEP: result["step"], **last})
 
@@ -117,6 +121,7 @@ def _watch_stop_file(path: Path) -> Iterator[None]:
     over, target = threading.Event(), threading.get_ident()
 
     def watch() -> None:
+        # Polling also sees a file that another node creates on a shared disk.
         while not over.wait(0.2):
             if path.exists():
                 raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -190,6 +195,7 @@ class TrialFeeder(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the arguments of the next trial's process, FINISHED, or None for now."""
+        # None means "not now" to Tune; FINISHED would end the sweep.
         if len(self._live) >= self._max_concurrent:
             return None
         assignment = self._next_assignment()
@@ -312,6 +318,7 @@ class ResumableASHA:
             max_t=last_step,
             grace_period=grace,
             reduction_factor=reduction,
+            # A trial ends at its last step by itself; Tune could stop it before it writes its result.
             stop_last_trials=False,
         )
 
@@ -322,6 +329,7 @@ class ResumableASHA:
             name: name of the trial.
             reports: its evaluations before the driver ended.
         """
+        # The scheduler reads only the id, and a prefix keeps it apart from the resumed trial.
         past: Any = SimpleNamespace(trial_id=f"past-{name}")
         if reports:
             self.scheduler.on_trial_add(None, past)  # type: ignore[arg-type]
@@ -356,6 +364,7 @@ def run_tuner(
         bundle = {"memory": 1.0} if nested else _resources(arguments)
         return tune.PlacementGroupFactory([bundle])
 
+    # A reused process saves its start; trials with several workers are fits (decision 13).
     tuner = tune.Tuner(
         tune.with_resources(run_trial_process, resources),
         tune_config=tune.TuneConfig(
@@ -378,6 +387,7 @@ def quiet_environment() -> Iterator[None]:
     """Silence Tune, and disable its files and signal handler, while a block runs."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     for name, value in ENVIRONMENT.items():
+        # Settings of the user have priority.
         os.environ.setdefault(name, value)
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "optuna")]
     levels = [logger.level for logger in loggers]
