@@ -216,7 +216,7 @@ def show_search(result: SearchResult) -> None:
 
 def _choose_splits(corpus: "PreparedCorpus", names: Sequence[str] | None) -> list[str]:
     if names is None:
-        # Pretraining rows would enlarge the index, whose size is limited; --splits can include them.
+        # Pretraining rows would enlarge the index, whose size is limited. --splits includes them.
         return [name for name in corpus.splits if name != "pretrain"]
     for name in names:
         if name not in corpus.splits:

@@ -337,7 +337,7 @@ def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) ->
     """
 
     with atomic_write(path, "w") as stream:
-        # The csv module writes CRLF by default, which shows as a change of every line in git.
+        # The csv module writes CRLF by default; the other text files of a run have LF.
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
