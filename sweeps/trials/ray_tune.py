@@ -318,7 +318,7 @@ class ResumableASHA:
             max_t=last_step,
             grace_period=grace,
             reduction_factor=reduction,
-            # A trial ends at its last step by itself; Tune could stop it before it writes its result.
+            # A trial ends at its last step itself; Tune could stop it before it writes its result.
             stop_last_trials=False,
         )
 
