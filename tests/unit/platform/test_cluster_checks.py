@@ -209,7 +209,7 @@ def test_room_is_held_against_what_the_run_takes(
     little = replace(TWO, free_bytes=2999)
     (finding,) = checks.check_checkpoint_space([ONE, little], asked)
     assert finding.level == "error"
-    assert finding.seen == "2.9 KiB free on 10.0.0.2; the run takes 2.9 KiB"
+    assert finding.seen == "2.9 KiB free on 10.0.0.2; the run needs 2.9 KiB"
     assert (
         checks.check_checkpoint_space([ONE, replace(TWO, free_bytes=3000)], asked)[0].level == "ok"
     )
@@ -231,7 +231,7 @@ def test_room_is_held_against_what_the_run_takes(
         ({"home": ""}, "10.0.0.2: (not set)"),
         ({"home": "/other"}, "10.0.0.2: /other"),
         ({"write_problem": "/mnt/runs: denied"}, "from 10.0.0.2: /mnt/runs: denied"),
-        ({"files_seen": {"/mnt/runs": ["10.0.0.2"]}}, "10.0.0.2 does not see what 10.0.0.1 wrote"),
+        ({"files_seen": {"/mnt/runs": ["10.0.0.2"]}}, "10.0.0.2 does not see the file of 10.0.0.1"),
     ],
 )
 def test_storage_that_is_not_shared_is_an_error(change: dict[str, object], words: str) -> None:
@@ -294,7 +294,7 @@ def test_each_place_that_a_run_names_is_looked_at() -> None:
     seen = [replace(ONE, files_seen=both), replace(TWO, files_seen=blind)]
     told = checks.check_shared_storage(seen, list(both))
     assert [each.level for each in told] == ["ok", "error"]
-    assert told[1].seen == "s3://b/runs: 10.0.0.2 does not see what 10.0.0.1 wrote there"
+    assert told[1].seen == "s3://b/runs: 10.0.0.2 does not see the file of 10.0.0.1"
 
 
 @pytest.mark.integration

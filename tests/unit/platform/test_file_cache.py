@@ -56,7 +56,7 @@ def test_what_is_in_use_stays(
     held = [cache.hold(put(place, n)) for n in range(2)]
     more = cache.hold(put(place, 2))  # needed: over the limit, with a warning
     assert len(names(cache)) == 3
-    assert "more than the cache's limit of 250 bytes" in capsys.readouterr().err
+    assert "exceed the cache limit of 250 bytes" in capsys.readouterr().err
     for one in (*held, more):
         one.release()
     cache.hold(put(place, 3)).release()
@@ -99,7 +99,7 @@ def test_altered_and_missing_files_are_named(place: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"shard-1: altered or cut short: sha256 .* expected"):
         cache.hold(wanted)
     directories.remove_file(wanted.uri)
-    with pytest.raises(UserError, match="shard-1: this file is missing"):
+    with pytest.raises(UserError, match="shard-1: the file is missing"):
         cache.hold(wanted)
     assert names(cache) == set()
     assert cache.used() == 0
@@ -112,7 +112,7 @@ def test_processes_share_it(object_store: ObjectStore, tmp_path: Path) -> None:
     wanted = [put(object_store.uri, n, 100_000) for n in range(8)]
     code = (
         "import hashlib, random, sys\n"
-        "from skillnet_platform.storage.cache import FileCache, Wanted\n"
+        "from skillnet_platform.storage.cache import FileCache, CacheKey\n"
         f"cache = FileCache({str(tmp_path / 'cache')!r}, 500_000)\n"
         f"wanted = {[(w.uri, w.sha256, w.bytes) for w in wanted]!r}\n"
         "random.seed(int(sys.argv[1]))\n"
@@ -145,7 +145,7 @@ def test_a_killed_download_leaves_no_debt(
     folder = tmp_path / "cache"
     code = (
         "from skillnet_platform.storage import directories\n"
-        "from skillnet_platform.storage.cache import FileCache, Wanted\n"
+        "from skillnet_platform.storage.cache import FileCache, CacheKey\n"
         "import pathlib, time\n"
         "def stuck(uri, path, sha):\n"
         "    path.with_name(f'.{path.name}.1.x.tmp').write_bytes(b'half')\n"

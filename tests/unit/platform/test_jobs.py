@@ -153,7 +153,7 @@ def test_too_large_a_package_names_what_is_large(
     (tmp_path / "code").mkdir()
     (tmp_path / "code/corpus.bin").write_bytes(b"x" * 5000)
     monkeypatch.setattr(working_dir, "MAX_BYTES", 10)
-    with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); leave some here with --excl"):
+    with pytest.raises(UserError, match=r"corpus\.bin \(4\.9 KiB\); exclude some with --excl"):
         working_dir.pack_working_dir(tmp_path / "code", tmp_path / "code.zip")
 
 

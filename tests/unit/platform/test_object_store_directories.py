@@ -90,7 +90,7 @@ def test_without_its_manifest_a_folder_counts_as_nothing(place: str, tmp_path: P
         directories.put_directory(mine, uri, on_file=break_off)
     assert directories.list_files(uri)
     assert not directories.is_committed(uri)
-    with pytest.raises(UserError, match="its upload did not end"):
+    with pytest.raises(UserError, match="its upload is incomplete"):
         directories.get_directory(uri, tmp_path / "back")
     assert directories.put_directory(mine, uri)
     assert directories.is_committed(uri)
@@ -215,7 +215,7 @@ def test_keys_that_the_store_refuses(tmp_path: Path) -> None:
 
 
 def test_unknown_and_uninstalled_kinds_of_store() -> None:
-    with pytest.raises(UserError, match=r"s4://.*no known kind of store; known: .*s3"):
+    with pytest.raises(UserError, match=r"s4://.*is not a known object store; known: .*s3"):
         directories.object_exists("s4://bucket/x")
     told = explain_refusal("gs://bucket/x", ModuleNotFoundError("No module named 'gcsfs'"))
     assert told is not None

@@ -225,7 +225,10 @@ def test_a_deleted_experiment_is_named() -> None:
 
 @pytest.mark.integration
 def test_many_processes_may_meet_an_empty_store(run_root: Path) -> None:
-    code = "from skillnet_platform.tracking import backend; print(backend.setup_backend().experiment_id)"
+    code = (
+        "from skillnet_platform.tracking import backend\n"
+        "print(backend.setup_backend().experiment_id)"
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "platform"),
