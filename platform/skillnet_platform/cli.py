@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_text(_help(find_commands()))
+        # A call without a command is a usage error, so that scripts notice it.
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         _print_text(f"skillnet {__version__}")
@@ -117,6 +118,7 @@ class CliCommand(Generic[ConfigT]):
             UserError: an unknown key, a wrong type, or a file that is missing or not YAML.
             SystemExit: with 0 after ``--help``.
         """
+        # Imported here because `skillnet --help` and `--version` need no parser.
         from skillnet_platform.config import parse_config
 
         words = self._rewrite_arguments(argv) if self._rewrite_arguments else list(argv)
@@ -228,12 +230,15 @@ def run_command(
     ours = (*OUR_PACKAGES, (module or function.__module__).partition(".")[0])
     try:
         code = function(arguments) or 0
+        # Python flushes again at exit, where nothing could handle a closed pipe.
         sys.stdout.flush()
         return code
     except SystemExit as exit_request:
         wanted = exit_request.code
+        # SystemExit may hold None (success) or a message (failure) instead of a number.
         return wanted if isinstance(wanted, int) else int(wanted is not None)
     except TerminatedError as notice:
+        # Handled before KeyboardInterrupt, its base class, because the exit codes differ.
         console.print_error(str(notice))
         return 143
     except KeyboardInterrupt:
@@ -248,6 +253,7 @@ def run_command(
         if message is not None:
             console.print_error(message)
             return 2
+        # An error of several lines usually holds a traceback, whose last line states the cause.
         text = str(error).strip()
         lines = text.splitlines() or [""]
         console.print_error(
@@ -257,6 +263,7 @@ def run_command(
             console.print_note("rerun with SKILLNET_DEBUG=1 for the traceback")
         return 1
     finally:
+        # Also after an error: a later command of this process must print normally again.
         console.end_json()
 
 
@@ -270,14 +277,17 @@ def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGE
         ours: packages whose plain ValueErrors are user errors.
     """
     for inner in _unwrap(error):
+        # Ray's wrapper also inherits from the class of the cause, but its text has a traceback.
         if isinstance(inner, UserError) and not hasattr(inner, "cause"):
             return str(inner)
+        # A subclass such as UnicodeDecodeError is never raised as a message to the user.
         if type(inner) is ValueError and _raised_in(inner) in ours:
             return str(inner)
     return None
 
 
 def _unwrap(error: BaseException) -> Iterator[BaseException]:
+    # `cause` and `__cause__` may lead to one exception twice, or in a circle.
     waiting, seen = [error], set()
     while waiting:
         inner = waiting.pop(0)
@@ -316,6 +326,7 @@ def find_commands() -> dict[str, EntryPoint]:
 
         project_table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         named = project_table.get("entry-points", {}).get(GROUP, {})
+        # The metadata of an editable installation may be older than this pyproject.toml.
         found |= {name: EntryPoint(name, value, GROUP) for name, value in named.items()}
     return found
 
@@ -324,6 +335,7 @@ def _load_and_run(entry: EntryPoint, arguments: list[str]) -> int:
     try:
         function = entry.load()
     except ModuleNotFoundError as missing:
+        # A command of another package may lack its own dependencies.
         _traceback_if_wanted()
         console.print_error(
             f"the command {entry.name!r} ({entry.value}) cannot be loaded: {missing}"
@@ -360,6 +372,7 @@ def _print_text(text: str) -> None:
 
 def _reader_left() -> None:
     """Silence Python's error at exit after the reader of our output left (``| head``)."""
+    # Python flushes stdout at exit. Into the closed pipe this would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

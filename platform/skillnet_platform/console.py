@@ -50,6 +50,7 @@ def end_json() -> None:
     stream = _JsonOutput.stream
     if stream is None:
         return
+    # The reader may have left, but the descriptors must be restored.
     with contextlib.suppress(BrokenPipeError):
         stream.flush()
     if _JsonOutput.saved_fd is not None:
@@ -152,6 +153,7 @@ class ProgressCounter:
             self._bar.update(
                 self._task, completed=self.done, rate=self._rate_text(), words=self.words
             )
+        # Each step would otherwise add a line to the log of a job.
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
@@ -210,6 +212,7 @@ def show_progress(
         bars.MofNCompleteColumn(),
         bars.TextColumn("{task.fields[rate]}"),
         bars.TimeRemainingColumn(),
+        # Brackets in the name of a file are no markup.
         bars.TextColumn("{task.fields[words]}", markup=False),
         console=Console(stderr=True),
     ) as bar:
@@ -250,12 +253,14 @@ def to_json_types(obj: Any) -> Any:
     if isinstance(obj, (list, tuple, set, frozenset)):
         return [
             to_json_types(value)
+            # The order of a set differs between processes, and the document must not.
             for value in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)
         ]
     if isinstance(obj, PurePath):
         return str(obj)
     if hasattr(obj, "tolist") and not isinstance(obj, (str, bytes)):
         return to_json_types(obj.tolist())
+    # JSON has no NaN: a strict parser would refuse the complete document.
     if isinstance(obj, float) and not math.isfinite(obj):
         return None
     return obj

@@ -120,6 +120,7 @@ def main(config: DoctorConfig) -> DoctorReport:
     request = request_resources(config.entry)
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://")) and config.ray:
+        # This machine reaches one port of the head, but only a job can see every node.
         title, findings = f"The cluster of {address}", _from_inside(config.entry, config.env_from)
     else:
         title = f"The cluster of {address}" if address else "This machine"

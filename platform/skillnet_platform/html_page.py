@@ -29,6 +29,7 @@ def _environment(package: str) -> Any:
 
     return Environment(
         loader=ChoiceLoader([PackageLoader(name) for name in dict.fromkeys((package, PACKAGE))]),
+        # Names of runs and files may come from others and contain scripts.
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

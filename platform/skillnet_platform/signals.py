@@ -12,6 +12,7 @@ from skillnet_platform.errors import TerminatedError
 @contextlib.contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
     """Raise ``TerminatedError`` on SIGTERM inside the block, so that resources are closed."""
+    # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -142,8 +142,10 @@ def run_job(arguments: Sequence[str], env_from: Sequence[str] = ()) -> dict[str,
     finally:
         if not ended:
             with contextlib.suppress(Exception):
+                # Nobody reads its answer any more, and it would keep its CPUs.
                 client.stop_job(job)
     log = str(client.get_job_logs(job))
+    # The log also contains lines of Ray before and after the document.
     begin, end = log.find("{\n"), log.rfind("\n}")
     if begin < 0 or end < 0:
         raise RuntimeError(f"the job {job} printed no answer: {log[-500:].strip()}")

@@ -70,6 +70,7 @@ def main(config: TrackerConfig) -> int:
             "--store with a password: other users of this machine can read command lines. Keep "
             f"it in ~/.pgpass, or give the URI as {tracking_server.STORE_VARIABLE}"
         )
+    # Before the server starts: its workers would race on an empty database.
     create_schemas(uri)
     options: list[str] = []
     secret: dict[str, str] = {}
@@ -179,6 +180,7 @@ def create_first_user(uri: str, folder: Path) -> dict[str, str]:
 
     if find_spec("flask_wtf") is None:
         raise UserError("--auth true needs Flask-WTF: pip install 'skillnet-platform[tracker]'")
+    # The folder holds secrets, and other users share this machine.
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     password = _secret(folder / PASSWORD)
     ini = folder / AUTH_CONFIG
@@ -195,10 +197,12 @@ def create_first_user(uri: str, folder: Path) -> dict[str, str]:
 
     users = Users()
     users.init_db(uri)
+    # The password may have been changed since the first start.
     if not users.has_user(ADMIN):
         users.create_user(ADMIN, password, is_admin=True)
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(ini),
+        # A new key at each start would invalidate all signed sessions.
         "MLFLOW_FLASK_SERVER_SECRET_KEY": _secret(folder / SECRET),
     }
 
@@ -217,6 +221,7 @@ def _secret(path: Path) -> str:
 
 def _write_private(path: Path, text: str) -> None:
     """Write a file with mode 600 from its creation."""
+    # An existing file would keep its mode. O_EXCL refuses a file or link that appears meanwhile.
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)

@@ -61,6 +61,7 @@ def main(config: UiConfig) -> int:
     port = config.port or _free_port(config.host)
     require_free_port(config.host, port)
     tracker = backend.setup_backend(uri, config.experiment)
+    # Without the records that still wait the pages would be incomplete.
     tracking.send_leftover_spools(uri)
     return _serve(tracker, config.host, port, config.open)
 
@@ -100,6 +101,7 @@ def _drain(server: "subprocess.Popen[str]", output: list[str]) -> None:
 def _wait_until_up(server: "subprocess.Popen[str]", url: str, output: list[str]) -> None:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
+        # A server that ended never answers, so the wait would be in vain.
         if server.poll() is not None:
             raise RuntimeError(f"the MLflow server did not start: {' '.join(output[-3:])}")
         try:
@@ -127,6 +129,7 @@ def require_free_port(host: str, port: int) -> None:
         UserError: another program uses the port, or the interface does not exist.
     """
     with socket.socket() as probe:
+        # Without it a port counts as used for a while after an earlier server ended.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

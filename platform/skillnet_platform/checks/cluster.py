@@ -46,6 +46,7 @@ def check_cluster(ray: Any, request: ResourceRequest) -> list[Finding]:
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     seen, silent = probe_nodes(ray, nodes, request)
+    # The comparisons below need the answers of all nodes.
     if silent:
         return [*silent, *check_resources(nodes, request, _growth())]
     found = [
@@ -216,6 +217,7 @@ def check_shared_storage(seen: Sequence[NodeProbe], places: Sequence[str]) -> li
         f"set {storage.HOME_VARIABLE} in the cluster's file to a path that all nodes mount, or "
         "name a store: --data s3://… --run_dir s3://…"
     )
+    # With different run roots a node does not find the checkpoints of another node.
     if len({each.home for each in seen}) > 1:
         told = ", ".join(f"{each.node}: {each.home or '(not set)'}" for each in seen)
         return [Finding("storage", "error", told, advice)]
@@ -312,10 +314,13 @@ def check_interfaces(seen: Sequence[NodeProbe], request: ResourceRequest) -> lis
     """Check the network interface by which gloo and NCCL connect workers of different nodes."""
     if len(seen) < 2:
         return []
+    # NCCL connects GPUs only.
     wanted = INTERFACES if request.gpus else INTERFACES[:1]
     for each in seen:
         for name in wanted:
             interface = each.interfaces.get(name, "")
+            # gloo resolves the name. On Debian it is 127.0.1.1, and workers of two nodes never
+            # meet.
             if not interface and each.name_resolves_to.startswith("127."):
                 what = (
                     f"{each.node}: its name resolves to {each.name_resolves_to}; {name} is not set"

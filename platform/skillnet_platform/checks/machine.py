@@ -66,10 +66,12 @@ def check_packages() -> list[Finding]:
 
 def check_cpus() -> list[Finding]:
     """Check the number of usable CPUs, their load and the quota of a container."""
+    # `os.cpu_count()` ignores the affinity of this process.
     usable = len(os.sched_getaffinity(0))
     busy = os.getloadavg()[0]
     found = [Finding("cpus", "ok", f"{usable} usable, load {busy:.1f}")]
     quota = _cpu_quota()
+    # A quota does not change the affinity, so Ray counts more CPUs than it gets.
     if quota is not None and quota < usable:
         advice = f"start with --training.workers {max(int(quota), 1)}"
         found.append(Finding("cpu quota", "warning", f"{quota:.1f} CPUs allowed", advice))
@@ -115,6 +117,7 @@ def check_disk(request: ResourceRequest | None = None) -> list[Finding]:
             root.mkdir(parents=True, exist_ok=True)
         while not root.exists():
             root = root.absolute().parent  # a check must not create the directory of runs
+        # A real write: permissions do not show a read-only mount or a full disk.
         with storage.atomic_write(root / ".doctor") as stream:
             stream.write(b"x")
         (root / ".doctor").unlink()

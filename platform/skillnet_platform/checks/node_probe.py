@@ -77,6 +77,7 @@ def probe_nodes(
     locations: Sequence[str] = request.locations
     if folder_of_tracker := tracker_folder():
         locations = list(dict.fromkeys([*storage_roots(locations), folder_of_tracker]))
+    # Two checks may run at the same time in one store.
     folder = f".doctor-{secrets.token_hex(4)}"
     written, problems = _on_each(ray, nodes, _leave_file, folder, locations)
     seen: dict[str, Any] = {}
@@ -99,7 +100,9 @@ def _on_each(
 
     tasks = {}
     for node in nodes:
+        # Not soft: an answer from another node would hide the problem.
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        # Without a CPU the probe runs on a busy node; without retries a failure is a finding.
         task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(function)
         tasks[task.remote(node["NodeManagerAddress"], *arguments)] = node["NodeManagerAddress"]
     done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=NODE_TIMEOUT_S)
@@ -119,6 +122,7 @@ def _on_each(
 
 def _leave_file(address: str, folder: str, places: Sequence[str]) -> str:
     """Write a file named after this node into each location; return the error or ""."""
+    # A check reports a dead store soon instead of after the usual two minutes.
     os.environ.setdefault(PATIENCE_VARIABLE, STORE_PATIENCE_S)
     for where in storage_roots(places):
         try:

@@ -47,6 +47,7 @@ def _share_import_path() -> None:
     inside = (sys.prefix, sys.base_prefix)
     own = [os.path.abspath(p) for p in sys.path if os.path.isdir(p or ".")]  # noqa: PTH100, PTH112
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    # Workers use the same interpreter and find its own folders without help.
     kept = [p for p in [*own, *given] if p and not p.startswith(inside)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(kept))
 
@@ -97,6 +98,7 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
             logging_level=logging.ERROR,
             log_to_driver=True,
         )
+    # The setting is private to Ray, and another version may ignore it.
     loopback.require_loopback(ray)
     return ray
 
@@ -106,6 +108,7 @@ def pin_to_this_node(ray: Any) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = ray.get_runtime_context().get_node_id()
+    # Not soft: on another node the files would be missing.
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 

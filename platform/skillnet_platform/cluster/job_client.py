@@ -107,6 +107,7 @@ def job_entrypoint(words: Sequence[str], check: bool = True) -> str:
     run = shlex.join(["python", "-m", "skillnet_platform.cli", *words])
     if not check:
         return run
+    # In the same job: a separate one would need a second upload and check an earlier state.
     look = ["python", "-m", "skillnet_platform.doctor", "--only", "problems", *words]
     return f"{shlex.join(look)} && {run}"
 
@@ -123,6 +124,7 @@ def read_variables(names: Sequence[str]) -> dict[str, str]:
         UserError: a variable is not set.
     """
     for name in names:
+        # Reported here: on the cluster the missing value would cause another error.
         if name not in os.environ:
             raise UserError(f"--env_from {name}: {name} is not set here; export it first")
     return {name: os.environ[name] for name in names}
@@ -138,6 +140,7 @@ def find_job(client: Any, wanted: str) -> str:
     Raises:
         UserError: the job does not exist.
     """
+    # Ray also lists drivers that nobody submitted; they have no id.
     jobs = {each.submission_id: each for each in client.list_jobs() if each.submission_id}
     if wanted != NEWEST:
         if wanted not in jobs:
@@ -163,4 +166,5 @@ def _command(job: Any) -> str:
 
 
 def make_job_id(name: str) -> str:
+    # The random part separates jobs that are sent within one second.
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

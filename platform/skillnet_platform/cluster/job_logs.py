@@ -59,6 +59,7 @@ def _exit_code(code: int | None) -> int:
     """
     if not code:
         return 1
+    # A multiple of 256 would look like success to the shell.
     return 128 - code if code < 0 else code & 0xFF or 1
 
 
@@ -69,6 +70,7 @@ async def _print_log(client: Any, job: str, stream: Any) -> None:
         position, error = 0, ""
         try:
             async for text in _while_it_speaks(client.tail_job_logs(job)):
+                # Each new connection sends the log from its start.
                 fresh = text[max(printed - position, 0) :]
                 position += len(text)
                 printed = max(printed, position)
@@ -99,6 +101,7 @@ async def _while_it_speaks(texts: AsyncIterator[str]) -> AsyncIterator[str]:
     """
     while True:
         try:
+            # A dead connection raises nothing, and the client would wait forever.
             yield await asyncio.wait_for(anext(texts), QUIET_S)
         except StopAsyncIteration:
             return

@@ -33,6 +33,7 @@ def loopback_environment() -> Iterator[None]:
     values = {CLUSTER_VARIABLE: "0"} | {k: os.environ.get(k, v) for k, v in _INTERFACES.items()}
     if os.environ.get(_MODE) != "disabled" and not _has_token():
         values[_TOKEN] = _own_token()
+    # A later connection to a cluster must not get the settings of loopback.
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -67,6 +68,7 @@ def require_loopback(ray: Any) -> None:
     """
     if not listens_on_loopback(ray):
         address = ray.util.get_node_ip_address()
+        # Shut down first: until then other machines reach its ports.
         ray.shutdown()
         raise RuntimeError(
             f"Ray {ray.__version__} listens on {address} instead of {ADDRESS}, where other "

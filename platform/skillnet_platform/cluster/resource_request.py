@@ -163,6 +163,7 @@ def estimate_checkpoint_bytes(request: ResourceRequest) -> int:
     models = [Path(model) for model in request.models if not written]
     expected = [3 * _directory_bytes(model) for model in models if model.is_dir()]
     largest = max([*written, *expected], default=0)
+    # The oldest checkpoint leaves only when a newer one is complete, hence one more.
     return largest * max(request.keep_checkpoints + 1 - len(written), 1) if largest else 0
 
 

@@ -83,6 +83,7 @@ def pack_working_dir(root: Path, target: Path, excluded: Sequence[str] = ()) -> 
             name = path.relative_to(root).as_posix()
             content = path.read_bytes()
             entry = zipfile.ZipInfo(name)  # dated 1980: the same content gives the same bytes
+            # Scripts must stay executable on the nodes.
             entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             package.writestr(entry, content)
@@ -120,9 +121,11 @@ def _chosen(root: Path, patterns: Sequence[str], kept: list[str]) -> Iterator[Pa
 
     for folder, folders, names in os.walk(root):
         here = Path(folder)
+        # In place, so that os.walk skips the others; sorted, so that the zip file is reproducible.
         folders[:] = sorted(
             name
             for name in folders
+            # A virtual environment can have any name; this file marks it.
             if not (here / name / "pyvenv.cfg").is_file() and not stays(here / name)
         )
         for name in sorted(names):

@@ -88,6 +88,7 @@ def parse_config(
     origins: dict[str, str] = {}
     for given in files:
         path = find_config(given)
+        # Each layer is checked alone: after the merge the file of a wrong key is unknown.
         layer = check_keys(cls, load_layer(path), str(path))
         origins |= dict.fromkeys(flatten_tree(layer), str(path))
         merge_trees(tree, layer)
@@ -95,6 +96,7 @@ def parse_config(
         layer = check_keys(cls, nest_value(key, value), "command line")
         origins |= dict.fromkeys(flatten_tree(layer), "command line")
         merge_trees(tree, layer)
+    # After all layers: a later layer may replace a null by a value.
     remove_null_entries(cls, tree)
     _place_bare(cls, tree, bare, prog)
     return build_config(cls, tree, origins)
@@ -138,6 +140,7 @@ def load_yaml(path: str | PurePath) -> dict[str, Any]:
         UserError: the file is missing, is not YAML (with the line), has tags, or is no mapping.
     """
     try:
+        # The file may come from somebody else, and YAML tags can create objects.
         loaded = safe_yaml.load_plain_yaml(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
@@ -168,10 +171,12 @@ def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, A
         if not isinstance(value, dict):
             return value
         own = {key: resolve_includes(below) for key, below in value.items() if key != INCLUDE}
+        # A configuration may have a key of that name with another kind of value.
         if not isinstance(value.get(INCLUDE), str):
             return own if INCLUDE not in value else own | {INCLUDE: value[INCLUDE]}
         beside = Path(path).parent / value[INCLUDE]
         other = beside if beside.is_file() else find_config(value[INCLUDE])
+        # Files that include each other would be read without an end.
         if other.resolve() in chain:
             raise UserError(f"{path}: {INCLUDE}: {value[INCLUDE]} includes itself")
         return _over(load_layer(other, chain), own)
@@ -301,6 +306,7 @@ def read_value(text: str, hint: Any, key: str) -> Any:
     """
     if hint is not str and text in ("null", "None", "~"):
         return None
+    # YAML would turn texts such as `yes` or `2024-01-01` into other types.
     if without_none(hint) in (str, Path):
         return text
     parts = [text]

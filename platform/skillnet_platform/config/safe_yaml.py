@@ -22,6 +22,7 @@ def load_plain_yaml(text: str) -> Any:
         raise ValueError(f"{len(text)} characters, more than {MAX_CHARACTERS}")
     try:
         value = _Loader(text).get_single_data()  # type: ignore[no-untyped-call]
+        # Aliases share one object, so a short text can stand for a huge tree.
         _count(value, [MAX_VALUES])
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -57,6 +58,7 @@ class _Loader(yaml.SafeLoader):
         """Expand the merge keys of a mapping once; merged mappings may repeat its keys."""
         if id(node) in self.flattened:
             return
+        # Keeps the node alive, because Python reuses the ids of removed objects.
         self.flattened[id(node)] = node
         seen: set[Hashable] = set()
         for key, _ in node.value:
@@ -65,6 +67,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:str":
                 what = getattr(key, "value", "") if isinstance(key, yaml.ScalarNode) else "a list"
                 raise self._problem(f"the key {what} is not text; put it in quotes", key)
+            # PyYAML would silently keep only the last value.
             if key.value in seen:
                 raise self._problem(f"the key {key.value!r} occurs twice", key)
             seen.add(key.value)

@@ -136,6 +136,7 @@ def probe_raylets(nodes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     alive = [node for node in nodes if node["Alive"]]
     if not alive:
         return {}
+    # In parallel, because each silent node costs the complete timeout.
     with ThreadPoolExecutor(min(len(alive), 32)) as pool:
         answers = list(pool.map(_accepts_connection, alive))
     return {
@@ -190,6 +191,7 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
             InsufficientWorkersError: the driver was asked to stop while too few nodes were there.
         """
         if self._stop_requested():
+            # A driver that was asked to stop must not wait for nodes that may never come.
             raise InsufficientWorkersError
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
@@ -216,7 +218,9 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
         if (
             isinstance(decision, ResizeDecision)
             and decision.num_workers > len(workers)
+            # Ask each group once: its workers need time to write the checkpoint.
             and self._resized_group != worker_group_state.start_time
+            # Without a free slot the restart would end with the same number of workers.
             and self._has_free_slot({worker.metadata.node_id for worker in workers})
         ):
             console.print_note(
@@ -230,6 +234,7 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
         self, *, scaling_config: ScalingConfig, num_workers: int
     ) -> dict[str, str] | None:
         """Return a label selector that keeps workers off nodes that are lost or leaving."""
+        # The failure policy compares these nodes with the living ones to detect a loss.
         PLACEMENT.hosts = set(find_eligible_nodes())
         known = {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
         barred = sorted(known - PLACEMENT.hosts)
@@ -258,6 +263,7 @@ class SkillNetScalingPolicy(ElasticScalingPolicy):
 
     def _count_slots(self, nodes: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
         config = self.scaling_config
+        # Ray's coordinator reserves bundles packed and would count several workers per node.
         one_per_node = config.placement_strategy == "STRICT_SPREAD"
         return count_worker_slots(nodes, config._resources_per_worker_not_none, one_per_node)
 
@@ -294,14 +300,17 @@ class HostLossPolicy(FailFastOnUserError):
         elif isinstance(error, ControllerError):
             cause = error.controller_failure
             if isinstance(cause, WorkerGroupStartupTimeoutError):
+                # The same number would fail again, each time after the complete timeout.
                 PLACEMENT.record_failed_size(cause.num_workers, now)
             elif isinstance(cause, InsufficientWorkersError):
                 return FailureDecision.RAISE
+        # The raylets are asked: Ray's head lists a dead node for up to half a minute.
         lost = PLACEMENT.hosts - set(probe_raylets(ray.nodes()))
         if lost and not is_user_error(error):
             console.print_warning(
                 f"{len(lost)} node(s) left; resuming from the newest valid checkpoint"
             )
+            # Not counted against `training.max_failures`: the node failed, not the program.
             return FailureDecision.RETRY
         return super().make_decision(error)
 
@@ -334,6 +343,7 @@ class ElasticTrainer(PolicyTrainer):
         return {"scaling_policy": scaling, "failure_policy": HostLossPolicy(failures)}
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        # Set for this fit only: other fits of the process keep their limit.
         before = os.environ.get(START_TIMEOUT_VARIABLE)
         os.environ[START_TIMEOUT_VARIABLE] = str(START_TIMEOUT_S)
         try:

@@ -27,10 +27,12 @@ class WorkerStartCallback(WorkerCallback):
     def after_init_train_context(self) -> None:
         """Call ``on_start``, and keep resize requests out of the log."""
         self._on_start()
+        # A planned restart is no failure, but its traceback would look like one.
         logging.getLogger(LOGGER).addFilter(is_not_resize)
 
 
 def is_not_resize(record: logging.LogRecord) -> bool:
     """Return False for the log lines of workers that stop in order to restart."""
+    # The record holds the exception as text only, so its name identifies it.
     name = f"{WorkerGroupResize.__module__}.{WorkerGroupResize.__name__}"
     return name not in record.getMessage()

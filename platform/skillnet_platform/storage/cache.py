@@ -107,6 +107,7 @@ class FileCache:
             held = self._take(wanted)
             if held is not None:
                 return held
+            # Another process may evict the file before this one locks it, hence the loop.
             self._fetch(wanted, needed=True)
 
     def prefetch(self, wanted: Iterable[CacheKey]) -> None:
@@ -164,6 +165,7 @@ class FileCache:
                 if mine.st_size == wanted.bytes:
                     os.utime(path)  # most recently used
                     return CacheHandle(path, descriptor)
+                # The file was damaged after its verified download. The caller downloads it again.
                 path.unlink(missing_ok=True)
         except FileNotFoundError:
             pass
@@ -175,12 +177,14 @@ class FileCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / wanted.sha256
         with _locked(self.folder / f"{wanted.sha256}.lock"):
+            # Another process may have downloaded it while this one waited for the lock.
             if path.exists():
                 return
             reserved = self._make_room(wanted, needed)
             if reserved is None:
                 return
             try:
+                # The limit of the cache says nothing about the free space of its disk.
                 local_storage.require_space(path, wanted.bytes)
                 directories.get_file(wanted.uri, path, wanted.sha256)
             except FileNotFoundError:
@@ -189,6 +193,7 @@ class FileCache:
                     "it again"
                 ) from None
             finally:
+                # Also after a failure: a stale mark would shrink the cache until the next sweep.
                 reserved.unlink(missing_ok=True)
 
     def _make_room(self, wanted: CacheKey, needed: bool) -> Path | None:
@@ -197,6 +202,7 @@ class FileCache:
         Returns:
             Mark of the reservation. ``None`` if nothing fits and the file is not needed now.
         """
+        # Two processes must not reserve the same free space.
         with _locked(self.folder / ".room"):
             self._sweep()
             marks = self._reserved()
@@ -210,6 +216,8 @@ class FileCache:
             if excess > 0:
                 if not needed:
                     return None
+                # The file is needed now. A full cache must not end the run, so it exceeds its
+                # limit.
                 self._warn(excess)
             mark = self.folder / f"{wanted.sha256}.{wanted.bytes}.taken"
             mark.touch()
@@ -265,6 +273,7 @@ def _remove_unused(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
+        # Users of a file hold a shared lock: it must not be evicted under a memory map.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
         return True
@@ -317,5 +326,6 @@ def shared_cache(gigabytes: float | None = None) -> FileCache:
         gigabytes: limit in GB. ``None`` takes the limit of the environment.
     """
     limit = cache_limit() if gigabytes is None else int(gigabytes * GB)
+    # After a fork the threads of the parent's object do not run in the child.
     key = (cache_folder(), limit, os.getpid())
     return _shared.setdefault(key, FileCache(cache_folder(), limit))

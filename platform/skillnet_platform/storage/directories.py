@@ -81,6 +81,7 @@ def remove_directory(uri: str, manifest: str = MANIFEST) -> None:
     Raises:
         UserError: the URI names a bucket rather than a folder in it.
     """
+    # A mistyped URI must not delete a complete bucket.
     if not urlsplit(uri).path.strip("/") and not is_local_uri(uri):
         raise UserError(f"{uri}: a whole bucket is not removed")
     remove_file(join_uri(uri, manifest))
@@ -125,12 +126,14 @@ def put_directory(
         if path.is_file() and path.relative_to(folder).as_posix() != manifest
     )
     there = {entry.name: entry.bytes for entry in list_files(uri)}
+    # Read once, so that the manifest that is committed is the one that was compared.
     mine = (folder / manifest).read_bytes()
     if manifest in there:
         sizes = {name: (folder / name).stat().st_size for name in names}
         same = there == sizes | {manifest: len(mine)}
         if same and read_bytes(join_uri(uri, manifest)) == mine:
             return False
+        # Readers must never see the old manifest together with new files.
         remove_file(join_uri(uri, manifest))
 
     def send(name: str) -> None:
@@ -142,7 +145,9 @@ def put_directory(
             on_file(name, size)
 
     _each(send, names)
+    # Leftovers of another upload would become part of the committed folder.
     _each(lambda name: remove_file(join_uri(uri, name)), there.keys() - {*names, manifest})
+    # Last: from here on readers accept the folder.
     write_bytes(join_uri(uri, manifest), mine)
     return True
 
@@ -173,10 +178,12 @@ def get_directory(
         raise UserError(f"{uri} {what}")
     target = Path(local)
     total = sum(entry.bytes for entry in entries)
+    # A full disk is reported before the transfer, not near its end.
     local_storage.require_space(target, total)
     with local_storage.staging_directory(target) as aside:
 
         def fetch(entry: ObjectEntry) -> None:
+            # The names come from the store, and their author may be hostile.
             place = (aside / entry.name).resolve()
             if not place.is_relative_to(aside.resolve()):
                 raise UserError(f"{uri}: the name {entry.name!r} leads out of the folder")
@@ -189,6 +196,7 @@ def get_directory(
 
         _each(fetch, entries)
         if check is not None:
+            # Before the rename: an invalid folder never appears under its final name.
             check(aside)
     return target
 
@@ -233,6 +241,7 @@ def _each(action: Callable[[Any], None], items: Iterable[Any]) -> None:
             for task in tasks:
                 task.result()
         except BaseException:
+            # Otherwise the executor starts all waiting transfers before it shows the error.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -246,5 +255,6 @@ def _is_there(uri: str, local: Path) -> bool:
     if digest is None:
         return False
     with local.open("rb") as stream:
+        # Stores report MD5. Here it only saves a transfer and protects against nobody.
         found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
     return found.digest() == digest

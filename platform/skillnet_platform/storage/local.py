@@ -62,8 +62,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             with opened as stream:
                 yield stream
                 stream.flush()
+                # Before the rename: after a power loss the name must not lead to an empty file.
                 os.fsync(stream.fileno())
             aside.replace(final)
+            # A rename is durable only when its directory is synced.
             _sync_directory(final.parent)
     finally:
         aside.unlink(missing_ok=True)
@@ -87,6 +89,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
+        # A hostile file can nest deeper than Python's recursion limit.
         raise UserError(f"{path}: not a JSON file ({error})") from None
 
 
@@ -153,11 +156,14 @@ def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str])
     The files are synced to the disk before the rename. Both must be on one file system.
     """
     source, target = Path(tmp), Path(final)
+    # The rename may reach the disk before the content does, unless this is synced first.
     for folder, _, names in os.walk(source):
         for name in names:
             _sync_file(Path(folder) / name)
         _sync_directory(Path(folder))
+    # A kill between the two renames left only the old directory, which comes back first.
     _remove_leftovers(target, "old.tmp")
+    # A rename cannot replace a directory that has files.
     if target.exists():
         old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
         target.rename(old)
@@ -196,6 +202,7 @@ def disk_guard(path: str | os.PathLike[str], needed: int | None = None) -> Itera
         yield
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # Some libraries replace the OSError by their own exception and keep only its text.
         if not full and "No space left on device" not in str(error):
             raise
         raise UserError(_full_message(Path(path), needed)) from error
@@ -236,6 +243,7 @@ def _full_message(path: Path, needed: int | None) -> str:
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the disk that holds ``path`` or its nearest existing parent."""
     place = path.absolute()
+    # `disk_usage` needs an existing path, and a new run has no directory yet.
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
@@ -244,6 +252,7 @@ def free_bytes(path: Path) -> int:
 def _remove_leftovers(final: Path, kind: str = "tmp") -> None:
     for left in final.parent.glob(f".{final.name}.*.{kind}"):
         pid = left.name.removeprefix(f".{final.name}.").split(".")[0]
+        # Another living process may still write to its directory.
         if pid.isdigit() and int(pid) != os.getpid() and process_is_alive(int(pid)):
             continue
         if left.name.endswith(".old.tmp") and not final.exists():
@@ -259,6 +268,7 @@ def process_is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
+        # The process exists, but belongs to another user.
         return True
     return True
 

@@ -27,6 +27,7 @@ def parse_location(given: str | Path | None, default: Path) -> Location:
     text = str(given)
     if text.startswith(("file://", "local://")):
         host, _, path = text.partition("://")[2].partition("/")
+        # `file://server/path` must not silently mean `/path` of this node.
         if host not in ("", "localhost"):
             raise UserError(f"{text}: a file on another host; write file:///{path} for this one")
         return Path("/", path)

@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 _NOT_STORES = ("models", "runs", "http", "https")
 #: Options of the client for ``s3://``.
 S3_OPTIONS = {
+    # Other nodes write to the same folders: a cached listing would hide their files.
     "use_listings_cache": False,
     # A hanging request ends soon: retry_transient repeats it.
     "config_kwargs": {
@@ -64,6 +65,7 @@ def join_uri(uri: str, *names: str) -> str:
     scheme, _, place = uri.partition("://")
     parts: list[str] = []
     for part in PurePosixPath("/".join([place.rstrip("/"), *names])).parts:
+        # Resolved here: a store would treat `..` as a part of the object's name.
         if part == "..":
             if len([p for p in parts if p != "/"]) < 2:
                 raise UserError(f"{'/'.join(names)} leads out of {uri}")
@@ -123,6 +125,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
     def write() -> None:
         system, path = _system(uri)
+        # A store replaces an object atomically, but a write to a disk can be cut short.
         if is_local_uri(uri):
             with local_storage.atomic_write(path) as stream:
                 stream.write(data)
@@ -184,6 +187,7 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
     """
     target = Path(local)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Concurrent downloads of one file need different temporary names.
     aside = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
     def get() -> None:
@@ -215,6 +219,7 @@ def list_files(uri: str) -> list[ObjectEntry]:
 
     def found() -> list[ObjectEntry]:
         system, path = _system(uri)
+        # fsspec caches listings, but other nodes add and remove files.
         system.invalidate_cache(path)
         top = path.rstrip("/") + "/"
         entries = system.find(path, detail=True)
@@ -222,6 +227,7 @@ def list_files(uri: str) -> list[ObjectEntry]:
             (
                 ObjectEntry(name.removeprefix(top), int(info["size"]))
                 for name, info in entries.items()
+                # `find` of a file returns the file itself, which is not below a folder.
                 if name.startswith(top)
             ),
             key=lambda entry: entry.name,
@@ -303,6 +309,7 @@ def _in_bucket(uri: str, action: Callable[[], Result]) -> Result:
     try:
         return retry_transient(uri, action)
     except FileNotFoundError:
+        # Clients report a missing bucket like a missing object.
         _require_bucket(uri)
         raise
 
@@ -313,6 +320,7 @@ def _or_nothing(uri: str, found: Callable[[], list[Any]]) -> list[Any]:
     except FileNotFoundError:
         entries = []
     if not entries:
+        # An empty listing can also mean that the bucket does not exist.
         _require_bucket(uri)
     return entries
 
@@ -324,6 +332,7 @@ def _require_bucket(uri: str) -> None:
         UserError: the bucket does not exist.
     """
     parts = urlsplit(uri)
+    # Other schemes, such as file://, have no buckets.
     if parts.scheme not in ("s3", "gs", "gcs", *AZURE):
         return
 

@@ -146,8 +146,10 @@ def retry_transient(uri: str, action: Callable[[], Result], seconds: float | Non
 
 def is_transient(error: BaseException) -> bool:
     """Return whether the same request may succeed later."""
+    # Tested before OSError, of which the first three are subclasses.
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | UserError):
         return False
+    # Some clients raise it as an OSError, which would count as transient below.
     if _is_about_credentials(error):
         return False
     if isinstance(error, OSError):
@@ -156,6 +158,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     status = _status(error)
     if status is not None:
+        # 408 and 429 mean timeout and too many requests: both pass without a change.
         return status >= 500 or status in (408, 429)
     package = type(error).__module__.partition(".")[0]
     return isinstance(error, TimeoutError) or package in _CLIENT_PACKAGES
@@ -170,6 +173,7 @@ def explain_refusal(uri: str, error: BaseException) -> str | None:
         return f"{uri}: the client for {scheme}:// is not installed: {hint}"
     if isinstance(error, ValueError) and "Protocol not known" in str(error):
         return f"{uri}: {scheme}:// is not a known object store{suggest_name(scheme, CLIENTS)}"
+    # A local path has no credentials, so advice about them would mislead.
     if isinstance(error, PermissionError) and scheme in ("file", "local"):
         return f"{uri}: no permission ({error.strerror or error})"
     if isinstance(error, PermissionError) or _is_about_credentials(error):
@@ -243,6 +247,7 @@ def _endpoint(uri: str) -> str:
 
 
 def _status(error: BaseException) -> int | None:
+    # Each client keeps the HTTP status in another place.
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -270,6 +275,7 @@ def _tell(uri: str, outcome: Any, limit: float) -> None:
     store = urlsplit(uri).netloc
     now = time.monotonic()
     with _lock:
+        # Many transfers retry at once; one line per outage is enough.
         if now - _last_warned.get(store, float("-inf")) < QUIET_S:
             return
         _last_warned[store] = now

@@ -24,6 +24,7 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Its queue is lost when the process dies; our spool keeps records on disk.
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # its import sets the level again
@@ -74,6 +75,7 @@ def resolve_uri(uri: str | None = None) -> str:
     """
     chosen = uri or os.environ.get(URI_VARIABLE) or f"sqlite:///{storage.run_root() / 'mlflow.db'}"
     if chosen.startswith("sqlite:///"):
+        # A relative path would name another database in each worker's directory.
         return f"sqlite:///{Path(chosen.removeprefix('sqlite:///')).absolute()}"
     if "://" not in chosen or chosen.startswith("file:"):
         raise UserError(
@@ -108,6 +110,7 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
     """
     chosen = resolve_uri(uri)
     prepare_mlflow_environment()
+    # MLflow's client would retry a dead server before it reports it.
     if chosen.startswith("http"):
         require_answer(chosen)
     from mlflow.entities import LifecycleStage
@@ -118,10 +121,12 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
         try:
             found = mlflow_client.get_experiment_by_name(experiment)
             if found is None:
+                # MLflow fixes the folder of artifacts when the experiment is created.
                 location = artifact_root().as_uri() if chosen.startswith("sqlite") else None
                 identity = mlflow_client.create_experiment(experiment, location, EXPERIMENT_TAGS)
                 return TrackingBackend(chosen, identity)
         except MlflowException as error:
+            # The file lock does not reach other machines, and one of them may be faster.
             found = _created_meanwhile(mlflow_client, experiment, error, chosen)
     if found.lifecycle_stage == LifecycleStage.DELETED:
         raise UserError(
@@ -196,5 +201,6 @@ def _one_at_a_time(uri: str) -> Iterator[None]:
     path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
+        # Processes that migrate one empty database at the same time crash.
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -26,7 +26,9 @@ def _metrics(client: Any, run_id: str, operation: Operation) -> None:
     from mlflow.entities import Metric
 
     when, step = operation["time"], operation["step"]
+    # The time of the measurement keeps a repeated send from adding a second row.
     points = [Metric(name, value, when, step) for name, value in operation["values"].items()]
+    # One batch is far cheaper than single metrics, but MLflow limits its size.
     for first in range(0, len(points), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=points[first : first + METRICS_PER_BATCH])
 
@@ -35,6 +37,7 @@ def _params(client: Any, run_id: str, operation: Operation) -> None:
     """Set new parameters. MLflow's parameters cannot change: a different value becomes a tag."""
     from mlflow.entities import Param, RunTag
 
+    # A retry or a resumed run sends parameters again, and MLflow refuses changes.
     known = client.get_run(run_id).data.params
     values = operation["values"]
     new = [Param(key, value) for key, value in values.items() if key not in known]
@@ -71,6 +74,7 @@ def _artifact(client: Any, run_id: str, operation: Operation) -> None:
 
 
 def _end(client: Any, run_id: str, operation: Operation) -> None:
+    # The recorded time: the tracker may answer long after the end.
     client.set_terminated(run_id, operation["status"], operation["time"])
 
 

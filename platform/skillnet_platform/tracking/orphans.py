@@ -24,6 +24,7 @@ def close_abandoned(client: Any, experiment_id: str) -> int:
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
         host, _, rest = run.data.tags.get(PROCESS_TAG, "").partition(":")
         pid, _, started = rest.partition(":")
+        # A process of another machine cannot be checked from here.
         if host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started:
             client.set_tag(run.info.run_id, "failure", "the process was killed")
             client.set_terminated(run.info.run_id, "KILLED")
@@ -33,6 +34,7 @@ def close_abandoned(client: Any, experiment_id: str) -> int:
 
 def _started(pid: int) -> str:
     try:
+        # The name in parentheses may contain spaces, so the fields are counted after it.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

@@ -70,9 +70,11 @@ def decide_promotion(
             better = True
             reasons.append(f"{task}: new")
         elif new is None:
+            # A model that lost a task must not replace one that has it.
             worse = True
             reasons.append(f"{task}: missing in the challenger")
         elif (new.metric, new.data) != (old.metric, old.data):
+            # Other metrics or data allow no comparison, so the champion stays.
             worse = True
             what = "metric" if new.metric != old.metric else "data"
             reasons.append(f"{task}: measured with another {what} and not comparable")
@@ -106,6 +108,7 @@ def _difference(new: MetricEstimate, old: MetricEstimate) -> tuple[float, float]
     gain = sign * (new.value - old.value)
     below_new, above_new = _spread(new)
     below_old, above_old = _spread(old)
+    # The gain is smallest with the new value at its worst and the old one at its best.
     return gain - math.hypot(below_new, above_old), gain + math.hypot(above_new, below_old)
 
 

@@ -158,6 +158,7 @@ def promote_version(
     client.set_model_version_tag(name, str(number), "gate", str(verdict)[:5000])
     client.set_registered_model_alias(name, CHAMPION if verdict.passed else CHALLENGER, str(number))
     if verdict.passed:
+        # One version must not carry both aliases.
         _drop_alias(client, name, CHALLENGER, number)
     return verdict
 
@@ -168,8 +169,10 @@ def find_champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
 
     try:
         client = backend.create_client(backend.resolve_uri(uri))
+        # A search for versions returns no aliases.
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:
+        # MLflow reports a missing alias of an existing model by the second code.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
@@ -235,6 +238,7 @@ def installed_requirements(names: Sequence[str]) -> list[str]:
     found = []
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
+            # A local part such as +cpu depends on the machine that trained.
             found.append(f"{name}=={version(name).partition('+')[0]}")
     return found
 
@@ -245,6 +249,7 @@ def _ensure_model(client: Any, name: str) -> None:
     try:
         client.create_registered_model(name)
     except MlflowException as error:
+        # Another process may create the model at the same time.
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 

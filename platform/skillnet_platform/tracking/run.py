@@ -89,6 +89,7 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics at a step, named ``task/metric``, such as ``text_to_image/loss``."""
+        # The time of the measurement: the record may wait in the spool.
         now = int(time.time() * 1000)
         numbers = {name: float(value) for name, value in values.items()}
         self._spool.send({"kind": "metrics", "values": numbers, "step": int(step), "time": now})
@@ -128,6 +129,7 @@ class Tracker:
                     "context": context,
                 }
             )
+            # MLflow shows a shortened digest of an input; the tag has all of it.
             self.tags({f"corpus.{name}": digest})
 
     def tags(self, values: Mapping[str, Any]) -> None:
@@ -227,6 +229,7 @@ def start_run(
     place = backend.setup_backend(where.uri, where.experiment)
     client = backend.create_client(place.uri)
     send_leftover_spools(place.uri)
+    # A killed process could not end its run, which would stay RUNNING.
     orphans.close_abandoned(client, place.experiment_id)
     if run_id is None:
         run = client.create_run(place.experiment_id, run_name=name, tags=_first_tags(parent))
@@ -237,6 +240,7 @@ def start_run(
     status = "FINISHED"
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if where.system_metrics:
+        # Sent through the tracker, so that measurements wait in the spool during an outage.
         watch = tracking_system_metrics.system_metrics(run_id, place.uri, tracker.metrics)
     try:
         with signals.terminate_as_interrupt(), watch:
@@ -293,6 +297,7 @@ def start_child_run(
         run_id = run.info.run_id
     else:
         client.update_run(run_id, status="RUNNING")
+        # The old tag names an ended process, so the next start would close this run.
         client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
     tracker = Tracker(run_id, parent.uri, parent.experiment_id)
     if tags:

@@ -111,6 +111,7 @@ def server_command(
         artifacts: folder or URI of artifacts, by default in the run root.
         workers: processes that answer.
     """
+    # PATH may lead to the MLflow of another environment.
     program = shutil.which("mlflow", path=os.path.dirname(sys.executable)) or "mlflow"  # noqa: PTH120
     kept = ["--artifacts-destination", artifacts or backend.artifact_root().as_uri()]
     return [

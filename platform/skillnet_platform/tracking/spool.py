@@ -68,6 +68,7 @@ class OperationSpool:
     def __init__(self, run_id: str, uri: str, apply: Callable[[Operation], None]) -> None:
         self.run_id, self.uri = run_id, uri
         self._apply = apply
+        # Reentrant because send() calls flush(); the thread of system metrics writes too.
         self._lock = threading.RLock()
         self._waiting: list[Operation] = []
         self.rejected = 0
@@ -88,6 +89,7 @@ class OperationSpool:
     def send(self, operation: Operation) -> None:
         """Send an operation now, or keep it while the tracker is unreachable."""
         with self._lock:
+            # Records keep their order: while older ones wait, a new one must not overtake them.
             if not self._waiting:
                 try:
                     self._apply_or_reject(operation)
@@ -98,6 +100,7 @@ class OperationSpool:
                     self._away(error)
                 return
             self._keep(operation)
+            # Training must not wait for a dead server at every record.
             if time.monotonic() >= self._next_try:
                 self.flush()
 
@@ -107,6 +110,7 @@ class OperationSpool:
             sent = 0
             try:
                 if self._waiting:
+                    # A request to a dead server would wait for MLflow's timeout.
                     _require_listener(self.uri)
                 for operation in self._waiting:
                     self._send_first(operation)
@@ -194,6 +198,7 @@ class OperationSpool:
         size = self.path.stat().st_size if self.path.exists() else 0
         lines = [json.dumps(operation, ensure_ascii=False)]
         if not size:
+            # The first line states run and tracker for the process that sends the leftovers.
             lines.insert(0, json.dumps({"run_id": self.run_id, "uri": self.uri}))
         try:
             with storage.disk_guard(self.path), self.path.open("a", encoding="utf-8") as stream:
@@ -208,6 +213,7 @@ class OperationSpool:
             self.path.unlink(missing_ok=True)
             shutil.rmtree(self._files, ignore_errors=True)
             return
+        # A kill in between must leave the old or the new file, not a part of one.
         with storage.atomic_write(self.path, "w") as stream:
             stream.write(json.dumps({"run_id": self.run_id, "uri": self.uri}) + "\n")
             for operation in self._waiting:
@@ -233,6 +239,7 @@ def find_leftover_spools(uri: str) -> list[Path]:
         _, _, rest = path.stem.partition(".")
         host, _, process = rest.partition(".")
         pid = process.partition("-")[0]
+        # A living process sends its own records, and other hosts cannot be checked.
         if host != _host() or not pid.isdigit() or storage.process_is_alive(int(pid)):
             continue
         try:

@@ -31,6 +31,7 @@ def system_metrics(
         step, ended = 0, False
         while not ended:
             monitor.collect_metrics()
+            # The last, shorter interval is published too.
             ended = stop.wait(every_s)
             values = monitor.aggregate_metrics()
             publish({f"system/{name}": value for name, value in values.items()}, step)
@@ -44,4 +45,5 @@ def system_metrics(
         yield
     finally:
         stop.set()
+        # With a limit: a stuck measurement must not delay the end of the run.
         thread.join(timeout=every_s)
