@@ -231,7 +231,7 @@ def corpus_of(kind: str, paths: list[Path]) -> Any:
 
 
 def engine(given: Work, folder: Path, stack: ExitStack) -> Pass:
-    """``skillnet prepare`` on Ray with a number of CPUs, as a contender; its first pass starts Ray."""
+    """Return ``skillnet prepare`` on Ray as a contender; its first pass starts Ray."""
     from pipelines.corpora.base import SourceArchives
     from pipelines.corpora.readers.row_builders import media_row
     from pipelines.io.media import MediaRef

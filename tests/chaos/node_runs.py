@@ -1,8 +1,9 @@
-"""Runs over two hosts, for the chaos lane: each trains with one worker, and a whole host goes.
+"""Chaos runs over two nodes: each node has one worker, and one complete node is killed.
 
-Hosts are namespaces with a Ray node each (:mod:`tests.chaos.ray_nodes`). The first is Ray's head and
-has the driver. Both workers are held after the drawn step; then the one whose host stays is let go
-and waits for the other in the next exchange, where the end of a host finds it, however fast it is.
+Nodes are namespaces with one Ray node each (:mod:`tests.chaos.ray_nodes`). The first is Ray's
+head and runs the driver. Both workers pause after the drawn step. The worker whose node stays is
+released first. It waits for the other worker in the next all-reduce, where the loss of the node
+reaches it.
 """
 
 import contextlib

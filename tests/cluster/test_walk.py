@@ -244,7 +244,13 @@ def test_the_head_runs_a_tracker_behind_a_password(hosts: dict[str, Host]) -> No
 
 def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
     client = hosts["client"]
-    asked = ["finetune", "--training.workers", "2", "--training.placement_strategy", "strict_spread"]
+    asked = [
+        "finetune",
+        "--training.workers",
+        "2",
+        "--training.placement_strategy",
+        "strict_spread",
+    ]
     places = ["--data", CORPORA, "--run_dir", RUNS]
     entry = "MLFLOW_TRACKING_USERNAME,MLFLOW_TRACKING_PASSWORD"
     done = client.run(

@@ -85,7 +85,7 @@ def test_the_run_is_recorded_with_the_simple_baselines(done):
     note = run.data.tags["mlflow.note.content"]
     assert "simple baseline" in note
     assert "| text_to_image |" in note
-    row = next(r for r in document["simple_baselines"] if r["system"] == "reference")
+    row = next(r for r in document["simple_baselines"] if r["system"] == "simple_baseline")
     assert f"{100 * row['value']:.1f} %" in note
     assert run.data.metrics["text_to_code/test_recall_at_10"] >= 0
 

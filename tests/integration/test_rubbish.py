@@ -41,7 +41,7 @@ def words(kind: str, folder: Path, data: Path, max_error_rate: float | None) -> 
 def test_every_hostile_row_is_set_aside_and_its_neighbours_arrive(
     tmp_path: Path, ray_session: Any, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    """A file that ended its worker would be rejected for that, which hides the reason tested here."""
+    """A file that ends its worker would be rejected for that, which hides the tested reason."""
     folder, data = tmp_path / "given" / kind, tmp_path / "data"
     wanted = dict(enumerate(hostile.write_corpus(folder, kind), start=1))
     capsys.readouterr()

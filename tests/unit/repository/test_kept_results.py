@@ -126,8 +126,8 @@ def test_a_growth_is_kept_and_told_as_its_report_has_it(tmp_path: Path) -> None:
         [
             TransferResult("grown", "test", "accuracy", 0.5, 0.4, 0.6, [], 3456, 1.0),
             TransferResult("grown", "validation", "accuracy", 0.9, 0.8, 1.0, [], 3456, 1.0),
-            TransferResult("everything", "test", "accuracy", 0.45, 0.4, 0.5, [0.05, -0.01, 0.11], 9, 1.0,
-                  {"text_to_code": [0.5, 0.25]}),
+            TransferResult("everything", "test", "accuracy", 0.45, 0.4, 0.5, [0.05, -0.01, 0.11],
+                           9, 1.0, {"text_to_code": [0.5, 0.25]}),
         ],
     )  # fmt: skip
     folder = tmp_path / "home" / "grown"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import prepare_scaling
-from tools.docs import scale_table
 from benchmarks.measure import Result, write
 from pipelines.shards.jpeg import uses_jpeg
 from tests.helpers import user_corpora
+from tools.docs import scale_table
 
 
 @pytest.fixture

@@ -184,7 +184,9 @@ def written(name: str, folder: Path, **changes: Any) -> Any:
     return model
 
 
-def loaded(name: str, folder: Path, config: SkillNetConfig) -> tuple[dict[str, Any], EncoderAdapter]:
+def loaded(
+    name: str, folder: Path, config: SkillNetConfig
+) -> tuple[dict[str, Any], EncoderAdapter]:
     family = FAMILIES[name]
     shape = family.read(find_checkpoint(str(folder), False), config)
     return shape, family.build(shape, config.dim, folder)

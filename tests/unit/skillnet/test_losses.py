@@ -196,8 +196,9 @@ def naive(hidden: Tensor, losses_M: list[Tensor]) -> Tensor:
 def test_masked_values_weigh_rows_alike_whatever_they_hide() -> None:
     hidden, predicted, values = masked_inputs()
     losses = [((p - v) ** 2).sum() / 5 for p, v in zip(predicted, values, strict=True)]
-    torch.testing.assert_close(masked_loss_per_row(predicted, values, hidden), naive(hidden, losses))
-    torch.testing.assert_close(masked_loss(predicted, values, hidden, 4), naive(hidden, losses).mean())
+    expected = naive(hidden, losses)
+    torch.testing.assert_close(masked_loss_per_row(predicted, values, hidden), expected)
+    torch.testing.assert_close(masked_loss(predicted, values, hidden, 4), expected.mean())
 
 
 def test_masked_tokens_weigh_rows_alike_whatever_they_hide() -> None:

@@ -262,9 +262,10 @@ def _train(task: str) -> list[float]:
 
 
 def test_golden_losses() -> None:
-    """A change that should change nothing leaves these losses as they are.
+    """A change without numerical effect leaves these losses unchanged.
 
-    One that should: ``SKILLNET_WRITE_GOLDEN=1 pytest tests/unit/skillnet/test_model.py``, and say why.
+    Otherwise write them again, and state why in the commit:
+    ``SKILLNET_WRITE_GOLDEN=1 pytest tests/unit/skillnet/test_model.py``.
     """
     losses = {task: _train(task) for task in TASKS}
     if os.environ.get("SKILLNET_WRITE_GOLDEN"):
