@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.resources import request_training
-from pipelines.config.run import FinetuneConfig
+from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
 from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder
 from pipelines.runs.progress_log import PROGRESS, follow_progress
 from pipelines.training.resolved_run import resolve_run
@@ -152,16 +152,7 @@ def register_run(
         "model.dim",
         "model.num_layers",
         "tasks.NAME.batch_size",
-        "training.steps",
-        "training.max_minutes",
-        "training.lr",
-        "training.use_gpu",
-        "training.workers",
-        "training.min_workers",
-        "training.precision",
-        "training.checkpoint_every",
-        "training.evaluate_every",
-        "tracking.uri",
+        *ESSENTIAL_TRAINING_OPTIONS,
     ),
 )
 def main(config: FinetuneConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ and workers are those of ``skillnet finetune``, which starts from the result wit
 from typing import Any
 
 from pipelines.config.resources import request_training
-from pipelines.config.run import PretrainConfig
+from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, PretrainConfig
 from pipelines.finetune import print_result, run_end_to_end
 from pipelines.training.pretraining import build_joint_run
 from skillnet_platform.cli import command
@@ -57,16 +57,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         "model.dim",
         "model.num_layers",
         "tasks.NAME.batch_size",
-        "training.steps",
-        "training.max_minutes",
-        "training.lr",
-        "training.use_gpu",
-        "training.workers",
-        "training.min_workers",
-        "training.precision",
-        "training.checkpoint_every",
-        "training.evaluate_every",
-        "tracking.uri",
+        *ESSENTIAL_TRAINING_OPTIONS,
     ),
 )
 def main(config: PretrainConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.config.resources import request_training
-from pipelines.config.run import FinetuneConfig
+from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.storage import archive_root, data_root
@@ -245,7 +245,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
     QuickstartConfig,
     description="Fetch and prepare five corpora, train one sparse model on all of them, "
     "evaluate it on held-out data, register it, and compare it with chance and simple baselines. "
-    f"Takes 9 to 16 minutes on two cores. Options change the preset '{PRESET}'.",
+    f"Takes 9 to 16 minutes on two cores with bf16. Options change the preset '{PRESET}'.",
     example="skillnet quickstart\nskillnet quickstart --training.steps 20 --json",
     show=lambda result: show_quickstart(*result),
     to_json=lambda result: result[0],
@@ -261,16 +261,7 @@ def show_quickstart(done: dict[str, Any], config: QuickstartConfig) -> None:
         "seed",
         "model.dim",
         "model.num_layers",
-        "training.steps",
-        "training.max_minutes",
-        "training.lr",
-        "training.use_gpu",
-        "training.workers",
-        "training.min_workers",
-        "training.precision",
-        "training.checkpoint_every",
-        "training.evaluate_every",
-        "tracking.uri",
+        *ESSENTIAL_TRAINING_OPTIONS,
     ),
 )
 def main(config: QuickstartConfig) -> tuple[dict[str, Any], QuickstartConfig]:

@@ -10,6 +10,20 @@ from skillnet_platform.config import aliased_field
 from skillnet_platform.storage.objects import is_uri
 from skillnet_platform.tracking import TrackingConfig
 
+#: Options of every training command that ``--help`` shows; ``--help all`` shows the others.
+ESSENTIAL_TRAINING_OPTIONS = (
+    "training.steps",
+    "training.max_minutes",
+    "training.lr",
+    "training.use_gpu",
+    "training.workers",
+    "training.min_workers",
+    "training.precision",
+    "training.checkpoint_every",
+    "training.evaluate_every",
+    "tracking.uri",
+)
+
 
 @dataclass
 class TaskTraining:
