@@ -1,4 +1,4 @@
-"""Jobs: what is sent, how a job is found and followed, and what each mistake is told as."""
+"""Jobs: the upload, finding and following a job, and the message of each error."""
 
 import asyncio
 import json

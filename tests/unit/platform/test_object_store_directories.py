@@ -197,7 +197,7 @@ def test_a_missing_bucket_is_told_from_what_clients_say(said: str) -> None:
     ],
 )
 def test_a_missing_file_is_no_missing_bucket(said: str) -> None:
-    """Whatever its path is called."""
+    """The name of the path does not matter."""
     assert explain_refusal("s3://bucket/a.mp4", FileNotFoundError(said)) is None
 
 

@@ -1,4 +1,4 @@
-"""A server and what it starts end with the process that started it, in whatever way that ends."""
+"""A server and its children end with the process that started them, however it ends."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ with server.running_server(["sh", "-c", {SERVER!r}], os.environ):
 def test_a_killed_process_leaves_no_server() -> None:
     with subprocess.Popen([sys.executable, "-c", STARTS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        # The server may speak before its watcher has been told of it, which is when "in" comes.
+        # The server may print before its watcher knows of it; the watcher confirms by "in".
         said = {process.stdout.readline().strip() for _ in range(3)}
         below = [psutil.Process(int(number)) for number in said - {b"in"}]
         process.kill()

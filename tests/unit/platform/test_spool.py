@@ -114,7 +114,7 @@ def test_a_busy_tracker_gets_time_at_the_end(monkeypatch: pytest.MonkeyPatch) ->
     assert run_of(tracker).info.status == "FINISHED"
     assert list(spool.spool_root().glob(f"{tracker.run_id}.*")) == []
 
-    # No longer than it is told to; what is left then waits for the next run.
+    # No longer than its limit; the remaining records wait for the next run.
     refused = 0
     monkeypatch.setattr(tracking_run, "END_PATIENCE_S", 0.0)
     with tracking_run.start_run("busier", None, where()) as tracker:

@@ -31,7 +31,7 @@ def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
         pytest.raises(UserError, match=r"cannot resume the run 0+ .* remove that file"),
         tracking.start_run("lost", None, where(), run_id="0" * 32),
     ):
-        raise AssertionError("it went on")
+        raise AssertionError("it continued")
 
 
 @pytest.mark.parametrize("told", ["[]", "3", "{}", '{"run_id": 7}', '{"run_id": ""}', "{"])
@@ -146,7 +146,7 @@ def test_no_run_of_an_ended_process_stays_running(run_root: Path) -> None:
         closed = client.get_run(ids[signal.SIGKILL])
         assert closed.info.status == "KILLED"
         assert closed.data.tags["failure"] == "the process was killed"
-        assert client.get_run(tracker.run_id).info.status == "RUNNING", "its own run goes on"
+        assert client.get_run(tracker.run_id).info.status == "RUNNING", "its own run continues"
 
 
 def test_rank_zero_writes_by_id_and_leaves_the_end_to_the_driver() -> None:
