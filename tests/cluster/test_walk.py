@@ -40,11 +40,11 @@ CORPORA, RUNS = f"s3://{BUCKET}/corpora", f"s3://{BUCKET}/runs"
 FILL = f"""
 import pathlib, tempfile
 import boto3
-from skillnet_platform import remote
+from skillnet_platform.storage import directories
 from tests.helpers.small_corpora import write_corpora
 boto3.client("s3").create_bucket(Bucket="{BUCKET}")
 for corpus in write_corpora(pathlib.Path(tempfile.mkdtemp())).iterdir():
-    remote.put_directory(corpus, "{CORPORA}/" + corpus.name)
+    directories.put_directory(corpus, "{CORPORA}/" + corpus.name)
 """
 
 
