@@ -114,6 +114,9 @@ def _chosen(root: Path, patterns: Sequence[str], kept: list[str]) -> Iterator[Pa
     def stays(path: Path) -> bool:
         if path.is_symlink() or _matches(path, root, patterns):
             return True
+        # A package of code may have the name of a private folder, as pipelines/runs has.
+        if path != own and (path / "__init__.py").is_file():
+            return False
         if path != own and not _matches(path, root, PRIVATE):
             return False
         kept.append(path.relative_to(root).as_posix())
