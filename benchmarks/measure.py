@@ -113,8 +113,8 @@ def tree_cpu_time(without: Sequence[str] = ()) -> float:
     own, total = psutil.Process(), 0.0
     for process in [own, *own.children(recursive=True)]:
         try:
-            told = " ".join(process.cmdline()) if without and process is not own else ""
-            if not any(word in told for word in without):
+            reported = " ".join(process.cmdline()) if without and process is not own else ""
+            if not any(word in reported for word in without):
                 total += sum(process.cpu_times()[:4])
         except psutil.Error:
             continue

@@ -66,9 +66,9 @@ class Peaks(threading.Thread):
                     name = child.cmdline()
                 except psutil.Error:
                     continue
-                told = " ".join(name)
+                reported = " ".join(name)
                 for kind, words in DOING.items():
-                    if any(word in told for word in words):
+                    if any(word in reported for word in words):
                         self.doing[child.pid] = kind
                 if child.pid in self.doing:
                     used = anonymous(child.pid)
@@ -110,9 +110,9 @@ def one(folder: Path, kind: str, shard_rows: int, cpus: int, bare: bool) -> dict
         rows, shards, seconds = run(corpus, Path(data), cpus, peaks)
     peaks.stopped.set()
     peaks.join()
-    told = {kind: peaks.largest(kind) for kind in DOING}
-    told |= {"driver": peaks.driver, "shared": peaks.store}
-    return told | {"rows": rows, "shards": shards, "seconds": seconds}
+    reported = {kind: peaks.largest(kind) for kind in DOING}
+    reported |= {"driver": peaks.driver, "shared": peaks.store}
+    return reported | {"rows": rows, "shards": shards, "seconds": seconds}
 
 
 def _with_ray(corpus: Any, data: Path, cpus: int, peaks: Peaks) -> tuple[int, int, float]:
@@ -207,7 +207,9 @@ def _seen(*each: dict[str, Any]) -> dict[str, str]:
     """The processes whose memory was read in all of these, and what they are called."""
     names = {"worker": "largest worker", "reader": "process that reads", "driver": "driver"}
     # A process that reads few rows is done before it is seen.
-    return {name: label for name, label in names.items() if all(told[name] for told in each)}
+    return {
+        name: label for name, label in names.items() if all(reported[name] for reported in each)
+    }
 
 
 def _all_rows(

@@ -116,8 +116,8 @@ def _read(reader: str, folder: Path, rows: int) -> float:
         last = unit
     took = process_time() - begin
     assert last is not None
-    told = json.loads(last["raw"][0].as_py())
-    assert sum(told["counts"].values()) == rows, told
+    reported = json.loads(last["raw"][0].as_py())
+    assert sum(reported["counts"].values()) == rows, reported
     return took
 
 

@@ -99,16 +99,16 @@ def _ratios(
     for clock in Took._fields:
         more = {name: beyond(few[name], many[name], clock) for name in few}
         whole = {name: [getattr(took, clock) for took in each] for name, each in many.items()}
-        for theirs, told, target in (
+        for theirs, reported, target in (
             ("map", "datasets.map", ">= 1.2"),
             ("loop", "bare decoding", ">= 0.85"),
         ):
             name, rounds = f"prepare, {kind}, {clock} time", len(few[theirs])
             found = ratio(more[theirs], more["engine"])
-            results.append(Result(name, told, "times as fast", *found, target, rounds, setting))
+            results.append(Result(name, reported, "times as fast", *found, target, rounds, setting))
             found = ratio(whole[theirs], whole["engine"])
             results.append(
-                Result(f"{name}, with the start of a pass", told, "times as fast", *found, "",
+                Result(f"{name}, with the start of a pass", reported, "times as fast", *found, "",
                        rounds, f"a pass over {rows} rows")
             )  # fmt: skip
     return results
@@ -125,18 +125,18 @@ def _costs(
     results = []
     beyond_few = rows[1] - rows[0]
     names = {"engine": "prepare", "map": "datasets.map", "loop": "bare decoding"}
-    for name, told in names.items():
+    for name, reported in names.items():
         rounds = len(few[name])
         cost = spread([s / beyond_few for s in beyond(few[name], many[name], "cpu")])
         results.append(
-            Result(f"{told}, {kind}", "", "s/row", *cost, "", rounds, setting, "cpu time")
+            Result(f"{reported}, {kind}", "", "s/row", *cost, "", rounds, setting, "cpu time")
         )
         begin = spread([
             small.wall - (large.wall - small.wall) * rows[0] / beyond_few
             for small, large in zip(few[name], many[name], strict=True)
         ])  # fmt: skip
         results.append(
-            Result(f"start of a pass, {told}, {kind}", "", "s", *begin, "", rounds, setting,
+            Result(f"start of a pass, {reported}, {kind}", "", "s", *begin, "", rounds, setting,
                    "wall time of a pass that its rows do not explain")
         )  # fmt: skip
     first = starts["engine"] - statistics.median(took.wall for took in few["engine"])

@@ -75,9 +75,9 @@ def _files(kind: str, rounds: int) -> list[Result]:
     )
     more = {name: beyond(few[name], many[name], "wall") for name in contenders}
     return [
-        Result(f"prepare, {kind}, from the disk", told, "times as fast",
+        Result(f"prepare, {kind}, from the disk", reported, "times as fast",
                *ratio(more[name], more["engine"]), "", rounds, setting)
-        for name, told in (("map", "datasets.map"), ("loop", "bare decoding"))
+        for name, reported in (("map", "datasets.map"), ("loop", "bare decoding"))
     ]  # fmt: skip
 
 

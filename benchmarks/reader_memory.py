@@ -67,8 +67,8 @@ def aishell1(folder: Path, rows: int) -> None:
         (home / f"{name}.wav").touch()
         lines.append(f"{name} {SENTENCE[:4]} {SENTENCE[4:14]}\n")
     (folder / "data_aishell" / "transcript").mkdir()
-    told = folder / "data_aishell" / "transcript" / "aishell_transcript_v0.8.txt"
-    told.write_text("".join(lines), encoding="utf-8")
+    reported = folder / "data_aishell" / "transcript" / "aishell_transcript_v0.8.txt"
+    reported.write_text("".join(lines), encoding="utf-8")
 
 
 def webdataset(folder: Path, rows: int) -> None:

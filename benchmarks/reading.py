@@ -75,8 +75,8 @@ def compared(label: str, took: dict[str, list[Took]], rows: int, setting: str) -
                 found = ratio(theirs, seconds[OURS])
                 results.append(Result(name, who, "times as fast", *found, ">= 1", count, setting))
         per_row = spread([each / rows for each in seconds[OURS]])
-        told = label if clock == "cpu" else name
-        results.append(Result(told, "", "s/row", *per_row, "", count, setting, f"{clock} time"))
+        reported = label if clock == "cpu" else name
+        results.append(Result(reported, "", "s/row", *per_row, "", count, setting, f"{clock} time"))
     return results
 
 

@@ -37,12 +37,12 @@ def run(rounds: int, threads: int) -> list[Result]:
     seconds = float(os.environ.get(SECONDS_VARIABLE) or SECONDS)
     steps = max(round(seconds / _seconds_per_step(data)), 2)
     with tempfile.TemporaryDirectory(prefix="skillnet-") as home:
-        told, wall = _sweep(data, steps, Path(home))
-    trained = [trial["seconds"] for trial in told["trials"] if trial["status"] == "finished"]
-    assert len(trained) == len(told["trials"]), "every trial has to finish"
+        reported, wall = _sweep(data, steps, Path(home))
+    trained = [trial["seconds"] for trial in reported["trials"] if trial["status"] == "finished"]
+    assert len(trained) == len(reported["trials"]), "every trial has to finish"
     parallel = min(len(os.sched_getaffinity(0)), len(trained))
     bare = sum(trained) / parallel
-    note = f"{wall:.0f} s against {bare:.0f} s; load before it {told['load']:.1f}"
+    note = f"{wall:.0f} s against {bare:.0f} s; load before it {reported['load']:.1f}"
     setting = f"{len(trained)} trials of {steps} steps, {parallel} at once, one core each"
     ratio = spread([wall / bare])
     return [

@@ -238,11 +238,11 @@ class Lane:
 
         path = self.folder / f"{config.name}.yaml"
         absent = [name for name in FinetuneConfig().tasks if name not in config.tasks]
-        told = configuration.to_yaml(config)
-        told = told.replace(
+        reported = configuration.to_yaml(config)
+        reported = reported.replace(
             "\ntasks:\n", "\ntasks:\n" + "".join(f"  {name}: null\n" for name in absent)
         )
-        path.write_text(told, encoding="utf-8")
+        path.write_text(reported, encoding="utf-8")
         return [sys.executable, "-m", "tests.chaos.faulty_finetune", "--config", str(path)]
 
     def _finetune(self, config: Any) -> int:

@@ -107,11 +107,11 @@ def _worker(
         else:
             with preemption.watch_stop_signal(preemption.FileStopSignal(run / preemption.FILE)):
                 run_worker(resolved, rank, world, tracked, callbacks=callbacks)
-    except UserError as problem:
-        words.write_text(str(problem), encoding="utf-8")
+    except UserError as error:
+        words.write_text(str(error), encoding="utf-8")
         os._exit(2)
-    except BaseException as problem:
-        console.print_warning(f"rank {rank}: {type(problem).__name__}: {problem}"[:200])
+    except BaseException as error:
+        console.print_warning(f"rank {rank}: {type(error).__name__}: {error}"[:200])
         # Not in order: what is left of the group would wait for this rank.
         os._exit(1)
     dist.destroy_process_group()

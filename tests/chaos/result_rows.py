@@ -51,8 +51,8 @@ class Row:
 def is_sound(row: Mapping[str, str]) -> bool:
     """Whether a run of the CSV came through and lost nothing: every metric is there, once."""
     ends = row["exits"].split()[-1:] == ["0"]
-    told = (row["equal_weights"], row["lost_metrics"], row["doubled_metrics"])
-    return ends and told == ("True", "0", "0")
+    reported = (row["equal_weights"], row["lost_metrics"], row["doubled_metrics"])
+    return ends and reported == ("True", "0", "0")
 
 
 def read(path: Path) -> list[dict[str, str]]:

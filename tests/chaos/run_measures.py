@@ -37,15 +37,15 @@ def recovery(progress: Path) -> tuple[int, float]:
     """(Steps done again, seconds until the run was where it had been) of a disturbed run."""
     lost, seconds, reached, last, since = 0, 0.0, -1, 0.0, 0.0
     for line in progress.read_text(encoding="utf-8").splitlines():
-        told = json.loads(line)
-        if "losses" not in told:
+        reported = json.loads(line)
+        if "losses" not in reported:
             continue
-        if told["losses"] == "" and last:
-            lost += max(reached - told["step"], 0)
+        if reported["losses"] == "" and last:
+            lost += max(reached - reported["step"], 0)
             since = last
-        if since and told["step"] >= reached:
-            seconds, since = seconds + told["time"] - since, 0.0
-        reached, last = max(reached, told["step"]), told["time"]
+        if since and reported["step"] >= reached:
+            seconds, since = seconds + reported["time"] - since, 0.0
+        reached, last = max(reached, reported["step"]), reported["time"]
     return lost, round(seconds, 1)
 
 
@@ -61,8 +61,8 @@ def metrics(config: Any, run: Path, again: int) -> tuple[int, int]:
     client = backend.create_client(uri)
     lost = doubled = 0
     for name, points in read_metric_history(run / "progress.jsonl").items():
-        told = [point.step for point in client.get_metric_history(run_id, name)]
-        lost += len({step for step, _ in points} - set(told))
+        reported = [point.step for point in client.get_metric_history(run_id, name)]
+        lost += len({step for step, _ in points} - set(reported))
         # A repeated step is logged again, with its own time.
-        doubled += max(len(told) - len(set(told)) - again, 0)
+        doubled += max(len(reported) - len(set(reported)) - again, 0)
     return lost, doubled

@@ -91,8 +91,8 @@ def copy_network(root: Path) -> None:
             shutil.copy(source, there)
     if shutil.which("apt-config"):
         dumped = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=True)
-        told = [line for line in dumped.stdout.splitlines() if line.startswith("Acquire::")]
-        (root / "etc/apt/apt.conf.d/99-as-here").write_text("\n".join(told) + "\n")
+        reported = [line for line in dumped.stdout.splitlines() if line.startswith("Acquire::")]
+        (root / "etc/apt/apt.conf.d/99-as-here").write_text("\n".join(reported) + "\n")
 
 
 def inside(root: Path, script: str, network: bool = True) -> str:

@@ -122,17 +122,19 @@ def write_cluster_file(folder: Path, hosts: dict[str, Host]) -> None:
     (folder / "deploy/requirements.txt").write_text(node_requirements.format_requirements())
     text = (folder / "deploy/on_prem.yaml").read_text()
     assert "  # ~/.aws: ~/.aws " in text
-    told: dict[str, Any] = yaml.safe_load(text.replace("  # ~/.aws: ~/.aws ", "  ~/.aws: ~/.aws "))
-    told["provider"]["head_ip"] = hosts["head"].address
-    told["provider"]["worker_ips"] = [hosts["worker"].address]
-    told["min_workers"] = told["max_workers"] = 1
-    told["auth"] = {"ssh_user": "root", "ssh_private_key": "~/.ssh/id_ed25519"}
-    before, home, after = told["setup_commands"][0].partition("SKILLNET_HOME=/mnt/skillnet ")
+    reported: dict[str, Any] = yaml.safe_load(
+        text.replace("  # ~/.aws: ~/.aws ", "  ~/.aws: ~/.aws ")
+    )
+    reported["provider"]["head_ip"] = hosts["head"].address
+    reported["provider"]["worker_ips"] = [hosts["worker"].address]
+    reported["min_workers"] = reported["max_workers"] = 1
+    reported["auth"] = {"ssh_user": "root", "ssh_private_key": "~/.ssh/id_ed25519"}
+    before, home, after = reported["setup_commands"][0].partition("SKILLNET_HOME=/mnt/skillnet ")
     assert home
     own = f"SKILLNET_HOME={HOME} MLFLOW_TRACKING_URI={tracker_of(hosts)} "
-    told["setup_commands"][0] = f"SKILLNET_VENV={sys.prefix} {before}{own}{after}"
-    told["file_mounts"]["~/.skillnet/deploy"] = str(folder / "deploy")
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
+    reported["setup_commands"][0] = f"SKILLNET_VENV={sys.prefix} {before}{own}{after}"
+    reported["file_mounts"]["~/.skillnet/deploy"] = str(folder / "deploy")
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(reported, sort_keys=False))
 
 
 def tracker_of(hosts: dict[str, Host]) -> str:
@@ -166,8 +168,8 @@ def credentials(hosts: dict[str, Host]) -> dict[str, str]:
 
 def tracked(hosts: dict[str, Host]) -> list[str]:
     """Options of ``submit`` that let a job into the tracker."""
-    told = credentials(hosts).items()
-    return [word for name, value in told for word in (f"--env.{name}", value)]
+    reported = credentials(hosts).items()
+    return [word for name, value in reported for word in (f"--env.{name}", value)]
 
 
 def plain(client: Host, environment: dict[str, str], *words: str) -> str:
@@ -258,17 +260,19 @@ def test_doctor_looks_at_every_node(hosts: dict[str, Host]) -> None:
         seconds=LATE_S,
         **credentials(hosts),
     )
-    told: dict[str, list[dict[str, str]]] = {}
+    reported: dict[str, list[dict[str, str]]] = {}
     for each in json.loads(done.stdout)["findings"]:
-        told.setdefault(each["check"], []).append(each)
+        reported.setdefault(each["check"], []).append(each)
     for name in ("versions", "resources", "authentication", "storage", "interface"):
-        assert [each["level"] for each in told[name]] == ["ok"] * len(told[name]), told[name]
-    assert [each["seen"] for each in told["storage"]] == [
-        f"{place}: each of 2 nodes reads what all wrote" for place in (CORPORA, RUNS)
+        assert [each["level"] for each in reported[name]] == ["ok"] * len(reported[name]), reported[
+            name
+        ]
+    assert [each["seen"] for each in reported["storage"]] == [
+        f"{place}: each of 2 nodes reads the files of all" for place in (CORPORA, RUNS)
     ]
-    assert told["tracker on nodes"][0]["seen"] == tracker_of(hosts)
-    assert "10.77.0.2 by eth0" in told["interface"][0]["seen"]
-    assert told["ray state api"][0]["seen"] == "2 node(s)"
+    assert reported["tracker on nodes"][0]["seen"] == tracker_of(hosts)
+    assert "10.77.0.2 by eth0" in reported["interface"][0]["seen"]
+    assert reported["ray state api"][0]["seen"] == "2 node(s)"
 
 
 def test_a_run_on_disks_that_nobody_shares_is_refused(hosts: dict[str, Host]) -> None:

@@ -80,10 +80,10 @@ def azure(folder: Path) -> CloudStore:
     words += ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
     process = _started(words, port, folder, AZURITE_ACCOUNTS=f"{ACCOUNT}:{KEY}")
     endpoint = f"http://127.0.0.1:{port}/{ACCOUNT}"
-    told = f"AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={endpoint};"
-    with BlobServiceClient.from_connection_string(told) as client:
+    reported = f"AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={endpoint};"
+    with BlobServiceClient.from_connection_string(reported) as client:
         client.create_container(PLACE)
-    return CloudStore(f"abfs://{PLACE}", {"AZURE_STORAGE_CONNECTION_STRING": told}, process)
+    return CloudStore(f"abfs://{PLACE}", {"AZURE_STORAGE_CONNECTION_STRING": reported}, process)
 
 
 def _started(

@@ -22,9 +22,9 @@ def named(action: Callable[[], object]) -> None:
     """Run an action that may succeed or raise a user error, but no other exception."""
     try:
         action()
-    except Exception as problem:
-        said = cli.user_error_message(problem)
-        assert said, f"{type(problem).__name__}: {problem}"  # noqa: PT017
+    except Exception as error:
+        said = cli.user_error_message(error)
+        assert said, f"{type(error).__name__}: {error}"  # noqa: PT017
         assert len(said) < 2000
 
 

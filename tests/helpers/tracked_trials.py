@@ -44,8 +44,8 @@ def start(runs: Sequence[Tracker], home: Path, *waits: Any) -> list[Any]:
     CONTEXT.set_forkserver_preload([__name__, "mlflow"])
     made = []
     for number, run in enumerate(runs):
-        told = (number, run.run_id, run.uri, str(home), waits)
-        made.append(CONTEXT.Process(target=_trial, args=told, daemon=True))
+        reported = (number, run.run_id, run.uri, str(home), waits)
+        made.append(CONTEXT.Process(target=_trial, args=reported, daemon=True))
         made[-1].start()
     return made
 

@@ -65,8 +65,8 @@ def cloud(environment: pytest.MonkeyPatch) -> Iterator[str]:
 
 def instances() -> list[dict[str, Any]]:
     """All machines that are not ended."""
-    told = boto3.client("ec2").describe_instances()
-    found = [each for group in told["Reservations"] for each in group["Instances"]]
+    reported = boto3.client("ec2").describe_instances()
+    found = [each for group in reported["Reservations"] for each in group["Instances"]]
     return [each for each in found if each["State"]["Name"] in ("pending", "running")]
 
 
@@ -171,7 +171,7 @@ class Told:
 
     def state(self, _: Any) -> Any:
         """The protocol buffer that the GCS would send."""
-        from ray.core.generated import autoscaler_pb2 as told
+        from ray.core.generated import autoscaler_pb2 as reported
 
         nodes = []
         for each in instances():
@@ -181,9 +181,9 @@ class Told:
                 continue  # Ray is not started there yet
             idle = name != self.head and self.idle_ms
             over = name.encode().hex() in self.drained
-            status = told.DEAD if over else told.IDLE if idle else told.RUNNING
+            status = reported.DEAD if over else reported.IDLE if idle else reported.RUNNING
             nodes.append(
-                told.NodeState(
+                reported.NodeState(
                     node_id=name.encode(),
                     instance_id=name,
                     ray_node_type_name=tags["ray-user-node-type"],
@@ -194,12 +194,12 @@ class Told:
                 )
             )
         asked = [
-            told.ResourceRequestByCount(
-                request=told.ResourceRequest(resources_bundle=bundle), count=1
+            reported.ResourceRequestByCount(
+                request=reported.ResourceRequest(resources_bundle=bundle), count=1
             )
             for bundle in self.waiting
         ]
-        return told.ClusterResourceState(
+        return reported.ClusterResourceState(
             cluster_resource_state_version=1,
             node_states=nodes,
             pending_resource_requests=asked,
@@ -228,16 +228,16 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
     from ray.autoscaler.v2 import autoscaler as second
     from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 
-    told = Told(head["InstanceId"])
-    monkeypatch.setattr(second, "get_cluster_resource_state", told.state)
+    reported = Told(head["InstanceId"])
+    monkeypatch.setattr(second, "get_cluster_resource_state", reported.state)
     reader = FileConfigReader(f"{launcher.log}.config", skip_content_hash=True)
-    scaler = second.Autoscaler("test", reader, told)
+    scaler = second.Autoscaler("test", reader, reported)
 
     def until(wanted: list[str]) -> list[dict[str, Any]]:
         end = time.monotonic() + 120
         while True:
             planned = scaler.update_autoscaling_state()
-            found = [each for each in instances() if each["InstanceId"] != told.head]
+            found = [each for each in instances() if each["InstanceId"] != reported.head]
             tags = [{tag["Key"]: tag["Value"] for tag in each["Tags"]} for each in found]
             ready = all(each["ray-node-status"] == "up-to-date" for each in tags)
             if ready and sorted(each["ray-user-node-type"] for each in tags) == wanted:
@@ -246,7 +246,7 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
             time.sleep(0.2)
 
     # Training with two workers of a GPU each, and preparation that fills a machine.
-    told.waiting = [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 8}]
+    reported.waiting = [{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 8}]
     started = until(["data", "gpu", "gpu"])
     kinds = sorted(each["InstanceType"] for each in started)
     assert kinds == ["c6i.2xlarge", "g6.2xlarge", "g6.2xlarge"]
@@ -266,10 +266,10 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
     assert "RAY_HEAD_IP=10.0.0.1" in said
 
     # Ten idle minutes are over: all but the head end.
-    told.waiting = []
-    told.idle_ms = 11 * 60 * 1000
+    reported.waiting = []
+    reported.idle_ms = 11 * 60 * 1000
     assert until([]) == []
-    assert [each["InstanceId"] for each in instances()] == [told.head]
+    assert [each["InstanceId"] for each in instances()] == [reported.head]
 
 
 @pytest.mark.integration

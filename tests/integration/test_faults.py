@@ -128,8 +128,8 @@ def test_a_users_mistake_in_a_worker_is_told_and_not_tried_again(
     monkeypatch.setattr("skillnet_platform.console.print_error", said.append)
     assert cli.run_command(lambda _: finetune_with_faults(config, fault) and 0, []) == 2
     assert "holds no checkpoint to flip a bit of" in said[0]
-    told = (tmp_path / "mistaken" / "progress.jsonl").read_text(encoding="utf-8")
-    assert told.count('"losses": ""') == 1, "the workers were started once"
+    reported = (tmp_path / "mistaken" / "progress.jsonl").read_text(encoding="utf-8")
+    assert reported.count('"losses": ""') == 1, "the workers were started once"
 
 
 APART = ("unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc")

@@ -77,10 +77,10 @@ def test_an_elastic_run_goes_on_with_fewer_hosts_and_with_more_again(
             hosts.start("again")
             said, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
-    told = read_metric_history(run / "progress.jsonl")
-    assert told["training/workers"] == [(0, 2.0), (4, 1.0), (9, 2.0), (11, 1.0)], said
+    reported = read_metric_history(run / "progress.jsonl")
+    assert reported["training/workers"] == [(0, 2.0), (4, 1.0), (9, 2.0), (11, 1.0)], said
     assert json.loads((run / "trained.json").read_text())["world"] == 1
-    steps = [step for step, _ in told["training/learning_rate"]]
+    steps = [step for step, _ in reported["training/learning_rate"]]
     assert sorted(set(steps)) == list(range(1, STEPS + 1))
     assert near(weights(run), weights(alone)) < 1e-9
     # Without a failure to spend: what hosts bring about is none.

@@ -277,13 +277,13 @@ def test_a_host_that_leaves_an_elastic_run_sends_its_checkpoint_before_it_goes(
     before = signal.getsignal(signal.SIGTERM)
     preemption.listen_in_worker()
     try:
-        with pytest.raises(WorkerGroupResize) as told:
+        with pytest.raises(WorkerGroupResize) as reported:
             one = ResolvedRun(config, tmp_path / "one" / "a")
             run_worker(one, is_remote=True, node_id="one", callbacks=callbacks)
     finally:
         preemption.listen_in_worker()
         signal.signal(signal.SIGTERM, before)
-    assert told.value.leaving == ["one"]
+    assert reported.value.leaving == ["one"]
     assert directories.is_committed(f"{object_store.uri}/a/checkpoints/step-00000006")
     shutil.rmtree(tmp_path / "one")
     run_worker(ResolvedRun(config, tmp_path / "another" / "a"), is_remote=True, node_id="another")

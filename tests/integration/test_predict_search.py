@@ -133,9 +133,9 @@ class TestPredict:
         assert predict.main([str(rows), "--json"]) == 0
         said = capsys.readouterr()
         assert [a["input"] for a in json.loads(said.out)] == ["数学教程", "法律概论"]
-        told = " ".join(said.err.split())
-        assert f"{rows}, line 2: the text is empty; row skipped" in told
-        assert f"{rows}, line 3: a damaged image" in told
+        reported = " ".join(said.err.split())
+        assert f"{rows}, line 2: the text is empty; row skipped" in reported
+        assert f"{rows}, line 3: a damaged image" in reported
 
     def test_an_empty_sentence_has_a_prediction(self, place: Place):
         made = open_predictor(model_source.resolve_model("models:/skillnet@champion"), place.data)

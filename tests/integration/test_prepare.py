@@ -264,10 +264,10 @@ def test_too_many_bad_rows_stop_with_a_summary(
         return
     with pytest.raises(
         UserError, match=r"made: 1 of 100 rows.*1 × unlucky.*--max_error_rate 0\.0"
-    ) as told:
+    ) as reported:
         prepare([MADE], tmp_path, made[1], max_error_rate=share)
     listed = (tmp_path / "made.rejected.jsonl").read_text(encoding="utf-8")
-    assert str(tmp_path / "made.rejected.jsonl") in str(told.value)
+    assert str(tmp_path / "made.rejected.jsonl") in str(reported.value)
     assert '{"key": "line 33", "reason": "unlucky"}' in listed
     assert not (tmp_path / "made").exists()
     prepare([MADE], tmp_path, made[1])  # resumes, and the list of rejected rows is removed

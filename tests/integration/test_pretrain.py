@@ -104,8 +104,8 @@ def test_command_line(
     assert recorded.data.tags["stage"] == "pretrain"
     assert {f"{task}/validation_masked_loss" for task in config.tasks} <= set(recorded.data.metrics)
     # Text, code and sound are predicted as classes, so an accuracy is reported.
-    told = {row["task"] for row in result["evaluation"] if row["metric"] == "masked_accuracy"}
-    assert told == {"masked_text", "masked_code", "masked_sound"}
+    reported = {row["task"] for row in result["evaluation"] if row["metric"] == "masked_accuracy"}
+    assert reported == {"masked_text", "masked_code", "masked_sound"}
     listed = backend.create_client(backend.resolve_uri()).list_artifacts(
         result["run_id"], "reconstructions"
     )
@@ -150,10 +150,10 @@ def test_from_a_run_a_folder_and_a_checkpoint(data: Path, run_root: Path) -> Non
         assert {name.split(".")[0] for name in model.keys() - same} == {"heads"}
 
     result = finetune(tuning(data, "pretraining"))
-    told = result["init_from"]
-    assert told["digest"] == model_source.resolve_model(made["run"]).digest
-    assert {f"head-{task}" for task in small_config(data).tasks} == set(told["fresh"])
-    assert {"shared", "skill-general", "skill-sound", "stem-token"} <= set(told["taken"])
+    reported = result["init_from"]
+    assert reported["digest"] == model_source.resolve_model(made["run"]).digest
+    assert {f"head-{task}" for task in small_config(data).tasks} == set(reported["fresh"])
+    assert {"shared", "skill-general", "skill-sound", "stem-token"} <= set(reported["taken"])
     # The same weights from another place are the same run; other weights are not.
     shutil.copytree(made["model"], run_root / "copy")
     again = finetune(tuning(data, str(run_root / "copy")))

@@ -50,11 +50,11 @@ def test_every_hostile_row_is_set_aside_and_its_neighbours_arrive(
 
     found = quarantine(data / kind)
     for row, why in wanted.items():
-        told = found.pop(("metadata.jsonl", row), {"reason": ""})
-        assert re.search(why, told["reason"]), (row, why, told)
-        assert bool(told["reason"]) == bool(why), (row, told)
-        if "media" in told:
-            assert told["media"].startswith(f"{folder}")
+        reported = found.pop(("metadata.jsonl", row), {"reason": ""})
+        assert re.search(why, reported["reason"]), (row, why, reported)
+        assert bool(reported["reason"]) == bool(why), (row, reported)
+        if "media" in reported:
+            assert reported["media"].startswith(f"{folder}")
     assert not found
 
     good = [row for row, why in wanted.items() if not why]
@@ -128,7 +128,7 @@ def test_a_row_that_hangs_or_ends_its_worker_is_set_aside(tmp_path: Path, ray_se
     ]
     assert prepare.main(given) == 0
     corpus = open_corpus(tmp_path / "data" / "deadly")
-    assert {row: told["reason"] for (_, row), told in quarantine(corpus.path).items()} == {
+    assert {row: reported["reason"] for (_, row), reported in quarantine(corpus.path).items()} == {
         5: CRASHES_WORKER,
         10: CRASHES_WORKER,
         14: "longer than 0.5 s",

@@ -72,8 +72,10 @@ def test_the_embedded_ray_asks_for_its_token(ray_session: Any) -> None:
     jobs = f"http://{get_dashboard_url()}/api/jobs/"
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(jobs, timeout=30)
-    told = {"Authorization": "Bearer " + loopback._own_token()}
-    with urllib.request.urlopen(urllib.request.Request(jobs, headers=told), timeout=30) as answer:
+    reported = {"Authorization": "Bearer " + loopback._own_token()}
+    with urllib.request.urlopen(
+        urllib.request.Request(jobs, headers=reported), timeout=30
+    ) as answer:
         assert answer.status == 200
 
     knocking = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"

@@ -61,11 +61,11 @@ def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subpr
 
 def arrived(config: FinetuneConfig, run: Path) -> None:
     """Each metric that the run told is in the tracker at each of its steps, once."""
-    told = read_metric_history(run / "progress.jsonl")
-    assert [step for step, _ in told["training/learning_rate"]] == list(range(1, STEPS + 1))
+    reported = read_metric_history(run / "progress.jsonl")
+    assert [step for step, _ in reported["training/learning_rate"]] == list(range(1, STEPS + 1))
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]
     client = backend.create_client(str(config.tracking.uri))
-    for name, points in told.items():
+    for name, points in reported.items():
         found = client.get_metric_history(run_id, name)
         assert sorted((point.step, point.value) for point in found) == points, name
     assert client.get_run(run_id).info.status == "FINISHED"

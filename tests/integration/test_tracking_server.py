@@ -158,9 +158,9 @@ def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
 
 def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
     """All that the trial told is there, once; its files in the store, in that folder."""
-    told = [tracked_trials.values(number, step) for step in range(STEPS)]
-    for name in told[0]:
-        expected = [(step, values[name]) for step, values in enumerate(told)]
+    reported = [tracked_trials.values(number, step) for step in range(STEPS)]
+    for name in reported[0]:
+        expected = [(step, values[name]) for step, values in enumerate(reported)]
         assert steps_of(trial, name) == expected
     client = backend.create_client(trial.uri)
     run = client.get_run(trial.run_id)

@@ -63,12 +63,12 @@ def test_splits_and_what_is_set_aside(place: Place) -> None:
         "captions without an image": 1,
     }
     lines = (place.data / "vatex" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
-    told = [json.loads(line) for line in lines]
-    (damaged,) = [row for row in told if row["key"] == "-a_00-xxxxx_000000_000010"]
+    reported = [json.loads(line) for line in lines]
+    (damaged,) = [row for row in reported if row["key"] == "-a_00-xxxxx_000000_000010"]
     assert (damaged["file"], damaged["row"]) == ("vatex_training_v1.0.json", 1)
     assert damaged["media"].endswith("more/-a_00-xxxxx_000000_000010.mp4")
     assert damaged["reason"] == "no video in the file"
-    assert all("file" in row for row in told)
+    assert all("file" in row for row in reported)
 
 
 def test_rows_are_what_the_tasks_read(place: Place) -> None:
@@ -127,11 +127,11 @@ def test_one_model_learns_all_five(place: Place, run_root: Path) -> None:
     figures = output.read_text(encoding="utf-8")
     for task in TASK.values():
         assert task in figures
-    test, told = place.given / "tnews" / "test.json", run_root / "tnews_predict.json"
+    test, reported = place.given / "tnews" / "test.json", run_root / "tnews_predict.json"
     words = ["--model", "five", "--data", str(place.data), "--task", "text_classification"]
-    words += ["--input", str(test), "--output", str(told), "--format", "clue"]
+    words += ["--input", str(test), "--output", str(reported), "--format", "clue"]
     assert predict.main(words) == 0
-    lines = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in reported.read_text(encoding="utf-8").splitlines()]
     assert [line["id"] for line in lines] == list(range(15))
     assert all(LABELS[line["label"]] == line["label_desc"] for line in lines)
 

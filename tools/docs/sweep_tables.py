@@ -47,9 +47,9 @@ def collect(folder: Path, results: Path = RESULTS) -> Path:
     last = max(measured, key=lambda row: row["date"])
     target = results / f"{last['date']}-sweep-{folder.name}"
     keep(folder, KEPT, target)
-    told = {"date": last["date"], "machine": last["machine"]}
+    reported = {"date": last["date"], "machine": last["machine"]}
     kept = rows_of(target / TRIALS)
-    light = [{k: v for k, v in row.items() if k not in PLACES} | told for row in kept]
+    light = [{k: v for k, v in row.items() if k not in PLACES} | reported for row in kept]
     with (target / TRIALS).open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(light[0]), lineterminator="\n")
         writer.writeheader()
@@ -171,8 +171,10 @@ def _mean(rows: Rows, key: str) -> float:
 def _with_interval(values: list[float], signed: bool = False) -> str:
     low, high = seed_interval(values)
     sign = "+" if signed else ""
-    told = f"{fmean(values):{sign}.1f}"
-    return told if math.isclose(low, high) else f"{told} ({low:{sign}.1f} to {high:{sign}.1f})"
+    reported = f"{fmean(values):{sign}.1f}"
+    return (
+        reported if math.isclose(low, high) else f"{reported} ({low:{sign}.1f} to {high:{sign}.1f})"
+    )
 
 
 def _short(key: str) -> str:
@@ -187,8 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.folder:
         collect(options.folder)
     put(PAGE, "sweep", page_text())
-    told = ", ".join(folder.name for folder in newest().values())
-    print(f"{PAGE.name} tells {told or 'that there is no result'}")
+    reported = ", ".join(folder.name for folder in newest().values())
+    print(f"{PAGE.name} tells {reported or 'that there is no result'}")
     return 0
 
 

@@ -219,8 +219,8 @@ def check_shared_storage(seen: Sequence[NodeProbe], places: Sequence[str]) -> li
     )
     # With different run roots a node does not find the checkpoints of another node.
     if len({each.home for each in seen}) > 1:
-        told = ", ".join(f"{each.node}: {each.home or '(not set)'}" for each in seen)
-        return [Finding("storage", "error", told, advice)]
+        reported = ", ".join(f"{each.node}: {each.home or '(not set)'}" for each in seen)
+        return [Finding("storage", "error", reported, advice)]
     failed = [each for each in seen if each.write_problem]
     if failed:
         what = f"cannot be written from {failed[0].node}: {failed[0].write_problem}"
@@ -332,8 +332,8 @@ def check_interfaces(seen: Sequence[NodeProbe], request: ResourceRequest) -> lis
                 what = f"{each.node}: {known}, the cluster knows it as {each.node}"
                 advice = "set SKILLNET_INTERFACE on that node to the interface of that address"
                 return [Finding("interface", "error", what, advice)]
-    told = ", ".join(f"{e.node} by {e.interfaces.get(wanted[0]) or 'its name'}" for e in seen)
-    return [Finding("interface", "ok", told)]
+    reported = ", ".join(f"{e.node} by {e.interfaces.get(wanted[0]) or 'its name'}" for e in seen)
+    return [Finding("interface", "ok", reported)]
 
 
 def _minor(version: str) -> str:

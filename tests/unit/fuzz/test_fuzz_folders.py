@@ -138,8 +138,8 @@ def test_a_compared_run_with_any_value_anywhere(
     compared: Path, tmp_path: Path, name: str, value: Any, place: list[int]
 ) -> None:
     copy = copied(compared, tmp_path)
-    told = json.loads((copy / name).read_text())
-    (copy / name).write_text(json.dumps(replaced(told, place, value)))
+    reported = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps(replaced(reported, place, value)))
     named(lambda: read_compared(copy))
 
 
@@ -160,9 +160,9 @@ MODELS: dict[str, dict[str, Any]] = {
 def lay_model(folder: Path, kind: str) -> list[Path]:
     """Create a model's folder again; return the files that are read."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name, told in MODELS[kind].items():
+    for name, reported in MODELS[kind].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(told))
+        (folder / name).write_text(json.dumps(reported))
     return [folder / name for name in MODELS[kind] if not name.startswith("model/")]
 
 
@@ -198,6 +198,6 @@ def test_a_model_with_any_value_anywhere(
 ) -> None:
     files = lay_model(tmp_path / "made", kind)
     path = files[number % len(files)]
-    told = MODELS[kind][str(path.relative_to(tmp_path / "made"))]
-    path.write_text(json.dumps(replaced(told, place, value)))
+    reported = MODELS[kind][str(path.relative_to(tmp_path / "made"))]
+    path.write_text(json.dumps(replaced(reported, place, value)))
     named(lambda: look_up(tmp_path / "made"))

@@ -99,8 +99,8 @@ def test_a_stopped_run_with_any_value_anywhere(
     files = [path for path in run.be("stopped") if path.suffix in (".json", ".jsonl")]
     path = files[number % len(files)]
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    told = [json.dumps(replaced(json.loads(line), place, value)) for line in lines]
-    path.write_text("\n".join(told) + "\n")
+    reported = [json.dumps(replaced(json.loads(line), place, value)) for line in lines]
+    path.write_text("\n".join(reported) + "\n")
     if sealed and path.parent.name.startswith("step-") and path.name != "manifest.json":
         names = [each.name for each in path.parent.iterdir() if each.name != "manifest.json"]
         write_manifest(path.parent, names)

@@ -65,9 +65,9 @@ def test_another_version_on_a_node_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert "torch 2.0.0 on 10.0.0.2" in finding.seen
     assert "ray up" in finding.advice
     monkeypatch.setenv(versions.VARIABLE, '{"python": "3.1.4", "mlflow": "9.9"}')
-    told = checks.check_node_versions([ONE, TWO])
-    assert [each.level for each in told] == ["warning", "warning"]
-    assert "9.9 where the job was sent" in told[1].seen
+    reported = checks.check_node_versions([ONE, TWO])
+    assert [each.level for each in reported] == ["warning", "warning"]
+    assert "9.9 where the job was sent" in reported[1].seen
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,10 @@ def test_resources(
 
 
 def test_each_stage_and_each_model_is_looked_at(tmp_path: Path) -> None:
-    told = checks.check_resources([node(2)], ResourceRequest(2, next_stage=ResourceRequest(4)), [])
-    assert [each.level for each in told] == ["ok", "error"]
+    reported = checks.check_resources(
+        [node(2)], ResourceRequest(2, next_stage=ResourceRequest(4)), []
+    )
+    assert [each.level for each in reported] == ["ok", "error"]
     (tmp_path / "model").mkdir()
     found = checks.check_models([str(tmp_path / "model"), str(tmp_path / "gone")])
     assert [each.level for each in found] == ["ok", "error"]
@@ -183,9 +185,11 @@ def test_a_tracker_is_asked_for_more_than_its_health(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     problem, access = node_probe._tracker_problems()
     assert (problem, "refuses the user me" in access) == ("", True)
-    told = [ONE, replace(TWO, access_problem=access)]
-    assert checks.check_node_trackers(told, ResourceRequest(uses_tracker=True))[0].level == "error"
-    (finding,) = checks.check_node_trackers(told, ResourceRequest())
+    reported = [ONE, replace(TWO, access_problem=access)]
+    assert (
+        checks.check_node_trackers(reported, ResourceRequest(uses_tracker=True))[0].level == "error"
+    )
+    (finding,) = checks.check_node_trackers(reported, ResourceRequest())
     assert finding.level == "warning", "a command that records nothing needs no entry"
     assert "--env_from MLFLOW_TRACKING_USERNAME" in finding.advice
 
@@ -292,9 +296,9 @@ def test_each_place_that_a_run_names_is_looked_at() -> None:
     both = {"/mnt/runs": ["10.0.0.1", "10.0.0.2"], "s3://b/runs": ["10.0.0.1", "10.0.0.2"]}
     blind = both | {"s3://b/runs": []}
     seen = [replace(ONE, files_seen=both), replace(TWO, files_seen=blind)]
-    told = checks.check_shared_storage(seen, list(both))
-    assert [each.level for each in told] == ["ok", "error"]
-    assert told[1].seen == "s3://b/runs: 10.0.0.2 does not see the file of 10.0.0.1"
+    reported = checks.check_shared_storage(seen, list(both))
+    assert [each.level for each in reported] == ["ok", "error"]
+    assert reported[1].seen == "s3://b/runs: 10.0.0.2 does not see the file of 10.0.0.1"
 
 
 @pytest.mark.integration

@@ -21,8 +21,8 @@ SCRIPT = DEPLOY / "setup_node.sh"
 
 
 def load(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return told
+    reported: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return reported
 
 
 def containers() -> list[dict[str, Any]]:
@@ -42,9 +42,9 @@ def test_rays_own_schema_takes_the_file(path: Path) -> None:
 
 
 def test_the_head_on_aws_gives_no_cpu_away() -> None:
-    told = load(AWS)
-    kinds = told["available_node_types"]
-    assert kinds[told["head_node_type"]]["resources"] == {"CPU": 0}
+    reported = load(AWS)
+    kinds = reported["available_node_types"]
+    assert kinds[reported["head_node_type"]]["resources"] == {"CPU": 0}
     gpu = [kind for kind in kinds.values() if kind["resources"].get("GPU")]
     cpu = [name for name, kind in kinds.items() if kind["resources"] == {"CPU": 8}]
     assert [(kind["min_workers"], kind["max_workers"]) for kind in gpu] == [(0, 4)]
@@ -55,47 +55,47 @@ def test_the_head_on_aws_gives_no_cpu_away() -> None:
 
 
 def test_every_spot_machine_watches_for_its_notice() -> None:
-    told = load(AWS)
+    reported = load(AWS)
     spot = {
         name
-        for name, kind in told["available_node_types"].items()
+        for name, kind in reported["available_node_types"].items()
         if kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot"
     }
-    assert spot == told["available_node_types"].keys() - {told["head_node_type"]}
-    mounted, source = next(iter(told["file_mounts"].items()))
-    command = told["worker_start_ray_commands"][-1]
+    assert spot == reported["available_node_types"].keys() - {reported["head_node_type"]}
+    mounted, source = next(iter(reported["file_mounts"].items()))
+    command = reported["worker_start_ray_commands"][-1]
     assert command.startswith(f"setsid --fork bash {mounted}/watch_spot.sh")
     assert "</dev/null" in command, "it must not hold the connection by which it is started"
     assert (ROOT / source / "watch_spot.sh").is_file()
 
 
 def test_on_prem_counts_its_workers() -> None:
-    told = load(ON_PREM)
-    count = len(told["provider"]["worker_ips"])
-    assert (told["min_workers"], told["max_workers"]) == (count, count)
+    reported = load(ON_PREM)
+    count = len(reported["provider"]["worker_ips"])
+    assert (reported["min_workers"], reported["max_workers"]) == (count, count)
 
 
 @pytest.mark.parametrize("path", [AWS, ON_PREM], ids=lambda path: path.name)
 def test_a_node_gets_dependencies_token_and_a_closed_dashboard(path: Path) -> None:
-    told = load(path)
-    (setup,) = told["setup_commands"]
+    reported = load(path)
+    (setup,) = reported["setup_commands"]
     assert setup.endswith("bash ~/.skillnet/deploy/setup_node.sh install")
-    assert told["file_mounts"] == {
+    assert reported["file_mounts"] == {
         "~/.skillnet/deploy": "platform/deploy",
         "~/.ray/auth_token": "~/.ray/auth_token",
     }
-    (start,) = [line for line in told["head_start_ray_commands"] if "ray start" in line]
+    (start,) = [line for line in reported["head_start_ray_commands"] if "ray start" in line]
     assert "--dashboard-host=127.0.0.1" in start
-    for line in [*told["head_start_ray_commands"], *told["worker_start_ray_commands"]]:
+    for line in [*reported["head_start_ray_commands"], *reported["worker_start_ray_commands"]]:
         if "ray start" in line:
             assert line.startswith('settings="$(bash ~/.skillnet/deploy/')
-    assert "IpPermissions" not in told["provider"].get("security_group", {})
+    assert "IpPermissions" not in reported["provider"].get("security_group", {})
 
 
 def test_the_kubernetes_manifest_is_a_cluster_with_a_token() -> None:
-    told = load(DEPLOY / "kuberay.yaml")
-    assert (told["apiVersion"], told["kind"]) == ("ray.io/v1", "RayCluster")
-    spec = told["spec"]
+    reported = load(DEPLOY / "kuberay.yaml")
+    assert (reported["apiVersion"], reported["kind"]) == ("ray.io/v1", "RayCluster")
+    spec = reported["spec"]
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
@@ -164,13 +164,13 @@ def test_a_node_is_set_up_twice_with_the_same_result(node: Path) -> None:
     lines = (node / ".bashrc").read_text().splitlines()
     assert lines == ['. "$HOME/.skillnet/env.sh"', "case $- in *i*) ;; *) return ;; esac"]
     assert (node / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
-    told = subprocess.run(
+    reported = subprocess.run(
         ["bash", "-c", ". ~/.bashrc; . ~/.bashrc; echo $SKILLNET_HOME $RAY_AUTH_MODE $PATH"],
         env={"HOME": str(node), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
     ).stdout.split()
-    assert told == ["/mnt/runs", "token", f"{node}/venv/bin:/usr/bin:/bin"]
+    assert reported == ["/mnt/runs", "token", f"{node}/venv/bin:/usr/bin:/bin"]
 
 
 def test_a_node_without_its_settings_is_told_what_is_missing(node: Path) -> None:

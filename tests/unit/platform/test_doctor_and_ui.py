@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[3]
 
 def test_doctor_reports_as_json(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--ray", "false", "finetune", "--config", "tiny", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"] is True
-    found = {each["check"]: each for each in told["findings"]}
+    reported = json.loads(capsys.readouterr().out)
+    assert reported["ok"] is True
+    found = {each["check"]: each for each in reported["findings"]}
     assert {"python", "torch", "ray", "cpus", "memory", "disk", "loopback"} <= set(found)
     assert str(run_root) in found["disk"]["seen"]
     assert list(run_root.iterdir()) == [], "it leaves nothing behind"

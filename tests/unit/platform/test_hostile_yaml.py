@@ -68,8 +68,8 @@ def test_merges_of_merges_hold_each_key_once() -> None:
     """Some versions of PyYAML write out all repetitions: those are refused."""
     try:
         loaded = safe_yaml.load_plain_yaml(MERGES)
-    except ValueError as problem:
-        assert "merged" in str(problem)  # noqa: PT017 - either is right
+    except ValueError as error:
+        assert "merged" in str(error)  # noqa: PT017 - either is right
     else:
         assert len(loaded["j"]) == 10
 

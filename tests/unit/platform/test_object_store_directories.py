@@ -181,9 +181,9 @@ def test_wrong_credentials_and_missing_bucket(object_store: ObjectStore) -> None
     ],
 )
 def test_a_missing_bucket_is_told_from_what_clients_say(said: str) -> None:
-    told = explain_refusal("s3://mine/a", FileNotFoundError(said))
-    assert told is not None
-    assert "there is no bucket 'mine'" in told
+    reported = explain_refusal("s3://mine/a", FileNotFoundError(said))
+    assert reported is not None
+    assert "there is no bucket 'mine'" in reported
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,9 @@ def test_keys_that_the_store_refuses(tmp_path: Path) -> None:
 def test_unknown_and_uninstalled_kinds_of_store() -> None:
     with pytest.raises(UserError, match=r"s4://.*is not a known object store; known: .*s3"):
         directories.object_exists("s4://bucket/x")
-    told = explain_refusal("gs://bucket/x", ModuleNotFoundError("No module named 'gcsfs'"))
-    assert told is not None
-    assert "pip install 'skillnet-platform[gs]'" in told
+    reported = explain_refusal("gs://bucket/x", ModuleNotFoundError("No module named 'gcsfs'"))
+    assert reported is not None
+    assert "pip install 'skillnet-platform[gs]'" in reported
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "inf"])

@@ -122,13 +122,13 @@ def test_what_is_known_to_be_there_is_not_sent_again(
     known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = hashlib.md5(b"content", usedforsecurity=False).digest()
-    told: dict[str, dict[str, Any]] = {
+    reported: dict[str, dict[str, Any]] = {
         "s3": {"ETag": f'"{digest.hex()}"'},
         "gs": {"md5Hash": base64.b64encode(digest).decode(), "etag": "CAE="},
         "abfs": {"content_settings": {"content_md5": bytearray(digest)}, "etag": "0x8D"},
     }
-    assert md5_of(told[known]) == digest
-    monkeypatch.setattr(directories, "info_of", lambda _: told[known])
+    assert md5_of(reported[known]) == digest
+    monkeypatch.setattr(directories, "info_of", lambda _: reported[known])
     (tmp_path / "a").write_bytes(b"content")
     assert directories._is_there("x://b/a", tmp_path / "a")
     (tmp_path / "a").write_bytes(b"another")

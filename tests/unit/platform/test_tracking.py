@@ -34,13 +34,13 @@ def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
         raise AssertionError("it continued")
 
 
-@pytest.mark.parametrize("told", ["[]", "3", "{}", '{"run_id": 7}', '{"run_id": ""}', "{"])
-def test_a_damaged_record_of_a_run_is_named(told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reported", ["[]", "3", "{}", '{"run_id": 7}', '{"run_id": ""}', "{"])
+def test_a_damaged_record_of_a_run_is_named(reported: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     assert tracking.read_run_id(path) is None
     path.write_text('{"run_id": "abc"}')
     assert tracking.read_run_id(path) == "abc"
-    path.write_text(told)
+    path.write_text(reported)
     with pytest.raises(UserError, match=r"run\.json"):
         tracking.read_run_id(path)
 

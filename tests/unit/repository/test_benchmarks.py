@@ -141,10 +141,10 @@ def test_an_epoch_of_every_contender_has_every_row(tmp_path: Path) -> None:
     assert all(np.array_equal(found[0][n], found[1][n]) for n in range(6))
 
 
-def _counting(told: list[int], folder: Path, stack: ExitStack) -> Callable[[float], None]:
+def _counting(reported: list[int], folder: Path, stack: ExitStack) -> Callable[[float], None]:
     """Return a contender that computes for a number of seconds in an empty folder."""
     assert not list(folder.iterdir())
-    told.append(0)
+    reported.append(0)
 
     def work(seconds: float) -> None:
         end = time.process_time() + seconds

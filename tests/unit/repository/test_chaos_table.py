@@ -17,9 +17,9 @@ from tools.docs.chaos_table import table
 
 
 def row_of(launcher: str = "ranks", fault: str = "worker killed", **values: Any) -> Row:
-    told = {"date": "2026-11-25", "machine": "a machine", "load": 1.0, "seed": 0, "run": 0}
-    told |= {"victim": "rank 0", "step": 3, "exits": "0", "equal_weights": True}
-    return Row(launcher=launcher, fault=fault, **(told | values))
+    reported = {"date": "2026-11-25", "machine": "a machine", "load": 1.0, "seed": 0, "run": 0}
+    reported |= {"victim": "rank 0", "step": 3, "exits": "0", "equal_weights": True}
+    return Row(launcher=launcher, fault=fault, **(reported | values))
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,13 @@ def test_a_run_that_lost_something_fails_the_lane(
 
 def test_a_seed_draws_what_the_newest_csv_has() -> None:
     """Or its rows would stand for runs that nobody can do again."""
-    for told in read(max(RESULTS.glob("*-chaos.csv"))):
-        kinds = chaos.kinds_of(told["launcher"], root=True)
-        row, _ = chaos.drawn(told["launcher"], int(told["seed"]), int(told["run"]), kinds)
-        assert row.fault == told["fault"], told
-        assert str(row.step) == told["step"] or row.fault == "bit of a shard flipped", told
+    for reported in read(max(RESULTS.glob("*-chaos.csv"))):
+        kinds = chaos.kinds_of(reported["launcher"], root=True)
+        row, _ = chaos.drawn(
+            reported["launcher"], int(reported["seed"]), int(reported["run"]), kinds
+        )
+        assert row.fault == reported["fault"], reported
+        assert str(row.step) == reported["step"] or row.fault == "bit of a shard flipped", reported
 
 
 def test_each_launcher_has_its_faults() -> None:
@@ -87,26 +89,26 @@ class PlayedHosts:
     """
 
     #: What was done, in order; whether rank 0 is on the host without the driver.
-    told: list[str] = []  # noqa: RUF012 - a test empties it
+    reported: list[str] = []  # noqa: RUF012 - a test empties it
     zero_is_there = False
     address = "10.77.0.1:6379"
 
     def __init__(self, folder: Path) -> None:
-        self.told.append("new cluster")
+        self.reported.append("new cluster")
         self._faults = folder.parent / "a run" / "faults"
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self, name: str) -> None:
-        self.told.append(f"start {name}")
+        self.reported.append(f"start {name}")
 
     def kill(self, name: str) -> None:
         held = sorted(path.name for path in self._faults.glob("*"))
-        self.told.append(f"kill {name} while {held} are held")
+        self.reported.append(f"kill {name} while {held} are held")
         for process in self._processes if name == "head" else ():
             process.kill()
 
     def close(self) -> None:
-        self.told.append("end")
+        self.reported.append("end")
 
     def run(self, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.CompletedProcess(words, int(not self.zero_is_there), "", "")
@@ -115,7 +117,7 @@ class PlayedHosts:
     def started(
         self, name: str, *words: str, **environment: str
     ) -> "Iterator[subprocess.Popen[str]]":
-        self.told.append(f"{Path(words[-1]).name} on {name}")
+        self.reported.append(f"{Path(words[-1]).name} on {name}")
         with subprocess.Popen(words, text=True, stdout=subprocess.PIPE) as process:
             self._processes.append(process)
             yield process
@@ -125,7 +127,7 @@ class PlayedHosts:
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[PlayedHosts]]:
     monkeypatch.setattr(chaos_hosts, "RayHosts", PlayedHosts)
-    PlayedHosts.told.clear()
+    PlayedHosts.reported.clear()
     yield PlayedHosts
     PlayedHosts.zero_is_there = False
 
@@ -151,9 +153,9 @@ def test_a_host_is_killed_when_the_worker_that_stays_is_let_go(
     assert row.victim == f"host of rank {rank}"
     first = ["new cluster", "start head", "start host1", "the run on head"]
     kill = f"kill host1 while ['{rank}-hold-3'] are held"
-    assert played.told == [*first, kill, "start host2"]
+    assert played.reported == [*first, kill, "start host2"]
     assert hosts.attempt(words, tmp_path / "a run") == 0
-    assert played.told[6:] == ["the run on head"], "hosts that are there are taken again"
+    assert played.reported[6:] == ["the run on head"], "hosts that are there are taken again"
 
 
 def test_a_heads_host_takes_the_driver_along_and_all_hosts_are_new(
@@ -163,10 +165,10 @@ def test_a_heads_host_takes_the_driver_along_and_all_hosts_are_new(
     hosts = chaos_hosts.Hosts(tmp_path / "hosts")
     assert hosts.attempt(words, tmp_path / "a run", row) == -9
     assert row.victim == "host of head, driver and rank 0"
-    assert played.told[4:] == ["kill head while ['0-hold-3'] are held", "end"]
+    assert played.reported[4:] == ["kill head while ['0-hold-3'] are held", "end"]
     (tmp_path / "go").touch()
     assert hosts.attempt(words, tmp_path / "a run") == 0
-    assert played.told[6:] == ["new cluster", "start head", "start host2", "the run on head"]
+    assert played.reported[6:] == ["new cluster", "start head", "start host2", "the run on head"]
 
 
 def test_a_run_that_does_not_come_to_its_step_is_no_row(
@@ -175,7 +177,7 @@ def test_a_run_that_does_not_come_to_its_step_is_no_row(
     hosts = chaos_hosts.Hosts(tmp_path / "hosts")
     with pytest.raises(AssertionError, match="it said this"):
         hosts.attempt(["echo", "it said this"], tmp_path / "a run", row_of("hosts", "host killed"))
-    assert not [told for told in played.told if told.startswith("kill")]
+    assert not [reported for reported in played.reported if reported.startswith("kill")]
 
 
 def test_rank_0_is_where_the_progress_is_written(tmp_path: Path) -> None:

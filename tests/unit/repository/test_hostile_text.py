@@ -61,9 +61,9 @@ def comparison_page() -> str:
 
 
 def interpretation_page() -> str:
-    told = SimpleNamespace(model=NASTY, skills=(NASTY,), facts={NASTY: NASTY})
+    reported = SimpleNamespace(model=NASTY, skills=(NASTY,), facts={NASTY: NASTY})
     pictures = [{"name": NASTY, "uri": PICTURE, "caption": NASTY}]
-    return render_template("interpretation.html", {"interpretation": told, "figures": pictures})
+    return render_template("interpretation.html", {"interpretation": reported, "figures": pictures})
 
 
 PAGES: dict[str, Callable[[], str]] = {

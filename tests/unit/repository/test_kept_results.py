@@ -72,8 +72,8 @@ def made_sweep(home: Path) -> Path:
     for trial in trials[:-1]:
         write_rows(folder / "trials" / str(trial["name"]) / "evaluation.csv", [{**DAY}])
     run = {"model": {"dim": 8, "num_layers": 1, "ffn_dim": 64}, "training": {"steps": 50}}
-    told = {"run": run, "space": space, "seeds": [0, 1, 2], "fixed_cost": {"adjust": "ffn_dim"}}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
+    reported = {"run": run, "space": space, "seeds": [0, 1, 2], "fixed_cost": {"adjust": "ffn_dim"}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(reported, sort_keys=False))
     (folder / "best.yaml").write_text("steps: 50\n")
     (folder / "score.png").write_bytes(b"")
     return folder

@@ -298,8 +298,8 @@ def bundled(model: TaskModel, folder: Path) -> Path:
     model.save_pretrained(folder / "model")
     (folder / "tokenizer.json").write_text("{}")
     files = [path for path in folder.rglob("*") if path.is_file()]
-    told = {str(path.relative_to(folder)): hash_file(path) for path in files}
-    about = {"format": bundle.BUNDLE_FORMAT, "tasks": {}, "files": told}
+    reported = {str(path.relative_to(folder)): hash_file(path) for path in files}
+    about = {"format": bundle.BUNDLE_FORMAT, "tasks": {}, "files": reported}
     (folder / "serving.json").write_text(json.dumps(about))
     return folder
 

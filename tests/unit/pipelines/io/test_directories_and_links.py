@@ -133,8 +133,8 @@ class TestNamesThatAreNotUtf8:
             "not UTF-8": 1,
             "the media file's name is not UTF-8; rename it": 2,
         }
-        told = (tmp_path / "rejected.jsonl").read_text("utf-8")
-        assert r"dog/\\udcb9\\udcb7.jpg" in told
+        reported = (tmp_path / "rejected.jsonl").read_text("utf-8")
+        assert r"dog/\\udcb9\\udcb7.jpg" in reported
 
     def test_annotation_file_of_such_a_name_is_read(self, tmp_path: Path) -> None:
         rows = "".join(f'{{"text": "第{n}条", "label": "{n % 2}"}}\n' for n in range(20))

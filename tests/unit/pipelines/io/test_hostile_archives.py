@@ -137,12 +137,12 @@ def test_nested_archive_is_an_ordinary_member(tmp_path: Path) -> None:
 # -- lies ----------------------------------
 
 
-@pytest.mark.parametrize("told", [10, 90])
-def test_zip_with_a_wrong_declared_size_is_rejected(tmp_path: Path, told: int) -> None:
+@pytest.mark.parametrize("reported", [10, 90])
+def test_zip_with_a_wrong_declared_size_is_rejected(tmp_path: Path, reported: int) -> None:
     """The directory declares 10 or 90 bytes, and the stream holds 50."""
     data = bytearray(zipped({"member": b"x" * 50}))
     place = data.index(b"PK\x01\x02")
-    struct.pack_into("<I", data, place + 24, told)
+    struct.pack_into("<I", data, place + 24, reported)
     with pytest.raises(UserError, match=r"/x: (unsafe archive|cannot be read as a zip)"):
         read(tmp_path, bytes(data))
 

@@ -24,8 +24,8 @@ def test_results_and_errors_are_returned_in_order() -> None:
     for _ in range(20):
         try:
             found.append(ahead.next_result())
-        except ValueError as problem:
-            found.append(str(problem))
+        except ValueError as error:
+            found.append(str(error))
     ahead.close()
     assert found == [n * n if n != 5 else "five" for n in range(20)]
 
@@ -106,9 +106,9 @@ def test_files_and_objects_in_one_block_are_read(
         MediaRef(f"{tmp_path}/none"),
         MediaRef("memory://read-ahead/both", 2, 3),
     ]
-    told: list[str] = []
-    monkeypatch.setattr(prefetch, "advise_kernel", lambda path, *_: told.append(path))
+    reported: list[str] = []
+    monkeypatch.setattr(prefetch, "advise_kernel", lambda path, *_: reported.append(path))
     found = list(read_media([None, *(reference.row() for reference in references)]))
     missing = MediaReadError("the media file is missing")
     assert found == [MediaReadError("no media file"), b"one", b"three", missing, missing, b"two"]
-    assert told == [f"{tmp_path}/three", f"{tmp_path}/none"]
+    assert reported == [f"{tmp_path}/three", f"{tmp_path}/none"]

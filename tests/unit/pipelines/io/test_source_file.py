@@ -195,11 +195,11 @@ def test_truncated_file_counts_as_one_file(tmp_path: Path) -> None:
     assert found.truncated_files == {
         "rows.json": f"after {good} rows (JSON damaged from here on (cut short))"
     }
-    told = found.truncation_error(0.1)
-    assert told.startswith(
+    reported = found.truncation_error(0.1)
+    assert reported.startswith(
         "1 of 1 files are truncated, and the rows after that point are lost: rows.json after"
     )
-    assert "--max_error_rate 1.00" in told
+    assert "--max_error_rate 1.00" in reported
     assert not found.truncation_error(1.0)
 
 

@@ -133,11 +133,11 @@ def test_spool_returns_the_same_units_as_reading(tmp_path: Path) -> None:
         corpus, SourceArchives(archives, corpus.archives), tmp_path, staging_dir=tmp_path
     )
     live = list(read_units(3, job))
-    told = (tmp_path / REJECTED_ROWS).read_bytes()
+    reported = (tmp_path / REJECTED_ROWS).read_bytes()
     spooled = list(read_units(3, replace(job, spool=tmp_path / "made.arrows")))
     assert all(a.equals(b) for a, b in zip(live, spooled, strict=True))
     assert len(live) == len(list(read_spool_units(tmp_path / "made.arrows"))) == 13
-    assert told == rejected_rows_path(tmp_path / "made.arrows").read_bytes()
+    assert reported == rejected_rows_path(tmp_path / "made.arrows").read_bytes()
 
 
 def test_full_disk_while_spooling_is_reported(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_rare_reasons_are_counted_together() -> None:
     from collections import Counter
 
     reasons = Counter({f"reason {n}": n for n in range(1, MAX_REASONS + 11)})
-    told = count_reasons(reasons)
-    assert len(told) == MAX_REASONS + 1
-    assert told["other reasons"] == sum(range(1, 11))
-    assert sum(told.values()) == reasons.total()
+    reported = count_reasons(reasons)
+    assert len(reported) == MAX_REASONS + 1
+    assert reported["other reasons"] == sum(range(1, 11))
+    assert sum(reported.values()) == reasons.total()

@@ -73,8 +73,8 @@ def test_unchanged_listing_reads_no_row(place: str, tmp_path: Path) -> None:
     corpus = deaf(open_external_corpus("mine", place))
     done = preparing.prepare([], data, tmp_path, external=[corpus])
     assert done["mine"]["state"] == "cached"
-    told = json.loads((data / "mine" / "manifest.json").read_text())
-    assert corpus.facts() == {key: told[key] for key in corpus.facts()}
+    reported = json.loads((data / "mine" / "manifest.json").read_text())
+    assert corpus.facts() == {key: reported[key] for key in corpus.facts()}
 
 
 def test_added_file_is_read(place: str, tmp_path: Path) -> None:

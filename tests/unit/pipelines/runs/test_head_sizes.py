@@ -14,10 +14,10 @@ from skillnet_platform.errors import UserError
 from tests.helpers.small_corpora import write_corpora
 
 
-def has(folder: Path, corpus: str, **told: object) -> None:
+def has(folder: Path, corpus: str, **reported: object) -> None:
     """Add keys to the manifest of a prepared corpus."""
     path = folder / corpus / "manifest.json"
-    manifest = json.loads(path.read_text()) | told
+    manifest = json.loads(path.read_text()) | reported
     manifest["digest"] = manifest_digest(manifest)
     path.write_text(json.dumps(manifest))
 

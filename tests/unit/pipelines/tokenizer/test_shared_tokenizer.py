@@ -32,8 +32,8 @@ def put(uri: str, tokenizer: Path, *corpora: str) -> None:
     """Create a store with a tokenizer and corpora that use it."""
     directories.put_file(tokenizer, f"{uri}/{TOKENIZER}")
     for name in corpora:
-        told = {"corpus": name, "tokenizer": {"sha256": sha256_file(tokenizer)}}
-        directories.write_bytes(f"{uri}/{name}/manifest.json", json.dumps(told).encode())
+        reported = {"corpus": name, "tokenizer": {"sha256": sha256_file(tokenizer)}}
+        directories.write_bytes(f"{uri}/{name}/manifest.json", json.dumps(reported).encode())
 
 
 @pytest.mark.parametrize("lesson", ["their own", selection.LEARN])

@@ -98,13 +98,13 @@ def test_unused_trained_tokenizer_is_a_leftover(
     tmp_path: Path,
 ) -> None:
     tokenizer = learnt(tmp_path / TOKENIZER, "苹果")
-    told = {"sha256": sha256_file(tokenizer), selection.TRAINED_ON: ["a"]}
-    write_json(tmp_path / TOKENIZER_MANIFEST, told)
+    reported = {"sha256": sha256_file(tokenizer), selection.TRAINED_ON: ["a"]}
+    write_json(tmp_path / TOKENIZER_MANIFEST, reported)
     assert not selection.is_leftover_tokenizer(tokenizer, tmp_path), (
         "the user's own, and not learnt"
     )
-    write_json(tmp_path / TOKENIZER_MANIFEST, told | {selection.FINGERPRINT: "of before"})
+    write_json(tmp_path / TOKENIZER_MANIFEST, reported | {selection.FINGERPRINT: "of before"})
     assert selection.is_leftover_tokenizer(tokenizer, tmp_path)
     (tmp_path / "a").mkdir()
-    write_json(tmp_path / "a" / "manifest.json", {"tokenizer": {"sha256": told["sha256"]}})
+    write_json(tmp_path / "a" / "manifest.json", {"tokenizer": {"sha256": reported["sha256"]}})
     assert not selection.is_leftover_tokenizer(tokenizer, tmp_path)

@@ -40,14 +40,14 @@ def test_signal_to_a_worker_resizes_and_stop_of_the_driver_ends(tmp_path: Path) 
     before = signal.getsignal(signal.SIGTERM)
     try:
         preemption.listen_in_worker()
-        with pytest.raises(WorkerGroupResize) as told:
+        with pytest.raises(WorkerGroupResize) as reported:
             worker._end_for_resize(1, "host")
-        assert told.value.leaving == []
+        assert reported.value.leaving == []
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.stop_requested()
-        with pytest.raises(WorkerGroupResize) as told:
+        with pytest.raises(WorkerGroupResize) as reported:
             worker._end_for_resize(1, "host")
-        assert told.value.leaving == ["host"]
+        assert reported.value.leaving == ["host"]
         (tmp_path / preemption.FILE).touch()
         with preemption.watch_stop_signal(preemption.FileStopSignal(tmp_path / preemption.FILE)):
             while not preemption.stop_requested_by_driver():

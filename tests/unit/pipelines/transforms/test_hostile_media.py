@@ -65,8 +65,8 @@ def test_playlists_open_no_other_files(
         "m=audio 19444 RTP/AVP 0\r\na=rtpmap:0 PCMU/8000\r\n",
     }[name[:-4]]
     # FFmpeg finds lists of segments by their names, too, and here there are none.
-    told = "not (audio|a video)" if name[:-4] in ("hls", "dash") else "a playlist"
-    with pytest.raises(ValueError, match=told):
+    reported = "not (audio|a video)" if name[:-4] in ("hls", "dash") else "a playlist"
+    with pytest.raises(ValueError, match=reported):
         (sound.load_log_mel if name.endswith("mp3") else video.load_video_frames)(made.encode())
 
 

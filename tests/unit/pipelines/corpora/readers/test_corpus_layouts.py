@@ -106,9 +106,9 @@ class TestAishell:
 
 
 class TestAicIcc:
-    @pytest.mark.parametrize("told", [".jpg", ".JPG"])
+    @pytest.mark.parametrize("reported", [".jpg", ".JPG"])
     def test_endings_in_capitals_and_folders_unpacked_deeper(
-        self, tmp_path: Path, told: str
+        self, tmp_path: Path, reported: str
     ) -> None:
         folder = user_corpora.aic_icc(tmp_path)
         for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
@@ -116,7 +116,7 @@ class TestAicIcc:
             deeper.mkdir(exist_ok=True)
             path.rename(deeper / path.with_suffix((".JPG", ".jpg", ".Jpg")[number % 3]).name)
         for file in folder.rglob("*.json"):
-            file.write_text(file.read_text("utf-8").replace('.jpg"', f'{told}"'), "utf-8")
+            file.write_text(file.read_text("utf-8").replace('.jpg"', f'{reported}"'), "utf-8")
         rows, reasons = read(open_external_corpus("aic_icc", str(folder)))
         assert sizes(rows) == {"test": 5, "test_b": 5, "train": 11, "validation": 5}
         assert reasons == {"captions without an image": 1, "an image without captions": 1}
