@@ -6,7 +6,7 @@ MEDIA holds folder corpora made by ``benchmarks.media_corpus``, MEDIA/sound and 
 rows are prepared, and its first rows / times, each by a process of its own with a fresh Ray, while
 the anonymous memory (RssAnon) of every process is read five times a second. Pages of files and
 of Ray's store are no part of it: the kernel takes the first back as it needs, and the store is
-bounded and told beside it.
+bounded and reported separately.
 
 Five gigabytes of a kind are 4,000 rows of sound, 11,700 of image and 7,800 of video:
 

@@ -304,7 +304,7 @@ def small_disk(run: Path) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the lane; 1 if a run of this seed did not end as the undisturbed one, all told once."""
+    """Run the chaos runs; return 1 if a run of this seed differs from the undisturbed run."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.__main__", description=__doc__)
     parser.add_argument("--runs", type=int, help="runs in all (default: one of each fault)")
     parser.add_argument("--seed", type=int, default=0)

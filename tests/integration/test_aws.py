@@ -150,7 +150,7 @@ def test_ray_up_starts_a_head(launcher: Launcher) -> None:
     assert "0.0.0.0" not in said
 
 
-class Told:
+class ReportedNodes:
     """What Ray's head tells its autoscaler: who is there, how long idle, and what waits for room.
 
     In the place of the GCS: nodes whose machines run have joined, unless they were drained.
@@ -228,7 +228,7 @@ def test_the_autoscaler_starts_what_waits_and_ends_what_idles(
     from ray.autoscaler.v2 import autoscaler as second
     from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 
-    reported = Told(head["InstanceId"])
+    reported = ReportedNodes(head["InstanceId"])
     monkeypatch.setattr(second, "get_cluster_resource_state", reported.state)
     reader = FileConfigReader(f"{launcher.log}.config", skip_content_hash=True)
     scaler = second.Autoscaler("test", reader, reported)

@@ -60,7 +60,7 @@ def start(config: FinetuneConfig, root: Path, home: Path, *steps: int) -> "subpr
 
 
 def arrived(config: FinetuneConfig, run: Path) -> None:
-    """Each metric that the run told is in the tracker at each of its steps, once."""
+    """Check that the tracker has each metric of the run at each of its steps, once."""
     reported = read_metric_history(run / "progress.jsonl")
     assert [step for step, _ in reported["training/learning_rate"]] == list(range(1, STEPS + 1))
     run_id = json.loads((run / "run.json").read_text(encoding="utf-8"))["run_id"]

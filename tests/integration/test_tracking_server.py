@@ -157,7 +157,7 @@ def test_ten_trials_record_at_once_and_the_database_restarts_under_load(
 
 
 def assert_recorded(number: int, trial: Tracker, folder: str) -> None:
-    """All that the trial told is there, once; its files in the store, in that folder."""
+    """Check that the server has each record of the trial once, and its files in the store."""
     reported = [tracked_trials.values(number, step) for step in range(STEPS)]
     for name in reported[0]:
         expected = [(step, values[name]) for step, values in enumerate(reported)]

@@ -155,7 +155,7 @@ def test_quarantine_names_the_source_and_the_media() -> None:
     block = pa.table(
         {
             "key": ["a", "b", "c"],
-            "file": ["told.json", "told.json", None],
+            "file": ["annotations.json", "annotations.json", None],
             "row": pa.array([1, 2, None], pa.int64()),
             "media": pa.array([reference.row() for reference in references], MEDIA),
         }
@@ -165,7 +165,7 @@ def test_quarantine_names_the_source_and_the_media() -> None:
     assert lines == [
         {
             "key": "a",
-            "file": "told.json",
+            "file": "annotations.json",
             "row": 1,
             "media": "/d/a.mp4",
             "reason": "no pictures in it",
