@@ -144,7 +144,7 @@ def test_a_task_that_is_switched_off_needs_no_corpus(
     assert result["registered"]["alias"] == "champion"
     bundle = json.loads((Path(registered(result)) / "serving.json").read_text(encoding="utf-8"))
     assert set(bundle["tasks"]) == set(config.tasks)
-    words = ["--model", result["run"], "--data", str(here), "--references", "false", "--json"]
+    words = ["--model", result["run"], "--data", str(here), "--simple_baselines", "false", "--json"]
     assert evaluate.main(words) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["task"] for row in rows} == set(config.tasks)
