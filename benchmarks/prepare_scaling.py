@@ -117,7 +117,7 @@ def _read(reader: str, folder: Path, rows: int) -> float:
     took = process_time() - begin
     assert last is not None
     reported = json.loads(last["raw"][0].as_py())
-    assert sum(reported["counts"].values()) == rows, reported
+    assert sum(reported["split_rows"].values()) == rows, reported
     return took
 
 

@@ -1,7 +1,7 @@
 """Model code of registered versions: MLflow runs this file to load and to serve a SkillNet.
 
-It reads safetensors and JSON only, never a pickle. It requires the package skillnet-platform in the
-version that the model's requirements name.
+It reads safetensors and JSON only, never pickle files. It requires the package skillnet-platform in
+the version that the model's requirements name.
 
     echo '{"dataframe_records": [{"text": "中国古代文学史"}]}' |
       curl -s -H 'Content-Type: application/json' -d @- http://127.0.0.1:5001/invocations
@@ -100,5 +100,5 @@ def _item(row: Mapping[str, Any], number: int) -> PredictionItem:
     return PredictionItem(name, None, content, row.get("task") or None)
 
 
-# MLflow runs this file and takes the object that is set here, so a version needs no pickle.
+# MLflow runs this file and takes the object that is set here, so a version needs no pickle file.
 mlflow.models.set_model(SkillNetModel())

@@ -68,7 +68,7 @@ def register_model(
         page = run_description(rows, baseline_rows, model.config, total_params)
         registered = registry.register_version(
             run_id,
-            # MLflow stores the file as code, so that the version contains no pickle.
+            # MLflow stores the file as code, so that the version contains no pickle file.
             Path(__file__).with_name("mlflow_model.py"),
             {BUNDLE: folder},
             registry_metrics(rows, model.config.tasks, manifest),

@@ -166,5 +166,6 @@ def _command(job: Any) -> str:
 
 
 def make_job_id(name: str) -> str:
+    """Return a new job id: name of the command, time, and a random part."""
     # The random part separates jobs that are sent within one second.
     return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

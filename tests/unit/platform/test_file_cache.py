@@ -103,7 +103,7 @@ def test_altered_and_missing_files_are_named(place: str, tmp_path: Path) -> None
         cache.hold(wanted)
     assert names(cache) == set()
     assert cache.used() == 0
-    with pytest.raises(UserError, match="gives no SHA-256"):
+    with pytest.raises(UserError, match="expected a SHA-256 in its manifest"):
         CacheKey("s3://b/a", "../../etc/passwd", 3)
 
 

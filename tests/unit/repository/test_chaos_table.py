@@ -75,7 +75,7 @@ def test_each_launcher_has_its_faults() -> None:
 def test_the_table_counts_each_launcher_and_names_all_dates() -> None:
     rows = [row_of("ray"), row_of(), row_of(), row_of("hosts", "host killed", date="2026-11-26")]
     lines = table([{name: str(value) for name, value in asdict(row).items()} for row in rows])
-    assert "| fault | tried: on hosts / with Ray / without |" in lines
+    assert "| fault | runs: on nodes / with Ray / without |" in lines
     assert "| worker killed | 0 / 1 / 2 |" in lines
     assert "| host killed | 1 / 0 / 0 |" in lines
     assert lines.endswith("load 1 to 1, 2026-11-25 and 2026-11-26.")

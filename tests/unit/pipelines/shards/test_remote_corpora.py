@@ -162,5 +162,5 @@ def test_manifest_cannot_lead_out_of_the_cache(
     manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     directories.put_directory(folder, f"{object_store.uri}/evil")
-    with pytest.raises(UserError, match="gives no SHA-256"):
+    with pytest.raises(UserError, match="expected a SHA-256 in its manifest"):
         open_corpus(f"{object_store.uri}/evil").splits["train"].table()
