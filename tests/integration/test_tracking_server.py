@@ -233,9 +233,9 @@ def test_a_call_without_credentials_is_rejected(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--host", "0.0.0.0"], "give --auth true"),
-        (["--host", "192.0.2.1"], "give --auth true"),
-        (["--store", "http://127.0.0.1:1"], "give the database"),
+        (["--host", "0.0.0.0"], "Add --auth true"),
+        (["--host", "192.0.2.1"], "Add --auth true"),
+        (["--store", "http://127.0.0.1:1"], "give a database"),
         (["--store", "postgresql://x@/x?host=/nowhere"], "--store postgresql"),
     ],
 )
