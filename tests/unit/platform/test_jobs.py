@@ -123,6 +123,7 @@ def test_a_package_is_the_code_and_nothing_else(tmp_path: Path) -> None:
         "prod.env",
         ".netrc",
         ".aws/credentials",
+        ".aws/__init__.py",
         "big/data.bin",
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
