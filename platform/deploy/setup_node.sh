@@ -4,7 +4,7 @@
 #
 #   setup_node.sh install    installs the dependencies, and writes ~/.skillnet/env.sh, which every shell reads
 #   setup_node.sh settings   prints settings for a shell before `ray start`: address and interface of
-#                            this node, and the limit of open files
+#                            this node, Ray's directory, and the limit of open files
 #
 # Only dependencies are installed. Each job brings our own code, and an installed copy would mix with
 # it. Files lie beside this script; settings come from the environment:
@@ -15,6 +15,7 @@
 #   SKILLNET_VENV        virtual environment (~/.skillnet/venv); an existing one is used
 #   SKILLNET_PYTHON      interpreter that creates it
 #   SKILLNET_INTERFACE   network interface, if the route does not name it
+#   RAY_TMPDIR           directory of Ray's sessions (/tmp/skillnet-UID)
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -25,6 +26,21 @@ requirements="$here/requirements.txt"
 fail() {
     echo "setup_node.sh: $*" >&2
     exit 1
+}
+
+# Ray gives its sessions mode 0777. A user who can replace a socket in them can run code as this user,
+# so the sessions lie in a directory that nobody else can enter. A RAY_TMPDIR of the user is kept.
+private_directory="/tmp/skillnet-$(id -u)"
+ray_directory="${RAY_TMPDIR:-$private_directory}"
+
+make_ray_directory() {
+    [ "$ray_directory" = "$private_directory" ] || return 0
+    # /tmp is emptied when the machine starts, and others may create the name before this user does.
+    mkdir -m 700 "$ray_directory" 2>/dev/null || true
+    [ ! -L "$ray_directory" ] && [ -d "$ray_directory" ] && [ -O "$ray_directory" ] &&
+        [ -z "$(find "$ray_directory" -maxdepth 0 -perm /077)" ] ||
+        fail "$ray_directory is not a directory of mode 0700 of this user; remove it, or set" \
+            "RAY_TMPDIR to a directory that only this user can enter"
 }
 
 # Versions were pinned under one Python: "# python 3.12" in the first line of the requirements.
@@ -96,6 +112,7 @@ write_environment() {
 case ":\$PATH:" in *":$venv/bin:"*) ;; *) export PATH="$venv/bin:\$PATH" ;; esac
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
+export RAY_TMPDIR="$ray_directory"
 export SKILLNET_HOME="$SKILLNET_HOME"
 END
     if [ -n "${RAY_AUTH_TOKEN_PATH:-}" ]; then
@@ -123,6 +140,7 @@ install() {
     case "$SKILLNET_HOME" in
     *://*) fail "SKILLNET_HOME is a path on the nodes; use --data and --run_dir for an object store" ;;
     esac
+    make_ray_directory
     install_dependencies
     mount_storage
     write_environment
@@ -158,7 +176,9 @@ settings() {
             '{split($4, b, "/"); if (b[1] == a) {print $2; exit}}')"
     fi
     [ -n "$interface" ] || fail "no interface has the address $address; set SKILLNET_INTERFACE"
+    make_ray_directory
     echo "export SKILLNET_NODE_IP=$address"
+    echo "export RAY_TMPDIR=$ray_directory"
     echo "export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface"
     # Ray opens many files and sockets: raise the soft limit up to the hard limit.
     local files

@@ -318,7 +318,9 @@ def test_training_on_two_hosts(hosts: dict[str, Host], cluster: str) -> None:
     assert (trained["world"], trained["step"]) == (2, 6)
     assert json.loads(stored(client, "runs/two-hosts/model/manifest.json"))["files"]
     for name in ("head", "worker"):
-        logs = hosts[name].run("bash", "-c", "ls /tmp/ray/session_latest/logs/train").stdout
+        logs = (
+            hosts[name].run("bash", "-c", "ls /tmp/skillnet-0/ray/session_latest/logs/train").stdout
+        )
         assert "-worker-" in logs, f"no training worker ran on {name}: {logs}"
         # The shards came from the store to a cache of the host's own.
         cached = hosts[name].run("bash", "-c", f"ls {HOME}/cache/shards | wc -l").stdout

@@ -15,6 +15,7 @@ import pytest
 from skillnet_platform import cluster
 from skillnet_platform.cluster import loopback
 from skillnet_platform.tracking import backend
+from tests.helpers.other_user import run_as_other_user
 from tests.helpers.sockets import Listening, listening, reachable, watched
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,40 @@ def test_the_embedded_ray_asks_for_its_token(ray_session: Any) -> None:
         )
         assert refused.returncode != 0
         assert "Authentication token is missing or incorrect" in refused.stderr
+
+
+#: What the second user of an attack tries: to read the logs, and to replace or use the sockets.
+_ATTACK = """
+import socket
+drop()
+session = sys.argv[1]
+reached = []
+def attempt(name, action):
+    try:
+        action()
+    except PermissionError:
+        return
+    reached.append(name)
+def connect():
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.connect(session + "/sockets/raylet")
+attempt("read logs", lambda: os.listdir(session + "/logs"))
+attempt("list sockets", lambda: os.listdir(session + "/sockets"))
+attempt("plant a file", lambda: os.mkdir(session + "/sockets/planted"))
+attempt("connect", connect)
+print(reached)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as a second user")
+def test_another_user_reaches_no_socket_or_log_of_the_embedded_ray(ray_session: Any) -> None:
+    session = Path(ray_session._private.worker._global_node.get_session_dir_path())
+    assert (session / "sockets/raylet").is_socket()
+    attack = run_as_other_user(_ATTACK, str(session))
+    assert attack.stdout == "[]\n", f"another user could {attack.stdout}{attack.stderr}"
+    private = session.parents[1]
+    assert private.stat().st_mode & 0o7777 == 0o700
+    assert private.stat().st_uid == os.geteuid()
 
 
 def content(path: Path) -> bytes:

@@ -6,9 +6,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from skillnet_platform import console
 from skillnet_platform.cluster import loopback
+from skillnet_platform.cluster.session_directory import (
+    DIRECTORY_VARIABLE,
+    prepare_session_directory,
+)
 from skillnet_platform.errors import UserError
 from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
+from skillnet_platform.storage.private import is_private
 
 #: Environment of Ray, set before its import unless the user has set it.
 DEFAULTS = {
@@ -61,7 +67,8 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
         object_store_bytes: shared memory of the embedded Ray, in bytes.
 
     Raises:
-        UserError: ``RAY_ADDRESS`` does not answer, or is the address of a job server.
+        UserError: ``RAY_ADDRESS`` does not answer, or is the address of a job server; or the
+            directory of Ray's sessions is not private.
     """
     prepare_ray_environment()
     import logging
@@ -85,10 +92,15 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
                 f"RAY_ADDRESS={address}: no Ray answers there ({error}). Start the cluster, "
                 "or unset RAY_ADDRESS to use this machine alone."
             ) from error
+        _warn_about_shared_sessions(ray)
         return ray
     _share_import_path()
+    sessions = prepare_session_directory()
     with loopback.loopback_environment():
         ray.init(
+            # By default Ray joins any cluster whose address a file in its directory names.
+            address="local",
+            _temp_dir=str(sessions),
             num_cpus=cpus or len(os.sched_getaffinity(0)),
             # Tune and Train clean up through the State API of the dashboard; without it sweeps
             # can stall without a message.
@@ -101,6 +113,19 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
     # The setting is private to Ray, and another version may ignore it.
     loopback.require_loopback(ray)
     return ray
+
+
+def _warn_about_shared_sessions(ray: Any) -> None:
+    """Warn if other users of this node can replace the sockets of the cluster's Ray."""
+    sessions = ray.get_runtime_context().get_temp_dir()
+    # The file system of a pod belongs to one user.
+    if "KUBERNETES_SERVICE_HOST" in os.environ or is_private(sessions):
+        return
+    console.print_warning(
+        f"{sessions}: other users of this node can take over Ray's sessions there. Set "
+        f"{DIRECTORY_VARIABLE} to a directory of mode 0700 before `ray start`, as "
+        "platform/deploy/setup_node.sh does."
+    )
 
 
 def pin_to_this_node(ray: Any) -> dict[str, Any]:

@@ -197,6 +197,39 @@ def test_a_node_finds_the_interface_of_the_head(node: Path) -> None:
     assert "none0 has no IPv4 address" in wrong.stderr
 
 
+def test_a_node_keeps_the_sessions_of_ray_private(node: Path) -> None:
+    private = Path(f"/tmp/skillnet-{os.getuid()}")
+    done = run_script(node, "settings", SKILLNET_INTERFACE="lo")
+    assert f"export RAY_TMPDIR={private}\n" in done.stdout
+    assert private.stat().st_mode & 0o7777 == 0o700
+    chosen = run_script(node, "settings", SKILLNET_INTERFACE="lo", RAY_TMPDIR="/large/disk")
+    assert "export RAY_TMPDIR=/large/disk\n" in chosen.stdout
+
+
+@pytest.mark.parametrize("planted", ["link", "open directory", "directory of another user"])
+def test_a_node_refuses_a_planted_directory_of_sessions(
+    node: Path, tmp_path: Path, planted: str
+) -> None:
+    if planted == "directory of another user" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    place = tmp_path / "planted"
+    if planted == "link":
+        place.symlink_to("/tmp")
+    else:
+        place.mkdir(mode=0o700)
+        if planted == "open directory":
+            place.chmod(0o755)
+        else:
+            os.chown(place, 54321, 54321)
+    script = node / "deploy/setup_node.sh"
+    text = script.read_text()
+    assert '"/tmp/skillnet-$(id -u)"' in text
+    script.write_text(text.replace('"/tmp/skillnet-$(id -u)"', str(place)))
+    done = run_script(node, "settings", SKILLNET_INTERFACE="lo")
+    assert done.returncode == 1
+    assert f"{place} is not a directory of mode 0700 of this user" in done.stderr
+
+
 def test_requirements_are_this_environment(tmp_path: Path) -> None:
     path = tmp_path / "requirements.txt"
     assert pin_nodes.main([str(path)]) == 0
