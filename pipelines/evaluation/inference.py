@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipelines.shards.columns import NestedRaggedColumn, RaggedColumn, open_column
+from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange, check_ids
 from skillnet.config import SkillNetConfig
 from skillnet.metrics import greedy_symbols
 from skillnet.multitask_model import TaskModel
@@ -86,10 +87,19 @@ def split_inputs(
         limit: maximum row length in tokens or frames; the model's own limit applies if it is lower.
 
     Raises:
-        UserError: the column is missing.
+        UserError: the column is missing, or a token is outside of the model's vocabulary.
     """
     name = "caption_tokens" if use_captions else INPUT_COLUMNS[plan.modality]
     column = open_column(table, name, where)
+    vocabulary = IdRange(
+        f"the model's vocabulary has {config.vocab_size} tokens", config.vocab_size
+    )
+    check_ids(
+        table,
+        {name: vocabulary} if name in TOKEN_COLUMNS else {},
+        where,
+        "Evaluate on a corpus that was prepared with the model's tokenizer.",
+    )
     longest = config.max_frames if plan.modality == "sound" else config.max_tokens
     longest = longest if limit is None else min(limit, longest)
     owners: np.ndarray | None = None

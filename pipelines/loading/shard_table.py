@@ -4,7 +4,7 @@ A split on disk is opened as a unit: it is memory-mapped and costs nothing. Of a
 store, or one that is read in windows, only the shards of the current batches are open.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipelines.shards.columns import Column, open_column
 from pipelines.shards.dataset import CorpusSplit
 from pipelines.shards.files import OpenShard
+from pipelines.shards.id_columns import IdRange
 
 #: Rows examined per shard to find out which shards are needed first.
 PREFETCH_ROWS_PER_SHARD = 64
@@ -24,10 +25,17 @@ class ShardTable:
     Args:
         splits: in order; the table has the columns that all of them have.
         location: name of the splits in messages.
+        id_ranges: column -> range of the ids that the model reads; checked when a shard opens.
     """
 
-    def __init__(self, splits: Sequence[CorpusSplit], location: str) -> None:
+    def __init__(
+        self,
+        splits: Sequence[CorpusSplit],
+        location: str,
+        id_ranges: Mapping[str, IdRange] | None = None,
+    ) -> None:
         self.location = location
+        self._id_ranges = id_ranges or {}
         self._splits = list(splits)
         self._shards = [(split, shard) for split in splits for shard in split.shards]
         self.rows = [int(shard["rows"]) for _, shard in self._shards]
@@ -54,7 +62,8 @@ class ShardTable:
             ahead: shards that are needed next.
 
         Raises:
-            UserError: a shard is missing, corrupt or not an Arrow file.
+            UserError: a shard is missing, corrupt or not an Arrow file, or has an id outside of
+                its range.
             StoreUnavailableError: the store does not answer.
         """
         numbers = list(range(len(self._shards)) if shards is None else shards)
@@ -68,7 +77,7 @@ class ShardTable:
             for number in numbers:
                 if number not in remaining:
                     split, shard = self._shards[number]
-                    remaining[number] = split.files.open(shard)
+                    remaining[number] = split.open_shard(shard, self._id_ranges)
             self._open = dict(sorted(remaining.items()))
         self._prefetch(ahead)
 

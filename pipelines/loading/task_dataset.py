@@ -17,6 +17,7 @@ from pipelines.loading.audio_units import SoundUnits, find_sound_units
 from pipelines.loading.augment import BatchRandom
 from pipelines.loading.shard_table import ShardTable
 from pipelines.shards.columns import FixedColumn, NestedRaggedColumn, RaggedColumn
+from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
@@ -62,6 +63,24 @@ def resolve_splits(corpus: "PreparedCorpus", split: str) -> tuple[str, ...]:
     return (split,)
 
 
+def model_id_ranges(name: str, task: Task, model: SkillNetConfig) -> dict[str, IdRange]:
+    """Return column -> range of the ids that a task reads, from the sizes of its model.
+
+    Args:
+        name: task name.
+        task: its objective decides which targets it reads.
+        model: sizes of the model.
+    """
+    tokens = IdRange(f"model.vocab_size is {model.vocab_size}", model.vocab_size)
+    ranges = dict.fromkeys(TOKEN_COLUMNS, tokens)
+    source = f"model.tasks.{name}.outputs is {task.outputs}"
+    if task.objective == "classification":
+        ranges["label"] = IdRange(source, task.outputs)
+    if task.objective == "ctc":
+        ranges["symbols"] = IdRange(source, task.outputs + 1, first=1)
+    return ranges
+
+
 class TaskDataset:
     """Rows of one task's splits as batches of towers and targets.
 
@@ -92,7 +111,11 @@ class TaskDataset:
         self.num_rows = sum(corpus.splits[split].rows for split in splits)
         if not self.num_rows:
             raise UserError(f"{self.location} has no rows; prepare the corpus again")
-        self.shard_table = ShardTable([corpus.splits[split] for split in splits], self.location)
+        self.shard_table = ShardTable(
+            [corpus.splits[split] for split in splits],
+            self.location,
+            model_id_ranges(name, task, model),
+        )
         #: Tower of the corpus' own modality.
         self.own_tower = "candidate" if task.objective == "retrieval" else "input"
         self.plan: SkillPlan = task.towers[self.own_tower]
@@ -111,7 +134,8 @@ class TaskDataset:
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
         self._model, self._first_caption_prob = model, settings.first_caption_prob
         tokenizer = corpus.manifest.get("tokenizer") or {}
-        vocab_size = int(tokenizer.get("vocab_size", model.vocab_size))
+        # Replacement words must be tokens of the model, even if the corpus knows more.
+        vocab_size = min(tokenizer.get("vocab_size", model.vocab_size), model.vocab_size)
         self.views = settings.views
         if self.views and {plan.modality for plan in task.towers.values()} != {self.plan.modality}:
             raise UserError(
@@ -155,7 +179,7 @@ class TaskDataset:
             config: augmentation; used with ``random``.
 
         Raises:
-            UserError: a column, a label or a caption does not fit the task.
+            UserError: a column, an id or a caption does not fit the task.
         """
         local = self._open_rows(rows)
         if self.views:
@@ -169,13 +193,7 @@ class TaskDataset:
             towers["query"] = self._queries(rows, local, random, config)
             return towers, {"groups": _to_int64(self._fixed("group").take(local))}
         if self.task.objective == "classification":
-            labels = self._fixed("label").take(local)
-            if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < self.task.outputs:
-                raise UserError(
-                    f"{self.location}: label {int(labels.max())} does not fit task {self.name} "
-                    f"with model.tasks.{self.name}.outputs {self.task.outputs}"
-                )
-            return towers, {"labels": _to_int64(labels)}
+            return towers, {"labels": _to_int64(self._fixed("label").take(local))}
         symbols, lengths = self._ragged("symbols").take(local)
         return towers, {"symbols": _to_int64(symbols), "symbol_lengths": _to_int64(lengths)}
 

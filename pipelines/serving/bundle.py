@@ -269,7 +269,7 @@ def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS
     for name, split in corpus.splits.items():
         for shard in split.shards if name != "pretrain" else ():
             # The handle keeps the shard in the cache while it is read.
-            opened = split.files.open(shard)
+            opened = split.open_shard(shard)
             if "captions" not in opened.table.column_names:
                 break  # rows without captions, for prediction only
             column = opened.table["captions"]

@@ -4,6 +4,7 @@ The format of shards and manifests is described in :mod:`pipelines.shards.format
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from pipelines.shards.files import OpenShard, ShardStore, open_shard_store
 from pipelines.shards.format import FORMAT_VERSION, MANIFEST, manifest_digest
+from pipelines.shards.id_columns import IdRange, check_ids, manifest_id_ranges
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.cache import FileCache
 from skillnet_platform.storage.location import Location, join_location, parse_location
@@ -25,6 +27,8 @@ class CorpusSplit:
     name: str
     files: ShardStore
     shards: tuple[dict[str, Any], ...]
+    #: Column -> range of its ids, from the manifest.
+    id_ranges: Mapping[str, IdRange] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -36,6 +40,26 @@ class CorpusSplit:
         """Bytes of its shards."""
         return sum(shard["bytes"] for shard in self.shards)
 
+    def open_shard(
+        self, shard: Mapping[str, Any], ranges: Mapping[str, IdRange] | None = None
+    ) -> OpenShard:
+        """Open a shard and check its ids.
+
+        Args:
+            shard: one of ``shards``.
+            ranges: ranges of the reader, in addition to those of the manifest.
+
+        Raises:
+            UserError: the shard is missing, was altered, is not an Arrow file, or has an id
+                outside of its range.
+        """
+        opened = self.files.open(shard)
+        location = join_location(self.files.location, shard["file"])
+        check_ids(opened.table, self.id_ranges, location, self.files.repair_hint)
+        remedy = "Change that setting, or give the task another corpus."
+        check_ids(opened.table, ranges or {}, location, remedy)
+        return opened
+
     def table(self) -> pa.Table:
         """Return all rows, memory-mapped, with one chunk per shard.
 
@@ -43,7 +67,7 @@ class CorpusSplit:
         is in use.
 
         Raises:
-            UserError: a shard is missing, was altered, or is not an Arrow file.
+            UserError: see :meth:`open_shard`.
         """
         return pa.concat_tables([shard.table for shard in self._open_shards])
 
@@ -64,12 +88,12 @@ class CorpusSplit:
     @cached_property
     def schema(self) -> pa.Schema:
         """Columns of its rows; opens one shard."""
-        return self.files.open(self.shards[0]).table.schema
+        return self.open_shard(self.shards[0]).table.schema
 
     @cached_property
     def _open_shards(self) -> list[OpenShard]:
         self.files.prefetch(self.shards)
-        return [self.files.open(shard) for shard in self.shards]
+        return [self.open_shard(shard) for shard in self.shards]
 
 
 @dataclass(frozen=True)
@@ -121,12 +145,12 @@ def open_corpus(
 
     Args:
         path: directory or URI of the corpus.
-        verify: hash every shard first, without a copy.
+        verify: hash every shard first, without a copy, and check the ids of local shards.
         cache: cache for an object store; ``None`` for the shared cache of the node.
 
     Raises:
         UserError: there is no manifest, it has another version or was edited, or a shard is
-            missing, has another size or (with ``verify``) another content.
+            missing, has another size or (with ``verify``) another content or wrong ids.
         StoreUnavailableError: the store does not answer.
     """
     files = open_shard_store(parse_location(path, Path()), cache)
@@ -136,10 +160,15 @@ def open_corpus(
     files.check_sizes(shards)
     if verify:
         files.check_digests(shards)
+    ranges = manifest_id_ranges(manifest)
     splits = {
-        name: CorpusSplit(name, files, tuple(entry["shards"]))
+        name: CorpusSplit(name, files, tuple(entry["shards"]), ranges)
         for name, entry in manifest["splits"].items()
     }
+    if verify and not files.remote:
+        for split in splits.values():
+            for shard in split.shards:
+                split.open_shard(shard)
     return PreparedCorpus(files.location, manifest, splits)
 
 
@@ -204,6 +233,20 @@ def _find_invalid_key(named: Location, manifest: dict[str, Any]) -> str | None:
                 if type(value) is not kind or (isinstance(value, int) and value < 0):
                     return f"splits.{name}.shards.{key}"
             check_inside(str(named), shard["file"], deep=True)
+    return _find_invalid_size(manifest)
+
+
+def _find_invalid_size(manifest: dict[str, Any]) -> str | None:
+    """Return the first key with a damaged size of a table of ids; absent keys are valid."""
+    tokenizer = manifest.get("tokenizer")
+    if tokenizer is not None:
+        size = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
+        if type(size) is not int or size < 1:
+            return "tokenizer.vocab_size"
+    for key in ("labels", "symbols"):
+        names = manifest.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return key
     return None
 
 

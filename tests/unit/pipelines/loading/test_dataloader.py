@@ -204,7 +204,5 @@ def test_labels_beyond_the_classes_of_the_model_are_rejected(data: Path) -> None
     config = small_config(data)
     tasks = config.model.tasks
     tasks["text_classification"] = dataclasses.replace(tasks["text_classification"], outputs=3)
-    stream = ResolvedRun(config).dataloader
-    with pytest.raises(UserError, match=r"text_classification\.outputs 3"):
-        for step in range(40):
-            stream.batch(step)
+    with pytest.raises(UserError, match=r"text_classification\.outputs is 3"):
+        _ = ResolvedRun(config).dataloader

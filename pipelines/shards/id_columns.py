@@ -1,0 +1,119 @@
+"""Columns of a prepared corpus that hold ids, and the check that each id is in its range.
+
+An id is an index of a table of the model: a row of an embedding, an output of a head, a symbol of
+CTC. Kernels do not check all of them: ``ctc_loss`` reads and writes outside of its tensors. So ids
+are checked where shards are opened, against the sizes in the manifest, and where a task reads them,
+against the sizes of its model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage.location import Location
+
+#: Columns with tokens of texts, of code and of captions.
+TOKEN_COLUMNS = ("tokens", "caption_tokens")
+
+
+@dataclass(frozen=True)
+class IdRange:
+    """Range of the ids of a column.
+
+    Args:
+        source: states where the size of the table comes from, for messages.
+        stop: end of the range, exclusive; None if the size is unknown.
+        first: start of the range.
+    """
+
+    source: str
+    stop: int | None
+    first: int = 0
+
+
+def manifest_id_ranges(manifest: Mapping[str, Any]) -> dict[str, IdRange]:
+    """Return column -> range of its ids, from the sizes that a manifest declares.
+
+    Args:
+        manifest: of a corpus; its types are checked.
+    """
+    size = (manifest.get("tokenizer") or {}).get("vocab_size")
+    tokens = IdRange(f"the tokenizer of its manifest has {size} tokens", size)
+    labels, symbols = (len(manifest.get(key) or ()) or None for key in ("labels", "symbols"))
+    return dict.fromkeys(TOKEN_COLUMNS, tokens) | {
+        "label": IdRange(f"its manifest lists {labels} labels", labels),
+        # 0 is the blank of CTC, so symbols are counted from 1.
+        "symbols": IdRange(
+            f"its manifest lists {symbols} symbols", symbols and symbols + 1, first=1
+        ),
+    }
+
+
+def check_ids(
+    table: pa.Table, ranges: Mapping[str, IdRange], location: Location, remedy: str
+) -> None:
+    """Check all ids of a table.
+
+    Args:
+        table: rows of a shard or of a split.
+        ranges: column -> range of its ids; columns that the table lacks are skipped.
+        location: of the rows, for messages.
+        remedy: last sentence of messages.
+
+    Raises:
+        UserError: names the location, the column, the row (from 0) and the id.
+    """
+    for name, ids in ranges.items():
+        if name in table.column_names:
+            row = 0
+            for chunk in table.column(name).chunks:
+                problem = _find_problem(chunk, ids, row)
+                if problem:
+                    raise UserError(f"{location}: column {name!r}{problem}. {remedy}")
+                row += len(chunk)
+
+
+def _find_problem(chunk: pa.Array, ids: IdRange, first_row: int) -> str:
+    """Return what is wrong with the ids of a column's chunk, or "" if all are in range."""
+    flat = chunk
+    while _is_list(flat.type):
+        flat = flat.flatten()
+    if not pa.types.is_integer(flat.type):
+        return f": holds {flat.type}, expected integers"
+    if flat.null_count:
+        row = first_row + _find_row(chunk, int(np.argmax(flat.is_null())))
+        return f", row {row}: an id is empty"
+    limits = pc.min_max(flat)
+    least, most = limits["min"].as_py(), limits["max"].as_py()
+    if least is None or (least >= ids.first and (ids.stop is None or most < ids.stop)):
+        return ""
+    values = flat.to_numpy()
+    is_bad = values < ids.first
+    if ids.stop is not None:
+        is_bad |= values >= ids.stop
+    position = int(np.argmax(is_bad))
+    row = first_row + _find_row(chunk, position)
+    allowed = f"{ids.first} to {ids.stop - 1}" if ids.stop is not None else f"{ids.first} and above"
+    return f", row {row}: the id {values[position]} is outside {allowed} ({ids.source})"
+
+
+def _find_row(chunk: pa.Array, position: int) -> int:
+    """Return the row of a chunk that holds the flattened value at a position."""
+    levels = []
+    while _is_list(chunk.type):
+        levels.append(pc.list_parent_indices(chunk))
+        chunk = chunk.flatten()
+    for parents in reversed(levels):
+        position = parents[position].as_py()
+    return position
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
