@@ -15,7 +15,7 @@ import numpy as np
 
 from skillnet.config import SkillNetConfig
 from skillnet.skills import Task, default_tasks
-from skillnet_platform.storage import atomic_write
+from skillnet_platform.storage import open_output
 
 COLUMNS = (
     "system",
@@ -336,7 +336,7 @@ def write_evaluation_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) ->
         path: of the file.
     """
 
-    with atomic_write(path, "w") as stream:
+    with open_output(path, "w") as stream:
         # The csv module writes CRLF by default; the other text files of a run have LF.
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()

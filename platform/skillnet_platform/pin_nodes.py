@@ -8,7 +8,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.node_requirements import PROJECT, REQUIREMENTS, format_requirements
 from skillnet_platform.config import positional_field
-from skillnet_platform.storage import atomic_write
+from skillnet_platform.storage import open_output
 
 
 @dataclass
@@ -38,7 +38,7 @@ def main(config: PinNodesConfig) -> dict[str, Any]:
     """Run ``skillnet pin-nodes``."""
     path = Path(config.output) if config.output else PROJECT.parent / REQUIREMENTS
     text = format_requirements()
-    with atomic_write(path, "w") as stream:
+    with open_output(path, "w") as stream:
         stream.write(text)
     return {"output": str(path), "packages": text.count("==")}
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +70,39 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             _sync_directory(final.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_output(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file that the user named, for example with ``--output``.
+
+    A new file and a regular file are written atomically. A link, a pipe and a device, such as
+    ``/dev/null``, are written through: a rename would replace them. Files of our own names use
+    :func:`atomic_write`, because a link among received files must not lead out of their folder.
+
+    Args:
+        path: of the file.
+        mode: "wb", or "w" for UTF-8 text.
+
+    Raises:
+        UserError: the disk is full, or the path cannot be written.
+    """
+    output = Path(path)
+    try:
+        found = output.lstat()
+    except OSError:
+        found = None  # a new file, or a path whose error the write reports
+    if found is None or stat.S_ISREG(found.st_mode):
+        with atomic_write(output, mode) as stream:
+            if found is not None:
+                # The new file must not be open to more users than the old one.
+                os.fchmod(stream.fileno(), stat.S_IMODE(found.st_mode))
+            yield stream
+        return
+    with _making(output):
+        through = output.open(mode, encoding=None if "b" in mode else "utf-8")
+    with disk_guard(output), through as stream:
+        yield stream
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
