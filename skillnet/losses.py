@@ -71,6 +71,24 @@ def ctc_loss(
     return (losses_B / target_lengths_B.clamp(min=1)).sum() / count
 
 
+def find_unalignable_rows(
+    lengths_B: Tensor, targets_BL: Tensor, target_lengths_B: Tensor
+) -> Tensor:
+    """Return which rows have no CTC alignment, (B,) bool.
+
+    An alignment needs a token per symbol, and a blank between equal neighbours.
+
+    Args:
+        lengths_B: tokens of each row.
+        targets_BL: symbols, padded.
+        target_lengths_B: symbols of each row.
+    """
+    places_L = torch.arange(1, targets_BL.shape[1], device=targets_BL.device)
+    repeated_BL = targets_BL[:, 1:] == targets_BL[:, :-1]
+    repeats_B = (repeated_BL & (places_L < target_lengths_B[:, None])).sum(1)
+    return target_lengths_B + repeats_B > lengths_B
+
+
 def info_nce(
     query_BE: Tensor,
     candidate_BE: Tensor,
