@@ -10,7 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipelines.tokenizer.guarded_loader import (
+    UNUSED_PARTS,
+    check_tokenizer,
+    parse_tokenizer,
+    read_tokenizer_tree,
+)
 from pipelines.tokenizer.training import PAD, SPECIAL, UNKNOWN
+from skillnet.rust_panics import panics_as_errors
 from skillnet_platform.errors import UserError
 
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -35,7 +42,7 @@ def convert_tokenizer(path: str | Path) -> str:
     Raises:
         UserError: there is no tokenizer, it has no fast form, or its ids cannot be remapped.
     """
-    tree = json.loads(_read_json(Path(path)))
+    tree = _read_tree(Path(path))
     if list(_read_vocabulary(tree))[: len(SPECIAL)] == list(SPECIAL) and _has_bytes(tree):
         return json.dumps(tree, ensure_ascii=False, indent=1)  # trained by this project
     model = tree["model"]
@@ -62,44 +69,45 @@ def convert_tokenizer(path: str | Path) -> str:
         for token in kept
         if token["content"] not in SPECIAL
     ]  # fmt: skip
-    # The transforms add special tokens, truncate and pad; the tokenizer must not.
-    tree |= {"post_processor": None, "truncation": None, "padding": None}
     text = json.dumps(tree, ensure_ascii=False, indent=1)
-    _check_converted(path, text)
+    _check_converted(path, tree)
     return text
 
 
-def _read_json(path: Path) -> str:
-    """Return the JSON of the fast form of a tokenizer file or directory."""
+def _read_tree(path: Path) -> dict[str, Any]:
+    """Return the JSON of the fast form of a tokenizer file or directory, after its checks.
+
+    Without padding, truncation and post-processing: the transforms do these.
+    """
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file() and file.suffix == ".json":
         try:
-            text = file.read_text(encoding="utf-8")
-            _parse(text)
-            return text
-        except Exception as error:
+            tree = read_tokenizer_tree(file) | dict.fromkeys(UNUSED_PARTS)
+            parse_tokenizer(tree)
+            return tree
+        except ValueError as error:
             raise UserError(f"{file}: not a tokenizer ({error})") from None
     if not path.is_dir():
         raise UserError(f"{path}: no tokenizer there; expected a tokenizer.json, or its directory")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        with panics_as_errors("its files are damaged"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         line = str(error).strip().splitlines() or [""]
         raise UserError(f"{path}: transformers finds no tokenizer there ({line[0]})") from None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{path}: this tokenizer has no fast form (no tokenizer.json)")
-    return str(backend.to_str())
-
-
-def _parse(text: str) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(text)
+    tree = json.loads(backend.to_str()) | dict.fromkeys(UNUSED_PARTS)
+    try:
+        check_tokenizer(tree)
+    except ValueError as error:
+        raise UserError(f"{path}: the tokenizer is rejected ({error})") from None
+    return tree
 
 
 def _read_vocabulary(tree: dict[str, Any]) -> dict[str, int]:
@@ -133,15 +141,15 @@ def _remap_ids(
         model["unk_token"] = SPECIAL[UNKNOWN]
 
 
-def _check_converted(path: str | Path, text: str) -> None:
+def _check_converted(path: str | Path, tree: dict[str, Any]) -> None:
     """Check a converted tokenizer: fixed ids, and no padding tokens in ordinary text.
 
     Raises:
         UserError: the tokenizer cannot be used.
     """
     try:
-        converted = _parse(text)
-    except Exception as error:
+        converted = parse_tokenizer(tree)
+    except ValueError as error:
         raise UserError(f"{path}: token ids cannot be remapped ({error})") from None
     for number, name in enumerate((*SPECIAL, *BYTE_TOKENS)):
         if converted.token_to_id(name) != number:

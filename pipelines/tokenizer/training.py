@@ -80,15 +80,16 @@ def load_tokenizer(path: str | Path) -> Any:
     """Load the tokenizer of a file, with a cache.
 
     Raises:
-        ValueError: the file is missing or not a tokenizer.
+        ValueError: the file is missing, not a tokenizer, or exceeds the bounds of
+            :mod:`pipelines.tokenizer.guarded_loader`.
     """
-    from tokenizers import Tokenizer
+    from pipelines.tokenizer.guarded_loader import parse_tokenizer, read_tokenizer_tree
 
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such tokenizer; run `skillnet prepare`")
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
+        return parse_tokenizer(read_tokenizer_tree(Path(path)))
+    except ValueError as error:
         raise ValueError(f"{path}: not a tokenizer ({error}); run `skillnet prepare`") from None
 
 
