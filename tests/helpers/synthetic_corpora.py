@@ -95,3 +95,9 @@ def put_archive(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / Made.archives[0].file).write_bytes(ARCHIVE)
     return directory
+
+
+class Few(Made):
+    """The same in three shards, for tests that repeat the work often."""
+
+    shard_rows = 40

@@ -1,0 +1,220 @@
+"""Kill a command at each of its file-system events, look, and run it again.
+
+    python -m tests.chaos.crash_lane --command prepare
+    python -m tests.chaos.crash_lane --command finetune --sample 20 --seed 1
+
+Without ``--sample`` every event is a kill, except inside a transaction of SQLite: of each
+transaction one event is drawn by the seed. SQLite makes a transaction atomic itself, and a kill
+before its end leaves the state before it.
+"""
+
+import argparse
+import csv
+import datetime
+import itertools
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, machine
+from tests.chaos.crash_points import CommandEnd, CrashLab, FileEvent, crash_lab, missing_compiler
+from tests.chaos.crash_scenarios import SCENARIOS, CrashScenario
+
+DATABASE = "mlflow.db"
+JOURNAL = f"{DATABASE}-journal"
+
+
+@dataclass
+class CrashRow:
+    """One kill.
+
+    Args:
+        date, machine: when and where.
+        command: name of the scenario.
+        events: number of events of the undisturbed command.
+        event: number of the event of the kill.
+        kind, path: of this event, in the run that was killed.
+        exits: exit codes of the killed command and of the same command again.
+        violations: what was damaged after the kill, or differs after the second command.
+        seconds: of both commands and the checks.
+    """
+
+    date: str
+    machine: str
+    command: str
+    events: int
+    event: int
+    kind: str
+    path: str
+    exits: str
+    violations: str
+    seconds: float
+
+
+class CrashRunner:
+    """Repeat one scenario from the same run root.
+
+    Args:
+        lab: runs the commands.
+        scenario: what is killed.
+    """
+
+    def __init__(self, lab: CrashLab, scenario: CrashScenario) -> None:
+        self._lab, self._scenario = lab, scenario
+        self._template = lab.root.with_name(f"template-{scenario.name}")
+        shutil.rmtree(lab.root, ignore_errors=True)
+        lab.root.mkdir(parents=True)
+        scenario.setup(lab)
+        shutil.rmtree(self._template, ignore_errors=True)
+        shutil.copytree(lab.root, self._template, symlinks=True)
+        undisturbed = self._fresh(0)
+        assert undisturbed.code == 0, undisturbed.output
+        self.events = undisturbed.events
+        self._expected = scenario.fingerprint(lab.root)
+
+    def kill(self, number: int) -> CrashRow:
+        """Kill the command at an event, check, run it again, and compare."""
+        begin = time.monotonic()
+        killed = self._fresh(number)
+        violations = []
+        event = killed.events[-1] if killed.events else FileEvent(0, "", "")
+        exits = [killed.code]
+        # Threads make the number of events vary, so the last numbers might not be reached.
+        if killed.code != 0:
+            violations += [f"killed: {each}" for each in self._scenario.violations(self._lab.root)]
+            second = self._lab.run(self._scenario.words(self._lab.root))
+            exits.append(second.code)
+            violations += self._differences(killed, second)
+        return CrashRow(
+            datetime.date.today().isoformat(),
+            machine(),
+            self._scenario.name,
+            len(self.events),
+            number,
+            event.kind,
+            event.path,
+            " ".join(map(str, exits)),
+            "; ".join(violations)[:2000],
+            round(time.monotonic() - begin, 1),
+        )
+
+    def _fresh(self, kill_at: int) -> CommandEnd:
+        shutil.rmtree(self._lab.root)
+        shutil.copytree(self._template, self._lab.root, symlinks=True)
+        return self._lab.run(self._scenario.words(self._lab.root), kill_at)
+
+    def _differences(self, killed: CommandEnd, second: CommandEnd) -> list[str]:
+        if second.code != 0:
+            lines = second.output.strip().splitlines()
+            return [f"the same command ended with {second.code}: {' '.join(lines[-3:])[:600]}"]
+        found = self._scenario.repeated(killed.events, second.events)
+        found += [f"resumed: {each}" for each in self._scenario.violations(self._lab.root)]
+        resumed = self._scenario.fingerprint(self._lab.root)
+        for key, expected in self._expected.items():
+            if resumed[key] != expected:
+                found.append(f"{key}: {describe_difference(resumed[key], expected)}")
+        return found
+
+
+def describe_difference(found: object, expected: object) -> str:
+    """Return the first parts in which two values differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+        parts = [f"{key} {found.get(key)}, not {expected.get(key)}" for key in keys[:4]]
+        return ", ".join(parts)[:500]
+    return f"{found}, not {expected}"[:500]
+
+
+def choose_events(events: Sequence[FileEvent], seed: int, sample: int | None = None) -> list[int]:
+    """Return the numbers of the events to kill at.
+
+    Args:
+        events: of the undisturbed command.
+        seed: of the draws.
+        sample: number of events; None for all. The events are divided into this number of equal
+            ranges, and one is drawn from each.
+    """
+    draw = random.Random(seed)
+    chosen, transaction = [], []
+    for event in events:
+        if Path(event.path).name not in (DATABASE, JOURNAL):
+            chosen.append(event.number)
+            continue
+        transaction.append(event.number)
+        # Removing the journal is the commit.
+        if event.kind == "unlink":
+            chosen.append(draw.choice(transaction))
+            transaction = []
+    chosen.sort()
+    if sample is None or sample >= len(chosen):
+        return chosen
+    bounds = [len(chosen) * index // sample for index in range(sample + 1)]
+    return [draw.choice(chosen[low:high]) for low, high in itertools.pairwise(bounds)]
+
+
+def enumerate_kills(
+    lab: CrashLab, scenario: CrashScenario, seed: int, sample: int | None = None
+) -> Iterator[CrashRow]:
+    """Yield a row for each chosen event of a scenario."""
+    runner = CrashRunner(lab, scenario)
+    for number in choose_events(runner.events, seed, sample):
+        yield runner.kill(number)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the lane; return 1 if a kill left a violation."""
+    names = [scenario.name for scenario in SCENARIOS]
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.crash_lane", description=__doc__)
+    parser.add_argument("--command", choices=names, action="append", help="by default all")
+    parser.add_argument("--sample", type=int, help="events of each command (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=1, help="ignore events before this number")
+    parser.add_argument("--minutes", type=float, help="start no kill after this time")
+    parser.add_argument("--output", type=Path, help="the CSV")
+    options = parser.parse_args(argv)
+    if reason := missing_compiler():
+        print(f"no command is killed: {reason}", file=sys.stderr)
+        return 0
+    output = options.output or RESULTS / f"{datetime.date.today().isoformat()}-crash-points.csv"
+    end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder, crash_lab(Path(folder)) as lab:
+        for kind in SCENARIOS:
+            if options.command and kind.name not in options.command:
+                continue
+            runner = CrashRunner(lab, kind())
+            numbers = choose_events(runner.events, options.seed, options.sample)
+            numbers = [number for number in numbers if number >= options.first]
+            print(f"{kind.name}: {len(runner.events)} events, {len(numbers)} kills", flush=True)
+            for number in numbers:
+                if time.monotonic() > end:
+                    break
+                row = runner.kill(number)
+                _append(output, row)
+                bad += bool(row.violations)
+                print(
+                    f"{row.command} {row.event} {row.kind} {row.path}: exits {row.exits}, "
+                    f"{row.seconds} s {row.violations}",
+                    flush=True,
+                )
+    return int(bad > 0)
+
+
+def _append(path: Path, row: CrashRow) -> None:
+    is_new = not path.is_file()
+    with path.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(
+            stream, [each.name for each in fields(CrashRow)], lineterminator="\n"
+        )
+        if is_new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
