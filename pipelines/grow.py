@@ -57,6 +57,19 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     before = runs.load_growable_model(source)
     resolved = resolve_run(runs.build_growth_config(config, source, before))
     settings = resolved.config
+    with terminate_as_interrupt(), layout.lock_run_folder(resolved.folder):
+        return _grow_in_folder(config, source, before, resolved)
+
+
+def _grow_in_folder(
+    config: GrowConfig, source: "ModelSource", before: "SkillNet", resolved: "ResolvedRun"
+) -> dict[str, Any]:
+    from pipelines.growth import runs, verification
+    from pipelines.runs import layout
+    from pipelines.runs.progress_log import PROGRESS, follow_progress
+    from pipelines.training import run as training_run
+    from pipelines.training.init_from import read_training_corpora
+
     assert settings.name is not None
     run = Path(str(settings.run_dir)) / settings.name
     grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
@@ -85,6 +98,10 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
             with follow_progress(run / PROGRESS, settings.training.steps):
                 finished = training_run.train_and_evaluate(resolved, tracker)
             # Written before the report, so that a growth that is killed now does not train again.
+            finished["grown_from"] = {
+                "digest": source.digest,
+                "corpora": read_training_corpora(source),
+            }
             write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
         references = _train_references(config, settings, source, run, tracker)

@@ -233,6 +233,8 @@ class StorageConfig:
 
 @dataclass
 class FinetuneConfig:
+        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
+            digest of the corpus that is found. A run resumes only on equal corpora.
     """Configuration of a joint training run.
 
     Args:
@@ -248,6 +250,7 @@ class FinetuneConfig:
         model: shape of the model.
         tasks: task name -> its corpus, weight and batch size.
         training: optimizer, workers and intervals.
+    corpora: dict[str, str | None] = field(default_factory=dict)
         tracking: MLflow server, experiment and registration.
         storage: mirror of the run in an object store, and cache of corpora.
         evaluate: evaluate the final model on the test splits.
@@ -323,6 +326,8 @@ def _pretraining_model() -> SkillNetConfig:
 
 @dataclass
 class PretrainConfig(FinetuneConfig):
+        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
+            digest of the corpus that is found. A run resumes only on equal corpora.
     """Configuration of a self-supervised pretraining on unlabelled rows.
 
     Args:

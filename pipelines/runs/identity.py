@@ -1,4 +1,7 @@
-"""Identity of a run: the part of its configuration that determines the weights."""
+"""Identity of a run: the part of its configuration that determines the weights.
+
+The digests of the corpora are a part of it, because equal names do not mean equal rows.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +10,8 @@ from typing import Any
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs.model_source import ModelSource
 from skillnet_platform import config as configuration
+from skillnet_platform.errors import UserError
+from skillnet_platform.storage.location import Location
 
 #: Keys of ``training`` that change where, how fast and how often, but not the result.
 NON_IDENTITY_KEYS = (
@@ -24,6 +29,7 @@ NON_IDENTITY_KEYS = (
     "log_every",
     "bucket_mb",
     "max_failures",
+    "collective_timeout_s",
 )
 
 
@@ -43,8 +49,61 @@ def compute_identity(config: FinetuneConfig) -> dict[str, Any]:
         "options": config.options,
         "model": configuration.to_dict(config.model),
         "tasks": configuration.to_dict(config.tasks),
+        "corpora": {
+            name: config.corpora[name] for name in corpora_of(config) if config.corpora.get(name)
+        },
         "training": training,
     }
+
+
+def corpora_of(config: FinetuneConfig) -> list[str]:
+    """Return the names of the corpora of all tasks, sorted."""
+    return sorted({task.corpus for task in config.tasks.values()})
+
+
+def find_identity_differences(
+    before: FinetuneConfig, now: FinetuneConfig
+) -> dict[str, tuple[Any, Any]]:
+    """Return key -> (value before, value now) of all differences; those of corpora come last.
+
+    A corpus without a digest on one side is no difference: it is missing, and a finished run needs
+    none, or the configuration was not resolved yet.
+
+    Args:
+        before: configuration of an existing run.
+        now: configuration of this call.
+    """
+    old = configuration.flatten_tree(compute_identity(before))
+    new = configuration.flatten_tree(compute_identity(now))
+    keys = sorted(old.keys() | new.keys(), key=lambda key: (is_corpus_key(key), key))
+    return {
+        key: (old.get(key), new.get(key))
+        for key in keys
+        if old.get(key) != new.get(key)
+        and not (is_corpus_key(key) and None in (old.get(key), new.get(key)))
+    }
+
+
+def is_corpus_key(key: str) -> bool:
+    """Return whether a key of a flat identity holds the digest of a corpus."""
+    return key.startswith("corpora.")
+
+
+def check_corpus_digest(name: str, expected: str | None, found: str, location: Location) -> None:
+    """Raise UserError if a corpus is not the one that the configuration names.
+
+    Args:
+        name: of the corpus.
+        expected: digest in the configuration, or None for any.
+        found: digest of the manifest.
+        location: of the corpus.
+    """
+    if expected is not None and expected != found:
+        raise UserError(
+            f"{location}: the corpus was exchanged: its digest is {found}, and corpora.{name} "
+            f"is {expected}. Restore that corpus, or train another run: give another --name and "
+            f"--corpora.{name} null"
+        )
 
 
 def digest_weights(weights: str | None) -> str | None:

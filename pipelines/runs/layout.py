@@ -13,6 +13,45 @@ RESULT = "result.json"
 
 
 def create_run_folder(config: FinetuneConfig, run: Path) -> None:
+#: File beside a copy of weights: the configuration that they were trained with.
+SETTINGS = "settings.json"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def lock_run_folder(run: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, so that no second process works in it.
+
+    The lock ends with its process, so the folder of a killed run can be locked at once. A folder
+    without a run is removed again: a rejected configuration does not reserve the name.
+
+    Args:
+        run: folder of a run, sweep or study; created if it is missing.
+
+    Raises:
+        UserError: another process works in the folder; names its process and host.
+    """
+
+    def describe(holder: str) -> str:
+        return (
+            f"{run}: {holder} works in this folder now. Wait for its end, or choose another --name"
+        )
+
+    with hold_lock(run / LOCK, describe):
+        try:
+            yield
+        finally:
+            if is_unused(run):
+                with contextlib.suppress(OSError):
+                    (run / LOCK).unlink(missing_ok=True)
+                    run.rmdir()
+
+
+def is_unused(run: Path) -> bool:
+    """Return whether a folder is missing or has no file but a lock."""
+    if not run.is_dir():
+        return not run.exists()
+    return all(path.name == LOCK for path in run.iterdir())
     """Create the folder of a new run with its configuration; an existing one stays.
 
     Callers validate the run before: the folder reserves the run's name.

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.runs.layout import SETTINGS
 from pipelines.runs.mirror import TRAINED
-from pipelines.runs.model_source import load_source_model, resolve_model
+from pipelines.runs.model_source import ModelSource, load_source_model, resolve_model
 from skillnet.config import SkillNetConfig
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import read_about, read_manifest
@@ -21,9 +22,6 @@ from skillnet_platform import config as configuration
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.objects import is_uri
-
-#: File beside a copy of weights: the configuration that they were trained with.
-SETTINGS = "settings.json"
 
 #: Keys that change the model's computation although all tensors may fit.
 _MUST_EQUAL = ("num_layers", "num_heads", "skill_modules", "skill_every")
@@ -39,12 +37,14 @@ class InitReport:
         digest: of the weights.
         taken: files all of whose weights came from the source.
         fresh: files with a weight that stayed random.
+        corpora: corpus -> digest of the corpora that the source was trained on, as far as known.
     """
 
     source: str
     digest: str
     taken: list[str]
     fresh: list[str]
+    corpora: dict[str, str | None]
 
     def summary(self) -> str:
         """Return one line for the console."""
@@ -123,7 +123,20 @@ def load_init_weights(config: FinetuneConfig, model: TaskModel) -> InitReport | 
             f"{location} has no weight that this model could start from; it holds "
             f"{', '.join(sorted(weights)[:3])}, …"
         )
-    return InitReport(str(source.weights), source.digest, taken, partial)
+    corpora = read_training_corpora(source)
+    return InitReport(str(source.weights), source.digest, taken, partial, corpora)
+
+
+def read_training_corpora(source: ModelSource) -> dict[str, str | None]:
+    """Return corpus -> digest of the corpora that a model was trained on; {} if unknown.
+
+    Args:
+        source: a run, a bundle, or a copy of weights with the settings of their training.
+    """
+    copied = source.weights / SETTINGS
+    settings = source.settings or (storage.read_json(copied) if copied.is_file() else {})
+    corpora = settings.get("corpora") if isinstance(settings, dict) else None
+    return dict(corpora) if isinstance(corpora, dict) else {}
 
 
 def dry_run_init(config: FinetuneConfig) -> InitReport | None:

@@ -93,10 +93,12 @@ class ResolvedRun:
 
     @cached_property
     def identity_digest(self) -> str:
-        """SHA-256 of the identity; checkpoints carry it."""
+        """SHA-256 of the identity with the digests of all corpora; checkpoints carry it."""
+        from pipelines.runs.identity import compute_identity
         from skillnet_platform.config import digest_config
 
-        return digest_config(self.identity)
+        digests: dict[str, str | None] = {n: corpus.digest for n, corpus in self.corpora.items()}
+        return digest_config(compute_identity(replace(self.config, corpora=digests)))
 
     def with_workers(self, workers: int) -> "ResolvedRun":
         """Return this run with a fixed number of workers, which its identity does not cover.
@@ -122,7 +124,7 @@ class ResolvedRun:
 
 
 def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
-    """Resolve a configuration: name, absolute paths, number of outputs, initial weights.
+    """Resolve a configuration: name, absolute paths, number of outputs, digests, initial weights.
 
     Workers have working directories of their own, so paths are absolute.
 
@@ -134,6 +136,7 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
         UserError: the name is no folder name, two mirrors are given, or ``init_from`` is not found.
     """
     from pipelines.runs.head_sizes import infer_num_outputs
+    from pipelines.runs.identity import corpora_of
     from pipelines.shards.dataset import open_corpus
     from skillnet_platform.storage.cache import shared_cache
 
@@ -147,7 +150,7 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
         folder = run_root()
     data = parse_location(config.data, data_root())
     corpora = {}
-    for name in sorted({task.corpus for task in config.tasks.values()}):
+    for name in corpora_of(config):
         # A missing corpus is an error later, when it is needed: a finished run needs none.
         with contextlib.suppress(ValueError, OSError):
             corpora[name] = open_corpus(
@@ -168,10 +171,24 @@ def resolve_run(config: FinetuneConfig, stage: str = "finetune") -> ResolvedRun:
         name=name,
         run_dir=str(folder),
         data=str(data),
+        corpora=_pin_corpora(config, corpora),
         init_from=init_from,
         storage=storage,
     )
     return ResolvedRun(config, Path(folder) / name, corpora)
+
+
+def _pin_corpora(
+    config: FinetuneConfig, corpora: "Mapping[str, PreparedCorpus]"
+) -> dict[str, str | None]:
+    """Return corpus -> digest: of the configuration, else of the corpus that was opened."""
+    from pipelines.runs.identity import corpora_of
+
+    opened = {
+        name: corpora[name].digest if name in corpora else None for name in corpora_of(config)
+    }
+    pinned = {name: config.corpora.get(name) or opened[name] for name in opened}
+    return {name: digest for name, digest in pinned.items() if digest}
 
 
 def resolve_config(config: FinetuneConfig, stage: str = "finetune") -> FinetuneConfig:

@@ -120,7 +120,7 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
     Raises:
         UserError: the folder is no run, a run of another configuration, or damaged.
     """
-    from pipelines.runs.identity import compute_identity
+    from pipelines.runs.identity import find_identity_differences, is_corpus_key
 
     config, folder = run.config, run.folder
     stored = folder / CONFIG
@@ -132,15 +132,19 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
         before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
     except UserError as error:
         raise UserError(f"{stored} is damaged: {error}") from None
-    old = configuration.flatten_tree(compute_identity(before))
-    new = configuration.flatten_tree(run.identity)
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    differing = find_identity_differences(before, config)
     if differing:
-        key = differing[0]
+        key, (old, new) = next(iter(differing.items()))
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise UserError(
             f"the run {config.name} has {key} {old.get(key)}, not {new.get(key)}{more}; give "
             f"another --name, or --config {stored} to resume it"
+        if is_corpus_key(key):
+            raise UserError(
+                f"the run {config.name} was trained on another corpus: {key} is {old} in {stored}, "
+                f"and {new} below {config.data}{more}. Restore that corpus to resume the run, or "
+                "give another --name"
+            )
         )
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pipelines.config.run import FinetuneConfig
 from pipelines.loading.dataloader import MultiTaskDataLoader
 from pipelines.runs import checkpoints
+from pipelines.runs.identity import check_corpus_digest, corpora_of
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.training import checkpointing
 from pipelines.training.init_from import load_init_weights
@@ -66,16 +67,17 @@ def open_corpora(
         opened: corpora that are open already.
 
     Raises:
-        UserError: a corpus is missing, or its vocabulary is larger than the model's.
+        UserError: a corpus is missing, was exchanged, or has a larger vocabulary than the model.
     """
     data = parse_location(config.data, storage.data_root())
     cache = shared_cache(config.storage.cache_gb)
     known = opened or {}
     corpora = {
         name: known[name] if name in known else open_corpus(join_location(data, name), cache=cache)
-        for name in sorted({task.corpus for task in config.tasks.values()})
+        for name in corpora_of(config)
     }
     for name, corpus in corpora.items():
+        check_corpus_digest(name, config.corpora.get(name), corpus.digest, corpus.path)
         size = (corpus.manifest.get("tokenizer") or {}).get("vocab_size", 0)
         if size > config.model.vocab_size:
             raise UserError(

@@ -217,7 +217,7 @@ def read_pretraining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of the run that a run started from; {} if there is none."""
     if not settings.get("init_from"):
         return {}
-    from pipelines.training.init_from import SETTINGS
+    from pipelines.runs.layout import SETTINGS
 
     start = Path(str(settings["init_from"]))
     # Copied weights have the file beside them; a run has it above its model or checkpoints.

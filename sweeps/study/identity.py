@@ -35,9 +35,7 @@ def check_unchanged(config: StudyConfig, trials: Sequence[Trial], folder: Path) 
         if not stored.is_file():
             continue
         before = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
-        difference = _first_difference(
-            _run_identity(before), _run_identity(trial.config)
-        ) or _compare_pretraining(before, trial)
+        difference = _compare_runs(before, trial.config) or _compare_pretraining(before, trial)
         if not difference:
             continue
         study = config.folder / STUDY_FILE
@@ -63,14 +61,18 @@ def _compare_pretraining(before: FinetuneConfig, trial: Trial) -> str:
     if not stored.is_file():
         return ""
     start = configuration.build_config(FinetuneConfig, configuration.load_yaml(stored))
-    difference = _first_difference(_run_identity(start), _run_identity(trial.pretrain.joint()))
+    difference = _compare_runs(start, trial.pretrain.joint())
     return f"a pretraining with {difference}" if difference else ""
 
 
-def _run_identity(config: FinetuneConfig) -> dict[str, Any]:
-    from pipelines.runs.identity import compute_identity
+def _compare_runs(before: FinetuneConfig, now: FinetuneConfig) -> str:
+    """Return the first difference of two runs as text, without their initial weights."""
+    from pipelines.runs.identity import find_identity_differences
 
-    return configuration.flatten_tree(compute_identity(replace(config, init_from=None)))
+    differing = find_identity_differences(
+        replace(before, init_from=None), replace(now, init_from=None)
+    )
+    return _format_difference(differing)
 
 
 def _decisive_keys(study: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,9 +82,15 @@ def _decisive_keys(study: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return ``training.lr 0.1, not 0.2, and 3 more``; "" if nothing differs."""
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    """Return the first difference of two flat trees as text; "" if nothing differs."""
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return _format_difference({key: (old.get(key), new.get(key)) for key in keys})
+
+
+def _format_difference(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return ``training.lr 0.1, not 0.2, and 3 more``; "" for no difference."""
     if not differing:
         return ""
-    key, more = differing[0], f", and {len(differing) - 1} more" if len(differing) > 1 else ""
-    return f"{key} {old.get(key)}, not {new.get(key)}{more}"
+    key, (old, new) = next(iter(differing.items()))
+    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return f"{key} {old}, not {new}{more}"
