@@ -136,9 +136,6 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
     if differing:
         key, (old, new) = next(iter(differing.items()))
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        raise UserError(
-            f"the run {config.name} has {key} {old.get(key)}, not {new.get(key)}{more}; give "
-            f"another --name, or --config {stored} to resume it"
         if is_corpus_key(key):
             raise UserError(
                 f"the run {config.name} was trained on another corpus: {key} is {old} in {stored}, "
@@ -148,6 +145,9 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
         )
     if (folder / RESULT).is_file():
         result = read_result(folder / RESULT)
+        raise UserError(
+            f"the run {config.name} has {key} {old}, not {new}{more}; give another --name, or "
+            f"--config {stored} to resume it"
         # A run that stopped early, for example at max_minutes, is not finished.
         if result["step"] >= config.training.steps:
             return result
