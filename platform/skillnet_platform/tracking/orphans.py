@@ -9,8 +9,36 @@ PROCESS_TAG = "skillnet.process"
 
 
 def this_process() -> str:
-    """Return host, process id and start time: the system reuses process ids."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+    """Return the identity of this process among all processes that use one tracker.
+
+    It consists of the host name, the kernel's boot, the PID namespace, the process id and the
+    start time. Containers can share a host name, and the system reuses process ids.
+    """
+    return f"{_visible_processes()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def has_ended(process: str) -> bool:
+    """Return whether a process ended; False if it cannot be seen from here.
+
+    A process of another machine, of another container or from before a restart cannot be seen. Its
+    run stays RUNNING until it is resumed, because a living run must never be closed.
+
+    Args:
+        process: from :func:`this_process`.
+    """
+    where, _, started = process.rpartition(":")
+    where, _, pid = where.rpartition(":")
+    return where == _visible_processes() and pid.isdigit() and _started(int(pid)) != started
+
+
+def _visible_processes() -> str:
+    """Return the set of processes in which process ids of this process are valid."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = Path("/proc/self/ns/pid").readlink().name.removeprefix("pid:")
+    except OSError:
+        boot = namespace = ""
+    return f"{socket.gethostname()}:{boot}:{namespace}"
 
 
 def close_abandoned(client: Any, experiment_id: str) -> int:
@@ -22,10 +50,7 @@ def close_abandoned(client: Any, experiment_id: str) -> int:
     """
     closed = 0
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-        host, _, rest = run.data.tags.get(PROCESS_TAG, "").partition(":")
-        pid, _, started = rest.partition(":")
-        # A process of another machine cannot be checked from here.
-        if host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started:
+        if has_ended(run.data.tags.get(PROCESS_TAG, "")):
             client.set_tag(run.info.run_id, "failure", "the process was killed")
             client.set_terminated(run.info.run_id, "KILLED")
             closed += 1
