@@ -14,6 +14,7 @@ from pipelines.corpora.archives import check_archive
 from pipelines.corpora.base import SourceArchives
 from pipelines.preprocessing.corpus_job import CorpusJob
 from pipelines.preprocessing.remote_staging import clear_staging, upload_shared_files
+from pipelines.preprocessing.staging import finish_commit, staging_path
 from pipelines.shards.dataset import open_corpus, verify_corpus
 from pipelines.tokenizer import selection
 from pipelines.tokenizer import training as tokenizers
@@ -22,6 +23,7 @@ from skillnet_platform import cluster, config, console, signals, storage
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import directories
+from skillnet_platform.storage.temporary import remove_leftovers
 
 #: Increase it when the engine (not one corpus) changes the prepared bytes.
 ENGINE_VERSION = 1
@@ -126,6 +128,7 @@ def _prepare(
         requested = {corpus.name for corpus in corpora}
         selection.check_replaceable(tokenizer, requested, store or data)
     if len(done) == len(corpora):
+        remove_leftovers(data)
         if store is not None:
             # All corpora are current, but the manifest of the tokenizer may have changed.
             upload_shared_files(data, store)
@@ -291,7 +294,8 @@ def reuse_if_current(
     def contains(entries: dict[str, Any]) -> bool:
         return all(manifest.get(key) == value for key, value in entries.items())
 
-    if not contains(build_corpus_identity(corpus, sources, data)):
+    identity = build_corpus_identity(corpus, sources, data)
+    if not contains(identity):
         return
     if isinstance(corpus, ExternalCorpus):
         # A scan of equal sources would find the labels of the manifest, in a pass over all rows.
@@ -302,6 +306,8 @@ def reuse_if_current(
         done[corpus.name] = _summarize_manifest(manifest, "cached")
         if store is not None:
             clear_staging(store, corpus.name)
+        else:
+            finish_commit(data / corpus.name, staging_path(data / corpus.name, identity))
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ directory is removed.
 import contextlib
 import fcntl
 import json
-import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -29,10 +29,12 @@ from pipelines.shards.format import MANIFEST, QUARANTINE, write_shard
 from skillnet_platform import storage
 from skillnet_platform.config import digest_config
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage.temporary import temporary_file
 
 REJECTED_ROWS = "rejected.jsonl"
 READ_SUMMARY = "read.json"
 LOCK = "lock"
+_ENTRY_NAME = re.compile(r".+-\d{5}\.json")
 
 
 @contextlib.contextmanager
@@ -48,7 +50,7 @@ def staging_dir(final: Path, identity: dict[str, Any]) -> Iterator[Path]:
     Raises:
         UserError: another process prepares the same corpus.
     """
-    folder = final.with_name(f".{final.name}.partial-{digest_config(identity)[:16]}")
+    folder = staging_path(final, identity)
     # Staging directories of other identities are obsolete. The lock protects a running process.
     for other in final.parent.glob(f".{final.name}.partial-*"):
         if other != folder:
@@ -102,13 +104,10 @@ def write_shard_entry(
     entry: dict[str, Any] = {"split": split, "shard": shard, "keys": keys, "file": None}
     if table.num_rows:
         final = folder / f"{stem}.arrow"
-        # Node and process are in the name: two attempts of one task may write at the same time.
-        temporary = final.with_name(f".{stem}.{os.uname().nodename}.{os.getpid()}.tmp")
-        try:
+        # Two attempts of one task may write at the same time, each to its own file.
+        with temporary_file(final) as temporary:
             entry["file"] = write_shard(table, temporary) | {"file": final.name}
             temporary.replace(final)  # atomic: a reader sees a complete shard or none
-        finally:
-            temporary.unlink(missing_ok=True)
     storage.write_json(folder / f"{stem}.json", entry | {"rejected": rejected})
     return entry | {"rejected": rejected}
 
@@ -167,17 +166,57 @@ def iter_rejected_lines(folder: Path) -> Iterator[str]:
 
 
 def commit_corpus(folder: Path, final: Path) -> None:
-    """Remove temporary files and rename the staging directory to the final directory.
+    """Rename the staging directory to the final directory, then remove its temporary files.
+
+    A kill at any moment leaves the old or the new corpus. Until the rename, the staging directory
+    keeps the entries of all shards, so the next run publishes them again. After it,
+    :func:`finish_commit` removes what is left.
 
     Args:
         folder: see :func:`staging_dir`; it holds the manifest.
         final: directory of the finished corpus.
     """
-    for path in folder.iterdir():
-        entry = path.suffix == ".json" and path.name != MANIFEST
-        if entry or path.name in (REJECTED_ROWS, LOCK) or path.name.startswith("."):
+    splits = storage.read_json(folder / MANIFEST)["splits"].values()
+    listed = {shard["file"] for split in splits for shard in split["shards"]}
+    # A kill during an earlier commit may have left shards of a replaced corpus here.
+    for path in folder.glob("*.arrow"):
+        if path.name not in listed:
             path.unlink()
     storage.commit_directory(folder, final)
+    _remove_staging_files(final)
+
+
+def finish_commit(final: Path, folder: Path) -> None:
+    """Remove what a killed commit left of a corpus that is current.
+
+    Args:
+        final: directory of the finished corpus.
+        folder: its staging directory, which may hold a replaced corpus; see :func:`staging_path`.
+    """
+    _remove_staging_files(final)
+    storage.restore_replaced(final)
+    if folder.is_dir():
+        # The lock belongs to a process that removes the directory itself.
+        with contextlib.suppress(UserError), _locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def staging_path(final: Path, identity: dict[str, Any]) -> Path:
+    """Return the staging directory of a corpus.
+
+    Args:
+        final: directory of the finished corpus.
+        identity: decides the bytes of the corpus; see ``prepare.build_corpus_identity``.
+    """
+    return final.with_name(f".{final.name}.partial-{digest_config(identity)[:16]}")
+
+
+def _remove_staging_files(final: Path) -> None:
+    for path in final.iterdir():
+        is_temporary = path.name.startswith(".") and path.suffix == ".tmp"
+        is_named = path.name in (REJECTED_ROWS, READ_SUMMARY, LOCK)
+        if is_named or is_temporary or _ENTRY_NAME.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _read_entry(folder: Path, stem: str) -> dict[str, Any] | None:

@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage.exchange import exchange_paths
+from skillnet_platform.storage.temporary import (
+    remove_leftovers,
+    temporary_directory,
+    temporary_file,
+)
 
 HOME_VARIABLE = "SKILLNET_HOME"
 
@@ -54,11 +60,11 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         UserError: the disk is full, or the folder cannot be written.
     """
     final = Path(path)
-    aside = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    with _making(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        opened = aside.open(mode, encoding=None if "b" in mode else "utf-8")
-    try:
+    with contextlib.ExitStack() as stack:
+        with _making(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            aside = stack.enter_context(temporary_file(final))
+            opened = aside.open(mode, encoding=None if "b" in mode else "utf-8")
         with disk_guard(final):
             with opened as stream:
                 yield stream
@@ -68,8 +74,6 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             aside.replace(final)
             # A rename is durable only when its directory is synced.
             _sync_directory(final.parent)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -173,21 +177,22 @@ def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: the directory cannot be created.
     """
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with _making(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        aside.mkdir()
-    try:
+    with contextlib.ExitStack() as stack:
+        with _making(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            restore_replaced(target)
+            remove_leftovers(target.parent, target.name)
+            aside = stack.enter_context(temporary_directory(target))
         yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str]) -> None:
     """Rename the finished directory ``tmp`` to ``final`` and replace an existing directory.
 
-    The files are synced to the disk before the rename. Both must be on one file system.
+    The files are synced to the disk before the rename. Both must be on one file system. The name
+    ``final`` always leads to the old or the new directory. On file systems without an exchange of
+    names, such as NFS, it is missing for a moment; after a kill in this moment the next commit
+    restores the old directory.
     """
     source, target = Path(tmp), Path(final)
     # The rename may reach the disk before the content does, unless this is synced first.
@@ -196,12 +201,16 @@ def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str])
             _sync_file(Path(folder) / name)
         _sync_directory(Path(folder))
     # A kill between the two renames left only the old directory, which comes back first.
-    _remove_leftovers(target, "old.tmp")
+    restore_replaced(target)
     # A rename cannot replace a directory that has files.
     if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
-        target.rename(old)
-        source.rename(target)
+        old = source
+        if not exchange_paths(source, target):
+            old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+            target.rename(old)
+            source.rename(target)
+        # The old directory is removed once the new one is sure to have its name.
+        _sync_directory(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     else:
         source.rename(target)
@@ -283,13 +292,14 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _remove_leftovers(final: Path, kind: str = "tmp") -> None:
-    for left in final.parent.glob(f".{final.name}.*.{kind}"):
+def restore_replaced(final: Path) -> None:
+    """Restore the directory that a killed commit moved away, or remove it if it was replaced."""
+    for left in final.parent.glob(f".{final.name}.*.old.tmp"):
         pid = left.name.removeprefix(f".{final.name}.").split(".")[0]
         # Another living process may still write to its directory.
         if pid.isdigit() and int(pid) != os.getpid() and process_is_alive(int(pid)):
             continue
-        if left.name.endswith(".old.tmp") and not final.exists():
+        if not final.exists():
             left.rename(final)  # killed between the two renames: the old directory is complete
         else:
             shutil.rmtree(left, ignore_errors=True)
