@@ -9,8 +9,6 @@ M masked tokens of all rows, P values of a token, V tokens of the vocabulary.
 """
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from skillnet.build_budget import limit_weights
 from skillnet.config import SkillNetConfig
 from skillnet.flops import count_flops
 from skillnet.heads import HEADS, MaskedHead, RetrievalHead
@@ -33,6 +32,10 @@ from skillnet.serialization import (
     write_parts,
 )
 from skillnet.skills import find_task, nearest_hint
+from skillnet.staging import staging_folder
+
+#: Shortest entry of a tensor in the header of a safetensors file.
+HEADER_BYTES_PER_TENSOR = 50
 
 Batch = dict[str, Tensor]
 Tokens = tuple[Tensor, Tensor | None]
@@ -304,7 +307,7 @@ class TaskModel(nn.Module):
         if task is not None:
             config = cls.config_for(config, task)
         # A few bytes of configuration can request any amount of memory. The file sizes cannot.
-        with torch.device("meta"):
+        with torch.device("meta"), limit_weights(_count_weights(folder, manifest)):
             _check_shapes(folder, cls._build(folder, config, options), manifest)
         model = cls._build(folder, config, options)
         dtype = None
@@ -357,26 +360,27 @@ def save_model(model: TaskModel, path: Path) -> None:
     if foreign or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} exists and is not a saved model; choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write_manifest(partial, write_parts(model, partial))
+    with staging_folder(path) as staging:
+        write_manifest(staging, write_parts(model, staging))
         if path.exists():
             # A directory cannot be replaced atomically, so the old one steps aside until the end.
-            old = path.with_name(f"{path.name}.old-{os.getpid()}")
-            path.rename(old)
-            try:
-                partial.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old)
+            with staging_folder(path) as aside:
+                old = aside / path.name
+                path.rename(old)
+                try:
+                    staging.rename(path)
+                except BaseException:
+                    old.rename(path)
+                    raise
         else:
-            partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            staging.rename(path)
+
+
+def _count_weights(folder: Path, manifest: dict[str, Any]) -> int:
+    """Return the most tensors that the files of a saved model can hold; files may be missing."""
+    paths = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
+    # The headers are not read: a model that is loaded for one task opens the files of that task.
+    return sum(path.stat().st_size for path in paths if path.is_file()) // HEADER_BYTES_PER_TENSOR
 
 
 def _check_shapes(folder: Path, model: TaskModel, manifest: dict[str, Any]) -> None:

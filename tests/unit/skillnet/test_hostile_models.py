@@ -6,8 +6,10 @@ An attacker who makes a directory also makes its manifest, so the hashes below a
 import json
 import pickle
 import struct
+import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.config.run import TrainingConfig
-from pipelines.runs import checkpoints, model_source
+from pipelines.runs import bundle_manifest, checkpoints, model_source
 from pipelines.serving import bundle
 from pipelines.training import checkpointing
 from pipelines.training.optimizer import WeightAverage, build_optimizer
 from skillnet import systems
 from skillnet.baselines import library_models
 from skillnet.baselines.hf_checkpoints import find_checkpoint, require_finite
+from skillnet.build_budget import limit_weights
 from skillnet.multitask_model import TaskModel
 from skillnet.serialization import hash_file, read_manifest, write_manifest
 from tests.helpers.small_models import small_model
@@ -283,6 +286,28 @@ def test_a_configuration_that_asks_for_too_much_or_makes_no_sense(
         tracemalloc.stop()
 
 
+def test_a_small_configuration_of_millions_of_weights_is_rejected_at_once(saved: Path) -> None:
+    about = json.loads((saved / "config.json").read_text())
+    about["num_layers"] = 1024
+    about["skills"] = [*about["skills"], *(f"s{number}" for number in range(3000))]
+    plan = about["tasks"]["text_classification"]["towers"]["input"]
+    plan["skills"] = [*plan["skills"], *about["skills"][-3000:]]
+    (saved / "config.json").write_text(json.dumps(about))
+    resealed(saved)
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=r"more than the \d+ weights of its files"):
+        systems.load_model(saved)
+    assert time.process_time() - begin < 10
+
+
+def test_models_of_other_threads_are_built_while_one_is_limited() -> None:
+    with limit_weights(0), ThreadPoolExecutor(1) as threads:
+        assert threads.submit(torch.nn.Linear, 2, 2).result().weight.shape == (2, 2)
+        with pytest.raises(ValueError, match="more than the 0 weights"):
+            torch.nn.Linear(2, 2)
+    torch.nn.Linear(2, 2)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, "\xff"])
 def test_a_configuration_that_is_none(saved: Path, model: TaskModel, text: str) -> None:
     (saved / "config.json").write_bytes(text.encode("latin-1"))
@@ -299,9 +324,24 @@ def bundled(model: TaskModel, folder: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     files = [path for path in folder.rglob("*") if path.is_file()]
     reported = {str(path.relative_to(folder)): hash_file(path) for path in files}
-    about = {"format": bundle.BUNDLE_FORMAT, "tasks": {}, "files": reported}
-    (folder / "serving.json").write_text(json.dumps(about))
+    about = {
+        "format": bundle_manifest.BUNDLE_FORMAT,
+        "package": "0",
+        "weights_digest": "0",
+        "run_id": None,
+        "steps": None,
+        "settings": {},
+        "tasks": {},
+        "files": reported,
+    }
+    write_serving(folder, about)
     return folder
+
+
+def write_serving(folder: Path, about: dict[str, Any]) -> None:
+    """Write a manifest whose digest fits, as its author can."""
+    digest = bundle_manifest.compute_bundle_digest(about)
+    (folder / "serving.json").write_text(json.dumps(about | {"digest": digest}))
 
 
 def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
@@ -309,7 +349,7 @@ def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
     about = bundle.check_bundle(folder)
 
     def refused(words: str, **changes: object) -> None:
-        (folder / "serving.json").write_text(json.dumps(about | changes))
+        write_serving(folder, about | changes)
         with pytest.raises(ValueError, match=words):
             bundle.open_bundle(folder)
 
@@ -317,10 +357,10 @@ def test_bundles_are_checked_alike(model: TaskModel, tmp_path: Path) -> None:
     refused("names '../x'", files=files | {"../x": "0"})
     refused("names '/etc/passwd'", files=files | {"/etc/passwd": "0"})
     refused("does not list model/manifest.json", files={"tokenizer.json": files["tokenizer.json"]})
-    refused("are damaged", files=[1])
-    refused("are damaged", tasks={"x": 1})
+    refused(r"files is \[1\], expected a hash per file", files=[1])
+    refused("tasks.x is no entry of a task", tasks={"x": 1})
     refused("format None", format=None)
-    refused("tokenizer.json: not a tokenizer")
+    refused("tasks are ; the model has")
     (folder / "model" / WEIGHTS).rename(tmp_path / "elsewhere")
     (folder / "model" / WEIGHTS).symlink_to(tmp_path / "elsewhere")
     refused("is a link")
