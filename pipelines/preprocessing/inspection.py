@@ -31,6 +31,7 @@ from pipelines.corpora.readers.fields import RecordCorpus
 from pipelines.io.directory import SourceDirectory, to_printable
 from pipelines.io.media import MediaReadError, read_media
 from pipelines.transforms.decode_guard import decode_each
+from pipelines.transforms.decoder_process import DecoderEndedError, decode_media
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import human_bytes
@@ -324,7 +325,19 @@ def _describe_media(corpus: ExternalCorpus, rows: list[Row]) -> dict[str, Any]:
 def _check_media(
     corpus: ExternalCorpus, data: bytes, row: Row
 ) -> tuple[dict[str, float], str | None]:
-    """Return facts of a row's media file, and the reason if prepare would reject the row."""
+    """Return facts of a row's media file, and the reason if prepare would reject the row.
+
+    Raises:
+        ValueError: the file has no readable header, or its decoder does not return.
+    """
+    # First in a process of its own: a file that ends its decoder must not end this command.
+    try:
+        decode_media(corpus.modality, data)
+    except DecoderEndedError:
+        raise
+    # The checks below give the same reason, and the facts of the file.
+    except ValueError:
+        pass
     facts = _measure_media(corpus.modality, data)
     block = pa.Table.from_pylist([row], schema=corpus.raw_schema)
     return facts, corpus.build_columns(block)["rejected"][0].as_py()

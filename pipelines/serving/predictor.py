@@ -13,7 +13,8 @@ import numpy as np
 
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.evaluation.tables import sort_rows
-from pipelines.transforms import code, image, sound, text, video
+from pipelines.transforms import sound, text
+from pipelines.transforms.decoder_process import decode_media
 from skillnet.multitask_model import TaskModel
 from skillnet.skills import SkillPlan, find_task
 from skillnet_platform.errors import UserError
@@ -155,12 +156,13 @@ class TaskPredictor:
             try:
                 task, tower, plan = self._select_task(item)
                 arrays = self._preprocess(item, task, tower, plan)
-            except UserError as error:
+            # An unknown task of a row is a plain ValueError.
+            except ValueError as error:
                 if on_error is None:
                     raise
                 on_error(number, str(error))
                 continue
-            jobs += [(task, tower, name, array) for name, array in arrays]
+            jobs += [(task, tower, printable_name(name), array) for name, array in arrays]
         out: list[TaskPrediction | None] = [None] * len(jobs)
         # One pass per task and tower, so that the model runs in batches and not item by item.
         for key in dict.fromkeys((task, tower) for task, tower, _, _ in jobs):
@@ -247,20 +249,21 @@ class TaskPredictor:
                 return [(item.name, self.tokenize([content], limit)[0])]
             if plan.modality == "image":
                 fit = settings.get("fit", "pad")
-                return [(item.name, image.load_pixels(data, config.image_size, fit))]
+                return [(item.name, decode_media("image", data, config.image_size, fit))]
             if plan.modality == "sound":
                 seconds = settings.get("max_seconds")
                 frames = round(seconds * 100) if seconds else sound.MAX_FRAMES
-                return [(item.name, sound.load_log_mel(data, frames, settings.get("trim", True)))]
+                trim = settings.get("trim", True)
+                return [(item.name, decode_media("sound", data, frames, trim))]
             if plan.modality == "video":
                 size = config.video_size
-                return [(item.name, video.load_video_frames(data, config.video_frames, size))]
+                return [(item.name, decode_media("video", data, config.video_frames, size))]
             # The model was trained on single functions, so a file is one input for each of them.
-            functions = list(code.parse_functions(code.decode_source(data)))
+            functions = decode_media("code", data)
             if not functions:
                 raise ValueError("the file has no functions")
-            rows = self.tokenize([f.code for f in functions], self._max_tokens(task, "code"))
-            names = [f"{item.name}:{f.line} {f.name}" for f in functions]
+            rows = self.tokenize([f["code"] for f in functions], self._max_tokens(task, "code"))
+            names = [f"{item.name}:{f['line']} {f['name']}" for f in functions]
             return list(zip(names, rows, strict=True))
         # Transforms raise ValueError for damaged media and do not know the file's name.
         except ValueError as error:
@@ -314,6 +317,11 @@ def read_input_item(path: str | Path, task: str | None = None) -> PredictionItem
     if not data:
         raise UserError(f"{path}: the file is empty")
     return PredictionItem(str(path), None, data, task)
+
+
+def printable_name(name: str) -> str:
+    """Return a name that every output can encode; file names may be no Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_file_bytes(path: Path, hint: str = "") -> bytes:

@@ -77,8 +77,7 @@ def decode_each(
             except ValueError as error:
                 outcome: tuple[Result | None, str | None] = None, str(error)
             except DecodeTimeoutError:
-                is_default = seconds == DECODE_TIMEOUT_S
-                outcome = None, TOO_SLOW if is_default else f"longer than {seconds:.3g} s"
+                outcome = None, describe_timeout(seconds)
             except MemoryError:
                 outcome = None, TOO_LARGE
             except Exception as error:
@@ -92,6 +91,11 @@ def decode_each(
                 if attempts is not None:
                     attempts.end_row()
             yield outcome
+
+
+def describe_timeout(seconds: float) -> str:
+    """Return the reason of a file whose decoder took longer than its limit."""
+    return TOO_SLOW if seconds == DECODE_TIMEOUT_S else f"longer than {seconds:.3g} s"
 
 
 class DecodeAttempts:

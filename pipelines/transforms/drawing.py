@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 from xml.parsers import expat
 
+from skillnet.rust_panics import panics_as_errors
+
 #: Bytes of an SVG file.
 MAX_BYTES = 8 * 2**20
 #: A taller image is drawn narrower. Groups and filters each allocate an image of this size.
@@ -143,22 +145,19 @@ def _draw(text: str, side: int) -> bytes:
     import resvg_py
 
     try:
-        return bytes(
-            resvg_py.svg_to_bytes(
-                svg_string=text,
-                width=side,
-                height=max(side, MAX_DRAWN_PIXELS // side),
-                resources_dir=NO_RESOURCES_DIR,
-                dpi=DPI,
+        with panics_as_errors("a damaged drawing"):
+            return bytes(
+                resvg_py.svg_to_bytes(
+                    svg_string=text,
+                    width=side,
+                    height=max(side, MAX_DRAWN_PIXELS // side),
+                    resources_dir=NO_RESOURCES_DIR,
+                    dpi=DPI,
+                )
             )
-        )
     except ValueError as error:
+        # Rows are counted by their reason, so it must not contain a position.
         raise ValueError(f"a damaged SVG ({re.sub('[0-9]+', 'N', str(error))[:80]})") from None
-    except BaseException as error:
-        # A panic of the Rust library is not an Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError("a damaged SVG (the renderer failed)") from None
 
 
 def _run_with_stack(action: Callable[[], bytes]) -> bytes:

@@ -1,0 +1,90 @@
+"""A file that hangs its decoder or takes all memory costs itself, not the process that asks."""
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.transforms import image
+from pipelines.transforms.decoder_process import (
+    DecoderEndedError,
+    DecoderPool,
+    decode_media,
+    find_decoder,
+)
+from tests.helpers.hostile_corpora import picture
+
+#: 300 bytes that resvg draws for minutes, holding Python's lock.
+SLOW_SVG = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="2000" height="2000"><filter id="f">'
+    + b'<feTurbulence baseFrequency="0.9" numOctaves="2000000"/>'
+    + b'</filter><rect width="2000" height="2000" filter="url(#f)"/></svg>'
+)
+
+
+@pytest.fixture
+def pool() -> Iterator[DecoderPool]:
+    made = DecoderPool()
+    yield made
+    made.close()
+
+
+def test_result_equals_that_of_the_decoder() -> None:
+    data = picture("PNG")
+    found = decode_media("image", data, 32, "crop")
+    assert np.array_equal(found, image.load_pixels(data, 32, "crop"))
+    found[0] = 0  # a copy of its own
+    (function,) = decode_media("code", "def f(x):\n    return '红'\n".encode())
+    assert (function["name"], function["line"]) == ("f", 1)
+
+
+def test_reasons_of_bad_files_are_those_of_the_decoder() -> None:
+    for kind, data in (("image", b"x"), ("sound", b"x"), ("video", b"x"), ("code", b"def")):
+        with pytest.raises(ValueError) as own:  # noqa: PT011
+            find_decoder(kind)(data)
+        with pytest.raises(ValueError) as others:  # noqa: PT011
+            decode_media(kind, data)
+        assert str(others.value) == str(own.value)
+
+
+def test_filter_that_hangs_the_renderer_ends_only_the_child(pool: DecoderPool) -> None:
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(0.1):
+            ticks.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    pool.decode("image", picture("PNG"), (32,), 60.0)  # a child has started
+    begin = time.monotonic()
+    with pytest.raises(DecoderEndedError, match=r"longer than 0\.5 s"):
+        pool.decode("image", SLOW_SVG, (64,), 0.5)
+    stop.set()
+    thread.join()
+    # Other threads were not stopped: the renderer held the lock of the child only.
+    assert len([each for each in ticks if each > begin]) > 5
+    assert pool.decode("image", picture("PNG"), (32,), 60.0).shape == (32, 32, 3)
+
+
+def test_file_that_needs_too_much_memory_is_rejected() -> None:
+    target = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(target, "PNG")
+    small = DecoderPool(memory=96 * 2**20)
+    with pytest.raises(ValueError, match="memory"):
+        small.decode("image", target.getvalue(), (64,), 60.0)
+    small.close()
+
+
+def test_threads_get_their_own_results() -> None:
+    pictures = [picture("PNG", (40 + number, 40)) for number in range(24)]
+    with ThreadPoolExecutor(24) as threads:
+        found = list(threads.map(lambda data: decode_media("image", data, 16), pictures))
+    for data, pixels in zip(pictures, found, strict=True):
+        assert np.array_equal(pixels, image.load_pixels(data, 16))
