@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from skillnet.config import SkillNetConfig
+from skillnet.rust_panics import panics_as_errors
 from skillnet.skills import SkillPlan, Task
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -48,7 +49,8 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             not floating point or not finite.
     """
     try:
-        tensors: dict[str, Tensor] = load_file(path, device=device)
+        with panics_as_errors("the header or a tensor is damaged"):
+            tensors: dict[str, Tensor] = load_file(path, device=device)
     except (SafetensorError, ValueError) as problem:
         raise ValueError(
             f"{path} is no safetensors file ({problem}); no other format is read, since it could "

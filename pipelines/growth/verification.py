@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipelines.growth.report import GROWN, FileState, GrowthReport, TaskState, T
 from pipelines.runs.model_source import ModelSource
 from skillnet import systems
 from skillnet.model import SkillNet
-from skillnet.serialization import hash_file, read_manifest
+from skillnet.serialization import hash_file, read_manifest, read_tensor_shapes
 from skillnet.skills import Task
 from skillnet_platform import console
 
@@ -258,19 +259,12 @@ def _compare_transfer(
 
 def _count_trained(run: Path) -> int:
     """Return the number of trained parameters: those with an average in the optimizer state."""
-    from safetensors import safe_open
-
     checkpoint = max((run / "checkpoints").glob("step-*"))
     total = 0
     for path in checkpoint.glob("optimizer-*.safetensors"):
-        with safe_open(str(path), "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - the handle is not a mapping
-                if key.endswith("/exp_avg"):
-                    # The shape comes from the header, so no tensor is read.
-                    size = 1
-                    for length in tensors.get_slice(key).get_shape():
-                        size *= length
-                    total += size
+        # The shape comes from the header, so no tensor is read.
+        shapes = read_tensor_shapes(path)
+        total += sum(math.prod(shapes[key]) for key in shapes if key.endswith("/exp_avg"))
     return total
 
 

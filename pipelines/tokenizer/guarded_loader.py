@@ -265,9 +265,9 @@ def _check_charsmap(where: str, value: Any) -> None:
 
 def _check_model(model: dict[str, Any]) -> int:
     """Check the model of a tokenizer, and return the number of its tokens."""
-    kind = model.get("type")
+    kind = str(model.get("type"))
     if kind not in MODEL_KEYS:
-        raise ValueError(f"model: {str(kind)[:40]!r} is none of {', '.join(MODEL_KEYS)}")
+        raise ValueError(f"model: {kind[:40]!r} is none of {', '.join(MODEL_KEYS)}")
     _check_keys("model", model, {"type", *MODEL_KEYS[kind]})
     for key in MODEL_KEYS[kind] - {"vocab", "merges"}:
         value = model.get(key)

@@ -1,11 +1,13 @@
 """Transform of texts: token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from skillnet.rust_panics import panics_as_errors
 
 TEXT_TOKENS = 64
 CAPTION_TOKENS = 48
@@ -22,8 +24,14 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
 
     Returns:
         list<int32> per text, (B,).
+
+    Raises:
+        ValueError: a text is no Unicode, or the tokenizer fails.
     """
-    ids = [row.ids for row in tokenizer.encode_batch_fast(list(texts))]
+    for each in texts:
+        check_unicode(each)
+    encoded = _run_tokenizer(lambda: tokenizer.encode_batch_fast(list(texts)))
+    ids = [row.ids for row in encoded]
     unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
     if unknown is not None and first is not None:
         for index, row in enumerate(ids):
@@ -33,6 +41,21 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     ends = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     flat = np.fromiter(chain.from_iterable(ids), np.int32, count=int(ends[-1]))
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
+
+
+def check_unicode(text: str) -> None:
+    """Check that a text has no lone surrogate, which JSON and file names can contain.
+
+    Raises:
+        ValueError: it has one; no encoding represents it.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])[1:-1]
+        raise ValueError(
+            f"the text has a lone surrogate ({found}), which is no character"
+        ) from None
 
 
 def encode_captions(
@@ -67,9 +90,21 @@ def append_keywords(text: str, keywords: Any) -> str:
     return f"{text} {keywords}".strip() if isinstance(keywords, str) else text
 
 
+def _run_tokenizer(action: Callable[[], Any]) -> Any:
+    """Return the result of the tokenizer; raise ValueError if it fails."""
+    try:
+        with panics_as_errors("the text cannot be tokenized"):
+            return action()
+    except ValueError:
+        raise
+    # The library raises a plain Exception for each of its errors.
+    except Exception as error:
+        raise ValueError(f"the text cannot be tokenized ({str(error)[:120]})") from None
+
+
 def _encode_unknown(tokenizer: Any, text: str, unknown: int, first: int) -> list[int]:
     """Return the token ids of a text, with the bytes of each unknown token."""
-    encoded = tokenizer.encode(text)
+    encoded = _run_tokenizer(lambda: tokenizer.encode(text))
     ids: list[int] = []
     for token, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
         if token == unknown:

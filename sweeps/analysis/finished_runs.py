@@ -6,6 +6,7 @@ that they were evaluated on the same rows. Called by ``skillnet compare``.
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,16 +232,13 @@ def read_pretraining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def count_parameters(model: Path) -> int:
     """Return the number of parameters of a saved model, from file headers; 0 without a model."""
-    from safetensors import safe_open
+    from skillnet.serialization import read_tensor_shapes
 
-    total = 0
-    for path in sorted(model.glob("*.safetensors")):
-        with safe_open(path, "numpy") as tensors:
-            total += sum(
-                int(np.prod(tensors.get_slice(name).get_shape()))
-                for name in tensors.keys()  # noqa: SIM118
-            )
-    return total
+    return sum(
+        math.prod(shape)
+        for path in sorted(model.glob("*.safetensors"))
+        for shape in read_tensor_shapes(path).values()
+    )
 
 
 def read_corpus_digests(settings: Mapping[str, Any]) -> dict[str, str]:

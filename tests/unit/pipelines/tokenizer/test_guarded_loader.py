@@ -18,6 +18,7 @@ from pipelines.tokenizer.guarded_loader import (
     largest_token_id,
     parse_tokenizer,
 )
+from pipelines.transforms import text
 
 Tree = dict[str, Any]
 Change = Callable[[Tree], Any]
@@ -198,3 +199,12 @@ def test_patterns_of_exponential_cost_are_rejected(pattern: str) -> None:
 
 def test_own_tokenizer_passes_its_checks() -> None:
     check_tokenizer(tree())
+
+
+def test_tokenizer_that_fails_for_a_text_is_an_error_of_that_text() -> None:
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(ValueError, match=r"cannot be tokenized \(.*Missing"):
+        text.encode_texts(Tokenizer(models.WordLevel({"a": 0}, unk_token="z")), ["b"], 9)
+    with pytest.raises(ValueError, match=r"a lone surrogate \(.ud83d\)"):
+        text.encode_texts(parse_tokenizer(tree()), ["好", "\ud83d"], 9)
