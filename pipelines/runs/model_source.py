@@ -11,11 +11,12 @@ s3://bucket/runs/2026-…         any of these in an object store: downloaded fi
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
 
+from pipelines.runs.bundle_manifest import BUNDLE_MANIFEST, read_bundle_manifest
+from pipelines.runs.task_counts import find_untrained_tasks, parse_task_counts
 from skillnet import systems
 from skillnet.growth import remove_task
 from skillnet.multitask_model import TaskModel
@@ -45,6 +46,7 @@ class ModelSource:
         version: in the registry, or None.
         settings: the resolved configuration of its training, as plain values; {} if unknown.
         steps: training steps done, or None.
+        untrained: task -> why its steps changed no weight; such a model is not registered.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ModelSource:
     version: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    untrained: dict[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -206,19 +209,14 @@ def _registered(address: str, uri: str | None) -> ModelSource:
 
 
 def _bundle(folder: Path, address: str) -> ModelSource:
-    required: dict[str, type | tuple[type, ...]] = {
-        "run_id": (str, NoneType),
-        "settings": dict,
-        "steps": (int, NoneType),
-    }
-    about = read_record(folder / "serving.json", required, REMEDY)
+    about = read_bundle_manifest(folder / BUNDLE_MANIFEST)
     return ModelSource(
         name=address,
         weights=folder / "model",
         bundle=folder,
-        run_id=about.get("run_id"),
-        settings=_check_settings(about["settings"], folder / "serving.json"),
-        steps=about.get("steps"),
+        run_id=about["run_id"],
+        settings=_check_settings(about["settings"], folder / BUNDLE_MANIFEST),
+        steps=about["steps"],
     )
 
 
@@ -237,7 +235,7 @@ def _check_settings(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _resolve_folder(path: Path, address: str) -> ModelSource:
-    if (path / "serving.json").is_file():
+    if (path / BUNDLE_MANIFEST).is_file():
         return _bundle(path, address)
     if (path / "artifacts" / BUNDLE).is_dir():
         return _bundle(path / "artifacts" / BUNDLE, address)
@@ -263,11 +261,20 @@ def _with_run(weights: Path, run: Path | None, address: str) -> ModelSource:
     if run is not None and (run / "config.yaml").is_file():
         settings = _check_settings(load_yaml(run / "config.yaml"), run / "config.yaml")
     run_id = tracking.read_run_id(run / "run.json") if run is not None else None
-    steps = None
-    for record in (weights / "state.json", *([run / "trained.json"] if run else [])):
-        if steps is None and record.is_file():
-            steps = read_record(record, {"step": int}, REMEDY)["step"]
-    return ModelSource(address, weights, None, run, run_id, None, settings, steps)
+    # A checkpoint has its own record; a final model has that of its run.
+    records = (weights / "state.json", *([run / "trained.json"] if run else []))
+    record = next((path for path in records if path.is_file()), None)
+    if record is None:
+        return ModelSource(address, weights, None, run, run_id, None, settings)
+    about = read_record(record, {"step": int}, REMEDY)
+    try:
+        counts = parse_task_counts(about.get("tasks", {}))
+    except ValueError as error:
+        raise UserError(f"{record}: {error}; {REMEDY}") from None
+    untrained = find_untrained_tasks(counts)
+    return ModelSource(
+        address, weights, None, run, run_id, None, settings, about["step"], untrained
+    )
 
 
 def _by_id(run_id: str, uri: str | None) -> ModelSource:

@@ -13,6 +13,7 @@ The registry stores bundles. A bundle opens without the corpora and without a ne
 """
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,28 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pipelines.evaluation.evaluator import check_outputs, locate_task_corpus
+from pipelines.runs.bundle_manifest import (
+    BUNDLE_FORMAT,
+    BUNDLE_MANIFEST,
+    REMEDY,
+    compute_bundle_digest,
+    read_bundle_manifest,
+)
 from pipelines.runs.head_sizes import LISTED
 from pipelines.runs.model_source import ModelSource, load_trained_tasks
 from pipelines.serving.predictor import CaptionBank, TaskPredictor
+from pipelines.serving.unit_vectors import check_unit_vectors
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.tokenizer import training as tokenizers
+from pipelines.tokenizer.guarded_loader import largest_token_id
 from skillnet import systems
+from skillnet.config import SkillNetConfig
 from skillnet.precision import best_device
 from skillnet.serialization import check_inside, load_tensors, read_config, read_manifest
 from skillnet.skills import Task
 from skillnet_platform import __version__, console
 from skillnet_platform.config import digest_config
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import (
     read_json,
     run_root,
@@ -47,7 +58,6 @@ from skillnet_platform.storage.location import (
     read_if_exists,
 )
 
-BUNDLE_FORMAT = 1
 #: Increase it when the embeddings of known captions change: bundles of checkpoints are cached.
 VECTORS_VERSION = 2
 #: Maximum number of known captions of a task: embeddings of width 512 take 200 MB on disk and in
@@ -55,7 +65,6 @@ VECTORS_VERSION = 2
 MAX_CAPTIONS = 100_000
 #: Captions that are read or embedded in one batch.
 BATCH_CAPTIONS = 8192
-BUNDLE_MANIFEST = "serving.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -125,6 +134,7 @@ def build_bundle(source: ModelSource, data: str | Path, target: Path) -> Path:
             },
             "files": {str(path.relative_to(folder)): sha256_file(path) for path in files},
         }
+        manifest["digest"] = compute_bundle_digest(manifest)
         write_json(folder / BUNDLE_MANIFEST, manifest)
     return target
 
@@ -143,13 +153,16 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
     # Hashes come first: no file is parsed before it is known to be unchanged.
     manifest = check_bundle(folder)
     model = systems.load_model(folder / "model").to(best_device())
+    check_tasks(folder / BUNDLE_MANIFEST, manifest, model.config)
     banks = {}
     for task, spec in model.config.tasks.items():
         if spec.objective == "retrieval" and f"captions-{task}.json" in manifest["files"]:
-            banks[task] = _read_caption_bank(folder, task)
+            banks[task] = _read_caption_bank(folder, task, model.config.embedding_dim)
+    tokenizer = tokenizers.load_tokenizer(folder / TOKENIZER_FILE)
+    check_vocabulary(folder / TOKENIZER_FILE, tokenizer, model.config)
     return TaskPredictor(
         model,
-        tokenizers.load_tokenizer(folder / TOKENIZER_FILE),
+        tokenizer,
         {task: entry["names"] for task, entry in manifest["tasks"].items()},
         banks,
         {task: entry["limit"] for task, entry in manifest["tasks"].items()},
@@ -159,7 +172,7 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
 
 
 def check_bundle(folder: str | Path) -> dict[str, Any]:
-    """Check the hash of every file of a bundle, and return the content of ``serving.json``.
+    """Check ``serving.json`` and the hash of every file, and return the content of the former.
 
     Args:
         folder: of the bundle.
@@ -169,18 +182,8 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     path = folder / BUNDLE_MANIFEST
-    document = read_json(path)
-    manifest = document if isinstance(document, dict) else {}
-    if manifest.get("format") != BUNDLE_FORMAT:
-        raise UserError(
-            f"{path}: format {manifest.get('format')!r}, this program reads {BUNDLE_FORMAT}; "
-            f"it was written by skillnet-platform {manifest.get('package')}"
-        )
-    tasks, files = manifest.get("tasks"), manifest.get("files")
-    entries = tasks.values() if isinstance(tasks, dict) else [None]
-    valid = all(isinstance(entry, dict) and {"names", "limit"} <= set(entry) for entry in entries)
-    if not valid or not isinstance(files, dict):
-        raise UserError(f"{path}: tasks or files are damaged; register the model again")
+    manifest = read_bundle_manifest(path)
+    files = manifest["files"]
     # A manifest without files would otherwise pass, because it has nothing to compare.
     required = {TOKENIZER_FILE, "model/manifest.json"}
     if required - set(files):
@@ -198,16 +201,62 @@ def check_bundle(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_caption_bank(folder: Path, task: str) -> CaptionBank:
+def check_tasks(path: Path, manifest: Mapping[str, Any], config: SkillNetConfig) -> None:
+    """Check that a bundle describes the tasks and outputs of its model.
+
+    Args:
+        path: of the manifest.
+        manifest: content of ``serving.json``.
+        config: of the model.
+
+    Raises:
+        UserError: a task is missing, or has another number of names than outputs.
+    """
+    if manifest["tasks"].keys() != config.tasks.keys():
+        raise UserError(
+            f"{path}: tasks are {', '.join(manifest['tasks'])}; the model has "
+            f"{', '.join(config.tasks)}; {REMEDY}"
+        )
+    for task, spec in config.tasks.items():
+        names = manifest["tasks"][task]["names"]
+        if spec.objective in LISTED and len(names) != spec.outputs:
+            raise UserError(
+                f"{path}: tasks.{task}.names has {len(names)} names; the model has {spec.outputs} "
+                f"outputs; {REMEDY}"
+            )
+
+
+def check_vocabulary(path: Path, tokenizer: Any, config: SkillNetConfig) -> None:
+    """Check that a model knows every token that a tokenizer can produce.
+
+    Args:
+        path: of the tokenizer.
+        tokenizer: to check.
+        config: of the model.
+
+    Raises:
+        UserError: a token is beyond the vocabulary of the model.
+    """
+    largest = largest_token_id(tokenizer)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{path}: it has the token id {largest}; the model has {config.vocab_size} tokens; use "
+            "the tokenizer of its training"
+        )
+
+
+def _read_caption_bank(folder: Path, task: str, width: int) -> CaptionBank:
     """Return the known captions of a task with their embeddings."""
     path, captions = folder / f"captions-{task}.safetensors", folder / f"captions-{task}.json"
     tensors, texts = load_tensors(path), read_json(captions)
     vectors = tensors.get("embeddings")
     # Vectors that are paired with other texts would give wrong captions without an error.
     valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    if not valid or vectors is None or vectors.ndim != 2 or len(vectors) != len(texts):
+    if not valid or vectors is None:
         raise UserError(f"{path} does not contain an embedding for each text of {captions.name}")
-    return CaptionBank(texts, vectors.numpy())
+    embeddings = vectors.float().numpy()
+    check_unit_vectors(path, embeddings, (len(texts), width))
+    return CaptionBank(texts, embeddings)
 
 
 def open_predictor(
@@ -239,6 +288,13 @@ def open_predictor(
     )
     target = run_root() / "cache" / "bundles" / key[:16]
     # build_bundle publishes a complete directory or none, so this file proves completeness.
+    if (target / BUNDLE_MANIFEST).is_file():
+        try:
+            check_bundle(target)
+        # A cache holds nothing of its own, so a damaged entry is built again.
+        except (ValueError, OSError) as error:
+            console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
+            shutil.rmtree(target)
     if not (target / BUNDLE_MANIFEST).is_file():
         build_bundle(source, data, target)
     return open_bundle(target, precision)
@@ -252,7 +308,10 @@ def read_output_names(corpus: PreparedCorpus, spec: Task) -> list[str]:
         spec: the task.
     """
     key = LISTED.get(spec.objective)
-    return list(corpus.manifest.get(key, [])) if key else []
+    if key is None:
+        return []
+    # A corpus may have numbers only. Each output needs a name.
+    return list(corpus.manifest.get(key) or map(str, range(spec.outputs)))
 
 
 def read_known_captions(corpus: PreparedCorpus, max_captions: int = MAX_CAPTIONS) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.serving.predictor import PredictionItem, read_file_bytes, read_input_item
+from pipelines.transforms.text import check_unicode
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
 
@@ -104,16 +105,18 @@ def _parse_row(where: str, line: bytes, folder: Path, task: str | None, clue: bo
     row: Any = None
     try:
         row = json.loads(line.decode("utf-8"))
+        # JSON can escape half a character. An id or a task with it could not be written.
+        check_unicode(json.dumps(row, ensure_ascii=False))
         item = _parse_item(where, row, folder, task, clue)
         return InputRow(where, row, item)
-    # UnicodeDecodeError and UserError are ValueErrors, so the order of these handlers matters.
+    # These errors are ValueErrors, so the order of the handlers matters.
     except UnicodeDecodeError:
         reason = "not UTF-8; convert the file, for example with iconv -f GB18030 -t UTF-8"
-    except UserError as error:
-        reason = str(error).removeprefix(f"{where}: ")
     # json raises RecursionError for deeply nested input.
-    except (ValueError, RecursionError) as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         reason = f"not JSON ({error})"
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{where}: ")
     return InputRow(where, row if isinstance(row, dict) else {}, None, reason)
 
 

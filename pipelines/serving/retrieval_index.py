@@ -1,16 +1,21 @@
 """Retrieval index of a prepared corpus: embeddings of its rows, cached on disk.
 
-``skillnet search`` calls :func:`build_retrieval_index`.
+``skillnet search`` calls :func:`build_retrieval_index`. A file holds the vectors, their hash and
+the key of what they were computed from. A file that fails a check is damaged and built again.
 """
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipelines.serving.unit_vectors import check_unit_vectors
+from skillnet.rust_panics import panics_as_errors
 from skillnet_platform import console
 from skillnet_platform.config import digest_config
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, first_line
 from skillnet_platform.storage import atomic_write, human_bytes, run_root
 
 if TYPE_CHECKING:
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
     from pipelines.shards.dataset import PreparedCorpus
 
 #: Increase it when the index changes, so that cached files are not reused.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 #: A search holds the embeddings of all searched rows in memory.
 MAX_INDEX_BYTES = 4 * 2**30
 
@@ -46,8 +51,6 @@ def build_retrieval_index(
     Raises:
         UserError: the embeddings exceed ``MAX_INDEX_BYTES``.
     """
-    from safetensors.numpy import load_file, save
-
     from pipelines.evaluation.inference import split_inputs
 
     # bf16 and float32 give different vectors, so an index belongs to one precision.
@@ -57,10 +60,14 @@ def build_retrieval_index(
         [INDEX_VERSION, source.digest, corpus.digest, task, list(splits), precision, limit]
     )
     path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
-    if path.is_file():
-        return load_file(path)["embeddings"]
     config = predictor.model.config
     rows = sum(corpus.splits[name].rows for name in splits)
+    if path.is_file():
+        try:
+            return read_index(path, key, (rows, config.embedding_dim))
+        # A cache holds nothing of its own, so a damaged file is built again.
+        except (ValueError, OSError) as error:
+            console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
     size = rows * config.embedding_dim * 4  # float32
     # Checked in advance: embedding takes long, and memory would run out only at its end.
     if size > MAX_INDEX_BYTES:
@@ -84,7 +91,52 @@ def build_retrieval_index(
             parts.append(predictor.runner.embed(task, "candidate", inputs))
             bar.advance(len(inputs), name)
     vectors = np.concatenate(parts)
+    write_index(path, key, vectors)
+    return vectors
+
+
+def write_index(path: Path, key: str, vectors: np.ndarray) -> None:
+    """Write embeddings with their hash.
+
+    Args:
+        path: of the file.
+        key: digest of all that decides the embeddings.
+        vectors: unit vectors (N, E) float32.
+    """
+    from safetensors.numpy import save
+
+    about = {"key": key, "sha256": _hash_vectors(vectors)}
     # Two searches may build one index; no reader must see half a file.
     with atomic_write(path) as stream:
-        stream.write(save({"embeddings": vectors}))
+        stream.write(save({"embeddings": vectors}, metadata=about))
+
+
+def read_index(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
+    """Read embeddings, and check their hash, key, shape and lengths.
+
+    Args:
+        path: of the file.
+        key: digest of all that decides the embeddings.
+        shape: expected number and width.
+
+    Raises:
+        UserError: the file is damaged, or of another model or corpus.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with panics_as_errors("no safetensors file"), safe_open(path, "numpy") as tensors:
+            about = tensors.metadata() or {}
+            vectors = np.asarray(tensors.get_tensor("embeddings"))
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no index ({error})") from None
+    if about.get("key") != key:
+        raise UserError(f"{path} is the index of another model or corpus")
+    if about.get("sha256") != _hash_vectors(vectors):
+        raise UserError(f"{path} was altered: it does not fit its hash")
+    check_unit_vectors(path, vectors, shape)
     return vectors
+
+
+def _hash_vectors(vectors: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(vectors).data).hexdigest()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.runs import model_source
+from pipelines.runs.bundle_manifest import BUNDLE_FORMAT, compute_bundle_digest
 from sweeps.analysis.finished_runs import check_comparable, label_runs, read_run
 from sweeps.search import ranking
 from sweeps.trials.ledger import LedgerEntry
@@ -145,6 +146,16 @@ def test_a_compared_run_with_any_value_anywhere(
 
 #: What is read of a model's folder before its weights: of a run, and of a bundle.
 SETTINGS = {"seed": 3, "tasks": {"text_to_code": {"corpus": "functions", "max_length": 96}}}
+SERVING = {
+    "format": BUNDLE_FORMAT,
+    "package": "0.1.0",
+    "weights_digest": "a",
+    "run_id": "a",
+    "settings": SETTINGS,
+    "steps": 4,
+    "tasks": {},
+    "files": {},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "run": {
         "model/manifest.json": {},
@@ -153,7 +164,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "trained.json": {"step": 4},
         "run.json": {"run_id": "a", "uri": "sqlite:///a.db"},
     },
-    "bundle": {"serving.json": {"run_id": "a", "settings": SETTINGS, "steps": 4}},
+    "bundle": {"serving.json": SERVING | {"digest": compute_bundle_digest(SERVING)}},
 }
 
 

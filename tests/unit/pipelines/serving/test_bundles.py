@@ -1,0 +1,278 @@
+"""Bundles: wrong values have a message, damaged caches are built again, requests are parallel."""
+
+import io
+import json
+import shutil
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import predict
+from pipelines.runs import model_source
+from pipelines.runs.bundle_manifest import compute_bundle_digest, read_bundle_manifest
+from pipelines.serving import bundle
+from pipelines.serving.inputs import read_input_rows
+from pipelines.serving.predictor import PredictionItem, TaskPrediction, TaskPredictor
+from skillnet.model import SkillNet
+from skillnet.serialization import hash_file
+from skillnet_platform.errors import UserError
+from tests.helpers.readable_corpora import config, write_corpora
+
+
+class Place:
+    """Prepared corpora, a saved model and its bundle, in a run root."""
+
+    def __init__(self, root: Path) -> None:
+        self.data = write_corpora(root / "corpora")
+        torch.manual_seed(0)
+        SkillNet(config()).save_pretrained(root / "saved")
+        self.source = model_source.resolve_model(str(root / "saved"))
+        self.bundle = bundle.build_bundle(self.source, self.data, root / "bundle")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    root = tmp_path_factory.mktemp("bundles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKILLNET_HOME", str(root))
+        yield Place(root)
+
+
+def copy_bundle(place: Place, tmp_path: Path) -> Path:
+    return shutil.copytree(place.bundle, tmp_path / "copy")
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with hashes and digest that fit, as an attacker would."""
+    for name in manifest["files"]:
+        if (folder / name).is_file():
+            manifest["files"][name] = hash_file(folder / name)
+    manifest["digest"] = compute_bundle_digest(manifest)
+    (folder / "serving.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+Change = Callable[[dict[str, Any]], Any]
+TASK = "text_classification"
+CHANGES: dict[str, tuple[Change, str]] = {
+    "names missing": (
+        lambda m: m["tasks"][TASK].pop("names"),
+        r"tasks\.text_class.*\.names is miss",
+    ),
+    "names a text": (lambda m: m["tasks"][TASK].update(names="ab"), r"\.names is 'ab', expected a"),
+    "a name a number": (lambda m: m["tasks"][TASK].update(names=[7] * 15), r"\.names is \[7"),
+    "a name cut": (lambda m: m["tasks"][TASK]["names"].pop(), "has 14 names; the model has 15"),
+    "half a character": (
+        lambda m: m["tasks"][TASK]["names"].__setitem__(0, "\ud83d"),
+        r"\.names is \['.ud83d",
+    ),
+    "task unknown": (lambda m: m["tasks"].update(x=dict(m["tasks"][TASK])), "tasks are .*, x; the"),
+    "task removed": (lambda m: m["tasks"].pop(TASK), "the model has .*text_classification"),
+    "task a list": (lambda m: m["tasks"].update({TASK: []}), "is no entry of a task"),
+    "limit a text": (lambda m: m["tasks"][TASK].update(limit="9"), r"\.limit is '9', expected a"),
+    "limit zero": (lambda m: m["tasks"][TASK].update(limit=0), r"\.limit is 0, expected a number"),
+    "limit true": (lambda m: m["tasks"][TASK].update(limit=True), r"\.limit is True"),
+    "preprocessing": (lambda m: m["tasks"][TASK].update(preprocessing=3), r"preprocessing is 3"),
+    "max_tokens": (
+        lambda m: m["tasks"][TASK]["preprocessing"].update(max_tokens="x"),
+        r"preprocessing\.max_tokens is 'x'",
+    ),
+    "max_seconds": (
+        lambda m: m["tasks"][TASK]["preprocessing"].update(max_seconds=1e308),
+        r"preprocessing\.max_seconds is 1e\+308",
+    ),
+    "fit": (
+        lambda m: m["tasks"][TASK]["preprocessing"].update(fit=[]),
+        r"fit is \[\], expected pad",
+    ),
+    "steps": (lambda m: m.update(steps="many"), "steps is 'many'"),
+    "run_id": (lambda m: m.update(run_id=3), "run_id is 3, expected a text or null"),
+    "settings": (lambda m: m.update(settings=[1]), r"settings is \[1\], expected keys"),
+    "files": (lambda m: m["files"].update({"model/manifest.json": 3}), "is no hash"),
+    "extra key": (lambda m: m.update(code="import os"), "code is no known key"),
+    "format": (lambda m: m.update(format=99), "format 99, this program reads 2"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_wrong_value_of_the_manifest_is_named(place: Place, tmp_path: Path, kind: str) -> None:
+    folder = copy_bundle(place, tmp_path)
+    change, message = CHANGES[kind]
+    manifest = json.loads((folder / "serving.json").read_text(encoding="utf-8"))
+    before = dict(manifest["files"])
+    change(manifest)
+    if manifest["files"].keys() == before.keys() and kind != "files":
+        seal(folder, manifest)
+    else:
+        (folder / "serving.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        bundle.open_bundle(folder)
+    assert str(caught.value).startswith(str(folder / "serving.json"))
+
+
+def test_change_of_the_manifest_that_fits_its_schema_is_noticed(
+    place: Place, tmp_path: Path
+) -> None:
+    folder = copy_bundle(place, tmp_path)
+    path = folder / "serving.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    names = manifest["tasks"][TASK]["names"]
+    names[0], names[1] = names[1], names[0]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    for read in (read_bundle_manifest, lambda p: model_source.resolve_model(str(p.parent))):
+        with pytest.raises(UserError, match="was altered: it does not fit its digest"):
+            read(path)
+
+
+def test_tokenizer_with_tokens_beyond_the_vocabulary_is_rejected(
+    place: Place, tmp_path: Path
+) -> None:
+    folder = copy_bundle(place, tmp_path)
+    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tree["model"]["vocab"]["zzz"] = 1200
+    (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    seal(folder, json.loads((folder / "serving.json").read_text(encoding="utf-8")))
+    with pytest.raises(UserError, match="has the token id 1200; the model has 1200 tokens"):
+        bundle.open_bundle(folder)
+
+
+def test_captions_that_are_no_unit_vectors_are_rejected(place: Place, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = copy_bundle(place, tmp_path)
+    path = folder / "captions-text_to_image.safetensors"
+    vectors = load_file(path)["embeddings"]
+    vectors[3] *= 5.18
+    save_file({"embeddings": vectors}, path)
+    seal(folder, json.loads((folder / "serving.json").read_text(encoding="utf-8")))
+    with pytest.raises(UserError, match=r"row 3 has the length 5\.18"):
+        bundle.open_bundle(folder)
+
+
+def test_damaged_cache_of_a_checkpoint_is_built_again(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SKILLNET_HOME", str(tmp_path))
+    item = PredictionItem("x", "数学教程")
+    expected = bundle.open_predictor(place.source, place.data).predict([item])
+    (cached,) = (tmp_path / "cache" / "bundles").iterdir()
+    for name in ("serving.json", "tokenizer.json", "captions-text_to_image.safetensors"):
+        data = (cached / name).read_bytes()
+        (cached / name).write_bytes(data[:-9] + b"000000000")
+        capsys.readouterr()
+        assert bundle.open_predictor(place.source, place.data).predict([item]) == expected
+        reported = capsys.readouterr().err
+        assert "damaged cache" in reported
+        assert "it is built again" in " ".join(reported.split())
+    bundle.open_predictor(place.source, place.data)
+    assert "damaged" not in capsys.readouterr().err
+    # A bundle that a user names is not rebuilt.
+    folder = copy_bundle(place, tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json was altered"):
+        bundle.open_predictor(model_source.resolve_model(str(folder)), place.data)
+
+
+ROWS = (
+    b'{"text": "\\ud83d"}\n'
+    b'{"text": "\xe6\x95\xb0\xe5\xad\xa6", "task": "no_such_task"}\n'
+    b'{"text": "\xe6\x95\xb0\xe5\xad\xa6", "id": "\\udc00"}\n'
+    b'{"text": "\xe6\x95\xb0\xe5\xad\xa6\xe6\x95\x99\xe7\xa8\x8b"}\n'
+)
+
+
+def test_bad_rows_are_set_aside_and_the_others_are_answered(
+    place: Place, tmp_path: Path, capsys: Any
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_bytes(ROWS)
+    words = ["--input", str(rows), "--model", str(place.bundle), "--output", str(out)]
+    assert predict.main(words) == 0
+    (line,) = out.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["input"] == "数学教程"
+    reported = " ".join(capsys.readouterr().err.split())
+    assert "line 1: the text has a lone surrogate" in reported
+    assert "line 2: unknown task 'no_such_task'" in reported
+    assert "line 3: the text has a lone surrogate" in reported
+    assert len([row for row in read_input_rows(rows, None) if row.reason]) == 2
+
+
+def test_text_of_the_command_line_with_half_a_character_is_an_error(
+    place: Place, capsys: Any
+) -> None:
+    assert predict.main(["--text", "a\udc80", "--model", str(place.bundle)]) == 2
+    assert "--text: the text has a lone surrogate" in " ".join(capsys.readouterr().err.split())
+
+
+# -- concurrent requests ----------------------------------
+
+REQUESTS = 50
+
+
+def requests() -> list[list[PredictionItem]]:
+    """Different requests: texts, queries, images, and a file with two functions."""
+    made: list[list[PredictionItem]] = []
+    for number in range(REQUESTS):
+        picture = io.BytesIO()
+        Image.new("RGB", (20 + number, 30), (5 * number, 90, 40)).save(picture, "PNG")
+        source = f"def f{number}(x):\n    return x\n\ndef g(y):\n    return {number}\n"
+        made.append(
+            [
+                PredictionItem(f"text {number}", "数学教程经济手册"[: 2 + number % 7]),
+                PredictionItem("query", f"红色的{number}", None, "text_to_image"),
+                PredictionItem("a.png", None, picture.getvalue()),
+                PredictionItem("a.py", None, source.encode()),
+            ][number % 2 :]
+        )
+    return made
+
+
+def equal(one: list[TaskPrediction], other: list[TaskPrediction]) -> bool:
+    return len(one) == len(other) and all(
+        (a.input, a.task, a.answer) == (b.input, b.task, b.answer)
+        and np.array_equal(a.score, b.score, equal_nan=True)
+        and a.embedding == b.embedding
+        and a.alternatives == b.alternatives
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_concurrent_predictions_equal_those_one_by_one(place: Place) -> None:
+    predictor: TaskPredictor = bundle.open_bundle(place.bundle)
+    given = requests()
+    expected = [predictor.predict(items) for items in given]
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        found = list(threads.map(predictor.predict, given))
+    assert all(equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_concurrent_requests_of_the_mlflow_model_equal_those_one_by_one(place: Place) -> None:
+    import base64
+
+    import pandas as pd
+
+    from pipelines.serving.mlflow_model import SkillNetModel
+
+    served, context = SkillNetModel(), types.SimpleNamespace(artifacts={"bundle": place.bundle})
+    served.load_context(context)  # type: ignore[arg-type]
+
+    def answer(items: list[PredictionItem]) -> str:
+        rows = [
+            {"text": item.text, "task": item.task, "name": item.name}
+            if item.data is None
+            else {"file": base64.b64encode(item.data).decode(), "name": item.name}
+            for item in items
+        ]
+        frame = served.predict(context, pd.DataFrame(rows), {"top": 3})  # type: ignore[arg-type]
+        return str(frame.to_json(orient="records"))
+
+    given = requests()
+    expected = [answer(items) for items in given]
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        assert list(threads.map(answer, given)) == expected
