@@ -27,15 +27,13 @@ from pipelines.training.optimizer import (
 from pipelines.training.reporter import LoopReporter
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model, pick_device, resume_run
+from pipelines.training.task_health import MAX_NONFINITE_STEPS, TaskHealth
 from pipelines.training.throughput import ThroughputMeter
 from skillnet import losses as skillnet_losses
 from skillnet.losses import RankGather
 from skillnet.multitask_model import TaskModel
 from skillnet.precision import ComputePrecision, choose_precision
 from skillnet.skills import Task
-
-#: Consecutive steps with a loss or gradient that is not finite before training gives up.
-MAX_NONFINITE_STEPS = 10
 
 
 @dataclass
@@ -51,7 +49,7 @@ class TrainResult:
         rows_per_second: training rows over that time.
         waiting: fraction of that time spent waiting for data.
         bytes_reduced: gradient bytes that this rank sent.
-        skipped: steps without an update, because a gradient was not finite.
+        tasks: steps and rows per task, and those that made no update.
         losses: last running mean of the loss per task.
         checkpoint: the last checkpoint on rank 0, if the run has a folder.
         preempted: a stop was requested (:mod:`pipelines.training.preemption`); a checkpoint exists.
@@ -65,7 +63,7 @@ class TrainResult:
     rows_per_second: float
     waiting: float
     bytes_reduced: int
-    skipped: int
+    tasks: dict[str, dict[str, int]]
     losses: dict[str, float] = field(default_factory=dict)
     checkpoint: Path | None = None
     preempted: bool = False
@@ -98,7 +96,7 @@ def train_model(
 
     Raises:
         UserError: corpora, tasks or checkpoints do not fit.
-        FloatingPointError: the loss stays not finite.
+        NonFiniteGradientError: too many gradients of a task are not finite.
     """
     config = run.config
     settings = config.training
@@ -123,20 +121,33 @@ def train_model(
 
     identity = run.identity_digest
     # The checkpoint must have the same identity as this run.
+    health = TaskHealth(
+        config.trained,
+        f"lower training.lr ({settings.lr}) or training.max_grad_norm, or set training.precision "
+        "fp32",
+        world,
+        device,
+    )
     start = 0
     if run.has_folder:
-        start = resume_run(run.folder, identity, model, optimizer, average, world)
+        checkpoint = resume_run(run.folder, identity, model, optimizer, average, world)
+        if checkpoint is not None:
+            start = checkpoint.step
+            sizes = {name: task.batch_size for name, task in config.trained.items()}
+            health.restore(checkpoint.state, run.dataloader.count_steps(start), sizes)
     scheduler = build_lr_scheduler(optimizer, settings, start)
     # ``stop_at`` ends the loop early, but the learning rate follows ``settings.steps``.
     last = min(settings.steps, stop_at if stop_at is not None else settings.steps)
     meter = ThroughputMeter(config, world, device)
-    stopped, path, failed, leaving = None, None, 0, False
+    stopped, path, leaving = None, None, False
     step = start
 
     def save_checkpoint() -> Path | None:
+        health.reduce()
         if not run.has_folder or rank:
             return None
         state = {"seed": config.seed, "steps": settings.steps, "config_digest": identity}
+        state |= health.checkpoint_state()
         written = checkpointing.write_checkpoint(
             run.folder / "checkpoints",
             step,
@@ -166,36 +177,31 @@ def train_model(
 
             # Ranks sum gradients during the backward pass; the stop flag travels with them.
             sync.begin(batch.task, preemption.stop_requested())
-            loss = step_loss(model, task, batch, precision, config, rank, world)
+            loss = step_loss(model, task, batch, precision, config, rank, world, health)
             loss.backward()
             leaving = sync.finish()
             norm = clip_gradients((p for _, p in active[batch.task]), settings.max_grad_norm)
             # All ranks see the same norm, so all of them skip the same steps.
-            if torch.isfinite(norm):
+            is_finite = bool(torch.isfinite(norm))
+            if is_finite:
                 optimizer.step()
                 if average is not None:
                     average.update(active[batch.task])
-                failed = 0
-            else:
-                failed += 1
-                if failed == MAX_NONFINITE_STEPS:
-                    raise FloatingPointError(
-                        f"{batch.task}: the gradient is not finite since step {step - failed + 1};"
-                        f" lower training.lr ({settings.lr}) or training.max_grad_norm, or set "
-                        "training.precision fp32"
-                    )
+            health.add_step(batch, is_finite, step)
             # Gradients become None, so that AdamW skips parameters outside the next task.
             optimizer.zero_grad()
 
             step += 1
             lr = float(scheduler.get_last_lr()[0])
-            meter.add(batch, loss.detach(), norm, lr, skipped=failed > 0)
+            meter.add(batch, loss.detach(), norm, lr, is_finite)
             # Also after a skipped update: the learning rate is a function of the step.
             scheduler.step()
             if step % settings.log_every == 0 or step == last or leaving:
-                values = meter.collect_metrics() | model.statistics()
+                health.reduce()
+                values = meter.collect_metrics() | model.statistics() | health.collect_metrics()
                 reporter.metrics(values, step)
-                reporter.progress(step, meter.format_losses())
+                reporter.progress(step, meter.format_losses() + health.format_problems())
+                health.check_trained(MAX_NONFINITE_STEPS)
                 limit = settings.max_minutes
                 if limit and meter.broadcast_flag(meter.elapsed > 60 * limit):
                     stopped = f"reached training.max_minutes {limit} at step {step}"
@@ -217,6 +223,8 @@ def train_model(
     # No rank may end while rank 0 still writes the checkpoint.
     if world > 1:
         dist.barrier()
+    if step == settings.steps:
+        health.check_trained()
     # The result has the averaged weights; the checkpoint has both.
     if average is not None:
         average.swap(model)
@@ -231,7 +239,7 @@ def train_model(
         rows_per_second=meter.rows / max(meter.elapsed, 1e-9),
         waiting=meter.waited / max(meter.elapsed, 1e-9),
         bytes_reduced=sync.bytes_reduced,
-        skipped=meter.skipped,
+        tasks=health.to_dict(),
         losses=dict(meter.losses),
         checkpoint=path,
         preempted=leaving and step < settings.steps,
@@ -246,6 +254,7 @@ def step_loss(
     config: FinetuneConfig,
     rank: int = 0,
     world: int = 1,
+    health: TaskHealth | None = None,
 ) -> Tensor:
     """Return this rank's share of the loss of a global batch; the shares of all ranks add up to it.
 
@@ -257,9 +266,12 @@ def step_loss(
         config: of the run.
         rank: of this process.
         world: number of processes.
+        health: counts the rows that cannot be aligned.
     """
     with precision.autocast():
         outputs = model(batch.task, batch.towers)
+    if health is not None:
+        health.add_outputs(task, outputs, batch)
     gather = DistributedGather(batch.global_rows, rank, world) if world > 1 else None
     smoothing = config.tasks[batch.task].label_smoothing
     loss = task_loss(task, outputs, batch, gather, smoothing)

@@ -103,8 +103,8 @@ def resume_run(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
     world: int = 1,
-) -> int:
-    """Load the newest valid checkpoint of a run; return the number of steps done.
+) -> checkpoints.VerifiedCheckpoint | None:
+    """Load the newest valid checkpoint of a run, and return it; None without one.
 
     Args:
         run: folder of the run.
@@ -119,14 +119,14 @@ def resume_run(
     """
     checkpoint = common_checkpoint(run / "checkpoints", world)
     if checkpoint is None:
-        return 0
+        return None
     if checkpoint.state.get("config_digest") != identity:
         raise UserError(
             f"{checkpoint.path} was written with another configuration; resume with that one "
             f"({run / 'config.yaml'}), or give this run another name"
         )
     checkpointing.load_checkpoint(checkpoint, model, optimizer, average)
-    return checkpoint.step
+    return checkpoint
 
 
 def common_checkpoint(folder: Path, world: int) -> checkpoints.VerifiedCheckpoint | None:

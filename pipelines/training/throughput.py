@@ -26,7 +26,7 @@ class ThroughputMeter:
         self._names = list(config.tasks)
         self._start = self._mark = time.monotonic()
         self._pause = 0.0
-        self.rows = self.skipped = 0
+        self.rows = 0
         self.waited = 0.0
         self.losses: dict[str, float] = {}
         self._since = {"rows": 0, "waited": 0.0, "steps": 0}
@@ -52,7 +52,7 @@ class ThroughputMeter:
             self._since["waited"] += spent
             yield batch
 
-    def add(self, batch: Batch, loss: Tensor, norm: Tensor, lr: float, skipped: bool) -> None:
+    def add(self, batch: Batch, loss: Tensor, norm: Tensor, lr: float, is_finite: bool) -> None:
         """Count a step.
 
         Args:
@@ -60,15 +60,16 @@ class ThroughputMeter:
             loss: this rank's share of the global loss.
             norm: of the gradient.
             lr: learning rate.
-            skipped: the step made no update.
+            is_finite: the gradient was finite.
         """
-        index = self._names.index(batch.task)
-        self._sums[index, 0] += loss
-        self._sums[index, 1] += 1
+        # One loss that is not finite would make the running mean NaN for the rest of the run.
+        if is_finite:
+            index = self._names.index(batch.task)
+            self._sums[index, 0] += loss
+            self._sums[index, 1] += 1
         self.rows += batch.global_rows
         self._since["rows"] += batch.global_rows
         self._since["steps"] += 1
-        self.skipped += skipped
         self._norm, self._lr = norm, lr
 
     def collect_metrics(self) -> dict[str, float]:
