@@ -18,6 +18,7 @@ from pipelines.loading.augment import BatchRandom
 from pipelines.loading.shard_table import ShardTable
 from pipelines.shards.columns import FixedColumn, NestedRaggedColumn, RaggedColumn
 from pipelines.shards.id_columns import TOKEN_COLUMNS, IdRange
+from pipelines.transforms.ctc_alignment import count_alignment_tokens
 from skillnet.config import SkillNetConfig
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
@@ -107,6 +108,7 @@ class TaskDataset:
     ) -> None:
         max_length = settings.max_length
         splits = resolve_splits(corpus, settings.split)
+        self._model = model
         self.name, self.task, self.location = name, task, f"{corpus.name}/{'+'.join(splits)}"
         self.num_rows = sum(corpus.splits[split].rows for split in splits)
         if not self.num_rows:
@@ -131,8 +133,10 @@ class TaskDataset:
         )
         if task.objective == "ctc" and "max_seconds" in corpus.manifest["preprocessing"]:
             self._reject_cropping(corpus)
+        #: Rows of a CTC task whose transcript has no alignment with the model's tokens.
+        self.unalignable_rows = self._count_unalignable() if task.objective == "ctc" else 0
         self._deviation = float(corpus.manifest["preprocessing"].get("deviation", 1.0))
-        self._model, self._first_caption_prob = model, settings.first_caption_prob
+        self._first_caption_prob = settings.first_caption_prob
         tokenizer = corpus.manifest.get("tokenizer") or {}
         # Replacement words must be tokens of the model, even if the corpus knows more.
         vocab_size = min(tokenizer.get("vocab_size", model.vocab_size), model.vocab_size)
@@ -223,6 +227,28 @@ class TaskDataset:
                 f"tasks.{self.name}.max_length likewise, if it is set), or prepare with "
                 f"--options.{corpus.name}.max_seconds {self.limit / 100:g}"
             )
+
+    def _count_unalignable(self) -> int:
+        """Return the number of rows with more symbols than tokens; 0 for an object store.
+
+        Raises:
+            UserError: no row can be aligned, so the task would never be trained.
+        """
+        if self.shard_table.is_remote:
+            return 0  # would download all shards before the first step
+        frames = np.minimum(self._ragged("log_mel").lengths(), self.limit)
+        tokens = -(-frames // self._model.mel_stack)
+        self._ragged("symbols")  # names the corpus if the column is missing
+        chunks = self.shard_table.table().column("symbols").chunks
+        needed = np.concatenate([count_alignment_tokens(chunk) for chunk in chunks])
+        count = int((needed > tokens).sum())
+        if count == self.num_rows:
+            raise UserError(
+                f"{self.location}: each transcript has more symbols than its audio has tokens, so "
+                f"task {self.name} cannot be trained; lower model.mel_stack "
+                f"({self._model.mel_stack}), or check the transcripts"
+            )
+        return count
 
     def _find_units(self, corpus: "PreparedCorpus") -> SoundUnits | None:
         count = self._model.sound_units

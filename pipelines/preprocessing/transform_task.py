@@ -17,6 +17,7 @@ from pipelines.preprocessing.datasource import STORE_UNAVAILABLE, USER_ERROR
 from pipelines.preprocessing.spool import unpack_unit
 from pipelines.tokenizer import training as tokenizers
 from pipelines.transforms import decode_guard
+from pipelines.transforms.ctc_alignment import find_ctc_problems
 from skillnet.malloc import keep_freed_memory
 from skillnet_platform.cli import user_error_message
 from skillnet_platform.storage.directories import StoreUnavailableError
@@ -99,9 +100,21 @@ def transform_block(corpus: Corpus, tokenizer: Path | None, block: pa.Table) -> 
     if REJECTED_COLUMN not in transformed.column_names:
         nulls = pa.nulls(transformed.num_rows, pa.string())
         transformed = transformed.append_column(REJECTED_COLUMN, nulls)
+    if "symbols" in transformed.column_names and "log_mel" in transformed.column_names:
+        transformed = _reject_unalignable(transformed)
     for name in ("key", "group"):
         transformed = transformed.append_column(name, block[name])
     return transformed
+
+
+def _reject_unalignable(transformed: pa.Table) -> pa.Table:
+    """Return a block whose rows with an impossible transcript have a reason."""
+    symbols, mel = (transformed[name].combine_chunks() for name in ("symbols", "log_mel"))
+    problems = find_ctc_problems(symbols, pa.compute.list_value_length(mel).to_numpy())
+    known = transformed[REJECTED_COLUMN].to_pylist()
+    reasons = [reason or problem for reason, problem in zip(known, problems, strict=True)]
+    place = transformed.schema.get_field_index(REJECTED_COLUMN)
+    return transformed.set_column(place, REJECTED_COLUMN, pa.array(reasons, pa.string()))
 
 
 def split_rejected(transformed: pa.Table, block: pa.Table) -> tuple[pa.Table, list[dict[str, Any]]]:

@@ -40,6 +40,13 @@ def validate_run(run: ResolvedRun) -> None:
     for name, task in config.tasks.items():
         check_outputs(run.corpora[task.corpus], name, find_task(name, config.model.tasks))
     # A missing GPU is reported before the workers start.
+    for name, dataset in run.dataloader.datasets.items():
+        if dataset.unalignable_rows:
+            console.print_warning(
+                f"{name}: {dataset.unalignable_rows} of {dataset.num_rows} rows of "
+                f"{dataset.location} have more symbols than tokens and cannot be learned; lower "
+                f"model.mel_stack ({config.model.mel_stack})"
+            )
     pick_device(config.training.use_gpu)
     _ = run.init_report
     tokenizers = {
