@@ -88,6 +88,7 @@ def test_a_store_that_is_away_while_workers_read_from_it(
     apart_from_the_driver(monkeypatch, object_store, run)
     held = run / "faults" / "0-hold-2"
     shards: list[int] = []
+    over = threading.Event()
 
     def fetched() -> int:
         return len(
@@ -96,7 +97,8 @@ def test_a_store_that_is_away_while_workers_read_from_it(
 
     def take_the_store_away() -> None:
         while not held.exists():
-            time.sleep(0.05)
+            if over.wait(0.05):
+                return
         object_store.door.shut()
         held.unlink()
         time.sleep(AWAY_S)
@@ -105,8 +107,11 @@ def test_a_store_that_is_away_while_workers_read_from_it(
 
     thread = threading.Thread(target=take_the_store_away, daemon=True)
     thread.start()
-    result = finetune.finetune(config)
-    thread.join()
+    try:
+        result = finetune_with_faults(config, {"step": 2, "kind": "hold"})
+    finally:
+        over.set()
+        thread.join()
     assert shards[0] < fetched(), "the rest came when the store was back"
     assert (result["resumed"], result["step"]) == (0, 30), "nothing was started again"
     assert weights(Path(result["model"])) == weights(Path(whole["model"]))
