@@ -11,8 +11,10 @@ from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from skillnet_platform.errors import UserError
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.storage import local as local_storage
 from skillnet_platform.storage.retry import AZURE, missing_bucket, retry_transient
+from skillnet_platform.storage.temporary import temporary_file
 
 Result = TypeVar("Result")
 
@@ -48,6 +50,21 @@ def is_uri(place: str | os.PathLike[str] | None) -> bool:
     """Return whether a text is the URI of an object store, not a path or registry address."""
     scheme, mark, _ = str(place or "").partition("://")
     return bool(mark) and scheme.isidentifier() and scheme not in _NOT_STORES
+
+
+def require_no_secret(uri: str) -> None:
+    """Check that a location holds no password, key or token: manifests and logs show locations.
+
+    Raises:
+        UserError: it holds one.
+    """
+    shown = SecretUri(uri)
+    if shown.has_secret or shown.is_redacted:
+        raise UserError(
+            f"{shown}: holds a password, a key or a token, which manifests and logs would show. "
+            "Remove it, and give it to the store's client in the environment, such as "
+            "AWS_SECRET_ACCESS_KEY or FSSPEC_SFTP_PASSWORD"
+        )
 
 
 def join_uri(uri: str, *names: str) -> str:
@@ -187,15 +204,13 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
     """
     target = Path(local)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Concurrent downloads of one file need different temporary names.
-    aside = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
     def get() -> None:
         system, path = _system(uri)
         with local_storage.disk_guard(target):
             system.get_file(path, str(aside))
 
-    try:
+    with temporary_file(target) as aside:
         _in_bucket(uri, get)
         if sha256 is not None:
             found = local_storage.sha256_file(aside)
@@ -205,8 +220,6 @@ def get_file(uri: str, local: str | os.PathLike[str], sha256: str | None = None)
                     "Put the right file there again"
                 )
         aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def list_files(uri: str) -> list[ObjectEntry]:
@@ -354,6 +367,7 @@ def _system(uri: str) -> tuple[Any, str]:
     """Return fsspec's file system of a URI and the path in it; fsspec caches the systems."""
     import fsspec
 
+    require_no_secret(uri)
     scheme = urlsplit(uri).scheme
     system, path = fsspec.url_to_fs(uri, **(S3_OPTIONS if scheme in ("s3", "s3a") else {}))
     return system, path.rstrip("/")
