@@ -75,7 +75,8 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     from pipelines.runs import model_source
 
     try:
-        source = model_source.resolve_model(config.model, config.tracking_uri)
+        # The checks below name the altered file, which a check of all files at once cannot.
+        source = model_source.resolve_model(config.model, config.tracking_uri, check_digest=False)
     except UserError as error:
         # Resolving a model checks hashes too; such a finding is a result of this command.
         if "altered" not in str(error):
@@ -133,16 +134,18 @@ def _check_bundle(source: "ModelSource", uri: str | None) -> Iterator[HashCheck]
     # Only the registry has tags to compare; a folder has none.
     if source.version is None:
         return
-    from skillnet_platform.tracking import backend, registry
+    from skillnet_platform.tracking import backend, champion, model_upload
 
     def tag() -> str:
         client = backend.create_client(backend.resolve_uri(uri))
         name = source.name.removeprefix("models:/").split("@")[0].split("/")[0]
-        tags = client.get_model_version(name or registry.MODEL_NAME, str(source.version)).tags
+        tags = client.get_model_version(name or champion.MODEL_NAME, str(source.version)).tags
         _require_equal(
             "serving.json", sha256_file(folder / bundle.BUNDLE_MANIFEST), tags.get("serving_sha256")
         )
         _require_equal("weights", source.digest, tags.get("weights_digest"))
+        found = model_upload.digest_files(folder.parents[1])
+        _require_equal("a file of the version", found, tags.get(model_upload.DIGEST_TAG))
         return f"version {source.version} names these files"
 
     yield _make_check("registry", tag)

@@ -101,18 +101,21 @@ class ModelSource:
         return [name for name in tasks if known is None or name in known]
 
 
-def resolve_model(address: str, uri: str | None = None) -> ModelSource:
+def resolve_model(
+    address: str, uri: str | None = None, *, check_digest: bool = True
+) -> ModelSource:
     """Resolve a model from a path, a run or a registry URI; see the examples in this module.
 
     Args:
         address: a path, a run's name or id, a URI, or a registry URI.
         uri: MLflow tracking URI; None takes the default.
+        check_digest: reject files of a registered model that differ from the registered digest.
 
     Raises:
-        UserError: there is no such model, or it is incomplete.
+        UserError: there is no such model, or it is incomplete or altered.
     """
     if address.startswith(("models:/", "runs:/")):
-        return _registered(address, uri)
+        return _registered(address, uri, check_digest)
     if is_uri(address):
         from pipelines.runs.mirror import download_model
 
@@ -189,10 +192,10 @@ def is_known_run(run_id: str, uri: str | None) -> bool:
     return True
 
 
-def _registered(address: str, uri: str | None) -> ModelSource:
+def _registered(address: str, uri: str | None, check_digest: bool) -> ModelSource:
     from skillnet_platform.tracking import registry
 
-    version = registry.resolve_registered(address, uri)
+    version = registry.resolve_registered(address, uri, check_digest=check_digest)
     bundle = version.path / "artifacts" / BUNDLE
     if not bundle.is_dir():
         raise UserError(f"{address} is not a SkillNet model: it has no artifact {BUNDLE!r}")

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skillnet_platform import console
-from skillnet_platform.storage import run_root, sha256_file
+from skillnet_platform.errors import UserError
+from skillnet_platform.signals import terminate_as_interrupt
+from skillnet_platform.storage import run_root, scratch_directory, sha256_file
 
 if TYPE_CHECKING:
     from pipelines.runs.model_source import ModelSource
@@ -34,6 +36,9 @@ def register_model(
 ) -> "RegisteredVersion":
     """Register a model as a new version, and set its alias by comparison with the champion.
 
+    The same weights of the same run are registered once: a second call returns their version, and
+    a call after a kill or SIGTERM completes the registration.
+
     Args:
         source: the trained model.
         data: directory of prepared corpora.
@@ -46,27 +51,85 @@ def register_model(
         description: added to the page of the version.
 
     Raises:
-        UserError: a corpus is missing or does not fit the model.
+        UserError: a corpus is missing or does not fit the model, or a task is untrained.
     """
+    for task, reason in source.untrained.items():
+        raise UserError(
+            f"{source.name}: the task {task} is untrained, because {reason}; train it again before "
+            "the model is registered"
+        )
     # These modules load torch and MLflow, which --help of the commands must not do.
+    from pipelines.runs.model_source import load_trained_tasks
+    from skillnet_platform.tracking import backend, champion, registration_order, registry
+
+    # SIGTERM may interrupt any step: the same command completes the registration.
+    with terminate_as_interrupt():
+        backend.setup_backend(uri)
+        model = load_trained_tasks(source)
+        key = _registration_key(source, model, data, name, uri)
+        known = registry.find_registration(key, name=name, uri=uri)
+        if known is not None and registration_order.is_done(known):
+            registered = registry.complete_registration(known, name=name, uri=uri)
+            console.print_note(f"{source.name} is registered already: {registered.uri}")
+        else:
+            if rows is None:
+                rows = _evaluate(source, model, data, bootstrap_samples)
+            registered = _register_bundle(
+                source, model, data, rows, baseline_rows, name, uri, description, key
+            )
+        # A version that passed the comparison is not recorded as forced.
+        if force and registered.alias != champion.CHAMPION:
+            verdict = champion.promote_version(registered.version, name=name, uri=uri, force=True)
+            registered = dataclasses.replace(registered, alias=champion.CHAMPION, verdict=verdict)
+    return registered
+
+
+def _registration_key(
+    source: "ModelSource", model: Any, data: str | Path, name: str, uri: str | None
+) -> str:
+    """Return the same key for each registration of a model's weights from the same corpora."""
+    from pipelines.evaluation.evaluator import locate_task_corpus
+    from pipelines.runs.model_source import is_known_run
+    from pipelines.shards.dataset import open_corpus
+    from skillnet_platform.config import digest_config
+
+    corpora = {
+        task: open_corpus(locate_task_corpus(data, task, source.corpora)).digest
+        for task in model.config.tasks
+    }
+    is_known = source.run_id is not None and is_known_run(source.run_id, uri)
+    return digest_config([name, source.digest, source.run_id if is_known else None, corpora])
+
+
+def _register_bundle(
+    source: "ModelSource",
+    model: Any,
+    data: str | Path,
+    rows: Sequence[dict[str, Any]],
+    baseline_rows: Sequence[dict[str, Any]],
+    name: str,
+    uri: str | None,
+    description: str,
+    key: str,
+) -> "RegisteredVersion":
     from pipelines.evaluation.tables import run_description
-    from pipelines.runs.model_source import BUNDLE, load_trained_tasks
+    from pipelines.runs.model_source import BUNDLE
     from pipelines.serving import bundle
     from skillnet_platform import __version__
     from skillnet_platform.tracking import registry
 
-    model = load_trained_tasks(source)
-    if rows is None:
-        rows = _evaluate(source, model, data, bootstrap_samples)
-    total_params = sum(p.numel() for p in model.parameters())
-    with _open_run(source, uri) as run_id:
-        folder = run_root() / "cache" / "registering" / BUNDLE
-        bundle.build_bundle(source, data, folder)
+    # The directory is private: another registration at the same time writes to its own.
+    with (
+        _open_run(source, uri, key) as run_id,
+        scratch_directory(run_root() / "cache" / "registering") as scratch,
+    ):
+        folder = bundle.build_bundle(source, data, scratch / BUNDLE)
         # The bundle is read back, so that a damaged one is never registered.
         manifest = bundle.check_bundle(folder)
         digests = {entry["corpus"]: entry["corpus_digest"] for entry in manifest["tasks"].values()}
+        total_params = sum(p.numel() for p in model.parameters())
         page = run_description(rows, baseline_rows, model.config, total_params)
-        registered = registry.register_version(
+        return registry.register_version(
             run_id,
             # MLflow stores the file as code, so that the version contains no pickle file.
             Path(__file__).with_name("mlflow_model.py"),
@@ -90,12 +153,8 @@ def register_model(
                 "package": __version__,
                 **{f"corpus.{corpus}": value for corpus, value in digests.items()},
             },
+            key=key,
         )
-    # A version that passed the comparison is not recorded as forced.
-    if force and registered.alias != registry.CHAMPION:
-        verdict = registry.promote_version(registered.version, name=name, uri=uri, force=True)
-        registered = dataclasses.replace(registered, alias=registry.CHAMPION, verdict=verdict)
-    return registered
 
 
 def registry_metrics(
@@ -173,13 +232,11 @@ def _evaluate(
 
 
 @contextlib.contextmanager
-def _open_run(source: "ModelSource", uri: str | None) -> Iterator[str]:
-    """Yield the id of the run that trained the model, or of a new run if it has none."""
+def _open_run(source: "ModelSource", uri: str | None, key: str) -> Iterator[str]:
+    """Yield the id of the run that trained the model, or of its registration if it has none."""
     from pipelines.runs.model_source import is_known_run
     from skillnet_platform import tracking
-    from skillnet_platform.tracking import backend
 
-    backend.setup_backend(uri)
     if source.run_id is not None and is_known_run(source.run_id, uri):
         yield source.run_id
         return
@@ -192,5 +249,7 @@ def _open_run(source: "ModelSource", uri: str | None) -> Iterator[str]:
         description=f"Registered from `{source.weights}`, which has no run in this tracker.",
         # The run may exist in another tracker, so its id is kept.
         tags={"trained_as": source.run_id} if source.run_id else None,
+        # A registration that was killed continues in the run that it opened.
+        key=key,
     ) as tracker:
         yield tracker.run_id

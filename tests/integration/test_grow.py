@@ -20,7 +20,7 @@ from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend, registry
+from skillnet_platform.tracking import backend, champion
 from tests.helpers.registered_model import Place
 from tests.helpers.sixth_corpus import CLASSES, grow_config, write_labelled_clips
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -265,4 +265,4 @@ def test_a_registered_model_grows_into_its_next_version(
     )
     assert "old files" in page
     # As good on all old tasks, to the digit, and one task more.
-    assert done["registered"]["alias"] == registry.CHAMPION
+    assert done["registered"]["alias"] == champion.CHAMPION

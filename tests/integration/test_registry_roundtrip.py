@@ -21,7 +21,7 @@ from pipelines.shards.dataset import open_corpus
 from pipelines.transforms import image
 from skillnet.model import SkillNet
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend, registry
+from skillnet_platform.tracking import backend, champion, registry
 from tests.helpers.readable_corpora import COLOURS, SHAPES, SUBJECTS, config
 from tests.helpers.registered_model import Place, registered
 
@@ -45,7 +45,7 @@ def heart() -> bytes:
 def test_the_first_version_is_champion(place: Place):
     assert place.made.uri == "models:/skillnet/1"
     assert place.made.alias == "champion"
-    version = registry.find_champion()
+    version = champion.find_champion()
     assert int(version.version) == 1
     assert "A first try." in version.description
     assert "text_to_image" in version.description
@@ -129,12 +129,12 @@ def test_an_equal_model_stays_challenger(place: Place):
     )
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
-    assert int(registry.find_champion().version) == 1
+    assert int(champion.find_champion().version) == 1
     forced = registration.register_model(
         model_source.resolve_model(str(place.saved)), place.data, bootstrap_samples=50, force=True
     )
     assert forced.alias == "champion"
-    assert int(registry.find_champion().version) == forced.version
+    assert int(champion.find_champion().version) == forced.version
 
 
 def test_corpora_of_other_outputs_are_refused(place: Place, tmp_path: Path):

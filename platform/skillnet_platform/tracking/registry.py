@@ -6,8 +6,10 @@ the best version, ``challenger`` the latest version that was not promoted.
 """
 
 import contextlib
-import json
 import os
+import sys
+import tempfile
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from skillnet_platform.errors import UserError, suggest_name
-from skillnet_platform.tracking import backend, promotion
+from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.tracking import (
+    backend,
+    champion,
+    model_upload,
+    orphans,
+    promotion,
+    registration_order,
+)
 
-MODEL_NAME = "skillnet"
-CHAMPION = "champion"
-CHALLENGER = "challenger"
-FIGURES_TAG = "figures"
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "tokenizers", "pyarrow", "pillow")
 
 
@@ -64,7 +70,7 @@ def register_version(
     figures: Mapping[str, promotion.MetricEstimate],
     *,
     uri: str | None = None,
-    name: str = MODEL_NAME,
+    name: str = champion.MODEL_NAME,
     signature: Any = None,
     input_example: Any = None,
     metadata: Mapping[str, Any] | None = None,
@@ -72,11 +78,14 @@ def register_version(
     code_paths: Sequence[str] | None = None,
     description: str = "",
     tags: Mapping[str, Any] | None = None,
+    key: str | None = None,
 ) -> RegisteredVersion:
     """Log a model in a run, register it as a version, and set its alias by the promotion rule.
 
     The first version becomes champion. A later version becomes champion if the rule allows, else
-    challenger.
+    challenger. Processes that register versions of one model take turns. A call with the key of
+    an earlier call that was killed completes that registration; one with the key of a complete
+    registration returns its version.
 
     Args:
         run_id: the run that trained it.
@@ -92,109 +101,140 @@ def register_version(
         code_paths: packages shipped inside the model; by default none.
         description: markdown for the page of the version.
         tags: more tags of the version.
+        key: identifies the registration; by default each call is another one.
 
     Raises:
-        UserError: a code file or an artifact is missing.
+        UserError: a code file or an artifact is missing, or an upload differs from it.
     """
     for what in [code_path, *artifacts.values()]:
         if not Path(what).exists():
             raise UserError(f"{what}: no such file. Registration needs it")
     chosen = backend.resolve_uri(uri)
     client = backend.create_client(chosen)
-    experiment_id = client.get_run(run_id).info.experiment_id
-    with _as_default(chosen, experiment_id) as mlflow:
-        # pyfunc.log_model would open the run again and end it as FINISHED.
-        info = mlflow.models.Model.log(
-            artifact_path=None,
-            name=name,
-            flavor=mlflow.pyfunc,
-            run_id=run_id,
-            python_model=str(code_path),
-            artifacts={key: str(value) for key, value in artifacts.items()},
-            signature=signature,
-            input_example=input_example,
-            metadata=dict(metadata or {}),
-            pip_requirements=list(requirements or installed_requirements(REQUIREMENTS)),
-            code_paths=list(code_paths) if code_paths else None,
-        )
-        _ensure_model(client, name)
-        made = client.create_model_version(
-            name,
-            info.model_uri,
-            run_id=run_id,
-            model_id=info.model_id,
-            tags={key: str(value) for key, value in (tags or {}).items()},
-            description=description or None,
-        )
-    number = int(made.version)
-    client.set_model_version_tag(name, made.version, FIGURES_TAG, _pack(figures))
-    verdict = promote_version(number, name=name, uri=chosen)
-    alias = CHAMPION if verdict.passed else CHALLENGER
-    return RegisteredVersion(name, number, f"models:/{name}/{number}", run_id, alias, verdict)
+    key = key or uuid.uuid4().hex
+    with registration_order.registration_turn(chosen, name):
+        found = find_registration(key, name=name, uri=chosen)
+        if found is None:
+            found = _create_version(
+                client,
+                chosen,
+                run_id,
+                name,
+                key,
+                {
+                    "code_path": code_path,
+                    "artifacts": artifacts,
+                    "signature": signature,
+                    "input_example": input_example,
+                    "metadata": dict(metadata or {}),
+                    "pip_requirements": list(requirements or installed_requirements(REQUIREMENTS)),
+                    "code_paths": list(code_paths) if code_paths else None,
+                },
+                {**(tags or {}), champion.FIGURES_TAG: champion.pack_estimates(figures)},
+                description,
+            )
+        return _settle_version(client, name, found)
 
 
-def promote_version(
-    number: int, *, name: str = MODEL_NAME, uri: str | None = None, force: bool = False
-) -> promotion.PromotionDecision:
-    """Compare a version with the champion and set its alias.
+def find_registration(key: str, *, name: str = champion.MODEL_NAME, uri: str | None = None) -> Any:
+    """Return the version of a registration as an MLflow ModelVersion, or ``None``.
 
     Args:
-        number: the version.
+        key: see :func:`register_version`.
         name: of the registered model.
-        uri: the tracker.
-        force: make it champion regardless of the estimates; the decision records this.
+        uri: of the tracker.
     """
     client = backend.create_client(backend.resolve_uri(uri))
-    current = find_champion(name=name, uri=uri)
-    if current is None:
-        verdict = promotion.PromotionDecision(True, ("the first version",))
-    elif int(current.version) == number:
-        verdict = promotion.PromotionDecision(True, ("already the champion",))
+    for found in client.search_model_versions(f"name = '{name}'"):
+        if found.tags.get(model_upload.KEY_TAG) == key:
+            return found
+    return None
+
+
+def complete_registration(
+    version: Any, *, name: str = champion.MODEL_NAME, uri: str | None = None
+) -> RegisteredVersion:
+    """Decide about the promotion of a version unless that is done; return the version.
+
+    Args:
+        version: from :func:`find_registration`.
+        name: of the registered model.
+        uri: of the tracker.
+    """
+    chosen = backend.resolve_uri(uri)
+    with registration_order.registration_turn(chosen, name):
+        return _settle_version(backend.create_client(chosen), name, version)
+
+
+def _create_version(
+    client: Any,
+    uri: str,
+    run_id: str,
+    name: str,
+    key: str,
+    options: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    description: str,
+) -> Any:
+    experiment_id = client.get_run(run_id).info.experiment_id
+    with _as_default(uri, experiment_id) as mlflow:
+        uploaded = model_upload.upload_model(mlflow, run_id, key, name=name, **options)
+        _ensure_model(client, name)
+        # All tags at once: a version without them could not be found again after a kill.
+        own = {
+            model_upload.KEY_TAG: key,
+            model_upload.DIGEST_TAG: uploaded.digest,
+            registration_order.STATE_TAG: registration_order.PENDING,
+            orphans.PROCESS_TAG: orphans.this_process(),
+        }
+        return client.create_model_version(
+            name,
+            uploaded.uri,
+            run_id=run_id,
+            model_id=uploaded.model_id,
+            tags={tag: str(value) for tag, value in {**tags, **own}.items()},
+            description=description or None,
+        )
+
+
+def _settle_version(client: Any, name: str, version: Any) -> RegisteredVersion:
+    number = int(version.version)
+    if registration_order.is_done(version):
+        current = champion.champion_of(client, name)
+        is_champion = current is not None and int(current.version) == number
+        verdict = promotion.PromotionDecision(is_champion, champion.recorded_reasons(version))
     else:
-        ours = _unpack(client.get_model_version(name, str(number)))
-        verdict = promotion.decide_promotion(ours, _unpack(current))
-    if force and not verdict.passed:
-        verdict = promotion.PromotionDecision(True, (*verdict.reasons, "promoted by hand"))
-    client.set_model_version_tag(name, str(number), "gate", str(verdict)[:5000])
-    client.set_registered_model_alias(name, CHAMPION if verdict.passed else CHALLENGER, str(number))
-    if verdict.passed:
-        # One version must not carry both aliases.
-        _drop_alias(client, name, CHALLENGER, number)
-    return verdict
+        verdict = champion.promote_in_turn(client, name, number)
+    alias = champion.CHAMPION if verdict.passed else champion.CHALLENGER
+    return RegisteredVersion(
+        name, number, f"models:/{name}/{number}", version.run_id, alias, verdict
+    )
 
 
-def find_champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
-    """Return the champion as an MLflow ModelVersion, or ``None``."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client = backend.create_client(backend.resolve_uri(uri))
-        # A search for versions returns no aliases.
-        return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as error:
-        # MLflow reports a missing alias of an existing model by the second code.
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
-def resolve_registered(model: str, uri: str | None = None) -> ResolvedModel:
+def resolve_registered(
+    model: str, uri: str | None = None, *, check_digest: bool = True
+) -> ResolvedModel:
     """Return the files of a model in a folder, the registry or a run.
+
+    Files of a registered model are compared with the digest that the tracker recorded, because
+    the artifact store may belong to others.
 
     Args:
         model: a folder, ``models:/skillnet@champion``, ``models:/skillnet/3``, ``models:/m-…`` or
             ``runs:/RUN_ID/path``.
         uri: of the tracker.
+        check_digest: reject files that differ from the registered digest.
 
     Raises:
-        UserError: the model does not exist; lists the existing models.
+        UserError: the model does not exist, which lists the existing models; or its files were
+            altered, or it was not registered by this program.
     """
     if not model.startswith(("models:/", "runs:/")):
         if Path(model).is_dir():
             return ResolvedModel(model, Path(model).absolute())
         raise UserError(
             f"{model}: no such directory. Give a checkpoint's directory or a registered model "
-            f"such as models:/{MODEL_NAME}@{CHAMPION}"
+            f"such as models:/{champion.MODEL_NAME}@{champion.CHAMPION}"
         )
     chosen = backend.resolve_uri(uri)
     client = backend.create_client(chosen)
@@ -208,6 +248,8 @@ def resolve_registered(model: str, uri: str | None = None) -> ResolvedModel:
         raise UserError(f"{model}: not found in {chosen}{_what_there_is(client, model)}") from (
             error
         )
+    if check_digest:
+        _check_digest(client, model, path, found)
     metadata = mlflow.models.Model.load(str(path)).metadata if (path / "MLmodel").exists() else {}
     return ResolvedModel(
         model,
@@ -216,6 +258,38 @@ def resolve_registered(model: str, uri: str | None = None) -> ResolvedModel:
         found.run_id if found else None,
         metadata,
     )
+
+
+def _check_digest(client: Any, model: str, path: Path, found: Any) -> None:
+    """Compare the files of a model with the tag of its version or logged model."""
+    tags = found.tags if found is not None else _logged_tags(client, model, path)
+    recorded = tags.get(model_upload.DIGEST_TAG)
+    if recorded is None:
+        raise UserError(
+            f"{model}: the registry has no digest of its files (tag {model_upload.DIGEST_TAG}). "
+            "Register the model again: skillnet register"
+        )
+    digest = model_upload.digest_files(path)
+    if digest != recorded:
+        raise UserError(
+            f"{model}: a file in {path} was altered after its registration (digest {digest[:12]}, "
+            f"registered {recorded[:12]}). Restore the files, or register the model again"
+        )
+
+
+def _logged_tags(client: Any, model: str, path: Path) -> Mapping[str, str]:
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    run_id = model.removeprefix("runs:/").split("/")[0] if model.startswith("runs:/") else None
+    try:
+        # The files of a run name their logged model, which must be of that run.
+        model_id = Model.load(str(path)).model_id if run_id else model.removeprefix("models:/")
+        logged = client.get_logged_model(model_id)
+    except MlflowException:
+        return {}
+    tags: Mapping[str, str] = logged.tags
+    return tags if run_id in (None, logged.source_run_id) else {}
 
 
 def load_registered(model: str, uri: str | None = None) -> Any:
@@ -229,8 +303,17 @@ def load_registered(model: str, uri: str | None = None) -> Any:
         UserError: the model does not exist.
     """
     resolved = resolve_registered(model, uri)
-    with _as_default(backend.resolve_uri(uri)) as mlflow:
-        return mlflow.pyfunc.load_model(str(resolved.path))
+    before = sys.pycache_prefix
+    with (
+        _as_default(backend.resolve_uri(uri)) as mlflow,
+        tempfile.TemporaryDirectory(prefix="skillnet-") as place,
+    ):
+        # Bytecode beside the model's code is no registered file, so it must not run.
+        sys.pycache_prefix = place
+        try:
+            return mlflow.pyfunc.load_model(str(resolved.path))
+        finally:
+            sys.pycache_prefix = before
 
 
 def installed_requirements(names: Sequence[str]) -> list[str]:
@@ -264,7 +347,7 @@ def _version_of(client: Any, model: str) -> Any:
     if not number.isdigit():
         raise UserError(
             f"{model}: give a version or an alias, such as models:/{name}/1 or "
-            f"models:/{name}@{CHAMPION}"
+            f"models:/{name}@{champion.CHAMPION}"
         )
     return client.get_model_version(name, number)
 
@@ -284,33 +367,20 @@ def _what_there_is(client: Any, model: str) -> str:
     return f"; {name} has versions {sorted(versions)} and aliases {aliases or 'none'}"
 
 
-def _drop_alias(client: Any, name: str, alias: str, number: int) -> None:
-    aliases = client.get_registered_model(name).aliases
-    if str(aliases.get(alias, "")) == str(number):
-        client.delete_registered_model_alias(name, alias)
-
-
-def _pack(figures: Mapping[str, promotion.MetricEstimate]) -> str:
-    return json.dumps(promotion.estimates_to_json(figures), separators=(",", ":"))
-
-
-def _unpack(found: Any) -> dict[str, promotion.MetricEstimate]:
-    return promotion.estimates_from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
-
-
 @contextlib.contextmanager
 def _as_default(uri: str, experiment_id: str | None = None) -> Iterator[Any]:
     """Set MLflow's process-wide settings for a block: its functions take no URI."""
     backend.prepare_mlflow_environment()
     names = (backend.URI_VARIABLE, "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
     before = {name: os.environ.get(name) for name in names}
-    os.environ[backend.URI_VARIABLE] = uri
+    complete = SecretUri(uri).reveal()
+    os.environ[backend.URI_VARIABLE] = complete
     if experiment_id is not None:
         os.environ["MLFLOW_EXPERIMENT_ID"] = experiment_id
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    mlflow.set_tracking_uri(complete)
+    mlflow.set_registry_uri(complete)
     try:
         with _without_advice():
             yield mlflow

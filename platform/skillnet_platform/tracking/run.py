@@ -19,11 +19,12 @@ from typing import Any
 from skillnet_platform import config as configuration
 from skillnet_platform import console, signals
 from skillnet_platform.errors import UserError, first_line
-from skillnet_platform.storage import read_record
+from skillnet_platform.secret_uri import SecretUri, redact_secrets
 from skillnet_platform.tracking import (
     backend,
     operations,
     orphans,
+    run_record,
     spool,
 )
 from skillnet_platform.tracking import (
@@ -38,7 +39,8 @@ END_PATIENCE_S = 20.0
 SETTLE_PAUSE_S = 2.0
 #: MLflow shows it beside the name, and keeps at most 36; the whole one is in the profile.
 DATASET_DIGEST = 12
-_REMOVE = "remove that file, and the same command records into a new run"
+#: Tag of a run that its opener must find again after a kill.
+KEY_TAG = "skillnet.key"
 
 
 @dataclass
@@ -50,12 +52,17 @@ class TrackingConfig:
         experiment: the name under which runs are grouped.
         register: whether the finished model becomes a version in the registry.
         system_metrics: whether CPU, memory, disk and GPU are recorded along.
+
+    A password in ``uri`` is kept in memory only: no file and no message shows it.
     """
 
     uri: str | None = None
     experiment: str = "skillnet"
     register: bool = True
     system_metrics: bool = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, SecretUri(value) if name == "uri" and value else value)
 
 
 class Tracker:
@@ -68,7 +75,7 @@ class Tracker:
     """
 
     def __init__(self, run_id: str, uri: str, experiment_id: str = "") -> None:
-        self.run_id, self.uri, self.experiment_id = run_id, uri, experiment_id
+        self.run_id, self.uri, self.experiment_id = run_id, SecretUri(uri), experiment_id
         client = backend.create_client(uri)
         self._spool = spool.OperationSpool(
             run_id, uri, lambda op: operations.apply_operation(client, run_id, op)
@@ -84,15 +91,24 @@ class Tracker:
         """Return the URL of the run's page for an HTTP tracker, else the run's id."""
         if self.uri.startswith("http"):
             page = f"experiments/{self.experiment_id}/runs/{self.run_id}"
-            return f"{self.uri}/#/{page}?{backend.TRAINING_VIEW}"
+            return f"{self.uri.address}/#/{page}?{backend.TRAINING_VIEW}"
         return self.run_id
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics at a step, named ``task/metric``, such as ``text_to_image/loss``."""
-        # The time of the measurement: the record may wait in the spool.
-        now = int(time.time() * 1000)
+    def metrics(
+        self, values: Mapping[str, float], step: int = 0, time_ms: int | None = None
+    ) -> None:
+        """Log metrics at a step, named ``task/metric``, such as ``text_to_image/loss``.
+
+        Args:
+            values: name -> value.
+            step: training step.
+            time_ms: of the measurement, by default now. The same values at the same time are
+                stored once, so a resumed process may log them again.
+        """
+        # The record may wait in the spool, so it carries the time of the measurement.
+        when = int(time.time() * 1000) if time_ms is None else time_ms
         numbers = {name: float(value) for name, value in values.items()}
-        self._spool.send({"kind": "metrics", "values": numbers, "step": int(step), "time": now})
+        self._spool.send({"kind": "metrics", "values": numbers, "step": int(step), "time": when})
 
     def params(self, resolved: Any) -> None:
         """Log the resolved configuration: flat parameters, and the file ``config.yaml``.
@@ -205,6 +221,8 @@ def start_run(
     description: str = "",
     parent: str | None = None,
     run_id: str | None = None,
+    key: str | None = None,
+    record: Path | None = None,
 ) -> Iterator[Tracker]:
     """Open an MLflow run for a block, on the driver.
 
@@ -220,6 +238,8 @@ def start_run(
         description: markdown for the head of the run's page.
         parent: id of the parent run (a sweep).
         run_id: run to resume instead of opening a new run.
+        key: identifies the run. A run that an earlier call with this key opened is resumed.
+        record: ``run.json`` of the run: the run that it names is resumed, or it is written.
 
     Raises:
         UserError: no tracker answers at the URI, the URI is a file store, or the run to resume does
@@ -231,11 +251,15 @@ def start_run(
     send_leftover_spools(place.uri)
     # A killed process could not end its run, which would stay RUNNING.
     orphans.close_abandoned(client, place.experiment_id)
+    if record is not None:
+        run_id, key = run_record.reserve_run(record)
+    run_id = run_id or _find_run(client, place.experiment_id, key)
     if run_id is None:
-        run = client.create_run(place.experiment_id, run_name=name, tags=_first_tags(parent))
-        run_id = run.info.run_id
+        run_id = _create_run(client, place.experiment_id, name, parent, key)
     else:
-        _resume(client, run_id, place.uri)
+        _resume(client, run_id, place.uri, record)
+    if record is not None:
+        run_record.write_run_id(record, run_id, place.uri)
     tracker = Tracker(run_id, place.uri, place.experiment_id)
     status = "FINISHED"
     watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -243,7 +267,7 @@ def start_run(
         # Sent through the tracker, so that measurements wait in the spool during an outage.
         watch = tracking_system_metrics.system_metrics(run_id, place.uri, tracker.metrics)
     try:
-        with signals.terminate_as_interrupt(), watch:
+        with signals.terminate_as_interrupt(), watch, backend.share_secret(place.uri):
             if tags:
                 tracker.tags(tags)
             if description:
@@ -259,7 +283,7 @@ def start_run(
         raise
     except BaseException as error:
         status = "FAILED"
-        tracker.tags({"failure": f"{type(error).__name__}: {error}"})
+        tracker.tags({"failure": redact_secrets(f"{type(error).__name__}: {error}")})
         raise
     finally:
         tracker.end(status)
@@ -275,6 +299,7 @@ def start_child_run(
     config: Any = None,
     tags: Mapping[str, Any] | None = None,
     run_id: str | None = None,
+    record: Path | None = None,
 ) -> Tracker:
     """Open a run nested in another run, on the driver, which must call ``end``.
 
@@ -286,19 +311,24 @@ def start_child_run(
         config: resolved configuration to log. ``None`` logs none.
         tags: further tags.
         run_id: run to resume instead of opening a new run.
+        record: ``run.json`` of the run, see :func:`start_run`.
 
     Raises:
         MlflowException: the tracker is unreachable (see ``spool.is_away``).
     """
     client = backend.create_client(parent.uri)
+    key = None
+    if record is not None and run_id is None:
+        run_id, key = run_record.reserve_run(record)
+    run_id = run_id or _find_run(client, parent.experiment_id, key)
     if run_id is None:
-        first = _first_tags(parent.run_id)
-        run = client.create_run(parent.experiment_id, run_name=name, tags=first)
-        run_id = run.info.run_id
+        run_id = _create_run(client, parent.experiment_id, name, parent.run_id, key)
     else:
         client.update_run(run_id, status="RUNNING")
         # The old tag names an ended process, so the next start would close this run.
         client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
+    if record is not None:
+        run_record.write_run_id(record, run_id, parent.uri)
     tracker = Tracker(run_id, parent.uri, parent.experiment_id)
     if tags:
         tracker.tags(tags)
@@ -307,21 +337,7 @@ def start_child_run(
     return tracker
 
 
-def read_run_id(path: Path) -> str | None:
-    """Return the id of the MLflow run in a ``run.json``, or ``None`` without the file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not path.is_file():
-        return None
-    run_id: str = read_record(path, {"run_id": str}, _REMOVE)["run_id"]
-    if not run_id:
-        raise UserError(f"{path} is damaged: it names no MLflow run; {_REMOVE}")
-    return run_id
-
-
-def _resume(client: Any, run_id: str, uri: str) -> None:
+def _resume(client: Any, run_id: str, uri: str, record: Path | None) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -329,9 +345,10 @@ def _resume(client: Any, run_id: str, uri: str) -> None:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
+        source = f"{record}: " if record else ""
         raise UserError(
-            f"the tracker {uri} cannot resume the run {run_id} of run.json: "
-            f"{first_line(error)}; {_REMOVE}"
+            f"{source}the tracker {uri} cannot resume the run {run_id}: {first_line(error)}; "
+            f"{run_record.REMEDY}"
         ) from None
     client.set_tag(run_id, orphans.PROCESS_TAG, orphans.this_process())
 
@@ -344,7 +361,23 @@ def send_leftover_spools(uri: str) -> int:
     return sent
 
 
-def _first_tags(parent: str | None) -> dict[str, str]:
+def _create_run(
+    client: Any, experiment_id: str, name: str, parent: str | None, key: str | None
+) -> str:
+    run = client.create_run(experiment_id, run_name=name, tags=_first_tags(parent, key))
+    run_id: str = run.info.run_id
+    return run_id
+
+
+def _find_run(client: Any, experiment_id: str, key: str | None) -> str | None:
+    """Return the id of the run that an earlier process opened with a key, or None."""
+    if not key:
+        return None
+    found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def _first_tags(parent: str | None, key: str | None = None) -> dict[str, str]:
     tags = {
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
@@ -353,9 +386,13 @@ def _first_tags(parent: str | None) -> dict[str, str]:
     }
     if parent:
         tags["mlflow.parentRunId"] = parent
+    if key:
+        tags[KEY_TAG] = key
     return tags
 
 
 def _short(value: Any, longest: int) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = (
+        str(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    )
     return text if len(text) <= longest else text[: longest - 1] + "…"

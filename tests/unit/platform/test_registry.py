@@ -8,7 +8,7 @@ import pytest
 
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend, promotion, registry
+from skillnet_platform.tracking import backend, champion, promotion, registry
 from skillnet_platform.tracking.promotion import MetricEstimate
 
 CODE = """
@@ -124,8 +124,8 @@ def test_versions_earn_their_alias(run: tracking.Tracker, files: Path) -> None:
     tags = client.get_model_version(name, "2").tags
     assert "better on no task" in tags["gate"]
     assert tags["seed"] == "1"
-    assert not registry.promote_version(1, name=name, uri=run.uri).passed
-    assert registry.promote_version(2, name=name, uri=run.uri, force=True).passed
+    assert not champion.promote_version(1, name=name, uri=run.uri).passed
+    assert champion.promote_version(2, name=name, uri=run.uri, force=True).passed
     assert aliases(run, name) == {"champion": 2, "challenger": 1}
     assert client.get_run(run.run_id).info.status == "RUNNING", "registering does not end the run"
 
@@ -165,7 +165,7 @@ def test_a_folder_is_a_model_too(files: Path) -> None:
 def test_a_model_that_is_not_there_is_named(
     run: tracking.Tracker, files: Path, uri: str, says: str
 ) -> None:
-    if registry.find_champion(name="present", uri=run.uri) is None:
+    if champion.find_champion(name="present", uri=run.uri) is None:
         put(run, files, "present", 0.5)
     with pytest.raises(UserError) as caught:
         registry.resolve_registered(uri, run.uri)
@@ -176,7 +176,7 @@ def test_a_model_that_is_not_there_is_named(
 def test_a_missing_artefact_is_named_before_anything_is_logged(run: tracking.Tracker) -> None:
     with pytest.raises(UserError, match=r"absent\.py: no such file"):
         registry.register_version(run.run_id, "absent.py", {}, {}, uri=run.uri, name="never")
-    assert registry.find_champion(name="never", uri=run.uri) is None
+    assert champion.find_champion(name="never", uri=run.uri) is None
 
 
 def test_the_process_keeps_its_own_mlflow_settings(

@@ -1,0 +1,140 @@
+"""Champion of a registered model: the decision about a version, and its alias.
+
+The alias ``champion`` marks the best version, ``challenger`` the latest version that was not
+promoted. MLflow has no conditional write: the order of the decisions and a comparison before and
+after each write keep two processes from promoting a version against an outdated champion.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from skillnet_platform.errors import UserError
+from skillnet_platform.tracking import backend, promotion, registration_order
+
+MODEL_NAME = "skillnet"
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+FIGURES_TAG = "figures"
+GATE_TAG = "gate"
+#: Decisions of one promotion, if another machine changes the champion each time.
+DECISION_ATTEMPTS = 10
+
+
+def promote_version(
+    number: int, *, name: str = MODEL_NAME, uri: str | None = None, force: bool = False
+) -> promotion.PromotionDecision:
+    """Compare a version with the champion and set its alias.
+
+    Args:
+        number: the version.
+        name: of the registered model.
+        uri: the tracker.
+        force: make it champion regardless of the estimates; the decision records this.
+
+    Raises:
+        UserError: other machines changed the champion during every attempt.
+    """
+    chosen = backend.resolve_uri(uri)
+    with registration_order.registration_turn(chosen, name):
+        return promote_in_turn(backend.create_client(chosen), name, number, force)
+
+
+def find_champion(*, name: str = MODEL_NAME, uri: str | None = None) -> Any:
+    """Return the champion as an MLflow ModelVersion, or ``None``."""
+    return champion_of(backend.create_client(backend.resolve_uri(uri)), name)
+
+
+def champion_of(client: Any, name: str) -> Any:
+    """Return the champion as an MLflow ModelVersion, or ``None``.
+
+    Args:
+        client: ``MlflowClient``.
+        name: of the registered model.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        # A search for versions returns no aliases.
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        # MLflow reports a missing alias of an existing model by the second code.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def promote_in_turn(
+    client: Any, name: str, number: int, force: bool = False
+) -> promotion.PromotionDecision:
+    """Decide and set the alias of a version; the caller has the turn on this machine.
+
+    Args:
+        client: ``MlflowClient``.
+        name: of the registered model.
+        number: the version.
+        force: see :func:`promote_version`.
+
+    Raises:
+        UserError: see :func:`promote_version`.
+    """
+    registration_order.wait_for_earlier_versions(client, name, number)
+    version = client.get_model_version(name, str(number))
+    for _ in range(DECISION_ATTEMPTS):
+        current = champion_of(client, name)
+        verdict = _decide(version, current)
+        if force and not verdict.passed:
+            verdict = promotion.PromotionDecision(True, (*verdict.reasons, "promoted by hand"))
+        client.set_model_version_tag(name, str(number), GATE_TAG, str(verdict)[:5000])
+        # The tracker has no conditional write, so the champion is compared before and after it.
+        if _number_of(champion_of(client, name)) != _number_of(current):
+            continue
+        alias = CHAMPION if verdict.passed else CHALLENGER
+        client.set_registered_model_alias(name, alias, str(number))
+        if verdict.passed and _number_of(champion_of(client, name)) != number:
+            continue
+        if verdict.passed:
+            # One version must not carry both aliases.
+            _drop_alias(client, name, CHALLENGER, number)
+        state = registration_order.STATE_TAG
+        client.set_model_version_tag(name, str(number), state, registration_order.DONE)
+        return verdict
+    raise UserError(
+        f"models:/{name}/{number}: other machines changed the champion {DECISION_ATTEMPTS} times "
+        "during the decision. Run the same command again"
+    )
+
+
+def _decide(version: Any, current: Any) -> promotion.PromotionDecision:
+    if current is None:
+        return promotion.PromotionDecision(True, ("the first version",))
+    if current.version == version.version:
+        # A kill after the alias was set left the reasons of that decision.
+        reasons = () if registration_order.is_done(version) else recorded_reasons(version)
+        return promotion.PromotionDecision(True, reasons or ("already the champion",))
+    return promotion.decide_promotion(_unpack(version), _unpack(current))
+
+
+def recorded_reasons(version: Any) -> tuple[str, ...]:
+    """Return the reasons of an earlier decision about a version; () without one."""
+    gate = version.tags.get(GATE_TAG, "")
+    return tuple(gate.split("; ")) if gate else ()
+
+
+def _number_of(version: Any) -> int | None:
+    return int(version.version) if version is not None else None
+
+
+def _drop_alias(client: Any, name: str, alias: str, number: int) -> None:
+    aliases = client.get_registered_model(name).aliases
+    if str(aliases.get(alias, "")) == str(number):
+        client.delete_registered_model_alias(name, alias)
+
+
+def pack_estimates(figures: Mapping[str, promotion.MetricEstimate]) -> str:
+    """Return estimates as the text of a tag."""
+    return json.dumps(promotion.estimates_to_json(figures), separators=(",", ":"))
+
+
+def _unpack(found: Any) -> dict[str, promotion.MetricEstimate]:
+    return promotion.estimates_from_json(json.loads(found.tags.get(FIGURES_TAG, "{}")))
