@@ -3,11 +3,13 @@
 <run root>/<name>/
   config.yaml      the resolved configuration
   run.json         id and server of the MLflow run
+  .lock            lock of the process that works in the folder
   checkpoints/     the newest ones; an interrupted run resumes from there
   progress.jsonl   every logged metric
   model/           the final model
   trained.json     steps, time, throughput
   evaluation.csv   metrics on the test splits; outcomes.parquet holds the outcome of each row
+  evaluated.json   the result before its registration, for a command that resumes after a kill
   result.json      the result of the command; written last
 """
 
@@ -17,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config.resources import request_training
 from pipelines.config.run import ESSENTIAL_TRAINING_OPTIONS, FinetuneConfig
-from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder
+from pipelines.runs.layout import CONFIG, RESULT, RUN, create_run_folder, lock_run_folder
 from pipelines.runs.progress_log import PROGRESS, follow_progress
+from pipelines.runs.task_counts import parse_task_counts
 from pipelines.training.resolved_run import resolve_run
 from pipelines.training.run import find_finished_result, train_and_evaluate, validate_run
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
+from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import write_json
 
 if TYPE_CHECKING:
     from pipelines.training.callbacks import LoopCallback
+    from pipelines.training.resolved_run import ResolvedRun
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -62,11 +67,22 @@ def run_end_to_end(
             ``config.evaluate`` there is no evaluation.
         callbacks: of the training loop.
     """
+    run = resolve_run(config, stage)
+    # SIGTERM ends every step in a state that the same command continues, not only the training.
+    with terminate_as_interrupt(), lock_run_folder(run.folder):
+        return _run_in_folder(run, stage, splits, callbacks)
+
+
+def _run_in_folder(
+    run: "ResolvedRun",
+    stage: str,
+    splits: Sequence[str] | None,
+    callbacks: "Sequence[LoopCallback]",
+) -> dict[str, Any]:
     from pipelines.runs.mirror import mirror_of
     from pipelines.runs.uploads import upload_results
     from pipelines.training.run_evaluation import check_evaluation_splits
 
-    run = resolve_run(config, stage)
     config, folder = run.config, run.folder
     mirror = mirror_of(config, folder)
     if mirror is not None:
@@ -86,17 +102,18 @@ def run_end_to_end(
     create_run_folder(config, folder)
     if mirror is not None:
         mirror.check_writable(exists)
-    with tracking.start_run(
-        str(config.name),
-        config,
-        config.tracking,
-        tags={"run_dir": str(folder), "stage": stage},
-        run_id=tracking.read_run_id(folder / RUN),
-    ) as tracker:
-        write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
-        with follow_progress(folder / PROGRESS, config.training.steps):
-            requested = splits if config.evaluate else None
-            result = train_and_evaluate(run, tracker, splits=requested, callbacks=callbacks)
+    with (
+        tracking.start_run(
+            str(config.name),
+            config,
+            config.tracking,
+            tags={"run_dir": str(folder), "stage": stage},
+            record=folder / RUN,
+        ) as tracker,
+        follow_progress(folder / PROGRESS, config.training.steps),
+    ):
+        requested = splits if config.evaluate else None
+        result = train_and_evaluate(run, tracker, splits=requested, callbacks=callbacks)
     result["registered"] = register_run(config, folder, result["evaluation"])
     result["mirror"] = mirror.uri if mirror is not None else None
     write_json(folder / RESULT, result)
@@ -111,6 +128,10 @@ def print_result(result: dict[str, Any], next_step: str) -> None:
         from pipelines.evaluation.tables import result_cells
 
         console.print_table(result["name"], *result_cells(result["evaluation"]))
+    problems = {name: c.problems for name, c in parse_task_counts(result.get("tasks", {})).items()}
+    rows = [[name, problem] for name, problem in problems.items() if problem]
+    if rows:
+        console.print_table("training problems", ["task", "problem"], rows)
     console.print_note(f"{result['step']} steps in {result['seconds'] / 60:.1f} min; {next_step}")
 
 

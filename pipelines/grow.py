@@ -20,6 +20,7 @@ from pipelines.config.resources import request_growth
 from skillnet_platform import config as configuration
 from skillnet_platform import console
 from skillnet_platform.cli import command
+from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.location import require_local_folder
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from pipelines.config.run import FinetuneConfig
     from pipelines.growth.report import GrowthReport
     from pipelines.runs.model_source import ModelSource
+    from pipelines.training.resolved_run import ResolvedRun
+    from skillnet.model import SkillNet
     from skillnet_platform.tracking import Tracker
 
 
@@ -44,10 +47,8 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
         RuntimeError: an old part changed; the report names it.
     """
     # torch loads here, so that --help and usage errors stay fast.
-    from pipelines.growth import runs, verification
+    from pipelines.growth import runs
     from pipelines.runs import layout, model_source
-    from pipelines.runs.progress_log import PROGRESS, follow_progress
-    from pipelines.training import run as training_run
     from pipelines.training.resolved_run import resolve_run
 
     config = replace(
@@ -56,7 +57,6 @@ def grow_model(config: GrowConfig) -> dict[str, Any]:
     source = model_source.resolve_model(config.source, config.tracking.uri)
     before = runs.load_growable_model(source)
     resolved = resolve_run(runs.build_growth_config(config, source, before))
-    settings = resolved.config
     with terminate_as_interrupt(), layout.lock_run_folder(resolved.folder):
         return _grow_in_folder(config, source, before, resolved)
 
@@ -70,6 +70,7 @@ def _grow_in_folder(
     from pipelines.training import run as training_run
     from pipelines.training.init_from import read_training_corpora
 
+    settings = resolved.config
     assert settings.name is not None
     run = Path(str(settings.run_dir)) / settings.name
     grown = runs.build_grown_model(config, before, settings.model.tasks[config.task.name])
@@ -97,11 +98,11 @@ def _grow_in_folder(
         if finished is None:
             with follow_progress(run / PROGRESS, settings.training.steps):
                 finished = training_run.train_and_evaluate(resolved, tracker)
-            # Written before the report, so that a growth that is killed now does not train again.
             finished["grown_from"] = {
                 "digest": source.digest,
                 "corpora": read_training_corpora(source),
             }
+            # Written before the report, so that a growth that is killed now does not train again.
             write_json(run / layout.RESULT, finished | {"registered": None})
         result: dict[str, Any] = dict(finished)
         references = _train_references(config, settings, source, run, tracker)
@@ -169,11 +170,9 @@ def _open_tracker(
         settings,
         settings.tracking,
         tags={"run_dir": str(run), "stage": "grow", **tags},
-        run_id=tracking.read_run_id(run / RUN),
+        record=run / RUN,
         parent=parent,
     ) as tracker:
-        # Written at once, so that a killed run resumes in the same MLflow run.
-        write_json(run / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         yield tracker
 
 

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.runs.layout import lock_run_folder
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import directories, run_root, write_json
+from skillnet_platform.signals import terminate_as_interrupt
+from skillnet_platform.storage import directories, run_root
 from skillnet_platform.storage.directories import is_uri
 from sweeps.config.resources import request_study
 from sweeps.config.study import StudyConfig
@@ -46,7 +48,8 @@ def compare(config: StudyConfig) -> tuple["ComparisonReport", int]:
         )
     if not config.name:
         raise UserError("a study needs a name, by which it can be resumed; give --name")
-    return _compare_study(config)
+    with terminate_as_interrupt(), lock_run_folder(config.folder):
+        return _compare_study(config)
 
 
 def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
@@ -66,9 +69,8 @@ def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
         config,
         config.tracking,
         tags={"run_dir": str(folder), "stage": "study"},
-        run_id=tracking.read_run_id(folder / RUN),
+        record=folder / RUN,
     ) as tracker:
-        write_json(folder / RUN, {"run_id": tracker.run_id, "uri": tracker.uri})
         study = run_study(config, tracker)
         warn_about_failures(study)
         runs = [

@@ -22,11 +22,13 @@ from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.evaluation.tables import markdown_table
+from pipelines.runs.layout import lock_run_folder
 from pipelines.runs.mirror import RunMirror
 from skillnet_platform import config as configuration
 from skillnet_platform import console, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.errors import UserError
+from skillnet_platform.signals import terminate_as_interrupt
 from skillnet_platform.storage import atomic_write, run_root, write_json
 from skillnet_platform.storage.directories import is_uri
 from skillnet_platform.storage.location import parse_location
@@ -59,10 +61,15 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
             a score.
         StoreUnavailableError: the store does not respond. The same command resumes the sweep.
     """
+    config, folder, mirror = _resolve_config(config)
+    with terminate_as_interrupt(), lock_run_folder(folder):
+        return _sweep_in_folder(config, folder, mirror)
+
+
+def _sweep_in_folder(config: SweepConfig, folder: Path, mirror: RunMirror | None) -> dict[str, Any]:
     from sweeps.trials.engine import check_trial, run_trials
 
     begin = time.monotonic()
-    config, folder, mirror = _resolve_config(config)
     if mirror is not None:
         remote_ledger.restore_ledger(mirror, START_FILES, ("trials",))
     source, run = _build_source(config, folder)
@@ -81,9 +88,8 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         config,
         config.tracking,
         tags={"run_dir": str(folder), "stage": "sweep"},
-        run_id=tracking.read_run_id(folder / RUN),
+        record=folder / RUN,
     ) as parent:
-        write_json(folder / RUN, {"run_id": parent.run_id, "uri": parent.uri})
         if mirror is not None:
             mirror.upload_files(*START_FILES)
         outcomes = run_trials(

@@ -1,18 +1,18 @@
-"""Files in the folder of a run, and reading and creating them."""
+"""Files in the folder of a run, and reading, creating and locking them."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.storage import atomic_write, read_record
+from skillnet_platform.storage.locks import hold_lock
 
 CONFIG = "config.yaml"
 RUN = "run.json"
 RESULT = "result.json"
-
-
-def create_run_folder(config: FinetuneConfig, run: Path) -> None:
 #: File beside a copy of weights: the configuration that they were trained with.
 SETTINGS = "settings.json"
 LOCK = ".lock"
@@ -52,6 +52,9 @@ def is_unused(run: Path) -> bool:
     if not run.is_dir():
         return not run.exists()
     return all(path.name == LOCK for path in run.iterdir())
+
+
+def create_run_folder(config: FinetuneConfig, run: Path) -> None:
     """Create the folder of a new run with its configuration; an existing one stays.
 
     Callers validate the run before: the folder reserves the run's name.

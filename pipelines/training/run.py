@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config.run import FinetuneConfig
-from pipelines.runs.layout import CONFIG, RESULT, create_run_folder, read_result
+from pipelines.runs.layout import CONFIG, RESULT, create_run_folder, is_unused, read_result
+from pipelines.runs.task_counts import parse_task_counts
 from pipelines.training.resolved_run import ResolvedRun
 from skillnet_platform import config as configuration
 from skillnet_platform import console
@@ -39,7 +40,6 @@ def validate_run(run: ResolvedRun) -> None:
     _ = run.dataloader
     for name, task in config.tasks.items():
         check_outputs(run.corpora[task.corpus], name, find_task(name, config.model.tasks))
-    # A missing GPU is reported before the workers start.
     for name, dataset in run.dataloader.datasets.items():
         if dataset.unalignable_rows:
             console.print_warning(
@@ -47,6 +47,7 @@ def validate_run(run: ResolvedRun) -> None:
                 f"{dataset.location} have more symbols than tokens and cannot be learned; lower "
                 f"model.mel_stack ({config.model.mel_stack})"
             )
+    # A missing GPU is reported before the workers start.
     pick_device(config.training.use_gpu)
     _ = run.init_report
     tokenizers = {
@@ -91,7 +92,7 @@ def train_and_evaluate(
     Raises:
         TerminatedError: the run was preempted, after a checkpoint.
     """
-    from pipelines.training.run_evaluation import evaluate_and_log
+    from pipelines.training.run_evaluation import evaluate_and_log, resume_evaluation
 
     config, report = run.config, run.init_report
     tracker.inputs(run.manifests)
@@ -99,6 +100,9 @@ def train_and_evaluate(
     if report is not None:
         console.print_note(report.summary())
         tracker.tags({"init_from": report.source, "init_from_digest": report.digest})
+    evaluated = resume_evaluation(run, tracker, splits, brief)
+    if evaluated is not None:
+        return evaluated
     _train(run, tracker, on_evaluation, nested, callbacks)
     result = {
         "name": config.name,
@@ -110,8 +114,7 @@ def train_and_evaluate(
         **read_json(run.folder / "trained.json"),
         "wall_seconds": time.monotonic() - begin,
     }
-    result["evaluation"] = evaluate_and_log(config, run.folder, tracker, result, splits, brief)
-    return result
+    return evaluate_and_log(config, run.folder, tracker, result, splits, brief)
 
 
 def open_run_folder(run: ResolvedRun) -> dict[str, Any] | None:
@@ -132,7 +135,7 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
     config, folder = run.config, run.folder
     stored = folder / CONFIG
     if not stored.is_file():
-        if folder.exists() and any(folder.iterdir()):
+        if not is_unused(folder):
             raise UserError(f"{folder} exists but is not a run directory; choose another --name")
         return None
     try:
@@ -149,12 +152,12 @@ def find_finished_result(run: ResolvedRun) -> dict[str, Any] | None:
                 f"and {new} below {config.data}{more}. Restore that corpus to resume the run, or "
                 "give another --name"
             )
-        )
-    if (folder / RESULT).is_file():
-        result = read_result(folder / RESULT)
         raise UserError(
             f"the run {config.name} has {key} {old}, not {new}{more}; give another --name, or "
             f"--config {stored} to resume it"
+        )
+    if (folder / RESULT).is_file():
+        result = read_result(folder / RESULT)
         # A run that stopped early, for example at max_minutes, is not finished.
         if result["step"] >= config.training.steps:
             return result
@@ -191,6 +194,9 @@ def _train(
     # Ray's files of a fit are not used after it: checkpoints and logs are the run's own.
     shutil.rmtree(folder / "ray", ignore_errors=True)
     trained = read_json(folder / "trained.json")
+    for name, counts in parse_task_counts(trained["tasks"]).items():
+        if counts.problems:
+            console.print_warning(f"{name}: {counts.problems}")
     if trained["stopped_early"]:
         console.print_warning(trained["stopped_early"])
         tracker.tags({"stopped_early": trained["stopped_early"]})

@@ -1,6 +1,7 @@
 """Evaluation of a run: during training, of the final model, and the check of splits before it."""
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,19 @@ from pipelines.config.run import FinetuneConfig
 from pipelines.runs.progress_log import PROGRESS, read_metric_history
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import read_json, read_record, write_json
 
 if TYPE_CHECKING:
     from pipelines.evaluation.outcomes import OutcomeTable
+    from pipelines.training.resolved_run import ResolvedRun
     from skillnet.multitask_model import TaskModel
     from skillnet_platform.tracking import Tracker
 
 #: Bootstrap samples of a confidence interval.
 BOOTSTRAP_SAMPLES = 1000
+#: Result of the evaluation before it is logged and registered; ``result.json`` follows.
+EVALUATED = "evaluated.json"
+EVALUATION_CSV = "evaluation.csv"
 
 
 def evaluate_run(
@@ -77,35 +83,34 @@ def evaluate_and_log(
     result: dict[str, Any],
     splits: Sequence[str] | None,
     brief: bool,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Evaluate the final model of a run; log metrics, figures, costs and a description.
+
+    The result is written to ``evaluated.json`` before its metrics are logged. A process that
+    resumes after a kill logs the same metrics with the same times, which the tracker stores once.
 
     Args:
         config: of the run.
         run: its folder, with the model.
         tracker: of its MLflow run.
-        result: of the training; receives ``total_params``, the parameters of the complete model.
+        result: of the training.
         splits: to evaluate on; None takes the test splits if ``config.evaluate`` is set.
         brief: write no figures and no intervals.
 
     Returns:
-        Tidy rows; empty without an evaluation.
+        The result with ``total_params``, the parameters of the complete model, and
+        ``evaluation``: tidy rows, empty without an evaluation.
     """
     from pipelines.evaluation import figures, reconstructions, tables
     from pipelines.evaluation.outcomes import OUTCOMES_FILE as OUTCOMES
     from pipelines.evaluation.outcomes import OutcomeTable, write_outcomes
+    from pipelines.evaluation.tables import write_evaluation_csv
     from skillnet import systems
     from skillnet.accounting import account_task
 
     model = systems.load_model(run / "model")
-    costs = {task: account_task(model, task) for task in config.measured}
     # A comparison of runs reads this number: it may not have their models.
-    result["total_params"] = total = sum(p.numel() for p in model.parameters())
-    tracker.metrics(
-        {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
-        | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
-        | {"training/total_params": total}
-    )
+    total = sum(p.numel() for p in model.parameters())
     # Figures take seconds each, which a sweep of many short runs cannot afford.
     if not brief:
         past = read_metric_history(run / PROGRESS)
@@ -124,13 +129,9 @@ def evaluate_and_log(
             outcomes=outcomes,
             show_progress=True,
         )
-        from pipelines.evaluation.tables import write_evaluation_csv
-
-        tracker.metrics(tables.flat_metrics(rows), result["step"])
-        write_evaluation_csv(rows, run / "evaluation.csv")
+        write_evaluation_csv(rows, run / EVALUATION_CSV)
         write_outcomes(outcomes, run / OUTCOMES)
-        for file in ("evaluation.csv", OUTCOMES):
-            tracker.artifact(run / file, "evaluation")
+    costs = {task: account_task(model, task) for task in config.measured}
     facts = {
         "steps": result["step"],
         "training": f"{result['seconds'] / 60:.1f} min, {result['world']} worker(s)",
@@ -139,8 +140,78 @@ def evaluate_and_log(
         "seed": config.seed,
         "folder": f"`{run}`",
     }
-    tracker.note(tables.run_description(rows, [], model.config, total, facts))
-    return rows
+    record = {
+        "result": result | {"total_params": total, "evaluation": rows},
+        "splits": list(splits) if splits is not None else None,
+        "brief": brief,
+        "costs": {f"{task}/activated_params": cost.activated for task, cost in costs.items()}
+        | {f"{task}/flops_per_example": cost.flops_per_example for task, cost in costs.items()}
+        | {"training/total_params": total},
+        "metrics": tables.flat_metrics(rows),
+        "note": tables.run_description(rows, [], model.config, total, facts),
+    }
+    # Another machine may have evaluated the run before, and logged the same numbers.
+    before = read_json(run / EVALUATED) if (run / EVALUATED).is_file() else {}
+    is_equal = all(before.get(key) == record[key] for key in ("costs", "metrics"))
+    record["time_ms"] = before["time_ms"] if is_equal else int(time.time() * 1000)
+    write_json(run / EVALUATED, record)
+    return _log_evaluation(run, tracker, record)
+
+
+def resume_evaluation(
+    run: "ResolvedRun", tracker: "Tracker", splits: Sequence[str] | None, brief: bool
+) -> dict[str, Any] | None:
+    """Log the evaluation that a killed process left, and return its result.
+
+    Args:
+        run: the run.
+        tracker: of its MLflow run.
+        splits: see :func:`evaluate_and_log`.
+        brief: see :func:`evaluate_and_log`.
+
+    Returns:
+        None if the training or its evaluation is not complete, or was of other data.
+
+    Raises:
+        UserError: ``evaluated.json`` is damaged.
+    """
+    path = run.folder / EVALUATED
+    if not path.is_file():
+        return None
+    required: dict[str, type | tuple[type, ...]] = {
+        "result": dict,
+        "costs": dict,
+        "metrics": dict,
+        "note": str,
+        "time_ms": int,
+    }
+    remedy = "remove it, and the same command evaluates the model again"
+    record = read_record(path, required, remedy)
+    result = record["result"]
+    is_same = (
+        (record.get("splits"), record.get("brief"))
+        == (list(splits) if splits is not None else None, brief)
+        and result.get("corpora") == {name: m["digest"] for name, m in run.manifests.items()}
+        # A run that stopped early continues to train.
+        and result.get("step", -1) >= run.config.training.steps
+        and (run.folder / "model" / "manifest.json").is_file()
+        # A node of the same run may have removed it to train again.
+        and (run.folder / "trained.json").is_file()
+    )
+    return _log_evaluation(run.folder, tracker, record) if is_same else None
+
+
+def _log_evaluation(run: Path, tracker: "Tracker", record: dict[str, Any]) -> dict[str, Any]:
+    from pipelines.evaluation.outcomes import OUTCOMES_FILE
+
+    result: dict[str, Any] = record["result"]
+    tracker.metrics(record["costs"], time_ms=record["time_ms"])
+    if result["evaluation"]:
+        tracker.metrics(record["metrics"], result["step"], record["time_ms"])
+        for file in (EVALUATION_CSV, OUTCOMES_FILE):
+            tracker.artifact(run / file, "evaluation")
+    tracker.note(record["note"])
+    return result
 
 
 def check_evaluation_splits(

@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.runs.mirror import RunMirror
 from skillnet_platform import console, tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import directories, run_root, write_json
+from skillnet_platform.storage import directories, run_root
 from skillnet_platform.tracking.spool import is_away
 from sweeps.trials import remote_ledger
 from sweeps.trials.ledger import LedgerEntry, compute_mean_scores, last_line, prune_entries
@@ -145,15 +145,13 @@ class TrialDriver:
         if entry.mirror is not None:
             entry.mirror.relocate_config(config)
         open_run_folder(run)
-        known = entry.build_outcome("interrupted").run_id
         tags = {"run_dir": str(entry.folder), "stage": "trial", "group": entry.trial.group or ""}
         tags |= {f"setting.{key}": value for key, value in entry.trial.settings.items()}
         parent = self.options.parent
+        record = entry.folder / layout.RUN
         entry.tracker = tracking.start_child_run(
-            parent, entry.trial.name, config, tags, run_id=known
+            parent, entry.trial.name, config, tags, record=record
         )
-        record = {"run_id": entry.tracker.run_id, "uri": entry.tracker.uri}
-        write_json(entry.folder / layout.RUN, record)
         tracked = [entry.tracker.run_id, entry.tracker.uri]
         # Written last, because it names the MLflow run to which the trial writes.
         write_trial(entry.trial, entry.folder, self.options.score, tracked=tracked)

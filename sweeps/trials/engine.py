@@ -6,11 +6,11 @@ again, and an unfinished trial is resumed from its latest valid checkpoint. The 
 """
 
 import contextlib
-import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pipelines.runs.layout import lock_run_folder
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import Tracker
 from sweeps.config.trials import AshaConfig, ResourceConfig, ScoreConfig
@@ -67,7 +67,8 @@ def run_trials(
     folder = folder.absolute()
     resources = resources or ResourceConfig()
     options = TrialOptions(folder, parent, score, resources, asha, keep, max_failures, label, store)
-    with _lock_folder(folder):
+    # Two drivers would run the same trials in the same directories.
+    with lock_run_folder(folder):
         if isinstance(trials, Sequence):
             if not trials:
                 return []
@@ -138,18 +139,3 @@ def check_trial(
         find_first_rung(asha, trial)
         if score is None:
             raise UserError("asha needs a score to stop trials by; set score")
-
-
-@contextlib.contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Allow one driver at a time, since two would run the same trials in the same directories."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            # The lock is released by the kernel if the process dies.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{folder}: another process runs these trials; wait for its end"
-            ) from None
-        yield

@@ -1,0 +1,116 @@
+"""One run folder, one process: a second one is refused, and one that was killed finishes once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines import finetune
+from pipelines.runs.layout import lock_run_folder
+from skillnet.skills import default_tasks
+from skillnet_platform.tracking import backend
+from sweeps import sweep
+from tests.helpers.readable_corpora import write_corpora
+
+pytestmark = pytest.mark.integration
+
+SMALL = {
+    "name": "run",
+    "training.steps": 2,
+    "training.workers": 0,
+    "training.log_every": 2,
+    "training.threads_per_worker": 1,
+    "model.dim": 16,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.ffn_dim": 16,
+    "model.embedding_dim": 8,
+    "model.patch_size": 16,
+    "model.tubelet": "[4,16,16]",
+    "model.vocab_size": 1200,
+    "tracking.system_metrics": "false",
+    **{f"tasks.{task}.batch_size": 8 for task in default_tasks()},
+}
+
+#: Runs one command in forked children. Each but the last two is killed at a later point.
+KILLS = """
+import os, sys
+from pathlib import Path
+from pipelines import finetune
+from pipelines.training import run_evaluation
+from skillnet_platform.tracking import run_record
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+def kill(*args, **options):
+    os._exit(9)
+
+def kill_at_result(path, value, write=finetune.write_json):
+    if Path(path).name == "result.json":
+        os._exit(9)
+    write(path, value)
+
+POINTS = [
+    (run_record, "write_run_id", kill),
+    (run_evaluation, "_log_evaluation", kill),
+    (SqlAlchemyStore, "set_registered_model_alias", kill),
+    (finetune, "write_json", kill_at_result),
+    None,
+    None,
+]
+for point in POINTS:
+    child = os.fork()
+    if child == 0:
+        if point is not None:
+            setattr(*point)
+        os._exit(finetune.main(sys.argv[1:]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if point is None else 9), (point, code)
+"""
+
+
+def words(data: Path) -> list[str]:
+    given = {**SMALL, "data": data}
+    return ["--config", "quickstart"] + [
+        part for key, value in given.items() for part in (f"--{key}", str(value))
+    ]
+
+
+@pytest.mark.parametrize("command", [finetune.main, sweep.main])
+def test_a_second_process_gets_a_message_that_names_the_first(
+    command: object, run_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", "quickstart", "--name", "run"]
+    if command is sweep.main:
+        arguments = ["--config", "sweeps/width", "--name", "run"]
+    with lock_run_folder(run_root / "run"):
+        assert command(arguments) == 2  # type: ignore[operator]
+        said = capsys.readouterr().err
+    assert f"{run_root / 'run'}: process {os.getpid()} on " in said.replace("\n", " ")
+    assert "works in this folder now" in said.replace("\n", " ")
+    assert not (run_root / "run").exists(), "nothing was written"
+
+
+def test_a_run_that_is_killed_while_it_finishes_is_recorded_once(run_root: Path) -> None:
+    data = write_corpora(run_root / "corpora")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, *words(data)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    place = backend.setup_backend()
+    client = backend.create_client(place.uri)
+    [run] = client.search_runs([place.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    [version] = client.search_model_versions("name = 'skillnet'")
+    assert version.tags["gate"] == "the first version"
+    [logged] = client.search_logged_models([place.experiment_id])
+    assert logged.model_id == version.model_id
+    evaluated = [name for name in run.data.metrics if "/test_" in name or "activated" in name]
+    assert len(evaluated) > 10
+    for name in evaluated:
+        assert len(client.get_metric_history(run.info.run_id, name)) == 1, name
+    result = json.loads((run_root / "run" / "result.json").read_text(encoding="utf-8"))
+    assert result["registered"]["version"] == 1
+    assert not [path for path in (run_root / "run").rglob("*.tmp") if ".sn-" in path.name]
