@@ -27,6 +27,7 @@ from pipelines.io.source_file import (
 )
 from pipelines.io.symlink_guard import SymlinkGuard
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage.objects import require_no_secret
 
 #: Errors of a compressed file that is truncated or damaged, raised while it is read.
 DAMAGE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -69,6 +70,7 @@ class SourceDirectory:
 
     def __init__(self, uri: str) -> None:
         self.remote = is_remote(uri)
+        require_no_secret(uri)
         uri = uri if self.remote else str(Path(strip_file_scheme(uri)).expanduser().absolute())
         self.uri = uri.rstrip("/") if len(uri) > 1 else uri
         if to_printable(self.uri) != self.uri:

@@ -15,7 +15,8 @@ from functools import lru_cache
 from typing import IO, Any, TypeVar, cast
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.objects import S3_OPTIONS
+from skillnet_platform.storage import human_bytes
+from skillnet_platform.storage.objects import S3_OPTIONS, require_no_secret
 from skillnet_platform.storage.retry import retry_transient
 
 Result = TypeVar("Result")
@@ -23,6 +24,10 @@ Result = TypeVar("Result")
 _AHEAD = 1 << 18
 #: Errors that concern one file, and not its disk or store.
 PER_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class NotRegularFileError(UserError):
+    """A path leads to a pipe, a device or a socket, which may block or never end."""
 
 
 class SourceReadError(UserError):
@@ -70,6 +75,7 @@ def open_filesystem(uri: str) -> Any:
     Raises:
         UserError: no driver opens such a URI.
     """
+    require_no_secret(uri)
     scheme, _, rest = uri.partition("://")
     return _open_filesystem(f"{scheme}://{rest.split('/', 1)[0]}")
 
@@ -126,11 +132,39 @@ def check_regular_file(path: str) -> None:
     Reading from one of those may block or never end.
 
     Raises:
-        UserError: the path is one of those.
+        NotRegularFileError: the path is one of those.
     """
     info = os.stat(path)  # noqa: PTH116 - called for many files
     if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
-        raise UserError(f"{path}: a pipe, device or socket; expected a regular file")
+        raise NotRegularFileError(f"{path}: a pipe, device or socket; expected a regular file")
+
+
+def read_bounded(path: str | os.PathLike[str], max_bytes: int, allow_pipe: bool = False) -> bytes:
+    """Return the content of a local file that may be hostile.
+
+    Args:
+        path: of the file.
+        max_bytes: a longer file is rejected before more of it is read.
+        allow_pipe: also read a pipe, which the user names on purpose, such as ``/dev/stdin``.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        NotRegularFileError: the path leads to a device, a socket or a pipe.
+        UserError: the file is too large.
+    """
+    about = os.stat(path)  # noqa: PTH116 - also takes paths that are no Path
+    kind, size = about.st_mode, about.st_size
+    if not (allow_pipe and stat.S_ISFIFO(kind)):
+        if allow_pipe and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise NotRegularFileError(f"{path}: a device or socket; expected a file or a pipe")
+        check_regular_file(os.fspath(path))
+    data = b""
+    if size <= max_bytes:
+        with open(path, "rb") as stream:  # noqa: PTH123 - also takes paths that are no Path
+            data = stream.read(max_bytes + 1)
+    if max(size, len(data)) > max_bytes:
+        raise UserError(f"{path}: larger than {human_bytes(max_bytes)}; give a smaller file")
+    return data
 
 
 def open_stream(path: str) -> IO[bytes]:
@@ -140,7 +174,8 @@ def open_stream(path: str) -> IO[bytes]:
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or no
             permission to read it.
         SourceReadError, StoreUnavailableError: its disk or store fails, now or while it is read.
-        UserError: no driver opens the URI, or the path is not a regular file.
+        NotRegularFileError: the path leads to a pipe, device or socket.
+        UserError: no driver opens the URI.
     """
     if is_remote(path):
         return io.BufferedReader(_StoreFile(path), _AHEAD)

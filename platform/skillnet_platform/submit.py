@@ -34,6 +34,8 @@ from skillnet_platform.cluster.job_logs import follow_job
 from skillnet_platform.cluster.resource_request import request_resources, split_own_options
 from skillnet_platform.config import positional_field
 from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.tracking.backend import URI_VARIABLE
 
 #: How long :func:`run_job` waits for its answer: as doctor for its slowest node, and a start.
 ANSWER_S = 900.0
@@ -89,6 +91,12 @@ def submit_job(client: Any, options: SubmitConfig) -> tuple[str, working_dir.Job
         raise UserError(
             f"unknown command {options.entry[0]!r}{suggest_name(options.entry[0], known)}"
         )
+    for word in options.entry:
+        if SecretUri(word).has_secret:
+            raise UserError(
+                f"{SecretUri(word)}: Ray's list of jobs would show this password. Set the complete "
+                f"URI as {URI_VARIABLE} and add --env_from {URI_VARIABLE}"
+            )
     here = Path.cwd()
     if not (here / "platform" / "skillnet_platform").is_dir():
         raise UserError(f"{here}: not the root of the repository, whose code a job needs")

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -246,10 +245,3 @@ def test_what_is_refused(
         pytest.importorskip("psycopg")
     assert tracker.main(["--port", "0", *words]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_no_password_in_a_message() -> None:
-    hide: Any = tracker._without_password
-    assert hide("postgresql://me:secret@db/runs") == "postgresql://me:…@db/runs"
-    assert hide("postgresql://me@db/runs") == "postgresql://me@db/runs"
-    assert hide("sqlite:////x.db") == "sqlite:////x.db"

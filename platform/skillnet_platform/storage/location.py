@@ -4,7 +4,7 @@ from pathlib import Path
 
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import objects
-from skillnet_platform.storage.objects import is_uri, join_uri
+from skillnet_platform.storage.objects import is_uri, join_uri, require_no_secret
 
 #: An absolute path, or a URI as plain text. ``file://`` URIs are paths.
 Location = Path | str
@@ -32,6 +32,7 @@ def parse_location(given: str | Path | None, default: Path) -> Location:
             raise UserError(f"{text}: a file on another host; write file:///{path} for this one")
         return Path("/", path)
     if is_uri(text):
+        require_no_secret(text)
         return text.rstrip("/")
     return Path(text).expanduser().absolute()
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from skillnet_platform.secret_uri import SecretUri
 from skillnet_platform.tracking import backend
 
 #: Seconds for a server to end after SIGTERM.
@@ -95,7 +96,8 @@ def start_server(uri: str, host: str, port: int, **streams: Any) -> "subprocess.
 
 def server_environment(uri: str) -> dict[str, str]:
     """Return the environment of a server for the database ``uri``."""
-    given = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", STORE_VARIABLE: uri}
+    given = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    given[STORE_VARIABLE] = SecretUri(uri).reveal()
     given.pop(backend.URI_VARIABLE, None)
     return given
 

@@ -221,7 +221,7 @@ class OperationSpool:
 
     def _away(self, error: BaseException) -> None:
         if self._pause == FIRST_PAUSE_S:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = first_line(error)[:160]
             console.print_warning(
                 f"the tracker {self.uri} does not answer ({reason}); records wait in {self.path}"
             )

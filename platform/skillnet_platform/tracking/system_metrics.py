@@ -4,11 +4,13 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
+from skillnet_platform.secret_uri import SecretUri
+
 
 @contextlib.contextmanager
 def system_metrics(
     run_id: str,
-    uri: str,
+    uri: SecretUri,
     publish: Callable[[Mapping[str, float], int], None],
     every_s: float = 10.0,
 ) -> Iterator[None]:
@@ -24,7 +26,7 @@ def system_metrics(
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
+    monitor = SystemMetricsMonitor(run_id, tracking_uri=uri.reveal())
     stop = threading.Event()
 
     def watch() -> None:

@@ -1,0 +1,158 @@
+"""Secrets of URIs appear in no text that is made of them."""
+
+import copy
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.config.run import StorageConfig
+from pipelines.io.directory import SourceDirectory
+from skillnet_platform import config, console, submit, tracker
+from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.secret_uri import SecretUri, redact_secrets
+from skillnet_platform.storage import directories, location
+from skillnet_platform.tracking import TrackingConfig, backend
+
+SECRET = "Hu7-s3cret"  # noqa: S105 - made up
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://me:{}@host:5000", "http://me:***@host:5000"),
+        ("https://me:{}@host/mlflow/", "https://me:***@host/mlflow/"),
+        ("http://me:a@{}@host", "http://me:***@host"),
+        ("http://:{}@host", "http://:***@host"),
+        ("postgresql://me:{}@host/runs", "postgresql://me:***@host/runs"),
+        ("postgresql://me:a/{}@host/runs", "postgresql://me:***@host/runs"),
+        ("postgresql+psycopg://me:a@{}@host/runs", "postgresql+psycopg://me:***@host/runs"),
+        (
+            "postgresql://host/runs?user=me&password={}",
+            "postgresql://host/runs?user=me&password=***",
+        ),
+        ("s3://AKIA:{}@bucket/runs", "s3://AKIA:***@bucket/runs"),
+        ("https://a.b/x.tar?sv=1&sig={}&se=2", "https://a.b/x.tar?sv=1&sig=***&se=2"),
+        ("https://b/x?X-Amz-Signature={}", "https://b/x?X-Amz-Signature=***"),
+        ("https://b/x?AWSAccessKeyId={}&v=1", "https://b/x?AWSAccessKeyId=***&v=1"),
+        ("https://b/x?access_token={}", "https://b/x?access_token=***"),
+    ],
+)
+def test_every_text_of_a_uri_lacks_its_secret(uri: str, shown: str) -> None:
+    complete = uri.format(SECRET)
+    made = SecretUri(complete)
+    for text in (str(made), f"{made}", made + "", json.dumps({"uri": made})):
+        assert SECRET not in text
+    assert str(made) == shown
+    assert repr(made) == repr(shown)
+    assert made.reveal() == complete
+    assert made.has_secret
+    assert not made.is_redacted
+    assert redact_secrets(f"cannot open '{complete}' (500)") == f"cannot open '{shown}' (500)"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:5000",
+        "http://127.0.0.1:5000/#/experiments/1/runs/2?workflowType=machine_learning",
+        "postgresql://mlflow@/mlflow?host=/run/x",
+        "abfs://container@account.dfs.core.windows.net/runs",
+        "sqlite:////tmp/a@b:c@d/x.db",
+        "models:/skillnet@champion",
+        "file:///a:b@c",
+        "s3://bucket/a?keyword=1",
+    ],
+)
+def test_a_uri_without_a_secret_is_unchanged(uri: str) -> None:
+    made = SecretUri(uri)
+    assert str(made) == made.reveal() == uri
+    assert not made.has_secret
+    assert not made.is_redacted
+
+
+def test_a_written_uri_is_known_to_lack_its_secret() -> None:
+    written = SecretUri(str(SecretUri(f"http://me:{SECRET}@host")))
+    assert written.is_redacted
+    assert written.with_secret("p@ss/word").reveal() == "http://me:p%40ss%2Fword@host"
+    assert SecretUri(f"http://me:{SECRET}@host:1/x").address == "http://host:1/x"
+
+
+def test_copies_within_a_run_keep_the_secret() -> None:
+    made = SecretUri(f"http://me:{SECRET}@host")
+    tree = config.to_dict(TrackingConfig(uri=made))
+    again = config.build_config(TrackingConfig, tree)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), again.uri):  # noqa: S301
+        assert isinstance(other, SecretUri)
+        assert other.reveal() == made.reveal()
+
+
+def test_a_configuration_is_written_without_the_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = TrackingConfig(uri=f"http://me:{SECRET}@host")
+    written = config.to_yaml(settings)
+    console.emit_json(settings)
+    shown = [written, repr(settings), config.digest_config(settings), capsys.readouterr().out]
+    assert all(SECRET not in text for text in shown)
+    assert yaml.safe_load(written)["uri"] == "http://me:***@host"
+
+
+def test_messages_lack_the_secrets_of_uris_in_them(capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"no answer of http://me:{SECRET}@host"
+    for show in (console.print_note, console.print_warning, console.print_error):
+        show(text)
+    shown = capsys.readouterr().err + first_line(OSError(text))
+    assert SECRET not in shown
+    assert shown.count("http://me:***@host") == 4
+
+
+def test_a_written_uri_gets_its_secret_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    complete = SecretUri(f"http://me:{SECRET}@host:1")
+    written = str(complete)
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:other@elsewhere")
+    with pytest.raises(UserError, match="files keep no password") as caught:
+        backend.resolve_uri(written)
+    assert "MLFLOW_TRACKING_PASSWORD" in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    assert backend.resolve_uri(written).reveal() == complete.reveal()
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
+    with backend.share_secret(complete):
+        assert backend.resolve_uri(written).reveal() == complete.reveal()
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://me:other@elsewhere"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda uri: location.parse_location(uri, Path()),
+        lambda uri: StorageConfig(mirror=uri),
+        SourceDirectory,
+        directories.read_bytes,
+    ],
+)
+@pytest.mark.parametrize("uri", ["s3://AKIA:{}@bucket/x", "abfs://c@a.b/x?sv=1&sig={}"])
+def test_a_location_with_a_secret_is_refused(use: Callable[[str], Any], uri: str) -> None:
+    with pytest.raises(UserError, match="manifests and logs would show") as caught:
+        use(uri.format(SECRET))
+    assert SECRET not in str(caught.value)
+
+
+def test_command_lines_with_secrets_are_warned_of_or_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uri = f"http://me:{SECRET}@host"
+    assert tracker.main(["--store", uri, "--port", "0"]) == 2
+    shown = capsys.readouterr().err
+    assert "other users of this machine can read command lines" in shown
+    assert "--store http://me:***@host: give a database" in shown
+    options = submit.SubmitConfig(["finetune", "--tracking.uri", uri])
+    with pytest.raises(UserError, match="--env_from MLFLOW_TRACKING_URI") as caught:
+        submit.submit_job(None, options)
+    assert SECRET not in shown + str(caught.value)
