@@ -19,6 +19,7 @@ from skillnet_platform.storage import directories
 from skillnet_platform.storage.location import join_location, parse_location
 from skillnet_platform.storage.retry import PATIENCE_VARIABLE
 from skillnet_platform.tracking import backend
+from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 #: Seconds for a node's answer. Its first task starts a process and imports packages.
@@ -174,7 +175,7 @@ def storage_roots(places: Sequence[str]) -> list[str]:
 def tracker_folder() -> str:
     """Return the folder of a tracker that is a file; empty for a server."""
     uri = backend.resolve_uri()
-    return str(Path(uri.removeprefix("sqlite:///")).parent) if uri.startswith("sqlite:") else ""
+    return str(sqlite_path(uri).parent) if is_sqlite(uri) else ""
 
 
 def _files_in(where: str, folder: str) -> list[str]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import Tracker, TrackingConfig, backend
+from skillnet_platform.tracking import Tracker, TrackingConfig, backend, database_uri
 from tests.helpers.ports import free_port
 from tests.helpers.tracked_runs import history, run_of, where
 
@@ -28,7 +29,7 @@ class Settings:
 
 def test_a_run_that_the_tracker_does_not_have_is_not_gone_on_with() -> None:
     with (
-        pytest.raises(UserError, match=r"cannot resume the run 0+ .* remove that file"),
+        pytest.raises(UserError, match=r"cannot resume the run 0+.* remove that file"),
         tracking.start_run("lost", None, where(), run_id="0" * 32),
     ):
         raise AssertionError("it continued")
@@ -206,6 +207,50 @@ def test_the_default_store_is_in_the_run_root(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/")
     assert backend.resolve_uri() == "http://127.0.0.1:9"
     assert backend.resolve_uri("sqlite:////x/y.db") == "sqlite:////x/y.db"
+
+
+@pytest.mark.parametrize("name", ["50%25 of", "a?b=c", "a#b", "a b", "文字 ü", "a@b:c", "a+b&c"])
+def test_every_name_of_a_folder_may_hold_the_database(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "roots" / name
+    monkeypatch.setenv("SKILLNET_HOME", str(root))
+    uri = backend.resolve_uri()
+    assert backend.resolve_uri(uri) == uri
+    assert database_uri.sqlite_path(uri) == root / "mlflow.db"
+    root.mkdir(parents=True)
+    # SQLAlchemy and MLflow make what they misread beside the folder.
+    create_engine(uri.reveal()).connect().close()
+    assert [path.name for path in root.iterdir()] == ["mlflow.db"]
+    assert list(root.parent.iterdir()) == [root]
+
+
+def test_a_run_is_recorded_below_a_folder_with_special_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "roots" / "50%25 of? a#b ü"
+    monkeypatch.setenv("SKILLNET_HOME", str(root))
+    with tracking.start_run("run", Settings(), where()) as tracker:
+        tracker.metrics({"loss": 2.0}, step=1)
+        tracker.text("hello", "notes/a.txt")
+    assert history(tracker, "loss") == [(1, 2.0)]
+    assert [path.read_text() for path in root.rglob("a.txt")] == ["hello"]
+    assert {path.name for path in root.iterdir()} >= {"mlflow.db", "mlartifacts"}
+    assert list(root.parent.iterdir()) == [root]
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("sqlite:////tmp/a?b/x.db", "Write %3F"),
+        ("sqlite:///", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite://tmp/x.db", "names no file"),
+    ],
+)
+def test_a_uri_that_names_no_database_file_is_refused(uri: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        backend.resolve_uri(uri)
 
 
 def test_a_server_that_is_not_there_is_said_at_the_start() -> None:
