@@ -19,6 +19,7 @@ NAMES = (
     "reading",
     "reading_store",
     "waiting",
+    "tracker_auth",
 )
 
 
