@@ -309,7 +309,7 @@ def test_a_real_node_is_looked_at(tmp_path: Path, ray_session: object) -> None:
     assert found["resources"].level == "ok"
     assert "on 1 node" in found["resources"].seen
     assert found["authentication"].level == "ok", "the embedded Ray has a token of its own"
-    assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads what all wrote"
+    assert found["storage"].seen == f"{tmp_path}: each of 1 nodes reads the files of all"
     assert list(tmp_path.iterdir()) == [], "cleaned up"
 
 
