@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from skillnet_platform import __version__, console
-from skillnet_platform.errors import TerminatedError, UserError, suggest_name
+from skillnet_platform.errors import TerminatedError, UserError, first_line, suggest_name
+from skillnet_platform.secret_uri import SecretUri
 
 GROUP = "skillnet.commands"
 
@@ -45,6 +46,9 @@ SUMMARIES = {
 #: A plain ValueError of these packages is a user error; a ValueError of a library is a defect.
 OUR_PACKAGES = ("skillnet", "skillnet_platform", "pipelines", "sweeps")
 
+#: Characters of the message of an unexpected error.
+LONGEST_CAUSE = 1000
+
 PlainMain = Callable[[list[str] | None], int | None]
 ConfigT = TypeVar("ConfigT")
 
@@ -57,12 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _print_text(_help(find_commands()))
         # A call without a command is a usage error, so that scripts notice it.
-        return 0 if arguments else 2
+        return _print_text(_help(find_commands())) or (0 if arguments else 2)
     if arguments[0] in ("-V", "--version"):
-        _print_text(f"skillnet {__version__}")
-        return 0
+        return _print_text(f"skillnet {__version__}")
     known = find_commands()
     name, rest = arguments[0], arguments[1:]
     if name not in known:
@@ -122,6 +124,12 @@ class CliCommand(Generic[ConfigT]):
         from skillnet_platform.config import parse_config
 
         words = self._rewrite_arguments(argv) if self._rewrite_arguments else list(argv)
+        for word in words:
+            if SecretUri(word).has_secret:
+                console.print_warning(
+                    f"{SecretUri(word)}: other users of this machine can read command lines. Give "
+                    "a URI with a password in the environment, or in a file of --config"
+                )
         return parse_config(
             self.config_class,
             words,
@@ -228,11 +236,28 @@ def run_command(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     ours = (*OUR_PACKAGES, (module or function.__module__).partition(".")[0])
+    console.open_standard_streams()
     try:
-        code = function(arguments) or 0
-        # Python flushes again at exit, where nothing could handle a closed pipe.
-        sys.stdout.flush()
-        return code
+        code = _call_function(function, arguments, ours)
+        try:
+            # Python flushes again at exit, where nothing could handle the error.
+            with console.write_results():
+                return code
+        except console.OutputError as error:
+            return _report_output_error(error, code)
+    finally:
+        # Also after an error: a later command of this process must print normally again.
+        console.end_json()
+
+
+def _call_function(function: PlainMain, arguments: list[str], ours: tuple[str, ...]) -> int:
+    try:
+        if not {"HOME", "LOGNAME"} <= os.environ.keys():
+            # Imported here because `skillnet --help` is to be quick.
+            from skillnet_platform.storage.user_environment import prepare_user_environment
+
+            prepare_user_environment()
+        return function(arguments) or 0
     except SystemExit as exit_request:
         wanted = exit_request.code
         # SystemExit may hold None (success) or a message (failure) instead of a number.
@@ -244,27 +269,36 @@ def run_command(
     except KeyboardInterrupt:
         console.print_error("interrupted")
         return 130
-    except BrokenPipeError:
-        _reader_left()
-        return 0
+    except console.OutputError as error:
+        return _report_output_error(error, 0)
     except Exception as error:
         _traceback_if_wanted()
         message = user_error_message(error, ours)
         if message is not None:
             console.print_error(message)
             return 2
-        # An error of several lines usually holds a traceback, whose last line states the cause.
-        text = str(error).strip()
-        lines = text.splitlines() or [""]
-        console.print_error(
-            f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}".rstrip(": ")
-        )
+        name, cause = type(error).__name__, first_line(error, LONGEST_CAUSE)
+        console.print_error(name if cause == name else f"{name}: {cause}")
         if not _debug():
             console.print_note("rerun with SKILLNET_DEBUG=1 for the traceback")
         return 1
-    finally:
-        # Also after an error: a later command of this process must print normally again.
-        console.end_json()
+
+
+def _report_output_error(error: console.OutputError, code: int) -> int:
+    """Return the exit code of a command whose results cannot be written, and say so.
+
+    A reader that left (``| head``) is no error.
+    """
+    console.discard_output()
+    cause = error.__cause__
+    if isinstance(cause, BrokenPipeError):
+        return code
+    reason = cause.strerror if isinstance(cause, OSError) else str(error)
+    console.print_error(
+        f"standard output: cannot be written ({reason}). The results are incomplete. Give the "
+        "command another standard output."
+    )
+    return code or 1
 
 
 def user_error_message(error: BaseException, ours: tuple[str, ...] = OUR_PACKAGES) -> str | None:
@@ -363,17 +397,11 @@ def _help(commands: dict[str, EntryPoint]) -> str:
     return "\n".join(lines)
 
 
-def _print_text(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _reader_left()
+def _print_text(text: str) -> int:
+    def print_it(argv: list[str] | None) -> None:
+        console.print_result(text)
 
-
-def _reader_left() -> None:
-    """Silence Python's error at exit after the reader of our output left (``| head``)."""
-    # Python flushes stdout at exit. Into the closed pipe this would fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return run_command(print_it, [])
 
 
 def _debug() -> bool:
@@ -384,7 +412,7 @@ def _traceback_if_wanted() -> None:
     if _debug():
         import traceback
 
-        traceback.print_exc()
+        console.print_note(traceback.format_exc().rstrip())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Results go to standard output, everything else to standard error. After :func:`begin_json`, which
 ``--json`` calls, standard output carries only the document of :func:`emit_json`; the output of
 libraries goes to standard error.
+
+Every text can contain data of others, so control characters and markup in it are escaped here.
 """
 
 import contextlib
@@ -12,11 +14,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import IO, Any
 
+from skillnet_platform.secret_uri import redact_secrets
+from skillnet_platform.terminal_text import escape_controls, escape_line, escape_log
+
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class OutputError(Exception):
+    """Standard output cannot take the results. The cause is an ``OSError``."""
 
 
 class _JsonOutput:
@@ -51,8 +60,7 @@ def end_json() -> None:
     if stream is None:
         return
     # The reader may have left, but the descriptors must be restored.
-    with contextlib.suppress(BrokenPipeError):
-        stream.flush()
+    discard_output()
     if _JsonOutput.saved_fd is not None:
         sys.stdout.flush()
         os.dup2(_JsonOutput.saved_fd, 1)
@@ -60,6 +68,56 @@ def end_json() -> None:
     else:
         sys.stdout = _JsonOutput.saved_stdout
     _JsonOutput.stream = _JsonOutput.saved_fd = _JsonOutput.saved_stdout = None
+
+
+def open_standard_streams() -> None:
+    """Replace streams that were closed before this process started (``>&-``).
+
+    The next file that is opened, such as a database, would get the number of the closed stream,
+    and libraries would write their messages to it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        # Results that nobody gets are an error; messages that nobody gets are not.
+        reads = os.O_WRONLY if name == "stderr" else os.O_RDONLY
+        opened = os.open(os.devnull, reads)
+        os.set_inheritable(opened, True)
+        mode = "w" if number else "r"
+        setattr(sys, name, open(opened, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def write_results() -> Iterator[IO[str]]:
+    """Provide standard output for results, and write them when the block ends.
+
+    Raises:
+        OutputError: they cannot be written, because the disk is full or the reader left.
+    """
+    stream = _JsonOutput.stream or sys.stdout
+    try:
+        yield stream
+        stream.flush()
+    except OSError as error:
+        raise OutputError(str(error)) from error
+
+
+def discard_output() -> None:
+    """Discard what a stream cannot take. Python would try to write it again at exit."""
+    for stream in (_JsonOutput.stream or sys.stdout, sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+            stream.flush()
+
+
+def print_result(text: str) -> None:
+    """Print a text, such as the help of a command, on standard output."""
+    with write_results() as stream:
+        stream.write(f"{escape_controls(text)}\n")
 
 
 def json_wanted() -> bool:
@@ -73,26 +131,35 @@ def emit_json(obj: Any) -> None:
     Args:
         obj: dataclasses, mappings, lists, paths and numpy values. NaN and infinities become null.
     """
-    stream = _JsonOutput.stream or sys.stdout
-    stream.write(
-        json.dumps(to_json_types(obj), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    )
-    stream.flush()
+    with write_results() as stream:
+        stream.write(_format_json(obj, indent=2) + "\n")
+
+
+def print_json_lines(objects: Iterable[Any]) -> None:
+    """Print results as JSON, one object per line, on standard output."""
+    with write_results() as stream:
+        stream.writelines(f"{_format_json(each)}\n" for each in objects)
 
 
 def print_note(message: str) -> None:
     """Print a message on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    _print_line(message)
 
 
 def print_warning(message: str) -> None:
     """Print a warning on standard error."""
-    print(f"{_paint('warning:', '33')} {message}", file=sys.stderr, flush=True)
+    _print_line(message, f"{_paint('warning:', '33')} ")
 
 
 def print_error(message: str) -> None:
     """Print an error on standard error."""
-    print(f"{_paint('error:', '31')} {message}", file=sys.stderr, flush=True)
+    _print_line(message, f"{_paint('error:', '31')} ")
+
+
+def print_log(text: str) -> None:
+    """Print part of the log of another process, with its colours, where results go."""
+    with _show_results() as stream:
+        stream.write(escape_log(text))
 
 
 def print_table(
@@ -114,15 +181,22 @@ def print_table(
     from rich.text import Text
 
     cells = [[_cell(value) for value in row] for row in rows]
-    drawn = Table(title=title, caption=caption or None, box=box.SIMPLE_HEAD, title_justify="left")
+    # Plain text has markup such as `[/b]`; only `Text` is shown as it is.
+    drawn = Table(
+        title=Text(escape_line(title), style="table.title"),
+        caption=Text(escape_line(caption), style="table.caption") if caption else None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
     for index, column in enumerate(columns):
         numeric = bool(cells) and all(_is_numeric(row[index]) for row in cells)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        header = Text(escape_line(column))
+        drawn.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
-        drawn.add_row(*(Text(value) for value in row))
-    stream = sys.stderr if json_wanted() else sys.stdout
-    Console(file=stream, width=None if _is_terminal(stream) else 120, highlight=False).print(drawn)
-    stream.flush()
+        drawn.add_row(*(Text(escape_controls(value)) for value in row))
+    with _show_results() as stream:
+        width = None if _is_terminal(stream) else 120
+        Console(file=stream, width=width, highlight=False).print(drawn)
 
 
 class ProgressCounter:
@@ -151,12 +225,15 @@ class ProgressCounter:
             self.words = words
         if self._bar is not None:
             self._bar.update(
-                self._task, completed=self.done, rate=self._rate_text(), words=self.words
+                self._task,
+                completed=self.done,
+                rate=escape_line(self._rate_text()),
+                words=escape_line(self.words),
             )
         # Each step would otherwise add a line to the log of a job.
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            _print_line(escape_line(self.line()))
 
     def found(self, count: int) -> None:
         """Add units of earlier work, which do not count for the rate."""
@@ -201,24 +278,42 @@ def show_progress(
     if not _is_terminal(sys.stderr):
         yield state
         if state.done > state.first:
-            print(state.line(), file=sys.stderr, flush=True)
+            _print_line(escape_line(state.line()))
         return
     from rich import progress as bars
     from rich.console import Console
 
     with bars.Progress(
-        bars.TextColumn("{task.description}"),
+        # Brackets in the name of a file are no markup.
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[rate]}"),
+        bars.TextColumn("{task.fields[rate]}", markup=False),
         bars.TimeRemainingColumn(),
-        # Brackets in the name of a file are no markup.
         bars.TextColumn("{task.fields[words]}", markup=False),
         console=Console(stderr=True),
     ) as bar:
         state._bar = bar
-        state._task = bar.add_task(label, total=total, completed=done, rate="", words="")
+        state._task = bar.add_task(
+            escape_line(label), total=total, completed=done, rate="", words=""
+        )
         yield state
+
+
+def _print_line(text: str, prefix: str = "") -> None:
+    # A lost message, for example on a full disk, must not end the work.
+    with contextlib.suppress(OSError):
+        print(f"{prefix}{escape_controls(redact_secrets(text))}", file=sys.stderr, flush=True)
+
+
+def _show_results() -> contextlib.AbstractContextManager[Any]:
+    """Return the stream for people: under ``--json``, results for programs have the other one."""
+    return contextlib.nullcontext(sys.stderr) if json_wanted() else write_results()
+
+
+def _format_json(obj: Any, indent: int | None = None) -> str:
+    text = json.dumps(to_json_types(obj), ensure_ascii=False, indent=indent, allow_nan=False)
+    return escape_controls(text)
 
 
 def _clock(seconds: float) -> str:

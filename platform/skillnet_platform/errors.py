@@ -1,6 +1,14 @@
 """Exceptions whose message is complete for the user."""
 
+import re
 from collections.abc import Iterable
+
+from skillnet_platform.secret_uri import redact_secrets
+
+#: Frame of a traceback.
+_FRAME = re.compile(r'\s*File ".*", line \d+')
+#: What SQLAlchemy adds to the message of a database: a link, the statement and its values.
+_FOOTNOTE = re.compile(r"\(Background on this error at: |\[SQL: |\[parameters: ")
 
 
 class UserError(ValueError):
@@ -17,9 +25,23 @@ class TerminatedError(KeyboardInterrupt):
     """
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """Return the first line of an exception's text that states the cause, without secrets.
+
+    Of a traceback in the text, as Ray's errors have it, this is the line after the last frame.
+
+    Args:
+        error: the exception.
+        longest: number of characters.
+    """
+    lines = str(error).splitlines()
+    frames = [number for number, line in enumerate(lines) if _FRAME.match(line)]
+    if frames:
+        # Code lines of the frame are indented.
+        after = lines[frames[-1] + 1 :]
+        lines = [line for line in after if not line[:1].isspace()] or after
+    stated = (line.strip() for line in lines if line.strip() and not _FOOTNOTE.match(line))
+    return redact_secrets(next(stated, type(error).__name__))[:longest]
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

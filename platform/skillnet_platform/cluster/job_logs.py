@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -31,10 +30,9 @@ def follow_job(client: Any, job: str) -> tuple[str, int]:
     Returns:
         Status and exit code of the job.
     """
-    stream = sys.stderr if console.json_wanted() else sys.stdout
     try:
         with _silent_ray():
-            asyncio.run(_print_log(client, job, stream))
+            asyncio.run(_print_log(client, job))
     except KeyboardInterrupt:
         console.print_note(
             f"\nthe job continues; follow it with `skillnet submit --attach {job}`, end it with "
@@ -63,7 +61,7 @@ def _exit_code(code: int | None) -> int:
     return 128 - code if code < 0 else code & 0xFF or 1
 
 
-async def _print_log(client: Any, job: str, stream: Any) -> None:
+async def _print_log(client: Any, job: str) -> None:
     """Print the log; after a lost connection continue at the cut."""
     printed, deadline = 0, time.monotonic() + PATIENCE_S
     while True:
@@ -74,8 +72,7 @@ async def _print_log(client: Any, job: str, stream: Any) -> None:
                 fresh = text[max(printed - position, 0) :]
                 position += len(text)
                 printed = max(printed, position)
-                stream.write(fresh)
-                stream.flush()
+                console.print_log(fresh)
         except Exception as lost:
             error = f"{type(lost).__name__}: {lost}"
         with contextlib.suppress(Exception):
@@ -83,7 +80,7 @@ async def _print_log(client: Any, job: str, stream: Any) -> None:
             deadline = time.monotonic() + PATIENCE_S  # it answers, even if the job is quiet
             if ended:
                 if error:  # the connection broke before the end of the log
-                    stream.write(client.get_job_logs(job)[printed:])
+                    console.print_log(client.get_job_logs(job)[printed:])
                 return
         if time.monotonic() > deadline:
             raise UserError(

@@ -89,7 +89,7 @@ def test_commands_of_other_packages_are_listed_and_run(
         (UserError("file x, row 3: no label"), 2, "error: file x, row 3: no label\n"),
         (ValueError("model.dim must be at least 1"), 2, "error: model.dim must be at least 1\n"),
         (KeyError("k"), 1, "error: KeyError: 'k'\n"),
-        (RuntimeError("first\nlast"), 1, "error: RuntimeError: last\n"),
+        (RuntimeError("first\nlast"), 1, "error: RuntimeError: first\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )
@@ -200,3 +200,71 @@ def test_interrupt_from_outside_exits_with_130() -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130
     process.stdout.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("words", ["--help", "finetune --help", "pin-nodes /dev/null --json"])
+@pytest.mark.parametrize("stdout", [">/dev/full", ">&-"])
+def test_a_standard_output_that_takes_nothing_is_one_message(words: str, stdout: str) -> None:
+    done = run_in_shell(f"{words} {stdout}")
+    assert done.returncode == 1
+    cause = "No space left on device" if "full" in stdout else "Bad file descriptor"
+    assert f"error: standard output: cannot be written ({cause})" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_command_without_standard_streams_succeeds(tmp_path: Path) -> None:
+    done = run_in_shell(f"pin-nodes {tmp_path}/pins <&- >&- 2>&-")
+    assert done.returncode == 0
+    assert "ray==" in (tmp_path / "pins").read_text()
+
+
+def run_in_shell(words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m skillnet_platform.cli {words}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
+        timeout=120,
+    )
+
+
+def test_a_broken_connection_is_not_a_reader_that_left(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str] | None = None) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert cli.run_command(main, []) == 1
+    assert "BrokenPipeError" in capsys.readouterr().err
+
+
+DATABASE = (
+    "(sqlite3.OperationalError) unable to open database file\n"
+    "[SQL: SELECT 1]\n(Background on this error at: https://sqlalche.me/e/20/e3q8)"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        (DATABASE, "(sqlite3.OperationalError) unable to open database file"),
+        (f"\n\n{DATABASE}", "(sqlite3.OperationalError) unable to open database file"),
+        ("The actor died.\n\tpid: 3\n\tnamespace: x", "The actor died."),
+        (
+            "\x1b[36mray::f()\x1b[39m (pid=3)\n"
+            '  File "a.py", line 3, in f\n    g()\n  File "b.py", line 1, in g\n    raise x\n'
+            f"OperationalError: {DATABASE}",
+            "OperationalError: (sqlite3.OperationalError) unable to open database file",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_an_error_of_many_lines_shows_the_line_that_states_the_cause(
+    text: str, stated: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str] | None = None) -> int:
+        raise RuntimeError(text)
+
+    assert cli.run_command(main, []) == 1
+    shown = capsys.readouterr().err.splitlines()[0]
+    assert shown == f"error: RuntimeError: {stated}".replace(": RuntimeError: Run", ": Run")

@@ -1,6 +1,8 @@
 """Tables and progress where there is no terminal, and JSON of what commands hand over."""
 
+import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,3 +86,76 @@ def test_what_was_done_before_and_is_seen_late_says_nothing_of_the_rate() -> Non
         assert bar.rate == pytest.approx(2.0, rel=0.05)
         assert "80/100" in bar.line()
         assert "0:10 left" in bar.line()
+
+
+#: What data can contain: markup that does not close, a write to the clipboard (OSC 52), also with
+#: the one-byte introducer, a return to the start of the line, reordered text, half a character.
+HOSTILE = "[/b]\x1b]52;c;Y3VybA==\x07\x9d52;c;WA==\x9c\rok\u202e[link=x]\udc80"
+SHOWN = r"[/b]\u001b]52;c;Y3VybA==\u0007\u009d52;c;WA==\u009c\u000dok\u202e[link=x]\udc80"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_data_in_messages_reaches_the_terminal_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_note(f"two\nlines {HOSTILE}")
+    console.print_warning(HOSTILE)
+    console.print_error(HOSTILE)
+    notes = capsys.readouterr().err
+    assert notes == f"two\nlines {SHOWN}\nwarning: {SHOWN}\nerror: {SHOWN}\n"
+
+
+def test_data_in_a_table_is_neither_markup_nor_control(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table(f"{HOSTILE}\n", [HOSTILE, "b"], [[HOSTILE, 1]], caption=HOSTILE)
+    table = capsys.readouterr().out
+    assert table.count(SHOWN) == 4
+    assert not set(table) & set("\x1b\x07\x9d\x9c\r\u202e\udc80")
+    assert f"{SHOWN}\\n " in table, "a title is one line"
+
+
+def test_data_in_progress_lines_is_one_line_of_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    with console.show_progress(HOSTILE, total=2, unit=HOSTILE) as bar:
+        bar.advance(1, f"file\nerror: {HOSTILE}")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(SHOWN) for line in lines)
+    assert f"file\\nerror: {SHOWN}" in lines[0]
+
+
+def test_data_in_a_progress_bar_is_neither_markup_nor_control(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "400")
+    with console.show_progress(HOSTILE, total=2, unit=HOSTILE) as bar:
+        bar.advance(1, f"a\n{HOSTILE}")
+    drawn = stream.getvalue()
+    assert "\x1b]" not in drawn
+    assert "\x9d" not in drawn
+    assert SHOWN in drawn
+    assert f"a\\n{SHOWN}" in drawn
+
+
+def test_json_on_a_terminal_has_no_controls_and_the_same_content(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console.emit_json({HOSTILE: [HOSTILE]})
+    console.print_json_lines([{"a": HOSTILE}])
+    printed = capsys.readouterr().out
+    assert not set(printed) & set("\x1b\x07\x9d\x9c\r\u202e\udc80")
+    document, _, line = printed.rpartition("}\n{")
+    assert json.loads(document + "}") == {HOSTILE: [HOSTILE]}
+    assert json.loads("{" + line) == {"a": HOSTILE}
+
+
+def test_a_log_keeps_its_colours_only(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_log(f"\x1b[36m(worker)\x1b[0m {HOSTILE}\x1b[2J\n")
+    assert capsys.readouterr().out == f"\x1b[36m(worker)\x1b[0m {SHOWN}\\u001b[2J\n"
