@@ -1,8 +1,12 @@
 """Code that runs as another user of this machine, or as a user whom no passwd entry knows."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 #: A user id without an entry in passwd.
 UNKNOWN_UID = 54321
@@ -28,4 +32,28 @@ def run_as_other_user(code: str, *arguments: str) -> "subprocess.CompletedProces
         capture_output=True,
         text=True,
         timeout=60,
+    )
+
+
+def run_as_unknown_user(code: str, **environment: str | None) -> "subprocess.CompletedProcess[str]":
+    """Run Python code under a user id that passwd does not know; skip where that is impossible.
+
+    A user namespace changes the id that the code sees. It keeps the rights to read the interpreter.
+
+    Args:
+        code: that runs.
+        environment: variables to set; None removes one.
+    """
+    enter = ["unshare", "--user", f"--map-user={UNKNOWN_UID}", f"--map-group={UNKNOWN_UID}"]
+    if shutil.which("unshare") is None or subprocess.run([*enter, "true"], check=False).returncode:
+        pytest.skip("user namespaces cannot be used here")
+    root = Path(__file__).parents[2]
+    values = os.environ | {"PYTHONPATH": f"{root}:{root / 'platform'}"} | environment
+    values |= dict.fromkeys(("LOGNAME", "LNAME", "USERNAME"))
+    return subprocess.run(
+        [*enter, sys.executable, "-c", code],
+        env={name: value for name, value in values.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )

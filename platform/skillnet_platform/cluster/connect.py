@@ -15,6 +15,7 @@ from skillnet_platform.cluster.session_directory import (
 from skillnet_platform.errors import UserError
 from skillnet_platform.ray_internals.uv_run import UV_RUN_VARIABLE, apply_uv_run_setting
 from skillnet_platform.storage.private import is_private
+from skillnet_platform.storage.user_environment import prepare_user_environment
 
 #: Environment of Ray, set before its import unless the user has set it.
 DEFAULTS = {
@@ -36,6 +37,7 @@ OBJECT_STORE_BYTES = 512 * 2**20
 
 def prepare_ray_environment() -> None:
     """Set Ray's environment unless the user has set it. Call before the first ``import ray``."""
+    prepare_user_environment()
     defaults = DEFAULTS | (ON_A_CLUSTER if os.environ.get("RAY_ADDRESS") else {})
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
