@@ -3,6 +3,7 @@
 :func:`parse_config` builds a dataclass from a command line; errors name the key and the file.
 """
 
+from skillnet_platform.config.builder import build_config
 from skillnet_platform.config.fields import (
     ALIAS,
     aliased_field,
@@ -11,7 +12,6 @@ from skillnet_platform.config.fields import (
     to_dict,
 )
 from skillnet_platform.config.parser import (
-    build_config,
     digest_config,
     find_config,
     flatten_tree,

@@ -2,38 +2,29 @@
 
 The order is: defaults of the dataclass, each ``--config`` in turn, then overrides. Mappings
 merge by key, so an override of one entry keeps the other entries; other values are replaced.
-jsonargparse checks the types and builds the objects. This module finds unknown keys first,
-because it knows the file and can suggest the nearest key.
+:mod:`skillnet_platform.config.builder` checks the types and builds the objects. This module finds
+unknown keys first, because it knows the file.
 """
 
-import copy
 import dataclasses
 import hashlib
 import itertools
 import json
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
-
 from skillnet_platform import console
 from skillnet_platform.config import safe_yaml
+from skillnet_platform.config.builder import build_config
 from skillnet_platform.config.fields import ALIAS, POSITIONAL, T, _tree, default_values, to_dict
 from skillnet_platform.config.schema import (
     check_keys,
-    child_types,
     describe_kind,
-    describe_type,
-    find_invalid_nulls,
-    find_missing_keys,
-    format_value,
     hint_at,
     nest_value,
     remove_null_entries,
-    value_at,
     without_none,
 )
 from skillnet_platform.errors import UserError, suggest_name
@@ -78,7 +69,7 @@ def parse_config(
 
         everything = "--help=all" in words or ("--help", "all") in itertools.pairwise(words)
         shown = None if everything else essential or default_essential(cls)
-        print(render_help(cls, prog, description, example, shown))
+        console.print_result(render_help(cls, prog, description, example, shown))
         raise SystemExit(0)
     if "--json" in words:
         words = [word for word in words if word != "--json"]
@@ -100,37 +91,6 @@ def parse_config(
     remove_null_entries(cls, tree)
     _place_bare(cls, tree, bare, prog)
     return build_config(cls, tree, origins)
-
-
-def build_config(
-    cls: type[T], tree: Mapping[str, Any], origins: Mapping[str, str] | None = None
-) -> T:
-    """Build ``cls`` from a complete tree of plain values.
-
-    Args:
-        cls: the dataclass.
-        tree: every field, as nested mappings.
-        origins: flat key -> origin of its value (a file), for the message.
-
-    Raises:
-        UserError: a key is missing or has a wrong type; names the expected type.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    absent = next(find_missing_keys(cls, tree), None)
-    if absent:
-        raise UserError(f"{absent} is missing: give --{absent} or set it in a file of --config")
-    null = next(find_invalid_nulls(cls, tree), None)
-    if null:
-        source = f"{origins[null]}: " if origins and null in origins else ""
-        raise UserError(f"{source}{null}: expected {describe_type(hint_at(cls, null))}, got null")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, None, as_group=False)
-    try:
-        made = parser.instantiate(parser.parse_object(copy.deepcopy(dict(tree))))
-    except ArgumentError as error:
-        raise UserError(_reworded(cls, tree, str(error), origins or {})) from None
-    return cls(**{f.name: getattr(made, f.name) for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
 def load_yaml(path: str | PurePath) -> dict[str, Any]:
@@ -175,7 +135,8 @@ def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, A
         if not isinstance(value.get(INCLUDE), str):
             return own if INCLUDE not in value else own | {INCLUDE: value[INCLUDE]}
         beside = Path(path).parent / value[INCLUDE]
-        other = beside if beside.is_file() else find_config(value[INCLUDE])
+        has_file = names_file(value[INCLUDE]) and beside.is_file()
+        other = beside if has_file else find_config(value[INCLUDE])
         # Files that include each other would be read without an end.
         if other.resolve() in chain:
             raise UserError(f"{path}: {INCLUDE}: {value[INCLUDE]} includes itself")
@@ -186,32 +147,56 @@ def load_layer(path: str | PurePath, inside: Sequence[Path] = ()) -> dict[str, A
 
 
 def preset_directories() -> list[Path]:
-    """Return the directories of presets: ./configs, the installed package, the checkout."""
+    """Return the directories of the built-in presets: the installed package, the checkout."""
     here = Path(__file__).resolve().parents[1]
-    places = (Path("configs").absolute(), here / "configs", here.parents[1] / "configs")
-    return [place for place in dict.fromkeys(places) if place.is_dir()]
+    return [place for place in (here / "configs", here.parents[1] / "configs") if place.is_dir()]
+
+
+def names_file(name: str) -> bool:
+    """Return whether a name of ``--config`` is a path, such as ``x.yaml`` or ``./x``."""
+    return Path(name).suffix in (".yaml", ".yml", ".json") or name.startswith((".", "/", "~"))
 
 
 def find_config(name: str) -> Path:
-    """Return the file of ``--config``: a path, or a preset such as ``tiny`` or ``tasks/five``.
+    """Return the file of ``--config``: a path, or a preset such as ``tiny`` or ``studies/tiny``.
+
+    The name of a built-in preset always means that preset, in every working directory. Other names
+    are looked for in the directory ``configs`` of the working directory.
 
     Raises:
         UserError: neither exists; suggests the nearest preset.
     """
-    if Path(name).is_file():
-        return Path(name)
-    known: list[str] = []
-    for folder in preset_directories():
-        if (folder / f"{name}.yaml").is_file():
-            return folder / f"{name}.yaml"
-        known += [str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")]
+    own = Path("configs").absolute()
+    presets = (
+        [] if names_file(name) else [folder / f"{name}.yaml" for folder in preset_directories()]
+    )
+    built_in = next((path for path in presets if path.is_file()), None)
+    others = [Path(name).expanduser(), own / f"{name}.yaml"]
+    other = next((path for path in others if path.is_file()), None)
+    if built_in and other and not built_in.samefile(other):
+        shown = f"./{other}" if other == Path(name) else other.relative_to(Path.cwd())
+        console.print_note(
+            f"--config {name}: takes the built-in preset, not the file {shown}; give "
+            f"--config {shown} for the file"
+        )
+    found = built_in or other
+    if found:
+        return found
+    known = [
+        str(path.relative_to(folder).with_suffix(""))
+        for folder in (own, *preset_directories())
+        for path in folder.rglob("*.yaml")
+    ]
     hint = suggest_name(name.removesuffix(".yaml"), known)
     raise UserError(f"--config {name}: neither a file nor a preset{hint}")
 
 
 def to_yaml(obj: Any) -> str:
-    """Return a configuration as YAML, which ``--config`` reads back to an equal object."""
-    return yaml.safe_dump(to_dict(obj), sort_keys=False, allow_unicode=True)
+    """Return a configuration as YAML, which ``--config`` reads back to an equal object.
+
+    Secrets of URIs are not written: see :class:`skillnet_platform.secret_uri.SecretUri`.
+    """
+    return safe_yaml.dump_plain_yaml(to_dict(obj))
 
 
 def digest_config(obj: Any) -> str:
@@ -276,6 +261,7 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
         key = aliases.get(key, key)
         hint = hint_at(cls, key)
         if key != "config" and hint is None:
+            # Names the wrong part of the key.
             check_keys(cls, nest_value(key, None), "command line")
             raise UserError(f"command line: {key!r} has no keys of its own")
         if not equals:
@@ -339,30 +325,3 @@ def _place_bare(cls: Any, tree: dict[str, Any], bare: list[str], prog: str) -> N
             raise UserError(f"{prog}: {f.name} is missing; see {prog} --help")
     if rest:
         raise UserError(f"{prog}: cannot use {rest[0]!r}; options start with --, see {prog} --help")
-
-
-def _reworded(cls: Any, tree: Mapping[str, Any], message: str, origins: Mapping[str, str]) -> str:
-    """Return jsonargparse's nested message as one line: key, expected type, value."""
-    path = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    key = _deepest(cls, tree, path, message)
-    hint, given = hint_at(cls, key), value_at(tree, key)
-    if hint is None or not key:
-        return " ".join(message.split())
-    source = f"{origins[key]}: " if key in origins else ""
-    return f"{source}{key}: expected {describe_type(hint)}, got {format_value(given)}"
-
-
-def _deepest(cls: Any, tree: Mapping[str, Any], path: str, message: str) -> str:
-    """Return the full key: jsonargparse omits dictionary keys, so match type and value."""
-    if hint_at(cls, path) is not None and child_types(hint_at(cls, path)) is None:
-        return path
-    parts = path.split(".") if path else []
-    last = parts[-1] if parts else ""
-    for key, value in flatten_tree(tree).items():
-        inside = [p for p in key.split(".") if p in parts]
-        if inside == parts and key.rpartition(".")[2] == last:
-            shown = re.search(r"[Gg]iven value: (.*)|Got value: (.*)", message)
-            text = (shown.group(1) or shown.group(2)).strip() if shown else str(value)
-            if str(value) == text:
-                return key
-    return path

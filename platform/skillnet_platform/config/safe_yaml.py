@@ -1,5 +1,6 @@
 """YAML of untrusted origin: plain values only, with limits on length, depth and number."""
 
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -29,6 +30,16 @@ def load_plain_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("a value holds itself") from None
     return value
+
+
+def dump_plain_yaml(tree: Any) -> str:
+    """Return the YAML text of plain values, which :func:`load_plain_yaml` reads back unchanged."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe dumper that quotes a text if the loader would read it as a number."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,3 +107,14 @@ def _count(value: Any, left: list[int]) -> None:
     if isinstance(value, (dict, list, tuple, set)):
         for each in below:
             _count(each, left)
+
+
+# A URI with a redacted secret is a subclass of str.
+_Dumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
+# PyYAML follows YAML 1.1, where 1e-4 is text; JSON, YAML 1.2 and people mean the number.
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
+        list("-+.0123456789"),
+    )

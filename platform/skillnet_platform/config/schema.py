@@ -2,24 +2,45 @@
 
 import dataclasses
 import difflib
+import functools
 import json
+import operator
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Annotated, Any
+
+from annotated_types import GroupedMetadata
 
 from skillnet_platform.errors import UserError
+
+#: Keys by which jsonargparse, Hydra and Lightning create objects from a configuration.
+INSTANTIATION_KEYS = frozenset(
+    {"class_path", "init_args", "dict_kwargs", "__path__", "_target_", "_args_", "_partial_"}
+)
 
 
 def child_types(hint: Any) -> dict[str, Any] | None:
     """Return the types below a type: fields of a dataclass, ``{"*": V}`` of ``dict[str, V]``."""
     hint = without_none(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        hints = typing.get_type_hints(hint)
-        return {f.name: hints[f.name] for f in dataclasses.fields(hint) if f.init}
+        return field_types(hint)
     if typing.get_origin(hint) in (dict, Mapping) and len(typing.get_args(hint)) == 2:
         return {"*": typing.get_args(hint)[1]}
     return None
+
+
+@functools.cache
+def field_types(cls: type, with_bounds: bool = False) -> dict[str, Any]:
+    """Return field name -> type of a dataclass, for the fields of its constructor.
+
+    Args:
+        cls: the dataclass.
+        with_bounds: keep the ``Annotated`` types, which have bounds.
+    """
+    hints = typing.get_type_hints(cls, include_extras=with_bounds)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
 def without_none(hint: Any) -> Any:
@@ -57,13 +78,18 @@ def check_keys(
     Args:
         cls: type of the tree.
         tree: nested mappings.
-        source: file or "command line", for the message.
+        source: file or "command line", for the message; "" if it is unknown.
         prefix: dotted key of the tree, with a dot at the end.
         root: type of the complete configuration, for suggestions.
 
     Raises:
-        UserError: an unknown key, or a value where keys are expected.
+        UserError: an unknown key, a value where keys are expected, or a key that would create an
+            object.
     """
+    where = f"{source}: " if source else ""
+    hostile = "" if root else find_instantiation_key(tree, prefix)
+    if hostile:
+        raise UserError(f"{where}{hostile}")
     root = root or cls
     known = child_types(cls)
     if known is None:
@@ -71,17 +97,36 @@ def check_keys(
     for key, value in tree.items():
         if key not in known and "*" not in known:
             full = f"{prefix}{key}"
-            raise UserError(f"{source}: unknown key {full!r}{_hint(full, prefix, known, root)}")
+            raise UserError(f"{where}unknown key {full!r}{_hint(full, prefix, known, root)}")
         below = known.get(key, known.get("*"))
         if isinstance(value, dict):
             check_keys(below, value, source, f"{prefix}{key}.", root)
         elif value is not None and child_types(below) is not None:
-            # jsonargparse would call the dataclass with the value.
             expected = describe_type(without_none(below))
-            raise UserError(
-                f"{source}: {prefix}{key}: expected {expected}, got {format_value(value)}"
-            )
+            raise UserError(f"{where}{prefix}{key}: expected {expected}, got {format_value(value)}")
     return tree
+
+
+def find_instantiation_key(tree: Any, prefix: str = "") -> str:
+    """Return an error message if a key of a tree would create an object in other programs; else "".
+
+    Args:
+        tree: mappings, lists and scalars.
+        prefix: dotted key of the tree, with a dot at the end.
+    """
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if key in INSTANTIATION_KEYS:
+                return f"{prefix}{key}: a configuration creates no objects by name. Remove this key"
+            found = find_instantiation_key(value, f"{prefix}{key}.")
+            if found:
+                return found
+    elif isinstance(tree, (list, tuple)):
+        for number, value in enumerate(tree):
+            found = find_instantiation_key(value, f"{prefix.removesuffix('.')}[{number}].")
+            if found:
+                return found
+    return ""
 
 
 def find_missing_keys(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
@@ -97,19 +142,6 @@ def find_missing_keys(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
                 yield prefix + f.name
     for key, value in tree.items():
         yield from find_missing_keys(known.get(key, known.get("*")), value, f"{prefix}{key}.")
-
-
-def find_invalid_nulls(hint: Any, tree: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the keys that are null although their type forbids it; jsonargparse accepts them."""
-    known = child_types(hint)
-    if known is None or not isinstance(tree, Mapping):
-        return
-    for key, value in tree.items():
-        below = known.get(key, known.get("*"))
-        if value is not None:
-            yield from find_invalid_nulls(below, value, f"{prefix}{key}.")
-        elif below not in (None, Any, object) and type(None) not in typing.get_args(below):
-            yield prefix + key
 
 
 def remove_null_entries(hint: Any, tree: Any) -> None:
@@ -149,19 +181,14 @@ def nest_value(key: str, value: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
-def value_at(tree: Any, key: str) -> Any:
-    """Return the value at a dotted key, or ``None`` if there is no value."""
-    for part in key.split(".") if key else []:
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def describe_type(hint: Any) -> str:
     """Return a type in words: "a whole number", "one of a, b", "a list, each text"."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if hint in names:
         return names[hint]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{describe_type(args[0])}{_describe_bounds(args[1:])}"
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, args))}"
     if origin in (typing.Union, types.UnionType):
@@ -173,6 +200,55 @@ def describe_type(hint: Any) -> str:
     if child_types(hint) is not None:
         return "keys and values" if origin is dict else f"the keys of {hint.__name__}"
     return getattr(hint, "__name__", str(hint))
+
+
+def bounds_of(notes: Sequence[Any]) -> dict[str, float]:
+    """Return the bounds in the notes of an ``Annotated`` type: {"ge": 0, "lt": 1}."""
+    found: dict[str, float] = {}
+    for note in notes:
+        for each in note if isinstance(note, GroupedMetadata) else (note,):
+            for kind in ("gt", "ge", "lt", "le"):
+                if hasattr(each, kind):
+                    found[kind] = getattr(each, kind)
+    return found
+
+
+def is_within(value: Any, notes: Sequence[Any]) -> bool:
+    """Return whether a number is within the bounds of an ``Annotated`` type."""
+    return all(getattr(operator, kind)(value, end) for kind, end in bounds_of(notes).items())
+
+
+def fits_bounds(hint: Any, value: Any) -> bool:
+    """Return whether the numbers of a value are within the bounds of its type.
+
+    A value without bounds fits. None fits, because the types of other values are not checked.
+    """
+    args = typing.get_args(hint)
+    if value is None:
+        return True
+    if typing.get_origin(hint) is Annotated:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return not bounds_of(args[1:]) or (is_number and is_within(value, args[1:]))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return all(fits_bounds(arg, value) for arg in args if arg is not type(None))
+    if typing.get_origin(hint) in (list, tuple) and isinstance(value, (list, tuple)):
+        return all(fits_bounds(args[0], each) for each in value)
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        return all(fits_bounds(args[1], each) for each in value.values())
+    return True
+
+
+def _describe_bounds(notes: Sequence[Any]) -> str:
+    bounds = bounds_of(notes)
+    if set(bounds) == {"ge", "le"}:
+        return f" from {_short(bounds['ge'])} to {_short(bounds['le'])}"
+    words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    texts = [f"{words[kind]} {_short(end)}" for kind, end in bounds.items()]
+    return f" {' and '.join(texts)}" if texts else ""
+
+
+def _short(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number)
 
 
 def describe_kind(value: Any) -> str:

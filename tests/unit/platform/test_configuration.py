@@ -9,6 +9,7 @@ import yaml
 
 from skillnet.config import SkillNetConfig
 from skillnet_platform import config, console
+from skillnet_platform.config import safe_yaml
 from skillnet_platform.errors import UserError
 
 
@@ -200,6 +201,21 @@ def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     assert config.digest_config(parse()) != config.digest_config(made)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("-2E3", -2000.0), ("1.5e+3", 1500.0), (".5e1", 5.0), ("1e5x", "1e5x")],
+)
+def test_a_number_with_an_exponent_is_a_number(text: str, value: object) -> None:
+    assert safe_yaml.load_plain_yaml(text) == value
+
+
+@pytest.mark.parametrize("name", ["1e5", "12E04", "5", "true", "null", "2026-01-02", "0x1", "名"])
+def test_text_stays_text_in_a_file(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "resolved.yaml"
+    file.write_text(config.to_yaml(parse("--name", name)), encoding="utf-8")
+    assert parse("--config", str(file)).name == name
+
+
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert config.digest_config({"a": 1, "b": [1, 2]}) == config.digest_config(
         {"b": (1, 2), "a": 1}
@@ -265,6 +281,35 @@ def test_presets_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (made.lr, made.name) == (0.5, "two")
     with pytest.raises(UserError, match="did you mean 'quick'"):
         parse("--config", "qiuck")
+
+
+def test_a_built_in_preset_wins_over_files_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built_in = config.find_config("tiny")
+    assert not capsys.readouterr().err
+    (tmp_path / "configs").mkdir()
+    own = tmp_path / "configs" / "tiny.yaml"
+    own.write_text("lr: 0.5")
+    monkeypatch.chdir(tmp_path)
+    assert config.find_config("tiny") == built_in
+    note = " ".join(capsys.readouterr().err.split())
+    assert "--config tiny: takes the built-in preset, not the file configs/tiny.yaml" in note
+    assert "give --config configs/tiny.yaml" in note
+    for name in ("configs/tiny.yaml", "./configs/tiny.yaml", str(own)):
+        assert config.find_config(name).read_text() == "lr: 0.5"
+    assert not capsys.readouterr().err
+    (tmp_path / "small").write_text("lr: 0.25")
+    assert config.find_config("small").name == "small.yaml"
+    assert "not the file ./small;" in " ".join(capsys.readouterr().err.split())
+    assert config.find_config("./small").read_text() == "lr: 0.25"
+
+
+def test_an_included_preset_is_the_built_in_one(tmp_path: Path) -> None:
+    (tmp_path / "tiny").write_text("lr: 0.5")
+    (tmp_path / "outer.yaml").write_text("include: tiny")
+    built_in = config.load_yaml(config.find_config("tiny"))
+    assert config.load_layer(tmp_path / "outer.yaml") == built_in
 
 
 def _tree() -> dict[str, Any]:
