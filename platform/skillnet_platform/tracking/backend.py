@@ -15,8 +15,13 @@ from typing import Any
 
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.storage.user_environment import prepare_user_environment
+from skillnet_platform.tracking.database_file import require_database
+from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqlite_uri
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
+PASSWORD_VARIABLE = "MLFLOW_TRACKING_PASSWORD"  # noqa: S105 - a variable's name
 
 #: Environment of MLflow unless the user has set it. MLflow retries a dead server for minutes.
 DEFAULTS = {
@@ -54,12 +59,13 @@ class TrackingBackend:
         experiment_id: of the experiment.
     """
 
-    uri: str
+    uri: SecretUri
     experiment_id: str
 
 
 def prepare_mlflow_environment() -> None:
     """Set MLflow's environment unless the user has set it, and limit its loggers to warnings."""
+    prepare_user_environment()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     for logger in ("mlflow", "alembic"):
@@ -67,22 +73,67 @@ def prepare_mlflow_environment() -> None:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
-def resolve_uri(uri: str | None = None) -> str:
+def resolve_uri(uri: str | None = None) -> SecretUri:
     """Return the tracker's URI: ``uri``, MLFLOW_TRACKING_URI, or sqlite in the run root.
 
+    A URI that was written without its password gets it from the environment.
+
     Raises:
-        UserError: a file store, which MLflow no longer supports.
+        UserError: a file store, which MLflow no longer supports, or a password that is missing.
     """
-    chosen = uri or os.environ.get(URI_VARIABLE) or f"sqlite:///{storage.run_root() / 'mlflow.db'}"
-    if chosen.startswith("sqlite:///"):
+    given = uri or os.environ.get(URI_VARIABLE) or sqlite_uri(storage.run_root() / "mlflow.db")
+    chosen = _restore_secret(SecretUri(given))
+    if is_sqlite(chosen):
         # A relative path would name another database in each worker's directory.
-        return f"sqlite:///{Path(chosen.removeprefix('sqlite:///')).absolute()}"
+        return SecretUri(sqlite_uri(sqlite_path(chosen.reveal())))
     if "://" not in chosen or chosen.startswith("file:"):
         raise UserError(
             f"tracking.uri {chosen!r}: MLflow no longer keeps runs in plain files; use "
             "sqlite:///PATH/mlflow.db or the http:// address of an MLflow server"
         )
-    return chosen.rstrip("/")
+    return SecretUri(chosen.reveal().rstrip("/"))
+
+
+def _restore_secret(uri: SecretUri) -> SecretUri:
+    """Return a URI with its password, which files do not keep, from the environment.
+
+    Raises:
+        UserError: the environment lacks it.
+    """
+    if not uri.is_redacted:
+        return uri
+    known = SecretUri(os.environ.get(URI_VARIABLE, ""))
+    if known.has_secret and known.rstrip("/") == uri.rstrip("/"):
+        return known
+    password = os.environ.get(PASSWORD_VARIABLE)
+    if password:
+        return uri.with_secret(password)
+    raise UserError(
+        f"tracking.uri {uri}: files keep no password, and this process has none for it. Set "
+        f"{URI_VARIABLE} to the complete URI or {PASSWORD_VARIABLE} to the password, or give "
+        "--tracking.uri again"
+    )
+
+
+@contextlib.contextmanager
+def share_secret(uri: SecretUri) -> Iterator[None]:
+    """Give a tracker's password to processes that start during a block, by the environment.
+
+    Files of a run name its tracker without the password. Only this user can read the environment
+    of a process; command lines and Ray's records are visible to others.
+    """
+    if not uri.has_secret:
+        yield
+        return
+    before = os.environ.get(URI_VARIABLE)
+    os.environ[URI_VARIABLE] = uri.reveal()
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(URI_VARIABLE, None)
+        else:
+            os.environ[URI_VARIABLE] = before
 
 
 def artifact_root() -> Path:
@@ -91,11 +142,18 @@ def artifact_root() -> Path:
 
 
 def create_client(uri: str) -> Any:
-    """Return an ``MlflowClient`` for tracking and registry."""
+    """Return an ``MlflowClient`` for tracking and registry.
+
+    Raises:
+        UserError: the URI names a sqlite file that cannot be used.
+    """
     prepare_mlflow_environment()
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if is_sqlite(uri):
+        require_database(sqlite_path(uri))
+    complete = _restore_secret(SecretUri(uri)).reveal()
+    return MlflowClient(tracking_uri=complete, registry_uri=complete)
 
 
 def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> TrackingBackend:
@@ -122,7 +180,7 @@ def setup_backend(uri: str | None = None, experiment: str = "skillnet") -> Track
             found = mlflow_client.get_experiment_by_name(experiment)
             if found is None:
                 # MLflow fixes the folder of artifacts when the experiment is created.
-                location = artifact_root().as_uri() if chosen.startswith("sqlite") else None
+                location = artifact_root().as_uri() if is_sqlite(chosen) else None
                 identity = mlflow_client.create_experiment(experiment, location, EXPERIMENT_TAGS)
                 return TrackingBackend(chosen, identity)
         except MlflowException as error:
@@ -158,7 +216,7 @@ def require_answer(uri: str) -> None:
     import requests
 
     try:
-        answer = requests.get(f"{uri}/health", timeout=5)
+        answer = requests.get(f"{SecretUri(uri).reveal()}/health", timeout=5)
         answer.raise_for_status()
     except requests.RequestException as error:
         raise UserError(
@@ -195,10 +253,10 @@ def require_access(uri: str) -> None:
 @contextlib.contextmanager
 def _one_at_a_time(uri: str) -> Iterator[None]:
     """Allow one process of this machine at a time to migrate a sqlite database."""
-    if not uri.startswith("sqlite:///"):
+    if not is_sqlite(uri):
         yield
         return
-    path = Path(uri.removeprefix("sqlite:///"))
+    path = sqlite_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         # Processes that migrate one empty database at the same time crash.
