@@ -27,6 +27,7 @@ from pipelines.io import prefetch
 from pipelines.io.prefetch import OrderedPrefetcher
 from pipelines.io.source_file import (
     PER_FILE_ERRORS,
+    NotRegularFileError,
     is_remote,
     make_read_error,
     open_stream,
@@ -239,6 +240,8 @@ class _TarCache:
                 data = self._find_next(reference.member, max_bytes)
             except FileNotFoundError:
                 raise _RejectedError("the archive is missing") from None
+            except NotRegularFileError:
+                raise _RejectedError("the archive is not a regular file") from None
             except TarReadError as error:
                 self.close()
                 raise _RejectedError(str(error)) from None

@@ -11,6 +11,7 @@ Source: ours.
 """
 
 import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -43,7 +44,9 @@ def advise_kernel(path: str, offset: int, length: int | None) -> None:
     if advise is None:
         return
     try:
-        # Non-blocking: opening a named pipe would wait for a writer.
+        # Opening a device can have an effect, and a named pipe waits for a writer.
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - a hot path
+            return
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return

@@ -11,7 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.serving.predictor import PredictionItem, read_file_bytes, read_input_item
+from pipelines.serving.predictor import (
+    MAX_ROWS_BYTES,
+    PredictionItem,
+    read_file_bytes,
+    read_input_item,
+)
 from pipelines.transforms.text import check_unicode
 from skillnet_platform import console
 from skillnet_platform.errors import UserError
@@ -50,7 +55,8 @@ def read_input_rows(path: Path, task: str | None, clue: bool = False) -> list[In
         UserError: the file is missing, is a JSON array, or has no usable row.
     """
     # Editors on Windows write a byte order mark, which the JSON parser rejects.
-    data = read_file_bytes(path).removeprefix(b"\xef\xbb\xbf")
+    data = read_file_bytes(path, max_bytes=MAX_ROWS_BYTES, allow_pipe=True)
+    data = data.removeprefix(b"\xef\xbb\xbf")
     # Otherwise the only message would be that line 1 is not an object.
     if data.lstrip().startswith(b"["):
         raise UserError(

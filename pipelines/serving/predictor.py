@@ -13,6 +13,8 @@ import numpy as np
 
 from pipelines.evaluation.inference import InferenceRunner, memory_inputs
 from pipelines.evaluation.tables import sort_rows
+from pipelines.io.media import MAX_MEDIA_BYTES
+from pipelines.io.source_file import read_bounded
 from pipelines.transforms import sound, text
 from pipelines.transforms.decoder_process import decode_media
 from skillnet.multitask_model import TaskModel
@@ -33,6 +35,11 @@ TRUNCATION_KEYS = {
     "code": ("max_code_tokens", "code_tokens"),
     "query": ("max_caption_tokens", "caption_tokens"),
 }
+
+#: Largest file that a prediction reads: that of prepare.
+MAX_FILE_BYTES = MAX_MEDIA_BYTES
+#: Largest file with rows of predictions.
+MAX_ROWS_BYTES = 2**30
 
 #: First bytes of common formats, for data without a file name.
 MAGIC_BYTES = (
@@ -324,18 +331,22 @@ def printable_name(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def read_file_bytes(path: Path, hint: str = "") -> bytes:
+def read_file_bytes(
+    path: Path, hint: str = "", max_bytes: int = MAX_FILE_BYTES, allow_pipe: bool = False
+) -> bytes:
     """Return the content of a file.
 
     Args:
         path: of the file.
         hint: appended to the message if the file is missing.
+        max_bytes: a longer file is rejected.
+        allow_pipe: also read a pipe, which the user names on purpose.
 
     Raises:
-        UserError: the file is missing or unreadable.
+        UserError: the file is missing, unreadable, too large or not a regular file.
     """
     try:
-        return path.read_bytes()
+        return read_bounded(path, max_bytes, allow_pipe)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{hint}") from None
     except OSError as error:

@@ -12,6 +12,10 @@ from skillnet.rust_panics import panics_as_errors
 TEXT_TOKENS = 64
 CAPTION_TOKENS = 48
 CODE_TOKENS = 192
+#: A text is cut before it is tokenized: to this number of characters per kept token, and not below
+#: the next number. Real tokens are far shorter, so the cut changes no kept token.
+MAX_CHARACTERS_PER_TOKEN = 256
+MIN_CUT_CHARACTERS = 20_000
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArray:
@@ -28,9 +32,12 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     Raises:
         ValueError: a text is no Unicode, or the tokenizer fails.
     """
+    # The time of a tokenizer grows with the text, although only the first tokens are kept.
+    longest = max(limit * MAX_CHARACTERS_PER_TOKEN, MIN_CUT_CHARACTERS)
+    texts = [each[:longest] for each in texts]
     for each in texts:
         check_unicode(each)
-    encoded = _run_tokenizer(lambda: tokenizer.encode_batch_fast(list(texts)))
+    encoded = _run_tokenizer(lambda: tokenizer.encode_batch_fast(texts))
     ids = [row.ids for row in encoded]
     unknown, first = tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<0x00>")
     if unknown is not None and first is not None:

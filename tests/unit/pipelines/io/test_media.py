@@ -11,7 +11,7 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from pipelines.io import media
+from pipelines.io import media, prefetch
 from pipelines.io.archive import ArchiveLimits
 from pipelines.io.media import MEDIA, MediaReadError, MediaRef, read_media
 from skillnet_platform.errors import UserError
@@ -206,3 +206,28 @@ def test_disk_failure_rejects_no_row(tmp_path: Path) -> None:
 def test_unknown_uri_scheme_is_reported() -> None:
     with pytest.raises(UserError, match="nowhere://x: cannot be opened"):
         read(MediaRef("nowhere://x/y"))
+
+
+def test_an_archive_that_is_a_pipe_or_a_device_costs_one_row(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    names = (str(tmp_path / "pipe.tar"), "/dev/zero")
+    for name in names:
+        assert read(MediaRef(name, member="a.png")) == ["the archive is not a regular file"]
+
+
+def test_no_device_or_pipe_is_opened_ahead_of_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a device can have an effect, such as that of a watchdog or a tape."""
+    os.mkfifo(tmp_path / "pipe.png")
+    opened: list[object] = []
+    original = os.open
+
+    def recording_open(path: object, *arguments: int, **options: int) -> int:
+        opened.append(path)
+        return original(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", recording_open)
+    names = [str(tmp_path / "pipe.png"), "/dev/zero"] * (prefetch.ADVISED_FILES + 1)
+    assert read(*map(MediaRef, names)) == ["not a regular file"] * len(names)
+    assert not {*names} & {*map(str, opened)}
