@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from skillnet_platform import cluster
-from skillnet_platform.cluster import loopback
+from skillnet_platform.cluster import loopback, session_directory
 from skillnet_platform.tracking import backend
 from tests.helpers.other_user import run_as_other_user
 from tests.helpers.sockets import Listening, listening, reachable, watched
@@ -57,7 +57,7 @@ def test_a_fit_of_two_workers_listens_on_loopback_only(ray_session: Any, tmp_pat
         TorchTrainer(
             _together,
             scaling_config=ScalingConfig(num_workers=2),
-            torch_config=rendezvous.build_torch_config(use_gpu=False),
+            torch_config=rendezvous.build_torch_config(use_gpu=False, timeout_s=60),
             run_config=RunConfig(storage_path=str(tmp_path)),
         ).fit()
     whole = " ".join(each.process for each in seen)
@@ -122,6 +122,7 @@ def test_another_user_reaches_no_socket_or_log_of_the_embedded_ray(ray_session: 
     attack = run_as_other_user(_ATTACK, str(session))
     assert attack.stdout == "[]\n", f"another user could {attack.stdout}{attack.stderr}"
     private = session.parents[1]
+    assert private == session_directory.prepare_session_directory()
     assert private.stat().st_mode & 0o7777 == 0o700
     assert private.stat().st_uid == os.geteuid()
 
@@ -142,6 +143,7 @@ def test_the_token_is_not_left_lying_about(ray_session: Any) -> None:
     assert [path for path in files if token in content(path)] == []
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ, "a cluster may follow"
+    assert os.environ.get("RAY_TMPDIR") != str(session.parents[1]), "a cluster may follow"
 
 
 def test_a_ray_that_listens_elsewhere_is_ended(

@@ -98,11 +98,11 @@ def ensure_ray(cpus: int | None = None, object_store_bytes: int = OBJECT_STORE_B
         return ray
     _share_import_path()
     sessions = prepare_session_directory()
-    with loopback.loopback_environment():
+    with loopback.loopback_environment({DIRECTORY_VARIABLE: str(sessions)}):
         ray.init(
             # By default Ray joins any cluster whose address a file in its directory names.
             address="local",
-            _temp_dir=str(sessions),
+            _temp_dir=str(sessions / "ray"),
             num_cpus=cpus or len(os.sched_getaffinity(0)),
             # Tune and Train clean up through the State API of the dashboard; without it sweeps
             # can stall without a message.

@@ -5,7 +5,7 @@ import functools
 import ipaddress
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ _INTERFACES = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @contextlib.contextmanager
-def loopback_environment() -> Iterator[None]:
+def loopback_environment(variables: Mapping[str, str] | None = None) -> Iterator[None]:
     """Set the environment of a ``ray.init`` whose servers must listen on loopback only.
 
     Ray's servers listen on every interface unless the node's address is 127.0.0.1. On Linux
@@ -27,10 +27,14 @@ def loopback_environment() -> Iterator[None]:
     environment is restored. Ray requires a token unless ``RAY_AUTH_MODE`` is "disabled". Without
     a token of the user this block generates one: Ray would write one to the home directory, and
     every other Ray of the user would then require it.
+
+    Args:
+        variables: more variables for Ray's processes.
     """
     from skillnet_platform.ray_internals.single_node import CLUSTER_VARIABLE, disable_clusters
 
     values = {CLUSTER_VARIABLE: "0"} | {k: os.environ.get(k, v) for k, v in _INTERFACES.items()}
+    values |= variables or {}
     if os.environ.get(_MODE) != "disabled" and not _has_token():
         values[_TOKEN] = _own_token()
     # A later connection to a cluster must not get the settings of loopback.

@@ -22,13 +22,13 @@ _ADVICE = f"Set {DIRECTORY_VARIABLE} to a directory of your own, with a short pa
 
 
 def prepare_session_directory() -> Path:
-    """Create the private directory of Ray's sessions, and name it in ``RAY_TMPDIR``.
+    """Create the private directory of Ray's sessions.
 
-    Ray's processes inherit the variable. The directory is ``skillnet-UID`` in ``RAY_TMPDIR``, in
-    the system's temporary directory, or in ``/tmp`` if that path is too long for sockets.
+    It is ``skillnet-UID`` in ``RAY_TMPDIR``, in the system's temporary directory, or in ``/tmp`` if
+    that path is too long for sockets.
 
     Returns:
-        The directory for ``ray.init``, which Ray creates.
+        The value of ``RAY_TMPDIR`` for Ray's processes. Ray creates its directory ``ray`` there.
 
     Raises:
         UserError: the directory is not private, or its path is too long.
@@ -36,15 +36,13 @@ def prepare_session_directory() -> Path:
     name = f"skillnet-{os.geteuid()}"
     given = os.environ.get(DIRECTORY_VARIABLE)
     base = Path(given or tempfile.gettempdir()).absolute()
-    # The parent process, or setup_node.sh, has set the variable to the private directory.
+    # setup_node.sh sets the variable to the private directory.
     directory = base if base.name == name else base / name
     if _socket_bytes(directory) > _LONGEST_SOCKET_BYTES:
         if given:
             raise UserError(f"{DIRECTORY_VARIABLE}={given}: too long for Ray's sockets. {_ADVICE}.")
         directory = Path("/tmp") / name  # noqa: S108
-    private = private_directory(directory, _ADVICE)
-    os.environ[DIRECTORY_VARIABLE] = str(private)
-    return private / "ray"
+    return private_directory(directory, _ADVICE)
 
 
 def _socket_bytes(directory: Path) -> int:

@@ -77,10 +77,10 @@ def test_sessions_of_ray_lie_in_the_temporary_directory_of_the_user(
     with tempfile.TemporaryDirectory(dir="/tmp") as base:  # a short path, unlike `tmp_path`
         monkeypatch.setenv(DIRECTORY_VARIABLE, base)
         own = Path(base) / f"skillnet-{os.geteuid()}"
-        assert prepare_session_directory() == own / "ray"
+        assert prepare_session_directory() == own
         assert own.stat().st_mode & 0o7777 == 0o700
-        assert os.environ[DIRECTORY_VARIABLE] == str(own), "Ray's processes inherit it"
-        assert prepare_session_directory() == own / "ray", "child processes use the same directory"
+        monkeypatch.setenv(DIRECTORY_VARIABLE, str(own))
+        assert prepare_session_directory() == own, "Ray's processes use the same directory"
 
 
 def test_sessions_of_ray_need_a_short_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +88,7 @@ def test_sessions_of_ray_need_a_short_path(tmp_path: Path, monkeypatch: pytest.M
     long.mkdir()
     monkeypatch.delenv(DIRECTORY_VARIABLE, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    assert prepare_session_directory() == Path(f"/tmp/skillnet-{os.geteuid()}/ray")
+    assert prepare_session_directory() == Path(f"/tmp/skillnet-{os.geteuid()}")
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(long))
     with pytest.raises(UserError, match=r"RAY_TMPDIR=.*: too long for Ray's sockets"):
         prepare_session_directory()
