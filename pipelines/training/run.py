@@ -36,10 +36,10 @@ def validate_run(run: ResolvedRun) -> None:
     config = run.config
     system = find_system(config.system)
     system.configure(config.model, system.model.parse_options(config.options))
-    # Building the batches compares each task with its corpus.
-    _ = run.dataloader
     for name, task in config.tasks.items():
         check_outputs(run.corpora[task.corpus], name, find_task(name, config.model.tasks))
+    # Building the batches compares each task with its corpus.
+    _ = run.dataloader
     for name, dataset in run.dataloader.datasets.items():
         if dataset.unalignable_rows:
             console.print_warning(

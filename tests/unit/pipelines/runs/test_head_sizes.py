@@ -24,13 +24,14 @@ def has(folder: Path, corpus: str, **reported: object) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Five corpora named as those of the paper; the audio corpus has 23 symbols."""
+    """Five corpora named as those of the paper; the audio corpus has 30 symbols."""
     folder = write_corpora(tmp_path / "corpora", rows=5, test_rows=5, shards=1)
     names = {"headings": "tnews", "syllables": "aishell1", "drawings": "aic_icc"}
     for old, new in (names | {"strokes": "vatex", "functions": "pytorrent"}).items():
         (folder / old).rename(folder / new)
     has(folder, "tnews", labels=[f"{number} news" for number in range(15)])
-    has(folder, "aishell1", symbols=list("一二三四五六七八九十百千万亿东南西北中上下左右"))
+    symbols = "一二三四五六七八九十百千万亿东南西北中上下左右天地人日月水火"
+    has(folder, "aishell1", symbols=list(symbols))
     return folder
 
 
@@ -41,16 +42,16 @@ def paper(data: Path, *words: str) -> FinetuneConfig:
 
 def test_outputs_follow_the_corpora(data: Path, run_root: Path) -> None:
     run = resolve_run(paper(data))
-    assert run.config.model.tasks["speech_recognition"].outputs == 23
+    assert run.config.model.tasks["speech_recognition"].outputs == 30
     assert run.config.model.tasks["text_classification"].outputs == 15
     validate_run(run)
     assert set(run.manifests) == {"tnews", "aishell1", "aic_icc", "vatex", "pytorrent"}
 
 
 def test_configured_outputs_are_not_changed(data: Path, run_root: Path) -> None:
-    run = resolve_run(paper(data, "--model.tasks.speech_recognition.outputs", "30"))
-    assert run.config.model.tasks["speech_recognition"].outputs == 30
-    with pytest.raises(UserError, match="has 23 symbols, the model was built for 30"):
+    run = resolve_run(paper(data, "--model.tasks.speech_recognition.outputs", "40"))
+    assert run.config.model.tasks["speech_recognition"].outputs == 40
+    with pytest.raises(UserError, match="has 30 symbols, the model was built for 40"):
         validate_run(run)
 
 
