@@ -140,7 +140,7 @@ def evaluate_and_log(
         "seed": config.seed,
         "folder": f"`{run}`",
     }
-    record = {
+    record: dict[str, Any] = {
         "result": result | {"total_params": total, "evaluation": rows},
         "splits": list(splits) if splits is not None else None,
         "brief": brief,

@@ -237,5 +237,5 @@ def test_a_registration_killed_after_any_write_is_completed_once(root: Path) -> 
         assert version.tags["skillnet.state"] == "done", name
         assert champion.find_champion(name=name).version == version.version
         [model] = logged_models(name)
-        assert (model.status, model.model_id) == ("READY", version.model_id), name
+        assert (model.status, f"models:/{model.model_id}") == ("READY", version.source), name
         assert registry.resolve_registered(f"models:/{name}@champion").version == 1

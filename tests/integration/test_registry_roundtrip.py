@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from pipelines import evaluate, verify
@@ -123,17 +124,19 @@ def test_nothing_is_pickled_and_the_package_is_named(place: Place):
     assert (folder / "MLmodel").is_file()
 
 
-def test_an_equal_model_stays_challenger(place: Place):
-    again = registration.register_model(
-        model_source.resolve_model(str(place.saved)), place.data, bootstrap_samples=50
-    )
+def test_an_equal_model_stays_challenger(place: Place, tmp_path: Path):
+    # Other bytes with the same answers: the same bytes would be the same version.
+    model = SkillNet.from_pretrained(place.saved)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1 + 1e-6)
+    model.save_pretrained(tmp_path / "equal")
+    source = model_source.resolve_model(str(tmp_path / "equal"))
+    again = registration.register_model(source, place.data, bootstrap_samples=50)
     assert again.alias == "challenger"
     assert "better on no task" in str(again.verdict)
     assert int(champion.find_champion().version) == 1
-    forced = registration.register_model(
-        model_source.resolve_model(str(place.saved)), place.data, bootstrap_samples=50, force=True
-    )
-    assert forced.alias == "champion"
+    forced = registration.register_model(source, place.data, bootstrap_samples=50, force=True)
+    assert (forced.alias, forced.version) == ("champion", again.version)
     assert int(champion.find_champion().version) == forced.version
 
 

@@ -106,7 +106,7 @@ def test_a_run_that_is_killed_while_it_finishes_is_recorded_once(run_root: Path)
     [version] = client.search_model_versions("name = 'skillnet'")
     assert version.tags["gate"] == "the first version"
     [logged] = client.search_logged_models([place.experiment_id])
-    assert logged.model_id == version.model_id
+    assert version.source == f"models:/{logged.model_id}"
     evaluated = [name for name in run.data.metrics if "/test_" in name or "activated" in name]
     assert len(evaluated) > 10
     for name in evaluated:
