@@ -10,6 +10,7 @@ from pipelines.config.resources import request_model
 from pipelines.evaluation.tables import write_evaluation_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
+from skillnet_platform.config.bounds import SampleCount, require_bounds
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import parse_location
@@ -44,7 +45,7 @@ class EvaluateConfig:
     splits: list[str] | None = None
     corpora: dict[str, str] = field(default_factory=dict)
     simple_baselines: bool = True
-    bootstrap_samples: int = 1000
+    bootstrap_samples: SampleCount = 1000
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     output: str | None = None
     log: bool = True
@@ -54,8 +55,7 @@ class EvaluateConfig:
         models = [key for key in ("model", "checkpoint", "run") if getattr(self, key)]
         if len(models) > 1:
             raise UserError(f"give one of --{' and --'.join(models)}, not both")
-        if self.bootstrap_samples < 0:
-            raise UserError(f"bootstrap_samples must not be negative, got {self.bootstrap_samples}")
+        require_bounds(self)
 
     @property
     def source(self) -> str:
@@ -175,7 +175,9 @@ def log_evaluation(
     tracker = Tracker.by_id(run_id, backend.resolve_uri(uri))
     # The baselines describe the corpora and not this run; the CSV file contains them.
     tracker.metrics(flat_metrics(rows), step or 0)
-    tracker.artifact(path, "evaluation")
+    # A device has no content to upload, and a pipe would wait for another writer.
+    if path.is_file():
+        tracker.artifact(path, "evaluation")
     if not tracker.flush():
         console.print_warning(
             f"MLflow does not answer; the metrics of run {run_id} wait in the spool"

@@ -9,8 +9,9 @@ from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
+from skillnet_platform.config.bounds import PositiveCount, require_bounds
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import atomic_write, data_root
+from skillnet_platform.storage import data_root, open_output
 from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
@@ -52,14 +53,13 @@ class PredictConfig:
     task: str | None = None
     model: str = "models:/skillnet@champion"
     data: str | None = None
-    top: int = 5
+    top: PositiveCount = 5
     output: str | None = None
     precision: str = "auto"
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise UserError(f"top must be at least 1, got {self.top}")
+        require_bounds(self)
         if self.format == "clue" and (not self.input or self.files or self.file or self.text):
             raise UserError(
                 "--format clue needs exactly one test file; give only --input test.json"
@@ -203,7 +203,7 @@ def show_predictions(
     if config.format == "clue" and config.output:
         console.print_note(f"{len(lines)} predictions in {config.output}")
     elif config.format == "clue":
-        print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+        console.print_json_lines(lines)
     else:
         print_tables(predictions)
 
@@ -248,7 +248,7 @@ def main(
         lines = clue_lines(answered)
     if config.output:
         # A killed command must not leave half a file that looks complete.
-        with atomic_write(config.output, "w") as stream:
+        with open_output(config.output, "w") as stream:
             for line in lines:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     return predictions, lines, config

@@ -14,6 +14,7 @@ from skillnet_platform import console, storage
 from skillnet_platform.cli import command
 from skillnet_platform.cluster.resource_request import ResourceRequest
 from skillnet_platform.config import positional_field
+from skillnet_platform.config.bounds import PositiveCount, ProcessorCount, UnitFraction
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage.location import parse_location, require_local_folder
 
@@ -46,11 +47,11 @@ class PrepareConfig:
     corpus: dict[str, str] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: str | None = None
-    vocabulary: int = tokenizers.VOCABULARY_SIZE
+    vocabulary: PositiveCount = tokenizers.VOCABULARY_SIZE
     data: str | None = None
     archives: str | None = None
-    cpus: int | None = None
-    max_error_rate: float = MAX_ERROR_RATE
+    cpus: ProcessorCount | None = None
+    max_error_rate: UnitFraction = MAX_ERROR_RATE
 
 
 def show_corpora(result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pipelines.serving.registration import register_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
-from skillnet_platform.errors import UserError
+from skillnet_platform.config.bounds import ResampleCount
 from skillnet_platform.storage import data_root
 from skillnet_platform.storage.location import parse_location
 
@@ -24,7 +24,7 @@ class RegisterConfig:
         source: name, id or folder of a run, checkpoint, or saved model.
         name: name of the registered model.
         data: directory or URI of prepared corpora; by default corpora below the run root.
-        bootstrap_samples: resamples of the intervals that promotion compares.
+        bootstrap_samples: resamples of the confidence intervals that promotion compares.
         force: make it champion without the comparison.
         description: added to the page of the version.
         corpora: task -> corpus, if it differs from the training run.
@@ -34,7 +34,7 @@ class RegisterConfig:
     source: str = positional_field()
     name: str = "skillnet"
     data: str | None = None
-    bootstrap_samples: int = 1000
+    bootstrap_samples: ResampleCount = 1000
     force: bool = False
     description: str = ""
     corpora: dict[str, str] = field(default_factory=dict)
@@ -69,10 +69,6 @@ def main(config: RegisterConfig) -> "RegisteredVersion":
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
 
-    if config.bootstrap_samples < 1:
-        raise UserError(
-            "bootstrap_samples must be at least 1, because promotion compares confidence intervals"
-        )
     source = model_source.resolve_model(config.source, config.tracking_uri)
     # The source has the corpora of its training run; the option overrides them.
     if config.corpora:

@@ -15,8 +15,9 @@ from pipelines.serving.retrieval_index import build_retrieval_index
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
+from skillnet_platform.config.bounds import PositiveCount, require_bounds
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import atomic_write, data_root, run_root
+from skillnet_platform.storage import data_root, open_output, run_root
 from skillnet_platform.storage.location import parse_location
 
 if TYPE_CHECKING:
@@ -46,15 +47,14 @@ class SearchConfig:
     model: str = "models:/skillnet@champion"
     data: str | None = None
     splits: list[str] | None = None
-    top: int = 12
+    top: PositiveCount = 12
     html: str | None = None
     open: bool = False
     precision: str = "auto"
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise UserError(f"top must be at least 1, got {self.top}")
+        require_bounds(self)
         if not " ".join(self.query).strip():
             raise UserError("the query is empty; give a text")
 
@@ -179,7 +179,7 @@ def write_search_page(
         details = ([" · ".join(others)] if others else []) + [f"{hit.key} · {hit.split}"]
         media, code = _load_media(corpus, hit)
         cards.append(ResultCard(hit.rank, hit.score, hit.caption, details, media, code))
-    with atomic_write(path, "w") as stream:
+    with open_output(path, "w") as stream:
         stream.write(render_search_page(query, cards, facts, credit_line(corpus)))
 
 

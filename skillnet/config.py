@@ -1,33 +1,12 @@
 """Model configuration: sizes of the layers and inputs, skills and tasks."""
 
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from skillnet.bounds import MAX_LAYERS, DropProbability, LayerSize, OptionalSize, check_bounds
 from skillnet.skills import DEFAULT_SKILLS, Task, check_names, check_plan, default_tasks
-
-#: Upper limits. A saved configuration can come from anyone, and building a larger model would not
-#: end.
-MAX_SIZE = 2**24
-MAX_LAYERS = 1024
-
-_AT_LEAST_ONE = (
-    "dim",
-    "num_layers",
-    "num_heads",
-    "ffn_dim",
-    "skill_every",
-    "vocab_size",
-    "max_tokens",
-    "n_mels",
-    "mel_stack",
-    "max_frames",
-    "image_size",
-    "patch_size",
-    "video_frames",
-    "video_size",
-    "embedding_dim",
-)
 
 
 @dataclass
@@ -68,28 +47,28 @@ class SkillNetConfig:
     """
 
     skills: tuple[str, ...] = DEFAULT_SKILLS
-    dim: int = 192
-    num_layers: int = 4
-    num_heads: int = 4
-    ffn_dim: int = 384
+    dim: LayerSize = 192
+    num_layers: Annotated[int, Interval(ge=1, le=MAX_LAYERS)] = 4
+    num_heads: LayerSize = 4
+    ffn_dim: LayerSize = 384
     skill_modules: Literal["both", "attention", "feedforward"] = "both"
-    skill_every: int = 1
-    drop_path: float = 0.1
-    dropout: float = 0.0
-    vocab_size: int = 12000
-    max_tokens: int = 192
-    bigram_buckets: int = 0
-    n_mels: int = 80
-    mel_stack: int = 4
-    max_frames: int = 192
-    sound_units: int = 0
-    image_size: int = 48
-    patch_size: int = 8
-    video_frames: int = 8
-    video_size: int = 32
-    tubelet: tuple[int, int, int] = (2, 8, 8)
+    skill_every: LayerSize = 1
+    drop_path: DropProbability = 0.1
+    dropout: DropProbability = 0.0
+    vocab_size: LayerSize = 12000
+    max_tokens: LayerSize = 192
+    bigram_buckets: OptionalSize = 0
+    n_mels: LayerSize = 80
+    mel_stack: LayerSize = 4
+    max_frames: LayerSize = 192
+    sound_units: OptionalSize = 0
+    image_size: LayerSize = 48
+    patch_size: LayerSize = 8
+    video_frames: LayerSize = 8
+    video_size: LayerSize = 32
+    tubelet: tuple[LayerSize, LayerSize, LayerSize] = (2, 8, 8)
     video_motion: bool = True
-    embedding_dim: int = 192
+    embedding_dim: LayerSize = 192
     tasks: dict[str, Task] = field(default_factory=default_tasks)
 
     def __post_init__(self) -> None:
@@ -103,18 +82,7 @@ class SkillNetConfig:
             raise ValueError("model.skills is empty; a model needs at least one skill")
         check_names(self.skills, "model.skills")
         check_names(tuple(self.tasks), "model.tasks")
-        for key in _AT_LEAST_ONE:
-            value = getattr(self, key)
-            if not isinstance(value, Integral) or int(value) < 1:
-                raise ValueError(f"model.{key} must be at least 1, got {value!r}")
-            most = MAX_LAYERS if key == "num_layers" else MAX_SIZE
-            if int(value) > most:
-                raise ValueError(f"model.{key} must be at most {most}, got {value}")
-        for key in ("bigram_buckets", "sound_units"):
-            if not 0 <= getattr(self, key) <= MAX_SIZE:
-                raise ValueError(
-                    f"model.{key} must be from 0 to {MAX_SIZE}, got {getattr(self, key)}"
-                )
+        check_bounds(self, "model.")
         if self.skill_modules not in ("both", "attention", "feedforward"):
             raise ValueError(
                 f"model.skill_modules is both, attention or feedforward, not {self.skill_modules!r}"
@@ -123,9 +91,6 @@ class SkillNetConfig:
             raise ValueError(
                 f"model.dim {self.dim} must divide by model.num_heads {self.num_heads}"
             )
-        for key in ("drop_path", "dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"model.{key} must be in [0, 1), got {getattr(self, key)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.image_size {self.image_size} must divide by model.patch_size "

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from skillnet.bounds import OptionalSize, check_bounds
+
 # The names of modalities and objectives are values of configuration files and of saved models.
 Modality = Literal["text", "image", "sound", "video", "code"]
 Objective = Literal["classification", "ctc", "retrieval", "masked"]
@@ -90,7 +92,7 @@ class Task:
 
     objective: Objective
     towers: dict[str, SkillPlan] = field(default_factory=dict)
-    outputs: int = 0
+    outputs: OptionalSize = 0
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
@@ -104,6 +106,7 @@ class Task:
             )
         if self.objective in ("classification", "ctc") and self.outputs < 1:
             raise ValueError(f"a {self.objective} task needs outputs >= 1, not {self.outputs}")
+        check_bounds(self, "")
 
     @property
     def skills(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
+from skillnet_platform.config.bounds import PositiveCount, RandomSeed, ResampleCount, require_bounds
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import parse_location
@@ -52,19 +53,17 @@ class InterpretConfig:
     split: str = "test"
     corpora: dict[str, str] = field(default_factory=dict)
     swaps: bool = True
-    tokens: int = 2048
-    batches: int = 8
-    bootstrap_samples: int = 1000
-    seed: int = 0
+    tokens: PositiveCount = 2048
+    batches: PositiveCount = 8
+    bootstrap_samples: ResampleCount = 1000
+    seed: RandomSeed = 0
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     output: str | None = None
     log: bool = True
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("tokens", "batches", "bootstrap_samples"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} must be at least 1, got {getattr(self, key)}")
+        require_bounds(self)
 
 
 def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", list[Path]]:

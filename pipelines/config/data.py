@@ -1,6 +1,16 @@
 """Configuration of the changes and masks of training rows."""
 
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from annotated_types import Interval
+
+from skillnet_platform.config.bounds import PartialFraction, UnitFraction, require_bounds
+
+PixelShift = Annotated[float, Interval(ge=0, le=4096)]
+FrameCount = Annotated[int, Interval(ge=0, le=100_000)]
+#: A mask leaves something to see, and something to predict.
+MaskedFraction = Annotated[float, Interval(gt=0, lt=1)]
 
 
 @dataclass
@@ -27,32 +37,24 @@ class AugmentConfig:
         code_dropout: fraction of code tokens replaced by the mask token.
     """
 
-    image_shift: float = 3.0
-    image_scale: float = 0.1
-    image_colour: float = 0.1
-    video_shift: float = 1.5
-    video_scale: float = 0.08
-    sound_pad: int = 6
-    sound_gain: float = 0.2
-    sound_noise: float = 0.05
-    time_masks: int = 1
-    time_mask_frames: int = 10
-    frequency_masks: int = 1
-    frequency_mask_bins: int = 12
-    token_dropout: float = 0.1
-    caption_dropout: float = 0.0
-    code_dropout: float = 0.05
+    image_shift: PixelShift = 3.0
+    image_scale: PartialFraction = 0.1
+    image_colour: UnitFraction = 0.1
+    video_shift: PixelShift = 1.5
+    video_scale: PartialFraction = 0.08
+    sound_pad: FrameCount = 6
+    sound_gain: Annotated[float, Interval(ge=0, le=100)] = 0.2
+    sound_noise: Annotated[float, Interval(ge=0, le=100)] = 0.05
+    time_masks: FrameCount = 1
+    time_mask_frames: FrameCount = 10
+    frequency_masks: FrameCount = 1
+    frequency_mask_bins: FrameCount = 12
+    token_dropout: PartialFraction = 0.1
+    caption_dropout: PartialFraction = 0.0
+    code_dropout: PartialFraction = 0.05
 
     def __post_init__(self) -> None:
-        for key, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"training.augment.{key} must not be negative, got {value}")
-        shares = ("image_scale", "video_scale", "token_dropout", "caption_dropout", "code_dropout")
-        for key in shares:
-            if getattr(self, key) >= 1:
-                raise ValueError(
-                    f"training.augment.{key} must be below 1, got {getattr(self, key)}"
-                )
+        require_bounds(self, "training.augment.")
 
 
 @dataclass
@@ -72,25 +74,17 @@ class MaskConfig:
             10 ms; spans of wav2vec 2.0 last 200 ms.
     """
 
-    text: float = 0.15
-    code: float = 0.15
-    image: float = 0.6
-    video: float = 0.75
+    text: MaskedFraction = 0.15
+    code: MaskedFraction = 0.15
+    image: MaskedFraction = 0.6
+    video: MaskedFraction = 0.75
     video_tubes: bool = True
-    sound: float = 0.5
-    sound_span: int = 5
-    views: float = 0.25
+    sound: MaskedFraction = 0.5
+    sound_span: Annotated[int, Interval(ge=1, le=100_000)] = 5
+    views: MaskedFraction = 0.25
 
     def __post_init__(self) -> None:
-        for key in ("text", "code", "image", "video", "sound", "views"):
-            if not 0 < getattr(self, key) < 1:
-                raise ValueError(
-                    f"training.masking.{key} must be above 0 and below 1, got {getattr(self, key)}"
-                )
-        if self.sound_span < 1:
-            raise ValueError(
-                f"training.masking.sound_span must be at least 1, got {self.sound_span}"
-            )
+        require_bounds(self, "training.masking.")
 
     def for_views(self) -> "MaskConfig":
         """Return the masks of views: an equal fraction of every modality, without tubes."""

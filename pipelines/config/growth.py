@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.config.run import TaskTraining, TrainingConfig
+from skillnet.bounds import OptionalSize
 from skillnet.skills import Objective, SkillPlan
 from skillnet_platform.config import ALIAS, positional_field
+from skillnet_platform.config.bounds import RandomSeed
 from skillnet_platform.tracking import TrackingConfig
 
 Reference = Literal["without_skill", "fresh", "everything"]
@@ -40,7 +42,7 @@ class NewTask:
     towers: dict[str, SkillPlan]
     training: TaskTraining
     objective: Objective = "classification"
-    outputs: int = 0
+    outputs: OptionalSize = 0
 
 
 @dataclass
@@ -69,7 +71,7 @@ class GrowConfig:
     source: str = positional_field("models:/skillnet@champion", **{ALIAS: "from"})
     name: str | None = None
     run_dir: str | None = None
-    seed: int = 0
+    seed: RandomSeed = 0
     data: str | None = None
     corpora: dict[str, str] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=600))

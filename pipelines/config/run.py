@@ -1,13 +1,25 @@
 """Configuration of a training run, filled by `configs/*.yaml` and the command line."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from pipelines.config.data import AugmentConfig, MaskConfig
 from skillnet.config import SkillNetConfig
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
 from skillnet_platform.config import aliased_field
-from skillnet_platform.storage.objects import is_uri
+from skillnet_platform.config.bounds import (
+    NonNegativeAmount,
+    NonNegativeCount,
+    PartialFraction,
+    PositiveAmount,
+    PositiveCount,
+    RandomSeed,
+    UnitFraction,
+    require_bounds,
+)
+from skillnet_platform.storage.objects import is_uri, require_no_secret
 from skillnet_platform.tracking import TrackingConfig
 
 #: Options of every training command that ``--help`` shows; ``--help all`` shows the others.
@@ -23,6 +35,10 @@ ESSENTIAL_TRAINING_OPTIONS = (
     "training.evaluate_every",
     "tracking.uri",
 )
+
+
+#: Workers, or threads of a worker.
+ProcessCount = Annotated[int, Interval(ge=0, le=10_000)]
 
 
 @dataclass
@@ -50,12 +66,12 @@ class TaskTraining:
     """
 
     corpus: str
-    weight: float | None = None
-    batch_size: int = 64
+    weight: PositiveAmount | None = None
+    batch_size: Annotated[int, Interval(ge=1, le=2**20)] = 64
     split: str = "train"
-    max_length: int | None = None
-    label_smoothing: float = 0.0
-    first_caption_prob: float = 0.0
+    max_length: PositiveCount | None = None
+    label_smoothing: PartialFraction = 0.0
+    first_caption_prob: UnitFraction = 0.0
     auxiliary: bool = False
     views: bool = False
     eval_only: bool = False
@@ -63,12 +79,7 @@ class TaskTraining:
     def __post_init__(self) -> None:
         if self.auxiliary and self.eval_only:
             raise ValueError("a task is auxiliary and eval_only, so it has no effect; set only one")
-        if self.batch_size < 1:
-            raise ValueError(f"a task's batch_size must be at least 1, got {self.batch_size}")
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(
-                f"a task's weight must be above 0, got {self.weight}; remove the task instead"
-            )
+        require_bounds(self, "a task's ")
 
 
 @dataclass
@@ -114,6 +125,9 @@ class TrainingConfig:
         log_every: steps between logged metrics.
         bucket_mb: size of a gradient bucket in MiB.
         max_failures: restarts after a worker dies.
+        collective_timeout_s: seconds that a worker waits for the others in a collective operation.
+            Then it counts as dead, as do all workers, and they restart. It must be longer than
+            anything that only one worker does, such as an upload or a long evaluation.
         trainable: files of the model to train (skill-NAME, head-TASK, stem-NAME, shared); all
             others stay bitwise unchanged. Empty trains all that a task activates.
         augment: random changes of training rows.
@@ -123,72 +137,45 @@ class TrainingConfig:
             order of rows.
     """
 
-    steps: int = 2000
-    max_minutes: float | None = None
-    lr: float = 1e-3
-    warmup_steps: int | None = None
-    warmup_fraction: float = 0.05
+    steps: PositiveCount = 2000
+    max_minutes: PositiveAmount | None = None
+    lr: Annotated[float, Interval(gt=0, le=10)] = 1e-3
+    warmup_steps: NonNegativeCount | None = None
+    warmup_fraction: UnitFraction = 0.05
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    min_lr_ratio: float = 0.02
-    wsd_decay_fraction: float = 0.3
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.98
-    max_grad_norm: float = 1.0
-    temperature: float = 2.0
-    ema: float = 0.0
-    workers: int = 1
-    min_workers: int | None = None
-    resize_interval_s: float = 60.0
-    threads_per_worker: int = 0
+    min_lr_ratio: UnitFraction = 0.02
+    wsd_decay_fraction: UnitFraction = 0.3
+    weight_decay: Annotated[float, Interval(ge=0, le=10)] = 0.05
+    beta1: PartialFraction = 0.9
+    beta2: PartialFraction = 0.98
+    max_grad_norm: NonNegativeAmount = 1.0
+    temperature: PositiveAmount = 2.0
+    ema: PartialFraction = 0.0
+    workers: ProcessCount = 1
+    min_workers: Annotated[int, Interval(ge=1, le=10_000)] | None = None
+    resize_interval_s: PositiveAmount = 60.0
+    threads_per_worker: ProcessCount = 0
     use_gpu: bool = False
     placement_strategy: Literal["pack", "spread", "strict_spread"] = "pack"
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    evaluate_every: int = 0
-    log_every: int = 20
-    bucket_mb: float = 8.0
-    max_failures: int = 1
+    checkpoint_every: NonNegativeCount = 500
+    keep_checkpoints: PositiveCount = 2
+    evaluate_every: NonNegativeCount = 0
+    log_every: PositiveCount = 20
+    bucket_mb: Annotated[float, Interval(gt=0, le=65_536)] = 8.0
+    max_failures: NonNegativeCount = 1
+    collective_timeout_s: PositiveAmount = 1800.0
     trainable: list[str] = field(default_factory=list)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     masking: MaskConfig = field(default_factory=MaskConfig)
-    shuffle_gb: float = 4.0
+    shuffle_gb: PositiveAmount = 4.0
 
     def __post_init__(self) -> None:
-        for key in ("steps", "keep_checkpoints", "log_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"training.{key} must be at least 1, got {getattr(self, key)}")
-        for key in (
-            "workers",
-            "threads_per_worker",
-            "checkpoint_every",
-            "evaluate_every",
-            "max_grad_norm",
-        ):
-            if getattr(self, key) < 0:
-                raise ValueError(f"training.{key} must not be negative, got {getattr(self, key)}")
+        require_bounds(self, "training.")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise ValueError(
                 f"training.min_workers must be between 1 and training.workers ({self.workers}), "
                 f"got {self.min_workers}; remove it to train with all workers or none"
-            )
-        for key in ("resize_interval_s", "lr", "shuffle_gb", "temperature"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"training.{key} must be above 0, got {getattr(self, key)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"training.ema must be in [0, 1), got {self.ema}")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"training.max_minutes must be above 0, got {self.max_minutes}")
-        if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise ValueError(
-                f"training.warmup_steps must not be negative, got {self.warmup_steps}; use null "
-                "for training.warmup_fraction"
-            )
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(
-                f"training.warmup_fraction must be in [0, 1], got {self.warmup_fraction}; use "
-                "training.warmup_steps for a number of steps"
             )
 
 
@@ -217,24 +204,21 @@ class StorageConfig:
     """
 
     mirror: str | None = None
-    patience: float = 600.0
-    cache_gb: float | None = None
+    patience: NonNegativeAmount = 600.0
+    cache_gb: PositiveAmount | None = None
 
     def __post_init__(self) -> None:
         if self.mirror is not None and not is_uri(self.mirror):
             raise ValueError(
                 f"storage.mirror must be a URI such as s3://bucket/runs, got {self.mirror!r}"
             )
-        if self.patience < 0:
-            raise ValueError(f"storage.patience must not be negative, got {self.patience}")
-        if self.cache_gb is not None and self.cache_gb <= 0:
-            raise ValueError(f"storage.cache_gb must be above 0, got {self.cache_gb}")
+        if self.mirror is not None:
+            require_no_secret(self.mirror)
+        require_bounds(self, "storage.")
 
 
 @dataclass
 class FinetuneConfig:
-        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
-            digest of the corpus that is found. A run resumes only on equal corpora.
     """Configuration of a joint training run.
 
     Args:
@@ -249,8 +233,9 @@ class FinetuneConfig:
         options: options of that system.
         model: shape of the model.
         tasks: task name -> its corpus, weight and batch size.
+        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
+            digest of the corpus that is found. A run resumes only on equal corpora.
         training: optimizer, workers and intervals.
-    corpora: dict[str, str | None] = field(default_factory=dict)
         tracking: MLflow server, experiment and registration.
         storage: mirror of the run in an object store, and cache of corpora.
         evaluate: evaluate the final model on the test splits.
@@ -258,13 +243,14 @@ class FinetuneConfig:
 
     name: str | None = None
     run_dir: str | None = None
-    seed: int = 0
+    seed: RandomSeed = 0
     data: str | None = None
     init_from: str | None = aliased_field(None, "from")
     system: str = "skillnet"
     options: dict[str, Any] = field(default_factory=dict)
     model: SkillNetConfig = field(default_factory=SkillNetConfig)
     tasks: dict[str, TaskTraining] = field(default_factory=default_tasks_training)
+    corpora: dict[str, str | None] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -326,8 +312,6 @@ def _pretraining_model() -> SkillNetConfig:
 
 @dataclass
 class PretrainConfig(FinetuneConfig):
-        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
-            digest of the corpus that is found. A run resumes only on equal corpora.
     """Configuration of a self-supervised pretraining on unlabelled rows.
 
     Args:
@@ -342,6 +326,8 @@ class PretrainConfig(FinetuneConfig):
         options: options of that system.
         model: shape of the model; of its tasks, only those in ``tasks`` are used.
         tasks: task name -> its corpus, weight and batch size.
+        corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
+            digest of the corpus that is found. A run resumes only on equal corpora.
         training: optimizer, workers, intervals and masks.
         tracking: MLflow server and experiment; the model is not registered by default.
         storage: mirror of the run in an object store, and cache of corpora.

@@ -13,15 +13,19 @@ from pathlib import Path
 from skillnet_platform import console, signals, storage, ui
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import loopback
+from skillnet_platform.config.bounds import PortNumber, ProcessorCount
 from skillnet_platform.errors import UserError, first_line
+from skillnet_platform.secret_uri import SecretUri
+from skillnet_platform.storage.objects import require_no_secret
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking import server as tracking_server
+from skillnet_platform.tracking.database_uri import is_sqlite, sqlite_path, sqlite_uri
 
 ADMIN = "admin"
 AUTH_CONFIG = "auth.ini"
 PASSWORD = "admin-password"  # noqa: S105 - a file's name
 SECRET = "session-key"  # noqa: S105 - a file's name
-AUTHORIZATION = "mlflow.server.auth:authenticate_request_basic_auth"
+AUTHORIZATION = "skillnet_platform.tracking.authentication:authenticate_request"
 
 
 @dataclass
@@ -45,9 +49,9 @@ class TrackerConfig:
     store: str | None = None
     artifacts: str | None = None
     host: str = "127.0.0.1"
-    port: int = 5000
+    port: PortNumber = 5000
     auth: bool = False
-    workers: int = 2
+    workers: ProcessorCount = 2
     allowed_hosts: list[str] = field(default_factory=list)
 
 
@@ -64,12 +68,9 @@ def main(config: TrackerConfig) -> int:
     """Serve until interrupted."""
     require_safe(config.host, config.auth)
     ui.require_free_port(config.host, config.port)
+    if config.artifacts:
+        require_no_secret(config.artifacts)
     uri = resolve_store(config.store or os.environ.get(tracking_server.STORE_VARIABLE))
-    if config.store and _without_password(config.store) != config.store:
-        console.print_warning(
-            "--store with a password: other users of this machine can read command lines. Keep "
-            f"it in ~/.pgpass, or give the URI as {tracking_server.STORE_VARIABLE}"
-        )
     # Before the server starts: its workers would race on an empty database.
     create_schemas(uri)
     options: list[str] = []
@@ -110,7 +111,7 @@ def require_safe(host: str, auth: bool) -> None:
         )
 
 
-def resolve_store(given: str | None) -> str:
+def resolve_store(given: str | None) -> SecretUri:
     """Return the URI of the database.
 
     Args:
@@ -119,10 +120,12 @@ def resolve_store(given: str | None) -> str:
     Raises:
         UserError: the URI is not a database, or its driver is not installed.
     """
-    uri = backend.resolve_uri(given) if given is None or "://" not in given else given
+    if given is None or "://" not in given:
+        return SecretUri(sqlite_uri(Path(given) if given else storage.run_root() / "mlflow.db"))
+    uri = SecretUri(given)
     if uri.startswith(("http:", "https:", "file:")):
         raise UserError(f"--store {uri}: give a database, postgresql://… or sqlite:///…")
-    if uri.startswith("sqlite:"):
+    if is_sqlite(uri):
         return backend.resolve_uri(uri)
     if uri.startswith("postgresql:"):
         from importlib.util import find_spec
@@ -133,11 +136,11 @@ def resolve_store(given: str | None) -> str:
                 "pip install 'skillnet-platform[tracker]'"
             )
         # SQLAlchemy's default driver may differ: the extra installs psycopg 3.
-        return uri.replace("postgresql:", "postgresql+psycopg:", 1)
+        return SecretUri(uri.reveal().replace("postgresql:", "postgresql+psycopg:", 1))
     return uri
 
 
-def create_schemas(uri: str) -> None:
+def create_schemas(uri: SecretUri) -> None:
     """Create the schemas of runs and registry in this process.
 
     Raises:
@@ -150,20 +153,20 @@ def create_schemas(uri: str) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.exc import SQLAlchemyError
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if is_sqlite(uri):
+        sqlite_path(uri).parent.mkdir(parents=True, exist_ok=True)
     try:
         # MLflow would retry for 90 s before it reports a missing server.
-        engine = create_engine(uri)
+        engine = create_engine(uri.reveal())
         engine.connect().close()
         engine.dispose()
-        Runs(uri, "mlflow-artifacts:/")
-        Registry(uri)
+        Runs(uri.reveal(), "mlflow-artifacts:/")
+        Registry(uri.reveal())
     except (SQLAlchemyError, MlflowException) as error:
-        raise UserError(f"--store {_without_password(uri)}: {first_line(error)}") from None
+        raise UserError(f"--store {uri}: {first_line(error)}") from None
 
 
-def create_first_user(uri: str, folder: Path) -> dict[str, str]:
+def create_first_user(uri: SecretUri, folder: Path) -> dict[str, str]:
     """Create the tables of users and the first user.
 
     Args:
@@ -189,18 +192,22 @@ def create_first_user(uri: str, folder: Path) -> dict[str, str]:
         "[mlflow]\n"
         "default_permission = READ\n"
         # % is special in this format.
-        f"database_uri = {uri.replace('%', '%%')}\n"
+        f"database_uri = {uri.reveal().replace('%', '%%')}\n"
         f"admin_username = {ADMIN}\n"
         f"authorization_function = {AUTHORIZATION}\n",
     )
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore as Users
 
     users = Users()
-    users.init_db(uri)
+    users.init_db(uri.reveal())
     # The password may have been changed since the first start.
     if not users.has_user(ADMIN):
         users.create_user(ADMIN, password, is_admin=True)
+    # The server imports the function above, also from a checkout that is not installed.
+    package = str(Path(__file__).resolve().parents[1])
+    paths = dict.fromkeys([package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "MLFLOW_AUTH_CONFIG_PATH": str(ini),
         # A new key at each start would invalidate all signed sessions.
         "MLFLOW_FLASK_SERVER_SECRET_KEY": _secret(folder / SECRET),
@@ -225,13 +232,6 @@ def _write_private(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)
-
-
-def _without_password(uri: str) -> str:
-    head, at, tail = uri.rpartition("@")
-    if not at or ":" not in head.partition("://")[2]:
-        return uri
-    return f"{head.rpartition(':')[0]}:…@{tail}"
 
 
 if __name__ == "__main__":

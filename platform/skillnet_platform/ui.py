@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from skillnet_platform import console, signals, tracking
 from skillnet_platform.cli import command
 from skillnet_platform.cluster import loopback
+from skillnet_platform.config.bounds import PortNumber
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import backend
 from skillnet_platform.tracking import server as tracking_server
@@ -33,7 +34,7 @@ class UiConfig:
         open: open a browser.
     """
 
-    port: int = 5000
+    port: PortNumber = 5000
     host: str = "127.0.0.1"
     without_password: bool = False
     uri: str | None = None
@@ -82,7 +83,7 @@ def _serve(tracker: backend.TrackingBackend, host: str, port: int, open_browser:
                 _wait_until_up(server, url, output)
                 console.print_note(f"runs of {tracker.uri}; Ctrl-C stops")
                 page = f"{url}/#/experiments/{tracker.experiment_id}/runs?{backend.TRAINING_VIEW}"
-                print(page, flush=True)
+                console.print_result(page)
                 if open_browser:
                     webbrowser.open(page)
                 return server.wait()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from skillnet.baselines import size_matching
+from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.model import SkillNet
 from skillnet.systems import System
@@ -27,13 +28,12 @@ class DenseOptions:
     """
 
     size: Literal["activated", "total", "executed"] = "activated"
-    ffn_dim: int | None = None
+    ffn_dim: LayerSize | None = None
 
     def __post_init__(self) -> None:
         if self.size not in ("activated", "total", "executed"):
             raise ValueError(f"options.size is activated, total or executed, not {self.size!r}")
-        if self.ffn_dim is not None and self.ffn_dim < 1:
-            raise ValueError(f"options.ffn_dim must be at least 1, got {self.ffn_dim}")
+        check_bounds(self, "options.")
 
 
 class DenseModel(SkillNet):

@@ -7,13 +7,15 @@ Stems, heads, attention and number of layers are those of SkillNet. In every n-t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from skillnet.baselines import moe_layers, size_matching
 from skillnet.baselines.moe_layers import ExpertFeedForward, RoutingResult
+from skillnet.bounds import DropProbability, LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.encoder import Encoder, EncoderLayer
 from skillnet.layers import Skills
@@ -22,6 +24,10 @@ from skillnet.multitask_model import Batch, Outputs
 from skillnet.systems import System
 
 SKILL = "moe"
+
+
+#: Weight of an auxiliary loss, relative to the loss of the task.
+LossWeight = Annotated[float, Interval(ge=0, le=1000)]
 
 
 @dataclass(frozen=True)
@@ -43,28 +49,20 @@ class MoEOptions:
         ValueError: a value outside its range.
     """
 
-    experts: int = 8
-    top_k: int = 2
-    ffn_dim: int | None = None
-    every: int = 1
-    balance: float = 0.01
-    z: float = 0.001
-    jitter: float = 0.0
+    experts: LayerSize = 8
+    top_k: LayerSize = 2
+    ffn_dim: LayerSize | None = None
+    every: LayerSize = 1
+    balance: LossWeight = 0.01
+    z: LossWeight = 0.001
+    jitter: DropProbability = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("top_k", "ffn_dim", "every"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"options.{key} must be at least 1, got {value}")
+        check_bounds(self, "options.")
         if self.experts <= self.top_k:
             raise ValueError(
                 f"options.experts must be more than options.top_k {self.top_k}, got {self.experts}"
             )
-        for key in ("balance", "z"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"options.{key} must not be negative, got {getattr(self, key)}")
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"options.jitter must be in [0, 1), got {self.jitter}")
 
 
 class ExpertLayer(EncoderLayer):

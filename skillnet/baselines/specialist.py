@@ -19,6 +19,7 @@ from skillnet.baselines import library_models, size_matching
 from skillnet.baselines.hf_checkpoints import find_checkpoint
 from skillnet.baselines.library_encoders import EncoderAdapter
 from skillnet.baselines.library_models import FAMILIES
+from skillnet.bounds import LayerSize, check_bounds
 from skillnet.config import SkillNetConfig
 from skillnet.layers import require_unused_name
 from skillnet.multitask_model import Batch, TaskModel, Tokens
@@ -64,7 +65,7 @@ class SpecialistOptions:
     video: str = "videomae"
     checkpoints: dict[str, str] = field(default_factory=dict)
     download: bool = False
-    ffn_dim: int | None = None
+    ffn_dim: LayerSize | None = None
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,8 +80,7 @@ class SpecialistOptions:
                 if modality not in MODALITIES:
                     hint = nearest_hint(modality, MODALITIES)
                     raise ValueError(f"options.{key}: unknown modality {modality!r}{hint}")
-        if self.ffn_dim is not None and self.ffn_dim < 1:
-            raise ValueError(f"options.ffn_dim must be at least 1, got {self.ffn_dim}")
+        check_bounds(self, "options.")
 
     def family(self, modality: str) -> library_models.LibraryArchitecture:
         """Return the architecture of a modality."""

@@ -2,9 +2,15 @@
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from skillnet_platform.errors import UserError
+
+#: Ends of a range; the key that is searched has closer bounds.
+SearchBound = Annotated[float, Interval(ge=-1e12, le=1e12)]
+SearchInteger = Annotated[int, Interval(ge=-(10**12), le=10**12)]
 
 
 @dataclass
@@ -24,10 +30,10 @@ class SearchDimension:
     choice: list[Any] = field(default_factory=list)
     grid: list[Any] = field(default_factory=list)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    uniform: list[float] = field(default_factory=list)
-    loguniform: list[float] = field(default_factory=list)
-    integer: list[int] = field(default_factory=list)
-    log_integer: list[int] = field(default_factory=list)
+    uniform: list[SearchBound] = field(default_factory=list)
+    loguniform: list[SearchBound] = field(default_factory=list)
+    integer: list[SearchInteger] = field(default_factory=list)
+    log_integer: list[SearchInteger] = field(default_factory=list)
 
     @property
     def kind(self) -> str:

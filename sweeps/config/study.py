@@ -2,11 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from pipelines.config.run import FinetuneConfig, PretrainConfig
 from pipelines.runs.mirror import RunMirror
 from skillnet_platform.config import positional_field
+from skillnet_platform.config.bounds import (
+    NonNegativeCount,
+    RandomSeed,
+    UnitFraction,
+    require_bounds,
+)
 from skillnet_platform.errors import UserError, suggest_name
 from skillnet_platform.storage import run_root
 from skillnet_platform.storage.location import parse_location
@@ -27,14 +35,12 @@ class ClaimsConfig:
         equal_cost: activated parameters count as equal within this fraction.
     """
 
-    relative: float = 1.02
-    margin: float = 0.01
-    equal_cost: float = 0.1
+    relative: Annotated[float, Interval(ge=0, le=100)] = 1.02
+    margin: UnitFraction = 0.01
+    equal_cost: Annotated[float, Interval(ge=0, le=100)] = 0.1
 
     def __post_init__(self) -> None:
-        for key in ("relative", "margin", "equal_cost"):
-            if getattr(self, key) < 0:
-                raise UserError(f"claims.{key} must not be negative, got {getattr(self, key)}")
+        require_bounds(self, "claims.")
 
 
 @dataclass
@@ -56,7 +62,7 @@ class SystemConfig:
     pretrain: bool = False
     set: dict[str, Any] = field(default_factory=dict)
     reuse_tuning_of: str | None = None
-    extra_seeds: list[int] = field(default_factory=list)
+    extra_seeds: list[RandomSeed] = field(default_factory=list)
 
 
 @dataclass
@@ -75,19 +81,14 @@ class TuningConfig:
             the end of a range.
     """
 
-    trials: int = 0
+    trials: NonNegativeCount = 0
     space: dict[str, SearchDimension] = field(default_factory=dict)
-    seed: int = 1000
-    step_fraction: float = 1.0
+    seed: RandomSeed = 1000
+    step_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0
     points: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.trials < 0:
-            raise UserError(f"tuning.trials must be at least 0, got {self.trials}")
-        if not 0 < self.step_fraction <= 1:
-            raise UserError(
-                f"tuning.step_fraction must be above 0 and at most 1, got {self.step_fraction}"
-            )
+        require_bounds(self, "tuning.")
         if self.trials > 1 and not self.space:
             raise UserError("tuning.trials needs a tuning.space: name the settings to tune")
 
@@ -123,7 +124,7 @@ class StudyConfig:
     names: list[str] = field(default_factory=list)
     name: str | None = None
     run_dir: str | None = None
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[RandomSeed] = field(default_factory=lambda: [0, 1, 2])
     run: FinetuneConfig = field(default_factory=FinetuneConfig)
     pretraining: PretrainConfig = field(default_factory=PretrainConfig)
     systems: dict[str, SystemConfig] = field(default_factory=dict)

@@ -4,6 +4,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.config.run import FinetuneConfig
+from skillnet_platform.config.bounds import (
+    NonNegativeCount,
+    PositiveCount,
+    RandomSeed,
+    require_bounds,
+)
 from skillnet_platform.errors import UserError
 from skillnet_platform.tracking import TrackingConfig
 from sweeps.config.space import SearchDimension
@@ -42,22 +48,19 @@ class SweepConfig:
     run: FinetuneConfig = field(default_factory=FinetuneConfig)
     space: dict[str, SearchDimension] = field(default_factory=dict)
     search: Literal["grid", "random", "optuna"] = "grid"
-    samples: int = 8
-    seeds: list[int] = field(default_factory=lambda: [0])
-    search_seed: int = 0
+    samples: PositiveCount = 8
+    seeds: list[RandomSeed] = field(default_factory=lambda: [0])
+    search_seed: RandomSeed = 0
     scheduler: Literal["none", "asha"] = "none"
     asha: AshaConfig = field(default_factory=AshaConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     fixed_cost: FixedCostConfig = field(default_factory=FixedCostConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
-    keep: int = 1
-    max_failures: int = 1
+    keep: NonNegativeCount = 1
+    max_failures: NonNegativeCount = 1
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"samples must be at least 1, got {self.samples}")
-        if self.keep < 0 or self.max_failures < 0:
-            raise UserError("keep and max_failures must be at least 0")
+        require_bounds(self)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds must be a list of different numbers, got {self.seeds}")

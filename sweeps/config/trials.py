@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from pipelines.evaluation.tables import OBJECTIVE_METRICS
+from skillnet_platform.config.bounds import NonNegativeCount, PositiveAmount, require_bounds
 from skillnet_platform.errors import UserError, suggest_name
 
 #: Primary metric of a task with labels -> whether higher is better.
@@ -29,14 +32,11 @@ class FixedCostConfig:
 
     adjust: Literal["ffn_dim", "dim"] | None = None
     by: Literal["activated", "flops"] = "activated"
-    target: float | None = None
-    tolerance: float = 0.01
+    target: Annotated[float, Interval(gt=0, le=1e24)] | None = None
+    tolerance: Annotated[float, Interval(gt=0, lt=1)] = 0.01
 
     def __post_init__(self) -> None:
-        if self.target is not None and self.target <= 0:
-            raise UserError(f"fixed_cost.target must be above 0, got {self.target}")
-        if not 0 < self.tolerance < 1:
-            raise UserError(f"fixed_cost.tolerance must be in (0, 1), got {self.tolerance}")
+        require_bounds(self, "fixed_cost.")
 
 
 @dataclass
@@ -50,23 +50,15 @@ class ResourceConfig:
         max_concurrent_trials: maximum number of trials at the same time; 0 starts as many as fit.
     """
 
-    cpus: float = 1.0
-    gpus: float = 0.0
-    max_concurrent_trials: int = 0
+    cpus: Annotated[float, Interval(gt=0, le=10_000)] = 1.0
+    gpus: Annotated[float, Interval(ge=0, le=10_000)] = 0.0
+    max_concurrent_trials: NonNegativeCount = 0
 
     def __post_init__(self) -> None:
-        if self.cpus <= 0:
-            raise UserError(f"resources.cpus must be above 0, got {self.cpus}")
-        if self.gpus < 0:
-            raise UserError(f"resources.gpus must be at least 0, got {self.gpus}")
+        require_bounds(self, "resources.")
         # Ray shares one GPU in fractions, but does not split several GPUs.
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise UserError(f"resources.gpus above 1 must be a whole number, got {self.gpus}")
-        if self.max_concurrent_trials < 0:
-            raise UserError(
-                "resources.max_concurrent_trials must be at least 0, got "
-                f"{self.max_concurrent_trials}"
-            )
 
     def check(self, use_gpu: bool) -> None:
         """Raise UserError if a GPU is reserved but not used, or used but not reserved.
@@ -96,14 +88,11 @@ class AshaConfig:
             between the steps of two rungs.
     """
 
-    grace_period: int = 0
-    reduction_factor: float = 3.0
+    grace_period: NonNegativeCount = 0
+    reduction_factor: Annotated[float, Interval(gt=1, le=1e6)] = 3.0
 
     def __post_init__(self) -> None:
-        if self.grace_period < 0:
-            raise UserError(f"asha.grace_period must be at least 0, got {self.grace_period}")
-        if self.reduction_factor <= 1:
-            raise UserError(f"asha.reduction_factor must be above 1, got {self.reduction_factor}")
+        require_bounds(self, "asha.")
 
 
 @dataclass
@@ -124,7 +113,7 @@ class ScoreConfig:
     kind: Literal["plain", "relative"] = "plain"
     split: str = "validation"
     tasks: list[str] = field(default_factory=list)
-    references: dict[str, float] = field(default_factory=dict)
+    references: dict[str, PositiveAmount] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Rejecting test splits here keeps them unseen until the final runs.
@@ -133,9 +122,7 @@ class ScoreConfig:
                 f"score.split {self.split}: a sweep must not choose settings on a test split; "
                 "use the validation split"
             )
-        for task, value in self.references.items():
-            if value <= 0:
-                raise UserError(f"score.references.{task} must be above 0, got {value}")
+        require_bounds(self, "score.")
 
     def check(self, tasks: Sequence[str]) -> None:
         """Raise UserError if a task of the score is not evaluated or lacks its reference.

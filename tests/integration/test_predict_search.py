@@ -163,7 +163,7 @@ class TestPredict:
             (["--text", "x", "--task", "text_to_imag"], "did you mean 'text_to_image'"),
             (["--text", "   "], "the text is empty"),
             (["--text", "x", "--model", "models:/skillnet@champoin"], "aliases @champion"),
-            (["--text", "x", "--top", "0"], "top must be at least 1"),
+            (["--text", "x", "--top", "0"], "top: expected a whole number from 1 to"),
         ],
     )
     def test_mistakes_have_one_message(self, place: Place, files: Path, capsys, words, message):

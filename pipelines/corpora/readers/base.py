@@ -11,11 +11,12 @@ Formats of other packages join through the entry point group ``skillnet.corpora`
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
+from annotated_types import Interval
 
-from pipelines.config.bounds import BoundedOptions, bounded_field
+from pipelines.config.bounds import BoundedOptions
 from pipelines.corpora.base import Corpus, RejectedRow, Row, SourceArchives
 from pipelines.corpora.readers import columns
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
@@ -50,7 +51,7 @@ class MediaOptions(BoundedOptions):
     """
 
     media: str | None = None
-    max_megabytes: int = bounded_field(MAX_MEDIA_BYTES // 2**20, 1)
+    max_megabytes: Annotated[int, Interval(ge=1, le=2**20)] = MAX_MEDIA_BYTES // 2**20
 
 
 class ExternalCorpus(Corpus):

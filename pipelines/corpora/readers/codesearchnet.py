@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from pipelines.config.bounds import bounded_field
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import missing_format_error
 from pipelines.corpora.formats.record_reader import BadRecord, read_json_lines
@@ -25,6 +24,7 @@ from pipelines.corpora.readers.row_builders import (
 )
 from pipelines.io.directory import SourceDirectory
 from pipelines.transforms.code import first_paragraph
+from skillnet_platform.config.bounds import NonNegativeCount
 from skillnet_platform.errors import UserError
 
 SPLIT_FOLDERS = {
@@ -56,7 +56,7 @@ class CodePairOptions(CaptionOptions, CodeOptions):
     docstring: str = "docstring"
     code: str = "code"
     language: str = "python"
-    shortest: int = bounded_field(4, 0)
+    shortest: NonNegativeCount = 4
 
 
 class CodeSearchNetCorpus(ExternalCorpus):

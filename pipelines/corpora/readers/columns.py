@@ -7,17 +7,19 @@ be finished keeps its position and gets a reason in ``rejected``.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from annotated_types import Interval
 
-from pipelines.config.bounds import BoundedOptions, bounded_field
+from pipelines.config.bounds import BoundedOptions
 from pipelines.corpora.base import tensor_field
 from pipelines.io.media import MEDIA, MediaReadError, read_media
 from pipelines.shards.jpeg import PixelStorage, encode_jpeg, jpeg_field, uses_jpeg
 from pipelines.transforms import code, image, sound, text, video
 from pipelines.transforms.decode_guard import decode_each
+from skillnet_platform.config.bounds import PartialFraction, PositiveCount
 
 #: Frames per second: one every 10 ms.
 FRAME_RATE = sound.RATE // sound.HOP
@@ -34,14 +36,11 @@ class SplitOptions(BoundedOptions):
         test: share of the rows that are held out for the test.
     """
 
-    validation: float = 0.05
-    test: float = 0.1
+    validation: PartialFraction = 0.05
+    test: PartialFraction = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("validation", "test"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key} must be in [0, 1), got {getattr(self, key)}")
         if self.validation + self.test >= 1:
             raise ValueError(
                 "validation and test together must be below 1, so that rows are left to train on"
@@ -57,8 +56,8 @@ class TextOptions(BoundedOptions):
         max_characters: characters kept of a text before it is tokenized.
     """
 
-    max_tokens: int = bounded_field(128, 1)
-    max_characters: int = bounded_field(10_000, 1)
+    max_tokens: PositiveCount = 128
+    max_characters: PositiveCount = 10_000
 
 
 @dataclass
@@ -70,8 +69,8 @@ class CaptionOptions(BoundedOptions):
         max_caption_characters: characters kept of a caption before it is tokenized.
     """
 
-    max_caption_tokens: int = bounded_field(text.CAPTION_TOKENS, 1)
-    max_caption_characters: int = bounded_field(1_000, 1)
+    max_caption_tokens: PositiveCount = text.CAPTION_TOKENS
+    max_caption_characters: PositiveCount = 1_000
 
 
 @dataclass
@@ -85,7 +84,7 @@ class SoundOptions(BoundedOptions):
         trim: remove silence before and after speech. Speech recognition usually keeps it.
     """
 
-    max_seconds: float = bounded_field(20.0, 0.1, 3600)
+    max_seconds: Annotated[float, Interval(ge=0.1, le=3600)] = 20.0
     trim: bool = False
 
 
@@ -100,7 +99,7 @@ class ImageOptions(BoundedOptions):
         storage: "raw" pixels, "encoded" as JPEG, or "auto": raw up to 64 KiB per row.
     """
 
-    size: int = bounded_field(image.SIZE, 1, MAX_SIDE)
+    size: Annotated[int, Interval(ge=1, le=MAX_SIDE)] = image.SIZE
     fit: Literal["crop", "pad"] = "crop"
     storage: PixelStorage = "auto"
 
@@ -115,8 +114,8 @@ class VideoOptions(BoundedOptions):
         storage: "raw" pixels, "encoded" as JPEG, or "auto": raw up to 64 KiB per row.
     """
 
-    frames: int = bounded_field(video.FRAMES, 1, MAX_SIDE)
-    video_size: int = bounded_field(video.SIZE, 1, MAX_SIDE)
+    frames: Annotated[int, Interval(ge=1, le=MAX_SIDE)] = video.FRAMES
+    video_size: Annotated[int, Interval(ge=1, le=MAX_SIDE)] = video.SIZE
     storage: PixelStorage = "auto"
 
 
@@ -129,8 +128,8 @@ class CodeOptions(BoundedOptions):
         max_code_characters: characters kept of a function before it is tokenized.
     """
 
-    max_code_tokens: int = bounded_field(256, 1)
-    max_code_characters: int = bounded_field(20_000, 1)
+    max_code_tokens: PositiveCount = 256
+    max_code_characters: PositiveCount = 20_000
 
 
 #: Columns by name, one of them ``rejected`` with reasons; see ``Corpus.transform``.

@@ -23,6 +23,7 @@ from pipelines.corpora.readers.columns import TextOptions
 from pipelines.corpora.readers.row_builders import clean_text, error_row
 from pipelines.io.directory import SourceDirectory
 from pipelines.transforms.text import append_keywords
+from skillnet_platform.config.bounds import PartialFraction
 
 #: Code -> description, from ``labels.json`` of CLUE.
 LABELS = {
@@ -56,12 +57,7 @@ class TnewsOptions(TextOptions):
     """
 
     keywords: bool = False
-    validation: float = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.validation < 1:
-            raise ValueError(f"validation must be in [0, 1), got {self.validation}")
+    validation: PartialFraction = 0.05
 
 
 class TnewsCorpus(ExternalCorpus):

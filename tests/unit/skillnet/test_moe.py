@@ -279,9 +279,11 @@ def test_every_second_layer_and_a_round_trip(tmp_path: Any) -> None:
 def test_mistakes_are_named() -> None:
     for key, value, words in (
         ("experts", 2, "must be more than options.top_k 2, got 2"),
-        ("top_k", 0, "options.top_k must be at least 1"),
-        ("balance", -1.0, "options.balance must not be negative"),
-        ("jitter", 1.0, "options.jitter must be in"),
+        ("top_k", 0, "options.top_k must be from 1 to"),
+        ("balance", -1.0, "options.balance must be from 0 to 1000"),
+        ("jitter", 1.0, "options.jitter must be from 0 to below 1"),
+        ("z", float("nan"), "options.z must be from 0 to 1000, got nan"),
+        ("z", "1e-3", "options.z must be from 0 to 1000, got '1e-3'"),
     ):
         with pytest.raises(ValueError, match=words):
             MoEOptions(**{key: value})

@@ -187,7 +187,7 @@ def test_mistakes_are_named() -> None:
         ({"text": "brt"}, "did you mean 'bert'"),
         ({"sound": "vit"}, "options.sound: no architecture 'vit'; Known: speech2text, ast"),
         ({"checkpoints": {"txt": "x"}}, "options.checkpoints: unknown modality 'txt'"),
-        ({"ffn_dim": 0}, "options.ffn_dim must be at least 1"),
+        ({"ffn_dim": 0}, "options.ffn_dim must be from 1 to"),
     ):
         with pytest.raises(ValueError, match=words):
             SpecialistOptions(**options)  # type: ignore[arg-type]

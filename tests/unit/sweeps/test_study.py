@@ -303,7 +303,7 @@ def test_errors_in_a_system_are_named(entry: SystemConfig, expected: str):
 
 def test_invalid_tuning_is_rejected():
     for values, expected in (
-        ({"trials": -1}, "must be at least 0"),
+        ({"trials": -1}, "trials: expected a whole number from 0"),
         ({"step_fraction": 0.0}, "above 0"),
         ({"trials": 2}, "needs a tuning.space"),
     ):

@@ -291,7 +291,7 @@ def test_skill_figures_are_written_beside_the_report(
         (["--systems.a.system", "skillnet"], "a study needs a name"),
         (["--config", "studies/headlin"], "neither a file nor a preset"),
         (["--seeds", "1,1"], "seeds must differ"),
-        (["--claims.margin", "-1"], "claims.margin must not be negative"),
+        (["--claims.margin", "-1"], "claims.margin: expected a number from 0 to 1, got -1"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], expected: str, run_root: Path, capsys):

@@ -160,12 +160,12 @@ def test_warmup_steps_win_over_the_fraction() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"warmup_steps": -1}, "use null for training.warmup_fraction"),
-        ({"warmup_fraction": 10}, "use training.warmup_steps for a number of steps"),
-        ({"warmup_fraction": -0.1}, r"must be in \[0, 1\]"),
+        ({"warmup_steps": -1}, "training.warmup_steps: expected a whole number from 0"),
+        ({"warmup_fraction": 10}, "training.warmup_fraction: expected a number from 0 to 1"),
+        ({"warmup_fraction": -0.1}, "from 0 to 1, got -0.1"),
     ],
 )
-def test_invalid_warmup_names_the_other_key(values: dict[str, Any], message: str) -> None:
+def test_invalid_warmup_names_key_and_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**values)
 

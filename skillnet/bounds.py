@@ -1,0 +1,58 @@
+"""Bounds of the numbers of a dataclass, as part of their types."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from numbers import Integral, Real
+from typing import Annotated, Any
+
+from annotated_types import Interval
+
+#: Upper limits. A saved configuration can come from anyone, and building a larger model would not
+#: end.
+MAX_SIZE = 2**24
+MAX_LAYERS = 1024
+
+LayerSize = Annotated[int, Interval(ge=1, le=MAX_SIZE)]
+OptionalSize = Annotated[int, Interval(ge=0, le=MAX_SIZE)]
+DropProbability = Annotated[float, Interval(ge=0, lt=1)]
+
+
+def check_bounds(settings: Any, prefix: str) -> None:
+    """Check the numbers of a dataclass against the bounds in its types.
+
+    Args:
+        settings: instance of the dataclass.
+        prefix: start of the keys in messages, with a dot at the end.
+
+    Raises:
+        ValueError: a value is out of its bounds or is no number.
+    """
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for kind, interval in _intervals(hints[field.name]):
+            if value is not None:
+                _check_number(f"{prefix}{field.name}", value, kind, interval)
+
+
+def _intervals(hint: Any) -> Iterator[tuple[type, Interval]]:
+    """Yield the kind and the interval of ``Annotated[kind, interval]`` and of ``… | None``."""
+    if typing.get_origin(hint) is Annotated:
+        kind, interval = typing.get_args(hint)
+        yield kind, interval
+    elif type(None) in typing.get_args(hint):
+        for arg in typing.get_args(hint):
+            yield from _intervals(arg)
+
+
+def _check_number(key: str, value: Any, kind: type, interval: Interval) -> None:
+    low = interval.ge if interval.ge is not None else interval.gt
+    expected: Any = Integral if kind is int else Real
+    fits = isinstance(value, expected) and not isinstance(value, bool)
+    # A comparison with nan is false.
+    fits = fits and low <= value <= (interval.le if interval.le is not None else interval.lt)
+    if not fits or value in (interval.gt, interval.lt):
+        end = f"to {interval.le}" if interval.le is not None else f"to below {interval.lt}"
+        above = "above " if interval.gt is not None else ""
+        raise ValueError(f"{key} must be from {above}{low} {end}, got {value!r}")
