@@ -14,7 +14,7 @@ def this_process() -> str:
     It consists of the host name, the kernel's boot, the PID namespace, the process id and the
     start time. Containers can share a host name, and the system reuses process ids.
     """
-    return f"{_visible_processes()}:{os.getpid()}:{_started(os.getpid())}"
+    return f"{visible_processes()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def has_ended(process: str) -> bool:
@@ -28,10 +28,10 @@ def has_ended(process: str) -> bool:
     """
     where, _, started = process.rpartition(":")
     where, _, pid = where.rpartition(":")
-    return where == _visible_processes() and pid.isdigit() and _started(int(pid)) != started
+    return where == visible_processes() and pid.isdigit() and _started(int(pid)) != started
 
 
-def _visible_processes() -> str:
+def visible_processes() -> str:
     """Return the set of processes in which process ids of this process are valid."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -7,6 +7,7 @@ time, and MLflow keeps one row for equal (key, step, time, value), so a repeated
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,11 +21,15 @@ from urllib.parse import urlsplit
 
 from skillnet_platform import console, storage
 from skillnet_platform.errors import first_line
+from skillnet_platform.tracking import orphans
 from skillnet_platform.tracking.operations import Operation
 
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
 PROBE_S = 0.5
+#: Age of a spool at which a process that cannot be seen is taken for ended. A living process
+#: records more often.
+UNSEEN_AGE_S = 3600.0
 #: Seconds between retries of a record that fails while the tracker accepts another record; see
 #: :meth:`OperationSpool._send_first`.
 DOUBT_PAUSES_S = (0.0, 1.0, 2.0)
@@ -232,6 +237,9 @@ class OperationSpool:
 def find_leftover_spools(uri: str) -> list[Path]:
     """Return the spools for this tracker whose process on this machine ended.
 
+    A process of another container with this host name, or from before a restart, cannot be seen.
+    Its spool is returned when it has not changed for an hour.
+
     A spool with an incomplete first line, after a kill or a full disk, is renamed with a warning.
     """
     found = []
@@ -239,10 +247,10 @@ def find_leftover_spools(uri: str) -> list[Path]:
         _, _, rest = path.stem.partition(".")
         host, _, process = rest.partition(".")
         pid = process.partition("-")[0]
-        # A living process sends its own records, and other hosts cannot be checked.
-        if host != _host() or not pid.isdigit() or storage.process_is_alive(int(pid)):
-            continue
         try:
+            # A living process sends its own records.
+            if not pid.isdigit() or _may_be_alive(path, host, int(pid)):
+                continue
             if _header(path)["uri"] == uri:
                 found.append(path)
         except OSError:
@@ -293,4 +301,14 @@ def _require_listener(uri: str) -> None:
 
 
 def _host() -> str:
-    return socket.gethostname().replace(".", "-")
+    """Return the host name, and a short digest of the processes that this process can see."""
+    view = hashlib.sha256(orphans.visible_processes().encode()).hexdigest()[:8]
+    return f"{socket.gethostname().replace('.', '-')}~{view}"
+
+
+def _may_be_alive(path: Path, host: str, pid: int) -> bool:
+    if host == _host():
+        return storage.process_is_alive(pid)
+    same_name = host.rpartition("~")[0] == _host().rpartition("~")[0]
+    # Other hosts cannot be checked.
+    return not same_name or time.time() - path.stat().st_mtime < UNSEEN_AGE_S

@@ -161,6 +161,23 @@ def test_a_spool_without_a_first_line_is_set_aside(
     assert capsys.readouterr().err == "", "said once"
 
 
+def test_the_spool_of_a_container_with_the_same_host_name_waits_until_it_is_old(
+    run_root: Path,
+) -> None:
+    folder = spool.spool_root()
+    folder.mkdir()
+    host = spool._host().rpartition("~")[0]
+    # The number of a process in another PID namespace says nothing here.
+    path = folder / f"run.{host}~00000000.{dead_process()}-0.jsonl"
+    path.write_text('{"run_id": "run", "uri": "u"}\n')
+    assert spool.find_leftover_spools("u") == []
+    old = time.time() - spool.UNSEEN_AGE_S - 1
+    os.utime(path, (old, old))
+    assert spool.find_leftover_spools("u") == [path]
+    path.rename(other := folder / f"run.another-{host}~00000000.1-0.jsonl")
+    assert spool.find_leftover_spools("u") == [], other
+
+
 def test_a_full_disk_leaves_no_half_line(run_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(operation: spool.Operation) -> None:
         raise ConnectionError("away")
