@@ -52,6 +52,13 @@ FAULTS = (
     "raylet killed",
     *chaos_hosts.FAULTS,
 )
+#: Faults that were added when results existed. Runs from this number on draw from them, so that a
+#: seed still draws what the earlier rows have.
+LATER_RUNS = 1000
+LATER_FAULTS = ("worker stopped", *chaos_hosts.LATER_FAULTS)
+#: Seconds that a worker waits for a stopped one. On a busy machine the start of two workers can
+#: be half a minute apart, which must not look like a stop.
+COLLECTIVE_TIMEOUT_S = 60.0
 #: Those that Ray has a part in; without Ray the others are left.
 OF_RAY = ("controller killed", "driver killed", "driver asked to leave", "raylet killed")
 ALONE = ("tracker killed", "driver killed", "driver asked to leave", "raylet killed")
@@ -61,8 +68,17 @@ ATTEMPTS = 3
 INSIDE = "SKILLNET_CHAOS_INSIDE"
 
 
-def kinds_of(launcher: str, root: bool) -> tuple[str, ...]:
-    """The faults that a launcher has; only root can have a disk to fill."""
+def kinds_of(launcher: str, root: bool, later: bool = False) -> tuple[str, ...]:
+    """The faults that a launcher has; only root can have a disk to fill.
+
+    Args:
+        launcher: of the workers.
+        root: whether the user is root.
+        later: those of runs from ``LATER_RUNS`` on.
+    """
+    if later:
+        on_hosts = launcher == "hosts"
+        return chaos_hosts.LATER_FAULTS if on_hosts else LATER_FAULTS[:1]
     if launcher == "hosts":
         return chaos_hosts.FAULTS
     absent = (*chaos_hosts.FAULTS, *(() if root else ("disk full",)))
@@ -91,6 +107,8 @@ def drawn(
         fault["kind"] = "term"
     elif kind == "worker raises":
         fault["kind"] = "raise"
+    elif kind == "worker stopped":
+        fault["kind"] = "stop"
     elif kind == "killed while writing a checkpoint":
         victim, fault["rank"], fault["kind"] = "rank 0", 0, "tear"
     elif kind == "bit of a checkpoint flipped":
@@ -114,7 +132,8 @@ def drawn(
         victim,
         step,
     )
-    return row, chaos_hosts.holds(step) if kind in chaos_hosts.FAULTS else [fault]
+    on_hosts = kind in (*chaos_hosts.FAULTS, *chaos_hosts.LATER_FAULTS)
+    return row, chaos_hosts.holds(step) if on_hosts else [fault]
 
 
 class Lane:
@@ -143,7 +162,7 @@ class Lane:
             self._expected = tensors(self.folder / "undisturbed", STEPS)
         return self._expected
 
-    def config(self, name: str, uri: str | None = None) -> Any:
+    def config(self, name: str, uri: str | None = None, timeout_s: float = 1800.0) -> Any:
         """A tiny model on two of the corpora."""
         from pipelines.config.run import FinetuneConfig, TaskTraining, TrainingConfig
         from skillnet.config import SkillNetConfig
@@ -170,6 +189,7 @@ class Lane:
                 checkpoint_every=3,
                 keep_checkpoints=3,
                 max_failures=2,
+                collective_timeout_s=timeout_s,
                 ema=0.9,
             ),
             tracking=TrackingConfig(
@@ -186,6 +206,8 @@ class Lane:
         name = f"{row.launcher}-{row.seed}-{row.run}"
         run = self.folder / name
         config = self.config(name)
+        if row.fault == "worker stopped":
+            config = self.config(name, timeout_s=COLLECTIVE_TIMEOUT_S)
         exits: list[int] = []
         with contextlib.ExitStack() as stack:
             stack.callback(self._hosts.close)
@@ -308,14 +330,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.__main__", description=__doc__)
     parser.add_argument("--runs", type=int, help="runs in all (default: one of each fault)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--later", action="store_true", help=f"the faults of runs from {LATER_RUNS} on"
+    )
     parser.add_argument("--data", type=Path, help="prepared corpora (default: the run root's)")
     parser.add_argument("--folder", type=Path, help="of the runs (default: in the run root)")
     parser.add_argument(
         "--launcher", choices=("ray", "ranks", "hosts"), default="ray", help="of workers"
     )
-    parser.add_argument("--only", choices=FAULTS, help="only this fault")
+    parser.add_argument("--only", choices=FAULTS + LATER_FAULTS, help="only this fault")
     parser.add_argument(
-        "--without", choices=FAULTS, nargs="*", default=[], help="put these off to another time"
+        "--without",
+        choices=FAULTS + LATER_FAULTS,
+        nargs="*",
+        default=[],
+        help="put these off to another time",
     )
     parser.add_argument("--output", type=Path, help="the CSV")
     options = parser.parse_args(argv)
@@ -335,12 +364,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.launcher == "hosts" and (reason := missing(*chaos_hosts.PROGRAMS)):
         console.print_warning(f"no run is made on hosts: {reason}")
         return 0
-    kinds = kinds_of(options.launcher, root)
+    kinds = kinds_of(options.launcher, root, options.later)
     output = options.output or RESULTS / f"{datetime.date.today().isoformat()}-chaos.csv"
     done = {(row["launcher"], int(row["seed"]), int(row["run"])) for row in read(output)}
     folder = options.folder or storage.run_root() / f"chaos-{time.strftime('%Y%m%d-%H%M%S')}"
     lane = Lane(folder, options.data or storage.data_root(), options.launcher)
-    for number in range(options.runs if options.runs is not None else len(kinds)):
+    first = LATER_RUNS if options.later else 0
+    for number in range(first, first + (len(kinds) if options.runs is None else options.runs)):
         row, orders = drawn(options.launcher, options.seed, number, kinds)
         known = (options.launcher, options.seed, number) in done
         if known or row.fault in options.without or options.only not in (None, row.fault):

@@ -53,7 +53,7 @@ RUN: dict[str, Any] = {
     "tasks": {**TASKS, **dict.fromkeys(ABSENT_TASKS)},
 }
 #: Identifiers that differ from run to run, in the names of files.
-VARYING = re.compile(r"[0-9a-f]{32}|m-[0-9a-f]{32}|(?<=\.)\d+(?=\.(tmp|old))")
+VARYING = re.compile(r"[0-9a-f]{32}|(?<=sn-)[0-9a-f]{16}")
 #: Files that exist for a reason beside the command, or record who read a corpus.
 IGNORED_FILES = (VERIFIED_NOTES, "mlflow.lock")
 LOGGED_MODEL_READY = 2
@@ -390,6 +390,9 @@ def _finetune(root: Path, name: str) -> list[str]:
 
 def _result_of(path: Path) -> dict[str, Any]:
     result = json.loads(path.read_text(encoding="utf-8"))
+    for row in result["evaluation"]:
+        # The kill may be on the other side of midnight.
+        row.pop("date", None)
     kept = ("name", "step", "losses", "corpora", "evaluation", "registered")
     return {key: result.get(key) for key in kept}
 

@@ -43,7 +43,8 @@ class Fault:
     Args:
         step: the fault happens after this number of steps, and after their checkpoint.
         kind: ``kill`` and ``term`` send SIGKILL and SIGTERM to the victim, and the effect on this
-            worker has arrived before the next step; ``raise`` raises RuntimeError; ``flip``
+            worker has arrived before the next step; ``stop`` sends SIGSTOP, and nobody continues
+            the victim; ``raise`` raises RuntimeError; ``flip``
             inverts one bit of the newest checkpoint and kills this worker; ``tear`` kills this
             worker while it writes its next checkpoint; ``full`` fills the disk of the run's
             folder, which must be small, with a file ``faults/ballast``; ``hold`` stops this worker
@@ -58,7 +59,7 @@ class Fault:
     """
 
     step: int
-    kind: Literal["kill", "term", "raise", "flip", "tear", "full", "hold"]
+    kind: Literal["kill", "term", "stop", "raise", "flip", "tear", "full", "hold"]
     rank: int | None = 0
     victim: str = "worker"
     place: float = 0.5
@@ -137,9 +138,8 @@ class FaultInjection:
         console.print_warning(
             f"{VARIABLE}: {fault.kind} of the {fault.victim} after step {fault.step}"
         )
-        if fault.kind in ("kill", "term"):
-            number = signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM
-            os.kill(self._process_of(fault.victim), number)
+        if fault.kind in _SIGNALS:
+            os.kill(self._process_of(fault.victim), _SIGNALS[fault.kind])
             # The effect must depend on the step and not on speed.
             if fault.kind == "term" and fault.victim in ("worker", "driver"):
                 _await(preemption.stop_requested)
@@ -263,4 +263,5 @@ _PROCESSES: dict[str, Callable[[], int]] = {
     "raylet": _raylet,
     "controller": _controller,
 }
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 _VICTIMS = ("worker", "driver", "raylet", "controller")

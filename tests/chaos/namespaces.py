@@ -109,6 +109,11 @@ def pull_out(bridge: Namespaces, number: int) -> None:
     _net(bridge, "link", "delete", f"host{number}")
 
 
+def set_cable(bridge: Namespaces, number: int, state: str) -> None:
+    """Set the bridge's end of a host's cable ``down`` or ``up``; packets are lost meanwhile."""
+    _net(bridge, "link", "set", f"host{number}", state)
+
+
 def _net(where: Namespaces, *words: str) -> None:
     subprocess.run(
         ["nsenter", "--target", str(where.pid), "--net", "ip", *words],

@@ -8,6 +8,7 @@ reaches it.
 
 import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ from tests.chaos.result_rows import Row
 
 #: The first leaves the run to itself; the others end it.
 FAULTS = ("host killed", "head's host killed", "spot notice")
+#: The network of the node without the driver is cut, and heals after this number of seconds.
+CUTS_S = {"network cut for 10 s": 10.0, "network cut for 120 s": 120.0}
+LATER_FAULTS = tuple(CUTS_S)
 #: Programs that these need beside those of hosts: they are watch_spot.sh's.
 PROGRAMS = ("curl", "flock", "pgrep")
 HEAD = "head"
 WATCHER = ROOT / "platform" / "deploy" / "watch_spot.sh"
 #: Of the metadata service that a host has for itself.
 PORT = 8900
+#: Ray removes a node within this number of seconds.
+NODE_LOSS_S = 60.0
+#: Seconds in which a healed node may disturb the run, before it is replaced.
+HEAL_S = 20.0
 #: Seconds for a run to come to its step, and for its end.
 PATIENCE_S = 900.0
 
@@ -94,6 +102,10 @@ class Hosts:
         if row.fault == "host killed":
             self._lose(hosts)
             self._join(hosts)
+        elif row.fault in CUTS_S:
+            # The other worker continues too: it meets the cut in its next collective operation.
+            markers[rank].unlink()
+            self._cut(hosts, CUTS_S[row.fault])
         elif of_head:
             hosts.kill(HEAD)
             # Ray ends a node without its head, so a new head needs new nodes.
@@ -106,6 +118,21 @@ class Hosts:
             }
             stack.enter_context(hosts.started(self._other, *service))
             stack.enter_context(hosts.started(self._other, "bash", str(WATCHER), **environment))
+
+    def _cut(self, hosts: RayHosts, seconds: float) -> None:
+        """Cut the network of the host without the driver, and heal it after some seconds.
+
+        Ray removes a node that it has not reached for about half a minute. The removed node ends
+        itself when its network is back, and another one joins.
+        """
+        assert self._other is not None
+        hosts.set_link(self._other, "down")
+        time.sleep(seconds)
+        hosts.set_link(self._other, "up")
+        if seconds > NODE_LOSS_S:
+            time.sleep(HEAL_S)
+            self._lose(hosts)
+            self._join(hosts)
 
     def _ready(self) -> RayHosts:
         if self._hosts is None:

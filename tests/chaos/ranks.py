@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import tempfile
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def _worker(
     world = config.training.workers
     torch.set_num_threads(1)
     preemption.listen_in_worker()
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    timeout = timedelta(seconds=config.training.collective_timeout_s)
+    dist.init_process_group("gloo", f"file://{store}", timeout=timeout, rank=rank, world_size=world)
     try:
         resolved = ResolvedRun(config, run)
         if rank:

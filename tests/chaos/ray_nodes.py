@@ -14,7 +14,16 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.namespaces import BRIDGE, PREFIX, ROOT, SEARCH, Namespaces, plug_in, pull_out
+from tests.chaos.namespaces import (
+    BRIDGE,
+    PREFIX,
+    ROOT,
+    SEARCH,
+    Namespaces,
+    plug_in,
+    pull_out,
+    set_cable,
+)
 
 PORT = 6379
 
@@ -65,6 +74,10 @@ class RayHosts:
         pull_out(self._bridge, number)
         os.kill(inside.pid, 9)
         inside.close()
+
+    def set_link(self, name: str, state: str) -> None:
+        """Cut the network of a host (``down``), or heal it (``up``)."""
+        set_cable(self._bridge, self._hosts[name][0], state)
 
     def run(self, name: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run a command on a host to its end."""

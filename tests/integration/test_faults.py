@@ -100,6 +100,19 @@ def test_workers_and_the_controller_killed_in_one_run(
     assert steps == list(range(1, STEPS + 1)), "each step is on record"
 
 
+def test_a_stopped_worker_leads_to_a_restart_from_the_last_checkpoint(
+    data: Path,
+    tmp_path: Path,
+    ray_session: Any,
+    two: dict[str, torch.Tensor],
+) -> None:
+    """SIGSTOP: the worker neither ends nor answers; only the timeout of the others notices it."""
+    config = config_for(data, tmp_path, "stopped", workers=2, collective_timeout_s=45)
+    result = finetune_with_faults(config, {"rank": 1, "step": 5, "kind": "stop"})
+    assert (result["step"], result["world"], result["resumed"]) == (STEPS, 2, 4)
+    assert same(weights(Path(result["run"])), two)
+
+
 def test_a_worker_asked_to_leave_takes_all_along_with_a_checkpoint(
     data: Path,
     tmp_path: Path,

@@ -188,7 +188,7 @@ def _trainer(
         run_ray_worker,
         train_loop_config=loop,
         scaling_config=scaling,
-        torch_config=rendezvous.build_torch_config(training.use_gpu),
+        torch_config=rendezvous.build_torch_config(training.use_gpu, training.collective_timeout_s),
         run_config=RunConfig(
             # A run resumes from its own checkpoints, so each fit is a new one for Ray.
             name=f"fit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{next(_FITS)}",

@@ -5,6 +5,7 @@ Ray all workers run on one node and meet in a file, so only the process group it
 loopback. On a cluster the workers use Ray's own rendezvous.
 """
 
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -20,14 +21,18 @@ from ray.train.torch import TorchConfig
 from skillnet_platform.cluster import loopback
 
 
-def build_torch_config(use_gpu: bool) -> TorchConfig:
+def build_torch_config(use_gpu: bool, timeout_s: float) -> TorchConfig:
     """Return the process group configuration for the Ray that this process is connected to.
 
     Args:
         use_gpu: NCCL instead of gloo.
+        timeout_s: longest wait in a collective operation. A worker that is stopped, or whose
+            network is cut, is only noticed by this timeout.
     """
     config_class = SingleNodeTorchConfig if loopback.listens_on_loopback(ray) else TorchConfig
-    return config_class(backend="nccl" if use_gpu else "gloo")
+    backend = "nccl" if use_gpu else "gloo"
+    # Ray's setting is a whole number of seconds, and 0 would fail at once.
+    return config_class(backend=backend, timeout_s=math.ceil(timeout_s))
 
 
 @dataclass
