@@ -219,6 +219,18 @@ class TestSearch:
         assert html.count("<img src=") == 48
         assert "红色的 方块" in html
 
+    def test_a_query_is_shown_as_text_and_a_page_is_written_through_a_link(
+        self, place: Place, capsys, tmp_path: Path
+    ):
+        page = tmp_path / "link.html"
+        page.symlink_to("page.html")
+        assert search.main(["[/b]\x1b]52;c;x\x07", "--html", str(page), "--top", "1"]) == 0
+        shown = capsys.readouterr()
+        assert "[/b]\\u001b]52;c;x\\u0007" in shown.out
+        assert "\x1b" not in shown.out + shown.err
+        assert page.is_symlink()
+        assert "<html" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
     def test_scores_are_those_of_the_model(self, place: Place, capsys):
         found = run(["蓝色的圆圈", "--top", "3", "--precision", "fp32"], capsys, search)
         from pipelines.shards.dataset import open_corpus
@@ -279,13 +291,16 @@ class TestSearch:
         assert message in capsys.readouterr().err
 
 
-def test_a_damaged_bundle_in_the_cache_is_refused(place: Place, capsys):
-    run(["--text", "农业", "--model", str(place.saved)], capsys)
+def test_a_damaged_bundle_in_the_cache_is_built_again(place: Place, capsys):
+    words = ["--text", "农业", "--model", str(place.saved)]
+    expected = run(words, capsys)
     cache = Path(search.run_root()) / "cache" / "bundles"
     for bundle in cache.iterdir():
         (bundle / "tokenizer.json").write_text("{}")
-    assert predict.main(["--text", "农业", "--model", str(place.saved)]) == 2
-    assert "altered" in capsys.readouterr().err
+    assert predict.main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == expected
+    assert "damaged cache" in said.err
     shutil.rmtree(cache)
 
 
