@@ -399,7 +399,7 @@ def _help(commands: dict[str, EntryPoint]) -> str:
 
 def _print_text(text: str) -> int:
     def print_it(argv: list[str] | None) -> None:
-        console.print_result(text)
+        console.print_output(text)
 
     return run_command(print_it, [])
 

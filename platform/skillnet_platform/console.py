@@ -114,7 +114,7 @@ def discard_output() -> None:
             stream.flush()
 
 
-def print_result(text: str) -> None:
+def print_output(text: str) -> None:
     """Print a text, such as the help of a command, on standard output."""
     with write_results() as stream:
         stream.write(f"{escape_controls(text)}\n")

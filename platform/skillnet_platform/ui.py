@@ -83,7 +83,7 @@ def _serve(tracker: backend.TrackingBackend, host: str, port: int, open_browser:
                 _wait_until_up(server, url, output)
                 console.print_note(f"runs of {tracker.uri}; Ctrl-C stops")
                 page = f"{url}/#/experiments/{tracker.experiment_id}/runs?{backend.TRAINING_VIEW}"
-                console.print_result(page)
+                console.print_output(page)
                 if open_browser:
                     webbrowser.open(page)
                 return server.wait()

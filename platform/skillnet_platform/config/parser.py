@@ -69,7 +69,7 @@ def parse_config(
 
         everything = "--help=all" in words or ("--help", "all") in itertools.pairwise(words)
         shown = None if everything else essential or default_essential(cls)
-        console.print_result(render_help(cls, prog, description, example, shown))
+        console.print_output(render_help(cls, prog, description, example, shown))
         raise SystemExit(0)
     if "--json" in words:
         words = [word for word in words if word != "--json"]
