@@ -41,7 +41,7 @@ with cluster.ray_session(cpus=2):
 """
 
 
-def one_task(data: str, **training: int) -> dict[str, Any]:
+def one_task(data: str, **training: Any) -> dict[str, Any]:
     """A run as a file has it, of a small model and one task."""
     run = configuration.to_dict(replace(small_config(Path("unused"), **training), data=data))
     for tasks in (run["tasks"], run["model"]["tasks"]):
@@ -52,10 +52,14 @@ def one_task(data: str, **training: int) -> dict[str, Any]:
 def sweep_file(path: Path, data: str) -> Path:
     body = {
         "name": "kept",
-        "run": one_task(data, steps=60, checkpoint_every=10, evaluate_every=20),
+        "run": one_task(
+            data,
+            **{"steps": 60, "checkpoint_every": 10, "evaluate_every": 20},
+            **{"precision": "fp32", "weight_decay": 10.0, "max_grad_norm": 0.0},
+        ),
         "tracking": {"system_metrics": False},
-        # The last one fails while it trains: its weights leave the numbers.
-        "space": {"training.lr": {"choice": [1e-3, 2e-3, 1e300]}},
+        # The last one fails while it trains: decay multiplies its weights by -99 per step.
+        "space": {"training.lr": {"choice": [1e-3, 2e-3, 10.0]}},
         "resources": {"max_concurrent_trials": 1},
         "keep": 1,
     }

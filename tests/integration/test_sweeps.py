@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipelines.config.run import FinetuneConfig
 from pipelines.finetune import finetune
+from pipelines.training.resolved_run import resolve_config
+from pipelines.training.setup import build_model
 from skillnet_platform import config as configuration
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
@@ -45,6 +48,16 @@ def base(data: Path, **training: object) -> FinetuneConfig:
     tasks = {name: config.tasks[name] for name in TASKS}
     model = replace(config.model, tasks={name: config.model.tasks[name] for name in TASKS})
     return replace(config, model=model, tasks=tasks)
+
+
+def save_overflowing(config: FinetuneConfig, folder: Path) -> str:
+    """Save a model of a run whose weights are finite and whose outputs are not."""
+    model = build_model(resolve_config(config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e38)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def trial(name: str, config: FinetuneConfig, **more: Any) -> Trial:
@@ -89,9 +102,7 @@ def test_asha_a_failure_and_a_resumed_sweep(
     assert runs_below(parent.run_id) == {}, "nothing has started"
 
     # What only shows while it trains does not end the others.
-    trials[1] = trial(
-        "broken", replace(good, training=replace(good.training, lr=1e300, max_grad_norm=0.0))
-    )
+    trials[1] = trial("broken", replace(good, init_from=save_overflowing(good, run_root / "huge")))
     settings: dict[str, Any] = {
         "folder": run_root / "sweep",
         "parent": parent,
