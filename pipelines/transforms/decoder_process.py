@@ -127,7 +127,7 @@ class DecoderProcess:
         memory: bytes that decoders may take.
 
     Raises:
-        ConnectionError: the child does not start.
+        RuntimeError: the child does not start.
     """
 
     def __init__(self, memory: int = MEMORY_BYTES) -> None:
@@ -145,6 +145,9 @@ class DecoderProcess:
         try:
             self._channel.settimeout(START_S)
             _receive(self._channel)
+        except OSError as error:
+            self.close()
+            raise RuntimeError(f"the process that decodes media did not start ({error})") from None
         except BaseException:
             self.close()
             raise
@@ -187,27 +190,36 @@ class DecoderPool:
     def decode(self, kind: str, data: bytes, options: tuple[Any, ...], seconds: float) -> Decoded:
         """Decode a file; see :func:`decode_media`."""
         with self._slots:
-            try:
-                child = self._idle.get_nowait()
-            except queue.Empty:
-                child = DecoderProcess(self._memory)
-            try:
-                result = child.decode(kind, data, options, seconds)
-            except ValueError:
-                self._idle.put(child)
-                raise
-            except TimeoutError:
-                child.close()
-                raise DecoderEndedError(decode_guard.describe_timeout(seconds)) from None
-            except ConnectionError:
-                child.close()
-                raise DecoderEndedError(ENDED) from None
-            # Also Ctrl-C: the child may still be decoding.
-            except BaseException:
-                child.close()
-                raise
+            for is_last in (False, True):
+                try:
+                    return self._decode_once(kind, data, options, seconds)
+                # An idle child may have ended for another reason, such as a lack of memory.
+                except ConnectionError:
+                    if is_last:
+                        raise DecoderEndedError(ENDED) from None
+            raise AssertionError("unreachable")
+
+    def _decode_once(
+        self, kind: str, data: bytes, options: tuple[Any, ...], seconds: float
+    ) -> Decoded:
+        try:
+            child = self._idle.get_nowait()
+        except queue.Empty:
+            child = DecoderProcess(self._memory)
+        try:
+            result = child.decode(kind, data, options, seconds)
+        except ValueError:
             self._idle.put(child)
-            return result
+            raise
+        except TimeoutError:
+            child.close()
+            raise DecoderEndedError(decode_guard.describe_timeout(seconds)) from None
+        # Also Ctrl-C: the child may still be decoding.
+        except BaseException:
+            child.close()
+            raise
+        self._idle.put(child)
+        return result
 
     def close(self) -> None:
         """End the children that are idle."""

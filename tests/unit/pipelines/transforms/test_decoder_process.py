@@ -73,6 +73,14 @@ def test_filter_that_hangs_the_renderer_ends_only_the_child(pool: DecoderPool) -
     assert pool.decode("image", picture("PNG"), (32,), 60.0).shape == (32, 32, 3)
 
 
+def test_child_that_ended_while_idle_is_replaced(pool: DecoderPool) -> None:
+    first = pool.decode("image", picture("PNG"), (32,), 60.0)
+    child = pool._idle.queue[0]
+    child._process.kill()
+    child._process.wait()
+    assert np.array_equal(pool.decode("image", picture("PNG"), (32,), 60.0), first)
+
+
 def test_file_that_needs_too_much_memory_is_rejected() -> None:
     target = io.BytesIO()
     Image.new("RGB", (7000, 7000)).save(target, "PNG")
