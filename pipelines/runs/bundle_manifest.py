@@ -20,15 +20,15 @@ BUNDLE_FORMAT = 2
 MAX_LIMIT = 10**6
 REMEDY = "register the model again"
 
-Check = Callable[[Any], bool]
+ValueCheck = Callable[[Any], bool]
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and _is_unicode(value)
+    return isinstance(value, str) and is_unicode(value)
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogate, which JSON can contain and no encoder accepts."""
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogate, which JSON can contain."""
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
@@ -52,7 +52,7 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(_is_text(name) for name in value)
 
 
-def _or_none(check: Check) -> Check:
+def _or_none(check: ValueCheck) -> ValueCheck:
     return lambda value: value is None or check(value)
 
 
@@ -61,7 +61,7 @@ def _is_flag(value: Any) -> bool:
 
 
 #: Key -> (check, what is expected).
-MANIFEST_KEYS: Mapping[str, tuple[Check, str]] = {
+MANIFEST_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
     "format": (_is_count, "a number"),
     "package": (_is_text, "a text"),
     "weights_digest": (_is_text, "a text"),
@@ -72,7 +72,7 @@ MANIFEST_KEYS: Mapping[str, tuple[Check, str]] = {
     "files": (_is_tree, "a hash per file"),
     "digest": (_is_text, "a text"),
 }
-TASK_KEYS: Mapping[str, tuple[Check, str]] = {
+TASK_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
     "corpus": (_is_text, "a text"),
     "corpus_digest": (_is_text, "a text"),
     "names": (_is_names, "a list of texts"),
@@ -80,7 +80,7 @@ TASK_KEYS: Mapping[str, tuple[Check, str]] = {
     "preprocessing": (_is_tree, "keys and values"),
 }
 #: Settings that predictions use; a corpus may have others.
-PREPROCESSING_KEYS: Mapping[str, tuple[Check, str]] = {
+PREPROCESSING_KEYS: Mapping[str, tuple[ValueCheck, str]] = {
     "fit": (lambda value: value in ("pad", "crop"), "pad or crop"),
     "trim": (_is_flag, "true or false"),
     "keywords": (_is_flag, "true or false"),
@@ -141,7 +141,7 @@ def compute_bundle_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _check_entries(
-    path: Path, prefix: str, values: Mapping[str, Any], keys: Mapping[str, tuple[Check, str]]
+    path: Path, prefix: str, values: Mapping[str, Any], keys: Mapping[str, tuple[ValueCheck, str]]
 ) -> None:
     for key in sorted(keys.keys() | values.keys()):
         if key not in keys:

@@ -27,6 +27,7 @@ from pipelines.runs.bundle_manifest import (
     BUNDLE_MANIFEST,
     REMEDY,
     compute_bundle_digest,
+    is_unicode,
     read_bundle_manifest,
 )
 from pipelines.runs.head_sizes import LISTED
@@ -251,7 +252,9 @@ def _read_caption_bank(folder: Path, task: str, width: int) -> CaptionBank:
     tensors, texts = load_tensors(path), read_json(captions)
     vectors = tensors.get("embeddings")
     # Vectors that are paired with other texts would give wrong captions without an error.
-    valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    valid = isinstance(texts, list) and all(
+        isinstance(text, str) and is_unicode(text) for text in texts
+    )
     if not valid or vectors is None:
         raise UserError(f"{path} does not contain an embedding for each text of {captions.name}")
     embeddings = vectors.float().numpy()
