@@ -1,5 +1,7 @@
 """One, two, three and four workers see the same batches and reach the same weights."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.training.loop import train_model
 from pipelines.training.resolved_run import ResolvedRun
 from pipelines.training.setup import build_model
 from tests.helpers.small_corpora import small_config, write_corpora
@@ -38,6 +41,24 @@ def test_same_weights_and_losses_as_one_worker(data: Path, tmp_path: Path, world
     torch.manual_seed(config.seed)
     changed = build_model(config).double()
     assert any(not torch.equal(p, alone[name]) for name, p in changed.named_parameters())
+
+
+def count_rows(rank: int, world: int, config: FinetuneConfig, out: str) -> None:
+    result = train_model(ResolvedRun(config), rank=rank, world=world)
+    Path(f"{out}-{world}-{rank}.json").write_text(json.dumps(result.tasks))
+
+
+def test_all_workers_count_the_rows_that_cannot_be_aligned(data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=15)
+    # Recordings of one or two tokens with two symbols each.
+    config.model = replace(config.model, mel_stack=28)
+    for world in (1, 2):
+        run_ranks(world, count_rows, config, str(tmp_path / "counts"))
+    counts = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
+    assert len(counts) == 3
+    assert counts[0] == counts[1] == counts[2]
+    speech = counts[0]["speech_recognition"]
+    assert 0 < speech["unalignable_rows"] < speech["rows"]
 
 
 def test_only_active_gradients_go_on_the_wire(data: Path, tmp_path: Path) -> None:
