@@ -8,7 +8,14 @@ import pytest
 
 from skillnet_platform import tracking
 from skillnet_platform.errors import UserError
-from skillnet_platform.tracking import backend, champion, promotion, registry
+from skillnet_platform.tracking import (
+    backend,
+    champion,
+    orphans,
+    promotion,
+    registration_order,
+    registry,
+)
 from skillnet_platform.tracking.promotion import MetricEstimate
 
 CODE = """
@@ -188,3 +195,96 @@ def test_the_process_keeps_its_own_mlflow_settings(
     put(run, files, "settings", 0.5)
     assert os.environ["MLFLOW_EXPERIMENT_ID"] == "123"
     assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_the_same_registration_is_one_version(run: tracking.Tracker, files: Path) -> None:
+    made = [
+        registry.register_version(
+            run.run_id,
+            files / "serving.py",
+            {"model": files / "weights"},
+            {"a": accuracy(0.5)},
+            uri=run.uri,
+            name="once",
+            key="the same",
+        )
+        for _ in range(2)
+    ]
+    assert made[0] == made[1]
+
+
+def test_an_upload_that_arrives_altered_is_rejected_and_leaves_nothing(
+    run: tracking.Tracker, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    upload = LocalArtifactRepository.log_artifacts
+
+    def damage(self: Any, local_dir: str, artifact_path: str | None = None) -> None:
+        upload(self, local_dir, artifact_path)
+        for path in Path(self.artifact_dir).rglob("offset.json"):
+            path.write_text("6")
+
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifacts", damage)
+    with pytest.raises(UserError, match=r"offset\.json arrived altered"):
+        put(run, files, "damaged", 0.5)
+    client = backend.create_client(run.uri)
+    assert list(client.search_model_versions("name = 'damaged'")) == []
+    experiment = client.get_run(run.run_id).info.experiment_id
+    assert [m for m in client.search_logged_models([experiment]) if m.name == "damaged"] == []
+
+
+def test_files_that_are_not_the_registered_ones_are_rejected(
+    run: tracking.Tracker, files: Path
+) -> None:
+    made = put(run, files, "altered", 0.5)
+    client = backend.create_client(run.uri)
+    found = client.get_model_version("altered", "1")
+    path = registry.resolve_registered(made.uri, run.uri).path
+    [weights] = path.rglob("offset.json")
+    weights.write_text("6")
+    for uri in (made.uri, "models:/altered@champion", found.source, f"runs:/{run.run_id}/altered"):
+        with pytest.raises(UserError, match="was altered after its registration"):
+            registry.load_registered(uri, run.uri)
+    weights.write_text("5")
+    client.delete_model_version_tag("altered", "1", "files_sha256")
+    with pytest.raises(UserError, match="no digest of its files"):
+        registry.resolve_registered(made.uri, run.uri)
+
+
+def test_a_champion_that_another_machine_sets_meanwhile_is_compared(
+    run: tracking.Tracker, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    put(run, files, "race", 0.5)
+    put(run, files, "race", 0.7)
+    other = backend.create_client(run.uri)
+    other.set_registered_model_alias("race", "champion", "1")
+    set_tag = MlflowClient.set_model_version_tag
+
+    def meanwhile(self: Any, *args: Any, **options: Any) -> None:
+        set_tag(self, *args, **options)
+        if args[1] == "3":
+            other.set_registered_model_alias("race", "champion", "2")
+
+    monkeypatch.setattr(MlflowClient, "set_model_version_tag", meanwhile)
+    assert put(run, files, "race", 0.6).alias == "challenger"
+    assert aliases(run, "race") == {"champion": 2, "challenger": 3}
+
+
+def test_a_version_waits_for_an_earlier_one_of_another_machine(
+    run: tracking.Tracker,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    put(run, files, "queue", 0.5)
+    client = backend.create_client(run.uri)
+    client.set_model_version_tag("queue", "1", registration_order.STATE_TAG, "pending")
+    client.set_model_version_tag("queue", "1", orphans.PROCESS_TAG, "elsewhere:boot:1:2:3")
+    monkeypatch.setattr(registration_order, "EARLIER_PATIENCE_S", 1.0)
+    put(run, files, "queue", 0.6)
+    assert "waiting for the registration of version 1" in capsys.readouterr().err
+    state = client.get_model_version("queue", "1").tags[registration_order.STATE_TAG]
+    assert state == "abandoned", "the next version does not wait for it again"
