@@ -59,12 +59,16 @@ lock: $(VENV)/.installed-dev  ## write uv.lock again after a change of dependenc
 	$(UV_LOCK)
 
 # Rows that the newest CSV of today has are not run again, so an interrupted run resumes.
-chaos: $(VENV)/.installed-dev  ## inject faults into 80 small runs and compare their results; tracker outage
+chaos: $(VENV)/.installed-dev  ## inject faults into 86 small runs, kill commands at every file-system event; tracker outage
 	$(BIN)/skillnet fetch
 	$(BIN)/skillnet prepare headings drawings
 	$(BIN)/python -m tests.chaos --launcher ranks --runs 45 --seed $(SEED) $(CHAOS_ARGS)
 	$(BIN)/python -m tests.chaos --launcher ray --runs 26 --seed $(SEED) $(CHAOS_ARGS)
 	$(BIN)/python -m tests.chaos --launcher hosts --runs 9 --seed $(SEED) $(CHAOS_ARGS)
+	for launcher in ranks ray hosts; do \
+	    $(BIN)/python -m tests.chaos --launcher $$launcher --later --seed $(SEED) $(CHAOS_ARGS) || exit 1; done
+	$(BIN)/python -m tests.chaos.sweep_runs --seed $(SEED)
+	$(BIN)/python -m tests.chaos.crash_lane --seed $(SEED)
 	$(BIN)/python -m tools.docs.chaos_table
 	SKILLNET_TEST_OUTAGE_S=60 $(BIN)/python -m pytest tests/integration/test_tracker_away.py
 

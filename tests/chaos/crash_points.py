@@ -35,7 +35,7 @@ from tests.chaos.namespaces import ROOT
 SOURCE = Path(__file__).with_suffix(".c")
 CONTROL_BYTES = 3 * 8 + 4096
 #: Seconds for a command to end.
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 #: Loaded before the first command. None of them starts a thread on import.
 MODULES = (
     "mlflow.tracking",

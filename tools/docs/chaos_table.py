@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md, from the CSV of the chaos lane."""
+"""The tables of docs/reliability.md, from the CSVs of the chaos tests."""
 
 import argparse
 import statistics
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import RESULTS
-from tests.chaos.__main__ import FAULTS
+from tests.chaos import sweep_runs
+from tests.chaos.__main__ import FAULTS, LATER_FAULTS
 from tests.chaos.result_rows import read
 from tools.docs.page_marks import put
 
@@ -23,7 +24,7 @@ HEAD = (
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Markdown: a line a fault, and what it stands on."""
     lines = [HEAD]
-    for fault in FAULTS:
+    for fault in (*FAULTS, *LATER_FAULTS, *sweep_runs.FAULTS):
         mine = [row for row in rows if row["fault"] == fault]
         if mine:
             lines.append(_line(fault, mine))
@@ -39,9 +40,23 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def crash_table(rows: Sequence[dict[str, str]]) -> str:
+    """Return Markdown with a line per command that was killed at its file-system events."""
+    lines = ["| command | events | kills | violations |", "|---|---:|---:|---:|"]
+    for command in dict.fromkeys(row["command"] for row in rows):
+        mine = [row for row in rows if row["command"] == command]
+        events = max(int(row["events"]) for row in mine)
+        killed = [row for row in mine if row["exits"].startswith("-9")]
+        bad = sum(bool(row["violations"]) for row in mine)
+        lines.append(f"| `{command}` | {events:,} | {len(killed):,} | {bad} |")
+    dates = sorted({row["date"] for row in rows})
+    return "\n".join([*lines, "", f"{' and '.join(dates)}."])
+
+
 def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
     launchers = [row["launcher"] for row in rows]
-    tried = " / ".join(str(launchers.count(each)) for each in ("hosts", "ray", "ranks"))
+    with_ray = launchers.count("ray") + launchers.count(sweep_runs.LAUNCHER)
+    tried = f"{launchers.count('hosts')} / {with_ray} / {launchers.count('ranks')}"
     again = max(int(row["lost_steps"]) for row in rows)
     lost = max(int(row["lost_bytes"]) for row in rows)
     missing = sum(int(row["lost_metrics"]) for row in rows)
@@ -58,12 +73,15 @@ def _line(fault: str, rows: Sequence[dict[str, str]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Put the table in its place in the page."""
+    """Put the tables in their places in the page."""
     parser = argparse.ArgumentParser(prog="python -m tools.docs.chaos_table", description=__doc__)
     parser.add_argument("csv", nargs="?", type=Path, help="by default the newest committed one")
     options = parser.parse_args(argv)
     path = options.csv or max(RESULTS.glob("*-chaos.csv"))
     put(PAGE, "chaos", table(read(path)))
+    crashes = sorted(RESULTS.glob("*-crash-points.csv"))
+    if crashes:
+        put(PAGE, "crash-points", crash_table(read(crashes[-1])))
     return 0
 
 

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.measure import RESULTS
 from tests.chaos import __main__ as chaos
 from tests.chaos import node_runs as chaos_hosts
+from tests.chaos import sweep_runs
 from tests.chaos.result_rows import Row, append, read
 from tools.docs.chaos_table import table
 
@@ -55,7 +56,10 @@ def test_a_run_that_lost_something_fails_the_lane(
 def test_a_seed_draws_what_the_newest_csv_has() -> None:
     """Or its rows would stand for runs that nobody can do again."""
     for reported in read(max(RESULTS.glob("*-chaos.csv"))):
-        kinds = chaos.kinds_of(reported["launcher"], root=True)
+        if reported["launcher"] == sweep_runs.LAUNCHER:
+            continue  # nothing but the trial is drawn, and the victim names it
+        later = int(reported["run"]) >= chaos.LATER_RUNS
+        kinds = chaos.kinds_of(reported["launcher"], root=True, later=later)
         row, _ = chaos.drawn(
             reported["launcher"], int(reported["seed"]), int(reported["run"]), kinds
         )
@@ -70,6 +74,8 @@ def test_each_launcher_has_its_faults() -> None:
     assert set(kinds["ray"]) - set(kinds["ranks"]) == set(chaos.OF_RAY)
     assert set(chaos.FAULTS) == set().union(*kinds.values()), "or the table leaves one out"
     assert "disk full" not in chaos.kinds_of("ray", root=False)
+    later = {chaos.kinds_of(name, root=True, later=True) for name in ("ray", "ranks", "hosts")}
+    assert set(chaos.LATER_FAULTS) == {kind for each in later for kind in each}
 
 
 def test_the_table_counts_each_launcher_and_names_all_dates() -> None:
