@@ -108,7 +108,7 @@ def promote_in_turn(
 def _decide(version: Any, current: Any) -> promotion.PromotionDecision:
     if current is None:
         return promotion.PromotionDecision(True, ("the first version",))
-    if current.version == version.version:
+    if _number_of(current) == _number_of(version):
         # A kill after the alias was set left the reasons of that decision.
         reasons = () if registration_order.is_done(version) else recorded_reasons(version)
         return promotion.PromotionDecision(True, reasons or ("already the champion",))

@@ -70,7 +70,9 @@ def wait_for_earlier_versions(client: Any, name: str, number: int) -> None:
         ]
         if not pending:
             return
-        numbers = ", ".join(sorted(version.version for version in pending))
+        # MLflow returns numbers or texts, depending on the tracker.
+        waited_for = sorted(int(version.version) for version in pending)
+        numbers = ", ".join(map(str, waited_for))
         if end is None:
             console.print_note(f"{name}: waiting for the registration of version {numbers}")
             end = time.monotonic() + EARLIER_PATIENCE_S
@@ -80,7 +82,7 @@ def wait_for_earlier_versions(client: Any, name: str, number: int) -> None:
                 f"{EARLIER_PATIENCE_S:.0f} s. Register that model again"
             )
             # Marked, so that later registrations do not wait for it again.
-            for version in pending:
-                client.set_model_version_tag(name, version.version, STATE_TAG, ABANDONED)
+            for earlier in waited_for:
+                client.set_model_version_tag(name, str(earlier), STATE_TAG, ABANDONED)
             return
         time.sleep(_PAUSE_S)
