@@ -9,6 +9,7 @@ from pipelines.config.run import FinetuneConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.storage import atomic_write, read_record
 from skillnet_platform.storage.locks import hold_lock
+from skillnet_platform.storage.temporary import is_temporary, remove_leftovers
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -42,16 +43,20 @@ def lock_run_folder(run: Path) -> Iterator[None]:
             yield
         finally:
             if is_unused(run):
+                remove_leftovers(run)
                 with contextlib.suppress(OSError):
                     (run / LOCK).unlink(missing_ok=True)
                     run.rmdir()
 
 
 def is_unused(run: Path) -> bool:
-    """Return whether a folder is missing or has no file but a lock."""
+    """Return whether a folder is missing, or has no file but a lock and temporary files.
+
+    A process that is killed before the configuration has its name leaves those two.
+    """
     if not run.is_dir():
         return not run.exists()
-    return all(path.name == LOCK for path in run.iterdir())
+    return all(path.name == LOCK or is_temporary(path) for path in run.iterdir())
 
 
 def create_run_folder(config: FinetuneConfig, run: Path) -> None:

@@ -52,6 +52,15 @@ def temporary_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
         yield path
 
 
+def is_temporary(path: Path) -> bool:
+    """Return whether a path has the name of a temporary file or directory of this module.
+
+    Args:
+        path: it need not exist.
+    """
+    return _NAME.fullmatch(path.name) is not None
+
+
 def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> list[Path]:
     """Remove temporary files and directories whose writer is dead; return their paths.
 
