@@ -5,7 +5,6 @@ leaves: see :mod:`tests.chaos.crash_scenarios`. ``make chaos`` kills the other c
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
