@@ -393,7 +393,8 @@ def _result_of(path: Path) -> dict[str, Any]:
     for row in result["evaluation"]:
         # The kill may be on the other side of midnight.
         row.pop("date", None)
-    kept = ("name", "step", "losses", "corpora", "evaluation", "registered")
+    # Running losses are those of the process, as its throughput is: a resumed one starts again.
+    kept = ("name", "step", "corpora", "evaluation", "registered")
     return {key: result.get(key) for key in kept}
 
 
