@@ -52,6 +52,9 @@ def hold_lock(
         yield
     finally:
         _HELD.discard(descriptor)
+        # A child that was forked a moment ago may still have a copy of the descriptor.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

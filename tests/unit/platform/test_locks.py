@@ -67,19 +67,24 @@ def test_a_stopped_holder_keeps_its_lock(tmp_path: Path) -> None:
         process.kill()
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_holder(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
-    with hold_lock(path, str):
-        child = os.fork()
-        if child == 0:
+    read, write = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with hold_lock(path, str):
+            if os.fork() == 0:
+                os.write(write, str(os.getpid()).encode())
             time.sleep(600)
             os._exit(0)
+    child = int(os.read(read, 20))
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
     try:
         with hold_lock(path, str):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_a_waiting_process_gets_the_lock_after_the_holder(
