@@ -57,7 +57,7 @@ def test_filter_that_hangs_the_renderer_ends_only_the_child(pool: DecoderPool) -
     stop = threading.Event()
 
     def tick() -> None:
-        while not stop.wait(0.1):
+        while not stop.wait(0.02):
             ticks.append(time.monotonic())
 
     thread = threading.Thread(target=tick)
@@ -69,7 +69,7 @@ def test_filter_that_hangs_the_renderer_ends_only_the_child(pool: DecoderPool) -
     stop.set()
     thread.join()
     # Other threads were not stopped: the renderer held the lock of the child only.
-    assert len([each for each in ticks if each > begin]) > 5
+    assert len([each for each in ticks if each > begin]) > 2
     assert pool.decode("image", picture("PNG"), (32,), 60.0).shape == (32, 32, 3)
 
 
