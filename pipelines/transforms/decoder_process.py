@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import socket
 import struct
 import subprocess
@@ -168,6 +169,12 @@ class DecoderProcess:
             return answer["value"]
         return np.frombuffer(body, answer["dtype"]).reshape(answer["shape"]).copy()
 
+    def exceeded_cpu_time(self) -> bool:
+        """Return whether the guard's limit of CPU time ended the child."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(GRACE_S) == -signal.SIGPROF
+        return False
+
     def close(self) -> None:
         """End the child."""
         self._channel.close()
@@ -214,6 +221,12 @@ class DecoderPool:
         except TimeoutError:
             child.close()
             raise DecoderEndedError(decode_guard.describe_timeout(seconds)) from None
+        except ConnectionError:
+            is_timeout = child.exceeded_cpu_time()
+            child.close()
+            if is_timeout:
+                raise DecoderEndedError(decode_guard.describe_timeout(seconds)) from None
+            raise
         # Also Ctrl-C: the child may still be decoding.
         except BaseException:
             child.close()

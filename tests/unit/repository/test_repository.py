@@ -193,9 +193,9 @@ def run(python: Path, *words: str, cwd: Path) -> str:
 
 
 WHERE = (
-    "import platform, skillnet.skills, skillnet_platform.errors, pipelines, sweeps\n"
+    "import platform, skillnet.staging, skillnet_platform.errors, pipelines, sweeps\n"
     "platform.system()\n"
-    "for module in (skillnet.skills, skillnet_platform.errors, pipelines, sweeps):\n"
+    "for module in (skillnet.staging, skillnet_platform.errors, pipelines, sweeps):\n"
     "    print(module.__file__)"
 )
 
@@ -227,6 +227,6 @@ def test_the_editable_install_follows_the_checkout(tmp_path: Path) -> None:
     )
     install(python, str(tmp_path / made.stdout.split()[-1]))
     places = run(python, "-c", WHERE, cwd=tmp_path).split()
-    assert places[0] == str(ROOT / "skillnet" / "skills.py")
+    assert places[0] == str(ROOT / "skillnet" / "staging.py")
     assert places[1] == str(ROOT / "platform" / "skillnet_platform" / "errors.py")
     assert "finetune" in run(python.with_name("skillnet"), "--help", cwd=tmp_path)

@@ -373,11 +373,11 @@ def test_a_bank_of_captions_fits_its_vectors(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     (tmp_path / "captions-x.json").write_text('["one", "two"]')
     save_file({"embeddings": torch.zeros(3, 4)}, tmp_path / "captions-x.safetensors")
-    with pytest.raises(ValueError, match="does not contain an embedding for each text"):
-        bundle._read_caption_bank(tmp_path, "x")
+    with pytest.raises(ValueError, match=r"holds \(3, 4\) numbers .* expected \(2, 4\)"):
+        bundle._read_caption_bank(tmp_path, "x", 4)
     pickled(tmp_path / "captions-x.safetensors", mark)
     with pytest.raises(ValueError, match="is no safetensors file"):
-        bundle._read_caption_bank(tmp_path, "x")
+        bundle._read_caption_bank(tmp_path, "x", 4)
     assert not mark.exists()
 
 
