@@ -69,8 +69,10 @@ def _compare_runs(before: FinetuneConfig, now: FinetuneConfig) -> str:
     """Return the first difference of two runs as text, without their initial weights."""
     from pipelines.runs.identity import find_identity_differences
 
+    # A trial gets its digests when it is resolved; it compares them itself when it resumes.
+    corpora = now.corpora or before.corpora
     differing = find_identity_differences(
-        replace(before, init_from=None), replace(now, init_from=None)
+        replace(before, init_from=None), replace(now, init_from=None, corpora=corpora)
     )
     return _format_difference(differing)
 
