@@ -69,10 +69,8 @@ def _compare_runs(before: FinetuneConfig, now: FinetuneConfig) -> str:
     """Return the first difference of two runs as text, without their initial weights."""
     from pipelines.runs.identity import find_identity_differences
 
-    # A trial gets its digests when it is resolved; it compares them itself when it resumes.
-    corpora = now.corpora or before.corpora
     differing = find_identity_differences(
-        replace(before, init_from=None), replace(now, init_from=None, corpora=corpora)
+        replace(before, init_from=None), replace(now, init_from=None)
     )
     return _format_difference(differing)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.run import FinetuneConfig
+from pipelines.runs.identity import find_identity_differences
 from pipelines.runs.layout import CONFIG, RESULT
 from pipelines.shards.dataset import open_corpus
 from pipelines.training.init_from import dry_run_init
@@ -130,3 +131,11 @@ def test_a_study_does_not_resume_on_an_exchanged_corpus(data: Path, run_root: Pa
     study = StudyConfig(name="study", run_dir=str(run_root))
     with pytest.raises(UserError, match=f"corpora.headings {before}, not {after}"):
         check_unchanged(study, [Trial("test", config)], run.folder.parent)
+
+
+def test_a_configuration_without_digests_differs_in_no_corpus(data: Path, run_root: Path) -> None:
+    """A study compares its stored runs with a configuration that is not resolved."""
+    run = start(data, run_root)
+    unresolved = replace(run.config, corpora={})
+    assert find_identity_differences(run.config, unresolved) == {}
+    assert find_identity_differences(unresolved, run.config) == {}
