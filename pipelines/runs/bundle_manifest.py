@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.transforms.text import is_unicode
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import read_json
 
@@ -25,11 +26,6 @@ ValueCheck = Callable[[Any], bool]
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and is_unicode(value)
-
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text has no lone surrogate, which JSON can contain."""
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _is_count(value: Any) -> bool:

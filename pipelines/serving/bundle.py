@@ -27,7 +27,6 @@ from pipelines.runs.bundle_manifest import (
     BUNDLE_MANIFEST,
     REMEDY,
     compute_bundle_digest,
-    is_unicode,
     read_bundle_manifest,
 )
 from pipelines.runs.head_sizes import LISTED
@@ -37,6 +36,7 @@ from pipelines.serving.unit_vectors import check_unit_vectors
 from pipelines.shards.dataset import PreparedCorpus, open_corpus
 from pipelines.tokenizer import training as tokenizers
 from pipelines.tokenizer.guarded_loader import largest_token_id
+from pipelines.transforms.text import is_unicode
 from skillnet import systems
 from skillnet.config import SkillNetConfig
 from skillnet.precision import best_device
@@ -150,9 +150,11 @@ def open_bundle(folder: str | Path, precision: str = "auto") -> TaskPredictor:
     Raises:
         UserError: a file is missing or was altered.
     """
-    folder = Path(folder)
     # Hashes come first: no file is parsed before it is known to be unchanged.
-    manifest = check_bundle(folder)
+    return _load_checked_bundle(Path(folder), check_bundle(folder), precision)
+
+
+def _load_checked_bundle(folder: Path, manifest: dict[str, Any], precision: str) -> TaskPredictor:
     model = systems.load_model(folder / "model").to(best_device())
     check_tasks(folder / BUNDLE_MANIFEST, manifest, model.config)
     banks = {}
@@ -293,14 +295,14 @@ def open_predictor(
     # build_bundle publishes a complete directory or none, so this file proves completeness.
     if (target / BUNDLE_MANIFEST).is_file():
         try:
-            check_bundle(target)
+            manifest = check_bundle(target)
         # A cache holds nothing of its own, so a damaged entry is built again.
         except (ValueError, OSError) as error:
             console.print_warning(f"damaged cache: {first_line(error)}; it is built again")
             shutil.rmtree(target)
-    if not (target / BUNDLE_MANIFEST).is_file():
-        build_bundle(source, data, target)
-    return open_bundle(target, precision)
+        else:
+            return _load_checked_bundle(target, manifest, precision)
+    return open_bundle(build_bundle(source, data, target), precision)
 
 
 def read_output_names(corpus: PreparedCorpus, spec: Task) -> list[str]:

@@ -50,6 +50,15 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], limit: int) -> pa.ListArr
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat))
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text passes :func:`check_unicode`."""
+    try:
+        check_unicode(text)
+    except ValueError:
+        return False
+    return True
+
+
 def check_unicode(text: str) -> None:
     """Check that a text has no lone surrogate, which JSON and file names can contain.
 
