@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage.private import private_directory
+from skillnet_platform.storage.private import name_user_directory, private_directory
 
 #: Ray's variable: it keeps sessions in ``$RAY_TMPDIR/ray``, and locks beside that directory.
 DIRECTORY_VARIABLE = "RAY_TMPDIR"
@@ -33,7 +33,7 @@ def prepare_session_directory() -> Path:
     Raises:
         UserError: the directory is not private, or its path is too long.
     """
-    name = f"skillnet-{os.geteuid()}"
+    name = name_user_directory()
     given = os.environ.get(DIRECTORY_VARIABLE)
     base = Path(given or tempfile.gettempdir()).absolute()
     # setup_node.sh sets the variable to the private directory.

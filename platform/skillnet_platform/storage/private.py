@@ -10,6 +10,11 @@ _OTHERS_ACCESS = 0o077
 _OTHERS_ENTER = 0o011
 
 
+def name_user_directory() -> str:
+    """Return the name of this user's directory below a temporary directory that users share."""
+    return f"skillnet-{os.geteuid()}"
+
+
 def private_directory(path: str | os.PathLike[str], remedy: str) -> Path:
     """Create a directory of mode 0700, or check that an existing one is as private.
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from skillnet_platform.storage.private import private_directory
+from skillnet_platform.storage.private import name_user_directory, private_directory
 
 
 def prepare_user_environment() -> None:
@@ -28,7 +28,7 @@ def prepare_user_environment() -> None:
         Path.home()
     except RuntimeError:
         # Libraries read credentials in the home directory, so nobody else may write to it.
-        temporary = Path(tempfile.gettempdir()) / f"skillnet-{os.geteuid()}"
+        temporary = Path(tempfile.gettempdir()) / name_user_directory()
         home = private_directory(temporary, "Set HOME to a directory of your own") / "home"
         home.mkdir(exist_ok=True)
         os.environ["HOME"] = str(home)
