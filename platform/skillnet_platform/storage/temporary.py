@@ -24,8 +24,7 @@ _NAME = re.compile(r"\.(?P<final>.+)\.sn-[0-9a-f]{16}\.tmp")
 _SWEPT: set[tuple[int, str]] = set()
 
 
-@contextlib.contextmanager
-def temporary_file(final: str | os.PathLike[str]) -> Iterator[Path]:
+def temporary_file(final: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
     """Create an empty file beside ``final``, and remove it at the end unless it was renamed.
 
     Args:
@@ -34,12 +33,10 @@ def temporary_file(final: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be created.
     """
-    with _held(Path(final), is_directory=False) as path:
-        yield path
+    return _held(Path(final), is_directory=False)
 
 
-@contextlib.contextmanager
-def temporary_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
+def temporary_directory(final: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
     """Create an empty directory beside ``final``, and remove it at the end unless it was renamed.
 
     Args:
@@ -48,8 +45,7 @@ def temporary_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: the directory cannot be created.
     """
-    with _held(Path(final), is_directory=True) as path:
-        yield path
+    return _held(Path(final), is_directory=True)
 
 
 def is_temporary(path: Path) -> bool:
