@@ -6,34 +6,24 @@ from pathlib import Path
 import pytest
 
 from pipelines import quickstart, search, verify
-from skillnet.skills import default_tasks
 from skillnet_platform.tracking import backend, registry
 from tests.helpers.readable_corpora import write_corpora
+from tests.helpers.small_run import SMALL_RUN, option_arguments
 
 pytestmark = pytest.mark.integration
 
 SMALL = {
+    **SMALL_RUN,
     "training.steps": 12,
-    "training.workers": 0,
     "training.log_every": 4,
-    "training.threads_per_worker": 1,
-    "model.dim": 16,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.ffn_dim": 16,
-    "model.embedding_dim": 8,
-    "model.patch_size": 16,
-    "model.tubelet": "[4,16,16]",
-    "model.vocab_size": 1200,
-    "tracking.system_metrics": "false",
     "skip": "[fetch,prepare]",
-    **{f"tasks.{task}.batch_size": 8 for task in (*default_tasks(), "text_to_definition")},
+    "tasks.text_to_definition.batch_size": 8,
 }
 
 
 def words(data: Path, **more: object) -> list[str]:
     given = {**SMALL, "data": data, **more}
-    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    return option_arguments(given)
 
 
 @pytest.fixture(scope="module")

@@ -10,29 +10,18 @@ import pytest
 
 from pipelines import finetune
 from pipelines.runs.layout import lock_run_folder
-from skillnet.skills import default_tasks
 from skillnet_platform.tracking import backend
 from sweeps import sweep
 from tests.helpers.readable_corpora import write_corpora
+from tests.helpers.small_run import SMALL_RUN, option_arguments
 
 pytestmark = pytest.mark.integration
 
 SMALL = {
+    **SMALL_RUN,
     "name": "run",
     "training.steps": 2,
-    "training.workers": 0,
     "training.log_every": 2,
-    "training.threads_per_worker": 1,
-    "model.dim": 16,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.ffn_dim": 16,
-    "model.embedding_dim": 8,
-    "model.patch_size": 16,
-    "model.tubelet": "[4,16,16]",
-    "model.vocab_size": 1200,
-    "tracking.system_metrics": "false",
-    **{f"tasks.{task}.batch_size": 8 for task in default_tasks()},
 }
 
 #: Runs one command in forked children. Each but the last two is killed at a later point.
@@ -73,9 +62,7 @@ for point in POINTS:
 
 def words(data: Path) -> list[str]:
     given = {**SMALL, "data": data}
-    return ["--config", "quickstart"] + [
-        part for key, value in given.items() for part in (f"--{key}", str(value))
-    ]
+    return ["--config", "quickstart", *option_arguments(given)]
 
 
 @pytest.mark.parametrize("command", [finetune.main, sweep.main])
