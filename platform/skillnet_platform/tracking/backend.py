@@ -32,6 +32,8 @@ DEFAULTS = {
     # Its queue is lost when the process dies; our spool keeps records on disk.
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow prints the URI of a run with the password in it; `Tracker.link` has none.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # its import sets the level again
     "GIT_PYTHON_REFRESH": "quiet",
 }
