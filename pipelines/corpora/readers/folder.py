@@ -13,24 +13,30 @@ can be in capitals.
 
 import os
 from collections.abc import Iterator
-from itertools import islice
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import missing_format_error
-from pipelines.corpora.formats.record_reader import (
-    BadRecord,
-    describe_first_error,
-    read_records,
-)
+from pipelines.corpora.formats.record_reader import BadRecord, describe_first_error
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
+from pipelines.corpora.readers.class_folders import (
+    find_first_media,
+    find_split_root,
+    join_path,
+)
 from pipelines.corpora.readers.fields import (
     ALL_SPLITS,
-    LABEL_FIELDS,
     MODALITY_OF_EXTENSION,
-    TEXT_FIELDS,
     RecordCorpus,
     file_extension,
     parse_split_name,
+)
+from pipelines.corpora.readers.metadata_tables import (
+    FILE_FIELDS,
+    METADATA_NAMES,
+    ROW_SUFFIXES,
+    MetadataTable,
+    find_file_field,
+    find_tables,
 )
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.directory import SourceDirectory, digest_listing, to_printable
@@ -38,24 +44,17 @@ from pipelines.io.key_set import KeySet
 from pipelines.io.media import MediaRef
 from skillnet_platform.errors import UserError
 
-METADATA_NAMES = tuple(
-    f"metadata{suffix}{compression}"
-    for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-    for compression in ("", ".gz")
-    if not (suffix == ".parquet" and compression)
-)
-FILE_FIELDS = ("file_name", "file", "filename", "path", "audio", "image", "video", "wav")
 #: Folders in which metadata are searched that class folders would ignore.
 NEARBY_FOLDERS = 3
 #: Default name of the field with the split of each row.
 SPLIT_FIELD = "split"
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv", ".parquet")
 
 
 class FolderCorpus(RecordCorpus):
     """Media or texts with their metadata, or media in class folders.
 
     Attributes:
+        tables: the metadata, none for class folders.
         file_field: field with the name of the media file, if there is one.
         splits_by_folder: whether the folders of the media name the splits of one metadata file.
         root: without metadata, the folder that holds the split folders.
@@ -65,6 +64,7 @@ class FolderCorpus(RecordCorpus):
     # Version 3: sampled rows beyond the first decide the fields, more given splits are found, and
     # the file name decides a split that is made, so that rows of one file stay in one split.
     version = 3
+    tables: list[MetadataTable]
     file_field: str | None = None
     splits_by_folder: bool = False
     root: str = ""
@@ -74,40 +74,41 @@ class FolderCorpus(RecordCorpus):
         """Return metadata, a media file in a class folder, or a file of rows as evidence."""
         if source.is_file:
             return "a file of rows" if source.name.lower().endswith(ROW_SUFFIXES) else None
-        found = list(_metadata_files(source))
+        found = list(find_tables(source))
         if found:
-            return f"{found[0][1]} names files or holds rows"
-        if media := _first_media_in_folder(source):
+            return f"{found[0].file} names files or holds rows"
+        if media := find_first_media(source):
             return f"{media} is a media file in a folder that names its class"
         return None
 
     def discover(self) -> None:
         """Find metadata files or class folders, and infer the schema from the first rows."""
         is_file, uri = self.source.is_file, self.source.uri
-        self.files = [(None, "")] if is_file else list(_metadata_files(self.source))
+        self.tables = [MetadataTable(None, "")] if is_file else list(find_tables(self.source))
         beside = uri.rpartition("/")[0] or "/" if is_file else uri
         self.media_source = SourceDirectory(self.options.media or beside)
-        if not self.files:
+        if not self.tables:
             self._discover_classes()
             return
-        self.named_splits = frozenset(split for split, _ in self.files if split)
+        self.named_splits = frozenset(table.split for table in self.tables if table.split)
         sample, names = SchemaSample(), list[Row]()
-        for split, file in sorted(self.files, key=lambda each: each[0] != "train"):
-            for record in self._records(file, SAMPLE_ROWS):
-                sample.add(split, record)
+        for table in sorted(self.tables, key=lambda each: each.split != "train"):
+            for record in table.records(self.source, SAMPLE_ROWS):
+                sample.add(table.split, record)
                 names.append(_file_and_split_names(record))
         if not sample.names:
-            cause = describe_first_error(self.source, self.files[0][1])
-            where = f" in {self.files[0][1]}" if self.files[0][1] else ""
+            first = self.tables[0].file
+            cause = describe_first_error(self.source, first)
+            where = f" in {first}" if first else ""
             raise UserError(f"{uri}: no readable row{where}{cause}")
-        self.file_field, extension = _find_file_field(names)
+        self.file_field, extension = find_file_field(names)
         if self.file_field is None and self.options.modality in ("sound", "image", "video"):
             raise UserError(
                 f"{uri}: no field of file names among {', '.join(sample.names)}; expected file_name"
             )
         filled = [name for name in sample.filled_fields if name != self.file_field]
         self.infer_schema(sample.names, extension, filled)
-        if any(split is None for split, _ in self.files):
+        if any(table.split is None for table in self.tables):
             self._find_named_splits(names, sample)
         self.resolve_test_split(sample)
 
@@ -124,8 +125,8 @@ class FolderCorpus(RecordCorpus):
             self.splits_by_folder = _are_split_names(by_folder)
         if self.split_field is None and not self.splits_by_folder:
             return
-        for _, file in self.files:
-            for record in self._records(file):
+        for table in self.tables:
+            for record in table.records(self.source):
                 if self.splits_by_folder:
                     split = self._split_by_folder(record)
                 else:
@@ -168,20 +169,15 @@ class FolderCorpus(RecordCorpus):
         self.media_source.path(name)
         return name
 
-    def _records(self, file: str, limit: int | None = None) -> Iterator[Row]:
-        """Yield the first ``limit`` readable records of a metadata file, or all."""
-        found = (row for _, row in read_records(self.source, file) if isinstance(row, dict))
-        return islice(found, limit)
-
     def _discover_classes(self) -> None:
         """Find split folders, and infer whether the last folder of a file is its class."""
         source = self.source
-        first = _first_media_in_folder(source)
+        first = find_first_media(source)
         folders = [e for e in source.entries() if e.is_folder and to_printable(e.name) == e.name]
         for entry in folders[:NEARBY_FOLDERS]:
-            for _, file in _metadata_files(SourceDirectory(source.path(entry.name))):
+            for table in find_tables(SourceDirectory(source.path(entry.name))):
                 raise UserError(
-                    f"{source.uri}: contains no metadata file, but {entry.name}/{file}; give "
+                    f"{source.uri}: contains no metadata file, but {entry.name}/{table.file}; give "
                     f"{source.path(entry.name)}"
                 )
         if first is None:
@@ -190,13 +186,13 @@ class FolderCorpus(RecordCorpus):
                 f"neither a metadata file ({', '.join(METADATA_NAMES[:4])} …) nor media in folders "
                 "named by class in it",
             )
-        self.root = _find_split_root(source)
+        self.root = find_split_root(source)
         tests = []
         for entry in source.entries(self.root):
             if entry.is_folder and (split := parse_split_name(entry.name)):
                 self.named_splits |= {split}
                 if split == "test":
-                    tests.append(_join(self.root, entry.name))
+                    tests.append(join_path(self.root, entry.name))
         # An explicit modality overrides the ending.
         extension = (self.options.modality and "") or file_extension(first)
         self.infer_schema(["label"], extension)
@@ -231,41 +227,38 @@ class FolderCorpus(RecordCorpus):
 
     def annotation_files(self) -> list[str]:
         """Return the metadata files."""
-        return [file for _, file in self.files]
+        return [table.file for table in self.tables]
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield rows in the order of the metadata, then media that no row refers to."""
-        if not self.files:
+        if not self.tables:
             yield from self._class_rows()
             return
-        for split, file in self.files:
-            folder = file.rpartition("/")[0]
+        for table in self.tables:
             with KeySet() as referenced:
-                name = file or self.source.name
-                for number, record in read_records(self.source, file):
+                name = table.file or self.source.name
+                for number, record in table.read(self.source):
                     key = make_key(f"{name}:{number}")
                     if isinstance(record, BadRecord):
                         yield error_row(key, record.reason, name, number, record.truncates_file)
                         continue
                     try:
-                        row = self._metadata_row(key, split, folder, record, referenced)
+                        row = self._metadata_row(key, table, record, referenced)
                     except ValueError as error:
                         yield rejected_row(key, error, name, number)
                         continue
                     yield row | {"file": name, "row": number}
                 if self.file_field is not None and not self.source.is_file:
-                    yield from self._unreferenced_media(folder, referenced)
+                    yield from self._unreferenced_media(table.folder, referenced)
 
-    def _metadata_row(
-        self, key: str, split: str | None, folder: str, record: Row, referenced: KeySet
-    ) -> Row:
+    def _metadata_row(self, key: str, table: MetadataTable, record: Row, referenced: KeySet) -> Row:
         if self.file_field is None:
-            return self.build_row(key, record, None, split)
+            return self.build_row(key, record, None, table.split)
         name = self._relative_name(record.get(self.file_field))
-        inside = f"{folder}/{name}" if folder and not self.options.media else name
+        inside = name if self.options.media else join_path(table.folder, name)
         path = self.media_source.path(inside)
         referenced.add(path)
-        split = split or (self._split_by_folder(record) if self.splits_by_folder else None)
+        split = table.split or (self._split_by_folder(record) if self.splits_by_folder else None)
         if self.splits_by_folder and split is None:
             raise ValueError("a file in no folder that names a split")
         # The file name decides, not the row: all rows of one file must stay in one split.
@@ -288,7 +281,7 @@ class FolderCorpus(RecordCorpus):
 
     def _unreferenced_media(self, folder: str, referenced: KeySet) -> Iterator[RejectedRow]:
         """Yield media files below a metadata file that no row refers to."""
-        others = {file.rpartition("/")[0] for _, file in self.files} - {folder}
+        others = {table.folder for table in self.tables} - {folder}
         for entry in self.media_source.walk(folder if not self.options.media else ""):
             if not self._is_media(entry.name):
                 continue
@@ -321,99 +314,7 @@ def _file_and_split_names(record: Row) -> Row:
     return {name: value if isinstance(value, str) else None for name, value in found.items()}
 
 
-def _find_file_field(rows: list[Row]) -> tuple[str | None, str | None]:
-    """Return (field of media file names, ending of a file) of some rows; known endings first."""
-    found = ((n, r) for r in rows for n in FILE_FIELDS if _names_media(n, r))
-    named = [(name, file_extension(str(row[name]))) for name, row in found]
-    known = next((each for each in named if each[1] in MODALITY_OF_EXTENSION), None)
-    return known or next(iter(named), (None, None))
-
-
 def _are_split_names(found: list[str | None]) -> bool:
     """Return whether rows name splits: all of them do, or they name more than one split."""
     named = set(found) - {None}
     return bool(named) and (None not in found or len(named) > 1)
-
-
-def _find_split_root(source: SourceDirectory) -> str:
-    """Return the folder that holds the split folders, "" for the directory itself.
-
-    Unpacking often puts everything into a single folder; such folders are entered. Without split
-    folders the result is "".
-
-    Raises:
-        UserError: split folders lie further down, in one of several folders.
-    """
-    root, folders = "", list[str]()
-    for _ in range(3):
-        folders = [e.name for e in source.entries(root) if e.is_folder and e.name != "__MACOSX"]
-        if any(parse_split_name(name) for name in folders):
-            return root
-        if len(folders) != 1:
-            break
-        root = _join(root, folders[0])
-    for name in folders[:3]:
-        inside = [e.name for e in source.entries(_join(root, name)) if e.is_folder]
-        named = [each for each in inside if parse_split_name(each)]
-        if len({parse_split_name(each) for each in named}) > 1:
-            here = _join(root, name)
-            raise UserError(
-                f"{source.uri}: {here}/{named[0]} and {here}/{named[1]} name splits, but other "
-                f"folders do not. Give the folder {here}; or sort the files as "
-                f"{named[0]}/CLASS/… and {named[1]}/CLASS/…"
-            )
-    return ""
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _names_media(field: str, row: Row) -> bool:
-    """Return whether a field holds the name of a media file; ``path`` can name a source file."""
-    value = row.get(field)
-    known = isinstance(value, str) and file_extension(value) in MODALITY_OF_EXTENSION
-    return known or (field == "file_name" and field in row)
-
-
-def has_metadata_rows(source: SourceDirectory) -> bool:
-    """Return whether metadata name media or hold labelled texts.
-
-    The format ``webdataset`` is then not detected, because tars beside metadata are leftovers.
-    """
-    if source.is_file:
-        return False
-    for _, file in _metadata_files(source):
-        first = [row for _, row in islice(read_records(source, file), 100) if isinstance(row, dict)]
-        if _find_file_field(first)[0] is not None:
-            return True
-        fields = {name for row in first for name in row}
-        if fields & set(TEXT_FIELDS) and fields & set(LABEL_FIELDS):
-            return True
-    return False
-
-
-def _metadata_files(source: SourceDirectory) -> Iterator[tuple[str | None, str]]:
-    """Yield (split, file) of the metadata files: in the directory itself, or by split."""
-    for name in METADATA_NAMES:
-        if source.exists(name):
-            yield None, name
-            return
-    for entry in source.entries():
-        split = parse_split_name(entry.name.split(".")[0])
-        if split is None:
-            continue
-        if entry.is_folder:
-            candidates = (f"{entry.name}/{name}" for name in METADATA_NAMES)
-            if file := next((each for each in candidates if source.exists(each)), None):
-                yield split, file
-        elif entry.name.lower().endswith(ROW_SUFFIXES):
-            yield split, entry.name
-
-
-def _first_media_in_folder(source: SourceDirectory) -> str | None:
-    """Return the first media file that lies in a folder below the directory, or None."""
-    for entry in source.walk(depth=5):
-        if "/" in entry.name and file_extension(entry.name) in MODALITY_OF_EXTENSION:
-            return entry.name
-    return None

@@ -30,7 +30,7 @@ from pipelines.corpora.readers.fields import (
     RecordCorpus,
     parse_split_prefix,
 )
-from pipelines.corpora.readers.folder import has_metadata_rows
+from pipelines.corpora.readers.metadata_tables import has_metadata_rows
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.archive import detect_compression
 from pipelines.io.directory import SourceDirectory
