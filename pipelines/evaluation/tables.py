@@ -16,6 +16,7 @@ import numpy as np
 from skillnet.config import SkillNetConfig
 from skillnet.skills import Task, default_tasks
 from skillnet_platform.storage import open_output
+from skillnet_platform.terminal_text import NO_BREAK_SPACE
 
 COLUMNS = (
     "system",
@@ -122,7 +123,9 @@ def result_cells(rows: Sequence[EvaluationRow]) -> tuple[list[str], list[list[st
         parts = []
         for row in members:
             label = metric_label(row["metric"].removeprefix("reverse_"))
-            parts.append(f"{label} {format_value_with_interval(row)}")
+            # A line of the table ends between two metrics, not within one.
+            part = f"{label} {format_value_with_interval(row)}"
+            parts.append(part.replace(" ", NO_BREAK_SPACE))
         text = "   ".join(parts)
         cells.append([task, split + (", reverse" if reverse else ""), text])
     return columns, cells

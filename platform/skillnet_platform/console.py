@@ -22,6 +22,8 @@ from skillnet_platform.secret_uri import redact_secrets
 from skillnet_platform.terminal_text import escape_controls, escape_line, escape_log
 
 SECONDS_BETWEEN_LINES = 10.0
+#: Columns of a line where no terminal and no variable gives another number.
+COLUMNS_OF_FILES = 120
 
 
 class OutputError(Exception):
@@ -167,7 +169,8 @@ def print_table(
 ) -> None:
     """Print a table: to standard output, or to standard error under ``--json``.
 
-    Columns of numbers (or "–") are right-aligned. Floats keep 4 digits; pass text for others.
+    Columns of numbers (or "–") are right-aligned. Floats keep 4 digits; pass text for others. A
+    table that is too wide continues below with the first column, so that no word is broken.
 
     Args:
         title: above the table.
@@ -175,28 +178,21 @@ def print_table(
         rows: cells of each row.
         caption: below the table.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from skillnet_platform.table_layout import draw_table
 
     cells = [[_cell(value) for value in row] for row in rows]
-    # Plain text has markup such as `[/b]`; only `Text` is shown as it is.
-    drawn = Table(
-        title=Text(escape_line(title), style="table.title"),
-        caption=Text(escape_line(caption), style="table.caption") if caption else None,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-    )
-    for index, column in enumerate(columns):
-        numeric = bool(cells) and all(_is_numeric(row[index]) for row in cells)
-        header = Text(escape_line(column))
-        drawn.add_column(header, justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        drawn.add_row(*(Text(escape_controls(value)) for value in row))
+    texts = [
+        [escape_line(column), *(escape_controls(row[index]) for row in cells)]
+        for index, column in enumerate(columns)
+    ]
+    numeric = [
+        bool(cells) and all(_is_numeric(row[index]) for row in cells)
+        for index in range(len(columns))
+    ]
     with _show_results() as stream:
-        width = None if _is_terminal(stream) else 120
-        Console(file=stream, width=width, highlight=False).print(drawn)
+        draw_table(
+            stream, escape_line(title), texts, numeric, escape_line(caption), terminal_width(stream)
+        )
 
 
 class ProgressCounter:
@@ -215,7 +211,6 @@ class ProgressCounter:
         self.words = ""
         self.start = time.monotonic()
         self._bar: Any = None
-        self._task: Any = None
         self._said = self.start
 
     def advance(self, count: int = 1, words: str | None = None) -> None:
@@ -224,16 +219,12 @@ class ProgressCounter:
         if words is not None:
             self.words = words
         if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=self.done,
-                rate=escape_line(self._rate_text()),
-                words=escape_line(self.words),
-            )
+            speed = ", ".join(self._speed_texts())
+            self._bar.show(self.done, escape_line(speed), escape_line(self.words))
         # Each step would otherwise add a line to the log of a job.
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            _print_line(escape_line(self.line()))
+            self._print_lines()
 
     def found(self, count: int) -> None:
         """Add units of earlier work, which do not count for the rate."""
@@ -247,19 +238,30 @@ class ProgressCounter:
 
     def line(self) -> str:
         """Return one line: ``training: 40/100 steps, 3.1 steps/s, 0:19 left, loss 2.31``."""
-        parts = [
-            f"{self.done}/{self.total} {self.unit}" if self.total else f"{self.done} {self.unit}"
-        ]
-        parts.append(self._rate_text())
-        if self.total and self.rate > 0 and self.done < self.total:
-            parts.append(f"{_clock((self.total - self.done) / self.rate)} left")
-        if self.words:
-            parts.append(self.words)
-        return f"{self.label}: {', '.join(parts)}"
+        return ", ".join([self._numbers(), self.words] if self.words else [self._numbers()])
 
-    def _rate_text(self) -> str:
+    def _print_lines(self) -> None:
+        """Print the line, with the words below the numbers if ``$COLUMNS`` leaves no room."""
+        width, line = _given_columns(), escape_line(self.line())
+        if width:
+            from skillnet_platform.table_layout import wrap_words
+
+            if len(wrap_words(line, width)) > 1:
+                words = wrap_words(escape_line(self.words), width - 2)
+                line = "\n  ".join([escape_line(self._numbers()), *words])
+        _print_line(line)
+
+    def _numbers(self) -> str:
+        done = f"{self.done}/{self.total}" if self.total else f"{self.done}"
+        return f"{self.label}: {', '.join([f'{done} {self.unit}', *self._speed_texts()])}"
+
+    def _speed_texts(self) -> list[str]:
+        """Return the rate, and the remaining time if it is known."""
         rate = self.rate
-        return f"{rate:,.0f} {self.unit}/s" if rate >= 100 else f"{rate:.2g} {self.unit}/s"
+        texts = [f"{rate:,.0f} {self.unit}/s" if rate >= 100 else f"{rate:.2g} {self.unit}/s"]
+        if self.total and rate > 0 and self.done < self.total:
+            texts.append(f"{_clock((self.total - self.done) / rate)} left")
+        return texts
 
 
 @contextlib.contextmanager
@@ -278,25 +280,12 @@ def show_progress(
     if not _is_terminal(sys.stderr):
         yield state
         if state.done > state.first:
-            _print_line(escape_line(state.line()))
+            state._print_lines()
         return
-    from rich import progress as bars
-    from rich.console import Console
+    from skillnet_platform.progress_bar import TerminalBar
 
-    with bars.Progress(
-        # Brackets in the name of a file are no markup.
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.fields[rate]}", markup=False),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[words]}", markup=False),
-        console=Console(stderr=True),
-    ) as bar:
+    with TerminalBar(escape_line(label), total, done) as bar:
         state._bar = bar
-        state._task = bar.add_task(
-            escape_line(label), total=total, completed=done, rate="", words=""
-        )
         yield state
 
 
@@ -366,6 +355,23 @@ def _fileno(stream: Any) -> int | None:
         return int(stream.fileno())
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def terminal_width(stream: Any) -> int:
+    """Return the columns of a line on a stream: ``$COLUMNS``, else of the terminal, else 120."""
+    number = _fileno(stream) if _is_terminal(stream) else None
+    columns = _given_columns()
+    if not columns and number is not None:
+        with contextlib.suppress(OSError):
+            columns = os.get_terminal_size(number).columns
+    # Some terminals have no size.
+    return columns or COLUMNS_OF_FILES
+
+
+def _given_columns() -> int:
+    """Return ``$COLUMNS``; 0 if it is no number."""
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and len(given) < 6 else 0
 
 
 def _is_terminal(stream: Any) -> bool:

@@ -7,6 +7,9 @@ pass all text through this module.
 
 import re
 
+#: A space at which a line of a table ends only if its words do not fit together: before a unit.
+NO_BREAK_SPACE = "\u00a0"
+
 #: Control characters except tab and newline; marks that reorder text; halves of a character, which
 #: no encoding can print.
 _CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"

@@ -32,6 +32,17 @@ def test_a_wide_table_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     assert long in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", ["1", "0", "wide", "9" * 30])
+def test_an_unusable_number_of_columns_breaks_no_table(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console.print_table("A title", ["first", "second"], [["a word", 1.5], ["", None]])
+    assert {"A", "title", "first", "second", "a", "word", "1.5", "–"} <= set(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_json_takes_what_commands_have(capsys: pytest.CaptureFixture[str]) -> None:
     console.emit_json(
         {
@@ -114,7 +125,7 @@ def test_data_in_a_table_is_neither_markup_nor_control(capsys: pytest.CaptureFix
     table = capsys.readouterr().out
     assert table.count(SHOWN) == 4
     assert not set(table) & set("\x1b\x07\x9d\x9c\r\u202e\udc80")
-    assert f"{SHOWN}\\n " in table, "a title is one line"
+    assert f"{SHOWN}\\n\n" in table, "a title is one line"
 
 
 def test_data_in_progress_lines_is_one_line_of_text(
