@@ -7,9 +7,11 @@ other, on parallel workers. A reference names one of these:
 
 * a file: ``MediaRef("/corpora/videos/a.mp4")``, or any URI that fsspec or pyarrow opens;
 * a range of bytes, such as a member of an uncompressed tar: ``MediaRef(tar, 512, 9_310)``;
-* a member of a compressed tar, which has no ranges: ``MediaRef(tar_gz, member="S0002/a.wav")``.
-  Rows in the order of the archive are read front to back. If a block ends inside an archive, the
-  next block of the same process continues there.
+* a member of a compressed tar, which has no ranges: ``MediaRef(tar_gz, member="S0002/a.wav")``;
+* a row of a column of a Parquet file: ``MediaRef(parquet, member="image", row_number=17)``.
+
+Rows in the order of a compressed tar or a Parquet file are read front to back. If a block ends
+inside such a file, the next block of the same process continues there.
 """
 
 import contextlib
@@ -18,16 +20,17 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 
 from pipelines.io import prefetch
+from pipelines.io.parquet_cells import CellReadError, ParquetCells
 from pipelines.io.prefetch import OrderedPrefetcher
 from pipelines.io.source_file import (
     PER_FILE_ERRORS,
     NotRegularFileError,
+    identify_source,
     is_remote,
     make_read_error,
     open_stream,
@@ -44,6 +47,7 @@ MEDIA = pa.struct(
         pa.field("offset", pa.int64()),
         pa.field("length", pa.int64()),
         pa.field("member", pa.string()),
+        pa.field("row_number", pa.int64()),
     ]
 )
 #: Rows with larger files are rejected, unless a corpus sets another limit.
@@ -60,19 +64,24 @@ class MediaRef:
         path: an absolute local path, or a URI.
         offset: first byte, from 0; ``None`` is the start.
         length: number of bytes; ``None`` is the rest of the file.
-        member: name in the tar archive ``path``, instead of ``offset``.
+        member: name in the tar archive ``path``, or column of the Parquet file ``path``, instead of
+            ``offset``.
+        row_number: number of the row in a Parquet file, from 0.
     """
 
     path: str
     offset: int | None = None
     length: int | None = None
     member: str | None = None
+    row_number: int | None = None
 
     def row(self) -> dict[str, Any]:
         """Return the value for a column of the type ``MEDIA``."""
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.row_number is not None:
+            return f"{self.path}: {self.member}, row {self.row_number + 1}"
         return f"{self.path}/{self.member}" if self.member else self.path
 
 
@@ -106,14 +115,20 @@ def read_media(
     """
     values = references.to_pylist() if hasattr(references, "to_pylist") else references
     wanted = [_parse_reference(value) for value in values]
-    with _open_archives() as archives, _prefetch_remote(wanted, max_bytes) as fetched:
+    with (
+        _take_reader(_TarCache) as archives,
+        _take_reader(ParquetCells) as cells,
+        _prefetch_remote(wanted, max_bytes) as fetched,
+    ):
         for number, reference in enumerate(wanted):
             _advise(wanted, number + prefetch.ADVISED_FILES)
             if reference is None:
                 yield MediaReadError("no media file")
                 continue
             try:
-                if reference.member is not None:
+                if reference.row_number is not None:
+                    data = _read_cell(cells, reference, max_bytes)
+                elif reference.member is not None:
                     data = archives.read(reference, max_bytes)
                 elif is_remote(reference.path):
                     data = fetched.next_result()
@@ -221,6 +236,15 @@ def _read_remote(reference: MediaRef, max_bytes: int, allow: Callable[[int], Non
     return data
 
 
+def _read_cell(cells: ParquetCells, reference: MediaRef, max_bytes: int) -> bytes:
+    try:
+        data = cells.read(reference.path, reference.member or "", reference.row_number or 0)
+    except (CellReadError, NotRegularFileError) as error:
+        raise _RejectedError(str(error)) from None
+    _check_size(len(data), max_bytes)
+    return data
+
+
 class _TarCache:
     """Reader of compressed tars from front to back that keeps one archive open."""
 
@@ -256,11 +280,11 @@ class _TarCache:
 
     def is_current(self) -> bool:
         """Return whether the open archive is still the file of its path; assumed for stores."""
-        return self.archive is not None and self.state == _identify(self.path)
+        return self.archive is not None and self.state == identify_source(self.path)
 
     def _open(self, path: str) -> None:
         self.close()
-        self.path, self.state, self.stream = path, _identify(path), open_stream(path)
+        self.path, self.state, self.stream = path, identify_source(path), open_stream(path)
         self.archive = TarReader(path, self.stream)
 
     def _find_next(self, member: str | None, max_bytes: int) -> bytes | None:
@@ -279,36 +303,25 @@ class _TarCache:
         self.path, self.archive, self.stream = "", None, None
 
 
-#: The archive in which the last block of this process ended: the next block mostly continues it.
-_cached: list[_TarCache] = []
+#: Reader -> its state after the last block of this process: the next block mostly continues it.
+_cached: dict[type, Any] = {}
+Reader = TypeVar("Reader", _TarCache, ParquetCells)
 
 
 @contextlib.contextmanager
-def _open_archives() -> Iterator[_TarCache]:
-    """Provide the archive reader for one block, in the state in which the last block left it."""
-    archives = _cached.pop() if _cached else _TarCache()
+def _take_reader(kind: type[Reader]) -> Iterator[Reader]:
+    """Provide a reader for one block, in the state in which the last block left it."""
+    reader = _cached.pop(kind, None) or kind()
     try:
-        if not archives.is_current():
-            archives.close()
-        yield archives
+        if not reader.is_current():
+            reader.close()
+        yield reader
     except BaseException:
-        archives.close()
+        reader.close()
         raise
-    if not _cached:
-        _cached.append(archives)
-    else:  # another thread has cached its archive
-        archives.close()
-
-
-def _identify(path: str) -> tuple[int, ...]:
-    """Return values that change when a local file is replaced."""
-    if is_remote(path):
-        return ()
-    try:
-        info = Path(strip_file_scheme(path)).stat()
-    except OSError:
-        return (-1,)
-    return info.st_ino, info.st_size, info.st_mtime_ns
+    # Another thread may have cached its reader.
+    if _cached.setdefault(kind, reader) is not reader:
+        reader.close()
 
 
 def _check_size(size: int, max_bytes: int) -> None:

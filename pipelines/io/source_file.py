@@ -126,6 +126,17 @@ def strip_file_scheme(path: str) -> str:
     return path.partition("://")[2] if "://" in path else path
 
 
+def identify_source(path: str) -> tuple[int, ...]:
+    """Return values that change when a local file is replaced; nothing for a file of a store."""
+    if is_remote(path):
+        return ()
+    try:
+        info = os.stat(strip_file_scheme(path))  # noqa: PTH116 - called for every block
+    except OSError:
+        return (-1,)
+    return info.st_ino, info.st_size, info.st_mtime_ns
+
+
 def check_regular_file(path: str) -> None:
     """Check that a local path is not a named pipe, a device or a socket.
 
