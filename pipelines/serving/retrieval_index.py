@@ -49,7 +49,8 @@ def build_retrieval_index(
         Unit vectors (N, E) float32, in the order of the splits and their rows.
 
     Raises:
-        UserError: the embeddings exceed ``MAX_INDEX_BYTES``.
+        UserError: the splits have no rows, the corpus is of another modality, or the embeddings
+            exceed ``MAX_INDEX_BYTES``.
     """
     from pipelines.evaluation.inference import split_inputs
 
@@ -61,7 +62,19 @@ def build_retrieval_index(
     )
     path = run_root() / "cache" / "indexes" / f"{task}-{key[:16]}.safetensors"
     config = predictor.model.config
+    plan = config.tasks[task].towers["candidate"]
+    # Both audio and video have a column ``frames``, so a wrong corpus would fail in the stem.
+    if corpus.modality != plan.modality:
+        raise UserError(
+            f"{task}: the task ranks {plan.modality}, but the corpus {corpus.name} holds "
+            f"{corpus.modality}. Use a model that was trained on this corpus"
+        )
     rows = sum(corpus.splits[name].rows for name in splits)
+    if not rows:
+        raise UserError(
+            f"{corpus.name}: no rows in {', '.join(splits) or 'any split but pretrain'}. Name "
+            f"other splits with --splits; the corpus has {', '.join(corpus.splits) or 'none'}"
+        )
     if path.is_file():
         try:
             return read_index(path, key, (rows, config.embedding_dim))
@@ -83,7 +96,7 @@ def build_retrieval_index(
         for name in splits:
             inputs = split_inputs(
                 corpus.splits[name].table(),
-                config.tasks[task].towers["candidate"],
+                plan,
                 config,
                 f"{corpus.name}/{name}",
                 limit=limit,

@@ -14,6 +14,8 @@ from skillnet_platform.html_page import render_page
 
 #: Minimum side of a thumbnail. Images are enlarged by an integer factor without interpolation.
 THUMBNAIL_PIXELS = 144
+#: Columns of a spectrogram at most; the frames of longer audio are sampled evenly.
+MAX_SPECTROGRAM_COLUMNS = 400
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class ResultCard:
         score: cosine similarity to the query.
         title: caption, plain text.
         details: further lines, plain text.
-        media: image (H, W, 3) or video (N, H, W, C) uint8; None for other modalities.
-        code: source code, or None.
+        media: image (H, W, C) or video (N, H, W, C) uint8; None for other modalities.
+        code: source code or text, or None.
     """
 
     rank: int
@@ -68,7 +70,7 @@ def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
     """Return an image as PNG, or a video as animated PNG, in a data URI.
 
     Args:
-        media: image (H, W, 3) or video (N, H, W, C) uint8.
+        media: image (H, W, C) or video (N, H, W, C) uint8.
         side: minimum side in pixels.
     """
     from PIL import Image
@@ -92,6 +94,24 @@ def media_data_uri(media: np.ndarray, side: int = THUMBNAIL_PIXELS) -> str:
             buffer, "PNG", save_all=True, append_images=images[1:], duration=durations_ms, loop=0
         )
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def draw_log_mel(mel_TM: np.ndarray) -> np.ndarray:
+    """Return audio as a grey image, dark where it is loud, with low frequencies at the bottom.
+
+    Args:
+        mel_TM: log-mel frames (T, mels).
+
+    Returns:
+        Image (mels, columns, 1) uint8.
+    """
+    columns = min(len(mel_TM), MAX_SPECTROGRAM_COLUMNS)
+    chosen = np.linspace(0, len(mel_TM) - 1, columns).round().astype(np.int64)
+    picture = mel_TM[chosen].T[::-1].astype(np.float32)
+    # Percentiles ignore single loud bins.
+    low, high = np.percentile(picture, (1, 99))
+    shade = np.clip((picture - low) / max(float(high - low), 1e-6), 0, 1)
+    return (255 * (1 - shade)).astype(np.uint8)[..., None]
 
 
 def _bar_percent(score: float, low: float, top: float) -> int:
