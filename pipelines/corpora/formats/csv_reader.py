@@ -1,8 +1,10 @@
 """Rows of CSV and TSV files."""
 
+import contextlib
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from pipelines.corpora.formats.encoding import (
     DAMAGED_COMPRESSION,
@@ -19,21 +21,31 @@ from pipelines.io.directory import (
     SourceDirectory,
 )
 
+#: Separators of CSV files, the usual one first.
+SEPARATORS = (",", ";", "\t", "|")
+#: Rows that decide the separator.
+_SAMPLE_ROWS = 100
 #: The intended end of the quote is unknown, so the rows that it swallowed are unknown too.
 UNCLOSED_QUOTE = BadRecord("an unclosed quote from here on", truncates_file=True)
 
 
-def read_csv_rows(source: SourceDirectory, file: str, separator: str) -> Iterator[NumberedRecord]:
-    """Yield the rows of a CSV file with a header line, with the number of their last line.
+def read_csv_rows(
+    source: SourceDirectory,
+    file: str,
+    separator: str | None = None,
+    names: Sequence[str] | None = None,
+) -> Iterator[NumberedRecord]:
+    """Yield the rows of a CSV file, with the number of their last line.
 
     Quotes are parsed strictly: a lenient parser would read everything after an unclosed quote into
     one field. In tab-separated files a quote usually belongs to the text. A quote that does not
-    enclose a field of its line is kept.
+    enclose a field of its line is kept. Files without a header have no quoted fields.
 
     Args:
         source: the directory of the file.
         file: path of the file in ``source``, "" for ``source`` itself.
-        separator: "," or a tab.
+        separator: separator of the fields; by default the one that header and first rows share.
+        names: names of the fields of a file without a header line.
     """
     # The limit of the csv module must not be the smaller one: texts that are too long for a row
     # are rejected later, with a better reason.
@@ -47,13 +59,41 @@ def read_csv_rows(source: SourceDirectory, file: str, separator: str) -> Iterato
         # row.
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
         with text:
-            yield from _read_rows(_BoundedLines(text), separator)
+            chosen = separator or detect_separator(start)
+            yield from _read_rows(_BoundedLines(text), chosen, names)
 
 
-def _read_rows(lines: "_BoundedLines", separator: str) -> Iterator[NumberedRecord]:
-    quoted = csv.reader(lines, delimiter=separator, strict=True)
-    reader = _split_tabs(lines) if separator == "\t" else quoted
-    names: list[str] | None = None
+def detect_separator(start: bytes) -> str:
+    """Return the separator that divides the header and most rows into as many fields.
+
+    Args:
+        start: the first bytes of a file.
+    """
+    text = start.decode("utf-8", "replace")
+    complete = text.rpartition("\n")[0] or text
+    # ``max`` returns the first of equal ones, so a comma wins.
+    return max(SEPARATORS, key=lambda each: _rate_separator(complete, each))
+
+
+def _rate_separator(text: str, separator: str) -> float:
+    """Return the fraction of the first rows that have as many fields as the header; 0 for one."""
+    counts: list[int] = []
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    with contextlib.suppress(csv.Error):  # the rows before the error decide
+        for row in islice(rows, _SAMPLE_ROWS):
+            counts += [len(row)] if row else []
+    return counts.count(counts[0]) / len(counts) if counts and counts[0] > 1 else 0.0
+
+
+def _read_rows(
+    lines: "_BoundedLines", separator: str, names: Sequence[str] | None = None
+) -> Iterator[NumberedRecord]:
+    reader: Iterator[list[str]] = csv.reader(lines, delimiter=separator, strict=True)
+    if names is not None:
+        reader = (line.rstrip("\r\n").split(separator) for line in lines if line.strip())
+    elif separator == "\t":
+        reader = _split_tabs(lines)
+    has_header = names is None
     while True:
         lines.start_record()
         try:
@@ -82,12 +122,13 @@ def _read_rows(lines: "_BoundedLines", separator: str) -> Iterator[NumberedRecor
         if not values:
             continue
         if names is None:
-            names = values
+            names = [value.strip() for value in values]
         elif len(values) != len(names):
             if not lines.has_line_end:
                 yield lines.number, TRUNCATED_LINE
                 return
-            yield lines.number, BadRecord("a different number of fields than the header")
+            first = "header" if has_header else "first row"
+            yield lines.number, BadRecord(f"a different number of fields than the {first}")
         elif any("\ufffd" in value for value in values):
             yield lines.number, BadRecord("not UTF-8")
         elif any("\0" in value for value in values):

@@ -36,6 +36,7 @@ __all__ = [
     "NumberedRecord",
     "StrictJsonDecoder",
     "describe_first_error",
+    "read_json_arrays",
     "read_json_entries",
     "read_json_lines",
     "read_records",
@@ -65,7 +66,7 @@ def read_records(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]
     """
     name = _uncompressed_name(source, file)
     if name.endswith((".csv", ".tsv")):
-        return read_csv_rows(source, file, "\t" if name.endswith(".tsv") else ",")
+        return read_csv_rows(source, file, "\t" if name.endswith(".tsv") else None)
     if name.endswith(".parquet"):
         return read_parquet_rows(source, file)
     return read_json_lines(source, file)
@@ -144,6 +145,38 @@ def read_json_entries(source: SourceDirectory, file: str) -> Iterator[tuple[int,
             yield 1, None, start
         else:
             yield from _entries(stream)
+
+
+def read_json_arrays(source: SourceDirectory, file: str) -> Iterator[tuple[int, str, Any]]:
+    """Yield the elements of the arrays of a JSON object: ``{"images": […], "annotations": […]}``.
+
+    Other values of the object are skipped. Memory holds one element, never an array.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+
+    Yields:
+        (number in the array from 1, name of the array, element). After damage the last element is
+        a ``BadRecord``.
+    """
+    with source.open(file) as stream:
+        start = peek_start(stream)
+        if isinstance(start, BadRecord):
+            yield 1, "", start
+            return
+        text, number, name = _JsonText(stream), 0, ""
+        try:
+            for name in text.iter_names():
+                if text.next_character(consume=False) != "[":
+                    text.next_value()
+                    continue
+                for number, value in enumerate(text.iter_elements(), start=1):
+                    yield number, name, value
+        except UserError:
+            raise
+        except ValueError:
+            yield number + 1, name, BadRecord("JSON damaged from here on", truncates_file=True)
 
 
 def _entries(stream: IO[bytes]) -> Iterator[tuple[int, str | None, Any]]:
@@ -225,6 +258,40 @@ class _JsonText:
             self.position = len(self.buffer)
             if not self._read_more(_BLOCK_CHARS):
                 return ""
+
+    def iter_elements(self) -> Iterator[Any]:
+        """Yield the elements of the next value, an array, while it is parsed.
+
+        Raises:
+            ValueError: the array is damaged, or the text ends inside it.
+        """
+        self._require("[")
+        while (following := self.next_character(consume=False)) != "]":
+            if following == ",":
+                self.next_character()
+                continue
+            yield self.next_value()
+        self.next_character()
+
+    def iter_names(self) -> Iterator[str]:
+        """Yield the names of the next value, an object; the caller parses the value of each.
+
+        Raises:
+            ValueError: the object is damaged, or the text ends inside it.
+        """
+        self._require("{")
+        while (following := self.next_character(consume=False)) != "}":
+            if following == ",":
+                self.next_character()
+                continue
+            name = self.next_value()
+            self._require(":")
+            yield str(name)
+        self.next_character()
+
+    def _require(self, character: str) -> None:
+        if self.next_character() != character:
+            raise ValueError(f"no {character}")
 
     def next_value(self) -> Any:
         """Parse the next JSON value.
