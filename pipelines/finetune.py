@@ -160,6 +160,7 @@ def register_run(
     description="Train all tasks jointly in one sparse model: each step has one task, and only "
     "the skills of that task are computed, updated and communicated.",
     example="skillnet finetune --name first --training.steps 2000\n"
+    "skillnet finetune --tasks.image_classification.corpus mine\n"
     "skillnet finetune --config tiny --training.workers 2 --json",
     show=lambda result: print_result(result, f"the model is in {result['model']}"),
     resources=request_training,
@@ -172,6 +173,7 @@ def register_run(
         "system",
         "model.dim",
         "model.num_layers",
+        "tasks.NAME.corpus",
         "tasks.NAME.batch_size",
         *ESSENTIAL_TRAINING_OPTIONS,
     ),

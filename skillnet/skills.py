@@ -3,7 +3,7 @@
 This module is pure Python without torch. docs/skills.md gives the source of each default.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -154,6 +154,37 @@ def masked_tasks() -> dict[str, Task]:
         f"masked_{name}": Task("masked", {"input": SkillPlan(("general", name), name)})
         for name in MODALITIES
     }
+
+
+def name_task(modality: str, annotations: Collection[str]) -> str:
+    """Return the name of the task that rows of a corpus are made for: a key of ``known_tasks``.
+
+    Args:
+        modality: of the rows.
+        annotations: of the rows: of "labels", "captions", "transcripts". Transcripts and captions
+            take precedence over labels.
+    """
+    if modality == "sound" and "transcripts" in annotations:
+        return "speech_recognition"
+    if modality != "text" and "captions" in annotations:
+        return f"text_to_{modality}"
+    return f"{modality}_classification" if "labels" in annotations else f"masked_{modality}"
+
+
+def known_tasks() -> dict[str, Task]:
+    """Return all tasks with a name of their own, and their default plans.
+
+    Manifests, ``skillnet inspect`` and configurations use these names. The numbers of outputs are
+    placeholders, except those of the paper's five tasks: a run takes them from its corpus.
+    """
+    classification = {
+        f"{name}_classification": Task(
+            "classification", {"input": SkillPlan(("general", name), name)}, outputs=1
+        )
+        for name in MODALITIES
+    }
+    pairs = {f"text_to_{name}": _retrieval(name) for name in MODALITIES if name != "text"}
+    return classification | pairs | masked_tasks() | default_tasks()
 
 
 def check_names(names: Sequence[str], where: str) -> None:

@@ -8,7 +8,7 @@ from annotated_types import Interval
 from pipelines.config.data import AugmentConfig, MaskConfig
 from skillnet.config import SkillNetConfig
 from skillnet.skills import MODALITIES, Modality, SkillPlan, Task, default_tasks, masked_tasks
-from skillnet_platform.config import aliased_field
+from skillnet_platform.config import aliased_field, choices_field
 from skillnet_platform.config.bounds import (
     NonNegativeAmount,
     NonNegativeCount,
@@ -46,7 +46,8 @@ class TaskTraining:
     """Settings of one task of a training run.
 
     Args:
-        corpus: name of the corpus, a directory in ``data``.
+        corpus: corpus in ``data``, given for each task to train. Without any, the default tasks
+            are trained on the built-in corpora.
         weight: share of the steps relative to the other tasks; null derives it from the numbers
             of rows, see ``training.temperature``.
         batch_size: rows of one global batch, over all workers.
@@ -232,7 +233,8 @@ class FinetuneConfig:
         system: system to train: ``skillnet``, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model.
-        tasks: task name -> its corpus, weight and batch size.
+        tasks: task name -> its corpus, weight and batch size. If the configuration gives a task a
+            corpus, only tasks with a given corpus are trained; otherwise all default tasks are.
         corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
             digest of the corpus that is found. A run resumes only on equal corpora.
         training: optimizer, workers and intervals.
@@ -249,7 +251,7 @@ class FinetuneConfig:
     system: str = "skillnet"
     options: dict[str, Any] = field(default_factory=dict)
     model: SkillNetConfig = field(default_factory=SkillNetConfig)
-    tasks: dict[str, TaskTraining] = field(default_factory=default_tasks_training)
+    tasks: dict[str, TaskTraining] = choices_field(default_tasks_training, "corpus")
     corpora: dict[str, str | None] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -325,7 +327,8 @@ class PretrainConfig(FinetuneConfig):
         system: system to train: ``skillnet``, a baseline, or a third party's system.
         options: options of that system.
         model: shape of the model; of its tasks, only those in ``tasks`` are used.
-        tasks: task name -> its corpus, weight and batch size.
+        tasks: task name -> its corpus, weight and batch size. If the configuration gives a task a
+            corpus, only tasks with a given corpus are trained; otherwise all default tasks are.
         corpora: corpus -> digest that its manifest must have; null or a missing corpus takes the
             digest of the corpus that is found. A run resumes only on equal corpora.
         training: optimizer, workers, intervals and masks.
@@ -339,7 +342,7 @@ class PretrainConfig(FinetuneConfig):
     """
 
     model: SkillNetConfig = field(default_factory=_pretraining_model)
-    tasks: dict[str, TaskTraining] = field(default_factory=default_masked_training)
+    tasks: dict[str, TaskTraining] = choices_field(default_masked_training, "corpus")
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(register=False))
     contrastive: bool = False
     views: bool = False

@@ -7,6 +7,7 @@ from skillnet_platform.config.builder import build_config
 from skillnet_platform.config.fields import (
     ALIAS,
     aliased_field,
+    choices_field,
     default_values,
     positional_field,
     to_dict,
@@ -29,6 +30,7 @@ __all__ = [
     "aliased_field",
     "build_config",
     "check_keys",
+    "choices_field",
     "default_values",
     "digest_config",
     "find_config",

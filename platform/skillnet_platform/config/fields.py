@@ -1,13 +1,14 @@
 """Fields of configuration dataclasses, and their trees of plain values."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 POSITIONAL = "skillnet_positional"
 ALIAS = "skillnet_alias"
+CHOSEN_BY = "skillnet_chosen_by"
 
 
 def positional_field(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
@@ -30,6 +31,19 @@ def positional_field(default: Any = dataclasses.MISSING, **metadata: Any) -> Any
 def aliased_field(default: Any, alias: str) -> Any:
     """Return a dataclass field with a second option name, such as ``--from``."""
     return dataclasses.field(default=default, metadata={ALIAS: alias})
+
+
+def choices_field(default_factory: Callable[[], Any], chosen_by: str) -> Any:
+    """Return a field of named entries, whose default entries apply only together.
+
+    A configuration chooses an entry if one of its layers sets the key ``chosen_by`` of the entry.
+    As soon as one entry is chosen, default entries that are not chosen are left out.
+
+    Args:
+        default_factory: makes the default entries.
+        chosen_by: key of an entry.
+    """
+    return dataclasses.field(default_factory=default_factory, metadata={CHOSEN_BY: chosen_by})
 
 
 def default_values(cls: type) -> dict[str, Any]:

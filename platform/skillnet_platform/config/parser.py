@@ -2,10 +2,12 @@
 
 The order is: defaults of the dataclass, each ``--config`` in turn, then overrides. Mappings
 merge by key, so an override of one entry keeps the other entries; other values are replaced.
+Default entries that apply only together are the exception: :mod:`skillnet_platform.config.choices`.
 :mod:`skillnet_platform.config.builder` checks the types and builds the objects. This module finds
 unknown keys first, because it knows the file.
 """
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -18,6 +20,7 @@ from typing import Any
 from skillnet_platform import console
 from skillnet_platform.config import safe_yaml
 from skillnet_platform.config.builder import build_config
+from skillnet_platform.config.choices import COMMAND_LINE, remove_unchosen_defaults
 from skillnet_platform.config.fields import ALIAS, POSITIONAL, T, _tree, default_values, to_dict
 from skillnet_platform.config.schema import (
     check_keys,
@@ -77,16 +80,21 @@ def parse_config(
     tree = default_values(cls)
     files, overrides, bare = _scan([*words, *rest], cls)
     origins: dict[str, str] = {}
+    layers: list[tuple[str, dict[str, Any]]] = []
+    typed: dict[str, Any] = {}
     for given in files:
         path = find_config(given)
         # Each layer is checked alone: after the merge the file of a wrong key is unknown.
         layer = check_keys(cls, load_layer(path), str(path))
+        layers.append((str(path), copy.deepcopy(layer)))
         origins |= dict.fromkeys(flatten_tree(layer), str(path))
         merge_trees(tree, layer)
     for key, value in overrides:
-        layer = check_keys(cls, nest_value(key, value), "command line")
-        origins |= dict.fromkeys(flatten_tree(layer), "command line")
+        layer = check_keys(cls, nest_value(key, value), COMMAND_LINE)
+        _over(typed, copy.deepcopy(layer))
+        origins |= dict.fromkeys(flatten_tree(layer), COMMAND_LINE)
         merge_trees(tree, layer)
+    remove_unchosen_defaults(cls, tree, default_values(cls), [*layers, (COMMAND_LINE, typed)])
     # After all layers: a later layer may replace a null by a value.
     remove_null_entries(cls, tree)
     _place_bare(cls, tree, bare, prog)
@@ -262,7 +270,7 @@ def _scan(words: list[str], cls: Any) -> tuple[list[str], list[tuple[str, Any]],
         hint = hint_at(cls, key)
         if key != "config" and hint is None:
             # Names the wrong part of the key.
-            check_keys(cls, nest_value(key, None), "command line")
+            check_keys(cls, nest_value(key, None), COMMAND_LINE)
             raise UserError(f"command line: {key!r} has no keys of its own")
         if not equals:
             is_flag = without_none(hint) is bool

@@ -108,6 +108,58 @@ def test_overriding_one_task_keeps_the_others(tmp_path: Path) -> None:
     assert tasks["text_to_image"] == expected["text_to_image"]
 
 
+@dataclass
+class Chosen:
+    """An example whose default parts apply only together."""
+
+    parts: dict[str, Part] = config.choices_field(
+        lambda: {"a": Part("headings", batch=1), "b": Part("drawings")}, "corpus"
+    )
+
+
+@dataclass
+class Outer:
+    """A configuration with the example below a key."""
+
+    inner: Chosen = field(default_factory=Chosen)
+
+
+def choose(*argv: str) -> dict[str, str]:
+    made = config.parse_config(Outer, argv, prog="skillnet example").inner.parts
+    return {name: part.corpus for name, part in made.items()}
+
+
+def test_defaults_apply_together_or_as_far_as_they_are_chosen(tmp_path: Path) -> None:
+    assert choose() == {"a": "headings", "b": "drawings"}
+    assert choose("--inner.parts.b", "null") == {"a": "headings"}
+    assert choose("--inner.parts.b.weight", "2") == {"a": "headings", "b": "drawings"}
+    assert choose("--inner.parts.a.corpus", "mine") == {"a": "mine"}
+    assert choose("--inner.parts.c.corpus", "mine") == {"c": "mine"}
+    preset, chosen = tmp_path / "preset.yaml", tmp_path / "chosen.yaml"
+    preset.write_text("inner: {parts: {a: {batch: 4}, b: {batch: 5}}}")
+    chosen.write_text("inner: {parts: {a: {corpus: one}, b: {corpus: two}}}")
+    # Settings of a preset for other entries are no choice; its corpora are.
+    assert choose("--config", str(preset), "--inner.parts.b.corpus", "mine") == {"b": "mine"}
+    words = ("--config", str(chosen), "--inner.parts.b.corpus", "mine")
+    assert choose(*words) == {"a": "one", "b": "mine"}
+    assert choose(*words, "--inner.parts.a", "null") == {"b": "mine"}
+
+
+def test_settings_of_an_entry_that_is_not_chosen_are_rejected(tmp_path: Path) -> None:
+    words = ("--inner.parts.a.corpus", "mine", "--inner.parts.b.weight", "2")
+    message = "inner.parts.b has no corpus. inner.parts.a.corpus is mine, so only inner.parts with"
+    with pytest.raises(UserError, match=f"^command line: {message}"):
+        choose(*words)
+    file = tmp_path / "run.yaml"
+    file.write_text("inner: {parts: {a: {corpus: mine}, b: {weight: 2}}}")
+    with pytest.raises(UserError, match=f"run.yaml: {message}"):
+        choose("--config", str(file))
+    assert choose("--config", str(file), "--inner.parts.b.corpus", "too") == {
+        "a": "mine",
+        "b": "too",
+    }
+
+
 def test_dotted_override_reaches_into_a_plan() -> None:
     key = "--model.tasks.text_to_video.towers.candidate.skills"
     for text in ("[general,image,alignment]", "general,image,alignment"):

@@ -16,6 +16,8 @@ from skillnet.skills import (
     check_plan,
     default_tasks,
     find_task,
+    known_tasks,
+    name_task,
 )
 
 
@@ -137,3 +139,10 @@ def test_sizes_that_cannot_be_are_named(changes: dict, message: str) -> None:
 def test_plans_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SkillPlan(("text",)).skills = ("image",)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_tasks_of_corpora_are_known_tasks(modality: str) -> None:
+    for annotations in ((), ("labels",), ("captions",), ("transcripts",), ("captions", "labels")):
+        assert name_task(modality, annotations) in known_tasks()
+    assert known_tasks() | default_tasks() == known_tasks()
