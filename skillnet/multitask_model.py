@@ -32,7 +32,7 @@ from skillnet.serialization import (
     write_parts,
 )
 from skillnet.skills import find_task, nearest_hint
-from skillnet.staging import staging_folder
+from skillnet.staging import replace_folder, staging_folder
 
 #: Shortest entry of a tensor in the header of a safetensors file.
 HEADER_BYTES_PER_TENSOR = 50
@@ -362,18 +362,7 @@ def save_model(model: TaskModel, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(path) as staging:
         write_manifest(staging, write_parts(model, staging))
-        if path.exists():
-            # A directory cannot be replaced atomically, so the old one steps aside until the end.
-            with staging_folder(path) as aside:
-                old = aside / path.name
-                path.rename(old)
-                try:
-                    staging.rename(path)
-                except BaseException:
-                    old.rename(path)
-                    raise
-        else:
-            staging.rename(path)
+        replace_folder(staging, path)
 
 
 def _count_weights(folder: Path, manifest: dict[str, Any]) -> int:

@@ -18,13 +18,13 @@ from skillnet_platform.storage.local import (
     read_json,
     read_record,
     require_space,
-    restore_replaced,
     run_root,
     scratch_directory,
     sha256_file,
     staging_directory,
     write_json,
 )
+from skillnet_platform.storage.temporary import restore_replaced
 
 __all__ = [
     "HOME_VARIABLE",

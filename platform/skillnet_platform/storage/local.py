@@ -15,6 +15,8 @@ from skillnet_platform.errors import UserError
 from skillnet_platform.storage.exchange import exchange_paths
 from skillnet_platform.storage.temporary import (
     remove_leftovers,
+    replaced_directory,
+    restore_replaced,
     temporary_directory,
     temporary_file,
 )
@@ -203,17 +205,16 @@ def commit_directory(tmp: str | os.PathLike[str], final: str | os.PathLike[str])
     # A kill between the two renames left only the old directory, which comes back first.
     restore_replaced(target)
     # A rename cannot replace a directory that has files.
-    if target.exists():
-        old = source
-        if not exchange_paths(source, target):
-            old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
-            target.rename(old)
-            source.rename(target)
+    if not target.exists():
+        source.rename(target)
+    elif exchange_paths(source, target):
         # The old directory is removed once the new one is sure to have its name.
         _sync_directory(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(source, ignore_errors=True)
     else:
-        source.rename(target)
+        with replaced_directory(target):
+            source.rename(target)
+            _sync_directory(target.parent)
     _sync_directory(target.parent)
 
 
@@ -290,19 +291,6 @@ def free_bytes(path: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def restore_replaced(final: Path) -> None:
-    """Restore the directory that a killed commit moved away, or remove it if it was replaced."""
-    for left in final.parent.glob(f".{final.name}.*.old.tmp"):
-        pid = left.name.removeprefix(f".{final.name}.").split(".")[0]
-        # Another living process may still write to its directory.
-        if pid.isdigit() and int(pid) != os.getpid() and process_is_alive(int(pid)):
-            continue
-        if not final.exists():
-            left.rename(final)  # killed between the two renames: the old directory is complete
-        else:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def process_is_alive(pid: int) -> bool:

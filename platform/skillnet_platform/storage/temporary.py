@@ -1,8 +1,9 @@
 """Temporary files and directories of atomic writes, and removal of those that a kill left behind.
 
-A temporary path is ``.NAME.sn-TOKEN.tmp`` beside its final path. Its writer holds a kernel lock on
-it, so a path without a lock has no living writer, on this machine or on another one that shares
-the disk. Each process looks once into every folder that it writes to.
+A temporary path is ``.NAME.sn-TOKEN.tmp`` beside its final path, and a directory that is being
+replaced is ``.NAME.sn-TOKEN.old.tmp``. The writer holds a kernel lock on it, so a path without a
+lock has no living writer, on this machine or on another one that shares the disk. Each process
+looks once into every folder that it writes to.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from pathlib import Path
 LEFTOVER_AGE_S = 24 * 3600.0
 #: No other program uses such names, so nothing of a user is removed.
 _NAME = re.compile(r"\.(?P<final>.+)\.sn-[0-9a-f]{16}\.tmp")
+_REPLACED_NAME = re.compile(r"\.(?P<final>.+)\.sn-[0-9a-f]{16}\.old\.tmp")
 _SWEPT: set[tuple[int, str]] = set()
 
 
@@ -57,6 +59,53 @@ def is_temporary(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
+@contextlib.contextmanager
+def replaced_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """Move a directory aside while the block replaces it, and remove it at the end.
+
+    After an error it gets its name back. After a kill, :func:`restore_replaced` does that.
+
+    Args:
+        final: path of the directory.
+
+    Raises:
+        OSError: the directory cannot be moved.
+    """
+    target = Path(final)
+    old = _new_path(target, "old.tmp")
+    # The lock stays with the directory under its new name.
+    descriptor = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        target.rename(old)
+        try:
+            yield old
+        except BaseException:
+            if not target.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def restore_replaced(final: str | os.PathLike[str]) -> None:
+    """Restore the directory that a killed process moved away, or remove it if it was replaced.
+
+    Args:
+        final: path of the directory.
+    """
+    target = Path(final)
+    for left in _paths_of(_REPLACED_NAME, target.parent, target.name):
+        # Without locks this is safe too: no directory is removed that has not been replaced.
+        with contextlib.suppress(OSError), _claim(left, age_s=0.0) as is_abandoned:
+            if is_abandoned and not target.exists():
+                left.rename(target)
+            elif is_abandoned:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> list[Path]:
     """Remove temporary files and directories whose writer is dead; return their paths.
 
@@ -65,15 +114,12 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) ->
         name: of their final path; None removes those of all names.
     """
     removed = []
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            match = _NAME.fullmatch(entry.name)
-            if match is not None and name in (None, match["final"]):
-                path = Path(entry.path)
-                # The entry of another user, or one that vanished, is left alone.
-                with contextlib.suppress(OSError):
-                    if _remove_unlocked(path):
-                        removed.append(path)
+    for path in _paths_of(_NAME, Path(folder), name):
+        # The entry of another user, or one that vanished, is left alone.
+        with contextlib.suppress(OSError), _claim(path, LEFTOVER_AGE_S) as is_abandoned:
+            if is_abandoned:
+                _remove(path)
+                removed.append(path)
     return removed
 
 
@@ -88,16 +134,17 @@ def _held(final: Path, is_directory: bool) -> Iterator[Path]:
     try:
         yield path
     finally:
-        if is_directory:
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
         os.close(descriptor)
+
+
+def _new_path(final: Path, suffix: str) -> Path:
+    return final.with_name(f".{final.name}.sn-{secrets.token_hex(8)}.{suffix}")
 
 
 def _create(final: Path, is_directory: bool) -> tuple[Path, int]:
     while True:
-        path = final.with_name(f".{final.name}.sn-{secrets.token_hex(8)}.tmp")
+        path = _new_path(final, "tmp")
         if is_directory:
             path.mkdir()
             flags = os.O_RDONLY | os.O_DIRECTORY
@@ -117,24 +164,44 @@ def _create(final: Path, is_directory: bool) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _remove_unlocked(path: Path) -> bool:
+def _paths_of(pattern: re.Pattern[str], folder: Path, name: str | None) -> list[Path]:
+    """Return the paths in a folder that match, of one final name or of all."""
+    with contextlib.suppress(OSError):
+        matches = ((path, pattern.fullmatch(path.name)) for path in folder.iterdir())
+        return [path for path, match in matches if match and name in (None, match["final"])]
+    return []
+
+
+@contextlib.contextmanager
+def _claim(path: Path, age_s: float) -> Iterator[bool]:
+    """Lock a path for a block; the value is False if its writer lives.
+
+    The lock is held until the path is gone: a writer that was just about to lock it then sees that
+    it must create another one.
+
+    Args:
+        path: file or directory.
+        age_s: age at which it counts as abandoned on a file system without locks.
+    """
     about = path.lstat()
-    is_directory = stat.S_ISDIR(about.st_mode)
-    if not is_directory and not stat.S_ISREG(about.st_mode):
-        return False
+    if not stat.S_ISDIR(about.st_mode) and not stat.S_ISREG(about.st_mode):
+        yield False
+        return
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        is_locked = error.errno in (errno.EAGAIN, errno.EACCES)
-        if is_locked or time.time() - about.st_mtime < LEFTOVER_AGE_S:
-            os.close(descriptor)
-            return False
-    # The lock is held until the path is gone: a writer that was just about to lock it then sees
-    # that it must create another one.
-    if is_directory:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_abandoned = True
+        except OSError as error:
+            is_locked = error.errno in (errno.EAGAIN, errno.EACCES)
+            is_abandoned = not is_locked and time.time() - about.st_mtime >= age_s
+        yield is_abandoned
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-    os.close(descriptor)
-    return True

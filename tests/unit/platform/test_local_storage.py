@@ -12,8 +12,26 @@ import pytest
 
 from skillnet_platform import storage
 from skillnet_platform.errors import UserError
+from skillnet_platform.storage import local
 
 ROOT = Path(__file__).parents[3]
+#: A command in a PID namespace of its own, as in a container: its process has the id 1.
+CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+#: Replaces a directory as on NFS, and sleeps between the two renames.
+REPLACE = """
+import sys, time
+from pathlib import Path
+from skillnet_platform.storage import local
+local.exchange_paths = lambda one, other: False
+rename = Path.rename
+def rename_or_sleep(source, target):
+    if source.name == "new":
+        print("ready", flush=True)
+        time.sleep(600)
+    rename(source, target)
+Path.rename = rename_or_sleep
+local.commit_directory(sys.argv[1], sys.argv[2])
+"""
 
 
 def test_run_root_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,26 +96,55 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus2"]
 
 
-def test_killed_between_the_two_renames_the_old_one_comes_back(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    old = tmp_path / f".corpus.{gone.pid}.old.tmp"
-    old.mkdir()
-    (old / "part").write_text("old")
-    with pytest.raises(RuntimeError), storage.staging_directory(tmp_path / "corpus"):
+@pytest.mark.parametrize("namespace", [(), CONTAINER], ids=["same", "other PID namespace"])
+def test_killed_between_the_two_renames_the_old_one_comes_back(
+    tmp_path: Path, namespace: tuple[str, ...]
+) -> None:
+    if namespace and subprocess.run([*namespace, "true"], check=False).returncode:
+        pytest.skip("PID namespaces cannot be used here")
+    for name in ("corpus[1]", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text(name)
+    final = tmp_path / "corpus[1]"
+    process = subprocess.Popen(
+        [*namespace, sys.executable, "-c", REPLACE, str(tmp_path / "new"), str(final)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        storage.restore_replaced(final)
+        assert not final.exists(), "a living writer is left alone"
+        process.kill()
+    # The first write to a folder removes leftovers, and the old directory is none.
+    storage.write_json(tmp_path / "other.json", {})
+    with pytest.raises(RuntimeError), storage.staging_directory(final):
         raise RuntimeError
-    assert (tmp_path / "corpus" / "part").read_text() == "old"
+    assert (final / "part").read_text() == "corpus[1]"
+    assert sorted(os.listdir(tmp_path)) == ["corpus[1]", "new", "other.json"]
 
 
 def test_a_commit_removes_what_a_killed_one_has_replaced(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    for name in ("corpus", f".corpus.{gone.pid}.old.tmp", "new"):
+    for name in ("corpus", ".corpus.sn-0123456789abcdef.old.tmp", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(name)
     storage.commit_directory(tmp_path / "new", tmp_path / "corpus")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
     assert (tmp_path / "corpus" / "a").read_text() == "new"
+
+
+def test_a_directory_that_cannot_be_replaced_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "exchange_paths", lambda one, other: False)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        storage.commit_directory(tmp_path / "missing", tmp_path / "corpus")
+    assert (tmp_path / "corpus" / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["corpus"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ the complete command: ``tests/integration/test_killed_commands.py``.
 """
 
 import json
-import os
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,8 @@ from pipelines.shards.dataset import verify_corpus
 from pipelines.shards.format import MANIFEST, QUARANTINE, manifest_digest
 from skillnet_platform.errors import UserError
 from skillnet_platform.storage import local
+from tests.helpers.killed_children import EventCounter, run_killed
 
-#: Events of Python's auditing that change files.
-EVENTS = {"os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
-KILLED = 9
 SHARDS = 3
 
 
@@ -49,38 +45,17 @@ def fill_staging(final: Path, rows: int) -> tuple[Path, str]:
     return folder, manifest["digest"]
 
 
-def publish(folder: Path, final: Path) -> None:
-    staging.commit_corpus(folder, final)
-
-
-def run_killed(action: Callable[[], None], number: int) -> bool:
-    """Run an action in a child that dies before its n-th event; return whether it was killed."""
-    child = os.fork()
-    if not child:
-        count = 0
-
-        def count_event(event: str, arguments: object) -> None:
-            nonlocal count
-            if event in EVENTS or (event == "open" and arguments[1] in ("w", "wb", "ab")):  # type: ignore[index]
-                count += 1
-                if count == number:
-                    os._exit(KILLED)
-
+def publish(folder: Path, final: Path, counter: EventCounter | None = None) -> None:
+    if counter is not None:
         # The atomic exchange is a system call, which Python does not audit.
         exchange = local.exchange_paths
 
         def audited_exchange(one: Path, other: Path) -> bool:
-            count_event("os.rename", None)
+            counter("os.rename")
             return exchange(one, other)
 
         local.exchange_paths = audited_exchange
-        sys.addaudithook(count_event)
-        action()
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, KILLED)
-    return code == KILLED
+    staging.commit_corpus(folder, final)
 
 
 def digest_of(corpus: Path) -> str | None:
@@ -105,7 +80,7 @@ def test_a_commit_killed_at_any_event_loses_nothing_and_resumes(
             folder, old = fill_staging(final, rows=2)
             publish(folder, final)
         folder, new = fill_staging(final, rows=5)
-        is_killed = run_killed(lambda f=folder, g=final: publish(f, g), number)  # type: ignore[misc]
+        is_killed = run_killed(partial(publish, folder, final), number)
         found = digest_of(final)
         # Between two renames neither is in place; the next command restores one of them.
         assert found in ((old, new) if can_exchange else (old, new, None)), f"event {number}"
