@@ -5,8 +5,6 @@
 """
 
 import copy
-import os
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from skillnet.growth import add_skill, add_task
 from skillnet.model import SkillNet
 from skillnet.skills import SkillPlan, Task
 from skillnet_platform.errors import UserError
-from skillnet_platform.storage import commit_directory, data_root
+from skillnet_platform.storage import commit_directory, data_root, scratch_directory
 from skillnet_platform.storage.location import join_location, parse_location
 
 
@@ -75,16 +73,15 @@ def save_start_model(model: SkillNet, run_dir: str) -> str:
     Returns:
         Path of the saved model; equal models share one directory.
     """
-    # The process id separates growths that start at the same time.
-    staging = Path(run_dir) / ".starts" / f".growing-{os.getpid()}"
-    model.save_pretrained(staging)
-    # The identity of a run contains the digest of its initial weights, so a killed growth must find
-    # the same weights again (decision 11).
-    target = staging.with_name(str(digest_weights(str(staging)))[:16])
-    if target.is_dir():
-        shutil.rmtree(staging)
-    else:
-        commit_directory(staging, target)
+    starts = Path(run_dir) / ".starts"
+    # Growths that start at the same time write to directories of their own.
+    with scratch_directory(starts / "growing") as scratch:
+        model.save_pretrained(scratch / "model")
+        # The identity of a run contains the digest of its initial weights, so a killed growth must
+        # find the same weights again (decision 11).
+        target = starts / str(digest_weights(str(scratch / "model")))[:16]
+        if not target.is_dir():
+            commit_directory(scratch / "model", target)
     return str(target)
 
 
