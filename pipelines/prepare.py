@@ -1,11 +1,10 @@
 """``skillnet prepare``: convert downloads and external corpora into verified Arrow shards."""
 
-import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.config.corpus_options import rewrite_corpus_options
 from pipelines.corpora import BUILT_IN, open_external_corpus
 from pipelines.preprocessing.prepare import MAX_ERROR_RATE, prepare
 from pipelines.preprocessing.remote_staging import stage_locally
@@ -62,34 +61,6 @@ def show_corpora(result: dict[str, Any]) -> None:
         [_make_table_row(name, entry) for name, entry in result["corpora"].items()],
         caption=f"{result['seconds']:.1f} s",
     )
-
-
-def rewrite_corpus_options(arguments: Sequence[str]) -> list[str]:
-    """Replace ``--corpus NAME=PATH`` by ``--corpus.NAME PATH``, which the parser reads."""
-    out: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word == "--corpus" and rest:
-            word = f"--corpus={rest.pop(0)}"
-        if word.startswith("--corpus="):
-            name, equals, path = word.removeprefix("--corpus=").partition("=")
-            # The name becomes a directory and a configuration key, so separators are not allowed.
-            if not equals or not path or not re.fullmatch(r"[\w-]+", name):
-                raise UserError(
-                    f"command line: --corpus {name}: expected NAME=PATH, for example "
-                    "--corpus tnews=/data/tnews_public"
-                )
-            # Two values of one key would leave only one of the corpora.
-            if f"--corpus.{name}" in out:
-                raise UserError(
-                    f"command line: --corpus {name} is given twice; give one of them another name: "
-                    f"--corpus NAME=FORMAT:{path}"
-                )
-            out += [f"--corpus.{name}", path]
-        else:
-            out.append(word)
-    return out
 
 
 def _make_table_row(name: str, entry: dict[str, Any]) -> list[Any]:

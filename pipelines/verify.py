@@ -10,16 +10,18 @@ Each arrow is a recorded hash that is compared with the hash of the present byte
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelines.config.corpus_options import rewrite_corpus_options
 from pipelines.config.resources import request_model
 from skillnet_platform import console
 from skillnet_platform.cli import command
-from skillnet_platform.config import positional_field
-from skillnet_platform.errors import UserError
-from skillnet_platform.storage import archive_root, data_root, sha256_file
+from skillnet_platform.config import flatten_tree, positional_field
+from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.storage import archive_root, data_root, read_json, sha256_file
 from skillnet_platform.storage.location import (
     Location,
     join_location,
@@ -29,6 +31,7 @@ from skillnet_platform.storage.location import (
 )
 
 if TYPE_CHECKING:
+    from pipelines.corpora import ExternalCorpus
     from pipelines.runs.model_source import ModelSource
 
 State = Literal["ok", "altered", "absent"]
@@ -42,12 +45,18 @@ class VerifyConfig:
         model: registry address, name, id or directory of a run, checkpoint, or saved model.
         data: directory or URI of prepared corpora; by default ``corpora`` under the run root.
         archives: directory of the downloads; by default ``archives`` under the run root.
+        corpus: NAME=PATH of the data that an external corpus was prepared from, as given to
+            ``skillnet prepare``; repeatable. Without it these files are not compared.
+        options: name of an external corpus -> options of its format, as given to
+            ``skillnet prepare``.
         tracking_uri: MLflow tracking URI; by default as in training.
     """
 
     model: str = positional_field("models:/skillnet@champion")
     data: str | None = None
     archives: str | None = None
+    corpus: dict[str, str] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     tracking_uri: str | None = None
 
 
@@ -89,7 +98,6 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
     if source.bundle is not None:
         checks += _check_bundle(source, config.tracking_uri)
         from pipelines.serving.bundle import BUNDLE_MANIFEST
-        from skillnet_platform.storage import read_json
 
         about = read_json(source.bundle / BUNDLE_MANIFEST)
         recorded = {e["corpus"]: e["corpus_digest"] for e in about["tasks"].values()}
@@ -98,15 +106,35 @@ def verify(config: VerifyConfig) -> list[HashCheck]:
         checks += _check_run(source, recorded, config.tracking_uri)
     if source.bundle is not None:
         checks.append(_check_tokenizer(source.bundle, data))
-    sources: dict[tuple[str, str], dict[str, str]] = {}
+    given = _open_given_corpora(config, names)
+    downloads: dict[tuple[str, str], dict[str, str]] = {}
+    user_checks: list[HashCheck] = []
     for name in names:
-        check, entries = _check_corpus(join_location(data, name), recorded.get(name))
+        check, manifest = _check_corpus(join_location(data, name), recorded.get(name))
         checks.append(check)
-        # Corpora share downloads: each is hashed once.
-        sources |= {(entry["file"], entry["sha256"]): entry for entry in entries}
-    extra = _find_extra_sources(names) if sources else {}
-    checks += [_check_source(entry, archives, extra) for entry in sources.values()]
-    return checks
+        sources = manifest.get("sources", [])
+        if "reader" in manifest.get("preprocessing", {}):
+            user_checks += _check_user_files(name, manifest, given.get(name))
+        else:
+            # Corpora share downloads: each is hashed once.
+            downloads |= {(entry["file"], entry["sha256"]): entry for entry in sources}
+    extra = _find_extra_sources(names) if downloads else {}
+    checks += [_check_source(entry, archives, extra) for entry in downloads.values()]
+    return checks + user_checks
+
+
+def _open_given_corpora(config: VerifyConfig, names: list[str]) -> "dict[str, ExternalCorpus]":
+    """Open the data of the user that the command names."""
+    from pipelines.corpora import open_external_corpus
+
+    for key, given in (("corpus", config.corpus), ("options", config.options)):
+        known = names if key == "corpus" else config.corpus
+        if unknown := sorted(set(given) - set(known)):
+            raise UserError(f"{key}.{unknown[0]}: no such corpus{suggest_name(unknown[0], known)}")
+    return {
+        name: open_external_corpus(name, place, config.options.get(name))
+        for name, place in config.corpus.items()
+    }
 
 
 def _check_weights(source: "ModelSource") -> str:
@@ -156,7 +184,6 @@ def _check_run(
 ) -> Iterator[HashCheck]:
     from mlflow.exceptions import MlflowException
 
-    from skillnet.serialization import read_manifest
     from skillnet_platform.tracking import backend
 
     try:
@@ -176,26 +203,45 @@ def _check_run(
     model = Path(tags.get("run_dir", "")) / "model"
     # Without the last condition, a run's model would be compared with itself.
     if "run_dir" in tags and (model / "manifest.json").is_file() and model != source.weights:
-
-        def compare_weights() -> str:
-            files = read_manifest(model)["files"]
-            for name, entry in read_manifest(source.weights)["files"].items():
-                _require_equal(
-                    f"{name} of the run", files.get(name, {}).get("sha256"), entry["sha256"]
-                )
-            return f"the weights equal those in {model}"
-
-        yield _make_check("run's model", compare_weights)
+        yield _make_check("run's model", lambda: compare_with_run(source.weights, model))
 
 
-def _check_corpus(location: Location, digest: str | None) -> tuple[HashCheck, list[dict[str, str]]]:
-    """Check a corpus; return the result and the sources in its manifest."""
+def compare_with_run(weights: Path, model: Path) -> str:
+    """Compare a registered model with the model of its run; return the observation.
+
+    A registered model may have fewer tasks than its run: untrained tasks and auxiliary ones have no
+    head in it. The rest must be equal.
+
+    Args:
+        weights: folder of the registered model.
+        model: folder of the run's model.
+
+    Raises:
+        UserError: they differ; names the file or key.
+    """
+    from skillnet.serialization import read_manifest
+
+    files = read_manifest(model)["files"]
+    for name, entry in read_manifest(weights)["files"].items():
+        if name != "config.json":
+            _require_equal(f"{name} of the run", files.get(name, {}).get("sha256"), entry["sha256"])
+    run_values = flatten_tree(read_json(model / "config.json"))
+    for key, value in flatten_tree(read_json(weights / "config.json")).items():
+        if run_values.get(key) != value:
+            raise UserError(
+                f"{key} of the run was altered: {run_values.get(key)}, registered is {value}"
+            )
+    return f"the weights equal those in {model}"
+
+
+def _check_corpus(location: Location, digest: str | None) -> tuple[HashCheck, dict[str, Any]]:
+    """Check a corpus; return the result and its manifest, which is empty if it is not valid."""
     from pipelines.shards.dataset import verify_corpus
     from pipelines.shards.files import open_shard_store
 
     subject = f"corpus {Path(location).name}"
     if not open_shard_store(location).exists():
-        return HashCheck(subject, "absent", f"{location} does not exist"), []
+        return HashCheck(subject, "absent", f"{location} does not exist"), {}
     manifest: dict[str, Any] = {}
 
     def shards() -> str:
@@ -209,7 +255,37 @@ def _check_corpus(location: Location, digest: str | None) -> tuple[HashCheck, li
         size = sum(shard["bytes"] for shard in listed) / 2**20
         return f"{len(listed)} shards, {manifest['rows_out']} rows, {size:.1f} MiB"
 
-    return _make_check(subject, shards), manifest.get("sources", [])
+    return _make_check(subject, shards), manifest
+
+
+def _check_user_files(
+    name: str, manifest: dict[str, Any], corpus: "ExternalCorpus | None"
+) -> Iterator[HashCheck]:
+    """Check the files of the user that a corpus was prepared from.
+
+    Their place is no part of a manifest, because a manifest travels with its corpus.
+    """
+    recorded = manifest["preprocessing"]
+    if corpus is None:
+        count = len(manifest["sources"])
+        place = f"{name}={recorded['reader']}:PATH"
+        detail = f"{count} recorded hashes; give --corpus {place} to compare them"
+        yield HashCheck(f"files of {name}", "absent", detail)
+        return
+    for key, value in corpus.preprocessing().items():
+        if recorded.get(key) != value:
+            raise UserError(
+                f"corpus.{name}: {key} is {value}, and was {recorded.get(key)} when the corpus was "
+                "prepared. Give the format and the options of skillnet prepare"
+            )
+    present = {entry["file"]: entry["sha256"] for entry in corpus.extra_sources()}
+    for entry in manifest["sources"]:
+        file, expected = entry["file"], entry["sha256"]
+        found = present.pop(file, None)
+        compare = partial(_require_equal, f"{corpus.source.uri}, {file}", found, expected)
+        yield _make_check(f"{name}: {file}", compare)
+    for file in present:
+        yield HashCheck(f"{name}: {file}", "altered", f"{corpus.source.uri}, {file} is new")
 
 
 def _check_source(entry: dict[str, str], archives: Path, extra: dict[str, str]) -> HashCheck:
@@ -280,7 +356,9 @@ def _altered(checks: list[HashCheck]) -> list[HashCheck]:
     VerifyConfig,
     description="Hash all files of a model again, from the weights back to the downloads, and "
     "compare them with the recorded hashes. Exits with 1 if a file was altered.",
-    example="skillnet verify models:/skillnet@champion",
+    example="skillnet verify models:/skillnet@champion\n"
+    "skillnet verify first-run --corpus mine=folder:/data/mine",
+    rewrite_arguments=rewrite_corpus_options,
     show=lambda result: show_verification(*result),
     to_json=lambda result: {"verified": not _altered(result[0]), "checks": result[0]},
     exit_code=lambda result: int(bool(_altered(result[0]))),

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config.corpus_options import rewrite_corpus_options
 from pipelines.corpora import detect_reader, open_external_corpus
 from pipelines.corpora.base import RejectedRow, SourceArchives
 from pipelines.io.directory import SourceDirectory
-from pipelines.prepare import rewrite_corpus_options
 from pipelines.preprocessing import inspection
 from skillnet_platform.errors import UserError
 from tests.helpers import user_corpora
