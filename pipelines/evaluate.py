@@ -11,7 +11,7 @@ from pipelines.evaluation.tables import write_evaluation_csv
 from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config.bounds import SampleCount, require_bounds
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import parse_location
 
@@ -105,6 +105,7 @@ def evaluate_trained_model(config: EvaluateConfig) -> EvaluationResult:
     source = model_source.resolve_model(config.source, config.tracking_uri)
     model = model_source.load_source_model(source)
     data = parse_location(config.data, data_root())
+    check_known_names(config.corpora, model.config.tasks, "--corpora", "task")
     corpora = source.corpora | config.corpora
     # A checkpoint of a run may contain auxiliary tasks, which have no test splits.
     tasks = config.tasks or source.trained_tasks(sort_rows(model.config.tasks))

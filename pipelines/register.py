@@ -9,6 +9,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import ResampleCount
+from skillnet_platform.errors import check_known_names
 from skillnet_platform.storage import data_root
 from skillnet_platform.storage.location import parse_location
 
@@ -68,10 +69,13 @@ def main(config: RegisterConfig) -> "RegisteredVersion":
     """Run ``skillnet register``."""
     # torch loads here, so that --help and usage errors stay fast.
     from pipelines.runs import model_source
+    from skillnet.serialization import read_config, read_manifest
 
     source = model_source.resolve_model(config.source, config.tracking_uri)
     # The source has the corpora of its training run; the option overrides them.
     if config.corpora:
+        model, *_ = read_config(source.weights, read_manifest(source.weights))
+        check_known_names(config.corpora, model.tasks, "--corpora", "task")
         tasks = source.settings.get("tasks", {})
         overrides = {
             task: {**tasks.get(task, {}), "corpus": name} for task, name in config.corpora.items()

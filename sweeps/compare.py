@@ -48,8 +48,26 @@ def compare(config: StudyConfig) -> tuple["ComparisonReport", int]:
         )
     if not config.name:
         raise UserError("a study needs a name, by which it can be resumed; give --name")
+    check_roles(config, list(config.systems))
     with terminate_as_interrupt(), lock_run_folder(config.folder):
         return _compare_study(config)
+
+
+def check_roles(config: StudyConfig, labels: Sequence[str]) -> None:
+    """Raise UserError for an unknown reference or specialist; warn if nothing will be tested.
+
+    Args:
+        config: names the roles.
+        labels: labels of all systems.
+    """
+    from sweeps.analysis.comparison import choose_roles, find_variant
+
+    reference, _ = choose_roles(labels, config.reference, config.specialist)
+    if find_variant(reference, reference, labels) is None and len(set(labels)) > 1:
+        console.print_warning(
+            f"no system is named {reference}, so nothing is tested. Give --reference: "
+            f"{', '.join(dict.fromkeys(labels))}"
+        )
 
 
 def _compare_study(config: StudyConfig) -> tuple["ComparisonReport", int]:
@@ -116,6 +134,7 @@ def _compare_runs(config: StudyConfig) -> "ComparisonReport":
     # label_runs may rename systems; tuning results must follow their runs.
     old_labels = {run.folder: run.label for run in runs}
     runs = label_runs(runs, config.names)
+    check_roles(config, [run.label for run in runs])
     tuning = relabel_tuning(
         studies, [(run.folder, old_labels[run.folder], run.label) for run in runs]
     )

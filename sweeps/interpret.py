@@ -13,7 +13,7 @@ from skillnet_platform import console
 from skillnet_platform.cli import command
 from skillnet_platform.config import positional_field
 from skillnet_platform.config.bounds import PositiveCount, RandomSeed, ResampleCount, require_bounds
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, check_known_names
 from skillnet_platform.storage import data_root, run_root
 from skillnet_platform.storage.location import parse_location
 
@@ -87,6 +87,8 @@ def interpret_source(config: InterpretConfig) -> tuple["SkillInterpretation", li
         raise UserError(
             f"{config.model} is a {model.system} model without skills; give a skillnet model"
         )
+    for option, names in (("--tasks", config.tasks or ()), ("--corpora", config.corpora)):
+        check_known_names(names, model.config.tasks, option, "task")
     begin = time.monotonic()
     with console.show_progress("interpreting", None, "rows") as bar:
         interpretation = interpret_model(

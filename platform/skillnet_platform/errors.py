@@ -44,6 +44,21 @@ def first_line(error: BaseException, longest: int = 200) -> str:
     return redact_secrets(next(stated, type(error).__name__))[:longest]
 
 
+def check_known_names(names: Iterable[str], known: Iterable[str], where: str, what: str) -> None:
+    """Raise UserError for the first name that is not known, with the nearest known name.
+
+    Args:
+        names: names that the user gave.
+        known: the valid names.
+        where: option or key of the names.
+        what: kind of the named thing, such as ``task``.
+    """
+    valid = list(known)
+    for name in names:
+        if name not in valid:
+            raise UserError(f"{where}: unknown {what} {name!r}{suggest_name(name, valid)}")
+
+
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return a hint for an error: ``; did you mean 'dim'?``, or the list of known names."""
     from difflib import get_close_matches

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from pipelines.evaluation.tables import sort_rows
-from skillnet_platform.errors import UserError
+from skillnet_platform.errors import UserError, check_known_names
 from sweeps.analysis import statistics
 from sweeps.analysis.finished_runs import PRETRAINED, FinishedRun, check_comparable
 from sweeps.analysis.statistics import RunSample, ScoreEstimate, SeedVariance
@@ -26,6 +26,21 @@ MEAN = "mean"
 
 #: Significance level after correction.
 ALPHA = 0.05
+
+#: Labels of the roles that the user did not name.
+DEFAULT_REFERENCE, DEFAULT_SPECIALIST = "skillnet", "specialist"
+
+
+class SystemRoles(NamedTuple):
+    """Labels of the systems with a role in a comparison; a default label may be absent.
+
+    Args:
+        reference: label of the system that the others are tested against.
+        specialist: label of the system whose scores count as 1.
+    """
+
+    reference: str
+    specialist: str
 
 
 class TaskCost(NamedTuple):
@@ -135,8 +150,33 @@ class SystemComparison:
         return None
 
 
+def choose_roles(
+    labels: Sequence[str], reference: str | None = None, specialist: str | None = None
+) -> SystemRoles:
+    """Return the reference and the specialist of a comparison.
+
+    Args:
+        labels: labels of all systems.
+        reference: label that the user named; None takes ``skillnet``.
+        specialist: label that the user named; None takes ``specialist``.
+
+    Raises:
+        UserError: a named label is unknown, or both are the same.
+    """
+    # The name without the suffix stands for both variants.
+    known = [*labels, *(label.removesuffix(PRETRAINED) for label in labels)]
+    for option, label in (("--reference", reference), ("--specialist", specialist)):
+        # An unknown name would drop all tests or relative scores from the report.
+        if label is not None:
+            check_known_names([label], known, option, "system")
+    roles = SystemRoles(reference or DEFAULT_REFERENCE, specialist or DEFAULT_SPECIALIST)
+    if roles.reference == roles.specialist:
+        raise UserError(f"reference and specialist are both {roles.reference!r}; name two systems")
+    return roles
+
+
 def compare_systems(
-    runs: Sequence[FinishedRun], reference: str = "skillnet", specialist: str = "specialist"
+    runs: Sequence[FinishedRun], reference: str | None = None, specialist: str | None = None
 ) -> SystemComparison:
     """Compare the systems of finished runs.
 
@@ -147,12 +187,11 @@ def compare_systems(
         specialist: label of the system whose scores count as 1; same rule for variants.
 
     Raises:
-        UserError: no runs, runs evaluated on different rows, or no common task.
+        UserError: no runs, runs evaluated on different rows, no common task, or an unknown label.
     """
     if not runs:
         raise UserError("there are no finished runs to compare; name at least one")
-    if reference == specialist:
-        raise UserError(f"reference and specialist are both {reference!r}; name two systems")
+    roles = choose_roles([run.label for run in runs], reference, specialist)
     check_comparable(runs)
     systems: dict[str, list[FinishedRun]] = {}
     for run in runs:
@@ -198,16 +237,16 @@ def compare_systems(
     }
     return SystemComparison(
         systems,
-        reference,
-        specialist,
+        roles.reference,
+        roles.specialist,
         tasks,
         common,
         metrics,
         splits,
         samples,
         scores,
-        _estimate_relative_scores(samples, list(systems), common, specialist),
-        _run_tests(samples, spreads, list(systems), [*tasks, MEAN], reference),
+        _estimate_relative_scores(samples, list(systems), common, roles.specialist),
+        _run_tests(samples, spreads, list(systems), [*tasks, MEAN], roles.reference),
         _collect_costs(systems, tasks, common),
     )
 

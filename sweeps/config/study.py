@@ -110,8 +110,8 @@ class StudyConfig:
             pretrained systems.
         tuning: search for training settings of each system.
         resources: resources of one run.
-        reference: label of the system that the others are tested against.
-        specialist: label of the system whose scores count as 1.
+        reference: label of the system that the others are tested against; by default skillnet.
+        specialist: label of the system whose scores count as 1; by default specialist.
         claims: thresholds of the claims.
         interpret: add figures about the skills of the reference: ablations, similarity,
             gradients.
@@ -130,8 +130,8 @@ class StudyConfig:
     systems: dict[str, SystemConfig] = field(default_factory=dict)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
-    reference: str = "skillnet"
-    specialist: str = "specialist"
+    reference: str | None = None
+    specialist: str | None = None
     claims: ClaimsConfig = field(default_factory=ClaimsConfig)
     interpret: bool = True
     output: str | None = None

@@ -30,7 +30,7 @@ from skillnet_platform.config.schema import (
     nest_value,
     without_none,
 )
-from skillnet_platform.errors import UserError, suggest_name
+from skillnet_platform.errors import UserError, check_known_names, suggest_name
 from sweeps.config.space import SearchDimension, format_setting
 
 #: Value per dimension; for a dimension with options the name of the option.
@@ -221,6 +221,10 @@ class SearchSpace:
             raise UserError(f"{where}: {error}") from None
         except ValueError:
             return
+        if "system" in assignments:
+            from skillnet.systems import system_names
+
+            check_known_names([assignments["system"]], system_names(), where, "system")
 
 
 def _set_key(tree: dict[str, Any], key: str, value: Any) -> None:

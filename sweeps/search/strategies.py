@@ -19,7 +19,7 @@ from sweeps.search.space import SearchPoint, SearchSpace
 from sweeps.trials.source import PROPOSALS
 from sweeps.trials.trial import Trial, TrialOutcome
 
-#: Points that are built as a check before Optuna starts.
+#: Points that are built as a check before Optuna starts, at least.
 NUM_PROBES = 8
 
 #: Splits on which trials are evaluated.
@@ -187,7 +187,10 @@ class OptunaSource:
     def _probe(self) -> Trial:
         """Build some points before anything starts, because Optuna may propose any point."""
         first: Trial | None = None
-        for index, point in enumerate(self._space.random_points(NUM_PROBES, 0)):
+        # With twice as many points as values, a Latin hypercube contains every listed value.
+        longest = max((len(d.values) for d in self._space.dimensions.values()), default=0)
+        points = self._space.latin_hypercube_points(max(NUM_PROBES, 2 * longest), 0)
+        for index, point in enumerate(points):
             candidate = build_candidate(self._space, index, point, self._finish)
             first = first or candidate.make_trials(self._seeds)[0]
         if first is None:

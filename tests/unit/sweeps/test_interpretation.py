@@ -288,6 +288,11 @@ def test_command_prints_json_and_rejects_errors(
     assert main([*arguments, "--split", "tset"]) == 2
     assert "split 'tset'" in capsys.readouterr().err
     assert main([*arguments, "--bootstrap_samples", "0"]) == 2
+    capsys.readouterr()
+    for option in (["--tasks", "text_clasification"], ["--corpora.text_clasification", "x"]):
+        assert main([*arguments, *option]) == 2
+        wanted = "unknown task 'text_clasification'; did you mean 'text_classification'?"
+        assert f"{option[0].partition('.')[0]}: {wanted}" in capsys.readouterr().err
     columns, cells = build_ablation_cells(printed["ablation"], model.config.skills)
     assert columns == ["task", *model.config.skills]
     (line,) = cells

@@ -1,5 +1,6 @@
 """Search spaces: points, errors that are found before anything starts, width at fixed cost."""
 
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -48,6 +49,7 @@ def space(dimensions: dict[str, Any]) -> SearchSpace:
         ("training", {"choice": [1]}, "name a key below it"),
         ("seed", {"choice": [1]}, "use seeds"),
         ("tracking.uri", {"choice": ["x"]}, "once for the sweep"),
+        ("system", {"choice": ["dense", "moee"]}, "system.choice: unknown system 'moee'"),
         ("text tower", {"options": {"own": {"model.skils": ["text"]}}},
          "did you mean 'model.skills'"),
     ],
@@ -149,6 +151,14 @@ def test_incompatible_values_are_named() -> None:
     unknown = space({VIDEO: {"choice": [["general", "vidio"]]}})
     with pytest.raises(UserError, match="unknown skill 'vidio'; did you mean 'video'"):
         configurations_from_points(unknown, unknown.grid_points(), lambda config: config)
+
+
+def test_optuna_checks_every_listed_value_before_it_starts(tmp_path: Path) -> None:
+    pairs = itertools.combinations(["general", "image", "text", "video", "code", "sound"], 2)
+    plans = [list(pair) for pair in pairs]
+    plans.insert(len(plans) // 2, ["general", "vidio"])
+    with pytest.raises(UserError, match="unknown skill 'vidio'; did you mean 'video'"):
+        OptunaSource(space({VIDEO: {"choice": plans}}), 2, [0], 0, lambda config: config, tmp_path)
 
 
 @pytest.mark.parametrize("adjust", ["ffn_dim", "dim"])

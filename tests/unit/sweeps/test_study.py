@@ -10,6 +10,7 @@ import pytest
 from pipelines.config.run import PretrainConfig
 from skillnet_platform import config as configuration
 from skillnet_platform.errors import UserError
+from sweeps.analysis.comparison import choose_roles
 from sweeps.config.space import SearchDimension
 from sweeps.config.study import StudyConfig, SystemConfig, TuningConfig
 from sweeps.report.tuning_tables import build_tuning_tables
@@ -321,7 +322,8 @@ def test_presets_of_studies_expand(name: str):
         StudyConfig, ["--config", f"studies/{name}"], "skillnet compare"
     )
     assert config.name is not None
-    assert config.reference in config.systems
+    roles = choose_roles(list(config.systems), config.reference, config.specialist)
+    assert roles.reference in config.systems
     seen = set()
     for label in config.systems:
         trial = st.build_final_trial(config, label, {}, config.seeds[0])

@@ -292,6 +292,22 @@ def test_skill_figures_are_written_beside_the_report(
         (["--config", "studies/headlin"], "neither a file nor a preset"),
         (["--seeds", "1,1"], "seeds must differ"),
         (["--claims.margin", "-1"], "claims.margin: expected a number from 0 to 1, got -1"),
+        (
+            ["--config", "studies/tiny", "--reference", "dens"],
+            "--reference: unknown system 'dens'; did you mean 'dense'?",
+        ),
+        (
+            ["--config", "studies/tiny", "--specialist", "specialis"],
+            "--specialist: unknown system 'specialis'",
+        ),
+        (
+            ["--config", "studies/tiny", "--specialist", "skillnet"],
+            "reference and specialist are both 'skillnet'; name two systems",
+        ),
+        (
+            ["--config", "studies/tiny", "--systems.a.system", "densee"],
+            "systems.a: unknown system 'densee'; did you mean 'dense'?",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], expected: str, run_root: Path, capsys):
@@ -299,6 +315,28 @@ def test_errors_are_one_line(arguments: list[str], expected: str, run_root: Path
     lines = capsys.readouterr().err.strip().splitlines()
     assert expected in lines[-1]
     assert len([line for line in lines if line.startswith("error")]) == 1
+    assert not list(run_root.glob("*.db")), "a run was recorded"
+
+
+@pytest.mark.parametrize("option", ["--reference", "--specialist"])
+def test_an_unknown_role_is_rejected_before_the_report(
+    option: str, folders: list[Path], tmp_path: Path, capsys
+):
+    arguments = ["--runs", *map(str, folders), option, "dens", "--output", str(tmp_path / "out")]
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert command.main([*arguments, "--tracking.uri", uri]) == 2
+    expected = f"{option}: unknown system 'dens'; did you mean 'dense'?"
+    assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_without_a_reference_says_so(capsys):
+    command.check_roles(StudyConfig(runs=["x"]), ["dense", "moe", "moe"])
+    expected = "no system is named skillnet, so nothing is tested. Give --reference: dense, moe"
+    assert expected in " ".join(capsys.readouterr().err.split())
+    for labels in (["dense"], ["dense", "skillnet-pretrained"]):
+        command.check_roles(StudyConfig(runs=["x"]), labels)
+        assert capsys.readouterr().err == ""
 
 
 def test_runs_and_names_take_several_values():
