@@ -22,7 +22,8 @@ PAD = 0
 
 def _positions(count: int, dim: int) -> nn.Parameter:
     # Learned positions, with BERT's initial scale.
-    return nn.Parameter(torch.randn(count, dim) * 0.02)
+    # In place: on the meta device torch would import its compiler for a new tensor.
+    return nn.Parameter(torch.randn(count, dim).mul_(0.02))
 
 
 class TokenStem(nn.Module):
