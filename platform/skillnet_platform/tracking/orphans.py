@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 PROCESS_TAG = "skillnet.process"
+#: Tag of a run that ended without success: the cause.
+FAILURE_TAG = "failure"
 
 
 def this_process() -> str:
@@ -51,10 +53,25 @@ def close_abandoned(client: Any, experiment_id: str) -> int:
     closed = 0
     for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
         if has_ended(run.data.tags.get(PROCESS_TAG, "")):
-            client.set_tag(run.info.run_id, "failure", "the process was killed")
+            client.set_tag(run.info.run_id, FAILURE_TAG, "the process was killed")
             client.set_terminated(run.info.run_id, "KILLED")
             closed += 1
     return closed
+
+
+def reopen_run(client: Any, run_id: str) -> None:
+    """Set a run to RUNNING for this process, and remove the cause of its earlier end.
+
+    Args:
+        client: ``MlflowClient``.
+        run_id: of the run.
+    """
+    client.update_run(run_id, status="RUNNING")
+    # The old tag names an ended process, so the next start would close this run.
+    client.set_tag(run_id, PROCESS_TAG, this_process())
+    # Otherwise a run that finishes after a kill would still show the kill as its failure.
+    if FAILURE_TAG in client.get_run(run_id).data.tags:
+        client.delete_tag(run_id, FAILURE_TAG)
 
 
 def _started(pid: int) -> str:
