@@ -18,6 +18,8 @@ from pipelines.corpora.archives import Archive, iter_members, read_member
 
 #: A raw row: the columns of ``Corpus.raw_schema``, and ``split``, ``key`` and ``group``.
 Row = dict[str, Any]
+#: Reason of a row that is not lost: its captions are in the row of its item.
+JOINED_ROW = "joined to the first row of its media file"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class KeySet:
 
     def add(self, key: str) -> bool:
         """Add a key; return ``False`` if the set had it already."""
-        digest = _digest(key)
+        digest = digest_key(key)
         if digest in self._recent or self._is_in_file(digest):
             return False
         self._recent.add(digest)
@@ -45,7 +45,7 @@ class KeySet:
         return True
 
     def __contains__(self, key: str) -> bool:
-        digest = _digest(key)
+        digest = digest_key(key)
         return digest in self._recent or self._is_in_file(digest)
 
     def _is_in_file(self, digest: bytes) -> bool:
@@ -57,11 +57,7 @@ class KeySet:
     def _flush(self) -> None:
         if self._table is None:
             self._folder = tempfile.TemporaryDirectory(prefix="skillnet-keys-")
-            # No journal: nobody reads the file after this process.
-            self._table = sqlite3.connect(Path(self._folder.name) / "keys", isolation_level=None)
-            self._table.execute("PRAGMA journal_mode = OFF")
-            self._table.execute("PRAGMA synchronous = OFF")
-            self._table.execute("PRAGMA cache_size = -16384")
+            self._table = open_scratch_database(Path(self._folder.name) / "keys")
             self._table.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
         self._table.execute("BEGIN")
         # Sorted keys fill the pages of the B-tree in order, which is much faster.
@@ -71,5 +67,19 @@ class KeySet:
         self._recent.clear()
 
 
-def _digest(key: str) -> bytes:
+def open_scratch_database(path: Path) -> sqlite3.Connection:
+    """Create a database that nobody reads after this process: without a journal.
+
+    Args:
+        path: file of the database.
+    """
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA journal_mode = OFF")
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute("PRAGMA cache_size = -16384")
+    return database
+
+
+def digest_key(key: str) -> bytes:
+    """Return a digest of a key of 128 bits."""
     return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -4,7 +4,7 @@ pyarrow trusts the content of a batch. Following an offset that points outside o
 the process, so every batch is validated before one of its values is read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord
@@ -53,12 +53,16 @@ def _to_rows(batch: "pa.RecordBatch") -> list[dict[str, Any]] | BadRecord:
     return rows
 
 
-def read_parquet_rows(source: SourceDirectory, file: str) -> Iterator[NumberedRecord]:
+def read_parquet_rows(
+    source: SourceDirectory, file: str, batch_rows: int = 256, unread: Collection[str] = ()
+) -> Iterator[NumberedRecord]:
     """Yield the rows of a Parquet file with their numbers from 1, a small batch at a time.
 
     Args:
         source: the directory of the file.
         file: path of the file in ``source``, "" for ``source`` itself.
+        batch_rows: rows in memory at once.
+        unread: columns that are left out.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -66,7 +70,9 @@ def read_parquet_rows(source: SourceDirectory, file: str) -> Iterator[NumberedRe
     number = 1
     with source.open(file) as stream:
         try:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=256):
+            parquet = pq.ParquetFile(stream)
+            columns = [name for name in parquet.schema_arrow.names if name not in unread]
+            for batch in parquet.iter_batches(batch_rows, columns=columns if unread else None):
                 for row in iter_batch_rows(batch):
                     yield number, row
                     number += 1

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipelines.corpora.formats.arrow_reader import iter_batch_rows
 from pipelines.corpora.formats.encoding import BadRecord
+from pipelines.corpora.formats.parquet_media import EmbeddedMedia, digest_media
 from pipelines.corpora.readers.fields import MODALITY_OF_EXTENSION, file_extension
 from pipelines.io.directory import SourceDirectory
 from pipelines.io.media import MediaRef
@@ -36,11 +37,13 @@ class BatchBody:
         address: memory address of the first byte.
         size: number of bytes.
         offset: position of the first byte in the file.
+        data: the bytes.
     """
 
     address: int
     size: int
     offset: int
+    data: memoryview
 
 
 def iter_mapped_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]:
@@ -49,7 +52,7 @@ def iter_mapped_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]
     with pa.memory_map(path) as file:
         body = file.read_buffer()
         for batch in pa.ipc.open_stream(pa.BufferReader(body)):
-            yield batch, BatchBody(body.address, body.size, 0)
+            yield batch, BatchBody(body.address, body.size, 0, memoryview(body))
 
 
 def iter_streamed_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody]]:
@@ -68,7 +71,8 @@ def iter_streamed_batches(path: str) -> Iterator[tuple[pa.RecordBatch, BatchBody
                 )
             body = message.body
             batch = pa.ipc.read_record_batch(message, schema)
-            yield batch, BatchBody(body.address, body.size, stream.tell() - body.size)
+            start = stream.tell() - body.size
+            yield batch, BatchBody(body.address, body.size, start, memoryview(body))
 
 
 def iter_media_rows(
@@ -78,7 +82,7 @@ def iter_media_rows(
     body: BatchBody,
     media_source: SourceDirectory,
 ) -> Iterator[dict[str, Any] | BadRecord]:
-    """Yield the rows of a batch, with references in the media column.
+    """Yield the rows of a batch, with an ``EmbeddedMedia`` in the media column.
 
     Args:
         batch: a batch of the file ``path``, which came with ``body``.
@@ -109,7 +113,7 @@ def iter_media_rows(
 
 def _references(
     column: pa.Array, path: str, body: BatchBody, media_source: SourceDirectory
-) -> Iterator[MediaRef | BadRecord | None]:
+) -> Iterator[EmbeddedMedia | BadRecord | None]:
     """Yield a reference to the bytes of each value of ``struct<bytes, path>``."""
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
@@ -124,7 +128,8 @@ def _references(
         elif has_bytes[index]:
             start, end = spans[index]
             if 0 <= start <= end <= body.size:
-                yield MediaRef(path, body.offset + start, end - start)
+                reference = MediaRef(path, body.offset + start, end - start)
+                yield EmbeddedMedia(reference, digest_media(body.data[start:end]))
             else:
                 # Also reached for compressed buffers, which the library never writes.
                 yield BadRecord("media outside of their Arrow file")
@@ -164,11 +169,12 @@ def media_column_error(schema: pa.Schema, media: str | None) -> str:
     return "media of an unsupported type; expected struct<bytes: binary, path: string>"
 
 
-def _file_reference(media_source: SourceDirectory, file: str | None) -> MediaRef | None:
+def _file_reference(media_source: SourceDirectory, file: str | None) -> EmbeddedMedia | None:
     """Return the reference to a file that the dataset only names, or None."""
     try:
         if file and file_extension(file) in MODALITY_OF_EXTENSION:
-            return MediaRef(media_source.path(file))
+            place = media_source.path(file)
+            return EmbeddedMedia(MediaRef(place), place)
     except ValueError:
         pass  # it leads out of the directory: a saved dataset is not trusted
     return None

@@ -1,11 +1,13 @@
 """Base class of ``folder``, ``webdataset`` and ``hf_dataset``: modality and fields by name."""
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
-from pipelines.corpora.base import Row, stable_hash
-from pipelines.corpora.formats.schema_sample import SchemaSample, is_empty_value
+from pipelines.corpora.base import RejectedRow, Row, stable_hash
+from pipelines.corpora.formats.schema_sample import SchemaSample, is_empty_value, is_minus_one
 from pipelines.corpora.readers.base import ExternalCorpus, MediaOptions
 from pipelines.corpora.readers.columns import (
     CaptionOptions,
@@ -16,6 +18,7 @@ from pipelines.corpora.readers.columns import (
     TextOptions,
     VideoOptions,
 )
+from pipelines.corpora.readers.joined_captions import ITEM_FIELD, RowReader, join_captions
 from pipelines.corpora.readers.row_builders import (
     NoAnnotationError,
     clean_captions,
@@ -45,7 +48,9 @@ MODALITY_OF_EXTENSION = {
 MEDIA_NOUNS = {"sound": "audio", "image": "an image", "video": "a video"}
 #: Common names of fields, the most likely one first.
 CODE_FIELDS = ("code", "function", "func_code_string", "original_string")
-CAPTION_FIELDS = ("captions", "caption", "sentences", "docstring", "description", "text", "txt")
+CAPTION_FIELDS = (
+    "captions", "caption", "sentences", "docstring", "description", "comment", "text", "txt",
+)  # fmt: skip
 TRANSCRIPT_FIELDS = ("transcription", "transcript", "sentence", "text", "txt")
 TEXT_FIELDS = ("text", "sentence", "txt", "content")
 LABEL_FIELDS = ("label", "labels", "cls", "class", "category", "intent")
@@ -55,6 +60,9 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
 ALL_SPLITS = frozenset(SPLIT_NAMES.values())
+#: Some corpora append a year or number to the name of a split: ``train2017``, ``val_2``.
+_SPLIT_NAME = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:[-_ ]?[0-9]+)?")
+_SPLIT_PREFIX = re.compile(rf"({'|'.join(SPLIT_NAMES)})[0-9]*(?=[-_.]|$)")
 #: Split of test rows without labels, for prediction.
 UNLABELLED = "unlabelled"
 
@@ -100,8 +108,10 @@ class RecordCorpus(ExternalCorpus):
         text_field: field of the text, transcript or captions, if there is one.
         label_field: field of the class, if there is one.
         split_field: field with the split of each row, if there is one.
+        class_names: field of class numbers -> names of the classes, as the corpus itself defines.
         test_unlabelled: whether the test rows have no annotations, so that they cannot be used for
             an evaluation.
+        is_preview: whether ``rows`` only shows the rows, and starts before all of them are known.
     """
 
     Options = RecordOptions
@@ -110,7 +120,9 @@ class RecordCorpus(ExternalCorpus):
     text_field: str | None = None
     label_field: str | None = None
     split_field: str | None = None
+    class_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     test_unlabelled: bool = False
+    is_preview: bool = False
 
     def infer_schema(
         self, fields: Iterable[str], extension: str | None, filled: Collection[str] | None = None
@@ -140,9 +152,9 @@ class RecordCorpus(ExternalCorpus):
         common = {"text": TEXT_FIELDS, "sound": TRANSCRIPT_FIELDS}.get(self.modality)
         common = common or CAPTION_FIELDS
         self.text_field = _choose_field(names, options.text, filled, common, f"{prefix}.text")
-        self.label_field = _choose_field(
-            names, options.label, filled, LABEL_FIELDS, f"{prefix}.label"
-        )
+        has_text = self.modality == "text" or self.text_field is None
+        classes = (*LABEL_FIELDS, *(self.class_names if has_text else ()))
+        self.label_field = _choose_field(names, options.label, filled, classes, f"{prefix}.label")
         for key in ("split", "split_by"):
             _choose_field(names, getattr(options, key), (), (), f"{prefix}.{key}")
         paired = "transcripts" if self.modality == "sound" else "captions"
@@ -168,6 +180,8 @@ class RecordCorpus(ExternalCorpus):
                 f"field holds them, name it: --{prefix}.text FIELD, or --{prefix}.label FIELD"
             )
         self.annotations_present = tuple(annotations)
+        if "labels" in annotations:
+            self.labels = self.class_names.get(self.label_field or "", ())
         self.split_field = options.split
 
     def resolve_test_split(self, sample: SchemaSample) -> None:
@@ -194,8 +208,26 @@ class RecordCorpus(ExternalCorpus):
         rejected.
         """
         self.test_unlabelled, self.named_splits = True, self.named_splits - {"test"}
+        self.allow_unlabelled_rows()
+
+    def allow_unlabelled_rows(self) -> None:
+        """Make the split ``unlabelled`` of rows to classify that have no label."""
         is_classification = self.annotations_present == ("labels",)
         self.unlabelled_splits = (UNLABELLED,) if is_classification else ()
+
+    def join_items(self, read_rows: RowReader) -> Iterator[Row | RejectedRow]:
+        """Yield rows, the captions of one media file in one row; see :func:`join_captions`.
+
+        Args:
+            read_rows: reads the rows; those of media have the field ``ITEM_FIELD``.
+        """
+        if "captions" in self.annotations_present and self.modality in MEDIA_EXTENSIONS:
+            yield from join_captions(read_rows, self.is_preview)
+            return
+        for row in read_rows():
+            if not isinstance(row, RejectedRow):
+                row.pop(ITEM_FIELD, None)
+            yield row
 
     def build_row(
         self,
@@ -219,7 +251,7 @@ class RecordCorpus(ExternalCorpus):
             ValueError: a field is missing or cannot be used; the text is the reason.
         """
         split = split or self._read_split(fields)
-        unlabelled = self.test_unlabelled and split == "test"
+        unlabelled = (self.test_unlabelled and split == "test") or self._is_extra_row(split, fields)
         has_label = "labels" in self.annotations_present and not unlabelled
         label = self._read_label(fields) if has_label else None
         final = UNLABELLED if unlabelled else self.assign_split(split, split_key or key, fields)
@@ -248,13 +280,15 @@ class RecordCorpus(ExternalCorpus):
             key: value that decides a split that is made, unless ``options.split_by`` is set.
             fields: fields of the record.
         """
-        options, named = self.options, self.named_splits
+        options, named = self.options, self.named_splits & ALL_SPLITS
         if options.split_by is not None:
             value = fields.get(options.split_by)
             if value is None and (split is None or not named >= {"validation", "test"}):
                 raise ValueError(f"no field {options.split_by}, which splits are made by")
             # All rows with this value get the same split.
             key = str(value)
+        if split is not None and split not in ALL_SPLITS:
+            return split
         if split is None or named <= {"train"}:
             return hash_split(key, options)
         if split == "validation" and "test" not in named:
@@ -264,6 +298,13 @@ class RecordCorpus(ExternalCorpus):
             share = stable_hash("split", key) / 2**64
             return "validation" if share < options.validation else "train"
         return split
+
+    def _is_extra_row(self, split: str | None, fields: Mapping[str, Any]) -> bool:
+        """Return whether a row has no label and is in a split of another name, as in IMDB."""
+        if split is None or split in ALL_SPLITS or self.annotations_present != ("labels",):
+            return False
+        value = fields.get(self.label_field or "")
+        return is_empty_value(value) or is_minus_one(value)
 
     def _read_split(self, fields: Mapping[str, Any]) -> str | None:
         if self.split_field is None:
@@ -314,17 +355,15 @@ def _is_blank(value: Any) -> bool:
 
 
 def parse_split_name(name: Any) -> str | None:
-    """Return the split that a name denotes (``"Val" -> "validation"``), or None."""
-    return SPLIT_NAMES.get(str(name).strip().lower())
+    """Return the split that a name denotes (``"Val", "val2017" -> "validation"``), or None."""
+    found = _SPLIT_NAME.fullmatch(str(name).strip().lower())
+    return SPLIT_NAMES[found[1]] if found else None
 
 
 def parse_split_prefix(name: str) -> str | None:
     """Return the split at the start of a name (``"train-00000.tar" -> "train"``), or None."""
-    lower = name.lower()
-    for known, split in SPLIT_NAMES.items():
-        if lower == known or lower.startswith((f"{known}-", f"{known}_", f"{known}.")):
-            return split
-    return None
+    found = _SPLIT_PREFIX.match(name.lower())
+    return SPLIT_NAMES[found[1]] if found else None
 
 
 def _first_of(names: Collection[str], common: Iterable[str]) -> str | None:

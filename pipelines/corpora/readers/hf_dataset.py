@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipelines.corpora.base import RejectedRow, Row, SourceArchives
 from pipelines.corpora.formats.packed_archives import missing_format_error
+from pipelines.corpora.formats.parquet_media import describe_features, name_class
 from pipelines.corpora.formats.record_reader import MAX_ENTRY_CHARS, BadRecord
 from pipelines.corpora.formats.schema_sample import SAMPLE_ROWS, SchemaSample
 from pipelines.corpora.readers.arrow_media import (
@@ -32,13 +33,12 @@ from pipelines.corpora.readers.fields import (
     parse_split_name,
     parse_split_prefix,
 )
+from pipelines.corpora.readers.joined_captions import ITEM_FIELD
 from pipelines.corpora.readers.row_builders import error_row, make_key, rejected_row
 from pipelines.io.directory import SourceDirectory
 from pipelines.io.source_file import make_read_error
 from skillnet_platform.errors import UserError, first_line
 
-#: Features of the library that hold media -> modality.
-MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
 DAMAGED_ARROW = BadRecord("an Arrow file that is cut short or damaged", truncates_file=True)
 
 
@@ -51,7 +51,7 @@ class HfDatasetCorpus(RecordCorpus):
     """
 
     name = "hf_dataset"
-    version = 3  # a test without labels becomes "unlabelled"; the field of splits is used
+    version = 4  # rows of one media file are one item, and stay in one split
 
     @classmethod
     def detect(cls, source: SourceDirectory) -> str | None:
@@ -77,21 +77,13 @@ class HfDatasetCorpus(RecordCorpus):
         if self.options.split is not None and not self.named_splits:
             self.named_splits = ALL_SPLITS
         features = _read_features(self.source, self.folders[0][1])
-        types = {n: f.get("_type") for n, f in features.items() if isinstance(f, dict)}
-        modalities = {
-            name: MEDIA_FEATURES[kind]
-            for name, kind in types.items()
-            if isinstance(kind, str) and kind in MEDIA_FEATURES
-        }
-        self.media_field = next(iter(modalities), None)
+        described = describe_features(features)
+        self.class_names = described.class_names
+        self.media_field = next(iter(described.media), None)
         fields = [name for name in features if name != self.media_field]
         if self.media_field is not None and self.options.modality is None:
-            self.options.modality = modalities[self.media_field]
+            self.options.modality = described.media[self.media_field]
         self.infer_schema(fields, "" if self.media_field is not None else None)
-        classes = features.get(self.label_field or "", {})
-        has_labels = "labels" in self.annotations_present
-        if has_labels and isinstance(classes, dict) and classes.get("names"):
-            self.labels = tuple(classes["names"])
         if "test" in self.named_splits and self.options.split is None:
             self.resolve_test_split(self._sample_test())
 
@@ -115,6 +107,9 @@ class HfDatasetCorpus(RecordCorpus):
 
     def rows(self, sources: SourceArchives) -> Iterator[Row | RejectedRow]:
         """Yield rows in the order of splits and files."""
+        yield from self.join_items(self._read_rows)
+
+    def _read_rows(self) -> Iterator[Row | RejectedRow]:
         for split, folder in self.folders:
             for file in _list_files(self.source, folder):
                 for number, record in enumerate(self._records(file), start=1):
@@ -124,11 +119,14 @@ class HfDatasetCorpus(RecordCorpus):
                         continue
                     try:
                         media = record.pop(self.media_field) if self.media_field else None
-                        row = self.build_row(key, self._name_class(record), media, split)
+                        item = (media.item if media else "") or key
+                        reference = media.reference if media else None
+                        fields = self._name_class(record)
+                        row = self.build_row(key, fields, reference, split, item)
                     except ValueError as error:
                         yield rejected_row(key, error, file, number)
                         continue
-                    yield row | {"file": file, "row": number}
+                    yield row | {"file": file, "row": number, ITEM_FIELD: item}
 
     def _records(self, file: str) -> Iterator[dict[str, Any] | BadRecord]:
         """Yield the rows of an Arrow file; the media field holds a reference."""
@@ -152,9 +150,8 @@ class HfDatasetCorpus(RecordCorpus):
 
     def _name_class(self, record: dict[str, Any]) -> dict[str, Any]:
         """Replace the number of a class by its name."""
-        value = record.get(self.label_field or "")
-        if self.labels and isinstance(value, int) and 0 <= value < len(self.labels):
-            record[self.label_field or ""] = self.labels[value]
+        if self.label_field in record:
+            record[self.label_field] = name_class(self.labels, record[self.label_field])
         return record
 
 

@@ -90,7 +90,7 @@ def test_unreadable_media_state_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_store_is_read_and_its_failure_rejects_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = [bytes([n]) * 9 for n in range(20)]
+    cells: list[bytes | None] = [bytes([n]) * 9 for n in range(20)]
     fsspec.filesystem("memory").pipe({"/cells/a.parquet": parquet(cells), "/cells/b.parquet": b""})
     place = "memory://cells/a.parquet"
     assert read(*(cell(place, row) for row in (3, 11))) == [cells[3], cells[11]]

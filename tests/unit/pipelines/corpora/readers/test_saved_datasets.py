@@ -17,7 +17,7 @@ from tests.unit.pipelines.corpora.readers.test_readers import media, read, sizes
 
 def test_media_bytes_are_read_in_place(tmp_path: Path, object_store: ObjectStore) -> None:
     texts = [f"图{n}" for n in range(12)]
-    pictures = [{"bytes": user_corpora.jpg(n), "path": None} for n in range(12)]
+    pictures = [{"bytes": user_corpora.jpg(n, (40 + n, 40)), "path": None} for n in range(12)]
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     whole = datasets.Dataset.from_dict({"image": pictures, "caption": texts}, features)
     parts = datasets.DatasetDict({"train": whole, "test": whole.select(range(3, 7))})

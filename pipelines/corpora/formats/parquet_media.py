@@ -1,0 +1,207 @@
+"""Images, audio and videos that are embedded in Parquet files, as on the Hugging Face Hub.
+
+The files of the Hub describe their columns in the schema metadata, under the key ``huggingface``.
+Other files hold media as ``struct<bytes, path>`` or as bytes; their content shows the modality.
+:func:`read_parquet_description` finds the columns, and :func:`read_embedded_rows` reads the rows.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.corpora.formats.arrow_reader import read_parquet_rows
+from pipelines.corpora.formats.encoding import BadRecord, NumberedRecord
+from pipelines.io.directory import SourceDirectory
+from pipelines.io.media import MediaRef
+from pipelines.io.parquet_cells import BYTES_PART, CELLS_PER_BATCH
+
+#: Features of the Hub that hold media -> modality.
+MEDIA_FEATURES = {"Image": "image", "Audio": "sound", "Video": "video"}
+#: Rows that are searched for a media, which shows the modality of its column.
+SEARCHED_ROWS = 1000
+#: (First bytes, offset of the next bytes, these bytes) -> modality.
+_SIGNATURES = (
+    (b"\xff\xd8\xff", 0, b"", "image"),
+    (b"\x89PNG\r\n\x1a\n", 0, b"", "image"),
+    (b"GIF8", 0, b"", "image"),
+    (b"BM", 6, bytes(4), "image"),
+    (b"II*\0", 0, b"", "image"),
+    (b"MM\0*", 0, b"", "image"),
+    (b"RIFF", 8, b"WEBP", "image"),
+    (b"", 4, b"ftypavi", "image"),
+    (b"RIFF", 8, b"WAVE", "sound"),
+    (b"FORM", 8, b"AIF", "sound"),
+    (b"fLaC", 0, b"", "sound"),
+    (b"OggS", 0, b"", "sound"),
+    (b"ID3", 0, b"", "sound"),
+    (b"\xff\xfb", 0, b"", "sound"),
+    (b"\xff\xf3", 0, b"", "sound"),
+    (b"\xff\xf2", 0, b"", "sound"),
+    (b"#!AMR", 0, b"", "sound"),
+    (b"", 4, b"ftypM4A", "sound"),
+    (b"", 4, b"ftyp", "video"),
+    (b"RIFF", 8, b"AVI ", "video"),
+    (b"\x1aE\xdf\xa3", 0, b"", "video"),
+)
+
+
+@dataclass(frozen=True)
+class EmbeddedMedia:
+    """A media inside a file of rows.
+
+    Attributes:
+        reference: where its bytes are.
+        item: digest of its bytes, or its path: rows with the same value have the same media. ""
+            for media without bytes, of which no two are the same.
+    """
+
+    reference: MediaRef
+    item: str
+
+
+@dataclass(frozen=True)
+class ParquetDescription:
+    """Columns of a Parquet file that its schema or its content describes.
+
+    Attributes:
+        media: column -> modality of the media in it, "" for media of an unknown format.
+        class_names: column of class numbers -> names of the classes.
+    """
+
+    media: Mapping[str, str] = field(default_factory=dict)
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def read_parquet_description(source: SourceDirectory, file: str) -> ParquetDescription:
+    """Return the media and classes of a Parquet file; none if it is damaged.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+    """
+    import pyarrow.parquet as pq
+
+    with source.open(file) as stream:
+        try:
+            parquet = pq.ParquetFile(stream)
+            schema = parquet.schema_arrow
+            features = parse_features(schema.metadata)
+            media = {name: kind for name in schema.names if (kind := features.media.get(name))}
+            for column in schema:
+                if column.name not in media and _can_hold_media(column.type):
+                    batches = parquet.iter_batches(CELLS_PER_BATCH, columns=[column.name])
+                    modality = _search_modality(batches)
+                    # Bytes alone can be anything; a struct has the form of media.
+                    if modality or pa.types.is_struct(column.type):
+                        media[column.name] = modality
+        # A failing disk or store raises none of these.
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            return ParquetDescription()
+    return ParquetDescription(media, features.class_names)
+
+
+def parse_features(metadata: Mapping[bytes, bytes] | None) -> ParquetDescription:
+    """Return the columns that the schema metadata of the Hub describe; none if they are damaged.
+
+    Args:
+        metadata: metadata of an Arrow schema.
+    """
+    try:
+        return describe_features(json.loads((metadata or {})[b"huggingface"])["info"]["features"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ParquetDescription()
+
+
+def describe_features(features: Any) -> ParquetDescription:
+    """Return the columns of media and classes.
+
+    Args:
+        features: column -> its description by the library ``datasets``.
+    """
+    media, class_names = {}, {}
+    for name, feature in features.items() if isinstance(features, dict) else ():
+        kind = feature.get("_type") if isinstance(feature, dict) else None
+        if isinstance(kind, str) and kind in MEDIA_FEATURES:
+            media[name] = MEDIA_FEATURES[kind]
+        elif kind == "ClassLabel":
+            names = feature.get("names")
+            if isinstance(names, list) and names and all(isinstance(n, str) for n in names):
+                class_names[name] = tuple(names)
+    return ParquetDescription(media, class_names)
+
+
+def name_class(class_names: Sequence[str], value: Any) -> Any:
+    """Return the name of a class number; any other value is returned as it is.
+
+    Args:
+        class_names: names of the classes in the order of their numbers.
+        value: value of a column of classes.
+    """
+    is_number = isinstance(value, int) and 0 <= value < len(class_names)
+    return class_names[value] if is_number else value
+
+
+def read_embedded_rows(
+    source: SourceDirectory, file: str, media: str, unread: Collection[str] = ()
+) -> Iterator[NumberedRecord]:
+    """Yield the rows of a Parquet file; the media column holds an ``EmbeddedMedia``.
+
+    A value with a path and no bytes becomes the path. A value without both becomes None.
+
+    Args:
+        source: the directory of the file.
+        file: path of the file in ``source``, "" for ``source`` itself.
+        media: column of the media.
+        unread: columns that are not read.
+    """
+    path = source.path(file)
+    for number, row in read_parquet_rows(source, file, CELLS_PER_BATCH, unread):
+        if not isinstance(row, BadRecord):
+            cell = row.get(media)
+            data = cell.get(BYTES_PART) if isinstance(cell, dict) else cell
+            if isinstance(data, str):  # a column of paths, or bytes that were declared as text
+                data = data.encode() if isinstance(cell, dict) else None
+            if isinstance(data, bytes):
+                reference = MediaRef(path, member=media, row_number=number - 1)
+                row[media] = EmbeddedMedia(reference, digest_media(data))
+            elif isinstance(cell, dict):
+                row[media] = cell.get("path")
+        yield number, row
+
+
+def digest_media(data: bytes | memoryview) -> str:
+    """Return a digest of the bytes of a media, "" for none; see :class:`EmbeddedMedia`."""
+    return blake2b(data, digest_size=16).hexdigest() if len(data) else ""
+
+
+def _can_hold_media(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index(BYTES_PART)
+        return index >= 0 and _can_hold_media(kind.field(index).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _search_modality(batches: Iterator[pa.RecordBatch]) -> str:
+    """Return the modality of the first value of a column, "" if it is not known."""
+    searched = 0
+    for batch in batches:
+        batch.validate(full=True)
+        for cell in batch.column(0).to_pylist():
+            data = cell.get(BYTES_PART) if isinstance(cell, dict) else cell
+            if data:
+                return detect_modality(data)
+        if (searched := searched + batch.num_rows) >= SEARCHED_ROWS:
+            break
+    return ""
+
+
+def detect_modality(data: bytes) -> str:
+    """Return the modality of a media file by its first bytes, "" if they are not known."""
+    for start, offset, following, modality in _SIGNATURES:
+        if data.startswith(start) and data.startswith(following, offset):
+            return modality
+    return ""
